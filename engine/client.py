@@ -23,7 +23,7 @@ from engine.rebase import merged_weights, use_weights
 from engine.rows import Parts, find_tokens, receive_tokens, token_columns
 from engine.settings import Federation, Lora
 from engine.shared_memory import protect, release
-from engine.sums import ExactSum, NonFiniteUpdate, PartialSum, refuse_non_finite
+from engine.sums import ExactSum, NonFiniteUpdate, PartialSum, finite_bound
 from engine.train import LocalTrainer
 from engine.wire import WireBroadcast, borrow, from_wire, update_to_wire
 from strategies.layout import Layout
@@ -140,13 +140,12 @@ class ClientActor:
         update = replace(update, metrics=update.metrics | traffic)
         after |= squeezed
         try:
-            refuse_non_finite(update)
             if not all(tensor.isfinite().all() for tensor in after.values()):
                 raise NonFiniteUpdate("what it would remember holds NaN or infinity")
-            if (
-                federation.strategy.reads == "sum"
-            ):  # else its values may be a liar's, and the rule is there to survive them
+            if federation.strategy.reads == "sum":
                 self.sum.add(update)
+            else:  # its values may be a liar's, however large: such rules are there to survive them
+                finite_bound(update)
         except NonFiniteUpdate as error:
             return Report(client, traffic, failed=str(error)), None
         if federation.remembers:

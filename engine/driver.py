@@ -206,7 +206,7 @@ class Driver:
 
     def _personal(self, state: ServerState) -> Iterator[Evaluated]:
         """The clients' own models, where they have any; at the end also the global one, trained a little by each."""
-        if self.federation.strategy.remembers:
+        if self.strategy.personalises:
             losses = self.scores.personal(to_wire(self.strategy.broadcast(state)), state.round)
             if losses:
                 yield Evaluated(state.round, losses, "personal")

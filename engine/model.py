@@ -142,6 +142,7 @@ class Trainable:
         values, grads = self.layout.views(self.flat.data), self.layout.views(self.grad)
         for name, parameter in trained:
             parameter.data, parameter.grad = values[name], grads[name]
+        self.rank: int | None = None
         self.originals: list[torch.Tensor] = []  # the adapted layers' first weights, once others have been used
         self.initial = self.flat.detach().cpu().clone()
 
@@ -152,11 +153,13 @@ class Trainable:
 
     def set_rank(self, rank: int | None) -> None:
         """Scales the adapters as those of a client of `rank` are, None: as the recipe says; the rest is zeros."""
+        if rank == self.rank:  # as nearly always: a client costs no walk over the model
+            return
+        self.rank = rank
         scale = self.layout.scale if rank is None else self.layout.scale_at(rank)
-        if self.layout.rank:
-            for layer in self.network.modules():
-                if isinstance(layer, LoraLayer):
-                    layer.scaling["default"] = scale
+        for layer in self.network.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scaling["default"] = scale
 
 
 def _with_adapters(network: PreTrainedModel, model: Model) -> PeftModel:

@@ -1,9 +1,7 @@
 """Evaluation over all slots: held-out losses, the baselines on the same rows, and samples. Legend: P parameters."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import ray
@@ -13,14 +11,13 @@ from datasets_partition.tokens import Tokens
 from engine.evaluate import ClientLoss, mean_loss
 from engine.metrics import Ledger, Metrics
 from engine.settings import Federation
-from engine.slots import Slots
+from engine.slots import Reference, Slots
 from engine.wire import WireBroadcast
 from strategies.seeds import rng
 
 SAMPLES, SAMPLE_TOKENS = 3, 40
 FLOAT_BYTES = 4
 Losses = dict[str, float]  # split -> nats per token
-Call = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -53,15 +50,15 @@ class Scores:
         shared = ray.put(start_P)
         split = "heldout"
         clients, _ = self._judged(split)
-        call: Call = lambda actor, chunk: actor.local_only.remote(chunk, shared, steps[chunk].tolist())  # noqa: E731
-        found = self.slots.map(clients, steps[clients], call)
+        found = self.slots.map(
+            clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, shared, steps[chunk].tolist())
+        )
         return {split: self._note(found, round_, split, f"loss_{name}")}
 
     def personal(self, wire: WireBroadcast, round_: int) -> Losses:
         """The loss where each client is judged by its own model; nothing where no client has one."""
         shared, (clients, rows), limit = ray.put(wire), self._judged("heldout"), self._limit("heldout")
-        call: Call = lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit)  # noqa: E731
-        found = self.slots.map(clients, rows, call)
+        found = self.slots.map(clients, rows, lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit))
         if not found:
             return {}
         self.ledger.received(round_, "server", "metric", len(found), len(found) * FLOAT_BYTES)
@@ -88,14 +85,15 @@ class Scores:
         for split in ("heldout", "unseen", "server"):
             clients, rows = self._judged(split)
             if len(clients):
-                limit = self._limit(split)
-                evaluate: Call = lambda actor, chunk, limit=limit: actor.evaluate.remote(chunk, shared, limit)  # noqa: E731
-                found = self.slots.map(clients, rows, evaluate)
+                found = self._judge(clients, rows, shared, self._limit(split))
                 losses[split] = self._note(found, round_, split, name, per_client=per_client)
                 if per_client and split != "server":  # a baseline is no part of the federation's protocol
                     self.ledger.received(round_, "client", "sum", len(clients), len(clients) * params_P.nbytes)
                     self.ledger.received(round_, "server", "metric", len(clients), len(clients) * FLOAT_BYTES)
         return losses
+
+    def _judge(self, clients: np.ndarray, rows: np.ndarray, shared: Reference, limit: int) -> list[ClientLoss]:
+        return self.slots.map(clients, rows, lambda actor, chunk: actor.evaluate.remote(chunk, shared, limit))
 
     def _judged(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """The clients of a split that have rows to be judged on, and how many rows count of each."""

@@ -52,8 +52,7 @@ class ExactSum:
         assert "delta" not in update.extras and update.delta.ndim == 1
         tensors = {"delta": (update.delta, update.weight)}
         tensors |= {name: (extra, 1.0) for name, extra in update.extras.items()}
-        refuse_non_finite(update)
-        own = sum(weight * _peak(tensor) for tensor, weight in tensors.values())
+        own = finite_bound(update)
         if own >= LIMIT:
             raise NonFiniteUpdate(f"its update reaches {own:.3g}, beyond the exact sum's range of {LIMIT:.3g}")
         bound = self.bound + own
@@ -73,10 +72,12 @@ class ExactSum:
         return partial
 
 
-def refuse_non_finite(update: Update) -> None:
-    """Raises NonFiniteUpdate if a value or the weight is NaN or infinite."""
-    if not np.isfinite([update.weight, *(_peak(tensor) for tensor in (update.delta, *update.extras.values()))]).all():
+def finite_bound(update: Update) -> float:
+    """weight * max |delta| + the extras' own maxima; NonFiniteUpdate if a value or the weight is NaN or infinite."""
+    bound = update.weight * _peak(update.delta) + sum(_peak(extra) for extra in update.extras.values())
+    if not np.isfinite([update.weight, bound]).all():
         raise NonFiniteUpdate("its update holds NaN or infinity")
+    return bound
 
 
 def _peak(tensor: torch.Tensor) -> float:

@@ -83,13 +83,18 @@ def memory_is_kept_by_those_who_say_so_and_is_used(case: Case) -> None:
 
 
 def a_personal_vector_is_like_the_global_one(case: Case) -> None:
-    """personal gives a float32 vector (P,), or None."""
+    """personal gives a float32 vector (P,), or None; `personalises` says whether it ever gives one."""
     state, memories = case.after(2)
     got = case.strategy.broadcast(state)
     for memory in (Memory(), memories[0]):
         own = case.strategy.personal(got, memory)
         like = own is None or (own.shape == got.params.shape and own.dtype == torch.float32)
         hold(like, "personal gives something else than a vector like the global one")
+    gives = any(case.strategy.personal(got, memory) is not None for memory in memories)
+    hold(
+        gives == case.strategy.personalises,
+        f"personalises is {case.strategy.personalises}, but it gives {'one' if gives else 'none'}",
+    )
 
 
 def the_traffic_is_counted_in_whole_numbers(case: Case) -> None:

@@ -3,16 +3,12 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
-
-from strategies.fedavg import FedAvg
-from strategies.fedopt import check_decay
-from strategies.layout import Layout
-from strategies.types import Aggregate, ServerState, Vector
+from strategies.fedopt import FedAvgM
+from strategies.types import Aggregate, ServerState
 
 
 @dataclass(frozen=True)
-class DiLoCo(FedAvg):
+class DiLoCo(FedAvgM):
     """m = momentum m + D, theta += lr (D + momentum m), D = the clients' mean change: algorithm 1. Reads the sum.
 
     The outer step is that of torch.optim.SGD with nesterov on the gradient -D. No memory of the rule's own, but the
@@ -25,16 +21,7 @@ class DiLoCo(FedAvg):
     kind: Literal["diloco"] = "diloco"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
     lr: float = 0.7
     weighting: Literal["examples", "uniform"] = "uniform"
-    momentum: float = 0.9
     paper: ClassVar[str] = "arXiv 2311.08105"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_decay("momentum", self.momentum)
-
-    def init(self, params: Vector, layout: Layout) -> ServerState:
-        """The initial vector, and m = 0."""
-        return replace(super().init(params, layout), moments={"m": torch.zeros_like(params)})
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """m = momentum m + D, theta += lr (D + momentum m)."""

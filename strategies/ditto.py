@@ -25,6 +25,7 @@ class Ditto(FedAvg):
     kind: Literal["ditto"] = "ditto"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
     lam: float = 0.1
     remembers: ClassVar[bool] = True
+    personalises: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2012.04221"
 
     def __post_init__(self) -> None:

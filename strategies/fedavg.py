@@ -28,6 +28,7 @@ class FedAvg:
     remembers: ClassVar[bool] = False
     loss_before: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
+    personalises: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 1602.05629"
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ class LocalOnly:
     remembers: ClassVar[bool] = True
     loss_before: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
+    personalises: ClassVar[bool] = True
     paper: ClassVar[str] = "baseline"
 
     def init(self, params: Vector, layout: Layout) -> ServerState:

@@ -22,6 +22,7 @@ class FedSaLora(FedAvg):
     kind: Literal["fedsa"] = "fedsa"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
     needs_lora: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
+    personalises: ClassVar[bool] = True
     freezes: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2410.01463"
 

@@ -89,7 +89,8 @@ class Strategy(Protocol):
 
     FedAvg has a default for everything but its own rule; others extend it. A class says of itself what it `reads`,
     whether it `needs_lora` and allows `mixed_ranks`, is `elementwise` (may be applied to parts of vectors), whether a
-    client `remembers`, wants its `loss_before` training, and `freezes` or keeps at home a part of the vector.
+    client `remembers`, wants its `loss_before` training, `freezes` or keeps at home a part of the
+    vector, and `personalises`: gives clients models of their own.
     """
 
     reads: ClassVar[Reads]
@@ -99,6 +100,7 @@ class Strategy(Protocol):
     remembers: ClassVar[bool]
     loss_before: ClassVar[bool]
     freezes: ClassVar[bool]
+    personalises: ClassVar[bool]
     paper: ClassVar[str]
 
     def init(self, params: Vector, layout: Layout) -> ServerState:
