@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from datasets_partition.canonical import content_columns
+from datasets_partition.columns import labels
 from datasets_partition.duplicates import content_numbers, first_of_each, refuse_leaks
-from datasets_partition.location import is_local
+from datasets_partition.location import is_local, within
 from datasets_partition.remote import fetch, node_cache, publish, refuse_unwritable
 from datasets_partition.splits import Splits
 from datasets_partition.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, sweep, write_arrow, written_whole
@@ -33,12 +34,14 @@ def build(
     seed: int,
     cache: str,
     on_step: Callable[[str], None] = lambda step: None,
+    label: str | None = None,
 ) -> Path:
     """The folder of the store, in `cache`, named after all that its rows depend on; tells `on_step` what it does.
 
     The same arguments and the same data give the same store on any machine. It appears whole or not at all, however
     many builders there are. A `cache` elsewhere gets the store too, and the folder is this machine's copy of it.
-    Raises ValueError where the source, the partition or the splits cannot be had.
+    `label` names a column to be kept as the rows' category, in place of what the partition went by.
+    Raises ValueError where the source, the partition, the splits or the label cannot be had.
     """
     origin = {
         "source": repr(source),
@@ -48,36 +51,39 @@ def build(
         "seed": seed,
         "store_version": STORE_VERSION,
         "own_code": _own_code(source, partitioner),
+        "label": label,
     }
     key = sha256(json.dumps(origin).encode()).hexdigest()
     name = key[:16]
     folder = (Path(cache) if is_local(cache) else node_cache()) / name
     refuse_unwritable(cache)
     sweep(folder)
-    if folder.exists() or (not is_local(cache) and fetch(f"{cache}/{name}", folder)):
+    if folder.exists() or (not is_local(cache) and fetch(within(cache, name), folder)):
         _refuse_another(folder, key)
         if not is_local(cache):
-            publish(folder, f"{cache}/{name}")
+            publish(folder, within(cache, name))
         return folder
 
     on_step("reading the rows")
-    made = _Made.of(source, partitioner, splits, seed, on_step)
+    made = _Made.of(source, partitioner, splits, seed, on_step, label)
     with written_whole(folder) as scratch:
         made.write(scratch, on_step)
-        manifest = {"key": key, **origin, "fedpost": _code_version(), **made.counts}
+        sizes = {file.name: file.stat().st_size for file in sorted(scratch.iterdir())}
+        manifest = {"key": key, **origin, "fedpost": _code_version(), **made.counts, "bytes": sizes}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     if not is_local(cache):
         on_step(f"copying the store to {cache}")
-        publish(folder, f"{cache}/{name}")
+        publish(folder, within(cache, name))
     return folder
 
 
 def _refuse_another(folder: Path, key: str) -> None:
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("key")
-    except (OSError, ValueError):
-        found = None
-    whole = all((folder / name).is_file() for name in ("rows.parquet", "index.arrow"))
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        whole = all((folder / name).stat().st_size == size for name, size in manifest["bytes"].items())
+        found = manifest["key"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole, found = False, None
     if found != key or not whole:
         raise ValueError(f"{folder} is not the store that belongs there, or is damaged: move or delete it")
 
@@ -95,7 +101,13 @@ class _Made:
 
     @classmethod
     def of(
-        cls, source: Source, partitioner: Partitioner, splits: Splits, seed: int, on_step: Callable[[str], None]
+        cls,
+        source: Source,
+        partitioner: Partitioner,
+        splits: Splits,
+        seed: int,
+        on_step: Callable[[str], None],
+        label: str | None,
     ) -> "_Made":
         loaded, skipped = source.load()
         if not loaded.num_rows:
@@ -138,10 +150,12 @@ class _Made:
             refuse_leaks(table.take(order), numbers[order], trained, columns)
         owners = pa.concat_arrays([given.names.take(clients[stored]), pa.nulls(len(own), pa.string())])
         category = {}
-        if given.category is not None:
-            labels = np.zeros(table.num_rows, dtype=np.int64)
-            labels[owned] = np.arange(len(owned))
-            category = {"category": given.category.take(pa.array(labels, mask=server))}
+        if label is not None:
+            category = {"category": labels(table, "data.label", label).texts()}
+        elif given.category is not None:
+            found = np.zeros(table.num_rows, dtype=np.int64)
+            found[owned] = np.arange(len(owned))
+            category = {"category": given.category.take(pa.array(found, mask=server))}
         counts = {
             "rows": len(stored),
             "clients": len(kept),
@@ -208,9 +222,17 @@ def _index(names: pa.StringArray, rows: NDArray[np.int64], heldout: NDArray[np.i
 
 def _own_code(*parts: object) -> str:
     """A hash of the modules of people's own sources and partitioners: a change of their code makes another store."""
-    paths = {str(sys.modules[type(part).__module__].__file__) for part in parts}
+    paths = {str(sys.modules[type(part).__module__].__file__) for part in _with_parts(*parts)}
     own = sorted(path for path in paths if Path(path).parent != Path(__file__).parent)
     return sha256(b"\0".join(Path(path).read_bytes() for path in own)).hexdigest() if own else ""
+
+
+def _with_parts(*parts: Any) -> Iterator[Any]:
+    """The parts, and the dataclasses that they hold, such as the two of a combined partition."""
+    for part in parts:
+        if is_dataclass(part):
+            yield part
+            yield from _with_parts(*(getattr(part, key.name) for key in fields(part)))
 
 
 def _code_version() -> str:

@@ -29,8 +29,8 @@ class ByTime:
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Uses no randomness. Raises ValueError if a column is missing, or does not hold what it should in each row."""
-        clients, names = keys(table, "key", self.key)
-        times = column(table, "time", self.time)
+        clients, names = keys(table, "data.partition.key", self.key)
+        times = column(table, "data.partition.time", self.time)
         kind = times.type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             times = _read(times, self.time)

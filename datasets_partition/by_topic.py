@@ -124,7 +124,7 @@ class ByTopic:
 
 def embedded(table: pa.Table, name: str) -> NDArray[np.float32]:
     """A column of lists of numbers, all of the same length, as a matrix. Raises ValueError where it is not that."""
-    lists = column(table, "embedding", name)
+    lists = column(table, "data.partition.embedding", name)
     kind = lists.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise ValueError(

@@ -1,6 +1,6 @@
 """Columns as partitioners read them: keys and labels as numbers, values, and texts.
 
-Each takes the name of the recipe's key that names the column, for what it says when the column will not do.
+Each takes the recipe's key that names the column, for what it says when the column will not do.
 """
 
 from typing import NamedTuple
@@ -33,45 +33,45 @@ class Coded(NamedTuple):
         return self.values.take(pa.array(self.codes))
 
 
-def column(table: pa.Table, field: str, name: str) -> pa.ChunkedArray:
+def column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
     """The column `name`. Raises ValueError, with the names that there are, if it is missing."""
     if name not in table.column_names:
         kept = KEPT_IN.get(name)
         kept_in = f" (a source's {name} is kept in {kept})" if kept in table.column_names else ""
+        without = ', or use kind = "iid"' if key.startswith("data.partition.") else ", or leave it out"
         raise ValueError(
-            f"data.partition.{field} names {name!r}, which the rows do not have{kept_in}: "
-            f'name one of {", ".join(table.column_names)}, or use kind = "iid"'
+            f"{key} names {name!r}, which the rows do not have{kept_in}: "
+            f"name one of {', '.join(table.column_names)}{without}"
         )
     return table[name]
 
 
-def keys(table: pa.Table, field: str, name: str) -> Coded:
+def keys(table: pa.Table, key: str, name: str) -> Coded:
     """A column of clients, in the order of their names. Raises ValueError where it is missing, null or empty."""
-    codes, values = _coded(table, field, name)
+    codes, values = _coded(table, key, name)
     names = values.cast(pa.string())
     return _in_order(codes, names, pc.array_sort_indices(names))
 
 
-def labels(table: pa.Table, field: str, name: str) -> Coded:
+def labels(table: pa.Table, key: str, name: str) -> Coded:
     """A column of labels, in the order of their values: 2 before 10. Raises ValueError as `keys` does."""
-    codes, values = _coded(table, field, name)
+    codes, values = _coded(table, key, name)
     return _in_order(codes, values.cast(pa.string()), pc.array_sort_indices(values))
 
 
-def numbers(table: pa.Table, field: str, name: str) -> NDArray[np.float64]:
+def numbers(table: pa.Table, key: str, name: str) -> NDArray[np.float64]:
     """A column of finite numbers, or of text that is numbers. Raises ValueError where it is anything else."""
-    found = column(table, field, name)
+    found = column(table, key, name)
     try:
         values = found.cast(pa.float64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ValueError(
-            f"data.partition.{field} names {name!r}, which holds {found.type} that are not all numbers: "
-            "name a column of numbers"
+            f"{key} names {name!r}, which holds {found.type} that are not all numbers: name a column of numbers"
         ) from None
     array: NDArray[np.float64] = pc.fill_null(values, float("nan")).to_numpy()
     if bad := int(np.count_nonzero(~np.isfinite(array))):
         raise ValueError(
-            f"data.partition.{field} names {name!r}, which is null or not finite in {bad} of {table.num_rows} rows: "
+            f"{key} names {name!r}, which is null or not finite in {bad} of {table.num_rows} rows: "
             "fill it in, or leave those rows out of the source"
         )
     return array
@@ -86,7 +86,7 @@ def texts(table: pa.Table, names: tuple[str, ...] | None) -> list[pa.ChunkedArra
         names = tuple(name for name in content_columns(table) if table.schema.field(name).type != pa.bool_())
     found = []
     for name in names:
-        values = column(table, "columns", name)
+        values = column(table, "data.partition.columns", name)
         kind = values.type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             found.append(pc.fill_null(values.cast(pa.large_string()), ""))
@@ -105,13 +105,13 @@ def _said(turns: pa.Array) -> pa.Array:
     return pc.binary_join(pa.LargeListArray.from_arrays(offsets, contents), pa.scalar("\n", pa.large_string()))
 
 
-def _coded(table: pa.Table, field: str, name: str) -> tuple[NDArray[np.int32], pa.Array]:
+def _coded(table: pa.Table, key: str, name: str) -> tuple[NDArray[np.int32], pa.Array]:
     """The number of each row's value, and the values in the order of their first rows."""
-    found = column(table, field, name)
+    found = column(table, key, name)
     if pa.types.is_dictionary(found.type):
         found = found.cast(found.type.value_type)
     if pa.types.is_nested(found.type):
-        raise ValueError(f"data.partition.{field} names {name!r}, which holds {found.type}: name text or numbers")
+        raise ValueError(f"{key} names {name!r}, which holds {found.type}: name text or numbers")
     encoded = found.dictionary_encode().unify_dictionaries()
     if not encoded.num_chunks:
         return np.empty(0, np.int32), pa.array([], found.type)
@@ -122,7 +122,7 @@ def _coded(table: pa.Table, field: str, name: str) -> tuple[NDArray[np.int32], p
     is_empty = np.append(pc.equal(values.cast(pa.string()), "").to_numpy(zero_copy_only=False), True)
     if nameless := int(np.count_nonzero(is_empty[codes])):
         raise ValueError(
-            f"data.partition.{field} names {name!r}, which is null or empty in {nameless} of "
+            f"{key} names {name!r}, which is null or empty in {nameless} of "
             f"{table.num_rows} rows: fill it in, or leave those rows out of the source"
         )
     return codes, values

@@ -35,7 +35,7 @@ class Continuous:
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Raises ValueError if the column is not of finite numbers or all the same, or for more clients than rows."""
-        values = numbers(table, "column", self.column)
+        values = numbers(table, "data.partition.column", self.column)
         return Assignment(sorted_out(values, self.clients, self.strictness, rng), numbered(self.clients))
 
 

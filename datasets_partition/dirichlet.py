@@ -43,7 +43,7 @@ class Dirichlet:
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Raises ValueError if the column has no label in a row, or `min_rows` cannot be had."""
-        found = labels(table, "label", self.label)
+        found = labels(table, "data.partition.label", self.label)
         owners = divided(found, self.clients, self.alpha, self.min_rows, self.balanced, rng)
         return Assignment(*listed(owners, numbered(self.clients)), category=found.texts())
 

@@ -42,7 +42,7 @@ class Distribution:
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Raises ValueError if rows and shares differ in their labels, or a client's shares round to no row."""
-        found = labels(table, "label", self.label)
+        found = labels(table, "data.partition.label", self.label)
         values = found.values.to_pylist()
         if missing := [value for value in values if value not in self.shares]:
             raise ValueError(

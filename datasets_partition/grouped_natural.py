@@ -43,7 +43,7 @@ class GroupedNatural:
         Raises ValueError if the column has no key in a row, or too few keys for the groups, or names that would be
         the same after keys are split.
         """
-        found = keys(table, "key", self.key)
+        found = keys(table, "data.partition.key", self.key)
         if self.max_rows is not None:
             return split(found, self.max_rows)
         group = self._groups(len(found.values))

@@ -41,7 +41,7 @@ class InnerDirichlet:
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Raises ValueError if the column has no label in a row, or there are too few rows."""
-        found = labels(table, "label", self.label)
+        found = labels(table, "data.partition.label", self.label)
         if self.sizes:
             sizes = np.array(self.sizes, dtype=np.int64)
             if sizes.sum() > table.num_rows:

@@ -8,13 +8,26 @@ from pyarrow import fs
 
 def located(location: str) -> tuple[fs.FileSystem, str]:
     """The file system of `location` and the path within it; ValueError for a URI that no file system takes."""
-    if "://" not in location:
+    if is_local(location):
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+    scheme, _, rest = location.partition("://")
+    if ":" in rest.partition("/")[0].rpartition("@")[0]:
+        raise ValueError(
+            f"a location {scheme}://... holds a password, which manifests and messages would repeat: take it out, and "
+            f"put it where that service's tools look for it, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in "
+            f"the environment"
+        )
     try:
         system, path = fs.FileSystem.from_uri(location)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise ValueError(f"{location} is no location that can be read: {str(error).splitlines()[0]}") from None
     return system, path
+
+
+def within(location: str, name: str) -> str:
+    """The location of `name` below the folder `location`; options of a URI (`?endpoint_override=...`) stay its end."""
+    path, question, options = location.partition("?") if not is_local(location) else (location, "", "")
+    return f"{path.rstrip('/')}/{name}{question}{options}"
 
 
 def is_local(location: str) -> bool:

@@ -22,4 +22,4 @@ class Natural:
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Uses no randomness. Raises ValueError if the column is missing, or a value of it is null or empty."""
-        return Assignment(*keys(table, "key", self.key))
+        return Assignment(*keys(table, "data.partition.key", self.key))

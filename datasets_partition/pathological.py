@@ -40,7 +40,7 @@ class Pathological:
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Raises ValueError for too few labels, and for a label with fewer rows than clients that are to have it."""
-        found = labels(table, "label", self.label)
+        found = labels(table, "data.partition.label", self.label)
         enough_rows(self.clients, table.num_rows)
         if self.classes > len(found.values):
             raise ValueError(

@@ -7,8 +7,10 @@ from pathlib import Path
 from pyarrow import fs
 
 from datasets_partition.location import is_local, located
+from datasets_partition.source_files import first_line
 from datasets_partition.store import written_whole
 
+# A folder elsewhere counts once it holds this file, which is copied last.
 MANIFEST = "manifest.json"
 
 
@@ -17,13 +19,21 @@ def node_cache() -> Path:
     return Path(tempfile.gettempdir()) / f"fedpost-{os.getuid()}"
 
 
-def fetch(location: str, folder: Path) -> bool:
-    """Copies the store at `location` to `folder`; False if there is none, or none that is whole."""
+def fetch(location: str, folder: Path, last: str = MANIFEST) -> bool:
+    """Copies the files of the folder at `location` to `folder`; False if there is none, or none that is whole.
+
+    Raises ValueError where the location cannot be read.
+    """
     system, path = located(location)
-    if system.get_file_info(f"{path}/{MANIFEST}").type != fs.FileType.File:
-        return False
-    with written_whole(folder) as scratch:
-        fs.copy_files(path, str(scratch), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
+    try:
+        if system.get_file_info(f"{path}/{last}").type != fs.FileType.File:
+            return False
+        with written_whole(folder) as scratch:
+            for file in system.get_file_info(fs.FileSelector(path)):
+                if file.type == fs.FileType.File:
+                    fs.copy_files(file.path, str(scratch / file.base_name), system, fs.LocalFileSystem())
+    except OSError as error:
+        raise ValueError(f"data.cache cannot be read at {location}: {first_line(error)}") from error
     return True
 
 
@@ -39,22 +49,17 @@ def refuse_unwritable(cache: str) -> None:
         raise ValueError(f"data.cache is {cache}, but {there} {what}: name another folder")
 
 
-def publish(folder: Path, location: str) -> None:
-    """Copies a store to `location` unless it is there; its manifest comes last, and without one a store does not count.
+def publish(folder: Path, location: str, last: str = MANIFEST) -> None:
+    """Copies the files of `folder` to `location` unless they are there; without the file `last` they do not count.
 
     Raises ValueError where the location takes no files.
     """
-    try:
-        _publish(folder, location)
-    except OSError as error:
-        raise ValueError(f"data.cache cannot be written at {location}: {str(error).splitlines()[0]}") from error
-
-
-def _publish(folder: Path, location: str) -> None:
     system, path = located(location)
-    if system.get_file_info(f"{path}/{MANIFEST}").type == fs.FileType.File:
-        return
-    system.create_dir(path, recursive=True)
-    files = sorted((file for file in folder.iterdir() if file.is_file()), key=lambda file: file.name == MANIFEST)
-    for file in files:
-        fs.copy_files(str(file), f"{path}/{file.name}", fs.LocalFileSystem(), system)
+    try:
+        if system.get_file_info(f"{path}/{last}").type == fs.FileType.File:
+            return
+        system.create_dir(path, recursive=True)
+        for file in sorted((file for file in folder.iterdir() if file.is_file()), key=lambda file: file.name == last):
+            fs.copy_files(str(file), f"{path}/{file.name}", fs.LocalFileSystem(), system)
+    except OSError as error:
+        raise ValueError(f"data.cache cannot be written at {location}: {first_line(error)}") from error

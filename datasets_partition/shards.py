@@ -44,7 +44,7 @@ class Shards:
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Raises ValueError if the column has no label in a row, or there are fewer shards than asked for."""
-        found = labels(table, "label", self.label)
+        found = labels(table, "data.partition.label", self.label)
         enough_rows(self.clients, table.num_rows)
         size, there_are, counts = self._cut(table.num_rows)
         order, _ = by_label(found, rng)

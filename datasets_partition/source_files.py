@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from datasets_partition.location import located
+from datasets_partition.location import located, within
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def source_files(location: str, suffixes: tuple[str, ...], key: str = "data.sour
         raise ValueError(
             f"{key} is {location!r}, a folder without a file that ends in {' or '.join(suffixes)}: correct the path"
         )
-    return [SourceFile(system, base + name, f"{location.rstrip('/')}/{name}", name) for name in wanted]
+    return [SourceFile(system, base + name, within(location, name), name) for name in wanted]
 
 
 def fingerprint(files: list[SourceFile]) -> str:

@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from datasets_partition.location import within
+from datasets_partition.remote import fetch, publish
 from datasets_partition.store import SplitName, Store, column, write_arrow, written_whole
 
 # Rows given to the objective at once. Clients whose first rows lie in the same window of as many share a record batch.
@@ -92,16 +94,20 @@ def _mapped(path: Path) -> mmap:
         return mmap(file.fileno(), 0, access=ACCESS_READ)
 
 
-def tokenize(store: Store, key: str, encode: Encode) -> Tokens:
+def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None) -> Tokens:
     """The token columns of all rows of `store`, made by `encode` unless they were made before under the same `key`.
 
     `encode` takes a table of canonical rows and gives one of as many rows and always the same columns, among them
-    `input_ids`, a list, null where a row is to be dropped. Name in `key` all that its result depends on.
+    `input_ids`, a list, null where a row is to be dropped. Name in `key` all that its result depends on. `shared` is
+    the location, if there is one, that the store was copied from: other machines find the columns there too.
     """
-    folder = store.folder / f"tokens-{sha256(key.encode()).hexdigest()[:16]}"
-    if not folder.exists():
+    name = f"tokens-{sha256(key.encode()).hexdigest()[:16]}"
+    folder, there = store.folder / name, within(shared, name) if shared else None
+    if not folder.exists() and not (there and fetch(there, folder, "index.arrow")):
         with written_whole(folder) as scratch:
             _write(store, encode, scratch)
+    if there:
+        publish(folder, there, "index.arrow")
     return Tokens.open(folder)
 
 

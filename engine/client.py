@@ -78,9 +78,9 @@ class ClientActor:
         """The base's index and its bytes: two return values, so that the bytes stay in the store."""
         return read_base(self.federation.model)
 
-    def tokenize(self, store: Path) -> Path:
-        """Makes or finds the store's token columns; returns their folder."""
-        return token_columns(store, self.federation)
+    def tokenize(self, store: Path, shared: str | None) -> Path:
+        """Makes or finds the store's token columns, in `shared` too; returns their folder."""
+        return token_columns(store, self.federation, shared)
 
     def refuse_lost_memory(self) -> None:
         """Raises ValueError if clients remember, and this slot's node does not see the folder where they do."""

@@ -36,11 +36,15 @@ from strategies.types import Aggregate, ServerState, Strategy
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Where a run reads and writes, what is written at its start, and what it does beside the recipe's rounds."""
+    """Where a run reads and writes, what is written at its start, and what it does beside the recipe's rounds.
+
+    `shared` is the location elsewhere that `store` is a copy of, if it is one.
+    """
 
     store: Path
     folder: Path
     files: dict[str, bytes]
+    shared: str | None = None
     resume: bool = False
     baselines: bool = False
 
@@ -72,7 +76,7 @@ class Driver:
         federation, plan = self.federation, self.plan
         yield Preparing("starting slots, reading the base, tokenizing rows")
         self.slots = Slots(federation, plan.folder / "memory")
-        start = self.slots.start(plan.store)
+        start = self.slots.start(plan.store, plan.shared)
         self.store, self.tokens = Store.open(plan.store), Tokens.open(start.tokens)
         self._refuse_empty_clients()
         federation.cohort.sample(self.store.num_training, federation.seed, 0)

@@ -92,8 +92,11 @@ class Slots:
         options = ray.remote(ClientActor).options(num_cpus=0, num_gpus=0, scheduling_strategy=pinned)
         return options.remote(self.federation, self.memory)
 
-    def start(self, store: Path) -> Start:
-        """Reads base and rows beside the driver, then attaches all slots; ValueError if they cannot be had."""
+    def start(self, store: Path, shared: str | None = None) -> Start:
+        """Reads base and rows beside the driver, then attaches all slots; ValueError if they cannot be had.
+
+        `shared` is the location that the store was copied from, if it was: its token columns lie there too.
+        """
         clients = self.federation.clients
         try:
             places = ray.get([actor.place.remote() for actor in self.actors], timeout=START_TIMEOUT_S)
@@ -105,7 +108,7 @@ class Slots:
             ) from None
         reader = self._reader(places)
         self.packed, self.base = reader.load_base.options(num_returns=2).remote()
-        tokens = reader.tokenize.remote(store)
+        tokens = reader.tokenize.remote(store, shared)
         try:
             return self._started(reader, tokens, places)
         except LOST as error:

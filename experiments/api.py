@@ -105,7 +105,14 @@ def build_store(recipe: Recipe, on_step: Callable[[str], None] = lambda step: No
 
     data = recipe.data
     cache = str(Path(data.cache).resolve()) if is_local(data.cache) else data.cache
-    return build(data.source, data.partition, data.splits, recipe.seed, cache, on_step)
+    return build(data.source, data.partition, data.splits, recipe.seed, cache, on_step, data.label)
+
+
+def shared_store(recipe: Recipe, store: Path) -> str | None:
+    """Where else than on this machine a recipe's store lies; None if its cache is a local folder."""
+    from datasets_partition.location import is_local, within
+
+    return None if is_local(recipe.data.cache) else within(recipe.data.cache, store.name)
 
 
 def _drive(
@@ -123,7 +130,7 @@ def _drive(
         ray.cloudpickle.register_pickle_by_value(sys.modules[type(own).__module__])
     # On this node, since it reads and writes this machine's folders.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    plan = RunPlan(store, folder, files, resume=resume, baselines=baselines)
+    plan = RunPlan(store, folder, files, shared_store(recipe, store), resume=resume, baselines=baselines)
     driver: Any = ray.remote(Driver).options(num_cpus=0, scheduling_strategy=here).remote(recipe, plan)
     try:
         for reference in driver.run.remote():

@@ -18,7 +18,7 @@ from datasets_partition import Partitioners, Sources
 from datasets_partition.natural import Natural
 from datasets_partition.splits import Splits
 from engine.settings import Federation
-from experiments.own import put_back, take_out
+from experiments.own import put_back, replaced, take_out
 
 SHIPPED = {"tiny": Path(__file__).parent / "models" / "tiny"}
 RECIPES = Path(__file__).parent / "recipes"
@@ -37,11 +37,15 @@ BY_KIND = (
 
 @dataclass(frozen=True)
 class Data:
-    """Where rows come from, whose they are, which are kept from training, and the folder that caches the stores."""
+    """Where rows come from, whose they are, which are kept from training, and the folder that caches the stores.
+
+    `label` names a column whose values are counted for each client; without it what the partition goes by is counted.
+    """
 
     source: Annotated[Sources, Field(discriminator="kind")]
     partition: Annotated[Partitioners, Field(discriminator="kind")] = field(default_factory=Natural)
     splits: Splits = field(default_factory=Splits)
+    label: str | None = None
     cache: str = "runs/stores"
 
 
@@ -55,7 +59,10 @@ class Recipe(Federation):
         super().__post_init__()
         clients = vars(self.data.partition).get("clients")  # of kinds that are told how many to make
         if clients is not None and self.cohort.size is not None and self.cohort.size > clients:
-            raise ValueError(f"cohort.size is {self.cohort.size:g}, but the partition makes only {clients} clients")
+            raise ValueError(
+                f"cohort.size is {self.cohort.size:g}, but the partition makes only {clients} clients: "
+                f"lower it, or raise data.partition.clients"
+            )
 
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
@@ -96,9 +103,9 @@ def parse_recipe(text: str, changes: list[str] | None = None, origin: str = "the
         raise ValueError(f"{origin} is nested too deeply to be a recipe") from None
     except ValidationError as error:
         raise ValueError("\n".join(f"{origin}: {sentence}" for sentence in _sentences(error.errors()))) from None
-    if "strategy" in own:
-        recipe = replace(recipe, strategy=own.pop("strategy"))
-    return replace(recipe, data=replace(recipe.data, **own)) if own else recipe
+    for place, value in own.items():
+        recipe = replaced(recipe, place, value)
+    return recipe
 
 
 def schema() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import importlib
 import json
 import sys
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,47 +14,67 @@ from strategies.contract import lacks
 if TYPE_CHECKING:
     from experiments.config import Recipe
 
-# Where a recipe takes them: section, key, the method that they must have, and a shipped kind that stands in while the
-# rest of the recipe is checked.
-PLACES = (
-    (("data",), "source", "load", "python_docs"),
-    (("data",), "partition", "assign", "natural"),
-    ((), "strategy", "apply", "fedavg"),
-)
-SHIPPED = ("datasets_partition", "strategies")
+Place = tuple[str, ...]
+# Where a recipe takes them, with the method that they must have, and a shipped kind that stands in while the rest of
+# the recipe is checked.
+PLACES = {
+    ("data", "source"): ("load", "python_docs"),
+    ("data", "partition"): ("assign", "natural"),
+    ("data", "partition", "first"): ("assign", "natural"),
+    ("data", "partition", "then"): ("assign", "natural"),
+    ("strategy",): ("apply", "fedavg"),
+}
+SHIPPED = ("datasets_partition", "strategies", "experiments")
 
 
-def take_out(tree: dict[str, Any]) -> dict[str, Any]:
-    """Replaces own sections of a recipe's tree by shipped ones; returns the objects that they stand for, by key.
+def take_out(tree: dict[str, Any]) -> dict[Place, Any]:
+    """Replaces own sections of a recipe's tree by shipped ones; returns the objects that they stand for, by place.
 
     Raises ValueError if a module or class cannot be had, or does not take the keys.
     """
     own = {}
-    for path, key, method, stand_in in PLACES:
-        section = tree
-        for part in path:
-            section = section.get(part, {})
-            if not isinstance(section, dict):
-                section = {}
-        given = section.get(key)
+    for place, (method, stand_in) in PLACES.items():
+        *above, key = place
+        section: Any = tree
+        for part in above:
+            section = section.get(part) if isinstance(section, dict) else None
+        given = section.get(key) if isinstance(section, dict) else None
         if isinstance(given, dict) and isinstance(given.get("kind"), str) and ":" in given["kind"]:
-            own[key] = _made(".".join((*path, key)), given, method)
+            own[place] = _made(".".join(place), given, method)
             section[key] = {"kind": stand_in}
     return own
 
 
 def put_back(tree: dict[str, Any], recipe: "Recipe") -> None:
     """Writes own objects of a recipe into its tree, under the kind by which they were named."""
-    for key, value in own_parts(recipe).items():
-        section, kind = (tree if key == "strategy" else tree["data"]), type(value)
+    for (*above, key), value in own_parts(recipe).items():
+        section, kind = tree, type(value)
+        for part in above:
+            section = section[part]
         keys = {name: value for name, value in section[key].items() if name != "kind"}
         section[key] = {"kind": f"{kind.__module__}:{kind.__name__}", **keys}
 
 
-def own_parts(recipe: "Recipe") -> dict[str, Any]:
-    """The own objects of a recipe, by key."""
-    parts = {"source": recipe.data.source, "partition": recipe.data.partition, "strategy": recipe.strategy}
-    return {key: value for key, value in parts.items() if type(value).__module__.split(".")[0] not in SHIPPED}
+def own_parts(recipe: "Recipe") -> dict[Place, Any]:
+    """The own objects of a recipe, by place."""
+    own = {}
+    for place in PLACES:
+        value: Any = recipe
+        for part in place:
+            value = getattr(value, part, None) if _is_shipped(value) else None
+        if is_dataclass(value) and not _is_shipped(value):
+            own[place] = value
+    return own
+
+
+def _is_shipped(value: object) -> bool:
+    return type(value).__module__.split(".")[0] in SHIPPED
+
+
+def replaced(section: Any, place: Place, value: Any) -> Any:
+    """A copy of a section of a recipe, with `value` at that place in it."""
+    key, *below = place
+    return replace(section, **{key: replaced(getattr(section, key), tuple(below), value) if below else value})
 
 
 def _made(place: str, given: dict[str, Any], method: str) -> Any:

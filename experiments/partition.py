@@ -16,7 +16,7 @@ from rich.text import Text
 from datasets_partition.stats import Sizes, Skew, TokenLengths
 from datasets_partition.store import Store
 from engine.atomic import write_file
-from experiments.api import build_store
+from experiments.api import build_store, shared_store
 from experiments.config import Recipe, located
 
 LARGEST = 3  # clients that are named
@@ -63,7 +63,8 @@ def _token_lengths(recipe: Recipe, store: Store) -> tuple[TokenLengths | None, s
 
     logging.set_verbosity_error()  # of rows longer than the base's context: train.max_length cuts them
     try:
-        return TokenLengths.of(store, Tokens.open(token_columns(store.folder, located(recipe)))), ""
+        tokens = token_columns(store.folder, located(recipe), shared_store(recipe, store.folder))
+        return TokenLengths.of(store, Tokens.open(tokens)), ""
     except ValueError as error:
         return None, str(error)
 
@@ -80,7 +81,7 @@ def _rows(store: Store, skew: Skew) -> dict[str, str]:
         "Gini coefficient": f"{skew.rows.gini:.2f} (0: all the same, 1: one client has all)",
     }
     if skew.categories is None:
-        said["label divergence"] = "none: the partition goes by no label or topic"
+        said["label divergence"] = "none: the partition goes by no label or topic, and data.label names no column"
     else:
         said["label divergence"] = (
             f"{skew.categories.divergence:.2f} over {len(skew.categories.names):,} categories (0: each client has "

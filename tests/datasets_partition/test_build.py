@@ -127,6 +127,8 @@ def test_held_rows_follow_training_rows_and_the_manifest_counts_them(tmp_path: P
         "splits": repr(Splits(heldout=0.25, unseen=0.34, min_rows=3)),
         "seed": 7,
         "store_version": 3,
+        "label": None,
+        "bytes": {name: (folder / name).stat().st_size for name in ("index.arrow", "rows.parquet")},
         "fedpost": version("fedpost"),
         "rows": 60,
         "clients": 3,
@@ -184,6 +186,36 @@ def test_something_else_in_the_place_of_a_store_is_an_error(tmp_path: Path) -> N
             build(rows(a=4), Natural(), Splits(), 7, str(tmp_path))
     with pytest.raises(ValueError, match="is not the store that belongs there, or is damaged: move or delete it"):
         build(rows(a=4), Natural(), Splits(), 7, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "index.arrow"])
+def test_a_store_with_a_truncated_file_is_an_error(tmp_path: Path, name: str) -> None:
+    folder = build(rows(a=4), Natural(), Splits(), 7, str(tmp_path))
+    (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    with pytest.raises(ValueError, match="or is damaged: move or delete it"):
+        build(rows(a=4), Natural(), Splits(), 7, str(tmp_path))
+
+
+def test_a_label_is_the_category_of_any_partition(tmp_path: Path) -> None:
+    source = rows(a=6, b=6)
+    folders = {
+        label: build(source, Iid(clients=3), Splits(server=0.25), 7, str(tmp_path), label=label)
+        for label in (None, "client")
+    }
+    assert len(set(folders.values())) == 2
+    assert "category" not in Store.open(folders[None]).read_rows(0, "train").column_names
+    store = Store.open(folders["client"])
+    for client in (*range(store.num_clients), store.server):
+        for split in ("train", "heldout"):
+            part = store.read_rows(client, split)
+            assert part["category"].to_pylist() == [prompt[0] for prompt in part["prompt"].to_pylist()]
+
+
+def test_a_label_that_is_missing_is_said(tmp_path: Path) -> None:
+    said = r"^data\.label names 'colour', which the rows do not have: name one of .*client.*, or leave it out$"
+    with pytest.raises(ValueError, match=said):
+        build(rows(a=4), Natural(), Splits(), 7, str(tmp_path), label="colour")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

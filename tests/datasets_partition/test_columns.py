@@ -15,7 +15,12 @@ def test_keys_are_in_the_order_of_their_text_and_labels_of_their_values():
 
 
 def test_text_is_sorted_by_code_points():
-    assert keys(pa.table({"k": ["é", "b", "Z", "a"]}), "key", "k").values.to_pylist() == ["Z", "a", "b", "é"]
+    assert keys(pa.table({"k": ["é", "b", "Z", "a"]}), "data.partition.key", "k").values.to_pylist() == [
+        "Z",
+        "a",
+        "b",
+        "é",
+    ]
 
 
 @pytest.mark.parametrize("read", [keys, labels])
@@ -28,7 +33,7 @@ def test_text_is_sorted_by_code_points():
     ],
 )
 def test_chunks_and_dictionaries_are_read_as_one_column(read, column):
-    codes, names = read(pa.table({"k": column}), "key", "k")
+    codes, names = read(pa.table({"k": column}), "data.partition.key", "k")
     assert names.type == pa.string() and names.to_pylist() == ["a", "b", "c"]
     assert codes.dtype == np.int32 and codes.tolist() == [1, 0, 2, 1]
 
@@ -46,34 +51,34 @@ def test_chunks_and_dictionaries_are_read_as_one_column(read, column):
 )
 def test_rows_without_a_value_are_counted(read, column, nameless):
     with pytest.raises(ValueError, match=rf"'k', which is null or empty in {nameless} of {len(column)} rows: fill it"):
-        read(pa.table({"k": column}), "key", "k")
+        read(pa.table({"k": column}), "data.partition.key", "k")
 
 
 def test_lists_are_no_keys():
     with pytest.raises(ValueError, match=r"data\.partition\.key names 'k', which holds list<.*>: name text or numbers"):
-        keys(pa.table({"k": [[1], [2]]}), "key", "k")
+        keys(pa.table({"k": [[1], [2]]}), "data.partition.key", "k")
 
 
 def test_an_empty_table_has_no_keys():
-    codes, names = keys(pa.table({"k": pa.chunked_array([], pa.string())}), "key", "k")
+    codes, names = keys(pa.table({"k": pa.chunked_array([], pa.string())}), "data.partition.key", "k")
     assert len(codes) == len(names) == 0
 
 
 def test_numbers_may_be_written_as_text():
-    assert numbers(pa.table({"x": ["1", "-2.5", "1e3"]}), "column", "x").tolist() == [1.0, -2.5, 1000.0]
-    assert numbers(pa.table({"x": [1, 2]}), "column", "x").tolist() == [1.0, 2.0]
+    assert numbers(pa.table({"x": ["1", "-2.5", "1e3"]}), "data.partition.column", "x").tolist() == [1.0, -2.5, 1000.0]
+    assert numbers(pa.table({"x": [1, 2]}), "data.partition.column", "x").tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("column", [["1", "two"], [[1], [2]]])
 def test_what_is_no_number_is_refused(column):
     with pytest.raises(ValueError, match=r"data\.partition\.column names 'x', which holds .* not all numbers: name a"):
-        numbers(pa.table({"x": column}), "column", "x")
+        numbers(pa.table({"x": column}), "data.partition.column", "x")
 
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
 def test_what_is_no_finite_number_is_counted(bad):
     with pytest.raises(ValueError, match=r"'x', which is null or not finite in 2 of 3 rows: fill it in, or leave"):
-        numbers(pa.table({"x": [bad, 1.0, bad]}), "column", "x")
+        numbers(pa.table({"x": [bad, 1.0, bad]}), "data.partition.column", "x")
 
 
 TURNS = [[{"role": "user", "content": "hé"}, {"role": "assistant", "content": "b"}], [], None, [{"content": None}]]

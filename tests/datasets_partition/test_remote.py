@@ -1,16 +1,19 @@
-"""Stores at a URI. file:// stands for s3:// and the like: it goes the same way, through pyarrow.fs."""
+"""Stores at a URI: file://, and s3:// on a server that speaks its protocol."""
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from datasets_partition import build as building
 from datasets_partition import remote
 from datasets_partition.build import build
 from datasets_partition.jsonl import Jsonl
+from datasets_partition.location import located, within
 from datasets_partition.natural import Natural
 from datasets_partition.splits import Splits
 from datasets_partition.store import Store
@@ -38,6 +41,70 @@ def test_a_store_at_a_uri_is_made_once_and_fetched_by_other_machines(
     monkeypatch.setattr(building._Made, "of", None)  # building again would fail
     assert build(source, Natural(), Splits(), 7, cache) == first
     assert Store.open(first).read_rows(1, "train") == rows
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of an empty bucket of an object store on loopback, whose keys come from the environment."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.setenv(name, "true")
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = f"?scheme=http&region=us-east-1&allow_bucket_creation=true&endpoint_override={host}:{port}"
+    try:
+        system, _ = located(f"s3://bucket{options}")
+        system.create_dir("bucket")
+        yield f"s3://bucket{options}"
+    finally:
+        server.stop()
+
+
+def test_rows_and_stores_in_an_object_store(
+    source: Jsonl, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    system, path = located(within(bucket, "data"))
+    fs.copy_files(str(tmp_path / "rows.jsonl"), f"{path}/rows.jsonl", destination_filesystem=system)
+    cache, elsewhere = within(bucket, "stores"), Jsonl(path=within(bucket, "data"))
+    first = build(elsewhere, Natural(), Splits(), 7, cache)
+    rows = Store.open(first).read_rows(1, "train")
+    assert rows["completion"].to_pylist()[0].startswith("text ")
+    shutil.rmtree(first)
+    with monkeypatch.context() as patched:
+        patched.setattr(building._Made, "of", None)  # building again would fail
+        assert build(elsewhere, Natural(), Splits(), 7, cache) == first
+    assert Store.open(first).read_rows(1, "train") == rows
+    assert build(source, Natural(), Splits(), 7, cache) != first
+    with pytest.raises(ValueError, match=r"data\.source\.path is .*none.*, where there is no file or folder"):
+        build(Jsonl(path=within(bucket, "none")), Natural(), Splits(), 7, cache)
+
+
+def test_a_server_that_does_not_answer_is_said(source: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.setenv(name, "true")
+    gone = "s3://bucket/stores?scheme=http&region=us-east-1&endpoint_override=127.0.0.1:1"
+    with pytest.raises(ValueError, match=r"data\.cache cannot be read at s3://bucket"):
+        build(source, Natural(), Splits(), 7, gone)
+
+
+def test_a_password_in_a_location_is_refused_and_not_repeated(source: Jsonl) -> None:
+    for cache, rows in (("s3://me:secret@bucket/x", source), ("x", Jsonl(path="s3://me:secret@bucket/rows.jsonl"))):
+        with pytest.raises(ValueError, match="holds a password") as error:
+            build(rows, Natural(), Splits(), 7, cache)
+        assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("location", "below"),
+    [
+        ("runs/stores", "runs/stores/a"),
+        ("what?/stores", "what?/stores/a"),
+        ("s3://bucket/", "s3://bucket/a"),
+        ("s3://bucket/x?region=eu&scheme=http", "s3://bucket/x/a?region=eu&scheme=http"),
+    ],
+)
+def test_options_of_a_uri_stay_its_end(location: str, below: str) -> None:
+    assert within(location, "a") == below
 
 
 def test_a_store_without_a_manifest_does_not_count(source: Jsonl, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import multiprocessing
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,24 @@ def stored(folder: Path, texts: dict[str, list[str]], splits: Splits) -> Store:
     lines = [f'{{"client": "{name}", "text": "{text}"}}\n' for name, mine in texts.items() for text in mine]
     path.write_text("".join(lines))
     return Store.open(build(Jsonl(path=str(path)), Natural(), splits, 7, str(folder / "stores")))
+
+
+def test_columns_in_a_shared_location_are_made_once(tmp_path: Path) -> None:
+    store = stored(tmp_path, {"a": ["a1", "-2", "a3"], "b": ["b1"]}, Splits(heldout=0, unseen=0))
+    shared = (tmp_path / "shared").as_uri()
+    first = tokenize(store, "bytes", encode, shared)
+    files = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "shared" / first.folder.name).iterdir()} == files
+
+    shutil.rmtree(first.folder)
+    again = tokenize(store, "bytes", lambda rows: pytest.fail("made again"), shared)
+    assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == files
+
+    # What a killed copy left there does not count: the index comes last.
+    shutil.rmtree(first.folder)
+    (tmp_path / "shared" / first.folder.name / "index.arrow").unlink()
+    tokenize(store, "bytes", encode, shared)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "shared" / first.folder.name).iterdir()} == files
 
 
 def test_dropped_rows_are_counted_by_client_and_split(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 
 import experiments
+from datasets_partition.store import Store
+from experiments.api import build_store
 from experiments.config import parse_recipe, to_toml
 
 OWN = '''
@@ -73,6 +75,22 @@ def test_own_kinds_are_read_and_written_back(own_folder, small_recipe):
     assert tree["data"]["source"] == {"kind": "own_rules:Alphabet", "letters": "abcdef"}
     assert tree["strategy"] == {"kind": "own_rules:Halved", "lr": 0.5, "weighting": "examples"}
     assert parse_recipe(to_toml(recipe)) == recipe
+
+
+def test_own_kinds_within_a_combined_partition(own_folder, small_recipe):
+    own = '{kind="own_rules:InTurns", clients=2}'
+    recipe = small_recipe(f'data.partition={{kind="combined", first={own}, then={{kind="size_cap", rows=3}}}}')
+    assert recipe.data.partition.first.clients == 2
+    tree = tomllib.loads(to_toml(recipe))
+    assert tree["data"]["partition"]["first"] == {"kind": "own_rules:InTurns", "clients": 2}
+    assert parse_recipe(to_toml(recipe)) == recipe
+    recipe = small_recipe(f'data.partition={{kind="combined", first="natural", then={own}}}')
+    store = Store.open(build_store(recipe))
+    names = store.index["name"].to_pylist()
+    assert {name.rpartition("/")[2] for name in names if name} == {"turn-0", "turn-1"}
+    assert store.manifest["own_code"] != ""
+    with pytest.raises(ValueError, match=r"data\.partition\.then\.kind names 'own_rules:Gone'"):
+        small_recipe('data.partition={kind="combined", first="natural", then={kind="own_rules:Gone"}}')
 
 
 @pytest.mark.parametrize(

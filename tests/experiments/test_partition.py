@@ -57,6 +57,20 @@ def test_steps_then_a_table_then_the_pictures(shown, labelled):
     assert not list(store.glob(".*"))
 
 
+def test_a_label_that_the_partition_does_not_go_by(shown, labelled):
+    dealt = parse_recipe(to_toml(labelled), ['data.partition={ kind = "iid", clients = 5 }'])
+    assert "label divergence    none: the partition goes by no label or topic, and data.label names no column" in shown(
+        dealt
+    )
+    lines = shown(parse_recipe(to_toml(dealt), ["data.label=topic"]))
+    skewed, even = (
+        float(next(line for line in said if line.startswith("label divergence")).split()[2])
+        for said in (shown(labelled), lines)
+    )
+    assert 0 < even < skewed / 2
+    assert lines[-2].endswith("categories.png")
+
+
 def test_a_second_look_builds_nothing_and_says_the_same(shown, labelled):
     first, second = shown(labelled), shown(labelled)
     assert second == first[first.index("counting rows ...") :]
