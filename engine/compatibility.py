@@ -9,6 +9,7 @@ from strategies import Strategies
 from strategies.cohort import UniformCohort
 from strategies.fednova import FedNova
 from strategies.local_only import LocalOnly
+from strategies.lora_feddpa import FedDpa
 from strategies.lora_fedex import FedExLora
 from strategies.lora_fedsb import FedSb
 from strategies.lora_fedsvd import FedSvd
@@ -36,6 +37,11 @@ def _adapters(federation: Federation) -> None:
     strategy, peft = federation.strategy, federation.model.peft
     if strategy.needs_lora and peft.kind != "lora":
         raise ValueError(f'{_named(strategy)} works on adapters, but model.peft is "none": use LoRA, or "fedavg"')
+    if isinstance(strategy, FedDpa) and peft.kind == "lora" and peft.r % 2:
+        raise ValueError(
+            f"{_named(strategy)} makes two adapters of half the rank, but model.peft.r is {peft.r}: "
+            f"set it to {peft.r + 1}, and alpha to keep alpha / r"
+        )
     if peft.kind == "lora" and peft.ranks and not strategy.mixed_ranks:
         able = " or ".join(repr(other().kind) for other in get_args(Strategies) if other.mixed_ranks)
         raise ValueError(

@@ -10,6 +10,7 @@ from strategies.fednova import FedNova
 from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from strategies.fedprox import FedProx
 from strategies.local_only import LocalOnly
+from strategies.lora_feddpa import FedDpa
 from strategies.lora_fedex import FedExLora
 from strategies.lora_fedsa import FedSaLora
 from strategies.lora_fedsb import FedSb
@@ -49,6 +50,7 @@ Strategies = (
     | Ditto
     | FfaLora
     | FedSaLora
+    | FedDpa
     | RoLora
     | Flora
     | FlexLora

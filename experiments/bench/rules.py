@@ -69,5 +69,6 @@ RULES = (
     Rule("rfa", ("strategy.kind=rfa",), "its defaults, and nobody lies"),
     Rule("local", ("strategy=local",), "what counts is its personal loss"),
     Rule("fedsa", ("strategy.kind=fedsa",), "what counts is its personal loss"),
+    Rule("feddpa", ("strategy.kind=feddpa",), "what counts is its personal loss; two adapters of half the rank"),
     Rule("ditto", ("strategy.kind=ditto",), "what counts is its personal loss"),
 )

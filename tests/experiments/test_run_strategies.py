@@ -20,6 +20,7 @@ CASES = {
     "fedsa, compressed": ["strategy=fedsa", "transforms=[{kind='topk', share=0.25}, {kind='int8'}]"],
     "diloco": ["strategy=diloco", "train.state=keep", "train.over_rounds={kind='cosine', end=0.1}"],
     "ditto": ["strategy=ditto", "train.accumulate=2", "train.batch=2"],
+    "feddpa": ["strategy=feddpa"],
     "rfa": ["strategy=rfa"],
     "hetlora": ["strategy=hetlora", RANKS],
     "fedex": ["strategy=fedex"],
