@@ -16,10 +16,15 @@ STATE, FACTS = "state.safetensors", "facts.json"
 
 @dataclass(frozen=True)
 class Saved:
-    """What a resumed run starts from: the strategy's state, and the seconds that the run had taken."""
+    """What a resumed run starts from: the strategy's state, the seconds that the run had taken, and what privacy needs.
+
+    `clip` is the next round's clipping norm, `aborts` how many rounds of secure aggregation had no result.
+    """
 
     state: ServerState
     wall_s: float
+    clip: float = 0.0
+    aborts: int = 0
 
 
 def save_checkpoint(folder: Path, saved: Saved, keep: int) -> None:
@@ -30,7 +35,7 @@ def save_checkpoint(folder: Path, saved: Saved, keep: int) -> None:
     tensors = {"params": state.params} | {f"moments.{name}": moment for name, moment in state.moments.items()}
     if state.residual is not None:
         tensors["residual"] = state.residual
-    facts = {"round": state.round, "wall_s": saved.wall_s}
+    facts = {"round": state.round, "wall_s": saved.wall_s, "clip": saved.clip, "aborts": saved.aborts}
     write_folder(folder / f"{state.round:05d}", {STATE: save(tensors), FACTS: json.dumps(facts).encode()})
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -46,7 +51,8 @@ def load_checkpoint(folder: Path, last: int | None = None) -> Saved | None:
         facts = json.loads((found[-1] / FACTS).read_text(encoding="utf-8"))
         params, residual = tensors.pop("params"), tensors.pop("residual", None)
         moments = {name.removeprefix("moments."): tensor for name, tensor in tensors.items()}
-        return Saved(ServerState(int(facts["round"]), params, moments, residual), float(facts["wall_s"]))
+        state = ServerState(int(facts["round"]), params, moments, residual)
+        return Saved(state, float(facts["wall_s"]), float(facts["clip"]), int(facts["aborts"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"the checkpoint {found[-1]} cannot be read ({error}): remove that folder to resume from the one before"

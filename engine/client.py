@@ -1,6 +1,8 @@
 """ClientActor: a slot that becomes one client after another on a base that it shares with its neighbours."""
 
 import logging
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +22,35 @@ from engine.model import PackedBase, Trainable, load_tokenizer, map_base, read_b
 from engine.objectives.sft import Sft
 from engine.optimizers import reset
 from engine.rebase import merged_weights, use_weights
+from engine.ring import ring_vector
 from engine.rows import Parts, find_tokens, receive_tokens, token_columns
+from engine.secure import Opening, SecureClients, roster
 from engine.settings import Federation, Lora
 from engine.shared_memory import protect, release
 from engine.sums import ExactSum, NonFiniteUpdate, PartialSum, finite_bound
 from engine.train import LocalTrainer
-from engine.wire import WireBroadcast, borrow, from_wire, update_to_wire
+from engine.wire import Report, WireBroadcast, borrow, from_wire, update_to_wire
+from strategies.dp_central import CentralPlan
 from strategies.layout import Layout
+from strategies.secagg.messages import (
+    Agreement,
+    Inbox,
+    KeyList,
+    Keys,
+    MaskedSum,
+    Shares,
+    Survivors,
+    Unmasking,
+    UnmaskRequest,
+)
+from strategies.secagg.ring import Sums
 from strategies.seeds import rng, torch_seed
 from strategies.transforms import bits, encode
 from strategies.types import Broadcast, Memory, Update
 
 BASELINE = -2  # the client number under which baselines draw their batches
 FLOAT_BYTES = 4
+DOWN, UP = "protocol_bytes_down", "protocol_bytes_up"
 
 
 @dataclass(frozen=True)
@@ -41,15 +59,6 @@ class Place:
 
     node_id: str
     gpu: str | None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of one client in a round: its metrics, or why its update could not be used."""
-
-    client: int
-    metrics: dict[str, float]
-    failed: str | None = None
 
 
 class ClientActor:
@@ -63,6 +72,7 @@ class ClientActor:
         self.federation = federation
         self.memory = ClientMemory(memory)
         self.sum = ExactSum()
+        self.secure = SecureClients()
         self.merged: np.ndarray | None = None
         self.device = torch.device("cuda" if federation.clients.num_gpus > 0 and torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
@@ -120,32 +130,69 @@ class ClientActor:
 
     def run(self, chunk: list[int], wire: WireBroadcast) -> list[Report]:
         """Trains the chunk's clients one after another and adds their updates to this slot's sum."""
-        return [self._client(client, wire)[0] for client in chunk]
+        return [self._client(client, wire, self.sum.add)[0] for client in chunk]
 
     def run_each(self, chunk: list[int], wire: WireBroadcast) -> Any:
         """As `run`, and gives each client's update beside the reports, None where it could not be used."""
-        reports, updates = zip(*(self._client(client, wire) for client in chunk), strict=True)
+        # Its values may be a liar's, however large: rules that read each are there to survive them.
+        reports, updates = zip(*(self._client(client, wire, finite_bound) for client in chunk), strict=True)
         return list(reports), *(update and update_to_wire(update) for update in updates)
 
-    def _client(self, client: int, wire: WireBroadcast) -> tuple[Report, Update | None]:
+    def open(self, opening: Opening, authority: bytes) -> list[Keys]:
+        """First trip of secure aggregation; see SecureClients."""
+        return self.secure.open(opening, authority)
+
+    def shares(self, listed: KeyList) -> list[Shares]:
+        """Second trip."""
+        return self.secure.shares(listed)
+
+    def masked(self, inboxes: Mapping[int, Inbox], wire: WireBroadcast) -> tuple[list[Report], MaskedSum]:
+        """Third trip: trains the clients and gives the masked sum of their vectors; the reports tell no figures."""
+
+        def train(client: int, sums: Sums) -> tuple[Report, np.ndarray | None]:
+            report, update = self._client(client, wire, finite_bound)
+            report = replace(report, metrics={DOWN: report.metrics[DOWN]})
+            return report, None if update is None else ring_vector(update, sums, wire, self.federation)
+
+        return self.secure.masked(inboxes, train)
+
+    def agree(self, survivors: Survivors) -> list[Agreement]:
+        """The active profile's trip: who survived, signed."""
+        return self.secure.agree(survivors)
+
+    def unmask(self, requests: Mapping[int, UnmaskRequest]) -> list[Unmasking]:
+        """Last trip: shares."""
+        return self.secure.unmask(requests)
+
+    def roster(self, cohort: tuple[int, ...], authority: bytes) -> dict[int, bytes]:
+        """The public identity keys of the cohort."""
+        return roster(authority, cohort)
+
+    def _client(
+        self, client: int, wire: WireBroadcast, take: Callable[[Update], object]
+    ) -> tuple[Report, Update | None]:
+        """Trains a client; `take` is given its update before it is remembered, and may refuse it (NonFiniteUpdate)."""
+        began = time.monotonic()
         federation, rows = self.federation, self.tokens.rows(client, "train")
         got, memory = self._received(client, wire), self._remembered(client, wire.round)
         update, after = self.trainer.update(client, rows, rows.num_rows / self.largest, got, memory, federation)
         update, squeezed = encode(federation.transforms, update, got, memory)
+        if isinstance(wire.dp, CentralPlan):
+            update = wire.dp.encode(update, wire.clip)
         down, up = federation.strategy.floats(got)
         # Transforms shorten the update alone, and not what the rule sends beside it.
         beside = max(0, up - got.params.numel())
         sent = bits(federation.transforms, up - beside) / 8 + beside * FLOAT_BYTES
-        traffic = {"protocol_bytes_down": down * FLOAT_BYTES, "protocol_bytes_up": sent}
+        traffic = {DOWN: down * FLOAT_BYTES, UP: sent}
         update = replace(update, metrics=update.metrics | traffic)
         after |= squeezed
+        deadline = federation.clients.availability.deadline_s
+        if deadline is not None and time.monotonic() - began > deadline:
+            return Report(client, traffic, late=True), None
         try:
             if not all(tensor.isfinite().all() for tensor in after.values()):
                 raise NonFiniteUpdate("what it would remember holds NaN or infinity")
-            if federation.strategy.reads == "sum":
-                self.sum.add(update)
-            else:  # its values may be a liar's, however large: such rules are there to survive them
-                finite_bound(update)
+            take(update)
         except NonFiniteUpdate as error:
             return Report(client, traffic, failed=str(error)), None
         if federation.remembers:

@@ -2,36 +2,29 @@
 
 import errno
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import ray
 import torch
 from ray.exceptions import RayTaskError
 
 from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
 from engine.atomic import write_file, write_folder
-from engine.batches import steps_of
 from engine.checkpoint import Saved, load_checkpoint, save_checkpoint
-from engine.client import Report
-from engine.events import Evaluated, Event, Finished, Preparing, RoundDone, Sample, Started
-from engine.metrics import Ledger, Metrics, read_log
+from engine.events import Evaluated, Event, Finished, Preparing, Sample, Started
+from engine.metrics import Ledger, Metrics, loss_table, read_log
+from engine.rounds import Rounds, few
 from engine.runcard import model_card
-from engine.scores import FLOAT_BYTES, Scores
+from engine.scores import Scores
 from engine.settings import Federation
 from engine.slots import Slots
-from engine.sums import merge
-from engine.wire import to_wire, update_from_wire
+from engine.wire import to_wire
 from strategies.layout import Layout
-from strategies.transforms import decode
-from strategies.types import Aggregate, ServerState, Strategy
+from strategies.types import ServerState, Strategy
 
 
 @dataclass(frozen=True)
@@ -89,14 +82,18 @@ class Driver:
             raise ValueError(
                 f"the checkpoint holds {len(state.params)} parameters, the recipe's model has {start.layout.size}"
             )
+        self.metrics = Metrics(plan.folder / "metrics", wall_s)
+        self.ledger = Ledger(plan.folder / "ledger", federation.privacy.secagg.mode)
+        self.rounds = Rounds(
+            federation, self.slots, self.store, self.tokens, start.layout, plan.folder, self.metrics, self.ledger
+        )
+        notes = self.rounds.prepare(saved)
         for name, content in plan.files.items():
             plan.folder.mkdir(parents=True, exist_ok=True)
             write_file(plan.folder / name, content)
         if federation.remembers:
             (plan.folder / "memory").mkdir(exist_ok=True)
             self.slots.refuse_lost_memory()
-        self.metrics = Metrics(plan.folder / "metrics", wall_s)
-        self.ledger = Ledger(plan.folder / "ledger")
         for log in (self.metrics, self.ledger):
             log.forget_after(state.round if saved else -1)
         self.scores = Scores(federation, self.slots, self.store, self.tokens, self.metrics, self.ledger)
@@ -105,7 +102,9 @@ class Driver:
         resumed = saved.state.round if saved else None
         asked = federation.clients.slots
         parameters, on_cpu = start.layout.size, start.without_gpu
-        yield Started(start.slots, asked, training, unseen, dropped, parameters, start.base_bytes, on_cpu, resumed)
+        yield Started(
+            start.slots, asked, training, unseen, dropped, parameters, start.base_bytes, on_cpu, resumed, notes
+        )
 
         if saved is None:
             yield self._evaluate(state)
@@ -113,7 +112,7 @@ class Driver:
         elif state.residual is not None:
             self.slots.rebase(state.residual.numpy())
         while state.round < federation.rounds:
-            state, done = self._round(state)
+            state, done = self.rounds.play(state)
             yield done
             last = state.round == federation.rounds
             if last or (federation.evaluate.every and state.round % federation.evaluate.every == 0):
@@ -124,83 +123,14 @@ class Driver:
             self._flush(state)
             if last or state.round % federation.checkpoint.every == 0:
                 kept = federation.checkpoint.keep
-                save_checkpoint(plan.folder / "checkpoints", Saved(state, self.metrics.wall_s), kept)
+                reached = self.rounds.saved(state, self.metrics.wall_s)
+                save_checkpoint(plan.folder / "checkpoints", reached, kept)
         yield self._finish(initial, state)
         self.slots.stop()
-
-    def _round(self, state: ServerState) -> tuple[ServerState, RoundDone]:
-        federation, round_ = self.federation, state.round + 1
-        began = time.monotonic()
-        cohort = federation.cohort.sample(self.store.num_training, federation.seed, state.round)
-        wire = to_wire(self.strategy.broadcast(state), self._oldest(state.round))
-        reports, partials, each = self.slots.train(cohort, self._steps(cohort), ray.put(wire))
-        self._refuse_failures(reports, round_)
-        trained = time.monotonic()
-        if not len(cohort):  # a Poisson cohort may be empty: nobody moves the model
-            state = replace(state, round=round_)
-        else:
-            state = self._applied(state, merge(partials) if self.strategy.reads == "sum" else self._listed(each))
-        ended = time.monotonic()
-        seconds = ended - began
-
-        good = [report for report in reports if report.failed is None]
-        failed = {self.store.name(r.client): r.failed for r in reports if r.failed is not None}
-        for report in good:
-            self.metrics.add(round_, "train", self.store.name(report.client), **report.metrics)
-        tokens = sum(report.metrics["tokens"] for report in good)
-        learnt = sum(report.metrics["learnt"] for report in good)
-        summed = sum(report.metrics["loss"] * report.metrics["learnt"] for report in good)
-        loss = summed / learnt if learnt else math.nan
-        self.metrics.add(round_, "train", None, loss=loss, tokens=tokens)
-        vectors = [wire.params, *wire.extras.values()]
-        down = round(sum(report.metrics["protocol_bytes_down"] for report in reports))
-        up = round(sum(report.metrics["protocol_bytes_up"] for report in reports))
-        moved = sum(vector.nbytes for vector in vectors) + len(each) * wire.params.nbytes
-        moved += sum(vector.nbytes for partial in partials for vector in partial.vectors.values())
-        self.metrics.add(
-            round_,
-            "engine",
-            None,
-            round_s=seconds,
-            apply_s=ended - trained,
-            tokens_per_s=tokens / seconds,
-            clients=len(good),
-            failed=len(failed),
-            protocol_bytes_down=down,
-            protocol_bytes_up=up,
-            store_bytes=moved,
-        )
-        self.ledger.received(round_, "client", "sum", len(reports) if down else 0, down)
-        self.ledger.received(round_, "server", "update", len(reports) if up else 0, up)
-        figures = sum(not name.startswith("protocol_") for report in good for name in report.metrics)
-        self.ledger.received(round_, "server", "metric", figures, figures * FLOAT_BYTES)
-        return state, RoundDone(round_, loss, seconds, tokens / seconds, len(good), failed)
 
     def _known(self, state: ServerState, layout: Layout) -> ServerState:
         """The state with what no checkpoint holds, since it never changes."""
         return replace(state, layout=layout, seed=self.federation.seed, population=self.store.num_training)
-
-    def _listed(self, each: dict[int, Any]) -> Aggregate:
-        """The single updates in the order of clients, mapped from the object store; nobody has added them up."""
-        found = [ray.get(each[client]) for client in sorted(each)]
-        updates = tuple(update_from_wire(update) for update in found if update is not None)
-        if not updates:
-            raise ValueError("no client of the cohort gave an update, so there is nothing to choose from")
-        nothing = torch.zeros_like(updates[0].delta)
-        return Aggregate(sum(update.weight for update in updates), nothing, {}, len(updates), updates)
-
-    def _applied(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """The next state: what clients did to their updates is undone in reverse, then the rule is applied."""
-        aggregate, state = decode(self.federation.transforms, aggregate, state)
-        after = self.strategy.apply(state, aggregate)
-        if after.residual is not state.residual:
-            self.slots.rebase(None if after.residual is None else after.residual.numpy())
-        return after
-
-    def _oldest(self, round_: int) -> int:
-        """The round of the oldest checkpoint that a run could be resumed from after this one."""
-        every, keep = self.federation.checkpoint.every, self.federation.checkpoint.keep
-        return max(0, (round_ // every - keep) * every)
 
     def _evaluate(self, state: ServerState) -> Evaluated:
         began = time.monotonic()
@@ -225,7 +155,7 @@ class Driver:
             self.slots.rebase(None)
         federation, clients = self.federation, self.store.num_training
         cohorts = [federation.cohort.sample(clients, federation.seed, past) for past in range(federation.rounds)]
-        total = int(sum(self._steps(cohort).sum() for cohort in cohorts))
+        total = int(sum(self.rounds.steps(cohort).sum() for cohort in cohorts))
         # The remainder goes to some clients, one step each; where there are fewer steps than clients, all take one.
         each = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
         start, round_ = initial.params.numpy(), state.round
@@ -233,10 +163,6 @@ class Driver:
         yield Evaluated(round_, self.scores.centralised(start, round_, total), "centralised")
         if state.residual is not None:
             self.slots.rebase(state.residual.numpy())
-
-    def _steps(self, clients: np.ndarray) -> np.ndarray:
-        """How many steps each of the clients takes in a round."""
-        return np.array([steps_of(int(rows), self.federation.train) for rows in self.tokens.counts("train")[clients]])
 
     def _finish(self, initial: ServerState, state: ServerState) -> Finished:
         folder = self.plan.folder
@@ -261,33 +187,6 @@ class Driver:
         if empty:
             raise ValueError(
                 f"{len(empty)} clients have no training row left after the cut to train.max_length = "
-                f"{self.federation.train.max_length}, which takes their whole completions: {_few(empty)}; "
+                f"{self.federation.train.max_length}, which takes their whole completions: {few(empty)}; "
                 f"raise train.max_length, or drop small clients with data.splits.min_rows"
             )
-
-    def _refuse_failures(self, reports: list[Report], round_: int) -> None:
-        failed = [report for report in reports if report.failed is not None]
-        if len(failed) > self.federation.clients.max_failed * len(reports):
-            names = [self.store.name(report.client) for report in failed]
-            raise ValueError(
-                f"{len(failed)} of {len(reports)} clients of round {round_} gave no usable update, more than "
-                f"clients.max_failed = {self.federation.clients.max_failed:g} allows: {_few(names)}: "
-                f"{failed[0].failed}; lower train.optimizer.lr, or raise clients.max_failed"
-            )
-
-
-def loss_table(metrics: pa.Table, last: int) -> dict[str, dict[str, float]]:
-    """Aggregate losses by column (round 0, end, baselines) and split, from a run's metrics."""
-    columns = {("loss", 0): "round 0", ("loss_local_only", last): "local only"}
-    columns |= {("loss_centralised", last): "centralised", ("loss", last): "end"}
-    columns |= {("loss_personal", last): "personal", ("loss_finetuned", last): "fine-tuned"}
-    table: dict[str, dict[str, float]] = {}
-    for row in metrics.to_pylist():
-        column = columns.get((row["name"], row["round"]))
-        if column and row["client"] is None and row["split"] in ("heldout", "unseen", "server"):
-            table.setdefault(column, {})[row["split"]] = row["value"]
-    return table
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")

@@ -13,7 +13,7 @@ class Preparing:
 
 @dataclass(frozen=True)
 class Started:
-    """All is in place.
+    """All is in place; `notes` are what the user should know beforehand, such as of a large delta.
 
     `without_gpu` slots were to have a GPU, but torch sees none there, and they run on the CPU. `resumed` is the round
     that a resumed run goes on from, or None.
@@ -28,11 +28,16 @@ class Started:
     base_bytes: int
     without_gpu: int
     resumed: int | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RoundDone:
-    """A round has ended: mean training loss, seconds, tokens per second, and who gave no usable update."""
+    """A round has ended: mean training loss, seconds, tokens per second, and who gave no usable update.
+
+    `dropped` clients came too late or not at all. `aborted` says why there is no sum, and the model stays as it was.
+    `epsilon` is what all noisy rounds so far have cost, with all that it rests on.
+    """
 
     round: int
     loss: float
@@ -40,6 +45,9 @@ class RoundDone:
     tokens_per_s: float
     clients: int
     failed: dict[str, str]
+    dropped: int = 0
+    aborted: str | None = None
+    epsilon: str | None = None
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,10 @@ class ClientMemory:
         for number in sorted(needed)[:-1]:
             self._path(client, number).unlink(missing_ok=True)
 
+    def forget(self, client: int, round_: int) -> None:
+        """Removes what the client knew after `round_`, which came to nothing."""
+        self._path(client, round_).unlink(missing_ok=True)
+
     def _rounds(self, client: int) -> list[int]:
         return [int(path.stem) for path in self._path(client, 0).parent.glob("[0-9]*.safetensors")]
 

@@ -26,6 +26,7 @@ LEDGER = pa.schema(
         ("kind", pa.string()),
         ("count", pa.int64()),
         ("bytes", pa.int64()),
+        ("mode", pa.string()),
     ]
 )
 
@@ -73,14 +74,16 @@ class Metrics(RoundLog):
 
 
 class Ledger(RoundLog):
-    """Who received what in the simulated protocol: round, party, kind, count, bytes."""
+    """Who received what in the simulated protocol: round, party, kind, count, bytes, and secure aggregation's mode."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, mode: str = "off") -> None:
         super().__init__(folder, LEDGER)
+        self.mode = mode
 
     def received(self, round_: int, party: str, kind: str, count: int, nbytes: int) -> None:
         """`party` received `count` messages of one kind, `nbytes` bytes together."""
-        self.rows.append({"round": round_, "party": party, "kind": kind, "count": count, "bytes": nbytes})
+        row = {"round": round_, "party": party, "kind": kind, "count": count, "bytes": nbytes}
+        self.rows.append(row | {"mode": self.mode})
 
 
 def _round(path: Path) -> int:
@@ -93,3 +96,16 @@ def read_log(folder: Path) -> pa.Table:
     if not paths:
         raise ValueError(f"{folder} holds no rounds yet")
     return pa.concat_tables([pq.read_table(path) for path in paths])
+
+
+def loss_table(metrics: pa.Table, last: int) -> dict[str, dict[str, float]]:
+    """Aggregate losses by column (round 0, end, baselines) and split, from a run's metrics."""
+    columns = {("loss", 0): "round 0", ("loss_local_only", last): "local only"}
+    columns |= {("loss_centralised", last): "centralised", ("loss", last): "end"}
+    columns |= {("loss_personal", last): "personal", ("loss_finetuned", last): "fine-tuned"}
+    table: dict[str, dict[str, float]] = {}
+    for row in metrics.to_pylist():
+        column = columns.get((row["name"], row["round"]))
+        if column and row["client"] is None and row["split"] in ("heldout", "unseen", "server"):
+            table.setdefault(column, {})[row["split"]] = row["value"]
+    return table

@@ -61,7 +61,7 @@ class Scores:
         found = self.slots.map(clients, rows, lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit))
         if not found:
             return {}
-        self.ledger.received(round_, "server", "metric", len(found), len(found) * FLOAT_BYTES)
+        self._told(round_, len(found))
         return {"heldout": self._note(found, round_, "heldout", "loss_personal", per_client=True)}
 
     @cached_property
@@ -89,8 +89,13 @@ class Scores:
                 losses[split] = self._note(found, round_, split, name, per_client=per_client)
                 if per_client and split != "server":  # a baseline is no part of the federation's protocol
                     self.ledger.received(round_, "client", "sum", len(clients), len(clients) * params_P.nbytes)
-                    self.ledger.received(round_, "server", "metric", len(clients), len(clients) * FLOAT_BYTES)
+                    self._told(round_, len(clients))
         return losses
+
+    def _told(self, round_: int, clients: int) -> None:
+        """Clients tell the server their losses; under secure aggregation they do not, and the simulator alone knows."""
+        if not self.federation.privacy.secure:
+            self.ledger.received(round_, "server", "metric", clients, clients * FLOAT_BYTES)
 
     def _judge(self, clients: np.ndarray, rows: np.ndarray, shared: Reference, limit: int) -> list[ClientLoss]:
         return self.slots.map(clients, rows, lambda actor, chunk: actor.evaluate.remote(chunk, shared, limit))

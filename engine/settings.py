@@ -1,5 +1,6 @@
 """The engine's sections of a recipe: plain values with defaults, importable without ray, transformers or peft."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Annotated, Literal
@@ -7,11 +8,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from engine.compatibility import check_together
+from engine.privacy import Privacy, check_privacy
 from engine.train_settings import Train, at_least, below_one
 from strategies import Cohorts, Strategies, Transforms
 from strategies.cohort import UniformCohort
 from strategies.fedavg import FedAvg
+from strategies.secagg.protocol import Phase
 from strategies.seeds import rng
+
+LEAVES: tuple[Phase, ...] = ("keys", "shares", "masked input")
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,27 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Availability:
+    """Clients that drop out on purpose: the share `dropout` of a cohort, and who trains longer than `deadline_s`.
+
+    Who drops out is drawn by the seed; under secure aggregation it leaves before it offers keys, shares or its vector.
+    """
+
+    dropout: float = 0.0
+    deadline_s: float | None = None
+
+    def __post_init__(self) -> None:
+        below_one("clients.availability", dropout=self.dropout)
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ValueError(f"clients.availability.deadline_s must be above 0, not {self.deadline_s}")
+
+    def gone(self, cohort: Iterable[int], seed: int, round_: int) -> dict[int, Phase]:
+        """Who of the cohort drops out, and before which of its answers."""
+        drawn = {int(client): rng(seed, round_, int(client), "availability") for client in cohort}
+        return {client: LEAVES[draw.integers(3)] for client, draw in drawn.items() if draw.random() < self.dropout}
+
+
+@dataclass(frozen=True)
 class Clients:
     """The slots that host clients: how many, and what each takes of Ray's resources; 0.25 of a GPU puts four on one.
 
@@ -95,6 +121,7 @@ class Clients:
     num_gpus: float = 0.0
     threads: int = 1
     max_failed: float = 0.2
+    availability: Availability = field(default_factory=Availability)
 
     def __post_init__(self) -> None:
         at_least("clients", 1, slots=None if self.slots == "auto" else self.slots, threads=self.threads)
@@ -103,28 +130,6 @@ class Clients:
             raise ValueError("clients.num_cpus and clients.num_gpus are both 0, but a slot needs something to run on")
         if self.num_gpus > 1 and self.num_gpus % 1:
             raise ValueError(f"clients.num_gpus is {self.num_gpus:g}: give a fraction of one GPU, or whole GPUs")
-
-
-@dataclass(frozen=True)
-class SecAgg:
-    """Secure aggregation: "off", the server's protocol partners send plain updates."""
-
-    mode: Literal["off"] = "off"
-
-
-@dataclass(frozen=True)
-class Dp:
-    """Differential privacy: "none"."""
-
-    kind: Literal["none"] = "none"
-
-
-@dataclass(frozen=True)
-class Privacy:
-    """What the server may not see."""
-
-    secagg: SecAgg = field(default_factory=SecAgg)
-    dp: Dp = field(default_factory=Dp)
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,7 @@ class Federation:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"name becomes a folder's name: not empty, no '/', no leading '.', not {self.name!r}")
         check_together(self)
+        check_privacy(self)
         at_least("recipe", 1, rounds=self.rounds)
         at_least("recipe", 0, seed=self.seed)
 

@@ -13,11 +13,12 @@ import ray
 from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.client import ClientActor, Place, Report
+from engine.client import ClientActor, Place
 from engine.holder import start_holder
 from engine.rows import Parts, put_tokens
 from engine.settings import Clients, Federation
 from engine.sums import PartialSum
+from engine.wire import Report
 from strategies.layout import Layout
 
 Reference = Any  # ray.ObjectRef, whose calls on an untyped actor handle the checker cannot follow
@@ -152,7 +153,7 @@ class Slots:
             try:
                 ray.get(self._rebase(actor))
             except LOST as error:
-                self._replace(slot, error)
+                self.replace(slot, error)
 
     def _rebase(self, actor: Any) -> Reference:
         if self.residual is None:
@@ -197,7 +198,7 @@ class Slots:
                     reports |= {report.client: report for report in results}
                 except LOST as error:
                     lost += [report.client for report in results]
-                    self._replace(slot, error)
+                    self.replace(slot, error)
             todo = np.array(lost, dtype=clients.dtype)
         return [reports[client] for client in sorted(reports)], partials, each
 
@@ -216,7 +217,7 @@ class Slots:
             try:
                 return ray.get(call(self.actors[0]))
             except LOST as error:
-                self._replace(0, error)
+                self.replace(0, error)
 
     def _map(
         self, clients: np.ndarray, costs: np.ndarray, call: Callable[[Any, list[int]], Reference]
@@ -243,11 +244,11 @@ class Slots:
                 for earlier in chunks.pop(slot, []):
                     queue.extend(earlier)
                 done.pop(slot, None)
-                self._replace(slot, error)
+                self.replace(slot, error)
             idle.append(slot)
         return done
 
-    def _replace(self, slot: int, error: Exception) -> None:
+    def replace(self, slot: int, error: Exception) -> None:
         """Puts a new slot into the place of one that `error` tells the death of; ValueError when too many have died."""
         while True:
             self.deaths += 1

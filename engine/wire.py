@@ -6,18 +6,36 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from strategies.dp_central import CentralPlan
+from strategies.dp_distributed import DistributedPlan
+from strategies.dp_example import ExamplePlan
 from strategies.layout import Layout
 from strategies.types import Broadcast, Update
 
 
 @dataclass(frozen=True)
 class WireBroadcast:
-    """A Broadcast as it lies in the object store; clients' memories from before round `oldest` may be forgotten."""
+    """A Broadcast as it lies in the object store; clients' memories from before round `oldest` may be forgotten.
+
+    `dp` says how clients bound what they send and what noise they add, `clip` is the round's clipping norm.
+    """
 
     round: int
     params: np.ndarray
     extras: dict[str, np.ndarray]
     oldest: int = 0
+    dp: CentralPlan | DistributedPlan | ExamplePlan | None = None
+    clip: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of one client in a round: its metrics, why its update could not be used, or that it came too late."""
+
+    client: int
+    metrics: dict[str, float]
+    failed: str | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,10 +49,10 @@ class WireUpdate:
     metrics: dict[str, float]
 
 
-def to_wire(got: Broadcast, oldest: int = 0) -> WireBroadcast:
+def to_wire(got: Broadcast) -> WireBroadcast:
     """The broadcast without torch; shares its memory."""
     extras = {name: extra.numpy() for name, extra in got.extras.items()}
-    return WireBroadcast(got.round, got.params.numpy(), extras, oldest)
+    return WireBroadcast(got.round, got.params.numpy(), extras)
 
 
 def from_wire(wire: WireBroadcast, layout: Layout, seed: int) -> Broadcast:

@@ -32,6 +32,7 @@ BY_KIND = (
     ("cohort",),
     ("train", "optimizer"),
     ("strategy",),
+    ("privacy", "dp"),
 )
 
 

@@ -4,6 +4,7 @@ import textwrap
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -69,20 +70,27 @@ class Screen:
                 f"[yellow]torch sees no GPU in {event.without_gpu} of {slots}, although clients.num_gpus asks for one: "
                 f"they run on the CPU[/yellow]"
             )
+        for note in event.notes:
+            self.console.print(f"[yellow]{escape(note)}[/yellow]")
         if event.resumed is not None:
             self.console.print(f"going on from the checkpoint of round {event.resumed}")
         self.progress.update(self.task, description="round", completed=event.resumed or 0)
 
     def _round(self, event: RoundDone) -> None:
         self.progress.update(self.task, description="round", completed=event.round)
-        loss = f"train loss {event.loss:.3f}" if event.clients else "an empty cohort "
+        loss = f"train loss {event.loss:.3f}" if event.clients else "nobody trained  "
+        dropped = f" ({event.dropped} dropped out)" if event.dropped else ""
         self.console.print(
-            f"round {event.round:>3}/{self.rounds}  {loss}  {event.clients} clients  "
+            f"round {event.round:>3}/{self.rounds}  {loss}  {event.clients} clients{dropped}  "
             f"{event.seconds:5.1f} s  {event.tokens_per_s:,.0f} tokens/s"
         )
+        if event.aborted is not None:
+            self.console.print(f"  [yellow]no sum, the model stays as it was: {escape(event.aborted)}[/yellow]")
         for client, why in event.failed.items():
             self.console.print(f"  [yellow]client {client!r} was left out: {why}[/yellow]")
         if event.round == self.rounds:
+            if event.epsilon is not None:
+                self.console.print(f"privacy: {event.epsilon}")
             self.progress.update(self.task, description="evaluating, exporting")
 
     def _finished(self, event: Finished) -> None:

@@ -33,6 +33,8 @@ def the_client_side_writes_nothing_but_its_gradient(case: Case) -> None:
     same(ends, ends_before, "finish writes into the ends of the personal trainings")
     same(given, given_before, "the client's half writes into the broadcast, its memory or its starts")
     hold((sent.client, sent.metrics) == (4, METRICS), "finish changes whose update it is, or its metrics")
+    found = {name: extra.numel() for name, extra in sent.extras.items()}
+    hold(found == strategy.beside(case.layout), f"finish sends {found} beside the delta, beside says other sums")
 
 
 def a_pack_is_corrected_as_its_clients_one_by_one(case: Case) -> None:

@@ -62,6 +62,10 @@ class FedAvg:
         """No client has a model of its own."""
         return None
 
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """No others."""
+        return {}
+
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """The vector and the extras down, the vector up."""
         return got.params.numel() + sum(extra.numel() for extra in got.extras.values()), got.params.numel()

@@ -7,6 +7,7 @@ import torch
 
 from strategies.fedavg import FedAvg
 from strategies.fedopt import check_decay
+from strategies.layout import Layout
 from strategies.types import Aggregate, Broadcast, Memory, ServerState, Update, Vector
 
 
@@ -39,6 +40,10 @@ class FedNova(FedAvg):
         tau, weight = accumulated(update.metrics["steps"], self.momentum), update.weight
         sums = torch.tensor([weight, weight * tau])
         return replace(update, weight=weight / tau, extras={"weights": sums}), memory
+
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """w and w tau."""
+        return {"weights": 2}
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """As FedAvg, and two numbers up."""

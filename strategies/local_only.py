@@ -55,6 +55,10 @@ class LocalOnly:
         """The client's own vector, once it has one."""
         return memory.get("own")
 
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """No others."""
+        return {}
+
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """Nothing travels: the initial vector was everyone's before the first round."""
         return 0, 0

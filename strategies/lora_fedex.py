@@ -7,7 +7,7 @@ import torch
 
 from strategies.adapters import count, products
 from strategies.fedavg import FedAvg
-from strategies.layout import LORA_A, LORA_B
+from strategies.layout import LORA_A, LORA_B, Layout
 from strategies.types import Aggregate, Broadcast, Memory, ServerState, Update, Vector
 
 
@@ -37,6 +37,10 @@ class FedExLora(FedAvg):
         update, memory = super().finish(update, got, memory, ends)
         product = products(got.params + update.delta, got.layout)
         return replace(update, extras={"product": update.weight * product}), memory
+
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """The products."""
+        return {"product": sum(outputs * inputs for outputs, inputs in layout.product_shapes)}
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """The vector and the last round's residual down, the vector up, from which the server makes the product."""

@@ -65,6 +65,16 @@ class FlexLora(FedAvg):
         extras = {name: update.weight * tensor for name, tensor in seen.items()}
         return replace(update, delta=without(update.delta, got.layout, LORA_A, LORA_B), extras=extras), memory
 
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """The products, or their sketches."""
+        shapes = list(zip(layout.product_shapes, self._sizes(layout), strict=True))
+        if not self.sketch:
+            return {"product": sum(outputs * inputs for (outputs, inputs), _ in shapes)}
+        return {
+            "range": sum(outputs * wide for (outputs, _), (wide, _) in shapes),
+            "core": sum(high * inputs for (_, inputs), (_, high) in shapes),
+        }
+
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """The client's own adapters down; up as well, or the sketches."""
         down = floats_at(got.layout, got.rank)

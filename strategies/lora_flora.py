@@ -48,6 +48,10 @@ class Flora(FedAvg):
         extras = {"product": update.weight * product, "ranks": torch.tensor([float(rank)])}
         return replace(update, delta=without(update.delta, got.layout, LORA_A, LORA_B), extras=extras), memory
 
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """The products, and the ranks."""
+        return {"product": sum(outputs * inputs for outputs, inputs in layout.product_shapes), "ranks": 1}
+
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """The last round's stack down (at first the seed says all), the client's own adapters up."""
         stacked = int(got.extras["ranks"]) if "ranks" in got.extras else 0

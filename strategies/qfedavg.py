@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from strategies.fedavg import FedAvg
+from strategies.layout import Layout
 from strategies.types import Aggregate, Broadcast, Memory, ServerState, Update, Vector
 
 LEAST = 1e-10  # of a loss: F^(q - 1) has no value at 0; about what the authors' released code adds to every loss
@@ -55,6 +56,10 @@ class QFedAvg(FedAvg):
         square = torch.linalg.vector_norm(update.delta, dtype=torch.float64).item() ** 2
         bend = torch.tensor([update.weight * self.q * loss ** (self.q - 1) * lipschitz * square])
         return replace(update, weight=update.weight * loss**self.q, extras={"bend": bend}), memory
+
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """w h / L."""
+        return {"bend": 1}
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """As FedAvg, and one number up."""

@@ -53,6 +53,10 @@ class Scaffold(FedAvg):
         own = memory["c"] + change if "c" in memory else change
         return replace(update, extras={"c": change}), memory | {"c": own}
 
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """The changes of c_k."""
+        return {"c": layout.size}
+
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """Two vectors each way."""
         down, up = super().floats(got)

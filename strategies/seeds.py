@@ -20,6 +20,10 @@ Purpose = Literal[
     "rank",
     "adapters",
     "sketch",
+    "rounding",
+    "rotation",
+    "noise",
+    "availability",
 ]
 
 

@@ -134,6 +134,10 @@ class Strategy(Protocol):
         """The vector (P,) that the client itself would use, from what it remembers; None if that is the global one."""
         ...
 
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """Names and lengths of the sums that clients send beside their delta, as extras of the update."""
+        ...
+
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """How many float32 numbers a real client would receive and send in a round."""
         ...

@@ -1,0 +1,156 @@
+"""What of a round's local work reaches the server: plain updates and figures, or secured sums alone."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+import torch
+
+from engine.client import DOWN, FLOAT_BYTES, UP
+from engine.privacy import SecAgg
+from engine.relay import Message, Relay
+from engine.ring import ring_aggregate, ring_sums
+from engine.settings import Federation, Lora
+from engine.slots import Slots
+from engine.sums import merge
+from engine.wire import Report, WireBroadcast, update_from_wire
+from strategies.dp_distributed import DistributedPlan
+from strategies.layout import Layout
+from strategies.lora_het import HetLora
+from strategies.secagg.protocol import Session
+from strategies.types import Aggregate
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A round's work: reports by client, the aggregate (None: nobody took part, or it was aborted), and figures.
+
+    `figures` are sums over the clients: `nll` in nats, `learnt` and `tokens`. `told`: reports hold each client's own.
+    """
+
+    reports: list[Report] = field(default_factory=list)
+    aggregate: Aggregate | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    messages: list[Message] = field(default_factory=list)
+    dropped: int = 0
+    told: bool = True
+    aborted: str | None = None
+    sessions: int = 0
+    store_bytes: int = 0
+
+    @property
+    def loss(self) -> float:
+        """The mean training loss in nats per token; NaN where there is none."""
+        learnt = self.figures.get("learnt", 0.0)
+        return self.figures["nll"] / learnt if learnt else math.nan
+
+
+class Collector(Protocol):
+    """How a cohort's work is had."""
+
+    def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: WireBroadcast) -> Collected:
+        """Lets `cohort` (N,) train from `wire`; `costs` (N,) say where work is long, in any unit."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainCollector:
+    """Clients send their updates, and the server may look at them: without secure aggregation."""
+
+    federation: Federation
+    slots: Slots
+
+    def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: WireBroadcast) -> Collected:
+        """The simulator adds up where the rule reads sums; the protocol's server would have had each update."""
+        gone = self.federation.clients.availability.gone(cohort, self.federation.seed, wire.round)
+        there = np.array([int(client) not in gone for client in cohort], dtype=bool)
+        reports, partials, each = self.slots.train(cohort[there], costs[there], ray.put(wire))
+        good = [report for report in reports if report.failed is None and not report.late]
+        arrived = [report for report in reports if not report.late]
+        aggregate = None
+        if arrived:
+            aggregate = merge(partials) if self.federation.strategy.reads == "sum" else _listed(each)
+        moved = _bytes(wire) + len(each) * wire.params.nbytes
+        moved += sum(vector.nbytes for partial in partials for vector in partial.vectors.values())
+        figures = {
+            "nll": sum(report.metrics["loss"] * report.metrics["learnt"] for report in good),
+            "learnt": sum(report.metrics["learnt"] for report in good),
+            "tokens": sum(report.metrics["tokens"] for report in good),
+        }
+        down, up = (round(sum(report.metrics[name] for report in of)) for name, of in ((DOWN, reports), (UP, arrived)))
+        told = sum(not name.startswith("protocol_") for report in good for name in report.metrics)
+        messages = [
+            Message("client", "sum", len(reports) if down else 0, down),
+            Message("server", "update", len(arrived) if up else 0, up),
+            Message("server", "metric", told, told * FLOAT_BYTES),
+        ]
+        return Collected(reports, aggregate, figures, messages, len(cohort) - len(arrived), store_bytes=moved)
+
+
+@dataclass(frozen=True)
+class SecureCollector:
+    """The server learns sums and nothing else: see relay.py. `most_tokens` bound what one client trains on."""
+
+    federation: Federation
+    relay: Relay
+    layout: Layout
+    most_tokens: int
+
+    def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: WireBroadcast) -> Collected:
+        """One secured round; aborted where the cohort, or what is left of it, is too small."""
+        federation, secagg = self.federation, self.federation.privacy.secagg
+        assert secagg.mode != "off"
+        if not len(cohort):
+            return Collected(told=False)
+        least = max(secagg.min_contributors, wire.dp.least if isinstance(wire.dp, DistributedPlan) else 0)
+        try:
+            self._refuse_thin(secagg, cohort, least)
+            parameters = secagg.parameters(len(cohort))
+        except ValueError as error:
+            return Collected(told=False, dropped=len(cohort), aborted=str(error))
+        sums = ring_sums(federation, self.layout, wire.dp, wire.clip, len(cohort), self.most_tokens)
+        gone = federation.clients.availability.gone(cohort, federation.seed, wire.round)
+        session = Session(wire.round, 0, parameters, sums, secagg.mode)
+        done = self.relay.play(session, cohort, costs, ray.put(wire), gone, least)
+        down = round(sum(report.metrics[DOWN] for report in done.reports))
+        messages = [Message("client", "sum", len(done.reports) if down else 0, down), *done.messages]
+        moved = _bytes(wire) + done.sessions * self.relay.slots.size * 4 * sums.length
+        count = done.totals.count if done.totals else 0
+        dropped = len(cohort) - count
+        found = Collected(done.reports, None, {}, messages, dropped, False, done.aborted, done.sessions, moved)
+        if done.totals is None:
+            return found
+        aggregate, figures = ring_aggregate(done.totals, federation, self.layout, wire.dp, wire.round)
+        return Collected(**vars(found) | {"aggregate": aggregate, "figures": figures})
+
+    def _refuse_thin(self, secagg: SecAgg, cohort: np.ndarray, least: int) -> None:
+        """ValueError where a sum would be of so few that it tells of one of them."""
+        if len(cohort) < least:
+            raise ValueError(f"the cohort is {len(cohort)} clients, and it takes {least}")
+        peft, rule = self.federation.model.peft, self.federation.strategy
+        if not isinstance(peft, Lora) or not peft.ranks or not isinstance(rule, HetLora):
+            return
+        ranks = [peft.rank_of(int(client), self.federation.seed) or peft.r for client in cohort]
+        for rank in sorted(set(ranks)):
+            given = sum(own >= rank for own in ranks)
+            if given < secagg.min_contributors:
+                raise ValueError(
+                    f"{given} clients of the cohort have rank {rank} or more, and privacy.secagg.min_contributors asks "
+                    f"for {secagg.min_contributors} for each coordinate"
+                )
+
+
+def _listed(each: dict[int, Any]) -> Aggregate:
+    """The single updates in the order of clients, mapped from the object store; nobody has added them up."""
+    found = [ray.get(each[client]) for client in sorted(each)]
+    updates = tuple(update_from_wire(update) for update in found if update is not None)
+    if not updates:
+        raise ValueError("no client of the cohort gave an update, so there is nothing to choose from")
+    nothing = torch.zeros_like(updates[0].delta)
+    return Aggregate(sum(update.weight for update in updates), nothing, {}, len(updates), updates)
+
+
+def _bytes(wire: WireBroadcast) -> int:
+    return sum(vector.nbytes for vector in (wire.params, *wire.extras.values()))

@@ -1,0 +1,171 @@
+"""The privacy section of a recipe: what the server may not see, and what goes with it; importable without ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from engine.train_settings import at_least, below_one
+from strategies.cohort import UniformCohort
+from strategies.dp_adaptive import AdaptiveDp
+from strategies.dp_central import CentralDp
+from strategies.dp_checks import check_dp
+from strategies.dp_distributed import DistributedDp
+from strategies.dp_example import ExampleDp
+from strategies.local_only import LocalOnly
+from strategies.lora_het import HetLora
+from strategies.qfedavg import QFedAvg
+from strategies.secagg.parameters import Parameters, choose
+from strategies.secagg.ring import Sum, Sums
+from strategies.types import NO_LAYOUT
+
+if TYPE_CHECKING:
+    from engine.settings import Federation
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecAgg:
+    """Secure aggregation (SecAgg+): the server learns sums alone. "full" runs it, "ideal" gives its bits without masks.
+
+    Values are integers in a ring of 2^`bits`: coordinates of the update are clipped to +-`bound`, weights to
+    `weight_cap`, and sums beside the update to what `bounds` says of each by name. The graph bears the shares `corrupt`
+    and `dropout` of the cohort, and with `semi_malicious` a server that lies about who dropped out; `neighbours` and
+    `threshold` set k and t by hand. `active` signs keys and survivors, which holds against a server that lies in
+    everything. Coordinates that fewer than `min_contributors` clients give are not summed. A dead slot voids the
+    session, whose clients train again, or counts as their "dropout". More than `max_aborts` rounds without a result end
+    the run.
+    """
+
+    mode: Literal["off", "ideal", "full"] = "off"
+    bound: float = 1.0
+    bounds: dict[str, float] = field(default_factory=dict)
+    weight_cap: float | None = None
+    bits: int = 32
+    corrupt: float = 0.05
+    dropout: float = 0.05
+    semi_malicious: bool = False
+    neighbours: int | None = None
+    threshold: int | None = None
+    active: bool = False
+    min_contributors: int = 2
+    on_slot_death: Literal["void", "dropout"] = "void"
+    max_aborts: int = 3
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range."""
+        below_one("privacy.secagg", corrupt=self.corrupt, dropout=self.dropout)
+        at_least("privacy.secagg", 2, min_contributors=self.min_contributors)
+        at_least("privacy.secagg", 0, max_aborts=self.max_aborts)
+        for name, value in {"bound": self.bound, "weight_cap": self.weight_cap, **self.bounds}.items():
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"privacy.secagg's bounds are numbers above 0, but {name} is {value}")
+
+    def parameters(self, clients: int) -> Parameters:
+        """k and t for a cohort of so many; ValueError where there are none that bear what is asked."""
+        try:
+            if self.neighbours is None:
+                chosen = choose(clients, self.corrupt, self.dropout, self.semi_malicious, self.active)
+                return chosen if self.threshold is None else replace(chosen, threshold=self.threshold)
+            threshold = self.neighbours // 2 + 1 if self.threshold is None else self.threshold
+            return Parameters(clients, self.neighbours, threshold, self.active)
+        except ValueError as error:
+            raise ValueError(f"privacy.secagg: {error}") from None
+
+    def sums(self, sums: tuple[Sum, ...], clients: int) -> Sums:
+        """The sums in the ring; ValueError where it is too small for the cohort."""
+        try:
+            largest = 1.0 if self.weight_cap is None else self.weight_cap
+            return Sums(sums, clients, self.bits, largest_weight=largest)
+        except ValueError as error:
+            raise ValueError(f"privacy.secagg: {error}") from None
+
+
+@dataclass(frozen=True)
+class NoDp:
+    """No differential privacy."""
+
+    kind: Literal["none"] = "none"
+
+
+Dp = NoDp | CentralDp | AdaptiveDp | DistributedDp | ExampleDp
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What the server may not see, and how little the sums may say about one client or one row."""
+
+    secagg: SecAgg = field(default_factory=SecAgg)
+    dp: Annotated[Dp, Field(discriminator="kind")] = field(default_factory=NoDp)
+
+    @property
+    def secure(self) -> bool:
+        """Whether sums go through secure aggregation."""
+        return self.secagg.mode != "off"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether noise comes from the recipe's seed, so that its epsilon is what fresh noise would have given."""
+        return self.secagg.mode != "full"
+
+
+def check_privacy(federation: Federation) -> None:
+    """Raises ValueError where privacy asks for what the rest of the recipe does not give, with the way out."""
+    privacy, strategy = federation.privacy, federation.strategy
+    beside = strategy.beside(NO_LAYOUT)
+    if not isinstance(privacy.dp, NoDp):
+        check_dp(privacy.dp, strategy, beside, privacy.secagg.mode)
+    if not privacy.secure:
+        return
+    secagg, name = privacy.secagg, f'the strategy "{vars(strategy).get("kind", type(strategy).__name__)}"'
+    if strategy.reads != "sum":
+        what = "each update" if strategy.reads == "each" else "several sums of the same updates"
+        raise ValueError(
+            f"{name} reads {what}, and secure aggregation gives the server one sum a round: take a rule that reads "
+            f'the sum ("centred_clipping", or the transform "clip", bound what a liar can do), or set '
+            f'privacy.secagg.mode = "off"'
+        )
+    if isinstance(strategy, LocalOnly):
+        raise ValueError(f"{name} sends nothing that could be summed: leave privacy.secagg out")
+    weighs_freely = isinstance(strategy, QFedAvg) or (isinstance(strategy, HetLora) and strategy.weighting == "norm")
+    if weighs_freely and secagg.weight_cap is None:
+        raise ValueError(
+            f"{name} weighs clients without a bound, and a ring needs one: set privacy.secagg.weight_cap, above which "
+            f"weights are cut"
+        )
+    distributed = isinstance(privacy.dp, DistributedDp)
+    if (missing := [other for other in beside if other not in secagg.bounds]) and not distributed:
+        raise ValueError(
+            f"{name} sends the sum {missing[0]!r} beside the update, and a ring needs to know how large its "
+            f"coordinates may be: set privacy.secagg.bounds.{missing[0]}, above which they are clipped"
+        )
+    if unknown := [other for other in secagg.bounds if other not in beside]:
+        raise ValueError(f"privacy.secagg.bounds names {unknown[0]!r}, but {name} sends no such sum: take it out")
+    cohort = federation.cohort
+    largest = cohort.size if isinstance(cohort, UniformCohort) else cohort.cap
+    if largest is None:
+        return  # the driver knows the population
+    secagg.parameters(largest)
+    secagg.sums((Sum("delta", 1, secagg.bound, "weighted"),), largest)
+    if secagg.min_contributors > largest:
+        raise ValueError(
+            f"privacy.secagg.min_contributors is {secagg.min_contributors}, more than the {largest} clients of a "
+            f"cohort: lower it, or raise cohort.size"
+        )
+    _check_ranks(federation, largest)
+
+
+def _check_ranks(federation: Federation, cohort: int) -> None:
+    """Rows of an adapter that only clients of a high rank have are a block of their own in the sum."""
+    peft = federation.model.peft
+    if peft.kind != "lora" or not peft.ranks or not isinstance(federation.strategy, HetLora):
+        return
+    share = sum(one.share for one in peft.ranks if one.r == peft.r)
+    least = federation.privacy.secagg.min_contributors
+    if share * cohort < least:
+        raise ValueError(
+            f"of a cohort of {cohort}, {share * cohort:g} clients are expected to have rank {peft.r}, and "
+            f"privacy.secagg.min_contributors asks for {least} for each coordinate: raise cohort.size or the share, "
+            f'or take "flexlora", whose sums hold everybody\'s products'
+        )

@@ -1,0 +1,95 @@
+"""What clients send through secure aggregation: the update, the sums beside it, and their figures, in one ring vector.
+
+Legend: P parameters, D coordinates after the rotation, L ring coordinates.
+"""
+
+import os
+
+import numpy as np
+import torch
+
+from engine.settings import Federation
+from engine.wire import WireBroadcast
+from strategies.dp_adaptive import WITHIN, AdaptivePlan
+from strategies.dp_central import CentralPlan
+from strategies.dp_distributed import DistributedPlan
+from strategies.dp_example import ExamplePlan
+from strategies.dp_rotation import signs
+from strategies.dp_source import Words, byte_words, seeded_words
+from strategies.layout import Layout
+from strategies.secagg.ring import Sum, Sums, Totals
+from strategies.seeds import rng
+from strategies.types import Aggregate, Size, Update
+
+NOISY = "noisy"  # the sum of everything under distributed noise
+MOST_NATS = 64.0  # of one token's loss: e^-64 is less than any softmax of float32 gives
+FIGURES = ("nll", "learnt", "tokens", "clipped")  # what training tells, as sums over the clients
+Plan = CentralPlan | DistributedPlan | ExamplePlan | None
+
+
+def ring_sums(federation: Federation, layout: Layout, plan: Plan, clip: float, clients: int, most_tokens: int) -> Sums:
+    """The sums of a session of so many clients, none of which trains on more than `most_tokens` tokens a round."""
+    secagg, beside = federation.privacy.secagg, federation.strategy.beside(layout)
+    if isinstance(plan, DistributedPlan):
+        sums = [Sum(NOISY, plan.ring.dimension, plan.ring.bound, "noisy")]
+    else:
+        bound = min(secagg.bound, clip) if isinstance(plan, CentralPlan) else secagg.bound
+        sums = [Sum("delta", travelling(federation, layout), bound, "weighted")]
+        sums += [Sum(name, length, secagg.bounds[name]) for name, length in beside.items()]
+        if isinstance(plan, AdaptivePlan):
+            sums.append(Sum(WITHIN, 1, 0.5))
+    bounds = (most_tokens * MOST_NATS, most_tokens, most_tokens, max(1, layout.size + sum(beside.values())))
+    figures = (Sum(name, 1, bound) for name, bound in zip(FIGURES, bounds, strict=True))
+    return secagg.sums((*sums, *figures), clients)
+
+
+def ring_vector(update: Update, sums: Sums, wire: WireBroadcast, federation: Federation) -> np.ndarray:
+    """A client's ring vector (L,) uint32. Rounding is seeded, noise too unless secure aggregation is for real."""
+    seed, plan = federation.seed, wire.dp
+    values = {"delta": update.delta, **update.extras}
+    clipped = 0
+    if isinstance(plan, DistributedPlan):
+        words = noise(federation, wire.round, update.client)
+        found = {NOISY: plan.encode(update, _signs(federation, plan, wire.round), words)}
+    else:
+        found = {name: value.numpy() for name, value in values.items()}
+        limits = {entry.name: entry.bound for entry in sums.sums}
+        clipped = sum(int((value.abs() > limits[name]).sum()) for name, value in values.items())
+    told = update.metrics
+    figures = (told["loss"] * told["learnt"], told["learnt"], told["tokens"], clipped)
+    found |= {name: np.array([figure], np.float64) for name, figure in zip(FIGURES, figures, strict=True)}
+    return sums.encode(found, update.weight, rng(seed, wire.round, update.client, "rounding"))
+
+
+def ring_aggregate(
+    totals: Totals, federation: Federation, layout: Layout, plan: Plan, round_: int
+) -> tuple[Aggregate, dict[str, float]]:
+    """What the server learns: the sums as floats, and the figures by name."""
+    figures = {name: float(totals.sums[name][0]) for name in FIGURES}
+    if isinstance(plan, DistributedPlan):
+        beside = federation.strategy.beside(layout)
+        noisy_D = totals.sums[NOISY]
+        return plan.decode(noisy_D, totals.count, beside, _signs(federation, plan, round_)), figures
+    vectors = ((name, total) for name, total in totals.sums.items() if name not in FIGURES)
+    rest = {name: torch.from_numpy(total.astype(np.float32)) for name, total in vectors}
+    return Aggregate(totals.weight, rest.pop("delta"), rest, totals.count), figures
+
+
+def travelling(federation: Federation, layout: Layout) -> int:
+    """How many numbers a client's delta has when its transforms are through with it."""
+    size = Size(layout.size, layout.size)
+    for transform in federation.transforms:
+        size = transform.size(size)
+    return size.length
+
+
+def _signs(federation: Federation, plan: DistributedPlan, round_: int) -> np.ndarray:
+    """The round's random rotation (D,), the same for everybody."""
+    return signs(rng(federation.seed, round_, -1, "rotation"), plan.ring.dimension)
+
+
+def noise(federation: Federation, round_: int, client: int = -1) -> Words:
+    """Where a client's (or the server's) noise comes from: the recipe's seed, or under "full" the operating system."""
+    if federation.privacy.simulated:
+        return seeded_words(rng(federation.seed, round_, client, "noise"))
+    return byte_words(os.urandom)

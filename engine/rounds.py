@@ -1,0 +1,171 @@
+"""One round after the other: cohort, local work, sums, noise, the rule; and what of it is written down."""
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from datasets_partition.store import Store
+from datasets_partition.tokens import Tokens
+from engine.batches import steps_of
+from engine.checkpoint import Saved
+from engine.collect import Collected, Collector, PlainCollector, SecureCollector
+from engine.events import RoundDone
+from engine.memory import ClientMemory
+from engine.metrics import Ledger, Metrics
+from engine.relay import Relay
+from engine.settings import Federation
+from engine.slots import Slots
+from engine.spending import Plan, Spending, noisy, plan_noise
+from engine.wire import Report, to_wire
+from strategies.dp_central import CentralDp, CentralPlan
+from strategies.layout import Layout
+from strategies.transforms import decode
+from strategies.types import ServerState
+
+AUTHORITY = ray.remote(num_cpus=0)(lambda: os.urandom(32))  # the secret behind identities: no process here reads it
+
+
+class Rounds:
+    """Plays rounds. What it keeps beside the strategy's state: the clipping norm, and how many had no result."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        slots: Slots,
+        store: Store,
+        tokens: Tokens,
+        layout: Layout,
+        folder: Path,
+        metrics: Metrics,
+        ledger: Ledger,
+    ) -> None:
+        self.federation, self.slots, self.store, self.tokens, self.layout = federation, slots, store, tokens, layout
+        self.folder, self.metrics, self.ledger = folder, metrics, ledger
+
+    def prepare(self, saved: Saved | None) -> tuple[str, ...]:
+        """Plans noise and how updates come in; what the user should know of it. ValueError where it cannot be had."""
+        federation, clients, layout = self.federation, self.store.num_training, self.layout
+        dp, round_ = federation.privacy.dp, saved.state.round if saved else 0
+        self.clip = saved.clip if saved else dp.clip if isinstance(dp, CentralDp) else 0.0
+        self.aborts = saved.aborts if saved else 0
+        rows, train = self.tokens.counts("train")[:clients], federation.train
+        self.most_steps = steps_of(int(rows.max()), train)
+        planned = plan_noise(federation, layout, clients, int(rows.min()), self.most_steps * federation.rounds)
+        self.noise: Plan | None = planned.plan if planned else None
+        simulated, path = federation.privacy.simulated, self.folder / "privacy.json"
+        self.spending = self.noise and Spending.open(path, self.noise, simulated=simulated, round_=round_)
+        self.collector: Collector = PlainCollector(federation, self.slots)
+        if federation.privacy.secure:
+            federation.privacy.secagg.parameters(max(2, federation.cohort.largest(clients)))
+            relay = Relay(self.slots, AUTHORITY.remote(), federation.privacy.secagg.on_slot_death)
+            most_tokens = self.most_steps * train.batch * train.accumulate * train.max_length
+            self.collector = SecureCollector(federation, relay, layout, most_tokens)
+        return planned.warned if planned else ()
+
+    def saved(self, state: ServerState, wall_s: float) -> Saved:
+        """All that a resumed run starts from."""
+        return Saved(state, wall_s, self.clip, self.aborts)
+
+    def play(self, state: ServerState) -> tuple[ServerState, RoundDone]:
+        """The next round's state, and what there is to tell; ValueError where it cannot go on."""
+        federation, round_ = self.federation, state.round + 1
+        began = time.monotonic()
+        cohort = federation.cohort.sample(self.store.num_training, federation.seed, state.round)
+        epsilon = self.spending.charge(self.most_steps) if self.spending else None
+        wire = to_wire(federation.strategy.broadcast(state))
+        wire = replace(wire, oldest=self._oldest(state.round), dp=self.noise, clip=self.clip)
+        done = self.collector.collect(cohort, self.steps(cohort), wire)
+        self._refuse_failures(done.reports, round_)
+        trained = time.monotonic()
+        state = self._applied(state, done)
+        ended = time.monotonic()
+        if done.aborted is not None:
+            self._abort(cohort, round_, done.aborted)
+
+        good = [report for report in done.reports if report.failed is None and not report.late]
+        failed = {self.store.name(r.client): r.failed for r in done.reports if r.failed is not None}
+        for report in good if done.told else []:
+            self.metrics.add(round_, "train", self.store.name(report.client), **report.metrics)
+        clients = 0 if done.aborted else len(good)
+        seconds, tokens = ended - began, done.figures.get("tokens", 0.0)
+        self.metrics.add(round_, "train", None, loss=done.loss, tokens=tokens)
+        up = sum(sent.nbytes for sent in done.messages if sent.party == "server" and sent.kind not in ("sum", "metric"))
+        figures = {
+            "round_s": seconds,
+            "apply_s": ended - trained,
+            "tokens_per_s": tokens / seconds,
+            "clients": clients,
+            "failed": len(failed),
+            "dropped": done.dropped,
+            "aborted": float(done.aborted is not None),
+            "protocol_bytes_down": sum(sent.nbytes for sent in done.messages if sent.party != "server"),
+            "protocol_bytes_up": up,
+            "store_bytes": done.store_bytes,
+        }
+        self.metrics.add(round_, "engine", None, **figures)
+        if epsilon is not None:
+            assert self.noise is not None
+            z = self.noise.noise_multiplier
+            self.metrics.add(round_, "privacy", None, epsilon=epsilon.epsilon, delta=epsilon.delta, noise_multiplier=z)
+            self.metrics.add(round_, "privacy", None, clip=wire.clip or self.noise.clip)
+        for sent in done.messages:
+            self.ledger.received(round_, sent.party, sent.kind, sent.count, sent.nbytes)
+        said = None if epsilon is None else str(epsilon)
+        return state, RoundDone(
+            round_, done.loss, seconds, tokens / seconds, clients, failed, done.dropped, done.aborted, said
+        )
+
+    def _applied(self, state: ServerState, done: Collected) -> ServerState:
+        """The next state: noise, what clients did to their updates undone in reverse, then the rule."""
+        aggregate = done.aggregate
+        if isinstance(self.noise, CentralPlan) and done.aborted is None:
+            noisy_sums = noisy(aggregate, self.noise, self.clip, self.federation, state.layout, state.round)
+            aggregate, self.clip = noisy_sums
+        if aggregate is None:  # nobody took part, as in an empty Poisson cohort: nobody moves the model
+            return replace(state, round=state.round + 1)
+        aggregate, state = decode(self.federation.transforms, aggregate, state)
+        after = self.federation.strategy.apply(state, aggregate)
+        if after.residual is not state.residual:
+            self.slots.rebase(None if after.residual is None else after.residual.numpy())
+        return after
+
+    def _abort(self, cohort: np.ndarray, round_: int, why: str) -> None:
+        """The model stays as it was, clients forget the round, and the run goes on; ValueError after too many."""
+        memory = ClientMemory(self.folder / "memory")
+        for client in cohort:
+            memory.forget(int(client), round_)
+        self.aborts += 1
+        allowed = self.federation.privacy.secagg.max_aborts
+        if self.aborts > allowed:
+            raise ValueError(
+                f"{self.aborts} rounds had no result, more than privacy.secagg.max_aborts = {allowed} allows, the last "
+                f"so: {why}; expect more drop-outs by privacy.secagg.dropout, or take larger cohorts"
+            )
+
+    def _oldest(self, round_: int) -> int:
+        """The round of the oldest checkpoint that a run could be resumed from after this one."""
+        every, keep = self.federation.checkpoint.every, self.federation.checkpoint.keep
+        return max(0, (round_ // every - keep) * every)
+
+    def steps(self, clients: np.ndarray) -> np.ndarray:
+        """How many steps each of the clients takes in a round."""
+        return np.array([steps_of(int(rows), self.federation.train) for rows in self.tokens.counts("train")[clients]])
+
+    def _refuse_failures(self, reports: list[Report], round_: int) -> None:
+        failed = [report for report in reports if report.failed is not None]
+        if len(failed) > self.federation.clients.max_failed * len(reports):
+            names = [self.store.name(report.client) for report in failed]
+            raise ValueError(
+                f"{len(failed)} of {len(reports)} clients of round {round_} gave no usable update, more than "
+                f"clients.max_failed = {self.federation.clients.max_failed:g} allows: {few(names)}: "
+                f"{failed[0].failed}; lower train.optimizer.lr, or raise clients.max_failed"
+            )
+
+
+def few(names: list[str]) -> str:
+    """The first names of many."""
+    return ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,121 @@
+"""Secure aggregation in a slot: its clients' secrets, and the sum of their vectors, which leaves it masked alone.
+
+Legend: L ring coordinates.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from hmac import digest
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from engine.wire import Report
+from strategies.secagg.client import Client
+from strategies.secagg.masks import wrap
+from strategies.secagg.messages import (
+    Agreement,
+    Inbox,
+    KeyList,
+    Keys,
+    MaskedSum,
+    Shares,
+    Survivors,
+    Unmasking,
+    UnmaskRequest,
+)
+from strategies.secagg.protocol import Phase, Session
+from strategies.secagg.ring import Sums
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A session of `cohort` begins, `clients` of which are this slot's; `gone` drop out before they answer a phase."""
+
+    session: Session
+    cohort: tuple[int, ...]
+    clients: tuple[int, ...]
+    gone: Mapping[int, Phase]
+
+
+class SecureClients:
+    """The clients of one slot through the sessions of a round.
+
+    Their vectors are made once a round and added up. When a session is void because another slot died, the next one
+    masks the same sum with new keys: nothing of the first was revealed.
+    """
+
+    def __init__(self) -> None:
+        self._opened: Opening | None = None
+        self._members: dict[int, Client] = {}
+        self._made: tuple[int, bytes] = (-1, b"")  # the round and the sums that the total is of
+        self._tried: dict[int, Report] = {}
+        self._added: set[int] = set()
+        self._total_L = np.empty(0, np.uint32)
+
+    def open(self, opening: Opening, authority: bytes) -> list[Keys]:
+        """First trip. In the active profile clients have identities, for which `authority` stands (see `roster`)."""
+        session, self._opened = opening.session, opening
+        made = (session.round, session.sums.digest)
+        if made != self._made:
+            self._made, self._tried, self._added = made, {}, set()
+            self._total_L = np.zeros(session.sums.length, np.uint32)
+        known = roster(authority, opening.cohort) if session.parameters.active else {}
+        private = {client: _identity(authority, client) if known else b"" for client in opening.clients}
+        self._members = {client: Client(session, client, private[client], known) for client in opening.clients}
+        return [member.keys() for member in self._staying("keys").values()]
+
+    def shares(self, listed: KeyList) -> list[Shares]:
+        """Second trip."""
+        return [member.shares(listed) for member in self._staying("shares").values()]
+
+    def masked(
+        self, inboxes: Mapping[int, Inbox], train: Callable[[int, Sums], tuple[Report, np.ndarray | None]]
+    ) -> tuple[list[Report], MaskedSum]:
+        """Third trip: the masked sum of the vectors (L,) that `train` gives; it is asked once a round and client."""
+        assert self._opened is not None
+        members = {client: m for client, m in self._staying("masked input").items() if client in inboxes}
+        if not set(self._tried) <= set(members):  # who was added has dropped out since: no one is taken out of a sum
+            self._tried, self._added = {}, set()
+            self._total_L.fill(0)
+        sums = self._opened.session.sums
+        for client in members:
+            if client not in self._tried:
+                report, values_L = train(client, sums)
+                if values_L is not None:
+                    self._total_L += values_L
+                    self._added.add(client)
+                self._tried[client] = report
+        masked_L = self._total_L.copy()
+        wrap(masked_L, sums.bits)
+        for client in sorted(self._added):
+            members[client].masks(inboxes[client]).apply(masked_L)
+        return list(self._tried.values()), MaskedSum(tuple(sorted(self._added)), masked_L, sums.nbytes)
+
+    def agree(self, survivors: Survivors) -> list[Agreement]:
+        """The active profile's trip."""
+        alive = set(survivors.clients)
+        return [member.agree(survivors) for client, member in self._staying("agreement").items() if client in alive]
+
+    def unmask(self, requests: Mapping[int, UnmaskRequest]) -> list[Unmasking]:
+        """Last trip."""
+        return [m.unmask(requests[client]) for client, m in self._staying("unmask").items() if client in requests]
+
+    def _staying(self, phase: Phase) -> dict[int, Client]:
+        """Those who answer; who does not is forgotten, with its secrets."""
+        assert self._opened is not None
+        gone = self._opened.gone
+        self._members = {client: member for client, member in self._members.items() if gone.get(client) != phase}
+        return self._members
+
+
+def roster(authority: bytes, clients: Iterable[int]) -> dict[int, bytes]:
+    """Everybody's public identity key (Ed25519), as an authority outside of the session would vouch for them."""
+    private = {client: Ed25519PrivateKey.from_private_bytes(_identity(authority, client)) for client in clients}
+    return {client: key.public_key().public_bytes_raw() for client, key in private.items()}
+
+
+def _identity(authority: bytes, client: int) -> bytes:
+    """A client's private identity key: made from the run's secret, so that every slot that plays the client has it."""
+    return digest(authority, b"fedpost identity" + client.to_bytes(8, "big"), sha256)

@@ -1,0 +1,94 @@
+"""Differential privacy in the driver: the plan of a run, its noise, and what has been spent of the budget, on disk."""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.atomic import write_file
+from engine.ring import noise, travelling
+from engine.settings import Federation
+from strategies.accounting import Epsilon
+from strategies.dp_adaptive import WITHIN, AdaptivePlan
+from strategies.dp_central import CentralDp, CentralPlan
+from strategies.dp_distributed import DistributedDp, DistributedPlan
+from strategies.dp_example import ExampleDp, ExamplePlan
+from strategies.layout import Layout
+from strategies.types import Aggregate
+
+Plan = CentralPlan | DistributedPlan | ExamplePlan
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan of noise, and what the user should know about it."""
+
+    plan: Plan
+    warned: tuple[str, ...]
+
+
+def plan_noise(federation: Federation, layout: Layout, clients: int, fewest_rows: int, steps: int) -> Planned | None:
+    """The noise of a run with `clients` that may be drawn; None without differential privacy.
+
+    Example-level noise is for the client with the fewest rows, and for `steps` local steps in all its rounds. Takes
+    seconds where noise is to be found for an epsilon. ValueError where there is none.
+    """
+    dp, rounds, cohort = federation.privacy.dp, federation.rounds, federation.cohort
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan: Plan
+        if isinstance(dp, CentralDp):
+            plan = dp.plan(cohort, clients, rounds)
+        elif isinstance(dp, DistributedDp):
+            length = travelling(federation, layout) + sum(federation.strategy.beside(layout).values())
+            plan = dp.plan(cohort, clients, rounds, length, federation.privacy.secagg.bits)
+        elif isinstance(dp, ExampleDp):
+            plan = dp.plan(fewest_rows, federation.train.batch * federation.train.accumulate, steps)
+        else:
+            return None
+    said = tuple(str(one.message) for one in caught if issubclass(one.category, UserWarning))
+    return Planned(plan, tuple(dict.fromkeys(said)))
+
+
+@dataclass
+class Spending:
+    """What noisy sums have cost so far, in `path`: written before a round's noise is drawn.
+
+    Fresh noise is charged again when a round is run again; noise from the seed is the same noise.
+    """
+
+    path: Path
+    plan: Plan
+    simulated: bool
+    charged: int = 0
+
+    @classmethod
+    def open(cls, path: Path, plan: Plan, *, simulated: bool, round_: int) -> "Spending":
+        """Goes on from what is on disk, for a run that goes on from `round_`."""
+        charged = round_
+        if not simulated and path.exists():
+            charged = int(json.loads(path.read_text(encoding="utf-8"))["rounds"])
+        return cls(path, plan, simulated, charged)
+
+    def charge(self, steps: int) -> Epsilon:
+        """Counts one more round, in which a client takes `steps` noisy steps; what all cost, once it is on disk."""
+        self.charged += 1
+        total = self.charged * steps if isinstance(self.plan, ExamplePlan) else self.charged
+        epsilon = self.plan.spent(total, simulated=self.simulated)
+        said = {"rounds": self.charged, **vars(epsilon), "statement": str(epsilon)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(self.path, json.dumps(said, indent=1).encode())
+        return epsilon
+
+
+def noisy(
+    aggregate: Aggregate | None, plan: CentralPlan, clip: float, federation: Federation, layout: Layout, round_: int
+) -> tuple[Aggregate, float]:
+    """The sums with the server's noise, and the next clipping norm; a round without clients is noise alone."""
+    if aggregate is None:
+        lengths = federation.strategy.beside(layout) | ({WITHIN: 1} if isinstance(plan, AdaptivePlan) else {})
+        extras = {name: torch.zeros(length) for name, length in lengths.items()}
+        aggregate = Aggregate(0.0, torch.zeros(travelling(federation, layout)), extras, 0)
+    return plan.decode(aggregate, clip, noise(federation, round_))
