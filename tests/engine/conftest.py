@@ -5,21 +5,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from engine.example_privacy import PrivateTrainer
 from engine.model import Trainable, map_base, read_base
 from engine.objectives.sft import Sft
 from engine.settings import Federation, FullTuning, Lora, Model
 from engine.train import LocalTrainer
-from engine.train_settings import Train
+from engine.train_settings import Sgd, Train
+from strategies.accounting import Scheme
+from strategies.dp_example import ExamplePlan
+from strategies.dp_source import seeded_words
 
 VOCABULARY = 300
 PROMPTS = ["", "say th", "name a colour: ", "one and two are ", "count to ten: "]
 COMPLETIONS = ["the cat and the hat", "e end", "green", "three", "one two three four five six seven"]
+PLAIN_SGD = Train(steps=1, optimizer=Sgd(lr=1.0))  # a step is the gradient, turned round
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +102,26 @@ def make_trainer(make_trainable: Callable[..., Trainable]) -> Callable[[Federati
     def made(federation: Federation) -> LocalTrainer:
         trainable = make_trainable(federation.model.base, federation.model.peft)
         return LocalTrainer.of(trainable, Sft(federation.train.max_length), 0, federation.train)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def make_private(make_trainable: Callable[..., Trainable], bases: dict[str, Path]) -> Callable[..., PrivateTrainer]:
+    """A fresh PrivateTrainer on a base by name, for noise multiplier and clip, with seeded words."""
+
+    def made(
+        z: float = 0.0, clip: float = 1e6, train: Train = PLAIN_SGD, base: str = "tied", **options: Any
+    ) -> PrivateTrainer:
+        trainable = make_trainable(bases[base], options.get("peft"))
+        for module in trainable.network.modules():
+            if isinstance(module, nn.Dropout):  # GPT-2 has it by default
+                module.p = 0.0
+        plan = ExamplePlan(z, clip, Scheme("poisson", 1.0), 1e-5)
+        objective = options.get("objective", Sft(64))
+        trainer = PrivateTrainer.with_plan(trainable, objective, 0, train, plan)
+        trainer.words = seeded_words(np.random.default_rng(11))
+        return trainer
 
     return made
 
