@@ -15,6 +15,7 @@ import transformers
 
 from datasets_partition.tokens import Tokens
 from engine.evaluate import ClientLoss, client_loss, generate
+from engine.example_privacy import PrivateTrainer
 from engine.export import export_files
 from engine.holder import map_handle
 from engine.memory import STRATEGY, ClientMemory, part
@@ -22,27 +23,18 @@ from engine.model import PackedBase, Trainable, load_tokenizer, map_base, read_b
 from engine.objectives.sft import Sft
 from engine.optimizers import reset
 from engine.rebase import merged_weights, use_weights
-from engine.ring import ring_vector
+from engine.ring import noise, ring_vector
 from engine.rows import Parts, find_tokens, receive_tokens, token_columns
-from engine.secure import Opening, SecureClients, roster
+from engine.secure import SecureClients
 from engine.settings import Federation, Lora
 from engine.shared_memory import protect, release
 from engine.sums import ExactSum, NonFiniteUpdate, PartialSum, finite_bound
 from engine.train import LocalTrainer
 from engine.wire import Report, WireBroadcast, borrow, from_wire, update_to_wire
 from strategies.dp_central import CentralPlan
+from strategies.dp_example import ExamplePlan
 from strategies.layout import Layout
-from strategies.secagg.messages import (
-    Agreement,
-    Inbox,
-    KeyList,
-    Keys,
-    MaskedSum,
-    Shares,
-    Survivors,
-    Unmasking,
-    UnmaskRequest,
-)
+from strategies.secagg.messages import Inbox, MaskedSum
 from strategies.secagg.ring import Sums
 from strategies.seeds import rng, torch_seed
 from strategies.transforms import bits, encode
@@ -61,7 +53,7 @@ class Place:
     gpu: str | None
 
 
-class ClientActor:
+class ClientActor(SecureClients):
     """One slot. `attach` gives it base and rows; then chunks of clients come, and `close_round` ends a round."""
 
     def __init__(self, federation: Federation, memory: Path) -> None:
@@ -72,7 +64,8 @@ class ClientActor:
         self.federation = federation
         self.memory = ClientMemory(memory)
         self.sum = ExactSum()
-        self.secure = SecureClients()
+        super().__init__()
+        self.private: PrivateTrainer | None = None
         self.merged: np.ndarray | None = None
         self.device = torch.device("cuda" if federation.clients.num_gpus > 0 and torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
@@ -138,35 +131,15 @@ class ClientActor:
         reports, updates = zip(*(self._client(client, wire, finite_bound) for client in chunk), strict=True)
         return list(reports), *(update and update_to_wire(update) for update in updates)
 
-    def open(self, opening: Opening, authority: bytes) -> list[Keys]:
-        """First trip of secure aggregation; see SecureClients."""
-        return self.secure.open(opening, authority)
-
-    def shares(self, listed: KeyList) -> list[Shares]:
-        """Second trip."""
-        return self.secure.shares(listed)
-
     def masked(self, inboxes: Mapping[int, Inbox], wire: WireBroadcast) -> tuple[list[Report], MaskedSum]:
-        """Third trip: trains the clients and gives the masked sum of their vectors; the reports tell no figures."""
+        """Third trip of secure aggregation: trains and gives the masked sum; the reports tell no figures."""
 
         def train(client: int, sums: Sums) -> tuple[Report, np.ndarray | None]:
             report, update = self._client(client, wire, finite_bound)
             report = replace(report, metrics={DOWN: report.metrics[DOWN]})
             return report, None if update is None else ring_vector(update, sums, wire, self.federation)
 
-        return self.secure.masked(inboxes, train)
-
-    def agree(self, survivors: Survivors) -> list[Agreement]:
-        """The active profile's trip: who survived, signed."""
-        return self.secure.agree(survivors)
-
-    def unmask(self, requests: Mapping[int, UnmaskRequest]) -> list[Unmasking]:
-        """Last trip: shares."""
-        return self.secure.unmask(requests)
-
-    def roster(self, cohort: tuple[int, ...], authority: bytes) -> dict[int, bytes]:
-        """The public identity keys of the cohort."""
-        return roster(authority, cohort)
+        return self.mask(inboxes, train)
 
     def _client(
         self, client: int, wire: WireBroadcast, take: Callable[[Update], object]
@@ -175,7 +148,9 @@ class ClientActor:
         began = time.monotonic()
         federation, rows = self.federation, self.tokens.rows(client, "train")
         got, memory = self._received(client, wire), self._remembered(client, wire.round)
-        update, after = self.trainer.update(client, rows, rows.num_rows / self.largest, got, memory, federation)
+        update, after = self._trainer(client, wire).update(
+            client, rows, rows.num_rows / self.largest, got, memory, federation
+        )
         update, squeezed = encode(federation.transforms, update, got, memory)
         if isinstance(wire.dp, CentralPlan):
             update = wire.dp.encode(update, wire.clip)
@@ -198,6 +173,18 @@ class ClientActor:
         if federation.remembers:
             self.memory.write(client, wire.round + 1, after, wire.oldest)
         return Report(client, update.metrics), update
+
+    def _trainer(self, client: int, wire: WireBroadcast) -> LocalTrainer:
+        """The trainer of clients; under example-level privacy one that adds noise, which baselines do without."""
+        if not isinstance(wire.dp, ExamplePlan):
+            return self.trainer
+        if self.private is None:
+            plain = self.trainer
+            self.private = PrivateTrainer.with_plan(
+                plain.trainable, plain.objective, plain.pad, self.federation.train, wire.dp
+            )
+        self.private.words = noise(self.federation, wire.round, client)
+        return self.private
 
     def _received(self, client: int, wire: WireBroadcast) -> Broadcast:
         peft, seed = self.federation.model.peft, self.federation.seed

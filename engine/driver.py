@@ -87,7 +87,7 @@ class Driver:
         self.rounds = Rounds(
             federation, self.slots, self.store, self.tokens, start.layout, plan.folder, self.metrics, self.ledger
         )
-        notes = self.rounds.prepare(saved)
+        notes = self.rounds.prepare(initial, saved)
         for name, content in plan.files.items():
             plan.folder.mkdir(parents=True, exist_ok=True)
             write_file(plan.folder / name, content)

@@ -46,7 +46,7 @@ class Rounds:
         self.federation, self.slots, self.store, self.tokens, self.layout = federation, slots, store, tokens, layout
         self.folder, self.metrics, self.ledger = folder, metrics, ledger
 
-    def prepare(self, saved: Saved | None) -> tuple[str, ...]:
+    def prepare(self, initial: ServerState, saved: Saved | None) -> tuple[str, ...]:
         """Plans noise and how updates come in; what the user should know of it. ValueError where it cannot be had."""
         federation, clients, layout = self.federation, self.store.num_training, self.layout
         dp, round_ = federation.privacy.dp, saved.state.round if saved else 0
@@ -54,7 +54,9 @@ class Rounds:
         self.aborts = saved.aborts if saved else 0
         rows, train = self.tokens.counts("train")[:clients], federation.train
         self.most_steps = steps_of(int(rows.max()), train)
-        planned = plan_noise(federation, layout, clients, int(rows.min()), self.most_steps * federation.rounds)
+        trainings = len(federation.strategy.starts(federation.strategy.broadcast(initial), {}))
+        self.noisy_steps = self.most_steps * trainings  # a client's own, in a round: all of its trainings see its rows
+        planned = plan_noise(federation, layout, clients, int(rows.min()), self.noisy_steps * federation.rounds)
         self.noise: Plan | None = planned.plan if planned else None
         simulated, path = federation.privacy.simulated, self.folder / "privacy.json"
         self.spending = self.noise and Spending.open(path, self.noise, simulated=simulated, round_=round_)
@@ -75,7 +77,7 @@ class Rounds:
         federation, round_ = self.federation, state.round + 1
         began = time.monotonic()
         cohort = federation.cohort.sample(self.store.num_training, federation.seed, state.round)
-        epsilon = self.spending.charge(self.most_steps) if self.spending else None
+        epsilon = self.spending.charge(self.noisy_steps) if self.spending else None
         wire = to_wire(federation.strategy.broadcast(state))
         wire = replace(wire, oldest=self._oldest(state.round), dp=self.noise, clip=self.clip)
         done = self.collector.collect(cohort, self.steps(cohort), wire)

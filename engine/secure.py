@@ -70,7 +70,7 @@ class SecureClients:
         """Second trip."""
         return [member.shares(listed) for member in self._staying("shares").values()]
 
-    def masked(
+    def mask(
         self, inboxes: Mapping[int, Inbox], train: Callable[[int, Sums], tuple[Report, np.ndarray | None]]
     ) -> tuple[list[Report], MaskedSum]:
         """Third trip: the masked sum of the vectors (L,) that `train` gives; it is asked once a round and client."""
@@ -101,6 +101,10 @@ class SecureClients:
     def unmask(self, requests: Mapping[int, UnmaskRequest]) -> list[Unmasking]:
         """Last trip."""
         return [m.unmask(requests[client]) for client, m in self._staying("unmask").items() if client in requests]
+
+    def roster(self, cohort: tuple[int, ...], authority: bytes) -> dict[int, bytes]:
+        """The cohort's public identity keys, for the server."""
+        return roster(authority, cohort)
 
     def _staying(self, phase: Phase) -> dict[int, Client]:
         """Those who answer; who does not is forgotten, with its secrets."""

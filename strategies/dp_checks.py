@@ -23,6 +23,11 @@ def check_dp(dp: Dp, strategy: Strategy, extras: Collection[str], secagg: Litera
     """
     name = type(strategy).__name__
     if isinstance(dp, ExampleDp):
+        if strategy.loss_before:
+            raise ValueError(
+                f"strategy {name} sends the loss before training, to which example-level noise adds nothing: take "
+                f"another, or client-level privacy"
+            )
         return  # what leaves a client is private already, whatever happens to it
     if isinstance(strategy, LocalOnly):
         raise ValueError(f"strategy {name} sends nothing that could be made private: leave privacy.dp out")
