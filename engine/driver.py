@@ -168,7 +168,8 @@ class Driver:
         folder = self.plan.folder
         losses = loss_table(read_log(folder / "metrics"), state.round)
         after = self.scores.continued(state.params.numpy())
-        card = model_card(self.federation, losses, self.store.manifest, merged=state.residual is not None)
+        merged, spent = state.residual is not None, self.rounds.spent()
+        card = model_card(self.federation, losses, self.store.manifest, merged=merged, spent=spent)
         files = self.slots.ask(lambda actor: actor.export.remote(state.params.numpy(), card))
         if state.residual is not None:
             self.slots.rebase(None)

@@ -72,6 +72,10 @@ class Rounds:
         """All that a resumed run starts from."""
         return Saved(state, wall_s, self.clip, self.aborts)
 
+    def spent(self) -> str | None:
+        """What the noise of all rounds has cost, in words."""
+        return self.spending.said if self.spending else None
+
     def play(self, state: ServerState) -> tuple[ServerState, RoundDone]:
         """The next round's state, and what there is to tell; ValueError where it cannot go on."""
         federation, round_ = self.federation, state.round + 1

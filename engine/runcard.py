@@ -6,11 +6,16 @@ from engine.settings import Federation, Lora
 
 
 def model_card(
-    federation: Federation, losses: dict[str, dict[str, float]], store: dict[str, Any], *, merged: bool
+    federation: Federation,
+    losses: dict[str, dict[str, float]],
+    store: dict[str, Any],
+    *,
+    merged: bool,
+    spent: str | None = None,
 ) -> str:
     """README.md of the model folder: base, how it was trained, what it scored, and how to load it.
 
-    `merged`: the strategy has changed the base, so that the folder holds a whole model.
+    `merged`: the strategy has changed the base, so that the folder holds a whole model. `spent`: what noise has cost.
     """
     model, train = federation.model, federation.train
     adapter = isinstance(model.peft, Lora) and not merged
@@ -37,6 +42,7 @@ def model_card(
         else "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")'
     )
+    privacy = f"- Differential privacy: {spent}. The losses above are outside of it.\n" if spent else ""
     what = "A LoRA adapter for" if adapter else "A whole model: merged products and adapters on" if merged else "All of"
     return f"""---
 base_model: {model.base}
@@ -51,7 +57,7 @@ tags: [fedpost, federated]
 - Strategy `{federation.strategy!r}`, {federation.rounds} rounds, seed {federation.seed}.
 - {federation.cohort.expected(training):g} of {training} clients a round, {amount} of batch {train.batch} each.
 - Data: {store["source"]}.
-
+{privacy}
 {header}{chr(10).join(lines)}
 
 ```python

@@ -63,21 +63,22 @@ class Spending:
     plan: Plan
     simulated: bool
     charged: int = 0
+    said: str | None = None
 
     @classmethod
     def open(cls, path: Path, plan: Plan, *, simulated: bool, round_: int) -> "Spending":
         """Goes on from what is on disk, for a run that goes on from `round_`."""
-        charged = round_
-        if not simulated and path.exists():
-            charged = int(json.loads(path.read_text(encoding="utf-8"))["rounds"])
-        return cls(path, plan, simulated, charged)
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        charged = round_ if simulated else int(found.get("rounds", round_))
+        return cls(path, plan, simulated, charged, found.get("statement"))
 
     def charge(self, steps: int) -> Epsilon:
         """Counts one more round, in which a client takes `steps` noisy steps; what all cost, once it is on disk."""
         self.charged += 1
         total = self.charged * steps if isinstance(self.plan, ExamplePlan) else self.charged
         epsilon = self.plan.spent(total, simulated=self.simulated)
-        said = {"rounds": self.charged, **vars(epsilon), "statement": str(epsilon)}
+        self.said = str(epsilon)
+        said = {"rounds": self.charged, **vars(epsilon), "statement": self.said}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.path, json.dumps(said, indent=1).encode())
         return epsilon

@@ -4,54 +4,25 @@ A run folder may come from elsewhere. Nothing in it is run or unpickled (TOML, J
 escaped (jinja2 autoescape, `Markup.format` in the charts), and the page's policy forbids scripts and the network.
 """
 
-import json
 import math
 import os
 import statistics
-import tomllib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from experiments import charts
 from experiments.charts import Series, change, duration, loss, number, size
+from experiments.run_folder import Run, read_run
 
-METRICS = {"round": pa.int32(), "split": pa.string(), "client": pa.string(), "name": pa.string(), "value": pa.float64()}
-LEDGER = {"round": pa.int32(), "party": pa.string(), "kind": pa.string(), "count": pa.int64(), "bytes": pa.int64()}
 SPLITS = {"heldout": "held-out", "unseen": "unseen clients", "train": "train", "server": "the server's rows"}
 PERSONAL = {"loss_personal": ("personal", "1 3"), "loss_finetuned": ("fine-tuned", "9 3")}  # of some runs alone
 BASELINES = {"loss_local_only": ("local only", "7 4"), "loss_centralised": ("centralised", "2 3")}
+PARTIES = ("client", "other clients", "server", "base-model owner")  # listed also where they saw nothing
 MAX_LISTED = 40  # parties, kinds and failed rounds that a table lists
-
-
-@dataclass
-class Run:
-    """What the page needs of a run; `curves[split, name]` is round -> value, losses in nats per token, times in s."""
-
-    name: str
-    recipe: dict[str, Any]
-    recipe_text: str
-    manifest: list[tuple[str, str]]
-    curves: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
-    before: tuple[int, dict[str, float]] | None = None  # first round with a held-out loss for each client
-    after: tuple[int, dict[str, float]] | None = None  # last such round
-    rows: dict[str, float] = field(default_factory=dict)
-    ledger: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
-
-    def points(self, split: str, name: str) -> list[charts.Point]:
-        """A curve as (round, value), in order; empty where the run has none."""
-        return sorted((float(r), v) for r, v in self.curves.get((split, name), {}).items())
-
-    def values(self, split: str, name: str) -> list[float]:
-        """The finite values of a curve."""
-        return [v for _, v in self.points(split, name) if math.isfinite(v)]
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> Path:
@@ -78,71 +49,6 @@ def write_report(run_folders: Sequence[Path], out: Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return out
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run folder; only `recipe.toml` must be there. ValueError names the folder or the file that is at fault."""
-    file = folder / "recipe.toml"
-    if not file.is_file():
-        raise ValueError(f"{folder} is not a run folder: that is what `fedpost run` writes, with a recipe.toml inside")
-    try:
-        text = file.read_text("utf-8")
-        recipe = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid TOML: {error}") from error
-    file = folder / "manifest.json"
-    try:
-        manifest = list(_flat("", json.loads(file.read_text("utf-8")))) if file.is_file() else []
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    run = Run(str(recipe.get("name") or folder.resolve().name), recipe, text, manifest)
-    for file in sorted((folder / "metrics").glob("round-*.parquet")):
-        _add_metrics(run, _read(file, METRICS))
-    for file in sorted((folder / "ledger").glob("round-*.parquet")):
-        table = _read(file, LEDGER).group_by(["party", "kind"]).aggregate([("count", "sum"), ("bytes", "sum")])
-        for row in table.to_pylist():
-            key = str(row["party"]), str(row["kind"])
-            count, total = run.ledger.get(key, (0, 0))
-            run.ledger[key] = count + (row["count_sum"] or 0), total + (row["bytes_sum"] or 0)
-    return run
-
-
-def _read(file: Path, columns: dict[str, pa.DataType]) -> pa.Table:
-    try:
-        table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=list(columns))
-        return table.select(list(columns)).cast(pa.schema(list(columns.items())))
-    except (pa.ArrowException, OSError, KeyError) as error:
-        first = (str(error).splitlines() or ["no reason given"])[0]
-        raise ValueError(f"{file} cannot be read, it may be truncated or not be a file of a run: {first}") from error
-
-
-def _add_metrics(run: Run, table: pa.Table) -> None:
-    table = table.filter(pc.and_(pc.is_valid(table["round"]), pc.is_valid(table["value"])))
-    alone = pc.is_null(table["client"])
-    for row in table.filter(alone).to_pylist():
-        run.curves.setdefault((row["split"], row["name"]), {})[row["round"]] = row["value"]
-    # Clients may be a million: filter in Arrow, and keep two rounds of losses rather than all.
-    each = table.filter(pc.invert(alone))
-    losses = each.filter(pc.and_(pc.equal(each["split"], "heldout"), pc.equal(each["name"], "loss")))
-    for at in sorted(pc.unique(losses["round"]).to_pylist()):
-        now = losses.filter(pc.equal(losses["round"], at))
-        found = at, dict(zip(now["client"].to_pylist(), now["value"].to_pylist(), strict=True))
-        if run.before is None:
-            run.before = found
-        else:
-            run.after = found
-    rows = each.filter(pc.and_(pc.equal(each["split"], "train"), pc.equal(each["name"], "rows")))
-    for client, value in zip(rows["client"].to_pylist(), rows["value"].to_pylist(), strict=True):
-        run.rows[client] = max(value, run.rows.get(client, 0.0))
-
-
-def _flat(key: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
-    """A nested dict as dotted keys; deeper than six levels, and lists, stay JSON."""
-    if isinstance(value, dict) and value and depth < 6:
-        for inner, one in value.items():
-            yield from _flat(f"{key}.{inner}" if key else inner, one, depth + 1)
-    else:
-        yield key, value if isinstance(value, str) else json.dumps(value)
 
 
 def _at(tree: Any, *path: str) -> str:
@@ -194,6 +100,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("clients a round", _at(run.recipe, "cohort", "size")),
         ("secure aggregation", _at(run.recipe, "privacy", "secagg", "mode")),
         ("differential privacy", _at(run.recipe, "privacy", "dp", "kind")),
+        ("privacy spent", f"{run.privacy}; losses are outside of it" if run.privacy else ""),
         ("last round", f"{max(rounds)}{of}" if rounds else f"none{of}"),
         ("training", duration(sum(took)) if took else ""),
         ("evaluation", duration(sum(evaluate)) if evaluate else ""),
@@ -255,7 +162,8 @@ def _charts(run: Run) -> dict[str, Markup]:
 
 
 def _ledger(run: Run) -> dict[str, Any]:
-    parties, kinds = sorted({p for p, _ in run.ledger}), sorted({k for _, k in run.ledger})
+    seen, kinds = {p for p, _ in run.ledger}, sorted({k for _, k in run.ledger})
+    parties = [*PARTIES, *sorted(seen.difference(PARTIES))]
     most = max((total for _, total in run.ledger.values()), default=0)
     cells = {
         key: {"count": f"{count:,}", "bytes": size(total), "tint": _tint(total, most)}

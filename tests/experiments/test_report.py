@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments import charts
-from experiments.report import LEDGER, METRICS, read_run, write_report
+from experiments.report import write_report
+from experiments.run_folder import LEDGER, METRICS, read_run
 
 RECIPE = 'name = "{}"\nseed = 7\nrounds = 2\n[model]\nbase = "tiny"\n[strategy]\nkind = "fedavg"\n'
 Row = tuple[int, str, str | None, str, float]
@@ -86,7 +87,8 @@ def test_numbers_of_one_run(tmp_path: Path) -> None:
     assert "last round 2 of 2" in text and "training 1.5 min" in text and "median round 45 s" in text
     assert "protocol up 3 MB" in text and "protocol down 2 kB" in text
     assert "1 left out, in 1 of 2 rounds" in text
-    assert "party rows update client 0 B 100 &#183; server &#183; 1.5 MB 6" in text
+    nothing = "other clients &#183; &#183; server &#183; 1.5 MB 6 base-model owner &#183; &#183;"
+    assert f"party rows update client 0 B 100 &#183; {nothing}" in text
     assert "store.clients 3" in text
 
 
