@@ -17,6 +17,7 @@ from engine.atomic import write_file, write_folder
 from engine.checkpoint import Saved, load_checkpoint, save_checkpoint
 from engine.events import Evaluated, Event, Finished, Preparing, Sample, Started
 from engine.metrics import Ledger, Metrics, loss_table, read_log
+from engine.privacy import Privacy
 from engine.rounds import Rounds, few
 from engine.runcard import model_card
 from engine.scores import Scores
@@ -150,7 +151,7 @@ class Driver:
             yield Evaluated(state.round, losses, "finetuned")
 
     def _baselines(self, initial: ServerState, state: ServerState) -> Iterator[Evaluated]:
-        """Both baselines spend the federation's steps: all in one model, or in equal parts in each client's."""
+        """All spend the federation's steps: in one model, in parts in each client's, or as it does, unprotected."""
         if state.residual is not None:
             self.slots.rebase(None)
         federation, clients = self.federation, self.store.num_training
@@ -161,8 +162,22 @@ class Driver:
         start, round_ = initial.params.numpy(), state.round
         yield Evaluated(round_, self.scores.local_only(start, round_, each, "local_only"), "local_only")
         yield Evaluated(round_, self.scores.centralised(start, round_, total), "centralised")
+        if self.rounds.noise is not None and not federation.remembers:  # memory is the run's own
+            plain = self._without_privacy(initial)
+            yield Evaluated(round_, self.scores.not_private(plain.params.numpy(), round_), "not_private")
         if state.residual is not None:
             self.slots.rebase(state.residual.numpy())
+
+    def _without_privacy(self, initial: ServerState) -> ServerState:
+        """Where the same rounds lead without noise and without secure aggregation; of them nothing is written down."""
+        federation, folder = replace(self.federation, privacy=Privacy()), self.plan.folder
+        nowhere = Metrics(folder / "metrics"), Ledger(folder / "ledger")  # never flushed
+        rounds = Rounds(federation, self.slots, self.store, self.tokens, initial.layout, folder, *nowhere)
+        rounds.prepare(initial, None)
+        state = initial
+        while state.round < federation.rounds:
+            state, _ = rounds.play(state)
+        return state
 
     def _finish(self, initial: ServerState, state: ServerState) -> Finished:
         folder = self.plan.folder

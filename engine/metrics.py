@@ -102,6 +102,7 @@ def loss_table(metrics: pa.Table, last: int) -> dict[str, dict[str, float]]:
     """Aggregate losses by column (round 0, end, baselines) and split, from a run's metrics."""
     columns = {("loss", 0): "round 0", ("loss_local_only", last): "local only"}
     columns |= {("loss_centralised", last): "centralised", ("loss", last): "end"}
+    columns |= {("loss_not_private", last): "not private"}
     columns |= {("loss_personal", last): "personal", ("loss_finetuned", last): "fine-tuned"}
     table: dict[str, dict[str, float]] = {}
     for row in metrics.to_pylist():

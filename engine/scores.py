@@ -42,6 +42,10 @@ class Scores:
         trained_P = self.slots.ask(lambda actor: actor.centralised.remote(clients, shared, steps))
         return self._all_splits(trained_P, round_, "loss_centralised")
 
+    def not_private(self, params_P: np.ndarray, round_: int) -> Losses:
+        """The loss (nats per token) of what the same federation comes to without privacy: what privacy costs."""
+        return self._all_splits(params_P, round_, "loss_not_private")
+
     def local_only(self, start_P: np.ndarray, round_: int, steps: np.ndarray, name: str) -> Losses:
         """The loss where each client (by id) trains alone for its `steps` from `start_P`: written as loss_`name`.
 

@@ -21,6 +21,7 @@ from experiments.run_folder import Run, read_run
 SPLITS = {"heldout": "held-out", "unseen": "unseen clients", "train": "train", "server": "the server's rows"}
 PERSONAL = {"loss_personal": ("personal", "1 3"), "loss_finetuned": ("fine-tuned", "9 3")}  # of some runs alone
 BASELINES = {"loss_local_only": ("local only", "7 4"), "loss_centralised": ("centralised", "2 3")}
+BASELINES |= {"loss_not_private": ("not private", "5 2 1 2")}
 PARTIES = ("client", "other clients", "server", "base-model owner")  # listed also where they saw nothing
 MAX_LISTED = 40  # parties, kinds and failed rounds that a table lists
 

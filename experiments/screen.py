@@ -108,6 +108,12 @@ class Screen:
                 cells = ["" if value is None else f"{value:.3f}" for value in values.values()]
                 table.add_row(title, *cells, f"{100 * (last / first - 1):+.1f}%")
         self.console.print(table)
+        plain, private = (event.losses.get(column, {}).get("heldout") for column in ("not private", "end"))
+        if plain is not None and private is not None:
+            self.console.print(
+                f"what privacy cost: {private - plain:+.3f} nats per token on held-out rows, {private:.3f} in place of "
+                f"{plain:.3f}"
+            )
         for name, what in (("model", "the trained model"), ("report.html", "the report"), ("metrics", "all figures")):
             self.console.print(f"{what:>17}: {event.folder / name}", soft_wrap=True)
 

@@ -57,6 +57,16 @@ def test_a_private_run_says_what_it_cost_and_who_saw_what(ray_session, small_rec
     assert str(privacy["epsilon"])[:4] in (run.model / "README.md").read_text()
 
 
+def test_the_baseline_without_privacy_is_the_run_without_privacy(ray_session, small_recipe, tmp_path):
+    private = ("privacy.secagg.mode=ideal", "privacy.dp={kind='adaptive', noise_multiplier=0.1}")
+    changes = (UNIFORM, "rounds=2", "evaluate.every=0")
+    run = experiments.run(small_recipe(*changes, *private), out=tmp_path / "run", baselines=True)
+    plain = experiments.run(small_recipe(*changes), out=tmp_path / "plain")
+    assert run.losses["not private"] == plain.losses["end"] != run.losses["end"]
+    clips = values(run, "clip", "privacy")
+    assert clips[0] == 0.1 and clips[1] != 0.1
+
+
 def test_an_aborted_round_leaves_the_model_and_what_clients_know(ray_session, small_recipe, tmp_path):
     events = []
     changes = ["strategy=scaffold", "train.optimizer={kind='sgd', lr=0.1}", "privacy.secagg.bounds={c=1.0}", FULL]
