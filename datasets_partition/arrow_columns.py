@@ -6,6 +6,7 @@ import pyarrow.compute as pc
 
 from datasets_partition.bad_rows import BadRow
 from datasets_partition.forms import Form
+from datasets_partition.other_columns import nan_is_null
 
 Faults = dict[int, BadRow]  # by the row's position in its batch
 
@@ -66,7 +67,7 @@ def with_owner(batch: pa.RecordBatch, file: str) -> pa.RecordBatch:
         return batch
     position, values = batch.schema.get_field_index("client"), batch["client"]
     try:
-        return batch.set_column(position, "client", values.cast(pa.string()))
+        return batch.set_column(position, "client", nan_is_null(values).cast(pa.string()))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ValueError(
             f"{file} has {values.type} in its column client, which must hold text or numbers: convert it, or name "

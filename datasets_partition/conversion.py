@@ -193,7 +193,7 @@ def _table(contents: list[Row]) -> pa.Table:
 
 
 def _client(value: object) -> str:
-    if value in (None, ""):
+    if value in (None, "") or value != value:  # NaN
         raise BadRow("has a null or empty client")
     if isinstance(value, list | dict):
         raise BadRow("has a client that is neither text nor a number", json.dumps(value))

@@ -112,6 +112,21 @@ def test_no_row_is_lost(kind: str, tmp_path: Path) -> None:
     assert skipped == {"is not UTF-8" if kind == "text" else "has a null text": 2}
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "datasets"])
+def test_a_client_that_is_nan_is_none(kind: str, tmp_path: Path) -> None:
+    write, make = FILES[kind]
+    write([{"text": f"{client}", "client": client} for client in (1.0, float("nan"), 2.5)], tmp_path / "rows")
+    with pytest.raises(ValueError, match=r"(row|line) 2 has a null or empty client: mend it"):
+        make(str(tmp_path / "rows")).load()
+    table, skipped = make(str(tmp_path / "rows"), on_bad_row="skip").load()
+    assert table["client"].to_pylist() == ["1", "2.5"] and skipped == {"has a null or empty client": 1}
+
+
+def test_nan_among_text_is_null(tmp_path: Path) -> None:
+    as_jsonl([{"text": "a", "topic": "x"}, {"text": "b", "topic": float("nan")}], tmp_path / "rows")
+    assert Jsonl(path=str(tmp_path / "rows")).load().table["topic"].to_pylist() == ["x", None]
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_a_missing_file_is_an_error_of_both_methods(kind: str, tmp_path: Path) -> None:
     source = FILES[kind][1](str(tmp_path / "none"))
