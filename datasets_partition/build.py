@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from datasets_partition.canonical import content_columns
 from datasets_partition.columns import labels
 from datasets_partition.duplicates import content_numbers, first_of_each, refuse_leaks
-from datasets_partition.location import is_local, within
-from datasets_partition.remote import fetch, node_cache, publish, refuse_unwritable
+from datasets_partition.location import is_local, node_cache, within
+from datasets_partition.remote import fetch, publish, refuse_unwritable
+from datasets_partition.sealed import refuse_another, seal
 from datasets_partition.splits import Splits
 from datasets_partition.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, sweep, write_arrow, written_whole
 from datasets_partition.types import Partitioner, Source, refuse_misfit
@@ -59,7 +60,7 @@ def build(
     refuse_unwritable(cache)
     sweep(folder)
     if folder.exists() or (not is_local(cache) and fetch(within(cache, name), folder)):
-        _refuse_another(folder, key)
+        refuse_another(folder, key)
         if not is_local(cache):
             publish(folder, within(cache, name))
         return folder
@@ -68,24 +69,11 @@ def build(
     made = _Made.of(source, partitioner, splits, seed, on_step, label)
     with written_whole(folder) as scratch:
         made.write(scratch, on_step)
-        sizes = {file.name: file.stat().st_size for file in sorted(scratch.iterdir())}
-        manifest = {"key": key, **origin, "fedpost": _code_version(), **made.counts, "bytes": sizes}
-        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        seal(scratch, key, {**origin, "fedpost": _code_version(), **made.counts})
     if not is_local(cache):
         on_step(f"copying the store to {cache}")
         publish(folder, within(cache, name))
     return folder
-
-
-def _refuse_another(folder: Path, key: str) -> None:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["bytes"].items())
-        found = manifest["key"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole, found = False, None
-    if found != key or not whole:
-        raise ValueError(f"{folder} is not the store that belongs there, or is damaged: move or delete it")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from datasets_partition.remote import node_cache
+from datasets_partition.location import node_cache
 from datasets_partition.store import Store, written_whole
 from datasets_partition.tokens import tokenize
 from engine.model import load_tokenizer
