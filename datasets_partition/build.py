@@ -23,7 +23,7 @@ from datasets_partition.remote import fetch, publish, refuse_unwritable
 from datasets_partition.sealed import refuse_another, seal
 from datasets_partition.splits import Splits
 from datasets_partition.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, sweep, write_arrow, written_whole
-from datasets_partition.types import Partitioner, Source, refuse_misfit
+from datasets_partition.types import Partitioner, Source, refuse_misfit, refuse_other_rows
 
 GROUPS_AT_ONCE = 64
 
@@ -97,7 +97,9 @@ class _Made:
         on_step: Callable[[str], None],
         label: str | None,
     ) -> "_Made":
-        loaded, skipped = source.load()
+        given_rows = source.load()
+        refuse_other_rows(given_rows, source)
+        loaded, skipped = given_rows
         if not loaded.num_rows:
             raise ValueError(f"the source gives no rows: {source!r}")
         table, columns = _gatherable(loaded), content_columns(loaded)

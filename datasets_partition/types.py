@@ -7,6 +7,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from datasets_partition.canonical import TURNS, content_columns
+
+
+TURN = {(field.name, field.type) for field in TURNS.value_type}
+
 
 class Rows(NamedTuple):
     """A source's rows in a canonical format (see canonical.py), and how many it had to leave out, by reason."""
@@ -26,6 +31,25 @@ class Assignment(NamedTuple):
     names: pa.StringArray
     category: pa.Array | None = None
     order: NDArray[np.int64] | None = None
+
+
+def refuse_other_rows(given: object, source: object) -> None:
+    """Raises ValueError unless `given` is Rows whose content is canonical, with nothing null in it."""
+    said = f"the source {type(source).__name__}"
+    if not isinstance(given, Rows) or not isinstance(given.table, pa.Table) or not isinstance(given.skipped, dict):
+        raise ValueError(f"{said} must give Rows of an Arrow table and a dict, not {type(given).__name__}")
+    for name in content_columns(given.table):
+        values, kind = given.table[name], given.table.schema.field(name).type
+        parts = [values]
+        is_turns = pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)
+        if is_turns and (is_turns := TURN.issubset((field.name, field.type) for field in kind.value_type)):
+            parts += [pc.struct_field(pc.list_flatten(values), part) for part, _ in TURN]
+        if not (is_turns or pa.types.is_string(kind) or pa.types.is_large_string(kind) or name == "label"):
+            raise ValueError(f"{said} gives {kind} as its {name}, which must hold text or turns of role and content")
+        if nulls := sum(part.null_count for part in parts):
+            raise ValueError(
+                f"{said} gives {nulls} nulls in its {name}: leave such rows out, and count them in skipped"
+            )
 
 
 def refuse_misfit(given: object, rows: int, partitioner: object) -> None:

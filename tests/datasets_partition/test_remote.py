@@ -121,8 +121,8 @@ def test_a_damaged_location_is_named(source: Jsonl, tmp_path: Path) -> None:
 def test_a_copy_that_cannot_be_read_names_what_it_was_copied_from(source: Jsonl, tmp_path: Path) -> None:
     folder = build(source, Natural(), Splits(), 7, (tmp_path / "shared").as_uri())
     (folder / "index.arrow").write_bytes(b"x")
-    said = rf"^{folder} is damaged \(.*\): move or delete it, and {folder.name} in data\.cache, from which it may be copied"
-    with pytest.raises(ValueError, match=said):
+    way_out = rf"move or delete it, and {folder.name} in data\.cache, from which it may be copied; then"
+    with pytest.raises(ValueError, match=rf"^{folder} is damaged \(.*\): {way_out}"):
         Store.open(folder)
 
 

@@ -61,14 +61,10 @@ def test_damaged_columns_are_named(tmp_path: Path, name: str, left: int | None) 
     (folder / name).unlink()
     if left is not None:
         (folder / name).write_bytes(whole[:left])
-    with pytest.raises(
-        ValueError, match=rf"^{folder} is not what belongs there, or is damaged: move or delete it, and"
-    ):
+    with pytest.raises(ValueError, match=rf"^{folder} is not what belongs there, or is damaged: move or"):
         tokenize(store, "bytes", encode)
     if name != "manifest.json":
-        with pytest.raises(
-            ValueError, match=rf"^{folder} is damaged \(.+\): move or delete it; then it is made again$"
-        ):
+        with pytest.raises(ValueError, match=rf"^{folder} is damaged \(.+\): move or delete it; then it is"):
             Tokens.open(folder)
 
 
