@@ -11,7 +11,7 @@ from typing import Any, Literal
 from datasets_partition.bad_rows import BadRow, BadRows, OnBadRow
 from datasets_partition.conversion import ROWS_PER_BATCH, Conversion
 from datasets_partition.source_files import SourceFile, fingerprint, source_files
-from datasets_partition.types import Rows
+from datasets_partition.types import OnRows, Rows, ignore
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 ARRAY = re.compile(rb"\s*\[\s*(\{|$)")  # how a JSON array of objects starts
@@ -33,9 +33,9 @@ class Jsonl:
         """What the rows depend on beside this section: the files' content."""
         return fingerprint(source_files(self.path, SUFFIXES))
 
-    def load(self) -> Rows:
+    def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows in the files' order. Raises ValueError, with the line's number, for what is no row."""
-        conversion = Conversion(self.columns, BadRows(self.on_bad_row))
+        conversion = Conversion(self.columns, BadRows(self.on_bad_row), on_rows)
         rows = (row for file in source_files(self.path, SUFFIXES) for row in _rows(file))
         while some := list(islice(rows, ROWS_PER_BATCH)):
             conversion.add_objects(some)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from datasets_partition.bad_rows import BadRows, OnBadRow
 from datasets_partition.conversion import ROWS_PER_BATCH, Conversion
 from datasets_partition.source_files import SourceFile, fingerprint, first_line, source_files
-from datasets_partition.types import Rows
+from datasets_partition.types import OnRows, Rows, ignore
 
 SUFFIXES = (".parquet",)
 
@@ -31,9 +31,9 @@ class ParquetFiles:
         """What the rows depend on beside this section: the files' content."""
         return fingerprint(source_files(self.path, SUFFIXES))
 
-    def load(self) -> Rows:
+    def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows in the files' order. Raises ValueError, with the row's number, for what is no row."""
-        conversion = Conversion(self.columns, BadRows(self.on_bad_row))
+        conversion = Conversion(self.columns, BadRows(self.on_bad_row), on_rows)
         for file in source_files(self.path, SUFFIXES):
             conversion.add_batches(_batches(file), file.name)
         return conversion.rows(self.path)

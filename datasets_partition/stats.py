@@ -125,9 +125,11 @@ class Skew:
     rows: Sizes
     categories: Categories | None
     duplicate_rows: int
+    duplicate_clients: int
     skipped_rows: dict[str, int]
     left_out_clients: int
     left_out_rows: int
+    unassigned_rows: int
 
     @classmethod
     def of(cls, store: Store) -> "Skew":
@@ -145,9 +147,11 @@ class Skew:
             rows=Sizes(rows),
             categories=_categories(store, rows),
             duplicate_rows=store.manifest["duplicate_rows"],
+            duplicate_clients=store.manifest["duplicate_clients"],
             skipped_rows=store.manifest["skipped_rows"],
             left_out_clients=store.manifest["left_out_clients"],
             left_out_rows=store.manifest["left_out_rows"],
+            unassigned_rows=store.manifest["unassigned_rows"],
         )
 
 

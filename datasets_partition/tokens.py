@@ -21,6 +21,7 @@ from datasets_partition.location import within
 from datasets_partition.remote import fetch, publish
 from datasets_partition.sealed import readable, refuse_another, seal
 from datasets_partition.store import SplitName, Store, column, sweep, write_arrow, written_whole
+from datasets_partition.types import OnRows, ignore
 
 # Rows given to the objective at once. Clients whose first rows lie in the same window of as many share a record batch.
 ROWS_PER_BATCH = 4096
@@ -98,13 +99,13 @@ def _mapped(path: Path) -> mmap:
         return mmap(file.fileno(), 0, access=ACCESS_READ)
 
 
-def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None) -> Tokens:
+def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None, on_rows: OnRows = ignore) -> Tokens:
     """The token columns of all rows of `store`, made by `encode` unless they were made before under the same `key`.
 
     `encode` takes a table of canonical rows and gives one of as many rows and always the same columns, among them
     `input_ids`, a list, null where a row is to be dropped. Name in `key` all that its result depends on. `shared` is
     the location, if there is one, that the store was copied from: other machines find the columns there too.
-    Raises ValueError if what was made before is damaged.
+    `on_rows` is told how many rows are done. Raises ValueError if what was made before is damaged.
     """
     digest = sha256(key.encode()).hexdigest()
     name = f"tokens-{digest[:16]}"
@@ -114,14 +115,14 @@ def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None) 
         refuse_another(folder, digest)
     else:
         with written_whole(folder) as scratch:
-            _write(store, encode, scratch)
+            _write(store, encode, scratch, on_rows)
             seal(scratch, digest, {})
     if there:
         publish(folder, there)
     return Tokens.open(folder)
 
 
-def _write(store: Store, encode: Encode, folder: Path) -> None:
+def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
     train, heldout = store.counts("train").astype(np.int64), store.counts("heldout").astype(np.int64)
     batch = np.unique(store.starts // ROWS_PER_BATCH, return_inverse=True)[1]
     edges = np.flatnonzero(np.diff(batch, prepend=-1, append=batch[-1] + 1))
@@ -143,6 +144,7 @@ def _write(store: Store, encode: Encode, folder: Path) -> None:
             writer = writer or pa.ipc.new_file(folder / "tokens.arrow", encoded.schema)
             columns = [chunks.combine_chunks() for chunks in encoded.columns]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=encoded.schema))
+            on_rows(int(store.starts[first]) + rows.num_rows)
     finally:
         if writer:
             writer.close()

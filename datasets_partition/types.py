@@ -1,5 +1,6 @@
 """The central types: what a source gives, what a partitioner decides, and what each of them is."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from datasets_partition.canonical import TURNS, content_columns
 
-
+OnRows = Callable[[int], None]  # told now and then how many rows are done
 TURN = {(field.name, field.type) for field in TURNS.value_type}
 
 
@@ -71,8 +72,15 @@ def refuse_misfit(given: object, rows: int, partitioner: object) -> None:
             raise ValueError(f"{said} gives {len(values)} values of {name} for {rows} rows")
 
 
+def ignore(rows: int) -> None:
+    """The listener where nobody asks how far it is."""
+
+
 class Source(Protocol):
-    """Where rows come from: a frozen dataclass whose fields are its recipe section."""
+    """Where rows come from: a frozen dataclass whose fields are its recipe section.
+
+    Those that come with this folder also take an `OnRows`, for the rows that they have read so far.
+    """
 
     def fingerprint(self) -> str:
         """What the rows depend on beside this section; another fingerprint means another store."""

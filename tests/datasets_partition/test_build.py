@@ -139,6 +139,7 @@ def test_held_rows_follow_training_rows_and_the_manifest_counts_them(tmp_path: P
         "duplicate_clients": 0,
         "left_out_clients": 1,
         "left_out_rows": 2,
+        "unassigned_rows": 0,
     }
 
 

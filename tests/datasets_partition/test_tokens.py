@@ -105,7 +105,9 @@ def test_every_client_has_its_own_rows_whatever_the_batches(
         sizes.append(rows.num_rows)
         return encode(rows)
 
-    tokens = tokenize(store, "bytes", counted)
+    done: list[int] = []
+    tokens = tokenize(store, "bytes", counted, on_rows=done.append)
+    assert done == sorted(done) and done[-1] == store.manifest["rows"]
     assert max(sizes) <= window and sum(sizes) == store.manifest["rows"]
     for client in range(store.num_clients):
         for split in SPLITS:

@@ -12,7 +12,7 @@ from experiments.pictures import draw_skew, draw_tokens
 
 
 def skew(rows, categories=None):
-    return Skew(len(rows), 0, int(np.sum(rows)), 0, 0, 0, Sizes(np.array(rows)), categories, 0, {}, 0, 0)
+    return Skew(len(rows), 0, int(np.sum(rows)), 0, 0, 0, Sizes(np.array(rows)), categories, 0, 0, {}, 0, 0, 0)
 
 
 def mixed(clients, categories, seed=0):
