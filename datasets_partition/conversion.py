@@ -9,7 +9,7 @@ import pyarrow as pa
 from datasets_partition.arrow_columns import Faults, content_of, faults_of, is_flat, renamed, with_owner, without
 from datasets_partition.bad_rows import BadRow, BadRows
 from datasets_partition.canonical import COLUMNS, TURNS, UNPAIRED_PREFERENCE, content_columns, format_of
-from datasets_partition.forms import EXPECTED, NAMES, Content, Form, Row, form_of
+from datasets_partition.forms import BESIDE_TURNS, EXPECTED, NAMES, Content, Form, Row, form_of
 from datasets_partition.other_columns import array_of, as_text, joined
 from datasets_partition.types import OnRows, Rows, ignore
 
@@ -183,7 +183,7 @@ def _row_name(file: str, first: int, position: int) -> str:
 
 def _others(names: list[str], form: Form, content: list[str]) -> list[str]:
     """The columns that are no part of a row's content, nor look like one."""
-    taken = RESERVED | {*form.needs, *form.optional}
+    taken = RESERVED | {*form.needs, *form.optional} - {*BESIDE_TURNS}
     if "label" not in content:
         taken -= {"label"}  # a category
     return [name for name in names if name not in taken]

@@ -48,17 +48,22 @@ class Dirichlet:
         return Assignment(*listed(owners, numbered(self.clients)), category=found.texts())
 
 
-def divided(
-    coded: Coded, clients: int, alpha: float, min_rows: int, balanced: bool, rng: np.random.Generator
-) -> NDArray[np.int32]:
-    """The client of each row, by the rule of `Dirichlet`. Raises ValueError if `min_rows` cannot be had."""
-    rows = len(coded.codes)
+def enough_rows_each(clients: int, min_rows: int, rows: int) -> None:
+    """Raises ValueError for more clients than rows, or than can have `min_rows` each."""
     enough_rows(clients, rows)
     if clients * min_rows > rows:
         raise ValueError(
             f"data.partition.min_rows is {min_rows} for {clients} clients, but there are only {rows} distinct rows: "
             f"lower it to {rows // clients}, or ask for fewer clients"
         )
+
+
+def divided(
+    coded: Coded, clients: int, alpha: float, min_rows: int, balanced: bool, rng: np.random.Generator
+) -> NDArray[np.int32]:
+    """The client of each row, by the rule of `Dirichlet`. Raises ValueError if `min_rows` cannot be had."""
+    rows = len(coded.codes)
+    enough_rows_each(clients, min_rows, rows)
     order, label_rows = by_label(coded, rng)
     best = -1
     for _ in range(TRIES):

@@ -74,8 +74,13 @@ def _parsed(line: bytes) -> dict[str, Any]:
             json.dumps(row, ensure_ascii=False).encode()  # an escaped half of a surrogate pair is no text
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise BadRow("is not UTF-8", f"{error.reason}; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        where = f"at character {error.colno}" if error.lineno == 1 else "at its end"
+        raise BadRow(
+            "is not JSON", f"{error.msg} {where}; each line must be one whole row, as jq -c writes it"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise BadRow("is not JSON", f"{error}; write one JSON object a line") from None
+        raise BadRow("is not JSON", f"{error}; each line must be one whole row") from None
     if not isinstance(row, dict):
         raise BadRow("is not a JSON object")
     return row
