@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from datasets_partition import draws
 from datasets_partition.columns import labels
-from datasets_partition.dealing import above_zero, at_least, by_label, enough_rows, even, numbered
+from datasets_partition.dealing import above_zero, at_least, by_label, enough_rows, even, numbered, one_or_each
 from datasets_partition.types import Assignment
 
 
@@ -19,6 +19,7 @@ class InnerDirichlet:
 
     Clients take rows one at a time, in random turns, until they have as many as `sizes` says, or equal shares of all
     rows among `clients`. A label that has run out is taken out of every mixture. Rows beyond the sizes are nobody's.
+    Several numbers as `alpha` are one for each label, in the order of the labels.
 
     Acar et al. 2021 (arXiv 2111.04263) and flwr-datasets' InnerDirichletPartitioner.
     """
@@ -27,7 +28,7 @@ class InnerDirichlet:
     label: str
     clients: int | None = None
     sizes: tuple[int, ...] | None = None
-    alpha: float = 0.5
+    alpha: float | tuple[float, ...] = 0.5
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that is too small, or not either of `clients` and `sizes`."""
@@ -54,6 +55,7 @@ class InnerDirichlet:
             enough_rows(self.clients, table.num_rows)
             sizes = even(table.num_rows, self.clients)
         order, label_rows = by_label(found, rng)
+        one_or_each("alpha", self.alpha, len(label_rows), "label")
         logs = draws.log_gamma(rng, self.alpha, len(sizes) * len(label_rows)).reshape(len(sizes), -1)
         turns = _turns(sizes, rng)
         drawn = _drawn(logs, label_rows, turns, rng)

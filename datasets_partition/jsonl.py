@@ -76,9 +76,8 @@ def _parsed(line: bytes) -> dict[str, Any]:
         raise BadRow("is not UTF-8", f"{error.reason}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         where = f"at character {error.colno}" if error.lineno == 1 else "at its end"
-        raise BadRow(
-            "is not JSON", f"{error.msg} {where}; each line must be one whole row, as jq -c writes it"
-        ) from None
+        detail = f"{error.msg} {where}; each line must be one whole row, as jq -c writes it"
+        raise BadRow("is not JSON", detail) from None
     except (ValueError, RecursionError) as error:
         raise BadRow("is not JSON", f"{error}; each line must be one whole row") from None
     if not isinstance(row, dict):
