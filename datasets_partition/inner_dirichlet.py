@@ -108,9 +108,12 @@ def _by_mixture(
     logs: NDArray[np.float64], is_open: NDArray[np.bool_], turns: NDArray[np.int32], rng: np.random.Generator
 ) -> NDArray[np.uint32]:
     involved, who = np.unique(turns, return_inverse=True)
-    open_logs = np.where(is_open, logs[involved], -np.inf)
-    weights = draws.exp((open_logs - open_logs.max(axis=1, keepdims=True)).ravel()).reshape(open_logs.shape)
-    edges = np.cumsum(weights, axis=1)
+    edges = np.empty((len(involved), len(is_open)))
+    step = max(1, draws.BLOCK // len(is_open))  # clients at a time: the exponential takes several times their memory
+    for first in range(0, len(involved), step):
+        some = np.where(is_open, logs[involved[first : first + step]], -np.inf)
+        weights = draws.exp((some - some.max(axis=1, keepdims=True)).ravel()).reshape(some.shape)
+        np.cumsum(weights, axis=1, out=edges[first : first + step])
     points = rng.random(len(turns)) * edges[who, -1]
     drawn = np.zeros(len(turns), np.uint32)
     for label in range(len(is_open) - 1):

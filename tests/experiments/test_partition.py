@@ -42,6 +42,8 @@ def test_steps_then_a_table_then_the_pictures(shown, labelled):
     store = build_store(labelled)
     table = {line[:19].rstrip(): line[19:].strip() for line in lines}
     assert lines[0] == "reading the rows ..."
+    for step in ("reading the rows", "tokenizing rows"):  # a line each, however often they tell how far they are
+        assert sum(line.startswith(step) for line in lines) == 1
     assert lines.index("counting rows ...") < lines.index(str(store)) < lines.index("drawing pictures ...")
     assert table["clients"] == "5 (4 train, 1 unseen)"
     assert table["rows"].startswith("60 (")
