@@ -1,12 +1,16 @@
 """Columns of one Arrow batch on their way to the canonical ones: renamed, in plain types, and without bad rows."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from datasets_partition.bad_rows import BadRow
 from datasets_partition.forms import Form
+from datasets_partition.other_columns import nan_is_null
 
+CLASSES = "ClassLabel"
 Faults = dict[int, BadRow]  # by the row's position in its batch
 
 
@@ -22,11 +26,21 @@ def renamed(batch: pa.RecordBatch, columns: dict[str, str], file: str) -> pa.Rec
             )
     gone = {*columns, *columns.values()}
     taken = {name: name for name in has if name not in gone} | columns
-    arrays = [_plain(batch[theirs]) for theirs in taken.values()]
+    classes = _class_names(batch.schema)
+    arrays = [_plain(batch[theirs], classes.get(theirs)) for theirs in taken.values()]
     return pa.RecordBatch.from_arrays(arrays, names=list(taken))
 
 
-def _plain(values: pa.Array) -> pa.Array:
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """The names that Hugging Face's datasets keep beside the numbers of classes, by column."""
+    kept = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = kept.get("info", {}).get("features", {}).items()
+    return {name: kind["names"] for name, kind in features if isinstance(kind, dict) and kind.get("_type") == CLASSES}
+
+
+def _plain(values: pa.Array, classes: list[str] | None) -> pa.Array:
+    if classes and pa.types.is_integer(values.type):
+        return pa.array(classes).take(pc.if_else(pc.less(values, 0), None, values))  # -1: of no class
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type):
@@ -66,7 +80,7 @@ def with_owner(batch: pa.RecordBatch, file: str) -> pa.RecordBatch:
         return batch
     position, values = batch.schema.get_field_index("client"), batch["client"]
     try:
-        return batch.set_column(position, "client", values.cast(pa.string()))
+        return batch.set_column(position, "client", nan_is_null(values).cast(pa.string()))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ValueError(
             f"{file} has {values.type} in its column client, which must hold text or numbers: convert it, or name "

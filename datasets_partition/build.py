@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -15,14 +15,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from datasets_partition import Sources
 from datasets_partition.canonical import content_columns
 from datasets_partition.columns import labels
 from datasets_partition.duplicates import content_numbers, first_of_each, refuse_leaks
-from datasets_partition.location import is_local, within
-from datasets_partition.remote import fetch, node_cache, publish, refuse_unwritable
+from datasets_partition.location import is_local, node_cache, within
+from datasets_partition.remote import fetch, publish, refuse_unwritable
+from datasets_partition.sealed import refuse_another, seal
 from datasets_partition.splits import Splits
 from datasets_partition.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, sweep, write_arrow, written_whole
-from datasets_partition.types import Partitioner, Source, refuse_misfit
+from datasets_partition.types import Partitioner, Source, refuse_misfit, refuse_other_rows
 
 GROUPS_AT_ONCE = 64
 
@@ -59,33 +61,19 @@ def build(
     refuse_unwritable(cache)
     sweep(folder)
     if folder.exists() or (not is_local(cache) and fetch(within(cache, name), folder)):
-        _refuse_another(folder, key)
+        refuse_another(folder, key)
         if not is_local(cache):
             publish(folder, within(cache, name))
         return folder
 
-    on_step("reading the rows")
     made = _Made.of(source, partitioner, splits, seed, on_step, label)
     with written_whole(folder) as scratch:
         made.write(scratch, on_step)
-        sizes = {file.name: file.stat().st_size for file in sorted(scratch.iterdir())}
-        manifest = {"key": key, **origin, "fedpost": _code_version(), **made.counts, "bytes": sizes}
-        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        seal(scratch, key, {**origin, "fedpost": _code_version(), **made.counts})
     if not is_local(cache):
         on_step(f"copying the store to {cache}")
         publish(folder, within(cache, name))
     return folder
-
-
-def _refuse_another(folder: Path, key: str) -> None:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["bytes"].items())
-        found = manifest["key"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole, found = False, None
-    if found != key or not whole:
-        raise ValueError(f"{folder} is not the store that belongs there, or is damaged: move or delete it")
 
 
 @dataclass(frozen=True)
@@ -109,7 +97,13 @@ class _Made:
         on_step: Callable[[str], None],
         label: str | None,
     ) -> "_Made":
-        loaded, skipped = source.load()
+        on_step("reading the rows")
+        if isinstance(source, Sources) and type(source) in get_args(Sources):  # people's heirs may listen to nobody
+            given_rows = source.load(lambda rows: on_step(f"reading the rows: {rows:,} so far"))
+        else:
+            given_rows = source.load()
+        refuse_other_rows(given_rows, source)
+        loaded, skipped = given_rows
         if not loaded.num_rows:
             raise ValueError(f"the source gives no rows: {source!r}")
         table, columns = _gatherable(loaded), content_columns(loaded)
@@ -165,6 +159,7 @@ class _Made:
             "duplicate_clients": _clients(loaded) - _clients(table),
             "left_out_clients": len(given.names) - len(kept),
             "left_out_rows": len(owned) - len(stored),
+            "unassigned_rows": int(np.count_nonzero(given.clients < 0)),
             "skipped_rows": skipped,
         }
         content = pa.table(category | {name: table[name] for name in columns})

@@ -20,13 +20,15 @@ class BySize:
     Client i of 1, 2, ... has a share like i (linear), i^2 (square) or e^i (exponential), rounded down, and the last
     client has what that leaves over: the sizes of flwr-datasets' LinearPartitioner, SquarePartitioner and
     ExponentialPartitioner, and with `sizes` of SizePartitioner. With lognormal, each client has one row and a share
-    of the others like exp(`sigma` x), where x is a standard normal draw.
+    of the others like exp(`sigma` x), where x is a standard normal draw; with dirichlet, shares drawn from
+    Dirichlet(`alpha`).
     """
 
     kind: Literal["size"] = "size"
     clients: int | None = None
-    law: Literal["linear", "square", "exponential", "lognormal"] | None = None
+    law: Literal["linear", "square", "exponential", "lognormal", "dirichlet"] | None = None
     sigma: float = 1.0
+    alpha: float = 0.5
     sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -42,6 +44,7 @@ class BySize:
         else:
             at_least("clients", self.clients, 1)
         above_zero("sigma", self.sigma)
+        above_zero("alpha", self.alpha)
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Raises ValueError if there are too few rows for each client to have one, or for the given sizes."""
@@ -59,8 +62,9 @@ class BySize:
 
     def _lawful(self, clients: int, rows: int, rng: np.random.Generator) -> NDArray[np.int64]:
         enough_rows(clients, rows)
-        if self.law == "lognormal":
-            logs = self.sigma * draws.normal(rng, clients)
+        if self.law in ("lognormal", "dirichlet"):
+            is_normal = self.law == "lognormal"
+            logs = self.sigma * draws.normal(rng, clients) if is_normal else draws.log_gamma(rng, self.alpha, clients)
             return 1 + shared_out(rows - clients, draws.exp(logs - logs.max()))
         counts = self._rising(clients, rows)
         if not counts[0]:

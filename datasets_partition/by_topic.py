@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from datasets_partition.columns import Coded, column, texts
 from datasets_partition.dealing import above_zero, at_least, listed, numbered
-from datasets_partition.dirichlet import divided
+from datasets_partition.dirichlet import divided, enough_rows_each
 from datasets_partition.types import Assignment
 
 # Topics are sought among so many rows at most; the others go to the nearest topic, a block at a time.
@@ -21,6 +21,7 @@ BLOCK = 1 << 16
 DIMENSIONS = 64
 # With a larger share of the rows in one topic there is no skew to deal out.
 LARGEST = 0.9
+WORDS, LETTERS = 3, 12  # of a topic's name: how many, and how much of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class ByTopic:
     Rows are the TF-IDF vectors of their text in `columns` (or in all that is their content, such as prompt and
     completion) over the `features` most frequent words, reduced by a singular value decomposition to unit vectors of
     64 dimensions; or what the column `embedding` holds, one list a row. Beyond 32,768 rows, topics are those of a
-    random sample. Topics have numbers for names. Needs scikit-learn.
+    random sample. A topic's name is its number, and of words those that set it apart. Needs scikit-learn.
 
     The same seed gives the same topics with the same versions on the same kind of processor. On another, sums of
     floats may round differently, and a row between two topics may land in the other one.
@@ -65,7 +66,8 @@ class ByTopic:
                 f"data.partition.topics is {self.topics}, but there are only {table.num_rows} distinct rows: "
                 f"ask for {table.num_rows} topics or fewer"
             )
-        codes = self._clustered(table, rng)
+        enough_rows_each(self.clients, self.min_rows, table.num_rows)  # before topics are sought, which takes long
+        codes, names = self._clustered(table, rng)
         largest = int(np.bincount(codes).max(initial=0))
         if self.topics > 1 and largest > LARGEST * table.num_rows:
             raise ValueError(
@@ -73,11 +75,12 @@ class ByTopic:
                 "no skew: name other columns in data.partition.columns, give an embedding, ask for another number of "
                 'topics, or use kind = "iid"'
             )
-        found = Coded(codes, numbered(self.topics))
+        found = Coded(codes, names)
         owners = divided(found, self.clients, self.alpha, self.min_rows, self.balanced, rng)
         return Assignment(*listed(owners, numbered(self.clients)), category=found.texts())
 
-    def _clustered(self, table: pa.Table, rng: np.random.Generator) -> NDArray[np.int32]:
+    def _clustered(self, table: pa.Table, rng: np.random.Generator) -> tuple[NDArray[np.int32], pa.StringArray]:
+        """The topic of each row, and the topics' names."""
         try:
             from sklearn.cluster import KMeans
             from sklearn.decomposition import TruncatedSVD
@@ -89,7 +92,11 @@ class ByTopic:
                 'pip install scikit-learn, or install fedpost with its extra "topics"'
             ) from None
         is_text = self.embedding is None
-        vectors = self._tf_idf(table) if self.embedding is None else embedded(table, self.embedding)
+        words: list[str] = []
+        if self.embedding is None:
+            vectors, words = self._tf_idf(table)
+        else:
+            vectors = embedded(table, self.embedding)
         seed, rows = int(rng.integers(2**31)), table.num_rows
         size = max(SAMPLE, 4 * self.topics)
         sample = vectors if rows <= size else vectors[np.sort(rng.permutation(rows)[:size])]
@@ -105,21 +112,34 @@ class ByTopic:
             means = KMeans(self.topics, random_state=seed, n_init=3).fit(reduced(sample))
             found = [means.predict(reduced(vectors[first : first + BLOCK])) for first in range(0, rows, BLOCK)]
         clusters: NDArray[np.int32] = np.concatenate(found).astype(np.int32)
-        return clusters
+        names = numbered(self.topics)
+        return clusters, _described(names, clusters, vectors, words) if is_text else names
 
-    def _tf_idf(self, table: pa.Table) -> Any:
+    def _tf_idf(self, table: pa.Table) -> tuple[Any, list[str]]:
+        """The rows' vectors (rows, features), sparse; and the features, which are words."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         joined = pc.binary_join_element_wise(*texts(table, self.columns), pa.scalar("\n", pa.large_string()))
         documents = (text.as_py() for batch in joined.chunks for text in batch)
+        vectorizer = TfidfVectorizer(max_features=self.features, sublinear_tf=True, dtype=np.float32)
         try:
-            return TfidfVectorizer(max_features=self.features, sublinear_tf=True, dtype=np.float32).fit_transform(
-                documents
-            )
+            return vectorizer.fit_transform(documents), list(vectorizer.get_feature_names_out())
         except ValueError as error:
             raise ValueError(
                 f"data.partition finds no words in the rows ({error}): name columns of text in data.partition.columns"
             ) from None
+
+
+def _described(numbers: pa.StringArray, codes: NDArray[np.int32], vectors: Any, words: list[str]) -> pa.StringArray:
+    """The topics' numbers, each with the words whose mean weight in its rows is most above that in all rows."""
+    names = []
+    everywhere = np.asarray(vectors.sum(axis=0)).ravel() / len(codes)
+    for topic, number in enumerate(numbers.to_pylist()):
+        mine = codes == topic
+        above = np.asarray(vectors[mine].sum(axis=0)).ravel() / max(1, np.count_nonzero(mine)) - everywhere
+        first = [column for column in np.argsort(-above, kind="stable")[:WORDS] if above[column] > 0]
+        names.append(" ".join([number, *(words[column][:LETTERS] for column in first)]))
+    return pa.array(names)
 
 
 def embedded(table: pa.Table, name: str) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from datasets_partition.canonical import content_columns
+from datasets_partition.other_columns import nan_is_null
 
 # Where forms of rows (see forms.py) keep a column of the source that the rows no longer have.
 KEPT_IN = {
@@ -20,6 +21,9 @@ KEPT_IN = {
     "input": "prompt",
     "conversations": "messages",
 }
+
+
+SHOWN = 160  # letters of a row that an error shows
 
 
 class Coded(NamedTuple):
@@ -119,11 +123,20 @@ def _coded(table: pa.Table, key: str, name: str) -> tuple[NDArray[np.int32], pa.
     codes: NDArray[np.int32] = np.concatenate(
         [pc.fill_null(chunk.indices, -1).to_numpy() for chunk in encoded.chunks], dtype=np.int32
     )
-    is_empty = np.append(pc.equal(values.cast(pa.string()), "").to_numpy(zero_copy_only=False), True)
-    if nameless := int(np.count_nonzero(is_empty[codes])):
+    try:
+        names = nan_is_null(values).cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ValueError(
-            f"{key} names {name!r}, which is null or empty in {nameless} of "
-            f"{table.num_rows} rows: fill it in, or leave those rows out of the source"
+            f"{key} names {name!r}, which holds {found.type} that is not all text: "
+            "save the column as UTF-8 text or as numbers, or name another one"
+        ) from None
+    is_empty = np.append(pc.fill_null(pc.equal(names, ""), True).to_numpy(zero_copy_only=False), True)
+    if len(nameless := np.flatnonzero(is_empty[codes])):
+        # By its content: the rows of a file are counted with their duplicates, of which none are left here.
+        (first,) = table.slice(int(nameless[0]), 1).to_pylist()
+        raise ValueError(
+            f"{key} names {name!r}, which is null or empty in {len(nameless)} of {table.num_rows} rows: "
+            f"fill it in, or leave those rows out of the source; the first is {str(first)[:SHOWN]}"
         )
     return codes, values
 

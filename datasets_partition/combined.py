@@ -1,5 +1,7 @@
 """Two partitions, one after the other: such as the natural clients, and then a cap on their rows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -21,7 +23,7 @@ class Combined:
 
     Clients are named "first/then", or as in `first` where `then` makes one of them. Category and order are those of
     `then` where it has any, otherwise those of `first`. A `SizeCap` is put on all clients of `first` at once; any
-    other `then` takes one call for each of them.
+    other `then` takes one call for each of them, and so minutes where there are a million.
     """
 
     kind: Literal["combined"] = "combined"
@@ -31,7 +33,8 @@ class Combined:
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Raises ValueError where `first` does, `then` does for a client, or two clients would have one name."""
-        first = self.first.assign(table, rng)
+        with _named("data.partition.first"):
+            first = self.first.assign(table, rng)
         # In the order that `first` keeps, so that parts of a client in time are stretches of time.
         in_order = np.arange(table.num_rows) if first.order is None else first.order
         order = np.lexsort((in_order, first.clients))
@@ -45,11 +48,9 @@ class Combined:
         names: list[str] = []
         parts = []
         for number, rows in enumerate(pieces):
-            try:
+            whose = f"for the client {first.names[number].as_py()!r} of data.partition.first: "
+            with _named("data.partition.then", whose):
                 part = self.then.assign(table.take(rows), rng)
-            except ValueError as error:
-                where = f"for the client {first.names[number].as_py()!r} of data.partition.first: "
-                raise ValueError(where + str(error).replace("data.partition.", "data.partition.then.")) from None
             clients[rows] = np.where(part.clients < 0, -1, part.clients + len(names))
             owners += [number] * len(part.names)
             names += part.names.to_pylist()
@@ -68,6 +69,15 @@ class Combined:
         return Assignment(
             clients, joined(first.names, np.array(owners, np.int64), pa.array(names, pa.string())), category, ranks
         )
+
+
+@contextmanager
+def _named(place: str, where: str = "") -> Iterator[None]:
+    """Lets an error that the block raises name the keys where they stand."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(where + str(error).replace("data.partition", place)) from None
 
 
 def _capped(

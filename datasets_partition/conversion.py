@@ -9,9 +9,9 @@ import pyarrow as pa
 from datasets_partition.arrow_columns import Faults, content_of, faults_of, is_flat, renamed, with_owner, without
 from datasets_partition.bad_rows import BadRow, BadRows
 from datasets_partition.canonical import COLUMNS, TURNS, UNPAIRED_PREFERENCE, content_columns, format_of
-from datasets_partition.forms import EXPECTED, NAMES, Content, Form, Row, form_of
+from datasets_partition.forms import BESIDE_TURNS, EXPECTED, NAMES, Content, Form, Row, form_of
 from datasets_partition.other_columns import array_of, as_text, joined
-from datasets_partition.types import Rows
+from datasets_partition.types import OnRows, Rows, ignore
 
 # Rows converted at once: so few that their text stays below the 2 GiB of one Arrow array, so many that Arrow pays.
 ROWS_PER_BATCH = 16384
@@ -26,7 +26,7 @@ class Conversion:
     `columns` says what the file calls a column that some form has, or `client`: {"prompt": "question"}.
     """
 
-    def __init__(self, columns: dict[str, str], bad: BadRows) -> None:
+    def __init__(self, columns: dict[str, str], bad: BadRows, on_rows: OnRows = ignore) -> None:
         """Raises ValueError where `columns` has another name, which no form would read."""
         if unknown := [name for name in columns if name not in NAMES]:
             raise ValueError(
@@ -34,9 +34,11 @@ class Conversion:
                 f"on the left stands one of {', '.join(NAMES)}; data.partition names other columns as they are"
             )
         self.columns = columns
+        self.on_rows = on_rows
         self.bad = bad
         self.first: tuple[str, bool, bool] | None = None  # its format, whether it is of turns, whether it has a client
         self.tables: list[pa.Table] = []
+        self.kept = 0
 
     def add_batch(
         self, batch: pa.RecordBatch, file: str, where: Callable[[int], str], known: Faults | None = None
@@ -171,6 +173,8 @@ class Conversion:
             position = table.column_names.index("label")
             table = table.set_column(position, "label", table["label"].cast(pa.string()))
         self.tables.append(table)
+        self.kept += table.num_rows
+        self.on_rows(self.kept)
 
 
 def _row_name(file: str, first: int, position: int) -> str:
@@ -179,7 +183,7 @@ def _row_name(file: str, first: int, position: int) -> str:
 
 def _others(names: list[str], form: Form, content: list[str]) -> list[str]:
     """The columns that are no part of a row's content, nor look like one."""
-    taken = RESERVED | {*form.needs, *form.optional}
+    taken = RESERVED | {*form.needs, *form.optional} - {*BESIDE_TURNS}
     if "label" not in content:
         taken -= {"label"}  # a category
     return [name for name in names if name not in taken]
@@ -193,7 +197,7 @@ def _table(contents: list[Row]) -> pa.Table:
 
 
 def _client(value: object) -> str:
-    if value in (None, ""):
+    if value in (None, "") or value != value:  # NaN
         raise BadRow("has a null or empty client")
     if isinstance(value, list | dict):
         raise BadRow("has a client that is neither text nor a number", json.dumps(value))

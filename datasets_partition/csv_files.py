@@ -14,7 +14,7 @@ from datasets_partition.arrow_columns import Faults
 from datasets_partition.bad_rows import BadRow, BadRows, OnBadRow
 from datasets_partition.conversion import ROWS_PER_BATCH, Conversion
 from datasets_partition.source_files import SourceFile, fingerprint, source_files
-from datasets_partition.types import Rows
+from datasets_partition.types import OnRows, Rows, ignore
 
 SUFFIXES = (".csv", ".csv.gz")
 FIELD_BYTES = 2**31 - 1  # the csv module's own limit is 128 KiB, less than a long text
@@ -39,9 +39,9 @@ class CsvFiles:
         """What the rows depend on beside this section: the files' content."""
         return fingerprint(source_files(self.path, SUFFIXES))
 
-    def load(self) -> Rows:
+    def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows in the files' order. Raises ValueError, with the number of its first line, for what is no row."""
-        conversion = Conversion(self.columns, BadRows(self.on_bad_row))
+        conversion = Conversion(self.columns, BadRows(self.on_bad_row), on_rows)
         label = self.columns.get("label", "" if "label" in self.columns.values() else "label")
         for file in source_files(self.path, SUFFIXES):
             parts = list(_parts(file))

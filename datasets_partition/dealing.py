@@ -14,10 +14,19 @@ def at_least(field: str, value: int, least: int) -> None:
         raise ValueError(f"data.partition.{field} is {value}: ask for at least {least}")
 
 
-def above_zero(field: str, value: float) -> None:
-    """Raises ValueError if the section's `field` is not a finite number above 0."""
-    if not 0 < value < float("inf"):
-        raise ValueError(f"data.partition.{field} is {value}: give a number above 0")
+def above_zero(field: str, value: float | tuple[float, ...]) -> None:
+    """Raises ValueError if the section's `field` is not a finite number above 0, or several."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if not 0 < number < float("inf"):
+            raise ValueError(f"data.partition.{field} is {value}: give a number above 0")
+
+
+def one_or_each(field: str, value: float | tuple[float, ...], each: int, what: str) -> None:
+    """Raises ValueError if the section's `field` is several numbers, but not `each`, one for each `what`."""
+    if isinstance(value, tuple) and len(value) != each:
+        raise ValueError(
+            f"data.partition.{field} has {len(value)} numbers for {each} {what}s: give one number, or one for each"
+        )
 
 
 def enough_rows(clients: int, rows: int) -> None:

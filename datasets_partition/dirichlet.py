@@ -9,7 +9,16 @@ from numpy.typing import NDArray
 
 from datasets_partition import draws
 from datasets_partition.columns import Coded, labels
-from datasets_partition.dealing import above_zero, at_least, by_label, enough_rows, listed, numbered, shared_out
+from datasets_partition.dealing import (
+    above_zero,
+    at_least,
+    by_label,
+    enough_rows,
+    listed,
+    numbered,
+    one_or_each,
+    shared_out,
+)
 from datasets_partition.types import Assignment
 
 # What cannot be met in so many tries is not worth more: a try over a million clients takes seconds.
@@ -20,9 +29,10 @@ TRIES = 20
 class Dirichlet:
     """The rows of each value of `label`, divided over `clients` clients in proportions drawn from Dirichlet(`alpha`).
 
-    A small `alpha` gives a label to few clients, a large one gives every client the same mixture. With `balanced`,
-    clients that already have more rows than the mean get none of the labels that follow. Proportions are drawn again
-    until each client has `min_rows` rows; with `min_rows = 0` a client without rows is left out.
+    A small `alpha` gives a label to few clients, a large one gives every client the same mixture; several numbers are
+    one for each client, whose share grows with its own. With `balanced`, clients that already have more rows than the
+    mean get none of the labels that follow. Proportions are drawn again until each client has `min_rows` rows; with
+    `min_rows = 0` a client without rows is left out.
 
     Yurochkin et al. 2019 (arXiv 1905.12022, section 4) and flwr-datasets' DirichletPartitioner. That one rounds each
     cut down, which favours the last client; here the cuts are unbiased.
@@ -31,7 +41,7 @@ class Dirichlet:
     kind: Literal["dirichlet"] = "dirichlet"
     label: str
     clients: int
-    alpha: float = 0.5
+    alpha: float | tuple[float, ...] = 0.5
     min_rows: int = 1
     balanced: bool = False
 
@@ -39,6 +49,7 @@ class Dirichlet:
         """Raises ValueError for a number that is too small."""
         at_least("clients", self.clients, 1)
         above_zero("alpha", self.alpha)
+        one_or_each("alpha", self.alpha, self.clients, "client")
         at_least("min_rows", self.min_rows, 0)
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
@@ -48,17 +59,27 @@ class Dirichlet:
         return Assignment(*listed(owners, numbered(self.clients)), category=found.texts())
 
 
-def divided(
-    coded: Coded, clients: int, alpha: float, min_rows: int, balanced: bool, rng: np.random.Generator
-) -> NDArray[np.int32]:
-    """The client of each row, by the rule of `Dirichlet`. Raises ValueError if `min_rows` cannot be had."""
-    rows = len(coded.codes)
+def enough_rows_each(clients: int, min_rows: int, rows: int) -> None:
+    """Raises ValueError for more clients than rows, or than can have `min_rows` each."""
     enough_rows(clients, rows)
     if clients * min_rows > rows:
         raise ValueError(
             f"data.partition.min_rows is {min_rows} for {clients} clients, but there are only {rows} distinct rows: "
             f"lower it to {rows // clients}, or ask for fewer clients"
         )
+
+
+def divided(
+    coded: Coded,
+    clients: int,
+    alpha: float | tuple[float, ...],
+    min_rows: int,
+    balanced: bool,
+    rng: np.random.Generator,
+) -> NDArray[np.int32]:
+    """The client of each row, by the rule of `Dirichlet`. Raises ValueError if `min_rows` cannot be had."""
+    rows = len(coded.codes)
+    enough_rows_each(clients, min_rows, rows)
     order, label_rows = by_label(coded, rng)
     best = -1
     for _ in range(TRIES):
@@ -76,7 +97,11 @@ def divided(
 
 
 def _tried(
-    label_rows: NDArray[np.int64], clients: int, alpha: float, balanced: bool, rng: np.random.Generator
+    label_rows: NDArray[np.int64],
+    clients: int,
+    alpha: float | tuple[float, ...],
+    balanced: bool,
+    rng: np.random.Generator,
 ) -> tuple[NDArray[np.int32], int]:
     """The owners of the rows, label after label, and the rows of the smallest client."""
     everyone = np.arange(clients, dtype=np.int32)

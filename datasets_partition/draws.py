@@ -6,6 +6,7 @@ What is here uses only sums, products, quotients and square roots, one array ope
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,32 +58,34 @@ def normal(rng: np.random.Generator, size: int) -> Floats:
     return draws
 
 
-def log_gamma(rng: np.random.Generator, alpha: float, size: int) -> Floats:
+def log_gamma(rng: np.random.Generator, alpha: float | Sequence[float], size: int) -> Floats:
     """Logarithms of draws from Gamma(alpha, 1); as logarithms they do not vanish, however small alpha is.
 
-    Draws from Gamma(alpha + 1, 1) by Marsaglia and Tsang (2000), times U^(1 / alpha), which makes them Gamma(alpha, 1).
+    Several alphas are taken in turn. Draws from Gamma(alpha + 1, 1) by Marsaglia and Tsang (2000), times U^(1 / alpha),
+    which makes them Gamma(alpha, 1).
     """
     draws = np.empty(size)
+    alphas = np.resize(np.array(alpha, dtype=np.float64), size)
     for first in range(0, size, BLOCK):
-        block = draws[first : first + BLOCK]
-        block[:] = _log_gamma_above_one(rng, alpha + 1, len(block)) + log(1 - rng.random(len(block))) / alpha
+        some = alphas[first : first + BLOCK]
+        draws[first : first + BLOCK] = _log_gamma_above_one(rng, some + 1) + log(1 - rng.random(len(some))) / some
     return draws
 
 
-def _log_gamma_above_one(rng: np.random.Generator, alpha: float, size: int) -> Floats:
-    d = alpha - 1 / 3
-    draws = np.empty(size)
-    missing = np.arange(size)
+def _log_gamma_above_one(rng: np.random.Generator, alphas: Floats) -> Floats:
+    least = alphas - 1 / 3
+    draws = np.empty(len(alphas))
+    missing = np.arange(len(alphas))
     while len(missing):
-        x = normal(rng, len(missing))
-        v = 1 + x / math.sqrt(9 * d)
+        x, d = normal(rng, len(missing)), least[missing]
+        v = 1 + x / np.sqrt(9 * d)
         possible = v > 0
         cube = np.where(possible, v * v * v, 1.0)
         logs = log(cube)
         accepted = possible & (log(1 - rng.random(len(missing))) < 0.5 * x * x + d - d * cube + d * logs)
         draws[missing[accepted]] = logs[accepted]
         missing = missing[~accepted]
-    return draws + float(log(np.array([d]))[0])
+    return draws + log(least)
 
 
 def _polynomial(coefficients: list[float], x: Floats) -> Floats:

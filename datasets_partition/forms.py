@@ -5,7 +5,7 @@ millions of rows cost seconds; both ways give the same.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -88,6 +88,19 @@ def _prompt_completion_row(row: Row) -> Content:
     return Content(MESSAGES, {"messages": prompt + completion})
 
 
+def _conversation_row(name: str, row: Row) -> Content:
+    """A conversation, after the system prompt that stands in a column of its own, as in many ShareGPT files."""
+    said = turns(row, name)
+    if row.get("tools") not in (None, "", "[]", []):
+        raise BadRow(f"has tools beside its {name}, which would be lost")
+    if row.get("system") not in (None, ""):
+        first = {"role": "system", "content": text(row, "system")}
+        if said[0]["role"] == "system" and said[0] != first:
+            raise BadRow(f"has one system prompt in its column system and another in its {name}")
+        said = [first, *said[said[0] == first :]]
+    return Content(MESSAGES, {"messages": said})
+
+
 def _preference_row(row: Row) -> Content:
     if isinstance(row["chosen"], list) and not isinstance(row["prompt"], list):
         return _implicit_row(row)  # such a prompt repeats the conversations' first turn, as in UltraFeedback
@@ -119,14 +132,16 @@ def _same(columns: Arrays) -> Arrays:
     return columns
 
 
+# Beside a conversation; they stay as other columns too, by which rows can be partitioned.
+BESIDE_TURNS = ("system", "tools")
 PAIR = frozenset(["prompt", "completion"])
 ALPACA_COLUMNS = ("instruction", "output")
 # In the order in which a row's columns are compared with them.
 FORMS = (
     Form(("prompt", "chosen", "rejected"), _preference_row, _same),
     Form(("chosen", "rejected"), _implicit_row),
-    Form(("messages",), lambda row: Content(MESSAGES, {"messages": turns(row, "messages")})),
-    Form(("conversations",), lambda row: Content(MESSAGES, {"messages": turns(row, "conversations")})),
+    Form(("messages",), partial(_conversation_row, "messages"), optional=BESIDE_TURNS),
+    Form(("conversations",), partial(_conversation_row, "conversations"), optional=BESIDE_TURNS),
     Form(("prompt", "completion"), _prompt_completion_row, _same, optional=("label",)),
     Form(ALPACA_COLUMNS, _alpaca_row, _alpaca_flat, optional=("input",), without=PAIR),
     Form(("text",), _text_row, _text_flat, without=PAIR),

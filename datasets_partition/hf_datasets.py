@@ -13,7 +13,7 @@ from datasets_partition.bad_rows import BadRows, OnBadRow
 from datasets_partition.conversion import ROWS_PER_BATCH, Conversion
 from datasets_partition.location import is_local
 from datasets_partition.source_files import SourceFile, fingerprint, first_line, source_files
-from datasets_partition.types import Rows
+from datasets_partition.types import OnRows, Rows, ignore
 
 KEY = "data.source.name"
 
@@ -39,9 +39,9 @@ class HfDatasets:
         """What the rows depend on beside this section: the files' content, or the fingerprint of the hub's data."""
         return fingerprint(self._files()) if self._is_folder() else str(self._from_hub()._fingerprint)
 
-    def load(self) -> Rows:
+    def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows in order. Raises ValueError, with the row's number, for what is no row."""
-        conversion = Conversion(self.columns, BadRows(self.on_bad_row))
+        conversion = Conversion(self.columns, BadRows(self.on_bad_row), on_rows)
         if self._is_folder():
             for file in self._files():
                 conversion.add_batches(_batches(file), file.name)

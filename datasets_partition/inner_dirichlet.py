@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from datasets_partition import draws
 from datasets_partition.columns import labels
-from datasets_partition.dealing import above_zero, at_least, by_label, enough_rows, even, numbered
+from datasets_partition.dealing import above_zero, at_least, by_label, enough_rows, even, numbered, one_or_each
 from datasets_partition.types import Assignment
 
 
@@ -19,6 +19,7 @@ class InnerDirichlet:
 
     Clients take rows one at a time, in random turns, until they have as many as `sizes` says, or equal shares of all
     rows among `clients`. A label that has run out is taken out of every mixture. Rows beyond the sizes are nobody's.
+    Several numbers as `alpha` are one for each label, in the order of the labels.
 
     Acar et al. 2021 (arXiv 2111.04263) and flwr-datasets' InnerDirichletPartitioner.
     """
@@ -27,7 +28,7 @@ class InnerDirichlet:
     label: str
     clients: int | None = None
     sizes: tuple[int, ...] | None = None
-    alpha: float = 0.5
+    alpha: float | tuple[float, ...] = 0.5
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that is too small, or not either of `clients` and `sizes`."""
@@ -54,6 +55,7 @@ class InnerDirichlet:
             enough_rows(self.clients, table.num_rows)
             sizes = even(table.num_rows, self.clients)
         order, label_rows = by_label(found, rng)
+        one_or_each("alpha", self.alpha, len(label_rows), "label")
         logs = draws.log_gamma(rng, self.alpha, len(sizes) * len(label_rows)).reshape(len(sizes), -1)
         turns = _turns(sizes, rng)
         drawn = _drawn(logs, label_rows, turns, rng)
@@ -106,9 +108,12 @@ def _by_mixture(
     logs: NDArray[np.float64], is_open: NDArray[np.bool_], turns: NDArray[np.int32], rng: np.random.Generator
 ) -> NDArray[np.uint32]:
     involved, who = np.unique(turns, return_inverse=True)
-    open_logs = np.where(is_open, logs[involved], -np.inf)
-    weights = draws.exp((open_logs - open_logs.max(axis=1, keepdims=True)).ravel()).reshape(open_logs.shape)
-    edges = np.cumsum(weights, axis=1)
+    edges = np.empty((len(involved), len(is_open)))
+    step = max(1, draws.BLOCK // len(is_open))  # clients at a time: the exponential takes several times their memory
+    for first in range(0, len(involved), step):
+        some = np.where(is_open, logs[involved[first : first + step]], -np.inf)
+        weights = draws.exp((some - some.max(axis=1, keepdims=True)).ravel()).reshape(some.shape)
+        np.cumsum(weights, axis=1, out=edges[first : first + step])
     points = rng.random(len(turns)) * edges[who, -1]
     drawn = np.zeros(len(turns), np.uint32)
     for label in range(len(is_open) - 1):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from datasets_partition.bad_rows import BadRow, BadRows, OnBadRow
 from datasets_partition.conversion import ROWS_PER_BATCH, Conversion
 from datasets_partition.source_files import SourceFile, fingerprint, source_files
-from datasets_partition.types import Rows
+from datasets_partition.types import OnRows, Rows, ignore
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 ARRAY = re.compile(rb"\s*\[\s*(\{|$)")  # how a JSON array of objects starts
@@ -33,9 +33,9 @@ class Jsonl:
         """What the rows depend on beside this section: the files' content."""
         return fingerprint(source_files(self.path, SUFFIXES))
 
-    def load(self) -> Rows:
+    def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows in the files' order. Raises ValueError, with the line's number, for what is no row."""
-        conversion = Conversion(self.columns, BadRows(self.on_bad_row))
+        conversion = Conversion(self.columns, BadRows(self.on_bad_row), on_rows)
         rows = (row for file in source_files(self.path, SUFFIXES) for row in _rows(file))
         while some := list(islice(rows, ROWS_PER_BATCH)):
             conversion.add_objects(some)
@@ -74,8 +74,12 @@ def _parsed(line: bytes) -> dict[str, Any]:
             json.dumps(row, ensure_ascii=False).encode()  # an escaped half of a surrogate pair is no text
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise BadRow("is not UTF-8", f"{error.reason}; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        where = f"at character {error.colno}" if error.lineno == 1 else "at its end"
+        detail = f"{error.msg} {where}; each line must be one whole row, as jq -c writes it"
+        raise BadRow("is not JSON", detail) from None
     except (ValueError, RecursionError) as error:
-        raise BadRow("is not JSON", f"{error}; write one JSON object a line") from None
+        raise BadRow("is not JSON", f"{error}; each line must be one whole row") from None
     if not isinstance(row, dict):
         raise BadRow("is not a JSON object")
     return row

@@ -1,5 +1,7 @@
 """Where data lies: a local path, or any location that pyarrow.fs knows by its URI (s3://, gs://, ...)."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,3 +35,8 @@ def within(location: str, name: str) -> str:
 def is_local(location: str) -> bool:
     """Whether `location` is a path on this machine."""
     return "://" not in location
+
+
+def node_cache() -> Path:
+    """The folder of this machine that holds copies of what lies elsewhere; it may be deleted at any time."""
+    return Path(tempfile.gettempdir()) / f"fedpost-{os.getuid()}"

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 WHOLE = 2**53  # below it a float is one whole number only
 # What Arrow raises for values or columns that have no type in common.
@@ -21,10 +22,17 @@ def array_of(values: list[Any]) -> pa.Array | pa.ChunkedArray:
 
 
 def as_text(value: Any) -> str | None:
-    """A string as it is, null as null, and anything else as JSON writes it; 1.0 is the same as 1."""
+    """A string as it is, null and NaN as null, and anything else as JSON writes it; 1.0 is the same as 1."""
     if isinstance(value, float) and value.is_integer() and abs(value) < WHOLE:
         value = int(value)
+    if value != value:
+        return None
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def nan_is_null(values: pa.Array) -> pa.Array:
+    """The same values, but null for what is no number among floats: pandas writes the one for the other."""
+    return pc.if_else(pc.is_nan(values), None, values) if pa.types.is_floating(values.type) else values
 
 
 def joined(tables: list[pa.Table]) -> pa.Table:

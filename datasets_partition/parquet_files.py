@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Literal
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,14 +12,15 @@ import pyarrow.parquet as pq
 from datasets_partition.bad_rows import BadRows, OnBadRow
 from datasets_partition.conversion import ROWS_PER_BATCH, Conversion
 from datasets_partition.source_files import SourceFile, fingerprint, first_line, source_files
-from datasets_partition.types import Rows
+from datasets_partition.types import OnRows, Rows, ignore
 
 SUFFIXES = (".parquet",)
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetFiles:
-    """The rows of one Parquet file, or of a folder of them.
+    """The rows of one Parquet file, or of a folder of them; a subfolder `x=1` is a column x of its rows, as text.
 
     `columns` says what the file calls a column: {prompt = "question"}.
     """
@@ -31,12 +34,22 @@ class ParquetFiles:
         """What the rows depend on beside this section: the files' content."""
         return fingerprint(source_files(self.path, SUFFIXES))
 
-    def load(self) -> Rows:
+    def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows in the files' order. Raises ValueError, with the row's number, for what is no row."""
-        conversion = Conversion(self.columns, BadRows(self.on_bad_row))
+        conversion = Conversion(self.columns, BadRows(self.on_bad_row), on_rows)
         for file in source_files(self.path, SUFFIXES):
-            conversion.add_batches(_batches(file), file.name)
+            conversion.add_batches((_with_keys(batch, file) for batch in _batches(file)), file.name)
         return conversion.rows(self.path)
+
+
+def _with_keys(batch: pa.RecordBatch, file: SourceFile) -> pa.RecordBatch:
+    """The rows with the columns that the names of the file's folders hold, as Hive and Spark write them."""
+    for folder in PurePosixPath(file.relative).parts[:-1]:
+        name, equals, value = folder.partition("=")
+        if equals and name not in batch.schema.names:
+            text = None if value == NO_VALUE else unquote(value)
+            batch = batch.append_column(name, pa.repeat(pa.scalar(text, pa.string()), len(batch)))
+    return batch
 
 
 def _batches(file: SourceFile) -> Iterator[pa.RecordBatch]:

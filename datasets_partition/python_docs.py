@@ -14,7 +14,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from datasets_partition.types import Rows
+from datasets_partition.types import OnRows, Rows, ignore
 
 SCHEMA = pa.schema([("client", pa.string()), ("prompt", pa.string()), ("completion", pa.string())])
 
@@ -50,7 +50,7 @@ class PythonDocs:
                 ) from None
         return " ".join(versions)
 
-    def load(self) -> Rows:
+    def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows, with `client`, `prompt` and `completion`, in a fixed order, each content once."""
         seen: set[bytes] = set()
         columns: tuple[list[str], list[str], list[str]] = ([], [], [])
@@ -61,6 +61,7 @@ class PythonDocs:
                     seen.add(digest)
                     for column, value in zip(columns, (client, *row), strict=True):
                         column.append(value)
+            on_rows(len(columns[0]))
         return Rows(pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA), {})
 
     def _files(self) -> Iterator[tuple[str, Path]]:

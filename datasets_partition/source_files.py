@@ -36,10 +36,12 @@ class SourceFile:
 
     @contextmanager
     def unpacked(self) -> Iterator[Any]:
-        """As `opened`, and decompressed if the name ends in .gz."""
+        """As `opened`, and decompressed if the name ends in .gz, or the content is gzip's whatever the name."""
         with self.opened() as stream:
+            is_packed = stream.read(2) == b"\x1f\x8b" or self.path.lower().endswith(".gz")
+            stream.seek(0)
             try:
-                yield gzip.GzipFile(fileobj=stream) if self.path.lower().endswith(".gz") else stream
+                yield gzip.GzipFile(fileobj=stream) if is_packed else stream
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 raise ValueError(
                     f"{self.name} is not a whole gzip file ({first_line(error)}): fetch or compress it again"

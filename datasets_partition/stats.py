@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from datasets_partition.sealed import readable
 from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
 
@@ -102,7 +103,8 @@ class TokenLengths:
         """Counts the tokens of the clients' rows: the record batches hold them in the order of the clients."""
         kept = (tokens.counts("train").astype(np.int64) + tokens.counts("heldout"))[: store.num_clients]
         batches = (tokens.batches.get_batch(i) for i in range(tokens.batches.num_record_batches))
-        every = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
+        with readable(tokens.folder):
+            every = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
         rows = np.concatenate(every)[: kept.sum()]
         until = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         ends = np.cumsum(kept)
@@ -123,9 +125,11 @@ class Skew:
     rows: Sizes
     categories: Categories | None
     duplicate_rows: int
+    duplicate_clients: int
     skipped_rows: dict[str, int]
     left_out_clients: int
     left_out_rows: int
+    unassigned_rows: int
 
     @classmethod
     def of(cls, store: Store) -> "Skew":
@@ -143,18 +147,21 @@ class Skew:
             rows=Sizes(rows),
             categories=_categories(store, rows),
             duplicate_rows=store.manifest["duplicate_rows"],
+            duplicate_clients=store.manifest["duplicate_clients"],
             skipped_rows=store.manifest["skipped_rows"],
             left_out_clients=store.manifest["left_out_clients"],
             left_out_rows=store.manifest["left_out_rows"],
+            unassigned_rows=store.manifest["unassigned_rows"],
         )
 
 
 def _categories(store: Store, rows: NDArray[np.int64]) -> Categories | None:
     """Counts the column `category`, as the numbers that Parquet keeps for its values; None where there is none."""
     path = store.folder / "rows.parquet"
-    if "category" not in pq.read_schema(path, memory_map=True).names:
-        return None
-    with pq.ParquetFile(path, memory_map=True, read_dictionary=["category"]) as file:
+    with readable(store.folder):
+        if "category" not in pq.read_schema(path, memory_map=True).names:
+            return None
+    with readable(store.folder), pq.ParquetFile(path, memory_map=True, read_dictionary=["category"]) as file:
         found = file.read(columns=["category"])["category"].slice(0, rows.sum())
     found = found.cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries()
     codes = np.concatenate([chunk.indices.to_numpy() for chunk in found.chunks]).astype(np.int64)

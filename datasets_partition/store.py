@@ -26,10 +26,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from datasets_partition.sealed import MANIFEST, readable
+
 SplitName = Literal["train", "heldout"]
 
 # Part of a store's key: raise it when the layout of a store or of its token columns changes, or the way rows are drawn.
-STORE_VERSION = 3
+STORE_VERSION = 4
 
 # Rows in a row group, the least that Parquet reads: about the rows of one client.
 ROWS_PER_GROUP = 1024
@@ -49,9 +51,10 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
-        """The store that `build` left in `folder`."""
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return cls(folder, mapped(folder / "index.arrow"), manifest)
+        """The store that `build` left in `folder`. Raises ValueError if it is damaged."""
+        with readable(folder):
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            return cls(folder, mapped(folder / "index.arrow"), manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels as its path."""
@@ -92,11 +95,12 @@ class Store:
         return column(self.index, "start")
 
     def read_span(self, first: int, count: int) -> pa.Table:
-        """`count` rows of the file from its row `first` on."""
-        if not count:
-            return self._rows.schema_arrow.empty_table()
-        groups = range(first // ROWS_PER_GROUP, (first + count - 1) // ROWS_PER_GROUP + 1)
-        return self._rows.read_row_groups(groups).slice(first - groups[0] * ROWS_PER_GROUP, count)
+        """`count` rows of the file from its row `first` on. Raises ValueError if the file is damaged."""
+        with readable(self.folder):
+            if not count:
+                return self._rows.schema_arrow.empty_table()
+            groups = range(first // ROWS_PER_GROUP, (first + count - 1) // ROWS_PER_GROUP + 1)
+            return self._rows.read_row_groups(groups).slice(first - groups[0] * ROWS_PER_GROUP, count)
 
     @cached_property
     def _rows(self) -> pq.ParquetFile:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets_partition.bad_rows import BadRow, BadRows, OnBadRow
 from datasets_partition.conversion import ROWS_PER_BATCH, Conversion
 from datasets_partition.source_files import SourceFile, fingerprint, source_files
-from datasets_partition.types import Rows
+from datasets_partition.types import OnRows, Rows, ignore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,10 @@ class TextFiles:
         """What the rows depend on beside this section: the files' names and content."""
         return fingerprint(source_files(self.path, self.suffixes))
 
-    def load(self) -> Rows:
+    def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows in the order of the files' paths. Raises ValueError for a file that is no text."""
         bad = BadRows(self.on_bad_row)
-        conversion = Conversion({}, bad)
+        conversion = Conversion({}, bad, on_rows)
         rows = (row for file in source_files(self.path, self.suffixes) for row in self._rows(file, bad))
         while some := list(islice(rows, ROWS_PER_BATCH)):
             table = pa.table({name: [row[name] for row in some] for name in some[0]})

@@ -2,6 +2,7 @@
 
 tokens.arrow    the objective's columns; a record batch holds the rows of a few whole clients
 index.arrow     a row for each client: name, its batch and where in it, rows by split, dropped rows by split
+manifest.json   the key that they were made under, and the sizes of the files
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 
 from datasets_partition.location import within
 from datasets_partition.remote import fetch, publish
-from datasets_partition.store import SplitName, Store, column, write_arrow, written_whole
+from datasets_partition.sealed import readable, refuse_another, seal
+from datasets_partition.store import SplitName, Store, column, sweep, write_arrow, written_whole
+from datasets_partition.types import OnRows, ignore
 
 # Rows given to the objective at once. Clients whose first rows lie in the same window of as many share a record batch.
 ROWS_PER_BATCH = 4096
@@ -52,10 +55,11 @@ class Tokens:
 
     @classmethod
     def open(cls, folder: Path) -> "Tokens":
-        """The token columns that `tokenize` left in `folder`."""
-        pages = tuple(_mapped(folder / name) for name in ("index.arrow", "tokens.arrow"))
-        index, batches = (pa.ipc.open_file(pa.BufferReader(pa.py_buffer(file))) for file in pages)
-        return cls(folder, index.read_all(), batches, pages)
+        """The token columns that `tokenize` left in `folder`. Raises ValueError if they are damaged."""
+        with readable(folder):
+            pages = tuple(_mapped(folder / name) for name in ("index.arrow", "tokens.arrow"))
+            index, batches = (pa.ipc.open_file(pa.BufferReader(pa.py_buffer(file))) for file in pages)
+            return cls(folder, index.read_all(), batches, pages)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels as its path."""
@@ -73,7 +77,8 @@ class Tokens:
                 file.madvise(MADV_DONTNEED)
         batch, start = (int(column(self.index, name)[client]) for name in ("batch", "start"))
         first = start + (int(self.counts("train")[client]) if split == "heldout" else 0)
-        return self.batches.get_batch(batch).slice(first, int(self.counts(split)[client]))
+        with readable(self.folder):
+            return self.batches.get_batch(batch).slice(first, int(self.counts(split)[client]))
 
     def counts(self, split: SplitName) -> NDArray[np.int32]:
         """Rows of each client in `split`, by id, dropped ones not counted."""
@@ -94,24 +99,30 @@ def _mapped(path: Path) -> mmap:
         return mmap(file.fileno(), 0, access=ACCESS_READ)
 
 
-def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None) -> Tokens:
+def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None, on_rows: OnRows = ignore) -> Tokens:
     """The token columns of all rows of `store`, made by `encode` unless they were made before under the same `key`.
 
     `encode` takes a table of canonical rows and gives one of as many rows and always the same columns, among them
     `input_ids`, a list, null where a row is to be dropped. Name in `key` all that its result depends on. `shared` is
     the location, if there is one, that the store was copied from: other machines find the columns there too.
+    `on_rows` is told how many rows are done. Raises ValueError if what was made before is damaged.
     """
-    name = f"tokens-{sha256(key.encode()).hexdigest()[:16]}"
+    digest = sha256(key.encode()).hexdigest()
+    name = f"tokens-{digest[:16]}"
     folder, there = store.folder / name, within(shared, name) if shared else None
-    if not folder.exists() and not (there and fetch(there, folder, "index.arrow")):
+    sweep(folder)
+    if folder.exists() or (there and fetch(there, folder)):
+        refuse_another(folder, digest)
+    else:
         with written_whole(folder) as scratch:
-            _write(store, encode, scratch)
+            _write(store, encode, scratch, on_rows)
+            seal(scratch, digest, {})
     if there:
-        publish(folder, there, "index.arrow")
+        publish(folder, there)
     return Tokens.open(folder)
 
 
-def _write(store: Store, encode: Encode, folder: Path) -> None:
+def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
     train, heldout = store.counts("train").astype(np.int64), store.counts("heldout").astype(np.int64)
     batch = np.unique(store.starts // ROWS_PER_BATCH, return_inverse=True)[1]
     edges = np.flatnonzero(np.diff(batch, prepend=-1, append=batch[-1] + 1))
@@ -133,6 +144,7 @@ def _write(store: Store, encode: Encode, folder: Path) -> None:
             writer = writer or pa.ipc.new_file(folder / "tokens.arrow", encoded.schema)
             columns = [chunks.combine_chunks() for chunks in encoded.columns]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=encoded.schema))
+            on_rows(int(store.starts[first]) + rows.num_rows)
     finally:
         if writer:
             writer.close()

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import ray
 
-from datasets_partition.remote import node_cache
+from datasets_partition.location import node_cache
 from datasets_partition.store import Store, written_whole
 from datasets_partition.tokens import tokenize
+from datasets_partition.types import OnRows, ignore
 from engine.model import load_tokenizer
 from engine.objectives.sft import Sft
 from engine.settings import Federation
@@ -19,17 +20,18 @@ Parts = dict[str, list[Any]]  # a file's name -> references to its pieces
 PIECE_BYTES = 64 * 2**20
 
 
-def token_columns(store: Path, federation: Federation, shared: str | None = None) -> Path:
+def token_columns(store: Path, federation: Federation, shared: str | None = None, on_rows: OnRows = ignore) -> Path:
     """Makes or finds the store's token columns for the recipe's tokenizer and objective; returns their folder.
 
-    `shared` is the location that the store was copied from, where other machines find them too.
+    `shared` is the location that the store was copied from, where other machines find them too; `on_rows` is told how
+    many rows are done.
     """
     tokenizer, model = load_tokenizer(federation.model), federation.model
     objective = Sft(federation.train.max_length)
     known = [tokenizer.get_vocab(), repr(tokenizer), tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()]
     words = sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     key = f"{model.base}@{model.revision}/{federation.train.objective}/{objective!r}/{words}"
-    return tokenize(Store.open(store), key, lambda rows: objective.encode(rows, tokenizer), shared).folder
+    return tokenize(Store.open(store), key, lambda rows: objective.encode(rows, tokenizer), shared, on_rows).folder
 
 
 def find_tokens(tokens: Path) -> Path | None:

@@ -104,7 +104,7 @@ def build_store(recipe: Recipe, on_step: Callable[[str], None] = lambda step: No
     from datasets_partition.location import is_local
 
     data = recipe.data
-    cache = str(Path(data.cache).resolve()) if is_local(data.cache) else data.cache
+    cache = str(Path(data.cache).expanduser().resolve()) if is_local(data.cache) else data.cache
     return build(data.source, data.partition, data.splits, recipe.seed, cache, on_step, data.label)
 
 

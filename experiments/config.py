@@ -18,7 +18,7 @@ from datasets_partition import Partitioners, Sources
 from datasets_partition.natural import Natural
 from datasets_partition.splits import Splits
 from engine.settings import Federation
-from experiments.own import put_back, replaced, take_out
+from experiments.own import COMBINED, put_back, replaced, take_out
 
 SHIPPED = {"tiny": Path(__file__).parent / "models" / "tiny"}
 RECIPES = Path(__file__).parent / "recipes"
@@ -26,8 +26,6 @@ RECIPES = Path(__file__).parent / "recipes"
 BY_KIND = (
     ("data", "source"),
     ("data", "partition"),
-    ("data", "partition", "first"),
-    ("data", "partition", "then"),
     ("model", "peft"),
     ("cohort",),
     ("train", "optimizer"),
@@ -92,11 +90,11 @@ def parse_recipe(text: str, changes: list[str] | None = None, origin: str = "the
         raise ValueError(f"{origin} is nested too deeply to be a recipe") from None
     for change in changes or []:
         _change(tree, change)
-    for path in BY_KIND:
-        _expand(tree, path)
     if isinstance(tree.get("cohort"), dict):
         tree["cohort"].setdefault("kind", "uniform")
     try:
+        for path in BY_KIND:
+            _expand(tree, path)
         own = take_out(tree)
         # Through JSON: there, and only there, strict mode takes tables for dataclasses and arrays for tuples.
         recipe = _ADAPTER.validate_json(json.dumps(tree, default=_no_date), strict=True, extra="forbid")
@@ -161,8 +159,12 @@ def _expand(tree: dict[str, Any], path: tuple[str, ...]) -> None:
         if not isinstance(below, dict):
             return
         tree = below
-    if isinstance(tree.get(path[-1]), str):
-        tree[path[-1]] = {"kind": tree[path[-1]]}
+    section = tree.get(path[-1])
+    if isinstance(section, str):
+        tree[path[-1]] = {"kind": section}
+    elif isinstance(section, dict) and section.get("kind") == "combined":
+        for part in COMBINED:
+            _expand(section, (part,))
 
 
 def _sentences(faults: list[Any]) -> list[str]:
@@ -195,7 +197,8 @@ def _sentence(key: str, fault: Any) -> str:
         near = difflib.get_close_matches(given, [tag.strip().strip("'") for tag in expected.split(",")], 1, 0.0)
         return f"{key!r} has no kind {given!r}; did you mean {near[0]!r}? There is {expected}"
     if kind == "value_error":
-        return str(fault["ctx"]["error"])
+        said = str(fault["ctx"]["error"])
+        return said.replace("data.partition", key) if key.startswith("data.partition.") else said
     return f"{key!r} should be {_complaint(fault)}, not {fault['input']!r}"
 
 

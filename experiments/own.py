@@ -3,7 +3,8 @@
 import importlib
 import json
 import sys
-from dataclasses import is_dataclass, replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,15 @@ if TYPE_CHECKING:
     from experiments.config import Recipe
 
 Place = tuple[str, ...]
-# Where a recipe takes them, with the method that they must have, and a shipped kind that stands in while the rest of
+# Where a recipe takes them, with the methods that they must have, and a shipped kind that stands in while the rest of
 # the recipe is checked.
 PLACES = {
-    ("data", "source"): ("load", "python_docs"),
-    ("data", "partition"): ("assign", "natural"),
-    ("data", "partition", "first"): ("assign", "natural"),
-    ("data", "partition", "then"): ("assign", "natural"),
-    ("strategy",): ("apply", "fedavg"),
+    ("data", "source"): (("fingerprint", "load"), "python_docs"),
+    ("data", "partition"): (("assign",), "natural"),
+    ("strategy",): (("apply",), "fedavg"),
 }
-SHIPPED = ("datasets_partition", "strategies", "experiments")
+COMBINED = ("first", "then")  # what a combined partition holds: partitions again, at any depth
+SHIPPED = ("datasets_partition", "strategies", "engine", "experiments")
 
 
 def take_out(tree: dict[str, Any]) -> dict[Place, Any]:
@@ -32,17 +32,25 @@ def take_out(tree: dict[str, Any]) -> dict[Place, Any]:
 
     Raises ValueError if a module or class cannot be had, or does not take the keys.
     """
-    own = {}
-    for place, (method, stand_in) in PLACES.items():
-        *above, key = place
+    own: dict[Place, Any] = {}
+    for (*above, key), (methods, stand_in) in PLACES.items():
         section: Any = tree
         for part in above:
             section = section.get(part) if isinstance(section, dict) else None
-        given = section.get(key) if isinstance(section, dict) else None
-        if isinstance(given, dict) and isinstance(given.get("kind"), str) and ":" in given["kind"]:
-            own[place] = _made(".".join(place), given, method)
-            section[key] = {"kind": stand_in}
+        _take_out(section, (*above, key), methods, stand_in, own)
     return own
+
+
+def _take_out(section: Any, place: Place, methods: Place, stand_in: str, own: dict[Place, Any]) -> None:
+    given = section.get(place[-1]) if isinstance(section, dict) else None
+    if not isinstance(given, dict):
+        return
+    if isinstance(given.get("kind"), str) and ":" in given["kind"]:
+        own[place] = _made(".".join(place), given, methods)
+        section[place[-1]] = {"kind": stand_in}
+    elif given.get("kind") == "combined":
+        for part in COMBINED:
+            _take_out(given, (*place, part), methods, stand_in, own)
 
 
 def put_back(tree: dict[str, Any], recipe: "Recipe") -> None:
@@ -57,14 +65,15 @@ def put_back(tree: dict[str, Any], recipe: "Recipe") -> None:
 
 def own_parts(recipe: "Recipe") -> dict[Place, Any]:
     """The own objects of a recipe, by place."""
-    own = {}
-    for place in PLACES:
-        value: Any = recipe
-        for part in place:
-            value = getattr(value, part, None) if _is_shipped(value) else None
-        if is_dataclass(value) and not _is_shipped(value):
-            own[place] = value
-    return own
+    return dict(_own_parts(recipe, ()))
+
+
+def _own_parts(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    if is_dataclass(value) and not _is_shipped(value):
+        yield place, value
+    elif is_dataclass(value):
+        for key in fields(value):
+            yield from _own_parts(getattr(value, key.name), (*place, key.name))
 
 
 def _is_shipped(value: object) -> bool:
@@ -77,9 +86,9 @@ def replaced(section: Any, place: Place, value: Any) -> Any:
     return replace(section, **{key: replaced(getattr(section, key), tuple(below), value) if below else value})
 
 
-def _made(place: str, given: dict[str, Any], method: str) -> Any:
-    kind = imported(f"{place}.kind", given["kind"], method)
-    missing = lacks(kind) if method == "apply" else []
+def _made(place: str, given: dict[str, Any], methods: Place) -> Any:
+    kind = imported(f"{place}.kind", given["kind"], *methods)
+    missing = lacks(kind) if "apply" in methods else []
     if missing:
         raise ValueError(
             f"{place}.kind names {given['kind']!r}, which has no {', '.join(missing)}: extend strategies.fedavg.FedAvg "
@@ -91,11 +100,12 @@ def _made(place: str, given: dict[str, Any], method: str) -> Any:
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"])) or "its keys"
-        raise ValueError(f"{place}, {given['kind']}: {where}: {fault['msg']}") from None
+        takes = ", ".join(key.name for key in fields(kind)) or "no keys"
+        raise ValueError(f"{place}, {given['kind']}: {where}: {fault['msg']}; it takes {takes}") from None
 
 
-def imported(place: str, kind: str, method: str) -> Any:
-    """The dataclass that "my_module:MyClass" names; ValueError unless it can be had and has the method."""
+def imported(place: str, kind: str, *methods: str) -> Any:
+    """The dataclass that "my_module:MyClass" names; ValueError unless it can be had and has the methods."""
     name, _, attribute = kind.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # the command line starts from a folder of its own
@@ -107,6 +117,7 @@ def imported(place: str, kind: str, method: str) -> Any:
             f"run from the folder that holds it, or mend it"
         ) from error
     found = vars(module).get(attribute)
-    if not isinstance(found, type) or not is_dataclass(found) or method not in dir(found):
-        raise ValueError(f"{place} names {kind!r}, which is no dataclass with a method {method!r}")
+    missing = [method for method in methods if method not in dir(found)]
+    if not isinstance(found, type) or not is_dataclass(found) or missing:
+        raise ValueError(f"{place} names {kind!r}, which is no dataclass with a method {(missing or methods)[0]!r}")
     return found

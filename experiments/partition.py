@@ -3,8 +3,10 @@
 The table appears part by part: tokenizing many rows takes long, and what is known before it is shown before it.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,11 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from datasets_partition.location import within
+from datasets_partition.remote import put
 from datasets_partition.stats import Sizes, Skew, TokenLengths
 from datasets_partition.store import Store
+from datasets_partition.types import OnRows
 from engine.atomic import write_file
 from experiments.api import build_store, shared_store
 from experiments.config import Recipe, located
@@ -32,44 +37,59 @@ def show_partition(recipe: Recipe) -> None:
         show("counting rows")
         skew = Skew.of(store)
     console.print(Text(str(store.folder), style="bold"), soft_wrap=True)
-    console.print(_table(_rows(store, skew)))
+    console.print(_table(_rows(store, skew, vars(recipe.data.partition).get("clients"))))
 
+    rows, shared = skew.rows.total + skew.server_rows, shared_store(recipe, store.folder)
     with _steps(console) as show:
-        show(f"tokenizing {skew.rows.total + skew.server_rows:,} rows (once: runs of this recipe find them done)")
-        lengths, missing = _token_lengths(recipe, store)
+        step = "tokenizing rows (once, runs of this recipe find them done)"
+        show(step)
+        found = _token_lengths(recipe, store, shared, lambda done: show(f"{step}: {done:,} of {rows:,}"))
     max_length = recipe.train.max_length
-    console.print(_table(_tokens(lengths, max_length) if lengths else {"tokens": f"not counted: {missing}"}))
+    said = {"tokens": f"not counted: {found}"} if isinstance(found, str) else _tokens(found[1], max_length)
+    console.print(_table(said))
 
     with _steps(console) as show:
         show("drawing pictures")
         # Here, since matplotlib's first import on a machine takes long.
         from experiments.pictures import draw_skew, draw_tokens
 
-        pictures = draw_skew(skew, store.name)
-        if lengths and len(lengths.rows):
-            pictures |= draw_tokens(lengths, max_length)
-        for name, content in pictures.items():
-            write_file(store.folder / name, content)
-    for name in pictures:
-        console.print(Text(f"{'picture':<{NAME_WIDTH}} {store.folder / name}"), soft_wrap=True)
+        pictures = {store.folder / name: content for name, content in draw_skew(skew, store.name).items()}
+        if not isinstance(found, str) and len(found[1].rows):
+            pictures |= {found[0] / name: content for name, content in draw_tokens(found[1], max_length).items()}
+        for file, content in pictures.items():
+            write_file(file, content)
+            if shared:
+                below = file.parent.relative_to(store.folder)
+                put([file], within(shared, below.name) if below.name else shared, unless=file.name)
+    for file in pictures:
+        console.print(Text(f"{'picture':<{NAME_WIDTH}} {file}"), soft_wrap=True)
+    if shared:
+        console.print(Text(f"{'also in':<{NAME_WIDTH}} {shared}"), soft_wrap=True)
 
 
-def _token_lengths(recipe: Recipe, store: Store) -> tuple[TokenLengths | None, str]:
-    """The lengths; or None and why there are none: a base that cannot be had is no reason to hide the partition."""
-    from transformers.utils import logging
+def _token_lengths(
+    recipe: Recipe, store: Store, shared: str | None, on_rows: OnRows
+) -> tuple[Path, TokenLengths] | str:
+    """The token columns' folder and the lengths; or why there are none.
+
+    A base that cannot be had is no reason to hide the partition.
+    """
+    from transformers.utils import logging as transformers_logging
 
     from datasets_partition.tokens import Tokens
     from engine.rows import token_columns
 
-    logging.set_verbosity_error()  # of rows longer than the base's context: train.max_length cuts them
+    transformers_logging.set_verbosity_error()  # of rows longer than the base's context: train.max_length cuts them
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no lines about retries
     try:
-        tokens = token_columns(store.folder, located(recipe), shared_store(recipe, store.folder))
-        return TokenLengths.of(store, Tokens.open(tokens)), ""
+        tokens = token_columns(store.folder, located(recipe), shared, on_rows)
+        return tokens, TokenLengths.of(store, Tokens.open(tokens))
     except ValueError as error:
-        return None, str(error)
+        return str(error)
 
 
-def _rows(store: Store, skew: Skew) -> dict[str, str]:
+def _rows(store: Store, skew: Skew, clients: int | None) -> dict[str, str]:
+    """What there is to say of rows; `clients` is how many the partition was told to make, if it was."""
     largest = np.argsort(-skew.rows.each, kind="stable")[:LARGEST].tolist()
     server = f", and {skew.server_rows:,} of the server's own" if skew.server_rows else ""
     said = {
@@ -87,12 +107,20 @@ def _rows(store: Store, skew: Skew) -> dict[str, str]:
             f"{skew.categories.divergence:.2f} over {len(skew.categories.names):,} categories (0: each client has "
             f"everybody's mixture, 1: nothing in common)"
         )
-    said["duplicates removed"] = f"{skew.duplicate_rows:,}"
+    gone = f", and {skew.duplicate_clients:,} clients with them" if skew.duplicate_clients else ""
+    said["duplicates removed"] = f"{skew.duplicate_rows:,} rows{gone}"
     if skew.skipped_rows:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skew.skipped_rows.items())
         said["skipped"] = f"{sum(skew.skipped_rows.values()):,} rows of the source ({reasons})"
-    below = f" ({skew.left_out_clients:,} clients are below data.splits.min_rows)" if skew.left_out_clients else ""
-    said["left out"] = f"{skew.left_out_rows:,} rows{below}"
+    why = []
+    if skew.unassigned_rows:
+        why.append(f"{skew.unassigned_rows:,} that the partition gives to nobody")
+    if skew.left_out_clients:
+        below = skew.left_out_rows - skew.unassigned_rows
+        why.append(f"{below:,} of {skew.left_out_clients:,} clients below data.splits.min_rows")
+    if (without := (clients or 0) - store.num_clients - skew.left_out_clients) > 0:
+        why.append(f"{without:,} of {clients:,} clients got none")
+    said["left out"] = f"{skew.left_out_rows:,} rows" + f" ({', '.join(why)})" * bool(why)
     return said
 
 
@@ -132,7 +160,7 @@ def _steps(console: Console) -> Iterator[Any]:
 
         def show(step: str) -> None:
             nonlocal shown
-            kind = step.translate(DIGITS)
+            kind = step.partition(":")[0].translate(DIGITS)  # what follows says how far it is
             status.update(Text(f"{step} ..."))
             if not console.is_terminal and kind != shown:
                 console.print(Text(f"{step} ..."), soft_wrap=True)

@@ -6,6 +6,7 @@ and a name is drawn as it is written: nothing in it is markup.
 
 import io
 import warnings
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -115,7 +116,7 @@ def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str])
     drawn = by_size[_thinned(len(by_size), MOST_CLIENTS)]
     by_rows = np.argsort(-categories.totals, kind="stable")
     shown = MOST_CATEGORIES if len(by_rows) <= MOST_CATEGORIES else MOST_CATEGORIES - 1
-    columns = [_short(categories.names[code]) for code in by_rows[:shown]]
+    columns = _short_each([categories.names[code] for code in by_rows[:shown]])
     if len(by_rows) > shown:
         columns.append(f"{len(by_rows) - shown:,} others")
 
@@ -129,14 +130,17 @@ def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str])
     np.add.at(counts, cells, categories.counts[inside])
     shares = counts / counts.sum(axis=1, keepdims=True)
 
-    figure = _figure(max(7, 3.5 + 0.34 * len(columns)), 2.4 + 0.19 * len(shares))
+    # Cells high enough for the colour bar's label; below them the categories' names, which stand upright.
+    cells_high, names_high = max(1.7, 0.19 * len(shares)), 0.075 * max(map(len, columns))
+    figure = _figure(max(7, 3.5 + 0.34 * len(columns)), 1.7 + cells_high + names_high)
     axes = figure.subplots()
     # By the square root of a share, so that a small one can be told from none.
     image = axes.imshow(shares, aspect="auto", cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="none")
     axes.axhline(0.5, color="black", linewidth=1)
     if len(by_rows) > shown:
         axes.axvline(shown - 0.5, color="black", linewidth=1)
-    labels = ["all clients", *(f"{_short(name(client))} ({rows.each[client]:,})" for client in drawn.tolist())]
+    names = _short_each([name(client) for client in drawn.tolist()])
+    labels = ["all clients", *(f"{name} ({rows:,})" for name, rows in zip(names, rows.each[drawn], strict=True))]
     axes.set_yticks(np.arange(len(labels)), labels, fontsize=8, parse_math=False)
     axes.set_xticks(np.arange(len(columns)), columns, fontsize=8, rotation=90, parse_math=False)
     axes.set(xlabel="category, the most frequent first", ylabel="client (its rows)")
@@ -163,6 +167,16 @@ def _short(name: str) -> str:
     line = "".join(letter if letter.isprintable() else " " for letter in name)
     half = MOST_LETTERS // 2
     return line if len(line) <= MOST_LETTERS else f"{line[:half]}…{line[-half + 1 :]}"
+
+
+def _short_each(names: list[str]) -> list[str]:
+    """Short names, of which those that have become the same are numbered."""
+    seen = Counter[str]()
+    lines = []
+    for line in map(_short, names):
+        seen[line] += 1
+        lines.append(line if seen[line] == 1 else f"{line} #{seen[line]}")
+    return lines
 
 
 def _number(value: float, _: object = None) -> str:

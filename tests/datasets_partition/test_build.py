@@ -126,7 +126,7 @@ def test_held_rows_follow_training_rows_and_the_manifest_counts_them(tmp_path: P
         "partitioner": "Natural(kind='natural', key='client')",
         "splits": repr(Splits(heldout=0.25, unseen=0.34, min_rows=3)),
         "seed": 7,
-        "store_version": 3,
+        "store_version": 4,
         "label": None,
         "bytes": {name: (folder / name).stat().st_size for name in ("index.arrow", "rows.parquet")},
         "fedpost": version("fedpost"),
@@ -139,6 +139,7 @@ def test_held_rows_follow_training_rows_and_the_manifest_counts_them(tmp_path: P
         "duplicate_clients": 0,
         "left_out_clients": 1,
         "left_out_rows": 2,
+        "unassigned_rows": 0,
     }
 
 
@@ -184,7 +185,7 @@ def test_something_else_in_the_place_of_a_store_is_an_error(tmp_path: Path) -> N
         (folder / "manifest.json").write_text(damage)
         with pytest.raises(ValueError, match="or is damaged: move or delete it"):
             build(rows(a=4), Natural(), Splits(), 7, str(tmp_path))
-    with pytest.raises(ValueError, match="is not the store that belongs there, or is damaged: move or delete it"):
+    with pytest.raises(ValueError, match="is not what belongs there, or is damaged: move or delete it, and"):
         build(rows(a=4), Natural(), Splits(), 7, str(tmp_path))
 
 

@@ -71,7 +71,7 @@ def test_rows_that_nobody_gets_are_left_out(tmp_path: Path) -> None:
 
     folder = build(rows(a=6), OddOnes(), NONE_HELD, 7, str(tmp_path))
     assert owned(Store.open(folder)) == {"odd": (["a5", "a3", "a1"], [])}
-    assert Store.open(folder).manifest["left_out_rows"] == 3
+    assert Store.open(folder).manifest["left_out_rows"] == Store.open(folder).manifest["unassigned_rows"] == 3
     assert pq.read_table(folder / "rows.parquet")["category"].to_pylist() == ["done"] * 3
 
 
@@ -122,6 +122,42 @@ class Wrong:
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Any:
         return self.given
+
+
+@dataclass(frozen=True)
+class WrongRows:
+    """A source that gives whatever it holds."""
+
+    given: Any
+
+    def fingerprint(self) -> str:
+        return ""
+
+    def load(self) -> Any:
+        return self.given
+
+
+TURNS_WITHOUT_ROLE = pa.table({"messages": [[{"content": "a"}]]})
+NULL_CONTENT = pa.table({"messages": [[{"role": "user", "content": None}, {"role": "user", "content": "a"}]]})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (pa.table({"text": ["a"]}), "must give Rows of an Arrow table and a dict, not Table"),
+        (([], {}), "must give Rows of an Arrow table and a dict, not tuple"),
+        (Loaded([{"text": "a"}], {}), "must give Rows of an Arrow table and a dict"),  # type: ignore[arg-type]
+        (Loaded(pa.table({"text": ["a"]}), {}), "the columns text, which make no format"),
+        (Loaded(pa.table({"prompt": ["a", "b"], "completion": ["c", None]}), {}), "gives 1 nulls in its completion"),
+        (Loaded(pa.table({"prompt": ["a"], "completion": [1]}), {}), "gives int64 as its completion, which must hold"),
+        (Loaded(TURNS_WITHOUT_ROLE, {}), "as its messages, which must hold text or turns of role and content"),
+        (Loaded(NULL_CONTENT, {}), "gives 1 nulls in its messages"),
+    ],
+)
+def test_what_an_own_source_gives_is_checked(tmp_path: Path, given: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build(WrongRows(given), Natural(), NONE_HELD, 7, str(tmp_path / "stores"))
+    assert not (tmp_path / "stores").exists()
 
 
 ONES = np.zeros(4, np.int32)

@@ -40,6 +40,13 @@ def test_lognormal_sizes_follow_their_law(rng):
     assert np.mean(((logs - logs.mean()) / logs.std()) ** 3) == pytest.approx(0, abs=0.15)
 
 
+def test_dirichlet_sizes_follow_their_law(rng):
+    counts = np.array(sizes(BySize(clients=4000, law="dirichlet", alpha=2.0), 4_000_000, rng()))
+    assert counts.sum() == 4_000_000 and counts.min() >= 1
+    # The variance of a share of Dirichlet(a, ..., a) over n is (1/n) (1 - 1/n) / (n a + 1).
+    assert (counts / 4e6).std() == pytest.approx(np.sqrt((1 / 4000) * (1 - 1 / 4000) / 8001), rel=0.05)
+
+
 def test_lognormal_leaves_nobody_without_a_row(rng):
     assert sizes(BySize(clients=50, law="lognormal", sigma=5.0), 50, rng()) == [1] * 50
     assert min(sizes(BySize(clients=50, law="lognormal", sigma=5.0), 60, rng())) == 1

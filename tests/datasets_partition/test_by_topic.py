@@ -35,6 +35,23 @@ def test_topics_that_are_apart_are_found(given, rng):
     assert agree(found.category, TOPICS)
 
 
+def test_topics_are_named_by_the_words_that_set_them_apart(rng):
+    table = TABLE.set_column(0, "prompt", [["the " + text for text in TABLE["prompt"].to_pylist()]])
+    names = sorted(set(ByTopic(clients=4, topics=3, alpha=1.0).assign(table, rng()).category.to_pylist()))
+    assert [name.split()[0] for name in names] == ["0", "1", "2"]
+    told = {frozenset(name.split()[1:]) for name in names}
+    assert all(any(words <= set(topic.split()) for topic in WORDS) and len(words) == 3 for words in told)
+    found = ByTopic(clients=4, topics=3, embedding="vector").assign(TABLE, rng())
+    assert sorted(set(found.category.to_pylist())) == ["0", "1", "2"]
+
+
+def test_more_clients_than_rows_are_refused_before_topics_are_sought(rng, monkeypatch):
+    monkeypatch.setattr(ByTopic, "_clustered", lambda *_: pytest.fail("sought"))
+    for given in ({"clients": 151}, {"clients": 10, "min_rows": 16}):
+        with pytest.raises(ValueError, match=r"but there are only 150 distinct rows"):
+            ByTopic(topics=3, **given).assign(TABLE, rng())
+
+
 def test_embeddings_may_be_of_any_list_type(rng):
     for kind in (pa.large_list(pa.float64()), pa.list_(pa.float32(), 3)):
         table = pa.table({"vector": TABLE["vector"].cast(kind)})
@@ -136,7 +153,7 @@ def test_topics_of_a_sample_are_those_of_all_rows(rng, monkeypatch):
     table, topic = speeches(3000)
     partitioner = ByTopic(clients=5, topics=10)
     found = partitioner.assign(table, rng())
-    codes = found.category.cast(pa.int32()).to_numpy()
+    codes = np.array([int(name.split()[0]) for name in found.category.to_pylist()])
     assert found.category.equals(partitioner.assign(table, rng()).category)
     # Most rows of a found topic are of one topic.
     pairs = np.zeros((10, 10), int)

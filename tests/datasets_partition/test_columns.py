@@ -47,11 +47,25 @@ def test_chunks_and_dictionaries_are_read_as_one_column(read, column):
         (pa.array([None, None]), 2),
         (pa.array([1, None]), 1),
         (pa.array(["a", None, "a"]).dictionary_encode(), 1),
+        (pa.array([1.0, float("nan"), 2.5]), 1),
     ],
 )
 def test_rows_without_a_value_are_counted(read, column, nameless):
     with pytest.raises(ValueError, match=rf"'k', which is null or empty in {nameless} of {len(column)} rows: fill it"):
         read(pa.table({"k": column}), "data.partition.key", "k")
+
+
+def test_a_row_without_a_value_is_shown_by_what_it_says():
+    table = pa.table({"k": ["a", None, None], "completion": ["x", "the second " + "y" * 999, "z"]})
+    with pytest.raises(ValueError, match=r"; the first is \{'k': None, 'completion': 'the second y{50,140}$"):
+        keys(table, "data.partition.key", "k")
+
+
+@pytest.mark.parametrize("read", [keys, labels])
+def test_bytes_that_are_no_text_are_no_keys(read):
+    assert read(pa.table({"k": [b"a", b"b"]}), "data.partition.key", "k").values.to_pylist() == ["a", "b"]
+    with pytest.raises(ValueError, match=r"^data\.partition\.key names 'k', which holds binary that is not all text: "):
+        read(pa.table({"k": [b"a", b"\xff"]}), "data.partition.key", "k")
 
 
 def test_lists_are_no_keys():

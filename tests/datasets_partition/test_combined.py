@@ -77,6 +77,17 @@ def test_an_error_of_the_second_names_the_client_and_the_key(rng):
     )
 
 
+def test_an_error_names_the_key_where_it_stands_at_any_depth(rng):
+    within = Combined(first=Natural(key="author"), then=SizeCap(rows=1))
+    for combined, place in (
+        (Combined(first=Natural(key="author"), then=SizeCap(rows=1)), "first"),
+        (Combined(first=within, then=SizeCap(rows=1)), "first.first"),
+        (Combined(first=Iid(clients=1), then=within), "then.first"),
+    ):
+        with pytest.raises(ValueError, match=rf"data\.partition\.{place}\.key names 'author', which the rows do not"):
+            combined.assign(TABLE, rng())
+
+
 def test_names_that_would_be_the_same_are_refused(rng):
     table = pa.table({"client": ["a", "a", "a/0"]})
     with pytest.raises(ValueError, match=r"would name two clients 'a/0', one a part of a larger one: rename the key"):

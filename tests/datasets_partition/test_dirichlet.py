@@ -92,3 +92,22 @@ def test_rows_without_a_label_are_refused(rng):
         ValueError, match=r"data\.partition\.label names 'label', which is null or empty in 1 of 2 rows"
     ):
         Dirichlet(label="label", clients=2).assign(pa.table({"label": ["a", None]}), rng())
+
+
+@pytest.mark.parametrize(
+    ("alpha", "said"),
+    [
+        ((1.0, 2.0), r"^data\.partition\.alpha has 2 numbers for 3 clients: give one number, or one for each$"),
+        ((1.0, 0.0, 1.0), r"^data\.partition\.alpha is \(1\.0, 0\.0, 1\.0\): give a number above 0$"),
+    ],
+)
+def test_an_alpha_for_each_client_is_checked(alpha, said):
+    with pytest.raises(ValueError, match=said):
+        Dirichlet(label="label", clients=3, alpha=alpha)
+
+
+def test_clients_with_a_larger_alpha_have_more_rows(rng):
+    table = pa.table({"label": np.arange(4000) % 40})
+    clients = Dirichlet(label="label", clients=3, alpha=(8.0, 4.0, 1.0)).assign(table, rng()).clients
+    shares = np.bincount(clients) / 4000
+    assert shares == pytest.approx([8 / 13, 4 / 13, 1 / 13], abs=0.07)

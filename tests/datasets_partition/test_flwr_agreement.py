@@ -163,6 +163,14 @@ RANDOM = [
         lambda seed: flwr.DirichletPartitioner(6, "label", 5.0, min_partition_size=1, self_balancing=True, seed=seed),
     ),
     (
+        Dirichlet(label="label", clients=4, alpha=(4.0, 2.0, 2.0, 0.5)),
+        lambda seed: flwr.DirichletPartitioner(4, "label", [4.0, 2.0, 2.0, 0.5], min_partition_size=1, seed=seed),
+    ),
+    (
+        InnerDirichlet(label="label", sizes=(30, 20, 10), alpha=(3.0, 1.0, 1.0, 0.5, 0.1)),
+        lambda seed: flwr.InnerDirichletPartitioner([30, 20, 10], "label", [3.0, 1.0, 1.0, 0.5, 0.1], seed=seed),
+    ),
+    (
         Pathological(label="label", clients=6, classes=2),
         lambda seed: flwr.PathologicalPartitioner(6, "label", 2, "random", seed=seed),
     ),

@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 
 from datasets_partition.canonical import TURNS
 from datasets_partition.hf_datasets import HfDatasets
+from datasets_partition.parquet_files import ParquetFiles
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "n": i} for i in range(5)]
 SAVED = Dataset.from_list(ROWS)
@@ -31,11 +32,14 @@ def test_turns_and_classes(tmp_path: Path) -> None:
             "topic": datasets.ClassLabel(names=["a", "b"]),
         }
     )
-    rows = [{"messages": [{"role": "user", "content": "x"}], "topic": 1}]
+    rows = [{"messages": [{"role": "user", "content": "x"}], "topic": topic} for topic in (1, None, 0, -1)]
     Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
     table = HfDatasets(name=str(tmp_path / "saved")).load().table
-    assert table.to_pylist() == rows
+    assert table["messages"].to_pylist() == [row["messages"] for row in rows]
+    assert table["topic"].to_pylist() == ["b", None, "a", None]
     assert table.schema.field("messages").type == TURNS
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    assert ParquetFiles(path=str(tmp_path / "rows.parquet")).load().table.equals(table)
 
 
 def test_the_split_of_a_saved_dict(tmp_path: Path) -> None:

@@ -79,7 +79,12 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b'{"text": "a"}\n{"text": \n', r"line 2 is not JSON \(.*; write one JSON object a line\): mend it"),
+        (
+            b'{"text": "a"}\n{"text": \n',
+            r"line 2 is not JSON \(Expecting value at its end; each line must be one whole row",
+        ),
+        (b'{"text": "a" "b"}\n', r"line 1 is not JSON \(Expecting ',' delimiter at character 14; each line"),
+        (b'{\n  "text": "a"\n}\n', r"line 1 is not JSON \(.* at its end; each line must be one whole row, as jq -c"),
         (b'{"text": "a"}\n\n[1]\n', "line 3 is not a JSON object: mend it"),
         (b'{"text": "\xff"}\n', r"line 1 is not UTF-8 \(.*; save the file as UTF-8\): mend"),
         (b'{"text": "\\ud800"}\n', r"line 1 is not UTF-8 \(.*; save the file as UTF-8\): mend"),
@@ -146,6 +151,12 @@ def test_a_file_that_is_not_whole_gzip_is_an_error(tmp_path: Path, spoil: Any) -
     path.write_bytes(spoil(gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(999)))))
     with pytest.raises(ValueError, match=r"not a whole gzip file .*: fetch or compress it again"):
         Jsonl(path=str(path), on_bad_row="skip").load()
+
+
+def test_gzip_is_read_under_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    assert Jsonl(path=str(path)).load().table["completion"].to_pylist() == ["a"]
 
 
 VALUES = st.none() | st.text(max_size=5) | st.booleans() | st.integers(-(2**40), 2**40) | st.lists(st.integers(0, 9))

@@ -81,6 +81,17 @@ def test_files_of_a_folder_need_not_have_the_same_columns_but_one_format(tmp_pat
     assert (table.num_rows, skipped) == (2, {"is of another format than the rows before it": 2})
 
 
+def test_the_keys_of_folders_are_columns(tmp_path: Path) -> None:
+    given = pa.table({"text": ["a", "b", "c"], "client": ["x", "x", "y z"], "year": [1, 2, None]})
+    pq.write_to_dataset(given, tmp_path / "rows", partition_cols=["client", "year"])
+    table = ParquetFiles(path=str(tmp_path / "rows")).load().table
+    assert table.select(["client", "completion", "year"]).to_pylist() == [
+        {"client": "x", "completion": "a", "year": "1"},
+        {"client": "x", "completion": "b", "year": "2"},
+        {"client": "y z", "completion": "c", "year": None},
+    ]
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     broken = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
     source = written(tmp_path / "rows.parquet", pa.table({"text": broken}))

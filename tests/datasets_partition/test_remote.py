@@ -10,10 +10,10 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from datasets_partition import build as building
-from datasets_partition import remote
+from datasets_partition import location, remote
 from datasets_partition.build import build
 from datasets_partition.jsonl import Jsonl
-from datasets_partition.location import located, within
+from datasets_partition.location import located, node_cache, within
 from datasets_partition.natural import Natural
 from datasets_partition.splits import Splits
 from datasets_partition.store import Store
@@ -21,7 +21,7 @@ from datasets_partition.store import Store
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jsonl:
-    monkeypatch.setattr(remote.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
+    monkeypatch.setattr(location.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"client": i % 3, "text": f"text {i}"}) + "\n" for i in range(60)))
     return Jsonl(path=path.as_uri())
@@ -32,7 +32,7 @@ def test_a_store_at_a_uri_is_made_once_and_fetched_by_other_machines(
 ) -> None:
     cache = (tmp_path / "shared").as_uri()
     first = build(source, Natural(), Splits(), 7, cache)
-    assert first.parent == remote.node_cache()
+    assert first.parent == node_cache()
     there = tmp_path / "shared" / first.name
     assert {path.name for path in there.iterdir()} == {"rows.parquet", "index.arrow", "manifest.json"}
     rows = Store.open(first).read_rows(1, "train")
@@ -105,6 +105,25 @@ def test_a_password_in_a_location_is_refused_and_not_repeated(source: Jsonl) -> 
 )
 def test_options_of_a_uri_stay_its_end(location: str, below: str) -> None:
     assert within(location, "a") == below
+
+
+def test_a_damaged_location_is_named(source: Jsonl, tmp_path: Path) -> None:
+    cache = (tmp_path / "shared").as_uri()
+    folder = build(source, Natural(), Splits(), 7, cache)
+    shutil.rmtree(folder)
+    rows = tmp_path / "shared" / folder.name / "rows.parquet"
+    rows.write_bytes(rows.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"^{cache}/{folder.name} is damaged: delete it there, and it is made again$"):
+        build(source, Natural(), Splits(), 7, cache)
+    assert not folder.exists()
+
+
+def test_a_copy_that_cannot_be_read_names_what_it_was_copied_from(source: Jsonl, tmp_path: Path) -> None:
+    folder = build(source, Natural(), Splits(), 7, (tmp_path / "shared").as_uri())
+    (folder / "index.arrow").write_bytes(b"x")
+    way_out = rf"move or delete it, and {folder.name} in data\.cache, from which it may be copied; then"
+    with pytest.raises(ValueError, match=rf"^{folder} is damaged \(.*\): {way_out}"):
+        Store.open(folder)
 
 
 def test_a_store_without_a_manifest_does_not_count(source: Jsonl, tmp_path: Path) -> None:

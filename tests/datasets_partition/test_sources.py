@@ -100,6 +100,15 @@ def test_rows_come_in_the_same_order_with_their_clients(
         assert table["completion"].to_pylist() == [row["text"] for row in order]
 
 
+@pytest.mark.parametrize("kind", FILES)
+def test_how_many_rows_are_read_is_told(kind: str, tmp_path: Path) -> None:
+    write, make = FILES[kind]
+    write(ROWS, tmp_path / "rows")
+    told: list[int] = []
+    make(str(tmp_path / "rows")).load(told.append)  # type: ignore[call-arg]
+    assert told == [9]
+
+
 @pytest.mark.parametrize("kind", sorted(FILES.keys() - {"csv"}))  # in which nothing is null
 def test_no_row_is_lost(kind: str, tmp_path: Path) -> None:
     write, make = FILES[kind]
@@ -110,6 +119,21 @@ def test_no_row_is_lost(kind: str, tmp_path: Path) -> None:
     table, skipped = make(str(tmp_path / "rows"), on_bad_row="skip").load()
     assert table.num_rows + sum(skipped.values()) == len(rows)
     assert skipped == {"is not UTF-8" if kind == "text" else "has a null text": 2}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "datasets"])
+def test_a_client_that_is_nan_is_none(kind: str, tmp_path: Path) -> None:
+    write, make = FILES[kind]
+    write([{"text": f"{client}", "client": client} for client in (1.0, float("nan"), 2.5)], tmp_path / "rows")
+    with pytest.raises(ValueError, match=r"(row|line) 2 has a null or empty client: mend it"):
+        make(str(tmp_path / "rows")).load()
+    table, skipped = make(str(tmp_path / "rows"), on_bad_row="skip").load()
+    assert table["client"].to_pylist() == ["1", "2.5"] and skipped == {"has a null or empty client": 1}
+
+
+def test_nan_among_text_is_null(tmp_path: Path) -> None:
+    as_jsonl([{"text": "a", "topic": "x"}, {"text": "b", "topic": float("nan")}], tmp_path / "rows")
+    assert Jsonl(path=str(tmp_path / "rows")).load().table["topic"].to_pylist() == ["x", None]
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -16,9 +16,11 @@ from datasets_partition.tokens import tokenize
 
 COUNTS = {
     "duplicate_rows": 4,
+    "duplicate_clients": 0,
     "skipped_rows": {"no text": 2},
     "left_out_clients": 1,
     "left_out_rows": 3,
+    "unassigned_rows": 0,
 }
 
 

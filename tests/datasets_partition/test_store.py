@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from datasets_partition.stats import Skew
 from datasets_partition.store import INDEX, ROWS_PER_GROUP, Store, write_arrow, written_whole
 
 
@@ -46,6 +47,19 @@ def test_clients_and_their_rows(tmp_path: Path) -> None:
     assert store.read_rows(0, "heldout")["prompt"].to_pylist() == ["2"]
     assert store.read_rows(1, "train")["prompt"].to_pylist() == ["3"]
     assert store.read_rows(2, "heldout").to_pylist()[2] == {"client": "c2", "prompt": "6", "completion": "x"}
+
+
+def test_files_that_cannot_be_read_name_the_store(tmp_path: Path) -> None:
+    store = stored(tmp_path / "store", [2, 1, 0], [1, 0, 3])
+    spoilt = r"^.*/store is damaged \(.+\): move or delete it; then it is made again$"
+    (store.folder / "rows.parquet").write_bytes(bytes((store.folder / "rows.parquet").stat().st_size))
+    for read in (lambda: store.read_rows(0, "train"), lambda: Skew.of(store)):
+        with pytest.raises(ValueError, match=spoilt):
+            read()
+    for name in ("index.arrow", "manifest.json"):
+        (store.folder / name).write_bytes(b"x")
+        with pytest.raises(ValueError, match=spoilt):
+            Store.open(store.folder)
 
 
 def test_opening_reads_no_index(tmp_path: Path) -> None:

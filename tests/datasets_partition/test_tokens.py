@@ -1,6 +1,8 @@
 import multiprocessing
+import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +45,36 @@ def test_columns_in_a_shared_location_are_made_once(tmp_path: Path) -> None:
     again = tokenize(store, "bytes", lambda rows: pytest.fail("made again"), shared)
     assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == files
 
-    # What a killed copy left there does not count: the index comes last.
+    # What a killed copy left there does not count: the manifest comes last.
     shutil.rmtree(first.folder)
-    (tmp_path / "shared" / first.folder.name / "index.arrow").unlink()
+    (tmp_path / "shared" / first.folder.name / "manifest.json").unlink()
     tokenize(store, "bytes", encode, shared)
     assert {p.name: p.read_bytes() for p in (tmp_path / "shared" / first.folder.name).iterdir()} == files
+
+
+@pytest.mark.parametrize("name", ["index.arrow", "tokens.arrow", "manifest.json"])
+@pytest.mark.parametrize("left", [None, 0, 99])
+def test_damaged_columns_are_named(tmp_path: Path, name: str, left: int | None) -> None:
+    store = stored(tmp_path, {"a": ["a1", "a2"]}, Splits())
+    folder = tokenize(store, "bytes", encode).folder
+    whole = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if left is not None:
+        (folder / name).write_bytes(whole[:left])
+    with pytest.raises(ValueError, match=rf"^{folder} is not what belongs there, or is damaged: move or"):
+        tokenize(store, "bytes", encode)
+    if name != "manifest.json":
+        with pytest.raises(ValueError, match=rf"^{folder} is damaged \(.+\): move or delete it; then it is"):
+            Tokens.open(folder)
+
+
+def test_what_a_killed_writer_left_long_ago_goes(tmp_path: Path) -> None:
+    store = stored(tmp_path, {"a": ["a1", "a2"]}, Splits())
+    old = store.folder / f".{tokenize(store, 'bytes', encode).folder.name}-old"
+    old.mkdir()
+    os.utime(old, (time.time() - 90_000,) * 2)
+    tokenize(store, "bytes", encode)
+    assert not old.exists()
 
 
 def test_dropped_rows_are_counted_by_client_and_split(tmp_path: Path) -> None:
@@ -78,7 +105,9 @@ def test_every_client_has_its_own_rows_whatever_the_batches(
         sizes.append(rows.num_rows)
         return encode(rows)
 
-    tokens = tokenize(store, "bytes", counted)
+    done: list[int] = []
+    tokens = tokenize(store, "bytes", counted, on_rows=done.append)
+    assert done == sorted(done) and done[-1] == store.manifest["rows"]
     assert max(sizes) <= window and sum(sizes) == store.manifest["rows"]
     for client in range(store.num_clients):
         for split in SPLITS:

@@ -45,6 +45,10 @@ class Halved(FedAvg):
 class Bare:
     def apply(self, state, aggregate): ...
 
+@dataclass(frozen=True)
+class Nameless:
+    def load(self): ...
+
 class NoDataclass:
     def apply(self): ...
 '''
@@ -93,15 +97,25 @@ def test_own_kinds_within_a_combined_partition(own_folder, small_recipe):
         small_recipe('data.partition={kind="combined", first="natural", then={kind="own_rules:Gone"}}')
 
 
+def test_own_kinds_at_any_depth_of_combined_partitions(own_folder, small_recipe):
+    own = '{kind="own_rules:InTurns", clients=2}'
+    below = f'{{kind="combined", first="natural", then={own}}}'
+    deep = f'{{kind="combined", first={own}, then={below}}}'
+    recipe = small_recipe(f'data.partition={{kind="combined", first={deep}, then={{kind="size_cap", rows=3}}}}')
+    assert recipe.data.partition.first.first.clients == recipe.data.partition.first.then.then.clients == 2
+    assert parse_recipe(to_toml(recipe)) == recipe
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ("data.source={kind='own_rules:Nameless'}", r"is no dataclass with a method 'fingerprint'"),
         ("strategy={kind='no_such:Rule'}", r"strategy\.kind names 'no_such:Rule', but importing 'no_such' fails"),
         ("strategy={kind='own_rules:NoDataclass'}", r"is no dataclass with a method 'apply'"),
         ("strategy={kind='own_rules:Bare'}", r"has no reads, .*: extend strategies\.fedavg\.FedAvg"),
         ("strategy={kind='own_rules:Gone'}", r"is no dataclass with a method 'apply'"),
         ("data.partition={kind='own_rules:Halved'}", r"data\.partition\.kind names .* with a method 'assign'"),
-        ("data.partition={kind='own_rules:InTurns', client=5}", r"data\.partition, own_rules:InTurns: client: "),
+        ("data.partition={kind='own_rules:InTurns', client=5}", r"own_rules:InTurns: client: .*; it takes clients$"),
         ("strategy={kind='own_rules:Halved', lr=-1}", r"strategy\.lr is the server's learning rate"),
     ],
 )

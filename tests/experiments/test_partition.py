@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from datasets_partition import location
 from experiments.api import build_store
 from experiments.config import parse_recipe, to_toml
 from experiments.partition import show_partition
@@ -41,19 +42,24 @@ def test_steps_then_a_table_then_the_pictures(shown, labelled):
     store = build_store(labelled)
     table = {line[:19].rstrip(): line[19:].strip() for line in lines}
     assert lines[0] == "reading the rows ..."
+    for step in ("reading the rows", "tokenizing rows"):  # a line each, however often they tell how far they are
+        assert sum(line.startswith(step) for line in lines) == 1
     assert lines.index("counting rows ...") < lines.index(str(store)) < lines.index("drawing pictures ...")
     assert table["clients"] == "5 (4 train, 1 unseen)"
     assert table["rows"].startswith("60 (")
     assert table["rows of a client"].startswith("least ")
     assert 0 < float(table["Gini coefficient"].split()[0]) < 1
     assert 0 < float(table["label divergence"].split()[0]) < 1 and "over 3 categories" in table["label divergence"]
-    assert table["duplicates removed"] == "1"
+    assert table["duplicates removed"] == "1 rows"
     assert int(table["tokens"].replace(",", "")) > 60
     assert table["tokens of a row"].startswith("least ") and "train.max_length = 48" in table["tokens of a row"]
-    pictures = ["rows_per_client.png", "categories.png", "token_lengths.png"]
-    assert [line.split()[-1] for line in lines[-3:]] == [str(store / name) for name in pictures]
-    for name in pictures:
-        Image.open(store / name).verify()
+    (tokens,) = store.glob("tokens-*")
+    assert [line.split()[-1] for line in lines[-3:]] == [
+        *(str(store / name) for name in ("rows_per_client.png", "categories.png")),
+        str(tokens / "token_lengths.png"),
+    ]
+    for line in lines[-3:]:
+        Image.open(line.split()[-1]).verify()
     assert not list(store.glob(".*"))
 
 
@@ -81,6 +87,39 @@ def test_a_base_that_cannot_be_had_is_told_beside_the_table(shown, labelled, tmp
     assert any(line.startswith("Gini coefficient") for line in lines)
     assert any(line.startswith("tokens              not counted: model.base") for line in lines)
     assert [line.split("/")[-1] for line in lines[-2:]] == ["rows_per_client.png", "categories.png"]
+
+
+def test_pictures_go_where_the_store_is_shared(shown, labelled, tmp_path, monkeypatch):
+    monkeypatch.setattr(location.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
+    shared = tmp_path / "shared"
+    lines = shown(parse_recipe(to_toml(labelled), [f"data.cache={shared.as_uri()}"]))
+    (store,) = shared.iterdir()
+    assert lines[-1].split() == ["also", "in", store.as_uri()]
+    found = {path.relative_to(store).parts[-1] for path in store.rglob("*.png")}
+    assert found == {"rows_per_client.png", "categories.png", "token_lengths.png"}
+    assert next(store.rglob("token_lengths.png")).parent.name.startswith("tokens-")
+
+
+def test_why_rows_and_clients_are_left_out_is_said(shown, labelled, tmp_path):
+    rows = [{"client": f"c{n % 20 // 8}", "prompt": f"{n}", "completion": "x", "topic": "t"} for n in range(20)]
+    path = tmp_path / "left.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3] | {"client": "twin"}]))
+    least = [f'data.source={{ kind = "jsonl", path = "{path}" }}', "cohort.size=1"]
+
+    def said(partition, *changes):
+        lines = shown(parse_recipe(to_toml(labelled), [*least, f"data.partition={partition}", *changes]))
+        return {line[:19].rstrip(): line[19:].strip() for line in lines}
+
+    capped = said(
+        '{ kind = "combined", first = "natural", then = { kind = "size_cap", rows = 6, surplus = "drop" } }',
+        "data.splits.min_rows=5",
+    )
+    assert capped["duplicates removed"] == "1 rows, and 1 clients with them"
+    assert capped["left out"] == (
+        "8 rows (4 that the partition gives to nobody, 4 of 1 clients below data.splits.min_rows)"
+    )
+    skewed = said('{ kind = "dirichlet", label = "topic", clients = 15, alpha = 0.01, min_rows = 0 }')
+    assert skewed["left out"].startswith("0 rows (1") and skewed["left out"].endswith(" of 15 clients got none)")
 
 
 def test_rows_that_are_all_dropped_are_told(shown, labelled):

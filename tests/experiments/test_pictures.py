@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from datasets_partition.stats import Categories, Sizes, Skew, TokenLengths
-from experiments.pictures import draw_skew, draw_tokens
+from experiments.pictures import _short, _short_each, draw_skew, draw_tokens
 
 
 def skew(rows, categories=None):
-    return Skew(len(rows), 0, int(np.sum(rows)), 0, 0, 0, Sizes(np.array(rows)), categories, 0, {}, 0, 0)
+    return Skew(len(rows), 0, int(np.sum(rows)), 0, 0, 0, Sizes(np.array(rows)), categories, 0, 0, {}, 0, 0, 0)
 
 
 def mixed(clients, categories, seed=0):
@@ -72,6 +72,16 @@ def test_of_many_clients_the_largest_the_smallest_and_some_between_are_named():
     assert len(asked) == 60
     assert asked == sorted(asked, reverse=True) and asked[0] == 999 and asked[-1] == 0
     assert set(np.diff(asked)) <= {-16, -17}
+
+
+def test_long_labels_leave_room_for_few_clients():
+    names = ["natural-language-processing", "computer-vision-and-patterns"]
+    categories = Categories(names, np.array([0, 1]), np.array([0, 1]), np.array([3, 4]))
+    assert opened(draw_skew(skew(np.array([3, 4]), categories), str))["categories.png"].height > 600
+
+
+def test_shortened_names_stay_apart():
+    assert _short_each(["a", "x" * 40, "x" * 41, "b"]) == ["a", _short("x" * 40), _short("x" * 40) + " #2", "b"]
 
 
 def test_names_are_drawn_as_they_are_written():
