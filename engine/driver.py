@@ -121,6 +121,8 @@ class Driver:
                 yield from self._personal(state)
             if last and plan.baselines:
                 yield from self._baselines(initial, state)
+            if last and federation.evaluate.without_privacy:
+                yield self._without_privacy(initial, state)
             self._flush(state)
             if last or state.round % federation.checkpoint.every == 0:
                 kept = federation.checkpoint.keep
@@ -151,7 +153,7 @@ class Driver:
             yield Evaluated(state.round, losses, "finetuned")
 
     def _baselines(self, initial: ServerState, state: ServerState) -> Iterator[Evaluated]:
-        """All spend the federation's steps: in one model, in parts in each client's, or as it does, unprotected."""
+        """Both baselines spend the federation's steps: all in one model, or in equal parts in each client's."""
         if state.residual is not None:
             self.slots.rebase(None)
         federation, clients = self.federation, self.store.num_training
@@ -162,22 +164,25 @@ class Driver:
         start, round_ = initial.params.numpy(), state.round
         yield Evaluated(round_, self.scores.local_only(start, round_, each, "local_only"), "local_only")
         yield Evaluated(round_, self.scores.centralised(start, round_, total), "centralised")
-        if self.rounds.noise is not None and not federation.remembers:  # memory is the run's own
-            plain = self._without_privacy(initial)
-            yield Evaluated(round_, self.scores.not_private(plain.params.numpy(), round_), "not_private")
         if state.residual is not None:
             self.slots.rebase(state.residual.numpy())
 
-    def _without_privacy(self, initial: ServerState) -> ServerState:
+    def _without_privacy(self, initial: ServerState, state: ServerState) -> Evaluated:
         """Where the same rounds lead without noise and without secure aggregation; of them nothing is written down."""
-        federation, folder = replace(self.federation, privacy=Privacy()), self.plan.folder
+        evaluate, folder = replace(self.federation.evaluate, without_privacy=False), self.plan.folder
+        federation = replace(self.federation, privacy=Privacy(), evaluate=evaluate)
         nowhere = Metrics(folder / "metrics"), Ledger(folder / "ledger")  # never flushed
         rounds = Rounds(federation, self.slots, self.store, self.tokens, initial.layout, folder, *nowhere)
         rounds.prepare(initial, None)
-        state = initial
-        while state.round < federation.rounds:
-            state, _ = rounds.play(state)
-        return state
+        if state.residual is not None:
+            self.slots.rebase(None)
+        plain = initial
+        while plain.round < federation.rounds:
+            plain, _ = rounds.play(plain)
+        losses = self.scores.not_private(plain.params.numpy(), state.round)
+        if state.residual is not None:
+            self.slots.rebase(state.residual.numpy())
+        return Evaluated(state.round, losses, "not_private")
 
     def _finish(self, initial: ServerState, state: ServerState) -> Finished:
         folder = self.plan.folder

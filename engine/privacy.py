@@ -113,6 +113,9 @@ class Privacy:
 def check_privacy(federation: Federation) -> None:
     """Raises ValueError where privacy asks for what the rest of the recipe does not give, with the way out."""
     privacy, strategy = federation.privacy, federation.strategy
+    if federation.evaluate.without_privacy and (federation.remembers or privacy == Privacy()):
+        why = "clients' memory belongs to the one run" if federation.remembers else "there is no privacy to do without"
+        raise ValueError(f"evaluate.without_privacy plays all rounds twice, but {why}: leave it out")
     beside = strategy.beside(NO_LAYOUT)
     if not isinstance(privacy.dp, NoDp):
         check_dp(privacy.dp, strategy, beside, privacy.secagg.mode)

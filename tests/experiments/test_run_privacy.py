@@ -57,10 +57,11 @@ def test_a_private_run_says_what_it_cost_and_who_saw_what(ray_session, small_rec
     assert str(privacy["epsilon"])[:4] in (run.model / "README.md").read_text()
 
 
-def test_the_baseline_without_privacy_is_the_run_without_privacy(ray_session, small_recipe, tmp_path):
+def test_what_comes_without_privacy_is_the_run_without_privacy(ray_session, small_recipe, tmp_path):
     private = ("privacy.secagg.mode=ideal", "privacy.dp={kind='adaptive', noise_multiplier=0.1}")
     changes = (UNIFORM, "rounds=2", "evaluate.every=0")
-    run = experiments.run(small_recipe(*changes, *private), out=tmp_path / "run", baselines=True)
+    recipe = small_recipe(*changes, *private, "evaluate.without_privacy=true")
+    run = experiments.run(recipe, out=tmp_path / "run")
     plain = experiments.run(small_recipe(*changes), out=tmp_path / "plain")
     assert run.losses["not private"] == plain.losses["end"] != run.losses["end"]
     clips = values(run, "clip", "privacy")
