@@ -19,9 +19,12 @@ from experiments.charts import Series, change, duration, loss, number, size
 from experiments.run_folder import Run, read_run
 
 SPLITS = {"heldout": "held-out", "unseen": "unseen clients", "train": "train", "server": "the server's rows"}
-PERSONAL = {"loss_personal": ("personal", "1 3"), "loss_finetuned": ("fine-tuned", "9 3")}  # of some runs alone
+OF_SOME_RUNS = {
+    "loss_personal": ("personal", "1 3"),
+    "loss_finetuned": ("fine-tuned", "9 3"),
+    "loss_not_private": ("not private", "5 2 1 2"),
+}
 BASELINES = {"loss_local_only": ("local only", "7 4"), "loss_centralised": ("centralised", "2 3")}
-BASELINES |= {"loss_not_private": ("not private", "5 2 1 2")}
 PARTIES = ("client", "other clients", "server", "base-model owner")  # listed also where they saw nothing
 MAX_LISTED = 40  # parties, kinds and failed rounds that a table lists
 
@@ -81,7 +84,7 @@ def _summary(run: Run) -> list[dict[str, Any]]:
                 "change": change(points[0][1], points[-1][1]),
             }
             row["better"] = points[-1][1] < points[0][1]
-        for name in PERSONAL | BASELINES:
+        for name in OF_SOME_RUNS | BASELINES:
             row[name] = loss(next((v for _, v in reversed(run.points(split, name))), None))
         out.append(row)
     return out
@@ -101,7 +104,6 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("clients a round", _at(run.recipe, "cohort", "size")),
         ("secure aggregation", _at(run.recipe, "privacy", "secagg", "mode")),
         ("differential privacy", _at(run.recipe, "privacy", "dp", "kind")),
-        ("privacy spent", f"{run.privacy}; losses are outside of it" if run.privacy else ""),
         ("last round", f"{max(rounds)}{of}" if rounds else f"none{of}"),
         ("training", duration(sum(took)) if took else ""),
         ("evaluation", duration(sum(evaluate)) if evaluate else ""),
@@ -136,7 +138,7 @@ def _clients(run: Run) -> dict[str, Any]:
 def _charts(run: Run) -> dict[str, Markup]:
     colors = {split: i + 1 for i, split in enumerate(SPLITS)}
     curves = [Series(label, run.points(split, "loss"), colors[split]) for split, label in SPLITS.items()]
-    for name, (label, dash) in (PERSONAL | BASELINES).items():
+    for name, (label, dash) in (OF_SOME_RUNS | BASELINES).items():
         for split in ("heldout", "unseen", "server"):
             curves.append(
                 Series(f"{SPLITS[split]}, {label}", run.points(split, name)[-1:], colors[split], dash, level=True)
@@ -205,5 +207,5 @@ def render(runs: Sequence[Run]) -> str:
             overlay.append(charts.lines(title, curves, "round", unit))
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     env = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    shown = {n: said for n, said in PERSONAL.items() if any(run.points("heldout", n) for run in runs)} | BASELINES
+    shown = {n: said for n, said in OF_SOME_RUNS.items() if any(run.points("heldout", n) for run in runs)} | BASELINES
     return env.get_template("report.html").render(runs=view, overlay=overlay, baselines=shown)

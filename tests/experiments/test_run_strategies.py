@@ -21,12 +21,18 @@ CASES = {
     "diloco": ["strategy=diloco", "train.state=keep", "train.over_rounds={kind='cosine', end=0.1}"],
     "ditto": ["strategy=ditto", "train.accumulate=2", "train.batch=2"],
     "feddpa": ["strategy=feddpa"],
+    "private": [
+        "strategy={kind='fedavg', weighting='uniform'}",
+        "privacy.secagg.mode=ideal",
+        "privacy.dp={kind='adaptive', noise_multiplier=0.3}",
+        "clients.availability.dropout=0.1",
+    ],
     "rfa": ["strategy=rfa"],
     "hetlora": ["strategy=hetlora", RANKS],
     "fedex": ["strategy=fedex"],
     "feddyn": ["strategy=feddyn", "train.optimizer={kind='torch', name='RAdam', lr=0.01}"],
 }
-SHORT = ("flora with mixed ranks", "krum", "fedsa, compressed")
+SHORT = ("flora with mixed ranks", "private", "fedsa, compressed")
 
 
 class Stop(Exception):
