@@ -70,7 +70,7 @@ class PlainCollector:
         good = [report for report in reports if report.failed is None and not report.late]
         arrived = [report for report in reports if not report.late]
         aggregate = None
-        if arrived:
+        if good:
             aggregate = merge(partials) if self.federation.strategy.reads == "sum" else _listed(each)
         moved = _bytes(wire) + len(each) * wire.params.nbytes
         moved += sum(vector.nbytes for partial in partials for vector in partial.vectors.values())
@@ -146,8 +146,6 @@ def _listed(each: dict[int, Any]) -> Aggregate:
     """The single updates in the order of clients, mapped from the object store; nobody has added them up."""
     found = [ray.get(each[client]) for client in sorted(each)]
     updates = tuple(update_from_wire(update) for update in found if update is not None)
-    if not updates:
-        raise ValueError("no client of the cohort gave an update, so there is nothing to choose from")
     nothing = torch.zeros_like(updates[0].delta)
     return Aggregate(sum(update.weight for update in updates), nothing, {}, len(updates), updates)
 

@@ -163,7 +163,7 @@ class Rounds:
 
     def _refuse_failures(self, reports: list[Report], round_: int) -> None:
         failed = [report for report in reports if report.failed is not None]
-        if len(failed) > self.federation.clients.max_failed * len(reports):
+        if len(failed) > self.federation.clients.max_failed * len(reports) or (failed and len(failed) == len(reports)):
             names = [self.store.name(report.client) for report in failed]
             raise ValueError(
                 f"{len(failed)} of {len(reports)} clients of round {round_} gave no usable update, more than "

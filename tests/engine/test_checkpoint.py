@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,11 @@ def test_the_newest_is_the_highest_round_whatever_its_digits(tmp_path: Path) -> 
     assert loaded(tmp_path).state.round == 100_001
 
 
+def test_what_privacy_needs_comes_back(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, replace(saved(1), clip=0.25, aborts=2), keep=1)
+    assert (loaded(tmp_path).clip, loaded(tmp_path).aborts) == (0.25, 2)
+
+
 def test_the_same_round_again_replaces_its_own(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, saved(1, 1.0), keep=2)
     save_checkpoint(tmp_path, saved(1, 5.0), keep=2)
@@ -108,5 +114,5 @@ def test_no_file_can_run_code_when_it_is_read(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, saved(1), keep=1)
     files = sorted((tmp_path / "00001").iterdir())
     assert [path.suffix for path in files] == [".json", ".safetensors"]
-    assert json.loads(files[0].read_bytes()) == {"round": 1, "wall_s": 12.25}
+    assert json.loads(files[0].read_bytes()) == {"round": 1, "wall_s": 12.25, "clip": 0.0, "aborts": 0}
     assert b"{" in files[1].read_bytes()[:16]  # eight bytes of length, then the header: neither zip nor pickle

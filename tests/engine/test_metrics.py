@@ -28,12 +28,13 @@ def test_figures_come_back_in_the_long_table(tmp_path: Path) -> None:
 
 
 def test_the_ledger_comes_back(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = Ledger(tmp_path, "ideal")
     ledger.received(2, "server", "update", 10, 2**40)
     ledger.flush(2)
     table = read_log(tmp_path)
     assert table.schema == LEDGER
-    assert table.to_pylist() == [{"round": 2, "party": "server", "kind": "update", "count": 10, "bytes": 2**40}]
+    expected = {"round": 2, "party": "server", "kind": "update", "count": 10, "bytes": 2**40, "mode": "ideal"}
+    assert table.to_pylist() == [expected]
 
 
 def test_a_round_without_rows_has_the_schema_too(tmp_path: Path) -> None:
