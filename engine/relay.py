@@ -57,10 +57,10 @@ class Relayed:
 
 @dataclass(frozen=True)
 class Relay:
-    """Plays secured rounds on a pool of slots. `authority` vouches for identities (active profile), unseen here."""
+    """Plays secured rounds on a pool of slots. `authority` vouches for identities in the active profile."""
 
     slots: Slots
-    authority: Reference
+    authority: Any
     on_slot_death: str
 
     def play(

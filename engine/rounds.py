@@ -1,6 +1,5 @@
 """One round after the other: cohort, local work, sums, noise, the rule; and what of it is written down."""
 
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from engine.events import RoundDone
 from engine.memory import ClientMemory
 from engine.metrics import Ledger, Metrics
 from engine.relay import Relay
+from engine.secure import Authority
 from engine.settings import Federation
 from engine.slots import Slots
 from engine.spending import Plan, Spending, noisy, plan_noise
@@ -25,8 +25,6 @@ from strategies.dp_central import CentralDp, CentralPlan
 from strategies.layout import Layout
 from strategies.transforms import decode
 from strategies.types import ServerState
-
-AUTHORITY = ray.remote(num_cpus=0)(lambda: os.urandom(32))  # the secret behind identities: no process here reads it
 
 
 class Rounds:
@@ -63,7 +61,9 @@ class Rounds:
         self.collector: Collector = PlainCollector(federation, self.slots)
         if federation.privacy.secure:
             federation.privacy.secagg.parameters(max(2, federation.cohort.largest(clients)))
-            relay = Relay(self.slots, AUTHORITY.remote(), federation.privacy.secagg.on_slot_death)
+            relay = Relay(
+                self.slots, ray.remote(Authority).options(num_cpus=0).remote(), federation.privacy.secagg.on_slot_death
+            )
             most_tokens = self.most_steps * train.batch * train.accumulate * train.max_length
             self.collector = SecureCollector(federation, relay, layout, most_tokens)
         return planned.warned if planned else ()

@@ -3,12 +3,15 @@
 Legend: L ring coordinates.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from hmac import digest
+from typing import Any
 
 import numpy as np
+import ray
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from engine.wire import Report
@@ -39,6 +42,20 @@ class Opening:
     gone: Mapping[int, Phase]
 
 
+class Authority:
+    """An actor that holds the secret behind all identities, as a registry outside of the session would.
+
+    Slots ask it. The driver holds its handle and never its answers: those of a task of its own it would store itself.
+    """
+
+    def __init__(self) -> None:
+        self._secret = os.urandom(32)
+
+    def secret(self) -> bytes:
+        """For slots alone, which play the clients."""
+        return self._secret
+
+
 class SecureClients:
     """The clients of one slot through the sessions of a round.
 
@@ -54,15 +71,16 @@ class SecureClients:
         self._added: set[int] = set()
         self._total_L = np.empty(0, np.uint32)
 
-    def open(self, opening: Opening, authority: bytes) -> list[Keys]:
-        """First trip. In the active profile clients have identities, for which `authority` stands (see `roster`)."""
+    def open(self, opening: Opening, authority: Any) -> list[Keys]:
+        """First trip. In the active profile clients have identities, which `authority` (an actor) vouches for."""
         session, self._opened = opening.session, opening
         made = (session.round, session.sums.digest)
         if made != self._made:
             self._made, self._tried, self._added = made, {}, set()
             self._total_L = np.zeros(session.sums.length, np.uint32)
-        known = roster(authority, opening.cohort) if session.parameters.active else {}
-        private = {client: _identity(authority, client) if known else b"" for client in opening.clients}
+        secret = ray.get(authority.secret.remote()) if session.parameters.active else b""
+        known = _roster(secret, opening.cohort) if secret else {}
+        private = {client: _identity(secret, client) if secret else b"" for client in opening.clients}
         self._members = {client: Client(session, client, private[client], known) for client in opening.clients}
         return [member.keys() for member in self._staying("keys").values()]
 
@@ -102,9 +120,9 @@ class SecureClients:
         """Last trip."""
         return [m.unmask(requests[client]) for client, m in self._staying("unmask").items() if client in requests]
 
-    def roster(self, cohort: tuple[int, ...], authority: bytes) -> dict[int, bytes]:
+    def roster(self, cohort: tuple[int, ...], authority: Any) -> dict[int, bytes]:
         """The cohort's public identity keys, for the server."""
-        return roster(authority, cohort)
+        return _roster(ray.get(authority.secret.remote()), cohort)
 
     def _staying(self, phase: Phase) -> dict[int, Client]:
         """Those who answer; who does not is forgotten, with its secrets."""
@@ -114,12 +132,12 @@ class SecureClients:
         return self._members
 
 
-def roster(authority: bytes, clients: Iterable[int]) -> dict[int, bytes]:
-    """Everybody's public identity key (Ed25519), as an authority outside of the session would vouch for them."""
-    private = {client: Ed25519PrivateKey.from_private_bytes(_identity(authority, client)) for client in clients}
+def _roster(secret: bytes, clients: Iterable[int]) -> dict[int, bytes]:
+    """Everybody's public identity key (Ed25519)."""
+    private = {client: Ed25519PrivateKey.from_private_bytes(_identity(secret, client)) for client in clients}
     return {client: key.public_key().public_bytes_raw() for client, key in private.items()}
 
 
-def _identity(authority: bytes, client: int) -> bytes:
+def _identity(secret: bytes, client: int) -> bytes:
     """A client's private identity key: made from the run's secret, so that every slot that plays the client has it."""
-    return digest(authority, b"fedpost identity" + client.to_bytes(8, "big"), sha256)
+    return digest(secret, b"fedpost identity" + client.to_bytes(8, "big"), sha256)

@@ -16,8 +16,7 @@ from engine.client import ClientActor
 from engine.collect import PlainCollector, SecureCollector
 from engine.relay import Relay, placement
 from engine.ring import ring_sums
-from engine.rounds import AUTHORITY
-from engine.secure import SecureClients
+from engine.secure import Authority, SecureClients
 from engine.slots import Slots
 from engine.wire import to_wire
 from strategies.dp_central import CentralDp
@@ -85,7 +84,7 @@ def play(pool, small_recipe):
             return PlainCollector(recipe, slots).collect(cohort, costs[: len(cohort)], wire)
         for actor in slots.actors:  # a slot keeps its clients' sum for the sessions of one round
             ray.get(actor.__ray_call__.remote(lambda own: SecureClients.__init__(own)))
-        relay = Relay(slots, AUTHORITY.remote(), on_slot_death)
+        relay = Relay(slots, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
         return SecureCollector(recipe, relay, start.layout, MOST_TOKENS).collect(cohort, costs[: len(cohort)], wire)
 
     return collect
