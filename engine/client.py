@@ -137,7 +137,10 @@ class ClientActor(SecureClients):
         def train(client: int, sums: Sums) -> tuple[Report, np.ndarray | None]:
             report, update = self._client(client, wire, finite_bound)
             report = replace(report, metrics={DOWN: report.metrics[DOWN]})
-            return report, None if update is None else ring_vector(update, sums, wire, self.federation)
+            try:
+                return report, None if update is None else ring_vector(update, sums, wire, self.federation)
+            except ValueError as error:  # such as a loss that is none
+                return replace(report, failed=str(error)), None
 
         return self.mask(inboxes, train)
 
@@ -152,8 +155,6 @@ class ClientActor(SecureClients):
             client, rows, rows.num_rows / self.largest, got, memory, federation
         )
         update, squeezed = encode(federation.transforms, update, got, memory)
-        if isinstance(wire.dp, CentralPlan):
-            update = wire.dp.encode(update, wire.clip)
         down, up = federation.strategy.floats(got)
         # Transforms shorten the update alone, and not what the rule sends beside it.
         beside = max(0, up - got.params.numel())
@@ -167,6 +168,9 @@ class ClientActor(SecureClients):
         try:
             if not all(tensor.isfinite().all() for tensor in after.values()):
                 raise NonFiniteUpdate("what it would remember holds NaN or infinity")
+            if isinstance(wire.dp, CentralPlan):
+                finite_bound(update)
+                update = wire.dp.encode(update, wire.clip)
             take(update)
         except NonFiniteUpdate as error:
             return Report(client, traffic, failed=str(error)), None

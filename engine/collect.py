@@ -1,7 +1,8 @@
 """What of a round's local work reaches the server: plain updates and figures, or secured sums alone."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from engine.client import DOWN, FLOAT_BYTES, UP
 from engine.privacy import SecAgg
 from engine.relay import Message, Relay
-from engine.ring import ring_aggregate, ring_sums
+from engine.ring import Plan, ring_aggregate, ring_sums
 from engine.settings import Federation, Lora
 from engine.slots import Slots
 from engine.sums import merge
@@ -20,6 +21,7 @@ from strategies.dp_distributed import DistributedPlan
 from strategies.layout import Layout
 from strategies.lora_het import HetLora
 from strategies.secagg.protocol import Session
+from strategies.secagg.ring import Sums
 from strategies.types import Aggregate
 
 
@@ -105,15 +107,19 @@ class SecureCollector:
         if not len(cohort):
             return Collected(told=False)
         least = max(secagg.min_contributors, wire.dp.least if isinstance(wire.dp, DistributedPlan) else 0)
+
+        def refuse(clients: Sequence[int]) -> None:
+            self._refuse_thin(secagg, clients, least)
+
         try:
-            self._refuse_thin(secagg, cohort, least)
+            refuse(cohort.tolist())
             parameters = secagg.parameters(len(cohort))
         except ValueError as error:
             return Collected(told=False, dropped=len(cohort), aborted=str(error))
-        sums = ring_sums(federation, self.layout, wire.dp, wire.clip, len(cohort), self.most_tokens)
+        sums = self.sums(wire.dp, wire.clip, len(cohort))
         gone = federation.clients.availability.gone(cohort, federation.seed, wire.round)
         session = Session(wire.round, 0, parameters, sums, secagg.mode)
-        done = self.relay.play(session, cohort, costs, ray.put(wire), gone, least)
+        done = self.relay.play(session, cohort, costs, ray.put(wire), gone, refuse)
         down = round(sum(report.metrics[DOWN] for report in done.reports))
         messages = [Message("client", "sum", len(done.reports) if down else 0, down), *done.messages]
         moved = _bytes(wire) + done.sessions * self.relay.slots.size * 4 * sums.length
@@ -122,22 +128,28 @@ class SecureCollector:
         found = Collected(done.reports, None, {}, messages, dropped, False, done.aborted, done.sessions, moved)
         if done.totals is None:
             return found
+        if done.totals.weight == 0:
+            return replace(found, aborted="all weights are less than the ring's steps: raise privacy.secagg.bits")
         aggregate, figures = ring_aggregate(done.totals, federation, self.layout, wire.dp, wire.round)
         return Collected(**vars(found) | {"aggregate": aggregate, "figures": figures})
 
-    def _refuse_thin(self, secagg: SecAgg, cohort: np.ndarray, least: int) -> None:
-        """ValueError where a sum would be of so few that it tells of one of them."""
-        if len(cohort) < least:
-            raise ValueError(f"the cohort is {len(cohort)} clients, and it takes {least}")
+    def sums(self, plan: Plan, clip: float, clients: int) -> Sums:
+        """What a session of so many clients adds up; ValueError where the ring is too small."""
+        return ring_sums(self.federation, self.layout, plan, clip, clients, self.most_tokens)
+
+    def _refuse_thin(self, secagg: SecAgg, clients: Sequence[int], least: int) -> None:
+        """ValueError where a sum would be of so few that it tells of one of them, or has too little noise."""
+        if len(clients) < least:
+            raise ValueError(f"{len(clients)} clients are there, and it takes {least}")
         peft, rule = self.federation.model.peft, self.federation.strategy
         if not isinstance(peft, Lora) or not peft.ranks or not isinstance(rule, HetLora):
             return
-        ranks = [peft.rank_of(int(client), self.federation.seed) or peft.r for client in cohort]
+        ranks = [peft.rank_of(int(client), self.federation.seed) or peft.r for client in clients]
         for rank in sorted(set(ranks)):
             given = sum(own >= rank for own in ranks)
             if given < secagg.min_contributors:
                 raise ValueError(
-                    f"{given} clients of the cohort have rank {rank} or more, and privacy.secagg.min_contributors asks "
+                    f"{given} clients have rank {rank} or more, and privacy.secagg.min_contributors asks "
                     f"for {secagg.min_contributors} for each coordinate"
                 )
 

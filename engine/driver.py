@@ -180,8 +180,8 @@ class Driver:
         while plain.round < federation.rounds:
             plain, _ = rounds.play(plain)
         losses = self.scores.not_private(plain.params.numpy(), state.round)
-        if state.residual is not None:
-            self.slots.rebase(state.residual.numpy())
+        if state.residual is not None or plain.residual is not None:
+            self.slots.rebase(None if state.residual is None else state.residual.numpy())
         return Evaluated(state.round, losses, "not_private")
 
     def _finish(self, initial: ServerState, state: ServerState) -> Finished:

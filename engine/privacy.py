@@ -121,6 +121,13 @@ def check_privacy(federation: Federation) -> None:
         check_dp(privacy.dp, strategy, beside, privacy.secagg.mode)
     if not privacy.secure:
         return
+    dp, varies = privacy.dp, not isinstance(federation.cohort, UniformCohort)
+    claims = ("poisson", "auto") if isinstance(dp, CentralDp) else ("poisson",)
+    if isinstance(dp, CentralDp | DistributedDp) and varies and dp.sampling in claims:
+        raise ValueError(
+            "a Poisson cohort that is too small for secure aggregation has no sum, which tells how many came, so that "
+            'its sampling hides nothing: set privacy.dp.sampling = "none"'
+        )
     secagg, name = privacy.secagg, f'the strategy "{vars(strategy).get("kind", type(strategy).__name__)}"'
     if strategy.reads != "sum":
         what = "each update" if strategy.reads == "each" else "several sums of the same updates"

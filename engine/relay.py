@@ -4,7 +4,7 @@ It never holds an unmasked update: secrets and vectors stay in the slots (see se
 is counted for the ledger, by whom it reaches.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,17 @@ Placed = dict[int, tuple[int, ...]]  # a slot's clients
 
 class _SlotLost(Exception):
     """A slot died with its clients' secrets: the session is void."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What all sessions of a round have in common; `known` are the public identities in the active profile."""
+
+    placed: Placed
+    wire: Reference
+    gone: Gone
+    refuse: Callable[[Sequence[int]], None]
+    known: dict[int, bytes] | None
 
 
 @dataclass(frozen=True)
@@ -64,19 +75,32 @@ class Relay:
     on_slot_death: str
 
     def play(
-        self, session: Session, cohort: np.ndarray, costs: np.ndarray, wire: Reference, gone: Gone, least: int
+        self,
+        session: Session,
+        cohort: np.ndarray,
+        costs: np.ndarray,
+        wire: Reference,
+        gone: Gone,
+        refuse: Callable[[Sequence[int]], None],
     ) -> Relayed:
-        """One round: `cohort` (N,) trains from `wire`, `costs` (N,) place clients, at least `least` must survive.
+        """One round: `cohort` (N,) trains from `wire`, `costs` (N,) place clients, survivors must pass `refuse`.
 
-        A slot that dies voids the session, and the next one has new keys; ValueError where too many die.
+        A slot that dies before the sum is being unmasked voids the session, and the next one has new keys; ValueError
+        where too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
+        could tell what is between them.
         """
         done = Relayed()
         placed = placement(cohort, costs, self.slots.size)
+        known = None
+        if session.parameters.active:
+            everybody = tuple(cohort.tolist())
+            known = self.slots.ask(lambda actor: actor.roster.remote(everybody, self.authority))
+        asked = _Asked(placed, wire, gone, refuse, known)
         self.slots.deaths = 0
         while True:
             done.sessions += 1
             try:
-                done.totals = self._session(session, placed, wire, gone, least, done)
+                done.totals = self._session(session, asked, done)
                 return done
             except _SlotLost:
                 session = replace(session, attempt=session.attempt + 1)
@@ -84,59 +108,57 @@ class Relay:
                 done.aborted = str(abort)
                 return done
 
-    def _session(
-        self,
-        session: Session,
-        placed: dict[int, tuple[int, ...]],
-        wire: Reference,
-        gone: Gone,
-        least: int,
-        done: Relayed,
-    ) -> Totals:
+    def _session(self, session: Session, asked: _Asked, done: Relayed) -> Totals:
+        placed, refuse = asked.placed, asked.refuse
         cohort = tuple(sorted(client for clients in placed.values() for client in clients))
-        known = None
-        if session.parameters.active:
-            known = self.slots.ask(lambda actor: actor.roster.remote(cohort, self.authority))
-        server = Server(session, cohort, roster=known)
-        opened = {slot: Opening(session, cohort, clients, gone) for slot, clients in placed.items()}
-        keys = self._flat(self._trip(opened, lambda actor, mine: actor.open.remote(mine, self.authority)))
+        server = Server(session, cohort, roster=asked.known)
+        opened = {slot: Opening(session, cohort, clients, asked.gone) for slot, clients in placed.items()}
+        answered = self._trip(opened, lambda actor, mine: actor.open.remote(mine, self.authority))
+        keys = self._flat(answered)
         done.note("server", "key", keys)
         listed: KeyList = server.key_list(keys)
         done.note("client", "key", [listed] * len(keys))
 
         shared = ray.put(listed)
-        shares = self._flat(self._trip(placed, lambda actor, _: actor.shares.remote(shared)))
+        answered = self._trip(answered, lambda actor, _: actor.shares.remote(shared))
+        shares = self._flat(answered)
         done.note("server", "sealed share", shares)
         inboxes = server.inboxes(shares)
-        done.note("other clients", "share", inboxes.values())
+        sealed = [len(inbox.boxes) for inbox in inboxes.values()], [inbox.nbytes for inbox in inboxes.values()]
+        done.messages.append(Message("other clients", "share", sum(sealed[0]), sum(sealed[1])))
 
-        boxes = {slot: {c: inboxes[c] for c in clients if c in inboxes} for slot, clients in placed.items()}
-        found = self._trip({s: box for s, box in boxes.items() if box}, lambda a, box: a.masked.remote(box, wire))
+        boxes = {slot: {c: inboxes[c] for c in placed[slot] if c in inboxes} for slot in answered}
+        found = self._trip({s: box for s, box in boxes.items() if box}, lambda a, box: a.masked.remote(box, asked.wire))
         done.reports = sorted((r for reports, _ in found.values() for r in reports), key=lambda report: report.client)
         masked: list[MaskedSum] = [one for _, one in found.values() if one.clients]
         for one in masked:
             done.messages.append(Message("server", "masked update", len(one.clients), one.nbytes))
             server.add(one)
         survivors = server.survivors()
-        if len(survivors.clients) < least:
-            raise SecAggAbort("masked input", f"{len(survivors.clients)} clients are left, and it takes {least}")
+        try:
+            refuse(survivors.clients)
+        except ValueError as error:
+            raise SecAggAbort("masked input", str(error)) from None
 
         agreements = []
         if session.parameters.active:
             done.note("client", "survivors", [survivors] * len(survivors.clients))
-            agreements = self._flat(self._trip(placed, lambda actor, _: actor.agree.remote(survivors)))
+            agreements = self._flat(self._trip(found, lambda actor, _: actor.agree.remote(survivors)))
             done.note("server", "signature", agreements)
         requests = server.requests(agreements)
         done.note("client", "survivors", requests.values())
-        asked = {slot: {c: requests[c] for c in clients if c in requests} for slot, clients in placed.items()}
-        answers = self._flat(self._trip({s: r for s, r in asked.items() if r}, lambda a, r: a.unmask.remote(r)))
+        wanted = {slot: {c: requests[c] for c in placed[slot] if c in requests} for slot in found}
+        wanted = {slot: mine for slot, mine in wanted.items() if mine}
+        answers = self._flat(self._trip(wanted, lambda actor, mine: actor.unmask.remote(mine), void=False))
         done.note("server", "share", answers)
         server.unmask(answers)
         total_L = server.total()
         done.messages.append(Message("server", "sum", 1, session.sums.nbytes))
         return session.sums.decode(total_L)
 
-    def _trip(self, given: Mapping[int, Any], call: Callable[[Any, Any], Reference]) -> dict[int, Any]:
+    def _trip(
+        self, given: Mapping[int, Any], call: Callable[[Any, Any], Reference], *, void: bool = True
+    ) -> dict[int, Any]:
         """What each slot answers to what it is given; of one that dies nothing, or _SlotLost once all have answered."""
         asked = {slot: call(self.slots.actors[slot], mine) for slot, mine in given.items()}
         found, lost = {}, False
@@ -150,7 +172,7 @@ class Relay:
                 if isinstance(error.cause, SecAggAbort):
                     raise error.cause from error
                 raise
-        if lost and self.on_slot_death == "void":
+        if lost and void and self.on_slot_death == "void":
             raise _SlotLost
         return found
 

@@ -3,6 +3,7 @@
 Legend: P parameters, D coordinates after the rotation, L ring coordinates.
 """
 
+import math
 import os
 
 import numpy as np
@@ -41,6 +42,12 @@ def ring_sums(federation: Federation, layout: Layout, plan: Plan, clip: float, c
     bounds = (most_tokens * MOST_NATS, most_tokens, most_tokens, max(1, layout.size + sum(beside.values())))
     figures = (Sum(name, 1, bound) for name, bound in zip(FIGURES, bounds, strict=True))
     return secagg.sums((*sums, *figures), clients)
+
+
+def rounding(sums: Sums) -> float:
+    """How much rounding may add to the L2 norm of what one client sends: less than a ring step for each coordinate."""
+    vectors = (entry for entry in sums.sums if entry.name not in FIGURES)
+    return math.sqrt(sum(entry.length / sums.scale(entry.name) ** 2 for entry in vectors))
 
 
 def ring_vector(update: Update, sums: Sums, wire: WireBroadcast, federation: Federation) -> np.ndarray:

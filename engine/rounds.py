@@ -16,6 +16,7 @@ from engine.events import RoundDone
 from engine.memory import ClientMemory
 from engine.metrics import Ledger, Metrics
 from engine.relay import Relay
+from engine.ring import rounding
 from engine.secure import Authority
 from engine.settings import Federation
 from engine.slots import Slots
@@ -60,12 +61,14 @@ class Rounds:
         self.spending = self.noise and Spending.open(path, self.noise, simulated=simulated, round_=round_)
         self.collector: Collector = PlainCollector(federation, self.slots)
         if federation.privacy.secure:
-            federation.privacy.secagg.parameters(max(2, federation.cohort.largest(clients)))
+            largest = max(2, federation.cohort.largest(clients))
+            federation.privacy.secagg.parameters(largest)
             relay = Relay(
                 self.slots, ray.remote(Authority).options(num_cpus=0).remote(), federation.privacy.secagg.on_slot_death
             )
             most_tokens = self.most_steps * train.batch * train.accumulate * train.max_length
             self.collector = SecureCollector(federation, relay, layout, most_tokens)
+            self._clients_clip(largest)
         return planned.warned if planned else ()
 
     def saved(self, state: ServerState, wall_s: float) -> Saved:
@@ -81,9 +84,9 @@ class Rounds:
         federation, round_ = self.federation, state.round + 1
         began = time.monotonic()
         cohort = federation.cohort.sample(self.store.num_training, federation.seed, state.round)
-        epsilon = self.spending.charge(self.noisy_steps) if self.spending else None
+        epsilon, clip = self.spending.charge(self.noisy_steps) if self.spending else None, self.clip
         wire = to_wire(federation.strategy.broadcast(state))
-        wire = replace(wire, oldest=self._oldest(state.round), dp=self.noise, clip=self.clip)
+        wire = replace(wire, oldest=self._oldest(state.round), dp=self.noise, clip=self._clients_clip(len(cohort)))
         done = self.collector.collect(cohort, self.steps(cohort), wire)
         self._refuse_failures(done.reports, round_)
         trained = time.monotonic()
@@ -117,13 +120,28 @@ class Rounds:
             assert self.noise is not None
             z = self.noise.noise_multiplier
             self.metrics.add(round_, "privacy", None, epsilon=epsilon.epsilon, delta=epsilon.delta, noise_multiplier=z)
-            self.metrics.add(round_, "privacy", None, clip=wire.clip or self.noise.clip)
+            self.metrics.add(round_, "privacy", None, clip=clip)
         for sent in done.messages:
             self.ledger.received(round_, sent.party, sent.kind, sent.count, sent.nbytes)
         said = None if epsilon is None else str(epsilon)
         return state, RoundDone(
             round_, done.loss, seconds, tokens / seconds, clients, failed, done.dropped, done.aborted, said
         )
+
+    def _clients_clip(self, clients: int) -> float:
+        """The norm that clients clip to: less than the server counts on by what a ring's rounding may add to it."""
+        if not isinstance(self.collector, SecureCollector):
+            return self.clip
+        sums = self.collector.sums(self.noise, self.clip, max(1, clients))
+        if not isinstance(self.noise, CentralPlan):
+            return self.clip
+        room = self.clip - rounding(sums)
+        if room < self.clip / 2:
+            raise ValueError(
+                f"a ring of {sums.bits} bits rounds away more than half of privacy.dp.clip = {self.clip:g} with "
+                f"{clients} clients: raise privacy.secagg.bits, or lower cohort.size"
+            )
+        return room
 
     def _applied(self, state: ServerState, done: Collected) -> ServerState:
         """The next state: noise, what clients did to their updates undone in reverse, then the rule."""

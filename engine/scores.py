@@ -117,7 +117,7 @@ class Scores:
         return self.federation.evaluate.server_rows if split == "server" else self.federation.evaluate.rows
 
     def _note(self, found: list[ClientLoss], round_: int, split: str, name: str, *, per_client: bool = False) -> float:
-        if per_client and split != "server":
+        if per_client and split != "server" and not self.federation.privacy.secure:
             for loss in sorted(found, key=lambda loss: loss.client):
                 client = self.store.name(loss.client)
                 self.metrics.add(round_, split, client, **{name: loss.nll / loss.tokens}, tokens=loss.tokens)

@@ -76,7 +76,9 @@ class Spending:
         """Counts one more round, in which a client takes `steps` noisy steps; what all cost, once it is on disk."""
         self.charged += 1
         total = self.charged * steps if isinstance(self.plan, ExamplePlan) else self.charged
-        epsilon = self.plan.spent(total, simulated=self.simulated)
+        # Cohorts and batches come from the seed even where noise does not: who knows it is told more.
+        sampled = self.plan.scheme.sampling != "none"
+        epsilon = self.plan.spent(total, simulated=self.simulated or sampled)
         self.said = str(epsilon)
         said = {"rounds": self.charged, **vars(epsilon), "statement": self.said}
         self.path.parent.mkdir(parents=True, exist_ok=True)

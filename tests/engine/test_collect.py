@@ -40,6 +40,10 @@ class Mortal(ClientActor):
                 flag.unlink()
                 os._exit(1)
 
+    def open(self, opening, authority):
+        self._die_at("open")
+        return super().open(opening, authority)
+
     def shares(self, listed):
         self._die_at("shares")
         return super().shares(listed)
@@ -147,11 +151,11 @@ def test_too_few_survivors_abort_the_round(play, mode):
 
 def test_a_cohort_of_too_few_is_not_summed(play):
     done = play("privacy.secagg.min_contributors=3", mode="full", cohort=COHORT[:2])
-    assert done.aborted == "the cohort is 2 clients, and it takes 3" and done.aggregate is None
+    assert done.aborted == "2 clients are there, and it takes 3" and done.aggregate is None
     assert play(mode="full", cohort=COHORT[:0]).aborted is None
 
 
-@pytest.mark.parametrize("phase", ["shares", "masked", "unmask"])
+@pytest.mark.parametrize("phase", ["open", "shares", "masked"])
 def test_a_slot_that_dies_voids_the_session_and_the_next_gives_the_same_sum(play, pool, phase):
     expected = play(mode="full")
     (pool[2] / "die").write_text(phase)
@@ -160,10 +164,21 @@ def test_a_slot_that_dies_voids_the_session_and_the_next_gives_the_same_sum(play
     same(expected, done)
 
 
-def test_a_slot_that_dies_may_count_as_its_clients_dropping_out(play, pool):
+def test_once_shares_are_asked_for_nothing_is_void(play, pool):
+    expected = play(mode="full")
+    (pool[2] / "die").write_text("unmask")
+    done = play("privacy.secagg.threshold=2", mode="full")
+    assert not (pool[2] / "die").exists() and done.sessions == 1
+    same(expected, done)  # all had given their vectors
+
+
+@pytest.mark.parametrize("active", ["true", "false"])
+@pytest.mark.parametrize("phase", ["open", "shares", "masked"])
+def test_a_slot_that_dies_may_count_as_its_clients_dropping_out(play, pool, phase, active):
     placed = placement(COHORT, COSTS, 3)
-    (pool[2] / "die").write_text("masked")
-    done = play("privacy.secagg.dropout=0.6", mode="full", on_slot_death="dropout")
+    (pool[2] / "die").write_text(phase)
+    changes = [f"privacy.secagg.active={active}", "privacy.secagg.threshold=4", "privacy.secagg.dropout=0.3"]
+    done = play(*changes, mode="full", on_slot_death="dropout")
     assert done.sessions == 1 and done.aborted is None
     assert done.dropped in {len(clients) for clients in placed.values()}
     assert done.aggregate.count == 7 - done.dropped
@@ -186,7 +201,7 @@ def test_messages_are_counted_by_whom_they_reach(play):
         ("server", "key"): 7,
         ("client", "key"): 7,
         ("server", "sealed share"): 7,
-        ("other clients", "share"): 7,
+        ("other clients", "share"): 42,
         ("server", "masked update"): 7,
         ("client", "survivors"): 7,
         ("server", "share"): 7,
@@ -240,7 +255,7 @@ def test_too_few_for_the_noise_are_not_unmasked(play, pool):
     plan = DistributedDp(noise_multiplier=0.1, clip=0.05, survivors=1.0).plan(*ASKED, pool[1].layout.size)
     dropping = [*changes, "clients.availability.dropout=0.3", "privacy.secagg.dropout=0.6"]
     done = play(*dropping, mode="full", dp=plan)
-    assert done.aggregate is None and "clients are left, and it takes 7" in done.aborted
+    assert done.aggregate is None and "clients are there, and it takes 7" in done.aborted
     assert not [message for message in done.messages if message.kind == "sum" and message.party == "server"]
 
 

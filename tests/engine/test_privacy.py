@@ -79,6 +79,21 @@ def test_every_rule_that_reads_more_than_a_sum_is_refused(small_recipe, kind, mo
             "sends the loss before training",
             ["strategy={kind='fedavg'}"],
         ),
+        (
+            ["cohort={kind='poisson', size=5}", "privacy.dp={kind='central', noise_multiplier=1.0}", UNIFORM, FULL],
+            "which tells how many came",
+            ["privacy.dp.sampling=none"],
+        ),
+        (
+            [
+                "cohort={kind='poisson', size=5, cap=20}",
+                "privacy.dp={kind='distributed', noise_multiplier=1.0, sampling='poisson'}",
+                UNIFORM,
+                FULL,
+            ],
+            "which tells how many came",
+            ["privacy.dp.sampling=none"],
+        ),
         (["evaluate.without_privacy=true"], "there is no privacy to do without", [FULL]),
         (["clients.availability.dropout=1.0"], "below 1", ["clients.availability.dropout=0.9"]),
         (["clients.availability.deadline_s=0.0"], "must be above 0", ["clients.availability.deadline_s=1.0"]),
