@@ -64,6 +64,11 @@ def test_nothing_sent_is_nothing_to_protect() -> None:
         check_dp(KINDS[0], LocalOnly(), (), "off")
 
 
-def test_noise_within_the_client_goes_with_everything() -> None:
+def test_noise_within_the_client_goes_with_all_that_sends_no_loss() -> None:
     for strategy in get_args(Strategies):
-        check_dp(ExampleDp(noise_multiplier=1.0), strategy(), ("c",), "off")
+        dp = ExampleDp(noise_multiplier=1.0)
+        if strategy.loss_before:
+            with pytest.raises(ValueError, match="sends the loss before training"):
+                check_dp(dp, strategy(), ("c",), "off")
+        else:
+            check_dp(dp, strategy(), ("c",), "off")
