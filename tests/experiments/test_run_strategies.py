@@ -17,22 +17,22 @@ CASES = {
     "scaffold": ["strategy=scaffold", SGD, "train.clip=0.0"],
     "flora with mixed ranks": ["strategy=flora", RANKS],
     "krum": ["strategy={kind='multi_krum', f=1}"],
-    "fedsa, compressed": ["strategy=fedsa", "transforms=[{kind='topk', share=0.25}, {kind='int8'}]"],
-    "diloco": ["strategy=diloco", "train.state=keep", "train.over_rounds={kind='cosine', end=0.1}"],
-    "ditto": ["strategy=ditto", "train.accumulate=2", "train.batch=2"],
-    "feddpa": ["strategy=feddpa"],
-    "private": [
-        "strategy={kind='fedavg', weighting='uniform'}",
+    "fedsa, compressed and private": [
+        "strategy={kind='fedsa', weighting='uniform'}",
+        "transforms=[{kind='topk', share=0.25}, {kind='int8'}]",
         "privacy.secagg.mode=ideal",
         "privacy.dp={kind='adaptive', noise_multiplier=0.3}",
         "clients.availability.dropout=0.1",
     ],
+    "diloco": ["strategy=diloco", "train.state=keep", "train.over_rounds={kind='cosine', end=0.1}"],
+    "ditto": ["strategy=ditto", "train.accumulate=2", "train.batch=2"],
+    "feddpa": ["strategy=feddpa"],
     "rfa": ["strategy=rfa"],
     "hetlora": ["strategy=hetlora", RANKS],
     "fedex": ["strategy=fedex"],
     "feddyn": ["strategy=feddyn", "train.optimizer={kind='torch', name='RAdam', lr=0.01}"],
 }
-SHORT = ("flora with mixed ranks", "private", "fedsa, compressed")
+SHORT = ("flora with mixed ranks", "fedsa, compressed and private")
 
 
 class Stop(Exception):
