@@ -44,6 +44,7 @@ types: setup
 bench: setup
 	$(VENV)/bin/fedpost bench lora $(ARGS)
 	$(VENV)/bin/fedpost bench partition --small $(ARGS)
+	$(VENV)/bin/fedpost bench secagg --small $(ARGS)
 	$(VENV)/bin/fedpost bench strategies --small $(ARGS)
 
 fmt: setup

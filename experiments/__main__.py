@@ -20,6 +20,7 @@ app = typer.Typer(
 SCENARIOS = {
     "lora": "tokens/s against a bare PyTorch loop",
     "partition": "stores of up to a million clients, and partitions against flwr-datasets",
+    "secagg": "what secure aggregation costs clients, the server and a round",
     "strategies": "the demo's model under every rule, resumable, about two hours on two cores",
 }
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")]

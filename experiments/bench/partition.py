@@ -5,11 +5,9 @@ libraries' partitions of the same rows to agree. All that it builds goes to the 
 deleted in the end: about 3 GB in full size.
 """
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,13 +25,12 @@ from datasets_partition.splits import Splits
 from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens, tokenize
 from experiments.bench import against_flwr
-from experiments.bench.results import Figure, Steps
+from experiments.bench.results import Figure, Steps, in_fresh_process, memory
 from strategies.cohort import UniformCohort
 
 ROWS, WORDS, SEED = 10, 8, 1  # rows of a client, words of a row
 CHECKED, TRIES, ROUNDS = 20, 21, 5
 ROWS_AT_ONCE = 1 << 17
-STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -66,24 +63,24 @@ def measure(small: bool) -> dict[str, Figure]:
     """All figures; ValueError when a store does not hold what was put in, or a partition is not what it should be."""
     size, steps = SMALL if small else FULL, Steps()
     figures: dict[str, Figure] = {}
-    memory: list[dict[str, float]] = []
+    slots: list[dict[str, float]] = []
     for population in size.populations:
         with TemporaryDirectory(prefix="fedpost-bench-") as name:
             source = Path(name) / "rows.parquet"
             steps.say(f"{population:,} clients: making {population * ROWS:,} rows")
             write_rows(source, population)
             steps.say(f"{population:,} clients: building the store")
-            built: Built = _in_fresh_process(_build, source, Path(name) / "stores", steps)
+            built: Built = in_fresh_process(_build, source, Path(name) / "stores", steps)
             steps.say(f"{population:,} clients: making token columns, reading rows back")
             tokens = tokenize(Store.open(built.folder), "bytes", to_bytes)
             refuse_other_rows(source, population, Store.open(built.folder), tokens)
             figures |= _quick(built.folder, tokens.folder, population, size.cohort)
             if population in (size.populations[0], size.populations[-1]):
                 steps.say(f"{population:,} clients: reading as a slot does")
-                memory.append(_slot_memory(built.folder, tokens.folder, size.populations[0] // 2, size.slots))
+                slots.append(_slot_memory(built.folder, tokens.folder, size.populations[0] // 2, size.slots))
             if population == size.populations[-1]:
                 figures |= _built_figures(built, population * ROWS)
-    least, most = memory
+    least, most = slots
     for figure, kind in (("slot_rss_growth_mb", "VmRSS"), ("slot_private_growth_mb", "RssAnon")):
         figures[figure] = Figure(most[kind] - least[kind] if most else None, "MB")
     return figures | _against_flwr(size.compared, steps)
@@ -149,7 +146,7 @@ def _quick(folder: Path, tokens: Path, population: int, cohort: int) -> dict[str
 
 def _slot_memory(folder: Path, tokens: Path, cohort: int, slots: int) -> dict[str, float]:
     """Median memory of fresh processes that read as a slot does; nothing where the system does not tell."""
-    found = [_in_fresh_process(_read_as_slot, folder, tokens, cohort) for _ in range(slots)]
+    found = [in_fresh_process(_read_as_slot, folder, tokens, cohort) for _ in range(slots)]
     return {kind: statistics.median(one[kind] for one in found) for kind in found[0]}
 
 
@@ -161,13 +158,13 @@ def _read_as_slot(folder: Path, tokens: Path, cohort: int) -> dict[str, float]:
         for client in UniformCohort(size=cohort).sample(store.num_training, SEED, round_).tolist():
             rows = columns.rows(client, "train")
             rows.take(pa.array(np.arange(rows.num_rows)))
-    return _memory()
+    return memory()
 
 
 def _build(source: Path, cache: Path, steps: Steps) -> Built:
     began, cpu = time.perf_counter(), time.process_time()
     folder = build(ParquetFiles(path=str(source)), Natural(), Splits(), SEED, str(cache), steps.say_now_and_then)
-    return Built(folder, time.perf_counter() - began, time.process_time() - cpu, _memory().get("VmHWM"))
+    return Built(folder, time.perf_counter() - began, time.process_time() - cpu, memory().get("VmHWM"))
 
 
 def _built_figures(built: Built, rows: int) -> dict[str, Figure]:
@@ -177,14 +174,6 @@ def _built_figures(built: Built, rows: int) -> dict[str, Figure]:
         "build_cpu_s": Figure(built.cpu_s, "s"),
         "build_peak_mb": Figure(built.peak_mb, "MB"),
     }
-
-
-def _memory() -> dict[str, float]:
-    """Megabytes of this process by their names in /proc: all that is resident, its own, the most there was."""
-    if not STATUS.exists():
-        return {}
-    lines = (line.split() for line in STATUS.read_text().splitlines())
-    return {line[0][:-1]: int(line[1]) / 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:", "VmHWM:")}
 
 
 def _against_flwr(compared: tuple[int, ...], steps: Steps) -> dict[str, Figure]:
@@ -197,7 +186,7 @@ def _against_flwr(compared: tuple[int, ...], steps: Steps) -> dict[str, Figure]:
         ratios = []
         for rows in compared:
             steps.say(f"the {kind} partition of {rows:,} rows, by both libraries")
-            times: against_flwr.Times = _in_fresh_process(against_flwr.compare, kind, rows)
+            times: against_flwr.Times = in_fresh_process(against_flwr.compare, kind, rows)
             ratios.append(times.theirs / times.ours)
             figures[f"{kind}_ms_{power(rows)}"] = Figure(times.ours * 1000, "ms")
             figures[f"flwr_{kind}_ms_{power(rows)}"] = Figure(times.theirs * 1000, "ms")
@@ -218,8 +207,3 @@ def _median_ms(work: Callable[[int], Any]) -> float:
         work(i)
         times.append(time.perf_counter() - began)
     return statistics.median(times) * 1000
-
-
-def _in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()

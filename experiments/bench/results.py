@@ -1,18 +1,22 @@
 """What all benchmarks share: figures with their units, steps shown while they work, and results kept as Parquet."""
 
+import multiprocessing
 import os
 import platform
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments.api import PACKAGES, RUNS
 
+STATUS = Path("/proc/self/status")
 EVERY_S = 2.0  # seconds between two lines about what goes on
 
 
@@ -39,6 +43,20 @@ class Steps:
         """A line for one of many small steps, unless the last line is not old yet."""
         if time.monotonic() - self.said >= EVERY_S:
             self.say(step)
+
+
+def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` gives in a process of its own, whose memory and caches are nobody else's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def memory() -> dict[str, float]:
+    """Megabytes of this process by their names in /proc: all that is resident, its own, the most there was."""
+    if not STATUS.exists():
+        return {}
+    lines = (line.split() for line in STATUS.read_text().splitlines())
+    return {line[0][:-1]: int(line[1]) / 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:", "VmHWM:")}
 
 
 def write_results(scenario: str, figures: dict[str, Figure]) -> Path:
