@@ -33,6 +33,25 @@ def full(request):
 
 
 @pytest.fixture(scope="session")
+def lower_bound():
+    """The largest epsilon that an attack's guesses exclude, at 95% for either rate (Clopper-Pearson).
+
+    It takes what the attacker saw with and without the canary (N,), delta, and the threshold of the guess.
+    """
+    import math
+
+    from scipy import stats
+
+    def bound(present, absent, delta, threshold):
+        hits, alarms, runs = int((present > threshold).sum()), int((absent > threshold).sum()), len(present)
+        least = stats.beta.ppf(0.05, hits, runs - hits + 1) if hits else 0.0
+        most = stats.beta.ppf(0.95, alarms + 1, runs - alarms)
+        return math.log((least - delta) / most) if least > delta else 0.0
+
+    return bound
+
+
+@pytest.fixture(scope="session")
 def command():
     """Runs the command line with arguments, in a folder, with additions to the environment."""
 

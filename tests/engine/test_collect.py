@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 
@@ -28,10 +29,11 @@ COSTS = np.array([3.0, 1, 4, 1, 5, 9, 2])
 MOST_TOKENS = 3 * 4 * 48
 UNIFORM = 'strategy={kind="fedavg", weighting="uniform"}'
 MODES = ("ideal", "full")
+DEADLINE_S = 3.0
 
 
 class Mortal(ClientActor):
-    """Dies, once, when it is asked for what the file `die` names."""
+    """Dies, once, when it is asked for what the file `die` names; a client is slow that a file `late-` names."""
 
     def _die_at(self, name):
         flag = self.memory.folder / "die"
@@ -39,6 +41,15 @@ class Mortal(ClientActor):
             if flag.read_text() == name:
                 flag.unlink()
                 os._exit(1)
+
+    def _trainer(self, client, wire):
+        if (self.memory.folder / f"late-{client}").exists():
+            time.sleep(2 * DEADLINE_S)
+        return super()._trainer(client, wire)
+
+    def deadline(self, seconds):
+        availability = replace(self.federation.clients.availability, deadline_s=seconds)
+        self.federation = replace(self.federation, clients=replace(self.federation.clients, availability=availability))
 
     def open(self, opening, authority):
         self._die_at("open")
@@ -140,6 +151,20 @@ def test_who_drops_out_is_left_out_of_the_sum(play, seed):
     same(ideal, full)
     assert full.dropped == plain.dropped > 0 and full.aggregate.count == 7 - full.dropped
     assert (mean(full) - mean(plain)).abs().max() < 1e-6
+
+
+def test_who_comes_too_late_is_left_out_of_the_sum(play, pool):
+    late = pool[2] / "late-4"
+    late.touch()
+    ray.get([actor.deadline.remote(DEADLINE_S) for actor in pool[0].actors])
+    done = play("privacy.secagg.dropout=0.3", mode="full")
+    late.unlink()
+    ray.get([actor.deadline.remote(None) for actor in pool[0].actors])
+    assert done.aborted is None and done.dropped == 1 and done.aggregate.count == 6
+    assert {report.client for report in done.reports if report.late} == {4}
+    others = COHORT[COHORT != 4]
+    expected = play("privacy.secagg.dropout=0.3", mode="full", cohort=others, costs=COSTS[COHORT != 4])
+    assert (mean(done) - mean(expected)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("mode", MODES)

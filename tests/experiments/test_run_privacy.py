@@ -1,28 +1,13 @@
 """Whole private runs: what is written, what ends them, and that the driver never holds what it must not see."""
 
 import json
-import os
-import re
-import sys
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import ClassVar
 
-import numpy as np
-import psutil
 import pyarrow.compute as pc
 import pytest
-import ray.cloudpickle
-import torch
 
 import experiments
 from engine.events import RoundDone, Started
 from engine.metrics import read_log
-from engine.ring import ring_sums
-from strategies.fedavg import FedAvg
-from strategies.layout import Layout
-from strategies.seeds import rng
 
 FULL = "privacy.secagg.mode=full"
 UNIFORM = "strategy={kind='fedavg', weighting='uniform'}"
@@ -99,99 +84,25 @@ def test_a_warning_about_delta_is_shown(ray_session, small_recipe, tmp_path):
     assert "delta = 0.4 is above 1 / 8" in started.notes[0]
 
 
-@dataclass(frozen=True)
-class Canary(FedAvg):
-    """FedAvg whose clients put 16 numbers of their own into their change, and write them down where the test looks."""
-
-    kind: str = "canary"  # type: ignore[assignment]
-    weighting: str = "uniform"  # type: ignore[assignment]
-    folder: str = ""
-    seen: ClassVar[list[torch.Tensor]] = []
-
-    def finish(self, update, got, memory, ends=None):
-        update, memory = super().finish(update, got, memory, ends)
-        canary = torch.from_numpy(np.frombuffer(os.urandom(2 * WORDS), np.int16) / 2.0**17).float()
-        np.save(Path(self.folder) / f"{update.client}.npy", canary.numpy())
-        return replace(update, delta=torch.cat([canary, update.delta[WORDS:]])), memory
-
-    def apply(self, state, aggregate):
-        self.seen.append(aggregate.total)  # stays in the driver as long as its process
-        return super().apply(state, aggregate)
+class Stop(Exception):
+    """The test's own interruption."""
 
 
-@pytest.fixture
-def canaries(ray_session, small_recipe, tmp_path):
-    """Runs a round in two slots; gives the recipe, the canaries by client, and what is in the driver's memory then."""
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+def test_a_resumed_run_has_spent_what_was_spent_before(ray_session, small_recipe, tmp_path):
+    dp = "privacy.dp={kind='distributed', noise_multiplier=0.5, clip=0.2, delta=0.01}"
+    recipe = small_recipe(FULL, UNIFORM, dp, "rounds=5", "evaluate.every=0", "checkpoint.every=2")
+    out, events = tmp_path / "run", []
 
-    def play(*changes):
-        recipe = small_recipe("rounds=1", "clients.slots=2", "evaluate.every=0", *changes)
-        folder = tmp_path / recipe.privacy.secagg.mode
-        folder.mkdir()
-        recipe, memories = replace(recipe, strategy=Canary(folder=str(folder))), []
+    def stop(event):
+        if isinstance(event, RoundDone) and event.round == 3:
+            raise Stop
 
-        def look(event):
-            if isinstance(event, RoundDone):
-                memories.append(memory_of("ray::Driver"))
-
-        experiments.run(recipe, out=folder / "run", on_event=look)
-        return recipe, {int(path.stem): np.load(path) for path in folder.glob("*.npy")}, memories[0]
-
-    yield play
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
-def memory_of(name):
-    """All readable memory of the child process of that name that is not shared with others."""
-    content = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if name not in "".join(process.cmdline()):
-                continue
-            with open(f"/proc/{process.pid}/maps") as maps, open(f"/proc/{process.pid}/mem", "rb", 0) as memory:
-                for line in maps:
-                    first, last, access = re.match(r"(\w+)-(\w+) (\S+)", line).groups()
-                    if access.startswith("rw") and "/dev/shm" not in line:
-                        content.append(region(memory, int(first, 16), int(last, 16)))
-    assert content
-    return content
-
-
-def region(memory, first, last):
-    """The bytes between two addresses, in as many reads as it takes."""
-    parts = []
-    while first < last:
-        memory.seek(first)
-        try:
-            part = memory.read(min(last - first, 2**24))
-        except OSError:  # a page that cannot be read, such as a stack's guard
-            part = b""
-        parts.append(part or bytes(4096))
-        first += len(parts[-1])
-    return b"".join(parts)
-
-
-def found(memory, needle):
-    return any(needle in part for part in memory)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_the_driver_never_holds_an_unmasked_update(canaries):
-    # Control: in the clear, the sum of one client with the weight 1 is its update, and it is found.
-    _, planted, memory = canaries("cohort.size=1")
-    (canary,) = planted.values()
-    assert found(memory, canary.tobytes())
-
-    recipe, planted, memory = canaries("cohort.size=2", FULL)
-    assert len(planted) == 2
-    sums = ring_sums(recipe, Layout(("w",), ((WORDS,),)), None, 0.0, 2, 3 * 4 * 48)
-    encoded = []
-    for client, canary in planted.items():
-        encoded.append(sums.encode_part("delta", canary, 1.0, rng(recipe.seed, 0, client, "rounding")))
-        exact = np.rint(canary.astype(np.float64) * 2.0**40).astype(np.int64)
-        for needle in (canary, canary.astype(np.float64), exact, encoded[-1]):
-            assert not found(memory, needle.tobytes())
-            assert not found(memory, needle[: WORDS // 2].tobytes())
-    # What it does have is the sum of both.
-    total = sums.decode_part("delta", encoded[0] + encoded[1]).astype(np.float32)
-    assert found(memory, total.tobytes())
+    with pytest.raises(Stop):
+        experiments.run(recipe, out=out, on_event=stop)
+    before = json.loads((out / "privacy.json").read_text())
+    run = experiments.run(recipe, out=out, resume=True, on_event=events.append)
+    resumed = next(event for event in events if isinstance(event, Started)).resumed
+    after = json.loads((out / "privacy.json").read_text())
+    # Rounds since the checkpoint are played again with fresh noise, which costs again.
+    assert before["rounds"] >= max(3, resumed) and after["rounds"] == before["rounds"] + 5 - resumed
+    assert after["epsilon"] > before["epsilon"] and values(run, "epsilon", "privacy")[-1] == after["epsilon"]
