@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Two processes, each with a Ray of its own; a file's tests stay together and share what they start.
+TWO := -n 2 --dist loadfile
 VENV := .venv
 # Touched when set-up has succeeded, so an interrupted one is taken up again.
 STAMP := $(VENV)/.set-up
@@ -29,10 +31,10 @@ demo: setup
 	$(VENV)/bin/fedpost run experiments/recipes/demo.toml $(ARGS)
 
 test: setup
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(TWO) $(ARGS)
 
 test-full: setup
-	$(VENV)/bin/python -m pytest --full $(ARGS)
+	$(VENV)/bin/python -m pytest $(TWO) --full $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check
@@ -46,6 +48,7 @@ bench: setup
 	$(VENV)/bin/fedpost bench partition --small $(ARGS)
 	$(VENV)/bin/fedpost bench secagg --small $(ARGS)
 	$(VENV)/bin/fedpost bench strategies --small $(ARGS)
+	$(VENV)/bin/fedpost bench zero --small $(ARGS)
 
 fmt: setup
 	$(VENV)/bin/ruff format
