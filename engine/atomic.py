@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -30,13 +30,13 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Writes a folder of files (name -> bytes) as `write_file` does one; one that was there is replaced, or OSError."""
+def write_folder(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Writes a folder of files as `write_file` does one, asking for one at a time; OSError leaves what was before."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
-        for name, content in files.items():
+        for name, content in files:
             write_file(scratch / name, content)
         aside = path.with_name(f".{path.name}.old")
         if path.exists():

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from datasets_partition.tokens import Tokens
-from engine.evaluate import ClientLoss, client_loss, generate
+from engine.evaluate import ClientLoss, client_loss, continuations
 from engine.example_privacy import PrivateTrainer
 from engine.export import export_files
 from engine.holder import map_handle
@@ -28,12 +28,13 @@ from engine.rows import Parts, find_tokens, receive_tokens, token_columns
 from engine.secure import SecureClients
 from engine.settings import Federation, Lora
 from engine.shared_memory import protect, release
-from engine.sums import ExactSum, NonFiniteUpdate, PartialSum, finite_bound
+from engine.sums import ExactSum, NonFiniteUpdate, PartialSum, cut, finite_bound
 from engine.train import LocalTrainer
-from engine.wire import Report, WireBroadcast, borrow, from_wire, update_to_wire
+from engine.wire import Report, Sent, WireBroadcast, borrow, from_wire, joined, to_wire, update_to_wire
 from strategies.dp_central import CentralPlan
 from strategies.dp_example import ExamplePlan
 from strategies.layout import Layout
+from strategies.partition import Partition
 from strategies.secagg.messages import Inbox, MaskedSum
 from strategies.secagg.ring import Sums
 from strategies.seeds import rng, torch_seed
@@ -121,9 +122,16 @@ class ClientActor(SecureClients):
         self.largest = int(self.tokens.counts("train").max())
         return trainable.layout, trainable.initial.numpy()
 
-    def run(self, chunk: list[int], wire: WireBroadcast) -> list[Report]:
+    def run(self, chunk: list[int], wire: WireBroadcast | Sent) -> list[Report]:
         """Trains the chunk's clients one after another and adds their updates to this slot's sum."""
-        return [self._client(client, wire, self.sum.add)[0] for client in chunk]
+        whole = wire if isinstance(wire, WireBroadcast) else self._joined(wire)
+        return [self._client(client, whole, self.sum.add)[0] for client in chunk]
+
+    def _joined(self, sent: Sent) -> WireBroadcast:
+        """What gangs are sent, for a client that is none."""
+        state = joined(sent, ray.get(list(sent.parts)), self.federation.seed)
+        wire = to_wire(self.federation.strategy.broadcast(state))
+        return replace(wire, oldest=sent.oldest, dp=sent.dp, clip=sent.clip)
 
     def run_each(self, chunk: list[int], wire: WireBroadcast) -> Any:
         """As `run`, and gives each client's update beside the reports, None where it could not be used."""
@@ -215,8 +223,15 @@ class ClientActor(SecureClients):
         """Hands over the sum of all clients since the last close."""
         return self.sum.close()
 
-    def evaluate(self, chunk: list[int], params: np.ndarray, limit: int) -> list[ClientLoss]:
+    def close_in_shards(self, partition: Partition) -> tuple[int | PartialSum, ...]:
+        """The number of clients since the last close, and their sum cut as gangs cut it."""
+        partial = self.sum.close()
+        return partial.count, *(cut(partial, partition, rank) for rank in range(len(partition.parts)))
+
+    def evaluate(self, chunk: list[int], params: np.ndarray | Sent, limit: int) -> list[ClientLoss]:
         """Losses of the vector `params` (P,) on at most `limit` held-out rows of each of the chunk's clients."""
+        if isinstance(params, Sent):
+            params = joined(params, ray.get(list(params.parts)), self.federation.seed).params.numpy()
         self._become(params)
         return [self._loss(client, limit) for client in chunk]
 
@@ -258,13 +273,15 @@ class ClientActor(SecureClients):
     def generate(self, params: np.ndarray, prompts: list[str], tokens: int) -> list[str]:
         """Greedy continuations by the vector `params` (P,), one per prompt."""
         self._become(params)
-        return generate(self.trainer, self.tokenizer, prompts, tokens)
+        network, pad = self.trainer.trainable.network, self.trainer.pad
+        return continuations(network, pad, self.device, self.tokenizer, prompts, tokens)
 
-    def export(self, params: np.ndarray, card: str) -> dict[str, bytes]:
-        """The files of the model folder for the vector `params` (P,), by name."""
+    def export(self, params: np.ndarray, card: str) -> Iterator[tuple[str, bytes]]:
+        """The files of the model folder for the vector `params` (P,), one after another."""
         self._become(params)
         merged = self.merged is not None
-        return export_files(self.trainer.trainable, self.federation.model, self.tokenizer, card, merged=merged)
+        files = export_files(self.trainer.trainable, self.federation.model, self.tokenizer, card, merged=merged)
+        yield from ((name, content) for name, content in files.items())  # Ray wants a generator, not an iterator
 
     def _become(self, params: np.ndarray) -> None:
         self.trainer.trainable.set_rank(None)

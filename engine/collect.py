@@ -16,13 +16,15 @@ from engine.ring import Plan, ring_aggregate, ring_sums
 from engine.settings import Federation, Lora
 from engine.slots import Slots
 from engine.sums import merge
-from engine.wire import Report, WireBroadcast, update_from_wire
+from engine.wire import Report, Sent, ShardTotals, WireBroadcast, update_from_wire
 from strategies.dp_distributed import DistributedPlan
 from strategies.layout import Layout
 from strategies.lora_het import HetLora
 from strategies.secagg.protocol import Session
 from strategies.secagg.ring import Sums
 from strategies.types import Aggregate
+
+GRID_BYTES = 8  # of a number in the exact sum
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Collected:
     """
 
     reports: list[Report] = field(default_factory=list)
-    aggregate: Aggregate | None = None
+    aggregate: Any = None
     figures: dict[str, float] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
     dropped: int = 0
@@ -52,7 +54,7 @@ class Collected:
 class Collector(Protocol):
     """How a cohort's work is had."""
 
-    def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: WireBroadcast) -> Collected:
+    def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: Any) -> Collected:
         """Lets `cohort` (N,) train from `wire`; `costs` (N,) say where work is long, in any unit."""
         ...
 
@@ -69,13 +71,16 @@ class PlainCollector:
         gone = self.federation.clients.availability.gone(cohort, self.federation.seed, wire.round)
         there = np.array([int(client) not in gone for client in cohort], dtype=bool)
         reports, partials, each = self.slots.train(cohort[there], costs[there], ray.put(wire))
-        good = [report for report in reports if report.failed is None and not report.late]
-        arrived = [report for report in reports if not report.late]
         aggregate = None
-        if good:
+        if any(_good(report) for report in reports):
             aggregate = merge(partials) if self.federation.strategy.reads == "sum" else _listed(each)
         moved = _bytes(wire) + len(each) * wire.params.nbytes
         moved += sum(vector.nbytes for partial in partials for vector in partial.vectors.values())
+        return self._told(cohort, reports, aggregate, moved)
+
+    def _told(self, cohort: np.ndarray, reports: list[Report], aggregate: Any, moved: int) -> Collected:
+        good = [report for report in reports if _good(report)]
+        arrived = [report for report in reports if not report.late]
         figures = {
             "nll": sum(report.metrics["loss"] * report.metrics["learnt"] for report in good),
             "learnt": sum(report.metrics["learnt"] for report in good),
@@ -92,6 +97,22 @@ class PlainCollector:
 
 
 @dataclass(frozen=True)
+class ShardCollector(PlainCollector):
+    """Gangs' updates: the sums stay in the object store, in shards."""
+
+    layout: Layout
+
+    def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: Sent) -> Collected:  # type: ignore[override]
+        """As in the clear; the aggregate is each gang's sum, in shards."""
+        gone = self.federation.clients.availability.gone(cohort, self.federation.seed, wire.round)
+        there = np.array([int(client) not in gone for client in cohort], dtype=bool)
+        reports, sums, _ = self.slots.train(cohort[there], costs[there], wire)
+        beside = sum(self.federation.strategy.beside(self.layout).values())
+        moved = FLOAT_BYTES * self.layout.size + len(sums) * GRID_BYTES * (self.layout.size + beside)
+        return self._told(cohort, reports, sums if any(_good(report) for report in reports) else None, moved)
+
+
+@dataclass(frozen=True)
 class SecureCollector:
     """The server learns sums and nothing else: see relay.py. `most_tokens` bound what one client trains on."""
 
@@ -100,7 +121,7 @@ class SecureCollector:
     layout: Layout
     most_tokens: int
 
-    def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: WireBroadcast) -> Collected:
+    def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: WireBroadcast | Sent) -> Collected:
         """One secured round; aborted where the cohort, or what is left of it, is too small."""
         federation, secagg = self.federation, self.federation.privacy.secagg
         assert secagg.mode != "off"
@@ -122,7 +143,7 @@ class SecureCollector:
         done = self.relay.play(session, cohort, costs, ray.put(wire), gone, refuse)
         down = round(sum(report.metrics[DOWN] for report in done.reports))
         messages = [Message("client", "sum", len(done.reports) if down else 0, down), *done.messages]
-        moved = _bytes(wire) + done.sessions * self.relay.slots.size * 4 * sums.length
+        moved = FLOAT_BYTES * self.layout.size + done.sessions * self.relay.slots.size * FLOAT_BYTES * sums.length
         count = done.totals.count if done.totals else 0
         dropped = len(cohort) - count
         found = Collected(done.reports, None, {}, messages, dropped, False, done.aborted, done.sessions, moved)
@@ -130,6 +151,9 @@ class SecureCollector:
             return found
         if done.totals.weight == 0:
             return replace(found, aborted="all weights are less than the ring's steps: raise privacy.secagg.bits")
+        if isinstance(done.totals, ShardTotals):
+            shards = [tuple(done.totals.parts)]
+            return Collected(**vars(found) | {"aggregate": shards, "figures": done.totals.figures})
         aggregate, figures = ring_aggregate(done.totals, federation, self.layout, wire.dp, wire.round)
         return Collected(**vars(found) | {"aggregate": aggregate, "figures": figures})
 
@@ -152,6 +176,10 @@ class SecureCollector:
                     f"{given} clients have rank {rank} or more, and privacy.secagg.min_contributors asks "
                     f"for {secagg.min_contributors} for each coordinate"
                 )
+
+
+def _good(report: Report) -> bool:
+    return report.failed is None and not report.late
 
 
 def _listed(each: dict[int, Any]) -> Aggregate:

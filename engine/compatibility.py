@@ -18,7 +18,9 @@ from strategies.lora_flora import Flora
 from strategies.lora_rolora import RoLora
 from strategies.qfedavg import QFedAvg
 from strategies.scaffold import Scaffold
+from strategies.transform_clip import Clip
 from strategies.transform_projection import Projection
+from strategies.types import Strategy
 
 PRODUCTS = FedExLora | Flora | FlexLora
 MOVING = FedSb | FedSvd | FlexLora | Flora | RoLora
@@ -29,12 +31,17 @@ if TYPE_CHECKING:
 
 def check_together(federation: Federation) -> None:
     """Raises ValueError for the first two sections that do not go together, with the nearest that works."""
-    for check in (_adapters, _cohort, _optimizer, _freezing, _transforms):
+    for check in (_adapters, _cohort, _optimizer, _freezing, _transforms, _gangs):
         check(federation)
 
 
 def _adapters(federation: Federation) -> None:
     strategy, peft = federation.strategy, federation.model.peft
+    if peft.kind == "none" and federation.model.dtype != "float32" and federation.clients.zero is None:
+        raise ValueError(
+            'model.peft = "none" trains all weights, which needs model.dtype = "float32", or clients.zero, whose ranks '
+            "keep float32 copies"
+        )
     if strategy.needs_lora and peft.kind != "lora":
         raise ValueError(f'{_named(strategy)} works on adapters, but model.peft is "none": use LoRA, or "fedavg"')
     if isinstance(strategy, FedDpa) and peft.kind == "lora" and peft.r % 2:
@@ -118,6 +125,38 @@ def _transforms(federation: Federation) -> None:
         raise ValueError(
             f"{_named(strategy)} keeps tensors as they are, which a projection's noise would move: use topk or int8"
         )
+
+
+def works_in_gangs(strategy: Strategy) -> bool:
+    """Whether a client under this rule may be a gang of ZeRO ranks, each with its shard."""
+    return strategy.reads == "sum" and strategy.elementwise and not strategy.personalises
+
+
+def _gangs(federation: Federation) -> None:
+    """What gangs cannot do: ranks see shards of vectors alone."""
+    zero = federation.clients.zero
+    if zero is None:
+        return
+    strategy, peft = federation.strategy, federation.model.peft
+    if not works_in_gangs(strategy):
+        able = [rule().kind for rule in get_args(Strategies) if works_in_gangs(rule())]
+        raise ValueError(
+            f"{_named(strategy)} needs whole vectors, and ranks of a gang have shards: leave clients.zero out, or use "
+            f"one of {', '.join(able)}"
+        )
+    refused = {
+        "transforms of another kind than clip": any(not isinstance(one, Clip) for one in federation.transforms),
+        "privacy.secagg beside clients.zero.from_rows": federation.privacy.secure and zero.from_rows > 0,
+        f"privacy.dp.kind = {federation.privacy.dp.kind!r}": federation.privacy.dp.kind not in ("none", "central"),
+        "model.peft.ranks": peft.kind == "lora" and bool(peft.ranks),
+        'train.state = "keep"': federation.train.state == "keep",
+        'train.optimizer.kind = "torch"': federation.train.optimizer.kind == "torch",
+        "clients.availability.deadline_s": federation.clients.availability.deadline_s is not None,
+        "evaluate.finetune": federation.evaluate.finetune > 0,
+    }
+    for key, set_ in refused.items():
+        if set_:
+            raise ValueError(f"{key} does not work with gangs: leave it, or clients.zero, out")
 
 
 def _decays(train: Train) -> bool:

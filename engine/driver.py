@@ -13,18 +13,20 @@ from ray.exceptions import RayTaskError
 
 from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
-from engine.atomic import write_file, write_folder
-from engine.checkpoint import Saved, load_checkpoint, save_checkpoint
+from engine.atomic import write_file
+from engine.checkpoint import State, load_checkpoint, save_checkpoint
+from engine.client import FLOAT_BYTES
 from engine.events import Evaluated, Event, Finished, Preparing, Sample, Started
+from engine.gangs import Gangs
 from engine.metrics import Ledger, Metrics, loss_table, read_log
+from engine.mixed import Mixed
 from engine.privacy import Privacy
 from engine.rounds import Rounds, few
 from engine.runcard import model_card
 from engine.scores import Scores
+from engine.server import Server, ShardServer, WholeServer
 from engine.settings import Federation
 from engine.slots import Slots
-from engine.wire import to_wire
-from strategies.layout import Layout
 from strategies.types import ServerState, Strategy
 
 
@@ -69,24 +71,35 @@ class Driver:
     def _run(self) -> Iterator[Event]:
         federation, plan = self.federation, self.plan
         yield Preparing("starting slots, reading the base, tokenizing rows")
-        self.slots = Slots(federation, plan.folder / "memory")
+        memory = plan.folder / "memory"
+        zero = federation.clients.zero
+        pool = Slots if zero is None else Mixed if zero.from_rows else Gangs
+        self.slots = pool(federation, memory)
         start = self.slots.start(plan.store, plan.shared)
         self.store, self.tokens = Store.open(plan.store), Tokens.open(start.tokens)
         self._refuse_empty_clients()
         federation.cohort.sample(self.store.num_training, federation.seed, 0)
 
         saved = load_checkpoint(plan.folder / "checkpoints") if plan.resume else None
-        fresh = Saved(self.strategy.init(torch.from_numpy(start.initial), start.layout), 0.0)
-        initial, state = self._known(fresh.state, start.layout), self._known((saved or fresh).state, start.layout)
-        wall_s = (saved or fresh).wall_s
-        if state.params.shape != (start.layout.size,):
-            raise ValueError(
-                f"the checkpoint holds {len(state.params)} parameters, the recipe's model has {start.layout.size}"
-            )
-        self.metrics = Metrics(plan.folder / "metrics", wall_s)
+        population = self.store.num_training
+        if isinstance(self.slots, Gangs):
+            self.server: Server = ShardServer(self.slots, population)
+        else:
+            self.server = WholeServer(federation, self.slots, start, population)
+        initial = self.server.initial()
+        state = self.server.loaded(saved.state) if saved else initial
+        self.metrics = Metrics(plan.folder / "metrics", saved.wall_s if saved else 0.0)
         self.ledger = Ledger(plan.folder / "ledger", federation.privacy.secagg.mode)
         self.rounds = Rounds(
-            federation, self.slots, self.store, self.tokens, start.layout, plan.folder, self.metrics, self.ledger
+            federation,
+            self.slots,
+            self.server,
+            self.store,
+            self.tokens,
+            start.layout,
+            plan.folder,
+            self.metrics,
+            self.ledger,
         )
         notes = self.rounds.prepare(initial, saved)
         for name, content in plan.files.items():
@@ -97,7 +110,8 @@ class Driver:
             self.slots.refuse_lost_memory()
         for log in (self.metrics, self.ledger):
             log.forget_after(state.round if saved else -1)
-        self.scores = Scores(federation, self.slots, self.store, self.tokens, self.metrics, self.ledger)
+        vector_bytes = start.layout.size * FLOAT_BYTES
+        self.scores = Scores(federation, self.slots, self.store, self.tokens, self.metrics, self.ledger, vector_bytes)
         dropped = int(self.tokens.dropped("train").sum() + self.tokens.dropped("heldout").sum())
         training, unseen = self.store.num_training, self.store.num_clients - self.store.num_training
         resumed = saved.state.round if saved else None
@@ -110,8 +124,8 @@ class Driver:
         if saved is None:
             yield self._evaluate(state)
             self._flush(state)
-        elif state.residual is not None:
-            self.slots.rebase(state.residual.numpy())
+        else:
+            self._rebase_to(state)
         while state.round < federation.rounds:
             state, done = self.rounds.play(state)
             yield done
@@ -131,75 +145,76 @@ class Driver:
         yield self._finish(initial, state)
         self.slots.stop()
 
-    def _known(self, state: ServerState, layout: Layout) -> ServerState:
-        """The state with what no checkpoint holds, since it never changes."""
-        return replace(state, layout=layout, seed=self.federation.seed, population=self.store.num_training)
+    def _rebase_to(self, state: State) -> None:
+        if isinstance(state, ServerState) and state.residual is not None:
+            self.slots.rebase(state.residual.numpy())
 
-    def _evaluate(self, state: ServerState) -> Evaluated:
+    def _forget_residual(self, state: State) -> None:
+        if isinstance(state, ServerState) and state.residual is not None:
+            self.slots.rebase(None)
+
+    def _evaluate(self, state: State) -> Evaluated:
         began = time.monotonic()
-        losses = self.scores.global_model(state.params.numpy(), state.round)
+        losses = self.scores.global_model(self.server.sent(state), state.round)
         self.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
         return Evaluated(state.round, losses)
 
-    def _personal(self, state: ServerState) -> Iterator[Evaluated]:
+    def _personal(self, state: State) -> Iterator[Evaluated]:
         """The clients' own models, where they have any; at the end also the global one, trained a little by each."""
         if self.strategy.personalises:
-            losses = self.scores.personal(to_wire(self.strategy.broadcast(state)), state.round)
+            losses = self.scores.personal(self.server.broadcast(state), state.round)
             if losses:
                 yield Evaluated(state.round, losses, "personal")
         if self.federation.evaluate.finetune and state.round == self.federation.rounds:
             steps = np.full(self.store.num_training, self.federation.evaluate.finetune)
-            losses = self.scores.local_only(state.params.numpy(), state.round, steps, "finetuned")
+            losses = self.scores.local_only(self.server.sent(state), state.round, steps, "finetuned")
             yield Evaluated(state.round, losses, "finetuned")
 
-    def _baselines(self, initial: ServerState, state: ServerState) -> Iterator[Evaluated]:
+    def _baselines(self, initial: State, state: State) -> Iterator[Evaluated]:
         """Both baselines spend the federation's steps: all in one model, or in equal parts in each client's."""
-        if state.residual is not None:
-            self.slots.rebase(None)
+        self._forget_residual(state)
         federation, clients = self.federation, self.store.num_training
         cohorts = [federation.cohort.sample(clients, federation.seed, past) for past in range(federation.rounds)]
         total = int(sum(self.rounds.steps(cohort).sum() for cohort in cohorts))
         # The remainder goes to some clients, one step each; where there are fewer steps than clients, all take one.
         each = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
-        start, round_ = initial.params.numpy(), state.round
+        start, round_ = self.server.sent(initial), state.round
         yield Evaluated(round_, self.scores.local_only(start, round_, each, "local_only"), "local_only")
         yield Evaluated(round_, self.scores.centralised(start, round_, total), "centralised")
-        if state.residual is not None:
-            self.slots.rebase(state.residual.numpy())
+        self._rebase_to(state)
 
-    def _without_privacy(self, initial: ServerState, state: ServerState) -> Evaluated:
+    def _without_privacy(self, initial: State, state: State) -> Evaluated:
         """Where the same rounds lead without noise and without secure aggregation; of them nothing is written down."""
         evaluate, folder = replace(self.federation.evaluate, without_privacy=False), self.plan.folder
         federation = replace(self.federation, privacy=Privacy(), evaluate=evaluate)
         nowhere = Metrics(folder / "metrics"), Ledger(folder / "ledger")  # never flushed
-        rounds = Rounds(federation, self.slots, self.store, self.tokens, initial.layout, folder, *nowhere)
+        layout = self.rounds.layout
+        rounds = Rounds(federation, self.slots, self.server, self.store, self.tokens, layout, folder, *nowhere)
         rounds.prepare(initial, None)
-        if state.residual is not None:
-            self.slots.rebase(None)
+        self._forget_residual(state)
         plain = initial
         while plain.round < federation.rounds:
             plain, _ = rounds.play(plain)
-        losses = self.scores.not_private(plain.params.numpy(), state.round)
-        if state.residual is not None or plain.residual is not None:
-            self.slots.rebase(None if state.residual is None else state.residual.numpy())
+        losses = self.scores.not_private(self.server.sent(plain), state.round)
+        self._forget_residual(plain)
+        self._rebase_to(state)
         return Evaluated(state.round, losses, "not_private")
 
-    def _finish(self, initial: ServerState, state: ServerState) -> Finished:
+    def _finish(self, initial: State, state: State) -> Finished:
         folder = self.plan.folder
         losses = loss_table(read_log(folder / "metrics"), state.round)
-        after = self.scores.continued(state.params.numpy())
-        merged, spent = state.residual is not None, self.rounds.spent()
+        sent = self.server.sent(state)
+        after = self.scores.continued(sent)
+        merged, spent = isinstance(state, ServerState) and state.residual is not None, self.rounds.spent()
         card = model_card(self.federation, losses, self.store.manifest, merged=merged, spent=spent)
-        files = self.slots.ask(lambda actor: actor.export.remote(state.params.numpy(), card))
-        if state.residual is not None:
-            self.slots.rebase(None)
-        before = self.scores.continued(initial.params.numpy())
+        self.slots.export(folder / "model", sent, card)
+        self._forget_residual(state)
+        before = self.scores.continued(self.server.sent(initial))
         samples = [Sample(*row, b, a) for row, b, a in zip(self.scores.sample_rows, before, after, strict=True)]
         write_file(folder / "samples.json", json.dumps([asdict(s) for s in samples], indent=1).encode())
-        write_folder(folder / "model", files)
         return Finished(folder, losses, samples)
 
-    def _flush(self, state: ServerState) -> None:
+    def _flush(self, state: State) -> None:
         self.metrics.flush(state.round)
         self.ledger.flush(state.round)
 

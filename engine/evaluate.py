@@ -1,6 +1,7 @@
 """Held-out loss and generations of a vector, client by client."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,21 +54,22 @@ def mean_loss(losses: list[ClientLoss]) -> float:
 
 
 @torch.no_grad()
-def generate(trainer: LocalTrainer, tokenizer: PreTrainedTokenizerBase, prompts: list[str], tokens: int) -> list[str]:
-    """Greedy continuations of at most `tokens` tokens, one text per prompt, by the vector now in the model."""
-    network = trainer.trainable.network
+def continuations(
+    network: Any, pad: int, device: torch.device, tokenizer: PreTrainedTokenizerBase, prompts: list[str], tokens: int
+) -> list[str]:
+    """Greedy continuations of at most `tokens` tokens, one text per prompt, by the weights now in the network."""
     network.eval()
     texts = []
     for prompt in prompts:
         # With nothing to go on, the model begins where a text before has ended.
         ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
-        ids_BT = torch.tensor([ids], device=trainer.trainable.flat.device)
+        ids_BT = torch.tensor([ids], device=device)
         out = network.generate(
             input_ids=ids_BT,
             attention_mask=torch.ones_like(ids_BT),
             max_new_tokens=tokens,
             do_sample=False,
-            pad_token_id=trainer.pad,
+            pad_token_id=pad,
         )
         texts.append(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip())
     return texts

@@ -53,7 +53,7 @@ class PrivateTrainer(LocalTrainer):
         """As `of`, under a plan; ValueError without Opacus, or where trained parameters are tied."""
         _hooks()
         _refuse_ties(trainable.network)
-        return cls(trainable, objective, pad, make_optimizer(trainable.flat, train.optimizer), plan)
+        return cls(trainable, objective, pad, make_optimizer([trainable.flat], train.optimizer), plan)
 
     def steps(
         self,

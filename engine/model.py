@@ -54,8 +54,8 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
-    """Reads the base's weights from disk or the hub into one uint8 buffer; ValueError when it is no causal model."""
+def causal_config(model: Model) -> Any:
+    """The base's transformers configuration; ValueError when it is none of a causal language model."""
     try:
         config = AutoConfig.from_pretrained(model.base, revision=model.revision)
     except (OSError, ValueError) as error:
@@ -72,6 +72,12 @@ def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
             f"model.base {model.base!r} is a {kind}, not a causal language model: "
             f"choose one whose class ends in ForCausalLM"
         )
+    return config
+
+
+def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
+    """Reads the base's weights from disk or the hub into one uint8 buffer; ValueError when it is no causal model."""
+    causal_config(model)
     try:
         network, loaded = AutoModelForCausalLM.from_pretrained(
             model.base, revision=model.revision, dtype=getattr(torch, model.dtype), output_loading_info=True
@@ -131,7 +137,7 @@ class Trainable:
 
     def __init__(self, network: PreTrainedModel, model: Model, seed: int) -> None:
         torch.manual_seed(seed)
-        self.network = _with_adapters(network, model) if isinstance(model.peft, Lora) else network.requires_grad_(True)
+        self.network = with_adapters(network, model) if isinstance(model.peft, Lora) else network.requires_grad_(True)
         trained = [(name, p) for name, p in self.network.named_parameters() if p.requires_grad]
         scale = model.peft.alpha / model.peft.r if isinstance(model.peft, Lora) else 1.0
         self.layout = Layout.of(trained, scale)
@@ -162,7 +168,8 @@ class Trainable:
                 layer.scaling["default"] = scale
 
 
-def _with_adapters(network: PreTrainedModel, model: Model) -> PeftModel:
+def with_adapters(network: PreTrainedModel, model: Model) -> PeftModel:
+    """The network with the recipe's LoRA adapters, drawn from torch's present seed; ValueError for unknown layers."""
     assert isinstance(model.peft, Lora)
     linear = sorted(
         {name.rsplit(".")[-1] for name, module in network.named_modules() if isinstance(module, nn.Linear | Conv1D)}

@@ -1,19 +1,23 @@
 """The local optimizer on the flat vector: made once per slot, then reset, or given a client's state. P parameters."""
 
+from collections.abc import Sequence
+
 import torch
 
 from engine.train_settings import AdamW, Sgd, TorchOptimizer
 from strategies.types import Memory
 
 
-def make_optimizer(flat: torch.nn.Parameter, settings: AdamW | Sgd | TorchOptimizer) -> torch.optim.Optimizer:
-    """The recipe's optimizer on one flat tensor (P,); the fused kernels, which are the fast ones on CPU too.
+def make_optimizer(
+    parameters: Sequence[torch.nn.Parameter], settings: AdamW | Sgd | TorchOptimizer
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer; the fused kernels, which are the fast ones on CPU too.
 
     Raises ValueError where torch refuses an option's value.
     """
     if isinstance(settings, AdamW):
         return torch.optim.AdamW(
-            [flat],
+            parameters,
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
@@ -22,10 +26,10 @@ def make_optimizer(flat: torch.nn.Parameter, settings: AdamW | Sgd | TorchOptimi
         )
     if isinstance(settings, Sgd):
         return torch.optim.SGD(
-            [flat], lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
+            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
         )
     try:
-        made: torch.optim.Optimizer = vars(torch.optim)[settings.name]([flat], lr=settings.lr, **settings.options)
+        made: torch.optim.Optimizer = vars(torch.optim)[settings.name](parameters, lr=settings.lr, **settings.options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"torch.optim.{settings.name} refuses its options: {error}") from error
     return made

@@ -12,9 +12,10 @@ import numpy as np
 import ray
 from ray.exceptions import RayTaskError
 
+from engine.lost import LOST
 from engine.secure import Opening
-from engine.slots import LOST, Reference, Slots
-from engine.wire import Report
+from engine.slots import Reference, Slots
+from engine.wire import Report, ShardTotals
 from strategies.secagg.messages import KeyList, MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session
 from strategies.secagg.ring import Totals
@@ -54,7 +55,7 @@ class Relayed:
     """What came of a secured round: reports, the sums, or why there are none; and all messages, void sessions' too."""
 
     reports: list[Report] = field(default_factory=list)
-    totals: Totals | None = None
+    totals: Totals | ShardTotals | None = None
     aborted: str | None = None
     sessions: int = 0
     messages: list[Message] = field(default_factory=list)
@@ -108,10 +109,10 @@ class Relay:
                 done.aborted = str(abort)
                 return done
 
-    def _session(self, session: Session, asked: _Asked, done: Relayed) -> Totals:
+    def _session(self, session: Session, asked: _Asked, done: Relayed) -> Totals | ShardTotals:
         placed, refuse = asked.placed, asked.refuse
         cohort = tuple(sorted(client for clients in placed.values() for client in clients))
-        server = Server(session, cohort, roster=asked.known)
+        server = Server(session, cohort, self.slots.held(session.sums), asked.known)
         opened = {slot: Opening(session, cohort, clients, asked.gone) for slot, clients in placed.items()}
         answered = self._trip(opened, lambda actor, mine: actor.open.remote(mine, self.authority))
         keys = self._flat(answered)
@@ -131,6 +132,7 @@ class Relay:
         found = self._trip({s: box for s, box in boxes.items() if box}, lambda a, box: a.masked.remote(box, asked.wire))
         done.reports = sorted((r for reports, _ in found.values() for r in reports), key=lambda report: report.client)
         masked: list[MaskedSum] = [one for _, one in found.values() if one.clients]
+        shards = self._shards([slot for slot, (_, one) in found.items() if one.clients])
         for one in masked:
             done.messages.append(Message("server", "masked update", len(one.clients), one.nbytes))
             server.add(one)
@@ -151,10 +153,23 @@ class Relay:
         wanted = {slot: mine for slot, mine in wanted.items() if mine}
         answers = self._flat(self._trip(wanted, lambda actor, mine: actor.unmask.remote(mine), void=False))
         done.note("server", "share", answers)
-        server.unmask(answers)
+        removals = server.unmask(answers)
         total_L = server.total()
         done.messages.append(Message("server", "sum", 1, session.sums.nbytes))
-        return session.sums.decode(total_L)
+        return self.slots.unmasked(session.sums, total_L, removals, shards)
+
+    def _shards(self, slots: Iterable[int]) -> list[Any]:
+        """What of the masked vectors is not in the messages: the ranks' shards of each slot that is a gang."""
+        found, lost = [], False
+        for slot in slots:
+            try:
+                found.append(self.slots.masked_shards(slot))
+            except LOST as error:
+                self.slots.replace(slot, error)
+                lost = True
+        if lost:
+            raise _SlotLost
+        return found
 
     def _trip(
         self, given: Mapping[int, Any], call: Callable[[Any, Any], Reference], *, void: bool = True

@@ -62,10 +62,15 @@ def ring_vector(update: Update, sums: Sums, wire: WireBroadcast, federation: Fed
         found = {name: value.numpy() for name, value in values.items()}
         limits = {entry.name: entry.bound for entry in sums.sums}
         clipped = sum(int((value.abs() > limits[name]).sum()) for name, value in values.items())
-    told = update.metrics
-    figures = (told["loss"] * told["learnt"], told["learnt"], told["tokens"], clipped)
-    found |= {name: np.array([figure], np.float64) for name, figure in zip(FIGURES, figures, strict=True)}
+    found |= {name: np.array([figure], np.float64) for name, figure in figures_of(update, clipped).items()}
     return sums.encode(found, update.weight, rng(seed, wire.round, update.client, "rounding"))
+
+
+def figures_of(update: Update, clipped: int) -> dict[str, float]:
+    """What a client's training tells, and how many of its coordinates a bound cut: see FIGURES."""
+    told = update.metrics
+    figures = (told["loss"] * told["learnt"], told["learnt"], told["tokens"], float(clipped))
+    return dict(zip(FIGURES, figures, strict=True))
 
 
 def ring_aggregate(

@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -11,20 +12,20 @@ from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
 from engine.batches import steps_of
 from engine.checkpoint import Saved
-from engine.collect import Collected, Collector, PlainCollector, SecureCollector
+from engine.collect import Collector, PlainCollector, SecureCollector, ShardCollector
 from engine.events import RoundDone
 from engine.memory import ClientMemory
 from engine.metrics import Ledger, Metrics
 from engine.relay import Relay
 from engine.ring import rounding
 from engine.secure import Authority
+from engine.server import Server
 from engine.settings import Federation
 from engine.slots import Slots
-from engine.spending import Plan, Spending, noisy, plan_noise
-from engine.wire import Report, to_wire
+from engine.spending import Plan, Spending, plan_noise
+from engine.wire import Report
 from strategies.dp_central import CentralDp, CentralPlan
 from strategies.layout import Layout
-from strategies.transforms import decode
 from strategies.types import ServerState
 
 
@@ -35,6 +36,7 @@ class Rounds:
         self,
         federation: Federation,
         slots: Slots,
+        server: Server,
         store: Store,
         tokens: Tokens,
         layout: Layout,
@@ -42,10 +44,11 @@ class Rounds:
         metrics: Metrics,
         ledger: Ledger,
     ) -> None:
-        self.federation, self.slots, self.store, self.tokens, self.layout = federation, slots, store, tokens, layout
+        self.federation, self.slots, self.server, self.layout = federation, slots, server, layout
+        self.store, self.tokens = store, tokens
         self.folder, self.metrics, self.ledger = folder, metrics, ledger
 
-    def prepare(self, initial: ServerState, saved: Saved | None) -> tuple[str, ...]:
+    def prepare(self, initial: Any, saved: Saved | None) -> tuple[str, ...]:
         """Plans noise and how updates come in; what the user should know of it. ValueError where it cannot be had."""
         federation, clients, layout = self.federation, self.store.num_training, self.layout
         dp, round_ = federation.privacy.dp, saved.state.round if saved else 0
@@ -53,13 +56,17 @@ class Rounds:
         self.aborts = saved.aborts if saved else 0
         rows, train = self.tokens.counts("train")[:clients], federation.train
         self.most_steps = steps_of(int(rows.max()), train)
-        trainings = len(federation.strategy.starts(federation.strategy.broadcast(initial), {}))
+        trainings = 1
+        if isinstance(initial, ServerState):
+            trainings = len(federation.strategy.starts(federation.strategy.broadcast(initial), {}))
         self.noisy_steps = self.most_steps * trainings  # a client's own, in a round: all of its trainings see its rows
         planned = plan_noise(federation, layout, clients, int(rows.min()), self.noisy_steps * federation.rounds)
         self.noise: Plan | None = planned.plan if planned else None
         simulated, path = federation.privacy.simulated, self.folder / "privacy.json"
         self.spending = self.noise and Spending.open(path, self.noise, simulated=simulated, round_=round_)
         self.collector: Collector = PlainCollector(federation, self.slots)
+        if federation.clients.zero:
+            self.collector = ShardCollector(federation, self.slots, layout)
         if federation.privacy.secure:
             largest = max(2, federation.cohort.largest(clients))
             federation.privacy.secagg.parameters(largest)
@@ -71,7 +78,7 @@ class Rounds:
             self._clients_clip(largest)
         return planned.warned if planned else ()
 
-    def saved(self, state: ServerState, wall_s: float) -> Saved:
+    def saved(self, state: Any, wall_s: float) -> Saved:
         """All that a resumed run starts from."""
         return Saved(state, wall_s, self.clip, self.aborts)
 
@@ -79,18 +86,20 @@ class Rounds:
         """What the noise of all rounds has cost, in words."""
         return self.spending.said if self.spending else None
 
-    def play(self, state: ServerState) -> tuple[ServerState, RoundDone]:
+    def play(self, state: Any) -> tuple[Any, RoundDone]:
         """The next round's state, and what there is to tell; ValueError where it cannot go on."""
         federation, round_ = self.federation, state.round + 1
         began = time.monotonic()
         cohort = federation.cohort.sample(self.store.num_training, federation.seed, state.round)
         epsilon, clip = self.spending.charge(self.noisy_steps) if self.spending else None, self.clip
-        wire = to_wire(federation.strategy.broadcast(state))
-        wire = replace(wire, oldest=self._oldest(state.round), dp=self.noise, clip=self._clients_clip(len(cohort)))
+        wire = replace(self.server.broadcast(state), oldest=self._oldest(state.round))
+        if self.noise is not None:
+            wire = replace(wire, dp=self.noise, clip=self._clients_clip(len(cohort)))
         done = self.collector.collect(cohort, self.steps(cohort), wire)
         self._refuse_failures(done.reports, round_)
         trained = time.monotonic()
-        state = self._applied(state, done)
+        central = self.noise if isinstance(self.noise, CentralPlan) and done.aborted is None else None
+        state, self.clip = self.server.apply(state, done.aggregate, central, self.clip)
         ended = time.monotonic()
         if done.aborted is not None:
             self._abort(cohort, round_, done.aborted)
@@ -142,20 +151,6 @@ class Rounds:
                 f"{clients} clients: raise privacy.secagg.bits, or lower cohort.size"
             )
         return room
-
-    def _applied(self, state: ServerState, done: Collected) -> ServerState:
-        """The next state: noise, what clients did to their updates undone in reverse, then the rule."""
-        aggregate = done.aggregate
-        if isinstance(self.noise, CentralPlan) and done.aborted is None:
-            noisy_sums = noisy(aggregate, self.noise, self.clip, self.federation, state.layout, state.round)
-            aggregate, self.clip = noisy_sums
-        if aggregate is None:  # nobody took part, as in an empty Poisson cohort: nobody moves the model
-            return replace(state, round=state.round + 1)
-        aggregate, state = decode(self.federation.transforms, aggregate, state)
-        after = self.federation.strategy.apply(state, aggregate)
-        if after.residual is not state.residual:
-            self.slots.rebase(None if after.residual is None else after.residual.numpy())
-        return after
 
     def _abort(self, cohort: np.ndarray, round_: int, why: str) -> None:
         """The model stays as it was, clients forget the round, and the run goes on; ValueError after too many."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import ray
@@ -22,7 +23,10 @@ Losses = dict[str, float]  # split -> nats per token
 
 @dataclass(frozen=True)
 class Scores:
-    """Evaluates on the slots and writes what it finds to the metrics and the ledger."""
+    """Evaluates on the slots and writes what it finds to the metrics and the ledger.
+
+    What slots are sent stands for a vector (P,): see Server.sent. `vector_bytes` is its size.
+    """
 
     federation: Federation
     slots: Slots
@@ -30,32 +34,31 @@ class Scores:
     tokens: Tokens
     metrics: Metrics
     ledger: Ledger
+    vector_bytes: int
 
-    def global_model(self, params_P: np.ndarray, round_: int) -> Losses:
+    def global_model(self, sent: Any, round_: int) -> Losses:
         """The vector's loss on held-out rows, on clients that never train, and on the server's rows if it has any."""
-        return self._all_splits(params_P, round_, "loss", per_client=True)
+        return self._all_splits(sent, round_, "loss", per_client=True)
 
-    def centralised(self, initial_P: np.ndarray, round_: int, steps: int) -> Losses:
+    def centralised(self, start: Any, round_: int, steps: int) -> Losses:
         """The loss (nats per token) after `steps` steps on the pooled rows: what could be had if that were allowed."""
         clients = list(range(self.store.num_training))
-        shared = ray.put(initial_P)
-        trained_P = self.slots.ask(lambda actor: actor.centralised.remote(clients, shared, steps))
-        return self._all_splits(trained_P, round_, "loss_centralised")
+        trained_P = self.slots.ask(lambda actor: actor.centralised.remote(clients, start, steps))
+        return self._all_splits(ray.put(trained_P), round_, "loss_centralised")
 
-    def not_private(self, params_P: np.ndarray, round_: int) -> Losses:
+    def not_private(self, sent: Any, round_: int) -> Losses:
         """The loss (nats per token) of what the same federation comes to without privacy: what privacy costs."""
-        return self._all_splits(params_P, round_, "loss_not_private")
+        return self._all_splits(sent, round_, "loss_not_private")
 
-    def local_only(self, start_P: np.ndarray, round_: int, steps: np.ndarray, name: str) -> Losses:
-        """The loss where each client (by id) trains alone for its `steps` from `start_P`: written as loss_`name`.
+    def local_only(self, start: Any, round_: int, steps: np.ndarray, name: str) -> Losses:
+        """The loss where each client (by id) trains alone for its `steps` from `start`: written as loss_`name`.
 
         Who has no held-out rows is not judged, and so not trained.
         """
-        shared = ray.put(start_P)
         split = "heldout"
         clients, _ = self._judged(split)
         found = self.slots.map(
-            clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, shared, steps[chunk].tolist())
+            clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, start, steps[chunk].tolist())
         )
         return {split: self._note(found, round_, split, f"loss_{name}")}
 
@@ -78,21 +81,21 @@ class Scores:
         rows = [self.store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]
         return [(row["prompt"], row["completion"]) for row in rows]
 
-    def continued(self, params_P: np.ndarray) -> list[str]:
+    def continued(self, sent: Any) -> list[str]:
         """What the model writes after the prompts of `sample_rows`."""
         prompts = [prompt for prompt, _ in self.sample_rows]
-        written: list[str] = self.slots.ask(lambda actor: actor.generate.remote(params_P, prompts, SAMPLE_TOKENS))
+        written: list[str] = self.slots.ask(lambda actor: actor.generate.remote(sent, prompts, SAMPLE_TOKENS))
         return written
 
-    def _all_splits(self, params_P: np.ndarray, round_: int, name: str, *, per_client: bool = False) -> Losses:
-        shared, losses = ray.put(params_P), {}
+    def _all_splits(self, sent: Any, round_: int, name: str, *, per_client: bool = False) -> Losses:
+        losses = {}
         for split in ("heldout", "unseen", "server"):
             clients, rows = self._judged(split)
             if len(clients):
-                found = self._judge(clients, rows, shared, self._limit(split))
+                found = self._judge(clients, rows, sent, self._limit(split))
                 losses[split] = self._note(found, round_, split, name, per_client=per_client)
                 if per_client and split != "server":  # a baseline is no part of the federation's protocol
-                    self.ledger.received(round_, "client", "sum", len(clients), len(clients) * params_P.nbytes)
+                    self.ledger.received(round_, "client", "sum", len(clients), len(clients) * self.vector_bytes)
                     self._told(round_, len(clients))
         return losses
 

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from engine.wire import Report
 from strategies.secagg.client import Client
-from strategies.secagg.masks import wrap
+from strategies.secagg.masks import Masks, wrap
 from strategies.secagg.messages import (
     Agreement,
     Inbox,
@@ -77,7 +77,7 @@ class SecureClients:
         made = (session.round, session.sums.digest)
         if made != self._made:
             self._made, self._tried, self._added = made, {}, set()
-            self._total_L = np.zeros(session.sums.length, np.uint32)
+            self._clear(session.sums)
         secret = ray.get(authority.secret.remote()) if session.parameters.active else b""
         known = _roster(secret, opening.cohort) if secret else {}
         private = {client: _identity(secret, client) if secret else b"" for client in opening.clients}
@@ -96,7 +96,7 @@ class SecureClients:
         members = {client: m for client, m in self._staying("masked input").items() if client in inboxes}
         if not set(self._tried) <= set(members):  # who was added has dropped out since: no one is taken out of a sum
             self._tried, self._added = {}, set()
-            self._total_L.fill(0)
+            self._clear(self._opened.session.sums)
         sums = self._opened.session.sums
         for client in members:
             if client not in self._tried:
@@ -105,11 +105,21 @@ class SecureClients:
                     self._total_L += values_L
                     self._added.add(client)
                 self._tried[client] = report
+        added = tuple(sorted(self._added))
+        masked_L = self._masked([members[client].masks(inboxes[client]) for client in added], sums.bits)
+        return list(self._tried.values()), MaskedSum(added, masked_L, sums.nbytes)
+
+    def _clear(self, sums: Sums) -> None:
+        """Nobody has been added yet."""
+        self._total_L = np.zeros(sums.length, np.uint32)
+
+    def _masked(self, masks: list[Masks], bits: int) -> np.ndarray:
+        """The sum (L,) under all these masks; what of it ranks hold stays with them."""
         masked_L = self._total_L.copy()
-        wrap(masked_L, sums.bits)
-        for client in sorted(self._added):
-            members[client].masks(inboxes[client]).apply(masked_L)
-        return list(self._tried.values()), MaskedSum(tuple(sorted(self._added)), masked_L, sums.nbytes)
+        wrap(masked_L, bits)
+        for mask in masks:
+            mask.apply(masked_L)
+        return masked_L
 
     def agree(self, survivors: Survivors) -> list[Agreement]:
         """The active profile's trip."""

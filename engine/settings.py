@@ -82,10 +82,6 @@ class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"
     peft: Annotated[Lora | FullTuning, Field(discriminator="kind")] = field(default_factory=Lora)
 
-    def __post_init__(self) -> None:
-        if isinstance(self.peft, FullTuning) and self.dtype != "float32":
-            raise ValueError('model.peft = "none" trains all weights, which needs model.dtype = "float32"')
-
 
 @dataclass(frozen=True)
 class Availability:
@@ -109,6 +105,29 @@ class Availability:
 
 
 @dataclass(frozen=True)
+class Zero:
+    """Slots that are gangs: `ranks` processes share one client by DeepSpeed ZeRO (arXiv 1910.02054) of a `stage`.
+
+    Each rank takes what a slot takes of Ray's resources. `offload` keeps the optimizer's state on the CPU,
+    `checkpointing` computes activations anew in the backward pass. A rank that is silent for `timeout_s` ends its gang.
+    With `from_rows`, `gangs` of them take the clients that have so many training rows or more, and plain slots, of
+    which there are clients.slots, the others; without it all slots are gangs.
+    """
+
+    stage: Literal[1, 2, 3] = 3
+    ranks: int = 2
+    offload: Literal["none", "cpu"] = "none"
+    checkpointing: bool = False
+    timeout_s: float = 120.0
+    from_rows: int = 0
+    gangs: int = 1
+
+    def __post_init__(self) -> None:
+        at_least("clients.zero", 1, ranks=self.ranks, timeout_s=self.timeout_s, gangs=self.gangs)
+        at_least("clients.zero", 0, from_rows=self.from_rows)
+
+
+@dataclass(frozen=True)
 class Clients:
     """The slots that host clients: how many, and what each takes of Ray's resources; 0.25 of a GPU puts four on one.
 
@@ -122,6 +141,7 @@ class Clients:
     threads: int = 1
     max_failed: float = 0.2
     availability: Availability = field(default_factory=Availability)
+    zero: Zero | None = None
 
     def __post_init__(self) -> None:
         at_least("clients", 1, slots=None if self.slots == "auto" else self.slots, threads=self.threads)

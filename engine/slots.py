@@ -1,66 +1,46 @@
 """The pool of slots: placing them, handing out chunks of clients, and running again what a dead slot takes with it."""
 
-import math
 import re
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
+from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from engine.atomic import write_folder
 from engine.client import ClientActor, Place
+from engine.fitting import asked_or_fitting, slots_that_fit
 from engine.holder import start_holder
+from engine.lost import LOST
+from engine.pulling import pull
 from engine.rows import Parts, put_tokens
-from engine.settings import Clients, Federation
+from engine.settings import Federation
 from engine.sums import PartialSum
-from engine.wire import Report
+from engine.wire import Report, ShardTotals
 from strategies.layout import Layout
+from strategies.partition import Partition
+from strategies.secagg.masks import Masks
+from strategies.secagg.ring import Sums, Totals
 
 Reference = Any  # ray.ObjectRef, whose calls on an untyped actor handle the checker cannot follow
-LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 MAX_DEATHS = 5  # within one round or evaluation: beyond, the machine and not chance is at fault
 START_TIMEOUT_S = 300.0
-CHUNKS_PER_SLOT = 3
 
 
 @dataclass(frozen=True)
 class Start:
-    """What the driver learns from the slots before the first round."""
+    """What the driver learns from the slots before the first round; of gangs, how vectors are cut."""
 
     layout: Layout
-    initial: np.ndarray
+    initial: np.ndarray | Partition
     tokens: Path
     slots: int
     base_bytes: int
     without_gpu: int
-
-
-def slots_that_fit(clients: Clients, nodes: list[dict[str, float]]) -> int:
-    """How many slots the nodes' resources hold; ValueError, with what was asked and what exists, when not even one."""
-    fit = 0
-    for node in nodes:
-        shares = [node.get("CPU", 0.0) / clients.num_cpus if clients.num_cpus else math.inf]
-        gpus = node.get("GPU", 0.0)
-        if 0 < clients.num_gpus < 1:  # a fraction lies on one GPU
-            shares.append(gpus * math.floor(1 / clients.num_gpus + 1e-6))
-        elif clients.num_gpus:
-            shares.append(gpus / clients.num_gpus)
-        fit += math.floor(min(shares) + 1e-6)
-    if fit == 0:
-        largest = "no node at all"
-        if nodes:
-            node = max(nodes, key=lambda node: (node.get("GPU", 0.0), node.get("CPU", 0.0)))
-            largest = f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs"
-        raise ValueError(
-            f"a slot needs {clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs on one node, but the largest of "
-            f"{len(nodes)} has {largest}: lower clients.num_cpus or clients.num_gpus"
-        )
-    return fit
 
 
 class Slots:
@@ -68,17 +48,31 @@ class Slots:
 
     def __init__(self, federation: Federation, memory: Path) -> None:
         self.federation, self.memory = federation, memory
-        fit = slots_that_fit(federation.clients, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        asked = federation.clients.slots
-        self.size = fit if asked == "auto" else min(asked, fit)
-        self.actors = [self._spawn() for _ in range(self.size)]
+        self.size = self._count([node["Resources"] for node in ray.nodes() if node["Alive"]])
+        self.actors = [self._spawn(slot) for slot in range(self.size)]
         self.holders: dict[tuple[str, str], Any] = {}
         self.parts: Parts | None = None
         self.residual: Reference | None = None
         self.merged: dict[str, Reference] = {}
         self.deaths = 0
 
-    def _spawn(self) -> Any:
+    def _count(self, nodes: list[dict[str, float]]) -> int:
+        """How many slots there are to be."""
+        return asked_or_fitting(self.federation.clients, slots_that_fit(self.federation.clients, nodes))
+
+    def kind_of(self, slot: int) -> int:
+        """Which kind of clients a slot takes; here there is one kind."""
+        return 0
+
+    def kinds(self, clients: np.ndarray) -> np.ndarray:
+        """The kinds of `clients` (N,), by which they find a slot."""
+        return np.zeros(len(clients), np.int64)
+
+    def _here(self) -> list[int]:
+        """The slots that can read the base into the store."""
+        return list(range(self.size))
+
+    def _spawn(self, slot: int) -> Any:
         clients = self.federation.clients
         actor = ray.remote(ClientActor).options(num_cpus=clients.num_cpus, num_gpus=clients.num_gpus)
         return actor.remote(self.federation, self.memory)
@@ -86,9 +80,9 @@ class Slots:
     def _reader(self, places: list[Place]) -> Any:
         """A slot on the driver's node, where store and base lie; if there is none, an actor that takes no resources."""
         here = ray.get_runtime_context().get_node_id()
-        for actor, place in zip(self.actors, places, strict=True):
-            if place.node_id == here:
-                return actor
+        for slot in self._here():
+            if places[slot].node_id == here:
+                return self.actors[slot]
         pinned = NodeAffinitySchedulingStrategy(here, soft=False)
         options = ray.remote(ClientActor).options(num_cpus=0, num_gpus=0, scheduling_strategy=pinned)
         return options.remote(self.federation, self.memory)
@@ -107,28 +101,32 @@ class Slots:
                 f"could not be placed within {START_TIMEOUT_S:g} s; Ray has {ray.available_resources()} free: "
                 f"wait for other work to end, or lower clients.slots"
             ) from None
-        reader = self._reader(places)
-        self.packed, self.base = reader.load_base.options(num_returns=2).remote()
-        tokens = reader.tokenize.remote(store, shared)
         try:
-            return self._started(reader, tokens, places)
+            return self._started(store, shared, places)
         except LOST as error:
             raise ValueError(
                 f"a slot died while it read the base or the rows ({_last_line(error)}); "
                 f"if memory ran out, lower clients.slots, or take a smaller base"
             ) from error
 
-    def _started(self, reader: Any, tokens: Any, places: list[Place]) -> Start:
-        base_bytes = ray.get(self.packed).nbytes  # first, since a base that is none has no tokenizer either
-        self.tokens = Path(ray.get(tokens))
+    def _started(self, store: Path, shared: str | None, places: list[Place]) -> Start:
+        reader = self._reader(places)
+        base_bytes = self._read_base(reader)  # first, since a base that is none has no tokenizer either
+        self.tokens = Path(ray.get(reader.tokenize.remote(store, shared)))
         if not any(reader is actor for actor in self.actors):
             ray.kill(reader)  # what it has read stays in the store, owned by the driver
-        attached = ray.get([self._attach(actor) for actor in self.actors])
-        layout, initial = attached[0]
+        layout, initial = ray.get([self._attach(slot) for slot in range(self.size)])[0]
         without_gpu = sum(place.gpu is None for place in places) if self.federation.clients.num_gpus else 0
-        return Start(layout, initial.copy(), self.tokens, self.size, base_bytes, without_gpu)
+        return Start(layout, initial, self.tokens, self.size, base_bytes, without_gpu)
 
-    def _attach(self, actor: Any) -> Reference:
+    def _read_base(self, reader: Any) -> int:
+        """Lets the base be read into the store; returns its bytes."""
+        self.packed, self.base = reader.load_base.options(num_returns=2).remote()
+        nbytes: int = ray.get(self.packed).nbytes
+        return nbytes
+
+    def _attach(self, slot: int) -> Reference:
+        actor = self.actors[slot]
         tokens = ray.get(actor.find_tokens.remote(self.tokens))
         if tokens is None:
             self.parts = self.parts or put_tokens(self.tokens)
@@ -154,6 +152,10 @@ class Slots:
                 ray.get(self._rebase(actor))
             except LOST as error:
                 self.replace(slot, error)
+
+    def _restore(self, slot: int) -> None:
+        """Gives a new slot the weights that the others have."""
+        ray.get(self._rebase(self.actors[slot]))
 
     def _rebase(self, actor: Any) -> Reference:
         if self.residual is None:
@@ -189,12 +191,12 @@ class Slots:
         todo, self.deaths = clients, 0
         order = dict(zip(clients.tolist(), costs.tolist(), strict=True))
         while len(todo):
-            done = self._map(todo, np.array([order[c] for c in todo.tolist()]), call)
+            done = pull(self, todo, np.array([order[c] for c in todo.tolist()]), call)
             lost: list[int] = []
-            closing = {slot: self.actors[slot].close_round.remote() for slot in done}
+            closing = {slot: self._close(slot) for slot in done}
             for slot, results in done.items():
                 try:
-                    partials.append(ray.get(closing[slot]))
+                    partials.append(self._closed(closing[slot]))
                     reports |= {report.client: report for report in results}
                 except LOST as error:
                     lost += [report.client for report in results]
@@ -202,13 +204,31 @@ class Slots:
             todo = np.array(lost, dtype=clients.dtype)
         return [reports[client] for client in sorted(reports)], partials, each
 
+    def _close(self, slot: int) -> Any:
+        return self.actors[slot].close_round.remote()
+
+    def _closed(self, closing: Any) -> Any:
+        return ray.get(closing)
+
+    def held(self, sums: Sums) -> int:
+        """How many coordinates of a masked vector come in a slot's message."""
+        return sums.length
+
+    def masked_shards(self, slot: int) -> Any:
+        """Nothing of it is elsewhere."""
+        return None
+
+    def unmasked(self, sums: Sums, total_L: np.ndarray, removals: Masks, shards: list[Any]) -> Totals | ShardTotals:
+        """What the server learns from the unmasked sum of the slots' messages."""
+        return sums.decode(total_L)
+
     def map(self, clients: np.ndarray, costs: np.ndarray, call: Callable[[Any, list[int]], Reference]) -> list[Any]:
         """The results of `call(actor, chunk)` for all `clients` (N,), flat; ValueError when too many slots die.
 
         `costs` (N,) are in any unit: the longest work is handed out first.
         """
         self.deaths = 0
-        return [result for results in self._map(clients, costs, call).values() for result in results]
+        return [result for results in pull(self, clients, costs, call).values() for result in results]
 
     def ask(self, call: Callable[[Any], Reference]) -> Any:
         """The result of `call(actor)` in the first slot; one that dies is replaced, ValueError when too many do."""
@@ -219,34 +239,19 @@ class Slots:
             except LOST as error:
                 self.replace(0, error)
 
-    def _map(
-        self, clients: np.ndarray, costs: np.ndarray, call: Callable[[Any, list[int]], Reference]
-    ) -> dict[int, list[Any]]:
-        """Slots pull chunks, longest work first. Returns what each slot that is still alive has done."""
-        longest_first = clients[np.argsort(-costs, kind="stable")].tolist()
-        queue: deque[int] = deque(longest_first)
-        idle, running = list(range(self.size)), dict[Reference, tuple[int, list[int]]]()
-        chunks: dict[int, list[list[int]]] = {}
-        done: dict[int, list[Any]] = {}
-        while queue or running:
-            while idle and queue:
-                slot = idle.pop(0)
-                size = max(1, len(queue) // (CHUNKS_PER_SLOT * self.size))
-                chunk = [queue.popleft() for _ in range(size)]
-                running[call(self.actors[slot], chunk)] = (slot, chunk)
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            slot, chunk = running.pop(ready)
+    def export(self, folder: Path, sent: Reference, card: str) -> None:
+        """Writes the model folder: files come one at a time, from the first slot; one that dies is replaced."""
+        self.deaths = 0
+
+        def files() -> Iterator[tuple[str, bytes]]:
+            for file in self.actors[0].export.options(num_returns="streaming").remote(sent, card):
+                yield ray.get(file)
+
+        while True:
             try:
-                done.setdefault(slot, []).extend(ray.get(ready))
-                chunks.setdefault(slot, []).append(chunk)
+                return write_folder(folder, files())
             except LOST as error:
-                queue.extend(chunk)
-                for earlier in chunks.pop(slot, []):
-                    queue.extend(earlier)
-                done.pop(slot, None)
-                self.replace(slot, error)
-            idle.append(slot)
-        return done
+                self.replace(0, error)
 
     def replace(self, slot: int, error: Exception) -> None:
         """Puts a new slot into the place of one that `error` tells the death of; ValueError when too many have died."""
@@ -257,12 +262,12 @@ class Slots:
                     f"{self.deaths} slots died of the same work, the last so: {_last_line(error)}; "
                     f"if memory ran out, lower clients.slots, train.batch or train.max_length"
                 ) from error
-            self.actors[slot] = self._spawn()
+            self.actors[slot] = self._spawn(slot)
             try:
                 ray.get(self.actors[slot].place.remote(), timeout=START_TIMEOUT_S)
-                ray.get(self._attach(self.actors[slot]))
+                ray.get(self._attach(slot))
                 ray.get(self.actors[slot].refuse_lost_memory.remote())
-                ray.get(self._rebase(self.actors[slot]))
+                self._restore(slot)
                 return
             except GetTimeoutError:
                 raise ValueError(

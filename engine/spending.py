@@ -87,11 +87,20 @@ class Spending:
 
 
 def noisy(
-    aggregate: Aggregate | None, plan: CentralPlan, clip: float, federation: Federation, layout: Layout, round_: int
+    aggregate: Aggregate | None,
+    plan: CentralPlan,
+    clip: float,
+    federation: Federation,
+    layout: Layout,
+    round_: int,
+    rank: int = 0,
 ) -> tuple[Aggregate, float]:
-    """The sums with the server's noise, and the next clipping norm; a round without clients is noise alone."""
+    """The sums with the server's noise, and the next clipping norm; a round without clients is noise alone.
+
+    Of a shard, `layout` is what a shard's vector has, and each `rank` has noise of its own.
+    """
     if aggregate is None:
         lengths = federation.strategy.beside(layout) | ({WITHIN: 1} if isinstance(plan, AdaptivePlan) else {})
         extras = {name: torch.zeros(length) for name, length in lengths.items()}
         aggregate = Aggregate(0.0, torch.zeros(travelling(federation, layout)), extras, 0)
-    return plan.decode(aggregate, clip, noise(federation, round_))
+    return plan.decode(aggregate, clip, noise(federation, round_, -1 - rank))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from strategies.partition import Partition
 from strategies.types import Aggregate, Update
 
 STEP = 2.0**40
@@ -98,6 +99,12 @@ def merge(partials: list[PartialSum]) -> Aggregate:
         totals[name] = torch.from_numpy((total_P / STEP).astype(np.float32))
     weight = sum(partial.weight for partial in partials) / STEP
     return Aggregate(weight, totals.pop("delta"), totals, sum(partial.count for partial in partials))
+
+
+def cut(partial: PartialSum, partition: Partition, rank: int) -> PartialSum:
+    """A rank's shard of a sum of whole vectors."""
+    vectors = {name: partition.cut(torch.from_numpy(vector), rank).numpy() for name, vector in partial.vectors.items()}
+    return PartialSum(vectors, partial.weight, partial.count, partial.bound)
 
 
 def _add_on_grid(total_P: np.ndarray, values_P: np.ndarray, weight: float) -> None:

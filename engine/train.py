@@ -1,5 +1,6 @@
 """A client's local training, free of Ray: from the global vector to an update. Legend: P parameters."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,19 +21,42 @@ from strategies.types import GLOBAL, Broadcast, Memory, Strategy, Update, Vector
 Correct = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-@dataclass
-class LocalTrainer:
-    """One model and one optimizer that become client after client."""
+class Trainer(ABC):
+    """One model and one optimizer that become client after client; of a gang's rank, vectors are its shards."""
 
-    trainable: Trainable
-    objective: Objectives
-    pad: int
     optimizer: torch.optim.Optimizer
 
-    @classmethod
-    def of(cls, trainable: Trainable, objective: Objectives, pad: int, train: Train) -> "LocalTrainer":
-        """The optimizer works on the flat vector, which is one tensor to it: fast, and reset by zeroing."""
-        return cls(trainable, objective, pad, make_optimizer(trainable.flat, train.optimizer))
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the vector lies."""
+
+    @abstractmethod
+    def weights(self) -> Vector:
+        """A copy of the present vector (P,)."""
+
+    @abstractmethod
+    def set_rank(self, rank: int | None) -> None:
+        """Becomes a client whose adapters have this rank; None: as the recipe says."""
+
+    @abstractmethod
+    def steps(
+        self,
+        rows: pa.RecordBatch,
+        start: torch.Tensor,
+        train: Train,
+        stream: np.random.Generator,
+        correct: Correct | None = None,
+        rate: float = 1.0,
+    ) -> dict[str, float]:
+        """Local optimizer steps from the vector `start` (P,), which stay in the model; returns the metrics.
+
+        `correct` may change the gradient of each step, `rate` is a factor on all learning rates.
+        """
+
+    @abstractmethod
+    def mean_loss(self, rows: pa.RecordBatch, vector: torch.Tensor, batch: int) -> float:
+        """The mean loss of the vector (P,) over all of a client's encoded rows, in nats per token."""
 
     def update(
         self, client: int, rows: pa.RecordBatch, weight: float, got: Broadcast, memory: Memory, federation: Federation
@@ -43,9 +67,9 @@ class LocalTrainer:
         prompts too, `rows` the client's rows, `steps` the optimizer's steps, `rates` their learning rates' sum.
         """
         strategy, train, seed = federation.strategy, federation.train, federation.seed
-        device = self.trainable.flat.device
+        device = self.device
         got, own = _on(device, got), {name: tensor.to(device) for name, tensor in part(memory, STRATEGY).items()}
-        self.trainable.set_rank(got.rank)
+        self.set_rank(got.rank)
         metrics = {"loss_before": self.mean_loss(rows, got.params, train.batch)} if strategy.loss_before else {}
         ends: dict[str, Vector] = {}
         moments: Memory = {}
@@ -63,12 +87,40 @@ class LocalTrainer:
                 moments |= named(kept(self.optimizer), f"{OPTIMIZER}{run}.")
             if run == GLOBAL:
                 metrics |= found
-            ends[run] = self.trainable.flat.detach().clone()
+            ends[run] = self.weights()
         delta = (ends.pop(GLOBAL) - got.params).cpu()
         on_cpu = {name: end.cpu() for name, end in ends.items()}
         own = part(memory, STRATEGY)
         update, own = strategy.finish(Update(client, weight, delta, metrics=metrics), _on("cpu", got), own, on_cpu)
         return update, named(own, STRATEGY) | moments
+
+
+@dataclass
+class LocalTrainer(Trainer):
+    """The whole model in one process."""
+
+    trainable: Trainable
+    objective: Objectives
+    pad: int
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, trainable: Trainable, objective: Objectives, pad: int, train: Train) -> "LocalTrainer":
+        """The optimizer works on the flat vector, which is one tensor to it: fast, and reset by zeroing."""
+        return cls(trainable, objective, pad, make_optimizer([trainable.flat], train.optimizer))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vector lies."""
+        return self.trainable.flat.device
+
+    def weights(self) -> Vector:
+        """A copy of the present vector (P,)."""
+        return self.trainable.flat.detach().clone()
+
+    def set_rank(self, rank: int | None) -> None:
+        """Becomes a client whose adapters have this rank; None: as the recipe says."""
+        self.trainable.set_rank(rank)
 
     def steps(
         self,

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from strategies.dp_central import CentralPlan
 from strategies.dp_distributed import DistributedPlan
 from strategies.dp_example import ExamplePlan
 from strategies.layout import Layout
-from strategies.types import Broadcast, Update
+from strategies.partition import Partition
+from strategies.types import Aggregate, Broadcast, ServerState, Update
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,54 @@ class WireBroadcast:
     extras: dict[str, np.ndarray]
     oldest: int = 0
     dp: CentralPlan | DistributedPlan | ExamplePlan | None = None
+    clip: float = 0.0
+
+
+@dataclass(frozen=True)
+class WireState:
+    """A shard of the server's state as it lies in the object store: ranks look at it, the driver does not."""
+
+    params: np.ndarray
+    moments: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class WireAggregate:
+    """A shard of an Aggregate as it lies in the object store, where secure aggregation has given the sums."""
+
+    weight: float
+    total: np.ndarray
+    extras: dict[str, np.ndarray]
+    count: int
+
+
+@dataclass(frozen=True)
+class ShardTotals:
+    """What the server learns where sums are in shards: references to WireAggregate, and the clients' figures."""
+
+    count: int
+    weight: float
+    parts: tuple[Any, ...]
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ShardedState:
+    """The server's state as the driver knows it where clients are gangs: references to its shards (WireState)."""
+
+    round: int
+    parts: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What gangs start from: the state's shards, of which each rank fetches its own; the rest as in WireBroadcast."""
+
+    round: int
+    parts: tuple[Any, ...]
+    partition: Partition
+    oldest: int = 0
+    dp: CentralPlan | None = None
     clip: float = 0.0
 
 
@@ -71,6 +121,33 @@ def update_from_wire(wire: WireUpdate) -> Update:
     """The update over the store's own memory, which nobody may write."""
     extras = {name: borrow(extra) for name, extra in wire.extras.items()}
     return Update(wire.client, wire.weight, borrow(wire.delta), extras, wire.metrics)
+
+
+def state_to_wire(state: ServerState) -> WireState:
+    """The state's shard without torch; shares its memory."""
+    return WireState(state.params.numpy(), {name: moment.numpy() for name, moment in state.moments.items()})
+
+
+def state_from_wire(wire: WireState, round_: int, seed: int, population: int = 0) -> ServerState:
+    """The state's shard over the store's own memory, which nobody may write."""
+    moments = {name: borrow(moment) for name, moment in wire.moments.items()}
+    return ServerState(round_, borrow(wire.params), moments, seed=seed, population=population)
+
+
+def aggregate_from_wire(wire: WireAggregate) -> Aggregate:
+    """The aggregate's shard over the store's own memory, which nobody may write."""
+    extras = {name: borrow(extra) for name, extra in wire.extras.items()}
+    return Aggregate(wire.weight, borrow(wire.total), extras, wire.count)
+
+
+def joined(sent: Sent, shards: list[WireState], seed: int) -> ServerState:
+    """The whole state from all its shards."""
+
+    def whole(parts: list[np.ndarray]) -> torch.Tensor:
+        return sent.partition.join([borrow(part) for part in parts])
+
+    moments = {name: whole([shard.moments[name] for shard in shards]) for name in shards[0].moments}
+    return ServerState(sent.round, whole([shard.params for shard in shards]), moments, seed=seed)
 
 
 def borrow(array: np.ndarray) -> torch.Tensor:

@@ -21,6 +21,7 @@ SCENARIOS = {
     "lora": "tokens/s against a bare PyTorch loop",
     "partition": "stores of up to a million clients, and partitions against flwr-datasets",
     "secagg": "what secure aggregation costs clients, the server and a round",
+    "zero": "gangs of DeepSpeed ranks: resets, tokens/s against a bare loop, bytes and memory",
     "strategies": "the demo's model under every rule, resumable, about two hours on two cores",
 }
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")]
@@ -61,6 +62,26 @@ def partition(recipe: RecipePath, changes: Changes = None, debug: Debug = False)
         from experiments.partition import show_partition
 
         show_partition(load_recipe(recipe, changes))
+
+    _guarded(work, debug)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    changes: Changes = None,
+    device_gib: Annotated[float | None, typer.Option(help="Memory of a device; of this machine by default.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="How many such devices there are.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Tell what a recipe takes of memory, and which gangs would fit; exit code 1 if it does not fit."""
+
+    def work() -> None:
+        from experiments.config import load_recipe, located
+        from experiments.plan import show_plan
+
+        if not show_plan(located(load_recipe(recipe, changes)), device_gib, devices):
+            raise SystemExit(1)
 
     _guarded(work, debug)
 

@@ -29,7 +29,7 @@ def engine_stored(state: ServerState) -> ServerState:
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), Saved(state, 1.5), keep=1)
         loaded = load_checkpoint(Path(folder))
-    assert loaded is not None
+    assert loaded is not None and isinstance(loaded.state, ServerState)
     return loaded.state
 
 

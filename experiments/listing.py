@@ -10,6 +10,7 @@ from typing import get_args
 from rich.console import Console
 from rich.text import Text
 
+from engine.compatibility import works_in_gangs
 from strategies import Strategies, Transforms
 
 WIDTH = 100
@@ -22,7 +23,7 @@ LEGEND = (
     ),
     ("LoRA", "needed: it works on adapters only; the others take adapters and fully tuned models"),
     ("ranks", "mixed: clients may have adapters of different ranks"),
-    ("gangs", "yes: it is elementwise, so that a client may be a gang of ZeRO ranks, each with its shard"),
+    ("gangs", "yes: works on parts of vectors, so that a client may be a gang of ZeRO ranks, each with its shard"),
     ("memory", "yes: a client keeps something from round to round"),
     (
         "recipe",
@@ -47,7 +48,7 @@ def listing() -> Iterator[Text]:
         allows = [
             "needed" if strategy.needs_lora else "-",
             "mixed" if strategy.mixed_ranks else "-",
-            "yes" if strategy.elementwise else "-",
+            "yes" if works_in_gangs(strategy) else "-",
             "yes" if strategy.remembers else "-",
         ]
         yield _row(strategy.kind, strategy.reads, *allows, strategy.paper)

@@ -27,6 +27,7 @@ class CentredClipping(FedAvg):
     kind: Literal["centred_clipping"] = "centred_clipping"  # type: ignore[assignment]  # the tag differs by design
     weighting: Literal["uniform"] = "uniform"
     tau: float = 1.0
+    elementwise: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 2012.10333"
 
     def __post_init__(self) -> None:

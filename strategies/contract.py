@@ -12,7 +12,7 @@ import torch
 
 from strategies import contract_client
 from strategies.contract_case import SEED, Case, DoesNotApply, copied, difference, drawn, hold, same, tensors
-from strategies.types import ServerState, Strategy, Vector
+from strategies.types import NO_LAYOUT, ServerState, Strategy, Vector
 
 Check = Callable[[Case], None]
 CLOSE = 1e-5
@@ -131,15 +131,13 @@ def shards_are_applied_as_the_whole(case: Case) -> None:
     state, memories = case.after(2)
     aggregate, size = case.aggregate(case.cohort(state, memories)[0]), case.layout.size
 
-    def of(part: slice, named: dict[str, Vector]) -> dict[str, Vector]:
-        return {name: tensor[part] if tensor.numel() == size else tensor for name, tensor in named.items()}
-
     def shard(part: slice) -> ServerState:
         each = aggregate.each and tuple(
-            replace(update, delta=update.delta[part], extras=of(part, update.extras)) for update in aggregate.each
+            replace(update, delta=update.delta[part], extras=_part(update.extras, part, size))
+            for update in aggregate.each
         )
-        own = replace(state, params=state.params[part], moments=of(part, state.moments))
-        seen = replace(aggregate, total=aggregate.total[part], extras=of(part, aggregate.extras), each=each)
+        own = replace(state, params=state.params[part], moments=_part(state.moments, part, size))
+        seen = replace(aggregate, total=aggregate.total[part], extras=_part(aggregate.extras, part, size), each=each)
         return case.strategy.apply(own, seen)
 
     first, second, whole = shard(slice(0, 4)), shard(slice(4, size)), case.strategy.apply(state, aggregate)
@@ -149,6 +147,33 @@ def shards_are_applied_as_the_whole(case: Case) -> None:
         parts = [first.moments[name], second.moments[name]]
         found = torch.cat(parts) if moment.numel() == size else parts[0]
         same(found, moment, f"elementwise is True, but the moment {name!r} of the parts differs from the whole's")
+
+
+def clients_work_on_shards_as_on_the_whole(case: Case) -> None:
+    """`elementwise` is honest on the client too: broadcast, correct and finish on parts give the parts of the whole."""
+    if not case.strategy.elementwise:
+        raise DoesNotApply("elementwise is False: it needs whole vectors")
+    state, memories = case.after(2)
+    size, change, grad = case.layout.size, drawn(case.layout, 5), drawn(case.layout, 6)[None]
+
+    def half(part: slice) -> list[dict[str, Vector]]:
+        own = replace(state, params=state.params[part], moments=_part(state.moments, part, size))
+        got, memory = case.strategy.broadcast(replace(own, layout=NO_LAYOUT)), _part(memories[0], part, size)
+        grads = {run: grad[:, part].clone() for run in case.strategy.starts(got, memory)}
+        for run, grad_KP in grads.items():
+            case.strategy.correct(grad_KP, got.params[None] + change[part], got, memory, run)
+        update, after = case.client(got, 0, memory, change[part])
+        return [{run: grad_KP[0] for run, grad_KP in grads.items()}, {"delta": update.delta} | update.extras, after]
+
+    first, second, whole = half(slice(0, 4)), half(slice(4, size)), half(slice(0, size))
+    for ours, theirs, both in zip(first, second, whole, strict=True):
+        for name, vector in both.items():
+            found = torch.cat([ours[name], theirs[name]]) if vector.numel() == size else ours[name]
+            same(found, vector, f"elementwise is True, but a client that works on parts finds another {name!r}")
+
+
+def _part(named: dict[str, Vector], part: slice, size: int) -> dict[str, Vector]:
+    return {name: tensor[part] if tensor.numel() == size else tensor for name, tensor in named.items()}
 
 
 def it_reads_no_more_than_it_says(case: Case) -> None:
@@ -195,6 +220,7 @@ CHECKS: tuple[Check, ...] = (
     contract_client.the_traffic_is_counted_in_whole_numbers,
     the_state_survives_a_checkpoint,
     shards_are_applied_as_the_whole,
+    clients_work_on_shards_as_on_the_whole,
     it_reads_no_more_than_it_says,
     contract_client.a_client_of_a_lower_rank_trains_and_leaves_only_its_own,
     it_travels_and_says_what_it_is,

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -70,9 +71,9 @@ class AdaptivePlan(CentralPlan):
         z = self.noise_multiplier
         return z / math.sqrt(1 - (z / (2 * self.quantile_noise)) ** 2)
 
-    def encode(self, update: Update, clip: float) -> Update:
+    def encode(self, update: Update, clip: float, whole_norm: Callable[[float], float] = float) -> Update:
         """The clipped update, and whether it had to be clipped as one more sum."""
-        update, norm = bounded(update, clip, self.weight_cap, self.joint)
+        update, norm = bounded(update, clip, self.weight_cap, self.joint, whole_norm)
         within = torch.tensor([0.5 if norm <= clip else -0.5])
         return replace(update, extras=update.extras | {WITHIN: within})
 

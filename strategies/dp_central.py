@@ -5,6 +5,7 @@ the noise sees it bare. Legend: P parameters.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -60,9 +61,9 @@ class CentralPlan:
     weight_cap: float | None
     joint: bool
 
-    def encode(self, update: Update, clip: float) -> Update:
-        """On the client, after all transforms: what it adds to the sums."""
-        return bounded(update, clip, self.weight_cap, self.joint)[0]
+    def encode(self, update: Update, clip: float, whole_norm: Callable[[float], float] = float) -> Update:
+        """On the client, after all transforms: what it adds to the sums; `whole_norm` is that of Broadcast."""
+        return bounded(update, clip, self.weight_cap, self.joint, whole_norm)[0]
 
     def decode(self, aggregate: Aggregate, clip: float, words: Words) -> tuple[Aggregate, float]:
         """The noisy sums as if of `divisor` clients, and the next round's clipping norm; before transforms decode.

@@ -1,7 +1,7 @@
 """What bounds one client's part in all sums of a round: a cap on its weight and one norm for everything it sends."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,8 +27,16 @@ class Contribution:
             raise ValueError(f"privacy.dp.weight_cap must be a number above 0, not {self.weight_cap}")
 
 
-def bounded(update: Update, clip: float, weight_cap: float | None, joint: bool) -> tuple[Update, float]:
+def bounded(
+    update: Update,
+    clip: float,
+    weight_cap: float | None,
+    joint: bool,
+    whole_norm: Callable[[float], float] = float,
+) -> tuple[Update, float]:
     """The update with weight <= 1 and |(delta, extras)| <= clip, and the norm that it had before.
+
+    `whole_norm` is that of Broadcast: the update may be a shard.
 
     With weights of at most 1 the client moves the sums of weight * delta and of extras by at most `clip`, together.
     ValueError for what would not be bounded.
@@ -40,7 +48,7 @@ def bounded(update: Update, clip: float, weight_cap: float | None, joint: bool) 
     if not 0 <= update.weight < math.inf:
         raise ValueError(f"client {update.client} has no finite weight of at least 0")
     weight = update.weight if weight_cap is None else min(update.weight, weight_cap) / weight_cap
-    norm = norm_of(update.delta, update.extras)
+    norm = whole_norm(norm_of(update.delta, update.extras))
     if not math.isfinite(norm):
         raise ValueError(f"the update of client {update.client} holds NaN or infinity")
     if norm <= clip:

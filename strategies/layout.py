@@ -45,11 +45,14 @@ class Layout:
         """Each tensor as a view into `flat` (P,), by name: both are the same memory. ValueError if P differs."""
         if flat.shape != (self.size,):
             raise ValueError(f"this layout describes {self.size} elements, the vector has shape {tuple(flat.shape)}")
-        views, offset = {}, 0
+        return {name: flat[first:last].view(shape) for name, shape, first, last in self.places()}
+
+    def places(self) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
+        """Each tensor's name and shape, and the interval of the flat vector that it lies in."""
+        offset = 0
         for name, shape in zip(self.names, self.shapes, strict=True):
-            views[name] = flat[offset : offset + prod(shape)].view(shape)
+            yield name, shape, offset, offset + prod(shape)
             offset += prod(shape)
-        return views
 
     @property
     def rank(self) -> int:

@@ -32,6 +32,7 @@ class FedDpa(FedAvg):
     needs_lora: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
     personalises: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2403.19211"
 

@@ -23,6 +23,7 @@ class FedSaLora(FedAvg):
     needs_lora: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
     personalises: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2410.01463"
 

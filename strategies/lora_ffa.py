@@ -22,6 +22,7 @@ class FfaLora(FedAvg):
 
     kind: Literal["ffa"] = "ffa"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
     needs_lora: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2403.12313"
 

@@ -36,6 +36,7 @@ class HetLora(FedAvg):
     gamma: float = 0.99
     penalty: float = 1e-3
     needs_lora: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2401.06432"

@@ -31,6 +31,7 @@ class QFedAvg(FedAvg):
     weighting: Literal["examples", "uniform"] = "uniform"
     q: float = 1.0
     lipschitz: float | None = None
+    elementwise: ClassVar[bool] = False
     loss_before: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 1905.10497"
 

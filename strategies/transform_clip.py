@@ -32,7 +32,7 @@ class Clip:
 
     def encode(self, update: Update, got: Broadcast, memory: Memory, rng: torch.Generator) -> tuple[Update, Memory]:
         """The delta, shortened if it is too long."""
-        norm = float(torch.linalg.vector_norm(update.delta, dtype=torch.float64))
+        norm = got.whole_norm(float(torch.linalg.vector_norm(update.delta, dtype=torch.float64)))
         return (update if norm <= self.bound else replace(update, delta=update.delta * (self.bound / norm))), {}
 
     def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:

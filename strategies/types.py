@@ -3,6 +3,7 @@
 A Vector is a flat, contiguous float32 tensor (P,) on the CPU: one put, one sum, one mask.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
@@ -43,7 +44,8 @@ class Broadcast:
 
     `layout` says what lies where in the vector. `rank` is the client's own LoRA rank if ranks are mixed, filled in on
     the client: its adapters then have the scale `layout.scale_at(rank)`, and the rows of A and columns of B from `rank`
-    on must be zero and stay so. `seed` is the recipe's, for what all clients of a round must draw alike.
+    on must be zero and stay so. `seed` is the recipe's, for what all clients of a round must draw alike. `whole_norm`
+    gives a vector's L2 norm from that of the part at hand: more than that part only in a gang of ZeRO ranks.
     """
 
     round: int
@@ -52,6 +54,7 @@ class Broadcast:
     layout: Layout = NO_LAYOUT
     rank: int | None = None
     seed: int = 0
+    whole_norm: Callable[[float], float] = float
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Strategy(Protocol):
     """A federated algorithm: pure functions whose fields are its hyperparameters and its section of the recipe.
 
     FedAvg has a default for everything but its own rule; others extend it. A class says of itself what it `reads`,
-    whether it `needs_lora` and allows `mixed_ranks`, is `elementwise` (may be applied to parts of vectors), whether a
+    whether it `needs_lora` and allows `mixed_ranks`, is `elementwise` (both halves work on parts of vectors), whether a
     client `remembers`, wants its `loss_before` training, `freezes` or keeps at home a part of the
     vector, and `personalises`: gives clients models of their own.
     """

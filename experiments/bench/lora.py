@@ -26,6 +26,7 @@ from experiments.api import build_store
 from experiments.bench.results import Figure
 from experiments.config import SHIPPED, Recipe, parse_recipe
 from strategies.seeds import rng, torch_seed
+from strategies.types import ServerState
 
 WIDTH, LAYERS, CLIENTS, ROWS, LENGTH, PROCESSES = 256, 4, 40, 24, 128, 2
 TOLERANCE = 2e-5  # of the vector after a round: one flat tensor and many round differently, and AdamW amplifies it
@@ -78,7 +79,7 @@ def measure(small: bool) -> dict[str, Figure]:
         speeds = [row["value"] for row in run.metrics.to_pylist() if row["name"] == "tokens_per_s"]
         first = load_checkpoint(run.folder / "checkpoints", 1)
         bare_speeds, vector = _bare_loop(work, build_store(work), rounds)
-        assert first is not None
+        assert first is not None and isinstance(first.state, ServerState)
         apart = float((first.state.params - torch.from_numpy(vector)).abs().max())
     if not apart <= TOLERANCE:
         raise ValueError(f"after the first round the engine's and the bare loop's vectors are {apart:.2g} apart")

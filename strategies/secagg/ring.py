@@ -209,9 +209,13 @@ class Sums:
         sums = {}
         for name, start in self.starts.items():
             sums[name] = self.decode_part(name, total_L[start : start + self._entry(name).length])
+        return Totals(*self.decode_head(total_L), sums)
+
+    def decode_head(self, total_L: np.ndarray) -> tuple[int, float]:
+        """How many clients there are, and the sum of their weights, from the coordinates before the sums."""
         levels = self.weight_levels
         weight = int(total_L[1]) * self.largest_weight / levels if levels else float(total_L[0])
-        return Totals(int(total_L[0]), weight, sums)
+        return int(total_L[0]), weight
 
     def decode_part(self, name: str, total: np.ndarray) -> np.ndarray:
         """Any coordinates of one sum: float64, or int64 for whole numbers."""

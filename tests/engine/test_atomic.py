@@ -32,8 +32,8 @@ def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
 
 def test_a_folder_is_written_and_replaced_whole(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "folder"
-    write_folder(folder, {"a": b"1", "b": b"2"})
-    write_folder(folder, {"b": b"3", "c": b""})
+    write_folder(folder, {"a": b"1", "b": b"2"}.items())
+    write_folder(folder, {"b": b"3", "c": b""}.items())
     assert content(folder) == {"b": b"3", "c": b""}
     assert [path.name for path in folder.parent.iterdir()] == ["folder"]
 
@@ -49,16 +49,16 @@ def test_a_file_that_cannot_be_moved_leaves_what_was_there(tmp_path: Path, monke
 
 def test_a_file_of_a_folder_that_fails_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        write_folder(tmp_path / "folder", {"a": b"1", "b": None})  # type: ignore[dict-item]
+        write_folder(tmp_path / "folder", {"a": b"1", "b": None}.items())  # type: ignore[dict-item]
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_moved_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "folder"
-    write_folder(folder, {"a": b"old"})
+    write_folder(folder, {"a": b"old"}.items())
     fail_at(monkeypatch, folder)
     with pytest.raises(OSError, match="No space"):
-        write_folder(folder, {"a": b"new"})
+        write_folder(folder, {"a": b"new"}.items())
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert content(folder) == {"a": b"old"}

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from engine.evaluate import ClientLoss, client_loss, drawn_rows, generate, mean_loss
+from engine.evaluate import ClientLoss, client_loss, continuations, drawn_rows, mean_loss
 from engine.settings import Evaluate, Federation, Lora
 from engine.train import LocalTrainer
 
@@ -79,11 +80,15 @@ def test_nothing_is_dropped_out(federation: Federation, make_trainer: MakeTraine
     assert found[0] == found[1]
 
 
+def generate(trainer: LocalTrainer, tokenizer: Any, prompts: list[str], tokens: int) -> list[str]:
+    return continuations(trainer.trainable.network, trainer.pad, trainer.device, tokenizer, prompts, tokens)
+
+
 def test_greedy_continuations(federation: Federation, make_trainer: MakeTrainer, tokenizer: object) -> None:
     trainer = make_trainer(federation)
     prompts = ["count: ", "one and two "]
-    texts = generate(trainer, tokenizer, prompts, 6)  # type: ignore[arg-type]
-    assert texts == [generate(trainer, tokenizer, [prompt], 6)[0] for prompt in prompts]  # type: ignore[arg-type]
+    texts = generate(trainer, tokenizer, prompts, 6)
+    assert texts == [generate(trainer, tokenizer, [prompt], 6)[0] for prompt in prompts]
     assert not any(text.startswith(prompt.strip()) for text, prompt in zip(texts, prompts, strict=True))
 
 

@@ -1,7 +1,7 @@
 import pytest
 
+from engine.fitting import slots_that_fit
 from engine.settings import Clients
-from engine.slots import slots_that_fit
 
 
 @pytest.mark.parametrize(

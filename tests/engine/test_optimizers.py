@@ -31,17 +31,17 @@ def stepped(optimizer: torch.optim.Optimizer, start: torch.Tensor, grads: list[t
 
 @pytest.mark.parametrize("settings", EACH, ids=IDS)
 def test_a_reset_optimizer_is_a_new_one(settings: AdamW | Sgd | TorchOptimizer) -> None:
-    used = make_optimizer(flat(), settings)
+    used = make_optimizer([flat()], settings)
     stepped(used, flat().detach(), GRADS)
     reset(used)
-    again, fresh = (stepped(o, flat().detach(), GRADS) for o in (used, make_optimizer(flat(), settings)))
+    again, fresh = (stepped(o, flat().detach(), GRADS) for o in (used, make_optimizer([flat()], settings)))
     assert torch.equal(again, fresh)
 
 
 @pytest.mark.parametrize("settings", EACH, ids=IDS)
 def test_a_client_goes_on_where_its_state_was_kept(settings: AdamW | Sgd | TorchOptimizer) -> None:
-    through = stepped(make_optimizer(flat(), settings), flat().detach(), GRADS)
-    slot = make_optimizer(flat(), settings)
+    through = stepped(make_optimizer([flat()], settings), flat().detach(), GRADS)
+    slot = make_optimizer([flat()], settings)
     halfway = stepped(slot, flat().detach(), GRADS[:1])
     memory = kept(slot)
     reset(slot)
@@ -53,7 +53,7 @@ def test_a_client_goes_on_where_its_state_was_kept(settings: AdamW | Sgd | Torch
 
 
 def test_without_a_kept_state_a_client_starts_anew() -> None:
-    slot = make_optimizer(flat(), AdamW(lr=0.1))
+    slot = make_optimizer([flat()], AdamW(lr=0.1))
     first = stepped(slot, flat().detach(), GRADS)
     restore(slot, {})
     assert torch.equal(stepped(slot, flat().detach(), GRADS), first)
@@ -61,4 +61,4 @@ def test_without_a_kept_state_a_client_starts_anew() -> None:
 
 def test_what_torch_refuses_is_said() -> None:
     with pytest.raises(ValueError, match=r"torch\.optim\.RAdam refuses its options: "):
-        make_optimizer(flat(), TorchOptimizer(name="RAdam", options={"eps": -1.0}))
+        make_optimizer([flat()], TorchOptimizer(name="RAdam", options={"eps": -1.0}))

@@ -1,0 +1,299 @@
+"""A gang: ranks that are one slot together, in one placement group, with one DeepSpeed engine for the gang's life.
+
+The driver talks to the first rank as it talks to a ClientActor; that rank lets the others do the same with their own
+shards, which it never sees. What follows from one rank's death or silence is the gang's end: collectives fail, or run
+into their timeout, and the pool makes a new gang.
+"""
+
+import math
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+import transformers
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from datasets_partition.tokens import Tokens
+from engine.client import DOWN, FLOAT_BYTES, UP, Place
+from engine.evaluate import ClientLoss, drawn_rows
+from engine.export import Sharded, sharded_files
+from engine.gang_secure import SecureGang, SecureRank, aggregate_of
+from engine.lost import GangLost
+from engine.meeting import meet
+from engine.memory import ClientMemory
+from engine.model import load_tokenizer
+from engine.objectives.sft import Sft
+from engine.rows import Parts, find_tokens, receive_tokens, token_columns
+from engine.settings import Federation
+from engine.spending import noisy
+from engine.sums import LIMIT, ExactSum, NonFiniteUpdate, PartialSum, finite_bound
+from engine.wire import (
+    Report,
+    Sent,
+    WireAggregate,
+    WireState,
+    borrow,
+    state_from_wire,
+    state_to_wire,
+)
+from strategies.dp_central import CentralPlan
+from strategies.layout import Layout
+from strategies.partition import Partition
+from strategies.seeds import torch_seed
+from strategies.transforms import encode
+from strategies.types import Update
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the server's part of a round needs beside the sums: how many clients there are, and its noise."""
+
+    population: int
+    plan: CentralPlan | None
+    clip: float
+
+
+class Rank(SecureRank):
+    """One process of a gang."""
+
+    def __init__(self, federation: Federation, memory: Path, rank: int) -> None:
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(federation.clients.threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        assert federation.clients.zero is not None
+        self.federation, self.zero, self.rank = federation, federation.clients.zero, rank
+        self.memory_root, self.memory = memory, ClientMemory(memory / f"shard-{rank}")
+        self.sum = ExactSum()
+        self.failure: str | None = None
+        self.socket: socket.socket | None = None
+        self.on_gpu = federation.clients.num_gpus > 0 and torch.cuda.is_available()
+
+    def place(self) -> Place:
+        """Where Ray put this rank."""
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids().get("GPU", [])
+        return Place(context.get_node_id(), gpus[0] if self.on_gpu else None)
+
+    def find_tokens(self, tokens: Path) -> Path | None:
+        """Where this rank's node sees the token columns, if it does."""
+        return find_tokens(tokens)
+
+    def receive_tokens(self, tokens: Path, parts: Parts) -> Path:
+        """Keeps a copy of the token columns on this rank's node; returns its folder."""
+        return receive_tokens(tokens, parts)
+
+    def refuse_lost_memory(self) -> None:
+        """Raises ValueError if clients remember, and this rank's node does not see the folder where they do."""
+        if self.federation.remembers and not self.memory_root.is_dir():
+            raise ValueError(
+                f"clients remember from round to round in {self.memory_root}, which is not seen on the node "
+                f"{ray.util.get_node_ip_address()}: put --out on a disk that all nodes share"
+            )
+
+    def form(self, address: str, port: int, tokens: Path) -> tuple[Layout, Partition]:
+        """Meets the other ranks at the first one's address and makes the model and its engine with them."""
+        if not dist.is_initialized():
+            meet(self.rank, self.zero, address, port, self.socket, gpu=self.on_gpu)
+        # Deepspeed chooses its accelerator when it is imported, and takes seconds for it.
+        from engine.zero import ZeroTrainer
+        from engine.zero_model import zero_model
+
+        federation = self.federation
+        self.tokenizer = load_tokenizer(federation.model)
+        assert isinstance(self.tokenizer.pad_token_id, int)
+        network = zero_model(federation.model, self.zero, torch_seed(federation.seed, 0, -1, "initial"), self.rank)
+        objective = Sft(federation.train.max_length)
+        self.trainer = ZeroTrainer(
+            network, objective, self.tokenizer.pad_token_id, federation.model, self.zero, federation.train
+        )
+        self.initial_S = self.trainer.weights().cpu()
+        self.tokens = Tokens.open(tokens)
+        self.largest = int(self.tokens.counts("train").max())
+        return self.trainer.layout, self.trainer.partition
+
+    def initial(self) -> WireState:
+        """The shard of the state before the first round."""
+        return state_to_wire(self.federation.strategy.init(self.initial_S, self.trainer.layout))
+
+    def serve(self, wire: WireState, round_: int, served: Served, *partials: PartialSum | WireAggregate) -> WireState:
+        """The server's part of a round for one shard: the sum over all slots, noise, then the rule."""
+        state = state_from_wire(wire, round_, self.federation.seed, served.population)
+        aggregate = aggregate_of(partials)
+        if served.plan is not None:
+            shard = Layout(("shard",), ((len(wire.params),),))
+            aggregate, _ = noisy(aggregate, served.plan, served.clip, self.federation, shard, round_, self.rank)
+        assert aggregate is not None
+        return state_to_wire(self.federation.strategy.apply(state, aggregate))
+
+    def train_own(self, chunk: list[int], sent: Sent) -> list[Report]:
+        """What this rank does in training a chunk of clients one after another, and adding them up."""
+        reports = []
+        for client in chunk:
+            report, update = self.trained(client, sent)
+            if update is not None:
+                self.sum.add(update)
+            reports.append(report)
+        return reports
+
+    def trained(self, client: int, sent: Sent) -> tuple[Report, Update | None]:
+        """Trains a client: its report, the same in all ranks, and this rank's shard of its update."""
+        federation, rows = self.federation, self.tokens.rows(client, "train")
+        state = state_from_wire(ray.get(sent.parts[self.rank]), sent.round, federation.seed)
+        got = replace(federation.strategy.broadcast(state), whole_norm=self._whole_norm)
+        memory = self.memory.read(client, got.round) if federation.remembers else {}
+        down, up = (self.summed(floats * FLOAT_BYTES) for floats in federation.strategy.floats(got))
+        traffic = {DOWN: down, UP: up}
+        try:
+            update, after = self.trainer.update(client, rows, rows.num_rows / self.largest, got, memory, federation)
+            self._refuse_useless(update, [*after.values()])
+        except NonFiniteUpdate as error:
+            return Report(client, traffic, failed=str(error)), None
+        update, _ = encode(federation.transforms, update, got, {})
+        if sent.dp is not None:
+            update = sent.dp.encode(update, sent.clip, self._whole_norm)
+        if federation.remembers:
+            self.memory.write(client, got.round + 1, after, sent.oldest)
+        update = replace(update, metrics=update.metrics | traffic)
+        return Report(client, update.metrics), update
+
+    def _whole_norm(self, norm: float) -> float:
+        """The L2 norm of a vector from that of its shard here; all ranks ask at once."""
+        return math.sqrt(self.summed(norm * norm))
+
+    def summed(self, value: float) -> float:
+        """The sum over all ranks."""
+        return self.trainer.summed(value)
+
+    def _refuse_useless(self, update: Update, remembered: Sequence[torch.Tensor]) -> None:
+        """NonFiniteUpdate on all ranks if one of them has an update, or a memory, that no sum can use."""
+        try:
+            bound = finite_bound(update)
+            if not all(tensor.isfinite().all() for tensor in remembered):
+                bound = float("nan")
+        except NonFiniteUpdate:
+            bound = float("nan")
+        bounds = torch.tensor([bound], dtype=torch.float64, device=self.trainer.device)
+        gathered = [torch.empty_like(bounds) for _ in range(self.zero.ranks)]
+        dist.all_gather(gathered, bounds)
+        largest = torch.cat(gathered).max().item()
+        if not np.isfinite(largest):
+            raise NonFiniteUpdate("its update, or what it would remember, holds NaN or infinity")
+        if largest >= LIMIT:
+            raise NonFiniteUpdate(f"its update reaches {largest:.3g}, beyond the exact sum's range of {LIMIT:.3g}")
+
+    def close_round(self) -> tuple[int, PartialSum]:
+        """The number of clients since the last close, and this rank's shard of their sum, which stays in the store."""
+        partial = self.sum.close()
+        return partial.count, partial
+
+    def evaluate_own(self, chunk: list[int], sent: Sent, limit: int) -> list[ClientLoss]:
+        """What this rank does in judging at most `limit` held-out rows of each client; losses are of all ranks."""
+        self._become(sent)
+        losses = []
+        for client in chunk:
+            rows, evaluate = self.tokens.rows(client, "heldout"), replace(self.federation.evaluate, rows=limit)
+            picked = drawn_rows(rows.num_rows, client, evaluate, self.federation.seed)
+            nll, learnt = self.trainer.nll(rows.take(picked), evaluate.batch)
+            losses.append(ClientLoss(client, nll, learnt, len(picked)))
+        return losses
+
+    def generate_own(self, sent: Sent, prompts: list[str], tokens: int) -> list[str]:
+        """Greedy continuations, one per prompt; all ranks generate the same."""
+        self._become(sent)
+        return self.trainer.generate(self.tokenizer, prompts, tokens)
+
+    def _become(self, sent: Sent) -> None:
+        self.trainer.become(borrow(ray.get(sent.parts[self.rank]).params))
+
+    def follow(self, leader: Any, method: str, *arguments: Any) -> None:
+        """Does what the first rank does at the same time; what is not the recipe's fault ends the first rank too.
+
+        It may be stopped, or wait for this rank in a collective, and then nobody else would tell the pool.
+        """
+        try:
+            getattr(self, method)(*arguments)
+        except ValueError:
+            raise
+        except Exception as error:
+            self.failure = str(error)
+            ray.kill(leader)
+            raise
+
+    def why(self) -> str | None:
+        """What made this rank fail, if it did."""
+        return self.failure
+
+
+class Gang(Rank, SecureGang):
+    """The first rank: the slot that the driver knows."""
+
+    def __init__(self, federation: Federation, memory: Path, rank: int) -> None:
+        Rank.__init__(self, federation, memory, rank)
+        SecureGang.__init__(self)
+
+    def lead(self, followers: list[Any]) -> None:
+        """Takes the handles of the other ranks."""
+        self.followers = followers
+
+    def tokenize(self, store: Path, shared: str | None) -> Path:
+        """Makes or finds the store's token columns, in `shared` too; returns their folder."""
+        return token_columns(store, self.federation, shared)
+
+    def attach(self, tokens: list[Path]) -> tuple[Layout, Partition]:
+        """Forms the gang, each rank with its node's token columns; returns what lies where in vectors and shards."""
+        address = ray.util.get_node_ip_address()
+        self.socket = socket.create_server((address, 0))
+        port = self.socket.getsockname()[1]
+        found: tuple[Layout, Partition] = self._all("form", [(address, port, path) for path in tokens])
+        self.partition = found[1]
+        return found
+
+    def base_bytes(self) -> int:
+        """The size of the base's weights, of all ranks together."""
+        return self.trainer.nbytes
+
+    def run(self, chunk: list[int], sent: Sent) -> list[Report]:
+        """Trains the chunk's clients one after another; each rank adds its shards to its own sum."""
+        reports: list[Report] = self.everywhere("train_own", chunk, sent)
+        return reports
+
+    def evaluate(self, chunk: list[int], sent: Sent, limit: int) -> list[ClientLoss]:
+        """Losses of the vector on at most `limit` held-out rows of each of the chunk's clients."""
+        losses: list[ClientLoss] = self.everywhere("evaluate_own", chunk, sent, limit)
+        return losses
+
+    def generate(self, sent: Sent, prompts: list[str], tokens: int) -> list[str]:
+        """Greedy continuations by the vector, one per prompt."""
+        texts: list[str] = self.everywhere("generate_own", sent, prompts, tokens)
+        return texts
+
+    def export(self, sent: Sent, card: str) -> Iterator[tuple[str, bytes]]:
+        """The files of the model folder, one after another; the shards stay mapped from the object store."""
+        trainer, shards = self.trainer, [borrow(ray.get(part).params) for part in sent.parts]
+        vector = Sharded(trainer.layout, partial(trainer.partition.read, shards))
+        yield from sharded_files(trainer.network, vector, self.federation.model, self.tokenizer, card)
+
+    def everywhere(self, method: str, *arguments: Any) -> Any:
+        """What this rank answers when all do the same."""
+        return self._all(method, [arguments] * self.zero.ranks)
+
+    def _all(self, method: str, arguments: list[tuple[Any, ...]]) -> Any:
+        """What this rank answers when all do the same, each with its own arguments; GangLost when one cannot."""
+        others = zip(self.followers, arguments[1:], strict=True)
+        own = ray.get_runtime_context().current_actor
+        followed = [follower.follow.remote(own, method, *mine) for follower, mine in others]
+        try:
+            answer = getattr(self, method)(*arguments[0])
+            ray.get(followed, timeout=self.zero.timeout_s)
+        except (RuntimeError, RayActorError, GetTimeoutError) as error:
+            if isinstance(error, ValueError):  # of another rank: what the user can mend
+                raise
+            raise GangLost(f"a rank of a gang failed: {error}") from None
+        return answer

@@ -1,0 +1,163 @@
+"""The pool where each slot is a gang: placed all or nothing, and made whole again when it loses a rank."""
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from engine.client import Place
+from engine.fitting import asked_or_fitting, slots_that_fit
+from engine.gang import Gang, Rank, Served
+from engine.lost import LOST, GangLost
+from engine.meeting import rank_environment
+from engine.rows import put_tokens
+from engine.settings import Federation
+from engine.slots import Reference, Slots, Start
+from engine.wire import ShardedState, ShardTotals
+from strategies.partition import Partition
+from strategies.secagg.masks import Masks
+from strategies.secagg.ring import Sums
+
+WHY_S = 2.0
+
+
+class Gangs(Slots):
+    """All gangs of a run."""
+
+    def __init__(self, federation: Federation, memory: Path) -> None:
+        assert federation.clients.zero is not None
+        self.zero = federation.clients.zero
+        self.groups: dict[int, PlacementGroup] = {}
+        self.ranks: dict[int, list[Any]] = {}
+        super().__init__(federation, memory)
+
+    def _count(self, nodes: list[dict[str, float]]) -> int:
+        clients, ranks = self.federation.clients, self.zero.ranks
+        fit = slots_that_fit(clients, nodes) // ranks
+        if fit == 0:
+            has = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+            raise ValueError(
+                f"a gang needs {ranks} ranks of {clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs each, but all "
+                f"nodes together have {has['CPU']:g} CPUs and {has['GPU']:g} GPUs: lower clients.zero.ranks, "
+                f"clients.num_cpus or clients.num_gpus"
+            )
+        return asked_or_fitting(clients, fit)
+
+    def _spawn(self, slot: int) -> Any:
+        """A gang in the place of `slot`; of what was there before nothing is left."""
+        clients = self.federation.clients
+        if slot in self.groups:
+            remove_placement_group(self.groups[slot])  # Ray ends what runs in it, stopped or not
+        bundle = {"CPU": clients.num_cpus, "GPU": clients.num_gpus}
+        bundle = {name: share for name, share in bundle.items() if share}
+        self.groups[slot] = placement_group([bundle] * self.zero.ranks, strategy="PACK")
+        self.ranks[slot] = [
+            ray.remote(Rank if rank else Gang)
+            .options(
+                num_cpus=clients.num_cpus,
+                num_gpus=clients.num_gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.groups[slot], rank),
+                runtime_env={"env_vars": rank_environment(self.federation)},
+            )
+            .remote(self.federation, self.memory, rank)
+            for rank in range(self.zero.ranks)
+        ]
+        leader, *followers = self.ranks[slot]
+        leader.lead.remote(followers)
+        return leader
+
+    def replace(self, slot: int, error: Exception) -> None:
+        """As the pool of slots does; where another rank than the first failed, it knows better why."""
+        for rank in self.ranks[slot][1:]:
+            with suppress(RayActorError, GetTimeoutError):
+                why = ray.get(rank.why.remote(), timeout=WHY_S)
+                error = error if why is None else GangLost(f"a rank of a gang failed: {why}")
+        super().replace(slot, error)
+
+    def _reader(self, places: list[Place]) -> Any:
+        """The first gang: what it reads is the rows alone, since each gang reads the base by itself."""
+        return self.actors[0]
+
+    def _read_base(self, reader: Any) -> int:
+        return 0
+
+    def _attach(self, slot: int) -> Reference:
+        found = []
+        for rank in self.ranks[slot]:
+            tokens = ray.get(rank.find_tokens.remote(self.tokens))
+            if tokens is None:
+                self.parts = self.parts or put_tokens(self.tokens)
+                tokens = ray.get(rank.receive_tokens.remote(self.tokens, self.parts))
+            found.append(tokens)
+        return self.actors[slot].attach.remote(found)
+
+    def _restore(self, slot: int) -> None:
+        """A gang holds no weights that a rule would have changed."""
+
+    def _started(self, store: Path, shared: str | None, places: list[Place]) -> Start:
+        start = super()._started(store, shared, places)
+        assert isinstance(start.initial, Partition)
+        self.partition = start.initial
+        return replace(start, base_bytes=ray.get(self.actors[0].base_bytes.remote()))
+
+    def initial(self) -> ShardedState:
+        """The state before the first round."""
+        return ShardedState(0, tuple(rank.initial.remote() for rank in self.ranks[0]))
+
+    def serve(self, state: ShardedState, served: Served, sums: list[tuple[Reference, ...]]) -> ShardedState:
+        """The next state: each shard in a rank of the first gang, from that shard of all gangs' sums."""
+        self.deaths = 0
+        while True:
+            parts = tuple(
+                rank.serve.remote(part, state.round, served, *shards)
+                for rank, part, *shards in zip(self.ranks[0], state.parts, *sums, strict=True)
+            )
+            try:
+                ray.wait(list(parts), num_returns=len(parts), fetch_local=False)
+                ray.get([rank.place.remote() for rank in self.ranks[0]])
+                return ShardedState(state.round + 1, parts)
+            except LOST as error:
+                self.replace(0, error)
+
+    def held(self, sums: Sums) -> int:
+        """The head: ranks hold the rest."""
+        return len(sums.encode_head(1.0))
+
+    def masked_shards(self, slot: int) -> list[Reference]:
+        """References to the ranks' shards of a gang's masked vector, once all of them are there."""
+        given = [rank.masked_shard.options(num_returns=2).remote() for rank in self.ranks[slot]]
+        ray.get([there for there, _ in given])
+        return [shard for _, shard in given]
+
+    def unmasked(self, sums: Sums, total_L: np.ndarray, removals: Masks, shards: list[Any]) -> ShardTotals:
+        """What the server learns: each shard of it in a rank of the first gang, the figures here."""
+        totals = sums.decode_head(total_L)
+        while True:
+            given = [
+                rank.unmask_own.options(num_returns=2).remote(sums, removals, *totals, *mine)
+                for rank, *mine in zip(self.ranks[0], *shards, strict=True)
+            ]
+            try:
+                figures: dict[str, float] = ray.get(given[0][0])
+                ray.get([there for there, _ in given[1:]])
+                return ShardTotals(*totals, tuple(part for _, part in given), figures)
+            except LOST as error:
+                self.replace(0, error)
+
+    def _close(self, slot: int) -> Any:
+        return [rank.close_round.options(num_returns=2).remote() for rank in self.ranks[slot]]
+
+    def _closed(self, closing: Any) -> Any:
+        ray.get([count for count, _ in closing])
+        return tuple(shard for _, shard in closing)
+
+    def stop(self) -> None:
+        """Ends all gangs."""
+        for group in self.groups.values():
+            remove_placement_group(group)

@@ -1,0 +1,43 @@
+"""How the ranks of a gang find each other: nothing listens on more than the one address of the first rank's node."""
+
+import socket
+import sys
+from datetime import timedelta
+from typing import Any
+
+import ray
+import torch.distributed as dist
+
+from engine.settings import Federation, Zero
+
+LOOPBACK = "127."
+
+
+def meet(rank: int, zero: Zero, address: str, port: int, listening: socket.socket | None, *, gpu: bool) -> None:
+    """Joins the process group; the first rank brings the socket that listens at `address`.
+
+    A silent rank makes the others' collectives fail after `zero.timeout_s`.
+    """
+    import deepspeed  # takes seconds, and chooses its accelerator then
+
+    timeout = timedelta(seconds=zero.timeout_s)
+    # Of its own the store would listen on all addresses.
+    own: dict[str, Any] = {} if listening is None else {"master_listen_fd": listening.detach()}
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # as torch's documentation names it
+        address, port, zero.ranks, is_master=rank == 0, timeout=timeout, **own
+    )
+    backend = "nccl" if gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=zero.ranks, timeout=timeout)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would need a compiler, and is of no use here
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
+
+
+def rank_environment(federation: Federation) -> dict[str, str]:
+    """What a rank's process must find in its environment when it starts."""
+    # Ray shows a rank its own devices alone. The heap would keep what loading a model has freed.
+    found = {"LOCAL_RANK": "0", "MALLOC_MMAP_THRESHOLD_": "262144"}
+    if federation.clients.num_gpus == 0:
+        found["DS_ACCELERATOR"] = "cpu"
+    if ray.util.get_node_ip_address().startswith(LOOPBACK):
+        found["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    return found

@@ -1,0 +1,96 @@
+"""A rank's shard of a ring vector: encoded, added up, masked and unmasked at its own place, never with the rest.
+
+The head (how many clients, and their weight) is the first rank's part and travels by itself; the clients' figures are
+in the first rank's shard. Legend: S ring coordinates of the shard.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.ring import FIGURES
+from engine.settings import Federation
+from engine.wire import WireAggregate
+from strategies.partition import Partition
+from strategies.secagg.masks import Masks, wrap
+from strategies.secagg.ring import Sums
+from strategies.seeds import rng
+from strategies.types import Update
+
+
+@dataclass(frozen=True)
+class RingShard:
+    """Which coordinates of a session's ring vector are a rank's, and what of its clients they sum to."""
+
+    sums: Sums
+    partition: Partition
+    rank: int
+    total_S: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        length = sum(last - first for _, first, last in self._pieces())
+        object.__setattr__(self, "total_S", np.zeros(length, np.uint32))
+
+    def _pieces(self) -> Iterator[tuple[str, int, int]]:
+        """Each sum's intervals that are this rank's, within the sum."""
+        for entry in self.sums.sums:
+            if entry.name not in FIGURES:
+                yield from ((entry.name, first, last) for first, last in self.partition.parts[self.rank])
+            elif self.rank == 0:
+                yield entry.name, 0, entry.length
+
+    def _places(self, values_S: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Each piece's sum and first coordinate in it, and its view into a vector of the shard."""
+        offset = 0
+        for name, first, last in self._pieces():
+            yield name, first, values_S[offset : offset + last - first]
+            offset += last - first
+
+    def add(self, update: Update, figures: Mapping[str, float], federation: Federation, round_: int) -> None:
+        """Adds a client's shard of its update, and its figures; rounding is that of the whole vector."""
+        values = {"delta": update.delta, **update.extras}
+        flat = {name: vector.numpy() for name, vector in values.items()}
+        flat |= {name: np.array([figure]) for name, figure in figures.items()}
+        draws, taken = rng(federation.seed, round_, update.client, "rounding"), dict.fromkeys(flat, 0)
+        for name, first, total in self._places(self.total_S):
+            own = flat[name][taken[name] : taken[name] + len(total)]
+            taken[name] += len(total)
+            total += self.sums.encode_part(name, own, update.weight, draws, first)
+
+    def beyond(self, update: Update) -> int:
+        """How many coordinates of the update a sum's bound cuts."""
+        limits = {entry.name: entry.bound for entry in self.sums.sums}
+        values = {"delta": update.delta, **update.extras}
+        return sum(int((value.abs() > limits[name]).sum()) for name, value in values.items())
+
+    def masked(self, masks: list[Masks]) -> np.ndarray:
+        """The sum (S,) under all these masks."""
+        masked_S = self.total_S.copy()
+        wrap(masked_S, self.sums.bits)
+        for mask in masks:
+            self._apply(mask, masked_S)
+        return masked_S
+
+    def unmasked(
+        self, masked: list[np.ndarray], removals: Masks, count: int, weight: float
+    ) -> tuple[dict[str, float], WireAggregate]:
+        """The server's part: the figures that are in this shard, and the shard of the sums, of all slots' vectors."""
+        total_S = masked[0].copy()  # what comes out of the object store is read-only
+        for other_S in masked[1:]:
+            total_S += other_S
+        self._apply(removals, total_S)
+        figures: dict[str, float] = {}
+        found: dict[str, list[np.ndarray]] = {}
+        for name, _, piece in self._places(total_S):
+            values = self.sums.decode_part(name, piece)
+            if name in FIGURES:
+                figures[name] = float(values[0])
+            else:
+                found.setdefault(name, []).append(values.astype(np.float32))
+        whole = {name: np.concatenate(parts) for name, parts in found.items()}
+        return figures, WireAggregate(weight, whole.pop("delta"), whole, count)
+
+    def _apply(self, masks: Masks, values_S: np.ndarray) -> None:
+        for name, first, piece in self._places(values_S):
+            masks.apply(piece, self.sums.starts[name] + first)

@@ -1,0 +1,219 @@
+"""`fedpost plan`: what a recipe takes of memory and of Ray's object store, and what fits, without running it.
+
+Parameters are counted on the meta device, activations by a forward pass there: a configuration is enough, no weights.
+Legend: P trained parameters.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM
+
+from engine.model import causal_config, with_adapters
+from engine.settings import Lora, Model, Zero
+from engine.train_settings import AdamW, Sgd
+from engine.zero_limits import BUCKET, LIVE
+from experiments.bench.results import in_fresh_process, memory
+from experiments.config import Recipe
+
+GIB, FLOAT, GRID = 2**30, 4, 8
+SPARE = 0.9  # of a device's memory is counted on
+MOST_RANKS = 1024
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of the model, of what is trained, and of its largest tensor; bytes of an element and of activations.
+
+    `activations` are what the backward pass needs of one row of the recipe's length, `logits` what its loss needs.
+    """
+
+    parameters: int
+    trained: int
+    largest: int
+    itemsize: int
+    activations: int
+    logits: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one process takes: a slot's, or a rank's."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    updates: float
+    process: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(vars(self).values()))
+
+
+def sizes(model: Model, max_length: int) -> Sizes:
+    """Counts a model from its configuration alone; ValueError when there is none."""
+    config = causal_config(model)
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(not isinstance(model.peft, Lora))
+        network = with_adapters(base, model) if isinstance(model.peft, Lora) else base
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    known = {id(parameter) for parameter in network.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in known and (tensor._base is None or id(tensor._base) not in known):
+            storage = tensor.untyped_storage()
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    ids_BT = torch.zeros((1, max_length), dtype=torch.long, device="meta")
+    # A mask that is made already: transformers would look into one that it makes, and meta tensors hold nothing.
+    mask_B1TT = torch.zeros((1, 1, max_length, max_length), dtype=dtype, device="meta")
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = network.train()(input_ids=ids_BT, attention_mask=mask_B1TT, use_cache=False).logits
+    largest = max(parameter.numel() for parameter in network.parameters())
+    return Sizes(
+        sum(parameter.numel() for parameter in network.parameters()),
+        sum(parameter.numel() for parameter in trained),
+        largest,
+        dtype.itemsize,
+        sum(saved.values()),
+        3 * prod(logits.shape) * FLOAT,
+    )
+
+
+def slot_need(found: Sizes, recipe: Recipe, process: float) -> Need:
+    """A plain slot: the base is mapped, and what is trained is one float32 vector with its gradient."""
+    trained = found.trained * FLOAT
+    return Need(
+        found.parameters * found.itemsize + 2 * trained,  # the vector, and the one that the federation starts from
+        trained,
+        _moments(recipe) * trained,
+        (found.activations + found.logits) * recipe.train.batch,
+        found.trained * (3 * FLOAT + GRID),  # start, end, change, and the sum
+        process,
+    )
+
+
+def rank_need(found: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need:
+    """A rank of a gang: ZeRO (arXiv 1910.02054) cuts optimizer (1), gradients (2) and weights (3) over the ranks."""
+    ranks, trained = zero.ranks, found.trained * FLOAT
+    masters = 0.0 if zero.stage == 3 and found.itemsize == FLOAT else trained / ranks
+    weights = found.parameters * found.itemsize / (ranks if zero.stage == 3 else 1) + masters
+    if zero.stage == 3:
+        weights += (found.largest + LIVE) * found.itemsize
+    gradients = (trained if zero.stage == 1 else trained / ranks) + min(BUCKET, found.trained) * FLOAT
+    rows = -(-recipe.train.batch // ranks)
+    kept = found.activations / 4 if zero.checkpointing else found.activations
+    return Need(
+        weights,
+        gradients + trained / ranks,  # deepspeed's, and a flat copy for the optimizer
+        _moments(recipe) * trained / ranks,
+        (kept + found.logits) * rows,
+        found.trained * (3 * FLOAT + GRID) / ranks,
+        process,
+    )
+
+
+def _moments(recipe: Recipe) -> int:
+    """Vectors of the local optimizer's state."""
+    optimizer = recipe.train.optimizer
+    if isinstance(optimizer, AdamW):
+        return 2
+    return int(optimizer.momentum > 0) if isinstance(optimizer, Sgd) else 2
+
+
+def smallest(found: Sizes, recipe: Recipe, device: float, process: float) -> Zero | None:
+    """The fewest ranks, and then the lowest stage, of a gang that fits the device; None where none does."""
+    ranks = 1
+    while ranks <= MOST_RANKS:
+        for stage in (1, 2, 3):
+            zero = Zero(stage=stage, ranks=ranks)
+            if rank_need(found, recipe, zero, process).total <= SPARE * device:
+                return zero
+        ranks *= 2
+    return None
+
+
+def process_bytes(gang: bool) -> float:
+    """What a slot's process takes before it has a model, measured in one."""
+    measured: float = in_fresh_process(_imported, gang)
+    return measured * 2**20
+
+
+def _imported(gang: bool) -> float:
+    import engine.client  # noqa: F401
+
+    if gang:
+        import deepspeed  # noqa: F401
+    return memory().get("VmRSS", 0.0)
+
+
+def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
+    """Prints the plan for devices of `device_gib`; whether the recipe fits."""
+    console = Console(highlight=False)
+    found = sizes(recipe.model, recipe.train.max_length)
+    zero = recipe.clients.zero
+    device = (device_gib or _this_machine()) * GIB
+    plain, gang = process_bytes(False), process_bytes(True)
+    console.print(
+        f"{found.parameters:,} parameters of {found.itemsize} bytes, {found.trained:,} of them trained; "
+        f"devices of {device / GIB:,.1f} GiB, {SPARE:.0%} of it counted on"
+    )
+    table = Table(
+        "a process of", "weights", "gradients", "optimizer", "activations", "updates", "itself", "GiB", "fits"
+    )
+    for name, need in _needs(found, recipe, plain, gang):
+        amounts = [f"{value / GIB:,.2f}" for value in (*vars(need).values(), need.total)]
+        table.add_row(name, *amounts, "yes" if need.total <= SPARE * device else "no")
+    console.print(table)
+    own = slot_need(found, recipe, plain) if zero is None else rank_need(found, recipe, zero, gang)
+    slots = 1 if recipe.clients.slots == "auto" else recipe.clients.slots
+    moved = found.trained * (FLOAT + GRID * slots)
+    base = found.parameters * found.itemsize if zero is None or zero.from_rows else 0
+    console.print(
+        f"object store: {moved / GIB:,.3f} GiB a round with {slots} slots, P (4 + 8 slots)"
+        + (f", and the base's {base / GIB:,.3f} GiB once" if base else "")
+    )
+    on_device = 1 if recipe.clients.num_gpus >= 1 else max(1, -(-slots // max(1, devices)))
+    whole = own.total * (on_device if zero is None else zero.ranks * slots / max(1, devices))
+    if zero is None:  # the slots of a device share the base
+        whole -= (on_device - 1) * found.parameters * found.itemsize
+    fits = whole <= SPARE * device
+    console.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {_fitting(fits)}")
+    least = smallest(found, recipe, device, gang)
+    console.print(
+        "no gang of up to 1,024 ranks fits such a device"
+        if least is None
+        else f"smallest gang, a device for each rank: clients.zero = {{ stage = {least.stage}, ranks = {least.ranks} }}"
+    )
+    return fits
+
+
+def _fitting(fits: bool) -> str:
+    return "it fits" if fits else "it does not fit"
+
+
+def _needs(found: Sizes, recipe: Recipe, plain: float, gang: float) -> Iterator[tuple[str, Need]]:
+    zero = recipe.clients.zero or Zero()
+    yield "a plain slot", slot_need(found, recipe, plain)
+    for stage in (1, 2, 3):
+        cut = replace(zero, stage=stage)
+        yield f"stage {stage}, {zero.ranks} ranks", rank_need(found, recipe, cut, gang)
+
+
+def _this_machine() -> float:
+    """The memory of the first GPU, or else of this machine, in GiB."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory) / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB

@@ -1,0 +1,107 @@
+"""Gangs of DeepSpeed ranks: each client as if it were the first, and as one process trains it."""
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from datasets_partition.build import build
+from datasets_partition.tokens import Tokens
+from engine.gangs import Gangs
+from engine.model import Trainable, map_base, read_base
+from engine.objectives.sft import Sft
+from engine.sums import STEP
+from engine.train import LocalTrainer
+from engine.wire import Sent
+from strategies.seeds import torch_seed
+from strategies.types import Broadcast
+
+FIRST, SECOND = 3, 6  # clients
+CASES = [(stage, peft, optimizer) for stage in (1, 2, 3) for peft in ("lora", "none") for optimizer in ("adamw", "sgd")]
+OPTIMIZERS = {
+    "adamw": "train.optimizer={kind='adamw', lr=1e-2, eps=1e-6}",
+    "sgd": "train.optimizer={kind='sgd', lr=0.1, momentum=0.9}",
+}
+
+
+def changes(stage, peft="lora", optimizer="adamw", ranks=2):
+    """A recipe's changes for gangs."""
+    zero = f"clients.zero={{stage={stage}, ranks={ranks}, timeout_s=60}}"
+    adapters = {"lora": (), "none": ("model.peft=none",)}[peft]
+    return (zero, "clients.slots=1", "train.accumulate=2", OPTIMIZERS[optimizer], *adapters)
+
+
+@pytest.fixture
+def gangs(ray_session, tmp_path):
+    """Starts a pool of gangs for a recipe; gives the pool and its start."""
+    pools = []
+
+    def started(recipe):
+        pools.append(Gangs(recipe, tmp_path / "memory"))
+        data = recipe.data
+        store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
+        return pools[-1], pools[-1].start(store)
+
+    yield started
+    for pool in pools:
+        pool.stop()
+
+
+def trained(pool, slot, chunk, state):
+    """The reports of a chunk, and the sum of its clients as a vector on the grid."""
+    reports = ray.get(pool.actors[slot].run.remote(chunk, Sent(state.round, state.parts, pool.partition)))
+    shards = ray.get(list(pool._closed(pool._close(slot))))
+    return reports, pool.partition.join([torch.from_numpy(shard.vectors["delta"].copy()) for shard in shards])
+
+
+def alone(recipe, tokens, client):
+    """The report and the change of a client in one process."""
+    packed, buffer = read_base(recipe.model)
+    seed = torch_seed(recipe.seed, 0, -1, "initial")
+    trainable = Trainable(map_base(packed, torch.from_numpy(buffer)), recipe.model, seed)
+    trainer = LocalTrainer.of(trainable, Sft(recipe.train.max_length), 1, recipe.train)
+    rows = Tokens.open(tokens).rows(client, "train")
+    got = Broadcast(0, trainable.initial.clone(), layout=trainable.layout, seed=recipe.seed)
+    return trainer.update(client, rows, 1.0, got, {}, recipe)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 1])
+@pytest.mark.parametrize(("stage", "peft", "optimizer"), CASES)
+def test_a_client_after_another_is_the_client_in_a_fresh_gang_and_in_one_process(
+    gangs, small_recipe, full, stage, peft, optimizer, ranks
+):
+    if not full and (peft, optimizer, ranks) != ("lora", "adamw", 2):
+        pytest.skip("LoRA with AdamW on two ranks is tried unless all are asked for")
+    recipe = small_recipe(*changes(stage, peft, optimizer, ranks=ranks))
+    pool, start = gangs(recipe)
+    state = pool.initial()
+    fresh_reports, fresh = trained(pool, 0, [SECOND], state)
+    trained(pool, 0, [FIRST], state)
+    reports, after = trained(pool, 0, [SECOND], state)
+    assert torch.equal(after, fresh) and reports == fresh_reports
+    rows = Tokens.open(start.tokens).counts("train")
+    expected = alone(recipe, start.tokens, SECOND)
+    found = after.double() / STEP * rows.max() / rows[SECOND]
+    assert (found - expected.delta).abs().max() < 1e-5 < expected.delta.abs().max()
+    assert reports[0].metrics["loss"] == pytest.approx(expected.metrics["loss"], abs=1e-5)
+    for name in ("tokens", "learnt", "steps", "rows", "rates"):
+        assert reports[0].metrics[name] == expected.metrics[name]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_step_is_no_change(gangs, small_recipe, full, dtype):
+    if dtype == "float32" and not full:
+        pytest.skip("bfloat16 is tried unless all are asked for")
+    still = "train.optimizer={kind='adamw', lr=0.0}"
+    pool, _ = gangs(small_recipe(*changes(3), still, f"model.dtype={dtype}"))
+    reports, total = trained(pool, 0, [FIRST, SECOND], pool.initial())
+    assert not total.any() and all(np.isfinite(report.metrics["loss"]) for report in reports)
+
+
+def test_a_gang_that_fits_nowhere_says_what_it_asked_for(ray_session, small_recipe, tmp_path):
+    recipe = small_recipe(*changes(3, ranks=40))
+    with pytest.raises(
+        ValueError, match=r"needs 40 ranks of 1 CPUs and 0 GPUs each, but all nodes together have 6 CPUs"
+    ):
+        Gangs(recipe, tmp_path)
