@@ -18,7 +18,6 @@ import ray
 import torch
 import torch.distributed as dist
 import transformers
-from ray.exceptions import GetTimeoutError, RayActorError
 
 from datasets_partition.tokens import Tokens
 from engine.client import DOWN, FLOAT_BYTES, UP, Place
@@ -116,7 +115,12 @@ class Rank(SecureRank):
         self.initial_S = self.trainer.weights().cpu()
         self.tokens = Tokens.open(tokens)
         self.largest = int(self.tokens.counts("train").max())
-        return self.trainer.layout, self.trainer.partition
+        self.partition = self.trainer.partition
+        return self.trainer.layout, self.partition
+
+    def base_bytes(self) -> int:
+        """The size of the base's weights, of all ranks together."""
+        return self.trainer.nbytes
 
     def initial(self) -> WireState:
         """The shard of the state before the first round."""
@@ -132,7 +136,7 @@ class Rank(SecureRank):
         assert aggregate is not None
         return state_to_wire(self.federation.strategy.apply(state, aggregate))
 
-    def train_own(self, chunk: list[int], sent: Sent) -> list[Report]:
+    def run(self, chunk: list[int], sent: Sent) -> list[Report]:
         """What this rank does in training a chunk of clients one after another, and adding them up."""
         reports = []
         for client in chunk:
@@ -193,7 +197,7 @@ class Rank(SecureRank):
         partial = self.sum.close()
         return partial.count, partial
 
-    def evaluate_own(self, chunk: list[int], sent: Sent, limit: int) -> list[ClientLoss]:
+    def evaluate(self, chunk: list[int], sent: Sent, limit: int) -> list[ClientLoss]:
         """What this rank does in judging at most `limit` held-out rows of each client; losses are of all ranks."""
         self._become(sent)
         losses = []
@@ -204,13 +208,22 @@ class Rank(SecureRank):
             losses.append(ClientLoss(client, nll, learnt, len(picked)))
         return losses
 
-    def generate_own(self, sent: Sent, prompts: list[str], tokens: int) -> list[str]:
+    def generate(self, sent: Sent, prompts: list[str], tokens: int) -> list[str]:
         """Greedy continuations, one per prompt; all ranks generate the same."""
         self._become(sent)
         return self.trainer.generate(self.tokenizer, prompts, tokens)
 
     def _become(self, sent: Sent) -> None:
         self.trainer.become(borrow(ray.get(sent.parts[self.rank]).params))
+
+    def lead(self, method: str, *arguments: Any) -> Any:
+        """What the first rank answers when all ranks do the same; GangLost when one of them cannot."""
+        try:
+            return getattr(self, method)(*arguments)
+        except ValueError:  # what the user can mend
+            raise
+        except RuntimeError as error:
+            raise GangLost(f"a rank of a gang failed: {error}") from None
 
     def follow(self, leader: Any, method: str, *arguments: Any) -> None:
         """Does what the first rank does at the same time; what is not the recipe's fault ends the first rank too.
@@ -231,69 +244,25 @@ class Rank(SecureRank):
         return self.failure
 
 
-class Gang(Rank, SecureGang):
-    """The first rank: the slot that the driver knows."""
+class Gang(SecureGang, Rank):
+    """The first rank, which speaks for all where the driver asks for something that is not in shards."""
 
     def __init__(self, federation: Federation, memory: Path, rank: int) -> None:
         Rank.__init__(self, federation, memory, rank)
         SecureGang.__init__(self)
 
-    def lead(self, followers: list[Any]) -> None:
-        """Takes the handles of the other ranks."""
-        self.followers = followers
-
     def tokenize(self, store: Path, shared: str | None) -> Path:
         """Makes or finds the store's token columns, in `shared` too; returns their folder."""
         return token_columns(store, self.federation, shared)
 
-    def attach(self, tokens: list[Path]) -> tuple[Layout, Partition]:
-        """Forms the gang, each rank with its node's token columns; returns what lies where in vectors and shards."""
+    def address(self) -> tuple[str, int]:
+        """Where the ranks meet: the first one listens there, and on this address alone."""
         address = ray.util.get_node_ip_address()
         self.socket = socket.create_server((address, 0))
-        port = self.socket.getsockname()[1]
-        found: tuple[Layout, Partition] = self._all("form", [(address, port, path) for path in tokens])
-        self.partition = found[1]
-        return found
-
-    def base_bytes(self) -> int:
-        """The size of the base's weights, of all ranks together."""
-        return self.trainer.nbytes
-
-    def run(self, chunk: list[int], sent: Sent) -> list[Report]:
-        """Trains the chunk's clients one after another; each rank adds its shards to its own sum."""
-        reports: list[Report] = self.everywhere("train_own", chunk, sent)
-        return reports
-
-    def evaluate(self, chunk: list[int], sent: Sent, limit: int) -> list[ClientLoss]:
-        """Losses of the vector on at most `limit` held-out rows of each of the chunk's clients."""
-        losses: list[ClientLoss] = self.everywhere("evaluate_own", chunk, sent, limit)
-        return losses
-
-    def generate(self, sent: Sent, prompts: list[str], tokens: int) -> list[str]:
-        """Greedy continuations by the vector, one per prompt."""
-        texts: list[str] = self.everywhere("generate_own", sent, prompts, tokens)
-        return texts
+        return address, self.socket.getsockname()[1]
 
     def export(self, sent: Sent, card: str) -> Iterator[tuple[str, bytes]]:
         """The files of the model folder, one after another; the shards stay mapped from the object store."""
         trainer, shards = self.trainer, [borrow(ray.get(part).params) for part in sent.parts]
         vector = Sharded(trainer.layout, partial(trainer.partition.read, shards))
         yield from sharded_files(trainer.network, vector, self.federation.model, self.tokenizer, card)
-
-    def everywhere(self, method: str, *arguments: Any) -> Any:
-        """What this rank answers when all do the same."""
-        return self._all(method, [arguments] * self.zero.ranks)
-
-    def _all(self, method: str, arguments: list[tuple[Any, ...]]) -> Any:
-        """What this rank answers when all do the same, each with its own arguments; GangLost when one cannot."""
-        others = zip(self.followers, arguments[1:], strict=True)
-        own = ray.get_runtime_context().current_actor
-        followed = [follower.follow.remote(own, method, *mine) for follower, mine in others]
-        try:
-            answer = getattr(self, method)(*arguments[0])
-            ray.get(followed, timeout=self.zero.timeout_s)
-        except (RuntimeError, RayActorError, GetTimeoutError) as error:
-            if isinstance(error, ValueError):  # of another rank: what the user can mend
-                raise
-            raise GangLost(f"a rank of a gang failed: {error}") from None
-        return answer

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from engine.client import DOWN
 from engine.ring import figures_of
@@ -30,12 +31,28 @@ class SecureRank:
 
     federation: Federation
     rank: int
+    partition: Partition
     ring: RingShard
     masked_S: np.ndarray
 
-    def clear_own(self, sums: Sums, partition: Partition) -> None:
+    def masked(self, inboxes: dict[int, Inbox], sent: Sent) -> Any:
+        """Third trip: does what the first rank says, until it says that nothing is left."""
+        while True:
+            told: list[Any] = [None]
+            dist.broadcast_object_list(told, src=0)
+            if told[0] is None:
+                return None
+            self.obey(sent, *told[0])
+
+    def obey(self, sent: Sent, method: str, *arguments: Any) -> Any:
+        """One of the following, `secure_own` from what the clients are sent."""
+        if method == "secure_own":
+            return self.secure_own(arguments[0], sent)
+        return self.clear_own(arguments[0]) if method == "clear_own" else self.mask_own(arguments[0])
+
+    def clear_own(self, sums: Sums) -> None:
         """Nobody has been added yet."""
-        self.ring = RingShard(sums, partition, self.rank)
+        self.ring = RingShard(sums, self.partition, self.rank)
 
     def secure_own(self, client: int, sent: Sent) -> tuple[Report, float | None]:
         """What this rank does in training a client and adding it up; the first rank's report, and the weight."""
@@ -61,7 +78,7 @@ class SecureRank:
         self, sums: Sums, removals: Masks, count: int, weight: float, *masked: np.ndarray
     ) -> tuple[dict[str, float], WireAggregate]:
         """The server's part for this rank's shard of all slots' masked vectors: figures, and the sums in the store."""
-        return RingShard(sums, self.ring.partition, self.rank).unmasked(list(masked), removals, count, weight)
+        return RingShard(sums, self.partition, self.rank).unmasked(list(masked), removals, count, weight)
 
     def trained(self, client: int, sent: Sent) -> tuple[Report, Update | None]:
         """Trains a client: its report, and its shard of the update."""
@@ -72,31 +89,42 @@ class SecureRank:
         raise NotImplementedError
 
 
-class SecureGang(SecureClients):
-    """The first rank's part: the protocol."""
+class SecureGang(SecureClients, SecureRank):
+    """The first rank's part: the protocol. It tells the others what to do by collectives."""
 
-    partition: Partition
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Sent | None = None
+        self._stale = True
 
     def masked(self, inboxes: dict[int, Inbox], sent: Sent) -> tuple[list[Report], MaskedSum]:
         """Third trip: trains, and gives the masked head; the reports tell no figures."""
+        assert self._opened is not None
+        self.sent = sent
+        if self._stale:
+            self._everywhere("clear_own", self._opened.session.sums)
+            self._stale = False
 
         def train(client: int, sums: Sums) -> tuple[Report, np.ndarray | None]:
-            report, weight = self.everywhere("secure_own", client, sent)
+            report, weight = self._everywhere("secure_own", client)
             return report, None if weight is None else sums.encode_head(weight)
 
-        return self.mask(inboxes, train)
+        found = self.mask(inboxes, train)
+        dist.broadcast_object_list([None], src=0)
+        return found
 
     def _clear(self, sums: Sums) -> None:
         self._total_L = np.zeros(len(sums.encode_head(1.0)), np.uint32)
-        self.everywhere("clear_own", sums, self.partition)
+        self._stale = True  # the ranks hear of it when they listen
 
     def _masked(self, masks: list[Masks], bits: int) -> np.ndarray:
-        self.everywhere("mask_own", masks)
+        self._everywhere("mask_own", masks)
         return super()._masked(masks, bits)
 
-    def everywhere(self, method: str, *arguments: Any) -> Any:
-        """What the first rank answers when all do the same."""
-        raise NotImplementedError
+    def _everywhere(self, *told: Any) -> Any:
+        assert self.sent is not None
+        dist.broadcast_object_list([told], src=0)
+        return self.obey(self.sent, *told)
 
 
 def aggregate_of(sums: Sequence[PartialSum | WireAggregate]) -> Aggregate | None:

@@ -1,7 +1,7 @@
 """The pool where each slot is a gang: placed all or nothing, and made whole again when it loses a rank."""
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,34 @@ from strategies.secagg.masks import Masks
 from strategies.secagg.ring import Sums
 
 WHY_S = 2.0
+TOGETHER = ("run", "evaluate", "generate", "masked")
+
+
+class GangHandle:
+    """What the pool calls as it calls a slot's actor: all ranks do at once what is for all; the first one answers.
+
+    Not through the first one: it may be stopped, and then the others must run into their timeout.
+    """
+
+    def __init__(self, leader: Any, *followers: Any) -> None:
+        self.leader, self.followers = leader, followers
+
+    def __getattr__(self, method: str) -> Any:
+        return Together(self, method) if method in TOGETHER else getattr(self.leader, method)
+
+
+@dataclass(frozen=True)
+class Together:
+    """A method of all ranks."""
+
+    gang: GangHandle
+    method: str
+
+    def remote(self, *arguments: Any) -> Reference:
+        """A reference to what the first rank answers."""
+        for follower in self.gang.followers:
+            follower.follow.remote(self.gang.leader, self.method, *arguments)
+        return self.gang.leader.lead.remote(self.method, *arguments)
 
 
 class Gangs(Slots):
@@ -68,9 +96,7 @@ class Gangs(Slots):
             .remote(self.federation, self.memory, rank)
             for rank in range(self.zero.ranks)
         ]
-        leader, *followers = self.ranks[slot]
-        leader.lead.remote(followers)
-        return leader
+        return GangHandle(*self.ranks[slot])
 
     def replace(self, slot: int, error: Exception) -> None:
         """As the pool of slots does; where another rank than the first failed, it knows better why."""
@@ -95,7 +121,11 @@ class Gangs(Slots):
                 self.parts = self.parts or put_tokens(self.tokens)
                 tokens = ray.get(rank.receive_tokens.remote(self.tokens, self.parts))
             found.append(tokens)
-        return self.actors[slot].attach.remote(found)
+        address, port = ray.get(self.ranks[slot][0].address.remote())
+        leader, *followers = self.ranks[slot]
+        for rank, tokens in zip(followers, found[1:], strict=True):
+            rank.follow.remote(leader, "form", address, port, tokens)
+        return leader.lead.remote("form", address, port, found[0])
 
     def _restore(self, slot: int) -> None:
         """A gang holds no weights that a rule would have changed."""

@@ -37,6 +37,7 @@ def ds_config(model: Model, zero: Zero) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # a step ends where the optimizer is called
         "zero_optimization": optimization,
+        "gradient_clipping": 0.0,  # by default it is 1
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": model.dtype == "bfloat16"},
