@@ -224,9 +224,9 @@ class ClientActor(SecureClients):
         return self.sum.close()
 
     def close_in_shards(self, partition: Partition) -> tuple[int | PartialSum, ...]:
-        """The number of clients since the last close, and their sum cut as gangs cut it."""
+        """The bytes of the sum since the last close, and the sum cut as gangs cut it."""
         partial = self.sum.close()
-        return partial.count, *(cut(partial, partition, rank) for rank in range(len(partition.parts)))
+        return partial.nbytes, *(cut(partial, partition, rank) for rank in range(len(partition.parts)))
 
     def evaluate(self, chunk: list[int], params: np.ndarray | Sent, limit: int) -> list[ClientLoss]:
         """Losses of the vector `params` (P,) on at most `limit` held-out rows of each of the chunk's clients."""

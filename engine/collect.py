@@ -16,15 +16,13 @@ from engine.ring import Plan, ring_aggregate, ring_sums
 from engine.settings import Federation, Lora
 from engine.slots import Slots
 from engine.sums import merge
-from engine.wire import Report, Sent, ShardTotals, WireBroadcast, update_from_wire
+from engine.wire import Report, Sent, ShardSum, ShardTotals, WireBroadcast, update_from_wire
 from strategies.dp_distributed import DistributedPlan
 from strategies.layout import Layout
 from strategies.lora_het import HetLora
 from strategies.secagg.protocol import Session
 from strategies.secagg.ring import Sums
 from strategies.types import Aggregate
-
-GRID_BYTES = 8  # of a number in the exact sum
 
 
 @dataclass(frozen=True)
@@ -100,15 +98,12 @@ class PlainCollector:
 class ShardCollector(PlainCollector):
     """Gangs' updates: the sums stay in the object store, in shards."""
 
-    layout: Layout
-
     def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: Sent) -> Collected:  # type: ignore[override]
         """As in the clear; the aggregate is each gang's sum, in shards."""
         gone = self.federation.clients.availability.gone(cohort, self.federation.seed, wire.round)
         there = np.array([int(client) not in gone for client in cohort], dtype=bool)
         reports, sums, _ = self.slots.train(cohort[there], costs[there], wire)
-        beside = sum(self.federation.strategy.beside(self.layout).values())
-        moved = FLOAT_BYTES * self.layout.size + len(sums) * GRID_BYTES * (self.layout.size + beside)
+        moved = wire.nbytes + sum(one.nbytes for one in sums)
         return self._told(cohort, reports, sums if any(_good(report) for report in reports) else None, moved)
 
 
@@ -152,7 +147,7 @@ class SecureCollector:
         if done.totals.weight == 0:
             return replace(found, aborted="all weights are less than the ring's steps: raise privacy.secagg.bits")
         if isinstance(done.totals, ShardTotals):
-            shards = [tuple(done.totals.parts)]
+            shards = [ShardSum(done.totals.parts, 0)]
             return Collected(**vars(found) | {"aggregate": shards, "figures": done.totals.figures})
         aggregate, figures = ring_aggregate(done.totals, federation, self.layout, wire.dp, wire.round)
         return Collected(**vars(found) | {"aggregate": aggregate, "figures": figures})

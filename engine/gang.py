@@ -122,19 +122,23 @@ class Rank(SecureRank):
         """The size of the base's weights, of all ranks together."""
         return self.trainer.nbytes
 
-    def initial(self) -> WireState:
-        """The shard of the state before the first round."""
-        return state_to_wire(self.federation.strategy.init(self.initial_S, self.trainer.layout))
+    def initial(self) -> tuple[int, WireState]:
+        """The bytes of the state's shard before the first round, and the shard, which stays in the store."""
+        state = state_to_wire(self.federation.strategy.init(self.initial_S, self.trainer.layout))
+        return state.nbytes, state
 
-    def serve(self, wire: WireState, round_: int, served: Served, *partials: PartialSum | WireAggregate) -> WireState:
-        """The server's part of a round for one shard: the sum over all slots, noise, then the rule."""
+    def serve(
+        self, wire: WireState, round_: int, served: Served, *partials: PartialSum | WireAggregate
+    ) -> tuple[int, WireState]:
+        """The server's part of a round for one shard: the sum over all slots, noise, then the rule; as `initial`."""
         state = state_from_wire(wire, round_, self.federation.seed, served.population)
         aggregate = aggregate_of(partials)
         if served.plan is not None:
             shard = Layout(("shard",), ((len(wire.params),),))
             aggregate, _ = noisy(aggregate, served.plan, served.clip, self.federation, shard, round_, self.rank)
         assert aggregate is not None
-        return state_to_wire(self.federation.strategy.apply(state, aggregate))
+        after = state_to_wire(self.federation.strategy.apply(state, aggregate))
+        return after.nbytes, after
 
     def run(self, chunk: list[int], sent: Sent) -> list[Report]:
         """What this rank does in training a chunk of clients one after another, and adding them up."""
@@ -193,9 +197,9 @@ class Rank(SecureRank):
             raise NonFiniteUpdate(f"its update reaches {largest:.3g}, beyond the exact sum's range of {LIMIT:.3g}")
 
     def close_round(self) -> tuple[int, PartialSum]:
-        """The number of clients since the last close, and this rank's shard of their sum, which stays in the store."""
+        """The bytes of this rank's shard of the sum since the last close, and the shard, which stays in the store."""
         partial = self.sum.close()
-        return partial.count, partial
+        return partial.nbytes, partial
 
     def evaluate(self, chunk: list[int], sent: Sent, limit: int) -> list[ClientLoss]:
         """What this rank does in judging at most `limit` held-out rows of each client; losses are of all ranks."""

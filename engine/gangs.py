@@ -19,7 +19,7 @@ from engine.meeting import rank_environment
 from engine.rows import put_tokens
 from engine.settings import Federation
 from engine.slots import Reference, Slots, Start
-from engine.wire import ShardedState, ShardTotals
+from engine.wire import ShardedState, ShardSum, ShardTotals
 from strategies.partition import Partition
 from strategies.secagg.masks import Masks
 from strategies.secagg.ring import Sums
@@ -138,20 +138,18 @@ class Gangs(Slots):
 
     def initial(self) -> ShardedState:
         """The state before the first round."""
-        return ShardedState(0, tuple(rank.initial.remote() for rank in self.ranks[0]))
+        return _kept(0, [rank.initial.options(num_returns=2).remote() for rank in self.ranks[0]])
 
-    def serve(self, state: ShardedState, served: Served, sums: list[tuple[Reference, ...]]) -> ShardedState:
+    def serve(self, state: ShardedState, served: Served, sums: list[ShardSum]) -> ShardedState:
         """The next state: each shard in a rank of the first gang, from that shard of all gangs' sums."""
         self.deaths = 0
         while True:
-            parts = tuple(
-                rank.serve.remote(part, state.round, served, *shards)
-                for rank, part, *shards in zip(self.ranks[0], state.parts, *sums, strict=True)
-            )
+            given = [
+                rank.serve.options(num_returns=2).remote(part, state.round, served, *shards)
+                for rank, part, *shards in zip(self.ranks[0], state.parts, *[one.parts for one in sums], strict=True)
+            ]
             try:
-                ray.wait(list(parts), num_returns=len(parts), fetch_local=False)
-                ray.get([rank.place.remote() for rank in self.ranks[0]])
-                return ShardedState(state.round + 1, parts)
+                return _kept(state.round + 1, given)
             except LOST as error:
                 self.replace(0, error)
 
@@ -184,10 +182,14 @@ class Gangs(Slots):
         return [rank.close_round.options(num_returns=2).remote() for rank in self.ranks[slot]]
 
     def _closed(self, closing: Any) -> Any:
-        ray.get([count for count, _ in closing])
-        return tuple(shard for _, shard in closing)
+        return ShardSum(tuple(shard for _, shard in closing), sum(ray.get([nbytes for nbytes, _ in closing])))
 
     def stop(self) -> None:
         """Ends all gangs."""
         for group in self.groups.values():
             remove_placement_group(group)
+
+
+def _kept(round_: int, given: list[tuple[Reference, Reference]]) -> ShardedState:
+    """The state whose shards' bytes and shards are `given`, once all of them are there."""
+    return ShardedState(round_, tuple(part for _, part in given), sum(ray.get([nbytes for nbytes, _ in given])))

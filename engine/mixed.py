@@ -63,10 +63,10 @@ class Mixed(Gangs):
     def _close(self, slot: int) -> Any:
         if not self._plain(slot):
             return super()._close(slot)
-        count, *shards = (
-            self.actors[slot].close_in_shards.options(num_returns=1 + self.zero.ranks).remote(self.partition)
-        )
-        return [(count, shard) for shard in shards]
+        closed = self.actors[slot].close_in_shards.options(num_returns=1 + self.zero.ranks).remote(self.partition)
+        nbytes, *shards = closed
+        nothing = ray.put(0)
+        return [(nbytes if rank == 0 else nothing, shard) for rank, shard in enumerate(shards)]
 
     def replace(self, slot: int, error: Exception) -> None:
         """As either pool does."""

@@ -66,7 +66,7 @@ class Rounds:
         self.spending = self.noise and Spending.open(path, self.noise, simulated=simulated, round_=round_)
         self.collector: Collector = PlainCollector(federation, self.slots)
         if federation.clients.zero:
-            self.collector = ShardCollector(federation, self.slots, layout)
+            self.collector = ShardCollector(federation, self.slots)
         if federation.privacy.secure:
             largest = max(2, federation.cohort.largest(clients))
             federation.privacy.secagg.parameters(largest)

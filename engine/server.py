@@ -12,7 +12,7 @@ from engine.gangs import Gangs
 from engine.settings import Federation
 from engine.slots import Slots, Start
 from engine.spending import noisy
-from engine.wire import Sent, ShardedState, WireBroadcast, to_wire
+from engine.wire import Sent, ShardedState, ShardSum, WireBroadcast, to_wire
 from strategies.dp_central import CentralPlan
 from strategies.transforms import decode
 from strategies.types import Aggregate, ServerState
@@ -116,14 +116,14 @@ class ShardServer:
 
     def broadcast(self, state: ShardedState) -> Sent:
         """The shards; each rank makes of its own what a client receives."""
-        return Sent(state.round, state.parts, self.slots.partition)
+        return Sent(state.round, state.parts, self.slots.partition, state.nbytes)
 
     def sent(self, state: ShardedState) -> Sent:
         """The shards."""
         return self.broadcast(state)
 
     def apply(
-        self, state: ShardedState, aggregate: list[tuple[Any, ...]] | None, plan: CentralPlan | None, clip: float
+        self, state: ShardedState, aggregate: list[ShardSum] | None, plan: CentralPlan | None, clip: float
     ) -> tuple[ShardedState, float]:
         """As the protocol says, each shard in a rank; `aggregate` is each slot's sum, in shards."""
         if aggregate is None and plan is None:

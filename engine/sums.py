@@ -34,6 +34,11 @@ class PartialSum:
     count: int
     bound: float
 
+    @property
+    def nbytes(self) -> int:
+        """What its vectors take in the object store."""
+        return sum(vector.nbytes for vector in self.vectors.values())
+
 
 class ExactSum:
     """Adds clients' updates in place; `close` hands the partial sum over and starts again at nothing."""

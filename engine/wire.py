@@ -37,6 +37,11 @@ class WireState:
     params: np.ndarray
     moments: dict[str, np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes in the store."""
+        return self.params.nbytes + sum(moment.nbytes for moment in self.moments.values())
+
 
 @dataclass(frozen=True)
 class WireAggregate:
@@ -60,10 +65,22 @@ class ShardTotals:
 
 @dataclass(frozen=True)
 class ShardedState:
-    """The server's state as the driver knows it where clients are gangs: references to its shards (WireState)."""
+    """The server's state as the driver knows it where clients are gangs: references to its shards (WireState).
+
+    `nbytes` is what they take in the object store.
+    """
 
     round: int
     parts: tuple[Any, ...]
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class ShardSum:
+    """A slot's sum as the driver knows it: references to its shards (PartialSum), and their bytes."""
+
+    parts: tuple[Any, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,7 @@ class Sent:
     round: int
     parts: tuple[Any, ...]
     partition: Partition
+    nbytes: int = 0
     oldest: int = 0
     dp: CentralPlan | None = None
     clip: float = 0.0

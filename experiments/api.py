@@ -74,6 +74,8 @@ def run(
 
     if isinstance(recipe, Path | str):
         recipe = load_recipe(Path(recipe))
+    if baselines and recipe.clients.zero is not None:
+        raise ValueError("--baselines trains in one process, and clients are gangs: leave it, or clients.zero, out")
     folder = _run_folder(recipe, out, resume)
     on_event(Preparing("reading the data, giving rows to clients"))
     store = build_store(recipe)

@@ -5,6 +5,7 @@ Legend: P trained parameters.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -65,7 +66,9 @@ def sizes(model: Model, max_length: int) -> Sizes:
     dtype: torch.dtype = getattr(torch, model.dtype)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(not isinstance(model.peft, Lora))
-        network = with_adapters(base, model) if isinstance(model.peft, Lora) else base
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft calls transformers by an old name
+            network = with_adapters(base, model) if isinstance(model.peft, Lora) else base
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     known = {id(parameter) for parameter in network.parameters()}
     saved: dict[int, int] = {}

@@ -51,7 +51,7 @@ def gangs(ray_session, tmp_path):
 def trained(pool, slot, chunk, state):
     """The reports of a chunk, and the sum of its clients as a vector on the grid."""
     reports = ray.get(pool.actors[slot].run.remote(chunk, Sent(state.round, state.parts, pool.partition)))
-    shards = ray.get(list(pool._closed(pool._close(slot))))
+    shards = ray.get(list(pool._closed(pool._close(slot)).parts))
     return reports, pool.partition.join([torch.from_numpy(shard.vectors["delta"].copy()) for shard in shards])
 
 

@@ -164,6 +164,11 @@ def test_a_gang_that_loses_a_rank_is_made_anew_and_no_bit_changes(reference, sma
     assert facts["round"] == 3
 
 
+def test_baselines_are_refused_before_anything_starts(small_recipe, tmp_path):
+    with pytest.raises(ValueError, match="--baselines trains in one process"):
+        experiments.run(small_recipe(ZERO), out=tmp_path / "run", baselines=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
