@@ -7,8 +7,9 @@ from experiments.bench.zero_ranks import Bare
 
 
 @pytest.mark.slow
-def test_a_small_run_gives_its_figures(ray_session, monkeypatch, full):
-    monkeypatch.setattr(bench, "STAGES", (1, 2, 3) if full else (3,))
+def test_a_small_run_gives_its_figures(ray_session, full):
+    if not full:
+        pytest.skip("a minute for each stage")
     figures = bench.measure(small=True)
     assert figures["apart_s3"].value <= bench.TOLERANCE
     assert figures["reset_speedup_s3"].value > 1 > figures["reset_share_s3"].value > 0
