@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 # Two processes, each with a Ray of its own; a file's tests stay together and share what they start.
-TWO := -n 2 --dist loadfile
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 VENV := .venv
 # Touched when set-up has succeeded, so an interrupted one is taken up again.
 STAMP := $(VENV)/.set-up

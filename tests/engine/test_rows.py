@@ -67,4 +67,4 @@ def slots_initial(slots):
     """The vector that the federation starts from."""
     import ray
 
-    return ray.get(slots._attach(slots.actors[0]))[1]
+    return ray.get(slots._attach(0))[1]

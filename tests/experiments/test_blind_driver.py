@@ -24,7 +24,13 @@ from strategies.seeds import rng
 WORDS = 16
 PAGE = 4096
 # An adapter of this rank makes vectors that are too long for a message: they cross the object store.
-CHANGES = ("rounds=1", "clients.slots=2", "evaluate.every=0", "model.peft.r=16", "clients.max_failed=0.5")
+CHANGES = (
+    "rounds=1",
+    "clients.slots=2",
+    "evaluate.every=0",
+    "model.peft={kind='lora', r=16}",
+    "clients.max_failed=0.5",
+)
 FULL = ("privacy.secagg.mode=full", "privacy.secagg.dropout=0.34", "privacy.secagg.threshold=2")
 
 

@@ -101,7 +101,9 @@ def test_clipping_and_central_noise_are_of_the_whole_vector(ray_session, small_r
 
 
 @pytest.mark.slow
-def test_small_clients_may_have_plain_slots(reference, small_recipe, tmp_path):
+def test_small_clients_may_have_plain_slots(reference, small_recipe, tmp_path, full):
+    if not full:
+        pytest.skip("a whole run more")
     mixed = "clients.zero={stage=3, ranks=2, timeout_s=20, from_rows=12}"
     run = experiments.run(small_recipe(*SMALL, mixed), out=tmp_path / "run")
     assert 0 < apart(run, reference) < 1e-5  # some were trained in one process, which rounds otherwise

@@ -32,7 +32,7 @@ CASES = {
     "fedex": ["strategy=fedex"],
     "feddyn": ["strategy=feddyn", "train.optimizer={kind='torch', name='RAdam', lr=0.01}"],
 }
-SHORT = ("flora with mixed ranks", "fedsa, compressed and private")
+SHORT = ("fedsa, compressed and private",)
 
 
 class Stop(Exception):
