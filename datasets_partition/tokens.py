@@ -1,7 +1,7 @@
 """Token columns: what an objective makes of each row, computed once and mapped into the memory of every slot.
 
 tokens.arrow    the objective's columns; a record batch holds the rows of a few whole clients
-index.arrow     a row for each client: name, its batch and where in it, rows by split, dropped rows by split
+index.arrow     a row for each client: name, its batch and where in it, rows and dropped rows by split, training tokens
 manifest.json   the key that they were made under, and the sizes of the files
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from datasets_partition.location import within
@@ -37,6 +38,7 @@ INDEX = pa.schema(
         ("heldout", pa.int32()),
         ("dropped_train", pa.int32()),
         ("dropped_heldout", pa.int32()),
+        ("tokens", pa.int64()),
     ]
 )
 
@@ -84,6 +86,10 @@ class Tokens:
         """Rows of each client in `split`, by id, dropped ones not counted."""
         return column(self.index, split)
 
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each client's training rows together, by id."""
+        return column(self.index, "tokens")
+
     def dropped(self, split: SplitName) -> NDArray[np.int32]:
         """Rows of each client in `split`, by id, that the objective dropped."""
         return column(self.index, f"dropped_{split}")
@@ -126,7 +132,7 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
     train, heldout = store.counts("train").astype(np.int64), store.counts("heldout").astype(np.int64)
     batch = np.unique(store.starts // ROWS_PER_BATCH, return_inverse=True)[1]
     edges = np.flatnonzero(np.diff(batch, prepend=-1, append=batch[-1] + 1))
-    start, kept_train, kept_heldout = np.zeros_like(train), np.zeros_like(train), np.zeros_like(train)
+    start, kept_train, kept_heldout, tokens = (np.zeros_like(train) for _ in range(4))
     writer: pa.RecordBatchFileWriter | None = None
     try:
         for first, last in pairwise(edges):
@@ -141,6 +147,8 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
             kept_train[members] = kept[begin + train[members]] - kept[begin]
             kept_heldout[members] = kept[begin + train[members] + heldout[members]] - kept[begin + train[members]]
             encoded = encoded.filter(stays)
+            ends = np.concatenate([[0], np.cumsum(pc.list_value_length(encoded["input_ids"]).to_numpy())])
+            tokens[members] = ends[start[members] + kept_train[members]] - ends[start[members]]
             writer = writer or pa.ipc.new_file(folder / "tokens.arrow", encoded.schema)
             columns = [chunks.combine_chunks() for chunks in encoded.columns]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=encoded.schema))
@@ -149,7 +157,11 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
         if writer:
             writer.close()
     counts = [batch, start, kept_train, kept_heldout, train - kept_train, heldout - kept_heldout]
-    columns = [store.index["name"].chunk(0), *(pa.array(values.astype(np.int32)) for values in counts)]
+    columns = [
+        store.index["name"].chunk(0),
+        *(pa.array(values.astype(np.int32)) for values in counts),
+        pa.array(tokens),
+    ]
     write_arrow(folder / "index.arrow", pa.table(columns, schema=INDEX))
 
 

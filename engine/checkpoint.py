@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -23,13 +23,16 @@ State = ServerState | ShardedState
 class Saved:
     """What a resumed run starts from: the strategy's state, the seconds that the run had taken, and what privacy needs.
 
-    `clip` is the next round's clipping norm, `aborts` how many rounds of secure aggregation had no result.
+    `clip` is the next round's clipping norm, `aborts` how many rounds of secure aggregation had no result. Packs have
+    so many `lanes`; `costs` is what is known of how long clients take.
     """
 
     state: State
     wall_s: float
     clip: float = 0.0
     aborts: int = 0
+    lanes: int = 1
+    costs: list[float] = field(default_factory=list)
 
 
 def save_checkpoint(folder: Path, saved: Saved, keep: int) -> None:
@@ -37,7 +40,7 @@ def save_checkpoint(folder: Path, saved: Saved, keep: int) -> None:
     for scratch in folder.glob(".*"):
         shutil.rmtree(scratch)  # of a process that was killed while it wrote
     round_ = saved.state.round
-    facts = {"round": round_, "wall_s": saved.wall_s, "clip": saved.clip, "aborts": saved.aborts}
+    facts = {name: value for name, value in vars(saved).items() if name != "state"} | {"round": round_}
     write_folder(folder / f"{round_:05d}", _files(saved.state, json.dumps(facts).encode()))
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -51,7 +54,8 @@ def load_checkpoint(folder: Path, last: int | None = None) -> Saved | None:
     try:
         facts = json.loads((found[-1] / FACTS).read_text(encoding="utf-8"))
         state = _read(found[-1], int(facts["round"]))
-        return Saved(state, float(facts["wall_s"]), float(facts["clip"]), int(facts["aborts"]))
+        figures = float(facts["wall_s"]), float(facts["clip"]), int(facts["aborts"]), int(facts["lanes"])
+        return Saved(state, *figures, [float(cost) for cost in facts["costs"]])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"the checkpoint {found[-1]} cannot be read ({error}): remove that folder to resume from the one before"

@@ -8,40 +8,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import torch
 import transformers
 
 from datasets_partition.tokens import Tokens
-from engine.evaluate import ClientLoss, client_loss, continuations
 from engine.example_privacy import PrivateTrainer
 from engine.export import export_files
 from engine.holder import map_handle
-from engine.memory import STRATEGY, ClientMemory, part
+from engine.judge import Judge
+from engine.memory import ClientMemory
 from engine.model import PackedBase, Trainable, load_tokenizer, map_base, read_base
 from engine.objectives.sft import Sft
-from engine.optimizers import reset
+from engine.pack import PackTrainer
+from engine.pack_size import best_pack
+from engine.pulling import Unit
 from engine.rebase import merged_weights, use_weights
 from engine.ring import noise, ring_vector
 from engine.rows import Parts, find_tokens, receive_tokens, token_columns
 from engine.secure import SecureClients
-from engine.settings import Federation, Lora
+from engine.settings import Federation
 from engine.shared_memory import protect, release
 from engine.sums import ExactSum, NonFiniteUpdate, PartialSum, cut, finite_bound
-from engine.train import LocalTrainer
-from engine.wire import Report, Sent, WireBroadcast, borrow, from_wire, joined, to_wire, update_to_wire
+from engine.train import Job, LocalTrainer
+from engine.wire import Report, Sent, WireBroadcast, borrow, joined, to_wire, update_to_wire
 from strategies.dp_central import CentralPlan
 from strategies.dp_example import ExamplePlan
 from strategies.layout import Layout
 from strategies.partition import Partition
 from strategies.secagg.messages import Inbox, MaskedSum
 from strategies.secagg.ring import Sums
-from strategies.seeds import rng, torch_seed
+from strategies.seeds import torch_seed
 from strategies.transforms import bits, encode
-from strategies.types import Broadcast, Memory, Update
+from strategies.types import Memory, Update
 
-BASELINE = -2  # the client number under which baselines draw their batches
 FLOAT_BYTES = 4
 DOWN, UP = "protocol_bytes_down", "protocol_bytes_up"
 
@@ -54,7 +54,7 @@ class Place:
     gpu: str | None
 
 
-class ClientActor(SecureClients):
+class ClientActor(SecureClients, Judge):
     """One slot. `attach` gives it base and rows; then chunks of clients come, and `close_round` ends a round."""
 
     def __init__(self, federation: Federation, memory: Path) -> None:
@@ -67,6 +67,7 @@ class ClientActor(SecureClients):
         self.sum = ExactSum()
         super().__init__()
         self.private: PrivateTrainer | None = None
+        self.packed: PackTrainer | None = None
         self.merged: np.ndarray | None = None
         self.device = torch.device("cuda" if federation.clients.num_gpus > 0 and torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
@@ -122,47 +123,71 @@ class ClientActor(SecureClients):
         self.largest = int(self.tokens.counts("train").max())
         return trainable.layout, trainable.initial.numpy()
 
-    def run(self, chunk: list[int], wire: WireBroadcast | Sent) -> list[Report]:
-        """Trains the chunk's clients one after another and adds their updates to this slot's sum."""
+    def run(self, chunk: list[Unit], wire: WireBroadcast | Sent) -> list[Report]:
+        """Trains the chunk's packs one after another and adds their clients' updates to this slot's sum."""
         whole = wire if isinstance(wire, WireBroadcast) else self._joined(wire)
-        return [self._client(client, whole, self.sum.add)[0] for client in chunk]
+        return [report for pack in chunk for report, _ in self._pack(pack, whole, self.sum.add)]
 
     def _joined(self, sent: Sent) -> WireBroadcast:
         """What gangs are sent, for a client that is none."""
         state = joined(sent, ray.get(list(sent.parts)), self.federation.seed)
         wire = to_wire(self.federation.strategy.broadcast(state))
-        return replace(wire, oldest=sent.oldest, dp=sent.dp, clip=sent.clip)
+        return replace(wire, oldest=sent.oldest, dp=sent.dp, clip=sent.clip, lanes=sent.lanes)
 
-    def run_each(self, chunk: list[int], wire: WireBroadcast) -> Any:
+    def run_each(self, chunk: list[Unit], wire: WireBroadcast) -> Any:
         """As `run`, and gives each client's update beside the reports, None where it could not be used."""
         # Its values may be a liar's, however large: rules that read each are there to survive them.
-        reports, updates = zip(*(self._client(client, wire, finite_bound) for client in chunk), strict=True)
+        done = [one for pack in chunk for one in self._pack(pack, wire, finite_bound)]
+        reports, updates = zip(*done, strict=True)
         return list(reports), *(update and update_to_wire(update) for update in updates)
 
     def masked(self, inboxes: Mapping[int, Inbox], wire: WireBroadcast) -> tuple[list[Report], MaskedSum]:
         """Third trip of secure aggregation: trains and gives the masked sum; the reports tell no figures."""
 
-        def train(client: int, sums: Sums) -> tuple[Report, np.ndarray | None]:
-            report, update = self._client(client, wire, finite_bound)
-            report = replace(report, metrics={DOWN: report.metrics[DOWN]})
-            try:
-                return report, None if update is None else ring_vector(update, sums, wire, self.federation)
-            except ValueError as error:  # such as a loss that is none
-                return replace(report, failed=str(error)), None
+        def train(pack: Unit, sums: Sums) -> Iterator[tuple[Report, np.ndarray | None]]:
+            for report, update in self._pack(pack, wire, finite_bound):
+                told = replace(report, metrics={DOWN: report.metrics[DOWN]})
+                try:
+                    yield told, None if update is None else ring_vector(update, sums, wire, self.federation)
+                except ValueError as error:  # such as a loss that is none
+                    yield replace(told, failed=str(error)), None
 
         return self.mask(inboxes, train)
 
-    def _client(
-        self, client: int, wire: WireBroadcast, take: Callable[[Update], object]
-    ) -> tuple[Report, Update | None]:
-        """Trains a client; `take` is given its update before it is remembered, and may refuse it (NonFiniteUpdate)."""
+    def best_pack(self, params: np.ndarray, most: int, clients: int) -> int:
+        """How many lanes are fastest, up to `most`: measured from `params` (P,) on some of the first `clients`."""
+        start = borrow(params).to(self.device)
+        return best_pack(self.trainer, self.tokens, clients, most, start, self.federation.train)
+
+    def _pack(
+        self, pack: Unit, wire: WireBroadcast, take: Callable[[Update], object]
+    ) -> list[tuple[Report, Update | None]]:
+        """Trains a pack's clients; `take` is given each update before it is remembered, and may refuse it.
+
+        That is by NonFiniteUpdate.
+        """
         began = time.monotonic()
-        federation, rows = self.federation, self.tokens.rows(client, "train")
-        got, memory = self._received(client, wire), self._remembered(client, wire.round)
-        update, after = self._trainer(client, wire).update(
-            client, rows, rows.num_rows / self.largest, got, memory, federation
-        )
-        update, squeezed = encode(federation.transforms, update, got, memory)
+        jobs = []
+        for client in pack:
+            rows, got = self.tokens.rows(client, "train"), self._received(client, wire)
+            remembered = self._remembered(client, wire.round)
+            jobs.append(Job(client, rows, rows.num_rows / self.largest, got, remembered))
+        done = self._trainer(pack, wire).updates(jobs, self.federation)
+        seconds = (time.monotonic() - began) / len(pack)
+        return [self._sent(job, *one, wire, take, seconds) for job, one in zip(jobs, done, strict=True)]
+
+    def _sent(
+        self,
+        job: Job,
+        update: Update,
+        after: Memory,
+        wire: WireBroadcast,
+        take: Callable[[Update], object],
+        seconds: float,
+    ) -> tuple[Report, Update | None]:
+        """What becomes of a trained client's update and of its memory."""
+        federation, client, got = self.federation, job.client, job.got
+        update, squeezed = encode(federation.transforms, update, got, job.memory)
         down, up = federation.strategy.floats(got)
         # Transforms shorten the update alone, and not what the rule sends beside it.
         beside = max(0, up - got.params.numel())
@@ -171,8 +196,8 @@ class ClientActor(SecureClients):
         update = replace(update, metrics=update.metrics | traffic)
         after |= squeezed
         deadline = federation.clients.availability.deadline_s
-        if deadline is not None and time.monotonic() - began > deadline:
-            return Report(client, traffic, late=True), None
+        if deadline is not None and seconds > deadline:
+            return Report(client, traffic, late=True, seconds=seconds), None
         try:
             if not all(tensor.isfinite().all() for tensor in after.values()):
                 raise NonFiniteUpdate("what it would remember holds NaN or infinity")
@@ -181,13 +206,17 @@ class ClientActor(SecureClients):
                 update = wire.dp.encode(update, wire.clip)
             take(update)
         except NonFiniteUpdate as error:
-            return Report(client, traffic, failed=str(error)), None
+            return Report(client, traffic, failed=str(error), seconds=seconds), None
         if federation.remembers:
             self.memory.write(client, wire.round + 1, after, wire.oldest)
-        return Report(client, update.metrics), update
+        return Report(client, update.metrics, seconds=seconds), update
 
-    def _trainer(self, client: int, wire: WireBroadcast) -> LocalTrainer:
+    def _trainer(self, pack: Unit, wire: WireBroadcast) -> LocalTrainer:
         """The trainer of clients; under example-level privacy one that adds noise, which baselines do without."""
+        if len(pack) > 1:
+            if self.packed is None:
+                self.packed = PackTrainer(self.trainer, wire.lanes, self.federation.train)
+            return self.packed
         if not isinstance(wire.dp, ExamplePlan):
             return self.trainer
         if self.private is None:
@@ -195,16 +224,8 @@ class ClientActor(SecureClients):
             self.private = PrivateTrainer.with_plan(
                 plain.trainable, plain.objective, plain.pad, self.federation.train, wire.dp
             )
-        self.private.words = noise(self.federation, wire.round, client)
+        self.private.words = noise(self.federation, wire.round, pack[0])
         return self.private
-
-    def _received(self, client: int, wire: WireBroadcast) -> Broadcast:
-        peft, seed = self.federation.model.peft, self.federation.seed
-        rank = peft.rank_of(client, seed) if isinstance(peft, Lora) else None
-        return replace(from_wire(wire, self.trainer.trainable.layout, seed), rank=rank)
-
-    def _remembered(self, client: int, round_: int) -> Memory:
-        return self.memory.read(client, round_) if self.federation.remembers else {}
 
     def merged_weights(self, residual: np.ndarray) -> np.ndarray:
         """The adapted layers' weights with the products of `residual` (float32) in them (uint8): see rebase.py."""
@@ -228,65 +249,9 @@ class ClientActor(SecureClients):
         partial = self.sum.close()
         return partial.nbytes, *(cut(partial, partition, rank) for rank in range(len(partition.parts)))
 
-    def evaluate(self, chunk: list[int], params: np.ndarray | Sent, limit: int) -> list[ClientLoss]:
-        """Losses of the vector `params` (P,) on at most `limit` held-out rows of each of the chunk's clients."""
-        if isinstance(params, Sent):
-            params = joined(params, ray.get(list(params.parts)), self.federation.seed).params.numpy()
-        self._become(params)
-        return [self._loss(client, limit) for client in chunk]
-
-    def evaluate_personal(self, chunk: list[int], wire: WireBroadcast, limit: int) -> list[ClientLoss]:
-        """Losses of each client's own model on at most `limit` held-out rows; none if that is the global one."""
-        losses = []
-        for client in chunk:
-            got = self._received(client, wire)
-            own = self.federation.strategy.personal(got, part(self._remembered(client, wire.round), STRATEGY))
-            if own is not None:
-                self.trainer.trainable.set_rank(got.rank)
-                self.trainer.trainable.flat.data.copy_(own)
-                losses.append(self._loss(client, limit))
-        return losses
-
-    def local_only(self, chunk: list[int], params: np.ndarray, steps: list[int]) -> list[ClientLoss]:
-        """Held-out losses of models that each client trained alone, for its number of steps from `params` (P,)."""
-        losses = []
-        for client, own_steps in zip(chunk, steps, strict=True):
-            self._train_alone(self.tokens.rows(client, "train"), params, own_steps, client)
-            losses.append(self._loss(client, self.federation.evaluate.rows))
-        return losses
-
-    def centralised(self, clients: list[int], params: np.ndarray, steps: int) -> np.ndarray:
-        """The vector (P,) after `steps` steps from `params` on the pooled rows of all clients."""
-        rows = pa.concat_batches([self.tokens.rows(client, "train") for client in clients])
-        self._train_alone(rows, params, steps, BASELINE)
-        return self.trainer.trainable.flat.detach().cpu().numpy().copy()
-
-    def _train_alone(self, rows: pa.RecordBatch, params: np.ndarray, steps: int, client: int) -> None:
-        train = replace(self.federation.train, steps=steps, epochs=None)
-        start = borrow(params).to(self.device)
-        self.trainer.trainable.set_rank(None)
-        stream = rng(self.federation.seed, 0, client, "batches")
-        torch.manual_seed(torch_seed(self.federation.seed, 0, client, "dropout"))
-        reset(self.trainer.optimizer)
-        self.trainer.steps(rows, start, train, stream)
-
-    def generate(self, params: np.ndarray, prompts: list[str], tokens: int) -> list[str]:
-        """Greedy continuations by the vector `params` (P,), one per prompt."""
-        self._become(params)
-        network, pad = self.trainer.trainable.network, self.trainer.pad
-        return continuations(network, pad, self.device, self.tokenizer, prompts, tokens)
-
     def export(self, params: np.ndarray, card: str) -> Iterator[tuple[str, bytes]]:
         """The files of the model folder for the vector `params` (P,), one after another."""
         self._become(params)
         merged = self.merged is not None
         files = export_files(self.trainer.trainable, self.federation.model, self.tokenizer, card, merged=merged)
         yield from ((name, content) for name, content in files.items())  # Ray wants a generator, not an iterator
-
-    def _become(self, params: np.ndarray) -> None:
-        self.trainer.trainable.set_rank(None)
-        self.trainer.trainable.flat.data.copy_(borrow(params))
-
-    def _loss(self, client: int, limit: int) -> ClientLoss:
-        rows, evaluate = self.tokens.rows(client, "heldout"), replace(self.federation.evaluate, rows=limit)
-        return client_loss(self.trainer, client, rows, evaluate, self.federation.seed)

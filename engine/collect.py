@@ -11,6 +11,7 @@ import torch
 
 from engine.client import DOWN, FLOAT_BYTES, UP
 from engine.privacy import SecAgg
+from engine.pulling import Work, Worked
 from engine.relay import Message, Relay
 from engine.ring import Plan, ring_aggregate, ring_sums
 from engine.settings import Federation, Lora
@@ -30,6 +31,7 @@ class Collected:
     """A round's work: reports by client, the aggregate (None: nobody took part, or it was aborted), and figures.
 
     `figures` are sums over the clients: `nll` in nats, `learnt` and `tokens`. `told`: reports hold each client's own.
+    `busy` are the slots' seconds of work.
     """
 
     reports: list[Report] = field(default_factory=list)
@@ -41,6 +43,7 @@ class Collected:
     aborted: str | None = None
     sessions: int = 0
     store_bytes: int = 0
+    busy: list[float] = field(default_factory=list)
 
     @property
     def loss(self) -> float:
@@ -52,8 +55,8 @@ class Collected:
 class Collector(Protocol):
     """How a cohort's work is had."""
 
-    def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: Any) -> Collected:
-        """Lets `cohort` (N,) train from `wire`; `costs` (N,) say where work is long, in any unit."""
+    def collect(self, work: Work, wire: Any) -> Collected:
+        """Lets a cohort train from `wire`."""
         ...
 
 
@@ -64,19 +67,22 @@ class PlainCollector:
     federation: Federation
     slots: Slots
 
-    def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: WireBroadcast) -> Collected:
+    def collect(self, work: Work, wire: WireBroadcast) -> Collected:
         """The simulator adds up where the rule reads sums; the protocol's server would have had each update."""
-        gone = self.federation.clients.availability.gone(cohort, self.federation.seed, wire.round)
-        there = np.array([int(client) not in gone for client in cohort], dtype=bool)
-        reports, partials, each = self.slots.train(cohort[there], costs[there], ray.put(wire))
+        done = self.slots.train(self._there(work, wire), ray.put(wire), wire.lanes)
         aggregate = None
-        if any(_good(report) for report in reports):
-            aggregate = merge(partials) if self.federation.strategy.reads == "sum" else _listed(each)
-        moved = _bytes(wire) + len(each) * wire.params.nbytes
-        moved += sum(vector.nbytes for partial in partials for vector in partial.vectors.values())
-        return self._told(cohort, reports, aggregate, moved)
+        if any(_good(report) for report in done.reports):
+            aggregate = merge(done.sums) if self.federation.strategy.reads == "sum" else _listed(done.each)
+        moved = _bytes(wire) + len(done.each) * wire.params.nbytes
+        return self._told(work, done, aggregate, moved + sum(partial.nbytes for partial in done.sums))
 
-    def _told(self, cohort: np.ndarray, reports: list[Report], aggregate: Any, moved: int) -> Collected:
+    def _there(self, work: Work, wire: WireBroadcast | Sent) -> Work:
+        """Without those who drop out on purpose."""
+        gone = self.federation.clients.availability.gone(work.clients, self.federation.seed, wire.round)
+        return work.of(~np.isin(work.clients, list(gone)))
+
+    def _told(self, work: Work, done: Worked, aggregate: Any, moved: int) -> Collected:
+        reports = done.reports
         good = [report for report in reports if _good(report)]
         arrived = [report for report in reports if not report.late]
         figures = {
@@ -91,20 +97,19 @@ class PlainCollector:
             Message("server", "update", len(arrived) if up else 0, up),
             Message("server", "metric", told, told * FLOAT_BYTES),
         ]
-        return Collected(reports, aggregate, figures, messages, len(cohort) - len(arrived), store_bytes=moved)
+        dropped = len(work.clients) - len(arrived)
+        return Collected(reports, aggregate, figures, messages, dropped, store_bytes=moved, busy=done.busy)
 
 
 @dataclass(frozen=True)
 class ShardCollector(PlainCollector):
     """Gangs' updates: the sums stay in the object store, in shards."""
 
-    def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: Sent) -> Collected:  # type: ignore[override]
+    def collect(self, work: Work, wire: Sent) -> Collected:  # type: ignore[override]
         """As in the clear; the aggregate is each gang's sum, in shards."""
-        gone = self.federation.clients.availability.gone(cohort, self.federation.seed, wire.round)
-        there = np.array([int(client) not in gone for client in cohort], dtype=bool)
-        reports, sums, _ = self.slots.train(cohort[there], costs[there], wire)
-        moved = wire.nbytes + sum(one.nbytes for one in sums)
-        return self._told(cohort, reports, sums if any(_good(report) for report in reports) else None, moved)
+        done = self.slots.train(self._there(work, wire), wire, wire.lanes)
+        moved = wire.nbytes + sum(one.nbytes for one in done.sums)
+        return self._told(work, done, done.sums if any(_good(report) for report in done.reports) else None, moved)
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,9 @@ class SecureCollector:
     layout: Layout
     most_tokens: int
 
-    def collect(self, cohort: np.ndarray, costs: np.ndarray, wire: WireBroadcast | Sent) -> Collected:
+    def collect(self, work: Work, wire: WireBroadcast | Sent) -> Collected:
         """One secured round; aborted where the cohort, or what is left of it, is too small."""
-        federation, secagg = self.federation, self.federation.privacy.secagg
+        federation, secagg, cohort = self.federation, self.federation.privacy.secagg, work.clients
         assert secagg.mode != "off"
         if not len(cohort):
             return Collected(told=False)
@@ -135,13 +140,15 @@ class SecureCollector:
         sums = self.sums(wire.dp, wire.clip, len(cohort))
         gone = federation.clients.availability.gone(cohort, federation.seed, wire.round)
         session = Session(wire.round, 0, parameters, sums, secagg.mode)
-        done = self.relay.play(session, cohort, costs, ray.put(wire), gone, refuse)
+        done = self.relay.play(session, work, ray.put(wire), wire.lanes, gone, refuse)
         down = round(sum(report.metrics[DOWN] for report in done.reports))
         messages = [Message("client", "sum", len(done.reports) if down else 0, down), *done.messages]
         moved = FLOAT_BYTES * self.layout.size + done.sessions * self.relay.slots.size * FLOAT_BYTES * sums.length
         count = done.totals.count if done.totals else 0
         dropped = len(cohort) - count
-        found = Collected(done.reports, None, {}, messages, dropped, False, done.aborted, done.sessions, moved)
+        found = Collected(
+            done.reports, None, {}, messages, dropped, False, done.aborted, done.sessions, moved, done.busy
+        )
         if done.totals is None:
             return found
         if done.totals.weight == 0:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def check_together(federation: Federation) -> None:
     """Raises ValueError for the first two sections that do not go together, with the nearest that works."""
-    for check in (_adapters, _cohort, _optimizer, _freezing, _transforms, _gangs):
+    for check in (_adapters, _cohort, _optimizer, _freezing, _transforms, _packs, _gangs):
         check(federation)
 
 
@@ -125,6 +125,22 @@ def _transforms(federation: Federation) -> None:
         raise ValueError(
             f"{_named(strategy)} keeps tensors as they are, which a projection's noise would move: use topk or int8"
         )
+
+
+def _packs(federation: Federation) -> None:
+    """What packs cannot do: their clients share every step."""
+    clients = federation.clients
+    if clients.pack == 1:
+        return
+    refused = {
+        'model.peft.kind = "none"': federation.model.peft.kind != "lora",
+        'privacy.dp.kind = "example"': federation.privacy.dp.kind == "example",
+        "clients.availability.deadline_s": clients.availability.deadline_s is not None,
+        "clients.zero without from_rows": clients.zero is not None and not clients.zero.from_rows,
+    }
+    for key, set_ in refused.items():
+        if set_:
+            raise ValueError(f"{key} does not work with packs of clients: set clients.pack = 1, or leave it out")
 
 
 def works_in_gangs(strategy: Strategy) -> bool:

@@ -101,7 +101,8 @@ class Driver:
             self.metrics,
             self.ledger,
         )
-        notes = self.rounds.prepare(initial, saved)
+        lanes = saved.lanes if saved else self._lanes(initial)
+        notes = self.rounds.prepare(initial, saved, lanes)
         for name, content in plan.files.items():
             plan.folder.mkdir(parents=True, exist_ok=True)
             write_file(plan.folder / name, content)
@@ -118,7 +119,7 @@ class Driver:
         asked = federation.clients.slots
         parameters, on_cpu = start.layout.size, start.without_gpu
         yield Started(
-            start.slots, asked, training, unseen, dropped, parameters, start.base_bytes, on_cpu, resumed, notes
+            start.slots, asked, training, unseen, dropped, parameters, start.base_bytes, on_cpu, resumed, lanes, notes
         )
 
         if saved is None:
@@ -144,6 +145,15 @@ class Driver:
                 save_checkpoint(plan.folder / "checkpoints", reached, kept)
         yield self._finish(initial, state)
         self.slots.stop()
+
+    def _lanes(self, initial: State) -> int:
+        """How many clients a pack trains at once."""
+        asked, clients = self.federation.clients.pack, self.store.num_training
+        if asked != "auto":
+            return asked
+        sent, most = self.server.sent(initial), self.federation.cohort.largest(clients)
+        found: int = self.slots.ask(lambda actor: actor.best_pack.remote(sent, min(most, clients), clients))
+        return found
 
     def _rebase_to(self, state: State) -> None:
         if isinstance(state, ServerState) and state.residual is not None:
@@ -190,7 +200,7 @@ class Driver:
         nowhere = Metrics(folder / "metrics"), Ledger(folder / "ledger")  # never flushed
         layout = self.rounds.layout
         rounds = Rounds(federation, self.slots, self.server, self.store, self.tokens, layout, folder, *nowhere)
-        rounds.prepare(initial, None)
+        rounds.prepare(initial, None, self.rounds.lanes)
         self._forget_residual(state)
         plain = initial
         while plain.round < federation.rounds:

@@ -30,20 +30,14 @@ def drawn_rows(rows: int, client: int, evaluate: Evaluate, seed: int) -> np.ndar
     return np.sort(rng(seed, 0, client, "evaluate").choice(rows, evaluate.rows, replace=False))
 
 
-@torch.no_grad()
 def client_loss(trainer: LocalTrainer, client: int, rows: pa.RecordBatch, evaluate: Evaluate, seed: int) -> ClientLoss:
     """The loss of the vector now in the model on a client's held-out rows.
 
     Batches hold rows of one client only, so that the bits do not depend on which clients a slot was given.
     """
     picked = drawn_rows(rows.num_rows, client, evaluate, seed)
-    trainer.trainable.network.eval()
-    nll_total, token_total = 0.0, 0
-    for start in range(0, len(picked), evaluate.batch):
-        batch = trainer.objective.collate(rows.take(picked[start : start + evaluate.batch]), trainer.pad)
-        nll, learnt = trainer.objective.loss(trainer.trainable.network, batch.to(trainer.trainable.flat.device))
-        nll_total, token_total = nll_total + nll.item(), token_total + learnt
-    return ClientLoss(client, nll_total, token_total, len(picked))
+    nll, learnt = trainer.nll(rows.take(picked), evaluate.batch)
+    return ClientLoss(client, nll, learnt, len(picked))
 
 
 def mean_loss(losses: list[ClientLoss]) -> float:

@@ -16,7 +16,7 @@ class Started:
     """All is in place; `notes` are what the user should know beforehand, such as of a large delta.
 
     `without_gpu` slots were to have a GPU, but torch sees none there, and they run on the CPU. `resumed` is the round
-    that a resumed run goes on from, or None.
+    that a resumed run goes on from, or None. Packs have so many `lanes`.
     """
 
     slots: int
@@ -28,6 +28,7 @@ class Started:
     base_bytes: int
     without_gpu: int
     resumed: int | None
+    lanes: int
     notes: tuple[str, ...] = ()
 
 

@@ -6,7 +6,7 @@ Legend: B rows of a piece, P parameters.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,8 @@ class PrivateTrainer(LocalTrainer):
         """As `of`, under a plan; ValueError without Opacus, or where trained parameters are tied."""
         _hooks()
         _refuse_ties(trainable.network)
+        # Opacus tells rows apart by the first dimension of what goes into a layer.
+        objective = replace(objective, every_logit=True)
         return cls(trainable, objective, pad, make_optimizer([trainable.flat], train.optimizer), plan)
 
     def steps(
@@ -82,7 +84,7 @@ class PrivateTrainer(LocalTrainer):
                     piece = self.objective.collate(rows.take(picked[first : first + train.batch]), self.pad)
                     nll_total += self._add_clipped(piece.to(flat.device), summed, hooks)
                     token_total += piece.learnt
-                    trained_tokens += int(piece.attention_BT.sum())
+                    trained_tokens += piece.tokens
                 self._add_noise(summed)
                 grad.copy_(summed / expected_size(rows.num_rows, train))
                 if correct is not None:

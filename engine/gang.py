@@ -7,6 +7,7 @@ into their timeout, and the pool makes a new gang.
 
 import math
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,10 +30,12 @@ from engine.meeting import meet
 from engine.memory import ClientMemory
 from engine.model import load_tokenizer
 from engine.objectives.sft import Sft
+from engine.pulling import Unit
 from engine.rows import Parts, find_tokens, receive_tokens, token_columns
 from engine.settings import Federation
 from engine.spending import noisy
 from engine.sums import LIMIT, ExactSum, NonFiniteUpdate, PartialSum, finite_bound
+from engine.train import Job
 from engine.wire import (
     Report,
     Sent,
@@ -140,10 +143,10 @@ class Rank(SecureRank):
         after = state_to_wire(self.federation.strategy.apply(state, aggregate))
         return after.nbytes, after
 
-    def run(self, chunk: list[int], sent: Sent) -> list[Report]:
+    def run(self, chunk: list[Unit], sent: Sent) -> list[Report]:
         """What this rank does in training a chunk of clients one after another, and adding them up."""
         reports = []
-        for client in chunk:
+        for (client,) in chunk:
             report, update = self.trained(client, sent)
             if update is not None:
                 self.sum.add(update)
@@ -152,6 +155,7 @@ class Rank(SecureRank):
 
     def trained(self, client: int, sent: Sent) -> tuple[Report, Update | None]:
         """Trains a client: its report, the same in all ranks, and this rank's shard of its update."""
+        began = time.monotonic()
         federation, rows = self.federation, self.tokens.rows(client, "train")
         state = state_from_wire(ray.get(sent.parts[self.rank]), sent.round, federation.seed)
         got = replace(federation.strategy.broadcast(state), whole_norm=self._whole_norm)
@@ -159,7 +163,8 @@ class Rank(SecureRank):
         down, up = (self.summed(floats * FLOAT_BYTES) for floats in federation.strategy.floats(got))
         traffic = {DOWN: down, UP: up}
         try:
-            update, after = self.trainer.update(client, rows, rows.num_rows / self.largest, got, memory, federation)
+            job = Job(client, rows, rows.num_rows / self.largest, got, memory)
+            ((update, after),) = self.trainer.updates([job], federation)
             self._refuse_useless(update, [*after.values()])
         except NonFiniteUpdate as error:
             return Report(client, traffic, failed=str(error)), None
@@ -169,7 +174,7 @@ class Rank(SecureRank):
         if federation.remembers:
             self.memory.write(client, got.round + 1, after, sent.oldest)
         update = replace(update, metrics=update.metrics | traffic)
-        return Report(client, update.metrics), update
+        return Report(client, update.metrics, seconds=time.monotonic() - began), update
 
     def _whole_norm(self, norm: float) -> float:
         """The L2 norm of a vector from that of its shard here; all ranks ask at once."""

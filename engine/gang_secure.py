@@ -13,6 +13,7 @@ import numpy as np
 import torch.distributed as dist
 
 from engine.client import DOWN
+from engine.pulling import Unit
 from engine.ring import figures_of
 from engine.ring_shard import RingShard
 from engine.secure import SecureClients
@@ -105,9 +106,10 @@ class SecureGang(SecureClients, SecureRank):
             self._everywhere("clear_own", self._opened.session.sums)
             self._stale = False
 
-        def train(client: int, sums: Sums) -> tuple[Report, np.ndarray | None]:
+        def train(pack: Unit, sums: Sums) -> list[tuple[Report, np.ndarray | None]]:
+            (client,) = pack
             report, weight = self._everywhere("secure_own", client)
-            return report, None if weight is None else sums.encode_head(weight)
+            return [(report, None if weight is None else sums.encode_head(weight))]
 
         found = self.mask(inboxes, train)
         dist.broadcast_object_list([None], src=0)

@@ -10,6 +10,7 @@ from datasets_partition.tokens import Tokens
 from engine.client import Place
 from engine.fitting import slots_that_fit
 from engine.gangs import Gangs
+from engine.pulling import Unit, Work
 from engine.slots import Reference, Slots, Start
 
 
@@ -38,6 +39,11 @@ class Mixed(Gangs):
         """0 for clients of many rows, 1 for the others."""
         found: np.ndarray = (self.rows[clients] < self.zero.from_rows).astype(np.int64)
         return found
+
+    def units(self, work: Work, lanes: int) -> list[Unit]:
+        """Packs of the clients of plain slots; a gang takes one at a time."""
+        few = self.kinds(work.clients) == 1
+        return super().units(work.of(~few), 1) + super().units(work.of(few), lanes)
 
     def _spawn(self, slot: int) -> Any:
         return Slots._spawn(self, slot) if self._plain(slot) else super()._spawn(slot)

@@ -142,7 +142,8 @@ class Trainable:
         scale = model.peft.alpha / model.peft.r if isinstance(model.peft, Lora) else 1.0
         self.layout = Layout.of(trained, scale)
         device = trained[0][1].device
-        self.flat = nn.Parameter(torch.cat([p.detach().reshape(-1).float() for _, p in trained]).to(device))
+        precision = torch.promote_types(trained[0][1].dtype, torch.float32)
+        self.flat = nn.Parameter(torch.cat([p.detach().reshape(-1).to(precision) for _, p in trained]).to(device))
         self.grad = torch.zeros_like(self.flat)
         self.flat.grad = self.grad
         values, grads = self.layout.views(self.flat.data), self.layout.views(self.grad)

@@ -1,6 +1,7 @@
-"""The local optimizer on the flat vector: made once per slot, then reset, or given a client's state. P parameters."""
+"""The local optimizer on flat vectors: made once per slot, then reset, or given a client's state. P parameters."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from strategies.types import Memory
 
 
 def make_optimizer(
-    parameters: Sequence[torch.nn.Parameter], settings: AdamW | Sgd | TorchOptimizer
+    parameters: Sequence[torch.nn.Parameter] | Sequence[dict[str, Any]], settings: AdamW | Sgd | TorchOptimizer
 ) -> torch.optim.Optimizer:
     """The recipe's optimizer; the fused kernels, which are the fast ones on CPU too.
 
@@ -35,31 +36,31 @@ def make_optimizer(
     return made
 
 
-def reset(optimizer: torch.optim.Optimizer) -> None:
-    """Takes the optimizer back to its first step; nothing is built anew where zeros are what it starts from."""
-    if isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
-        for state in optimizer.state.values():
-            for tensor in state.values():
+def reset(optimizer: torch.optim.Optimizer, lane: int = 0) -> None:
+    """Takes the parameters of a lane, a group each, back to their first step.
+
+    Nothing is built anew where zeros are what the optimizer starts from.
+    """
+    for parameter in optimizer.param_groups[lane]["params"]:
+        if isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
+            for tensor in optimizer.state.get(parameter, {}).values():
                 if tensor is not None:
                     tensor.zero_()
-    else:  # Rprop, ASGD and others start from something else, which they set at their first step
-        optimizer.state.clear()
+        else:  # Rprop, ASGD and others start from something else, which they set at their first step
+            optimizer.state.pop(parameter, None)
 
 
-def kept(optimizer: torch.optim.Optimizer) -> Memory:
-    """The optimizer's state as entries of a client's memory."""
-    return {
-        name: tensor.detach().cpu().clone()
-        for state in optimizer.state.values()
-        for name, tensor in state.items()
-        if isinstance(tensor, torch.Tensor)
-    }
+def kept(optimizer: torch.optim.Optimizer, lane: int = 0) -> Memory:
+    """The state of a lane's vector as entries of a client's memory."""
+    (flat,) = optimizer.param_groups[lane]["params"]
+    state = optimizer.state.get(flat, {})
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
-def restore(optimizer: torch.optim.Optimizer, memory: Memory) -> None:
-    """Puts the state that `kept` gave back into the optimizer; without any, the optimizer is reset."""
-    reset(optimizer)
-    (flat,) = optimizer.param_groups[0]["params"]
+def restore(optimizer: torch.optim.Optimizer, memory: Memory, lane: int = 0) -> None:
+    """Puts the state that `kept` gave back into the optimizer; without any, the lane is reset."""
+    reset(optimizer, lane)
     for name, tensor in memory.items():
+        (flat,) = optimizer.param_groups[lane]["params"]
         # A step count stays a scalar on the CPU, moments lie where the vector lies.
         optimizer.state[flat][name] = tensor.clone().to(flat.device if tensor.ndim else "cpu")

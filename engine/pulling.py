@@ -1,40 +1,109 @@
-"""Slots pull chunks of clients: whoever is idle takes some, and what a dead slot had done is handed out again."""
+"""Slots pull chunks of work: whoever is idle takes some, and what a dead slot had done is handed out again.
+
+A unit of work is a pack of clients, which train together, or one client.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
 from engine.lost import LOST
+from engine.wire import Report
 
 if TYPE_CHECKING:
     from engine.slots import Slots
 
+Unit = tuple[int, ...]
 CHUNKS_PER_SLOT = 3
+REFILLED = 2  # packs hold so many clients a lane, where there are enough of them: who ends early is followed by another
+ENOUGH = 16  # packs of a cohort, so that slots stay in balance
+
+
+@dataclass(frozen=True)
+class Work:
+    """A round's clients (N,), the steps that each takes (N,), and how long it is thought to take (N,), in any unit."""
+
+    clients: np.ndarray
+    steps: np.ndarray
+    costs: np.ndarray
+
+    def of(self, some: np.ndarray) -> Work:
+        """The same of some of the clients: a mask (N,)."""
+        return Work(self.clients[some], self.steps[some], self.costs[some])
+
+    def cost(self, unit: Unit) -> float:
+        """How long a unit is thought to take."""
+        return sum(self._each[client] for client in unit)
+
+    @cached_property
+    def _each(self) -> dict[int, float]:
+        return dict(zip(self.clients.tolist(), self.costs.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Worked:
+    """A round's local work: reports, sorted, sums that hold each client once, and references to updates by client.
+
+    There are such references only where the strategy reads more than sums. `busy` are the slots' seconds of work.
+    """
+
+    reports: list[Report]
+    sums: list[Any]
+    each: dict[int, Any]
+    busy: list[float]
+
+
+def packs(clients: np.ndarray, steps: np.ndarray, lanes: int) -> list[Unit]:
+    """The clients (N,) in packs for so many lanes: by their numbers of steps (N,) and nothing else.
+
+    Clients of about as many steps come together, and packs are of about one size.
+    """
+    ordered = clients[np.argsort(-steps, kind="stable")]
+    members = lanes if lanes == 1 or len(clients) < ENOUGH * REFILLED * lanes else REFILLED * lanes
+    return (
+        [tuple(pack.tolist()) for pack in np.array_split(ordered, -(-len(ordered) // members))] if len(ordered) else []
+    )
 
 
 def pull(
-    pool: Slots, clients: np.ndarray, costs: np.ndarray, call: Callable[[Any, list[int]], Any]
+    pool: Slots, units: list[Unit], costs: list[float], call: Callable[[Any, list[Unit]], Any]
 ) -> dict[int, list[Any]]:
-    """What each slot that is still alive has done of `clients` (N,), the longest work (`costs`) first."""
-    longest_first = clients[np.argsort(-costs, kind="stable")]
-    kinds = pool.kinds(longest_first)
-    queues = {kind: deque(longest_first[kinds == kind].tolist()) for kind in set(kinds.tolist())}
+    """What each slot that is still alive has done of `units`, the longest work (`costs`, in any unit) first.
+
+    A chunk is a share of the work that is left, so that chunks shrink towards the end.
+    """
+    cost = dict(zip(units, costs, strict=True))
+    kinds = pool.kinds(np.array([unit[0] for unit in units], np.int64))
+    queues: dict[int, deque[Unit]] = {}
+    for place in np.argsort(-np.array(costs), kind="stable"):
+        queues.setdefault(int(kinds[place]), deque()).append(units[place])
+    left = {kind: sum(cost[unit] for unit in queue) for kind, queue in queues.items()}
     slots = Counter(pool.kind_of(slot) for slot in range(pool.size))
-    idle, running = list(range(pool.size)), dict[Any, tuple[int, list[int]]]()
-    chunks: dict[int, list[list[int]]] = {}
+    idle, running = list(range(pool.size)), dict[Any, tuple[int, list[Unit]]]()
+    chunks: dict[int, list[list[Unit]]] = {}
     done: dict[int, list[Any]] = {}
+
+    def taken(kind: int) -> list[Unit]:
+        queue, share, chunk = queues[kind], left[kind] / (CHUNKS_PER_SLOT * slots[kind]), list[Unit]()
+        took = 0.0
+        while queue and (not chunk or took + cost[queue[0]] <= share):
+            chunk.append(queue.popleft())
+            took += cost[chunk[-1]]
+        left[kind] -= took
+        return chunk
+
     while any(queues.values()) or running:
         for slot in list(idle):
-            queue = queues.get(pool.kind_of(slot))
-            if queue:
+            if queues.get(pool.kind_of(slot)):
                 idle.remove(slot)
-                size = max(1, len(queue) // (CHUNKS_PER_SLOT * slots[pool.kind_of(slot)]))
-                chunk = [queue.popleft() for _ in range(size)]
+                chunk = taken(pool.kind_of(slot))
                 running[call(pool.actors[slot], chunk)] = (slot, chunk)
         (ready,), _ = ray.wait(list(running), num_returns=1)
         slot, chunk = running.pop(ready)
@@ -42,8 +111,10 @@ def pull(
             done.setdefault(slot, []).extend(ray.get(ready))
             chunks.setdefault(slot, []).append(chunk)
         except LOST as error:
+            kind = pool.kind_of(slot)
             for lost in (chunk, *chunks.pop(slot, [])):
-                queues[pool.kind_of(slot)].extend(lost)
+                queues[kind].extend(lost)
+                left[kind] += sum(cost[unit] for unit in lost)
             done.pop(slot, None)
             pool.replace(slot, error)
         idle.append(slot)

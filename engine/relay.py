@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from engine.lost import LOST
+from engine.pulling import Unit, Work
 from engine.secure import Opening
 from engine.slots import Reference, Slots
 from engine.wire import Report, ShardTotals
@@ -22,7 +23,7 @@ from strategies.secagg.ring import Totals
 from strategies.secagg.server import Server
 
 Gone = Mapping[int, Phase]  # who drops out, and before which answer
-Placed = dict[int, tuple[int, ...]]  # a slot's clients
+Placed = dict[int, tuple[Unit, ...]]  # a slot's packs
 
 
 class _SlotLost(Exception):
@@ -58,6 +59,7 @@ class Relayed:
     totals: Totals | ShardTotals | None = None
     aborted: str | None = None
     sessions: int = 0
+    busy: list[float] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
 
     def note(self, party: str, kind: str, sent: Iterable[Any]) -> None:
@@ -78,23 +80,24 @@ class Relay:
     def play(
         self,
         session: Session,
-        cohort: np.ndarray,
-        costs: np.ndarray,
+        work: Work,
         wire: Reference,
+        lanes: int,
         gone: Gone,
         refuse: Callable[[Sequence[int]], None],
     ) -> Relayed:
-        """One round: `cohort` (N,) trains from `wire`, `costs` (N,) place clients, survivors must pass `refuse`.
+        """One round of secured `work` from `wire`; survivors must pass `refuse`.
 
         A slot that dies before the sum is being unmasked voids the session, and the next one has new keys; ValueError
         where too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
         could tell what is between them.
         """
         done = Relayed()
-        placed = placement(cohort, costs, self.slots.size)
+        units = self.slots.units(work, lanes)
+        placed = placement(units, [work.cost(unit) for unit in units], self.slots.size)
         known = None
         if session.parameters.active:
-            everybody = tuple(cohort.tolist())
+            everybody = tuple(work.clients.tolist())
             known = self.slots.ask(lambda actor: actor.roster.remote(everybody, self.authority))
         asked = _Asked(placed, wire, gone, refuse, known)
         self.slots.deaths = 0
@@ -111,9 +114,10 @@ class Relay:
 
     def _session(self, session: Session, asked: _Asked, done: Relayed) -> Totals | ShardTotals:
         placed, refuse = asked.placed, asked.refuse
-        cohort = tuple(sorted(client for clients in placed.values() for client in clients))
+        members = {slot: [client for pack in packs for client in pack] for slot, packs in placed.items()}
+        cohort = tuple(sorted(client for clients in members.values() for client in clients))
         server = Server(session, cohort, self.slots.held(session.sums), asked.known)
-        opened = {slot: Opening(session, cohort, clients, asked.gone) for slot, clients in placed.items()}
+        opened = {slot: Opening(session, cohort, packs, asked.gone) for slot, packs in placed.items()}
         answered = self._trip(opened, lambda actor, mine: actor.open.remote(mine, self.authority))
         keys = self._flat(answered)
         done.note("server", "key", keys)
@@ -128,9 +132,10 @@ class Relay:
         sealed = [len(inbox.boxes) for inbox in inboxes.values()], [inbox.nbytes for inbox in inboxes.values()]
         done.messages.append(Message("other clients", "share", sum(sealed[0]), sum(sealed[1])))
 
-        boxes = {slot: {c: inboxes[c] for c in placed[slot] if c in inboxes} for slot in answered}
+        boxes = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in answered}
         found = self._trip({s: box for s, box in boxes.items() if box}, lambda a, box: a.masked.remote(box, asked.wire))
         done.reports = sorted((r for reports, _ in found.values() for r in reports), key=lambda report: report.client)
+        done.busy = [sum(report.seconds for report in reports) for reports, _ in found.values()]
         masked: list[MaskedSum] = [one for _, one in found.values() if one.clients]
         shards = self._shards([slot for slot, (_, one) in found.items() if one.clients])
         for one in masked:
@@ -149,7 +154,7 @@ class Relay:
             done.note("server", "signature", agreements)
         requests = server.requests(agreements)
         done.note("client", "survivors", requests.values())
-        wanted = {slot: {c: requests[c] for c in placed[slot] if c in requests} for slot in found}
+        wanted = {slot: {c: requests[c] for c in members[slot] if c in requests} for slot in found}
         wanted = {slot: mine for slot, mine in wanted.items() if mine}
         answers = self._flat(self._trip(wanted, lambda actor, mine: actor.unmask.remote(mine), void=False))
         done.note("server", "share", answers)
@@ -196,11 +201,11 @@ class Relay:
         return [one for answers in found.values() for one in answers]
 
 
-def placement(cohort: np.ndarray, costs: np.ndarray, slots: int) -> Placed:
-    """Each slot's clients: the longest work first, to the slot with the least; slots without any are left out."""
-    loads, placed = np.zeros(slots), dict[int, list[int]]()
-    for place in np.argsort(-costs, kind="stable"):
+def placement(units: list[Unit], costs: list[float], slots: int) -> Placed:
+    """Each slot's packs: the longest work first, to the slot with the least; slots without any are left out."""
+    loads, placed = np.zeros(slots), dict[int, list[Unit]]()
+    for place in np.argsort(-np.array(costs), kind="stable"):
         slot = int(np.argmin(loads))
         loads[slot] += costs[place]
-        placed.setdefault(slot, []).append(int(cohort[place]))
-    return {slot: tuple(clients) for slot, clients in placed.items()}
+        placed.setdefault(slot, []).append(units[place])
+    return {slot: tuple(packs) for slot, packs in placed.items()}

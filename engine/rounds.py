@@ -1,5 +1,6 @@
 """One round after the other: cohort, local work, sums, noise, the rule; and what of it is written down."""
 
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,11 @@ from datasets_partition.tokens import Tokens
 from engine.batches import steps_of
 from engine.checkpoint import Saved
 from engine.collect import Collector, PlainCollector, SecureCollector, ShardCollector
+from engine.costs import Costs
 from engine.events import RoundDone
 from engine.memory import ClientMemory
 from engine.metrics import Ledger, Metrics
+from engine.pulling import Work
 from engine.relay import Relay
 from engine.ring import rounding
 from engine.secure import Authority
@@ -30,7 +33,7 @@ from strategies.types import ServerState
 
 
 class Rounds:
-    """Plays rounds. What it keeps beside the strategy's state: the clipping norm, and how many had no result."""
+    """Plays rounds. What it keeps beside the strategy's state is in `saved`."""
 
     def __init__(
         self,
@@ -48,8 +51,9 @@ class Rounds:
         self.store, self.tokens = store, tokens
         self.folder, self.metrics, self.ledger = folder, metrics, ledger
 
-    def prepare(self, initial: Any, saved: Saved | None) -> tuple[str, ...]:
+    def prepare(self, initial: Any, saved: Saved | None, lanes: int) -> tuple[str, ...]:
         """Plans noise and how updates come in; what the user should know of it. ValueError where it cannot be had."""
+        self.lanes, self.costs = lanes, Costs.of(saved.costs if saved else [])
         federation, clients, layout = self.federation, self.store.num_training, self.layout
         dp, round_ = federation.privacy.dp, saved.state.round if saved else 0
         self.clip = saved.clip if saved else dp.clip if isinstance(dp, CentralDp) else 0.0
@@ -80,7 +84,7 @@ class Rounds:
 
     def saved(self, state: Any, wall_s: float) -> Saved:
         """All that a resumed run starts from."""
-        return Saved(state, wall_s, self.clip, self.aborts)
+        return Saved(state, wall_s, self.clip, self.aborts, self.lanes, self.costs.sums)
 
     def spent(self) -> str | None:
         """What the noise of all rounds has cost, in words."""
@@ -92,10 +96,12 @@ class Rounds:
         began = time.monotonic()
         cohort = federation.cohort.sample(self.store.num_training, federation.seed, state.round)
         epsilon, clip = self.spending.charge(self.noisy_steps) if self.spending else None, self.clip
-        wire = replace(self.server.broadcast(state), oldest=self._oldest(state.round))
+        wire = replace(self.server.broadcast(state), oldest=self._oldest(state.round), lanes=self.lanes)
         if self.noise is not None:
             wire = replace(wire, dp=self.noise, clip=self._clients_clip(len(cohort)))
-        done = self.collector.collect(cohort, self.steps(cohort), wire)
+        steps, lengths = self.steps(cohort), self._tokens(cohort)
+        done = self.collector.collect(Work(cohort, steps, self.costs.seconds(steps, lengths)), wire)
+        self._learn(cohort, steps, lengths, done.reports)
         self._refuse_failures(done.reports, round_)
         trained = time.monotonic()
         central = self.noise if isinstance(self.noise, CentralPlan) and done.aborted is None else None
@@ -123,6 +129,7 @@ class Rounds:
             "protocol_bytes_down": sum(sent.nbytes for sent in done.messages if sent.party != "server"),
             "protocol_bytes_up": up,
             "store_bytes": done.store_bytes,
+            "balance": statistics.mean(done.busy) / max(done.busy) if any(done.busy) else 1.0,
         }
         self.metrics.add(round_, "engine", None, **figures)
         if epsilon is not None:
@@ -173,6 +180,18 @@ class Rounds:
     def steps(self, clients: np.ndarray) -> np.ndarray:
         """How many steps each of the clients takes in a round."""
         return np.array([steps_of(int(rows), self.federation.train) for rows in self.tokens.counts("train")[clients]])
+
+    def _tokens(self, clients: np.ndarray) -> np.ndarray:
+        """About how many tokens each of the clients trains on in a round."""
+        train = self.federation.train
+        passes = -(-self.tokens.counts("train")[clients] // (train.batch * train.accumulate))
+        found: np.ndarray = self.tokens.lengths()[clients] * self.steps(clients) / passes
+        return found
+
+    def _learn(self, cohort: np.ndarray, steps: np.ndarray, tokens: np.ndarray, reports: list[Report]) -> None:
+        seconds = {report.client: report.seconds for report in reports}
+        there = np.isin(cohort, list(seconds))
+        self.costs.learn(steps[there], tokens[there], np.array([seconds[int(client)] for client in cohort[there]]))
 
     def _refuse_failures(self, reports: list[Report], round_: int) -> None:
         failed = [report for report in reports if report.failed is not None]

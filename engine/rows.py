@@ -18,6 +18,7 @@ from engine.settings import Federation
 
 Parts = dict[str, list[Any]]  # a file's name -> references to its pieces
 PIECE_BYTES = 64 * 2**20
+TOKENS_VERSION = 2  # of what is made of the rows: raised where older columns would not do
 
 
 def token_columns(store: Path, federation: Federation, shared: str | None = None, on_rows: OnRows = ignore) -> Path:
@@ -30,7 +31,7 @@ def token_columns(store: Path, federation: Federation, shared: str | None = None
     objective = Sft(federation.train.max_length)
     known = [tokenizer.get_vocab(), repr(tokenizer), tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()]
     words = sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-    key = f"{model.base}@{model.revision}/{federation.train.objective}/{objective!r}/{words}"
+    key = f"{TOKENS_VERSION}/{model.base}@{model.revision}/{federation.train.objective}/{objective!r}/{words}"
     return tokenize(Store.open(store), key, lambda rows: objective.encode(rows, tokenizer), shared, on_rows).folder
 
 

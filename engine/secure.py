@@ -14,6 +14,7 @@ import numpy as np
 import ray
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from engine.pulling import Unit
 from engine.wire import Report
 from strategies.secagg.client import Client
 from strategies.secagg.masks import Masks, wrap
@@ -34,12 +35,17 @@ from strategies.secagg.ring import Sums
 
 @dataclass(frozen=True)
 class Opening:
-    """A session of `cohort` begins, `clients` of which are this slot's; `gone` drop out before they answer a phase."""
+    """A session of `cohort` begins, of which this slot has `packs`; `gone` drop out before they answer a phase."""
 
     session: Session
     cohort: tuple[int, ...]
-    clients: tuple[int, ...]
+    packs: tuple[Unit, ...]
     gone: Mapping[int, Phase]
+
+    @property
+    def clients(self) -> Unit:
+        """The slot's clients."""
+        return tuple(client for pack in self.packs for client in pack)
 
 
 class Authority:
@@ -89,22 +95,24 @@ class SecureClients:
         return [member.shares(listed) for member in self._staying("shares").values()]
 
     def mask(
-        self, inboxes: Mapping[int, Inbox], train: Callable[[int, Sums], tuple[Report, np.ndarray | None]]
+        self,
+        inboxes: Mapping[int, Inbox],
+        train: Callable[[Unit, Sums], Iterable[tuple[Report, np.ndarray | None]]],
     ) -> tuple[list[Report], MaskedSum]:
-        """Third trip: the masked sum of the vectors (L,) that `train` gives; it is asked once a round and client."""
+        """Third trip: the masked sum of the vectors (L,) that `train` gives for packs, each client's once a round."""
         assert self._opened is not None
         members = {client: m for client, m in self._staying("masked input").items() if client in inboxes}
         if not set(self._tried) <= set(members):  # who was added has dropped out since: no one is taken out of a sum
             self._tried, self._added = {}, set()
             self._clear(self._opened.session.sums)
         sums = self._opened.session.sums
-        for client in members:
-            if client not in self._tried:
-                report, values_L = train(client, sums)
+        for pack in self._opened.packs:
+            there = tuple(client for client in pack if client in members and client not in self._tried)
+            for report, values_L in train(there, sums) if there else ():
                 if values_L is not None:
                     self._total_L += values_L
-                    self._added.add(client)
-                self._tried[client] = report
+                    self._added.add(report.client)
+                self._tried[report.client] = report
         added = tuple(sorted(self._added))
         masked_L = self._masked([members[client].masks(inboxes[client]) for client in added], sums.bits)
         return list(self._tried.values()), MaskedSum(added, masked_L, sums.nbytes)

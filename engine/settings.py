@@ -131,20 +131,23 @@ class Zero:
 class Clients:
     """The slots that host clients: how many, and what each takes of Ray's resources; 0.25 of a GPU puts four on one.
 
-    `threads` are torch's per slot, and part of the result's identity. When more than `max_failed` of a cohort give
-    unusable updates (NaN), the run ends with an error.
+    `threads` are torch's per slot, and part of the result's identity. So is `pack`: a slot trains that many clients'
+    adapters at once over one base, or with "auto" as many as are fastest by a measurement at the start. When more than
+    `max_failed` of a cohort give unusable updates (NaN), the run ends with an error.
     """
 
     slots: int | Literal["auto"] = "auto"
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     threads: int = 1
+    pack: int | Literal["auto"] = 1
     max_failed: float = 0.2
     availability: Availability = field(default_factory=Availability)
     zero: Zero | None = None
 
     def __post_init__(self) -> None:
-        at_least("clients", 1, slots=None if self.slots == "auto" else self.slots, threads=self.threads)
+        counts = {"slots": self.slots, "threads": self.threads, "pack": self.pack}
+        at_least("clients", 1, **{name: count for name, count in counts.items() if count != "auto"})
         at_least("clients", 0, num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_failed=self.max_failed)
         if self.num_cpus + self.num_gpus == 0:
             raise ValueError("clients.num_cpus and clients.num_gpus are both 0, but a slot needs something to run on")

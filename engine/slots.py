@@ -16,10 +16,9 @@ from engine.client import ClientActor, Place
 from engine.fitting import asked_or_fitting, slots_that_fit
 from engine.holder import start_holder
 from engine.lost import LOST
-from engine.pulling import pull
+from engine.pulling import Unit, Work, Worked, packs, pull
 from engine.rows import Parts, put_tokens
 from engine.settings import Federation
-from engine.sums import PartialSum
 from engine.wire import Report, ShardTotals
 from strategies.layout import Layout
 from strategies.partition import Partition
@@ -168,41 +167,42 @@ class Slots:
             self.merged[node] = merged
         return actor.use_weights.remote(self.merged[node])
 
-    def train(
-        self, clients: np.ndarray, costs: np.ndarray, wire: Reference
-    ) -> tuple[list[Report], list[PartialSum], dict[int, Reference]]:
-        """One round's local work: reports, sorted, partial sums that hold each client once, and updates by client.
+    def units(self, work: Work, lanes: int) -> list[Unit]:
+        """The clients of a round in packs."""
+        return packs(work.clients, work.steps, lanes)
 
-        There are references to single updates only if the strategy reads more than sums. A slot that dies takes its sum
-        with it: the clients in it are run again elsewhere.
-        """
+    def train(self, work: Work, wire: Reference, lanes: int) -> Worked:
+        """One round's local work. A slot that dies takes its sum with it: the packs in it are run again elsewhere."""
         each: dict[int, Reference] = {}
 
-        def call(actor: Any, chunk: list[int]) -> Reference:
+        def call(actor: Any, chunk: list[Unit]) -> Reference:
             if self.federation.strategy.reads == "sum":
                 return actor.run.remote(chunk, wire)
+            clients = [client for unit in chunk for client in unit]
             # Return values are owned by the driver: they outlive the slot.
-            done, *updates = actor.run_each.options(num_returns=1 + len(chunk)).remote(chunk, wire)
-            each.update(zip(chunk, updates, strict=True))
+            done, *updates = actor.run_each.options(num_returns=1 + len(clients)).remote(chunk, wire)
+            each.update(zip(clients, updates, strict=True))
             return done
 
         reports: dict[int, Report] = {}
-        partials: list[PartialSum] = []
-        todo, self.deaths = clients, 0
-        order = dict(zip(clients.tolist(), costs.tolist(), strict=True))
-        while len(todo):
-            done = pull(self, todo, np.array([order[c] for c in todo.tolist()]), call)
-            lost: list[int] = []
+        sums: list[Any] = []
+        busy = [0.0] * self.size
+        todo, self.deaths = self.units(work, lanes), 0
+        home = {client: unit for unit in todo for client in unit}
+        while todo:
+            done = pull(self, todo, [work.cost(unit) for unit in todo], call)
+            lost: dict[Unit, None] = {}
             closing = {slot: self._close(slot) for slot in done}
             for slot, results in done.items():
                 try:
-                    partials.append(self._closed(closing[slot]))
+                    sums.append(self._closed(closing[slot]))
                     reports |= {report.client: report for report in results}
+                    busy[slot] += sum(report.seconds for report in results)
                 except LOST as error:
-                    lost += [report.client for report in results]
+                    lost |= dict.fromkeys(home[report.client] for report in results)
                     self.replace(slot, error)
-            todo = np.array(lost, dtype=clients.dtype)
-        return [reports[client] for client in sorted(reports)], partials, each
+            todo = list(lost)
+        return Worked([reports[client] for client in sorted(reports)], sums, each, busy)
 
     def _close(self, slot: int) -> Any:
         return self.actors[slot].close_round.remote()
@@ -228,7 +228,9 @@ class Slots:
         `costs` (N,) are in any unit: the longest work is handed out first.
         """
         self.deaths = 0
-        return [result for results in pull(self, clients, costs, call).values() for result in results]
+        units: list[Unit] = [(client,) for client in clients.tolist()]
+        done = pull(self, units, costs.tolist(), lambda actor, chunk: call(actor, [client for (client,) in chunk]))
+        return [result for results in done.values() for result in results]
 
     def ask(self, call: Callable[[Any], Reference]) -> Any:
         """The result of `call(actor)` in the first slot; one that dies is replaced, ValueError when too many do."""

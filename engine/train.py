@@ -3,22 +3,62 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from engine.batches import batches, steps_of
+from engine.batches import batches, pieces, steps_of
 from engine.memory import OPTIMIZER, STRATEGY, named, part
 from engine.model import Trainable
 from engine.objectives import Objectives
-from engine.optimizers import kept, make_optimizer, reset, restore
+from engine.objectives.sft import Batch, lengths
+from engine.optimizers import kept, make_optimizer, restore
 from engine.settings import Federation
 from engine.train_settings import Train
 from strategies.seeds import rng, torch_seed
 from strategies.types import GLOBAL, Broadcast, Memory, Strategy, Update, Vector
 
 Correct = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A client's part of a round: its encoded rows, its weight in the sum, what it receives, and what it remembers."""
+
+    client: int
+    rows: pa.RecordBatch
+    weight: float
+    got: Broadcast
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Training:
+    """One local training from the vector `start` (P,): what its `client` does of it is the same in any company.
+
+    `moments` are the optimizer's state that it goes on with, None: from nothing. `rate` is a factor on all learning
+    rates, `dropout` the seed of what torch draws.
+    """
+
+    rows: pa.RecordBatch
+    start: Vector
+    stream: np.random.Generator
+    dropout: int
+    rank: int | None
+    correct: Correct
+    rate: float
+    moments: Memory | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a training has led: the vector (P,), its metrics, and the optimizer's state if it is kept."""
+
+    end: Vector
+    metrics: dict[str, float]
+    moments: Memory
 
 
 class Trainer(ABC):
@@ -58,40 +98,67 @@ class Trainer(ABC):
     def mean_loss(self, rows: pa.RecordBatch, vector: torch.Tensor, batch: int) -> float:
         """The mean loss of the vector (P,) over all of a client's encoded rows, in nats per token."""
 
-    def update(
-        self, client: int, rows: pa.RecordBatch, weight: float, got: Broadcast, memory: Memory, federation: Federation
-    ) -> tuple[Update, Memory]:
-        """Trains on a client's encoded rows from `got` and returns what its strategy makes of it, and its memory.
+    def train(self, trainings: list[Training], train: Train) -> list[Trained]:
+        """Does one training after the other."""
+        done = []
+        for one in trainings:
+            self.set_rank(one.rank)
+            torch.manual_seed(one.dropout)
+            restore(self.optimizer, one.moments or {})
+            metrics = self.steps(one.rows, one.start, train, one.stream, one.correct, one.rate)
+            moments = {} if one.moments is None else kept(self.optimizer)
+            done.append(Trained(self.weights(), metrics, moments))
+        return done
+
+    def updates(self, jobs: list[Job], federation: Federation) -> list[tuple[Update, Memory]]:
+        """Trains the clients, and returns of each what its strategy makes of it, and its memory.
 
         Metrics: `loss` in nats is the mean over the `learnt` tokens, each judged before its step; `tokens` counts
         prompts too, `rows` the client's rows, `steps` the optimizer's steps, `rates` their learning rates' sum.
         """
-        strategy, train, seed = federation.strategy, federation.train, federation.seed
-        device = self.device
-        got, own = _on(device, got), {name: tensor.to(device) for name, tensor in part(memory, STRATEGY).items()}
-        self.set_rank(got.rank)
-        metrics = {"loss_before": self.mean_loss(rows, got.params, train.batch)} if strategy.loss_before else {}
-        ends: dict[str, Vector] = {}
-        moments: Memory = {}
-        for run, start in strategy.starts(got, own).items():
-            stream = rng(seed, got.round, client, "batches" if run == GLOBAL else "personal")
-            torch.manual_seed(torch_seed(seed, got.round, client, "dropout"))
-            correct = _corrected_by(strategy, got, own, run)
-            rate = train.over_rounds.factor(got.round, federation.rounds)
-            if train.state == "keep":
-                restore(self.optimizer, part(memory, f"{OPTIMIZER}{run}."))
-            else:
-                reset(self.optimizer)
-            found = self.steps(rows, start, train, stream, correct, rate)
-            if train.state == "keep":
-                moments |= named(kept(self.optimizer), f"{OPTIMIZER}{run}.")
-            if run == GLOBAL:
-                metrics |= found
-            ends[run] = self.weights()
-        delta = (ends.pop(GLOBAL) - got.params).cpu()
+        jobs = [replace(job, got=_on(self.device, job.got)) for job in jobs]
+        ends, metrics, moments = ([dict[str, Any]() for _ in jobs] for _ in range(3))
+        if federation.strategy.loss_before:
+            for job, found in zip(jobs, metrics, strict=True):
+                self.set_rank(job.got.rank)
+                found["loss_before"] = self.mean_loss(job.rows, job.got.params, federation.train.batch)
+        trainings = [self._trainings(job, federation) for job in jobs]
+        for run in dict.fromkeys(run for own in trainings for run in own):
+            members = [place for place, own in enumerate(trainings) if run in own]
+            done = self.train([trainings[place][run] for place in members], federation.train)
+            for place, trained in zip(members, done, strict=True):
+                ends[place][run] = trained.end
+                moments[place] |= named(trained.moments, f"{OPTIMIZER}{run}.")
+                if run == GLOBAL:
+                    metrics[place] |= trained.metrics
+        return [self._finished(*one, federation) for one in zip(jobs, ends, metrics, moments, strict=True)]
+
+    def _trainings(self, job: Job, federation: Federation) -> dict[str, Training]:
+        """All that a client trains in a round, by name."""
+        strategy, train, seed, got = federation.strategy, federation.train, federation.seed, job.got
+        own = {name: tensor.to(self.device) for name, tensor in part(job.memory, STRATEGY).items()}
+        return {
+            run: Training(
+                job.rows,
+                start,
+                rng(seed, got.round, job.client, "batches" if run == GLOBAL else "personal"),
+                torch_seed(seed, got.round, job.client, "dropout"),
+                got.rank,
+                _corrected_by(strategy, got, own, run),
+                train.over_rounds.factor(got.round, federation.rounds),
+                part(job.memory, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
+            )
+            for run, start in strategy.starts(got, own).items()
+        }
+
+    @staticmethod
+    def _finished(
+        job: Job, ends: dict[str, Vector], metrics: dict[str, float], moments: Memory, federation: Federation
+    ) -> tuple[Update, Memory]:
+        delta = (ends.pop(GLOBAL) - job.got.params).cpu()
         on_cpu = {name: end.cpu() for name, end in ends.items()}
-        own = part(memory, STRATEGY)
-        update, own = strategy.finish(Update(client, weight, delta, metrics=metrics), _on("cpu", got), own, on_cpu)
+        update = Update(job.client, job.weight, delta, metrics=metrics)
+        update, own = federation.strategy.finish(update, _on("cpu", job.got), part(job.memory, STRATEGY), on_cpu)
         return update, named(own, STRATEGY) | moments
 
 
@@ -138,20 +205,18 @@ class LocalTrainer(Trainer):
         flat, grad, network = self.trainable.flat, self.trainable.grad, self.trainable.network
         flat.data.copy_(start)
         network.train()
-        nll_total, token_total, steps, trained_tokens, rates = 0.0, 0, 0, 0, 0.0
+        nll_total = torch.zeros((), dtype=torch.float64, device=flat.device)  # there, so that no step waits for it
+        token_total, steps, trained_tokens, rates = 0, 0, 0, 0.0
         total = steps_of(rows.num_rows, train)
         for picked in batches(rows.num_rows, train, stream):
             grad.zero_()
-            pieces = [
-                self.objective.collate(rows.take(picked[first : first + train.batch]), self.pad).to(flat.device)
-                for first in range(0, len(picked), train.batch)
-            ]
-            learnt = sum(piece.learnt for piece in pieces)
-            for piece in pieces:
+            step = self.cut(rows.take(picked), train.batch)
+            learnt = sum(piece.learnt for piece in step)
+            for piece in step:
                 nll, _ = self.objective.loss(network, piece)
                 (nll / learnt).backward()
-                nll_total += nll.item()
-                trained_tokens += int(piece.attention_BT.sum())
+                nll_total += nll.detach()
+                trained_tokens += piece.tokens
             if correct is not None:
                 correct(grad[None], flat.data[None])
             if train.clip > 0:
@@ -161,7 +226,7 @@ class LocalTrainer(Trainer):
             self.optimizer.step()
             token_total, steps, rates = token_total + learnt, steps + 1, rates + lr
         return {
-            "loss": nll_total / token_total,
+            "loss": nll_total.item() / token_total,
             "rows": float(rows.num_rows),
             "steps": float(steps),
             "tokens": float(trained_tokens),
@@ -169,17 +234,26 @@ class LocalTrainer(Trainer):
             "rates": rates,
         }
 
-    @torch.no_grad()
     def mean_loss(self, rows: pa.RecordBatch, vector: torch.Tensor, batch: int) -> float:
         """The mean loss of the vector (P,) over all of a client's encoded rows, in nats per token."""
         self.trainable.flat.data.copy_(vector)
+        nll, learnt = self.nll(rows, batch)
+        return nll / learnt
+
+    @torch.no_grad()
+    def nll(self, rows: pa.RecordBatch, batch: int) -> tuple[float, int]:
+        """The summed loss in nats of the present vector over all rows, and over how many tokens."""
         self.trainable.network.eval()
         nll_total, token_total = 0.0, 0
-        for first in range(0, rows.num_rows, batch):
-            piece = self.objective.collate(rows.slice(first, batch), self.pad).to(vector.device)
+        for piece in self.cut(rows, batch):
             nll, learnt = self.objective.loss(self.trainable.network, piece)
             nll_total, token_total = nll_total + nll.item(), token_total + learnt
-        return nll_total / token_total
+        return nll_total, token_total
+
+    def cut(self, rows: pa.RecordBatch, batch: int) -> list[Batch]:
+        """The rows as batches of no more tokens than `batch` rows of the longest kind have."""
+        found = pieces(lengths(rows), batch * self.objective.max_length)
+        return [self.objective.collate(rows.take(piece), self.pad).to(self.device) for piece in found]
 
 
 def _corrected_by(strategy: Strategy, got: Broadcast, memory: Memory, run: str) -> Correct:

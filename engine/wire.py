@@ -19,7 +19,8 @@ from strategies.types import Aggregate, Broadcast, ServerState, Update
 class WireBroadcast:
     """A Broadcast as it lies in the object store; clients' memories from before round `oldest` may be forgotten.
 
-    `dp` says how clients bound what they send and what noise they add, `clip` is the round's clipping norm.
+    `dp` says how clients bound what they send and what noise they add, `clip` is the round's clipping norm. Clients of
+    a pack train in so many `lanes`.
     """
 
     round: int
@@ -28,6 +29,7 @@ class WireBroadcast:
     oldest: int = 0
     dp: CentralPlan | DistributedPlan | ExamplePlan | None = None
     clip: float = 0.0
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,16 +96,21 @@ class Sent:
     oldest: int = 0
     dp: CentralPlan | None = None
     clip: float = 0.0
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one client in a round: its metrics, why its update could not be used, or that it came too late."""
+    """What became of one client in a round: its metrics, why its update could not be used, or that it came too late.
+
+    `seconds` is how long its slot worked for it: of a pack, its share.
+    """
 
     client: int
     metrics: dict[str, float]
     failed: str | None = None
     late: bool = False
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

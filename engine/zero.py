@@ -176,7 +176,7 @@ class ZeroTrainer(Trainer):
                 # Deepspeed takes the mean over the ranks.
                 self.engine.backward(nll * (share * self.ranks / learnt), scale_wrt_gas=False)
                 nll_total += nll.item() * share
-                tokens += int(piece.attention_BT.sum()) * share
+                tokens += piece.tokens * share
             lr = train.optimizer.lr * rate * train.over_steps.factor(steps, total)
             self.optimizer.param_groups[0]["lr"] = lr
             self.engine.step()

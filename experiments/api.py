@@ -10,7 +10,6 @@ import os
 import platform
 import secrets
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from engine.events import Event, Sample
     from experiments.config import Recipe
 
-RUNS = Path("runs")
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow")
 
 
@@ -68,20 +66,22 @@ def run(
     of that name. `baselines` adds local-only and centralised training. `address` joins a Ray cluster; without it Ray is
     started here and ended with the run. Raises ValueError with one sentence for what the caller can mend.
     """
-    from engine.events import Finished, Preparing
+    from engine.atomic import write_file
+    from engine.events import Finished, Preparing, Started
     from experiments.config import load_recipe, located, to_toml
     from experiments.report import write_report
+    from experiments.resuming import refuse_other_data, run_folder
 
     if isinstance(recipe, Path | str):
         recipe = load_recipe(Path(recipe))
     if baselines and recipe.clients.zero is not None:
         raise ValueError("--baselines trains in one process, and clients are gangs: leave it, or clients.zero, out")
-    folder = _run_folder(recipe, out, resume)
+    folder = run_folder(recipe, out, resume)
     on_event(Preparing("reading the data, giving rows to clients"))
     store = build_store(recipe)
     manifest = _manifest(recipe, store)
     if resume:
-        _refuse_other_data(folder, manifest)
+        refuse_other_data(folder, manifest)
     files = {
         "recipe.toml": to_toml(recipe).encode(),
         "manifest.json": json.dumps(manifest, indent=1).encode(),
@@ -91,8 +91,11 @@ def run(
         for event in _drive(located(recipe), store, folder.resolve(), files, resume=resume, baselines=baselines):
             if isinstance(event, Finished):
                 finished = event
-            else:
-                on_event(event)
+                continue
+            if isinstance(event, Started) and recipe.clients.pack != event.lanes:
+                recipe = replace(recipe, clients=replace(recipe.clients, pack=event.lanes))
+                write_file(folder / "recipe.toml", to_toml(recipe).encode())
+            on_event(event)
     assert finished is not None
     finished = replace(finished, folder=folder)
     write_report([folder], folder / "report.html")
@@ -215,73 +218,6 @@ def _shipped_code() -> dict[str, Any]:
         return {}
     root = Path(__file__).resolve().parent.parent
     return {"py_modules": [str(root / name) for name in ("engine", "strategies", "datasets_partition", "experiments")]}
-
-
-def _run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
-    """The run's folder; ValueError where it holds a run that must not be touched, or lacks the one to be resumed."""
-    from experiments.config import parse_recipe
-
-    if out is None:
-        earlier = sorted(RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}"))
-        if resume and not earlier:
-            raise ValueError(f"there is no run of {recipe.name!r} in {RUNS} to resume: leave --resume out to start one")
-        out = earlier[-1] if resume else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    old = out / "recipe.toml"
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            what = "already holds a run" if old.exists() else "exists and is not empty"
-            raise ValueError(f"{out} {what}: choose another --out, or go on with that run by --resume")
-        return out
-    if not old.is_file():
-        raise ValueError(f"{out} holds no run to resume (no recipe.toml): leave --resume out to start one there")
-    if (out / "model").exists():
-        hint = "" if (out / "report.html").exists() else f"; `fedpost report {out}` writes the report that it lacks"
-        raise ValueError(f"the run in {out} has finished; choose another --out for a new one{hint}")
-    before = parse_recipe(old.read_text(encoding="utf-8"), origin=str(old))
-    changed = _differences(before, recipe)
-    if changed:
-        raise ValueError(
-            f"{out} was begun with another recipe, which differs in {', '.join(changed)}: resume it with the recipe it "
-            f"was begun with ({old}), or start anew in another --out"
-        )
-    return out
-
-
-def _refuse_other_data(folder: Path, manifest: dict[str, Any]) -> None:
-    """A resumed run must go on with the rows and the versions that it was begun with."""
-    before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    if before["data"]["key"] != manifest["data"]["key"]:
-        raise ValueError(f"the data has changed since the run in {folder} was begun: start anew in another --out")
-    if before["versions"] != manifest["versions"]:
-        raise ValueError(
-            f"the run in {folder} was begun with other versions ({before['versions']}, now {manifest['versions']}): "
-            f"install those, or start anew in another --out"
-        )
-
-
-def _differences(before: Recipe, now: Recipe) -> list[str]:
-    """Dotted keys in which two recipes differ, but for those that cannot change the result."""
-    import tomllib
-
-    from experiments.config import to_toml
-
-    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        leaves: dict[str, Any] = {}
-        for key, value in tree.items():
-            leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return leaves
-
-    old, new = (flat(tomllib.loads(to_toml(recipe))) for recipe in (before, now))
-    free = {
-        "clients.max_failed",
-        "clients.slots",
-        "clients.num_cpus",
-        "clients.num_gpus",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "data.cache",
-    }
-    return sorted(key for key in (old.keys() | new.keys()) - free if old.get(key) != new.get(key))
 
 
 def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class Screen:
             f"{event.training} training clients and {event.unseen} unseen ones on {slots}{fewer}; "
             f"{event.parameters:,} trained parameters on a shared base of {event.base_bytes / 1e6:.1f} MB"
         )
+        if event.lanes > 1:
+            self.console.print(f"clients train in packs, {event.lanes} at once in a slot")
         if event.dropped_rows:
             self.console.print(
                 f"{event.dropped_rows:,} rows dropped: train.max_length cuts away their whole completion"

@@ -42,10 +42,10 @@ class Layout:
         return sum(prod(shape) for shape in self.shapes)
 
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each tensor as a view into `flat` (P,), by name: both are the same memory. ValueError if P differs."""
-        if flat.shape != (self.size,):
+        """Each tensor as a view into `flat` (P,) or (K, P), by name: it is the same memory. ValueError if P differs."""
+        if not flat.ndim or flat.shape[-1] != self.size:
             raise ValueError(f"this layout describes {self.size} elements, the vector has shape {tuple(flat.shape)}")
-        return {name: flat[first:last].view(shape) for name, shape, first, last in self.places()}
+        return {n: flat[..., first:last].view((*flat.shape[:-1], *shape)) for n, shape, first, last in self.places()}
 
     def places(self) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
         """Each tensor's name and shape, and the interval of the flat vector that it lies in."""
@@ -77,7 +77,7 @@ class Layout:
         return [part.view(shape) for part, shape in zip(parts, self.product_shapes, strict=True)]
 
     def lora_pairs(self, flat: torch.Tensor) -> Iterator[LoraPair]:
-        """The LoRA pairs of `flat` (P,) as views; none when the model is tuned in full."""
+        """The LoRA pairs of `flat` (P,) or (K, P) as views; none when the model is tuned in full."""
         views = self.views(flat)
         for name, a_RI in views.items():
             if LORA_A in name:

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: next-token loss on completions. Legend: B rows, T tokens, V vocabulary."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,20 +30,21 @@ Encoded = tuple[list[int] | None, list[int] | None]
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: token ids, 1 where a token is real, and labels (-100 where nothing is learnt)."""
+    """Right-padded rows: token ids, 1 where a token is real, and labels (-100 where nothing is learnt).
+
+    `tokens` are real, and the loss is over `learnt` of them: numbers that cost a wait if a GPU is asked for them.
+    """
 
     ids_BT: torch.Tensor
     attention_BT: torch.Tensor
     labels_BT: torch.Tensor
-
-    @property
-    def learnt(self) -> int:
-        """How many tokens the loss is over."""
-        return int((self.labels_BT[:, 1:] != IGNORED).sum())
+    tokens: int
+    learnt: int
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return Batch(self.ids_BT.to(device), self.attention_BT.to(device), self.labels_BT.to(device))
+        vectors = (self.ids_BT.to(device), self.attention_BT.to(device), self.labels_BT.to(device))
+        return Batch(*vectors, self.tokens, self.learnt)
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class Sft:
 
     Of messages it trains on the assistant's turns. Tokens and mask are those of TRL's SFTTrainer: prompt + completion
     tokenized together, the completion beginning where that first differs from the prompt alone, and the row's end cut
-    at `max_length`.
+    at `max_length`. Logits are computed where a label is, or with `every_logit` at all positions, for who needs to know
+    of each layer which row its inputs are of.
     """
 
     max_length: int
+    every_logit: bool = field(default=False, repr=False)  # token columns do not depend on it
 
     def encode(self, rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
         """`input_ids` and `mask` (1 = learnt) per row; null ids where the cut leaves nothing to learn.
@@ -100,23 +104,53 @@ class Sft:
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Encoded rows as a batch (B, T), padded on the right with `pad` to the longest."""
-        ids, masks = rows["input_ids"].to_pylist(), rows["mask"].to_pylist()
-        longest = max(map(len, ids))
-        ids_BT = np.full((len(ids), longest), pad, np.int64)
-        labels_BT = np.full((len(ids), longest), IGNORED, np.int64)
-        attention_BT = np.zeros((len(ids), longest), np.int64)
-        for b, (row, mask) in enumerate(zip(ids, masks, strict=True)):
-            ids_BT[b, : len(row)] = row
-            attention_BT[b, : len(row)] = 1
-            labels_BT[b, : len(row)] = np.where(np.array(mask, bool), row, IGNORED)
-        return Batch(torch.from_numpy(ids_BT), torch.from_numpy(attention_BT), torch.from_numpy(labels_BT))
+        lengths_B = lengths(rows)
+        ids, learnt = rows["input_ids"].flatten().to_numpy(), rows["mask"].flatten().to_numpy() != 0
+        real_BT = np.arange(lengths_B.max()) < lengths_B[:, None]
+        ids_BT, labels_BT = np.full(real_BT.shape, pad, np.int64), np.full(real_BT.shape, IGNORED, np.int64)
+        ids_BT[real_BT] = ids
+        labels_BT[real_BT] = np.where(learnt, ids, IGNORED)
+        vectors = (torch.from_numpy(ids_BT), torch.from_numpy(real_BT.astype(np.int64)), torch.from_numpy(labels_BT))
+        # The first token has nothing before it to be predicted from.
+        return Batch(*vectors, len(ids), int((labels_BT[:, 1:] != IGNORED).sum()))
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         """The summed negative log-likelihood of the learnt tokens in nats (a scalar), and how many they are."""
-        out = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT, use_cache=False)
+        nll_N, row_N = self._each_token(model, batch)
+        return nll_N.sum(), len(row_N)
+
+    def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The same sum for each row by itself (B,)."""
+        nll_N, row_N = self._each_token(model, batch)
+        return nll_N.new_zeros(len(batch.ids_BT)).index_add(0, row_N, nll_N)
+
+    def _each_token(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Negative log-likelihood of each learnt token (N,) in nats, and the row that it stands in (N,)."""
         labels_BT = batch.labels_BT[:, 1:]
         learnt_BT = labels_BT != IGNORED
-        # Selecting first keeps the float32 softmax to the learnt positions.
-        logits_NV = out.logits[:, :-1][learnt_BT].float()
-        nll = F.cross_entropy(logits_NV, labels_BT[learnt_BT], reduction="sum")
-        return nll, len(logits_NV)
+        selected = False
+
+        def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+            nonlocal selected
+            selected = True
+            return inputs[0][:, :-1][learnt_BT][None]
+
+        head: Any = None if self.every_logit else model.get_output_embeddings()  # type: ignore[operator]
+        hook = None if head is None else head.register_forward_pre_hook(select)
+        try:
+            # Without a mask, attention takes the faster way.
+            mask_BT = None if batch.tokens == batch.ids_BT.numel() else batch.attention_BT
+            logits = model(input_ids=batch.ids_BT, attention_mask=mask_BT, use_cache=False).logits
+        finally:
+            if hook is not None:
+                hook.remove()
+        logits_NV = logits[0] if selected else logits[:, :-1][learnt_BT]
+        # The softmax of half precision is done in single.
+        wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        return F.cross_entropy(wide, labels_BT[learnt_BT], reduction="none"), learnt_BT.nonzero()[:, 0]
+
+
+def lengths(rows: pa.RecordBatch) -> np.ndarray:
+    """How many tokens each encoded row has (B,)."""
+    found: np.ndarray = np.diff(rows["input_ids"].offsets.to_numpy())
+    return found

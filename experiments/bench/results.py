@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.api import PACKAGES, RUNS
+from experiments.api import PACKAGES
+from experiments.resuming import RUNS
 
 STATUS = Path("/proc/self/status")
 EVERY_S = 2.0  # seconds between two lines about what goes on

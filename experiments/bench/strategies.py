@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import experiments
-from experiments.api import RUNS, ray_session
+from experiments.api import ray_session
 from experiments.bench.comparison import compare, read_cell
 from experiments.bench.results import Figure, Steps
 from experiments.bench.rules import RULES, Rule
 from experiments.config import RECIPES, Recipe, parse_recipe, to_toml
+from experiments.resuming import RUNS
 
 PARTITIONS = {
     "natural": (),

@@ -19,6 +19,7 @@ import experiments
 from engine.events import Event, RoundDone
 from engine.settings import Zero
 from experiments.api import build_store, ray_session
+from experiments.bench.lora import CLIENTS
 from experiments.bench.lora import recipe as lora_recipe
 from experiments.bench.results import Figure, Steps
 from experiments.bench.zero_ranks import Work, bare, in_ranks, loaded
@@ -34,8 +35,9 @@ def measure(small: bool) -> dict[str, Figure]:
     steps, figures = Steps(), dict[str, Figure]()
     with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
         folder = Path(name)
-        work = lora_recipe(folder, 2 if small else 20)
+        work = lora_recipe(folder, 2 if small else 5)
         work = parse_recipe(to_toml(work), ["model.peft=none", "train.steps=10", "clients.slots=1"])
+        short = parse_recipe(to_toml(work), ["train.steps=1", f"rounds={2 if small else 20}"])
         if not small:
             _large(folder / "large")
         for stage in STAGES:
@@ -43,7 +45,9 @@ def measure(small: bool) -> dict[str, Figure]:
             zero = Zero(stage=stage, ranks=RANKS)  # type: ignore[arg-type]
             found = _bare_figures(work, zero, 2 if small else 7)
             steps.say(f"stage {stage}: rounds through the engine")
-            found |= _run_figures(work, zero, folder, found.pop("bare_tokens_per_s"))
+            found |= _run_figures(work, zero, folder / f"stage-{stage}", found.pop("bare_tokens_per_s"))
+            steps.say(f"stage {stage}: {short.rounds * short.cohort.expected(CLIENTS):g} short clients in one gang")
+            found["rss_slope_mb_per_client"] = _growth(short, zero, folder / f"short-{stage}")
             if not small:
                 steps.say(f"stage {stage}: loading a larger model")
                 found["peak_over_shard"] = _loading(replace(work.model, base=str(folder / "large")), zero)
@@ -76,28 +80,33 @@ def _tokens(work: Recipe) -> list[Path]:
 
 
 def _run_figures(work: Recipe, zero: Zero, folder: Path, plain: Figure) -> dict[str, Figure]:
-    """Whole rounds: speed, bytes through the object store, and how the ranks' memory grows with the clients."""
-    grown: list[float] = []
-
-    def look(event: Event) -> None:
-        if isinstance(event, RoundDone):
-            grown.append(_ranks_mb())
-
-    gangs = replace(work, clients=replace(work.clients, zero=zero))
-    run = experiments.run(gangs, out=folder / f"stage-{zero.stage}", on_event=look)
+    """Whole rounds: speed, and bytes through the object store."""
+    run = experiments.run(replace(work, clients=replace(work.clients, zero=zero)), out=folder)
     rows = [row for row in run.metrics.to_pylist() if row["split"] == "engine"]
     speeds, moved = ([row["value"] for row in rows if row["name"] == name] for name in ("tokens_per_s", "store_bytes"))
     size = sum(parameter.numel() for parameter in _parameters(run.model))
-    speed, later = statistics.median(speeds[1:]), np.array(grown[len(grown) // 4 :])
-    slope = float(np.polyfit(np.arange(len(later)) * work.cohort.expected(10**9), later, 1)[0]) / RANKS
+    speed = statistics.median(speeds[1:])
     assert plain.value is not None
     return {
         "loop_efficiency": Figure(speed / plain.value, "of the bare loop"),
         "tokens_per_s": Figure(speed, "tokens/s"),
         "bare_tokens_per_s": plain,
         "bytes_over_bound": Figure(statistics.median(moved) / (size * (4 + 8)), "of P (4 + 8 gangs)"),
-        "rss_slope_mb_per_client": Figure(slope, f"MB a client and rank, {len(later)} rounds"),
     }
+
+
+def _growth(work: Recipe, zero: Zero, folder: Path) -> Figure:
+    """How the ranks' memory grows from client to client, once the first quarter of them is past."""
+    held: list[float] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, RoundDone):
+            held.append(_ranks_mb())
+
+    experiments.run(replace(work, clients=replace(work.clients, zero=zero)), out=folder, on_event=look)
+    later = np.array(held[len(held) // 4 :])
+    slope = float(np.polyfit(np.arange(len(later)) * work.cohort.expected(CLIENTS), later, 1)[0]) / RANKS
+    return Figure(slope, f"MB a client and rank, {len(later)} rounds")
 
 
 def _parameters(model: Path) -> list[torch.Tensor]:

@@ -84,11 +84,14 @@ def test_dropped_rows_are_counted_by_client_and_split(tmp_path: Path) -> None:
     assert tokens.counts("train").tolist() == [2, 0, 1]
     assert tokens.dropped("train").tolist() == [1, 2, 0]
     assert tokens.counts("heldout").tolist() == tokens.dropped("heldout").tolist() == [0, 0, 0]
+    assert tokens.lengths().tolist() == [4, 0, 2]
     assert tokens.empty_clients() == ["b"]
     assert tokens.rows(0, "train").to_pydict() == {"input_ids": [[97, 49], [97, 51]], "mask": [[1, 1], [1, 1]]}
     assert tokens.rows(1, "train").to_pydict() == {"input_ids": [], "mask": []}
     assert tokens.rows(2, "train").to_pydict() == {"input_ids": [[99, 54]], "mask": [[1, 1]]}
-    assert {"name", "batch", "start", *SPLITS, "dropped_train", "dropped_heldout"} == set(tokens.index.column_names)
+    assert {"name", "batch", "start", *SPLITS, "dropped_train", "dropped_heldout", "tokens"} == set(
+        tokens.index.column_names
+    )
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 4096])

@@ -114,5 +114,6 @@ def test_no_file_can_run_code_when_it_is_read(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, saved(1), keep=1)
     files = sorted((tmp_path / "00001").iterdir())
     assert [path.suffix for path in files] == [".json", ".safetensors"]
-    assert json.loads(files[0].read_bytes()) == {"round": 1, "wall_s": 12.25, "clip": 0.0, "aborts": 0}
+    facts = {"round": 1, "wall_s": 12.25, "clip": 0.0, "aborts": 0, "lanes": 1, "costs": []}
+    assert json.loads(files[0].read_bytes()) == facts
     assert b"{" in files[1].read_bytes()[:16]  # eight bytes of length, then the header: neither zip nor pickle

@@ -15,11 +15,13 @@ from datasets_partition.build import build
 from engine import slots as pool_module
 from engine.client import ClientActor
 from engine.collect import PlainCollector, SecureCollector
+from engine.pulling import Work
 from engine.relay import Relay, placement
 from engine.ring import ring_sums
 from engine.secure import Authority, SecureClients
 from engine.slots import Slots
 from engine.wire import to_wire
+from strategies.cohort import UniformCohort
 from strategies.dp_central import CentralDp
 from strategies.dp_distributed import DistributedDp
 from strategies.types import ServerState
@@ -42,10 +44,10 @@ class Mortal(ClientActor):
                 flag.unlink()
                 os._exit(1)
 
-    def _trainer(self, client, wire):
-        if (self.memory.folder / f"late-{client}").exists():
+    def _trainer(self, pack, wire):
+        if any((self.memory.folder / f"late-{client}").exists() for client in pack):
             time.sleep(2 * DEADLINE_S)
-        return super()._trainer(client, wire)
+        return super()._trainer(pack, wire)
 
     def deadline(self, seconds):
         availability = replace(self.federation.clients.availability, deadline_s=seconds)
@@ -84,23 +86,29 @@ def pool(ray_session, small_recipe, tmp_path_factory):
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
+def work(cohort, costs):
+    return Work(cohort, costs[: len(cohort)], costs[: len(cohort)])
+
+
 @pytest.fixture
 def play(pool, small_recipe):
     """Collects one round under a recipe with changes; round 0 from the initial vector unless said."""
     slots, start, _ = pool
     rounds = iter(range(10**6))
 
-    def collect(*changes, mode=None, dp=None, clip=0.0, costs=COSTS, cohort=COHORT, on_slot_death="void", round_=0):
+    def collect(
+        *changes, mode=None, dp=None, clip=0.0, costs=COSTS, cohort=COHORT, on_slot_death="void", round_=0, lanes=1
+    ):
         recipe = small_recipe("clients.slots=3", UNIFORM, *changes, *([f"privacy.secagg.mode={mode}"] if mode else []))
         state = ServerState(round_, torch.from_numpy(start.initial), layout=start.layout, seed=recipe.seed)
-        wire = replace(to_wire(recipe.strategy.broadcast(state)), dp=dp, clip=clip)
+        wire = replace(to_wire(recipe.strategy.broadcast(state)), dp=dp, clip=clip, lanes=lanes)
         next(rounds)
         if mode is None:
-            return PlainCollector(recipe, slots).collect(cohort, costs[: len(cohort)], wire)
+            return PlainCollector(recipe, slots).collect(work(cohort, costs), wire)
         for actor in slots.actors:  # a slot keeps its clients' sum for the sessions of one round
             ray.get(actor.__ray_call__.remote(lambda own: SecureClients.__init__(own)))
         relay = Relay(slots, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
-        return SecureCollector(recipe, relay, start.layout, MOST_TOKENS).collect(cohort, costs[: len(cohort)], wire)
+        return SecureCollector(recipe, relay, start.layout, MOST_TOKENS).collect(work(cohort, costs), wire)
 
     return collect
 
@@ -206,7 +214,7 @@ def test_once_shares_are_asked_for_nothing_is_void(play, pool):
 def test_a_slot_that_dies_may_count_as_its_clients_dropping_out(play, pool, full, phase, active):
     if not full and (phase, active) not in {("masked", "true"), ("open", "false")}:
         pytest.skip("of six deaths two are tried unless all are asked for")
-    placed = placement(COHORT, COSTS, 3)
+    placed = placement([(client,) for client in COHORT.tolist()], COSTS.tolist(), 3)
     (pool[2] / "die").write_text(phase)
     changes = [f"privacy.secagg.active={active}", "privacy.secagg.threshold=4", "privacy.secagg.dropout=0.3"]
     done = play(*changes, mode="full", on_slot_death="dropout")
@@ -251,19 +259,7 @@ def test_central_noise_comes_after_and_clipping_before_the_sum(play, mode):
     assert torch.linalg.vector_norm(one.aggregate.total) <= 7e-4 * (1 + 1e-3)
 
 
-class _Seven:
-    """A cohort of seven."""
-
-    kind, size, cap = "uniform", 7, None
-
-    def expected(self, clients):
-        return 7.0
-
-    def largest(self, clients):
-        return 7
-
-
-ASKED = (_Seven(), 10, 1)
+ASKED = (UniformCohort(size=7), 10, 1)
 
 
 def test_distributed_noise_is_in_the_sum_when_it_arrives(play, pool):
@@ -290,9 +286,12 @@ def test_too_few_for_the_noise_are_not_unmasked(play, pool):
     assert not [message for message in done.messages if message.kind == "sum" and message.party == "server"]
 
 
-def test_placement_gives_each_client_one_slot_and_balances():
-    placed = placement(COHORT, COSTS, 3)
-    assert sorted(client for clients in placed.values() for client in clients) == COHORT.tolist()
-    loads = [COSTS[list(clients)].sum() for clients in placed.values()]
-    assert max(loads) - min(loads) <= 2
-    assert set(placement(COHORT[:1], COSTS[:1], 3)) == {0}
+@pytest.mark.parametrize("changes", [(), ("clients.availability.dropout=0.3", "privacy.secagg.dropout=0.4")])
+def test_packs_are_secured_as_clients_are(play, changes):
+    """A pack of three and two packs of two; with drop-outs, of fewer."""
+    alone, plain = play(*changes, mode="ideal"), play(*changes, lanes=3)
+    ideal, full = (play(*changes, mode=mode, lanes=3) for mode in ("ideal", "full"))
+    same(ideal, full)
+    assert ideal.aggregate.count == alone.aggregate.count == plain.aggregate.count
+    torch.testing.assert_close(mean(ideal), mean(alone), rtol=0, atol=1e-4)
+    torch.testing.assert_close(mean(ideal), mean(plain), rtol=0, atol=1e-4)

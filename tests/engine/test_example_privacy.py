@@ -13,7 +13,7 @@ from engine.example_privacy import PrivateTrainer, row_gradients, samples
 from engine.model import Trainable, map_base, read_base
 from engine.objectives.sft import Sft
 from engine.settings import Federation, FullTuning, Lora, Model
-from engine.train import LocalTrainer
+from engine.train import Job, LocalTrainer
 from engine.train_settings import Sgd, Train
 from strategies.dp_source import normal, seeded_words
 from strategies.qfedavg import QFedAvg
@@ -170,7 +170,7 @@ def test_the_loss_before_is_that_of_plain_training(
     private, other = make_private(1.0, 0.1), make_private()
     plain = LocalTrainer(other.trainable, other.objective, other.pad, other.optimizer)
     got = Broadcast(2, start_of(plain))
-    before, expected = (t.update(1, rows, 0.5, got, {}, federation)[0].metrics for t in (private, plain))
+    before, expected = (t.updates([Job(1, rows, 0.5, got, {})], federation)[0][0].metrics for t in (private, plain))
     assert before["loss_before"] == expected["loss_before"] > 0
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from engine.example_privacy import PrivateTrainer
 from engine.objectives.sft import Batch, Sft
 from engine.settings import Federation, FullTuning
+from engine.train import Job
 from engine.train_settings import AdamW, Sgd, Train
 from strategies.dp_source import seeded_words
 from strategies.fedprox import FedProx
@@ -48,7 +49,7 @@ def trained(
     trainer: PrivateTrainer, rows: pa.RecordBatch, federation: Federation, client: int, seed: int = 0
 ) -> tuple[torch.Tensor, dict[str, float]]:
     trainer.words = seeded_words(np.random.default_rng(seed))
-    update: Update = trainer.update(client, rows, 0.5, Broadcast(2, start_of(trainer)), {}, federation)[0]
+    update: Update = trainer.updates([Job(client, rows, 0.5, Broadcast(2, start_of(trainer)), {})], federation)[0][0]
     return update.delta, update.metrics
 
 

@@ -11,7 +11,7 @@ from engine.gangs import Gangs
 from engine.model import Trainable, map_base, read_base
 from engine.objectives.sft import Sft
 from engine.sums import STEP
-from engine.train import LocalTrainer
+from engine.train import Job, LocalTrainer
 from engine.wire import Sent
 from strategies.seeds import torch_seed
 from strategies.types import Broadcast
@@ -50,7 +50,9 @@ def gangs(ray_session, tmp_path):
 
 def trained(pool, slot, chunk, state):
     """The reports of a chunk, and the sum of its clients as a vector on the grid."""
-    reports = ray.get(pool.actors[slot].run.remote(chunk, Sent(state.round, state.parts, pool.partition)))
+    reports = ray.get(
+        pool.actors[slot].run.remote([(client,) for client in chunk], Sent(state.round, state.parts, pool.partition))
+    )
     shards = ray.get(list(pool._closed(pool._close(slot)).parts))
     return reports, pool.partition.join([torch.from_numpy(shard.vectors["delta"].copy()) for shard in shards])
 
@@ -63,7 +65,7 @@ def alone(recipe, tokens, client):
     trainer = LocalTrainer.of(trainable, Sft(recipe.train.max_length), 1, recipe.train)
     rows = Tokens.open(tokens).rows(client, "train")
     got = Broadcast(0, trainable.initial.clone(), layout=trainable.layout, seed=recipe.seed)
-    return trainer.update(client, rows, 1.0, got, {}, recipe)[0]
+    return trainer.updates([Job(client, rows, 1.0, got, {})], recipe)[0][0]
 
 
 @pytest.mark.slow

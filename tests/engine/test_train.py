@@ -9,7 +9,7 @@ import torch
 from engine.model import Trainable, map_base, read_base
 from engine.objectives.sft import Sft
 from engine.settings import Federation, FullTuning, Lora
-from engine.train import LocalTrainer
+from engine.train import Job, LocalTrainer
 from engine.train_settings import AdamW, Sgd, Train
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx
@@ -23,7 +23,7 @@ NAMES = ["adamw", "sgd with momentum", "sgd"]
 
 def trained(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, client: int = 1) -> Update:
     got = Broadcast(2, start_of(trainer))
-    return trainer.update(client, rows, 0.5, got, {}, federation)[0]
+    return trainer.updates([Job(client, rows, 0.5, got, {})], federation)[0][0]
 
 
 def start_of(trainer: LocalTrainer) -> torch.Tensor:
@@ -173,10 +173,10 @@ def test_training_leaves_the_broadcast_as_it_was(
     trainer = make_trainer(federation)
     got = Broadcast(0, start_of(trainer))
     before = got.params.clone()
-    update, _ = trainer.update(1, rows, 0.5, got, {}, federation)
+    update, _ = trainer.updates([Job(1, rows, 0.5, got, {})], federation)[0]
     assert torch.equal(got.params, before)
     kept = update.delta.clone()
-    trainer.update(2, rows, 0.5, got, {}, federation)
+    trainer.updates([Job(2, rows, 0.5, got, {})], federation)[0]
     assert torch.equal(update.delta, kept), "an update is its own memory"
 
 

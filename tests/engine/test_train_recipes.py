@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.settings import Federation
-from engine.train import LocalTrainer
+from engine.train import Job, LocalTrainer
 from engine.train_settings import AdamW, Schedule, Sgd, Train
 from strategies.ditto import Ditto
 from strategies.qfedavg import QFedAvg
@@ -34,7 +34,7 @@ def trained(
     **memory: Memory,
 ) -> tuple[Update, Memory]:
     trainer = make_trainer(federation)
-    return trainer.update(1, rows, 0.5, got or started(trainer), memory.get("memory", {}), federation)
+    return trainer.updates([Job(1, rows, 0.5, got or started(trainer), memory.get("memory", {}))], federation)[0]
 
 
 def test_rows_in_pieces_make_the_step_of_all_at_once(
@@ -55,7 +55,7 @@ def test_a_schedule_over_rounds_is_a_learning_rate_of_the_round(
     federation = replace(training(falling), rounds=4)
     trainer = make_trainer(federation)
     got = started(trainer, round_=3)  # a quarter of the rate is left
-    update, _ = trainer.update(1, rows, 0.5, got, {}, federation)
+    update, _ = trainer.updates([Job(1, rows, 0.5, got, {})], federation)[0]
     quarter = replace(training(Train(steps=2, batch=2, optimizer=Sgd(lr=0.025))), rounds=4)
     assert torch.equal(update.delta, trained(make_trainer, quarter, rows, got)[0].delta)
     assert update.metrics["rates"] == pytest.approx(2 * 0.025)
@@ -72,15 +72,15 @@ def test_a_client_goes_on_with_its_optimizer(
 ) -> None:
     kept = training(Train(steps=2, batch=5, optimizer=AdamW(lr=1e-2), state="keep", clip=0))
     trainer = make_trainer(kept)
-    first, memory = trainer.update(1, rows, 0.5, started(trainer), {}, kept)
+    first, memory = trainer.updates([Job(1, rows, 0.5, started(trainer), {})], kept)[0]
     assert {name.split(".")[2] for name in memory} == {"step", "exp_avg", "exp_avg_sq"}
-    trainer.update(2, rows.slice(0, 2), 0.5, started(trainer), {}, kept)  # the slot becomes somebody else
+    trainer.updates([Job(2, rows.slice(0, 2), 0.5, started(trainer), {})], kept)[0]  # the slot becomes somebody else
     between = replace(started(trainer), params=started(trainer).params + first.delta)
-    second, _ = trainer.update(1, rows, 0.5, between, memory, kept)
+    second, _ = trainer.updates([Job(1, rows, 0.5, between, memory)], kept)[0]
     # All five rows are in each step, so that only the order within a batch differs from four steps at a stretch.
     through, _ = trained(make_trainer, training(Train(steps=4, batch=5, optimizer=AdamW(lr=1e-2), clip=0)), rows)
     torch.testing.assert_close(first.delta + second.delta, through.delta, rtol=0, atol=1e-5)
-    anew, _ = trainer.update(1, rows, 0.5, between, {}, kept)
+    anew, _ = trainer.updates([Job(1, rows, 0.5, between, {})], kept)[0]
     assert not torch.allclose(anew.delta, second.delta, atol=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_a_client_of_a_lower_rank_trains_with_its_own_scale(
     for pair in trainer.trainable.layout.lora_pairs(full.params):
         pair.a_RI[2:], pair.b_OR[:, 2:] = 0, 0
     low = replace(full, rank=2)
-    updates = {got.rank: trainer.update(1, rows, 0.5, got, {}, federation)[0] for got in (full, low, full)}
+    updates = {got.rank: trainer.updates([Job(1, rows, 0.5, got, {})], federation)[0][0] for got in (full, low, full)}
     for pair in trainer.trainable.layout.lora_pairs(updates[2].delta):
         assert not pair.a_RI[2:].any() and not pair.b_OR[:, 2:].any() and pair.b_OR[:, :2].any()
     assert updates[2].metrics["loss"] != updates[None].metrics["loss"]
@@ -119,7 +119,7 @@ def test_the_loss_before_is_that_of_all_rows(
 ) -> None:
     federation = training(Train(steps=1, batch=2, optimizer=Sgd(lr=0.1)), strategy=QFedAvg())
     trainer = make_trainer(federation)
-    update, _ = trainer.update(1, rows, 0.5, started(trainer), {}, federation)
+    update, _ = trainer.updates([Job(1, rows, 0.5, started(trainer), {})], federation)[0]
     trainer.trainable.flat.data.copy_(started(trainer).params)
     trainer.trainable.network.eval()
     with torch.no_grad():

@@ -38,7 +38,16 @@ def test_of_keeps_the_order_and_sizes_add_up() -> None:
     assert layout.views(torch.arange(7.0))["a"].item() == 6
 
 
-@pytest.mark.parametrize("shape", [(6,), (8,), (1, 7), ()])
+def test_stacked_vectors_are_seen_row_by_row() -> None:
+    stacked = torch.arange(21.0).view(3, 7)
+    for row, alone in enumerate(stacked):
+        for name, view in LAYOUT.views(alone).items():
+            assert torch.equal(LAYOUT.views(stacked)[name][row], view)
+    LAYOUT.views(stacked)[LAYOUT.names[0]][1] = 0
+    assert not LAYOUT.views(stacked[1])[LAYOUT.names[0]].any() and stacked[0].any() and stacked[2].all()
+
+
+@pytest.mark.parametrize("shape", [(6,), (8,), (7, 1), ()])
 def test_a_vector_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="describes 7 elements"):
         LAYOUT.views(torch.zeros(shape))

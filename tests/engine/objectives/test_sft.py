@@ -172,14 +172,30 @@ def test_padding_never_changes_a_loss(bases: dict[str, Path], rows: pa.RecordBat
     together = objective.collate(rows, 0)
     nll, learnt = sum(nll for nll, _ in alone), sum(learnt for _, learnt in alone)
     fills = (7, 0, IGNORED)
-    wider = Batch(*(F.pad(x, (0, 9), value=v) for x, v in zip(vars(together).values(), fills, strict=True)))
+    vectors = [together.ids_BT, together.attention_BT, together.labels_BT]
+    padded = [F.pad(x, (0, 9), value=v) for x, v in zip(vectors, fills, strict=True)]
+    wider = Batch(padded[0], padded[1], padded[2], together.tokens, together.learnt)
     for batch in (together, wider, objective.collate(rows, 255)):
         assert losses(batch) == (pytest.approx(nll, rel=1e-5), learnt)
 
 
+@pytest.mark.parametrize("name", ["tied", "untied", "gpt2"])
+def test_logits_are_computed_where_a_label_is(bases: dict[str, Path], rows: pa.RecordBatch, name: str) -> None:
+    network, objective = AutoModelForCausalLM.from_pretrained(bases[name]).eval(), Sft(64)
+    batch, seen = objective.collate(rows, 0), list[torch.Size]()
+    head = network.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.shape))
+    some, count = objective.loss(network, batch)
+    hook.remove()
+    assert seen == [(1, count, 300)] and count == batch.learnt < batch.tokens
+    each = Sft(64, every_logit=True).losses(network, batch)
+    assert some.item() == pytest.approx(each.sum().item(), rel=1e-6)
+    assert objective.losses(network, batch).tolist() == pytest.approx(each.tolist(), rel=1e-6)
+
+
 def test_gradients_come_from_the_learnt_tokens_alone(bases: dict[str, Path], rows: pa.RecordBatch) -> None:
     """The loss of a row does not move when what is not learnt is predicted better."""
-    network, objective = AutoModelForCausalLM.from_pretrained(bases["untied"]).eval(), Sft(64)
+    network, objective = AutoModelForCausalLM.from_pretrained(bases["untied"]).eval(), Sft(64, every_logit=True)
     batch = objective.collate(rows, 0)
     logits_BTV = network(input_ids=batch.ids_BT, attention_mask=batch.attention_BT).logits.detach().requires_grad_()
     network.forward = lambda **_: SimpleNamespace(logits=logits_BTV)
