@@ -77,7 +77,11 @@ class Store:
 
     def name(self, client: int) -> str:
         """The name of one client."""
-        return str(self.index["name"][client].as_py())
+        return self.names([client])[0]
+
+    def names(self, clients: list[int]) -> list[str]:
+        """The names of some clients."""
+        return list(self.index["name"].take(pa.array(clients, pa.int64())).to_pylist())
 
     def counts(self, split: SplitName) -> NDArray[np.int32]:
         """Rows of each client in `split`, by id: a view of the mapped index."""

@@ -62,6 +62,8 @@ class ClientActor(SecureClients, Judge):
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(federation.clients.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Else all that is allocated is written twice.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.federation = federation
         self.memory = ClientMemory(memory)
         self.sum = ExactSum()

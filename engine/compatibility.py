@@ -136,6 +136,7 @@ def _packs(federation: Federation) -> None:
         'model.peft.kind = "none"': federation.model.peft.kind != "lora",
         'privacy.dp.kind = "example"': federation.privacy.dp.kind == "example",
         "clients.availability.deadline_s": clients.availability.deadline_s is not None,
+        "model.compile": federation.model.compile,
         "clients.zero without from_rows": clients.zero is not None and not clients.zero.from_rows,
     }
     for key, set_ in refused.items():
@@ -165,6 +166,7 @@ def _gangs(federation: Federation) -> None:
         "privacy.secagg beside clients.zero.from_rows": federation.privacy.secure and zero.from_rows > 0,
         f"privacy.dp.kind = {federation.privacy.dp.kind!r}": federation.privacy.dp.kind not in ("none", "central"),
         "model.peft.ranks": peft.kind == "lora" and bool(peft.ranks),
+        "model.compile": federation.model.compile,
         'train.state = "keep"': federation.train.state == "keep",
         'train.optimizer.kind = "torch"': federation.train.optimizer.kind == "torch",
         "clients.availability.deadline_s": federation.clients.availability.deadline_s is not None,

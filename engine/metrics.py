@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,15 +38,25 @@ class RoundLog:
 
     folder: Path
     schema: pa.Schema
-    rows: list[dict[str, object]] = field(default_factory=list)
+    blocks: list[pa.Table] = field(default_factory=list)
+
+    def note(self, **columns: Any) -> None:
+        """Rows by column: lists of one length, or one value for all of these rows."""
+        length = next((len(values) for values in columns.values() if isinstance(values, list)), 1)
+        arrays = []
+        for name, type_ in zip(self.schema.names, self.schema.types, strict=True):
+            values = columns[name]
+            whole = pa.array(values, type_) if isinstance(values, list) else pa.repeat(pa.scalar(values, type_), length)
+            arrays.append(whole)
+        self.blocks.append(pa.Table.from_arrays(arrays, schema=self.schema))
 
     def flush(self, round_: int) -> None:
         """Writes the round's file whole and forgets its rows."""
         self.folder.mkdir(parents=True, exist_ok=True)
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(self.rows, self.schema), sink)
+        pq.write_table(pa.concat_tables(self.blocks or [self.schema.empty_table()]), sink)
         write_file(self.folder / f"round-{round_:05d}.parquet", sink.getvalue().to_pybytes())
-        self.rows.clear()
+        self.blocks.clear()
 
     def forget_after(self, round_: int) -> None:
         """Removes the files of rounds after `round_`, which a resumed run will write again."""
@@ -68,9 +79,19 @@ class Metrics(RoundLog):
 
     def add(self, round_: int, split: str, client: str | None, **values: float) -> None:
         """One row per named value."""
-        for name, value in values.items():
-            row = {"round": round_, "split": split, "client": client, "name": name, "value": value}
-            self.rows.append(row | {"wall_s": self.wall_s})
+        names, found = list(values), list(values.values())
+        self.note(round=round_, split=split, client=client, name=names, value=found, wall_s=self.wall_s)
+
+    def add_each(self, round_: int, split: str, clients: list[str], values: list[dict[str, float]]) -> None:
+        """The same for many clients at once."""
+        self.note(
+            round=round_,
+            split=split,
+            client=[client for client, own in zip(clients, values, strict=True) for _ in own],
+            name=[name for own in values for name in own],
+            value=[value for own in values for value in own.values()],
+            wall_s=self.wall_s,
+        )
 
 
 class Ledger(RoundLog):
@@ -82,8 +103,7 @@ class Ledger(RoundLog):
 
     def received(self, round_: int, party: str, kind: str, count: int, nbytes: int) -> None:
         """`party` received `count` messages of one kind, `nbytes` bytes together."""
-        row = {"round": round_, "party": party, "kind": kind, "count": count, "bytes": nbytes}
-        self.rows.append(row | {"mode": self.mode})
+        self.note(round=round_, party=party, kind=kind, count=count, bytes=nbytes, mode=self.mode)
 
 
 def _round(path: Path) -> int:

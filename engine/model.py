@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -80,9 +81,13 @@ def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
     causal_config(model)
     try:
         network, loaded = AutoModelForCausalLM.from_pretrained(
-            model.base, revision=model.revision, dtype=getattr(torch, model.dtype), output_loading_info=True
+            model.base,
+            revision=model.revision,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=model.attention,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(f"the weights of model.base {model.base!r} cannot be loaded: {_first_line(error)}") from error
     if loaded["missing_keys"]:  # transformers would draw them at random
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
@@ -138,6 +143,10 @@ class Trainable:
     def __init__(self, network: PreTrainedModel, model: Model, seed: int) -> None:
         torch.manual_seed(seed)
         self.network = with_adapters(network, model) if isinstance(model.peft, Lora) else network.requires_grad_(True)
+        if model.compile:
+            for layer in self.network.modules():
+                if isinstance(layer, GradientCheckpointingLayer):  # transformers' base of all that come in a row
+                    layer.compile(dynamic=True)
         trained = [(name, p) for name, p in self.network.named_parameters() if p.requires_grad]
         scale = model.peft.alpha / model.peft.r if isinstance(model.peft, Lora) else 1.0
         self.layout = Layout.of(trained, scale)

@@ -36,12 +36,13 @@ def make_optimizer(
     return made
 
 
-def reset(optimizer: torch.optim.Optimizer, lane: int = 0) -> None:
-    """Takes the parameters of a lane, a group each, back to their first step.
+def reset(optimizer: torch.optim.Optimizer, lane: int | None = None) -> None:
+    """Takes all parameters, or those of a lane (a group each), back to their first step.
 
     Nothing is built anew where zeros are what the optimizer starts from.
     """
-    for parameter in optimizer.param_groups[lane]["params"]:
+    # Not by the groups where all are meant: deepspeed keeps other parameters in them than the optimizer has states of.
+    for parameter in list(optimizer.state) if lane is None else optimizer.param_groups[lane]["params"]:
         if isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
             for tensor in optimizer.state.get(parameter, {}).values():
                 if tensor is not None:

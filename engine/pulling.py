@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from engine.slots import Slots
 
 Unit = tuple[int, ...]
-CHUNKS_PER_SLOT = 3
+CHUNKS_PER_SLOT = 4
+AHEAD = 2  # chunks that a slot has at once, so that it need not wait for the next
 REFILLED = 2  # packs hold so many clients a lane, where there are enough of them: who ends early is followed by another
 ENOUGH = 16  # packs of a cohort, so that slots stay in balance
 
@@ -67,9 +68,8 @@ def packs(clients: np.ndarray, steps: np.ndarray, lanes: int) -> list[Unit]:
     """
     ordered = clients[np.argsort(-steps, kind="stable")]
     members = lanes if lanes == 1 or len(clients) < ENOUGH * REFILLED * lanes else REFILLED * lanes
-    return (
-        [tuple(pack.tolist()) for pack in np.array_split(ordered, -(-len(ordered) // members))] if len(ordered) else []
-    )
+    cut = np.array_split(ordered, -(-len(ordered) // members)) if len(ordered) else []
+    return [tuple(pack.tolist()) for pack in cut]
 
 
 def pull(
@@ -86,7 +86,7 @@ def pull(
         queues.setdefault(int(kinds[place]), deque()).append(units[place])
     left = {kind: sum(cost[unit] for unit in queue) for kind, queue in queues.items()}
     slots = Counter(pool.kind_of(slot) for slot in range(pool.size))
-    idle, running = list(range(pool.size)), dict[Any, tuple[int, list[Unit]]]()
+    free, running = dict.fromkeys(range(pool.size), AHEAD), dict[Any, tuple[int, list[Unit]]]()
     chunks: dict[int, list[list[Unit]]] = {}
     done: dict[int, list[Any]] = {}
 
@@ -100,22 +100,27 @@ def pull(
         return chunk
 
     while any(queues.values()) or running:
-        for slot in list(idle):
-            if queues.get(pool.kind_of(slot)):
-                idle.remove(slot)
-                chunk = taken(pool.kind_of(slot))
-                running[call(pool.actors[slot], chunk)] = (slot, chunk)
+        for ahead in range(AHEAD):
+            for slot in [slot for slot, room in free.items() if room == AHEAD - ahead]:
+                kind = pool.kind_of(slot)
+                # The last units are for who has nothing else to do.
+                if len(queues.get(kind, ())) > ahead * AHEAD * slots[kind]:
+                    free[slot] -= 1
+                    chunk = taken(kind)
+                    running[call(pool.actors[slot], chunk)] = (slot, chunk)
         (ready,), _ = ray.wait(list(running), num_returns=1)
         slot, chunk = running.pop(ready)
         try:
             done.setdefault(slot, []).extend(ray.get(ready))
             chunks.setdefault(slot, []).append(chunk)
+            free[slot] += 1
         except LOST as error:
+            begun = [reference for reference, (other, _) in running.items() if other == slot]
             kind = pool.kind_of(slot)
-            for lost in (chunk, *chunks.pop(slot, [])):
+            for lost in (chunk, *(running.pop(reference)[1] for reference in begun), *chunks.pop(slot, [])):
                 queues[kind].extend(lost)
                 left[kind] += sum(cost[unit] for unit in lost)
             done.pop(slot, None)
             pool.replace(slot, error)
-        idle.append(slot)
+            free[slot] = AHEAD
     return done

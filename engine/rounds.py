@@ -112,8 +112,9 @@ class Rounds:
 
         good = [report for report in done.reports if report.failed is None and not report.late]
         failed = {self.store.name(r.client): r.failed for r in done.reports if r.failed is not None}
-        for report in good if done.told else []:
-            self.metrics.add(round_, "train", self.store.name(report.client), **report.metrics)
+        if done.told:
+            names = self.store.names([report.client for report in good])
+            self.metrics.add_each(round_, "train", names, [report.metrics for report in good])
         clients = 0 if done.aborted else len(good)
         seconds, tokens = ended - began, done.figures.get("tokens", 0.0)
         self.metrics.add(round_, "train", None, loss=done.loss, tokens=tokens)

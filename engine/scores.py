@@ -121,9 +121,10 @@ class Scores:
 
     def _note(self, found: list[ClientLoss], round_: int, split: str, name: str, *, per_client: bool = False) -> float:
         if per_client and split != "server" and not self.federation.privacy.secure:
-            for loss in sorted(found, key=lambda loss: loss.client):
-                client = self.store.name(loss.client)
-                self.metrics.add(round_, split, client, **{name: loss.nll / loss.tokens}, tokens=loss.tokens)
+            ordered = sorted(found, key=lambda loss: loss.client)
+            names = self.store.names([loss.client for loss in ordered])
+            told = [{name: loss.nll / loss.tokens, "tokens": loss.tokens} for loss in ordered]
+            self.metrics.add_each(round_, split, names, told)
         mean = mean_loss(found)
         counts = (
             {"tokens": sum(one.tokens for one in found), "rows": sum(one.rows for one in found)} if per_client else {}

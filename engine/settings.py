@@ -75,11 +75,17 @@ class FullTuning:
 
 @dataclass(frozen=True)
 class Model:
-    """The open base model: the shipped "tiny", a Hugging Face name, or a folder; and what of it is trained."""
+    """The open base model: the shipped "tiny", a Hugging Face name, or a folder; and what of it is trained.
+
+    `attention` is transformers' name for the kernel. With `compile`, torch compiles the layers, which takes up to a
+    minute for each slot and pays for long runs.
+    """
 
     base: str = "tiny"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    compile: bool = False
     peft: Annotated[Lora | FullTuning, Field(discriminator="kind")] = field(default_factory=Lora)
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -45,6 +45,8 @@ class Start:
 class Slots:
     """All slots of a run. Calls per round grow with the slots, not with the clients."""
 
+    client: ClassVar[type[ClientActor]] = ClientActor
+
     def __init__(self, federation: Federation, memory: Path) -> None:
         self.federation, self.memory = federation, memory
         self.size = self._count([node["Resources"] for node in ray.nodes() if node["Alive"]])
@@ -73,7 +75,7 @@ class Slots:
 
     def _spawn(self, slot: int) -> Any:
         clients = self.federation.clients
-        actor = ray.remote(ClientActor).options(num_cpus=clients.num_cpus, num_gpus=clients.num_gpus)
+        actor = ray.remote(self.client).options(num_cpus=clients.num_cpus, num_gpus=clients.num_gpus)
         return actor.remote(self.federation, self.memory)
 
     def _reader(self, places: list[Place]) -> Any:
@@ -83,7 +85,7 @@ class Slots:
             if places[slot].node_id == here:
                 return self.actors[slot]
         pinned = NodeAffinitySchedulingStrategy(here, soft=False)
-        options = ray.remote(ClientActor).options(num_cpus=0, num_gpus=0, scheduling_strategy=pinned)
+        options = ray.remote(self.client).options(num_cpus=0, num_gpus=0, scheduling_strategy=pinned)
         return options.remote(self.federation, self.memory)
 
     def start(self, store: Path, shared: str | None = None) -> Start:

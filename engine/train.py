@@ -204,7 +204,8 @@ class LocalTrainer(Trainer):
         """
         flat, grad, network = self.trainable.flat, self.trainable.grad, self.trainable.network
         flat.data.copy_(start)
-        network.train()
+        if not network.training:  # which looks at each layer
+            network.train()
         nll_total = torch.zeros((), dtype=torch.float64, device=flat.device)  # there, so that no step waits for it
         token_total, steps, trained_tokens, rates = 0, 0, 0, 0.0
         total = steps_of(rows.num_rows, train)
@@ -243,7 +244,8 @@ class LocalTrainer(Trainer):
     @torch.no_grad()
     def nll(self, rows: pa.RecordBatch, batch: int) -> tuple[float, int]:
         """The summed loss in nats of the present vector over all rows, and over how many tokens."""
-        self.trainable.network.eval()
+        if self.trainable.network.training:
+            self.trainable.network.eval()
         nll_total, token_total = 0.0, 0
         for piece in self.cut(rows, batch):
             nll, learnt = self.objective.loss(self.trainable.network, piece)

@@ -1,7 +1,7 @@
 """How vectors cross Ray: as flat NumPy arrays, mapped from the store without a copy; torch tensors would be pickled."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ class Report:
     metrics: dict[str, float]
     failed: str | None = None
     late: bool = False
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)

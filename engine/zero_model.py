@@ -56,7 +56,9 @@ def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Modul
         network = map_base(packed, torch.from_numpy(buffer))
     else:
         with no_init_weights():
-            network = AutoModelForCausalLM.from_config(causal_config(model), dtype=getattr(torch, model.dtype))
+            network = AutoModelForCausalLM.from_config(
+                causal_config(model), dtype=getattr(torch, model.dtype), attn_implementation=model.attention
+            )
         network.tie_weights()
     network.requires_grad_(not isinstance(model.peft, Lora))
     torch.manual_seed(seed)
@@ -89,7 +91,9 @@ def _in_shards(model: Model, zero: Zero) -> PreTrainedModel:
         deepspeed.zero.Init(config_dict_or_path=ds_config(model, zero)),
         no_init_weights(),
     ):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, model.dtype), attn_implementation=model.attention
+        )
     network.tie_weights()
     missing = {name for name, _ in network.named_parameters()}
     for file in _weight_files(model):

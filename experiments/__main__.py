@@ -18,7 +18,15 @@ app = typer.Typer(
 )
 # Each is the module of experiments/bench that has its name; its `measure(small=...)` gives the figures.
 SCENARIOS = {
-    "lora": "tokens/s against a bare PyTorch loop",
+    "lora": "tokens/s against a bare PyTorch loop, packed and not",
+    "tiny": "clients/s of a model of ten thousand parameters, against the bare loop",
+    "big_update": "time and memory of updates of 25 million parameters, against the bare loop",
+    "overhead": "what a client that does nothing costs, by the size of its update",
+    "population": "the driver's memory and start-up, up to a million clients",
+    "cohort": "the time of a round by its cohort's size",
+    "memory": "what n slots on one base hold",
+    "slots": "strong and weak scaling, here and on a simulated cluster",
+    "scale": "strong scaling of a RECIPE of your own, over --slots, also at an --address",
     "partition": "stores of up to a million clients, and partitions against flwr-datasets",
     "secagg": "what secure aggregation costs clients, the server and a round",
     "zero": "gangs of DeepSpeed ranks: resets, tokens/s against a bare loop, bytes and memory",
@@ -88,15 +96,21 @@ def plan(
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders; several are compared.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders of runs, or of benchmarks; several are compared.")
+    ],
     out: Annotated[Path | None, typer.Option(help="The page; DIR/report.html by default.")] = None,
     debug: Debug = False,
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
 
     def work() -> None:
+        from experiments.bench.page import is_results, write_page
         from experiments.report import write_report
 
+        if all(is_results(folder) for folder in folders):
+            print(write_page(folders, out or folders[0] / "report.html"))
+            return
         print(write_report(folders, out or folders[0] / "report.html"))
 
     _guarded(work, debug)
@@ -141,6 +155,9 @@ def bench(
         str,
         typer.Argument(metavar="SCENARIO", help="; ".join(f"{name}: {what}" for name, what in SCENARIOS.items()) + "."),
     ],
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Of scale: the recipe.")] = None,
+    slots: Annotated[str, typer.Option(metavar="N,N,...", help="Of scale: the numbers of slots.")] = "1,2,4,8",
+    address: Annotated[str | None, typer.Option(help="Of scale: the Ray cluster; started here without it.")] = None,
     small: Annotated[bool, typer.Option("--small", help="A quick run: shows that it works, and not how fast.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object of all figures.")] = False,
     debug: Debug = False,
@@ -148,20 +165,21 @@ def bench(
     """Run a scripted benchmark on this machine; its figures are kept in runs/bench-SCENARIO-TIME."""
 
     def work() -> None:
-        import json
         from importlib import import_module
 
         if scenario not in SCENARIOS:
             raise ValueError(f"there is no benchmark {scenario!r}; there is {', '.join(SCENARIOS)}")
-        from experiments.bench.results import write_results
+        from experiments.bench.results import show_results
 
+        if (scenario == "scale") != (recipe is not None):
+            raise ValueError("fedpost bench scale takes a recipe, and no other benchmark does")
+        if recipe is not None:
+            from experiments.bench.scaling import scale
+
+            scale(recipe, slots, address, as_json)
+            return
         figures = import_module(f"experiments.bench.{scenario}").measure(small=small)
-        width = max(map(len, figures))
-        for name, (value, unit) in figures.items():
-            print(f"{name:>{width}}  {'not measured' if value is None else f'{value:,.4g} {unit}'}")
-        print(f"{'kept as':>{width}}  {write_results(scenario, figures)}")
-        if as_json:
-            print(json.dumps({name: figure.value for name, figure in figures.items()}))
+        show_results(scenario, figures, as_json)
 
     _guarded(work, debug)
 

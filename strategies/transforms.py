@@ -21,6 +21,8 @@ def encode(transforms: Sequence[Transform], update: Update, got: Broadcast, memo
 
     `memory` is what the client remembered before the round; what it remembers after it is `finish`'s memory and this.
     """
+    if not transforms:
+        return update, {}
     rng = torch_rng(got.seed, got.round, update.client, "encode")
     kept: Memory = {}
     for index, transform in enumerate(transforms):

@@ -1,155 +1,59 @@
-"""`fedpost bench lora`: tokens per second of whole rounds over those of a bare PyTorch loop, in the same run.
+"""`fedpost bench lora`: whole rounds of LoRA clients against a bare PyTorch loop in the same run, packed and not.
 
-The bare loop is a good one: two single-threaded processes, the plain PEFT model, fused AdamW, the same rows, batches
-and average. No figure is printed unless both have the same vector after the first round.
+No figure is printed unless both have the same vector after the first round.
 """
 
-import json
-import multiprocessing
-import statistics
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import numpy as np
-import torch
+from experiments.bench.bare import PROCESSES, compare
+from experiments.bench.bases import bench_recipe, write_llama, write_rows
+from experiments.bench.results import Figure, Steps
+from experiments.config import Recipe
 
-import experiments
-from datasets_partition.store import Store
-from datasets_partition.tokens import Tokens
-from engine.batches import batches
-from engine.checkpoint import load_checkpoint
-from engine.model import lora_config
-from engine.objectives.sft import Sft
-from experiments.api import build_store
-from experiments.bench.results import Figure
-from experiments.config import SHIPPED, Recipe, parse_recipe
-from strategies.seeds import rng, torch_seed
-from strategies.types import ServerState
-
-WIDTH, LAYERS, CLIENTS, ROWS, LENGTH, PROCESSES = 256, 4, 40, 24, 128, 2
-TOLERANCE = 2e-5  # of the vector after a round: one flat tensor and many round differently, and AdamW amplifies it
-_bare: dict[str, Any] = {}
+CLIENTS, COHORT, ROWS, STEPS = 40, 10, 24, 4
+LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+# Rows of a step, tokens of a row, and lanes: the first is the recipe that peers were measured on.
+CASES = ((4, 128, 1), (1, 32, 1), (1, 32, 8), (2, 32, 8), (4, 32, 8), (1, 128, 8), (4, 128, 8))
 
 
-def recipe(folder: Path, rounds: int) -> Recipe:
-    """LoRA on a small random Llama: 4 steps of 4 rows of 128 tokens, cohort 10; writes base and rows to `folder`."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED["tiny"])
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    words = rng(0, 0, -1, "sample")
-    with (folder / "rows.jsonl").open("w") as file:
-        for client in range(CLIENTS):
-            for _ in range(ROWS):
-                text = tokenizer.decode(words.integers(300, 4000, 3 * LENGTH))
-                file.write(json.dumps({"client": f"{client:03d}", "text": text}) + "\n")
-    return parse_recipe(f"""
-        name = "bench-lora"
-        seed = 1
+def recipe(folder: Path, rounds: int, batch: int = 4, length: int = 128, lanes: int = 1) -> Recipe:
+    """LoRA on a small random Llama, 4 steps a client, cohort 10 of 40; base and rows are in `folder`, or written."""
+    if not (folder / "base").exists():
+        write_llama(folder / "base", **LLAMA)
+        write_rows(folder / "rows.parquet", CLIENTS, ROWS, 3 * 128)
+    return bench_recipe(
+        folder,
+        folder / "base",
+        f"""
         rounds = {rounds}
-        model = {{ base = "{folder / "base"}" }}
-        clients = {{ slots = {PROCESSES} }}
-        cohort = {{ size = 10 }}
-        train = {{ steps = 4, batch = 4, max_length = {LENGTH}, optimizer = {{ kind = "adamw", eps = 1e-6 }} }}
-        evaluate = {{ every = 0, rows = 1 }}
-        checkpoint = {{ keep = 1000 }}
-        [data]
-        source = {{ kind = "jsonl", path = "{folder / "rows.jsonl"}" }}
-        cache = "{folder / "stores"}"
-    """)
+        clients = {{ slots = {PROCESSES}, pack = {lanes} }}
+        cohort = {{ size = {COHORT} }}
+        [train]
+        steps = {STEPS}
+        batch = {batch}
+        max_length = {length}
+        optimizer = {{ kind = "adamw", eps = 1e-6 }}
+        """,
+    )
 
 
 def measure(small: bool) -> dict[str, Figure]:
-    """The engine's and the bare loop's median tokens per second, and their ratio; ValueError when they disagree."""
-    rounds = 2 if small else 6
-    with TemporaryDirectory() as name:
-        work = recipe(Path(name), rounds)
-        run = experiments.run(work, out=Path(name) / "run")
-        speeds = [row["value"] for row in run.metrics.to_pylist() if row["name"] == "tokens_per_s"]
-        first = load_checkpoint(run.folder / "checkpoints", 1)
-        bare_speeds, vector = _bare_loop(work, build_store(work), rounds)
-        assert first is not None and isinstance(first.state, ServerState)
-        apart = float((first.state.params - torch.from_numpy(vector)).abs().max())
-    if not apart <= TOLERANCE:
-        raise ValueError(f"after the first round the engine's and the bare loop's vectors are {apart:.2g} apart")
-    engine, bare = statistics.median(speeds[1:]), statistics.median(bare_speeds[1:])
-    return {
-        "efficiency": Figure(engine / bare, "ratio"),
-        "tokens_per_s": Figure(engine, "tokens/s"),
-        "bare_tokens_per_s": Figure(bare, "tokens/s"),
-        "apart": Figure(apart, "largest difference"),
-    }
-
-
-def _bare_loop(work: Recipe, store: Path, rounds: int) -> tuple[list[float], np.ndarray]:
-    """Tokens per second of each round, and the vector after the first."""
-    (tokens,) = store.glob("tokens-*")
-    clients = Store.open(store).num_training
-    context = multiprocessing.get_context("spawn")
-    speeds: list[float] = []
-    after_first = np.zeros(0)
-    with context.Pool(PROCESSES, _start, (work, tokens)) as pool:
-        vector: np.ndarray = pool.apply(_initial)
-        for round_ in range(rounds):
-            began = time.perf_counter()
-            cohort = work.cohort.sample(clients, work.seed, round_).tolist()
-            jobs = [(vector, round_, cohort[part::PROCESSES]) for part in range(PROCESSES)]
-            totals, weights, counts = zip(*pool.map(_train, jobs, chunksize=1), strict=True)
-            vector = vector + (np.sum(totals, 0) / sum(weights)).astype(np.float32)
-            speeds.append(sum(counts) / (time.perf_counter() - began))
-            after_first = vector if round_ == 0 else after_first
-    return speeds, after_first
-
-
-def _start(work: Recipe, tokens: Path) -> None:
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(1)
-    base = AutoModelForCausalLM.from_pretrained(work.model.base).requires_grad_(False)
-    torch.manual_seed(torch_seed(work.seed, 0, -1, "initial"))
-    network = get_peft_model(base, lora_config(work.model))
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    _bare.update(work=work, tokens=Tokens.open(tokens), network=network.train(), trained=trained)
-
-
-def _initial() -> np.ndarray:
-    vector: np.ndarray = torch.cat([parameter.detach().reshape(-1) for parameter in _bare["trained"]]).numpy()
-    return vector
-
-
-def _train(job: tuple[np.ndarray, int, list[int]]) -> tuple[np.ndarray, float, int]:
-    """Trains some clients of a round: the sum of weight * delta, of weights, and how many tokens were trained on."""
-    vector, round_, clients = job
-    work, network, trained = _bare["work"], _bare["network"], _bare["trained"]
-    train, objective = work.train, Sft(work.train.max_length)
-    largest = int(_bare["tokens"].counts("train").max())
-    total, weights, count = np.zeros(len(vector)), 0.0, 0
-    for client in clients:
-        rows = _bare["tokens"].rows(client, "train")
-        torch.nn.utils.vector_to_parameters(torch.from_numpy(vector.copy()), trained)  # they become views of it
-        settings = train.optimizer
-        optimizer = torch.optim.AdamW(trained, lr=settings.lr, eps=settings.eps, weight_decay=0.0, fused=True)
-        for picked in batches(rows.num_rows, train, rng(work.seed, round_, client, "batches")):
-            batch = objective.collate(rows.take(picked), 0)
-            nll, learnt = objective.loss(network, batch)
-            (nll / learnt).backward()
-            torch.nn.utils.clip_grad_norm_(trained, train.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            count += int(batch.attention_BT.sum())
-        weight = rows.num_rows / largest
-        delta = torch.nn.utils.parameters_to_vector(trained).detach().numpy() - vector
-        total, weights = total + weight * delta.astype(np.float64), weights + weight
-    return total, weights, count
+    """Tokens per second over the bare loop's by case, and the memory of all processes; ValueError when they differ."""
+    steps, figures = Steps(), dict[str, Figure]()
+    with TemporaryDirectory(prefix="fedpost-bench-") as name:
+        folder = Path(name)
+        for batch, length, lanes in CASES[:3] if small else CASES:
+            case = f"{batch}x{length}" + (f"_packed_{lanes}" if lanes > 1 else "")
+            steps.say(f"{batch} rows of {length} tokens a step, {lanes} clients at once")
+            work = recipe(folder, 3 if small else 25, batch, length, lanes)
+            found = compare(work, folder / f"run-{case}", memory=case == "4x128")
+            figures[f"efficiency_{case}"] = Figure(found.ratio, "of the bare loop's tokens/s")
+            figures[f"apart_{case}"] = Figure(found.apart, "largest difference")
+            if case == "4x128":
+                figures = {"efficiency": figures[f"efficiency_{case}"], "apart": figures[f"apart_{case}"]}
+                figures["tokens_per_s"] = Figure(found.tokens / min(found.engine_s[1:]), "tokens/s, the best round")
+                figures["tree_rss_mb"] = Figure(found.rss_mb, "MB, all processes but Ray's daemons")
+                figures["tree_pss_mb"] = Figure(found.pss_mb, "MB, shared pages counted once")
+        figures["packed_speedup"] = figures["efficiency_1x32_packed_8"]
+    return figures

@@ -1,8 +1,10 @@
 """What all benchmarks share: figures with their units, steps shown while they work, and results kept as Parquet."""
 
+import json
 import multiprocessing
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -60,8 +62,25 @@ def memory() -> dict[str, float]:
     return {line[0][:-1]: int(line[1]) / 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:", "VmHWM:")}
 
 
+def show_results(scenario: str, figures: dict[str, Figure], as_json: bool) -> Path:
+    """Prints the figures, keeps them, and says where; ends with one JSON object if that is asked for."""
+    width = max(map(len, figures))
+    for name, (value, unit) in figures.items():
+        print(f"{name:>{width}}  {'not measured' if value is None else f'{value:,.4g} {unit}'}")
+    kept = write_results(scenario, figures)
+    print(f"{'kept as':>{width}}  {kept}")
+    if as_json:
+        print(json.dumps({name: figure.value for name, figure in figures.items()}))
+    return kept
+
+
 def write_results(scenario: str, figures: dict[str, Figure]) -> Path:
-    """Writes the figures as `runs/bench-SCENARIO-TIME/results.parquet`, a row each with the machine beside it."""
+    """Writes `results.parquet`, `summary.json` and `report.html` into `runs/bench-SCENARIO-TIME`; returns the first.
+
+    In the first, each figure is a row with the machine beside it; the second is one object, for scripts that compare.
+    """
+    from experiments.bench.page import RESULTS, write_page
+
     facts = {"scenario": scenario, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine()}
     values, units = zip(*figures.values(), strict=True)
     columns = {
@@ -72,12 +91,15 @@ def write_results(scenario: str, figures: dict[str, Figure]) -> Path:
     folder = RUNS / f"bench-{scenario}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
     table = pa.table(columns | {name: pa.array([fact] * len(figures)) for name, fact in facts.items()})
-    pq.write_table(table, folder / "results.parquet")
-    return folder / "results.parquet"
+    pq.write_table(table, folder / RESULTS)
+    summary = {**facts, "figures": {name: figure.value for name, figure in figures.items()}}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    write_page([folder], folder / "report.html")
+    return folder / RESULTS
 
 
 def machine() -> dict[str, str | int]:
-    """The processor, how many cores this process may use, the system, Python, and the packages' versions."""
+    """The processor, cores that this process may use, the system, Python, the packages' versions, and the commit."""
     packages = []
     for name in ("fedpost", "numpy", *PACKAGES, "datasets", "flwr-datasets"):
         try:
@@ -90,7 +112,20 @@ def machine() -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": ", ".join(packages),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """The commit that this code is of, with a plus where it has been changed since."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        said = subprocess.run(
+            ["git", "-C", root, "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):  # no repository, or no git
+        return "unknown commit"
+    return said.stdout.strip()
 
 
 def _cpu() -> str:

@@ -12,7 +12,6 @@ import ray.cloudpickle
 import torch
 
 from datasets_partition.build import build
-from engine import slots as pool_module
 from engine.client import ClientActor
 from engine.collect import PlainCollector, SecureCollector
 from engine.pulling import Work
@@ -75,7 +74,7 @@ def pool(ray_session, small_recipe, tmp_path_factory):
     """Three slots of mortal clients, their start, and the recipe that they know."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     patch = pytest.MonkeyPatch()
-    patch.setattr(pool_module, "ClientActor", Mortal)
+    patch.setattr(Slots, "client", Mortal)
     recipe = small_recipe("clients.slots=3", "privacy.secagg.mode=full", UNIFORM)
     data, memory = recipe.data, tmp_path_factory.mktemp("memory")
     slots = Slots(recipe, memory)

@@ -76,7 +76,7 @@ def test_seconds_go_on_where_the_run_was_interrupted(tmp_path: Path, monkeypatch
     now = 502.5
     metrics.add(3, "train", None, loss=1.0)
     assert metrics.wall_s == 62.5
-    assert metrics.rows[0]["wall_s"] == 62.5
+    assert metrics.blocks[0]["wall_s"].to_pylist() == [62.5]
 
 
 def test_no_rounds_yet(tmp_path: Path) -> None:

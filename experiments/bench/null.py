@@ -1,0 +1,127 @@
+"""Rounds of null clients: nothing is trained, and what is left is what the engine itself costs.
+
+The slots are the engine's own but for their trainer, which gives the same change for each client at once.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datasets_partition.store import Store
+from datasets_partition.tokens import Tokens
+from engine.client import ClientActor
+from engine.events import RoundDone
+from engine.metrics import Ledger, Metrics, read_log
+from engine.pulling import Unit
+from engine.rounds import Rounds
+from engine.server import WholeServer
+from engine.settings import Federation
+from engine.slots import Slots
+from engine.train import Job, LocalTrainer
+from engine.wire import WireBroadcast
+from experiments.api import build_store, ray_session
+from experiments.bench.bases import bench_recipe, write_llama, write_rows
+from experiments.config import Recipe, located
+from strategies.types import Memory, Update
+
+CHANGE = 2.0**-7  # on the exact sum's grid: the mean over any number of clients is the same again
+FIGURES = {"loss": 1.0, "rows": 1.0, "steps": 1.0, "tokens": 8.0, "learnt": 7.0, "rates": 0.0}
+
+
+class NullTrainer(LocalTrainer):
+    """Trains nothing: each client's change is CHANGE everywhere."""
+
+    def updates(self, jobs: list[Job], federation: Federation) -> list[tuple[Update, Memory]]:
+        """All at once."""
+        delta = torch.full((self.trainable.layout.size,), CHANGE)
+        return [(Update(job.client, job.weight, delta, metrics=dict(FIGURES)), {}) for job in jobs]
+
+
+class NullClient(ClientActor):
+    """A slot of null clients."""
+
+    def _trainer(self, pack: Unit, wire: WireBroadcast) -> LocalTrainer:
+        plain = self.trainer
+        return NullTrainer(plain.trainable, plain.objective, plain.pad, plain.optimizer)
+
+
+class NullSlots(Slots):
+    """Slots of null clients."""
+
+    client = NullClient
+
+
+@dataclass(frozen=True)
+class NullRounds:
+    """What was measured: seconds until the first round, then seconds and bytes of each, and the vector's size."""
+
+    start_s: float
+    seconds: list[float]
+    nbytes: list[float]
+    parameters: int
+    rss_mb: float
+
+
+def null_recipe(folder: Path, clients: int, cohort: int, size_mb: float, slots: int = 2) -> Recipe:
+    """Clients of one row each, on a model whose adapters take about `size_mb` MB (0: some bytes)."""
+    base = folder / f"base-{size_mb:g}"
+    if not base.exists():
+        width = 64 if size_mb < 1 else 512
+        sizes = {"intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
+        write_llama(base, hidden_size=width, **sizes)
+    rank = max(1, round(size_mb * 2**20 / 4 / 1024))
+    if not (folder / "rows.parquet").exists():
+        write_rows(folder / "rows.parquet", clients, 1, 8)
+    return bench_recipe(
+        folder,
+        base,
+        f"""
+        rounds = 1
+        clients = {{ slots = {slots} }}
+        cohort = {{ size = {cohort} }}
+        train = {{ steps = 1, batch = 1, max_length = 16 }}
+        [model]
+        peft = {{ kind = "lora", r = {rank}, targets = ["q_proj"] }}
+        """,
+    )
+
+
+def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
+    """Plays null rounds in this process; ValueError where the model has not moved by exactly as much each round."""
+    from experiments.bench.results import memory
+
+    work = located(work)
+    store = build_store(work)
+    with ray_session(None):
+        began = time.monotonic()
+        slots = NullSlots(work, folder / "memory")
+        start = slots.start(store)
+        opened, tokens = Store.open(store), Tokens.open(start.tokens)
+        server = WholeServer(work, slots, start, opened.num_training)
+        metrics, ledger = Metrics(folder / "metrics"), Ledger(folder / "ledger")
+        played = Rounds(work, slots, server, opened, tokens, start.layout, folder, metrics, ledger)
+        state: Any = server.initial()
+        first = state.params
+        played.prepare(state, None, 1)
+        start_s, seconds = time.monotonic() - began, list[float]()
+        for round_ in range(1, rounds + 1):
+            began = time.monotonic()
+            state, done = played.play(state)
+            for log in (metrics, ledger):
+                log.flush(round_)
+            seconds.append(time.monotonic() - began)
+            _refuse_other(state.params - first, round_, done)
+        rss = memory().get("VmRSS", 0.0)
+        slots.stop()
+    rows = [row for row in read_log(folder / "metrics").to_pylist() if row["name"] == "store_bytes"]
+    return NullRounds(start_s, seconds, [row["value"] for row in rows], start.layout.size, rss)
+
+
+def _refuse_other(moved: torch.Tensor, round_: int, done: RoundDone) -> None:
+    """The gate: the mean of what all clients sent is what each sent."""
+    wrong = float((moved - round_ * CHANGE).abs().max())
+    if not wrong <= 1e-6:
+        raise ValueError(f"after round {round_} of {done.clients} null clients the model is {wrong:.2g} off")

@@ -1,0 +1,54 @@
+"""`fedpost bench slots`: strong and weak scaling over slots, here and on a simulated cluster of nodes with GPUs."""
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import experiments
+from experiments.bench.bare import compare
+from experiments.bench.lora import recipe
+from experiments.bench.results import Figure, Steps
+from experiments.bench.scaling import as_figures, study
+from experiments.config import Recipe
+
+NODES, GPUS, SHARE = 3, 2, 0.5  # logical ones: Ray places by them, and the slots compute on the CPU
+
+
+def measure(small: bool) -> dict[str, Figure]:
+    """Tokens per second and efficiency with one and two slots; ValueError when the bits, or the bare loop's, differ."""
+    with TemporaryDirectory(prefix="fedpost-bench-") as name:
+        folder = Path(name)
+        rounds = 3 if small else 8
+        work = recipe(folder, 2)
+        found = compare(work, folder / "gate")
+        figures = {"apart": Figure(found.apart, "largest difference to the bare loop")}
+        figures |= as_figures(study(work, [1, 2], rounds=rounds), "strong_")
+        figures |= as_figures(study(work, [1, 2], weak=True, rounds=rounds), "weak_")
+        Steps().say(f"a simulated cluster of {NODES} nodes with {GPUS} logical GPUs each")
+        return figures | _simulated(work, folder)
+
+
+def _simulated(work: Recipe, folder: Path) -> dict[str, Figure]:
+    """Slots on fractions of logical GPUs over several Ray nodes, and the same bits as on one."""
+    from ray.cluster_utils import Cluster
+
+    slots = round(NODES * GPUS / SHARE)
+    clients = replace(work.clients, slots=slots, num_cpus=0.0, num_gpus=SHARE)
+    plain = experiments.run(work, out=folder / "one-node")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(NODES):
+            cluster.add_node(num_cpus=1, num_gpus=GPUS)
+        many = experiments.run(replace(work, clients=clients), out=folder / "nodes", address=cluster.address)
+    finally:
+        cluster.shutdown()
+    same = all(
+        (plain.model / path.name).read_bytes() == path.read_bytes() for path in many.model.glob("adapter_model*")
+    )
+    if not same:
+        raise ValueError("slots on several nodes lead to other bits than on one")
+    seconds = [row["value"] for row in many.metrics.to_pylist() if row["name"] == "round_s"]
+    return {
+        "cluster_slots": Figure(slots, f"slots on {NODES} simulated nodes, the same bits as on one"),
+        "cluster_round_s": Figure(seconds[-1], "s, all on this machine's cores"),
+    }

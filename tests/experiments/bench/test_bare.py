@@ -1,0 +1,37 @@
+"""The bare loop leads where the engine leads, or there is no figure."""
+
+import numpy as np
+import pytest
+
+from experiments.bench import bare, lora, tiny
+from experiments.bench.bases import write_llama, write_rows
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Two rounds of a few clients of a very small model, in packs."""
+    write_llama(tmp_path / "base", of_bytes=True, **tiny.LLAMA)
+    write_rows(tmp_path / "rows.parquet", 12, tiny.ROWS, tiny.WORDS)
+    return tiny.recipe(tmp_path, tmp_path / "base", 6, 2, 3)
+
+
+def test_both_loops_have_one_vector_after_the_first_round(ray_session, work, tmp_path):
+    found = bare.compare(work, tmp_path / "run", memory=True)
+    assert found.apart <= bare.TOLERANCE and found.ratio > 0
+    assert len(found.engine_s) == len(found.bare_s) == 2
+    assert found.tokens == 6 * 8 * 16
+    assert 100 < found.pss_mb < found.rss_mb
+
+
+def test_loops_that_disagree_give_no_figure(ray_session, work, tmp_path, monkeypatch):
+    monkeypatch.setattr(bare, "bare_loop", lambda *_: ([1.0, 1.0], np.zeros(1)))
+    with pytest.raises(ValueError, match=r"engine.s and the bare loop.s vectors are .* apart"):
+        bare.compare(work, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_small_run_has_the_promised_keys(ray_session, full):
+    if not full:
+        pytest.skip("minutes")
+    assert {"efficiency", "packed_speedup", "tree_rss_mb"} < set(lora.measure(small=True))
+    assert {"clients_ratio_1e3", "clients_ratio_1e5", "packed_ratio"} < set(tiny.measure(small=True))
