@@ -44,11 +44,8 @@ types: setup
 	$(VENV)/bin/mypy
 
 bench: setup
-	$(VENV)/bin/fedpost bench lora $(ARGS)
-	$(VENV)/bin/fedpost bench partition --small $(ARGS)
-	$(VENV)/bin/fedpost bench secagg --small $(ARGS)
-	$(VENV)/bin/fedpost bench strategies --small $(ARGS)
-	$(VENV)/bin/fedpost bench zero --small $(ARGS)
+	for scenario in lora tiny big_update overhead population cohort memory slots partition secagg strategies zero; do \
+	  $(VENV)/bin/fedpost bench $$scenario --small $(ARGS) || exit 1; done
 
 fmt: setup
 	$(VENV)/bin/ruff format

@@ -7,6 +7,7 @@ manifest.json   the key that they were made under, and the sizes of the files
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from itertools import count, pairwise
 from mmap import ACCESS_READ, MADV_DONTNEED, mmap
@@ -28,6 +29,7 @@ from datasets_partition.types import OnRows, ignore
 ROWS_PER_BATCH = 4096
 # After so many reads of clients' rows their pages are given back: each may keep a third of a megabyte mapped.
 READS_MAPPED = 16
+BATCHES_KNOWN = 256  # a few kilobytes each
 
 INDEX = pa.schema(
     [
@@ -54,6 +56,7 @@ class Tokens:
     batches: pa.RecordBatchFileReader
     pages: tuple[mmap, ...]
     reads: Iterator[int] = field(default_factory=count)
+    known: dict[int, pa.RecordBatch] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> "Tokens":
@@ -77,22 +80,36 @@ class Tokens:
         if next(self.reads) % READS_MAPPED == 0:
             for file in self.pages:
                 file.madvise(MADV_DONTNEED)
-        batch, start = (int(column(self.index, name)[client]) for name in ("batch", "start"))
-        first = start + (int(self.counts("train")[client]) if split == "heldout" else 0)
-        with readable(self.folder):
-            return self.batches.get_batch(batch).slice(first, int(self.counts(split)[client]))
+        first = int(self._columns["start"][client])
+        if split == "heldout":
+            first += int(self._columns["train"][client])
+        return self._batch(int(self._columns["batch"][client])).slice(first, int(self._columns[split][client]))
+
+    def _batch(self, number: int) -> pa.RecordBatch:
+        """A record batch of the file, which takes longer to look up than to read a client's rows in."""
+        if number not in self.known:
+            if len(self.known) == BATCHES_KNOWN:
+                self.known.clear()
+            with readable(self.folder):
+                self.known[number] = self.batches.get_batch(number)
+        return self.known[number]
+
+    @cached_property
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        """The index's number columns, as views."""
+        return {name: column(self.index, name) for name in self.index.column_names if name != "name"}
 
     def counts(self, split: SplitName) -> NDArray[np.int32]:
         """Rows of each client in `split`, by id, dropped ones not counted."""
-        return column(self.index, split)
+        return self._columns[split]
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each client's training rows together, by id."""
-        return column(self.index, "tokens")
+        return self._columns["tokens"]
 
     def dropped(self, split: SplitName) -> NDArray[np.int32]:
         """Rows of each client in `split`, by id, that the objective dropped."""
-        return column(self.index, f"dropped_{split}")
+        return self._columns[f"dropped_{split}"]
 
     def empty_clients(self) -> list[str]:
         """Names of the training clients whose training rows were all dropped."""

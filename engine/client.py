@@ -121,6 +121,8 @@ class ClientActor(SecureClients, Judge):
         self.trainer = LocalTrainer.of(
             trainable, Sft(federation.train.max_length), self.tokenizer.pad_token_id, federation.train
         )
+        if isinstance(federation.clients.pack, int) and federation.clients.pack > 1:
+            self._packed(federation.clients.pack)
         self.tokens = Tokens.open(tokens)
         self.largest = int(self.tokens.counts("train").max())
         return trainable.layout, trainable.initial.numpy()
@@ -216,9 +218,7 @@ class ClientActor(SecureClients, Judge):
     def _trainer(self, pack: Unit, wire: WireBroadcast) -> LocalTrainer:
         """The trainer of clients; under example-level privacy one that adds noise, which baselines do without."""
         if len(pack) > 1:
-            if self.packed is None:
-                self.packed = PackTrainer(self.trainer, wire.lanes, self.federation.train)
-            return self.packed
+            return self._packed(wire.lanes)
         if not isinstance(wire.dp, ExamplePlan):
             return self.trainer
         if self.private is None:
@@ -228,6 +228,11 @@ class ClientActor(SecureClients, Judge):
             )
         self.private.words = noise(self.federation, wire.round, pack[0])
         return self.private
+
+    def _packed(self, lanes: int) -> PackTrainer:
+        if self.packed is None:
+            self.packed = PackTrainer(self.trainer, lanes, self.federation.train)
+        return self.packed
 
     def merged_weights(self, residual: np.ndarray) -> np.ndarray:
         """The adapted layers' weights with the products of `residual` (float32) in them (uint8): see rebase.py."""

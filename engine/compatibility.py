@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def check_together(federation: Federation) -> None:
     """Raises ValueError for the first two sections that do not go together, with the nearest that works."""
-    for check in (_adapters, _cohort, _optimizer, _freezing, _transforms, _packs, _gangs):
+    for check in (_adapters, _cohort, _optimizer, _freezing, _transforms, _packs, _overlap, _gangs):
         check(federation)
 
 
@@ -127,11 +127,9 @@ def _transforms(federation: Federation) -> None:
         )
 
 
-def _packs(federation: Federation) -> None:
-    """What packs cannot do: their clients share every step."""
+def in_the_way_of_packs(federation: Federation) -> str | None:
+    """What of the recipe does not go with packs, whose clients share every step."""
     clients = federation.clients
-    if clients.pack == 1:
-        return
     refused = {
         'model.peft.kind = "none"': federation.model.peft.kind != "lora",
         'privacy.dp.kind = "example"': federation.privacy.dp.kind == "example",
@@ -139,9 +137,25 @@ def _packs(federation: Federation) -> None:
         "model.compile": federation.model.compile,
         "clients.zero without from_rows": clients.zero is not None and not clients.zero.from_rows,
     }
+    return next((key for key, set_ in refused.items() if set_), None)
+
+
+def _packs(federation: Federation) -> None:
+    pack, key = federation.clients.pack, in_the_way_of_packs(federation)
+    if key is not None and pack not in (1, "auto"):
+        raise ValueError(f"{key} does not work with packs of clients: set clients.pack = 1, or leave it out")
+
+
+def _overlap(federation: Federation) -> None:
+    """An evaluation beside a round needs slots that wait for one another, and one model for all clients."""
+    refused = {
+        "privacy.secagg": federation.privacy.secure,
+        "clients.zero": federation.clients.zero is not None,
+        _named(federation.strategy): federation.strategy.personalises,
+    }
     for key, set_ in refused.items():
-        if set_:
-            raise ValueError(f"{key} does not work with packs of clients: set clients.pack = 1, or leave it out")
+        if federation.evaluate.overlap and set_:
+            raise ValueError(f"evaluate.overlap does not work with {key}: leave it out, so that rounds wait")
 
 
 def works_in_gangs(strategy: Strategy) -> bool:

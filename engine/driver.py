@@ -16,6 +16,7 @@ from datasets_partition.tokens import Tokens
 from engine.atomic import write_file
 from engine.checkpoint import State, load_checkpoint, save_checkpoint
 from engine.client import FLOAT_BYTES
+from engine.compatibility import in_the_way_of_packs
 from engine.events import Evaluated, Event, Finished, Preparing, Sample, Started
 from engine.gangs import Gangs
 from engine.metrics import Ledger, Metrics, loss_table, read_log
@@ -23,7 +24,7 @@ from engine.mixed import Mixed
 from engine.privacy import Privacy
 from engine.rounds import Rounds, few
 from engine.runcard import model_card
-from engine.scores import Scores
+from engine.scores import Begun, Scores
 from engine.server import Server, ShardServer, WholeServer
 from engine.settings import Federation
 from engine.slots import Slots
@@ -127,11 +128,16 @@ class Driver:
             self._flush(state)
         else:
             self._rebase_to(state)
+        begun = self._begun(state) if saved else None
         while state.round < federation.rounds:
+            self.slots.later = [later for _, later in begun.parts] if begun else []
             state, done = self.rounds.play(state)
             yield done
+            if begun:
+                yield Evaluated(begun.round, self.scores.ended(begun))
             last = state.round == federation.rounds
-            if last or (federation.evaluate.every and state.round % federation.evaluate.every == 0):
+            begun = None if last else self._begun(state)
+            if last or (begun is None and self._due(state)):
                 yield self._evaluate(state)
                 yield from self._personal(state)
             if last and plan.baselines:
@@ -151,6 +157,8 @@ class Driver:
         asked, clients = self.federation.clients.pack, self.store.num_training
         if asked != "auto":
             return asked
+        if in_the_way_of_packs(self.federation):
+            return 1
         sent, most = self.server.sent(initial), self.federation.cohort.largest(clients)
         found: int = self.slots.ask(lambda actor: actor.best_pack.remote(sent, min(most, clients), clients))
         return found
@@ -162,6 +170,16 @@ class Driver:
     def _forget_residual(self, state: State) -> None:
         if isinstance(state, ServerState) and state.residual is not None:
             self.slots.rebase(None)
+
+    def _due(self, state: State) -> bool:
+        every = self.federation.evaluate.every
+        return every > 0 and state.round > 0 and state.round % every == 0
+
+    def _begun(self, state: State) -> Begun | None:
+        """The evaluation of a state that goes on beside the next round, if it is to."""
+        if not self.federation.evaluate.overlap or not self._due(state):
+            return None
+        return self.scores.begun(self.server.sent(state), state.round)
 
     def _evaluate(self, state: State) -> Evaluated:
         began = time.monotonic()

@@ -21,8 +21,8 @@ SPARE = 0.5  # of the free memory is left for the other slots
 def best_pack(trainer: LocalTrainer, tokens: Tokens, clients: int, most: int, start: torch.Tensor, train: Train) -> int:
     """The number of lanes, 1, 2, 4, ... up to `most`, that trains the most tokens a second from `start` (P,).
 
-    The smallest of those that are about as fast. None is tried whose memory might not be there. ValueError where the
-    model does not pack at all.
+    The smallest of those that are about as fast. None is tried whose memory might not be there; 1 where the model does
+    not pack at all.
     """
     began, short = time.monotonic(), replace(train, steps=STEPS, epochs=None)
     held = psutil.Process().memory_info().rss
@@ -31,7 +31,7 @@ def best_pack(trainer: LocalTrainer, tokens: Tokens, clients: int, most: int, st
         free = psutil.virtual_memory().available
         try:
             reached = _speed(PackTrainer(trainer, lanes, train), tokens, clients, lanes, start, short)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, ValueError):
             break
         if reached > GAIN * speed:
             best, speed = lanes, reached

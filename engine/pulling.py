@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,20 @@ class Worked:
     busy: list[float]
 
 
+@dataclass
+class Later:
+    """Work on clients that waits until slots have nothing else to do: its chunks, how to call, and what was found."""
+
+    chunks: deque[list[int]]
+    call: Callable[[Any, list[int]], Any]
+    found: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, clients: np.ndarray, slots: int, call: Callable[[Any, list[int]], Any]) -> Later:
+        """The clients (N,) in a few chunks for each slot."""
+        return cls(deque(part.tolist() for part in np.array_split(clients, CHUNKS_PER_SLOT * slots) if len(part)), call)
+
+
 def packs(clients: np.ndarray, steps: np.ndarray, lanes: int) -> list[Unit]:
     """The clients (N,) in packs for so many lanes: by their numbers of steps (N,) and nothing else.
 
@@ -73,11 +87,16 @@ def packs(clients: np.ndarray, steps: np.ndarray, lanes: int) -> list[Unit]:
 
 
 def pull(
-    pool: Slots, units: list[Unit], costs: list[float], call: Callable[[Any, list[Unit]], Any]
+    pool: Slots,
+    units: list[Unit],
+    costs: list[float],
+    call: Callable[[Any, list[Unit]], Any],
+    later: list[Later] | None = None,
 ) -> dict[int, list[Any]]:
     """What each slot that is still alive has done of `units`, the longest work (`costs`, in any unit) first.
 
-    A chunk is a share of the work that is left, so that chunks shrink towards the end.
+    A chunk is a share of the work that is left, so that chunks shrink towards the end. Slots that have nothing else to
+    do take what is `later`.
     """
     cost = dict(zip(units, costs, strict=True))
     kinds = pool.kinds(np.array([unit[0] for unit in units], np.int64))
@@ -87,6 +106,7 @@ def pull(
     left = {kind: sum(cost[unit] for unit in queue) for kind, queue in queues.items()}
     slots = Counter(pool.kind_of(slot) for slot in range(pool.size))
     free, running = dict.fromkeys(range(pool.size), AHEAD), dict[Any, tuple[int, list[Unit]]]()
+    beside: dict[Any, tuple[int, Later, list[int]]] = {}
     chunks: dict[int, list[list[Unit]]] = {}
     done: dict[int, list[Any]] = {}
 
@@ -99,7 +119,21 @@ def pull(
         left[kind] -= took
         return chunk
 
-    while any(queues.values()) or running:
+    def lose(slot: int, error: Exception, *own: list[Unit]) -> None:
+        """All that a dead slot has done or begun is to be done again, but for what it has answered of `later`."""
+        begun = [reference for reference, (other, _) in running.items() if other == slot]
+        kind = pool.kind_of(slot)
+        for lost in (*own, *(running.pop(reference)[1] for reference in begun), *chunks.pop(slot, [])):
+            queues[kind].extend(lost)
+            left[kind] += sum(cost[unit] for unit in lost)
+        for reference in [reference for reference, (other, _, _) in beside.items() if other == slot]:
+            _, waiting, part = beside.pop(reference)
+            waiting.chunks.append(part)
+        done.pop(slot, None)
+        pool.replace(slot, error)
+        free[slot] = AHEAD
+
+    while any(queues.values()) or running or beside:
         for ahead in range(AHEAD):
             for slot in [slot for slot, room in free.items() if room == AHEAD - ahead]:
                 kind = pool.kind_of(slot)
@@ -108,19 +142,27 @@ def pull(
                     free[slot] -= 1
                     chunk = taken(kind)
                     running[call(pool.actors[slot], chunk)] = (slot, chunk)
-        (ready,), _ = ray.wait(list(running), num_returns=1)
+        for slot in [slot for slot, room in free.items() if room == AHEAD]:
+            waiting = next((one for one in later or () if one.chunks), None)
+            if waiting is not None:
+                free[slot] -= 1
+                part = waiting.chunks.popleft()
+                beside[waiting.call(pool.actors[slot], part)] = (slot, waiting, part)
+        (ready,), _ = ray.wait([*running, *beside], num_returns=1)
+        if ready in beside:
+            slot, waiting, part = beside.pop(ready)
+            free[slot] += 1
+            try:
+                waiting.found.extend(ray.get(ready))
+            except LOST as error:
+                waiting.chunks.append(part)
+                lose(slot, error)
+            continue
         slot, chunk = running.pop(ready)
         try:
             done.setdefault(slot, []).extend(ray.get(ready))
             chunks.setdefault(slot, []).append(chunk)
             free[slot] += 1
         except LOST as error:
-            begun = [reference for reference, (other, _) in running.items() if other == slot]
-            kind = pool.kind_of(slot)
-            for lost in (chunk, *(running.pop(reference)[1] for reference in begun), *chunks.pop(slot, [])):
-                queues[kind].extend(lost)
-                left[kind] += sum(cost[unit] for unit in lost)
-            done.pop(slot, None)
-            pool.replace(slot, error)
-            free[slot] = AHEAD
+            lose(slot, error, chunk)
     return done

@@ -1,7 +1,7 @@
 """Evaluation over all slots: held-out losses, the baselines on the same rows, and samples. Legend: P parameters."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
 from engine.evaluate import ClientLoss, mean_loss
 from engine.metrics import Ledger, Metrics
+from engine.pulling import Later
 from engine.settings import Federation
 from engine.slots import Reference, Slots
 from engine.wire import WireBroadcast
@@ -19,6 +20,18 @@ from strategies.seeds import rng
 SAMPLES, SAMPLE_TOKENS = 3, 40
 FLOAT_BYTES = 4
 Losses = dict[str, float]  # split -> nats per token
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An evaluation of the model after `round` on its way, by split."""
+
+    round: int
+    parts: list[tuple[str, Later]]
+
+
+def _evaluated(actor: Any, chunk: list[int], sent: Any, limit: int) -> Reference:
+    return actor.evaluate.remote(chunk, sent, limit)
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,27 @@ class Scores:
     def global_model(self, sent: Any, round_: int) -> Losses:
         """The vector's loss on held-out rows, on clients that never train, and on the server's rows if it has any."""
         return self._all_splits(sent, round_, "loss", per_client=True)
+
+    def begun(self, sent: Any, round_: int) -> Begun:
+        """An evaluation as `global_model` does it, which waits for slots with nothing else to do."""
+        parts = []
+        for split in ("heldout", "unseen", "server"):
+            clients, _ = self._judged(split)
+            limit = self._limit(split)
+            call = partial(_evaluated, sent=sent, limit=limit)
+            parts.append((split, Later.of(clients, self.slots.size, call)))
+        return Begun(round_, parts)
+
+    def ended(self, begun: Begun) -> Losses:
+        """What came of it; what no slot has had time for yet is done now."""
+        losses = {}
+        for split, later in begun.parts:
+            while later.chunks:
+                left = np.array(later.chunks.popleft())
+                later.found.extend(self.slots.map(left, np.ones(len(left)), later.call))
+            if later.found:
+                losses[split] = self._noted(later.found, begun.round, split, "loss", per_client=True)
+        return losses
 
     def centralised(self, start: Any, round_: int, steps: int) -> Losses:
         """The loss (nats per token) after `steps` steps on the pooled rows: what could be had if that were allowed."""
@@ -93,11 +127,15 @@ class Scores:
             clients, rows = self._judged(split)
             if len(clients):
                 found = self._judge(clients, rows, sent, self._limit(split))
-                losses[split] = self._note(found, round_, split, name, per_client=per_client)
-                if per_client and split != "server":  # a baseline is no part of the federation's protocol
-                    self.ledger.received(round_, "client", "sum", len(clients), len(clients) * self.vector_bytes)
-                    self._told(round_, len(clients))
+                losses[split] = self._noted(found, round_, split, name, per_client=per_client)
         return losses
+
+    def _noted(self, found: list[ClientLoss], round_: int, split: str, name: str, *, per_client: bool) -> float:
+        """As `_note`, and in the ledger what it takes; a baseline is no part of the federation's protocol."""
+        if per_client and split != "server":
+            self.ledger.received(round_, "client", "sum", len(found), len(found) * self.vector_bytes)
+            self._told(round_, len(found))
+        return self._note(found, round_, split, name, per_client=per_client)
 
     def _told(self, round_: int, clients: int) -> None:
         """Clients tell the server their losses; under secure aggregation they do not, and the simulator alone knows."""

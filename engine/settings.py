@@ -167,10 +167,12 @@ class Evaluate:
 
     At most `rows` rows of each client count, and `server_rows` of the server's own, drawn once by the seed. With
     `finetune`, each client trains the final model for so many steps on its own rows, and is judged once more. With
-    `without_privacy`, all rounds are played once more without noise and secure aggregation: what privacy costs.
+    `without_privacy`, all rounds are played once more without noise and secure aggregation: what privacy costs. With
+    `overlap`, an evaluation is done by slots that have nothing else to do while the next round goes on.
     """
 
     every: int = 5
+    overlap: bool = False
     rows: int = 16
     finetune: int = 0
     without_privacy: bool = False

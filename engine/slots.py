@@ -16,7 +16,7 @@ from engine.client import ClientActor, Place
 from engine.fitting import asked_or_fitting, slots_that_fit
 from engine.holder import start_holder
 from engine.lost import LOST
-from engine.pulling import Unit, Work, Worked, packs, pull
+from engine.pulling import Later, Unit, Work, Worked, packs, pull
 from engine.rows import Parts, put_tokens
 from engine.settings import Federation
 from engine.wire import Report, ShardTotals
@@ -56,6 +56,7 @@ class Slots:
         self.residual: Reference | None = None
         self.merged: dict[str, Reference] = {}
         self.deaths = 0
+        self.later: list[Later] = []  # done beside the next round's training
 
     def _count(self, nodes: list[dict[str, float]]) -> int:
         """How many slots there are to be."""
@@ -192,7 +193,7 @@ class Slots:
         todo, self.deaths = self.units(work, lanes), 0
         home = {client: unit for unit in todo for client in unit}
         while todo:
-            done = pull(self, todo, [work.cost(unit) for unit in todo], call)
+            done = pull(self, todo, [work.cost(unit) for unit in todo], call, self.later)
             lost: dict[Unit, None] = {}
             closing = {slot: self._close(slot) for slot in done}
             for slot, results in done.items():

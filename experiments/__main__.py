@@ -29,6 +29,7 @@ SCENARIOS = {
     "scale": "strong scaling of a RECIPE of your own, over --slots, also at an --address",
     "partition": "stores of up to a million clients, and partitions against flwr-datasets",
     "secagg": "what secure aggregation costs clients, the server and a round",
+    "plan": "what fedpost plan says over what a run held",
     "zero": "gangs of DeepSpeed ranks: resets, tokens/s against a bare loop, bytes and memory",
     "strategies": "the demo's model under every rule, resumable, about two hours on two cores",
 }

@@ -14,7 +14,7 @@ from strategies.seeds import rng
 TEXTS = 4096  # different ones; clients draw from them
 
 
-def write_llama(folder: Path, vocabulary: int | None = None, *, of_bytes: bool = False, **sizes: int) -> None:
+def write_llama(folder: Path, sizes: dict[str, int], *, vocabulary: int | None = None, of_bytes: bool = False) -> None:
     """A random Llama of these sizes with the shipped tokenizer, or one `of_bytes`.
 
     `vocabulary` is given where it is to be larger than the tokenizer's.
@@ -39,15 +39,16 @@ def _bytes() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
 
 
-def write_rows(path: Path, clients: int, rows: int, words: int) -> None:
-    """`rows` rows of so many random words for each client, as Parquet."""
+def write_rows(path: Path, clients: int, rows: int | np.ndarray, words: int) -> None:
+    """`rows` rows of so many random words for each client, or each client's own number (N,), as Parquet."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(SHIPPED["tiny"])
     draw = rng(0, 0, -1, "sample")
     texts = pa.array([tokenizer.decode(draw.integers(300, 4000, words)) for _ in range(TEXTS)])
-    picked = pa.array(draw.integers(0, TEXTS, clients * rows))
-    names = pa.array(np.char.zfill(np.repeat(np.arange(clients), rows).astype("U7"), 7))
+    owners = np.repeat(np.arange(clients), rows)
+    picked = pa.array(draw.integers(0, TEXTS, len(owners)))
+    names = pa.array(np.char.zfill(owners.astype("U7"), 7))
     pq.write_table(pa.table({"client": names, "text": texts.take(picked)}), path)
 
 

@@ -16,7 +16,7 @@ def measure(small: bool) -> dict[str, Figure]:
     """Time and memory over the bare loop's; ValueError when they differ."""
     with TemporaryDirectory(prefix="fedpost-bench-") as name:
         folder = Path(name)
-        write_llama(folder / "base", VOCABULARY // 10 if small else VOCABULARY, **LLAMA)
+        write_llama(folder / "base", LLAMA, vocabulary=VOCABULARY // 10 if small else VOCABULARY)
         write_rows(folder / "rows.parquet", CLIENTS, 1, LENGTH)
         work = bench_recipe(
             folder,

@@ -15,7 +15,7 @@ def measure(small: bool) -> dict[str, Figure]:
     cohorts = (10, 100) if small else (10, 100, 1_000, 10_000)
     with TemporaryDirectory(prefix="fedpost-bench-") as name:
         folder = Path(name)
-        write_llama(folder / "base", of_bytes=True, **tiny.LLAMA)
+        write_llama(folder / "base", tiny.LLAMA, of_bytes=True)
         write_rows(folder / "rows.parquet", cohorts[-1], tiny.ROWS, tiny.WORDS)
         for cohort in cohorts:
             rounds = 3 if small or cohort > 1_000 else 8

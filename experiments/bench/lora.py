@@ -20,7 +20,7 @@ CASES = ((4, 128, 1), (1, 32, 1), (1, 32, 8), (2, 32, 8), (4, 32, 8), (1, 128, 8
 def recipe(folder: Path, rounds: int, batch: int = 4, length: int = 128, lanes: int = 1) -> Recipe:
     """LoRA on a small random Llama, 4 steps a client, cohort 10 of 40; base and rows are in `folder`, or written."""
     if not (folder / "base").exists():
-        write_llama(folder / "base", **LLAMA)
+        write_llama(folder / "base", LLAMA)
         write_rows(folder / "rows.parquet", CLIENTS, ROWS, 3 * 128)
     return bench_recipe(
         folder,

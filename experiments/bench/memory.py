@@ -24,9 +24,8 @@ def measure(small: bool) -> dict[str, Figure]:
     steps, figures, held = Steps(), dict[str, Figure](), dict[int, float]()
     with TemporaryDirectory(prefix="fedpost-bench-") as name:
         folder = Path(name)
-        write_llama(
-            folder / "base", None if small else VOCABULARY, **(LLAMA | ({"num_hidden_layers": 2} if small else {}))
-        )
+        sizes = LLAMA | {"num_hidden_layers": 2 if small else 12}
+        write_llama(folder / "base", sizes, vocabulary=None if small else VOCABULARY)
         write_rows(folder / "rows.parquet", 8, 2, 16)
         work = bench_recipe(
             folder,

@@ -71,7 +71,7 @@ def null_recipe(folder: Path, clients: int, cohort: int, size_mb: float, slots: 
     if not base.exists():
         width = 64 if size_mb < 1 else 512
         sizes = {"intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
-        write_llama(base, hidden_size=width, **sizes)
+        write_llama(base, {"hidden_size": width, **sizes})
     rank = max(1, round(size_mb * 2**20 / 4 / 1024))
     if not (folder / "rows.parquet").exists():
         write_rows(folder / "rows.parquet", clients, 1, 8)

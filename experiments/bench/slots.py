@@ -1,16 +1,22 @@
 """`fedpost bench slots`: strong and weak scaling over slots, here and on a simulated cluster of nodes with GPUs."""
 
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+
 import experiments
-from experiments.bench.bare import compare
+from experiments.bench.bare import PROCESSES, compare
+from experiments.bench.bases import bench_recipe, write_rows
 from experiments.bench.lora import recipe
 from experiments.bench.results import Figure, Steps
 from experiments.bench.scaling import as_figures, study
 from experiments.config import Recipe
+from strategies.seeds import rng
 
+CLIENTS, COHORT = 200, 40
 NODES, GPUS, SHARE = 3, 2, 0.5  # logical ones: Ray places by them, and the slots compute on the CPU
 
 
@@ -24,8 +30,32 @@ def measure(small: bool) -> dict[str, Figure]:
         figures = {"apart": Figure(found.apart, "largest difference to the bare loop")}
         figures |= as_figures(study(work, [1, 2], rounds=rounds), "strong_")
         figures |= as_figures(study(work, [1, 2], weak=True, rounds=rounds), "weak_")
+        figures |= _uneven(folder / "uneven", work, rounds)
         Steps().say(f"a simulated cluster of {NODES} nodes with {GPUS} logical GPUs each")
         return figures | _simulated(work, folder)
+
+
+def _uneven(folder: Path, even: Recipe, rounds: int) -> dict[str, Figure]:
+    """How evenly two slots work on clients whose numbers of rows are lognormal, all of which they train on."""
+    folder.mkdir()
+    counts = np.ceil(rng(0, 0, -1, "sample").lognormal(1.5, 1.0, CLIENTS)).astype(int)
+    write_rows(folder / "rows.parquet", CLIENTS, counts, 64)
+    work = bench_recipe(
+        folder,
+        Path(even.model.base),
+        f"""
+        rounds = {rounds}
+        clients = {{ slots = {PROCESSES} }}
+        cohort = {{ size = {COHORT} }}
+        train = {{ epochs = 1, batch = 2, max_length = 64 }}
+        """,
+    )
+    run = experiments.run(work, out=folder / "run")
+    found = [row["value"] for row in run.metrics.to_pylist() if row["name"] == "balance"]
+    return {
+        "balance_lognormal": Figure(statistics.median(found), "mean over longest work of a slot"),
+        "balance_lognormal_worst": Figure(min(found), "mean over longest work of a slot"),
+    }
 
 
 def _simulated(work: Recipe, folder: Path) -> dict[str, Figure]:

@@ -42,7 +42,7 @@ def measure(small: bool) -> dict[str, Figure]:
     steps, figures = Steps(), dict[str, Figure]()
     with TemporaryDirectory(prefix="fedpost-bench-") as name:
         folder = Path(name)
-        write_llama(folder / "base", of_bytes=True, **LLAMA)
+        write_llama(folder / "base", LLAMA, of_bytes=True)
         for size, (clients, cohort, rounds) in SIZES.items():
             own = folder / size
             own.mkdir()

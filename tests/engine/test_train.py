@@ -188,3 +188,31 @@ def test_training_learns(federation: Federation, make_trainer: MakeTrainer, rows
         return trained(make_trainer(federation_), federation_, rows).metrics["loss"]
 
     assert loss_after(40) < 0.5 * loss_after(1)
+
+
+def kernels(federation: Federation) -> LocalTrainer:
+    """A trainer with the recipe's own kernels."""
+    packed, buffer = read_base(federation.model)
+    trainable = Trainable(map_base(packed, torch.from_numpy(buffer)), federation.model, 3)
+    return LocalTrainer.of(trainable, Sft(64), 0, federation.train)
+
+
+def test_attention_kernels_are_the_recipes(federation: Federation, rows: pa.RecordBatch) -> None:
+    losses = {}
+    for kernel in ("sdpa", "eager"):
+        trainer = kernels(replace(federation, model=replace(federation.model, attention=kernel)))
+        assert trainer.trainable.network.config._attn_implementation == kernel
+        losses[kernel], _ = trainer.nll(rows, 8)
+    assert losses["sdpa"] == pytest.approx(losses["eager"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_they_are(federation: Federation, rows: pa.RecordBatch, full: bool) -> None:
+    if not full:
+        pytest.skip("half a minute of a compiler")
+    plain, compiled = (
+        trained(kernels(chosen), chosen, rows)
+        for chosen in (federation, replace(federation, model=replace(federation.model, compile=True)))
+    )
+    torch.testing.assert_close(compiled.delta, plain.delta, rtol=0, atol=1e-5)
+    assert plain.delta.any()

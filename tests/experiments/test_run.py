@@ -211,3 +211,19 @@ def test_the_servers_own_rows_are_a_split_of_their_own(ray_session, small_recipe
     assert {row["value"] for row in judged if row["name"] == "rows"} == {manifest["data"]["server_rows"]}
     assert all(row["client"] is None for row in judged)
     assert "rows of the server" in (run.model / "README.md").read_text()
+
+
+def test_an_evaluation_beside_the_next_round_is_the_same(reference, small_recipe, tmp_path):
+    events = []
+    run = experiments.run(small_recipe("evaluate.overlap=true"), out=tmp_path / "run", on_event=events.append)
+    seen = [(type(event).__name__, event.round) for event in events if isinstance(event, RoundDone | Evaluated)]
+    assert seen.index(("Evaluated", 2)) == seen.index(("RoundDone", 3)) + 1
+    assert judged(run) == judged(reference[0]) and {row[0] for row in judged(run)} == {"0", "2", "4"}
+    assert bits(run) == bits(reference[0])
+
+
+def judged(run):
+    """Each held-out loss by round, split and client."""
+    keys = ("round", "split", "client", "value")
+    rows = [row for row in run.metrics.to_pylist() if row["name"] == "loss" and row["split"] != "train"]
+    return sorted(tuple(str(row[key]) for key in keys) for row in rows)

@@ -73,6 +73,13 @@ def test_auto_is_settled_once_and_honoured(small_recipe, tmp_path):
     assert lanes[0] == lanes[1] and load_recipe(folder / "recipe.toml").clients.pack == lanes[0]
 
 
+def test_a_model_that_does_not_pack_is_refused_at_the_start(ray_session, small_recipe, tmp_path):
+    recipe = small_recipe("clients.pack=2", "model.peft.targets=['embed_tokens', 'q_proj']")
+    with pytest.raises(ValueError, match=r"clients\.pack works with adapters of linear layers alone"):
+        experiments.run(recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -83,5 +90,6 @@ def test_auto_is_settled_once_and_honoured(small_recipe, tmp_path):
     ],
 )
 def test_what_does_not_pack_is_refused(small_recipe, change, named):
+    assert small_recipe("clients.pack=auto", change).clients.pack == "auto"  # which then comes to 1
     with pytest.raises(ValueError, match=rf"{named}.*does not work with packs.*set clients.pack = 1"):
         small_recipe("clients.pack=4", change)

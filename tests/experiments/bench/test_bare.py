@@ -10,7 +10,7 @@ from experiments.bench.bases import write_llama, write_rows
 @pytest.fixture
 def work(tmp_path):
     """Two rounds of a few clients of a very small model, in packs."""
-    write_llama(tmp_path / "base", of_bytes=True, **tiny.LLAMA)
+    write_llama(tmp_path / "base", tiny.LLAMA, of_bytes=True)
     write_rows(tmp_path / "rows.parquet", 12, tiny.ROWS, tiny.WORDS)
     return tiny.recipe(tmp_path, tmp_path / "base", 6, 2, 3)
 
