@@ -13,12 +13,13 @@ import torch
 import transformers
 
 from datasets_partition.tokens import Tokens
+from engine import heap
 from engine.example_privacy import PrivateTrainer
 from engine.export import export_files
 from engine.holder import map_handle
 from engine.judge import Judge
 from engine.memory import ClientMemory
-from engine.model import PackedBase, Trainable, load_tokenizer, map_base, read_base
+from engine.model import PackedBase, Trainable, always_the_same_bits, load_tokenizer, map_base, read_base
 from engine.objectives.sft import Sft
 from engine.pack import PackTrainer
 from engine.pack_size import best_pack
@@ -61,9 +62,8 @@ class ClientActor(SecureClients, Judge):
         logging.getLogger("transformers").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(federation.clients.threads)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Else all that is allocated is written twice.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        always_the_same_bits()
+        heap.keep()
         self.federation = federation
         self.memory = ClientMemory(memory)
         self.sum = ExactSum()

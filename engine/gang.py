@@ -21,6 +21,7 @@ import torch.distributed as dist
 import transformers
 
 from datasets_partition.tokens import Tokens
+from engine import heap
 from engine.client import DOWN, FLOAT_BYTES, UP, Place
 from engine.evaluate import ClientLoss, drawn_rows
 from engine.export import Sharded, sharded_files
@@ -28,7 +29,7 @@ from engine.gang_secure import SecureGang, SecureRank, aggregate_of
 from engine.lost import GangLost
 from engine.meeting import meet
 from engine.memory import ClientMemory
-from engine.model import load_tokenizer
+from engine.model import always_the_same_bits, load_tokenizer
 from engine.objectives.sft import Sft
 from engine.pulling import Unit
 from engine.rows import Parts, find_tokens, receive_tokens, token_columns
@@ -68,7 +69,7 @@ class Rank(SecureRank):
     def __init__(self, federation: Federation, memory: Path, rank: int) -> None:
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(federation.clients.threads)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        always_the_same_bits()
         assert federation.clients.zero is not None
         self.federation, self.zero, self.rank = federation, federation.clients.zero, rank
         self.memory_root, self.memory = memory, ClientMemory(memory / f"shard-{rank}")
@@ -110,11 +111,13 @@ class Rank(SecureRank):
         federation = self.federation
         self.tokenizer = load_tokenizer(federation.model)
         assert isinstance(self.tokenizer.pad_token_id, int)
+        heap.give_back()
         network = zero_model(federation.model, self.zero, torch_seed(federation.seed, 0, -1, "initial"), self.rank)
         objective = Sft(federation.train.max_length)
         self.trainer = ZeroTrainer(
             network, objective, self.tokenizer.pad_token_id, federation.model, self.zero, federation.train
         )
+        heap.keep()
         self.initial_S = self.trainer.weights().cpu()
         self.tokens = Tokens.open(tokens)
         self.largest = int(self.tokens.counts("train").max())

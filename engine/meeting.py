@@ -34,8 +34,7 @@ def meet(rank: int, zero: Zero, address: str, port: int, listening: socket.socke
 
 def rank_environment(federation: Federation) -> dict[str, str]:
     """What a rank's process must find in its environment when it starts."""
-    # Ray shows a rank its own devices alone. The heap would keep what loading a model has freed.
-    found = {"LOCAL_RANK": "0", "MALLOC_MMAP_THRESHOLD_": "262144"}
+    found = {"LOCAL_RANK": "0"}  # Ray shows a rank its own devices alone
     if federation.clients.num_gpus == 0:
         found["DS_ACCELERATOR"] = "cpu"
     if ray.util.get_node_ip_address().startswith(LOOPBACK):

@@ -40,6 +40,13 @@ class PackedBase:
     nbytes: int
 
 
+def always_the_same_bits() -> None:
+    """Lets torch choose kernels whose result does not depend on chance, where there are any."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Else all that is allocated would be written twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer; a missing pad token becomes its end token. ValueError without tokenizer or end token."""
     try:
