@@ -105,8 +105,11 @@ class ClientActor(SecureClients, Judge):
         """Keeps a copy of the token columns on this slot's node; returns its folder."""
         return receive_tokens(tokens, parts)
 
-    def attach(self, packed: PackedBase, base: Any, tokens: Path) -> tuple[Layout, np.ndarray]:
-        """Maps base (the store's bytes, or a GPU holder's handle) and rows; returns layout and initial vector."""
+    def attach(self, packed: PackedBase, base: Any, tokens: Path, first: bool) -> tuple[Layout, np.ndarray]:
+        """Maps base (the store's bytes, or a GPU holder's handle) and rows.
+
+        Returns the layout, and of the `first` slot the initial vector (P,), of which the others have the same.
+        """
         if self.device.type == "cuda":
             buffer = map_handle(base)
         else:
@@ -125,7 +128,9 @@ class ClientActor(SecureClients, Judge):
             self._packed(federation.clients.pack)
         self.tokens = Tokens.open(tokens)
         self.largest = int(self.tokens.counts("train").max())
-        return trainable.layout, trainable.initial.numpy()
+        initial = trainable.initial.numpy() if first else np.empty(0, np.float32)
+        del trainable.initial  # no slot needs it again
+        return trainable.layout, initial
 
     def run(self, chunk: list[Unit], wire: WireBroadcast | Sent) -> list[Report]:
         """Trains the chunk's packs one after another and adds their clients' updates to this slot's sum."""

@@ -135,11 +135,11 @@ class Slots:
             tokens = ray.get(actor.receive_tokens.remote(self.tokens, self.parts))
         place = ray.get(actor.place.remote())
         if place.gpu is None:
-            return actor.attach.remote(self.packed, self.base, tokens)
+            return actor.attach.remote(self.packed, self.base, tokens, slot == 0)
         key = (place.node_id, place.gpu)
         if key not in self.holders:
             self.holders[key] = start_holder(*key, self.base)
-        return actor.attach.remote(self.packed, self.holders[key].handle.remote(), tokens)
+        return actor.attach.remote(self.packed, self.holders[key].handle.remote(), tokens, slot == 0)
 
     def refuse_lost_memory(self) -> None:
         """Raises ValueError if clients remember in a folder that not every slot's node sees."""

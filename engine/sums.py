@@ -87,7 +87,10 @@ def finite_bound(update: Update) -> float:
 
 
 def _peak(tensor: torch.Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
+    if not tensor.numel():
+        return 0.0
+    least, most = tensor.aminmax()  # without a copy, and NaN where there is any
+    return max(abs(float(least)), abs(float(most)))
 
 
 def merge(partials: list[PartialSum]) -> Aggregate:
@@ -98,10 +101,11 @@ def merge(partials: list[PartialSum]) -> Aggregate:
     _check(sum(partial.bound for partial in partials))
     totals = {}
     for name, first in partials[0].vectors.items():
-        total_P = first.copy()  # what comes out of the object store is read-only
-        for partial in partials[1:]:
-            total_P += partial.vectors[name]
-        totals[name] = torch.from_numpy((total_P / STEP).astype(np.float32))
+        total_P = np.empty(len(first), np.float32)
+        for start in range(0, len(first), BLOCK):  # the wide integers stay in the cache
+            block = slice(start, start + BLOCK)
+            total_P[block] = sum(partial.vectors[name][block] for partial in partials) / STEP
+        totals[name] = torch.from_numpy(total_P)
     weight = sum(partial.weight for partial in partials) / STEP
     return Aggregate(weight, totals.pop("delta"), totals, sum(partial.count for partial in partials))
 

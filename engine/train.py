@@ -155,7 +155,7 @@ class Trainer(ABC):
     def _finished(
         job: Job, ends: dict[str, Vector], metrics: dict[str, float], moments: Memory, federation: Federation
     ) -> tuple[Update, Memory]:
-        delta = (ends.pop(GLOBAL) - job.got.params).cpu()
+        delta = ends.pop(GLOBAL).sub_(job.got.params).cpu()
         on_cpu = {name: end.cpu() for name, end in ends.items()}
         update = Update(job.client, job.weight, delta, metrics=metrics)
         update, own = federation.strategy.finish(update, _on("cpu", job.got), part(job.memory, STRATEGY), on_cpu)

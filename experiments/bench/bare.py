@@ -113,6 +113,8 @@ def bare_loop(work: Recipe, store: Path) -> tuple[list[float], np.ndarray]:
             vector = vector + (np.sum(totals, 0) / sum(weights)).astype(np.float32)
             seconds.append(time.perf_counter() - began)
             after_first = vector if round_ == 0 else after_first
+        pool.close()
+        pool.join()
     return seconds, after_first
 
 

@@ -8,7 +8,6 @@ import pytest
 import ray.cloudpickle
 
 from datasets_partition.build import build
-from engine import slots as pool
 from engine.client import ClientActor
 from engine.slots import Slots
 
@@ -27,7 +26,7 @@ class Dying(ClientActor):
 @pytest.fixture
 def started(ray_session, small_recipe, tmp_path, monkeypatch):
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(pool, "ClientActor", Dying)
+    monkeypatch.setattr(Slots, "client", Dying)
     begun = []
 
     def make(*changes):
