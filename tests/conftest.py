@@ -160,7 +160,7 @@ def small_recipe(tiny_base, rows_file, tmp_path_factory):
         splits = {{ heldout = 0.25, unseen = 0.2 }}
         cache = "{cache}"
         [clients]
-        slots = 2
+        slots = 1
         [cohort]
         size = 5
         [train]

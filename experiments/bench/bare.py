@@ -91,10 +91,16 @@ def compare(work: Recipe, folder: Path, *, memory: bool = False) -> Compared:
     first = load_checkpoint(run.folder / "checkpoints", 1)
     bare, vector = bare_loop(work, build_store(work))
     assert first is not None and isinstance(first.state, ServerState)
-    apart = float((first.state.params - torch.from_numpy(vector)).abs().max())
+    apart = gate(first.state.params, vector)
+    return Compared(seconds, bare, statistics.mean(tokens), apart, tree.rss_mb, tree.pss_mb)
+
+
+def gate(engine: torch.Tensor, bare: np.ndarray) -> float:
+    """How far apart both vectors (P,) are after the first round; ValueError where that is more than rounding."""
+    apart = float((engine - torch.from_numpy(bare)).abs().max())
     if not apart <= TOLERANCE:
         raise ValueError(f"after the first round the engine's and the bare loop's vectors are {apart:.2g} apart")
-    return Compared(seconds, bare, statistics.mean(tokens), apart, tree.rss_mb, tree.pss_mb)
+    return apart
 
 
 def bare_loop(work: Recipe, store: Path) -> tuple[list[float], np.ndarray]:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from datasets_partition.tokens import Tokens
+from engine import heap
 from engine.batches import batches
 from engine.objectives.sft import Sft
 from engine.settings import Model, Zero
@@ -146,14 +148,28 @@ def _bare_loop(trainer: Any, rows: Any, train: Train) -> float:
 
 
 def loaded(rank: int, model: Model, zero: Zero) -> tuple[float, float] | None:
-    """MB by which a process has grown at the most while it loaded a model, and MB of its shard with one layer."""
+    """MB by which a process has grown at the most while it loaded a model, and MB of its shard with one tensor more.
+
+    Pages of the mapped file are not counted: they are the system's to take back.
+    """
     from engine.zero_model import shape_of, zero_model
 
-    before = memory().get("VmRSS")
-    network = zero_model(model, zero, 0, rank)
+    heap.give_back()
+    before = memory().get("RssAnon")
     if before is None:
         return None
+    seen, ended = [before], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.002):
+            seen.append(memory()["RssAnon"])
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    network = zero_model(model, zero, 0, rank)
+    ended.set()
+    watch.join()
     sizes = {name: int(np.prod(shape_of(p))) * p.element_size() for name, p in network.named_parameters()}
     ranks = zero.ranks if zero.stage == 3 else 1
     shard = sum(sizes.values()) / ranks
-    return memory()["VmHWM"] - before, (shard + max(sizes.values())) / 2**20
+    return max(seen) - before, (shard + max(sizes.values())) / 2**20

@@ -24,7 +24,7 @@ def reference(ray_session, small_recipe, tmp_path_factory):
     """A finished run of the small recipe with two slots and the baselines: what other runs are compared with."""
     events = []
     folder = tmp_path_factory.mktemp("reference") / "run"
-    run = experiments.run(small_recipe(), out=folder, baselines=True, on_event=events.append)
+    run = experiments.run(small_recipe("clients.slots=2"), out=folder, baselines=True, on_event=events.append)
     return run, events
 
 

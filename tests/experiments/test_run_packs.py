@@ -23,7 +23,9 @@ def weights(run):
 @pytest.fixture(scope="module")
 def packed(ray_session, small_recipe, tmp_path_factory):
     """A finished run in packs of two lanes, by two slots."""
-    return experiments.run(small_recipe("clients.pack=2", *CHANGES), out=tmp_path_factory.mktemp("packed") / "run")
+    return experiments.run(
+        small_recipe("clients.pack=2", "clients.slots=2", *CHANGES), out=tmp_path_factory.mktemp("packed") / "run"
+    )
 
 
 def test_packs_lead_to_what_single_clients_lead_to(packed, small_recipe, tmp_path):
@@ -74,7 +76,7 @@ def test_auto_is_settled_once_and_honoured(small_recipe, tmp_path):
 
 
 def test_a_model_that_does_not_pack_is_refused_at_the_start(ray_session, small_recipe, tmp_path):
-    recipe = small_recipe("clients.pack=2", "model.peft.targets=['embed_tokens', 'q_proj']")
+    recipe = small_recipe("clients.pack=2", "model.peft={kind='lora', r=4, targets=['embed_tokens', 'q_proj']}")
     with pytest.raises(ValueError, match=r"clients\.pack works with adapters of linear layers alone"):
         experiments.run(recipe, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

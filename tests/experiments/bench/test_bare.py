@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from experiments.bench import bare, lora, tiny
 from experiments.bench.bases import write_llama, write_rows
@@ -23,10 +24,11 @@ def test_both_loops_have_one_vector_after_the_first_round(ray_session, work, tmp
     assert 100 < found.pss_mb < found.rss_mb
 
 
-def test_loops_that_disagree_give_no_figure(ray_session, work, tmp_path, monkeypatch):
-    monkeypatch.setattr(bare, "bare_loop", lambda *_: ([1.0, 1.0], np.zeros(1)))
-    with pytest.raises(ValueError, match=r"engine.s and the bare loop.s vectors are .* apart"):
-        bare.compare(work, tmp_path / "run")
+@pytest.mark.parametrize("wrong", [1e-4, float("nan")])
+def test_loops_that_disagree_give_no_figure(wrong):
+    assert bare.gate(torch.ones(3), np.ones(3, np.float32)) == 0
+    with pytest.raises(ValueError, match=r"engine's and the bare loop's vectors are .* apart"):
+        bare.gate(torch.ones(3), np.array([1, 1 + wrong, 1], np.float32))
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ def test_other_bits_give_no_figure(monkeypatch, small_recipe):
 
 
 def test_slots_that_do_not_fit_are_said(ray_session, small_recipe):
-    with pytest.raises(ValueError, match="40 slots were asked for, and 6 fit"):
-        study(small_recipe(), [40], rounds=1)
+    with pytest.raises(ValueError, match="3 slots were asked for, and 1 fit"):
+        study(small_recipe("clients.num_cpus=6"), [3], rounds=1)
 
 
 @pytest.mark.parametrize("slots", ["", "two", "0,1"])
