@@ -21,7 +21,7 @@ from engine.judge import Judge
 from engine.memory import ClientMemory
 from engine.model import PackedBase, Trainable, always_the_same_bits, load_tokenizer, map_base, read_base
 from engine.objectives.sft import Sft
-from engine.pack import PackTrainer
+from engine.pack import PackTrainer, packable
 from engine.pack_size import best_pack
 from engine.pulling import Unit
 from engine.rebase import merged_weights, use_weights
@@ -32,7 +32,7 @@ from engine.settings import Federation
 from engine.shared_memory import protect, release
 from engine.sums import ExactSum, NonFiniteUpdate, PartialSum, cut, finite_bound
 from engine.train import Job, LocalTrainer
-from engine.wire import Report, Sent, WireBroadcast, borrow, joined, to_wire, update_to_wire
+from engine.wire import Report, Sent, WireBroadcast, borrow, from_wire, joined, to_wire, update_to_wire
 from strategies.dp_central import CentralPlan
 from strategies.dp_example import ExamplePlan
 from strategies.layout import Layout
@@ -125,7 +125,7 @@ class ClientActor(SecureClients, Judge):
             trainable, Sft(federation.train.max_length), self.tokenizer.pad_token_id, federation.train
         )
         if isinstance(federation.clients.pack, int) and federation.clients.pack > 1:
-            self._packed(federation.clients.pack)
+            packable(trainable)
         self.tokens = Tokens.open(tokens)
         self.largest = int(self.tokens.counts("train").max())
         initial = trainable.initial.numpy() if first else np.empty(0, np.float32)
@@ -176,9 +176,9 @@ class ClientActor(SecureClients, Judge):
         That is by NonFiniteUpdate.
         """
         began = time.monotonic()
-        jobs = []
+        jobs, shared = [], from_wire(wire, self.trainer.trainable.layout, self.federation.seed)
         for client in pack:
-            rows, got = self.tokens.rows(client, "train"), self._received(client, wire)
+            rows, got = self.tokens.rows(client, "train"), replace(shared, rank=self._rank(client))
             remembered = self._remembered(client, wire.round)
             jobs.append(Job(client, rows, rows.num_rows / self.largest, got, remembered))
         done = self._trainer(pack, wire).updates(jobs, self.federation)
@@ -223,7 +223,9 @@ class ClientActor(SecureClients, Judge):
     def _trainer(self, pack: Unit, wire: WireBroadcast) -> LocalTrainer:
         """The trainer of clients; under example-level privacy one that adds noise, which baselines do without."""
         if len(pack) > 1:
-            return self._packed(wire.lanes)
+            if self.packed is None:
+                self.packed = PackTrainer(self.trainer, wire.lanes, self.federation.train)
+            return self.packed
         if not isinstance(wire.dp, ExamplePlan):
             return self.trainer
         if self.private is None:
@@ -233,11 +235,6 @@ class ClientActor(SecureClients, Judge):
             )
         self.private.words = noise(self.federation, wire.round, pack[0])
         return self.private
-
-    def _packed(self, lanes: int) -> PackTrainer:
-        if self.packed is None:
-            self.packed = PackTrainer(self.trainer, lanes, self.federation.train)
-        return self.packed
 
     def merged_weights(self, residual: np.ndarray) -> np.ndarray:
         """The adapted layers' weights with the products of `residual` (float32) in them (uint8): see rebase.py."""

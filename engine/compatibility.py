@@ -23,6 +23,7 @@ from strategies.transform_projection import Projection
 from strategies.types import Strategy
 
 PRODUCTS = FedExLora | Flora | FlexLora
+MERGING = FedExLora | Flora
 MOVING = FedSb | FedSvd | FlexLora | Flora | RoLora
 
 if TYPE_CHECKING:
@@ -147,11 +148,11 @@ def _packs(federation: Federation) -> None:
 
 
 def _overlap(federation: Federation) -> None:
-    """An evaluation beside a round needs slots that wait for one another, and one model for all clients."""
+    """An evaluation beside a round needs slots that wait for one another, and one model on a base that stays."""
     refused = {
         "privacy.secagg": federation.privacy.secure,
         "clients.zero": federation.clients.zero is not None,
-        _named(federation.strategy): federation.strategy.personalises,
+        _named(federation.strategy): federation.strategy.personalises or isinstance(federation.strategy, MERGING),
     }
     for key, set_ in refused.items():
         if federation.evaluate.overlap and set_:

@@ -154,13 +154,15 @@ class Driver:
 
     def _lanes(self, initial: State) -> int:
         """How many clients a pack trains at once."""
-        asked, clients = self.federation.clients.pack, self.store.num_training
+        asked, clients, cohort = self.federation.clients.pack, self.store.num_training, self.federation.cohort
         if asked != "auto":
-            return asked
-        if in_the_way_of_packs(self.federation):
+            return min(asked, max(1, cohort.largest(clients)))
+        # Beside gangs nothing is measured. No pack is so large that slots would be without any.
+        most = int(cohort.expected(clients)) // self.slots.size
+        if in_the_way_of_packs(self.federation) or self.federation.clients.zero or most < 2:
             return 1
-        sent, most = self.server.sent(initial), self.federation.cohort.largest(clients)
-        found: int = self.slots.ask(lambda actor: actor.best_pack.remote(sent, min(most, clients), clients))
+        sent = self.server.sent(initial)
+        found: int = self.slots.ask(lambda actor: actor.best_pack.remote(sent, most, clients))
         return found
 
     def _rebase_to(self, state: State) -> None:

@@ -170,7 +170,7 @@ class Rank(SecureRank):
             ((update, after),) = self.trainer.updates([job], federation)
             self._refuse_useless(update, [*after.values()])
         except NonFiniteUpdate as error:
-            return Report(client, traffic, failed=str(error)), None
+            return Report(client, traffic, failed=str(error), seconds=time.monotonic() - began), None
         update, _ = encode(federation.transforms, update, got, {})
         if sent.dp is not None:
             update = sent.dp.encode(update, sent.clip, self._whole_norm)

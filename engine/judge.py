@@ -80,9 +80,13 @@ class Judge:
         return continuations(network, pad, self.device, self.tokenizer, prompts, tokens)
 
     def _received(self, client: int, wire: WireBroadcast) -> Broadcast:
-        peft, seed = self.federation.model.peft, self.federation.seed
-        rank = peft.rank_of(client, seed) if isinstance(peft, Lora) else None
-        return replace(from_wire(wire, self.trainer.trainable.layout, seed), rank=rank)
+        got = from_wire(wire, self.trainer.trainable.layout, self.federation.seed)
+        return replace(got, rank=self._rank(client))
+
+    def _rank(self, client: int) -> int | None:
+        """The client's own LoRA rank, if ranks are mixed."""
+        peft = self.federation.model.peft
+        return peft.rank_of(client, self.federation.seed) if isinstance(peft, Lora) else None
 
     def _remembered(self, client: int, round_: int) -> Memory:
         return self.memory.read(client, round_) if self.federation.remembers else {}

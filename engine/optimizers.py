@@ -61,7 +61,9 @@ def kept(optimizer: torch.optim.Optimizer, lane: int = 0) -> Memory:
 def restore(optimizer: torch.optim.Optimizer, memory: Memory, lane: int = 0) -> None:
     """Puts the state that `kept` gave back into the optimizer; without any, the lane is reset."""
     reset(optimizer, lane)
+    group = optimizer.param_groups[lane]
+    beside = bool(group.get("fused") or group.get("capturable"))
     for name, tensor in memory.items():
-        (flat,) = optimizer.param_groups[lane]["params"]
-        # A step count stays a scalar on the CPU, moments lie where the vector lies.
-        optimizer.state[flat][name] = tensor.clone().to(flat.device if tensor.ndim else "cpu")
+        (flat,) = group["params"]
+        # Moments lie where the vector lies, a step count there too if a kernel reads it, and else on the CPU.
+        optimizer.state[flat][name] = tensor.clone().to(flat.device if tensor.ndim or beside else "cpu")

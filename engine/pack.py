@@ -53,9 +53,7 @@ class PackTrainer(LocalTrainer):
     def __init__(self, alone: LocalTrainer, lanes: int, train: Train) -> None:
         super().__init__(alone.trainable, alone.objective, alone.pad, alone.optimizer)
         network, layout = self.trainable.network, self.trainable.layout
-        names = [pair.name for pair in layout.lora_pairs(self.trainable.flat.data)]
-        self.layers: list[Any] = [network.get_submodule(name) for name in names]
-        _refuse_what_does_not_pack(self.trainable, self.layers)
+        self.layers = packable(self.trainable)
         self.together = replace(alone.objective, every_logit=network.get_output_embeddings() in self.layers)
         self.flat_KP = self.trainable.flat.data.new_zeros(lanes, layout.size)
         self.grad_KP = torch.zeros_like(self.flat_KP)
@@ -191,7 +189,7 @@ class PackTrainer(LocalTrainer):
             pair = self._leaves(len(active))[number]
             x_KNI = x.reshape(len(active), -1, x.shape[-1]).to(pair.a_RI.dtype)
             if isinstance(self.dropout, nn.Dropout) and self.dropout.p > 0:
-                x_KNI = x_KNI * self._kept(active, x, self.dropout.p).view_as(x_KNI)
+                x_KNI = x_KNI * self._kept(active, x.to(x_KNI.dtype), self.dropout.p).view_as(x_KNI)
             out_KNO, down_KNR = out.view(len(active), -1, out.shape[-1]), torch.bmm(x_KNI, pair.a_RI.mT)
             scales = {one.scale for one in active}
             if len(scales) == 1 and out.dtype == down_KNR.dtype:
@@ -224,9 +222,10 @@ class PackTrainer(LocalTrainer):
         return self.leaves[lanes]
 
 
-def _refuse_what_does_not_pack(trainable: Trainable, layers: list[Any]) -> None:
-    """ValueError where something besides the adapters of linear layers would differ from client to client."""
-    pairs = trainable.layout.lora_pairs(trainable.flat.data)
+def packable(trainable: Trainable) -> list[Any]:
+    """The adapted layers; ValueError where something besides the adapters of linear layers is a client's own."""
+    pairs = list(trainable.layout.lora_pairs(trainable.flat.data))
+    layers = [trainable.network.get_submodule(pair.name) for pair in pairs]
     size = sum(pair.a_RI.numel() + pair.b_OR.numel() for pair in pairs)
     if size != trainable.layout.size or not all(isinstance(one.base_layer, nn.Linear | Conv1D) for one in layers):
         raise ValueError(f"{KEY} works with adapters of linear layers alone: name such layers in targets, or {ALONE}")
@@ -237,3 +236,7 @@ def _refuse_what_does_not_pack(trainable: Trainable, layers: list[Any]) -> None:
                 f"the base drops activations by itself ({name} = {value:g} in its config.json), which {KEY} cannot "
                 f"draw for each client by itself: set that to 0 there, or {ALONE}"
             )
+    dropout = layers[0].lora_dropout["default"]
+    if trainable.flat.device.type == "cuda" and isinstance(dropout, nn.Dropout) and dropout.p > 0:
+        raise ValueError(f"model.peft.dropout is not each client's own in packs on a GPU: set it to 0, or {ALONE}")
+    return layers

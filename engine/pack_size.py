@@ -37,10 +37,18 @@ def best_pack(trainer: LocalTrainer, tokens: Tokens, clients: int, most: int, st
             best, speed = lanes, reached
         elif lanes >= 4 * best:
             break
-        if 2 * (psutil.Process().memory_info().rss - held) > SPARE * free:
+        if 2 * (psutil.Process().memory_info().rss - held) > SPARE * free or _half_full(trainer.device):
             break
         lanes *= 2
     return best
+
+
+def _half_full(device: torch.device) -> bool:
+    """Whether twice as much would not fit this process's share of a GPU."""
+    if device.type != "cuda":
+        return False
+    share = torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.max_memory_allocated(device) > share / 2
 
 
 def _speed(trainer: LocalTrainer, tokens: Tokens, clients: int, lanes: int, start: torch.Tensor, train: Train) -> float:

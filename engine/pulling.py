@@ -142,7 +142,8 @@ def pull(
                     free[slot] -= 1
                     chunk = taken(kind)
                     running[call(pool.actors[slot], chunk)] = (slot, chunk)
-        for slot in [slot for slot, room in free.items() if room == AHEAD]:
+        # Once the training is over, what is later is no part of the round.
+        for slot in [slot for slot, room in free.items() if room == AHEAD and (running or any(queues.values()))]:
             waiting = next((one for one in later or () if one.chunks), None)
             if waiting is not None:
                 free[slot] -= 1

@@ -135,7 +135,9 @@ class Relay:
         boxes = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in answered}
         found = self._trip({s: box for s, box in boxes.items() if box}, lambda a, box: a.masked.remote(box, asked.wire))
         done.reports = sorted((r for reports, _ in found.values() for r in reports), key=lambda report: report.client)
-        done.busy = [sum(report.seconds for report in reports) for reports, _ in found.values()]
+        done.busy = [0.0] * self.slots.size
+        for slot, (reports, _) in found.items():
+            done.busy[slot] = sum(report.seconds for report in reports)
         masked: list[MaskedSum] = [one for _, one in found.values() if one.clients]
         shards = self._shards([slot for slot, (_, one) in found.items() if one.clients])
         for one in masked:

@@ -67,9 +67,9 @@ class Scores:
         """What came of it; what no slot has had time for yet is done now."""
         losses = {}
         for split, later in begun.parts:
-            while later.chunks:
-                left = np.array(later.chunks.popleft())
-                later.found.extend(self.slots.map(left, np.ones(len(left)), later.call))
+            left = np.array([client for chunk in later.chunks for client in chunk], np.int64)
+            later.chunks.clear()
+            later.found.extend(self.slots.map(left, self.tokens.counts("heldout")[left], later.call))
             if later.found:
                 losses[split] = self._noted(later.found, begun.round, split, "loss", per_client=True)
         return losses

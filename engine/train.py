@@ -116,7 +116,8 @@ class Trainer(ABC):
         Metrics: `loss` in nats is the mean over the `learnt` tokens, each judged before its step; `tokens` counts
         prompts too, `rows` the client's rows, `steps` the optimizer's steps, `rates` their learning rates' sum.
         """
-        jobs = [replace(job, got=_on(self.device, job.got)) for job in jobs]
+        there = {id(job.got.params): _on(self.device, job.got) for job in jobs}  # a pack's clients receive the same
+        jobs = [replace(job, got=replace(there[id(job.got.params)], rank=job.got.rank)) for job in jobs]
         ends, metrics, moments = ([dict[str, Any]() for _ in jobs] for _ in range(3))
         if federation.strategy.loss_before:
             for job, found in zip(jobs, metrics, strict=True):

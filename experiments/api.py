@@ -76,7 +76,7 @@ def run(
         recipe = load_recipe(Path(recipe))
     if baselines and recipe.clients.zero is not None:
         raise ValueError("--baselines trains in one process, and clients are gangs: leave it, or clients.zero, out")
-    folder = run_folder(recipe, out, resume)
+    folder, recipe = run_folder(recipe, out, resume)
     on_event(Preparing("reading the data, giving rows to clients"))
     store = build_store(recipe)
     manifest = _manifest(recipe, store)

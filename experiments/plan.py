@@ -96,14 +96,18 @@ def sizes(model: Model, max_length: int) -> Sizes:
 
 
 def slot_need(found: Sizes, recipe: Recipe, process: float) -> Need:
-    """A plain slot: the base is mapped, and what is trained is one float32 vector with its gradient."""
-    trained = found.trained * FLOAT
+    """A plain slot: the base is mapped, and what is trained is one float32 vector with its gradient.
+
+    In packs, there are such vectors for each lane, beside those of a client alone. A pack of "auto" counts as 1.
+    """
+    trained, lanes = found.trained * FLOAT, recipe.clients.pack if isinstance(recipe.clients.pack, int) else 1
+    vectors = 1 if lanes == 1 else 1 + lanes
     return Need(
-        found.parameters * found.itemsize + 2 * trained,  # the vector, and the one that the federation starts from
-        trained,
-        _moments(recipe) * trained,
-        (found.activations + found.logits) * recipe.train.batch,
-        found.trained * (3 * FLOAT + GRID),  # start, end, change, and the sum
+        found.parameters * found.itemsize + vectors * trained,
+        vectors * trained,
+        vectors * _moments(recipe) * trained,
+        (found.activations + found.logits) * recipe.train.batch * lanes,
+        found.trained * ((1 + 2 * lanes) * FLOAT + GRID),  # start, each lane's end and change, and the sum
         process,
     )
 

@@ -12,8 +12,11 @@ from experiments.config import Recipe, parse_recipe, to_toml
 RUNS = Path("runs")
 
 
-def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
-    """The run's folder; ValueError where it holds a run that must not be touched, or lacks the one to be resumed."""
+def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Recipe]:
+    """The run's folder, and the recipe with what an earlier part of the run has settled.
+
+    ValueError where the folder holds a run that must not be touched, or lacks the one to be resumed.
+    """
     if out is None:
         earlier = sorted(RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}"))
         if resume and not earlier:
@@ -24,7 +27,7 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             what = "already holds a run" if old.exists() else "exists and is not empty"
             raise ValueError(f"{out} {what}: choose another --out, or go on with that run by --resume")
-        return out
+        return out, recipe
     if not old.is_file():
         raise ValueError(f"{out} holds no run to resume (no recipe.toml): leave --resume out to start one there")
     if (out / "model").exists():
@@ -39,7 +42,7 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
             f"{out} was begun with another recipe, which differs in {', '.join(changed)}: resume it with the recipe it "
             f"was begun with ({old}), or start anew in another --out"
         )
-    return out
+    return out, recipe
 
 
 def refuse_other_data(folder: Path, manifest: dict[str, Any]) -> None:

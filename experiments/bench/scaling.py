@@ -7,12 +7,10 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import experiments
-from engine.checkpoint import load_checkpoint
 from engine.events import Event, RoundDone, Started
 from experiments.bench.results import Figure, Steps, show_results
 from experiments.config import Recipe, load_recipe
 from strategies.cohort import UniformCohort
-from strategies.types import ServerState
 
 ROUNDS = 4
 
@@ -47,7 +45,8 @@ def study(
             evaluate=replace(work.evaluate, every=0, finetune=0, without_privacy=False),
         )
         steps.say(f"{count} slots" + (", a cohort as many times as large" if weak else ""))
-        speed, balance, vector = _rounds(short, count, address)
+        speed, balance, vector, lanes = _rounds(short, count, address)
+        work = replace(work, clients=replace(work.clients, pack=lanes))  # what "auto" came to
         if not weak and reference.setdefault(0, vector) != vector:
             raise ValueError(f"{count} slots lead to other bits than {slots[0]}: no figure is worth anything")
         base = found[0].tokens_per_s / found[0].slots if found else speed / count
@@ -55,23 +54,25 @@ def study(
     return found
 
 
-def _rounds(work: Recipe, slots: int, address: str | None) -> tuple[float, float, bytes]:
-    """Median tokens per second, median balance, and the last vector; the first round is left out, as it warms up."""
+def _rounds(work: Recipe, slots: int, address: str | None) -> tuple[float, float, bytes, int]:
+    """Median tokens per second, median balance, the last state, and lanes; the first round is left out: it warms up."""
     speeds: list[float] = []
+    lanes: list[int] = []
 
     def look(event: Event) -> None:
         if isinstance(event, Started) and event.slots < slots:
             raise ValueError(f"{slots} slots were asked for, and {event.slots} fit: name fewer, or a larger cluster")
+        if isinstance(event, Started):
+            lanes.append(event.lanes)
         if isinstance(event, RoundDone):
             speeds.append(event.tokens_per_s)
 
     with TemporaryDirectory(prefix="fedpost-bench-") as name:
         run = experiments.run(work, out=Path(name) / "run", address=address, on_event=look)
         balance = [row["value"] for row in run.metrics.to_pylist() if row["name"] == "balance"]
-        saved = load_checkpoint(run.folder / "checkpoints")
-        assert saved is not None
-        vector = saved.state.params.numpy().tobytes() if isinstance(saved.state, ServerState) else b""
-    return statistics.median(speeds[1:] or speeds), statistics.median(balance[1:] or balance), vector
+        newest = sorted((run.folder / "checkpoints").iterdir())[-1]
+        state = b"".join(file.read_bytes() for file in sorted(newest.glob("*.safetensors")))
+    return statistics.median(speeds[1:] or speeds), statistics.median(balance[1:] or balance), state, lanes[0]
 
 
 def as_figures(found: list[Scaled], prefix: str = "") -> dict[str, Figure]:
