@@ -13,7 +13,6 @@ import torch
 import transformers
 
 from datasets_partition.tokens import Tokens
-from engine import heap
 from engine.example_privacy import PrivateTrainer
 from engine.export import export_files
 from engine.holder import map_handle
@@ -63,7 +62,6 @@ class ClientActor(SecureClients, Judge):
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(federation.clients.threads)
         always_the_same_bits()
-        heap.keep()
         self.federation = federation
         self.memory = ClientMemory(memory)
         self.sum = ExactSum()

@@ -175,7 +175,7 @@ def bench(
         if (scenario == "scale") != (recipe is not None):
             raise ValueError("fedpost bench scale takes a recipe, and no other benchmark does")
         if recipe is not None:
-            from experiments.bench.scaling import scale
+            from experiments.bench.scale import scale
 
             scale(recipe, slots, address, as_json)
             return

@@ -12,7 +12,7 @@ from experiments.bench.bare import PROCESSES, compare
 from experiments.bench.bases import bench_recipe, write_rows
 from experiments.bench.lora import recipe
 from experiments.bench.results import Figure, Steps
-from experiments.bench.scaling import as_figures, study
+from experiments.bench.scale import as_figures, study
 from experiments.config import Recipe
 from strategies.seeds import rng
 

@@ -44,7 +44,7 @@ def started(ray_session, small_recipe, tmp_path, monkeypatch):
 
 
 def test_a_death_while_merging_costs_one_slot_and_not_the_run(started, tmp_path):
-    slots, start = started("strategy=flora")
+    slots, start = started("strategy=flora", "clients.slots=2")
     before = slots.ask(lambda actor: actor.evaluate.remote([0], start.initial, 4))
     size = sum(outputs * inputs for outputs, inputs in start.layout.product_shapes)
     residual = np.random.default_rng(0).standard_normal(size).astype(np.float32) * 0.1

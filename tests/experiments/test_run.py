@@ -141,7 +141,7 @@ def test_a_slot_killed_in_the_middle_changes_no_bit(reference, small_recipe, slo
                 assert len(seen[0]) == 2
                 min(seen[0], key=lambda process: process.pid).kill()
 
-    other = experiments.run(small_recipe(), out=tmp_path / "run", on_event=kill_one)
+    other = experiments.run(small_recipe("clients.slots=2"), out=tmp_path / "run", on_event=kill_one)
     assert len(seen[-1]) == 2 and len(seen[-1] - seen[0]) == 1, "no slot was made anew"
     assert bits(other) == bits(run)
     assert losses(other) == losses(run)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.bench import scaling
-from experiments.bench.scaling import Scaled, as_figures, draw, study
+from experiments.bench import scale as scaling
+from experiments.bench.scale import Scaled, as_figures, draw, study
 
 
 def test_a_study_of_ones_own_recipe(ray_session, small_recipe, tmp_path):
