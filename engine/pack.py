@@ -141,7 +141,8 @@ class PackTrainer(LocalTrainer):
             for one, nll in zip(active, nll_K.detach(), strict=True):
                 one.nll += nll
         for lane, one in enumerate(active):
-            one.training.correct(grad_KP[lane, None], self.flat_KP[lane, None])
+            if one.training.correct is not None:
+                one.training.correct(grad_KP[lane, None], self.flat_KP[lane, None])
         if train.clip > 0:
             norm_K = torch.linalg.vector_norm(grad_KP, dim=1)
             grad_KP *= (train.clip / (norm_K + 1e-6)).clamp(max=1)[:, None]

@@ -57,7 +57,7 @@ def _speed(trainer: LocalTrainer, tokens: Tokens, clients: int, lanes: int, star
 
     def trainings() -> list[Training]:
         rows = [tokens.rows(client, "train") for client in chosen]
-        return [Training(own, start, np.random.default_rng(0), 0, None, _uncorrected, 1.0, None) for own in rows]
+        return [Training(own, start, np.random.default_rng(0), 0, None, None, 1.0, None) for own in rows]
 
     trainer.train(trainings(), replace(train, steps=1))
     began = time.monotonic()
@@ -65,7 +65,3 @@ def _speed(trainer: LocalTrainer, tokens: Tokens, clients: int, lanes: int, star
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
     return sum(one.metrics["tokens"] for one in done) / (time.monotonic() - began)
-
-
-def _uncorrected(grad_KP: torch.Tensor, params_KP: torch.Tensor) -> None:
-    pass

@@ -17,6 +17,7 @@ from engine.objectives.sft import Batch, lengths
 from engine.optimizers import kept, make_optimizer, restore
 from engine.settings import Federation
 from engine.train_settings import Train
+from strategies.fedavg import FedAvg
 from strategies.seeds import rng, torch_seed
 from strategies.types import GLOBAL, Broadcast, Memory, Strategy, Update, Vector
 
@@ -47,7 +48,7 @@ class Training:
     stream: np.random.Generator
     dropout: int
     rank: int | None
-    correct: Correct
+    correct: Correct | None
     rate: float
     moments: Memory | None
 
@@ -259,7 +260,10 @@ class LocalTrainer(Trainer):
         return [self.objective.collate(rows.take(piece), self.pad).to(self.device) for piece in found]
 
 
-def _corrected_by(strategy: Strategy, got: Broadcast, memory: Memory, run: str) -> Correct:
+def _corrected_by(strategy: Strategy, got: Broadcast, memory: Memory, run: str) -> Correct | None:
+    """What the rule does to gradients; None where it leaves them as they are, which costs gangs no copies."""
+    if type(strategy).correct is FedAvg.correct:
+        return None
     return lambda grad_KP, params_KP: strategy.correct(grad_KP, params_KP, got, memory, run)
 
 

@@ -26,8 +26,6 @@ from engine.train_settings import Train
 from engine.zero_model import ds_config, shape_of, trained_layout
 from strategies.partition import Partition
 
-NO_CORRECTION: Correct = lambda grad_KS, params_KS: None  # noqa: E731
-
 
 class ZeroTrainer(Trainer):
     """One rank of a gang. All ranks must call the same methods with the same arguments, but for their own shards.
@@ -66,7 +64,8 @@ class ZeroTrainer(Trainer):
         starts = np.cumsum([0, *padded[:-1]]).tolist()
         self.pieces = [(start, length) for start, length in zip(starts, own, strict=True)]
         assert sum(padded) == self.master.numel(), "deepspeed cuts parameters in another way"
-        self.correct, self.clip = NO_CORRECTION, 0.0
+        self.correct: Correct | None = None
+        self.clip = 0.0
 
     def shard(self, flat: torch.Tensor) -> torch.Tensor:
         """A copy of this rank's shard (S,) of what lies in `flat` as deepspeed has it, padding between."""
@@ -140,14 +139,17 @@ class ZeroTrainer(Trainer):
 
     def _before_step(self, *_: Any) -> None:
         """What comes between backward and step: the strategy's correction, then clipping by the norm over all ranks."""
-        assert self.master.grad is not None
-        grad_S = self.shard(self.master.grad)
-        self.correct(grad_S[None], self.weights()[None])
+        grad = self.master.grad
+        assert grad is not None
+        if self.correct is not None:
+            grad_S = self.shard(grad)
+            self.correct(grad_S[None], self.weights()[None])
+            self._put(grad, grad_S)
         if self.clip > 0:
-            squares = torch.linalg.vector_norm(grad_S, dtype=torch.float64).square()
+            own = [grad[start : start + length] for start, length in self.pieces]
+            squares = torch.stack([torch.linalg.vector_norm(one, dtype=torch.float64).square() for one in own]).sum()
             dist.all_reduce(squares)
-            grad_S *= min(1.0, self.clip / (math.sqrt(squares.item()) + 1e-6))
-        self._put(self.master.grad, grad_S)
+            grad *= min(1.0, self.clip / (math.sqrt(squares.item()) + 1e-6))
 
     def steps(
         self,
@@ -164,7 +166,7 @@ class ZeroTrainer(Trainer):
         """
         self.become(start_S)
         self.engine.train()
-        self.correct, self.clip = correct or NO_CORRECTION, train.clip
+        self.correct, self.clip = correct, train.clip
         torch.manual_seed(torch.initial_seed() + self.rank)  # each rank has rows of its own, and dropout too
         nll_total, learnt_total, tokens, steps, rates = 0.0, 0, 0, 0, 0.0
         total = steps_of(rows.num_rows, train)

@@ -106,7 +106,10 @@ def slot_need(found: Sizes, recipe: Recipe, process: float) -> Need:
         found.parameters * found.itemsize + vectors * trained,
         vectors * trained,
         vectors * _moments(recipe) * trained,
-        (found.activations + found.logits) * recipe.train.batch * lanes,
+        max(
+            (found.activations + found.logits) * recipe.train.batch * lanes,
+            found.logits * recipe.evaluate.batch,
+        ),
         found.trained * ((1 + 2 * lanes) * FLOAT + GRID),  # start, each lane's end and change, and the sum
         process,
     )
@@ -115,7 +118,7 @@ def slot_need(found: Sizes, recipe: Recipe, process: float) -> Need:
 def rank_need(found: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need:
     """A rank of a gang: ZeRO (arXiv 1910.02054) cuts optimizer (1), gradients (2) and weights (3) over the ranks."""
     ranks, trained = zero.ranks, found.trained * FLOAT
-    masters = 0.0 if zero.stage == 3 and found.itemsize == FLOAT else trained / ranks
+    masters = trained / ranks  # also where the weights are float32 themselves
     weights = found.parameters * found.itemsize / (ranks if zero.stage == 3 else 1) + masters
     if zero.stage == 3:
         weights += (found.largest + LIVE) * found.itemsize
@@ -127,7 +130,8 @@ def rank_need(found: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need:
         gradients + trained / ranks,  # deepspeed's, and a flat copy for the optimizer
         _moments(recipe) * trained / ranks,
         (kept + found.logits) * rows,
-        found.trained * (3 * FLOAT + GRID) / ranks,
+        # Start, end and change, what the server keeps and makes; the sum, and once more in the object store.
+        found.trained * (5 * FLOAT + 2 * GRID) / ranks,
         process,
     )
 

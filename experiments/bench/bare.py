@@ -25,9 +25,10 @@ from engine.events import Event, RoundDone
 from engine.model import lora_config
 from engine.objectives.sft import Sft
 from engine.optimizers import make_optimizer
+from engine.rows import token_columns
 from engine.settings import Lora
 from experiments.api import build_store
-from experiments.config import Recipe
+from experiments.config import Recipe, located
 from strategies.seeds import rng, torch_seed
 from strategies.types import ServerState
 
@@ -105,7 +106,7 @@ def gate(engine: torch.Tensor, bare: np.ndarray) -> float:
 
 def bare_loop(work: Recipe, store: Path) -> tuple[list[float], np.ndarray]:
     """Seconds of each round, and the vector after the first."""
-    (tokens,) = store.glob("tokens-*")
+    tokens = token_columns(store, located(work))
     clients = Store.open(store).num_training
     seconds: list[float] = []
     after_first = np.zeros(0)

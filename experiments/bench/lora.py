@@ -46,7 +46,7 @@ def measure(small: bool) -> dict[str, Figure]:
         for batch, length, lanes in CASES[:3] if small else CASES:
             case = f"{batch}x{length}" + (f"_packed_{lanes}" if lanes > 1 else "")
             steps.say(f"{batch} rows of {length} tokens a step, {lanes} clients at once")
-            work = recipe(folder, 3 if small else 25, batch, length, lanes)
+            work = recipe(folder, 3 if small else 15, batch, length, lanes)
             found = compare(work, folder / f"run-{case}", memory=case == "4x128")
             figures[f"efficiency_{case}"] = Figure(found.ratio, "of the bare loop's tokens/s")
             figures[f"apart_{case}"] = Figure(found.apart, "largest difference")

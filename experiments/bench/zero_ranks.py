@@ -132,7 +132,7 @@ def _bare_loop(trainer: Any, rows: Any, train: Train) -> float:
     """Deepspeed's own loop on the same batches, with what every loop must do: forward, backward, clip, step."""
     engine, rank, ranks = trainer.engine, trainer.rank, trainer.ranks
     engine.train()
-    trainer.correct, trainer.clip = (lambda grad, params: None), train.clip
+    trainer.correct, trainer.clip = None, train.clip
     tokens = 0
     for picked in batches(rows.num_rows, train, rng(0, 0, 0, "batches")):
         batch = trainer.objective.collate(rows.take(picked[rank::ranks]), trainer.pad)
