@@ -37,6 +37,7 @@ class ZeroTrainer(Trainer):
         self, network: torch.nn.Module, objective: Objectives, pad: int, model: Model, zero: Zero, train: Train
     ) -> None:
         self.rank, self.ranks, self.stage = dist.get_rank(), dist.get_world_size(), zero.stage
+        self.offload = zero.offload == "cpu"
         self.network, self.objective, self.pad = network, objective, pad
         self.layout = trained_layout(network, model)
         self.nbytes = sum(math.prod(shape_of(p)) * p.element_size() for p in network.parameters())
@@ -114,8 +115,14 @@ class ZeroTrainer(Trainer):
         engine.micro_steps = engine.global_steps = engine.global_samples = engine.skipped_steps = 0
         engine._unmanaged_backward_count, engine.losses, engine._step_applied = 0, None, False
         engine._is_gradient_accumulation_boundary = None
-        for parameter in (*engine.module.parameters(), self.master):
+        for parameter in engine.module.parameters():
             parameter.grad = None
+        if self.offload:  # deepspeed copies gradients into what it made for them once
+            zero.reset_cpu_buffers()
+            if self.master.grad is not None:
+                self.master.grad.zero_()
+        else:
+            self.master.grad = None
         for bucket in zero.ipg_buckets.values():
             bucket.clear_params() if self.stage == 3 else bucket.clear()
         if self.stage == 3:
@@ -126,6 +133,9 @@ class ZeroTrainer(Trainer):
             zero.micro_step_id = 0
             zero.params_already_reduced = dict.fromkeys(zero.params_already_reduced, False)
         else:
+            if self.offload:
+                zero.accumulated_grads_in_cpu = {}
+                zero._offload_accumulated_param_ids = set()
             zero._release_preflattened_grad_buffers()
             for group in zero.averaged_gradients:
                 zero.averaged_gradients[group] = None

@@ -93,6 +93,24 @@ def test_a_client_after_another_is_the_client_in_a_fresh_gang_and_in_one_process
         assert reports[0].metrics[name] == expected.metrics[name]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("own", ["checkpointing = true", 'offload = "cpu"'])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_saves_memory_trains_the_same(gangs, small_recipe, full, own, stage):
+    if not full and (stage, own[0]) not in ((3, "c"), (2, "o")):
+        pytest.skip("one of each is tried unless all are asked for")
+    own = own.replace(" = ", "=")
+    zero, *others = changes(stage)
+    recipe = small_recipe(zero.replace("{", f"{{{own}, "), *others)
+    pool, start = gangs(recipe)
+    state = pool.initial()
+    trained(pool, 0, [FIRST], state)
+    _, total = trained(pool, 0, [SECOND], state)
+    rows = Tokens.open(start.tokens).counts("train")
+    expected = alone(recipe, start.tokens, SECOND)
+    assert (total.double() / STEP * rows.max() / rows[SECOND] - expected.delta).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_step_is_no_change(gangs, small_recipe, full, dtype):
     if dtype == "float32" and not full:
