@@ -5,12 +5,12 @@ index.arrow     a row for each client: name, its batch and where in it, rows and
 manifest.json   the key that they were made under, and the sizes of the files
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
-from itertools import count, pairwise
-from mmap import ACCESS_READ, MADV_DONTNEED, mmap
+from itertools import count, pairwise, zip_longest
+from mmap import ACCESS_READ, MADV_DONTNEED, MADV_WILLNEED, PAGESIZE, mmap
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,25 @@ class Tokens:
         if split == "heldout":
             first += int(self._columns["train"][client])
         return self._batch(int(self._columns["batch"][client])).slice(first, int(self._columns[split][client]))
+
+    def in_advance(self, units: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+        """The units of clients in their order; while one is worked on, the system reads the next one's rows."""
+        for unit, following in zip_longest(units, units[1:], fillvalue=()):
+            for client in following:
+                self._will_need(client)
+            yield unit
+
+    def _will_need(self, client: int) -> None:
+        """Has the system read the pages of a client's training rows, without waiting for them."""
+        _, file = self.pages
+        begin = pa.py_buffer(file).address
+        for values in self.rows(client, "train").columns:
+            flat = values.flatten() if pa.types.is_list(values.type) else values
+            if not len(flat):
+                continue
+            first = flat.buffers()[1].address - begin + flat.offset * flat.type.bit_width // 8
+            start = first - first % PAGESIZE
+            file.madvise(MADV_WILLNEED, start, first + len(flat) * flat.type.bit_width // 8 - start)
 
     def _batch(self, number: int) -> pa.RecordBatch:
         """A record batch of the file, which takes longer to look up than to read a client's rows in."""

@@ -133,7 +133,8 @@ class ClientActor(SecureClients, Judge):
     def run(self, chunk: list[Unit], wire: WireBroadcast | Sent) -> list[Report]:
         """Trains the chunk's packs one after another and adds their clients' updates to this slot's sum."""
         whole = wire if isinstance(wire, WireBroadcast) else self._joined(wire)
-        return [report for pack in chunk for report, _ in self._pack(pack, whole, self.sum.add)]
+        packs = self.tokens.in_advance(chunk)
+        return [report for pack in packs for report, _ in self._pack(pack, whole, self.sum.add)]
 
     def _joined(self, sent: Sent) -> WireBroadcast:
         """What gangs are sent, for a client that is none."""
@@ -144,7 +145,8 @@ class ClientActor(SecureClients, Judge):
     def run_each(self, chunk: list[Unit], wire: WireBroadcast) -> Any:
         """As `run`, and gives each client's update beside the reports, None where it could not be used."""
         # Its values may be a liar's, however large: rules that read each are there to survive them.
-        done = [one for pack in chunk for one in self._pack(pack, wire, finite_bound)]
+        packs = self.tokens.in_advance(chunk)
+        done = [one for pack in packs for one in self._pack(pack, wire, finite_bound)]
         reports, updates = zip(*done, strict=True)
         return list(reports), *(update and update_to_wire(update) for update in updates)
 

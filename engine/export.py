@@ -1,22 +1,26 @@
 """The trained model as the files that transformers and PEFT load: an adapter folder, or a whole model."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from engine.model import Trainable, lora_config
 from engine.settings import Model
 from strategies.layout import Layout
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 FILE_BYTES = 2**30
 
@@ -29,6 +33,9 @@ def export_files(
     LoRA gives PEFT's adapter folder; full tuning, and LoRA on a base that the rule has changed (`merged`), a Hugging
     Face model; each with the tokenizer and the model card `card`.
     """
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import PreTrainedModel
+
     network = trainable.network
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -70,6 +77,8 @@ def sharded_files(
 
     A whole model comes in files of FILE_BYTES or one tensor, so that no more than one is in memory at once.
     """
+    from peft import PeftModel
+
     with TemporaryDirectory() as name:
         folder = Path(name)
         if isinstance(network, PeftModel):

@@ -149,7 +149,7 @@ class Rank(SecureRank):
     def run(self, chunk: list[Unit], sent: Sent) -> list[Report]:
         """What this rank does in training a chunk of clients one after another, and adding them up."""
         reports = []
-        for (client,) in chunk:
+        for (client,) in self.tokens.in_advance(chunk):
             report, update = self.trained(client, sent)
             if update is not None:
                 self.sum.add(update)

@@ -1,22 +1,29 @@
-"""The base model as one shared buffer, and what is trained on it as one flat vector. Legend: P trained parameters."""
+"""The base model as one shared buffer, and what is trained on it as one flat vector. Legend: P trained parameters.
+
+peft and the models of transformers are imported where they are used: they take 190 MB and three seconds, which the
+command and the driver, who know this module too, never need.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from engine.settings import Lora, Model
 from strategies.layout import Layout
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 ALIGNMENT = 64  # bytes: what vector instructions want of a tensor's first element
 
@@ -151,6 +158,8 @@ class Trainable:
         torch.manual_seed(seed)
         self.network = with_adapters(network, model) if isinstance(model.peft, Lora) else network.requires_grad_(True)
         if model.compile:
+            from transformers.modeling_layers import GradientCheckpointingLayer
+
             for layer in self.network.modules():
                 if isinstance(layer, GradientCheckpointingLayer):  # transformers' base of all that come in a row
                     layer.compile(dynamic=True)
@@ -178,6 +187,8 @@ class Trainable:
         """Scales the adapters as those of a client of `rank` are, None: as the recipe says; the rest is zeros."""
         if rank == self.rank:  # as nearly always: a client costs no walk over the model
             return
+        from peft.tuners.lora import LoraLayer
+
         self.rank = rank
         scale = self.layout.scale if rank is None else self.layout.scale_at(rank)
         for layer in self.network.modules():
@@ -187,6 +198,8 @@ class Trainable:
 
 def with_adapters(network: PreTrainedModel, model: Model) -> PeftModel:
     """The network with the recipe's LoRA adapters, drawn from torch's present seed; ValueError for unknown layers."""
+    from peft import get_peft_model
+
     assert isinstance(model.peft, Lora)
     linear = sorted(
         {name.rsplit(".")[-1] for name, module in network.named_modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -204,6 +217,8 @@ def with_adapters(network: PreTrainedModel, model: Model) -> PeftModel:
 
 def lora_config(model: Model) -> LoraConfig:
     """The adapter's configuration as PEFT writes it beside the weights."""
+    from peft import LoraConfig
+
     assert isinstance(model.peft, Lora)
     targets = model.peft.targets
     return LoraConfig(

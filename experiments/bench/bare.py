@@ -7,13 +7,11 @@ could hide a fault: PEFT's model as it is, one tensor after another, a plain flo
 import multiprocessing
 import statistics
 import time
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 import experiments
@@ -21,7 +19,6 @@ from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
 from engine.batches import batches
 from engine.checkpoint import load_checkpoint
-from engine.events import Event, RoundDone
 from engine.model import lora_config
 from engine.objectives.sft import Sft
 from engine.optimizers import make_optimizer
@@ -34,23 +31,17 @@ from strategies.types import ServerState
 
 PROCESSES = 2
 TOLERANCE = 2e-5  # of the vector after a round: one flat tensor and many round differently, and AdamW amplifies it
-DAEMONS = ("raylet", "gcs_server", "log_monitor", "monitor.py", "dashboard", "runtime_env", "ray::IDLE")
 _bare: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Seconds of each round, of the engine and of the bare loop; tokens of a round, and memory in MB.
-
-    `pss_mb` counts what processes share once, `rss_mb` in each; both leave out Ray's own daemons.
-    """
+    """Seconds of each round, of the engine and of the bare loop, tokens of a round, and how far vectors are apart."""
 
     engine_s: list[float]
     bare_s: list[float]
     tokens: float
     apart: float
-    rss_mb: float
-    pss_mb: float
 
     @property
     def ratio(self) -> float:
@@ -58,34 +49,9 @@ class Compared:
         return statistics.median(self.bare_s[1:]) / statistics.median(self.engine_s[1:])
 
 
-@dataclass
-class TreeMemory:
-    """The most that this process and its children held at the end of a round, Ray's daemons left out."""
-
-    rss_mb: float = 0.0
-    pss_mb: float = 0.0
-    seconds: list[float] = field(default_factory=list)
-
-    def look(self, event: Event) -> None:
-        """Looks when a round has ended, which takes longer than some rounds: the last of them is enough."""
-        if not isinstance(event, RoundDone):
-            return
-        self.seconds.append(event.seconds)
-        rss = pss = 0
-        own = psutil.Process()
-        for process in [own, *own.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                if not any(name in " ".join(process.cmdline()[:4]) for name in DAEMONS):
-                    used = process.memory_full_info()
-                    rss, pss = rss + used.rss, pss + used.pss
-        self.rss_mb, self.pss_mb = max(self.rss_mb, rss / 2**20), max(self.pss_mb, pss / 2**20)
-
-
-def compare(work: Recipe, folder: Path, *, memory: bool = False) -> Compared:
+def compare(work: Recipe, folder: Path) -> Compared:
     """Both loops' rounds; ValueError where they do not have the same vector after the first."""
-    tree = TreeMemory()
-    watch = tree.look if memory else lambda event: None
-    run = experiments.run(work, out=folder, on_event=watch)
+    run = experiments.run(work, out=folder)
     rows = [row for row in run.metrics.to_pylist() if row["client"] is None]
     seconds = [row["value"] for row in rows if row["name"] == "round_s"]
     tokens = [row["value"] for row in rows if row["name"] == "tokens" and row["split"] == "train"]
@@ -93,7 +59,7 @@ def compare(work: Recipe, folder: Path, *, memory: bool = False) -> Compared:
     bare, vector = bare_loop(work, build_store(work))
     assert first is not None and isinstance(first.state, ServerState)
     apart = gate(first.state.params, vector)
-    return Compared(seconds, bare, statistics.mean(tokens), apart, tree.rss_mb, tree.pss_mb)
+    return Compared(seconds, bare, statistics.mean(tokens), apart)
 
 
 def gate(engine: torch.Tensor, bare: np.ndarray) -> float:

@@ -1,8 +1,11 @@
+import ctypes
 import multiprocessing
 import os
 import pickle
 import shutil
+import sys
 import time
+from mmap import MADV_DONTNEED, PAGESIZE
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +142,40 @@ def test_rows_are_views_of_the_mapped_file(tmp_path: Path) -> None:
     assert pa.total_allocated_bytes() - before < 10_000
     first, second = (view["input_ids"].values.buffers()[1].address for view in views[:2])
     assert first == second
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages are in memory")
+def test_the_next_clients_rows_are_read_while_one_is_worked_on(tmp_path: Path) -> None:
+    store = stored(tmp_path, {name: [name * 200_000] for name in "abc"}, Splits(heldout=0, unseen=0))
+    tokens = tokenize(store, "bytes", encode)
+    file = tokens.pages[1]
+    ids = [tokens.rows(client, "train")["input_ids"].flatten() for client in range(3)]
+
+    def in_memory(client: int) -> float:
+        """The share of a client's pages that are in memory, not counting the first and the last."""
+        first = ids[client].buffers()[1].address + 4 * ids[client].offset
+        start = -(-first // PAGESIZE) * PAGESIZE
+        pages = (first + 4 * len(ids[client]) - start) // PAGESIZE
+        found = (ctypes.c_ubyte * pages)()
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(pages * PAGESIZE), found)
+        return sum(page & 1 for page in found) / pages
+
+    def forget() -> None:
+        file.madvise(MADV_DONTNEED)
+        with (tokens.folder / "tokens.arrow").open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    forget()
+    if in_memory(1) > 0.5:
+        pytest.skip("this file system keeps all in memory")
+    chunk = tokens.in_advance([(0,), (1,), (2,)])
+    assert next(chunk) == (0,)
+    deadline = time.monotonic() + 10
+    while in_memory(1) < 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert in_memory(1) == 1
+    assert list(chunk) == [(1,), (2,)]
 
 
 def test_they_are_made_once_for_a_key_and_travel_as_their_path(tmp_path: Path) -> None:

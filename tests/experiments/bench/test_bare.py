@@ -6,6 +6,7 @@ import torch
 
 from experiments.bench import bare, lora, tiny
 from experiments.bench.bases import write_llama, write_rows
+from experiments.bench.tree import held_by_command
 
 
 @pytest.fixture
@@ -17,11 +18,17 @@ def work(tmp_path):
 
 
 def test_both_loops_have_one_vector_after_the_first_round(ray_session, work, tmp_path):
-    found = bare.compare(work, tmp_path / "run", memory=True)
+    found = bare.compare(work, tmp_path / "run")
     assert found.apart <= bare.TOLERANCE and found.ratio > 0
     assert len(found.engine_s) == len(found.bare_s) == 2
     assert found.tokens == 6 * 8 * 16
-    assert 100 < found.pss_mb < found.rss_mb
+
+
+@pytest.mark.slow
+def test_all_processes_of_the_command_are_looked_at(work, tmp_path):
+    held = held_by_command(work, tmp_path / "held")
+    assert 4 * 100 < held.pss < held.rss  # the command, the driver and two slots
+    assert (tmp_path / "held" / "run" / "model").is_dir()
 
 
 @pytest.mark.parametrize("wrong", [1e-4, float("nan")])
