@@ -117,8 +117,7 @@ class Rank(SecureRank):
         self.trainer = ZeroTrainer(
             network, objective, self.tokenizer.pad_token_id, federation.model, self.zero, federation.train
         )
-        heap.keep()
-        self.initial_S = self.trainer.weights().cpu()
+        heap.keep(gathered=self.zero.stage == 3)
         self.tokens = Tokens.open(tokens)
         self.largest = int(self.tokens.counts("train").max())
         self.partition = self.trainer.partition
@@ -130,7 +129,8 @@ class Rank(SecureRank):
 
     def initial(self) -> tuple[int, WireState]:
         """The bytes of the state's shard before the first round, and the shard, which stays in the store."""
-        state = state_to_wire(self.federation.strategy.init(self.initial_S, self.trainer.layout))
+        start_S = self.trainer.weights().cpu()  # nobody has trained yet
+        state = state_to_wire(self.federation.strategy.init(start_S, self.trainer.layout))
         return state.nbytes, state
 
     def serve(

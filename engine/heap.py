@@ -15,9 +15,13 @@ def give_back() -> None:
     _tell({MMAP_THRESHOLD: 256 * KB})
 
 
-def keep() -> None:
-    """What a step frees the next one finds: fresh pages would be cleared by the system, one fault each."""
-    _tell({MMAP_THRESHOLD: 32 * MB, TRIM_THRESHOLD: 512 * MB, TOP_PAD: 16 * MB})
+def keep(*, gathered: bool) -> None:
+    """What a step frees the next one finds: fresh pages would be cleared by the system, one fault each.
+
+    Large weights that are `gathered` and let go do go back: else activations would be put into the holes that they
+    leave, until the heap is as large as all weights together.
+    """
+    _tell({MMAP_THRESHOLD: (4 if gathered else 32) * MB, TRIM_THRESHOLD: 512 * MB, TOP_PAD: 16 * MB})
 
 
 def _tell(settings: dict[int, int]) -> None:

@@ -25,6 +25,8 @@ from experiments.config import Recipe
 
 GIB, FLOAT, GRID = 2**30, 4, 8
 SPARE = 0.9  # of a device's memory is counted on
+HEAP = 1.5  # what an allocator holds over what lives at once of a step's tensors, as measured with glibc's
+RAY = 20 * 2**20  # what a worker of Ray adds to a process
 MOST_RANKS = 1024
 
 
@@ -106,17 +108,17 @@ def slot_need(found: Sizes, recipe: Recipe, process: float) -> Need:
         found.parameters * found.itemsize + vectors * trained,
         vectors * trained,
         vectors * _moments(recipe) * trained,
-        max(
-            (found.activations + found.logits) * recipe.train.batch * lanes,
-            found.logits * recipe.evaluate.batch,
-        ),
+        HEAP * max(_in_a_step(found, recipe.train.batch * lanes), found.logits * recipe.evaluate.batch),
         found.trained * ((1 + 2 * lanes) * FLOAT + GRID),  # start, each lane's end and change, and the sum
         process,
     )
 
 
 def rank_need(found: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need:
-    """A rank of a gang: ZeRO (arXiv 1910.02054) cuts optimizer (1), gradients (2) and weights (3) over the ranks."""
+    """A rank of a gang: ZeRO (arXiv 1910.02054) cuts optimizer (1), gradients (2) and weights (3) over the ranks.
+
+    Shards of the state and of sums that lie in the object store are no rank's own.
+    """
     ranks, trained = zero.ranks, found.trained * FLOAT
     masters = trained / ranks  # also where the weights are float32 themselves
     weights = found.parameters * found.itemsize / (ranks if zero.stage == 3 else 1) + masters
@@ -124,16 +126,19 @@ def rank_need(found: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need:
         weights += (found.largest + LIVE) * found.itemsize
     gradients = (trained if zero.stage == 1 else trained / ranks) + min(BUCKET, found.trained) * FLOAT
     rows = -(-recipe.train.batch // ranks)
-    kept = found.activations / 4 if zero.checkpointing else found.activations
+    kept = replace(found, activations=found.activations // 4) if zero.checkpointing else found
     return Need(
         weights,
         gradients + trained / ranks,  # deepspeed's, and a flat copy for the optimizer
         _moments(recipe) * trained / ranks,
-        (kept + found.logits) * rows,
-        # Start, end and change, what the server keeps and makes; the sum, and once more in the object store.
-        found.trained * (5 * FLOAT + 2 * GRID) / ranks,
+        HEAP * _in_a_step(kept, rows),
+        found.trained * (FLOAT + GRID) / ranks,  # a client's change, and the sum
         process,
     )
+
+
+def _in_a_step(found: Sizes, rows: int) -> float:
+    return float((found.activations + found.logits) * rows)
 
 
 def _moments(recipe: Recipe) -> int:
@@ -159,10 +164,13 @@ def smallest(found: Sizes, recipe: Recipe, device: float, process: float) -> Zer
 def process_bytes(gang: bool) -> float:
     """What a slot's process takes before it has a model, measured in one."""
     measured: float = in_fresh_process(_imported, gang)
-    return measured * 2**20
+    return measured * 2**20 + RAY
 
 
 def _imported(gang: bool) -> float:
+    import peft  # noqa: F401
+    from transformers import PreTrainedModel  # noqa: F401
+
     import engine.client  # noqa: F401
 
     if gang:

@@ -3,6 +3,7 @@
 The gate is the number of parameters, which both must count alike.
 """
 
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from tempfile import TemporaryDirectory
 import psutil
 
 import experiments
-from engine.events import Event, RoundDone, Started
+from engine.events import Event, Started
 from engine.settings import Zero
 from experiments.api import ray_session
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
@@ -21,6 +22,7 @@ from experiments.config import Recipe, load_recipe, located
 from experiments.plan import Need, process_bytes, rank_need, sizes, slot_need
 
 MIB = 2**20
+EVERY_S = 0.05
 DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo.toml"
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 
@@ -61,20 +63,24 @@ def measure(small: bool) -> dict[str, Figure]:
 
 
 def _held(work: Recipe, folder: Path, title: str, need: Need, name: str) -> dict[str, Figure]:
-    peaks: list[float] = []
     counted: list[int] = []
 
     def look(event: Event) -> None:
         if isinstance(event, Started):
             counted.append(event.parameters)
-        if isinstance(event, RoundDone):
-            peaks.extend(_peaks(title))
 
-    experiments.run(work, out=folder, on_event=look)
+    peaks, over = [0.0], threading.Event()
+    watch = threading.Thread(target=_watch, args=(title, peaks, over))
+    watch.start()
+    try:
+        experiments.run(work, out=folder, on_event=look)
+    finally:
+        over.set()
+        watch.join()
     trained = sizes(located(work).model, 8).trained
     if counted != [trained]:
         raise ValueError(f"the run counts {counted} trained parameters, and the plan {trained}")
-    if not peaks:
+    if not max(peaks):
         return {f"{name}_plan_over_peak": Figure(None, "not on this system")}
     return {
         f"{name}_plan_over_peak": Figure(need.total / MIB / max(peaks), "estimate / most that was held"),
@@ -83,12 +89,12 @@ def _held(work: Recipe, folder: Path, title: str, need: Need, name: str) -> dict
     }
 
 
-def _peaks(title: str) -> list[float]:
-    """MB that each process of this title has held at the most."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess, OSError):
-            if f"ray::{title}" in " ".join(process.cmdline()[:2]):
-                status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                found += [int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:")]
-    return found
+def _watch(title: str, peaks: list[float], over: threading.Event) -> None:
+    """Notes until `over` how many MB each process of this title holds: its own and its files, no object store."""
+    while not over.wait(EVERY_S):
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess, OSError):
+                if f"ray::{title}" in " ".join(process.cmdline()[:2]):
+                    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                    own = [line.split()[1] for line in status if line.startswith(("RssAnon:", "RssFile:"))]
+                    peaks.append(sum(map(int, own)) / 1024)
