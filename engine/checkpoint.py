@@ -1,10 +1,15 @@
-"""A run's state on disk: safetensors and JSON, never pickle; a checkpoint is there whole or not at all."""
+"""A run's state on disk: safetensors and JSON, never pickle; a checkpoint is there whole or not at all.
+
+Its facts hold the digest of each other file, so that what a disk has changed is found.
+"""
 
 import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -24,7 +29,8 @@ class Saved:
     """What a resumed run starts from: the strategy's state, the seconds that the run had taken, and what privacy needs.
 
     `clip` is the next round's clipping norm, `aborts` how many rounds of secure aggregation had no result. Packs have
-    so many `lanes`; `costs` is what is known of how long clients take.
+    so many `lanes`; `costs` is what is known of how long clients take. `passed_over` says of newer checkpoints why they
+    could not be read.
     """
 
     state: State
@@ -33,6 +39,7 @@ class Saved:
     aborts: int = 0
     lanes: int = 1
     costs: list[float] = field(default_factory=list)
+    passed_over: tuple[str, ...] = ()
 
 
 def save_checkpoint(folder: Path, saved: Saved, keep: int) -> None:
@@ -40,31 +47,58 @@ def save_checkpoint(folder: Path, saved: Saved, keep: int) -> None:
     for scratch in folder.glob(".*"):
         shutil.rmtree(scratch)  # of a process that was killed while it wrote
     round_ = saved.state.round
-    facts = {name: value for name, value in vars(saved).items() if name != "state"} | {"round": round_}
-    write_folder(folder / f"{round_:05d}", _files(saved.state, json.dumps(facts).encode()))
+    facts = {name: value for name, value in vars(saved).items() if name not in ("state", "passed_over")}
+    write_folder(folder / f"{round_:05d}", _files(saved.state, facts | {"round": round_}))
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
 
 def load_checkpoint(folder: Path, last: int | None = None) -> Saved | None:
-    """The newest checkpoint of `folder` (up to round `last`), None without one; ValueError when it cannot be read."""
+    """The newest checkpoint of `folder` (up to round `last`) that can be read, None without any checkpoint.
+
+    ValueError when there are some, and none can be read.
+    """
     found = [path for path in _checkpoints(folder) if last is None or int(path.name) <= last]
-    if not found:
+    passed_over: tuple[str, ...] = ()
+    for path in reversed(found):
+        try:
+            return _load(path, passed_over)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            passed_over += (f"the checkpoint {path} cannot be read ({error})",)
+    if not passed_over:
         return None
-    try:
-        facts = json.loads((found[-1] / FACTS).read_text(encoding="utf-8"))
-        state = _read(found[-1], int(facts["round"]))
-        figures = float(facts["wall_s"]), float(facts["clip"]), int(facts["aborts"]), int(facts["lanes"])
-        return Saved(state, *figures, [float(cost) for cost in facts["costs"]])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the checkpoint {found[-1]} cannot be read ({error}): remove that folder to resume from the one before"
-        ) from error
+    raise ValueError(
+        f"{passed_over[0]}{', nor can one before' if len(found) > 1 else ''}: start the run anew in another --out"
+    )
 
 
-def _files(state: State, facts: bytes) -> Iterator[tuple[str, bytes]]:
-    """The files of a checkpoint one after another: of a state in shards, one shard at a time is in this process."""
-    yield FACTS, facts
+def _load(folder: Path, passed_over: tuple[str, ...]) -> Saved:
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    if facts["digest"] != _digest(facts):
+        raise ValueError(f"{FACTS} is not as it was written")
+    state = _read(folder, int(facts["round"]), {str(name): str(digest) for name, digest in facts["files"].items()})
+    figures = float(facts["wall_s"]), float(facts["clip"]), int(facts["aborts"]), int(facts["lanes"])
+    return Saved(state, *figures, [float(cost) for cost in facts["costs"]], passed_over)
+
+
+def _files(state: State, facts: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """The files of a checkpoint one after another, the facts at the end."""
+    digests = {}
+    for name, content in _tensor_files(state):
+        digests[name] = sha256(content).hexdigest()
+        yield name, content
+    facts |= {"files": digests}
+    yield FACTS, json.dumps(facts | {"digest": _digest(facts)}).encode()
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    """Of all other facts."""
+    rest = {name: value for name, value in facts.items() if name != "digest"}
+    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _tensor_files(state: State) -> Iterator[tuple[str, bytes]]:
+    """Of a state in shards, one shard at a time is in this process."""
     if isinstance(state, ServerState):
         residual = {} if state.residual is None else {"residual": state.residual}
         yield STATE, save({"params": state.params} | _named(state.moments) | residual)
@@ -79,20 +113,24 @@ def _named(moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"moments.{name}": moment for name, moment in moments.items()}
 
 
-def _read(folder: Path, round_: int) -> State:
-    shards = sorted(folder.glob("shard-*"))
-    if not shards:
-        params, moments, residual = _tensors(folder / STATE)
+def _read(folder: Path, round_: int, digests: dict[str, str]) -> State:
+    if digests.keys() == {STATE}:
+        params, moments, residual = _tensors(folder / STATE, digests[STATE])
         return ServerState(round_, params, moments, residual)
+    if not digests or digests.keys() != {SHARD.format(rank) for rank in range(len(digests))}:
+        raise ValueError(f"it lists no state: {', '.join(digests) or 'nothing'}")
     parts = []
-    for path in shards:
-        params, moments, _ = _tensors(path)
+    for name in sorted(digests):
+        params, moments, _ = _tensors(folder / name, digests[name])
         parts.append(ray.put(WireState(params.numpy(), {name: moment.numpy() for name, moment in moments.items()})))
     return ShardedState(round_, tuple(parts))
 
 
-def _tensors(path: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
-    tensors = load(path.read_bytes())
+def _tensors(path: Path, digest: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+    content = path.read_bytes()
+    if sha256(content).hexdigest() != digest:
+        raise ValueError(f"{path.name} is not as it was written")
+    tensors = load(content)
     params, residual = tensors.pop("params"), tensors.pop("residual", None)
     return params, {name.removeprefix("moments."): tensor for name, tensor in tensors.items()}, residual
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from datasets_partition.tokens import Tokens
+from engine.attempts import attempted
 from engine.example_privacy import PrivateTrainer
 from engine.export import export_files
 from engine.holder import map_handle
@@ -31,7 +32,7 @@ from engine.settings import Federation
 from engine.shared_memory import protect, release
 from engine.sums import ExactSum, NonFiniteUpdate, PartialSum, cut, finite_bound
 from engine.train import Job, LocalTrainer
-from engine.wire import Report, Sent, WireBroadcast, borrow, from_wire, joined, to_wire, update_to_wire
+from engine.wire import DOWN, UP, Report, Sent, WireBroadcast, borrow, from_wire, joined, to_wire, update_to_wire
 from strategies.dp_central import CentralPlan
 from strategies.dp_example import ExamplePlan
 from strategies.layout import Layout
@@ -43,7 +44,6 @@ from strategies.transforms import bits, encode
 from strategies.types import Memory, Update
 
 FLOAT_BYTES = 4
-DOWN, UP = "protocol_bytes_down", "protocol_bytes_up"
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,9 @@ class ClientActor(SecureClients, Judge):
 
         def train(pack: Unit, sums: Sums) -> Iterator[tuple[Report, np.ndarray | None]]:
             for report, update in self._pack(pack, wire, finite_bound):
-                told = replace(report, metrics={DOWN: report.metrics[DOWN]})
+                # An error's text may hold what the server must not see.
+                failed = None if report.failed is None else "it gave no usable update"
+                told = replace(report, metrics={DOWN: report.metrics[DOWN]}, failed=failed, tried=())
                 try:
                     yield told, None if update is None else ring_vector(update, sums, wire, self.federation)
                 except ValueError as error:  # such as a loss that is none
@@ -176,14 +178,29 @@ class ClientActor(SecureClients, Judge):
         That is by NonFiniteUpdate.
         """
         began = time.monotonic()
-        jobs, shared = [], from_wire(wire, self.trainer.trainable.layout, self.federation.seed)
-        for client in pack:
-            rows, got = self.tokens.rows(client, "train"), replace(shared, rank=self._rank(client))
-            remembered = self._remembered(client, wire.round)
-            jobs.append(Job(client, rows, rows.num_rows / self.largest, got, remembered))
-        done = self._trainer(pack, wire).updates(jobs, self.federation)
-        seconds = (time.monotonic() - began) / len(pack)
-        return [self._sent(job, *one, wire, take, seconds) for job, one in zip(jobs, done, strict=True)]
+        shared = from_wire(wire, self.trainer.trainable.layout, self.federation.seed)
+
+        def train(some: Unit) -> list[tuple[Job, Update, Memory]]:
+            jobs = []
+            for client in some:
+                rows, got = self.tokens.rows(client, "train"), replace(shared, rank=self._rank(client))
+                remembered = self._remembered(client, wire.round)
+                jobs.append(Job(client, rows, rows.num_rows / self.largest, got, remembered))
+            done = self._trainer(some, wire).updates(jobs, self.federation)
+            return [(job, *one) for job, one in zip(jobs, done, strict=True)]
+
+        found = attempted(pack, train, self.federation.clients.retries)
+        seconds, sent = (time.monotonic() - began) / len(pack), list[tuple[Report, Update | None]]()
+        for one in found:
+            if one.result is None:
+                nothing = {DOWN: 0.0, UP: 0.0}
+                sent.append(
+                    (Report(one.client, nothing, failed=one.why[-1], seconds=seconds, tried=one.why[:-1]), None)
+                )
+                continue
+            report, update = self._sent(*one.result, wire, take, seconds)
+            sent.append((replace(report, tried=one.why), update))
+        return sent
 
     def _sent(
         self,

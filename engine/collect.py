@@ -9,7 +9,8 @@ import numpy as np
 import ray
 import torch
 
-from engine.client import DOWN, FLOAT_BYTES, UP
+from engine.availability import Trace
+from engine.client import FLOAT_BYTES
 from engine.privacy import SecAgg
 from engine.pulling import Work, Worked
 from engine.relay import Message, Relay
@@ -17,7 +18,7 @@ from engine.ring import Plan, ring_aggregate, ring_sums
 from engine.settings import Federation, Lora
 from engine.slots import Slots
 from engine.sums import merge
-from engine.wire import Report, Sent, ShardSum, ShardTotals, WireBroadcast, update_from_wire
+from engine.wire import DOWN, UP, Report, Sent, ShardSum, ShardTotals, WireBroadcast, update_from_wire
 from strategies.dp_distributed import DistributedPlan
 from strategies.layout import Layout
 from strategies.lora_het import HetLora
@@ -66,6 +67,7 @@ class PlainCollector:
 
     federation: Federation
     slots: Slots
+    trace: Trace | None = None
 
     def collect(self, work: Work, wire: WireBroadcast) -> Collected:
         """The simulator adds up where the rule reads sums; the protocol's server would have had each update."""
@@ -78,7 +80,8 @@ class PlainCollector:
 
     def _there(self, work: Work, wire: WireBroadcast | Sent) -> Work:
         """Without those who drop out on purpose."""
-        gone = self.federation.clients.availability.gone(work.clients, self.federation.seed, wire.round)
+        federation, availability = self.federation, self.federation.clients.availability
+        gone = availability.gone(work.clients, federation.seed, wire.round, self.trace)
         return work.of(~np.isin(work.clients, list(gone)))
 
     def _told(self, work: Work, done: Worked, aggregate: Any, moved: int) -> Collected:
@@ -120,6 +123,7 @@ class SecureCollector:
     relay: Relay
     layout: Layout
     most_tokens: int
+    trace: Trace | None = None
 
     def collect(self, work: Work, wire: WireBroadcast | Sent) -> Collected:
         """One secured round; aborted where the cohort, or what is left of it, is too small."""
@@ -138,7 +142,7 @@ class SecureCollector:
         except ValueError as error:
             return Collected(told=False, dropped=len(cohort), aborted=str(error))
         sums = self.sums(wire.dp, wire.clip, len(cohort))
-        gone = federation.clients.availability.gone(cohort, federation.seed, wire.round)
+        gone = federation.clients.availability.gone(cohort, federation.seed, wire.round, self.trace)
         session = Session(wire.round, 0, parameters, sums, secagg.mode)
         done = self.relay.play(session, work, ray.put(wire), wire.lanes, gone, refuse)
         down = round(sum(report.metrics[DOWN] for report in done.reports))

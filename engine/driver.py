@@ -17,9 +17,10 @@ from engine.atomic import write_file
 from engine.checkpoint import State, load_checkpoint, save_checkpoint
 from engine.client import FLOAT_BYTES
 from engine.compatibility import in_the_way_of_packs
-from engine.events import Evaluated, Event, Finished, Preparing, Sample, Started
+from engine.events import Evaluated, Event, Finished, Preparing, Sample, Started, Stopped
 from engine.gangs import Gangs
-from engine.metrics import Ledger, Metrics, loss_table, read_log
+from engine.lost import Fault
+from engine.metrics import Faults, Ledger, Logs, Metrics, loss_table, read_log
 from engine.mixed import Mixed
 from engine.privacy import Privacy
 from engine.rounds import Rounds, few
@@ -35,7 +36,8 @@ from strategies.types import ServerState, Strategy
 class RunPlan:
     """Where a run reads and writes, what is written at its start, and what it does beside the recipe's rounds.
 
-    `shared` is the location elsewhere that `store` is a copy of, if it is one.
+    `shared` is the location elsewhere that `store` is a copy of, if it is one. `lost` says why drivers before this one
+    have ended.
     """
 
     store: Path
@@ -44,6 +46,7 @@ class RunPlan:
     shared: str | None = None
     resume: bool = False
     baselines: bool = False
+    lost: tuple[Fault, ...] = ()
 
 
 class Driver:
@@ -53,6 +56,11 @@ class Driver:
         torch.set_num_threads(1)
         self.federation, self.plan = federation, plan
         self.strategy: Strategy = federation.strategy
+        self.stopping = False
+
+    def stop(self) -> None:
+        """Lets the present round be the last: it is finished, and its checkpoint written."""
+        self.stopping = True
 
     def run(self) -> Iterator[Event]:
         """Yields events until the run has ended; what the user can mend comes as ValueError."""
@@ -91,27 +99,22 @@ class Driver:
         state = self.server.loaded(saved.state) if saved else initial
         self.metrics = Metrics(plan.folder / "metrics", saved.wall_s if saved else 0.0)
         self.ledger = Ledger(plan.folder / "ledger", federation.privacy.secagg.mode)
+        self.faults = Faults(plan.folder / "faults")
+        logs = Logs(self.metrics, self.ledger, self.faults)
         self.rounds = Rounds(
-            federation,
-            self.slots,
-            self.server,
-            self.store,
-            self.tokens,
-            start.layout,
-            plan.folder,
-            self.metrics,
-            self.ledger,
+            federation, self.slots, self.server, self.store, self.tokens, start.layout, plan.folder, logs
         )
         lanes = saved.lanes if saved else self._lanes(initial)
-        notes = self.rounds.prepare(initial, saved, lanes)
+        notes = self.rounds.prepare(initial, saved, lanes) + (saved.passed_over if saved else ())
         for name, content in plan.files.items():
             plan.folder.mkdir(parents=True, exist_ok=True)
             write_file(plan.folder / name, content)
         if federation.remembers:
             (plan.folder / "memory").mkdir(exist_ok=True)
             self.slots.refuse_lost_memory()
-        for log in (self.metrics, self.ledger):
+        for log in logs:
             log.forget_after(state.round if saved else -1)
+        self.slots.faults += plan.lost
         vector_bytes = start.layout.size * FLOAT_BYTES
         self.scores = Scores(federation, self.slots, self.store, self.tokens, self.metrics, self.ledger, vector_bytes)
         dropped = int(self.tokens.dropped("train").sum() + self.tokens.dropped("heldout").sum())
@@ -145,10 +148,14 @@ class Driver:
             if last and federation.evaluate.without_privacy:
                 yield self._without_privacy(initial, state)
             self._flush(state)
-            if last or state.round % federation.checkpoint.every == 0:
+            if last or self.stopping or state.round % federation.checkpoint.every == 0:
                 kept = federation.checkpoint.keep
                 reached = self.rounds.saved(state, self.metrics.wall_s)
                 save_checkpoint(plan.folder / "checkpoints", reached, kept)
+            if self.stopping and not last:
+                yield Stopped(state.round)
+                self.slots.stop()
+                return
         yield self._finish(initial, state)
         self.slots.stop()
 
@@ -217,9 +224,10 @@ class Driver:
         """Where the same rounds lead without noise and without secure aggregation; of them nothing is written down."""
         evaluate, folder = replace(self.federation.evaluate, without_privacy=False), self.plan.folder
         federation = replace(self.federation, privacy=Privacy(), evaluate=evaluate)
-        nowhere = Metrics(folder / "metrics"), Ledger(folder / "ledger")  # never flushed
+        # Never flushed.
+        nowhere = Logs(Metrics(folder / "metrics"), Ledger(folder / "ledger"), Faults(folder / "faults"))
         layout = self.rounds.layout
-        rounds = Rounds(federation, self.slots, self.server, self.store, self.tokens, layout, folder, *nowhere)
+        rounds = Rounds(federation, self.slots, self.server, self.store, self.tokens, layout, folder, nowhere)
         rounds.prepare(initial, None, self.rounds.lanes)
         self._forget_residual(state)
         plain = initial
@@ -245,8 +253,9 @@ class Driver:
         return Finished(folder, losses, samples)
 
     def _flush(self, state: State) -> None:
-        self.metrics.flush(state.round)
-        self.ledger.flush(state.round)
+        self.rounds.faults(state.round)
+        for log in (self.metrics, self.ledger, self.faults):
+            log.flush(state.round)
 
     def _refuse_empty_clients(self) -> None:
         empty = self.tokens.empty_clients()

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.lost import Fault
+
 
 @dataclass(frozen=True)
 class Preparing:
@@ -37,7 +39,8 @@ class RoundDone:
     """A round has ended: mean training loss, seconds, tokens per second, and who gave no usable update.
 
     `dropped` clients came too late or not at all. `aborted` says why there is no sum, and the model stays as it was.
-    `epsilon` is what all noisy rounds so far have cost, with all that it rests on.
+    `epsilon` is what all noisy rounds so far have cost, with all that it rests on. `faults` are what went wrong since
+    the round before, and was made good unless a client is among `failed`.
     """
 
     round: int
@@ -49,6 +52,21 @@ class RoundDone:
     dropped: int = 0
     aborted: str | None = None
     epsilon: str | None = None
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True)
+class DriverLost:
+    """The driver died; another goes on from the last checkpoint."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The run has ended before its last round because it was asked to; the checkpoint of `round` is whole."""
+
+    round: int
 
 
 @dataclass(frozen=True)
@@ -79,4 +97,4 @@ class Finished:
     samples: list[Sample] = field(default_factory=list)
 
 
-Event = Preparing | Started | RoundDone | Evaluated | Finished
+Event = Preparing | Started | RoundDone | Evaluated | DriverLost | Stopped | Finished

@@ -22,7 +22,7 @@ import transformers
 
 from datasets_partition.tokens import Tokens
 from engine import heap
-from engine.client import DOWN, FLOAT_BYTES, UP, Place
+from engine.client import FLOAT_BYTES, Place
 from engine.evaluate import ClientLoss, drawn_rows
 from engine.export import Sharded, sharded_files
 from engine.gang_secure import SecureGang, SecureRank, aggregate_of
@@ -38,6 +38,8 @@ from engine.spending import noisy
 from engine.sums import LIMIT, ExactSum, NonFiniteUpdate, PartialSum, finite_bound
 from engine.train import Job
 from engine.wire import (
+    DOWN,
+    UP,
     Report,
     Sent,
     WireAggregate,

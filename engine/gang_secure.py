@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from engine.client import DOWN
 from engine.pulling import Unit
 from engine.ring import figures_of
 from engine.ring_shard import RingShard
 from engine.secure import SecureClients
 from engine.settings import Federation
 from engine.sums import PartialSum, merge
-from engine.wire import Report, Sent, WireAggregate, aggregate_from_wire
+from engine.wire import DOWN, Report, Sent, WireAggregate, aggregate_from_wire
 from strategies.partition import Partition
 from strategies.secagg.masks import Masks
 from strategies.secagg.messages import Inbox, MaskedSum

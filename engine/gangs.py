@@ -16,9 +16,10 @@ from engine.fitting import asked_or_fitting, slots_that_fit
 from engine.gang import Gang, Rank, Served
 from engine.lost import LOST, GangLost
 from engine.meeting import rank_environment
+from engine.pool import Reference, Start
 from engine.rows import put_tokens
 from engine.settings import Federation
-from engine.slots import Reference, Slots, Start
+from engine.slots import Slots
 from engine.wire import ShardedState, ShardSum, ShardTotals
 from strategies.partition import Partition
 from strategies.secagg.masks import Masks
@@ -57,6 +58,8 @@ class Together:
 
 class Gangs(Slots):
     """All gangs of a run."""
+
+    may_shrink = False
 
     def __init__(self, federation: Federation, memory: Path) -> None:
         assert federation.clients.zero is not None
@@ -126,6 +129,9 @@ class Gangs(Slots):
         for rank, tokens in zip(followers, found[1:], strict=True):
             rank.follow.remote(leader, "form", address, port, tokens)
         return leader.lead.remote("form", address, port, found[0])
+
+    def _end(self, slot: int) -> None:
+        """What a gang leaves goes with its placement group, when that is made anew."""
 
     def _restore(self, slot: int) -> None:
         """A gang holds no weights that a rule would have changed."""

@@ -21,7 +21,7 @@ def keep(*, gathered: bool) -> None:
     Large weights that are `gathered` and let go do go back: else activations would be put into the holes that they
     leave, until the heap is as large as all weights together.
     """
-    _tell({MMAP_THRESHOLD: (4 if gathered else 32) * MB, TRIM_THRESHOLD: 512 * MB, TOP_PAD: 16 * MB})
+    _tell({MMAP_THRESHOLD: (10 if gathered else 32) * MB, TRIM_THRESHOLD: 512 * MB, TOP_PAD: 16 * MB})
 
 
 def _tell(settings: dict[int, int]) -> None:

@@ -1,14 +1,16 @@
 """A run's figures and its ledger, as one Parquet file a round, so that a round that is run again replaces its own."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.atomic import write_file
+from engine.lost import Fault
 
 METRICS = pa.schema(
     [
@@ -28,6 +30,17 @@ LEDGER = pa.schema(
         ("count", pa.int64()),
         ("bytes", pa.int64()),
         ("mode", pa.string()),
+    ]
+)
+
+
+FAULTS = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("kind", pa.string()),
+        ("who", pa.string()),
+        ("why", pa.string()),
+        ("wall_s", pa.float64()),
     ]
 )
 
@@ -104,6 +117,31 @@ class Ledger(RoundLog):
     def received(self, round_: int, party: str, kind: str, count: int, nbytes: int) -> None:
         """`party` received `count` messages of one kind, `nbytes` bytes together."""
         self.note(round=round_, party=party, kind=kind, count=count, bytes=nbytes, mode=self.mode)
+
+
+class Faults(RoundLog):
+    """What went wrong: round, kind, who, why, wall_s. A round without any has no file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, FAULTS)
+
+    def happened(self, round_: int, faults: Sequence[Fault], wall_s: float) -> None:
+        """Notes what happened in a round."""
+        for fault in faults:
+            self.note(round=round_, **asdict(fault), wall_s=wall_s)
+
+    def flush(self, round_: int) -> None:
+        """As of all logs, where there is anything to write."""
+        if self.blocks:
+            super().flush(round_)
+
+
+class Logs(NamedTuple):
+    """What a run writes down, round by round."""
+
+    metrics: Metrics
+    ledger: Ledger
+    faults: Faults
 
 
 def _round(path: Path) -> int:

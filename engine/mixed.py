@@ -10,8 +10,9 @@ from datasets_partition.tokens import Tokens
 from engine.client import Place
 from engine.fitting import slots_that_fit
 from engine.gangs import Gangs
+from engine.pool import Reference, Start
 from engine.pulling import Unit, Work
-from engine.slots import Reference, Slots, Start
+from engine.slots import Slots
 
 
 class Mixed(Gangs):
@@ -62,6 +63,10 @@ class Mixed(Gangs):
         start = super()._started(store, shared, places)
         self.rows = Tokens.open(start.tokens).counts("train")
         return start
+
+    def _end(self, slot: int) -> None:
+        if self._plain(slot):
+            Slots._end(self, slot)
 
     def _attach(self, slot: int) -> Reference:
         return Slots._attach(self, slot) if self._plain(slot) else super()._attach(slot)

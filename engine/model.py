@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALIGNMENT = 64  # bytes: what vector instructions want of a tensor's first element
+CAUSAL = "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class PackedBase:
-    """All that is needed beside the buffer to make the model again: its configuration and the index of its tensors."""
+    """All that is needed beside the buffer to make the model again: its configuration and the index of its tensors.
 
-    config: Any  # a transformers PretrainedConfig
+    A base with code of its own has no `config` here: to receive it, a process would have to know that code already, and
+    comes to know it where it reads the configuration of `model`.
+    """
+
+    model: Model
+    config: Any | None  # a transformers PretrainedConfig
     index: Mapping[str, Entry]
     nbytes: int
 
@@ -57,11 +64,13 @@ def always_the_same_bits() -> None:
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer; a missing pad token becomes its end token. ValueError without tokenizer or end token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.base, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.base {model.base!r} has no tokenizer that can be loaded: {_first_line(error)}"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:  # of the code that comes with it, any
+        raise _refusal(model, "has no tokenizer that can be loaded", error) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of model.base {model.base!r} is no fast one: convert it to a tokenizer.json")
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of model.base {model.base!r} has no end token, which fine-tuning needs")
     if tokenizer.pad_token is None:
@@ -70,14 +79,19 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def causal_config(model: Model) -> Any:
-    """The base's transformers configuration; ValueError when it is none of a causal language model."""
+    """The base's transformers configuration; ValueError when it is none of a causal language model.
+
+    Where the recipe trusts the code that comes with the base, transformers knows its class from then on.
+    """
     try:
-        config = AutoConfig.from_pretrained(model.base, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.base {model.base!r} is neither a folder with a config.json nor a model that the hub gives: "
-            f"{_first_line(error)}"
-        ) from error
+        config = AutoConfig.from_pretrained(
+            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        if model.trust_remote_code and CAUSAL in (vars(config).get("auto_map") or {}):
+            _register(config, model)
+    except Exception as error:  # of the code that comes with it, any
+        what = "is neither a folder with a config.json nor a model that the hub gives"
+        raise _refusal(model, what, error) from error
     architectures = config.architectures or []
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or any(
         "CausalLM" not in a and "LMHead" not in a for a in architectures
@@ -90,6 +104,20 @@ def causal_config(model: Model) -> Any:
     return config
 
 
+def _register(config: Any, model: Model) -> None:
+    """Makes transformers take the class that comes with a base, of the same revision, wherever it is asked for one."""
+    kind: Any = get_class_from_dynamic_module(config.auto_map[CAUSAL], model.base, revision=model.revision)
+    kind.register_for_auto_class(CAUSAL)  # a whole model is exported with its code
+    AutoModelForCausalLM.register(type(config), add_generation_mixin_to_remote_model(kind), exist_ok=True)
+
+
+def _refusal(model: Model, what: str, error: Exception) -> ValueError:
+    if "trust_remote_code=True" in str(error):
+        what = "needs model.trust_remote_code = true, which runs code that comes with the model"
+        return ValueError(f"model.base {model.base!r} {what}")
+    return ValueError(f"model.base {model.base!r} {what}: {_first_line(error)}")
+
+
 def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
     """Reads the base's weights from disk or the hub into one uint8 buffer; ValueError when it is no causal model."""
     causal_config(model)
@@ -97,19 +125,20 @@ def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
         network, loaded = AutoModelForCausalLM.from_pretrained(
             model.base,
             revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
             dtype=getattr(torch, model.dtype),
             attn_implementation=model.attention,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # of the code that comes with it, any
         raise ValueError(f"the weights of model.base {model.base!r} cannot be loaded: {_first_line(error)}") from error
     if loaded["missing_keys"]:  # transformers would draw them at random
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
         raise ValueError(f"the weights of model.base {model.base!r} are not whole: {missing} and others are missing")
-    return _pack(network)
+    return _pack(network, model)
 
 
-def _pack(network: PreTrainedModel) -> tuple[PackedBase, np.ndarray]:
+def _pack(network: PreTrainedModel, model: Model) -> tuple[PackedBase, np.ndarray]:
     persistent = network.state_dict()
     tensors = persistent | {name: buffer for name, buffer in network.named_buffers() if name not in persistent}
     index: dict[str, Entry] = {}
@@ -125,7 +154,7 @@ def _pack(network: PreTrainedModel) -> tuple[PackedBase, np.ndarray]:
     for name, tensor in tensors.items():
         target = _view(torch.from_numpy(buffer), index[name])
         target.copy_(tensor)
-    return PackedBase(network.config, index, end), buffer
+    return PackedBase(model, None if model.trust_remote_code else network.config, index, end), buffer
 
 
 def _view(buffer: torch.Tensor, entry: Entry) -> torch.Tensor:
@@ -136,8 +165,11 @@ def _view(buffer: torch.Tensor, entry: Entry) -> torch.Tensor:
 
 def map_base(packed: PackedBase, buffer: torch.Tensor) -> PreTrainedModel:
     """The model whose weights are views into `buffer` (uint8, on any device): no copy, no initialisation."""
+    model, config = packed.model, packed.config if packed.config is not None else causal_config(packed.model)
     with torch.device("meta"):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(packed.config)
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, model.dtype), attn_implementation=model.attention
+        )
     tensors = {name: _view(buffer, entry) for name, entry in packed.index.items()}
     network.load_state_dict({n: t for n, t in tensors.items() if packed.index[n].persistent}, assign=True)
     network.tie_weights()

@@ -119,6 +119,11 @@ def check_privacy(federation: Federation) -> None:
     beside = strategy.beside(NO_LAYOUT)
     if not isinstance(privacy.dp, NoDp):
         check_dp(privacy.dp, strategy, beside, privacy.secagg.mode)
+        if federation.clients.min_share > 0 or federation.clients.on_too_few == "skip":
+            raise ValueError(
+                "a round that has no result because few clients took part tells how many did, which noise would have "
+                "hidden: leave clients.min_share and clients.on_too_few out, or privacy.dp"
+            )
     if not privacy.secure:
         return
     dp, varies = privacy.dp, not isinstance(federation.cohort, UniformCohort)

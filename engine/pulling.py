@@ -5,6 +5,7 @@ A unit of work is a pack of clients, which train together, or one client.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from ray.exceptions import OutOfMemoryError
 
-from engine.lost import LOST
+from engine.lost import LOST, SlotSilent, last_line
 from engine.wire import Report
 
 if TYPE_CHECKING:
@@ -86,84 +88,174 @@ def packs(clients: np.ndarray, steps: np.ndarray, lanes: int) -> list[Unit]:
     return [tuple(pack.tolist()) for pack in cut]
 
 
-def pull(
-    pool: Slots,
-    units: list[Unit],
-    costs: list[float],
-    call: Callable[[Any, list[Unit]], Any],
-    later: list[Later] | None = None,
-) -> dict[int, list[Any]]:
-    """What each slot that is still alive has done of `units`, the longest work (`costs`, in any unit) first.
+def halves(pack: Unit) -> list[Unit]:
+    """A pack of two clients or more as two packs."""
+    return [pack[: len(pack) // 2], pack[len(pack) // 2 :]]
+
+
+@dataclass
+class Done:
+    """What a slot has done that still lives: results, and of which units."""
+
+    results: list[Any] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+
+
+class Pull:
+    """Slots pull `units` of work, the longest (`costs`, in any unit) first, until all are done.
 
     A chunk is a share of the work that is left, so that chunks shrink towards the end. Slots that have nothing else to
-    do take what is `later`.
+    do take what is `later`. What a slot was working on when it died is handed out unit by unit: one that ends slots
+    again and again is halved if it is a pack, and a client alone gets the results of `give_up`, or ends the run.
     """
-    cost = dict(zip(units, costs, strict=True))
-    kinds = pool.kinds(np.array([unit[0] for unit in units], np.int64))
-    queues: dict[int, deque[Unit]] = {}
-    for place in np.argsort(-np.array(costs), kind="stable"):
-        queues.setdefault(int(kinds[place]), deque()).append(units[place])
-    left = {kind: sum(cost[unit] for unit in queue) for kind, queue in queues.items()}
-    slots = Counter(pool.kind_of(slot) for slot in range(pool.size))
-    free, running = dict.fromkeys(range(pool.size), AHEAD), dict[Any, tuple[int, list[Unit]]]()
-    beside: dict[Any, tuple[int, Later, list[int]]] = {}
-    chunks: dict[int, list[list[Unit]]] = {}
-    done: dict[int, list[Any]] = {}
 
-    def taken(kind: int) -> list[Unit]:
-        queue, share, chunk = queues[kind], left[kind] / (CHUNKS_PER_SLOT * slots[kind]), list[Unit]()
-        took = 0.0
-        while queue and (not chunk or took + cost[queue[0]] <= share):
+    def __init__(
+        self,
+        pool: Slots,
+        units: list[Unit],
+        costs: list[float],
+        call: Callable[[Any, list[Unit]], Any],
+        later: list[Later] | None = None,
+        give_up: Callable[[int, str], Any] | None = None,
+    ) -> None:
+        self.pool, self.call, self.later, self.give_up = pool, call, later or [], give_up
+        self.cost = dict(zip(units, costs, strict=True))
+        kinds = pool.kinds(np.array([unit[0] for unit in units], np.int64))
+        self.kind = dict(zip(units, kinds.tolist(), strict=True))
+        self.queues: dict[int, deque[Unit]] = {kind: deque() for kind in self.kind.values()}
+        self.left = dict.fromkeys(self.queues, 0.0)
+        for place in np.argsort(-np.array(costs), kind="stable"):
+            self._queue(units[place])
+        self.slots = Counter(pool.kind_of(slot) for slot in pool.alive)
+        self.free = dict.fromkeys(pool.alive, AHEAD)
+        self.running: dict[Any, tuple[int, list[Unit]]] = {}
+        self.beside: dict[Any, tuple[int, Later, list[int]]] = {}
+        self.since: dict[int, float] = {}  # when a slot began to owe an answer
+        self.suspects: Counter[Unit] = Counter()  # how many slots have died while they worked on a unit alone
+        self.done: dict[int, Done] = {}
+        self.given_up: list[Any] = []
+
+    def run(self) -> dict[int, Done]:
+        """What each slot that is still alive has done."""
+        while self._busy() or self.running or self.beside:
+            self._hand_out()
+            owed = [*self.running, *self.beside]
+            if not owed:
+                continue
+            ready, _ = ray.wait(owed, num_returns=1, timeout=self._patience())
+            if ready:
+                self._take(ready[0])
+            else:
+                self._end_silent()
+        return self.done
+
+    def _busy(self) -> bool:
+        return any(self.queues.values())
+
+    def _queue(self, unit: Unit) -> None:
+        self.queues[self.kind[unit]].append(unit)
+        self.left[self.kind[unit]] += self.cost[unit]
+
+    def _hand_out(self) -> None:
+        for ahead in range(AHEAD):
+            for slot in [slot for slot, room in self.free.items() if room == AHEAD - ahead]:
+                kind = self.pool.kind_of(slot)
+                # The last units are for who has nothing else to do.
+                if len(self.queues.get(kind, ())) > ahead * AHEAD * self.slots[kind]:
+                    chunk = self._chunk(kind)
+                    self.running[self.call(self.pool.actors[slot], chunk)] = (slot, chunk)
+                    self._owes(slot)
+        # Once the training is over, what is later is no part of the round.
+        for slot in [slot for slot, room in self.free.items() if room == AHEAD and (self.running or self._busy())]:
+            waiting = next((one for one in self.later if one.chunks), None)
+            if waiting is not None:
+                part = waiting.chunks.popleft()
+                self.beside[waiting.call(self.pool.actors[slot], part)] = (slot, waiting, part)
+                self._owes(slot)
+
+    def _owes(self, slot: int) -> None:
+        self.free[slot] -= 1
+        self.since.setdefault(slot, time.monotonic())
+
+    def _chunk(self, kind: int) -> list[Unit]:
+        queue, share, chunk, took = self.queues[kind], self._share(kind), list[Unit](), 0.0
+        while queue and (not chunk or took + self.cost[queue[0]] <= share):
+            if chunk and (queue[0] in self.suspects or chunk[0] in self.suspects):
+                break
             chunk.append(queue.popleft())
-            took += cost[chunk[-1]]
-        left[kind] -= took
+            took += self.cost[chunk[-1]]
+        self.left[kind] -= took
         return chunk
 
-    def lose(slot: int, error: Exception, *own: list[Unit]) -> None:
-        """All that a dead slot has done or begun is to be done again, but for what it has answered of `later`."""
-        begun = [reference for reference, (other, _) in running.items() if other == slot]
-        kind = pool.kind_of(slot)
-        for lost in (*own, *(running.pop(reference)[1] for reference in begun), *chunks.pop(slot, [])):
-            queues[kind].extend(lost)
-            left[kind] += sum(cost[unit] for unit in lost)
-        for reference in [reference for reference, (other, _, _) in beside.items() if other == slot]:
-            _, waiting, part = beside.pop(reference)
-            waiting.chunks.append(part)
-        done.pop(slot, None)
-        pool.replace(slot, error)
-        free[slot] = AHEAD
+    def _share(self, kind: int) -> float:
+        return self.left[kind] / (CHUNKS_PER_SLOT * self.slots[kind])
 
-    while any(queues.values()) or running or beside:
-        for ahead in range(AHEAD):
-            for slot in [slot for slot, room in free.items() if room == AHEAD - ahead]:
-                kind = pool.kind_of(slot)
-                # The last units are for who has nothing else to do.
-                if len(queues.get(kind, ())) > ahead * AHEAD * slots[kind]:
-                    free[slot] -= 1
-                    chunk = taken(kind)
-                    running[call(pool.actors[slot], chunk)] = (slot, chunk)
-        # Once the training is over, what is later is no part of the round.
-        for slot in [slot for slot, room in free.items() if room == AHEAD and (running or any(queues.values()))]:
-            waiting = next((one for one in later or () if one.chunks), None)
-            if waiting is not None:
-                free[slot] -= 1
-                part = waiting.chunks.popleft()
-                beside[waiting.call(pool.actors[slot], part)] = (slot, waiting, part)
-        (ready,), _ = ray.wait([*running, *beside], num_returns=1)
-        if ready in beside:
-            slot, waiting, part = beside.pop(ready)
-            free[slot] += 1
-            try:
-                waiting.found.extend(ray.get(ready))
-            except LOST as error:
-                waiting.chunks.append(part)
-                lose(slot, error)
-            continue
-        slot, chunk = running.pop(ready)
+    def _patience(self) -> float | None:
+        allowed = self.pool.timeout_s
+        return None if allowed is None else max(0.0, min(self.since.values()) + allowed - time.monotonic())
+
+    def _end_silent(self) -> None:
+        allowed = self.pool.timeout_s
+        assert allowed is not None
+        for slot, began in list(self.since.items()):
+            if time.monotonic() - began >= allowed:
+                self._lose(slot, SlotSilent(f"no answer for {allowed:g} s, which is clients.timeout_s"))
+
+    def _take(self, ready: Any) -> None:
+        slot = (self.beside.get(ready) or self.running[ready])[0]
         try:
-            done.setdefault(slot, []).extend(ray.get(ready))
-            chunks.setdefault(slot, []).append(chunk)
-            free[slot] += 1
+            found = ray.get(ready)
         except LOST as error:
-            lose(slot, error, chunk)
-    return done
+            self._lose(slot, error)
+            return
+        self.free[slot] += 1
+        if ready in self.beside:
+            _, waiting, _ = self.beside.pop(ready)
+            waiting.found.extend(found)
+        else:
+            _, chunk = self.running.pop(ready)
+            done = self.done.setdefault(slot, Done())
+            done.results.extend(found)
+            done.units.extend(chunk)
+        if self.free[slot] == AHEAD:
+            del self.since[slot]
+        else:
+            self.since[slot] = time.monotonic()
+
+    def _lose(self, slot: int, error: Exception) -> None:
+        """All that a dead slot has done or begun is to be done again, but for what it has answered of `later`."""
+        begun = [self.running.pop(reference)[1] for reference, (other, _) in [*self.running.items()] if other == slot]
+        for reference in [reference for reference, (other, _, _) in self.beside.items() if other == slot]:
+            _, waiting, part = self.beside.pop(reference)
+            waiting.chunks.append(part)
+        for unit in self.done.pop(slot, Done()).units:
+            self._queue(unit)
+        for chunk in begun[1:]:
+            for unit in chunk:
+                self._queue(unit)
+        if begun:  # a slot answers in the order in which it is asked: that is what it was working on
+            self._suspect(begun[0], error)
+        self.since.pop(slot, None)
+        self.pool.replace(slot, error)
+        self.free[slot] = AHEAD
+        for gone in [other for other in self.free if other not in self.pool.alive]:
+            del self.free[gone]
+        self.slots = Counter(self.pool.kind_of(other) for other in self.pool.alive)
+
+    def _suspect(self, chunk: list[Unit], error: Exception) -> None:
+        if len(chunk) > 1:
+            self.suspects.update(dict.fromkeys(chunk, 0))
+            for unit in chunk:
+                self._queue(unit)
+            return
+        (unit,) = chunk
+        self.suspects[unit] += 1
+        if len(unit) > 1 and (self.suspects[unit] > 1 or isinstance(error, OutOfMemoryError)):
+            for half in halves(unit):
+                self.cost[half], self.kind[half] = self.cost[unit] * len(half) / len(unit), self.kind[unit]
+                self.suspects[half] = 0
+                self._queue(half)
+        elif len(unit) == 1 and self.give_up and self.suspects[unit] > self.pool.federation.clients.retries:
+            self.given_up.append(self.give_up(unit[0], last_line(error)))
+        else:
+            self._queue(unit)

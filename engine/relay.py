@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
-from engine.lost import LOST
+from engine.lost import LOST, SlotSilent
+from engine.pool import Reference
 from engine.pulling import Unit, Work
 from engine.secure import Opening
-from engine.slots import Reference, Slots
+from engine.slots import Slots
 from engine.wire import Report, ShardTotals
 from strategies.secagg.messages import KeyList, MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session
@@ -94,15 +95,15 @@ class Relay:
         """
         done = Relayed()
         units = self.slots.units(work, lanes)
-        placed = placement(units, [work.cost(unit) for unit in units], self.slots.size)
         known = None
         if session.parameters.active:
             everybody = tuple(work.clients.tolist())
             known = self.slots.ask(lambda actor: actor.roster.remote(everybody, self.authority))
-        asked = _Asked(placed, wire, gone, refuse, known)
         self.slots.deaths = 0
         while True:
             done.sessions += 1
+            placed = placement(units, [work.cost(unit) for unit in units], self.slots.alive)
+            asked = _Asked(placed, wire, gone, refuse, known)
             try:
                 done.totals = self._session(session, asked, done)
                 return done
@@ -186,9 +187,12 @@ class Relay:
         found, lost = {}, False
         for slot, reference in asked.items():
             try:
-                found[slot] = ray.get(reference)
+                found[slot] = ray.get(reference, timeout=self.slots.timeout_s)
             except LOST as error:
                 self.slots.replace(slot, error)
+                lost = True
+            except GetTimeoutError:
+                self.slots.replace(slot, SlotSilent(f"no answer for {self.slots.timeout_s:g} s"))
                 lost = True
             except RayTaskError as error:
                 if isinstance(error.cause, SecAggAbort):
@@ -203,11 +207,11 @@ class Relay:
         return [one for answers in found.values() for one in answers]
 
 
-def placement(units: list[Unit], costs: list[float], slots: int) -> Placed:
+def placement(units: list[Unit], costs: list[float], slots: Sequence[int]) -> Placed:
     """Each slot's packs: the longest work first, to the slot with the least; slots without any are left out."""
-    loads, placed = np.zeros(slots), dict[int, list[Unit]]()
+    loads, placed = np.zeros(len(slots)), dict[int, list[Unit]]()
     for place in np.argsort(-np.array(costs), kind="stable"):
-        slot = int(np.argmin(loads))
-        loads[slot] += costs[place]
-        placed.setdefault(slot, []).append(units[place])
+        least = int(np.argmin(loads))
+        loads[least] += costs[place]
+        placed.setdefault(slots[least], []).append(units[place])
     return {slot: tuple(packs) for slot, packs in placed.items()}

@@ -11,13 +11,15 @@ import ray
 
 from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
+from engine.availability import Trace
 from engine.batches import steps_of
 from engine.checkpoint import Saved
 from engine.collect import Collector, PlainCollector, SecureCollector, ShardCollector
 from engine.costs import Costs
 from engine.events import RoundDone
+from engine.lost import Fault
 from engine.memory import ClientMemory
-from engine.metrics import Ledger, Metrics
+from engine.metrics import Logs
 from engine.pulling import Work
 from engine.relay import Relay
 from engine.ring import rounding
@@ -44,12 +46,11 @@ class Rounds:
         tokens: Tokens,
         layout: Layout,
         folder: Path,
-        metrics: Metrics,
-        ledger: Ledger,
+        logs: Logs,
     ) -> None:
         self.federation, self.slots, self.server, self.layout = federation, slots, server, layout
         self.store, self.tokens = store, tokens
-        self.folder, self.metrics, self.ledger = folder, metrics, ledger
+        self.folder, self.metrics, self.ledger, self.log = folder, logs.metrics, logs.ledger, logs.faults
 
     def prepare(self, initial: Any, saved: Saved | None, lanes: int) -> tuple[str, ...]:
         """Plans noise and how updates come in; what the user should know of it. ValueError where it cannot be had."""
@@ -66,11 +67,13 @@ class Rounds:
         self.noisy_steps = self.most_steps * trainings  # a client's own, in a round: all of its trainings see its rows
         planned = plan_noise(federation, layout, clients, int(rows.min()), self.noisy_steps * federation.rounds)
         self.noise: Plan | None = planned.plan if planned else None
-        simulated, path = federation.privacy.simulated, self.folder / "privacy.json"
-        self.spending = self.noise and Spending.open(path, self.noise, simulated=simulated, round_=round_)
-        self.collector: Collector = PlainCollector(federation, self.slots)
+        simulated, spent = federation.privacy.simulated, self.folder / "privacy.json"
+        self.spending = self.noise and Spending.open(spent, self.noise, simulated=simulated, round_=round_)
+        path = federation.clients.availability.trace
+        trace = None if path is None else Trace.open(Path(path), self.store.names(list(range(clients))))
+        self.collector: Collector = PlainCollector(federation, self.slots, trace)
         if federation.clients.zero:
-            self.collector = ShardCollector(federation, self.slots)
+            self.collector = ShardCollector(federation, self.slots, trace)
         if federation.privacy.secure:
             largest = max(2, federation.cohort.largest(clients))
             federation.privacy.secagg.parameters(largest)
@@ -78,7 +81,7 @@ class Rounds:
                 self.slots, ray.remote(Authority).options(num_cpus=0).remote(), federation.privacy.secagg.on_slot_death
             )
             most_tokens = self.most_steps * train.batch * train.accumulate * train.max_length
-            self.collector = SecureCollector(federation, relay, layout, most_tokens)
+            self.collector = SecureCollector(federation, relay, layout, most_tokens, trace)
             self._clients_clip(largest)
         return planned.warned if planned else ()
 
@@ -102,13 +105,17 @@ class Rounds:
         steps, lengths = self.steps(cohort), self._tokens(cohort)
         done = self.collector.collect(Work(cohort, steps, self.costs.seconds(steps, lengths)), wire)
         self._learn(cohort, steps, lengths, done.reports)
-        self._refuse_failures(done.reports, round_)
+        too_few = None if done.aborted is not None else self._too_few(done.reports, len(cohort), round_)
+        if too_few is not None:
+            if federation.clients.on_too_few == "end":
+                raise ValueError(f'{too_few}, or take clients.on_too_few = "skip"')
+            done = replace(done, aggregate=None, aborted=too_few)
         trained = time.monotonic()
         central = self.noise if isinstance(self.noise, CentralPlan) and done.aborted is None else None
         state, self.clip = self.server.apply(state, done.aggregate, central, self.clip)
         ended = time.monotonic()
         if done.aborted is not None:
-            self._abort(cohort, round_, done.aborted)
+            self._abort(cohort, round_, done.aborted, counted=too_few is None)
 
         good = [report for report in done.reports if report.failed is None and not report.late]
         failed = {self.store.name(r.client): r.failed for r in done.reports if r.failed is not None}
@@ -132,7 +139,10 @@ class Rounds:
             "store_bytes": done.store_bytes,
             "balance": statistics.mean(done.busy) / max(done.busy) if any(done.busy) else 1.0,
         }
-        self.metrics.add(round_, "engine", None, **figures)
+        tried = [Fault("client", self.store.name(r.client), why) for r in done.reports for why in r.tried]
+        tried += [Fault("client", client, why) for client, why in failed.items()]
+        faults = self.faults(round_, *tried)
+        self.metrics.add(round_, "engine", None, **figures, faults=len(faults))
         if epsilon is not None:
             assert self.noise is not None
             z = self.noise.noise_multiplier
@@ -141,9 +151,17 @@ class Rounds:
         for sent in done.messages:
             self.ledger.received(round_, sent.party, sent.kind, sent.count, sent.nbytes)
         said = None if epsilon is None else str(epsilon)
+        rate = tokens / seconds
         return state, RoundDone(
-            round_, done.loss, seconds, tokens / seconds, clients, failed, done.dropped, done.aborted, said
+            round_, done.loss, seconds, rate, clients, failed, done.dropped, done.aborted, said, faults
         )
+
+    def faults(self, round_: int, *more: Fault) -> tuple[Fault, ...]:
+        """Writes down what has gone wrong since this was asked last, and returns it."""
+        found = (*self.slots.faults, *more)
+        self.slots.faults.clear()
+        self.log.happened(round_, found, self.metrics.wall_s)
+        return found
 
     def _clients_clip(self, clients: int) -> float:
         """The norm that clients clip to: less than the server counts on by what a ring's rounding may add to it."""
@@ -160,12 +178,12 @@ class Rounds:
             )
         return room
 
-    def _abort(self, cohort: np.ndarray, round_: int, why: str) -> None:
+    def _abort(self, cohort: np.ndarray, round_: int, why: str, *, counted: bool) -> None:
         """The model stays as it was, clients forget the round, and the run goes on; ValueError after too many."""
         memory = ClientMemory(self.folder / "memory")
         for client in cohort:
             memory.forget(int(client), round_)
-        self.aborts += 1
+        self.aborts += counted
         allowed = self.federation.privacy.secagg.max_aborts
         if self.aborts > allowed:
             raise ValueError(
@@ -190,19 +208,28 @@ class Rounds:
         return found
 
     def _learn(self, cohort: np.ndarray, steps: np.ndarray, tokens: np.ndarray, reports: list[Report]) -> None:
-        seconds = {report.client: report.seconds for report in reports}
+        seconds = {report.client: report.seconds for report in reports if report.failed is None}
         there = np.isin(cohort, list(seconds))
         self.costs.learn(steps[there], tokens[there], np.array([seconds[int(client)] for client in cohort[there]]))
 
-    def _refuse_failures(self, reports: list[Report], round_: int) -> None:
+    def _too_few(self, reports: list[Report], cohort: int, round_: int) -> str | None:
+        """Why a round has too few updates, and what helps; None where it has enough."""
+        clients = self.federation.clients
         failed = [report for report in reports if report.failed is not None]
-        if len(failed) > self.federation.clients.max_failed * len(reports) or (failed and len(failed) == len(reports)):
+        if len(failed) > clients.max_failed * len(reports) or (failed and len(failed) == len(reports)):
             names = [self.store.name(report.client) for report in failed]
-            raise ValueError(
+            return (
                 f"{len(failed)} of {len(reports)} clients of round {round_} gave no usable update, more than "
-                f"clients.max_failed = {self.federation.clients.max_failed:g} allows: {few(names)}: "
-                f"{failed[0].failed}; lower train.optimizer.lr, or raise clients.max_failed"
+                f"clients.max_failed = {clients.max_failed:g} allows: {few(names)}: {failed[0].failed}; "
+                f"lower train.optimizer.lr, raise clients.max_failed"
             )
+        there = sum(report.failed is None and not report.late for report in reports)
+        if there < clients.min_share * cohort:
+            return (
+                f"{there} of {cohort} clients of round {round_} gave an update, fewer than clients.min_share = "
+                f"{clients.min_share:g} asks for: allow more time or lower clients.min_share"
+            )
+        return None
 
 
 def few(names: list[str]) -> str:

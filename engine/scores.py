@@ -11,9 +11,10 @@ from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
 from engine.evaluate import ClientLoss, mean_loss
 from engine.metrics import Ledger, Metrics
+from engine.pool import Reference
 from engine.pulling import Later
 from engine.settings import Federation
-from engine.slots import Reference, Slots
+from engine.slots import Slots
 from engine.wire import WireBroadcast
 from strategies.seeds import rng
 

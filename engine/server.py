@@ -9,8 +9,9 @@ import torch
 
 from engine.gang import Served
 from engine.gangs import Gangs
+from engine.pool import Start
 from engine.settings import Federation
-from engine.slots import Slots, Start
+from engine.slots import Slots
 from engine.spending import noisy
 from engine.wire import Sent, ShardedState, ShardSum, WireBroadcast, to_wire
 from strategies.dp_central import CentralPlan

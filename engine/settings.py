@@ -1,22 +1,19 @@
 """The engine's sections of a recipe: plain values with defaults, importable without ray, transformers or peft."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from engine.availability import Availability
 from engine.compatibility import check_together
 from engine.privacy import Privacy, check_privacy
 from engine.train_settings import Train, at_least, below_one
 from strategies import Cohorts, Strategies, Transforms
 from strategies.cohort import UniformCohort
 from strategies.fedavg import FedAvg
-from strategies.secagg.protocol import Phase
 from strategies.seeds import rng
-
-LEAVES: tuple[Phase, ...] = ("keys", "shares", "masked input")
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Model:
     """The open base model: the shipped "tiny", a Hugging Face name, or a folder; and what of it is trained.
 
     `attention` is transformers' name for the kernel. With `compile`, torch compiles the layers, which takes up to a
-    minute for each slot and pays for long runs.
+    minute for each slot and pays for long runs. With `trust_remote_code`, Python code that comes with the base is run.
     """
 
     base: str = "tiny"
@@ -86,28 +83,8 @@ class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     compile: bool = False
+    trust_remote_code: bool = False
     peft: Annotated[Lora | FullTuning, Field(discriminator="kind")] = field(default_factory=Lora)
-
-
-@dataclass(frozen=True)
-class Availability:
-    """Clients that drop out on purpose: the share `dropout` of a cohort, and who trains longer than `deadline_s`.
-
-    Who drops out is drawn by the seed; under secure aggregation it leaves before it offers keys, shares or its vector.
-    """
-
-    dropout: float = 0.0
-    deadline_s: float | None = None
-
-    def __post_init__(self) -> None:
-        below_one("clients.availability", dropout=self.dropout)
-        if self.deadline_s is not None and not self.deadline_s > 0:
-            raise ValueError(f"clients.availability.deadline_s must be above 0, not {self.deadline_s}")
-
-    def gone(self, cohort: Iterable[int], seed: int, round_: int) -> dict[int, Phase]:
-        """Who of the cohort drops out, and before which of its answers."""
-        drawn = {int(client): rng(seed, round_, int(client), "availability") for client in cohort}
-        return {client: LEAVES[draw.integers(3)] for client, draw in drawn.items() if draw.random() < self.dropout}
 
 
 @dataclass(frozen=True)
@@ -138,8 +115,12 @@ class Clients:
     """The slots that host clients: how many, and what each takes of Ray's resources; 0.25 of a GPU puts four on one.
 
     `threads` are torch's per slot, and part of the result's identity. So is `pack`: a slot trains that many clients'
-    adapters at once over one base, or with "auto" as many as are fastest by a measurement at the start. When more than
-    `max_failed` of a cohort give unusable updates (NaN), the run ends with an error.
+    adapters at once over one base, or with "auto" as many as are fastest by a measurement at the start.
+
+    A client that raises, or whose slot dies of it, is tried `retries` times more before it counts as failed, as one
+    whose update is unusable (NaN) does. When more than `max_failed` of those who answer have failed, or fewer than
+    `min_share` of the cohort give an update, the run ends with an error, or with `on_too_few = "skip"` the model stays
+    as it was and the next round begins. A slot that does not answer for `timeout_s` is ended and made anew.
     """
 
     slots: int | Literal["auto"] = "auto"
@@ -147,7 +128,11 @@ class Clients:
     num_gpus: float = 0.0
     threads: int = 1
     pack: int | Literal["auto"] = 1
+    retries: int = 2
+    timeout_s: float | None = None
     max_failed: float = 0.2
+    min_share: float = 0.0
+    on_too_few: Literal["end", "skip"] = "end"
     availability: Availability = field(default_factory=Availability)
     zero: Zero | None = None
 
@@ -155,6 +140,11 @@ class Clients:
         counts = {"slots": self.slots, "threads": self.threads, "pack": self.pack}
         at_least("clients", 1, **{name: count for name, count in counts.items() if count != "auto"})
         at_least("clients", 0, num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_failed=self.max_failed)
+        at_least("clients", 0, retries=self.retries, min_share=self.min_share)
+        if self.min_share > 1:
+            raise ValueError(f"clients.min_share is a share of the cohort, at most 1, not {self.min_share:g}")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise ValueError(f"clients.timeout_s must be above 0, not {self.timeout_s:g}")
         if self.num_cpus + self.num_gpus == 0:
             raise ValueError("clients.num_cpus and clients.num_gpus are both 0, but a slot needs something to run on")
         if self.num_gpus > 1 and self.num_gpus % 1:

@@ -99,11 +99,14 @@ class Sent:
     lanes: int = 1
 
 
+DOWN, UP = "protocol_bytes_down", "protocol_bytes_up"  # metrics of a report
+
+
 @dataclass(frozen=True)
 class Report:
     """What became of one client in a round: its metrics, why its update could not be used, or that it came too late.
 
-    `seconds` is how long its slot worked for it: of a pack, its share.
+    `seconds` is how long its slot worked for it: of a pack, its share. `tried` says of attempts before why they failed.
     """
 
     client: int
@@ -111,6 +114,12 @@ class Report:
     failed: str | None = None
     late: bool = False
     seconds: float = field(default=0.0, compare=False)
+    tried: tuple[str, ...] = ()
+
+    @classmethod
+    def of_nothing(cls, client: int, failed: str, seconds: float = 0.0, tried: tuple[str, ...] = ()) -> "Report":
+        """Of a client that could not be trained."""
+        return cls(client, {DOWN: 0.0, UP: 0.0}, failed, seconds=seconds, tried=tried)
 
 
 @dataclass(frozen=True)

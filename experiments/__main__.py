@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from experiments.driving import RunStopped
+
 app = typer.Typer(
     help="Federated post-training of open language models, simulated on Ray.",
     no_args_is_help=True,
@@ -35,6 +37,12 @@ SCENARIOS = {
 }
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a key; may be repeated.")]
+Out = Annotated[
+    str | None, typer.Option(help="The run folder, or its URI, such as s3://...; runs/NAME-TIME by default.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Server = Annotated[str, typer.Option("--address", help="Ray's job server, such as http://127.0.0.1:8265.")]
+Job = Annotated[str, typer.Argument(metavar="JOB", help="The name that `fedpost submit` printed.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -42,22 +50,94 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def run(
     recipe: RecipePath,
     changes: Changes = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME-TIME by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    out: Out = None,
+    resume: Resume = False,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also train local-only and centralised.")] = False,
     address: Annotated[str | None, typer.Option(help="A Ray cluster to join, such as 127.0.0.1:6379.")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="Try its whole path here in a minute, with all shrunk.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe across its clients and leave a run folder."""
 
     def work() -> None:
+        if dry:
+            _dry(recipe, changes, {"--out": out, "--resume": resume, "--baselines": baselines, "--address": address})
+            return
         from experiments.api import run as run_recipe
         from experiments.config import load_recipe
+        from experiments.driving import stopped_by_interrupt
         from experiments.screen import Screen
 
         loaded = load_recipe(recipe, changes)
-        with Screen(loaded.rounds) as screen:
-            run_recipe(loaded, out=out, resume=resume, baselines=baselines, address=address, on_event=screen.show)
+        with Screen(loaded.rounds, out) as screen, stopped_by_interrupt(screen.say, screen.begun) as stop:
+            run_recipe(
+                loaded,
+                out=out,
+                resume=resume,
+                baselines=baselines,
+                address=address,
+                on_event=screen.show,
+                stop=stop,
+            )
+
+    _guarded(work, debug)
+
+
+def _dry(recipe: Path, changes: list[str] | None, others: dict[str, Any]) -> None:
+    given = ", ".join(name for name, value in others.items() if value)
+    if given:
+        raise ValueError(f"--dry runs on this machine alone and leaves nothing behind: leave {given} out")
+    from experiments.config import load_recipe
+    from experiments.dry import show_dry
+
+    if not show_dry(load_recipe(recipe, changes)):
+        raise SystemExit(1)
+
+
+@app.command()
+def submit(
+    recipe: RecipePath,
+    address: Server,
+    changes: Changes = None,
+    out: Out = None,
+    resume: Resume = False,
+    detach: Annotated[bool, typer.Option("--detach", help="End at once; the run goes on.")] = False,
+    runtime_env: Annotated[
+        Path | None, typer.Option(help="What Ray is to set up beside, such as pip, in YAML.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe as a Ray job, with the present folder, and follow it to its end and exit code."""
+
+    def work() -> None:
+        from experiments.submit import submit as submit_job
+
+        code = submit_job(recipe, changes or [], address, out, runtime_env, resume=resume, detach=detach)
+        raise SystemExit(code)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def status(job: Job, address: Server, debug: Debug = False) -> None:
+    """Tell how far a submitted run is."""
+
+    def work() -> None:
+        from experiments.submit import show_status
+
+        show_status(job, address)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def stop(job: Job, address: Server, debug: Debug = False) -> None:
+    """End a submitted run; --resume goes on with it."""
+
+    def work() -> None:
+        from experiments.submit import stop as stop_job
+
+        stop_job(job, address)
 
     _guarded(work, debug)
 
@@ -189,6 +269,9 @@ def _guarded(work: Callable[[], Any], debug: bool) -> None:
     """Turns errors into a sentence on stderr and an exit code: 2 for what the user can mend, 1 for a fault of ours."""
     try:
         work()
+    except RunStopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(130) from None
     except KeyboardInterrupt:
         print("stopped; what was written before is whole (a run goes on with --resume)", file=sys.stderr)
         raise SystemExit(130) from None

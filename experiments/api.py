@@ -10,8 +10,9 @@ import os
 import platform
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,21 +55,27 @@ class Run:
 def run(
     recipe: Recipe | Path | str,
     *,
-    out: Path | None = None,
+    out: Path | str | None = None,
     resume: bool = False,
     baselines: bool = False,
     address: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
+    stop: threading.Event | None = None,
 ) -> Run:
     """Runs a recipe (or a recipe file) to its end and returns what it left.
 
-    `out` is the run folder, `runs/NAME-TIME` by default. `resume` goes on with the run in `out`, or with the newest
-    of that name. `baselines` adds local-only and centralised training. `address` joins a Ray cluster; without it Ray is
-    started here and ended with the run. Raises ValueError with one sentence for what the caller can mend.
+    `out` is the run folder, `runs/NAME-TIME` by default; of a URI there is a copy here, which is worked on. `resume`
+    goes on with the run in `out`, or with the newest of that name. `baselines` adds local-only and centralised
+    training. `address` joins a Ray cluster; without it Ray is started here and ended with the run. With `stop` set by
+    another thread, the round that goes on is the last, and RunStopped is raised. Raises ValueError with one sentence
+    for what the caller can mend.
     """
     from engine.atomic import write_file
-    from engine.events import Finished, Preparing, Started
+    from engine.driver import RunPlan
+    from engine.events import Finished, Preparing, Started, Stopped
     from experiments.config import load_recipe, located, to_toml
+    from experiments.driving import RunStopped, drive
+    from experiments.mirror import working_folder
     from experiments.report import write_report
     from experiments.resuming import refuse_other_data, run_folder
 
@@ -76,7 +83,8 @@ def run(
         recipe = load_recipe(Path(recipe))
     if baselines and recipe.clients.zero is not None:
         raise ValueError("--baselines trains in one process, and clients are gangs: leave it, or clients.zero, out")
-    folder, recipe = run_folder(recipe, out, resume)
+    place, copy = working_folder(out, resume)
+    folder, recipe = run_folder(recipe, place, resume)
     on_event(Preparing("reading the data, giving rows to clients"))
     store = build_store(recipe)
     manifest = _manifest(recipe, store)
@@ -87,18 +95,24 @@ def run(
         "manifest.json": json.dumps(manifest, indent=1).encode(),
     }
     finished: Finished | None = None
-    with ray_session(address):
-        for event in _drive(located(recipe), store, folder.resolve(), files, resume=resume, baselines=baselines):
+    with ray_session(address), ExitStack() as at_end:
+        at_end.callback(copy)
+        plan = RunPlan(store, folder.resolve(), files, shared_store(recipe, store), resume=resume, baselines=baselines)
+        for event in drive(located(recipe), plan, stop):
             if isinstance(event, Finished):
                 finished = event
                 continue
             if isinstance(event, Started) and recipe.clients.pack != event.lanes:
-                recipe = replace(recipe, clients=replace(recipe.clients, pack=event.lanes))
-                write_file(folder / "recipe.toml", to_toml(recipe).encode())
+                settled = replace(recipe, clients=replace(recipe.clients, pack=event.lanes))
+                write_file(folder / "recipe.toml", to_toml(settled).encode())
             on_event(event)
+            copy()
+            if isinstance(event, Stopped):
+                raise RunStopped(f"stopped after round {event.round} of {recipe.rounds}; --resume goes on from there")
     assert finished is not None
     finished = replace(finished, folder=folder)
     write_report([folder], folder / "report.html")
+    copy()
     on_event(finished)
     return Run(folder, finished.losses, finished.samples)
 
@@ -120,45 +134,11 @@ def shared_store(recipe: Recipe, store: Path) -> str | None:
     return None if is_local(recipe.data.cache) else within(recipe.data.cache, store.name)
 
 
-def _drive(
-    recipe: Recipe, store: Path, folder: Path, files: dict[str, bytes], *, resume: bool, baselines: bool
-) -> Iterator[Event]:
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from engine.driver import Driver, RunPlan
-    from experiments.own import own_parts
-
-    for own in own_parts(recipe).values():
-        # Travels as code: no process of the cluster needs the file.
-        ray.cloudpickle.register_pickle_by_value(sys.modules[type(own).__module__])
-    # On this node, since it reads and writes this machine's folders.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    plan = RunPlan(store, folder, files, shared_store(recipe, store), resume=resume, baselines=baselines)
-    driver: Any = ray.remote(Driver).options(num_cpus=0, scheduling_strategy=here).remote(recipe, plan)
-    try:
-        for reference in driver.run.remote():
-            yield ray.get(reference)
-    except RayTaskError as error:
-        cause: BaseException = error
-        while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
-            cause = cause.cause
-        if isinstance(cause, ValueError | OSError):
-            raise ValueError(str(cause)) from error
-        raise
-    except RayActorError as error:
-        raise ValueError(
-            f"the driver died ({str(error).strip().splitlines()[0]}); go on from the last checkpoint with --resume"
-        ) from error
-    finally:
-        ray.kill(driver)
-
-
 @contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
+def ray_session(address: str | None, **resources: float) -> Iterator[None]:
     """Joins the Ray at `address` (or of the job that we are in), or starts one on loopback; ends what it began.
 
+    `resources` (num_cpus, num_gpus) are what Ray counts on where it is started, in place of what the machine has.
     Raises ValueError if none answers or starts.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -178,10 +158,10 @@ def ray_session(address: str | None) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address is None:
-            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet, **resources)
         else:
             _refuse_silence(address)
-            ray.init(address, runtime_env=_shipped_code(), **quiet)
+            ray.init(address, runtime_env=shipped_code(), **quiet)
     except (ConnectionError, RuntimeError) as error:
         where = f"at {address}" if address else "on this machine"
         raise ValueError(f"Ray does not start or answer {where}: {str(error).strip().splitlines()[0]}") from error
@@ -212,7 +192,7 @@ def _refuse_silence(address: str) -> None:
         ) from error
 
 
-def _shipped_code() -> dict[str, Any]:
+def shipped_code() -> dict[str, Any]:
     """The runtime environment that brings this code to a cluster's nodes; a Ray job has brought it already."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return {}
@@ -231,5 +211,6 @@ def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
         versions["fedpost"] = "not installed: run from its folder"
     machine = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
     data = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
-    base = {"name": recipe.model.base, "revision": recipe.model.revision}
+    model = recipe.model
+    base = {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
     return {"seed": recipe.seed, "base": base, "versions": versions, **machine, "data": data}

@@ -8,8 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import Recipe, parse_recipe, to_toml
+from experiments.run_folder import refuse_ways_out
 
 RUNS = Path("runs")
+# What may change from one part of a run to the next: no bit of the result depends on it.
+FREE = {
+    "clients.max_failed",
+    "clients.num_cpus",
+    "clients.num_gpus",
+    "clients.retries",
+    "clients.slots",
+    "clients.timeout_s",
+    "data.cache",
+}
 
 
 def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Recipe]:
@@ -30,13 +41,18 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
         return out, recipe
     if not old.is_file():
         raise ValueError(f"{out} holds no run to resume (no recipe.toml): leave --resume out to start one there")
-    if (out / "model").exists():
+    refuse_ways_out(out)
+    before = _begun_with(old, recipe)
+    if (out / "model").exists() and recipe.rounds <= before.rounds:
         hint = "" if (out / "report.html").exists() else f"; `fedpost report {out}` writes the report that it lacks"
-        raise ValueError(f"the run in {out} has finished; choose another --out for a new one{hint}")
-    before = parse_recipe(old.read_text(encoding="utf-8"), origin=str(old))
+        raise ValueError(f"the run in {out} has finished; raise rounds, or choose another --out for a new one{hint}")
     if recipe.clients.pack == "auto":  # has been settled
         recipe = replace(recipe, clients=replace(recipe.clients, pack=before.clients.pack))
     changed = _differences(before, recipe)
+    if changed == ["rounds"] and recipe.rounds < before.rounds:
+        raise ValueError(f"the run in {out} was begun with {before.rounds} rounds, and cannot go on with fewer")
+    if changed == ["rounds"] and not _by_rounds(recipe):
+        changed = []
     if changed:
         raise ValueError(
             f"{out} was begun with another recipe, which differs in {', '.join(changed)}: resume it with the recipe it "
@@ -47,33 +63,63 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
 
 def refuse_other_data(folder: Path, manifest: dict[str, Any]) -> None:
     """A resumed run must go on with the rows and the versions that it was begun with."""
-    before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    if before["data"]["key"] != manifest["data"]["key"]:
+    file = folder / "manifest.json"
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        key, versions = before["data"]["key"], before["versions"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not the manifest of a run ({error}): start anew in another --out") from error
+    if key != manifest["data"]["key"]:
         raise ValueError(f"the data has changed since the run in {folder} was begun: start anew in another --out")
-    if before["versions"] != manifest["versions"]:
+    if versions != manifest["versions"]:
         raise ValueError(
-            f"the run in {folder} was begun with other versions ({before['versions']}, now {manifest['versions']}): "
+            f"the run in {folder} was begun with other versions ({versions}, now {manifest['versions']}): "
             f"install those, or start anew in another --out"
         )
 
 
+def _begun_with(file: Path, recipe: Recipe) -> Recipe:
+    """The recipe of a run folder, which may come from elsewhere: what it names is imported if `recipe` names it too."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        named = _own_kinds(tomllib.loads(text)) - _own_kinds(tomllib.loads(to_toml(recipe)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not the recipe of a run ({error}): start anew in another --out") from error
+    if named:
+        raise ValueError(
+            f"{file} names code that the recipe to resume with does not ({', '.join(sorted(named))}): "
+            f"resume it with the recipe it was begun with, or start anew in another --out"
+        )
+    return parse_recipe(text, origin=str(file))
+
+
+def _own_kinds(tree: Any) -> set[str]:
+    """What in a recipe's tree may name people's own classes, as a section's kind or in place of it: "module:Class"."""
+    if isinstance(tree, str):
+        return {tree} if ":" in tree and "/" not in tree else set()
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return set[str]().union(*map(_own_kinds, values))
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe's values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def _differences(before: Recipe, now: Recipe) -> list[str]:
     """Dotted keys in which two recipes differ, but for those that cannot change the result."""
+    old, new = (leaves(tomllib.loads(to_toml(recipe))) for recipe in (before, now))
+    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not _is_free(key))
 
-    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        leaves: dict[str, Any] = {}
-        for key, value in tree.items():
-            leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return leaves
 
-    old, new = (flat(tomllib.loads(to_toml(recipe))) for recipe in (before, now))
-    free = {
-        "clients.max_failed",
-        "clients.slots",
-        "clients.num_cpus",
-        "clients.num_gpus",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "data.cache",
-    }
-    return sorted(key for key in (old.keys() | new.keys()) - free if old.get(key) != new.get(key))
+def _is_free(key: str) -> bool:
+    sections = ("evaluate.", "checkpoint.")
+    return key in FREE or key.startswith(sections)
+
+
+def _by_rounds(recipe: Recipe) -> bool:
+    """Whether any round depends on how many there are to be: by a schedule over rounds, or by noise for all of them."""
+    return recipe.train.over_rounds.kind != "constant" or recipe.privacy.dp.kind != "none"

@@ -8,7 +8,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from engine.events import Evaluated, Event, Finished, Preparing, RoundDone, Sample, Started
+from datasets_partition.location import is_local, within
+from engine.events import DriverLost, Evaluated, Event, Finished, Preparing, RoundDone, Sample, Started
 
 SPLITS = {"heldout": "held-out rows", "unseen": "unseen clients", "server": "the server's rows"}
 
@@ -16,9 +17,10 @@ SPLITS = {"heldout": "held-out rows", "unseen": "unseen clients", "server": "the
 class Screen:
     """Shows a run's events: a line each, and below them a bar where the output is a terminal."""
 
-    def __init__(self, rounds: int) -> None:
+    def __init__(self, rounds: int, out: str | None = None) -> None:
+        self.elsewhere = None if out is None or is_local(out) else out
         self.console = Console(highlight=False, soft_wrap=True)
-        self.rounds = rounds
+        self.rounds, self.started = rounds, False
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -39,6 +41,8 @@ class Screen:
     def show(self, event: Event) -> None:
         """Shows one event."""
         match event:
+            case DriverLost(why):
+                self.say(f"the driver died ({why}); another goes on from the last checkpoint")
             case Preparing(step):
                 self.progress.update(self.task, description=step)
                 self.console.print(f"[dim]{step} ...[/dim]")
@@ -54,7 +58,16 @@ class Screen:
                 self.progress.stop()
                 self._finished(event)
 
+    def say(self, what: str) -> None:
+        """Shows a sentence that stands out."""
+        self.console.print(f"[yellow]{escape(what)}[/yellow]")
+
+    def begun(self) -> bool:
+        """Whether the first round goes on, or a later one."""
+        return self.started
+
     def _started(self, event: Started) -> None:
+        self.started = True
         slots = f"{event.slots} slots" if event.slots > 1 else "1 slot"
         fewer = f" (of {event.asked} asked; no more fit)" if event.asked not in ("auto", event.slots) else ""
         self.console.print(
@@ -88,8 +101,11 @@ class Screen:
         )
         if event.aborted is not None:
             self.console.print(f"  [yellow]no sum, the model stays as it was: {escape(event.aborted)}[/yellow]")
+        for fault in event.faults:
+            if fault.kind != "client" or fault.who not in event.failed:
+                self.console.print(f"  [yellow]{escape(f'{fault.kind} {fault.who}')}: {escape(fault.why)}[/yellow]")
         for client, why in event.failed.items():
-            self.console.print(f"  [yellow]client {client!r} was left out: {why}[/yellow]")
+            self.console.print(f"  [yellow]client {client!r} was left out: {escape(why)}[/yellow]")
         if event.round == self.rounds:
             if event.epsilon is not None:
                 self.console.print(f"privacy: {event.epsilon}")
@@ -117,7 +133,7 @@ class Screen:
                 f"{plain:.3f}"
             )
         for name, what in (("model", "the trained model"), ("report.html", "the report"), ("metrics", "all figures")):
-            self.console.print(f"{what:>17}: {event.folder / name}", soft_wrap=True)
+            self.console.print(f"{what:>17}: {within(self.elsewhere or str(event.folder), name)}", soft_wrap=True)
 
 
 def _losses(losses: dict[str, float]) -> str:

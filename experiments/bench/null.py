@@ -14,7 +14,7 @@ from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
 from engine.client import ClientActor
 from engine.events import RoundDone
-from engine.metrics import Ledger, Metrics, read_log
+from engine.metrics import Faults, Ledger, Logs, Metrics, read_log
 from engine.pulling import Unit
 from engine.rounds import Rounds
 from engine.server import WholeServer
@@ -101,8 +101,8 @@ def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
         start = slots.start(store)
         opened, tokens = Store.open(store), Tokens.open(start.tokens)
         server = WholeServer(work, slots, start, opened.num_training)
-        metrics, ledger = Metrics(folder / "metrics"), Ledger(folder / "ledger")
-        played = Rounds(work, slots, server, opened, tokens, start.layout, folder, metrics, ledger)
+        logs = Logs(Metrics(folder / "metrics"), Ledger(folder / "ledger"), Faults(folder / "faults"))
+        played = Rounds(work, slots, server, opened, tokens, start.layout, folder, logs)
         state: Any = server.initial()
         first = state.params
         played.prepare(state, None, 1)
@@ -110,7 +110,7 @@ def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
         for round_ in range(1, rounds + 1):
             began = time.monotonic()
             state, done = played.play(state)
-            for log in (metrics, ledger):
+            for log in logs:
                 log.flush(round_)
             seconds.append(time.monotonic() - began)
             _refuse_other(state.params - first, round_, done)

@@ -213,7 +213,7 @@ def test_once_shares_are_asked_for_nothing_is_void(play, pool):
 def test_a_slot_that_dies_may_count_as_its_clients_dropping_out(play, pool, full, phase, active):
     if not full and (phase, active) not in {("masked", "true"), ("open", "false")}:
         pytest.skip("of six deaths two are tried unless all are asked for")
-    placed = placement([(client,) for client in COHORT.tolist()], COSTS.tolist(), 3)
+    placed = placement([(client,) for client in COHORT.tolist()], COSTS.tolist(), range(3))
     (pool[2] / "die").write_text(phase)
     changes = [f"privacy.secagg.active={active}", "privacy.secagg.threshold=4", "privacy.secagg.dropout=0.3"]
     done = play(*changes, mode="full", on_slot_death="dropout")

@@ -20,12 +20,12 @@ def test_packs_are_a_function_of_the_cohort_and_its_steps() -> None:
 
 def test_placement_gives_each_client_one_slot_and_balances() -> None:
     costs = [3.0, 1, 4, 1, 5, 9, 2]
-    placed = placement([(client,) for client in range(7)], costs, 3)
+    placed = placement([(client,) for client in range(7)], costs, range(3))
     assert sorted(client for packs in placed.values() for (client,) in packs) == list(range(7))
     loads = [sum(costs[client] for (client,) in packs) for packs in placed.values()]
     assert max(loads) - min(loads) <= 2
-    assert set(placement([(0,)], [1.0], 3)) == {0}
-    assert placement([(0, 1), (2,), (3, 4)], [5.0, 1, 3], 2) == {0: ((0, 1),), 1: ((3, 4), (2,))}
+    assert set(placement([(0,)], [1.0], [1, 2])) == {1}
+    assert placement([(0, 1), (2,), (3, 4)], [5.0, 1, 3], range(2)) == {0: ((0, 1),), 1: ((3, 4), (2,))}
 
 
 def test_seconds_are_learnt_as_a_line_through_steps_and_tokens() -> None:

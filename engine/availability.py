@@ -1,0 +1,83 @@
+"""Clients that are not there: drawn by the seed, too slow on purpose, or away by a trace."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+
+from engine.train_settings import below_one
+from strategies.secagg.protocol import Phase
+from strategies.seeds import rng
+
+LEAVES: tuple[Phase, ...] = ("keys", "shares", "masked input")
+COLUMNS = {"client": pa.string(), "first": pa.int64(), "last": pa.int64()}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """In which rounds clients are there: `spans` (S, 2) of first and last rounds, those of client c from `starts[c]`.
+
+    Clients without any span are always there.
+    """
+
+    starts: np.ndarray
+    spans: np.ndarray
+
+    @classmethod
+    def open(cls, path: Path, names: list[str]) -> "Trace":
+        """Reads a Parquet or CSV file of client (its name), first, last; clients have the numbers of their `names`."""
+        try:
+            table = pq.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
+            table = table.select(list(COLUMNS)).cast(pa.schema(list(COLUMNS.items())))
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise ValueError(
+                f"the trace {path} (clients.availability.trace) cannot be read as Parquet or CSV with the columns "
+                f"client, first and last: {str(error).splitlines()[0]}"
+            ) from error
+        numbers = {name: number for number, name in enumerate(names)}
+        clients = np.array([numbers.get(name, -1) for name in table["client"].to_pylist()], np.int64)
+        if not (clients >= 0).any():
+            raise ValueError(
+                f"the trace {path} (clients.availability.trace) names none of the training clients, which are called "
+                f"{', '.join(map(repr, names[:3]))} and so on"
+            )
+        order = np.argsort(clients, kind="stable")
+        order = order[clients[order] >= 0]
+        spans = np.stack([table["first"].to_numpy(), table["last"].to_numpy()], axis=1)[order]
+        return cls(np.searchsorted(clients[order], np.arange(len(names) + 1)), spans)
+
+    def away(self, client: int, round_: int) -> bool:
+        """Whether a client is not there in a round, counted from 1."""
+        own = self.spans[self.starts[client] : self.starts[client + 1]]
+        return len(own) > 0 and not ((own[:, 0] <= round_) & (round_ <= own[:, 1])).any()
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Clients that drop out on purpose: the share `dropout` of a cohort, and who trains longer than `deadline_s`.
+
+    Who drops out is drawn by the seed; under secure aggregation it leaves before it offers keys, shares or its vector.
+    `trace` is a Parquet or CSV file of `client` (its name), `first` and `last`: clients in it are there in these
+    rounds, counted from 1, and in no others; a client may have several rows.
+    """
+
+    dropout: float = 0.0
+    deadline_s: float | None = None
+    trace: str | None = None
+
+    def __post_init__(self) -> None:
+        below_one("clients.availability", dropout=self.dropout)
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ValueError(f"clients.availability.deadline_s must be above 0, not {self.deadline_s}")
+
+    def gone(self, cohort: Iterable[int], seed: int, round_: int, trace: Trace | None = None) -> dict[int, Phase]:
+        """Who of the cohort drops out in a round (counted from 0), and before which of its answers."""
+        drawn = {int(client): rng(seed, round_, int(client), "availability") for client in cohort}
+        gone = {client: LEAVES[draw.integers(3)] for client, draw in drawn.items() if draw.random() < self.dropout}
+        if trace is not None:
+            gone |= {client: LEAVES[0] for client in drawn if trace.away(client, round_ + 1)}
+        return gone
