@@ -171,7 +171,8 @@ class _Made:
 
     def write(self, folder: Path, on_step: Callable[[str], None]) -> None:
         at_once = ROWS_PER_GROUP * GROUPS_AT_ONCE
-        with pq.ParquetWriter(folder / "rows.parquet", self.schema, write_statistics=["client"]) as writer:
+        options = {"write_statistics": ["client"], "write_page_checksum": True}
+        with pq.ParquetWriter(folder / "rows.parquet", self.schema, **options) as writer:
             for first in range(0, len(self.order), at_once):
                 on_step(f"writing rows {first:,} of {len(self.order):,}")
                 group = self.table.take(self.order[first : first + at_once])

@@ -1,6 +1,7 @@
 """Where data lies: a local path, or any location that pyarrow.fs knows by its URI (s3://, gs://, ...)."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -12,18 +13,24 @@ def located(location: str) -> tuple[fs.FileSystem, str]:
     """The file system of `location` and the path within it; ValueError for a URI that no file system takes."""
     if is_local(location):
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
-    scheme, _, rest = location.partition("://")
-    if ":" in rest.partition("/")[0].rpartition("@")[0]:
-        raise ValueError(
-            f"a location {scheme}://... holds a password, which manifests and messages would repeat: take it out, and "
-            f"put it where that service's tools look for it, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in "
-            f"the environment"
-        )
+    refuse_password(location)
     try:
         system, path = fs.FileSystem.from_uri(location)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise ValueError(f"{location} is no location that can be read: {str(error).splitlines()[0]}") from None
     return system, path
+
+
+def refuse_password(location: str) -> None:
+    """Raises ValueError if `location` is a URI with a password or key in it."""
+    scheme, _, rest = location.partition("://")
+    options = rest.partition("?")[2].lower()
+    if ":" in rest.partition("/")[0].rpartition("@")[0] or re.search(r"(^|&)(sig|client_secret)=", options):
+        raise ValueError(
+            f"a location {scheme}://... holds a password, which manifests and messages would repeat: take it out, and "
+            f"put it where that service's tools look for it, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in "
+            f"the environment"
+        )
 
 
 def within(location: str, name: str) -> str:
@@ -38,5 +45,12 @@ def is_local(location: str) -> bool:
 
 
 def node_cache() -> Path:
-    """The folder of this machine that holds copies of what lies elsewhere; it may be deleted at any time."""
-    return Path(tempfile.gettempdir()) / f"fedpost-{os.getuid()}"
+    """The folder of this machine that holds copies of what lies elsewhere; it may be deleted at any time.
+
+    Nobody else may read it. Raises ValueError if somebody else has made it, who could put there what they like.
+    """
+    folder = Path(tempfile.gettempdir()) / f"fedpost-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ValueError(f"{folder} belongs to somebody else: let TMPDIR name another folder for temporary files")
+    return folder

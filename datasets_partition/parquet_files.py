@@ -56,7 +56,7 @@ def _batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
     with file.opened() as stream:
         try:
             yield from pq.ParquetFile(stream).iter_batches(ROWS_PER_BATCH)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
             raise ValueError(
                 f"{file.name} is not a whole Parquet file ({first_line(error)}): fetch or write it again"
             ) from None

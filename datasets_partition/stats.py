@@ -161,7 +161,8 @@ def _categories(store: Store, rows: NDArray[np.int64]) -> Categories | None:
     with readable(store.folder):
         if "category" not in pq.read_schema(path, memory_map=True).names:
             return None
-    with readable(store.folder), pq.ParquetFile(path, memory_map=True, read_dictionary=["category"]) as file:
+    options = {"memory_map": True, "read_dictionary": ["category"], "page_checksum_verification": True}
+    with readable(store.folder), pq.ParquetFile(path, **options) as file:
         found = file.read(columns=["category"])["category"].slice(0, rows.sum())
     found = found.cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries()
     codes = np.concatenate([chunk.indices.to_numpy() for chunk in found.chunks]).astype(np.int64)

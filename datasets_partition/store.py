@@ -31,7 +31,7 @@ from datasets_partition.sealed import MANIFEST, readable
 SplitName = Literal["train", "heldout"]
 
 # Part of a store's key: raise it when the layout of a store or of its token columns changes, or the way rows are drawn.
-STORE_VERSION = 4
+STORE_VERSION = 5
 
 # Rows in a row group, the least that Parquet reads: about the rows of one client.
 ROWS_PER_GROUP = 1024
@@ -108,7 +108,7 @@ class Store:
 
     @cached_property
     def _rows(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self.folder / "rows.parquet", memory_map=True)
+        return pq.ParquetFile(self.folder / "rows.parquet", memory_map=True, page_checksum_verification=True)
 
 
 def mapped(path: Path) -> pa.Table:

@@ -110,7 +110,9 @@ class Tokens:
             if len(self.known) == BATCHES_KNOWN:
                 self.known.clear()
             with readable(self.folder):
-                self.known[number] = self.batches.get_batch(number)
+                batch = self.batches.get_batch(number)
+                batch.validate(full=True)  # what Arrow reads from a file it takes on trust
+                self.known[number] = batch
         return self.known[number]
 
     @cached_property

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ def read_run(folder: Path) -> Run:
     file = folder / "recipe.toml"
     if not file.is_file():
         raise ValueError(f"{folder} is not a run folder: that is what `fedpost run` writes, with a recipe.toml inside")
+    refuse_ways_out(folder)
     try:
         text = file.read_text("utf-8")
         recipe = tomllib.loads(text)
@@ -70,9 +72,23 @@ def read_run(folder: Path) -> Run:
     return run
 
 
+def refuse_ways_out(folder: Path) -> None:
+    """Raises ValueError if a run folder holds a link to what lies elsewhere, or what is no file, such as a pipe."""
+    inside = folder.resolve()
+    for here, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(here, name)
+            if os.path.islink(path) and not Path(path).resolve().is_relative_to(inside):
+                raise ValueError(f"{path} is a link that leads out of the run folder: put there what it links to")
+        for path in (os.path.join(here, name) for name in files):
+            if not os.path.isfile(path):
+                raise ValueError(f"{path} is neither a file nor a folder, as a run's are: remove it")
+
+
 def _read(file: Path, columns: dict[str, pa.DataType]) -> pa.Table:
     try:
         table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=list(columns))
+        table.validate(full=True)  # that text is UTF-8, say
         return table.select(list(columns)).cast(pa.schema(list(columns.items())))
     except (pa.ArrowException, OSError, KeyError) as error:
         first = (str(error).splitlines() or ["no reason given"])[0]

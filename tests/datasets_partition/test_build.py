@@ -119,14 +119,14 @@ def test_held_rows_follow_training_rows_and_the_manifest_counts_them(tmp_path: P
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest == store.manifest
     assert folder.name == manifest.pop("key")[:16]
-    assert manifest.pop("own_code") != ""  # this file's, which holds the source
+    assert manifest.pop("own_code") and manifest.pop("digest")  # the code is this file's, which holds the source
     assert manifest == {
         "source": repr(source),
         "fingerprint": "62",
         "partitioner": "Natural(kind='natural', key='client')",
         "splits": repr(Splits(heldout=0.25, unseen=0.34, min_rows=3)),
         "seed": 7,
-        "store_version": 4,
+        "store_version": 5,
         "label": None,
         "bytes": {name: (folder / name).stat().st_size for name in ("index.arrow", "rows.parquet")},
         "fedpost": version("fedpost"),

@@ -128,6 +128,14 @@ def test_a_file_with_garbage_inside(tmp_path: Path) -> None:
         source.load()
 
 
+def test_a_columns_name_that_is_no_text(tmp_path: Path) -> None:
+    source = written(tmp_path / "rows.parquet", pa.table({"text": ["a"], "other": ["b"]}))
+    path = Path(source.path)
+    path.write_bytes(path.read_bytes().replace(b"other", b"oth\xffr"))
+    with pytest.raises(ValueError, match=r"rows\.parquet is not a whole Parquet file \(.*utf-8"):
+        source.load()
+
+
 def test_no_rows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no rows: give"):
         written(tmp_path / "rows.parquet", pa.table({"text": pa.array([], pa.string())})).load()

@@ -1,6 +1,7 @@
 """Stores at a URI: file://, and s3:// on a server that speaks its protocol."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,15 @@ def test_a_copy_that_cannot_be_read_names_what_it_was_copied_from(source: Jsonl,
     way_out = rf"move or delete it, and {folder.name} in data\.cache, from which it may be copied; then"
     with pytest.raises(ValueError, match=rf"^{folder} is damaged \(.*\): {way_out}"):
         Store.open(folder)
+
+
+def test_nobody_else_reads_or_makes_the_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(location.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert node_cache().stat().st_mode & 0o777 == 0o700
+    node_cache().rename(tmp_path / "theirs")
+    (tmp_path / f"fedpost-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="belongs to somebody else: let TMPDIR name another folder"):
+        node_cache()
 
 
 def test_a_store_without_a_manifest_does_not_count(source: Jsonl, tmp_path: Path) -> None:

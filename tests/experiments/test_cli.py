@@ -21,7 +21,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy(command):
     assert not {"torch", "ray", "transformers", "pydantic", "pyarrow"} & set(loaded.stdout.split())
     done = command("--help")
     assert done.returncode == 0
-    for name in ("run", "plan", "partition", "report", "strategies", "schema", "bench"):
+    for name in ("run", "submit", "status", "stop", "plan", "partition", "report", "strategies", "schema", "bench"):
         assert name in done.stdout
 
 

@@ -2,14 +2,16 @@
 
 import copy
 import tomllib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tomli_w
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 
-from experiments.config import parse_recipe, to_toml
+from experiments.config import RECIPES, parse_recipe, to_toml
 
 LEAST: dict[str, Any] = {
     "name": "least",
@@ -43,17 +45,23 @@ def test_deep_nesting_is_an_error_too() -> None:
     survives(tomli_w.dumps(LEAST), ["train." * 3000 + "steps=1"])
 
 
-@settings(deadline=None)
-@given(st.text())
-def test_any_text_is_a_recipe_or_an_error(text: str) -> None:
-    survives(text, [])
+def tried(cases: int, given_: SearchStrategy[Any], test: Callable[[Any], None]) -> None:
+    """Tries so many inputs."""
+    settings(deadline=None, max_examples=cases, suppress_health_check=list(HealthCheck))(given(given_)(test))()
 
 
-@settings(deadline=None)
-@given(st.text())
-def test_any_change_is_made_or_an_error(change: str) -> None:
-    survives(tomli_w.dumps(LEAST), [change])
-    survives(tomli_w.dumps(LEAST), [f"train.optimizer.{change}"])
+@pytest.mark.slow
+def test_any_text_is_a_recipe_or_an_error(full: bool) -> None:
+    tried(500 if full else 100, st.text(), lambda text: survives(text, []))
+
+
+@pytest.mark.slow
+def test_any_change_is_made_or_an_error(full: bool) -> None:
+    def change(text: str) -> None:
+        survives(tomli_w.dumps(LEAST), [text])
+        survives(tomli_w.dumps(LEAST), [f"train.optimizer.{text}"])
+
+    tried(1000 if full else 100, st.text(), change)
 
 
 WORDS = st.text(max_size=4) | st.sampled_from(["sgd", "none", "jsonl"])
@@ -68,17 +76,36 @@ PLACES = [(key,) for key in RESOLVED] + [
 ]
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.lists(st.tuples(st.sampled_from(PLACES), VALUES), min_size=1, max_size=2))
-def test_any_value_anywhere_is_taken_or_an_error(changes: list[tuple[tuple[str, ...], Any]]) -> None:
-    tree = copy.deepcopy(RESOLVED)
-    for (*path, last), value in changes:
-        table: Any = tree
-        for part in path:
-            table = table[part]
-        if isinstance(table, dict):
-            table[last] = value
-    survives(tomli_w.dumps(tree), [])
+@pytest.mark.slow
+def test_any_value_anywhere_is_taken_or_an_error(full: bool) -> None:
+    def change(changes: list[tuple[tuple[str, ...], Any]]) -> None:
+        tree = copy.deepcopy(RESOLVED)
+        for (*path, last), value in changes:
+            table: Any = tree
+            for part in path:
+                table = table[part]
+            if isinstance(table, dict):
+                table[last] = value
+        survives(tomli_w.dumps(tree), [])
+
+    places = st.tuples(st.sampled_from(PLACES), VALUES)
+    tried(4000 if full else 300, st.lists(places, min_size=1, max_size=2), change)
+
+
+@pytest.mark.slow
+def test_a_shipped_recipe_with_other_bytes_is_a_recipe_or_an_error(full: bool) -> None:
+    shipped = [path.read_text() for path in sorted(RECIPES.glob("*.toml"))]
+
+    def spoil(case: tuple[str, list[tuple[int, int, str]]]) -> None:
+        text, edits = case
+        for at, length, put in edits:
+            text = text[: at % len(text)] + put + text[at % len(text) + length :] if text else put
+        survives(text, [])
+
+    edit = st.tuples(
+        st.integers(0, 2000), st.integers(0, 9), st.text(max_size=3) | st.sampled_from(list('[]{}=."\n9-'))
+    )
+    tried(1500 if full else 100, st.tuples(st.sampled_from(shipped), st.lists(edit, min_size=1, max_size=4)), spoil)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+#!/bin/bash
+# One run on nodes of Slurm: a Ray of its own on them, and `fedpost run` in it. From a folder that all nodes see, with
+# fedpost installed in .venv there:
+#
+#   sbatch --nodes=3 --gpus-per-node=2 experiments/clusters/slurm.sh RECIPE [--set a.b=c ...] [--out DIR] [--resume]
+#
+#SBATCH --job-name=fedpost
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --time=12:00:00
+# Two minutes before the time is up this script is told, and ends the run; --resume goes on with it.
+#SBATCH --signal=B:TERM@120
+set -euo pipefail
+
+source .venv/bin/activate
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+others=$((${#nodes[@]} - 1))
+on_head=(srun --overlap --nodes=1 --ntasks=1 --nodelist="${nodes[0]}")
+ip=$("${on_head[@]}" hostname --ip-address | cut -d ' ' -f 1)
+port=${RAY_PORT:-6379}
+address=$ip:$port
+
+# Whoever reaches the nodes' ports needs this token.
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+
+"${on_head[@]}" ray start --head --node-ip-address="$ip" --port="$port" --include-dashboard=false --block &
+until ray health-check --address "$address" 2> /dev/null; do sleep 1; done
+if ((others > 0)); then
+  srun --overlap --nodes=$others --ntasks=$others --exclude="${nodes[0]}" ray start --address="$address" --block &
+fi
+# Slots are placed on the nodes that are there when the run begins.
+timeout 300 python - "$address" "${#nodes[@]}" << 'END'
+import sys, time, ray
+
+ray.init(sys.argv[1], log_to_driver=False, logging_level="error")
+while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
+    time.sleep(1)
+END
+
+# In the background, since a shell that waits hears the signal, and one that runs a command does not.
+fedpost run "$@" --address "$address" &
+run=$! code=0
+trap 'kill -TERM $run' TERM
+wait $run || code=$?
+wait $run || code=$? # if it was the signal that ended the first
+exit $code

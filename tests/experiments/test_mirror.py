@@ -1,0 +1,204 @@
+"""Run folders at URIs: what is there is whole at any time, and a run goes on from it on another machine."""
+
+import shutil
+from hashlib import sha256
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+import experiments
+from datasets_partition import location
+from datasets_partition.location import located, within
+from engine.events import RoundDone, Started
+from experiments import mirror
+from experiments.mirror import Mirror, working_folder
+
+SEALED = {
+    "manifest.json": "m",
+    "metrics/round-00001.parquet": "1",
+    "checkpoints/00001/state.safetensors": "s",
+    "checkpoints/00001/facts.json": "f",
+    "recipe.toml": "r",
+    "model/adapter.safetensors": "a",
+    "report.html": "h",
+}
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Forgets all that is on this machine, as if the next call were on another."""
+    node = tmp_path / "node"
+    monkeypatch.setattr(location.tempfile, "gettempdir", lambda: str(node))
+    node.mkdir()
+
+    def renewed():
+        shutil.rmtree(node)
+        node.mkdir()
+
+    return renewed
+
+
+def write(folder, files):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}")
+        scratch.write_text(text)
+        scratch.rename(path)
+
+
+def read(folder):
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The URI of an empty bucket of an object store on loopback."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.setenv(name, "true")
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = f"?scheme=http&region=us-east-1&allow_bucket_creation=true&endpoint_override={host}:{port}"
+    located(f"s3://bucket{options}")[0].create_dir("bucket")
+    yield f"s3://bucket{options}"
+    server.stop()
+
+
+def test_a_folder_in_an_object_store_follows_the_one_here(bucket, machine):
+    place = within(bucket, "runs/one")
+    folder, copy = working_folder(place, resume=False)
+    copy()
+    write(folder, SEALED)
+    copy()
+    write(
+        folder, {"checkpoints/00002/state.safetensors": "t", "checkpoints/00002/facts.json": "g", "manifest.json": "n"}
+    )
+    shutil.rmtree(folder / "checkpoints" / "00001")
+    copy()
+    here = read(folder)
+    machine()
+    again, _ = working_folder(place, resume=True)
+    assert read(again) == here and len(here) == len(SEALED)
+    with pytest.raises(ValueError, match=r"runs/one.* already holds a run: choose another --out, or .* --resume"):
+        working_folder(place, resume=False)
+    with pytest.raises(ValueError, match=r"runs/two.* holds no run to resume"):
+        working_folder(within(bucket, "runs/two"), resume=True)
+
+
+def test_wherever_copying_is_cut_off_what_is_there_is_whole(tmp_path, machine, monkeypatch):
+    """The second of two checkpoints replaces the first, and the model is trained anew; each step may be the last."""
+    copy_files, remove, steps = mirror.fs.copy_files, Mirror._remove, [0]
+
+    def counted(call):
+        def limited(*arguments):
+            steps[0] -= 1
+            if steps[0] < 0:
+                raise OSError("the network is gone")
+            call(*arguments)
+
+        return limited
+
+    later = {name.replace("1", "2"): f"{text} later" for name, text in SEALED.items()}
+    for allowed in range(40):
+        place = (tmp_path / "there" / str(allowed)).as_uri()
+        folder, copy = working_folder(place, resume=False)
+        steps[0] = allowed
+        with monkeypatch.context() as patched:
+            patched.setattr(mirror.fs, "copy_files", counted(copy_files))
+            patched.setattr(Mirror, "_remove", counted(remove))
+            try:
+                write(folder, SEALED)
+                copy()
+                shutil.rmtree(folder / "checkpoints" / "00001")
+                write(folder, later)
+                copy()
+            except ValueError as error:
+                assert "what was copied there before is whole" in str(error)
+        ended = steps[0] >= 0
+        machine()
+        try:
+            found = read(working_folder(place, resume=True)[0])
+        except ValueError as error:
+            assert "no recipe.toml" in str(error) and allowed < len(SEALED)
+            continue
+        rounds = {name.split("/")[1] for name in found if name.startswith("checkpoints/")}
+        assert rounds
+        for name in rounds:
+            assert f"checkpoints/{name}/state.safetensors" in found and f"checkpoints/{name}/facts.json" in found
+            assert f"metrics/round-{name}.parquet" in found
+        assert ("model/adapter.safetensors" in found) == ("report.html" in found)
+        if ended:
+            assert found == later | {"metrics/round-00001.parquet": "1"}
+            return
+    raise AssertionError("copying never ended")
+
+
+def test_what_the_run_removes_meanwhile_is_no_fault_and_nothing_older_goes(tmp_path, machine, monkeypatch):
+    place = (tmp_path / "there").as_uri()
+    folder, copy = working_folder(place, resume=False)
+    write(folder, SEALED)
+    copy()
+    listed = mirror._linked
+
+    def removed_first(root, names, scratch):
+        shutil.rmtree(root / "checkpoints" / "00002")
+        return listed(root, names, scratch)
+
+    shutil.rmtree(folder / "checkpoints" / "00001")
+    write(folder, {"checkpoints/00002/state.safetensors": "t", "checkpoints/00002/facts.json": "g"})
+    with monkeypatch.context() as patched:
+        patched.setattr(mirror, "_linked", removed_first)
+        copy()
+    assert read(tmp_path / "there") == SEALED
+    write(folder, {"checkpoints/00003/state.safetensors": "u", "checkpoints/00003/facts.json": "h"})
+    copy()
+    assert read(tmp_path / "there") == read(folder)
+    assert [path.name for path in (tmp_path / "there" / "checkpoints").iterdir()] == ["00003"]
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, machine):
+    (tmp_path / "file").write_text("")
+    folder, copy = working_folder((tmp_path / "file" / "run").as_uri(), resume=False)
+    write(folder, SEALED)
+    with pytest.raises(ValueError, match=r"^file://.*/file/run cannot be written: .*; .* run again with --resume$"):
+        copy()
+    with pytest.raises(ValueError, match="holds a password"):
+        working_folder("s3://me:secret@bucket/run", resume=False)
+
+
+@pytest.mark.slow
+def test_a_run_at_a_uri_goes_on_on_another_machine(ray_session, small_recipe, tmp_path, machine, full):
+    recipe = small_recipe("rounds=3", "checkpoint.keep=1")
+    there = tmp_path / "there"
+
+    class CutOff(Exception):
+        pass
+
+    def cut_off(event):
+        if isinstance(event, RoundDone) and event.round == 2:
+            raise CutOff
+
+    with pytest.raises(CutOff):
+        experiments.run(recipe, out=there.as_uri(), on_event=cut_off)
+    assert (there / "recipe.toml").exists() and not (there / "model").exists()
+    machine()
+    events = []
+    run = experiments.run(recipe, out=there.as_uri(), resume=True, on_event=events.append)
+    assert next(event.resumed for event in events if isinstance(event, Started)) in (1, 2)
+    assert digests(there) == digests(run.folder) and (there / "report.html").exists()
+    machine()
+    with pytest.raises(ValueError, match="has finished"):
+        experiments.run(recipe, out=there.as_uri(), resume=True)
+    if full:
+        plain = experiments.run(recipe, out=tmp_path / "plain")
+        adapter = "model/adapter_model.safetensors"
+        assert (there / adapter).read_bytes() == (plain.folder / adapter).read_bytes()
+
+
+def digests(folder):
+    return {
+        path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
