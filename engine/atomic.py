@@ -37,6 +37,7 @@ def write_folder(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
     try:
         scratch.mkdir(parents=True)
         for name, content in files:
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(scratch / name, content)
         aside = path.with_name(f".{path.name}.old")
         if path.exists():

@@ -136,4 +136,5 @@ def _tensors(path: Path, digest: str) -> tuple[torch.Tensor, dict[str, torch.Ten
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("[0-9]*") if path.is_dir()), key=lambda path: int(path.name))
+    found = (path for path in folder.glob("[0-9]*") if path.is_dir() and path.name.isdecimal())
+    return sorted(found, key=lambda path: int(path.name))

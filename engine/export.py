@@ -51,7 +51,7 @@ def export_files(
             network.save_pretrained(name, state_dict=state)
         tokenizer.save_pretrained(name)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        return dict(_written(folder))
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,16 @@ def sharded_files(
                 network.generation_config.save_pretrained(name)
         tokenizer.save_pretrained(name)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        yield from ((path.name, path.read_bytes()) for path in sorted(folder.iterdir()))
+        yield from _written(folder)
     if not isinstance(network, PeftModel):
         yield from _weight_files(vector, getattr(torch, model.dtype))
+
+
+def _written(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of all files; a tokenizer may write some into a folder of their own."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), path.read_bytes()
 
 
 def _weight_files(vector: Sharded, dtype: torch.dtype) -> Iterator[tuple[str, bytes]]:

@@ -172,7 +172,8 @@ def map_base(packed: PackedBase, buffer: torch.Tensor) -> PreTrainedModel:
         )
     tensors = {name: _view(buffer, entry) for name, entry in packed.index.items()}
     network.load_state_dict({n: t for n, t in tensors.items() if packed.index[n].persistent}, assign=True)
-    network.tie_weights()
+    if len({entry.offset for entry in packed.index.values()}) < len(packed.index):
+        network.tie_weights()  # but not where a configuration says tied, and the weights are two
     for name, entry in packed.index.items():
         if not entry.persistent:  # the rotary tables and their like, which no state dict holds
             owner, _, leaf = name.rpartition(".")

@@ -68,8 +68,13 @@ class Spending:
     @classmethod
     def open(cls, path: Path, plan: Plan, *, simulated: bool, round_: int) -> "Spending":
         """Goes on from what is on disk, for a run that goes on from `round_`."""
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        charged = round_ if simulated else int(found.get("rounds", round_))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            charged = round_ if simulated else int(found.get("rounds", round_))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, which says what privacy has been spent, cannot be read ({error}): start anew in another --out"
+            ) from error
         return cls(path, plan, simulated, charged, found.get("statement"))
 
     def charge(self, steps: int) -> Epsilon:

@@ -48,6 +48,12 @@ def test_the_last_few_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
     assert loaded(tmp_path).state.params[0] == 12
 
 
+def test_other_folders_beside_them_are_none(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, saved(3), keep=2)
+    (tmp_path / "5x").mkdir()
+    assert loaded(tmp_path).state.round == 3
+
+
 def test_the_newest_is_the_highest_round_whatever_its_digits(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, saved(99_999), keep=2)
     save_checkpoint(tmp_path, saved(100_000), keep=2)

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from engine.atomic import write_folder
 from engine.export import export_files
 from engine.model import Trainable
 from engine.settings import FullTuning, Lora, Model
@@ -60,6 +62,17 @@ def test_an_adapter_is_what_peft_loads(
     assert (config["base_model_name_or_path"], config["inference_mode"], config["r"]) == (str(bases[name]), True, 4)
     assert (folder / "README.md").read_text() == "# a card"
     assert AutoTokenizer.from_pretrained(folder)("the end")["input_ids"] == tokenizer("the end")["input_ids"]
+
+
+def test_a_tokenizer_with_several_chat_templates_is_written_whole(
+    bases: dict[str, Path], make_trainable: Callable[..., Trainable], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    several = deepcopy(tokenizer)
+    several.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    model = Model(base=str(bases["tied"]), peft=Lora(r=4, alpha=8))
+    files = export_files(make_trainable(bases["tied"]), model, several, "card")
+    write_folder(tmp_path / "model", files.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == several.chat_template
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "gpt2"])

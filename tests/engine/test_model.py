@@ -71,6 +71,18 @@ def test_tied_weights_take_their_bytes_once(bases: dict[str, Path], name: str) -
     assert needed <= packed.nbytes < needed + 64 * len(unique)
 
 
+def test_weights_that_a_configuration_calls_tied_and_that_are_two_stay_two(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = copytree(bases["tied"], tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    packed, buffer = read_base(Model(base=str(folder)))
+    assert torch.equal(logits(map_base(packed, torch.from_numpy(buffer))), logits(plain(folder)))
+    assert not torch.equal(logits(plain(folder)), logits(plain(bases["tied"])))
+
+
 def test_two_models_share_one_buffer(bases: dict[str, Path]) -> None:
     packed, buffer = read_base(Model(base=str(bases["tied"])))
     shared = torch.from_numpy(buffer)

@@ -28,6 +28,13 @@ def test_what_is_spent_is_on_disk_before_noise_is_drawn(plan, tmp_path):
     assert (said["unit"], said["sampling"], said["simulated"]) == ("client", "none", False)
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"rounds": "many"}'])
+def test_a_damaged_account_of_what_is_spent_is_named(plan, tmp_path, content):
+    (tmp_path / "privacy.json").write_text(content)
+    with pytest.raises(ValueError, match=r"privacy\.json, which says what privacy has been spent, cannot be read"):
+        Spending.open(tmp_path / "privacy.json", plan, simulated=False, round_=3)
+
+
 def test_fresh_noise_of_a_round_that_is_run_again_is_charged_again(plan, tmp_path):
     path = tmp_path / "privacy.json"
     before = Spending.open(path, plan, simulated=False, round_=0)
