@@ -156,8 +156,7 @@ class ClientActor(SecureClients, Judge):
         def train(pack: Unit, sums: Sums) -> Iterator[tuple[Report, np.ndarray | None]]:
             for report, update in self._pack(pack, wire, finite_bound):
                 # An error's text may hold what the server must not see.
-                failed = None if report.failed is None else "it gave no usable update"
-                told = replace(report, metrics={DOWN: report.metrics[DOWN]}, failed=failed, tried=())
+                told = replace(report, metrics={DOWN: report.metrics[DOWN]}, tried=())
                 try:
                     yield told, None if update is None else ring_vector(update, sums, wire, self.federation)
                 except ValueError as error:  # such as a loss that is none
@@ -193,10 +192,7 @@ class ClientActor(SecureClients, Judge):
         seconds, sent = (time.monotonic() - began) / len(pack), list[tuple[Report, Update | None]]()
         for one in found:
             if one.result is None:
-                nothing = {DOWN: 0.0, UP: 0.0}
-                sent.append(
-                    (Report(one.client, nothing, failed=one.why[-1], seconds=seconds, tried=one.why[:-1]), None)
-                )
+                sent.append((Report.of_nothing(one.client, one.why, seconds), None))
                 continue
             report, update = self._sent(*one.result, wire, take, seconds)
             sent.append((replace(report, tried=one.why), update))

@@ -17,7 +17,8 @@ from engine.atomic import write_file
 from engine.checkpoint import State, load_checkpoint, save_checkpoint
 from engine.client import FLOAT_BYTES
 from engine.compatibility import in_the_way_of_packs
-from engine.events import Evaluated, Event, Finished, Preparing, Sample, Started, Stopped
+from engine.evaluate import as_text
+from engine.events import Checkpointed, Evaluated, Event, Finished, Preparing, Sample, Started, Stopped
 from engine.gangs import Gangs
 from engine.lost import Fault
 from engine.metrics import Faults, Ledger, Logs, Metrics, loss_table, read_log
@@ -152,6 +153,7 @@ class Driver:
                 kept = federation.checkpoint.keep
                 reached = self.rounds.saved(state, self.metrics.wall_s)
                 save_checkpoint(plan.folder / "checkpoints", reached, kept)
+                yield Checkpointed(state.round)
             if self.stopping and not last:
                 yield Stopped(state.round)
                 self.slots.stop()
@@ -248,7 +250,10 @@ class Driver:
         self.slots.export(folder / "model", sent, card)
         self._forget_residual(state)
         before = self.scores.continued(self.server.sent(initial))
-        samples = [Sample(*row, b, a) for row, b, a in zip(self.scores.sample_rows, before, after, strict=True)]
+        samples = [
+            Sample(as_text(prompt), own, b, a)
+            for (prompt, own), b, a in zip(self.scores.sample_rows, before, after, strict=True)
+        ]
         write_file(folder / "samples.json", json.dumps([asdict(s) for s in samples], indent=1).encode())
         return Finished(folder, losses, samples)
 

@@ -12,6 +12,8 @@ from engine.settings import Evaluate
 from engine.train import LocalTrainer
 from strategies.seeds import rng
 
+Prompt = str | list[dict[str, str]]  # a text, or the turns of a conversation
+
 
 @dataclass(frozen=True)
 class ClientLoss:
@@ -49,14 +51,17 @@ def mean_loss(losses: list[ClientLoss]) -> float:
 
 @torch.no_grad()
 def continuations(
-    network: Any, pad: int, device: torch.device, tokenizer: PreTrainedTokenizerBase, prompts: list[str], tokens: int
+    network: Any, pad: int, device: torch.device, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], tokens: int
 ) -> list[str]:
-    """Greedy continuations of at most `tokens` tokens, one text per prompt, by the weights now in the network."""
+    """Greedy continuations of at most `tokens` tokens, one text per prompt, by the weights now in the network.
+
+    Turns of a conversation become text by the tokenizer's chat template.
+    """
     network.eval()
     texts = []
     for prompt in prompts:
         # With nothing to go on, the model begins where a text before has ended.
-        ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+        ids = _ids(tokenizer, prompt) or [tokenizer.eos_token_id]
         ids_BT = torch.tensor([ids], device=device)
         out = network.generate(
             input_ids=ids_BT,
@@ -67,3 +72,16 @@ def continuations(
         )
         texts.append(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip())
     return texts
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        found: list[int] = tokenizer(prompt)["input_ids"]
+    else:
+        found = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    return found
+
+
+def as_text(prompt: Prompt) -> str:
+    """A prompt as people read it."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

@@ -56,6 +56,13 @@ class RoundDone:
 
 
 @dataclass(frozen=True)
+class Checkpointed:
+    """All that a run needs to go on after this round is on disk."""
+
+    round: int
+
+
+@dataclass(frozen=True)
 class DriverLost:
     """The driver died; another goes on from the last checkpoint."""
 
@@ -97,4 +104,4 @@ class Finished:
     samples: list[Sample] = field(default_factory=list)
 
 
-Event = Preparing | Started | RoundDone | Evaluated | DriverLost | Stopped | Finished
+Event = Preparing | Started | RoundDone | Evaluated | Checkpointed | DriverLost | Stopped | Finished

@@ -23,7 +23,7 @@ import transformers
 from datasets_partition.tokens import Tokens
 from engine import heap
 from engine.client import FLOAT_BYTES, Place
-from engine.evaluate import ClientLoss, drawn_rows
+from engine.evaluate import ClientLoss, Prompt, drawn_rows
 from engine.export import Sharded, sharded_files
 from engine.gang_secure import SecureGang, SecureRank, aggregate_of
 from engine.lost import GangLost
@@ -222,7 +222,7 @@ class Rank(SecureRank):
             losses.append(ClientLoss(client, nll, learnt, len(picked)))
         return losses
 
-    def generate(self, sent: Sent, prompts: list[str], tokens: int) -> list[str]:
+    def generate(self, sent: Sent, prompts: list[Prompt], tokens: int) -> list[str]:
         """Greedy continuations, one per prompt; all ranks generate the same."""
         self._become(sent)
         return self.trainer.generate(self.tokenizer, prompts, tokens)

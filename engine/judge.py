@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from datasets_partition.tokens import Tokens
-from engine.evaluate import ClientLoss, client_loss, continuations
+from engine.evaluate import ClientLoss, Prompt, client_loss, continuations
 from engine.memory import STRATEGY, ClientMemory, part
 from engine.optimizers import reset
 from engine.settings import Federation, Lora
@@ -73,7 +73,7 @@ class Judge:
         reset(self.trainer.optimizer)
         self.trainer.steps(rows, start, train, stream)
 
-    def generate(self, params: np.ndarray, prompts: list[str], tokens: int) -> list[str]:
+    def generate(self, params: np.ndarray, prompts: list[Prompt], tokens: int) -> list[str]:
         """Greedy continuations by the vector `params` (P,), one per prompt."""
         self._become(params)
         network, pad = self.trainer.trainable.network, self.trainer.pad

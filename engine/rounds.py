@@ -118,7 +118,7 @@ class Rounds:
             self._abort(cohort, round_, done.aborted, counted=too_few is None)
 
         good = [report for report in done.reports if report.failed is None and not report.late]
-        failed = {self.store.name(r.client): r.failed for r in done.reports if r.failed is not None}
+        failed = {self.store.name(r.client): r.why for r in done.reports if r.why is not None}
         if done.told:
             names = self.store.names([report.client for report in good])
             self.metrics.add_each(round_, "train", names, [report.metrics for report in good])
@@ -139,8 +139,11 @@ class Rounds:
             "store_bytes": done.store_bytes,
             "balance": statistics.mean(done.busy) / max(done.busy) if any(done.busy) else 1.0,
         }
-        tried = [Fault("client", self.store.name(r.client), why) for r in done.reports for why in r.tried]
-        tried += [Fault("client", client, why) for client, why in failed.items()]
+        tried = [
+            Fault("client", self.store.name(r.client), why)
+            for r in done.reports
+            for why in (*r.tried, *([r.failed] if r.failed and not r.tried else []))
+        ]
         faults = self.faults(round_, *tried)
         self.metrics.add(round_, "engine", None, **figures, faults=len(faults))
         if epsilon is not None:
@@ -220,7 +223,7 @@ class Rounds:
             names = [self.store.name(report.client) for report in failed]
             return (
                 f"{len(failed)} of {len(reports)} clients of round {round_} gave no usable update, more than "
-                f"clients.max_failed = {clients.max_failed:g} allows: {few(names)}: {failed[0].failed}; "
+                f"clients.max_failed = {clients.max_failed:g} allows: {few(names)}: {failed[0].why}; "
                 f"lower train.optimizer.lr, raise clients.max_failed"
             )
         there = sum(report.failed is None and not report.late for report in reports)

@@ -33,14 +33,15 @@ def model_card(
         for s, text in splits.items()
         if any(s in column for column in losses.values())
     ]
+    own = ", trust_remote_code=True" if model.trust_remote_code else ""
     load = (
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{model.base}")\n'
+        f'base = AutoModelForCausalLM.from_pretrained("{model.base}"{own})\n'
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")  # .merge_and_unload() folds it into the base'
         if adapter
         else "from transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")'
+        f'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder"{own})'
     )
     privacy = f"- Differential privacy: {spent}. The losses above are outside of it.\n" if spent else ""
     what = "A LoRA adapter for" if adapter else "A whole model: merged products and adapters on" if merged else "All of"

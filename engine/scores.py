@@ -9,7 +9,7 @@ import ray
 
 from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
-from engine.evaluate import ClientLoss, mean_loss
+from engine.evaluate import ClientLoss, Prompt, mean_loss
 from engine.metrics import Ledger, Metrics
 from engine.pool import Reference
 from engine.pulling import Later
@@ -107,14 +107,17 @@ class Scores:
         return {"heldout": self._note(found, round_, "heldout", "loss_personal", per_client=True)}
 
     @cached_property
-    def sample_rows(self) -> list[tuple[str, str]]:
-        """Prompt and completion of a few rows of unseen (else training) clients, drawn by the seed."""
+    def sample_rows(self) -> list[tuple[Prompt, str]]:
+        """Prompt and completion of a few rows of unseen (else training) clients, drawn by the seed.
+
+        Of a conversation these are the turns before the assistant's last one, and that.
+        """
         clients, _ = self._judged("unseen")
         if not len(clients):
             clients, _ = self._judged("heldout")
         chosen = rng(self.federation.seed, 0, -1, "sample").choice(clients, min(SAMPLES, len(clients)), replace=False)
         rows = [self.store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]
-        return [(row["prompt"], row["completion"]) for row in rows]
+        return [_split(row["messages"]) if "messages" in row else (row["prompt"], row["completion"]) for row in rows]
 
     def continued(self, sent: Any) -> list[str]:
         """What the model writes after the prompts of `sample_rows`."""
@@ -170,3 +173,8 @@ class Scores:
         )
         self.metrics.add(round_, split, None, **{name: mean}, **counts)
         return mean
+
+
+def _split(turns: list[dict[str, str]]) -> tuple[Prompt, str]:
+    last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
+    return turns[:last], turns[last]["content"]

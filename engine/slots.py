@@ -143,7 +143,7 @@ class Slots(Pool):
 
 
 def _given_up(client: int, why: str) -> Report:
-    return Report.of_nothing(client, f"its slot died of it: {why}")
+    return Report.of_nothing(client, (f"its slot died of it: {why}",))
 
 
 def _is_lost(update: Reference) -> bool:

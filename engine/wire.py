@@ -99,6 +99,7 @@ class Sent:
     lanes: int = 1
 
 
+NOT_TRAINED = "it could not be trained"
 DOWN, UP = "protocol_bytes_down", "protocol_bytes_up"  # metrics of a report
 
 
@@ -117,9 +118,14 @@ class Report:
     tried: tuple[str, ...] = ()
 
     @classmethod
-    def of_nothing(cls, client: int, failed: str, seconds: float = 0.0, tried: tuple[str, ...] = ()) -> "Report":
-        """Of a client that could not be trained."""
-        return cls(client, {DOWN: 0.0, UP: 0.0}, failed, seconds=seconds, tried=tried)
+    def of_nothing(cls, client: int, tried: tuple[str, ...], seconds: float = 0.0) -> "Report":
+        """Of a client that could not be trained, whatever was tried."""
+        return cls(client, {DOWN: 0.0, UP: 0.0}, NOT_TRAINED, seconds=seconds, tried=tried)
+
+    @property
+    def why(self) -> str | None:
+        """Why it gave nothing, with the last cause where it is known."""
+        return f"{self.failed}: {self.tried[-1]}" if self.failed == NOT_TRAINED and self.tried else self.failed
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from engine.batches import batches, steps_of
-from engine.evaluate import continuations
+from engine.evaluate import Prompt, continuations
 from engine.objectives import Objectives
 from engine.optimizers import make_optimizer, reset
 from engine.settings import Model, Zero
@@ -222,7 +222,7 @@ class ZeroTrainer(Trainer):
         return self.summed(nll_total), int(self.summed(learnt_total))
 
     @torch.no_grad()
-    def generate(self, tokenizer: PreTrainedTokenizerBase, prompts: list[str], tokens: int) -> list[str]:
+    def generate(self, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], tokens: int) -> list[str]:
         """Greedy continuations of at most `tokens` tokens by the present weights, the same in all ranks."""
         self.engine.eval()
         return continuations(self.network, self.pad, self.device, tokenizer, prompts, tokens)

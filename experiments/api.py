@@ -135,7 +135,7 @@ def shared_store(recipe: Recipe, store: Path) -> str | None:
 
 
 @contextmanager
-def ray_session(address: str | None, **resources: float) -> Iterator[None]:
+def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
     """Joins the Ray at `address` (or of the job that we are in), or starts one on loopback; ends what it began.
 
     `resources` (num_cpus, num_gpus) are what Ray counts on where it is started, in place of what the machine has.

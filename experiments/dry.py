@@ -175,8 +175,8 @@ def _trained(events: list[Event], done: Run) -> str:
     adapter = done.model / "adapter_config.json"
     if not adapter.exists():
         return f"{started.parameters:,} parameters"
-    layers = sorted(json.loads(adapter.read_text(encoding="utf-8"))["target_modules"])
-    return f"adapters on {', '.join(layers)}"
+    layers = json.loads(adapter.read_text(encoding="utf-8"))["target_modules"]
+    return f"adapters on {', '.join(sorted({layer.rpartition('.')[2] for layer in layers}))}"
 
 
 def _placement(clients: Clients, events: list[Event]) -> Proof:

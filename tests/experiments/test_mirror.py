@@ -163,8 +163,9 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, machine):
     write(folder, SEALED)
     with pytest.raises(ValueError, match=r"^file://.*/file/run cannot be written: .*; .* run again with --resume$"):
         copy()
-    with pytest.raises(ValueError, match="holds a password"):
-        working_folder("s3://me:secret@bucket/run", resume=False)
+    for secret in ("s3://me:secret@bucket/run", "abfs://c@a.dfs.core.windows.net/run?sv=1&sig=secret"):
+        with pytest.raises(ValueError, match="holds a password"):
+            working_folder(secret, resume=False)
 
 
 @pytest.mark.slow

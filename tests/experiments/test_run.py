@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,3 +228,25 @@ def judged(run):
     keys = ("round", "split", "client", "value")
     rows = [row for row in run.metrics.to_pylist() if row["name"] == "loss" and row["split"] != "train"]
     return sorted(tuple(str(row[key]) for key in keys) for row in rows)
+
+
+def test_conversations_are_trained_on_and_sampled(ray_session, small_recipe, tiny_base, tmp_path):
+    base, rows = tmp_path / "base", tmp_path / "rows.jsonl"
+    shutil.copytree(tiny_base, base)
+    template = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<a>{% endif %}"
+    (base / "chat_template.jinja").write_text(template)
+    with rows.open("w") as file:
+        for number in range(40):
+            turns = [("user", f"what is {number}"), ("assistant", "odd" if number % 2 else "even"), ("user", "sure?")]
+            turns += [("assistant", f"yes {number}")]
+            talk = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"client": f"c{number % 5}", "messages": talk}) + "\n")
+    run = experiments.run(
+        small_recipe(f"model.base='{base}'", f"data.source.path='{rows}'", "rounds=1", "cohort.size=3"),
+        out=tmp_path / "run",
+    )
+    (sample, *_) = run.samples
+    question, answer, again = sample.prompt.splitlines()
+    assert question.startswith("user: what is ") and answer.startswith("assistant: ") and again == "user: sure?"
+    assert sample.reference == f"yes {question.split()[-1]}"

@@ -182,12 +182,11 @@ def test_a_run_that_is_followed_ends_with_the_command(head, work, how, full):
 
 def test_all_that_the_head_listens_on_is_loopback(head):
     port = int(head.rpartition(":")[2])
-    [dashboard] = {
-        one.pid for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.laddr.port == port
-    }
-    family = psutil.Process(os.getpgid(dashboard)).children(recursive=True)
-    listening = [one.laddr.ip for process in family for one in process.net_connections("tcp") if one.status == "LISTEN"]
-    assert listening and all(is_loopback(ip) for ip in listening), listening
+    listening = [one for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.pid is not None]
+    [dashboard] = {one.pid for one in listening if one.laddr.port == port}
+    family = {process.pid for process in psutil.Process(os.getpgid(dashboard)).children(recursive=True)}
+    found = {one.laddr.ip for one in listening if one.pid in family}
+    assert found and all(is_loopback(ip) for ip in found), found
 
 
 def is_loopback(ip):
