@@ -18,6 +18,8 @@ from experiments import charts
 METRICS = {"round": pa.int32(), "split": pa.string(), "client": pa.string(), "name": pa.string(), "value": pa.float64()}
 LEDGER = {"round": pa.int32(), "party": pa.string(), "kind": pa.string(), "count": pa.int64(), "bytes": pa.int64()}
 
+FAULTS = {"round": pa.int32(), "kind": pa.string(), "who": pa.string(), "why": pa.string()}
+
 
 @dataclass
 class Run:
@@ -33,6 +35,7 @@ class Run:
     after: tuple[int, dict[str, float]] | None = None  # last such round
     rows: dict[str, float] = field(default_factory=dict)
     ledger: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    faults: list[tuple[int, str, str, str]] = field(default_factory=list)  # round, kind, who, why
 
     def points(self, split: str, name: str) -> list[charts.Point]:
         """A curve as (round, value), in order; empty where the run has none."""
@@ -69,6 +72,9 @@ def read_run(folder: Path) -> Run:
             key = str(row["party"]), str(row["kind"])
             count, total = run.ledger.get(key, (0, 0))
             run.ledger[key] = count + (row["count_sum"] or 0), total + (row["bytes_sum"] or 0)
+    for file in sorted((folder / "faults").glob("round-*.parquet")):
+        for row in _read(file, FAULTS).to_pylist():
+            run.faults.append((row["round"] or 0, str(row["kind"]), str(row["who"]), str(row["why"])))
     return run
 
 

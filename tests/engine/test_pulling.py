@@ -1,9 +1,15 @@
 """How a round's work is cut and handed out, without Ray where that is possible."""
 
+import os
+import time
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
+import ray
 
 from engine.costs import Costs
-from engine.pulling import ENOUGH, REFILLED, packs
+from engine.pulling import ENOUGH, REFILLED, Pull, packs
 from engine.relay import placement
 
 
@@ -45,3 +51,85 @@ def test_clients_that_are_all_alike_teach_no_order() -> None:
     costs.learn(np.full(3, 4.0), np.full(3, 100.0), np.array([1.0, 1.1, 0.9]))
     short, long = costs.seconds(np.array([4.0, 8.0]), np.array([100.0, 200.0]))
     assert long == 2 * short > 0
+
+
+class Light:
+    """A slot that only answers, dies of packs of which `fatal` clients are members, and hangs on `slow` ones."""
+
+    def __init__(self, fatal: dict[int, int], slow: int) -> None:
+        self.fatal, self.slow = fatal, slow
+
+    def run(self, chunk: list[tuple[int, ...]]) -> list[int]:
+        for unit in chunk:
+            if any(client in unit and len(unit) > size for client, size in self.fatal.items()):
+                os._exit(1)
+            if self.slow in unit:
+                time.sleep(60)
+        return [client for unit in chunk for client in unit]
+
+
+class LightPool:
+    """Two such slots, the first of them slow until it is made anew; `deaths` says how often that was."""
+
+    def __init__(self, fatal: dict[int, int], slow: int = -1, timeout_s: float | None = None) -> None:
+        self.fatal, self.timeout_s, self.alive, self.deaths = fatal, timeout_s, [0, 1], 0
+        self.federation = SimpleNamespace(clients=SimpleNamespace(retries=1))
+        self.actors = [self._spawn(slow), self._spawn(-1)]
+
+    def _spawn(self, slow):  # type: ignore[no-untyped-def]
+        actor = ray.remote(Light).options(num_cpus=0).remote(self.fatal, slow)
+        ray.get(actor.run.remote([]))
+        return actor
+
+    def kind_of(self, slot: int) -> int:
+        return 0
+
+    def kinds(self, clients: np.ndarray) -> np.ndarray:
+        return np.zeros(len(clients), np.int64)
+
+    def replace(self, slot: int, error: Exception) -> None:
+        self.deaths += 1
+        ray.kill(self.actors[slot])
+        self.actors[slot] = self._spawn(-1)
+
+
+def pulled(pool: LightPool, units: list[tuple[int, ...]]) -> tuple[list[int], list[tuple[int, ...]], list[int]]:
+    """Who has been done and in which units, and who has been given up."""
+    pull = Pull(
+        pool,  # type: ignore[arg-type]
+        units,
+        [1.0] * len(units),
+        lambda actor, chunk: actor.run.remote(chunk),
+        give_up=lambda client, why: client,
+    )
+    done = pull.run().values()
+    for actor in pool.actors:
+        ray.kill(actor)
+    return (
+        sorted(client for own in done for client in own.results),
+        sorted(unit for own in done for unit in own.units),
+        pull.given_up,
+    )
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_client_that_ends_its_slots_is_found_and_given_up() -> None:
+    pool = LightPool({7: 0})
+    done, _, given_up = pulled(pool, [(client,) for client in range(20)])
+    assert given_up == [7] and done == [client for client in range(20) if client != 7]
+    assert 2 <= pool.deaths <= 3
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_pack_that_ends_its_slots_is_halved_until_it_does_not() -> None:
+    pool = LightPool({5: 2})
+    done, units, given_up = pulled(pool, [(0, 1), (2, 3, 4, 5, 6, 7), (8, 9)])
+    assert given_up == [] and done == list(range(10))
+    assert units == [(0, 1), (2, 3, 4), (5,), (6, 7), (8, 9)]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_silent_slot_is_replaced() -> None:
+    pool = LightPool({}, slow=0, timeout_s=5.0)  # whose slot gets the first client
+    done, _, given_up = pulled(pool, [(client,) for client in range(6)])
+    assert done == list(range(6)) and given_up == [] and pool.deaths == 1

@@ -13,6 +13,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
+import torch
 
 import experiments
 from engine.events import DriverLost, RoundDone, Started
@@ -154,12 +155,49 @@ def test_interrupted_once_it_finishes_the_round_and_a_damaged_checkpoint_is_pass
     assert bits(run) == bits(undisturbed)
 
 
+@dataclass(frozen=True)
+class TooLarge(FedAvg):
+    """FedAvg on slots that have memory for two clients at once."""
+
+    def starts(self, got, memory):
+        """As FedAvg's; the third client that begins before one has ended finds no memory left."""
+        began.append(1)
+        if len(began) > 2:
+            began.clear()
+            raise torch.OutOfMemoryError("Tried to allocate more than there is")
+        return super().starts(got, memory)
+
+    def finish(self, update, got, memory, ends):
+        """As FedAvg's."""
+        began.clear()
+        return super().finish(update, got, memory, ends)
+
+
+began = []  # of each slot's process
+
+
 @pytest.mark.slow
-def test_a_node_that_is_removed_leaves_the_others_to_do_its_work(undisturbed, small_recipe, tmp_path, full):
+def test_a_pack_that_is_too_large_gives_the_bits_of_its_halves(ray_session, small_recipe, tmp_path, full):
+    if not full:
+        pytest.skip("what is halved is tried beside it")
+    changes = ("evaluate.every=0", "rounds=3", "cohort.size=4")
+    halves = experiments.run(small_recipe(*changes, "clients.pack=2"), out=tmp_path / "halves")
+    recipe = replace(small_recipe(*changes, "clients.pack=4"), strategy=TooLarge())
+    run = experiments.run(recipe, out=tmp_path / "run")
+    assert bits(run) == bits(halves)
+    found = faults(run)
+    assert len(found) == 3 * 4 and all(why.startswith("in a pack with clients ") for _, _, why in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fedavg", "median"])
+def test_a_node_that_is_removed_leaves_the_others_to_do_its_work(ray_session, small_recipe, tmp_path, full, strategy):
     if not full:
         pytest.skip("a minute: a cluster of two nodes")
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(to_toml(small_recipe("evaluate.every=0", "clients.slots=4", f"rounds={ROUNDS}")))
+    changes = ("evaluate.every=0", "clients.slots=4", f"rounds={ROUNDS}", f"strategy={strategy}")
+    recipe.write_text(to_toml(small_recipe(*changes)))
+    undisturbed = experiments.run(recipe, out=tmp_path / "undisturbed")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     done = subprocess.run(
         [sys.executable, "-c", REMOVED, str(recipe), str(tmp_path / "run")],

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import charts
 from experiments.report import write_report
-from experiments.run_folder import LEDGER, METRICS, read_run
+from experiments.run_folder import FAULTS, LEDGER, METRICS, read_run
 
 RECIPE = 'name = "{}"\nseed = 7\nrounds = 2\n[model]\nbase = "tiny"\n[strategy]\nkind = "fedavg"\n'
 Row = tuple[int, str, str | None, str, float]
@@ -102,6 +102,18 @@ def test_everything_read_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;: 2 to 2.5" in page  # the tip of the client's mark
     assert not re.search(r'aria-label="[^"]*<', page)
+
+
+def test_what_went_wrong_is_told_and_escaped(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "What went wrong" not in page_of(tmp_path, run)
+    (run / "faults").mkdir()
+    rows = [{"round": 2, "kind": "slot", "who": "1", "why": "it was <killed>"}]
+    rows += [{"round": 3, "kind": "client", "who": f"c{n}", "why": None} for n in range(60)]
+    table = pa.Table.from_pylist(rows, pa.schema(list(FAULTS.items())))
+    pq.write_table(table, run / "faults" / "round-00002.parquet")
+    page = page_of(tmp_path, run)
+    assert "What went wrong" in page and "it was &lt;killed&gt;" in page and "And 21 more." in page
 
 
 def test_nothing_is_fetched(tmp_path: Path) -> None:

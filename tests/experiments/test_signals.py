@@ -8,7 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from experiments.config import to_toml
+from experiments.driving import stopped_by_interrupt
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,3 +35,17 @@ def test_a_partition_that_is_asked_to_end_leaves_no_scratch_folder(small_recipe,
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(60) == 143
     assert list(stores.iterdir()) == []
+
+
+def test_the_second_interrupt_stops_at_once():
+    said = []
+    with pytest.raises(KeyboardInterrupt), stopped_by_interrupt(said.append, lambda: True) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        assert stop.is_set() and len(said) == 1
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    with pytest.raises(KeyboardInterrupt), stopped_by_interrupt(said.append, lambda: False) as stop:
+        os.kill(os.getpid(), signal.SIGINT)  # nothing has begun that could be finished
+        time.sleep(10)
+    assert not stop.is_set() and len(said) == 1

@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytest.importorskip("aiohttp_cors", reason="needs the extra `cluster`, which makes every Ray start slower")
+
 from experiments.config import to_toml
 from experiments.submit import environment_of, job_client, run_command, show_status, stop, submit
 

@@ -21,7 +21,10 @@ flwr_is_there = pytest.mark.skipif(not against_flwr.is_there(), reason="flwr-dat
 
 
 @flwr_is_there
-def test_a_small_run_gives_its_figures_and_leaves_only_them(command, tmp_path):
+@pytest.mark.slow
+def test_a_small_run_gives_its_figures_and_leaves_only_them(command, tmp_path, full):
+    if not full:
+        pytest.skip("half a minute")
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     done = command("bench", "partition", "--small", "--json", cwd=tmp_path, TMPDIR=str(temporary))

@@ -6,7 +6,10 @@ from experiments.bench import scale as scaling
 from experiments.bench.scale import Scaled, as_figures, draw, study
 
 
-def test_a_study_of_ones_own_recipe(ray_session, small_recipe, tmp_path):
+@pytest.mark.slow
+def test_a_study_of_ones_own_recipe(ray_session, small_recipe, tmp_path, full):
+    if not full:
+        pytest.skip("half a minute")
     found = study(small_recipe(), [1, 2], rounds=2)
     assert [one.slots for one in found] == [1, 2]
     assert found[0].efficiency == pytest.approx(1.0)
@@ -24,7 +27,10 @@ def test_other_bits_give_no_figure(monkeypatch, small_recipe):
     assert study(small_recipe(), [1, 2], weak=True)[1] == Scaled(2, 10.0, 0.5, 1.0)
 
 
-def test_slots_that_do_not_fit_are_said(ray_session, small_recipe):
+@pytest.mark.slow
+def test_slots_that_do_not_fit_are_said(ray_session, small_recipe, full):
+    if not full:
+        pytest.skip("a quarter of a minute")
     with pytest.raises(ValueError, match="3 slots were asked for, and 1 fit"):
         study(small_recipe("clients.num_cpus=6"), [3], rounds=1)
 

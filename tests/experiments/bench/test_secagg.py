@@ -24,7 +24,10 @@ def tiny_demo(monkeypatch, tiny_base, rows_file, tmp_path_factory):
     monkeypatch.setattr(bench, "SMALL", replace(bench.SMALL, changes=(*bench.SMALL.changes, *changes)))
 
 
-def test_a_small_run_gives_its_figures(ray_session, tiny_demo, monkeypatch):
+@pytest.mark.slow
+def test_a_small_run_gives_its_figures(ray_session, tiny_demo, monkeypatch, full):
+    if not full:
+        pytest.skip("half a minute")
     monkeypatch.setattr(bench, "in_fresh_process", lambda work, *arguments: work(*arguments))
     figures = bench.measure(small=True)
     assert figures["full_equals_ideal"].value == 1.0

@@ -52,7 +52,10 @@ def tiny_cells(monkeypatch, tiny_base, rows_file, tmp_path_factory):
     monkeypatch.setattr(bench, "SMALL_CHANGES", (*bench.SMALL_CHANGES, *changes))
 
 
-def test_cells_are_run_kept_and_resumed(ray_session, tiny_cells, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_cells_are_run_kept_and_resumed(ray_session, tiny_cells, tmp_path, monkeypatch, full):
+    if not full:
+        pytest.skip("most of a minute")
     out = tmp_path / "bench"
     figures = bench.measure(True, out)
     assert list(figures) == ["natural fedavg seed 7", "natural ditto seed 7"]
