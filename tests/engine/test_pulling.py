@@ -121,7 +121,10 @@ def test_a_client_that_ends_its_slots_is_found_and_given_up() -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_pack_that_ends_its_slots_is_halved_until_it_does_not() -> None:
+@pytest.mark.slow
+def test_a_pack_that_ends_its_slots_is_halved_until_it_does_not(full: bool) -> None:
+    if not full:
+        pytest.skip("a quarter of a minute")
     pool = LightPool({5: 2})
     done, units, given_up = pulled(pool, [(0, 1), (2, 3, 4, 5, 6, 7), (8, 9)])
     assert given_up == [] and done == list(range(10))
@@ -129,7 +132,10 @@ def test_a_pack_that_ends_its_slots_is_halved_until_it_does_not() -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_silent_slot_is_replaced() -> None:
+@pytest.mark.slow
+def test_a_silent_slot_is_replaced(full: bool) -> None:
+    if not full:
+        pytest.skip("a whole run with a silent slot is tried")
     pool = LightPool({}, slow=0, timeout_s=5.0)  # whose slot gets the first client
     done, _, given_up = pulled(pool, [(client,) for client in range(6)])
     assert done == list(range(6)) and given_up == [] and pool.deaths == 1

@@ -25,7 +25,9 @@ def test_both_loops_have_one_vector_after_the_first_round(ray_session, work, tmp
 
 
 @pytest.mark.slow
-def test_all_processes_of_the_command_are_looked_at(work, tmp_path):
+def test_all_processes_of_the_command_are_looked_at(work, tmp_path, full):
+    if not full:
+        pytest.skip("half a minute")
     held = held_by_command(work, tmp_path / "held")
     assert 4 * 100 < held.pss < held.rss  # the command, the driver and two slots
     assert (tmp_path / "held" / "run" / "model").is_dir()
