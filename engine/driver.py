@@ -18,9 +18,8 @@ from engine.checkpoint import State, load_checkpoint, save_checkpoint
 from engine.client import FLOAT_BYTES
 from engine.compatibility import in_the_way_of_packs
 from engine.evaluate import as_text
-from engine.events import Checkpointed, Evaluated, Event, Finished, Preparing, Sample, Started, Stopped
+from engine.events import Checkpointed, Evaluated, Event, Fault, Finished, Preparing, Sample, Started, Stopped
 from engine.gangs import Gangs
-from engine.lost import Fault
 from engine.metrics import Faults, Ledger, Logs, Metrics, loss_table, read_log
 from engine.mixed import Mixed
 from engine.privacy import Privacy

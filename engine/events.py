@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.lost import Fault
+
+@dataclass(frozen=True)
+class Fault:
+    """Something went wrong and was made good, or was not: a "slot", "client", "pack", "driver"; which one, and why."""
+
+    kind: str
+    who: str
+    why: str
 
 
 @dataclass(frozen=True)

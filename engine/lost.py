@@ -1,7 +1,6 @@
-"""How a slot's end shows, and what is written down of it."""
+"""How a slot's end shows."""
 
 import re
-from dataclasses import dataclass
 
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
 
@@ -15,15 +14,6 @@ class SlotSilent(Exception):
 
 
 LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError, GangLost, SlotSilent)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something went wrong and was made good, or was not: a "slot", "client", "pack", "driver"; which one, and why."""
-
-    kind: str
-    who: str
-    why: str
 
 
 def last_line(error: BaseException) -> str:

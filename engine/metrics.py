@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.atomic import write_file
-from engine.lost import Fault
+from engine.events import Fault
 
 METRICS = pa.schema(
     [

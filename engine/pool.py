@@ -11,9 +11,10 @@ from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.client import ClientActor, Place
+from engine.events import Fault
 from engine.fitting import asked_or_fitting, slots_that_fit
 from engine.holder import start_holder
-from engine.lost import LOST, Fault, last_line
+from engine.lost import LOST, last_line
 from engine.rows import Parts, put_tokens
 from engine.settings import Federation
 from strategies.layout import Layout

@@ -16,8 +16,7 @@ from engine.batches import steps_of
 from engine.checkpoint import Saved
 from engine.collect import Collector, PlainCollector, SecureCollector, ShardCollector
 from engine.costs import Costs
-from engine.events import RoundDone
-from engine.lost import Fault
+from engine.events import Fault, RoundDone
 from engine.memory import ClientMemory
 from engine.metrics import Logs
 from engine.pulling import Work

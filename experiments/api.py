@@ -71,7 +71,6 @@ def run(
     for what the caller can mend.
     """
     from engine.atomic import write_file
-    from engine.driver import RunPlan
     from engine.events import Finished, Preparing, Started, Stopped
     from experiments.config import load_recipe, located, to_toml
     from experiments.driving import RunStopped, drive
@@ -96,6 +95,8 @@ def run(
     }
     finished: Finished | None = None
     with ray_session(address), ExitStack() as at_end:
+        from engine.driver import RunPlan  # which imports ray: only now is its environment settled
+
         at_end.callback(copy)
         plan = RunPlan(store, folder.resolve(), files, shared_store(recipe, store), resume=resume, baselines=baselines)
         for event in drive(located(recipe), plan, stop):

@@ -31,8 +31,8 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from engine.driver import Driver
-    from engine.events import DriverLost, RoundDone
-    from engine.lost import LOST, Fault, last_line
+    from engine.events import DriverLost, Fault, RoundDone
+    from engine.lost import LOST, last_line
     from experiments.own import own_parts
 
     for own in own_parts(recipe).values():
