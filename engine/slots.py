@@ -75,7 +75,9 @@ class Slots(Pool):
         while todo:
             pull = Pull(self, todo, [work.cost(unit) for unit in todo], call, self.later, _given_up)
             done, todo = pull.run(), []
-            reports |= {report.client: report for report in pull.given_up}
+            for report in pull.given_up:
+                reports[report.client] = report
+                each.pop(report.client, None)  # what it leaves is the error of a dead slot
             closing = {slot: self._close(slot) for slot in done}
             for slot, own in done.items():
                 try:

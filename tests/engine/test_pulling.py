@@ -9,8 +9,10 @@ import pytest
 import ray
 
 from engine.costs import Costs
-from engine.pulling import ENOUGH, REFILLED, Pull, packs
+from engine.pulling import ENOUGH, REFILLED, Pull, Work, packs
 from engine.relay import placement
+from engine.slots import Slots
+from engine.wire import Report
 
 
 def test_packs_are_a_function_of_the_cohort_and_its_steps() -> None:
@@ -67,6 +69,13 @@ class Light:
                 time.sleep(60)
         return [client for unit in chunk for client in unit]
 
+    def run_each(self, chunk: list[tuple[int, ...]], wire: str) -> list[object]:
+        clients = self.run(chunk)
+        return [[Report(client, {}) for client in clients], *(f"update of {client}" for client in clients)]
+
+    def close_round(self) -> None:
+        return None
+
 
 class LightPool:
     """Two such slots, the first of them slow until it is made anew; `deaths` says how often that was."""
@@ -118,6 +127,27 @@ def test_a_client_that_ends_its_slots_is_found_and_given_up() -> None:
     done, _, given_up = pulled(pool, [(client,) for client in range(20)])
     assert given_up == [7] and done == [client for client in range(20) if client != 7]
     assert 2 <= pool.deaths <= 3
+
+
+class LightSlots(LightPool, Slots):
+    """Such slots under a rule that reads each update."""
+
+    def __init__(self, fatal: dict[int, int]) -> None:
+        super().__init__(fatal)
+        self.federation.strategy = SimpleNamespace(reads="each")
+        self.size, self.later = 2, []
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_who_is_given_up_leaves_no_update() -> None:
+    pool, clients = LightSlots({3: 0}), np.arange(6)
+    worked = pool.train(Work(clients, np.ones(6), np.ones(6)), ray.put("broadcast"), lanes=1)
+    for actor in pool.actors:
+        ray.kill(actor)
+    assert {client: ray.get(update) for client, update in worked.each.items()} == {
+        client: f"update of {client}" for client in (0, 1, 2, 4, 5)
+    }
+    assert [report.client for report in worked.reports if report.failed] == [3]
 
 
 @pytest.mark.usefixtures("ray_session")

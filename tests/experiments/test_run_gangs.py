@@ -76,7 +76,7 @@ def test_a_whole_model_from_gangs_loads_with_transformers(ray_session, small_rec
 @pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
 def test_secured_shards_are_the_secured_vector(ray_session, small_recipe, tmp_path, full, strategy):
     if not full:
-        pytest.skip("most of a minute: plain slots are secured by default")
+        pytest.skip("most of a minute: gangs in the clear, and secured runs in plain slots, are tried beside it")
     sgd = "train.optimizer={kind='sgd', lr=0.1}"
     secure = ("privacy.secagg.mode=full", "privacy.secagg.bounds={c=1.0}")
     changes = (*SMALL, f"strategy={strategy}", sgd, "rounds=2", *secure)
