@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import transformers
 
 from datasets_partition.tokens import Tokens
 from engine.attempts import attempted
@@ -58,8 +57,10 @@ class ClientActor(SecureClients, Judge):
     """One slot. `attach` gives it base and rows; then chunks of clients come, and `close_round` ends a round."""
 
     def __init__(self, federation: Federation, memory: Path) -> None:
+        from transformers.utils import logging as transformers_logging
+
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        transformers.utils.logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
         torch.set_num_threads(federation.clients.threads)
         always_the_same_bits()
         self.federation = federation
@@ -79,9 +80,13 @@ class ClientActor(SecureClients, Judge):
         gpus = context.get_accelerator_ids().get("GPU", [])
         return Place(context.get_node_id(), gpus[0] if self.device.type == "cuda" else None)
 
-    def load_base(self) -> tuple[PackedBase, np.ndarray]:
-        """The base's index and its bytes: two return values, so that the bytes stay in the store."""
-        return read_base(self.federation.model)
+    def load_base(self) -> tuple[int, PackedBase, np.ndarray]:
+        """How many bytes the base has, its index and they: three return values, so that the last two stay in the store.
+
+        The driver never asks for the index: its configuration would bring transformers' models into that process.
+        """
+        packed, base = read_base(self.federation.model)
+        return packed.nbytes, packed, base
 
     def tokenize(self, store: Path, shared: str | None) -> Path:
         """Makes or finds the store's token columns, in `shared` too; returns their folder."""

@@ -1,16 +1,20 @@
 """Held-out loss and generations of a vector, client by client."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from engine.settings import Evaluate
 from engine.train import LocalTrainer
 from strategies.seeds import rng
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Prompt = str | list[dict[str, str]]  # a text, or the turns of a conversation
 

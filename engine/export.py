@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save, save_file
-from transformers import PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
-from engine.model import Trainable, lora_config
+from engine.model import Trainable, is_transposed, lora_config
 from engine.settings import Model
 from strategies.layout import Layout
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 FILE_BYTES = 2**30
 
@@ -141,5 +140,5 @@ def _whole(trainable: Trainable) -> dict[str, torch.Tensor]:
     for pair, layer in zip(pairs, trainable.adapted_layers(), strict=True):
         weight = state[f"{pair.name.removeprefix('base_model.model.')}.weight"]
         product_OI = (pair.scale * pair.b_OR @ pair.a_RI).cpu()
-        weight.copy_(weight.float() + (product_OI.T if isinstance(layer, Conv1D) else product_OI))
+        weight.copy_(weight.float() + (product_OI.T if is_transposed(layer) else product_OI))
     return state

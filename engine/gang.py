@@ -18,7 +18,6 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
-import transformers
 
 from datasets_partition.tokens import Tokens
 from engine import heap
@@ -69,7 +68,9 @@ class Rank(SecureRank):
     """One process of a gang."""
 
     def __init__(self, federation: Federation, memory: Path, rank: int) -> None:
-        transformers.utils.logging.disable_progress_bar()
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
         torch.set_num_threads(federation.clients.threads)
         always_the_same_bits()
         assert federation.clients.zero is not None

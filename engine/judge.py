@@ -1,12 +1,14 @@
 """What a slot tells of models without a round: held-out losses, the baselines, and texts. Legend: P parameters."""
 
+from __future__ import annotations
+
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from datasets_partition.tokens import Tokens
 from engine.evaluate import ClientLoss, Prompt, client_loss, continuations
@@ -17,6 +19,9 @@ from engine.train import LocalTrainer
 from engine.wire import Sent, WireBroadcast, borrow, from_wire, joined
 from strategies.seeds import rng, torch_seed
 from strategies.types import Broadcast, Memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BASELINE = -2  # the client number under which baselines draw their batches
 

@@ -1,7 +1,7 @@
 """The base model as one shared buffer, and what is trained on it as one flat vector. Legend: P trained parameters.
 
-peft and the models of transformers are imported where they are used: they take 190 MB and three seconds, which the
-command and the driver, who know this module too, never need.
+transformers and peft are imported where they are used: they take 220 MB and four seconds, which the command and the
+driver, who know this module too, never need.
 """
 
 from __future__ import annotations
@@ -13,18 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.pytorch_utils import Conv1D
 
 from engine.settings import Lora, Model
 from strategies.layout import Layout
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ALIGNMENT = 64  # bytes: what vector instructions want of a tensor's first element
 CAUSAL = "AutoModelForCausalLM"
@@ -63,8 +58,10 @@ def always_the_same_bits() -> None:
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer; a missing pad token becomes its end token. ValueError without tokenizer or end token."""
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # of the code that comes with it, any
@@ -83,6 +80,9 @@ def causal_config(model: Model) -> Any:
 
     Where the recipe trusts the code that comes with the base, transformers knows its class from then on.
     """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
     try:
         config = AutoConfig.from_pretrained(
             model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -106,6 +106,10 @@ def causal_config(model: Model) -> Any:
 
 def _register(config: Any, model: Model) -> None:
     """Makes transformers take the class that comes with a base, of the same revision, wherever it is asked for one."""
+    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+
     kind: Any = get_class_from_dynamic_module(config.auto_map[CAUSAL], model.base, revision=model.revision)
     kind.register_for_auto_class(CAUSAL)  # a whole model is exported with its code
     AutoModelForCausalLM.register(type(config), add_generation_mixin_to_remote_model(kind), exist_ok=True)
@@ -120,6 +124,8 @@ def _refusal(model: Model, what: str, error: Exception) -> ValueError:
 
 def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
     """Reads the base's weights from disk or the hub into one uint8 buffer; ValueError when it is no causal model."""
+    from transformers import AutoModelForCausalLM
+
     causal_config(model)
     try:
         network, loaded = AutoModelForCausalLM.from_pretrained(
@@ -165,6 +171,8 @@ def _view(buffer: torch.Tensor, entry: Entry) -> torch.Tensor:
 
 def map_base(packed: PackedBase, buffer: torch.Tensor) -> PreTrainedModel:
     """The model whose weights are views into `buffer` (uint8, on any device): no copy, no initialisation."""
+    from transformers import AutoModelForCausalLM
+
     model, config = packed.model, packed.config if packed.config is not None else causal_config(packed.model)
     with torch.device("meta"):
         network: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -229,14 +237,24 @@ class Trainable:
                 layer.scaling["default"] = scale
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is a matrix and a bias: torch's own, or transformers' with its weights the other way round."""
+    return isinstance(layer, nn.Linear) or is_transposed(layer)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a linear layer keeps its weights as (I, O), as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, Conv1D)
+
+
 def with_adapters(network: PreTrainedModel, model: Model) -> PeftModel:
     """The network with the recipe's LoRA adapters, drawn from torch's present seed; ValueError for unknown layers."""
     from peft import get_peft_model
 
     assert isinstance(model.peft, Lora)
-    linear = sorted(
-        {name.rsplit(".")[-1] for name, module in network.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    )
+    linear = sorted({name.rsplit(".")[-1] for name, module in network.named_modules() if is_linear(module)})
     try:
         return get_peft_model(network, lora_config(model))
     except ValueError as error:

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from engine.batches import batches, steps_of
-from engine.model import Trainable
+from engine.model import Trainable, is_linear
 from engine.objectives.sft import IGNORED, Batch
 from engine.optimizers import kept, make_optimizer, restore
 from engine.train import LocalTrainer, Trained, Training
@@ -228,7 +227,7 @@ def packable(trainable: Trainable) -> list[Any]:
     pairs = list(trainable.layout.lora_pairs(trainable.flat.data))
     layers = [trainable.network.get_submodule(pair.name) for pair in pairs]
     size = sum(pair.a_RI.numel() + pair.b_OR.numel() for pair in pairs)
-    if size != trainable.layout.size or not all(isinstance(one.base_layer, nn.Linear | Conv1D) for one in layers):
+    if size != trainable.layout.size or not all(is_linear(one.base_layer) for one in layers):
         raise ValueError(f"{KEY} works with adapters of linear layers alone: name such layers in targets, or {ALONE}")
     for name, value in trainable.network.config.to_dict().items():
         draws = "drop" in name and not name.startswith(("classifier", "summary"))

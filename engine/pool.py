@@ -119,9 +119,9 @@ class Pool:
 
     def _read_base(self, reader: Any) -> int:
         """Lets the base be read into the store; returns its bytes."""
-        self.packed, self.base = reader.load_base.options(num_returns=2).remote()
-        nbytes: int = ray.get(self.packed).nbytes
-        return nbytes
+        nbytes, self.packed, self.base = reader.load_base.options(num_returns=3).remote()
+        found: int = ray.get(nbytes)
+        return found
 
     def _attach(self, slot: int) -> Reference:
         actor = self.actors[slot]

@@ -2,9 +2,8 @@
 
 import numpy as np
 import torch
-from transformers.pytorch_utils import Conv1D
 
-from engine.model import Trainable
+from engine.model import Trainable, is_transposed
 from engine.wire import borrow
 
 
@@ -39,4 +38,4 @@ def _products(trainable: Trainable, residual: np.ndarray) -> list[torch.Tensor]:
     """The products in the orientation of the layers' weights: GPT-2's Conv1D keeps (I, O)."""
     products = trainable.layout.products(borrow(residual))
     layers = trainable.adapted_layers()
-    return [p.T if isinstance(layer, Conv1D) else p for p, layer in zip(products, layers, strict=True)]
+    return [p.T if is_transposed(layer) else p for p, layer in zip(products, layers, strict=True)]

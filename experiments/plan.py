@@ -161,21 +161,22 @@ def smallest(found: Sizes, recipe: Recipe, device: float, process: float) -> Zer
     return None
 
 
-def process_bytes(gang: bool) -> float:
-    """What a slot's process takes before it has a model, measured in one."""
-    measured: float = in_fresh_process(_imported, gang)
-    return measured * 2**20 + RAY
+def process_bytes() -> tuple[float, float]:
+    """What a slot's process, and a gang's rank, take before they have a model, measured in one."""
+    plain, gang = in_fresh_process(_imported)
+    return plain * 2**20 + RAY, gang * 2**20 + RAY
 
 
-def _imported(gang: bool) -> float:
+def _imported() -> tuple[float, float]:
     import peft  # noqa: F401
     from transformers import PreTrainedModel  # noqa: F401
 
     import engine.client  # noqa: F401
 
-    if gang:
-        import deepspeed  # noqa: F401
-    return memory().get("VmRSS", 0.0)
+    plain = memory().get("VmRSS", 0.0)
+    import deepspeed  # noqa: F401
+
+    return plain, memory().get("VmRSS", 0.0)
 
 
 def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
@@ -184,7 +185,7 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     found = sizes(recipe.model, recipe.train.max_length)
     zero = recipe.clients.zero
     device = (device_gib or _this_machine()) * GIB
-    plain, gang = process_bytes(False), process_bytes(True)
+    plain, gang = process_bytes()
     console.print(
         f"{found.parameters:,} parameters of {found.itemsize} bytes, {found.trained:,} of them trained; "
         f"devices of {device / GIB:,.1f} GiB, {SPARE:.0%} of it counted on"

@@ -1,10 +1,14 @@
 """Conversations as tokens, by the tokenizer's chat template, and which of them the assistant said."""
 
+from __future__ import annotations
+
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Turns = list[dict[str, str]]
 

@@ -1,14 +1,15 @@
 """Supervised fine-tuning: next-token loss on completions. Legend: B rows, T tokens, V vocabulary."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from datasets_partition.canonical import (
     MESSAGES,
@@ -19,6 +20,9 @@ from datasets_partition.canonical import (
     format_of,
 )
 from engine.objectives.conversations import encode_conversations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 
@@ -41,7 +45,7 @@ class Batch:
     tokens: int
     learnt: int
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         vectors = (self.ids_BT.to(device), self.attention_BT.to(device), self.labels_BT.to(device))
         return Batch(*vectors, self.tokens, self.learnt)

@@ -30,13 +30,14 @@ SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "
 def measure(small: bool) -> dict[str, Figure]:
     """Estimate over peak for the demo's slots and for two ranks of stage 3; ValueError when parameters differ."""
     steps = Steps()
+    plain, gang = process_bytes()
     with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
         folder = Path(name)
         demo = load_recipe(DEMO)
         demo = replace(demo, rounds=2, evaluate=replace(demo.evaluate, every=0))
         steps.say("the demo's slots")
         found = sizes(located(demo).model, demo.train.max_length)
-        figures = _held(demo, folder / "demo", "ClientActor", slot_need(found, demo, process_bytes(False)), "demo")
+        figures = _held(demo, folder / "demo", "ClientActor", slot_need(found, demo, plain), "demo")
         steps.say("two ranks of stage 3, all weights trained")
         write_llama(folder / "base", SMALL if small else LARGE, vocabulary=None if small else 8192)
         write_rows(folder / "rows.parquet", 4, 8, 3 * 64)
@@ -58,7 +59,7 @@ def measure(small: bool) -> dict[str, Figure]:
             """,
         )
         found = sizes(work.model, work.train.max_length)
-        need = rank_need(found, work, zero, process_bytes(True))
+        need = rank_need(found, work, zero, gang)
         return figures | _held(work, folder / "gang", "Rank", need, "stage_3")
 
 

@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from engine.settings import Zero
-from experiments.config import to_toml
-from experiments.plan import GIB, rank_need, sizes, slot_need, smallest
+from experiments.config import load_recipe, to_toml
+from experiments.plan import GIB, rank_need, show_plan, sizes, slot_need, smallest
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,12 @@ def test_the_smallest_gang_is_no_larger_than_it_must_be(tuned):
     assert (chosen is not None and chosen.ranks > 1) or chosen.stage > 1
 
 
-def test_the_command_says_whether_it_fits(command, small_recipe, tmp_path):
+def test_the_command_says_whether_it_fits(command, small_recipe, tmp_path, capsys):
     path = tmp_path / "recipe.toml"
     path.write_text(to_toml(small_recipe()))
-    done = command("plan", path, "--device-gib", "64", COLUMNS="120")
-    assert done.returncode == 0, done.stderr
-    assert "it fits" in done.stdout and "stage 3, 2 ranks" in done.stdout and done.stderr == ""
-    assert "smallest gang" in done.stdout
     tight = command("plan", path, "--device-gib", "0.1", COLUMNS="120")
-    assert tight.returncode == 1 and "it does not fit" in tight.stdout
+    assert tight.returncode == 1 and "it does not fit" in tight.stdout and tight.stderr == ""
+    assert "stage 3, 2 ranks" in tight.stdout and "no gang of up to 1,024 ranks fits" in tight.stdout
+    assert show_plan(load_recipe(path), 64.0, 1)
+    said = capsys.readouterr().out
+    assert "it fits" in said and "smallest gang" in said
