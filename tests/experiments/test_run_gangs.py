@@ -15,7 +15,7 @@ from engine.events import RoundDone, Started
 from engine.metrics import read_log
 
 ADAPTER = "adapter_model.safetensors"
-ZERO = "clients.zero={stage=3, ranks=2, timeout_s=20}"
+ZERO = "clients.zero={stage=3, ranks=2, timeout_s=15}"
 ADAMW = "train.optimizer={kind='adamw', lr=2e-3, eps=1e-6}"
 SMALL = ("clients.slots=1", "rounds=3", "cohort.size=3", "evaluate.every=0", ADAMW)
 
@@ -75,8 +75,8 @@ def test_a_whole_model_from_gangs_loads_with_transformers(ray_session, small_rec
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
 def test_secured_shards_are_the_secured_vector(ray_session, small_recipe, tmp_path, full, strategy):
-    if not full:
-        pytest.skip("most of a minute: gangs in the clear, and secured runs in plain slots, are tried beside it")
+    if strategy == "scaffold" and not full:
+        pytest.skip("FedAvg's shards are tried unless all are asked for")
     sgd = "train.optimizer={kind='sgd', lr=0.1}"
     secure = ("privacy.secagg.mode=full", "privacy.secagg.bounds={c=1.0}")
     changes = (*SMALL, f"strategy={strategy}", sgd, "rounds=2", *secure)
