@@ -4,6 +4,7 @@ import errno
 import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -65,7 +66,8 @@ class Driver:
     def run(self) -> Iterator[Event]:
         """Yields events until the run has ended; what the user can mend comes as ValueError."""
         try:
-            yield from self._run()
+            with ExitStack() as at_end:
+                yield from self._run(at_end)
         except OSError as error:  # from here, or from a slot: then Ray's own kind of it, which has lost the number
             cause: BaseException = error
             while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
@@ -77,7 +79,7 @@ class Driver:
                 f"what was written before is whole"
             ) from error
 
-    def _run(self) -> Iterator[Event]:
+    def _run(self, at_end: ExitStack) -> Iterator[Event]:
         federation, plan = self.federation, self.plan
         yield Preparing("starting slots, reading the base, tokenizing rows")
         memory = plan.folder / "memory"
@@ -104,6 +106,7 @@ class Driver:
         self.rounds = Rounds(
             federation, self.slots, self.server, self.store, self.tokens, start.layout, plan.folder, logs
         )
+        at_end.callback(self._write_last_faults)
         lanes = saved.lanes if saved else self._lanes(initial)
         notes = self.rounds.prepare(initial, saved, lanes) + (saved.passed_over if saved else ())
         for name, content in plan.files.items():
@@ -114,7 +117,8 @@ class Driver:
             self.slots.refuse_lost_memory()
         for log in logs:
             log.forget_after(state.round if saved else -1)
-        self.slots.faults += plan.lost
+        self.rounds.faults(*plan.lost)
+        self.faults.flush(self.rounds.round)
         vector_bytes = start.layout.size * FLOAT_BYTES
         self.scores = Scores(federation, self.slots, self.store, self.tokens, self.metrics, self.ledger, vector_bytes)
         dropped = int(self.tokens.dropped("train").sum() + self.tokens.dropped("heldout").sum())
@@ -225,8 +229,8 @@ class Driver:
         """Where the same rounds lead without noise and without secure aggregation; of them nothing is written down."""
         evaluate, folder = replace(self.federation.evaluate, without_privacy=False), self.plan.folder
         federation = replace(self.federation, privacy=Privacy(), evaluate=evaluate)
-        # Never flushed.
-        nowhere = Logs(Metrics(folder / "metrics"), Ledger(folder / "ledger"), Faults(folder / "faults"))
+        # Never flushed, but for what goes wrong.
+        nowhere = Logs(Metrics(folder / "metrics"), Ledger(folder / "ledger"), self.faults)
         layout = self.rounds.layout
         rounds = Rounds(federation, self.slots, self.server, self.store, self.tokens, layout, folder, nowhere)
         rounds.prepare(initial, None, self.rounds.lanes)
@@ -257,9 +261,14 @@ class Driver:
         return Finished(folder, losses, samples)
 
     def _flush(self, state: State) -> None:
-        self.rounds.faults(state.round)
         for log in (self.metrics, self.ledger, self.faults):
             log.flush(state.round)
+
+    def _write_last_faults(self) -> None:
+        """Of what went wrong after the last round, or ended the run in the midst of one."""
+        self.rounds.faults()
+        with suppress(OSError):  # the disk may be what went wrong
+            self.faults.flush(self.rounds.round)
 
     def _refuse_empty_clients(self) -> None:
         empty = self.tokens.empty_clients()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Fault:
-    """Something went wrong and was made good, or was not: a "slot", "client" or "driver"; which one, and why."""
+    """Something went wrong and was made good, or was not: a "slot", "client", "pack", "driver"; which one, and why."""
 
     kind: str
     who: str

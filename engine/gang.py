@@ -25,9 +25,9 @@ from engine.client import FLOAT_BYTES, Place
 from engine.evaluate import ClientLoss, Prompt, drawn_rows
 from engine.export import Sharded, sharded_files
 from engine.gang_secure import SecureGang, SecureRank, aggregate_of
-from engine.lost import GangLost
+from engine.lost import LOST, GangLost, last_line
 from engine.meeting import meet
-from engine.memory import ClientMemory
+from engine.memory import RANK, ClientMemory
 from engine.model import always_the_same_bits, load_tokenizer
 from engine.objectives.sft import Sft
 from engine.pulling import Unit
@@ -75,7 +75,7 @@ class Rank(SecureRank):
         always_the_same_bits()
         assert federation.clients.zero is not None
         self.federation, self.zero, self.rank = federation, federation.clients.zero, rank
-        self.memory_root, self.memory = memory, ClientMemory(memory / f"shard-{rank}")
+        self.memory_root, self.memory = memory, ClientMemory(memory / f"{RANK}{rank}")
         self.sum = ExactSum()
         self.failure: str | None = None
         self.socket: socket.socket | None = None
@@ -235,10 +235,12 @@ class Rank(SecureRank):
         """What the first rank answers when all ranks do the same; GangLost when one of them cannot."""
         try:
             return getattr(self, method)(*arguments)
-        except ValueError:  # what the user can mend
+        except LOST:
             raise
-        except RuntimeError as error:
-            raise GangLost(f"a rank of a gang failed: {error}") from None
+        except Exception as error:
+            if _is_users(error, method):
+                raise
+            raise GangLost(f"a rank of a gang failed: {type(error).__name__}: {last_line(error)}") from None
 
     def follow(self, leader: Any, method: str, *arguments: Any) -> None:
         """Does what the first rank does at the same time; what is not the recipe's fault ends the first rank too.
@@ -247,16 +249,20 @@ class Rank(SecureRank):
         """
         try:
             getattr(self, method)(*arguments)
-        except ValueError:
-            raise
         except Exception as error:
-            self.failure = str(error)
-            ray.kill(leader)
+            self.failure = f"{type(error).__name__}: {last_line(error)}"
+            if not _is_users(error, method):
+                ray.kill(leader)
             raise
 
     def why(self) -> str | None:
         """What made this rank fail, if it did."""
         return self.failure
+
+
+def _is_users(error: Exception, method: str) -> bool:
+    """Whether the user can mend it, and all ranks meet it; what a client raises ends its gang, as it would a slot."""
+    return isinstance(error, ValueError) and method != "run"
 
 
 class Gang(SecureGang, Rank):

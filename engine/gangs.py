@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -67,6 +67,7 @@ class Gangs(Slots):
         self.groups: dict[int, PlacementGroup] = {}
         self.ranks: dict[int, list[Any]] = {}
         super().__init__(federation, memory)
+        self.patience_s = self.zero.timeout_s
 
     def _count(self, nodes: list[dict[str, float]]) -> int:
         clients, ranks = self.federation.clients, self.zero.ranks
@@ -102,7 +103,13 @@ class Gangs(Slots):
         return GangHandle(*self.ranks[slot])
 
     def replace(self, slot: int, error: Exception) -> None:
-        """As the pool of slots does; where another rank than the first failed, it knows better why."""
+        """As the pool of slots does; where another rank than the first failed, it knows better why.
+
+        A shard of a state or a sum that is lost with its node is not to be had again by any gang: the error goes on, to
+        who goes back to the last checkpoint.
+        """
+        if isinstance(error, ObjectLostError):
+            raise error
         for rank in self.ranks[slot][1:]:
             with suppress(RayActorError, GetTimeoutError):
                 why = ray.get(rank.why.remote(), timeout=WHY_S)
@@ -144,7 +151,7 @@ class Gangs(Slots):
 
     def initial(self) -> ShardedState:
         """The state before the first round."""
-        return _kept(0, [rank.initial.options(num_returns=2).remote() for rank in self.ranks[0]])
+        return self._kept(0, [rank.initial.options(num_returns=2).remote() for rank in self.ranks[0]])
 
     def serve(self, state: ShardedState, served: Served, sums: list[ShardSum]) -> ShardedState:
         """The next state: each shard in a rank of the first gang, from that shard of all gangs' sums."""
@@ -155,9 +162,14 @@ class Gangs(Slots):
                 for rank, part, *shards in zip(self.ranks[0], state.parts, *[one.parts for one in sums], strict=True)
             ]
             try:
-                return _kept(state.round + 1, given)
+                return self._kept(state.round + 1, given)
             except LOST as error:
                 self.replace(0, error)
+
+    def _kept(self, round_: int, given: list[tuple[Reference, Reference]]) -> ShardedState:
+        """The state whose shards' bytes and shards are `given`, once all of them are there."""
+        nbytes = sum(self.answer([nbytes for nbytes, _ in given]))
+        return ShardedState(round_, tuple(part for _, part in given), nbytes)
 
     def held(self, sums: Sums) -> int:
         """The head: ranks hold the rest."""
@@ -166,7 +178,7 @@ class Gangs(Slots):
     def masked_shards(self, slot: int) -> list[Reference]:
         """References to the ranks' shards of a gang's masked vector, once all of them are there."""
         given = [rank.masked_shard.options(num_returns=2).remote() for rank in self.ranks[slot]]
-        ray.get([there for there, _ in given])
+        self.answer([there for there, _ in given])
         return [shard for _, shard in given]
 
     def unmasked(self, sums: Sums, total_L: np.ndarray, removals: Masks, shards: list[Any]) -> ShardTotals:
@@ -178,8 +190,8 @@ class Gangs(Slots):
                 for rank, *mine in zip(self.ranks[0], *shards, strict=True)
             ]
             try:
-                figures: dict[str, float] = ray.get(given[0][0])
-                ray.get([there for there, _ in given[1:]])
+                figures: dict[str, float] = self.answer(given[0][0])
+                self.answer([there for there, _ in given[1:]])
                 return ShardTotals(*totals, tuple(part for _, part in given), figures)
             except LOST as error:
                 self.replace(0, error)
@@ -188,14 +200,9 @@ class Gangs(Slots):
         return [rank.close_round.options(num_returns=2).remote() for rank in self.ranks[slot]]
 
     def _closed(self, closing: Any) -> Any:
-        return ShardSum(tuple(shard for _, shard in closing), sum(ray.get([nbytes for nbytes, _ in closing])))
+        return ShardSum(tuple(shard for _, shard in closing), sum(self.answer([nbytes for nbytes, _ in closing])))
 
     def stop(self) -> None:
         """Ends all gangs."""
         for group in self.groups.values():
             remove_placement_group(group)
-
-
-def _kept(round_: int, given: list[tuple[Reference, Reference]]) -> ShardedState:
-    """The state whose shards' bytes and shards are `given`, once all of them are there."""
-    return ShardedState(round_, tuple(part for _, part in given), sum(ray.get([nbytes for nbytes, _ in given])))

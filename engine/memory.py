@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 
 from strategies.types import Memory
 
+RANK = "shard-"  # what a gang's rank remembers of its shards lies in a folder with its number
 SHELVES = 256  # folders, so that no single one holds all clients
 
 
@@ -78,3 +79,8 @@ class ClientMemory:
 
     def _path(self, client: int, round_: int) -> Path:
         return self.folder / f"{client % SHELVES:02x}" / str(client) / f"{round_:05d}.safetensors"
+
+
+def every_memory(folder: Path) -> list[ClientMemory]:
+    """The memory of plain slots, and those of the ranks of gangs."""
+    return [ClientMemory(folder), *map(ClientMemory, sorted(folder.glob(f"{RANK}*")))]

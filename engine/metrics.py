@@ -120,7 +120,7 @@ class Ledger(RoundLog):
 
 
 class Faults(RoundLog):
-    """What went wrong: round, kind, who, why, wall_s. A round without any has no file."""
+    """What went wrong: round, kind, who, why, wall_s. A round without any has no file; nothing is taken back."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, FAULTS)
@@ -131,9 +131,14 @@ class Faults(RoundLog):
             self.note(round=round_, **asdict(fault), wall_s=wall_s)
 
     def flush(self, round_: int) -> None:
-        """As of all logs, where there is anything to write."""
+        """As of all logs, where there is anything to write; after what the round's file holds already."""
+        path = self.folder / f"round-{round_:05d}.parquet"
         if self.blocks:
+            self.blocks[:0] = [pq.read_table(path, schema=FAULTS)] if path.exists() else []
             super().flush(round_)
+
+    def forget_after(self, round_: int) -> None:
+        """Keeps all: a round that is played again went wrong nevertheless."""
 
 
 class Logs(NamedTuple):

@@ -14,14 +14,14 @@ from engine.client import ClientActor, Place
 from engine.events import Fault
 from engine.fitting import asked_or_fitting, slots_that_fit
 from engine.holder import start_holder
-from engine.lost import LOST, last_line
+from engine.lost import LOST, SlotSilent, last_line
 from engine.rows import Parts, put_tokens
 from engine.settings import Federation
 from strategies.layout import Layout
 from strategies.partition import Partition
 
 Reference = Any  # ray.ObjectRef, whose calls on an untyped actor handle the checker cannot follow
-MAX_DEATHS = 10  # within one round or evaluation: beyond, the machine and not chance is at fault
+MAX_DEATHS = 10  # and one for each slot, with nothing done between: beyond, the machine and not chance is at fault
 START_TIMEOUT_S = 300.0
 LOOK_S = 5.0  # between looks at what the cluster has, while a slot waits for a place
 
@@ -46,10 +46,12 @@ class Pool:
 
     def __init__(self, federation: Federation, memory: Path) -> None:
         self.federation, self.memory, self.timeout_s = federation, memory, federation.clients.timeout_s
+        self.patience_s = self.timeout_s  # for what a slot answers at once
         self.size = self._count([node["Resources"] for node in ray.nodes() if node["Alive"]])
         self.actors = [self._spawn(slot) for slot in range(self.size)]
         self.alive = list(range(self.size))
         self.faults: list[Fault] = []
+        self.nodes: dict[int, str] = {}  # where each slot is
         self.holders: dict[tuple[str, str], Any] = {}
         self.parts: Parts | None = None
         self.deaths = 0
@@ -99,6 +101,7 @@ class Pool:
                 f"could not be placed within {START_TIMEOUT_S:g} s; Ray has {ray.available_resources()} free: "
                 f"wait for other work to end, or lower clients.slots"
             ) from None
+        self.nodes = {slot: place.node_id for slot, place in enumerate(places)}
         try:
             return self._started(store, shared, places)
         except LOST as error:
@@ -145,16 +148,18 @@ class Pool:
         """Gives a new slot what the others have been given since the start."""
 
     def replace(self, slot: int, error: Exception) -> None:
-        """Puts a new slot into the place of one that `error` tells the death of; ValueError when too many have died.
+        """Puts a new slot into the place of one that `error` tells the death of.
 
-        Where the cluster has no place for it any more, the others go on without it.
+        Where the cluster has no place for it any more, the others go on without it. ValueError when too many have died
+        of something else than their node's end, and nothing was done between.
         """
         while True:
-            self.deaths += 1
+            gone = [node["NodeID"] for node in ray.nodes() if not node["Alive"]]
+            self.deaths += self.nodes.pop(slot, None) not in gone
             self.faults.append(Fault("slot", str(slot), last_line(error)))
-            if self.deaths > MAX_DEATHS:
+            if self.deaths > MAX_DEATHS + self.size:
                 raise ValueError(
-                    f"{self.deaths} slots died of the same work, the last so: {last_line(error)}; "
+                    f"{self.deaths} slots died one after another, the last so: {last_line(error)}; "
                     f"if memory ran out, lower clients.slots, train.batch or train.max_length"
                 ) from error
             self._end(slot)
@@ -165,6 +170,7 @@ class Pool:
                     self.alive.remove(slot)
                     self.faults.append(Fault("slot", str(slot), "the cluster has no place for another in its stead"))
                     return
+                self.nodes[slot] = self.answer(self.actors[slot].place.remote()).node_id
                 ray.get(self._attach(slot))
                 ray.get(self.actors[slot].refuse_lost_memory.remote())
                 self._restore(slot)
@@ -180,11 +186,9 @@ class Pool:
         """Waits for a new slot's place; False where the others can go on without it, ValueError where nobody can."""
         place = self.actors[slot].place.remote()
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not ray.wait([place], timeout=LOOK_S)[0]:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            too_small = slots_that_fit(self.federation.clients, nodes) < len(self.alive)
+        while not ray.wait([place], timeout=LOOK_S if self._fits() else 0)[0]:
             late = time.monotonic() > deadline
-            if self.may_shrink and len(self.alive) > 1 and (too_small or late):
+            if self.may_shrink and len(self.alive) > 1 and (late or not self._fits()):
                 return False
             if late:
                 raise ValueError(
@@ -193,6 +197,21 @@ class Pool:
                 )
         ray.get(place)
         return True
+
+    def _fits(self) -> bool:
+        """Whether the nodes that there are could hold all slots."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        try:
+            return slots_that_fit(self.federation.clients, nodes) >= len(self.alive)
+        except ValueError:
+            return False
+
+    def answer(self, given: Any) -> Any:
+        """What slots answer that have nothing else to do; SlotSilent where the recipe's deadline is over."""
+        try:
+            return ray.get(given, timeout=self.patience_s)
+        except GetTimeoutError:
+            raise SlotSilent(f"no answer for {self.patience_s:g} s") from None
 
     def stop(self) -> None:
         """Ends all actors of the pool."""

@@ -16,6 +16,7 @@ import numpy as np
 import ray
 from ray.exceptions import OutOfMemoryError
 
+from engine.events import Fault
 from engine.lost import LOST, SlotSilent, last_line
 from engine.wire import Report
 
@@ -133,6 +134,7 @@ class Pull:
         self.since: dict[int, float] = {}  # when a slot began to owe an answer
         self.suspects: Counter[Unit] = Counter()  # how many slots have died while they worked on a unit alone
         self.done: dict[int, Done] = {}
+        self.most = 0  # units that were done at once
         self.given_up: list[Any] = []
 
     def run(self) -> dict[int, Done]:
@@ -146,7 +148,7 @@ class Pull:
             if ready:
                 self._take(ready[0])
             else:
-                self._end_silent()
+                self._end_silent()  # and then take what others have answered meanwhile
         return self.done
 
     def _busy(self) -> bool:
@@ -197,9 +199,8 @@ class Pull:
     def _end_silent(self) -> None:
         allowed = self.pool.timeout_s
         assert allowed is not None
-        for slot, began in list(self.since.items()):
-            if time.monotonic() - began >= allowed:
-                self._lose(slot, SlotSilent(f"no answer for {allowed:g} s, which is clients.timeout_s"))
+        slot = min(self.since, key=self.since.__getitem__)
+        self._lose(slot, SlotSilent(f"no answer for {allowed:g} s, which is clients.timeout_s"))
 
     def _take(self, ready: Any) -> None:
         slot = (self.beside.get(ready) or self.running[ready])[0]
@@ -217,10 +218,17 @@ class Pull:
             done = self.done.setdefault(slot, Done())
             done.results.extend(found)
             done.units.extend(chunk)
+            self._count()
         if self.free[slot] == AHEAD:
             del self.since[slot]
         else:
             self.since[slot] = time.monotonic()
+
+    def _count(self) -> None:
+        """Forgives the deaths before where more is done than ever was, to which what always dies does not come."""
+        finished = sum(len(own.units) for own in self.done.values())
+        if finished > self.most:
+            self.most, self.pool.deaths = finished, 0
 
     def _lose(self, slot: int, error: Exception) -> None:
         """All that a dead slot has done or begun is to be done again, but for what it has answered of `later`."""
@@ -251,6 +259,8 @@ class Pull:
         (unit,) = chunk
         self.suspects[unit] += 1
         if len(unit) > 1 and (self.suspects[unit] > 1 or isinstance(error, OutOfMemoryError)):
+            why = f"halved, since its slots died of it: {last_line(error)}"
+            self.pool.faults.append(Fault("pack", ", ".join(map(str, unit)), why))
             for half in halves(unit):
                 self.cost[half], self.kind[half] = self.cost[unit] * len(half) / len(unit), self.kind[unit]
                 self.suspects[half] = 0

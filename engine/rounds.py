@@ -17,7 +17,7 @@ from engine.checkpoint import Saved
 from engine.collect import Collector, PlainCollector, SecureCollector, ShardCollector
 from engine.costs import Costs
 from engine.events import Fault, RoundDone
-from engine.memory import ClientMemory
+from engine.memory import every_memory
 from engine.metrics import Logs
 from engine.pulling import Work
 from engine.relay import Relay
@@ -55,7 +55,7 @@ class Rounds:
         """Plans noise and how updates come in; what the user should know of it. ValueError where it cannot be had."""
         self.lanes, self.costs = lanes, Costs.of(saved.costs if saved else [])
         federation, clients, layout = self.federation, self.store.num_training, self.layout
-        dp, round_ = federation.privacy.dp, saved.state.round if saved else 0
+        dp, self.round = federation.privacy.dp, saved.state.round if saved else 0
         self.clip = saved.clip if saved else dp.clip if isinstance(dp, CentralDp) else 0.0
         self.aborts = saved.aborts if saved else 0
         rows, train = self.tokens.counts("train")[:clients], federation.train
@@ -67,7 +67,7 @@ class Rounds:
         planned = plan_noise(federation, layout, clients, int(rows.min()), self.noisy_steps * federation.rounds)
         self.noise: Plan | None = planned.plan if planned else None
         simulated, spent = federation.privacy.simulated, self.folder / "privacy.json"
-        self.spending = self.noise and Spending.open(spent, self.noise, simulated=simulated, round_=round_)
+        self.spending = self.noise and Spending.open(spent, self.noise, simulated=simulated, round_=self.round)
         path = federation.clients.availability.trace
         trace = None if path is None else Trace.open(Path(path), self.store.names(list(range(clients))))
         self.collector: Collector = PlainCollector(federation, self.slots, trace)
@@ -95,6 +95,7 @@ class Rounds:
     def play(self, state: Any) -> tuple[Any, RoundDone]:
         """The next round's state, and what there is to tell; ValueError where it cannot go on."""
         federation, round_ = self.federation, state.round + 1
+        self.round = round_
         began = time.monotonic()
         cohort = federation.cohort.sample(self.store.num_training, federation.seed, state.round)
         epsilon, clip = self.spending.charge(self.noisy_steps) if self.spending else None, self.clip
@@ -104,6 +105,12 @@ class Rounds:
         steps, lengths = self.steps(cohort), self._tokens(cohort)
         done = self.collector.collect(Work(cohort, steps, self.costs.seconds(steps, lengths)), wire)
         self._learn(cohort, steps, lengths, done.reports)
+        tried = [
+            Fault("client", self.store.name(r.client), why)
+            for r in done.reports
+            for why in (*r.tried, *([r.failed] if r.failed and not r.tried else []))
+        ]
+        faults = self.faults(*tried)  # also of a round that ends the run
         too_few = None if done.aborted is not None else self._too_few(done.reports, len(cohort), round_)
         if too_few is not None:
             if federation.clients.on_too_few == "end":
@@ -138,12 +145,6 @@ class Rounds:
             "store_bytes": done.store_bytes,
             "balance": statistics.mean(done.busy) / max(done.busy) if any(done.busy) else 1.0,
         }
-        tried = [
-            Fault("client", self.store.name(r.client), why)
-            for r in done.reports
-            for why in (*r.tried, *([r.failed] if r.failed and not r.tried else []))
-        ]
-        faults = self.faults(round_, *tried)
         self.metrics.add(round_, "engine", None, **figures, faults=len(faults))
         if epsilon is not None:
             assert self.noise is not None
@@ -158,11 +159,11 @@ class Rounds:
             round_, done.loss, seconds, rate, clients, failed, done.dropped, done.aborted, said, faults
         )
 
-    def faults(self, round_: int, *more: Fault) -> tuple[Fault, ...]:
-        """Writes down what has gone wrong since this was asked last, and returns it."""
+    def faults(self, *more: Fault) -> tuple[Fault, ...]:
+        """Notes what has gone wrong since this was asked last, and returns it."""
         found = (*self.slots.faults, *more)
         self.slots.faults.clear()
-        self.log.happened(round_, found, self.metrics.wall_s)
+        self.log.happened(self.round, found, self.metrics.wall_s)
         return found
 
     def _clients_clip(self, clients: int) -> float:
@@ -182,9 +183,9 @@ class Rounds:
 
     def _abort(self, cohort: np.ndarray, round_: int, why: str, *, counted: bool) -> None:
         """The model stays as it was, clients forget the round, and the run goes on; ValueError after too many."""
-        memory = ClientMemory(self.folder / "memory")
-        for client in cohort:
-            memory.forget(int(client), round_)
+        for memory in every_memory(self.folder / "memory"):
+            for client in cohort:
+                memory.forget(int(client), round_)
         self.aborts += counted
         allowed = self.federation.privacy.secagg.max_aborts
         if self.aborts > allowed:

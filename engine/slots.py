@@ -32,7 +32,7 @@ class Slots(Pool):
         self.deaths = 0
         for slot in list(self.alive):
             try:
-                ray.get(self._rebase(self.actors[slot]))
+                self.answer(self._rebase(self.actors[slot]))
             except LOST as error:
                 self.replace(slot, error)
 
@@ -71,7 +71,8 @@ class Slots(Pool):
         reports: dict[int, Report] = {}
         sums: list[Any] = []
         busy = [0.0] * self.size
-        todo, self.deaths = self.units(work, lanes), 0
+        ended: dict[Unit, None] = {}  # in the order in which they were
+        todo, self.deaths, lost_sums = self.units(work, lanes), 0, 0
         while todo:
             pull = Pull(self, todo, [work.cost(unit) for unit in todo], call, self.later, _given_up)
             done, todo = pull.run(), []
@@ -84,19 +85,22 @@ class Slots(Pool):
                     sums.append(self._closed(closing[slot]))
                     reports |= {report.client: report for report in own.results}
                     busy[slot] += sum(report.seconds for report in own.results)
+                    ended |= dict.fromkeys(own.units)
                 except LOST as error:
                     todo += own.units
+                    lost_sums += 1
+                    self.deaths = max(self.deaths, lost_sums)  # whatever was done between is lost with them
                     self.replace(slot, error)
-            if self.deaths:  # updates may have lain on a node that is gone
+            if self.faults:  # updates may have lain on a node that is gone
                 lost = {client for client, update in each.items() if _is_lost(update)}
-                todo += [unit for own in done.values() for unit in own.units if lost & {*unit} and unit not in todo]
+                todo += [unit for unit in ended if lost & {*unit} and unit not in todo]
         return Worked([reports[client] for client in sorted(reports)], sums, each, busy)
 
     def _close(self, slot: int) -> Any:
         return self.actors[slot].close_round.remote()
 
     def _closed(self, closing: Any) -> Any:
-        return ray.get(closing)
+        return self.answer(closing)
 
     def held(self, sums: Sums) -> int:
         """How many coordinates of a masked vector come in a slot's message."""

@@ -103,7 +103,7 @@ def run(
             if isinstance(event, Finished):
                 finished = event
                 continue
-            if isinstance(event, Started) and recipe.clients.pack != event.lanes:
+            if isinstance(event, Started) and recipe.clients.pack == "auto":
                 settled = replace(recipe, clients=replace(recipe.clients, pack=event.lanes))
                 write_file(folder / "recipe.toml", to_toml(settled).encode())
             on_event(event)

@@ -31,7 +31,7 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from engine.driver import Driver
-    from engine.events import DriverLost, Fault, RoundDone
+    from engine.events import DriverLost, Fault, RoundDone, Started
     from engine.lost import LOST, last_line
     from experiments.own import own_parts
 
@@ -50,25 +50,29 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
         try:
             for reference in driver.run.remote():
                 event = ray.get(reference)
+                if isinstance(event, Started):  # it has written down who was lost before
+                    plan = replace(plan, lost=())
                 futile *= not isinstance(event, RoundDone)
                 yield event
             return
-        except RayTaskError as error:
+        except (RayTaskError, *LOST) as error:
             cause: BaseException = error
             while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
                 cause = cause.cause
             if isinstance(cause, ValueError | OSError):
                 raise ValueError(str(cause)) from error
-            raise
-        except LOST as error:
-            futile, why = futile + 1, last_line(error)
+            if not isinstance(cause, LOST):
+                raise
+            # It is dead, or has lost with a node what only its last checkpoint has.
+            futile, why = futile + 1, last_line(cause)
             if futile > FUTILE:
                 raise ValueError(
                     f"the driver died {futile} times without a round done between ({why}): if memory ran out, take a "
                     f"smaller model or cohort; then go on from the last checkpoint with --resume"
                 ) from error
             begun = any((plan.folder / "checkpoints").glob("[0-9]*"))
-            plan = replace(plan, resume=plan.resume or begun, lost=(Fault("driver", "the driver", why),))
+            lost = (*plan.lost, Fault("driver", "the driver", why))
+            plan = replace(plan, resume=plan.resume or begun, lost=lost)
             yield DriverLost(why)
         finally:
             over.set()

@@ -43,7 +43,7 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
         raise ValueError(f"{out} holds no run to resume (no recipe.toml): leave --resume out to start one there")
     refuse_ways_out(out)
     before = _begun_with(old, recipe)
-    if (out / "model").exists() and recipe.rounds <= before.rounds:
+    if (out / "model").exists() and recipe.rounds <= _reached(out, before):
         hint = "" if (out / "report.html").exists() else f"; `fedpost report {out}` writes the report that it lacks"
         raise ValueError(f"the run in {out} has finished; raise rounds, or choose another --out for a new one{hint}")
     if recipe.clients.pack == "auto":  # has been settled
@@ -59,6 +59,11 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
             f"was begun with ({old}), or start anew in another --out"
         )
     return out, recipe
+
+
+def _reached(out: Path, before: Recipe) -> int:
+    """The last round that a finished run, or one that was to go on after it had finished, has kept."""
+    return max((int(path.name) for path in (out / "checkpoints").glob("[0-9]*")), default=before.rounds)
 
 
 def refuse_other_data(folder: Path, manifest: dict[str, Any]) -> None:

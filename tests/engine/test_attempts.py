@@ -1,5 +1,8 @@
 """What is tried where clients raise or run out of memory: each once more, and only what must be apart is."""
 
+import subprocess
+import sys
+
 import torch
 
 from engine.attempts import attempted
@@ -51,9 +54,11 @@ def test_a_client_that_raises_is_left_alone_and_named():
         return list(pack)
 
     found = attempted((0, 1, 2), train, 2)
-    assert asked == [(0, 1, 2), (0,), (1,), (1,), (1,), (2,)]
+    assert asked == [(0, 1, 2)] * 3 + [(0,), (1,), (2,)]  # a pack apart gives other bits: only where it must be
     assert [one.result for one in found] == [0, None, 2]
-    assert found[1].why[1:] == ("KeyError: 'no such column'",) * 3 and len(found[0].why) == 1
+    assert found[1].why[3:] == ("KeyError: 'no such column'",) and len(found[0].why) == 3
+    asked.clear()
+    assert attempted((1,), train, 2)[0].why == ("KeyError: 'no such column'",) * 3 and len(asked) == 3
 
 
 def test_a_client_that_raises_once_is_as_good_as_the_others():
@@ -67,3 +72,19 @@ def test_a_client_that_raises_once_is_as_good_as_the_others():
 
     (found,) = attempted((7,), train, 1)
     assert found.result == 7 and found.why == ("OSError: the disk was gone for a moment",)
+
+
+def test_a_process_that_has_lost_its_gpu_ends():
+    """Whatever it would be asked next would fail, and the clients for it."""
+    program = """
+import torch
+from engine.attempts import attempted
+
+def train(pack):
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+attempted((0, 1), train, 5)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith("AcceleratorError: CUDA error: an illegal memory access")
+    assert ended.stderr.count("CUDA error") == 1

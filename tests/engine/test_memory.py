@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.memory import ClientMemory, named, part
+from engine.memory import RANK, ClientMemory, every_memory, named, part
 
 
 def value(memory: dict[str, torch.Tensor]) -> list[float]:
@@ -60,3 +60,11 @@ def test_owners_do_not_see_each_others_entries() -> None:
     both = named({"c": torch.ones(1)}, "strategy.") | named({"c": torch.zeros(1)}, "optimizer.global.")
     assert set(both) == {"strategy.c", "optimizer.global.c"}
     assert part(both, "strategy.")["c"] == 1 and part(both, "optimizer.global.")["c"] == 0
+
+
+def test_what_ranks_remember_of_their_shards_is_found(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / f"{RANK}0", tmp_path / f"{RANK}1"):
+        ClientMemory(folder).write(1, 3, {"c": torch.ones(1)}, oldest=0)
+    for memory in every_memory(tmp_path):
+        memory.forget(1, 3)
+    assert list(tmp_path.rglob("*.safetensors")) == []

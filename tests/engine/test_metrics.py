@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from engine import metrics as log
-from engine.metrics import LEDGER, METRICS, Ledger, Metrics, read_log
+from engine.events import Fault
+from engine.metrics import LEDGER, METRICS, Faults, Ledger, Metrics, read_log
 
 
 def rounds(folder: Path) -> list[str]:
@@ -89,3 +90,13 @@ def test_a_broken_file_is_an_error_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "round-00000.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match=r"[Pp]arquet"):
         read_log(tmp_path)
+
+
+def test_what_went_wrong_is_kept_when_a_round_is_played_again(tmp_path: Path) -> None:
+    for why in ("first", "second"):
+        faults = Faults(tmp_path)
+        faults.forget_after(2)
+        faults.happened(3, [Fault("slot", "0", why)], 1.0)
+        faults.flush(3)
+        Faults(tmp_path).flush(4)
+    assert read_log(tmp_path)["why"].to_pylist() == ["first", "second"]

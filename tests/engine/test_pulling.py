@@ -9,6 +9,8 @@ import pytest
 import ray
 
 from engine.costs import Costs
+from engine.events import Fault
+from engine.pool import MAX_DEATHS
 from engine.pulling import ENOUGH, REFILLED, Pull, Work, packs
 from engine.relay import placement
 from engine.slots import Slots
@@ -58,15 +60,14 @@ def test_clients_that_are_all_alike_teach_no_order() -> None:
 class Light:
     """A slot that only answers, dies of packs of which `fatal` clients are members, and hangs on `slow` ones."""
 
-    def __init__(self, fatal: dict[int, int], slow: int) -> None:
-        self.fatal, self.slow = fatal, slow
+    def __init__(self, fatal: dict[int, int], slow: int, pace: float) -> None:
+        self.fatal, self.slow, self.pace = fatal, slow, pace
 
     def run(self, chunk: list[tuple[int, ...]]) -> list[int]:
         for unit in chunk:
             if any(client in unit and len(unit) > size for client, size in self.fatal.items()):
                 os._exit(1)
-            if self.slow in unit:
-                time.sleep(60)
+            time.sleep(60 if self.slow in unit else self.pace)
         return [client for unit in chunk for client in unit]
 
     def run_each(self, chunk: list[tuple[int, ...]], wire: str) -> list[object]:
@@ -78,15 +79,19 @@ class Light:
 
 
 class LightPool:
-    """Two such slots, the first of them slow until it is made anew; `deaths` says how often that was."""
+    """Two such slots, the first of them slow until it is made anew; `died` says how often that was."""
 
-    def __init__(self, fatal: dict[int, int], slow: int = -1, timeout_s: float | None = None) -> None:
-        self.fatal, self.timeout_s, self.alive, self.deaths = fatal, timeout_s, [0, 1], 0
+    def __init__(
+        self, fatal: dict[int, int], slow: int = -1, timeout_s: float | None = None, pace: float = 0.0
+    ) -> None:
+        self.fatal, self.timeout_s, self.patience_s, self.alive = fatal, timeout_s, None, [0, 1]
+        self.pace = pace
+        self.died, self.deaths, self.faults = 0, 0, list[Fault]()
         self.federation = SimpleNamespace(clients=SimpleNamespace(retries=1))
         self.actors = [self._spawn(slow), self._spawn(-1)]
 
     def _spawn(self, slow):  # type: ignore[no-untyped-def]
-        actor = ray.remote(Light).options(num_cpus=0).remote(self.fatal, slow)
+        actor = ray.remote(Light).options(num_cpus=0).remote(self.fatal, slow, self.pace)
         ray.get(actor.run.remote([]))
         return actor
 
@@ -97,7 +102,8 @@ class LightPool:
         return np.zeros(len(clients), np.int64)
 
     def replace(self, slot: int, error: Exception) -> None:
-        self.deaths += 1
+        self.died, self.deaths = self.died + 1, self.deaths + 1
+        assert self.deaths <= MAX_DEATHS
         ray.kill(self.actors[slot])
         self.actors[slot] = self._spawn(-1)
 
@@ -126,7 +132,7 @@ def test_a_client_that_ends_its_slots_is_found_and_given_up() -> None:
     pool = LightPool({7: 0})
     done, _, given_up = pulled(pool, [(client,) for client in range(20)])
     assert given_up == [7] and done == [client for client in range(20) if client != 7]
-    assert 2 <= pool.deaths <= 3
+    assert 2 <= pool.died <= 3
 
 
 class LightSlots(LightPool, Slots):
@@ -152,6 +158,17 @@ def test_who_is_given_up_leaves_no_update() -> None:
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.slow
+def test_more_such_clients_than_deaths_are_forgiven_in_a_row(full: bool) -> None:
+    if not full:
+        pytest.skip("one such client is tried")
+    fatal = [3, 8, 15, 16, 30]
+    pool = LightPool(dict.fromkeys(fatal, 0))
+    done, _, given_up = pulled(pool, [(client,) for client in range(40)])
+    assert sorted(given_up) == fatal and len(done) == 35 and pool.died > MAX_DEATHS
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
 def test_a_pack_that_ends_its_slots_is_halved_until_it_does_not(full: bool) -> None:
     if not full:
         pytest.skip("a quarter of a minute")
@@ -159,6 +176,7 @@ def test_a_pack_that_ends_its_slots_is_halved_until_it_does_not(full: bool) -> N
     done, units, given_up = pulled(pool, [(0, 1), (2, 3, 4, 5, 6, 7), (8, 9)])
     assert given_up == [] and done == list(range(10))
     assert units == [(0, 1), (2, 3, 4), (5,), (6, 7), (8, 9)]
+    assert [(fault.kind, fault.who) for fault in pool.faults] == [("pack", "2, 3, 4, 5, 6, 7"), ("pack", "5, 6, 7")]
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -166,6 +184,13 @@ def test_a_pack_that_ends_its_slots_is_halved_until_it_does_not(full: bool) -> N
 def test_a_silent_slot_is_replaced(full: bool) -> None:
     if not full:
         pytest.skip("a whole run with a silent slot is tried")
-    pool = LightPool({}, slow=0, timeout_s=5.0)  # whose slot gets the first client
-    done, _, given_up = pulled(pool, [(client,) for client in range(6)])
-    assert done == list(range(6)) and given_up == [] and pool.deaths == 1
+    pool = LightPool({}, slow=0, timeout_s=3.0, pace=0.7)  # whose slot gets the first client
+    replace = pool.replace
+
+    def long(slot: int, error: Exception) -> None:
+        time.sleep(5)  # meanwhile the other slot answers, and nobody listens
+        replace(slot, error)
+
+    pool.replace = long  # type: ignore[method-assign]
+    done, _, given_up = pulled(pool, [(client,) for client in range(12)])
+    assert done == list(range(12)) and given_up == [] and pool.died == 1

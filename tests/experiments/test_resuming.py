@@ -1,0 +1,46 @@
+"""Which runs may go on, told from what lies in their folders."""
+
+from dataclasses import replace
+
+import pytest
+
+from experiments.config import to_toml
+from experiments.resuming import run_folder
+
+
+@pytest.fixture
+def left(small_recipe, tmp_path):
+    """Makes a run folder of so many rounds, of which some were done, and once all of fewer rounds."""
+    recipe = small_recipe()
+
+    def make(rounds, reached, *, model):
+        for name in range(1, reached + 1):
+            (tmp_path / "checkpoints" / f"{name:05d}").mkdir(parents=True, exist_ok=True)
+        if model:
+            (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "recipe.toml").write_text(to_toml(replace(recipe, rounds=rounds)))
+        return lambda rounds: run_folder(replace(recipe, rounds=rounds), tmp_path, True)
+
+    return make
+
+
+def test_a_finished_run_goes_on_with_more_rounds_alone(left):
+    again = left(10, 10, model=True)
+    with pytest.raises(ValueError, match="has finished; raise rounds"):
+        again(10)
+    assert again(20)[1].rounds == 20
+
+
+def test_a_run_that_was_to_go_on_and_was_killed_goes_on(left):
+    """Its model is that of its first rounds."""
+    again = left(20, 15, model=True)
+    assert again(20)[1].rounds == 20
+    with pytest.raises(ValueError, match="has finished"):
+        again(15)
+    with pytest.raises(ValueError, match="cannot go on with fewer"):
+        again(18)
+
+
+def test_a_finished_run_without_its_checkpoints_is_finished(left):
+    with pytest.raises(ValueError, match="has finished"):
+        left(10, 0, model=True)(10)
