@@ -1,4 +1,4 @@
-"""How many slots the resources of Ray's nodes hold."""
+"""How many slots the resources of Ray's nodes hold, and which of them may be one gang's."""
 
 import math
 
@@ -31,3 +31,16 @@ def slots_that_fit(clients: Clients, nodes: list[dict[str, float]]) -> int:
 def asked_or_fitting(clients: Clients, fit: int) -> int:
     """As many slots as the recipe asks for, and no more than fit."""
     return fit if clients.slots == "auto" else min(clients.slots, fit)
+
+
+def refuse_shared_gpus(places: list[tuple[str, str | None]]) -> None:
+    """ValueError where two ranks of a gang, given by node and GPU (None: on the CPU), are on one GPU.
+
+    NCCL gives each rank a GPU of its own, and refuses with less to go by.
+    """
+    gpus = [place for place in places if place[1] is not None]
+    if len(set(gpus)) < len(gpus):
+        raise ValueError(
+            f"{len(gpus)} ranks of a gang were given {len(set(gpus))} GPUs, and NCCL lets no two of them share one: "
+            f"set clients.num_gpus = 1, or clients.zero.ranks = 1 for a gang on a part of a GPU"
+        )

@@ -12,7 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.client import Place
-from engine.fitting import asked_or_fitting, slots_that_fit
+from engine.fitting import asked_or_fitting, refuse_shared_gpus, slots_that_fit
 from engine.gang import Gang, Rank, Served
 from engine.lost import LOST, GangLost
 from engine.meeting import rank_environment
@@ -131,11 +131,16 @@ class Gangs(Slots):
                 self.parts = self.parts or put_tokens(self.tokens)
                 tokens = ray.get(rank.receive_tokens.remote(self.tokens, self.parts))
             found.append(tokens)
+        refuse_shared_gpus([(place.node_id, place.gpu) for place in self._places(slot)])
         address, port = ray.get(self.ranks[slot][0].address.remote())
         leader, *followers = self.ranks[slot]
         for rank, tokens in zip(followers, found[1:], strict=True):
             rank.follow.remote(leader, "form", address, port, tokens)
         return leader.lead.remote("form", address, port, found[0])
+
+    def _places(self, slot: int) -> list[Place]:
+        found: list[Place] = ray.get([rank.place.remote() for rank in self.ranks[slot]])
+        return found
 
     def _end(self, slot: int) -> None:
         """What a gang leaves goes with its placement group, when that is made anew."""

@@ -6,6 +6,7 @@ driver, who know this module too, never need.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,8 @@ class PackedBase:
 
 
 def always_the_same_bits() -> None:
-    """Lets torch choose kernels whose result does not depend on chance, where there are any."""
+    """Lets torch and CUDA choose kernels whose result does not depend on chance, where there are any."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Else all that is allocated would be written twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

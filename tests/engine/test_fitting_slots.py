@@ -1,6 +1,6 @@
 import pytest
 
-from engine.fitting import slots_that_fit
+from engine.fitting import refuse_shared_gpus, slots_that_fit
 from engine.settings import Clients
 
 
@@ -38,3 +38,9 @@ def test_a_fraction_of_a_gpu_lies_on_one_gpu() -> None:
     node = {"CPU": 64.0, "GPU": 2.0}
     for share, fit in ((0.6, 2), (0.4, 4), (0.25, 8), (1.0, 2), (2.0, 1)):
         assert slots_that_fit(Clients(num_cpus=0.5, num_gpus=share), [node]) == fit
+
+
+def test_ranks_of_a_gang_have_a_gpu_each() -> None:
+    refuse_shared_gpus([("a", "0"), ("a", "1"), ("b", "0"), ("b", None), ("b", None)])
+    with pytest.raises(ValueError, match=r"3 ranks of a gang were given 2 GPUs.*set clients\.num_gpus = 1"):
+        refuse_shared_gpus([("a", "0"), ("a", "1"), ("a", "0")])

@@ -3,16 +3,21 @@
 import json
 import os
 import signal
+import sys
 from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import pytest
+import ray.cloudpickle
 import torch
 from safetensors.torch import load_file
 
 import experiments
 from engine.events import RoundDone, Started
 from engine.metrics import read_log
+from strategies.fedavg import FedAvg
 
 ADAPTER = "adapter_model.safetensors"
 ZERO = "clients.zero={stage=3, ranks=2, timeout_s=15}"
@@ -140,6 +145,34 @@ def test_an_interrupted_run_goes_on_from_its_shards(reference, small_recipe, tmp
     assert weights(run).keys() == weights(reference).keys() and apart(run, reference) == 0
     with pytest.raises(ValueError, match="has finished"):
         experiments.run(small_recipe(*SMALL, ZERO), out=out, resume=True)
+
+
+@dataclass(frozen=True)
+class Raising(FedAvg):
+    """FedAvg of which one rank raises once, at the end of one client's work."""
+
+    folder: str = ""
+
+    def finish(self, update, got, memory, ends):
+        """As FedAvg's, but for the first time that anybody comes here in the second round."""
+        if got.round == 1:
+            with suppress(FileExistsError):
+                (Path(self.folder) / "raised").touch(exist_ok=False)
+                raise ArithmeticError("its rows add up to nothing")
+        return super().finish(update, got, memory, ends)
+
+
+@pytest.mark.slow
+def test_what_a_client_raises_ends_its_gang_and_not_the_run(reference, small_recipe, tmp_path, full):
+    if not full:
+        pytest.skip("a rank that is lost is tried")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    recipe = replace(small_recipe(*SMALL, ZERO), strategy=Raising(folder=str(tmp_path)))
+    run = experiments.run(recipe, out=tmp_path / "run")
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert apart(run, reference) == 0
+    ((kind, why),) = {(row["kind"], row["why"]) for row in read_log(run.folder / "faults").to_pylist()}
+    assert kind == "slot" and "ArithmeticError: its rows add up to nothing" in why
 
 
 def ranks(title):
