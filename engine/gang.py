@@ -198,7 +198,7 @@ class Rank(SecureRank):
                 bound = float("nan")
         except NonFiniteUpdate:
             bound = float("nan")
-        bounds = torch.tensor([bound], dtype=torch.float64, device=self.trainer.device)
+        bounds = torch.tensor([bound], dtype=torch.float64, device=self.trainer.works_on)
         gathered = [torch.empty_like(bounds) for _ in range(self.zero.ranks)]
         dist.all_gather(gathered, bounds)
         largest = torch.cat(gathered).max().item()

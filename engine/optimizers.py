@@ -43,12 +43,19 @@ def reset(optimizer: torch.optim.Optimizer, lane: int | None = None) -> None:
     """
     # Not by the groups where all are meant: deepspeed keeps other parameters in them than the optimizer has states of.
     for parameter in list(optimizer.state) if lane is None else optimizer.param_groups[lane]["params"]:
-        if isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
+        if _starts_from_zeros(optimizer):
             for tensor in optimizer.state.get(parameter, {}).values():
                 if tensor is not None:
                     tensor.zero_()
-        else:  # Rprop, ASGD and others start from something else, which they set at their first step
+        else:
             optimizer.state.pop(parameter, None)
+
+
+def _starts_from_zeros(optimizer: torch.optim.Optimizer) -> bool:
+    """Not Rprop, ASGD and others, which set their state at their first step; nor dampening, which skips that step."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return not optimizer.defaults["dampening"]
+    return isinstance(optimizer, torch.optim.AdamW)
 
 
 def kept(optimizer: torch.optim.Optimizer, lane: int = 0) -> Memory:

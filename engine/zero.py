@@ -74,9 +74,14 @@ class ZeroTrainer(Trainer):
 
     @property
     def device(self) -> torch.device:
-        """Where the shard lies."""
+        """Where the shard lies: on the CPU if that is where the optimizer is."""
         found: torch.device = self.master.device
         return found
+
+    @property
+    def works_on(self) -> torch.device:
+        """Where the network computes, and what batches and collectives must lie on."""
+        return torch.device(deepspeed.get_accelerator().current_device_name())
 
     def weights(self) -> torch.Tensor:
         """A copy of this rank's shard (S,) of the present vector."""
@@ -158,8 +163,7 @@ class ZeroTrainer(Trainer):
         if self.clip > 0:
             own = [grad[start : start + length] for start, length in self.pieces]
             squares = torch.stack([torch.linalg.vector_norm(one, dtype=torch.float64).square() for one in own]).sum()
-            dist.all_reduce(squares)
-            grad *= min(1.0, self.clip / (math.sqrt(squares.item()) + 1e-6))
+            grad *= min(1.0, self.clip / (math.sqrt(self.summed(squares.item())) + 1e-6))
 
     def steps(
         self,
@@ -225,7 +229,7 @@ class ZeroTrainer(Trainer):
     def generate(self, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], tokens: int) -> list[str]:
         """Greedy continuations of at most `tokens` tokens by the present weights, the same in all ranks."""
         self.engine.eval()
-        return continuations(self.network, self.pad, self.device, tokenizer, prompts, tokens)
+        return continuations(self.network, self.pad, self.works_on, tokenizer, prompts, tokens)
 
     def _dealt(self, rows: pa.RecordBatch, picked: np.ndarray, batch: int) -> list[tuple[Any, int]]:
         """What is this rank's of `batch` rows at once: batches with 1, or 0 where a rank without rows keeps step."""
@@ -234,7 +238,7 @@ class ZeroTrainer(Trainer):
         chosen = [mine[first : first + micro] for first in range(0, most, micro)]
         return [
             (
-                self.objective.collate(rows.take(some if len(some) else picked[:1]), self.pad).to(self.master.device),
+                self.objective.collate(rows.take(some if len(some) else picked[:1]), self.pad).to(self.works_on),
                 int(len(some) > 0),
             )
             for some in chosen
@@ -242,6 +246,6 @@ class ZeroTrainer(Trainer):
 
     def summed(self, value: float) -> float:
         """The sum over all ranks, in float64."""
-        total = torch.tensor(value, dtype=torch.float64, device=self.master.device)
+        total = torch.tensor(value, dtype=torch.float64, device=self.works_on)
         dist.all_reduce(total)
         return total.item()

@@ -5,6 +5,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -15,6 +16,9 @@ from engine.model import causal_config, map_base, read_base, with_adapters
 from engine.settings import Lora, Model, Zero
 from engine.zero_limits import BUCKET, LIVE
 from strategies.layout import Layout
+
+ROWS = 1024  # of two tensors that are compared at once
+Stored = tuple[str, str]  # the file that a tensor lies in, and its key there
 
 
 def ds_config(model: Model, zero: Zero) -> dict[str, Any]:
@@ -59,7 +63,8 @@ def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Modul
             network = AutoModelForCausalLM.from_config(
                 causal_config(model), dtype=getattr(torch, model.dtype), attn_implementation=model.attention
             )
-        network.tie_weights()
+    if zero.stage < 3:
+        _tie_as_the_first(network)
     network.requires_grad_(not isinstance(model.peft, Lora))
     torch.manual_seed(seed)
     found: torch.nn.Module = with_adapters(network, model) if isinstance(model.peft, Lora) else network
@@ -94,23 +99,54 @@ def _in_shards(model: Model, zero: Zero) -> PreTrainedModel:
         network: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, model.dtype), attn_implementation=model.attention
         )
-    network.tie_weights()
-    missing = {name for name, _ in network.named_parameters()}
-    for file in _weight_files(model):
-        try:
+    try:
+        stored = _stored(network, _weight_files(model))
+        for target, source in list(network.all_tied_weights_keys.items()):
+            if {target, source} <= stored.keys() and not _alike(stored[target], stored[source], network.dtype):
+                del network.all_tied_weights_keys[target]  # a configuration says tied, and the weights are two
+        network.tie_weights(recompute_mapping=False)
+        parameters = dict(network.named_parameters())
+        if missing := parameters.keys() - stored.keys():
+            raise ValueError(
+                f"the weights of model.base {model.base!r} are not whole: {', '.join(sorted(missing)[:3])} are missing"
+            )
+        for name, parameter in parameters.items():
+            file, key = stored[name]
             with safe_open(file, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118
-                    name = key if key in missing else f"{network.base_model_prefix}.{key}"
-                    if name in missing:
-                        _read_own(network.get_parameter(name), weights.get_slice(key))
-                        missing.remove(name)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"the weights of model.base {model.base!r} cannot be read: {error}") from error
-    if missing:
-        raise ValueError(
-            f"the weights of model.base {model.base!r} are not whole: {', '.join(sorted(missing)[:3])} are missing"
-        )
+                _read_own(parameter, weights.get_slice(key))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the weights of model.base {model.base!r} cannot be read: {error}") from error
     return network
+
+
+def _tie_as_the_first(network: PreTrainedModel) -> None:
+    """Ties a network's weights where the first rank's are, which alone has seen them; all ranks call it."""
+    names = [[name for name, _ in network.named_parameters()]]
+    own = len(names[0])
+    dist.broadcast_object_list(names)
+    if len(names[0]) < own:
+        network.tie_weights()
+
+
+def _stored(network: PreTrainedModel, files: list[str]) -> dict[str, Stored]:
+    """Where the tensors of these files lie, by their names in the network."""
+    names, found = {name for name, _ in network.named_parameters()}, {}
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118
+                found[key if key in names else f"{network.base_model_prefix}.{key}"] = (file, key)
+    return found
+
+
+def _alike(one: Stored, other: Stored, dtype: torch.dtype) -> bool:
+    """Whether two tensors are the same as `dtype`; neither is in memory as a whole."""
+    with safe_open(one[0], framework="pt") as its, safe_open(other[0], framework="pt") as others:
+        left, right = its.get_slice(one[1]), others.get_slice(other[1])
+        shape = left.get_shape()
+        return shape == right.get_shape() and all(
+            torch.equal(left[first : first + ROWS].to(dtype), right[first : first + ROWS].to(dtype))
+            for first in range(0, shape[0], ROWS)
+        )
 
 
 def _read_own(parameter: Any, weight: Any) -> None:

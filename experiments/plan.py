@@ -16,8 +16,9 @@ from rich.table import Table
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
+from engine.fitting import asked_or_fitting, slots_that_fit
 from engine.model import causal_config, with_adapters
-from engine.settings import Lora, Model, Zero
+from engine.settings import Clients, Lora, Model, Zero
 from engine.train_settings import AdamW, Sgd
 from engine.zero_limits import BUCKET, LIVE
 from experiments.bench.results import in_fresh_process, memory
@@ -117,20 +118,21 @@ def slot_need(found: Sizes, recipe: Recipe, process: float) -> Need:
 def rank_need(found: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need:
     """A rank of a gang: ZeRO (arXiv 1910.02054) cuts optimizer (1), gradients (2) and weights (3) over the ranks.
 
-    Shards of the state and of sums that lie in the object store are no rank's own.
+    Shards of the state and of sums that lie in the object store are no rank's own; what is offloaded lies on no GPU.
     """
     ranks, trained = zero.ranks, found.trained * FLOAT
-    masters = trained / ranks  # also where the weights are float32 themselves
-    weights = found.parameters * found.itemsize / (ranks if zero.stage == 3 else 1) + masters
+    # Of masters, of their gradient and of each moment: float32 also where the weights are float32 themselves.
+    shard = 0.0 if zero.offload == "cpu" and recipe.clients.num_gpus else trained / ranks
+    weights = found.parameters * found.itemsize / (ranks if zero.stage == 3 else 1) + shard
     if zero.stage == 3:
         weights += (found.largest + LIVE) * found.itemsize
-    gradients = (trained if zero.stage == 1 else trained / ranks) + min(BUCKET, found.trained) * FLOAT
+    gradients = (trained if zero.stage == 1 else shard) + min(BUCKET, found.trained) * FLOAT
     rows = -(-recipe.train.batch // ranks)
     kept = replace(found, activations=found.activations // 4) if zero.checkpointing else found
     return Need(
         weights,
-        gradients + trained / ranks,  # deepspeed's, and a flat copy for the optimizer
-        _moments(recipe) * trained / ranks,
+        gradients + shard,  # deepspeed's, and a flat copy for the optimizer
+        _moments(recipe) * shard,
         HEAP * _in_a_step(kept, rows),
         found.trained * (FLOAT + GRID) / ranks,  # a client's change, and the sum
         process,
@@ -151,14 +153,51 @@ def _moments(recipe: Recipe) -> int:
 
 def smallest(found: Sizes, recipe: Recipe, device: float, process: float) -> Zero | None:
     """The fewest ranks, and then the lowest stage, of a gang that fits the device; None where none does."""
-    ranks = 1
-    while ranks <= MOST_RANKS:
+    given = recipe.clients.zero or Zero()
+    for ranks in range(1, MOST_RANKS + 1):
         for stage in (1, 2, 3):
-            zero = Zero(stage=stage, ranks=ranks)
+            zero = replace(given, stage=stage, ranks=ranks)
             if rank_need(found, recipe, zero, process).total <= SPARE * device:
                 return zero
-        ranks *= 2
     return None
+
+
+def counted(clients: Clients, devices: int, cpus: int) -> tuple[int, int]:
+    """How many plain slots and how many gangs a run has; of "auto", what GPUs, or so many CPUs on each device, hold.
+
+    ValueError where the GPUs, or the CPUs, hold none.
+    """
+    zero, slots = clients.zero, clients.slots
+    gangs = zero.gangs if zero is not None and zero.from_rows else 0  # beside plain slots
+    if clients.num_gpus or slots == "auto":
+        # How many CPUs there are beside GPUs is not known here.
+        asked = replace(clients, num_cpus=0.0) if clients.num_gpus else clients
+        nodes = [{"GPU": float(devices)}] if clients.num_gpus else [{"CPU": float(cpus)}] * devices
+        room, ranks = slots_that_fit(asked, nodes), 1 if zero is None else zero.ranks
+        fit = room - gangs * ranks if gangs else room // ranks
+        if fit < 1:
+            wanted = f"{gangs} gangs of {ranks} ranks and a plain slot" if gangs else f"a gang of {ranks} ranks"
+            raise ValueError(
+                f"{wanted} are more than the {room} processes that there is room for on {devices} devices: "
+                f"give more --devices, or lower clients.zero.ranks"
+            )
+        slots = asked_or_fitting(clients, fit)
+    return (slots, gangs) if zero is None or gangs else (0, slots)
+
+
+def on_fullest(clients: Clients, plain: int, ranks: int, devices: int, slot: float, rank: float, base: float) -> float:
+    """Bytes on the fullest device, of `slot` and `rank` bytes a process: in the worst case, those of one kind together.
+
+    The plain slots of a device share the base.
+    """
+    if clients.num_gpus:  # Ray fills one GPU before it takes the next
+        most = min(plain + ranks, max(1, int(1 / clients.num_gpus + 1e-6)))
+    else:
+        most = -(-(plain + ranks) // devices)
+    return max(
+        here * slot - max(0, here - 1) * base + (most - here) * rank
+        for here in range(max(0, most - ranks), min(plain, most) + 1)
+    )
 
 
 def process_bytes() -> tuple[float, float]:
@@ -183,7 +222,7 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     """Prints the plan for devices of `device_gib`; whether the recipe fits."""
     console = Console(highlight=False)
     found = sizes(recipe.model, recipe.train.max_length)
-    zero = recipe.clients.zero
+    clients, zero = recipe.clients, recipe.clients.zero or Zero()
     device = (device_gib or _this_machine()) * GIB
     plain, gang = process_bytes()
     console.print(
@@ -197,26 +236,23 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
         amounts = [f"{value / GIB:,.2f}" for value in (*vars(need).values(), need.total)]
         table.add_row(name, *amounts, "yes" if need.total <= SPARE * device else "no")
     console.print(table)
-    own = slot_need(found, recipe, plain) if zero is None else rank_need(found, recipe, zero, gang)
-    slots = 1 if recipe.clients.slots == "auto" else recipe.clients.slots
-    moved = found.trained * (FLOAT + GRID * slots)
-    base = found.parameters * found.itemsize if zero is None or zero.from_rows else 0
-    console.print(
-        f"object store: {moved / GIB:,.3f} GiB a round with {slots} slots, P (4 + 8 slots)"
-        + (f", and the base's {base / GIB:,.3f} GiB once" if base else "")
-    )
-    on_device = 1 if recipe.clients.num_gpus >= 1 else max(1, -(-slots // max(1, devices)))
-    whole = own.total * (on_device if zero is None else zero.ranks * slots / max(1, devices))
-    if zero is None:  # the slots of a device share the base
-        whole -= (on_device - 1) * found.parameters * found.itemsize
-    fits = whole <= SPARE * device
-    console.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {_fitting(fits)}")
     least = smallest(found, recipe, device, gang)
     console.print(
         "no gang of up to 1,024 ranks fits such a device"
         if least is None
-        else f"smallest gang, a device for each rank: clients.zero = {{ stage = {least.stage}, ranks = {least.ranks} }}"
+        else f"smallest gang, a device for each rank: clients.zero has stage = {least.stage}, ranks = {least.ranks}"
     )
+    slots, gangs = counted(clients, devices, os.cpu_count() or 1)
+    base = found.parameters * found.itemsize
+    moved = found.trained * (FLOAT + GRID * (slots + gangs))
+    console.print(
+        f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots)"
+        + (f", and the base's {base / GIB:,.3f} GiB once" if slots else "")
+    )
+    needs = slot_need(found, recipe, plain).total, rank_need(found, recipe, zero, gang).total
+    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, *needs, base)
+    fits = whole <= SPARE * device
+    console.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {_fitting(fits)}")
     return fits
 
 

@@ -4,15 +4,26 @@ import torch
 from engine.optimizers import kept, make_optimizer, reset, restore
 from engine.train_settings import AdamW, Sgd, TorchOptimizer
 
+TORCH = {
+    "SGD": {"momentum": 0.9, "dampening": 0.5},
+    "AdamW": {"amsgrad": True},
+    "Adam": {},
+    "RAdam": {},
+    "NAdam": {},
+    "Adamax": {},
+    "Adafactor": {},
+    "Adadelta": {},
+    "Adagrad": {"initial_accumulator_value": 0.5},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "Rprop": {},
+    "ASGD": {"t0": 1.0},
+}
 EACH = [
     AdamW(lr=0.1, weight_decay=0.1),
     Sgd(lr=0.1, momentum=0.9),
-    TorchOptimizer(name="RAdam", lr=0.1),
-    TorchOptimizer(name="Rprop", lr=0.1),
-    TorchOptimizer(name="NAdam", lr=0.1),
-    TorchOptimizer(name="Adagrad", lr=0.1, options={"initial_accumulator_value": 0.5}),
+    *(TorchOptimizer(name=name, lr=0.1, options=options) for name, options in TORCH.items()),
 ]
-IDS = ["adamw", "sgd", "radam", "rprop", "nadam", "adagrad"]
+IDS = ["adamw", "sgd", *TORCH]
 GRADS = [torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, -1.0]), torch.tensor([-1.0, 0.25, 2.0])]
 
 
