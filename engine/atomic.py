@@ -41,6 +41,7 @@ def write_folder(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
             write_file(scratch / name, content)
         aside = path.with_name(f".{path.name}.old")
         if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)  # what a kill has left; where it took `path`, all that there is
             os.replace(path, aside)
         try:
             os.replace(scratch, path)

@@ -56,7 +56,8 @@ def plan_noise(federation: Federation, layout: Layout, clients: int, fewest_rows
 class Spending:
     """What noisy sums have cost so far, in `path`: written before a round's noise is drawn.
 
-    Fresh noise is charged again when a round is run again; noise from the seed is the same noise.
+    Fresh noise is charged again when a round is run again; noise from the seed is the same noise. `uncopied` in the
+    file is how many more rounds may have been charged where it was copied from.
     """
 
     path: Path
@@ -70,7 +71,8 @@ class Spending:
         """Goes on from what is on disk, for a run that goes on from `round_`."""
         try:
             found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            charged = round_ if simulated else int(found.get("rounds", round_))
+            fresh = max(round_, int(found.get("rounds", 0))) + int(found.get("uncopied", 0))
+            charged = round_ if simulated else fresh
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}, which says what privacy has been spent, cannot be read ({error}): start anew in another --out"

@@ -121,11 +121,13 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def located(recipe: Recipe) -> Recipe:
-    """The recipe with its base as an absolute path if it is a folder, as processes with another folder need it."""
-    base = recipe.model.base
+    """The recipe with absolute paths of its trace, and of its base if it is a folder: processes have other folders."""
+    base, clients, trace = recipe.model.base, recipe.clients, recipe.clients.availability.trace
     folder = SHIPPED.get(base, Path(base))
     path = str(folder.resolve()) if folder.is_dir() else base
-    return replace(recipe, model=replace(recipe.model, base=path))
+    if trace is not None:
+        clients = replace(clients, availability=replace(clients.availability, trace=str(Path(trace).resolve())))
+    return replace(recipe, model=replace(recipe.model, base=path), clients=clients)
 
 
 def _change(tree: dict[str, Any], change: str) -> None:

@@ -48,7 +48,8 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
         if stop is not None:
             threading.Thread(target=_pass_on, args=(stop, over, driver), daemon=True).start()
         try:
-            for reference in driver.run.remote():
+            # A round ahead and no more, so that what is copied after an event is not long out of date.
+            for reference in driver.run.options(_generator_backpressure_num_objects=1).remote():
                 event = ray.get(reference)
                 if isinstance(event, Started):  # it has written down who was lost before
                     plan = replace(plan, lost=())

@@ -245,6 +245,10 @@ def _left(recipe: Recipe, rows: Drawn) -> list[str]:
         "the real weights and tokenizer, its chat template, and the loss",
         "speed, and time limits, which were raised where they are short",
     ]
+    if clients.availability.trace is not None:
+        left.append("the trace of who is there when")
+    if clients.min_share:
+        left.append("whether clients.min_share of a cohort give an update")
     if clients.num_gpus:
         left.append(f"GPU kernels ({recipe.model.attention} in {recipe.model.dtype})" + (", NCCL" * bool(clients.zero)))
     if recipe.model.compile:

@@ -1,22 +1,32 @@
 """A run folder at a URI: the run works in a folder here, which is copied there as it grows, and fetched to go on."""
 
+import fcntl
+import json
 import os
 import shutil
+import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import Any
+from weakref import WeakValueDictionary
 
 from pyarrow import fs
 
 from datasets_partition.location import is_local, located, node_cache
 from datasets_partition.source_files import first_line
+from engine.atomic import write_file
+from experiments.resuming import leaves
 
 # What makes other files count: a checkpoint's facts, a run's recipe, a finished run's report. They are copied after
 # all others, in this order, and removed before all others, so that what is there can always be gone on with.
 FACTS, RECIPE, REPORT = SEALS = ("facts.json", "recipe.toml", "report.html")
-CHECKPOINTS, MODEL = "checkpoints", "model"
+CHECKPOINTS, MODEL, ACCOUNT = "checkpoints", "model", "privacy.json"
+# How many rounds' noise may have been drawn since the account was copied: while the command copies what there is after
+# one round, the driver may finish the next, and begin the one after it once the command has heard of that.
+AHEAD = 2
 
 
 def working_folder(out: Path | str | None, resume: bool) -> tuple[Path | None, Callable[[], None]]:
@@ -38,21 +48,31 @@ class Mirror:
         self.location = location
         self.system, self.path = located(location)
         name = f"{PurePosixPath(self.path).name}-{sha256(location.encode()).hexdigest()[:12]}"
-        self.folder = node_cache() / "runs" / name
+        self.home = node_cache() / "runs" / name
+        self.folder = self.home / "run"
         # What lies at the location, with the stamp that it had here.
         self.there: dict[str, tuple[int, int] | None] = {}
 
     def open(self, resume: bool) -> None:
-        """Begins with an empty folder, or with what of a run to be resumed is whole; ValueError if that cannot be."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        """Begins with an empty folder, or with what of a run to be resumed is whole; ValueError if that cannot be.
+
+        Until then nothing is touched that another command may be at work on.
+        """
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.lock = _LOCKS.get(self.home) or _Lock(self.home, self.location)
+        _LOCKS[self.home] = self.lock
         try:
             self.there = dict.fromkeys(self._listed())
-            if resume:
-                self._fetch()
-            elif self.there:
+            if resume and RECIPE not in self.there:
+                raise ValueError(
+                    f"{self.location} holds no run to resume (no {RECIPE}): leave --resume out to start one there"
+                )
+            if self.there and not resume:
                 what = "already holds a run" if RECIPE in self.there else "is not empty"
                 raise ValueError(f"{self.location} {what}: choose another --out, or go on with that run by --resume")
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if resume:
+                self._fetch()
         except OSError as error:
             raise ValueError(f"{self.location} cannot be read: {first_line(error)}") from error
 
@@ -60,6 +80,11 @@ class Mirror:
         """Copies what is new or has changed since the last time, and removes what is gone; ValueError if it cannot."""
         # Checkpoints are listed first: whatever they rest on was there before them, and is listed too.
         here = _stamps(self.folder, CHECKPOINTS) | _stamps(self.folder, "", but=CHECKPOINTS)
+        if RECIPE in self.there and RECIPE not in here:
+            raise ValueError(
+                f"{self.folder}, in which the run works, has been cleaned away: let TMPDIR name a folder that lasts as "
+                f"long as the run, and run again with --resume; what was copied to {self.location} is whole"
+            )
         changed = {name for name, stamp in here.items() if self.there.get(name) != stamp}
         try:
             for seal in {_seal(name) for name in changed} & self.there.keys() - {RECIPE}:
@@ -102,16 +127,51 @@ class Mirror:
         return [PurePosixPath(info.path).relative_to(PurePosixPath(self.path)).as_posix() for info in found]
 
     def _fetch(self) -> None:
-        if RECIPE not in self.there:
-            raise ValueError(
-                f"{self.location} holds no run to resume (no {RECIPE}): leave --resume out to start one there"
-            )
         for name in self.there:
             if _seal(name) in self.there and ".." not in PurePosixPath(name).parts:
                 file = self.folder / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 fs.copy_files(f"{self.path}/{name}", str(file), self.system, fs.LocalFileSystem())
         self.there |= _stamps(self.folder, "")
+        _charge_uncopied(self.folder)
+
+
+class _Lock:
+    """Keeps other processes from a folder, and cleaners of temporary files that heed locks, until it is forgotten."""
+
+    def __init__(self, folder: Path, location: str) -> None:
+        self.descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another command on this machine is at work on {location}: wait until it has ended, or choose another "
+                f"--out"
+            ) from None
+        except OSError:
+            pass  # some network file systems lock no folders
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+# What this process has locked: it may go on with a run while the error that ended it still refers to its mirror.
+_LOCKS: WeakValueDictionary[Path, _Lock] = WeakValueDictionary()
+
+
+def _charge_uncopied(folder: Path) -> None:
+    """Notes in a run's account of privacy the rounds that may be missing in it, where each draw of noise is another."""
+    account = folder / ACCOUNT
+    try:
+        keys = leaves(tomllib.loads((folder / RECIPE).read_text(encoding="utf-8")))
+        if keys.get("privacy.secagg.mode") != "full" or keys.get("privacy.dp.kind", "none") == "none":
+            return
+        nothing = {"rounds": 0, "statement": ""}
+        found: dict[str, Any] = json.loads(account.read_text(encoding="utf-8")) if account.exists() else nothing
+        found["uncopied"] = found.get("uncopied", 0) + AHEAD
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return  # who goes on with the run refuses such files by a sentence
+    write_file(account, json.dumps(found, indent=1).encode())
 
 
 def _seal(name: str) -> str:

@@ -79,7 +79,7 @@ def _clients(clients: Clients) -> Clients:
         zero = replace(zero, ranks=min(zero.ranks, RANKS), gangs=1, from_rows=from_rows)
         zero = replace(zero, timeout_s=max(zero.timeout_s, PATIENCE_S))
     slots = SLOTS if clients.slots == "auto" else min(clients.slots, SLOTS)
-    left = clients.availability
+    left = replace(clients.availability, trace=None)  # which names clients that are not there
     if left.deadline_s is not None:
         left = replace(left, deadline_s=max(left.deadline_s, PATIENCE_S))
     return replace(
@@ -88,6 +88,7 @@ def _clients(clients: Clients) -> Clients:
         threads=1,
         pack=clients.pack if clients.pack == "auto" else min(clients.pack, SLOTS),
         availability=left,
+        min_share=0.0,  # of so few clients the first that drops out is a large one
         zero=zero,
         timeout_s=clients.timeout_s and max(clients.timeout_s, PATIENCE_S),
     )

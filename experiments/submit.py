@@ -264,7 +264,7 @@ def _stopped_with_us(job: str, address: str) -> Iterator[None]:
     assert guard.stdin is not None
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, BrokenPipeError):  # the last: nobody reads the log any more
         guard.stdin.close()
         guard.wait()
         raise

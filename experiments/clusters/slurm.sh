@@ -26,7 +26,14 @@ RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 
 "${on_head[@]}" ray start --head --node-ip-address="$ip" --port="$port" --include-dashboard=false --block &
-until ray health-check --address "$address" 2> /dev/null; do sleep 1; done
+head=$!
+until timeout 30 ray health-check --address "$address" 2> /dev/null; do
+  if ! kill -0 $head 2> /dev/null || ((SECONDS > 300)); then
+    echo "error: ray start on ${nodes[0]} has ended, or not answered at $address within five minutes: see above" >&2
+    exit 1
+  fi
+  sleep 1
+done
 if ((others > 0)); then
   srun --overlap --nodes=$others --ntasks=$others --exclude="${nodes[0]}" ray start --address="$address" --block &
 fi

@@ -38,6 +38,14 @@ def test_a_folder_is_written_and_replaced_whole(tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["folder"]
 
 
+def test_what_a_kill_left_aside_is_in_nobodys_way(tmp_path: Path) -> None:
+    folder, aside = tmp_path / "folder", tmp_path / ".folder.old"
+    for left in (folder, aside):
+        write_folder(left, {"a": b"old"}.items())
+    write_folder(folder, {"a": b"new"}.items())
+    assert content(folder) == {"a": b"new"} and not aside.exists()
+
+
 def test_a_file_that_cannot_be_moved_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     write_file(path, b"old")

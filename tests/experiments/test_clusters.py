@@ -94,6 +94,16 @@ PLAYED = {
 }
 
 
+def played(folder, commands):
+    """Commands that come before those of the same names once the folder's .venv is activated."""
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    activate = folder / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f"PATH={folder}:{Path(sys.executable).parent}:$PATH")
+
+
 @pytest.mark.slow
 def test_the_slurm_example_runs_a_recipe_and_ends_with_its_exit_code(small_recipe, tmp_path, full):
     """On one node, with Slurm's own commands played."""
@@ -101,12 +111,7 @@ def test_the_slurm_example_runs_a_recipe_and_ends_with_its_exit_code(small_recip
     subprocess.run(["bash", "-n", script], check=True)
     if not full:
         return
-    for name, text in PLAYED.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    activate = tmp_path / ".venv" / "bin" / "activate"
-    activate.parent.mkdir(parents=True)
-    activate.write_text(f"PATH={tmp_path}:{Path(sys.executable).parent}:$PATH")
+    played(tmp_path, PLAYED)
     (tmp_path / "recipe.toml").write_text(to_toml(small_recipe("rounds=1")))
     with socket.create_server(("127.0.0.1", 0)) as free:
         environment = {**os.environ, "SLURM_JOB_NODELIST": "one", "RAY_PORT": str(free.getsockname()[1])}
@@ -123,6 +128,19 @@ def test_the_slurm_example_runs_a_recipe_and_ends_with_its_exit_code(small_recip
             for process in psutil.wait_procs(started, 20)[1]:
                 process.kill()
     assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_the_slurm_example_ends_where_ray_does_not_start(tmp_path):
+    played(tmp_path, PLAYED | {"ray": "exit 1"})
+    done = subprocess.run(
+        ["bash", CLUSTERS / "slurm.sh", "recipe.toml"],
+        cwd=tmp_path,
+        env={**os.environ, "SLURM_JOB_NODELIST": "one"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "error: ray start on 127.0.0.1 has ended" in done.stderr
 
 
 def _session(process):

@@ -268,11 +268,13 @@ def test_a_file_is_read_with_changes(tmp_path: Path) -> None:
     assert load_recipe(path, ["rounds=9"]) == parsed("rounds=9")
 
 
-def test_relative_bases_become_absolute_where_they_are_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_traces_and_base_folders_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     assert located(parsed("model.base=base")).model.base == str((tmp_path / "base").resolve())
     assert located(parsed("model.base=org/name")).model.base == "org/name"
+    trace = located(parsed("clients.availability.trace=trace.csv")).clients.availability.trace
+    assert trace == str((tmp_path / "trace.csv").resolve())
 
 
 def test_a_recipes_errors_come_without_the_heavy_libraries() -> None:

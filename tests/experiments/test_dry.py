@@ -27,7 +27,7 @@ LARGE = """
     num_cpus = 2
     num_gpus = 0.25
     pack = 4
-    availability = { dropout = 0.05 }
+    availability = { dropout = 0.05, trace = "on-the-cluster.parquet" }
     [cohort]
     size = 2048
     [train]
@@ -75,6 +75,7 @@ def test_a_recipe_for_512_slots_and_a_70b_base_is_proved_here_and_leaves_nothing
     assert "secure aggregation (full); distributed noise, epsilon" in facts["privacy"]
     assert "80 layers, width 8,192, 64 heads over 8" in said and "2 layers, width 256, 16 heads over 2" in said
     assert "512 slots or ranks (1,024 CPUs, 128 GPUs)" in said
+    assert "the trace of who is there when" in said
     assert [path.name for path in large.parent.iterdir()] == [large.name]
 
 
@@ -165,6 +166,8 @@ def test_what_few_clients_cannot_bear_is_left_out(tmp_path):
     assert bearable(often, 8).clients.availability.dropout == 0.0
     never = shrunk_recipe(parse_recipe(LARGE, ["clients.availability.dropout=0.0"]), tmp_path, tmp_path)
     assert bearable(never, 8) == never
+    most = shrunk_recipe(parse_recipe(LARGE, ["privacy={}", "clients.min_share=0.9"]), tmp_path, tmp_path)
+    assert (most.clients.min_share, most.clients.availability.trace) == (0.0, None)
 
 
 def test_a_round_without_result_proves_nothing(tmp_path):

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from engine.checkpoint import Saved, load_checkpoint, save_checkpoint
-from engine.metrics import Ledger, Metrics
+from engine.events import Fault
+from engine.metrics import Faults, Ledger, Metrics
 from strategies.types import ServerState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,14 +53,15 @@ def test_damaged_files(tmp_path: Path, full: bool, kind: str, few: int, many: in
 
 def _write_run(folder: Path) -> None:
     """A run folder with all that a report reads."""
-    metrics, ledger = Metrics(folder / "metrics"), Ledger(folder / "ledger")
+    metrics, ledger, faults = Metrics(folder / "metrics"), Ledger(folder / "ledger"), Faults(folder / "faults")
     for round_ in range(3):
         metrics.add(round_, "heldout", None, loss=3.0 - round_)
         metrics.add_each(round_, "heldout", ["a", "b"], [{"loss": 3.0}, {"loss": 2.0 - round_}])
         metrics.add_each(round_, "train", ["a", "b"], [{"rows": 4.0}, {"rows": 5.0}])
         metrics.add(round_, "engine", None, round_s=1.0, failed=1.0, clients=3.0, tokens_per_s=100.0)
         ledger.received(round_, "server", "update", 3, 100)
-        metrics.flush(round_), ledger.flush(round_)
+        faults.happened(round_, [Fault("slot", "a", "killed"), Fault("client", "b", "out of memory")], 1.0)
+        metrics.flush(round_), ledger.flush(round_), faults.flush(round_)
     (folder / "recipe.toml").write_text('name = "x"\nrounds = 2\n[model]\nbase = "tiny"\n[cohort]\nsize = 3\n')
     (folder / "manifest.json").write_text(json.dumps({"seed": 7, "data": {"key": "k", "rows": 3, "files": ["a"]}}))
     (folder / "privacy.json").write_text(json.dumps({"rounds": 2, "statement": "epsilon 1 at delta 0.1"}))

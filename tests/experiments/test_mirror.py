@@ -1,6 +1,12 @@
 """Run folders at URIs: what is there is whole at any time, and a run goes on from it on another machine."""
 
+import fcntl
+import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from hashlib import sha256
 
 import pytest
@@ -10,8 +16,11 @@ import experiments
 from datasets_partition import location
 from datasets_partition.location import located, within
 from engine.events import RoundDone, Started
+from engine.spending import Spending, plan_noise
 from experiments import mirror
-from experiments.mirror import Mirror, working_folder
+from experiments.config import to_toml
+from experiments.mirror import AHEAD, Mirror, working_folder
+from strategies.layout import Layout
 
 SEALED = {
     "manifest.json": "m",
@@ -168,15 +177,90 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, machine):
             working_folder(secret, resume=False)
 
 
+START = """
+import sys
+from experiments.mirror import working_folder
+for resume in (False, True):
+    try:
+        working_folder(sys.argv[1], resume)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_second_start_is_refused_before_it_touches_what_the_first_works_in(tmp_path, machine):
+    place = (tmp_path / "there").as_uri()
+    folder, copy = working_folder(place, resume=False)
+    write(folder, SEALED)
+    copy()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "node")}
+    command = [sys.executable, "-c", START, place]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == 2 and all(line.startswith("another command on this machine is at work on") for line in said)
+    copy()
+    assert read(folder) == read(tmp_path / "there") == SEALED
+    home = os.open(folder.parent, os.O_RDONLY)
+    del copy  # as when the run has ended
+    fcntl.flock(home, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(home)
+
+
+def test_a_folder_that_a_cleaner_took_is_not_taken_for_one_that_the_run_emptied(tmp_path, machine):
+    folder, copy = working_folder((tmp_path / "there").as_uri(), resume=False)
+    write(folder, SEALED)
+    copy()
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"has been cleaned away: let TMPDIR name .* --resume; .* is whole$"):
+        copy()
+    assert read(tmp_path / "there") == SEALED
+
+
+@pytest.mark.parametrize(("mode", "copied", "charged"), [("full", 3, 4), ("full", 0, 1), ("ideal", 3, 3)])
+def test_noise_that_may_have_been_drawn_since_the_account_was_copied_is_charged(
+    small_recipe, tmp_path, machine, mode, copied, charged
+):
+    """The last checkpoint is of round 2, if there is any, and one more round is played."""
+    dp = "privacy.dp={kind='distributed', noise_multiplier=2.0, delta=1e-3}"
+    recipe = small_recipe(dp, f"privacy.secagg.mode='{mode}'", "strategy={kind='fedavg', weighting='uniform'}")
+    plan = plan_noise(recipe, Layout(("w",), ((3,),)), 100, 4, 12).plan
+    there = tmp_path / "there"
+    folder, copy = working_folder(there.as_uri(), resume=False)
+    write(folder, SEALED | {"recipe.toml": to_toml(recipe)})
+
+    def charge(round_):
+        simulated = recipe.privacy.simulated
+        spending = Spending.open(folder / "privacy.json", plan, simulated=simulated, round_=round_)
+        spending.charge(3)
+        return spending.charged
+
+    for done in range(copied):
+        charge(done)
+    copy()
+    found = 0
+    for again in (1, 2):  # of the second part nothing but its beginning is copied either
+        machine()
+        folder, copy = working_folder(there.as_uri(), resume=True)
+        copy()
+        found = charge(min(2, copied))
+        assert found == charged + again * AHEAD if mode == "full" else found == charged
+    copy()
+    assert json.loads((there / "privacy.json").read_text())["rounds"] == found
+
+
 @pytest.mark.slow
 def test_a_run_at_a_uri_goes_on_on_another_machine(ray_session, small_recipe, tmp_path, machine, full):
-    recipe = small_recipe("rounds=3", "checkpoint.keep=1")
+    dp = "privacy.dp={kind='central', noise_multiplier=1.0, delta=1e-3}"
+    recipe = small_recipe("rounds=3", "checkpoint.keep=1", dp, "strategy={kind='fedavg', weighting='uniform'}")
     there = tmp_path / "there"
 
     class CutOff(Exception):
         pass
 
     def cut_off(event):
+        if isinstance(event, RoundDone) and event.round == 1:
+            time.sleep(2)  # a slow network: the driver could play all rounds
+            [account] = (tmp_path / "node").rglob("privacy.json")
+            assert json.loads(account.read_text())["rounds"] <= AHEAD
         if isinstance(event, RoundDone) and event.round == 2:
             raise CutOff
 

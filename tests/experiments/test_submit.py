@@ -158,9 +158,9 @@ def test_a_followed_run_shows_its_log_and_ends_with_its_exit_code(head, work, in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, None], ids=["interrupted", "killed", "unread"])
 def test_a_run_that_is_followed_ends_with_the_command(head, work, how, full):
-    if how == signal.SIGINT and not full:
+    if how != signal.SIGKILL and not full:
         pytest.skip("SIGKILL is tried unless all are asked for")
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments", "submit", "recipe.toml", "--address", head, "--set", "rounds=1000"],
@@ -174,8 +174,11 @@ def test_a_run_that_is_followed_ends_with_the_command(head, work, how, full):
         job = job_in(process.stdout.readline())
         while "Running entrypoint" not in process.stdout.readline():
             assert process.poll() is None
-        process.send_signal(how)
-        assert process.wait(60) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+        if how is None:
+            process.stdout.close()
+        else:
+            process.send_signal(how)
+        assert process.wait(60) in {signal.SIGINT: (130,), signal.SIGKILL: (-signal.SIGKILL,), None: (2, 120)}[how]
         assert wait_until(lambda: ended(job, head), 60) == "STOPPED"
     finally:
         process.kill()
