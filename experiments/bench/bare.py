@@ -1,17 +1,16 @@
 """The bare loop that the engine is measured against: processes of one thread, a plain model, fused optimizers, no Ray.
 
 It trains the same clients on the same batches and averages as the engine does, on code of its own where the engine's
-could hide a fault: PEFT's model as it is, one tensor after another, a plain float64 sum.
+could hide a fault: PEFT's model as it is, one tensor after another, a plain float32 sum. The processes share the
+vector and the sums, and work on both in place. Legend: P trained parameters, K processes.
 """
 
-import multiprocessing
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import experiments
@@ -62,63 +61,69 @@ def compare(work: Recipe, folder: Path) -> Compared:
     return Compared(seconds, bare, statistics.mean(tokens), apart)
 
 
-def gate(engine: torch.Tensor, bare: np.ndarray) -> float:
-    """How far apart both vectors (P,) are after the first round; ValueError where that is more than rounding."""
-    apart = float((engine - torch.from_numpy(bare)).abs().max())
+def gate(engine_P: torch.Tensor, bare_P: torch.Tensor) -> float:
+    """How far apart both vectors are after the first round; ValueError where that is more than rounding."""
+    apart = float((engine_P - bare_P).abs().max())
     if not apart <= TOLERANCE:
         raise ValueError(f"after the first round the engine's and the bare loop's vectors are {apart:.2g} apart")
     return apart
 
 
-def bare_loop(work: Recipe, store: Path) -> tuple[list[float], np.ndarray]:
-    """Seconds of each round, and the vector after the first."""
+def bare_loop(work: Recipe, store: Path) -> tuple[list[float], torch.Tensor]:
+    """Seconds of each round, and the vector (P,) after the first."""
     tokens = token_columns(store, located(work))
     clients = Store.open(store).num_training
+    vector_P = torch.nn.utils.parameters_to_vector(_network(work)[1]).detach().share_memory_()
+    totals_KP = torch.zeros(PROCESSES, len(vector_P)).share_memory_()
     seconds: list[float] = []
-    after_first = np.zeros(0)
-    with multiprocessing.get_context("spawn").Pool(PROCESSES, _start, (work, tokens)) as pool:
-        vector: np.ndarray = pool.apply(_initial)
+    after_first_P = vector_P
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Pool(PROCESSES, _start, (work, tokens, vector_P, totals_KP)) as pool:
         for round_ in range(work.rounds):
             began = time.perf_counter()
             cohort = work.cohort.sample(clients, work.seed, round_).tolist()
-            jobs = [(vector, round_, cohort[part::PROCESSES]) for part in range(PROCESSES)]
-            totals, weights = zip(*pool.map(_train, jobs, chunksize=1), strict=True)
-            vector = vector + (np.sum(totals, 0) / sum(weights)).astype(np.float32)
+            jobs = [(round_, part, cohort[part::PROCESSES]) for part in range(PROCESSES)]
+            weight = sum(pool.map(_train, jobs, chunksize=1))
+            for total_P in totals_KP:
+                vector_P.add_(total_P, alpha=1 / weight)
             seconds.append(time.perf_counter() - began)
-            after_first = vector if round_ == 0 else after_first
+            after_first_P = vector_P.clone() if round_ == 0 else after_first_P
         pool.close()
         pool.join()
-    return seconds, after_first
+    return seconds, after_first_P
 
 
-def _start(work: Recipe, tokens: Path) -> None:
+def _network(work: Recipe) -> tuple[Any, list[torch.nn.Parameter]]:
+    """The model, and what of it is trained."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(1)
     network = AutoModelForCausalLM.from_pretrained(work.model.base)
     torch.manual_seed(torch_seed(work.seed, 0, -1, "initial"))
     if isinstance(work.model.peft, Lora):
         network = get_peft_model(network.requires_grad_(False), lora_config(work.model))
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    _bare.update(work=work, tokens=Tokens.open(tokens), network=network.train(), trained=trained)
+    return network.train(), [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-def _initial() -> np.ndarray:
-    vector: np.ndarray = torch.cat([parameter.detach().reshape(-1) for parameter in _bare["trained"]]).numpy()
-    return vector
+def _start(work: Recipe, tokens: Path, vector_P: torch.Tensor, totals_KP: torch.Tensor) -> None:
+    torch.set_num_threads(1)
+    network, trained = _network(work)
+    own_P = vector_P.clone()
+    torch.nn.utils.vector_to_parameters(own_P, trained)  # they become views of it
+    _bare.update(work=work, tokens=Tokens.open(tokens), network=network, trained=trained)
+    _bare.update(vector_P=vector_P, own_P=own_P, totals_KP=totals_KP)
 
 
-def _train(job: tuple[np.ndarray, int, list[int]]) -> tuple[np.ndarray, float]:
-    """Trains some clients of a round: the sum of weight * delta, and of weights."""
-    vector, round_, clients = job
+def _train(job: tuple[int, int, list[int]]) -> float:
+    """Trains some clients of a round: the sum of weight * delta is in their part of the totals; that of weights."""
+    round_, part, clients = job
     work, network, trained = _bare["work"], _bare["network"], _bare["trained"]
+    vector_P, own_P, total_P = _bare["vector_P"], _bare["own_P"], _bare["totals_KP"][part].zero_()
     train, objective = work.train, Sft(work.train.max_length)
-    largest = int(_bare["tokens"].counts("train").max())
-    total, weights = np.zeros(len(vector)), 0.0
+    largest, weights = int(_bare["tokens"].counts("train").max()), 0.0
     for client in clients:
         rows = _bare["tokens"].rows(client, "train")
-        torch.nn.utils.vector_to_parameters(torch.from_numpy(vector.copy()), trained)  # they become views of it
+        own_P.copy_(vector_P)
         optimizer = make_optimizer(trained, train.optimizer)
         for picked in batches(rows.num_rows, train, rng(work.seed, round_, client, "batches")):
             nll, learnt = objective.loss(network, objective.collate(rows.take(picked), 0))
@@ -127,6 +132,6 @@ def _train(job: tuple[np.ndarray, int, list[int]]) -> tuple[np.ndarray, float]:
             optimizer.step()
             optimizer.zero_grad()
         weight = rows.num_rows / largest
-        delta = torch.nn.utils.parameters_to_vector(trained).detach().numpy() - vector
-        total, weights = total + weight * delta.astype(np.float64), weights + weight
-    return total, weights
+        total_P.add_(own_P.sub_(vector_P), alpha=weight)
+        weights += weight
+    return weights

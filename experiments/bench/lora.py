@@ -15,12 +15,23 @@ from experiments.config import Recipe
 
 CLIENTS, COHORT, ROWS, STEPS = 40, 10, 24, 4
 LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-# Rows of a step, tokens of a row, and lanes: the first is the recipe that peers were measured on.
-CASES = ((4, 128, 1), (1, 32, 1), (1, 32, 8), (2, 32, 8), (4, 32, 8), (1, 128, 8), (4, 128, 8))
+# Rows of a step, tokens of a row, lanes, and a cohort of which each slot gets as many whole packs.
+# The first is the recipe that peers were measured on.
+CASES = (
+    (4, 128, 1, COHORT),
+    (1, 32, 1, COHORT),
+    (1, 32, 8, 32),
+    (2, 32, 8, 32),
+    (4, 32, 8, 32),
+    (1, 128, 8, 16),
+    (4, 128, 8, 16),
+)
 
 
-def recipe(folder: Path, rounds: int, batch: int = 4, length: int = 128, lanes: int = 1) -> Recipe:
-    """LoRA on a small random Llama, 4 steps a client, cohort 10 of 40; base and rows are in `folder`, or written."""
+def recipe(
+    folder: Path, rounds: int, batch: int = 4, length: int = 128, lanes: int = 1, cohort: int = COHORT
+) -> Recipe:
+    """LoRA on a small random Llama, 4 steps a client, of 40 clients; base and rows are in `folder`, or written."""
     if not (folder / "base").exists():
         write_llama(folder / "base", LLAMA)
         write_rows(folder / "rows.parquet", CLIENTS, ROWS, 3 * 128)
@@ -30,7 +41,7 @@ def recipe(folder: Path, rounds: int, batch: int = 4, length: int = 128, lanes: 
         f"""
         rounds = {rounds}
         clients = {{ slots = {PROCESSES}, pack = {lanes} }}
-        cohort = {{ size = {COHORT} }}
+        cohort = {{ size = {cohort} }}
         [train]
         steps = {STEPS}
         batch = {batch}
@@ -45,10 +56,10 @@ def measure(small: bool) -> dict[str, Figure]:
     steps, figures = Steps(), dict[str, Figure]()
     with TemporaryDirectory(prefix="fedpost-bench-") as name:
         folder = Path(name)
-        for batch, length, lanes in CASES[:3] if small else CASES:
+        for batch, length, lanes, cohort in CASES[:3] if small else CASES:
             case = f"{batch}x{length}" + (f"_packed_{lanes}" if lanes > 1 else "")
-            steps.say(f"{batch} rows of {length} tokens a step, {lanes} clients at once")
-            work = recipe(folder, 3 if small else 15, batch, length, lanes)
+            steps.say(f"{batch} rows of {length} tokens a step, {lanes} of {cohort} clients at once")
+            work = recipe(folder, 3 if small else 15, batch, length, lanes, cohort)
             found = compare(work, folder / f"run-{case}")
             figures[f"efficiency_{case}"] = Figure(found.ratio, "of the bare loop's tokens/s")
             figures[f"apart_{case}"] = Figure(found.apart, "largest difference")

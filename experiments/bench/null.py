@@ -14,7 +14,7 @@ from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
 from engine.client import ClientActor
 from engine.events import RoundDone
-from engine.metrics import Faults, Ledger, Logs, Metrics, read_log
+from engine.metrics import Faults, Ledger, Logs, Metrics
 from engine.pulling import Unit
 from engine.rounds import Rounds
 from engine.server import WholeServer
@@ -24,6 +24,7 @@ from engine.train import Job, LocalTrainer
 from engine.wire import WireBroadcast
 from experiments.api import build_store, ray_session
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
+from experiments.bench.stored import stored_bytes
 from experiments.config import Recipe, located
 from strategies.types import Memory, Update
 
@@ -56,11 +57,14 @@ class NullSlots(Slots):
 
 @dataclass(frozen=True)
 class NullRounds:
-    """What was measured: seconds until the first round, then seconds and bytes of each, and the vector's size."""
+    """What was measured: seconds until the first round, then of each, and the bytes that a round brings into the store.
+
+    `parameters` are the vector's size.
+    """
 
     start_s: float
     seconds: list[float]
-    nbytes: list[float]
+    nbytes: float
     parameters: int
     rss_mb: float
 
@@ -106,7 +110,7 @@ def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
         state: Any = server.initial()
         first = state.params
         played.prepare(state, None, 1)
-        start_s, seconds = time.monotonic() - began, list[float]()
+        start_s, seconds, before = time.monotonic() - began, list[float](), stored_bytes()
         for round_ in range(1, rounds + 1):
             began = time.monotonic()
             state, done = played.play(state)
@@ -114,10 +118,9 @@ def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
                 log.flush(round_)
             seconds.append(time.monotonic() - began)
             _refuse_other(state.params - first, round_, done)
-        rss = memory().get("VmRSS", 0.0)
+        nbytes, rss = (stored_bytes() - before) / rounds, memory().get("VmRSS", 0.0)
         slots.stop()
-    rows = [row for row in read_log(folder / "metrics").to_pylist() if row["name"] == "store_bytes"]
-    return NullRounds(start_s, seconds, [row["value"] for row in rows], start.layout.size, rss)
+    return NullRounds(start_s, seconds, nbytes, start.layout.size, rss)
 
 
 def _refuse_other(moved: torch.Tensor, round_: int, done: RoundDone) -> None:

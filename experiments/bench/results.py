@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from experiments.api import PACKAGES
 from experiments.resuming import RUNS
 
-STATUS = Path("/proc/self/status")
 EVERY_S = 2.0  # seconds between two lines about what goes on
 
 
@@ -54,11 +53,15 @@ def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
-def memory() -> dict[str, float]:
-    """Megabytes of this process by their names in /proc: all that is resident, its own, the most there was."""
-    if not STATUS.exists():
+def memory(process: int | str = "self") -> dict[str, float]:
+    """Megabytes of a process by their names in /proc: all that is resident, its own, the most there was.
+
+    Nothing where there is no such process, or no /proc.
+    """
+    try:
+        lines = [line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines()]
+    except OSError:
         return {}
-    lines = (line.split() for line in STATUS.read_text().splitlines())
     return {line[0][:-1]: int(line[1]) / 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:", "VmHWM:")}
 
 

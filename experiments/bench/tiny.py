@@ -14,6 +14,7 @@ from experiments.config import Recipe
 LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 ROWS, WORDS, LENGTH = 8, 8, 16
 SIZES = {"1e3": (1_000, 100, 20), "1e5": (100_000, 1_000, 6)}  # clients, cohort, rounds
+LANES = 25  # a cohort of 100 is two whole packs for each slot
 
 
 def recipe(folder: Path, base: Path, cohort: int, rounds: int, lanes: int) -> Recipe:
@@ -50,7 +51,7 @@ def measure(small: bool) -> dict[str, Figure]:
                 clients, cohort, rounds = 10_000, 200, 3
             steps.say(f"rows of {clients:,} clients")
             write_rows(own / "rows.parquet", clients, ROWS, WORDS)
-            for key, lanes in ((f"clients_ratio_{size}", 1), ("packed_ratio", 16)):
+            for key, lanes in ((f"clients_ratio_{size}", 1), ("packed_ratio", LANES)):
                 if lanes == 1 or size == "1e3":
                     steps.say(f"{rounds} rounds of {cohort:,} of them, {lanes} at once")
                     work = recipe(own, folder / "base", cohort, 3 if small else rounds, lanes)

@@ -1,8 +1,8 @@
 """`fedpost bench zero`: what it costs to be many clients in one gang, for ZeRO stages 1 to 3 with two ranks.
 
-No speed is printed unless the gang's trainer and a bare DeepSpeed loop lead to the same weights. The bare loop is
-DeepSpeed's own, on the same batches in the same kind of processes, without Ray, resets, sums or a server. A gang's
-tokens per second are of whole rounds.
+No figure is printed unless a run's first round leads where bare DeepSpeed loops lead, each client in a fresh engine.
+The bare loop is DeepSpeed's own, on the same batches in the same kind of processes, without Ray, resets, sums or a
+server. A gang's tokens per second are of whole rounds.
 """
 
 import statistics
@@ -13,20 +13,25 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
+import ray
 import torch
 
 import experiments
+from datasets_partition.store import Store
+from engine.checkpoint import load_checkpoint
 from engine.events import Event, RoundDone
 from engine.settings import Zero
+from engine.wire import ShardedState
 from experiments.api import build_store, ray_session
 from experiments.bench.lora import CLIENTS
 from experiments.bench.lora import recipe as lora_recipe
-from experiments.bench.results import Figure, Steps
-from experiments.bench.zero_ranks import Work, bare, in_ranks, loaded
+from experiments.bench.results import Figure, Steps, memory
+from experiments.bench.stored import stored_bytes
+from experiments.bench.zero_ranks import Bare, Work, bare, in_ranks, loaded
 from experiments.config import Recipe, parse_recipe, to_toml
 
 STAGES, RANKS = (1, 2, 3), 2
-TOLERANCE = 2e-5  # of weights after a client: both loops do the same, and add in another order
+TOLERANCE = 2e-5  # of weights after a round: both do the same, and add in another order
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 8}
 
 
@@ -41,11 +46,11 @@ def measure(small: bool) -> dict[str, Figure]:
         if not small:
             _large(folder / "large")
         for stage in STAGES:
-            steps.say(f"stage {stage}: a bare loop, resets and fresh engines")
+            steps.say(f"stage {stage}: bare loops, resets and fresh engines")
             zero = Zero(stage=stage, ranks=RANKS)  # type: ignore[arg-type]
-            found = _bare_figures(work, zero, 2 if small else 7)
+            plain = _bare(work, zero, 2 if small else 7)
             steps.say(f"stage {stage}: rounds through the engine")
-            found |= _run_figures(work, zero, folder / f"stage-{stage}", found.pop("bare_tokens_per_s"))
+            found = _figures(work, zero, folder / f"stage-{stage}", plain)
             steps.say(f"stage {stage}: {short.rounds * short.cohort.expected(CLIENTS):g} short clients in one gang")
             found["rss_slope_mb_per_client"] = _growth(short, zero, folder / f"short-{stage}")
             if not small:
@@ -55,44 +60,52 @@ def measure(small: bool) -> dict[str, Figure]:
     return figures
 
 
-def _bare_figures(work: Recipe, zero: Zero, tries: int) -> dict[str, Figure]:
-    (tokens,) = _tokens(work)
-    answers = in_ranks(zero, bare, Work(work.model, work.train, zero, tokens, 0, tries))
-    apart = max(answer.apart for answer in answers)
-    if not apart <= TOLERANCE:
-        raise ValueError(f"stage {zero.stage}: the gang's trainer and the bare loop are {apart:.2g} apart")
-    slowest = answers[0]
-    return {
-        "reset_share": Figure(slowest.reset_s / slowest.client_s, f"of a client of {work.train.steps} steps"),
-        "reset_speedup": Figure(slowest.fresh_s / slowest.reset_s, "fresh engine / reset"),
-        "reset_ms": Figure(slowest.reset_s * 1e3, "ms"),
-        "fresh_s": Figure(slowest.fresh_s, "s"),
-        "apart": Figure(apart, "largest difference"),
-        "bare_tokens_per_s": Figure(slowest.tokens_per_s, "tokens/s"),
-    }
-
-
-def _tokens(work: Recipe) -> list[Path]:
-    """The token columns of the recipe's store, which a first run has made."""
+def _bare(work: Recipe, zero: Zero, tries: int) -> list[Bare]:
+    """What each rank has measured without the engine."""
     from engine.rows import token_columns
 
-    return [token_columns(build_store(work), work)]
+    store = build_store(work)
+    cohort = work.cohort.sample(Store.open(store).num_training, work.seed, 0).tolist()
+    found: list[Bare] = in_ranks(zero, bare, Work(work, zero, token_columns(store, work), cohort, tries))
+    return found
 
 
-def _run_figures(work: Recipe, zero: Zero, folder: Path, plain: Figure) -> dict[str, Figure]:
-    """Whole rounds: speed, and bytes through the object store."""
-    run = experiments.run(replace(work, clients=replace(work.clients, zero=zero)), out=folder)
+def _figures(work: Recipe, zero: Zero, folder: Path, plain: list[Bare]) -> dict[str, Figure]:
+    """Resets, whole rounds' speed, and bytes into the store; ValueError where the first round leads elsewhere."""
+    stored: list[int] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, RoundDone):  # what a round brings into the store comes at its end
+            stored.append(stored_bytes())
+
+    run = experiments.run(replace(work, clients=replace(work.clients, zero=zero)), out=folder, on_event=look)
+    apart = gate(folder, zero, [rank.first_S for rank in plain])
     rows = [row for row in run.metrics.to_pylist() if row["split"] == "engine"]
-    speeds, moved = ([row["value"] for row in rows if row["name"] == name] for name in ("tokens_per_s", "store_bytes"))
+    speed = statistics.median([row["value"] for row in rows if row["name"] == "tokens_per_s"][1:])
     size = sum(parameter.numel() for parameter in _parameters(run.model))
-    speed = statistics.median(speeds[1:])
-    assert plain.value is not None
+    moved, first = (stored[-1] - stored[0]) / (len(stored) - 1), plain[0]
     return {
-        "loop_efficiency": Figure(speed / plain.value, "of the bare loop"),
+        "reset_share": Figure(first.reset_s / first.client_s, f"of a client of {work.train.steps} steps"),
+        "reset_speedup": Figure(first.fresh_s / first.reset_s, "fresh engine / reset"),
+        "reset_ms": Figure(first.reset_s * 1e3, "ms"),
+        "fresh_s": Figure(first.fresh_s, "s"),
+        "apart": Figure(apart, "largest difference after the first round"),
+        "loop_efficiency": Figure(speed / first.tokens_per_s, "of the bare loop"),
         "tokens_per_s": Figure(speed, "tokens/s"),
-        "bare_tokens_per_s": plain,
-        "bytes_over_bound": Figure(statistics.median(moved) / (size * (4 + 8)), "of P (4 + 8 gangs)"),
+        "bare_tokens_per_s": Figure(first.tokens_per_s, "tokens/s"),
+        "bytes_over_bound": Figure(moved / (size * (4 + 8)), "of P (4 + 8 gangs), by Ray's own count"),
     }
+
+
+def gate(folder: Path, zero: Zero, plain: list[np.ndarray]) -> float:
+    """How far a run's shards after its first round are from the `plain` ones; ValueError where that is too far."""
+    saved = load_checkpoint(folder / "checkpoints", 1)
+    assert saved is not None and isinstance(saved.state, ShardedState)
+    shards = [ray.get(part).params for part in saved.state.parts]
+    apart = float(np.abs(np.concatenate(shards) - np.concatenate(plain)).max())
+    if not apart <= TOLERANCE:
+        raise ValueError(f"stage {zero.stage}: after the first round the gang and bare loops are {apart:.2g} apart")
+    return apart
 
 
 def _growth(work: Recipe, zero: Zero, folder: Path) -> Figure:
@@ -104,6 +117,8 @@ def _growth(work: Recipe, zero: Zero, folder: Path) -> Figure:
             held.append(_ranks_mb())
 
     experiments.run(replace(work, clients=replace(work.clients, zero=zero)), out=folder, on_event=look)
+    if not all(held):
+        return Figure(None, "not on this system")
     later = np.array(held[len(held) // 4 :])
     slope = float(np.polyfit(np.arange(len(later)) * work.cohort.expected(CLIENTS), later, 1)[0]) / RANKS
     return Figure(slope, f"MB a client and rank, {len(later)} rounds")
@@ -116,12 +131,12 @@ def _parameters(model: Path) -> list[torch.Tensor]:
 
 
 def _ranks_mb() -> float:
-    """What all ranks of all gangs hold of their own."""
+    """What all ranks of all gangs hold of their own; pages of the object store are not."""
     total = 0.0
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if any(f"ray::{title}" in "".join(process.cmdline()) for title in ("Gang", "Rank")):
-                total += process.memory_full_info().uss / 2**20
+                total += memory(process.pid).get("RssAnon", 0.0)
     return total
 
 
@@ -137,4 +152,4 @@ def _loading(model: object, zero: Zero) -> Figure:
     answers = in_ranks(zero, loaded, model, zero)
     if None in answers:
         return Figure(None, "not on this system")
-    return Figure(max(grown / shard for grown, shard in answers), "growth / (shard + largest tensor)")
+    return Figure(max(grown / shard for grown, shard in answers), "growth / (a rank's shard + the largest tensor)")

@@ -1,5 +1,6 @@
 """What `fedpost bench zero` measures within two bare processes, without Ray: resets, a bare loop, and loading."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -23,7 +24,8 @@ from engine.objectives.sft import Sft
 from engine.settings import Model, Zero
 from engine.train_settings import Train
 from experiments.bench.results import memory
-from strategies.seeds import rng
+from experiments.config import Recipe
+from strategies.seeds import rng, torch_seed
 
 TIMEOUT = timedelta(seconds=300)
 RESETS = 7
@@ -31,28 +33,27 @@ RESETS = 7
 
 @dataclass(frozen=True)
 class Work:
-    """A model, its training, the rows of one client, and how often the bare loop goes over its steps."""
+    """A recipe, its rows, the clients of its first round, and how often the bare loop goes over the steps of one."""
 
-    model: Model
-    train: Train
+    recipe: Recipe
     zero: Zero
     tokens: Path
-    client: int
+    cohort: list[int]
     tries: int
 
 
 @dataclass(frozen=True)
 class Bare:
-    """Seconds: a fresh engine, a reset, a client of the recipe's steps; and tokens per second of a bare loop.
+    """Seconds of a fresh engine, a reset, a client of the recipe's steps; tokens per second of the bare loop.
 
-    `apart` is the largest difference between the weights that both loops lead to.
+    `first_S` is what the first round leads to: the mean of bare loops, each in a fresh engine. Legend: S of a shard.
     """
 
     fresh_s: float
     reset_s: float
     client_s: float
     tokens_per_s: float
-    apart: float
+    first_S: np.ndarray
 
 
 def in_ranks(zero: Zero, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -96,45 +97,62 @@ def bare(rank: int, work: Work) -> Bare:
     from engine.zero import ZeroTrainer
     from engine.zero_model import zero_model
 
-    rows = Tokens.open(work.tokens).rows(work.client, "train")
-    objective, began = Sft(work.train.max_length), time.perf_counter()
+    model, train, seed = work.recipe.model, work.recipe.train, work.recipe.seed
+    tokens, objective = Tokens.open(work.tokens), Sft(train.max_length)
 
     def fresh() -> ZeroTrainer:
-        network = zero_model(work.model, work.zero, 0, rank)
-        return ZeroTrainer(network, objective, 0, work.model, work.zero, work.train)
+        network = zero_model(model, work.zero, torch_seed(seed, 0, -1, "initial"), rank)
+        return ZeroTrainer(network, objective, 0, model, work.zero, train)
 
-    trainer = fresh()
-    fresh_s = time.perf_counter() - began
-    start = trainer.weights()
-    trainer.steps(rows, start, work.train, rng(0, 0, 0, "batches"))  # what loads at first use is no part of a step
-    resets, clients, speeds = [], [], []
+    def stream(client: int) -> np.random.Generator:
+        return rng(seed, 0, client, "batches")
+
+    trainer = fresh()  # what loads at first use is no part of the time of one more
+    start_S = trainer.weights()
+    total_S, weights, made = torch.zeros_like(start_S), 0, []
+    for client in work.cohort:
+        trainer.engine.destroy()
+        del trainer
+        gc.collect()  # an engine refers to itself
+        began = time.perf_counter()
+        trainer = fresh()
+        made.append(time.perf_counter() - began)
+        rows = tokens.rows(client, "train")
+        _bare_loop(trainer, rows, train, stream(client))
+        total_S.add_(trainer.weights().sub_(start_S), alpha=rows.num_rows)
+        weights += rows.num_rows
+    client = work.cohort[0]
+    rows = tokens.rows(client, "train")
+
+    def speed() -> float:
+        began = time.perf_counter()
+        trained = _bare_loop(trainer, rows, train, stream(client))
+        return trained / (time.perf_counter() - began)
+
+    speeds = [statistics.median(speed() for _ in range(work.tries))]
+    heap.keep(gathered=work.zero.stage == 3)  # as a gang does; the bare loop has what is faster for it
+    speeds.append(statistics.median(speed() for _ in range(work.tries)))
+    resets, clients = [], []
     for _ in range(RESETS):
         began = time.perf_counter()
-        trainer.become(start)
+        trainer.become(start_S)
         resets.append(time.perf_counter() - began)
     for _ in range(work.tries):
         began = time.perf_counter()
-        trainer.steps(rows, start, work.train, rng(0, 0, 0, "batches"))
+        trainer.steps(rows, start_S, train, stream(client))
         clients.append(time.perf_counter() - began)
-    ours = trainer.weights()
-    trainer.become(start)
-    theirs = start
-    for turn in range(work.tries):
-        began = time.perf_counter()
-        tokens = _bare_loop(trainer, rows, work.train)
-        speeds.append(tokens / (time.perf_counter() - began))
-        theirs = trainer.weights() if turn == 0 else theirs
-    apart = float((ours - theirs).abs().max())
-    return Bare(fresh_s, statistics.median(resets), statistics.median(clients), statistics.median(speeds), apart)
+    first_S = start_S.add_(total_S, alpha=1 / weights).numpy()
+    fresh_s, reset_s, client_s = map(statistics.median, (made, resets, clients))
+    return Bare(fresh_s, reset_s, client_s, max(speeds), first_S)
 
 
-def _bare_loop(trainer: Any, rows: Any, train: Train) -> float:
+def _bare_loop(trainer: Any, rows: Any, train: Train, stream: np.random.Generator) -> float:
     """Deepspeed's own loop on the same batches, with what every loop must do: forward, backward, clip, step."""
     engine, rank, ranks = trainer.engine, trainer.rank, trainer.ranks
     engine.train()
     trainer.correct, trainer.clip = None, train.clip
     tokens = 0
-    for picked in batches(rows.num_rows, train, rng(0, 0, 0, "batches")):
+    for picked in batches(rows.num_rows, train, stream):
         batch = trainer.objective.collate(rows.take(picked[rank::ranks]), trainer.pad)
         learnt = torch.tensor(float(batch.learnt))
         dist.all_reduce(learnt)
@@ -148,9 +166,10 @@ def _bare_loop(trainer: Any, rows: Any, train: Train) -> float:
 
 
 def loaded(rank: int, model: Model, zero: Zero) -> tuple[float, float] | None:
-    """MB by which a process has grown at the most while it loaded a model, and MB of its shard with one tensor more.
+    """MB by which a process has grown at the most while it loaded a model, and MB of its shard and the largest tensor.
 
-    Pages of the mapped file are not counted: they are the system's to take back.
+    The shard is the whole model in stages 1 and 2. Pages of the mapped file are not counted: they are the system's to
+    take back.
     """
     from engine.zero_model import shape_of, zero_model
 

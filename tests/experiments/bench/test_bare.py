@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.pulling import packs
 from experiments.bench import bare, lora, tiny
 from experiments.bench.bases import write_llama, write_rows
 from experiments.bench.tree import held_by_command
@@ -35,9 +36,19 @@ def test_all_processes_of_the_command_are_looked_at(work, tmp_path, full):
 
 @pytest.mark.parametrize("wrong", [1e-4, float("nan")])
 def test_loops_that_disagree_give_no_figure(wrong):
-    assert bare.gate(torch.ones(3), np.ones(3, np.float32)) == 0
+    assert bare.gate(torch.ones(3), torch.ones(3)) == 0
     with pytest.raises(ValueError, match=r"engine's and the bare loop's vectors are .* apart"):
-        bare.gate(torch.ones(3), np.array([1, 1 + wrong, 1], np.float32))
+        bare.gate(torch.ones(3), torch.tensor([1, 1 + wrong, 1]))
+
+
+PACKED = [(lanes, cohort) for *_, lanes, cohort in lora.CASES if lanes > 1] + [(tiny.LANES, tiny.SIZES["1e3"][1])]
+
+
+@pytest.mark.parametrize(("lanes", "cohort"), sorted({*PACKED}))
+def test_packs_have_as_many_clients_as_is_said_and_each_slot_as_many_packs(lanes, cohort):
+    found = packs(np.arange(cohort), np.ones(cohort), lanes)
+    assert {len(pack) for pack in found} == {lanes}
+    assert len(found) % bare.PROCESSES == 0
 
 
 @pytest.mark.slow
