@@ -2,6 +2,6 @@
 
 import os
 
-# Before torch takes memory for the first time: large tensors then lie in large pages. To clear a page at a time costs more
-# than to fill it: a copy of 100 MB took 53 ms, and takes 15.
+# Before torch takes memory for the first time: large tensors then lie in large pages. To clear pages one by one costs
+# more than to fill them: a copy of 100 MB took 53 ms, and takes 15.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
