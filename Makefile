@@ -45,7 +45,7 @@ types: setup
 	$(VENV)/bin/mypy
 
 bench: setup
-	for scenario in lora tiny big_update overhead population cohort memory slots partition secagg strategies zero; do \
+	for scenario in lora tiny big_update overhead population cohort memory slots partition secagg strategies zero plan; do \
 	  $(VENV)/bin/fedpost bench $$scenario --small $(ARGS) || exit 1; done
 
 fmt: setup
