@@ -15,6 +15,7 @@ from datasets_partition.tokens import Tokens
 from engine.attempts import attempted
 from engine.example_privacy import PrivateTrainer
 from engine.export import export_files
+from engine.heap import use_large_pages
 from engine.holder import map_handle
 from engine.judge import Judge
 from engine.memory import ClientMemory
@@ -61,6 +62,7 @@ class ClientActor(SecureClients, Judge):
 
         logging.getLogger("transformers").setLevel(logging.ERROR)
         transformers_logging.disable_progress_bar()
+        use_large_pages()
         torch.set_num_threads(federation.clients.threads)
         always_the_same_bits()
         self.federation = federation

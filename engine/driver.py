@@ -21,6 +21,7 @@ from engine.compatibility import in_the_way_of_packs
 from engine.evaluate import as_text
 from engine.events import Checkpointed, Evaluated, Event, Fault, Finished, Preparing, Sample, Started, Stopped
 from engine.gangs import Gangs
+from engine.heap import use_large_pages
 from engine.metrics import Faults, Ledger, Logs, Metrics, loss_table, read_log
 from engine.mixed import Mixed
 from engine.privacy import Privacy
@@ -54,6 +55,7 @@ class Driver:
     """One run of a federation, from the first actor to the exported model."""
 
     def __init__(self, federation: Federation, plan: RunPlan) -> None:
+        use_large_pages()
         torch.set_num_threads(1)
         self.federation, self.plan = federation, plan
         self.strategy: Strategy = federation.strategy

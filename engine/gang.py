@@ -71,6 +71,7 @@ class Rank(SecureRank):
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
+        heap.use_large_pages()
         torch.set_num_threads(federation.clients.threads)
         always_the_same_bits()
         assert federation.clients.zero is not None

@@ -18,6 +18,7 @@ from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
 from engine.batches import batches
 from engine.checkpoint import load_checkpoint
+from engine.heap import use_large_pages
 from engine.model import lora_config
 from engine.objectives.sft import Sft
 from engine.optimizers import make_optimizer
@@ -106,6 +107,7 @@ def _network(work: Recipe) -> tuple[Any, list[torch.nn.Parameter]]:
 
 
 def _start(work: Recipe, tokens: Path, vector_P: torch.Tensor, totals_KP: torch.Tensor) -> None:
+    use_large_pages()
     torch.set_num_threads(1)
     network, trained = _network(work)
     own_P = vector_P.clone()

@@ -102,24 +102,26 @@ def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
     with ray_session(None):
         began = time.monotonic()
         slots = NullSlots(work, folder / "memory")
-        start = slots.start(store)
-        opened, tokens = Store.open(store), Tokens.open(start.tokens)
-        server = WholeServer(work, slots, start, opened.num_training)
-        logs = Logs(Metrics(folder / "metrics"), Ledger(folder / "ledger"), Faults(folder / "faults"))
-        played = Rounds(work, slots, server, opened, tokens, start.layout, folder, logs)
-        state: Any = server.initial()
-        first = state.params
-        played.prepare(state, None, 1)
-        start_s, seconds, before = time.monotonic() - began, list[float](), stored_bytes()
-        for round_ in range(1, rounds + 1):
-            began = time.monotonic()
-            state, done = played.play(state)
-            for log in logs:
-                log.flush(round_)
-            seconds.append(time.monotonic() - began)
-            _refuse_other(state.params - first, round_, done)
-        nbytes, rss = (stored_bytes() - before) / rounds, memory().get("VmRSS", 0.0)
-        slots.stop()
+        try:
+            start = slots.start(store)
+            opened, tokens = Store.open(store), Tokens.open(start.tokens)
+            server = WholeServer(work, slots, start, opened.num_training)
+            logs = Logs(Metrics(folder / "metrics"), Ledger(folder / "ledger"), Faults(folder / "faults"))
+            played = Rounds(work, slots, server, opened, tokens, start.layout, folder, logs)
+            state: Any = server.initial()
+            first = state.params
+            played.prepare(state, None, 1)
+            start_s, seconds, before = time.monotonic() - began, list[float](), stored_bytes()
+            for round_ in range(1, rounds + 1):
+                began = time.monotonic()
+                state, done = played.play(state)
+                for log in logs:
+                    log.flush(round_)
+                seconds.append(time.monotonic() - began)
+                _refuse_other(state.params - first, round_, done)
+            nbytes, rss = (stored_bytes() - before) / rounds, memory().get("VmRSS", 0.0)
+        finally:
+            slots.stop()
     return NullRounds(start_s, seconds, nbytes, start.layout.size, rss)
 
 

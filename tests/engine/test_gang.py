@@ -117,8 +117,8 @@ def test_a_client_after_another_is_the_client_in_a_fresh_gang_and_in_one_process
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("gpus", [0, pytest.param(1, marks=ON_A_GPU)])
 def test_what_saves_memory_trains_the_same(gangs, small_recipe, doubled, full, own, stage, gpus):
-    if not full and (stage, own[0]) != (2, "o"):
-        pytest.skip("one is tried unless all are asked for")
+    if not full:
+        pytest.skip("half a minute for each")
     own = own.replace(" = ", "=")
     zero, *others = changes(stage, ranks=1 if gpus else 2)
     recipe = small_recipe(zero.replace("{", f"{{{own}, "), *others, doubled["two"], f"clients.num_gpus={gpus}")
@@ -138,7 +138,7 @@ def test_no_step_is_no_change(gangs, small_recipe, full, dtype):
         pytest.skip("bfloat16 is tried unless all are asked for")
     still = "train.optimizer={kind='adamw', lr=0.0}"
     pool, _ = gangs(small_recipe(*changes(3), still, f"model.dtype={dtype}"))
-    reports, total = trained(pool, 0, [FIRST, SECOND], pool.initial())
+    reports, total = trained(pool, 0, [FIRST], pool.initial())
     assert not total.any() and all(np.isfinite(report.metrics["loss"]) for report in reports)
 
 

@@ -36,7 +36,10 @@ def test_packs_lead_to_what_single_clients_lead_to(packed, small_recipe, tmp_pat
     assert (alone.folder / ADAPTER).read_bytes() != (packed.folder / ADAPTER).read_bytes()
 
 
-def test_neither_slots_nor_a_death_change_a_bit_of_packs(packed, small_recipe, slot_processes, tmp_path):
+@pytest.mark.slow
+def test_neither_slots_nor_a_death_change_a_bit_of_packs(packed, small_recipe, slot_processes, tmp_path, full):
+    if not full:
+        pytest.skip("a quarter of a minute: other slots and deaths are tried without packs")
     before, killed = slot_processes(), []
 
     def kill(event):

@@ -42,7 +42,10 @@ def test_a_private_run_says_what_it_cost_and_who_saw_what(ray_session, small_rec
     assert str(privacy["epsilon"])[:4] in (run.model / "README.md").read_text()
 
 
-def test_what_comes_without_privacy_is_the_run_without_privacy(ray_session, small_recipe, tmp_path):
+@pytest.mark.slow
+def test_what_comes_without_privacy_is_the_run_without_privacy(ray_session, small_recipe, tmp_path, full):
+    if not full:
+        pytest.skip("half a minute: three runs")
     private = ("privacy.secagg.mode=ideal", "privacy.dp={kind='adaptive', noise_multiplier=0.1}")
     changes = (UNIFORM, "rounds=2", "evaluate.every=0")
     recipe = small_recipe(*changes, *private, "evaluate.without_privacy=true")

@@ -96,7 +96,11 @@ def test_personal_models_are_judged_beside_the_global_one(ray_session, small_rec
     assert len({path.parent for path in memories}) == 8
 
 
-def test_a_transform_shortens_what_is_sent(ray_session, small_recipe, tmp_path):
+@pytest.mark.slow
+def test_a_transform_shortens_what_is_sent(ray_session, small_recipe, tmp_path, full):
+    if not full:
+        pytest.skip("several runs: transforms are tried without one")
+
     def sent(name, *changes):
         run = experiments.run(small_recipe(*changes, "rounds=1", "evaluate.every=0"), out=tmp_path / name)
         rows = run.metrics.filter(pc.equal(run.metrics["name"], "protocol_bytes_up")).to_pylist()
