@@ -1,5 +1,7 @@
 """What Ray's object store says of itself: the engine's own books are not asked."""
 
+from importlib.util import find_spec
+
 import ray
 
 
@@ -8,10 +10,8 @@ def stored_bytes() -> int:
 
     Small ones, which Ray sends inside its messages, are not among them. ValueError without the extra `bench`.
     """
-    try:
-        import grpc  # noqa: F401
-    except ModuleNotFoundError:
-        raise ValueError('this benchmark asks Ray by grpcio: pip install "fedpost[bench]"') from None
+    if find_spec("grpc") is None:
+        raise ValueError('this benchmark asks Ray by grpcio: pip install "fedpost[bench]"')
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
