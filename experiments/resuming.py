@@ -15,7 +15,6 @@ RUNS = Path("runs")
 FREE = {
     "clients.max_failed",
     "clients.num_cpus",
-    "clients.num_gpus",
     "clients.retries",
     "clients.slots",
     "clients.timeout_s",
@@ -117,12 +116,14 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _differences(before: Recipe, now: Recipe) -> list[str]:
     """Dotted keys in which two recipes differ, but for those that cannot change the result."""
     old, new = (leaves(tomllib.loads(to_toml(recipe))) for recipe in (before, now))
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not _is_free(key))
+    changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+    return sorted(key for key in changed if not _is_free(key, old.get(key), new.get(key)))
 
 
-def _is_free(key: str) -> bool:
-    sections = ("evaluate.", "checkpoint.")
-    return key in FREE or key.startswith(sections)
+def _is_free(key: str, before: Any, now: Any) -> bool:
+    if key == "clients.num_gpus":  # on a GPU a sum has other bits than on a CPU
+        return bool(before and now)
+    return key in FREE or key.startswith(("evaluate.", "checkpoint."))
 
 
 def _by_rounds(recipe: Recipe) -> bool:

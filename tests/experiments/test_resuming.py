@@ -44,3 +44,16 @@ def test_a_run_that_was_to_go_on_and_was_killed_goes_on(left):
 def test_a_finished_run_without_its_checkpoints_is_finished(left):
     with pytest.raises(ValueError, match="has finished"):
         left(10, 0, model=True)(10)
+
+
+def test_a_run_does_not_move_between_cpus_and_gpus(left, small_recipe, tmp_path):
+    def resumed(before, now):
+        left(4, 2, model=False)
+        recipes = [small_recipe(f"clients.num_gpus={share}", "rounds=4") for share in (before, now)]
+        (tmp_path / "recipe.toml").write_text(to_toml(recipes[0]))
+        return run_folder(recipes[1], tmp_path, True)
+
+    assert resumed(0.5, 0.25)[1].clients.num_gpus == 0.25
+    for before, now in ((0.0, 0.5), (0.5, 0.0)):
+        with pytest.raises(ValueError, match=r"differs in clients\.num_gpus"):
+            resumed(before, now)
