@@ -170,7 +170,6 @@ class Pool:
                     self.alive.remove(slot)
                     self.faults.append(Fault("slot", str(slot), "the cluster has no place for another in its stead"))
                     return
-                self.nodes[slot] = self.answer(self.actors[slot].place.remote()).node_id
                 ray.get(self._attach(slot))
                 ray.get(self.actors[slot].refuse_lost_memory.remote())
                 self._restore(slot)
@@ -185,17 +184,17 @@ class Pool:
     def _placed(self, slot: int) -> bool:
         """Waits for a new slot's place; False where the others can go on without it, ValueError where nobody can."""
         place = self.actors[slot].place.remote()
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not ray.wait([place], timeout=LOOK_S if self._fits() else 0)[0]:
+        deadline, may_shrink = time.monotonic() + START_TIMEOUT_S, self.may_shrink and len(self.alive) > 1
+        while not ray.wait([place], timeout=0 if may_shrink and not self._fits() else LOOK_S)[0]:
             late = time.monotonic() > deadline
-            if self.may_shrink and len(self.alive) > 1 and (late or not self._fits()):
+            if may_shrink and (late or not self._fits()):
                 return False
             if late:
                 raise ValueError(
                     f"a slot died, and for {START_TIMEOUT_S:g} s there was no place for another: the cluster has less "
                     f"than it had; go on with --resume when it is back"
                 )
-        ray.get(place)
+        self.nodes[slot] = ray.get(place).node_id
         return True
 
     def _fits(self) -> bool:
