@@ -196,14 +196,15 @@ class ClientActor(SecureClients, Judge):
             return [(job, *one) for job, one in zip(jobs, done, strict=True)]
 
         found = attempted(pack, train, self.federation.clients.retries)
-        seconds, sent = (time.monotonic() - began) / len(pack), list[tuple[Report, Update | None]]()
+        trained_s, sent = (time.monotonic() - began) / len(pack), list[tuple[Report, Update | None]]()
         for one in found:
             if one.result is None:
-                sent.append((Report.of_nothing(one.client, one.why, seconds), None))
+                sent.append((Report.of_nothing(one.client, one.why), None))
                 continue
-            report, update = self._sent(*one.result, wire, take, seconds)
+            report, update = self._sent(*one.result, wire, take, trained_s)
             sent.append((replace(report, tried=one.why), update))
-        return sent
+        seconds = (time.monotonic() - began) / len(pack)  # adding large updates up takes its time too
+        return [(replace(report, seconds=seconds), update) for report, update in sent]
 
     def _sent(
         self,
@@ -212,9 +213,9 @@ class ClientActor(SecureClients, Judge):
         after: Memory,
         wire: WireBroadcast,
         take: Callable[[Update], object],
-        seconds: float,
+        trained_s: float,
     ) -> tuple[Report, Update | None]:
-        """What becomes of a trained client's update and of its memory."""
+        """What becomes of a client's update and of its memory, after so many seconds of training."""
         federation, client, got = self.federation, job.client, job.got
         update, squeezed = encode(federation.transforms, update, got, job.memory)
         down, up = federation.strategy.floats(got)
@@ -225,8 +226,8 @@ class ClientActor(SecureClients, Judge):
         update = replace(update, metrics=update.metrics | traffic)
         after |= squeezed
         deadline = federation.clients.availability.deadline_s
-        if deadline is not None and seconds > deadline:
-            return Report(client, traffic, late=True, seconds=seconds), None
+        if deadline is not None and trained_s > deadline:
+            return Report(client, traffic, late=True), None
         try:
             if not all(tensor.isfinite().all() for tensor in after.values()):
                 raise NonFiniteUpdate("what it would remember holds NaN or infinity")
@@ -235,10 +236,10 @@ class ClientActor(SecureClients, Judge):
                 update = wire.dp.encode(update, wire.clip)
             take(update)
         except NonFiniteUpdate as error:
-            return Report(client, traffic, failed=str(error), seconds=seconds), None
+            return Report(client, traffic, failed=str(error)), None
         if federation.remembers:
             self.memory.write(client, wire.round + 1, after, wire.oldest)
-        return Report(client, update.metrics, seconds=seconds), update
+        return Report(client, update.metrics), update
 
     def _trainer(self, pack: Unit, wire: WireBroadcast) -> LocalTrainer:
         """The trainer of clients; under example-level privacy one that adds noise, which baselines do without."""

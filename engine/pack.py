@@ -155,11 +155,14 @@ class PackTrainer(LocalTrainer):
         self.lanes_optimizer.step()
 
     def _side_by_side(self, active: list[Lane], turn: int) -> Batch:
-        """The lanes' pieces of this turn as one batch (K * B, T); what a lane lacks is padding that teaches nothing."""
+        """The lanes' pieces of this turn as one batch (K * B, T); what a lane lacks is padding that teaches nothing.
+
+        Put together on the CPU: a GPU gets all lanes at once.
+        """
         found = [(lane, one.step[turn]) for lane, one in enumerate(active) if turn < len(one.step)]
         rows, longest = np.max([piece.ids_BT.shape for _, piece in found], 0)
         shape = (len(active), rows, longest)
-        ids_KBT = torch.full(shape, self.pad, device=self.device)
+        ids_KBT = torch.full(shape, self.pad)
         attention_KBT, labels_KBT = torch.zeros_like(ids_KBT), torch.full_like(ids_KBT, IGNORED)
         attention_KBT[:, :, 0] = 1  # a row that attends to nothing would be NaN
         for lane, piece in found:
@@ -168,7 +171,7 @@ class PackTrainer(LocalTrainer):
         tokens, learnt = sum(piece.tokens for _, piece in found), sum(piece.learnt for _, piece in found)
         flat = [vectors.view(-1, int(longest)) for vectors in (ids_KBT, attention_KBT, labels_KBT)]
         self.shapes = {lane: piece.ids_BT.shape for lane, piece in found}
-        return Batch(flat[0], flat[1], flat[2], tokens, learnt)
+        return Batch(flat[0], flat[1], flat[2], tokens, learnt).to(self.device)
 
     @contextmanager
     def _packed(self, active: list[Lane]) -> Iterator[None]:

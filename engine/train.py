@@ -216,7 +216,7 @@ class LocalTrainer(Trainer):
             step = self.cut(rows.take(picked), train.batch)
             learnt = sum(piece.learnt for piece in step)
             for piece in step:
-                nll, _ = self.objective.loss(network, piece)
+                nll, _ = self.objective.loss(network, piece.to(self.device))
                 (nll / learnt).backward()
                 nll_total += nll.detach()
                 trained_tokens += piece.tokens
@@ -250,14 +250,14 @@ class LocalTrainer(Trainer):
             self.trainable.network.eval()
         nll_total, token_total = 0.0, 0
         for piece in self.cut(rows, batch):
-            nll, learnt = self.objective.loss(self.trainable.network, piece)
+            nll, learnt = self.objective.loss(self.trainable.network, piece.to(self.device))
             nll_total, token_total = nll_total + nll.item(), token_total + learnt
         return nll_total, token_total
 
     def cut(self, rows: pa.RecordBatch, batch: int) -> list[Batch]:
-        """The rows as batches of no more tokens than `batch` rows of the longest kind have."""
+        """The rows as batches on the CPU, of no more tokens than `batch` rows of the longest kind have."""
         found = pieces(lengths(rows), batch * self.objective.max_length)
-        return [self.objective.collate(rows.take(piece), self.pad).to(self.device) for piece in found]
+        return [self.objective.collate(rows.take(piece), self.pad) for piece in found]
 
 
 def _corrected_by(strategy: Strategy, got: Broadcast, memory: Memory, run: str) -> Correct | None:

@@ -118,9 +118,9 @@ class Report:
     tried: tuple[str, ...] = ()
 
     @classmethod
-    def of_nothing(cls, client: int, tried: tuple[str, ...], seconds: float = 0.0) -> "Report":
+    def of_nothing(cls, client: int, tried: tuple[str, ...]) -> "Report":
         """Of a client that could not be trained, whatever was tried."""
-        return cls(client, {DOWN: 0.0, UP: 0.0}, NOT_TRAINED, seconds=seconds, tried=tried)
+        return cls(client, {DOWN: 0.0, UP: 0.0}, NOT_TRAINED, tried=tried)
 
     @property
     def why(self) -> str | None:

@@ -21,6 +21,7 @@ app = typer.Typer(
 # Each is the module of experiments/bench that has its name; its `measure(small=...)` gives the figures.
 SCENARIOS = {
     "lora": "tokens/s against a bare PyTorch loop, packed and not",
+    "gpu": "LoRA clients of a base of 0.5 billion parameters on one GPU, in packs, against the bare loop",
     "tiny": "clients/s of a model of ten thousand parameters, against the bare loop",
     "big_update": "time and memory of updates of 25 million parameters, against the bare loop",
     "overhead": "what a client that does nothing costs, by the size of its update",

@@ -131,13 +131,14 @@ class Sft:
     def _each_token(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Negative log-likelihood of each learnt token (N,) in nats, and the row that it stands in (N,)."""
         labels_BT = batch.labels_BT[:, 1:]
-        learnt_BT = labels_BT != IGNORED
+        # Found before the model runs: it waits for the GPU, which has nothing to do yet.
+        learnt = (labels_BT != IGNORED).nonzero(as_tuple=True)
         selected = False
 
         def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
             nonlocal selected
             selected = True
-            return inputs[0][:, :-1][learnt_BT][None]
+            return inputs[0][learnt][None]
 
         head: Any = None if self.every_logit else model.get_output_embeddings()  # type: ignore[operator]
         hook = None if head is None else head.register_forward_pre_hook(select)
@@ -148,10 +149,10 @@ class Sft:
         finally:
             if hook is not None:
                 hook.remove()
-        logits_NV = logits[0] if selected else logits[:, :-1][learnt_BT]
+        logits_NV = logits[0] if selected else logits[learnt]
         # The softmax of half precision is done in single.
         wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        return F.cross_entropy(wide, labels_BT[learnt_BT], reduction="none"), learnt_BT.nonzero()[:, 0]
+        return F.cross_entropy(wide, labels_BT[learnt], reduction="none"), learnt[0]
 
 
 def lengths(rows: pa.RecordBatch) -> np.ndarray:

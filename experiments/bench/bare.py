@@ -2,7 +2,8 @@
 
 It trains the same clients on the same batches and averages as the engine does, on code of its own where the engine's
 could hide a fault: PEFT's model as it is, one tensor after another, a plain float32 sum. The processes share the
-vector and the sums, and work on both in place. Legend: P trained parameters, K processes.
+vector and the sums, and work on both in place. Slots on a GPU are measured against one process that has it for itself.
+Legend: P trained parameters, K processes.
 """
 
 import statistics
@@ -49,8 +50,8 @@ class Compared:
         return statistics.median(self.bare_s[1:]) / statistics.median(self.engine_s[1:])
 
 
-def compare(work: Recipe, folder: Path) -> Compared:
-    """Both loops' rounds; ValueError where they do not have the same vector after the first."""
+def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compared:
+    """Both loops' rounds; ValueError where their vectors are further apart than `tolerance` after the first."""
     run = experiments.run(work, out=folder)
     rows = [row for row in run.metrics.to_pylist() if row["client"] is None]
     seconds = [row["value"] for row in rows if row["name"] == "round_s"]
@@ -58,14 +59,14 @@ def compare(work: Recipe, folder: Path) -> Compared:
     first = load_checkpoint(run.folder / "checkpoints", 1)
     bare, vector = bare_loop(work, build_store(work))
     assert first is not None and isinstance(first.state, ServerState)
-    apart = gate(first.state.params, vector)
+    apart = gate(first.state.params, vector, tolerance)
     return Compared(seconds, bare, statistics.mean(tokens), apart)
 
 
-def gate(engine_P: torch.Tensor, bare_P: torch.Tensor) -> float:
-    """How far apart both vectors are after the first round; ValueError where that is more than rounding."""
+def gate(engine_P: torch.Tensor, bare_P: torch.Tensor, tolerance: float = TOLERANCE) -> float:
+    """How far apart both vectors are after the first round; ValueError where that is more than `tolerance`."""
     apart = float((engine_P - bare_P).abs().max())
-    if not apart <= TOLERANCE:
+    if not apart <= tolerance:
         raise ValueError(f"after the first round the engine's and the bare loop's vectors are {apart:.2g} apart")
     return apart
 
@@ -73,17 +74,17 @@ def gate(engine_P: torch.Tensor, bare_P: torch.Tensor) -> float:
 def bare_loop(work: Recipe, store: Path) -> tuple[list[float], torch.Tensor]:
     """Seconds of each round, and the vector (P,) after the first."""
     tokens = token_columns(store, located(work))
-    clients = Store.open(store).num_training
-    vector_P = torch.nn.utils.parameters_to_vector(_network(work)[1]).detach().share_memory_()
-    totals_KP = torch.zeros(PROCESSES, len(vector_P)).share_memory_()
+    clients, processes = Store.open(store).num_training, 1 if work.clients.num_gpus else PROCESSES
+    vector_P = torch.nn.utils.parameters_to_vector(_trained(_network(work))).detach().share_memory_()
+    totals_KP = torch.zeros(processes, len(vector_P)).share_memory_()
     seconds: list[float] = []
     after_first_P = vector_P
     context = torch.multiprocessing.get_context("spawn")
-    with context.Pool(PROCESSES, _start, (work, tokens, vector_P, totals_KP)) as pool:
+    with context.Pool(processes, _start, (work, tokens, vector_P, totals_KP)) as pool:
         for round_ in range(work.rounds):
             began = time.perf_counter()
             cohort = work.cohort.sample(clients, work.seed, round_).tolist()
-            jobs = [(round_, part, cohort[part::PROCESSES]) for part in range(PROCESSES)]
+            jobs = [(round_, part, cohort[part::processes]) for part in range(processes)]
             weight = sum(pool.map(_train, jobs, chunksize=1))
             for total_P in totals_KP:
                 vector_P.add_(total_P, alpha=1 / weight)
@@ -94,23 +95,29 @@ def bare_loop(work: Recipe, store: Path) -> tuple[list[float], torch.Tensor]:
     return seconds, after_first_P
 
 
-def _network(work: Recipe) -> tuple[Any, list[torch.nn.Parameter]]:
-    """The model, and what of it is trained."""
+def _network(work: Recipe) -> Any:
+    """The model as its users make it."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(work.model.base)
+    network = AutoModelForCausalLM.from_pretrained(work.model.base, dtype=getattr(torch, work.model.dtype))
     torch.manual_seed(torch_seed(work.seed, 0, -1, "initial"))
     if isinstance(work.model.peft, Lora):
         network = get_peft_model(network.requires_grad_(False), lora_config(work.model))
-    return network.train(), [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return network.train()
+
+
+def _trained(network: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def _start(work: Recipe, tokens: Path, vector_P: torch.Tensor, totals_KP: torch.Tensor) -> None:
     use_large_pages()
     torch.set_num_threads(1)
-    network, trained = _network(work)
-    own_P = vector_P.clone()
+    device = torch.device("cuda" if work.clients.num_gpus else "cpu")
+    network = _network(work).to(device)
+    trained = _trained(network)
+    own_P = vector_P.to(device, copy=True)
     torch.nn.utils.vector_to_parameters(own_P, trained)  # they become views of it
     _bare.update(work=work, tokens=Tokens.open(tokens), network=network, trained=trained)
     _bare.update(vector_P=vector_P, own_P=own_P, totals_KP=totals_KP)
@@ -128,12 +135,12 @@ def _train(job: tuple[int, int, list[int]]) -> float:
         own_P.copy_(vector_P)
         optimizer = make_optimizer(trained, train.optimizer)
         for picked in batches(rows.num_rows, train, rng(work.seed, round_, client, "batches")):
-            nll, learnt = objective.loss(network, objective.collate(rows.take(picked), 0))
+            nll, learnt = objective.loss(network, objective.collate(rows.take(picked), 0).to(own_P.device))
             (nll / learnt).backward()
             torch.nn.utils.clip_grad_norm_(trained, train.clip)
             optimizer.step()
             optimizer.zero_grad()
         weight = rows.num_rows / largest
-        total_P.add_(own_P.sub_(vector_P), alpha=weight)
+        total_P.add_(own_P.cpu().sub_(vector_P), alpha=weight)
         weights += weight
     return weights

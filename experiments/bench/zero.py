@@ -1,4 +1,6 @@
-"""`fedpost bench zero`: what it costs to be many clients in one gang, for ZeRO stages 1 to 3 with two ranks.
+"""`fedpost bench zero`: what it costs to be many clients in one gang, for ZeRO stages 1 to 3 with two ranks on the CPU.
+
+Where there are GPUs the same is measured on them too, with a whole one for each rank, and so with one rank on one GPU.
 
 No figure is printed unless a run's first round leads where bare DeepSpeed loops lead, each client in a fresh engine.
 The bare loop is DeepSpeed's own, on the same batches in the same kind of processes, without Ray, resets, sums or a
@@ -31,33 +33,45 @@ from experiments.bench.zero_ranks import Bare, Work, bare, in_ranks, loaded
 from experiments.config import Recipe, parse_recipe, to_toml
 
 STAGES, RANKS = (1, 2, 3), 2
+ON_GPU = "_gpu"  # what the figures' names end in
 TOLERANCE = 2e-5  # of weights after a round: both do the same, and add in another order
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 8}
 
 
 def measure(small: bool) -> dict[str, Figure]:
     """All figures of all stages; ValueError when the two loops disagree."""
-    steps, figures = Steps(), dict[str, Figure]()
+    steps, figures, gpus = Steps(), dict[str, Figure](), torch.cuda.device_count()
     with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
         folder = Path(name)
         work = lora_recipe(folder, 2 if small else 5)
         work = parse_recipe(to_toml(work), ["model.peft=none", "train.steps=10", "clients.slots=1"])
-        short = parse_recipe(to_toml(work), ["train.steps=1", f"rounds={2 if small else 20}"])
         if not small:
             _large(folder / "large")
         for stage in STAGES:
-            steps.say(f"stage {stage}: bare loops, resets and fresh engines")
             zero = Zero(stage=stage, ranks=RANKS)  # type: ignore[arg-type]
-            plain = _bare(work, zero, 2 if small else 7)
-            steps.say(f"stage {stage}: rounds through the engine")
-            found = _figures(work, zero, folder / f"stage-{stage}", plain)
-            steps.say(f"stage {stage}: {short.rounds * short.cohort.expected(CLIENTS):g} short clients in one gang")
-            found["rss_slope_mb_per_client"] = _growth(short, zero, folder / f"short-{stage}")
+            figures |= _stage(steps, work, zero, folder, "", small)
             if not small:
                 steps.say(f"stage {stage}: loading a larger model")
-                found["peak_over_shard"] = _loading(replace(work.model, base=str(folder / "large")), zero)
-            figures |= {f"{name}_s{stage}": figure for name, figure in found.items()}
+                loading = _loading(replace(work.model, base=str(folder / "large")), zero)
+                figures[f"peak_over_shard_s{stage}"] = loading
+            if gpus:
+                on_gpu = replace(work, clients=replace(work.clients, num_gpus=1.0))
+                figures |= _stage(steps, on_gpu, replace(zero, ranks=min(RANKS, gpus)), folder, ON_GPU, small)
     return figures
+
+
+def _stage(steps: Steps, work: Recipe, zero: Zero, folder: Path, where: str, small: bool) -> dict[str, Figure]:
+    """The figures of one stage on one kind of device, `where` at the end of their names."""
+    stage = f"stage {zero.stage}{' on GPUs' if where else ''}"
+    own = folder / f"stage-{zero.stage}{where}"
+    steps.say(f"{stage}: bare loops, resets and fresh engines")
+    plain = _bare(work, zero, 2 if small else 7)
+    steps.say(f"{stage}: rounds through the engine")
+    found = _figures(work, zero, own, plain)
+    short = parse_recipe(to_toml(work), ["train.steps=1", f"rounds={2 if small else 20}"])
+    steps.say(f"{stage}: {short.rounds * short.cohort.expected(CLIENTS):g} short clients in one gang")
+    found["rss_slope_mb_per_client"] = _growth(short, zero, own.with_name(f"{own.name}-short"))
+    return {f"{name}_s{zero.stage}{where}": figure for name, figure in found.items()}
 
 
 def _bare(work: Recipe, zero: Zero, tries: int) -> list[Bare]:
@@ -66,7 +80,8 @@ def _bare(work: Recipe, zero: Zero, tries: int) -> list[Bare]:
 
     store = build_store(work)
     cohort = work.cohort.sample(Store.open(store).num_training, work.seed, 0).tolist()
-    found: list[Bare] = in_ranks(zero, bare, Work(work, zero, token_columns(store, work), cohort, tries))
+    gpu = work.clients.num_gpus > 0
+    found: list[Bare] = in_ranks(zero, gpu, bare, Work(work, zero, token_columns(store, work), cohort, tries))
     return found
 
 
@@ -120,7 +135,7 @@ def _growth(work: Recipe, zero: Zero, folder: Path) -> Figure:
     if not all(held):
         return Figure(None, "not on this system")
     later = np.array(held[len(held) // 4 :])
-    slope = float(np.polyfit(np.arange(len(later)) * work.cohort.expected(CLIENTS), later, 1)[0]) / RANKS
+    slope = float(np.polyfit(np.arange(len(later)) * work.cohort.expected(CLIENTS), later, 1)[0]) / zero.ranks
     return Figure(slope, f"MB a client and rank, {len(later)} rounds")
 
 
@@ -149,7 +164,7 @@ def _large(folder: Path) -> None:
 
 
 def _loading(model: object, zero: Zero) -> Figure:
-    answers = in_ranks(zero, loaded, model, zero)
+    answers = in_ranks(zero, False, loaded, model, zero)
     if None in answers:
         return Figure(None, "not on this system")
     return Figure(max(grown / shard for grown, shard in answers), "growth / (a rank's shard + the largest tensor)")

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from datasets_partition.tokens import Tokens
 from engine import heap
 from engine.batches import batches
+from engine.meeting import meet
 from engine.objectives.sft import Sft
 from engine.settings import Model, Zero
 from engine.train_settings import Train
@@ -27,7 +27,7 @@ from experiments.bench.results import memory
 from experiments.config import Recipe
 from strategies.seeds import rng, torch_seed
 
-TIMEOUT = timedelta(seconds=300)
+LOOPBACK = "127.0.0.1"
 RESETS = 7
 
 
@@ -56,16 +56,19 @@ class Bare:
     first_S: np.ndarray
 
 
-def in_ranks(zero: Zero, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work(rank, *arguments)` gives in each of as many fresh processes as a gang has ranks, which have met."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
+def in_ranks(zero: Zero, gpu: bool, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(rank, *arguments)` gives in each of as many fresh processes as a gang has ranks, which have met.
+
+    With `gpu` each has a GPU to itself.
+    """
+    with socket.create_server((LOOPBACK, 0)) as found:
         port = found.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for rank in range(zero.ranks):
         receiver, sender = context.Pipe(duplex=False)
         pipes.append(receiver)
-        processes.append(context.Process(target=_rank, args=(rank, zero.ranks, port, sender, work, arguments)))
+        processes.append(context.Process(target=_rank, args=(rank, zero, gpu, port, sender, work, arguments)))
         processes[-1].start()
         sender.close()
     try:
@@ -79,15 +82,14 @@ def in_ranks(zero: Zero, work: Callable[..., Any], *arguments: Any) -> list[Any]
     return answers
 
 
-def _rank(rank: int, ranks: int, port: int, sender: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+def _rank(
+    rank: int, zero: Zero, gpu: bool, port: int, sender: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= {"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"CUDA_VISIBLE_DEVICES": str(rank)} if gpu else {"DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
-    import deepspeed
-
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks, timeout=TIMEOUT)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    listening = socket.create_server((LOOPBACK, port)) if rank == 0 else None
+    meet(rank, zero, LOOPBACK, port, listening, gpu=gpu)
     sender.send(work(rank, *arguments))
     dist.barrier()
 
@@ -136,12 +138,13 @@ def bare(rank: int, work: Work) -> Bare:
     for _ in range(RESETS):
         began = time.perf_counter()
         trainer.become(start_S)
+        trainer.summed(0.0)  # which a GPU has to be waited for
         resets.append(time.perf_counter() - began)
     for _ in range(work.tries):
         began = time.perf_counter()
         trainer.steps(rows, start_S, train, stream(client))
         clients.append(time.perf_counter() - began)
-    first_S = start_S.add_(total_S, alpha=1 / weights).numpy()
+    first_S = start_S.add_(total_S, alpha=1 / weights).cpu().numpy()
     fresh_s, reset_s, client_s = map(statistics.median, (made, resets, clients))
     return Bare(fresh_s, reset_s, client_s, max(speeds), first_S)
 
@@ -153,16 +156,13 @@ def _bare_loop(trainer: Any, rows: Any, train: Train, stream: np.random.Generato
     trainer.correct, trainer.clip = None, train.clip
     tokens = 0
     for picked in batches(rows.num_rows, train, stream):
-        batch = trainer.objective.collate(rows.take(picked[rank::ranks]), trainer.pad)
-        learnt = torch.tensor(float(batch.learnt))
-        dist.all_reduce(learnt)
+        batch = trainer.objective.collate(rows.take(picked[rank::ranks]), trainer.pad).to(trainer.works_on)
+        learnt = trainer.summed(batch.learnt)
         nll, _ = trainer.objective.loss(engine, batch)
-        engine.backward(nll * (ranks / learnt.item()))
+        engine.backward(nll * (ranks / learnt))
         engine.step()
-        tokens += int(batch.attention_BT.sum())
-    total = torch.tensor(float(tokens))
-    dist.all_reduce(total)
-    return total.item()
+        tokens += batch.tokens
+    return float(trainer.summed(tokens))
 
 
 def loaded(rank: int, model: Model, zero: Zero) -> tuple[float, float] | None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.sums import BLOCK, LIMIT, ExactSum, NonFiniteUpdate, PartialSum, merge
+from engine.sums import BLOCK, LIMIT, ROOM, STEP, ExactSum, NonFiniteUpdate, PartialSum, merge
 from strategies.types import Aggregate, Update
 
 SIZE = 5
@@ -52,6 +52,18 @@ def test_it_agrees_with_an_exactly_rounded_sum(given: list[Update]) -> None:
         assert total == pytest.approx(exact, rel=1e-6, abs=grid)
     assert aggregate.weight == pytest.approx(math.fsum(update.weight for update in given), rel=1e-6)
     assert aggregate.total.dtype == torch.float32
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-2000, 2000, width=32), min_size=1, max_size=20), st.floats(2**-20, 1))
+def test_small_and_large_values_are_rounded_alike(values: list[float], weight: float) -> None:
+    def sums(*beside: float) -> list[int]:
+        """The grid's integers of the values, beside a value that may need the wider range."""
+        vector = torch.tensor([*values, *beside])
+        return partial(Update(0, weight, vector)).vectors["delta"].tolist()[: len(values)]
+
+    expected = [round(np.float64(np.float32(value)) * (weight * STEP)) for value in values]
+    assert sums() == sums(1.1 * ROOM / weight) == expected
 
 
 def test_by_hand() -> None:

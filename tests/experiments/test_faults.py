@@ -1,7 +1,6 @@
 """What dies, hangs or lies while a run goes on, on real Ray and with real processes: the same bits in the end."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -233,29 +232,6 @@ try:
 finally:
     cluster.shutdown()
 """
-
-
-@pytest.mark.slow
-def test_chaos(ray_session, small_recipe, tmp_path, full):
-    """Hundreds of rounds while whatever the run consists of is killed at random."""
-    if not full:
-        pytest.skip("ten minutes")
-    changes = ("evaluate.every=0", "rounds=200", "train.steps=1", "clients.slots=2")
-    quiet = experiments.run(small_recipe(*changes), out=tmp_path / "quiet")
-    draw, others, killed = random.Random(0), set(processes_of("")), []
-
-    def kill(event):
-        if isinstance(event, RoundDone) and draw.random() < 0.08:
-            alive = set(processes_of("ClientActor") + processes_of("Driver")) - others
-            if alive:
-                victim = draw.choice(sorted(alive, key=lambda process: process.pid))
-                killed.append(victim.pid)
-                victim.kill()
-
-    run = experiments.run(small_recipe(*changes), out=tmp_path / "run", on_event=kill)
-    assert len(killed) >= 8 and bits(run) == bits(quiet)
-    rows = [row for row in run.metrics.to_pylist() if (row["split"], row["name"]) == ("train", "rows")]
-    assert len(rows) == len({(row["round"], row["client"]) for row in rows}) == 200 * 5
 
 
 @pytest.fixture

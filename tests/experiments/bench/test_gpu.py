@@ -1,0 +1,36 @@
+"""The GPU's benchmark: what can be seen of it without one."""
+
+import pytest
+import torch
+
+from engine.settings import Lora, Model
+from experiments.bench import gpu
+from experiments.bench.bases import write_llama
+
+
+def test_operations_are_counted_as_by_hand(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
+    write_llama(tmp_path, sizes | {"num_key_value_heads": 2}, of_bytes=True)
+    vocabulary, length, r = 257, 16, 4
+    layer, head = 4 * 64 * 64 + 3 * 64 * 96, 64 * vocabulary
+    adapters = r * (4 * (64 + 64) + 3 * (64 + 96))
+    attention = 4 * length * 64  # each token's scores with all others, and their use
+    forward = 2 * (3 * (layer + adapters) + head) + 3 * attention
+    # Inputs' gradients, but not those of the first layer's queries, keys and values; adapters have weights' as well.
+    first = 3 * (64 * 64 + r * 64)
+    backward = 2 * (3 * (layer + adapters) + head - first) + 2 * 3 * adapters + 2 * 3 * attention
+    found = gpu.flops_per_token(Model(base=str(tmp_path), peft=Lora(r=r, targets="all-linear")), length)
+    assert found == pytest.approx(forward + backward, rel=0.02)  # attention's kernels differ in what they do again
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(command):
+    done = command("bench", "gpu")
+    assert done.returncode == 2 and "needs a GPU that torch can use; without one, --small" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_small_run_has_the_promised_keys(ray_session, full):
+    if not full:
+        pytest.skip("a minute")
+    assert {"packed_speedup", "speedup_1x128", "mfu_1x128", "apart_1x128"} < set(gpu.measure(small=True))

@@ -1,0 +1,80 @@
+"""Long runs of which whatever they consist of is killed at random, the command and its cluster too: the same bits."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+import experiments
+from engine.metrics import read_log
+from experiments.config import to_toml
+
+ROOT = Path(__file__).resolve().parents[2]
+ADAPTER = "adapter_model.safetensors"
+# How likely each is to be next. Without its cluster the command ends, and so does all of it with the command.
+VICTIMS = {"ClientActor": 8, "Gang": 5, "Rank": 5, "Driver": 4, "command": 2, "raylet": 1, "gcs_server": 1}
+LONGEST_S = 1200
+
+
+def alive(command):
+    """Which living processes of a run there are to kill, by kind."""
+    found = {"command": [command]}
+    for process in command.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            called = process.cmdline()
+            title = Path(called[0]).name.removeprefix("ray::") if called else ""
+            kind = next((kind for kind in VICTIMS if title.startswith(kind)), None)
+            if kind:
+                found.setdefault(kind, []).append(process)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rounds", "kills", "slots"),
+    [(200, 24, ("clients.slots=2",)), (40, 10, ("clients.slots=1", "clients.zero={stage=2, ranks=2, timeout_s=15}"))],
+    ids=["slots", "gangs"],
+)
+def test_chaos(ray_session, small_recipe, tmp_path, full, rounds, kills, slots):
+    if not full:
+        pytest.skip("ten minutes")
+    changes = ("evaluate.every=0", "train.steps=1", f"rounds={rounds}", *slots)
+    quiet = experiments.run(small_recipe(*changes), out=tmp_path / "quiet")
+    recipe, out, draw, killed = tmp_path / "recipe.toml", tmp_path / "run", random.Random(0), Counter()
+    recipe.write_text(to_toml(small_recipe(*changes)))
+    deadline = time.monotonic() + LONGEST_S
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    while time.monotonic() < deadline:
+        again = ["--resume"] if out.exists() else []
+        with (tmp_path / "log").open("a") as log:
+            command = [sys.executable, "-m", "experiments", "run", str(recipe), "--out", str(out), *again]
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+        last = None
+        while process.poll() is None:
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(draw.uniform(0.5, 5))
+            if killed.total() < kills and process.poll() is None:
+                there = alive(psutil.Process(process.pid))
+                last = draw.choices([*there], [VICTIMS[kind] for kind in there])[0]
+                with suppress(psutil.NoSuchProcess):
+                    draw.choice(there[last]).kill()
+                    killed[last] += 1
+        if process.returncode == 0:
+            break
+        assert last in ("command", "raylet", "gcs_server"), (last, (tmp_path / "log").read_text()[-3000:])
+    assert killed.total() == kills and len(killed) >= 4
+    assert (out / "model" / ADAPTER).read_bytes() == (quiet.model / ADAPTER).read_bytes()
+    rows = [row for row in read_log(out / "metrics").to_pylist() if (row["split"], row["name"]) == ("train", "rows")]
+    assert len(rows) == len({(row["round"], row["client"]) for row in rows}) == len(quiet_rows(quiet))
+
+
+def quiet_rows(run):
+    """The clients of all rounds of a run."""
+    return [row for row in run.metrics.to_pylist() if (row["split"], row["name"]) == ("train", "rows")]
