@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from experiments.bench.bare import PROCESSES, compare
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
-from experiments.bench.results import Figure, Steps
+from experiments.bench.results import Figure, Steps, one_ray
 from experiments.bench.tree import held_by_command
 from experiments.config import Recipe
 
@@ -54,19 +54,19 @@ def recipe(
 def measure(small: bool) -> dict[str, Figure]:
     """Tokens per second over the bare loop's by case, and the memory of all processes; ValueError when they differ."""
     steps, figures = Steps(), dict[str, Figure]()
-    with TemporaryDirectory(prefix="fedpost-bench-") as name:
+    with TemporaryDirectory(prefix="fedpost-bench-") as name, one_ray(small):
         folder = Path(name)
         for batch, length, lanes, cohort in CASES[:3] if small else CASES:
             case = f"{batch}x{length}" + (f"_packed_{lanes}" if lanes > 1 else "")
             steps.say(f"{batch} rows of {length} tokens a step, {lanes} of {cohort} clients at once")
-            work = recipe(folder, 3 if small else 15, batch, length, lanes, cohort)
+            work = recipe(folder, 2 if small else 15, batch, length, lanes, cohort)
             found = compare(work, folder / f"run-{case}")
             figures[f"efficiency_{case}"] = Figure(found.ratio, "of the bare loop's tokens/s")
             figures[f"apart_{case}"] = Figure(found.apart, "largest difference")
             if case == "4x128":
                 figures = {"efficiency": figures[f"efficiency_{case}"], "apart": figures[f"apart_{case}"]}
                 figures["tokens_per_s"] = Figure(found.tokens / min(found.engine_s[1:]), "tokens/s, the best round")
-                held = held_by_command(replace(work, rounds=3), folder / "held")
+                held = held_by_command(replace(work, rounds=min(3, work.rounds)), folder / "held")
                 figures["tree_rss_mb"] = Figure(held.rss, "MB, all processes but Ray's daemons")
                 figures["tree_pss_mb"] = Figure(held.pss, "MB, shared pages counted once")
         figures["packed_speedup"] = figures["efficiency_1x32_packed_8"]

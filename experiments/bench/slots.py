@@ -11,7 +11,7 @@ import experiments
 from experiments.bench.bare import PROCESSES, compare
 from experiments.bench.bases import bench_recipe, write_rows
 from experiments.bench.lora import recipe
-from experiments.bench.results import Figure, Steps
+from experiments.bench.results import Figure, Steps, one_ray
 from experiments.bench.scale import as_figures, study
 from experiments.config import Recipe
 from strategies.seeds import rng
@@ -25,12 +25,13 @@ def measure(small: bool) -> dict[str, Figure]:
     with TemporaryDirectory(prefix="fedpost-bench-") as name:
         folder = Path(name)
         rounds = 3 if small else 8
-        work = recipe(folder, 2)
-        found = compare(work, folder / "gate")
-        figures = {"apart": Figure(found.apart, "largest difference to the bare loop")}
-        figures |= as_figures(study(work, [1, 2], rounds=rounds), "strong_")
-        figures |= as_figures(study(work, [1, 2], weak=True, rounds=rounds), "weak_")
-        figures |= _uneven(folder / "uneven", work, rounds)
+        work = recipe(folder, 2, *(1, 32) if small else ())
+        with one_ray(small):
+            found = compare(work, folder / "gate")
+            figures = {"apart": Figure(found.apart, "largest difference to the bare loop")}
+            figures |= as_figures(study(work, [1, 2], rounds=rounds), "strong_")
+            figures |= as_figures(study(work, [1, 2], weak=True, rounds=rounds), "weak_")
+            figures |= _uneven(folder / "uneven", work, rounds)
         Steps().say(f"a simulated cluster of {NODES} nodes with {GPUS} logical GPUs each")
         return figures | _simulated(work, folder)
 

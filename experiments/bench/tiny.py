@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from experiments.bench.bare import PROCESSES, compare
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
-from experiments.bench.results import Figure, Steps
+from experiments.bench.results import Figure, Steps, one_ray
 from experiments.config import Recipe
 
 LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -41,20 +41,20 @@ def recipe(folder: Path, base: Path, cohort: int, rounds: int, lanes: int) -> Re
 def measure(small: bool) -> dict[str, Figure]:
     """Ratios of clients per second, unpacked at both sizes and packed at the smaller; ValueError when they differ."""
     steps, figures = Steps(), dict[str, Figure]()
-    with TemporaryDirectory(prefix="fedpost-bench-") as name:
+    with TemporaryDirectory(prefix="fedpost-bench-") as name, one_ray(small):
         folder = Path(name)
         write_llama(folder / "base", LLAMA, of_bytes=True)
         for size, (clients, cohort, rounds) in SIZES.items():
             own = folder / size
             own.mkdir()
             if small and size == "1e5":
-                clients, cohort, rounds = 10_000, 200, 3
+                clients, cohort, rounds = 2_000, 200, 3
             steps.say(f"rows of {clients:,} clients")
             write_rows(own / "rows.parquet", clients, ROWS, WORDS)
             for key, lanes in ((f"clients_ratio_{size}", 1), ("packed_ratio", LANES)):
                 if lanes == 1 or size == "1e3":
                     steps.say(f"{rounds} rounds of {cohort:,} of them, {lanes} at once")
-                    work = recipe(own, folder / "base", cohort, 3 if small else rounds, lanes)
+                    work = recipe(own, folder / "base", cohort, 2 if small else rounds, lanes)
                     found = compare(work, own / key)
                     figures[key] = Figure(found.ratio, "of the bare loop's clients/s")
                     figures[f"apart_{key}"] = Figure(found.apart, "largest difference")

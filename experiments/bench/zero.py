@@ -43,8 +43,9 @@ def measure(small: bool) -> dict[str, Figure]:
     steps, figures, gpus = Steps(), dict[str, Figure](), torch.cuda.device_count()
     with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
         folder = Path(name)
-        work = lora_recipe(folder, 2 if small else 5)
-        work = parse_recipe(to_toml(work), ["model.peft=none", "train.steps=10", "clients.slots=1"])
+        work = lora_recipe(folder, 2, cohort=2) if small else lora_recipe(folder, 5)
+        steps_each = f"train.steps={2 if small else 10}"
+        work = parse_recipe(to_toml(work), ["model.peft=none", steps_each, "clients.slots=1"])
         if not small:
             _large(folder / "large")
         for stage in STAGES:
