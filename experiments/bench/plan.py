@@ -34,7 +34,9 @@ def measure(small: bool) -> dict[str, Figure]:
     with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
         folder = Path(name)
         demo = load_recipe(DEMO)
-        demo = replace(demo, rounds=2, evaluate=replace(demo.evaluate, every=0))
+        demo = replace(demo, rounds=1 if small else 2, evaluate=replace(demo.evaluate, every=0))
+        if small:
+            demo = replace(demo, train=replace(demo.train, steps=1, epochs=None))
         steps.say("the demo's slots")
         found = sizes(located(demo).model, demo.train.max_length)
         figures = _held(demo, folder / "demo", "ClientActor", slot_need(found, demo, plain), "demo")
