@@ -9,7 +9,7 @@ from experiments.bench.results import Figure, Steps
 
 SLOTS, ROUNDS = 2, 5
 COHORTS = {0: (100, 1_000, 10_000), 4: (100, 1_000, 10_000), 35: (100, 1_000)}  # MB of an update
-SMALL = {0: (100, 1_000), 4: (100,), 35: (20,)}
+SMALL = {0: (1_000,), 4: (100,), 35: (20,)}
 
 
 def measure(small: bool) -> dict[str, Figure]:
