@@ -111,15 +111,13 @@ class ClientActor(SecureClients, Judge):
         return receive_tokens(tokens, parts)
 
     def attach(self, packed: PackedBase, base: Any, tokens: Path, first: bool) -> tuple[Layout, np.ndarray]:
-        """Maps base (the store's bytes, or a GPU holder's handle) and rows.
+        """Maps base (the store's bytes, or a GPU holder's handle) and rows; a GPU of its own gets a copy of the bytes.
 
         Returns the layout, and of the `first` slot the initial vector (P,), of which the others have the same.
         """
-        if self.device.type == "cuda":
-            buffer = map_handle(base)
-        else:
+        if self.device.type == "cpu":
             protect(base)
-            buffer = borrow(base)
+        buffer = map_handle(base) if isinstance(base, tuple) else borrow(base).to(self.device)
         self.base = base  # a live reference: the store must not reuse pages that this process may not write
         federation = self.federation
         seed = torch_seed(federation.seed, 0, -1, "initial")
@@ -171,10 +169,13 @@ class ClientActor(SecureClients, Judge):
 
         return self.mask(inboxes, train)
 
-    def best_pack(self, params: np.ndarray, most: int, clients: int) -> int:
-        """How many lanes are fastest, up to `most`: measured from `params` (P,) on some of the first `clients`."""
+    def best_pack(self, params: np.ndarray, most: int, clients: int, neighbours: int) -> int:
+        """How many lanes are fastest, up to `most`: measured from `params` (P,) on some of the first `clients`.
+
+        As many slots as `neighbours` share the node's memory, this one among them.
+        """
         start = borrow(params).to(self.device)
-        return best_pack(self.trainer, self.tokens, clients, most, start, self.federation.train)
+        return best_pack(self.trainer, self.tokens, clients, most, neighbours, start, self.federation.train)
 
     def _pack(
         self, pack: Unit, wire: WireBroadcast, take: Callable[[Update], object]

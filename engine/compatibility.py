@@ -8,6 +8,7 @@ from engine.train_settings import AdamW, Sgd, Train
 from strategies import Strategies
 from strategies.cohort import UniformCohort
 from strategies.fednova import FedNova
+from strategies.layout import Layout
 from strategies.local_only import LocalOnly
 from strategies.lora_feddpa import FedDpa
 from strategies.lora_fedex import FedExLora
@@ -25,6 +26,7 @@ from strategies.types import Strategy
 PRODUCTS = FedExLora | Flora | FlexLora
 MERGING = FedExLora | Flora
 MOVING = FedSb | FedSvd | FlexLora | Flora | RoLora
+SOME = Layout(("any",), ((10_007,),))  # of a length that nobody means by itself: what is as long follows the layout
 
 if TYPE_CHECKING:
     from engine.settings import Federation
@@ -190,6 +192,15 @@ def _gangs(federation: Federation) -> None:
     for key, set_ in refused.items():
         if set_:
             raise ValueError(f"{key} does not work with gangs: leave it, or clients.zero, out")
+    short = [name for name, length in strategy.beside(SOME).items() if length != SOME.size]
+    private = {"privacy.secagg": federation.privacy.secure, "privacy.dp": federation.privacy.dp.kind != "none"}
+    for key, set_ in private.items():
+        # Every rank has them whole: masks are for shards, and each rank would clip and add noise by itself.
+        if set_ and short:
+            raise ValueError(
+                f"{_named(strategy)} sends {' and '.join(map(repr, short))} beside the update and not as long as it, "
+                f"which {key} does not work with in gangs: leave {key}, or clients.zero, out"
+            )
 
 
 def _decays(train: Train) -> bool:

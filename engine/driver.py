@@ -3,6 +3,7 @@
 import errno
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
@@ -176,7 +177,8 @@ class Driver:
         if in_the_way_of_packs(self.federation) or self.federation.clients.zero or most < 2:
             return 1
         sent = self.server.sent(initial)
-        found: int = self.slots.ask(lambda actor: actor.best_pack.remote(sent, most, clients))
+        neighbours = max(Counter(self.slots.nodes.values()).values())
+        found: int = self.slots.ask(lambda actor: actor.best_pack.remote(sent, most, clients, neighbours))
         return found
 
     def _rebase_to(self, state: State) -> None:

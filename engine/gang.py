@@ -18,6 +18,7 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from ray.exceptions import ObjectLostError
 
 from datasets_partition.tokens import Tokens
 from engine import heap
@@ -25,7 +26,7 @@ from engine.client import FLOAT_BYTES, Place
 from engine.evaluate import ClientLoss, Prompt, drawn_rows
 from engine.export import Sharded, sharded_files
 from engine.gang_secure import SecureGang, SecureRank, aggregate_of
-from engine.lost import LOST, GangLost, last_line
+from engine.lost import LOST, GangLost, ShardLost, last_line
 from engine.meeting import meet
 from engine.memory import RANK, ClientMemory
 from engine.model import always_the_same_bits, load_tokenizer
@@ -251,14 +252,18 @@ class Rank(SecureRank):
         try:
             getattr(self, method)(*arguments)
         except Exception as error:
-            self.failure = f"{type(error).__name__}: {last_line(error)}"
+            if self.failure is None:  # what it is asked next fails for the first rank's end
+                self.failure = f"{type(error).__name__}: {last_line(error)}"
+                self.shard_lost = isinstance(error, ObjectLostError)
             if not _is_users(error, method):
                 ray.kill(leader)
             raise
 
-    def why(self) -> str | None:
-        """What made this rank fail, if it did."""
-        return self.failure
+    def why(self) -> GangLost | None:
+        """What made this rank fail first, if it did."""
+        if self.failure is None:
+            return None
+        return (ShardLost if self.shard_lost else GangLost)(f"a rank of a gang failed: {self.failure}")
 
 
 def _is_users(error: Exception, method: str) -> bool:

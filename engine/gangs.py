@@ -1,5 +1,6 @@
 """The pool where each slot is a gang: placed all or nothing, and made whole again when it loses a rank."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.client import Place
 from engine.fitting import asked_or_fitting, refuse_shared_gpus, slots_that_fit
 from engine.gang import Gang, Rank, Served
-from engine.lost import LOST, GangLost
+from engine.lost import LOST, ShardLost
 from engine.meeting import rank_environment
 from engine.pool import Reference, Start
 from engine.rows import put_tokens
@@ -103,18 +104,38 @@ class Gangs(Slots):
         return GangHandle(*self.ranks[slot])
 
     def replace(self, slot: int, error: Exception) -> None:
-        """As the pool of slots does; where another rank than the first failed, it knows better why.
+        """As the pool of slots does.
 
-        A shard of a state or a sum that is lost with its node is not to be had again by any gang: the error goes on, to
+        A shard of a state or a sum that is lost with its node is not to be had again by any slot: the error goes on, to
         who goes back to the last checkpoint.
         """
-        if isinstance(error, ObjectLostError):
+        error = self._known(error, [slot])
+        if isinstance(error, ObjectLostError | ShardLost):
             raise error
-        for rank in self.ranks[slot][1:]:
-            with suppress(RayActorError, GetTimeoutError):
-                why = ray.get(rank.why.remote(), timeout=WHY_S)
-                error = error if why is None else GangLost(f"a rank of a gang failed: {why}")
         super().replace(slot, error)
+
+    def _known(self, error: Exception, slots: Iterable[int]) -> Exception:
+        """What ended a gang of these slots: where another rank than the first failed, it knows better why."""
+        asked = [rank.why.remote() for slot in slots for rank in self._followers(slot)]
+        for answer in ray.wait(asked, num_returns=len(asked), timeout=WHY_S)[0]:
+            with suppress(RayActorError):
+                why = ray.get(answer)
+                if why is not None and not isinstance(error, ObjectLostError | ShardLost):
+                    error = why
+        return error
+
+    def _followers(self, slot: int) -> list[Any]:
+        """The ranks of a gang but the first; beside gangs, a plain slot has none."""
+        return self.ranks.get(slot, [])[1:]
+
+    def refuse_lost_memory(self) -> None:
+        """As the pool of slots does; every rank remembers its own shards."""
+        super().refuse_lost_memory()
+        for slot in self.ranks:
+            self._refuse_lost_memory(slot)
+
+    def _refuse_lost_memory(self, slot: int) -> None:
+        ray.get([rank.refuse_lost_memory.remote() for rank in self._followers(slot)])
 
     def _reader(self, places: list[Place]) -> Any:
         """The first gang: what it reads is the rows alone, since each gang reads the base by itself."""
@@ -146,10 +167,14 @@ class Gangs(Slots):
         """What a gang leaves goes with its placement group, when that is made anew."""
 
     def _restore(self, slot: int) -> None:
-        """A gang holds no weights that a rule would have changed."""
+        """A gang holds no weights that a rule would have changed; of its memory only the first rank was asked."""
+        self._refuse_lost_memory(slot)
 
     def _started(self, store: Path, shared: str | None, places: list[Place]) -> Start:
-        start = super()._started(store, shared, places)
+        try:
+            start = super()._started(store, shared, places)
+        except LOST as error:
+            raise self._known(error, self.ranks) from error
         assert isinstance(start.initial, Partition)
         self.partition = start.initial
         return replace(start, base_bytes=ray.get(self.actors[0].base_bytes.remote()))

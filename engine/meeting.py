@@ -7,10 +7,12 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from engine.settings import Federation, Zero
 
 LOOPBACK = "127."
+PATIENCE = timedelta(hours=1)  # with a first rank that reads, or downloads, what the others need not
 
 
 def meet(rank: int, zero: Zero, address: str, port: int, listening: socket.socket | None, *, gpu: bool) -> None:
@@ -30,6 +32,20 @@ def meet(rank: int, zero: Zero, address: str, port: int, listening: socket.socke
     dist.init_process_group(backend, store=store, rank=rank, world_size=zero.ranks, timeout=timeout)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would need a compiler, and is of no use here
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
+
+
+def wait_for_the_first(rank: int) -> None:
+    """Lets the other ranks wait until the first one calls this too: for longer than a collective, but not if it dies.
+
+    All ranks call it equally often.
+    """
+    # Who waits keeps all others from a store, and NCCL's watchdog asks it.
+    store = _get_default_store().clone()  # type: ignore[attr-defined]
+    reached = f"reached {store.add(f'calls of {rank}', 1)}"
+    if rank == 0:
+        store.set(reached, "")
+    else:
+        store.wait([reached], PATIENCE)
 
 
 def rank_environment(federation: Federation) -> dict[str, str]:

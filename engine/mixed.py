@@ -79,13 +79,6 @@ class Mixed(Gangs):
         nothing = ray.put(0)
         return [(nbytes if rank == 0 else nothing, shard) for rank, shard in enumerate(shards)]
 
-    def replace(self, slot: int, error: Exception) -> None:
-        """As either pool does."""
-        if self._plain(slot):
-            Slots.replace(self, slot, error)
-        else:
-            super().replace(slot, error)
-
     def stop(self) -> None:
         """Ends all slots."""
         super().stop()

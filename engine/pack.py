@@ -168,10 +168,9 @@ class PackTrainer(LocalTrainer):
         for lane, piece in found:
             there = (lane, slice(len(piece.ids_BT)), slice(piece.ids_BT.shape[1]))
             ids_KBT[there], attention_KBT[there], labels_KBT[there] = piece.ids_BT, piece.attention_BT, piece.labels_BT
-        tokens, learnt = sum(piece.tokens for _, piece in found), sum(piece.learnt for _, piece in found)
         flat = [vectors.view(-1, int(longest)) for vectors in (ids_KBT, attention_KBT, labels_KBT)]
         self.shapes = {lane: piece.ids_BT.shape for lane, piece in found}
-        return Batch(flat[0], flat[1], flat[2], tokens, learnt).to(self.device)
+        return Batch.of(flat[0], flat[1], flat[2], sum(piece.tokens for _, piece in found)).to(self.device)
 
     @contextmanager
     def _packed(self, active: list[Lane]) -> Iterator[None]:
@@ -194,11 +193,14 @@ class PackTrainer(LocalTrainer):
             if isinstance(self.dropout, nn.Dropout) and self.dropout.p > 0:
                 x_KNI = x_KNI * self._kept(active, x.to(x_KNI.dtype), self.dropout.p).view_as(x_KNI)
             out_KNO, down_KNR = out.view(len(active), -1, out.shape[-1]), torch.bmm(x_KNI, pair.a_RI.mT)
-            scales = {one.scale for one in active}
-            if len(scales) == 1 and out.dtype == down_KNR.dtype:
-                return torch.baddbmm(out_KNO, down_KNR, pair.b_OR.mT, alpha=scales.pop()).view(out.shape)
-            scale_K = torch.tensor([one.scale for one in active], dtype=down_KNR.dtype, device=out.device)
-            product_KNO = torch.bmm(down_KNR * scale_K[:, None, None], pair.b_OR.mT)
+            scale, *others = {one.scale for one in active}
+            if others:
+                scale_K = torch.tensor([one.scale for one in active], dtype=down_KNR.dtype, device=out.device)
+                product_KNO = torch.bmm(down_KNR * scale_K[:, None, None], pair.b_OR.mT)
+            elif out.dtype == down_KNR.dtype:
+                return torch.baddbmm(out_KNO, down_KNR, pair.b_OR.mT, alpha=scale).view(out.shape)
+            else:
+                product_KNO = torch.bmm(down_KNR * scale, pair.b_OR.mT)
             added: torch.Tensor = (out_KNO + product_KNO).to(out.dtype).view(out.shape)
             return added
 

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from datasets_partition.tokens import Tokens
+from engine import heap
 from engine.pack import PackTrainer
 from engine.train import LocalTrainer, Training
 from engine.train_settings import Train
@@ -15,20 +16,28 @@ from engine.train_settings import Train
 SECONDS = 6.0  # for all sizes together
 STEPS = 2
 GAIN = 1.03  # less is noise, and a larger pack takes memory
-SPARE = 0.5  # of the free memory is left for the other slots
+SPARE = 0.5  # of the free memory is left for what else there is
 
 
-def best_pack(trainer: LocalTrainer, tokens: Tokens, clients: int, most: int, start: torch.Tensor, train: Train) -> int:
+def best_pack(
+    trainer: LocalTrainer,
+    tokens: Tokens,
+    clients: int,
+    most: int,
+    neighbours: int,
+    start: torch.Tensor,
+    train: Train,
+) -> int:
     """The number of lanes, 1, 2, 4, ... up to `most`, that trains the most tokens a second from `start` (P,).
 
-    The smallest of those that are about as fast. None is tried whose memory might not be there; 1 where the model does
-    not pack at all.
+    The smallest of those that are about as fast. None is tried whose memory might not be there for all `neighbours`; 1
+    where the model does not pack at all.
     """
     began, short = time.monotonic(), replace(train, steps=STEPS, epochs=None)
-    held = psutil.Process().memory_info().rss
+    held, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
     best, speed, lanes = 1, _speed(trainer, tokens, clients, 1, start, short), 2
     while lanes <= most and time.monotonic() - began < SECONDS:
-        free = psutil.virtual_memory().available
+        heap.forget_most()
         try:
             reached = _speed(PackTrainer(trainer, lanes, train), tokens, clients, lanes, start, short)
         except (torch.OutOfMemoryError, ValueError):
@@ -37,7 +46,7 @@ def best_pack(trainer: LocalTrainer, tokens: Tokens, clients: int, most: int, st
             best, speed = lanes, reached
         elif lanes >= 4 * best:
             break
-        if 2 * (psutil.Process().memory_info().rss - held) > SPARE * free or _half_full(trainer.device):
+        if 2 * neighbours * (heap.most_held() - held) > SPARE * free or _half_full(trainer.device):
             break
         lanes *= 2
     return best

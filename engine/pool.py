@@ -133,12 +133,20 @@ class Pool:
             self.parts = self.parts or put_tokens(self.tokens)
             tokens = ray.get(actor.receive_tokens.remote(self.tokens, self.parts))
         place = ray.get(actor.place.remote())
-        if place.gpu is None:
-            return actor.attach.remote(self.packed, self.base, tokens, slot == 0)
-        key = (place.node_id, place.gpu)
-        if key not in self.holders:
-            self.holders[key] = start_holder(*key, self.base)
-        return actor.attach.remote(self.packed, self.holders[key].handle.remote(), tokens, slot == 0)
+        shares = place.gpu is not None and self.federation.clients.num_gpus < 1
+        base = self._held(place.node_id, str(place.gpu)) if shares else self.base
+        return actor.attach.remote(self.packed, base, tokens, slot == 0)
+
+    def _held(self, node_id: str, gpu: str) -> Any:
+        """Where the base lies on a GPU that slots share; who holds it there is made anew if need be."""
+        key = node_id, gpu
+        if key in self.holders:
+            try:
+                return ray.get(self.holders[key].handle.remote())
+            except LOST:
+                pass
+        self.holders[key] = start_holder(node_id, gpu, self.base)
+        return ray.get(self.holders[key].handle.remote())
 
     def refuse_lost_memory(self) -> None:
         """Raises ValueError if clients remember in a folder that not every slot's node sees."""

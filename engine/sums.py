@@ -114,8 +114,12 @@ def merge(partials: list[PartialSum]) -> Aggregate:
 
 
 def cut(partial: PartialSum, partition: Partition, rank: int) -> PartialSum:
-    """A rank's shard of a sum of whole vectors."""
-    vectors = {name: partition.cut(torch.from_numpy(vector), rank).numpy() for name, vector in partial.vectors.items()}
+    """A rank's shard of a sum of whole vectors; what is not as long as delta each rank has whole, as gangs have it."""
+    vectors = dict(partial.vectors)
+    whole = sum(map(partition.length, range(len(partition.parts))))
+    for name, vector in partial.vectors.items():
+        if len(vector) == whole:
+            vectors[name] = partition.cut(torch.from_numpy(vector), rank).numpy()
     return PartialSum(vectors, partial.weight, partial.count, partial.bound)
 
 

@@ -117,7 +117,8 @@ class Trainer(ABC):
         Metrics: `loss` in nats is the mean over the `learnt` tokens, each judged before its step; `tokens` counts
         prompts too, `rows` the client's rows, `steps` the optimizer's steps, `rates` their learning rates' sum.
         """
-        there = {id(job.got.params): _on(self.device, job.got) for job in jobs}  # a pack's clients receive the same
+        sent = [job.got for job in jobs]  # which the rule's last part works with, on the CPU
+        there = {id(got.params): _on(self.device, got) for got in sent}  # a pack's clients receive the same
         jobs = [replace(job, got=replace(there[id(job.got.params)], rank=job.got.rank)) for job in jobs]
         ends, metrics, moments = ([dict[str, Any]() for _ in jobs] for _ in range(3))
         if federation.strategy.loss_before:
@@ -133,7 +134,7 @@ class Trainer(ABC):
                 moments[place] |= named(trained.moments, f"{OPTIMIZER}{run}.")
                 if run == GLOBAL:
                     metrics[place] |= trained.metrics
-        return [self._finished(*one, federation) for one in zip(jobs, ends, metrics, moments, strict=True)]
+        return [self._finished(*one, federation) for one in zip(jobs, sent, ends, metrics, moments, strict=True)]
 
     def _trainings(self, job: Job, federation: Federation) -> dict[str, Training]:
         """All that a client trains in a round, by name."""
@@ -155,12 +156,17 @@ class Trainer(ABC):
 
     @staticmethod
     def _finished(
-        job: Job, ends: dict[str, Vector], metrics: dict[str, float], moments: Memory, federation: Federation
+        job: Job,
+        sent: Broadcast,
+        ends: dict[str, Vector],
+        metrics: dict[str, float],
+        moments: Memory,
+        federation: Federation,
     ) -> tuple[Update, Memory]:
         delta = ends.pop(GLOBAL).sub_(job.got.params).cpu()
         on_cpu = {name: end.cpu() for name, end in ends.items()}
         update = Update(job.client, job.weight, delta, metrics=metrics)
-        update, own = federation.strategy.finish(update, _on("cpu", job.got), part(job.memory, STRATEGY), on_cpu)
+        update, own = federation.strategy.finish(update, sent, part(job.memory, STRATEGY), on_cpu)
         return update, named(own, STRATEGY) | moments
 
 

@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from engine.meeting import wait_for_the_first
 from engine.model import causal_config, map_base, read_base, with_adapters
 from engine.settings import Lora, Model, Zero
 from engine.zero_limits import BUCKET, LIVE
@@ -64,6 +65,7 @@ def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Modul
                 causal_config(model), dtype=getattr(torch, model.dtype), attn_implementation=model.attention
             )
     if zero.stage < 3:
+        wait_for_the_first(rank)
         _tie_as_the_first(network)
     network.requires_grad_(not isinstance(model.peft, Lora))
     torch.manual_seed(seed)

@@ -30,7 +30,6 @@ from experiments.shrunk_rows import Drawn, draw_rows, write_rows
 
 # No process is to see a real GPU, or to ask the hub.
 ALONE = {
-    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
     "RAY_ADDRESS": None,
@@ -60,7 +59,7 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
 
     Raises ValueError for what would end the real run too, and where nothing is known of the base.
     """
-    with _environment(**ALONE), TemporaryDirectory(prefix="fedpost-dry-") as name:
+    with environment(**ALONE), TemporaryDirectory(prefix="fedpost-dry-") as name:
         # Only now: what it imports reads the environment.
         from experiments.shrunk_base import base_config, described, shrunk, stand_in_tokenizer, write_base
 
@@ -93,8 +92,13 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         return Dry(changed, proofs, _left(recipe, rows))
 
 
+def hidden_gpus(gpus: int) -> dict[str, str]:
+    """An environment in which Ray counts so many GPUs and no process sees one; Ray wants as many names."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(["-1"] * gpus), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+
+
 @contextmanager
-def _environment(**values: str | None) -> Iterator[None]:
+def environment(**values: str | None) -> Iterator[None]:
     """The environment with these values (None: without), for this process and those that it starts."""
     before = {name: os.environ.get(name) for name in values}
 
@@ -114,10 +118,9 @@ def _environment(**values: str | None) -> Iterator[None]:
 
 @contextmanager
 def _logical(clients: Clients) -> Iterator[None]:
-    """A Ray with so many logical CPUs and GPUs as all slots and ranks take; Ray wants as many names as GPUs."""
+    """A Ray with so many logical CPUs and GPUs as all slots and ranks take."""
     gpus = _gpus(clients)
-    hidden = ",".join(["-1"] * gpus)
-    with _environment(CUDA_VISIBLE_DEVICES=hidden), ray_session(None, num_cpus=_cpus(clients), num_gpus=gpus):
+    with environment(**hidden_gpus(gpus)), ray_session(None, num_cpus=_cpus(clients), num_gpus=gpus):
         yield
 
 

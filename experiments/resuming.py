@@ -11,13 +11,15 @@ from experiments.config import Recipe, parse_recipe, to_toml
 from experiments.run_folder import refuse_ways_out
 
 RUNS = Path("runs")
-# What may change from one part of a run to the next: no bit of the result depends on it.
+# What may change from one part of a run to the next: no bit depends on it, unless clients fail.
 FREE = {
     "clients.max_failed",
     "clients.num_cpus",
     "clients.retries",
     "clients.slots",
     "clients.timeout_s",
+    "clients.zero.gangs",
+    "clients.zero.timeout_s",
     "data.cache",
 }
 

@@ -36,19 +36,32 @@ Encoded = tuple[list[int] | None, list[int] | None]
 class Batch:
     """Right-padded rows: token ids, 1 where a token is real, and labels (-100 where nothing is learnt).
 
-    `tokens` are real, and the loss is over `learnt` of them: numbers that cost a wait if a GPU is asked for them.
+    `tokens` are real. The loss is over the N tokens after the places `row_N, place_N`, which are known beforehand: a
+    GPU that is asked for them would be waited for.
     """
 
     ids_BT: torch.Tensor
     attention_BT: torch.Tensor
     labels_BT: torch.Tensor
     tokens: int
-    learnt: int
+    row_N: torch.Tensor
+    place_N: torch.Tensor
+
+    @classmethod
+    def of(cls, ids_BT: torch.Tensor, attention_BT: torch.Tensor, labels_BT: torch.Tensor, tokens: int) -> Batch:
+        """A batch on the CPU."""
+        # The first token has nothing before it to be predicted from.
+        return cls(ids_BT, attention_BT, labels_BT, tokens, *(labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True))
+
+    @property
+    def learnt(self) -> int:
+        """How many tokens the loss is over."""
+        return len(self.row_N)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         vectors = (self.ids_BT.to(device), self.attention_BT.to(device), self.labels_BT.to(device))
-        return Batch(*vectors, self.tokens, self.learnt)
+        return Batch(*vectors, self.tokens, self.row_N.to(device), self.place_N.to(device))
 
 
 @dataclass(frozen=True)
@@ -115,25 +128,20 @@ class Sft:
         ids_BT[real_BT] = ids
         labels_BT[real_BT] = np.where(learnt, ids, IGNORED)
         vectors = (torch.from_numpy(ids_BT), torch.from_numpy(real_BT.astype(np.int64)), torch.from_numpy(labels_BT))
-        # The first token has nothing before it to be predicted from.
-        return Batch(*vectors, len(ids), int((labels_BT[:, 1:] != IGNORED).sum()))
+        return Batch.of(*vectors, len(ids))
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         """The summed negative log-likelihood of the learnt tokens in nats (a scalar), and how many they are."""
-        nll_N, row_N = self._each_token(model, batch)
-        return nll_N.sum(), len(row_N)
+        return self._each_token(model, batch).sum(), batch.learnt
 
     def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The same sum for each row by itself (B,)."""
-        nll_N, row_N = self._each_token(model, batch)
-        return nll_N.new_zeros(len(batch.ids_BT)).index_add(0, row_N, nll_N)
+        nll_N = self._each_token(model, batch)
+        return nll_N.new_zeros(len(batch.ids_BT)).index_add(0, batch.row_N, nll_N)
 
-    def _each_token(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Negative log-likelihood of each learnt token (N,) in nats, and the row that it stands in (N,)."""
-        labels_BT = batch.labels_BT[:, 1:]
-        # Found before the model runs: it waits for the GPU, which has nothing to do yet.
-        learnt = (labels_BT != IGNORED).nonzero(as_tuple=True)
-        selected = False
+    def _each_token(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Negative log-likelihood of each learnt token (N,) in nats."""
+        learnt, selected = (batch.row_N, batch.place_N), False
 
         def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
             nonlocal selected
@@ -152,7 +160,7 @@ class Sft:
         logits_NV = logits[0] if selected else logits[learnt]
         # The softmax of half precision is done in single.
         wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        return F.cross_entropy(wide, labels_BT[learnt], reduction="none"), learnt[0]
+        return F.cross_entropy(wide, batch.labels_BT[:, 1:][learnt], reduction="none")
 
 
 def lengths(rows: pa.RecordBatch) -> np.ndarray:

@@ -8,6 +8,7 @@ Legend: P trained parameters, K processes.
 
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,16 @@ _bare: dict[str, Any] = {}
 
 @dataclass(frozen=True)
 class Compared:
-    """Seconds of each round, of the engine and of the bare loop, tokens of a round, and how far vectors are apart."""
+    """Seconds of each round, of the engine and of the bare loop, tokens of a round, and how far vectors are apart.
+
+    `apart` is the largest difference after the first round, `share` the difference's norm over that of the change.
+    """
 
     engine_s: list[float]
     bare_s: list[float]
     tokens: float
     apart: float
+    share: float
 
     @property
     def ratio(self) -> float:
@@ -57,10 +62,11 @@ def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compare
     seconds = [row["value"] for row in rows if row["name"] == "round_s"]
     tokens = [row["value"] for row in rows if row["name"] == "tokens" and row["split"] == "train"]
     first = load_checkpoint(run.folder / "checkpoints", 1)
-    bare, vector = bare_loop(work, build_store(work))
+    bare, start_P, bare_P = bare_loop(work, build_store(work))
     assert first is not None and isinstance(first.state, ServerState)
-    apart = gate(first.state.params, vector, tolerance)
-    return Compared(seconds, bare, statistics.mean(tokens), apart)
+    apart = gate(first.state.params, bare_P, tolerance)
+    share = float((first.state.params - bare_P).norm() / (bare_P - start_P).norm())
+    return Compared(seconds, bare, statistics.mean(tokens), apart, share)
 
 
 def gate(engine_P: torch.Tensor, bare_P: torch.Tensor, tolerance: float = TOLERANCE) -> float:
@@ -71,28 +77,27 @@ def gate(engine_P: torch.Tensor, bare_P: torch.Tensor, tolerance: float = TOLERA
     return apart
 
 
-def bare_loop(work: Recipe, store: Path) -> tuple[list[float], torch.Tensor]:
-    """Seconds of each round, and the vector (P,) after the first."""
+def bare_loop(work: Recipe, store: Path) -> tuple[list[float], torch.Tensor, torch.Tensor]:
+    """Seconds of each round, and the vector (P,) before and after the first."""
     tokens = token_columns(store, located(work))
     clients, processes = Store.open(store).num_training, 1 if work.clients.num_gpus else PROCESSES
     vector_P = torch.nn.utils.parameters_to_vector(_trained(_network(work))).detach().share_memory_()
     totals_KP = torch.zeros(processes, len(vector_P)).share_memory_()
     seconds: list[float] = []
-    after_first_P = vector_P
+    start_P, after_first_P = vector_P.clone(), vector_P
+    given = (work, tokens, vector_P, totals_KP)
     context = torch.multiprocessing.get_context("spawn")
-    with context.Pool(processes, _start, (work, tokens, vector_P, totals_KP)) as pool:
+    with ProcessPoolExecutor(processes, context, _start, given) as pool:  # which ends when one of its processes does
         for round_ in range(work.rounds):
             began = time.perf_counter()
             cohort = work.cohort.sample(clients, work.seed, round_).tolist()
             jobs = [(round_, part, cohort[part::processes]) for part in range(processes)]
-            weight = sum(pool.map(_train, jobs, chunksize=1))
+            weight = sum(pool.map(_train, jobs))
             for total_P in totals_KP:
                 vector_P.add_(total_P, alpha=1 / weight)
             seconds.append(time.perf_counter() - began)
             after_first_P = vector_P.clone() if round_ == 0 else after_first_P
-        pool.close()
-        pool.join()
-    return seconds, after_first_P
+    return seconds, start_P, after_first_P
 
 
 def _network(work: Recipe) -> Any:

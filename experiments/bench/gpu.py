@@ -1,9 +1,11 @@
 """`fedpost bench gpu`: LoRA clients of a base of half a billion parameters on one GPU, in packs and one at a time.
 
-The bare loop is one process that has the GPU for itself and trains client after client with PEFT. The gate is in
-float32, where both must have the same vector after the first round; what is timed is in bfloat16.
+The bare loop is one process that has the GPU for itself and trains client after client with PEFT. There are two gates:
+in float32 both must have the same vector after the first round, and in bfloat16, which is timed, the same but for what
+AdamW makes of its rounding.
 """
 
+import math
 import statistics
 import time
 from dataclasses import replace
@@ -34,7 +36,8 @@ VOCABULARY = 32_000
 COHORT = 32
 CASES = ((1, 128, 1), (1, 128, 16), (2, 128, 16), (1, 512, 8), (2, 512, 8))  # rows of a step, tokens of a row, lanes
 ROUNDS = 6
-SQUARE, TRIES = 8192, 10  # of the matrix product that shows what the GPU can do
+SHARE = 0.05  # on a CPU it is 0.0003
+SQUARE, TRIES = 8192, 1000  # of the matrix product that shows what the GPU can do: so many that its clock rises
 
 
 def measure(small: bool) -> dict[str, Figure]:
@@ -59,8 +62,10 @@ def measure(small: bool) -> dict[str, Figure]:
             single = replace(work, rounds=2, model=replace(work.model, dtype="float32"))
             figures[f"apart_{case}"] = Figure(compare(single, folder / f"gate-{case}").apart, "largest difference")
             steps.say(f"{batch} rows of {length} tokens a step, {lanes} clients at once: {work.rounds} rounds")
-            # In bfloat16 AdamW may take any step the other way: all steps of a client are the most that it can do.
-            found = compare(work, folder / f"run-{case}", tolerance=2 * STEPS * work.train.optimizer.lr)
+            found = compare(work, folder / f"run-{case}", tolerance=math.inf)
+            if not found.share <= SHARE:
+                raise ValueError(f"{case}: in bfloat16 the loops' changes differ by {found.share:.0%} of the change")
+            figures[f"share_apart_{case}"] = Figure(found.share, "of the first round's change, in bfloat16")
             speed = found.tokens / statistics.median(found.engine_s[1:])
             figures[f"speedup_{case}"] = Figure(found.ratio, "of the bare loop's tokens/s")
             figures[f"tokens_per_s_{case}"] = Figure(speed, "tokens/s of whole rounds")
@@ -109,13 +114,13 @@ def flops_per_token(model: Model, length: int) -> float:
 
 
 def peak_flops() -> float:
-    """Floating-point operations a second of a large bfloat16 matrix product on the GPU: the median of a few."""
+    """Floating-point operations a second of a large bfloat16 matrix product on the GPU: the best of many."""
     left, right = (torch.randn(SQUARE, SQUARE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     seconds = []
-    for _ in range(TRIES + 3):
+    for _ in range(TRIES):
         torch.cuda.synchronize()
         began = time.perf_counter()
         left @ right
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return 2 * SQUARE**3 / statistics.median(seconds[3:])
+    return 2 * SQUARE**3 / min(seconds)

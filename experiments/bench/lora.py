@@ -19,12 +19,17 @@ LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "
 # The first is the recipe that peers were measured on.
 CASES = (
     (4, 128, 1, COHORT),
-    (1, 32, 1, COHORT),
     (1, 32, 8, 32),
     (2, 32, 8, 32),
     (4, 32, 8, 32),
     (1, 128, 8, 16),
+    (2, 128, 8, 16),
     (4, 128, 8, 16),
+    (1, 32, 1, COHORT),
+    (2, 32, 1, COHORT),
+    (4, 32, 1, COHORT),
+    (1, 128, 1, COHORT),
+    (2, 128, 1, COHORT),
 )
 
 
@@ -56,10 +61,10 @@ def measure(small: bool) -> dict[str, Figure]:
     steps, figures = Steps(), dict[str, Figure]()
     with TemporaryDirectory(prefix="fedpost-bench-") as name, one_ray(small):
         folder = Path(name)
-        for batch, length, lanes, cohort in CASES[:3:2] if small else CASES:
+        for batch, length, lanes, cohort in CASES[:2] if small else CASES:
             case = f"{batch}x{length}" + (f"_packed_{lanes}" if lanes > 1 else "")
             steps.say(f"{batch} rows of {length} tokens a step, {lanes} of {cohort} clients at once")
-            work = recipe(folder, 2 if small else 15, batch, length, lanes, cohort)
+            work = recipe(folder, 2 if small else 8 if figures else 15, batch, length, lanes, cohort)
             found = compare(work, folder / f"run-{case}")
             figures[f"efficiency_{case}"] = Figure(found.ratio, "of the bare loop's tokens/s")
             figures[f"apart_{case}"] = Figure(found.apart, "largest difference")

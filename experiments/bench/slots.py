@@ -14,6 +14,7 @@ from experiments.bench.lora import recipe
 from experiments.bench.results import Figure, Steps, one_ray
 from experiments.bench.scale import as_figures, study
 from experiments.config import Recipe
+from experiments.dry import environment, hidden_gpus
 from strategies.seeds import rng
 
 CLIENTS, COHORT = 200, 40
@@ -66,13 +67,15 @@ def _simulated(work: Recipe, folder: Path, share: float) -> dict[str, Figure]:
 
     slots = round(NODES * GPUS / share)
     clients = replace(work.clients, slots=slots, num_cpus=0.0, num_gpus=share)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
-    try:
-        for _ in range(NODES):
-            cluster.add_node(num_cpus=1, num_gpus=GPUS)
-        many = experiments.run(replace(work, clients=clients), out=folder / "nodes", address=cluster.address)
-    finally:
-        cluster.shutdown()
+    head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False}
+    with environment(**hidden_gpus(GPUS)):
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            for _ in range(NODES):
+                cluster.add_node(num_cpus=1, num_gpus=GPUS)
+            many = experiments.run(replace(work, clients=clients), out=folder / "nodes", address=cluster.address)
+        finally:
+            cluster.shutdown()
     same = all(
         (folder / "gate" / "model" / path.name).read_bytes() == path.read_bytes()
         for path in many.model.glob("adapter_model*")

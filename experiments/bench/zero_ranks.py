@@ -20,6 +20,7 @@ from datasets_partition.tokens import Tokens
 from engine import heap
 from engine.batches import batches
 from engine.meeting import meet
+from engine.model import always_the_same_bits
 from engine.objectives.sft import Sft
 from engine.settings import Model, Zero
 from engine.train_settings import Train
@@ -86,8 +87,13 @@ def _rank(
     rank: int, zero: Zero, gpu: bool, port: int, sender: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     os.environ |= {"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= {"CUDA_VISIBLE_DEVICES": str(rank)} if gpu else {"DS_ACCELERATOR": "cpu"}
+    if gpu:
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(zero.ranks))))
+        os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[rank]
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
+    always_the_same_bits()
     listening = socket.create_server((LOOPBACK, port)) if rank == 0 else None
     meet(rank, zero, LOOPBACK, port, listening, gpu=gpu)
     sender.send(work(rank, *arguments))

@@ -3,6 +3,7 @@
 import pytest
 
 SGD = 'train.optimizer={kind="sgd", lr=0.1}'
+GANGS = "clients.zero={stage=3, ranks=2}"
 LIKE_RANKS = 'model.peft={kind="lora", r=8, ranks=[{r=4, share=0.5}, {r=8, share=0.5}]}'
 
 
@@ -32,6 +33,26 @@ def test_what_does_not_go_together_is_refused_and_the_way_out_works(small_recipe
     with pytest.raises(ValueError, match=said):
         small_recipe(*changes)
     small_recipe(*changes, *mended)
+
+
+@pytest.mark.parametrize(
+    ("key", "private", "off"),
+    [
+        ("secagg", "privacy.secagg={mode='ideal', bounds={weights=8.0}}", "privacy.secagg={mode='off'}"),
+        (
+            "dp",
+            "privacy.dp={kind='central', noise_multiplier=1, clip=1, delta=0.1, joint=true, weight_cap=1}",
+            "privacy.dp={kind='none'}",
+        ),
+    ],
+)
+def test_gangs_hide_no_sums_that_are_shorter_than_the_update(small_recipe, key, private, off):
+    changes = ("strategy=fednova", SGD, private)
+    small_recipe(*changes)
+    with pytest.raises(ValueError, match=rf"'fednova' sends 'weights' .* leave privacy\.{key}, or clients\.zero, out"):
+        small_recipe(*changes, GANGS)
+    small_recipe(*changes, GANGS, off)
+    small_recipe("strategy=scaffold", SGD, private.replace("weights", "c"), GANGS)
 
 
 def test_ranks_are_drawn_by_their_shares(small_recipe):

@@ -1,18 +1,22 @@
 """Gangs of DeepSpeed ranks: each client as if it were the first, and as one process trains it."""
 
+import time
 from shutil import copytree
 
 import numpy as np
 import pytest
 import ray
 import torch
+from ray.exceptions import ObjectLostError
 from safetensors.torch import load_file, save_file
 
 from datasets_partition.build import build
 from datasets_partition.tokens import Tokens
 from engine.gangs import Gangs
+from engine.lost import ShardLost, last_line
 from engine.model import Trainable, map_base, read_base
 from engine.objectives.sft import Sft
+from engine.slots import _is_lost
 from engine.sums import STEP
 from engine.train import Job, LocalTrainer
 from engine.wire import Sent
@@ -148,3 +152,32 @@ def test_a_gang_that_fits_nowhere_says_what_it_asked_for(ray_session, small_reci
         ValueError, match=r"needs 40 ranks of 1 CPUs and 0 GPUs each, but all nodes together have 6 CPUs"
     ):
         Gangs(recipe, tmp_path)
+
+
+class Keeper:
+    """Has an object that is lost with it."""
+
+    def keep(self, shard):
+        """A reference to the same of its own."""
+        return [ray.put(shard)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_shard_that_is_lost_is_looked_for_in_the_last_checkpoint(gangs, small_recipe, full, rank):
+    """Whichever rank needed it, the gang is not made anew again and again."""
+    if not full:
+        pytest.skip("half a minute for each")
+    pool, _ = gangs(small_recipe("clients.zero={stage=3, ranks=2, timeout_s=20}", "clients.slots=1"))
+    state = pool.initial()
+    parts = list(state.parts)
+    keeper = ray.remote(num_cpus=0)(Keeper).remote()
+    (parts[rank],) = ray.get(keeper.keep.remote(parts[rank]))
+    ray.kill(keeper)
+    while ray.wait([parts[rank]], timeout=0.1)[0] and not _is_lost(parts[rank]):
+        time.sleep(0.1)
+    sent = Sent(state.round, tuple(parts), pool.partition)
+    with pytest.raises((ShardLost, ObjectLostError)) as raised:
+        pool.map(np.array([3]), np.ones(1), lambda actor, chunk: actor.run.remote([(c,) for c in chunk], sent))
+    assert not pool.faults
+    assert "an object is gone from the store" in last_line(raised.value)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.sums import BLOCK, LIMIT, ROOM, STEP, ExactSum, NonFiniteUpdate, PartialSum, merge
+from engine.sums import BLOCK, LIMIT, ROOM, STEP, ExactSum, NonFiniteUpdate, PartialSum, cut, merge
+from strategies.partition import Partition
 from strategies.types import Aggregate, Update
 
 SIZE = 5
@@ -73,6 +74,19 @@ def test_by_hand() -> None:
     assert aggregate.total.tolist() == [3, -2]
     assert aggregate.extras["c"].tolist() == [4], "extras are not weighted"
     assert (aggregate.weight, aggregate.count, aggregate.each) == (0.75, 2, None)
+
+
+def test_cut_shards_what_is_as_long_as_delta_and_keeps_the_rest_whole() -> None:
+    """Beside a gang, whose ranks have shards of the one and all of the other, each rank can go on."""
+    weights, partition = torch.tensor([0.5, 6.0]), Partition((((0, 1), (3, 4)), ((1, 3),)))
+    plain = partial(Update(0, 0.5, torch.tensor([2.0, 4.0, 6.0, 8.0]), {"c": torch.arange(4.0), "weights": weights}))
+    for rank, total, c in ((0, [1, 4], [0, 3]), (1, [2, 3], [1, 2])):
+        shard = Update(1, 0.25, torch.full((2,), 40.0), {"c": torch.ones(2), "weights": 2 * weights})
+        aggregate = merge([cut(plain, partition, rank), partial(shard)])
+        assert aggregate.total.tolist() == [x + 10 for x in total]
+        assert aggregate.extras["c"].tolist() == [x + 1 for x in c]
+        assert aggregate.extras["weights"].tolist() == [1.5, 18]
+        assert (aggregate.weight, aggregate.count) == (0.75, 2)
 
 
 def test_vectors_longer_than_a_block() -> None:

@@ -12,6 +12,7 @@ import yaml
 
 import experiments
 from experiments.config import to_toml
+from experiments.dry import hidden_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = ROOT / "experiments" / "clusters"
@@ -60,7 +61,9 @@ def test_slots_on_fractions_of_gpus_over_three_nodes_lead_to_the_same_bits(ray_s
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(to_toml(small_recipe(rounds, "clients={slots=5, num_cpus=0.0, num_gpus=0.5}")))
     command = [sys.executable, "-c", ON_THREE_NODES, recipe, tmp_path / "three"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **hidden_gpus(1)}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "3", "five halves take three nodes"
     adapter = "model/adapter_model.safetensors"

@@ -115,6 +115,22 @@ def test_small_clients_may_have_plain_slots(reference, small_recipe, tmp_path, f
     assert run.losses["end"] == pytest.approx(reference.losses["end"], abs=1e-5)
 
 
+@pytest.mark.slow
+def test_sums_shorter_than_the_update_are_whole_in_all_ranks(ray_session, small_recipe, tmp_path, full):
+    """FedNova's two numbers, of gangs alone and of gangs beside plain slots."""
+    if not full:
+        pytest.skip("three runs; the sums by themselves are tried")
+    epoch = "train={epochs=1, batch=4, max_length=48, optimizer={kind='sgd', lr=0.1}}"  # whose steps rows tell
+    nova = ("strategy=fednova", epoch, "rounds=2", "cohort.size=8")
+    plain = experiments.run(small_recipe(*SMALL, *nova), out=tmp_path / "plain")
+    for name, more in (("gangs", ""), ("mixed", ", from_rows=12")):
+        zero = f"clients.zero={{stage=3, ranks=2, timeout_s=20{more}}}"
+        run = experiments.run(small_recipe(*SMALL, *nova, zero), out=tmp_path / name)
+        assert apart(run, plain) < 1e-5
+        assert run.losses["end"] == pytest.approx(plain.losses["end"], abs=1e-5)
+        assert run.losses["end"]["heldout"] < run.losses["round 0"]["heldout"]
+
+
 class Stop(Exception):
     """The test's own interruption."""
 

@@ -174,7 +174,7 @@ def test_padding_never_changes_a_loss(bases: dict[str, Path], rows: pa.RecordBat
     fills = (7, 0, IGNORED)
     vectors = [together.ids_BT, together.attention_BT, together.labels_BT]
     padded = [F.pad(x, (0, 9), value=v) for x, v in zip(vectors, fills, strict=True)]
-    wider = Batch(padded[0], padded[1], padded[2], together.tokens, together.learnt)
+    wider = Batch.of(padded[0], padded[1], padded[2], together.tokens)
     for batch in (together, wider, objective.collate(rows, 255)):
         assert losses(batch) == (pytest.approx(nll, rel=1e-5), learnt)
 
