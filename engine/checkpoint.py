@@ -119,11 +119,13 @@ def _read(folder: Path, round_: int, digests: dict[str, str]) -> State:
         return ServerState(round_, params, moments, residual)
     if not digests or digests.keys() != {SHARD.format(rank) for rank in range(len(digests))}:
         raise ValueError(f"it lists no state: {', '.join(digests) or 'nothing'}")
-    parts = []
+    parts, nbytes = [], 0
     for name in sorted(digests):
         params, moments, _ = _tensors(folder / name, digests[name])
-        parts.append(ray.put(WireState(params.numpy(), {name: moment.numpy() for name, moment in moments.items()})))
-    return ShardedState(round_, tuple(parts))
+        shard = WireState(params.numpy(), {name: moment.numpy() for name, moment in moments.items()})
+        parts.append(ray.put(shard))
+        nbytes += shard.nbytes
+    return ShardedState(round_, tuple(parts), nbytes)
 
 
 def _tensors(path: Path, digest: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:

@@ -58,6 +58,7 @@ class ClientActor(SecureClients, Judge):
     """One slot. `attach` gives it base and rows; then chunks of clients come, and `close_round` ends a round."""
 
     def __init__(self, federation: Federation, memory: Path) -> None:
+        import peft  # noqa: F401  # takes seconds: here all slots take them at the same time
         from transformers.utils import logging as transformers_logging
 
         logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -192,6 +192,12 @@ def _gangs(federation: Federation) -> None:
     for key, set_ in refused.items():
         if set_:
             raise ValueError(f"{key} does not work with gangs: leave it, or clients.zero, out")
+    gpus = federation.clients.num_gpus
+    if zero.ranks > 1 and 0 < gpus <= 0.5:
+        raise ValueError(
+            f"clients.num_gpus = {gpus:g} lets ranks of a gang share a GPU, which NCCL does not: set it to 1, or "
+            f"clients.zero.ranks = 1 for a gang on a part of a GPU"
+        )
     short = [name for name, length in strategy.beside(SOME).items() if length != SOME.size]
     private = {"privacy.secagg": federation.privacy.secure, "privacy.dp": federation.privacy.dp.kind != "none"}
     for key, set_ in private.items():

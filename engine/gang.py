@@ -82,6 +82,8 @@ class Rank(SecureRank):
         self.failure: str | None = None
         self.socket: socket.socket | None = None
         self.on_gpu = federation.clients.num_gpus > 0 and torch.cuda.is_available()
+        if self.on_gpu:
+            torch.cuda.set_per_process_memory_fraction(min(federation.clients.num_gpus, 1.0))
 
     def place(self) -> Place:
         """Where Ray put this rank."""

@@ -1,8 +1,10 @@
 """How a slot's end shows."""
 
 import re
+from typing import Any
 
-from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
+import ray
+from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
 
 
 class GangLost(Exception):
@@ -18,6 +20,14 @@ class SlotSilent(Exception):
 
 
 LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError, GangLost, SlotSilent)
+
+
+def within(seconds: float | None, given: Any) -> Any:
+    """What slots answer to `given` references; SlotSilent when that takes longer than `seconds`, if not None."""
+    try:
+        return ray.get(given, timeout=seconds)
+    except GetTimeoutError:
+        raise SlotSilent(f"no answer for {seconds:g} s") from None
 
 
 def last_line(error: BaseException) -> str:

@@ -54,5 +54,6 @@ def rank_environment(federation: Federation) -> dict[str, str]:
     if federation.clients.num_gpus == 0:
         found["DS_ACCELERATOR"] = "cpu"
     if ray.util.get_node_ip_address().startswith(LOOPBACK):
-        found["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+        name = "lo0" if sys.platform == "darwin" else "lo"
+        found |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
     return found

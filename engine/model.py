@@ -53,8 +53,7 @@ class PackedBase:
 def always_the_same_bits() -> None:
     """Lets torch and CUDA choose kernels whose result does not depend on chance, where there are any."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
-    # As use_deterministic_algorithms, which imports the compiler for it, and so takes two seconds.
-    torch.set_deterministic_debug_mode("warn")
+    torch.use_deterministic_algorithms(True, warn_only=True)
     # Else all that is allocated would be written twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
@@ -202,7 +201,6 @@ class Trainable:
         torch.manual_seed(seed)
         self.network = with_adapters(network, model) if isinstance(model.peft, Lora) else network.requires_grad_(True)
         if model.compile:
-            torch.use_deterministic_algorithms(True, warn_only=True)  # tells the compiler
             from transformers.modeling_layers import GradientCheckpointingLayer
 
             for layer in self.network.modules():

@@ -14,7 +14,7 @@ from engine.client import ClientActor, Place
 from engine.events import Fault
 from engine.fitting import asked_or_fitting, slots_that_fit
 from engine.holder import start_holder
-from engine.lost import LOST, SlotSilent, last_line
+from engine.lost import LOST, last_line, within
 from engine.rows import Parts, put_tokens
 from engine.settings import Federation
 from strategies.layout import Layout
@@ -215,10 +215,7 @@ class Pool:
 
     def answer(self, given: Any) -> Any:
         """What slots answer that have nothing else to do; SlotSilent where the recipe's deadline is over."""
-        try:
-            return ray.get(given, timeout=self.patience_s)
-        except GetTimeoutError:
-            raise SlotSilent(f"no answer for {self.patience_s:g} s") from None
+        return within(self.patience_s, given)
 
     def stop(self) -> None:
         """Ends all actors of the pool."""

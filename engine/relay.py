@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import RayTaskError
 
-from engine.lost import LOST, SlotSilent
+from engine.lost import LOST, within
 from engine.pool import Reference
 from engine.pulling import Unit, Work
 from engine.secure import Opening
@@ -187,12 +187,9 @@ class Relay:
         found, lost = {}, False
         for slot, reference in asked.items():
             try:
-                found[slot] = ray.get(reference, timeout=self.slots.timeout_s)
+                found[slot] = within(self.slots.timeout_s, reference)
             except LOST as error:
                 self.slots.replace(slot, error)
-                lost = True
-            except GetTimeoutError:
-                self.slots.replace(slot, SlotSilent(f"no answer for {self.slots.timeout_s:g} s"))
                 lost = True
             except RayTaskError as error:
                 if isinstance(error.cause, SecAggAbort):

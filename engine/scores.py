@@ -78,7 +78,7 @@ class Scores:
     def centralised(self, start: Any, round_: int, steps: int) -> Losses:
         """The loss (nats per token) after `steps` steps on the pooled rows: what could be had if that were allowed."""
         clients = list(range(self.store.num_training))
-        trained_P = self.slots.ask(lambda actor: actor.centralised.remote(clients, start, steps))
+        trained_P = self.slots.ask(lambda actor: actor.centralised.remote(clients, start, steps), long=True)
         return self._all_splits(ray.put(trained_P), round_, "loss_centralised")
 
     def not_private(self, sent: Any, round_: int) -> Losses:

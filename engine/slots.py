@@ -8,7 +8,7 @@ import numpy as np
 import ray
 
 from engine.atomic import write_folder
-from engine.lost import LOST
+from engine.lost import LOST, SlotSilent, within
 from engine.pool import Pool, Reference
 from engine.pulling import Later, Pull, Unit, Work, Worked, packs
 from engine.settings import Federation
@@ -124,12 +124,15 @@ class Slots(Pool):
         pull = Pull(self, units, costs.tolist(), lambda actor, chunk: call(actor, [client for (client,) in chunk]))
         return [result for own in pull.run().values() for result in own.results]
 
-    def ask(self, call: Callable[[Any], Reference]) -> Any:
-        """The result of `call(actor)` in the first slot; one that dies is replaced, ValueError when too many do."""
+    def ask(self, call: Callable[[Any], Reference], *, long: bool = False) -> Any:
+        """The result of `call(actor)` in the first slot; one that dies is replaced, ValueError when too many do.
+
+        So is one that does not answer for the recipe's deadline, unless the answer may take `long`.
+        """
         self.deaths = 0
         while True:
             try:
-                return ray.get(call(self.actors[self.alive[0]]))
+                return within(None if long else self.timeout_s, call(self.actors[self.alive[0]]))
             except LOST as error:
                 self.replace(self.alive[0], error)
 
@@ -138,8 +141,14 @@ class Slots(Pool):
         self.deaths = 0
 
         def files() -> Iterator[tuple[str, bytes]]:
-            for file in self.actors[self.alive[0]].export.options(num_returns="streaming").remote(sent, card):
-                yield ray.get(file)
+            coming = self.actors[self.alive[0]].export.options(num_returns="streaming").remote(sent, card)
+            while True:
+                if not ray.wait([coming], timeout=self.timeout_s)[0]:
+                    raise SlotSilent(f"no answer for {self.timeout_s:g} s")
+                try:
+                    yield ray.get(next(coming))
+                except StopIteration:
+                    return
 
         while True:
             try:

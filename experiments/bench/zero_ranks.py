@@ -86,7 +86,7 @@ def in_ranks(zero: Zero, gpu: bool, work: Callable[..., Any], *arguments: Any) -
 def _rank(
     rank: int, zero: Zero, gpu: bool, port: int, sender: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    os.environ |= {"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if gpu:
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(zero.ranks))))
         os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[rank]

@@ -1,6 +1,7 @@
 """Slots that die or do not see what they need, on real Ray: while products are merged, and where clients remember."""
 
 import os
+import signal
 import sys
 
 import numpy as np
@@ -13,14 +14,30 @@ from engine.slots import Slots
 
 
 class Dying(ClientActor):
-    """Dies of the first merge that any of them is asked for."""
+    """Dies of the first merge that any of them is asked for, and is stopped by the first texts and the first export."""
 
     def merged_weights(self, residual):
-        flag = self.memory.folder.parent / "died"
-        if not flag.exists():
-            flag.touch()
+        if self.first("died"):
             os._exit(1)
         return super().merged_weights(residual)
+
+    def generate(self, params, prompts, tokens):
+        if self.first("silent in generate"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().generate(params, prompts, tokens)
+
+    def export(self, params, card):
+        for number, file in enumerate(super().export(params, card)):
+            if number and self.first("silent in export"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            yield file
+
+    def first(self, flag):
+        try:
+            (self.memory.folder.parent / flag).touch(exist_ok=False)
+            return True
+        except FileExistsError:
+            return False
 
 
 @pytest.fixture
@@ -54,6 +71,18 @@ def test_a_death_while_merging_costs_one_slot_and_not_the_run(started, tmp_path)
     assert after[0] == after[1] != before
     slots.rebase(None)
     assert slots.ask(lambda actor: actor.evaluate.remote([0], start.initial, 4)) == before
+
+
+@pytest.mark.slow
+def test_a_slot_that_falls_silent_over_texts_or_an_export_is_replaced(started, tmp_path, full):
+    if not full:
+        pytest.skip("a quarter of a minute")
+    slots, start = started("clients.timeout_s=4", "clients.slots=1")
+    sent = ray.put(start.initial)
+    assert len(slots.ask(lambda actor: actor.generate.remote(sent, ["say "], 3))) == 1
+    slots.export(tmp_path / "model", sent, "a card")
+    assert (tmp_path / "model" / "adapter_model.safetensors").exists()
+    assert [fault.why for fault in slots.faults] == ["no answer for 4 s"] * 2
 
 
 def test_memory_in_a_folder_that_a_slot_does_not_see_is_refused(started, tmp_path):

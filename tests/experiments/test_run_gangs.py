@@ -234,6 +234,7 @@ def test_baselines_are_refused_before_anything_starts(small_recipe, tmp_path):
         ("strategy=median", "median' needs whole vectors, and ranks of a gang have shards"),
         ("transforms=[{kind='int8'}]", "transforms of another kind than clip does not work with gangs"),
         ("train.state=keep", "train.state = .keep. does not work with gangs"),
+        ("clients.num_gpus=0.5", r"clients\.num_gpus = 0\.5 lets ranks of a gang share a GPU"),
     ],
 )
 def test_what_gangs_cannot_do_is_refused_at_once(small_recipe, change, message):

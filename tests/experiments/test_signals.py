@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from experiments.config import to_toml
@@ -49,3 +50,28 @@ def test_the_second_interrupt_stops_at_once():
         os.kill(os.getpid(), signal.SIGINT)  # nothing has begun that could be finished
         time.sleep(10)
     assert not stop.is_set() and len(said) == 1
+
+
+@pytest.mark.slow
+def test_two_interrupts_end_a_command_and_its_cluster_within_a_round(small_recipe, tmp_path, full):
+    if not full:
+        pytest.skip("the handler by itself is tried")
+    recipe, out, log = tmp_path / "recipe.toml", tmp_path / "run", tmp_path / "log"
+    recipe.write_text(to_toml(small_recipe("rounds=2", "train.steps=100000")))  # a round takes an hour
+    command = [sys.executable, "-m", "experiments", "run", str(recipe), "--out", str(out)]
+    with log.open("w") as written:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=written, stderr=written)
+    _until(lambda: "trained parameters" in log.read_text(), process)
+    cluster = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _until(lambda: "finishing the round" in log.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert len(cluster) > 3 and not psutil.wait_procs(cluster, 30)[1]
+
+
+def _until(seen, process):
+    deadline = time.monotonic() + 120
+    while not seen():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
