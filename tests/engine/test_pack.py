@@ -145,6 +145,21 @@ def test_in_single_precision_it_is_nearly_the_same(pair: Pair, packed: Any, rows
     the_same(pack.updates(some, federation), one_by_one(alone, some, federation), 1e-5)
 
 
+def test_on_a_base_in_half_precision_it_is_the_same_but_for_its_rounding(
+    pair: Pair, packed: Any, rows: pa.RecordBatch
+) -> None:
+    """One rounding of bfloat16 is 1/256; adapters and their steps are in single precision."""
+    federation = packed(replace(EPOCHS, optimizer=Sgd(lr=0.1)))
+    federation = replace(federation, model=replace(federation.model, dtype="bfloat16"))
+    alone, pack = pair(federation, double=False)
+    assert alone.trainable.flat.dtype == torch.float32
+    some = jobs(alone, federation, rows)
+    found = pack.updates(some, federation)
+    for (update, _), (other, _) in zip(found, one_by_one(alone, some, federation), strict=True):
+        assert (update.delta - other.delta).norm() < 0.02 * other.delta.norm()
+        assert update.metrics == pytest.approx(other.metrics, rel=1e-2)
+
+
 PLAIN = [rule for rule in get_args(Strategies)]
 
 
