@@ -113,7 +113,8 @@ class PackTrainer(LocalTrainer):
             "rates": one.rates,
         }
         moments = {} if one.training.moments is None else kept(self.lanes_optimizer, lane)
-        return Trained(self.flat_KP[lane].clone(), metrics, moments)
+        flat_P, less = self.flat_KP[lane], one.training.less
+        return Trained(flat_P.clone() if less is None else flat_P - less, metrics, moments)
 
     def _close(self, lane: int, active: list[Lane]) -> None:
         """The last lane moves to `lane`, so that those in use stay side by side."""

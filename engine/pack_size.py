@@ -66,7 +66,7 @@ def _speed(trainer: LocalTrainer, tokens: Tokens, clients: int, lanes: int, star
 
     def trainings() -> list[Training]:
         rows = [tokens.rows(client, "train") for client in chosen]
-        return [Training(own, start, np.random.default_rng(0), 0, None, None, 1.0, None) for own in rows]
+        return [Training(own, start, np.random.default_rng(0), 0, None, None, 1.0, None, None) for own in rows]
 
     trainer.train(trainings(), replace(train, steps=1))
     began = time.monotonic()

@@ -40,7 +40,7 @@ class Training:
     """One local training from the vector `start` (P,): what its `client` does of it is the same in any company.
 
     `moments` are the optimizer's state that it goes on with, None: from nothing. `rate` is a factor on all learning
-    rates, `dropout` the seed of what torch draws.
+    rates, `dropout` the seed of what torch draws. Its end is told as it is, or `less` another vector.
     """
 
     rows: pa.RecordBatch
@@ -51,6 +51,7 @@ class Training:
     correct: Correct | None
     rate: float
     moments: Memory | None
+    less: Vector | None
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Trainer(ABC):
         """Where the vector lies."""
 
     @abstractmethod
-    def weights(self) -> Vector:
-        """A copy of the present vector (P,)."""
+    def weights(self, less: Vector | None = None) -> Vector:
+        """A copy of the present vector (P,), or what it is `less` another."""
 
     @abstractmethod
     def set_rank(self, rank: int | None) -> None:
@@ -108,7 +109,7 @@ class Trainer(ABC):
             restore(self.optimizer, one.moments or {})
             metrics = self.steps(one.rows, one.start, train, one.stream, one.correct, one.rate)
             moments = {} if one.moments is None else kept(self.optimizer)
-            done.append(Trained(self.weights(), metrics, moments))
+            done.append(Trained(self.weights(one.less), metrics, moments))
         return done
 
     def updates(self, jobs: list[Job], federation: Federation) -> list[tuple[Update, Memory]]:
@@ -150,6 +151,7 @@ class Trainer(ABC):
                 _corrected_by(strategy, got, own, run),
                 train.over_rounds.factor(got.round, federation.rounds),
                 part(job.memory, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
+                got.params if run == GLOBAL else None,
             )
             for run, start in strategy.starts(got, own).items()
         }
@@ -163,8 +165,8 @@ class Trainer(ABC):
         moments: Memory,
         federation: Federation,
     ) -> tuple[Update, Memory]:
-        delta = ends.pop(GLOBAL).sub_(job.got.params).cpu()
         on_cpu = {name: end.cpu() for name, end in ends.items()}
+        delta = on_cpu.pop(GLOBAL)
         update = Update(job.client, job.weight, delta, metrics=metrics)
         update, own = federation.strategy.finish(update, sent, part(job.memory, STRATEGY), on_cpu)
         return update, named(own, STRATEGY) | moments
@@ -189,9 +191,10 @@ class LocalTrainer(Trainer):
         """Where the vector lies."""
         return self.trainable.flat.device
 
-    def weights(self) -> Vector:
-        """A copy of the present vector (P,)."""
-        return self.trainable.flat.detach().clone()
+    def weights(self, less: Vector | None = None) -> Vector:
+        """A copy of the present vector (P,), or what it is `less` another."""
+        flat = self.trainable.flat.detach()
+        return flat.clone() if less is None else flat - less
 
     def set_rank(self, rank: int | None) -> None:
         """Becomes a client whose adapters have this rank; None: as the recipe says."""

@@ -83,9 +83,10 @@ class ZeroTrainer(Trainer):
         """Where the network computes, and what batches and collectives must lie on."""
         return torch.device(deepspeed.get_accelerator().current_device_name())
 
-    def weights(self) -> torch.Tensor:
-        """A copy of this rank's shard (S,) of the present vector."""
-        return self.shard(self.master.data)
+    def weights(self, less: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy of this rank's shard (S,) of the present vector, or what it is `less` another."""
+        weights_S = self.shard(self.master.data)
+        return weights_S if less is None else weights_S.sub_(less)
 
     def set_rank(self, rank: int | None) -> None:
         """All clients of a gang have the recipe's rank."""

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = "adapter_model.safetensors"
 # How likely each is to be next, if it is there.
 VICTIMS = {"ClientActor": 8, "Gang": 4, "Rank": 4, "Driver": 4, "command": 2, "raylet": 1, "gcs_server": 1}
+SLOTS = {"ClientActor", "Gang"}
 ENDING = {"command", "raylet", "gcs_server"}  # without its cluster the command ends, and so does all of it with it
 LONGEST_S = 1200
 
@@ -64,9 +65,10 @@ def test_chaos(ray_session, small_recipe, tmp_path, full, rounds, kills, slots):
             (kind,) = draw.choices([*VICTIMS], [*VICTIMS.values()])
             if killed.total() < kills and process.poll() is None:
                 with suppress(psutil.NoSuchProcess):
-                    there = alive(psutil.Process(process.pid)).get(kind, [])
-                    if there:
-                        draw.choice(there).kill()
+                    there = alive(psutil.Process(process.pid))
+                    # Else most would be the command's deaths while it starts, when nothing else is there.
+                    if there.keys() & SLOTS and kind in there:
+                        draw.choice(there[kind]).kill()
                         killed[kind] += 1
                         ended |= kind in ENDING
         if process.returncode == 0:
