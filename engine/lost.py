@@ -34,5 +34,5 @@ def last_line(error: BaseException) -> str:
     """What Ray says of a death, without its colours and its stack."""
     if isinstance(error, ObjectLostError):
         return "an object is gone from the store, with its node or with who put it there"
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).partition(" Some common causes include")[0].strip().splitlines()
     return next((line.strip() for line in reversed(plain) if line.strip()), type(error).__name__)

@@ -19,7 +19,7 @@ from experiments.config import to_toml
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = "adapter_model.safetensors"
 # How likely each is to be next, if it is there.
-VICTIMS = {"ClientActor": 8, "Gang": 4, "Rank": 4, "Driver": 4, "command": 2, "raylet": 1, "gcs_server": 1}
+VICTIMS = {"ClientActor": 8, "Gang": 4, "Rank": 4, "Driver": 3, "command": 2, "raylet": 1, "gcs_server": 1}
 SLOTS = {"ClientActor", "Gang"}
 ENDING = {"command", "raylet", "gcs_server"}  # without its cluster the command ends, and so does all of it with it
 LONGEST_S = 1200
@@ -61,7 +61,7 @@ def test_chaos(ray_session, small_recipe, tmp_path, full, rounds, kills, slots):
         ended = False
         while process.poll() is None:
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(draw.uniform(0.5, 2))
+            time.sleep(draw.uniform(0.5, 4))
             (kind,) = draw.choices([*VICTIMS], [*VICTIMS.values()])
             if killed.total() < kills and process.poll() is None:
                 with suppress(psutil.NoSuchProcess):
@@ -73,7 +73,9 @@ def test_chaos(ray_session, small_recipe, tmp_path, full, rounds, kills, slots):
                         ended |= kind in ENDING
         if process.returncode == 0:
             break
-        assert ended, (killed, (tmp_path / "log").read_text()[-3000:])
+        said = (tmp_path / "log").read_text()[-3000:]
+        # Drivers that die one after another end a run as well; it says how it goes on, and here that is done.
+        assert ended or "without a round done between" in said, (killed, said)
     assert killed.total() >= kills / 2 and len(killed) >= 4
     assert (out / "model" / ADAPTER).read_bytes() == (quiet.model / ADAPTER).read_bytes()
     rows = [row for row in read_log(out / "metrics").to_pylist() if (row["split"], row["name"]) == ("train", "rows")]
