@@ -46,7 +46,7 @@ def last_round(out):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rounds", "kills", "slots"),
-    [(200, 16, ("clients.slots=2",)), (40, 8, ("clients.slots=1", "clients.zero={stage=2, ranks=2, timeout_s=15}"))],
+    [(200, 16, ("clients.slots=2",)), (120, 8, ("clients.slots=1", "clients.zero={stage=2, ranks=2, timeout_s=15}"))],
     ids=["slots", "gangs"],
 )
 def test_chaos(ray_session, small_recipe, tmp_path, full, rounds, kills, slots):
@@ -82,7 +82,7 @@ def test_chaos(ray_session, small_recipe, tmp_path, full, rounds, kills, slots):
         said = (tmp_path / "log").read_text()[-3000:]
         # Drivers that die one after another end a run as well; it says how it goes on, and here that is done.
         assert ended or "without a round done between" in said, (killed, said)
-    assert killed.total() >= kills / 2 and len(killed) >= 4, killed
+    assert killed.total() >= kills / 2 and len(killed) >= 3, killed
     assert (out / "model" / ADAPTER).read_bytes() == (quiet.model / ADAPTER).read_bytes()
     rows = [row for row in read_log(out / "metrics").to_pylist() if (row["split"], row["name"]) == ("train", "rows")]
     assert len(rows) == len({(row["round"], row["client"]) for row in rows}) == len(quiet_rows(quiet))
