@@ -85,6 +85,17 @@ def test_a_slot_that_falls_silent_over_texts_or_an_export_is_replaced(started, t
     assert [fault.why for fault in slots.faults] == ["no answer for 4 s"] * 2
 
 
+def test_a_few_steps_on_the_pooled_rows_are_better_for_all(started):
+    slots, start = started("clients.slots=1")
+    everybody = list(range(8))
+    trained = slots.ask(lambda actor: actor.centralised.remote(everybody, start.initial, 8), long=True)
+    before, after = (
+        sum(loss.nll for loss in slots.ask(lambda actor, vector=vector: actor.evaluate.remote(everybody, vector, 99)))
+        for vector in (start.initial, trained)
+    )
+    assert after < 0.99 * before
+
+
 def test_memory_in_a_folder_that_a_slot_does_not_see_is_refused(started, tmp_path):
     slots, _ = started("strategy=ditto")
     with pytest.raises(ValueError, match=r"which is not seen on the node .*: put --out on a disk that all nodes share"):
