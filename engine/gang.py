@@ -79,7 +79,7 @@ class Rank(SecureRank):
         self.federation, self.zero, self.rank = federation, federation.clients.zero, rank
         self.memory_root, self.memory = memory, ClientMemory(memory / f"{RANK}{rank}")
         self.sum = ExactSum()
-        self.failure: str | None = None
+        self.failure: GangLost | None = None
         self.socket: socket.socket | None = None
         self.on_gpu = federation.clients.num_gpus > 0 and torch.cuda.is_available()
         if self.on_gpu:
@@ -255,17 +255,15 @@ class Rank(SecureRank):
             getattr(self, method)(*arguments)
         except Exception as error:
             if self.failure is None:  # what it is asked next fails for the first rank's end
-                self.failure = f"{type(error).__name__}: {last_line(error)}"
-                self.shard_lost = isinstance(error, ObjectLostError)
+                kind = ShardLost if isinstance(error, ObjectLostError) else GangLost
+                self.failure = kind(f"a rank of a gang failed: {type(error).__name__}: {last_line(error)}")
             if not _is_users(error, method):
                 ray.kill(leader)
             raise
 
     def why(self) -> GangLost | None:
         """What made this rank fail first, if it did."""
-        if self.failure is None:
-            return None
-        return (ShardLost if self.shard_lost else GangLost)(f"a rank of a gang failed: {self.failure}")
+        return self.failure
 
 
 def _is_users(error: Exception, method: str) -> bool:
