@@ -19,7 +19,7 @@ from strategies.dp_distributed import DistributedDp
 ROUNDS, SLOTS, RANKS, COHORT, SPARE = 2, 2, 2, 6, 2
 ROWS = 8  # of every second client; the others have twice as many
 MANY = 10  # training rows: clients of the second kind have more
-LENGTH = 128
+LENGTH = 64
 PATIENCE_S = 120.0  # for what a large machine does at once
 LITTLE_NOISE = 0.01
 

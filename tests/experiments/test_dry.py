@@ -84,8 +84,8 @@ def test_a_recipe_for_512_slots_and_a_70b_base_is_proved_here_and_leaves_nothing
     "changes",
     [
         ("clients.zero={stage=3, ranks=64}", "clients.num_gpus=1", "clients.pack=1", "privacy.dp=none"),
-        ("clients.zero={stage=2, ranks=8, from_rows=5000, gangs=4}", "clients.pack=1", "privacy.secagg.mode=off",
-         "privacy.dp=none"),
+        ("clients.zero={stage=2, ranks=8, from_rows=5000, gangs=4}", "clients.num_gpus=1", "clients.pack=1",
+         "privacy.secagg.mode=off", "privacy.dp=none"),
         ("privacy.secagg.mode=off", "privacy.dp={kind='adaptive', epsilon=2.0}", "cohort={kind='poisson', rate=0.01}"),
         ("privacy.secagg.mode=off", "privacy.dp={kind='example', epsilon=8.0}", "clients.pack=1"),
         ("privacy.secagg.mode=off", "privacy.dp=none", "strategy=krum", "clients.pack=auto"),
