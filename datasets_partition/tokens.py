@@ -30,6 +30,7 @@ ROWS_PER_BATCH = 4096
 # After so many reads of clients' rows their pages are given back: each may keep a third of a megabyte mapped.
 READS_MAPPED = 16
 BATCHES_KNOWN = 256  # a few kilobytes each
+TOKENS_AT_ONCE = 32_768  # of so few the system reads all with the first: to be asked takes longer
 
 INDEX = pa.schema(
     [
@@ -89,7 +90,8 @@ class Tokens:
         """The units of clients in their order; while one is worked on, the system reads the next one's rows."""
         for unit, following in zip_longest(units, units[1:], fillvalue=()):
             for client in following:
-                self._will_need(client)
+                if self.lengths()[client] > TOKENS_AT_ONCE:
+                    self._will_need(client)
             yield unit
 
     def _will_need(self, client: int) -> None:

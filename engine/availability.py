@@ -76,8 +76,13 @@ class Availability:
 
     def gone(self, cohort: Iterable[int], seed: int, round_: int, trace: Trace | None = None) -> dict[int, Phase]:
         """Who of the cohort drops out in a round (counted from 0), and before which of its answers."""
-        drawn = {int(client): rng(seed, round_, int(client), "availability") for client in cohort}
-        gone = {client: LEAVES[draw.integers(3)] for client, draw in drawn.items() if draw.random() < self.dropout}
-        if trace is not None:
-            gone |= {client: LEAVES[0] for client in drawn if trace.away(client, round_ + 1)}
+        gone: dict[int, Phase] = {}
+        if not self.dropout and trace is None:  # nobody is drawn for nothing: cohorts are large
+            return gone
+        for client in map(int, cohort):
+            draw = rng(seed, round_, client, "availability")
+            if trace is not None and trace.away(client, round_ + 1):
+                gone[client] = LEAVES[0]
+            elif draw.random() < self.dropout:
+                gone[client] = LEAVES[draw.integers(3)]
         return gone

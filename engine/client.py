@@ -152,9 +152,13 @@ class ClientActor(SecureClients, Judge):
         """As `run`, and gives each client's update beside the reports, None where it could not be used."""
         # Its values may be a liar's, however large: rules that read each are there to survive them.
         packs = self.tokens.in_advance(chunk)
-        done = [one for pack in packs for one in self._pack(pack, wire, finite_bound)]
+        done = [
+            (report, update and update_to_wire(update))
+            for pack in packs
+            for report, update in self._pack(pack, wire, finite_bound)
+        ]
         reports, updates = zip(*done, strict=True)
-        return list(reports), *(update and update_to_wire(update) for update in updates)
+        return list(reports), *updates
 
     def masked(self, inboxes: Mapping[int, Inbox], wire: WireBroadcast) -> tuple[list[Report], MaskedSum]:
         """Third trip of secure aggregation: trains and gives the masked sum; the reports tell no figures."""
@@ -194,7 +198,8 @@ class ClientActor(SecureClients, Judge):
                 rows, got = self.tokens.rows(client, "train"), replace(shared, rank=self._rank(client))
                 remembered = self._remembered(client, wire.round)
                 jobs.append(Job(client, rows, rows.num_rows / self.largest, got, remembered))
-            done = self._trainer(some, wire).updates(jobs, self.federation)
+            # What is left of a pack is trained before any of it is told.
+            done = self._trainer(some, wire).updates(jobs, self.federation, lent=len(pack) == 1)
             return [(job, *one) for job, one in zip(jobs, done, strict=True)]
 
         found = attempted(pack, train, self.federation.clients.retries)

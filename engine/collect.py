@@ -82,7 +82,7 @@ class PlainCollector:
         """Without those who drop out on purpose."""
         federation, availability = self.federation, self.federation.clients.availability
         gone = availability.gone(work.clients, federation.seed, wire.round, self.trace)
-        return work.of(~np.isin(work.clients, list(gone)))
+        return work.of(~np.isin(work.clients, list(gone))) if gone else work
 
     def _told(self, work: Work, done: Worked, aggregate: Any, moved: int) -> Collected:
         reports = done.reports

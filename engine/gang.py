@@ -174,7 +174,7 @@ class Rank(SecureRank):
         traffic = {DOWN: down, UP: up}
         try:
             job = Job(client, rows, rows.num_rows / self.largest, got, memory)
-            ((update, after),) = self.trainer.updates([job], federation)
+            ((update, after),) = self.trainer.updates([job], federation, lent=True)
             self._refuse_useless(update, [*after.values()])
         except NonFiniteUpdate as error:
             return Report(client, traffic, failed=str(error), seconds=time.monotonic() - began), None

@@ -17,7 +17,7 @@ from engine.optimizers import reset
 from engine.settings import Federation, Lora
 from engine.train import LocalTrainer
 from engine.wire import Sent, WireBroadcast, borrow, from_wire, joined
-from strategies.seeds import rng, torch_seed
+from strategies.seeds import rng, seed_torch, torch_seed
 from strategies.types import Broadcast, Memory
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Judge:
         start = borrow(params).to(self.device)
         self.trainer.trainable.set_rank(None)
         stream = rng(self.federation.seed, 0, client, "batches")
-        torch.manual_seed(torch_seed(self.federation.seed, 0, client, "dropout"))
+        seed_torch(torch_seed(self.federation.seed, 0, client, "dropout"))
         reset(self.trainer.optimizer)
         self.trainer.steps(rows, start, train, stream)
 

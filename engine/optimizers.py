@@ -1,4 +1,7 @@
-"""The local optimizer on flat vectors: made once per slot, then reset, or given a client's state. P parameters."""
+"""The local optimizer on flat vectors: made once per slot, then reset, or given a client's state.
+
+Legend: K lanes, P parameters.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -74,3 +77,13 @@ def restore(optimizer: torch.optim.Optimizer, memory: Memory, lane: int = 0) -> 
         (flat,) = group["params"]
         # Moments lie where the vector lies, a step count there too if a kernel reads it, and else on the CPU.
         optimizer.state[flat][name] = tensor.clone().to(flat.device if tensor.ndim or beside else "cpu")
+
+
+def clip(grad_KP: torch.Tensor, most: float) -> None:
+    """Shortens each gradient (K, P) to the norm `most`, in place, as `clip_grad_norm_` does; 0: none."""
+    if most <= 0:
+        return
+    factor_K = (most / (torch.linalg.vector_norm(grad_KP, dim=1) + 1e-6)).clamp(max=1)
+    # A GPU that is asked would be waited for.
+    if grad_KP.is_cuda or bool((factor_K < 1).any()):
+        grad_KP *= factor_K[:, None]

@@ -19,7 +19,7 @@ from torch import nn
 from engine.batches import batches, steps_of
 from engine.model import Trainable, is_linear
 from engine.objectives.sft import IGNORED, Batch
-from engine.optimizers import kept, make_optimizer, restore
+from engine.optimizers import clip, kept, make_optimizer, restore
 from engine.train import LocalTrainer, Trained, Training
 from engine.train_settings import Train
 from strategies.layout import LoraPair
@@ -143,9 +143,7 @@ class PackTrainer(LocalTrainer):
         for lane, one in enumerate(active):
             if one.training.correct is not None:
                 one.training.correct(grad_KP[lane, None], self.flat_KP[lane, None])
-        if train.clip > 0:
-            norm_K = torch.linalg.vector_norm(grad_KP, dim=1)
-            grad_KP *= (train.clip / (norm_K + 1e-6)).clamp(max=1)[:, None]
+        clip(grad_KP, train.clip)
         for lane, row in enumerate(self.rows):
             row.grad = self.grad_KP[lane] if lane < lanes else None
         for lane, one in enumerate(active):

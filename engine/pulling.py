@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.slots import Slots
 
 Unit = tuple[int, ...]
-CHUNKS_PER_SLOT = 4
+CHUNKS_PER_SLOT = 2  # of the work that is left: half of it is always held back, for whoever is done first
 AHEAD = 2  # chunks that a slot has at once, so that it need not wait for the next
 REFILLED = 2  # packs hold so many clients a lane, where there are enough of them: who ends early is followed by another
 ENOUGH = 16  # packs of a cohort, so that slots stay in balance

@@ -5,6 +5,7 @@ chunks and slots gives one result. Ranges are checked before the cast, where NaN
 smallest integer.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,9 @@ from strategies.types import Aggregate, Update
 
 STEP = 2.0**40
 LIMIT = 2.0**22  # of sum w |x|: half of int64's room, so that no merge of checked partial sums can wrap
-BLOCK = 16_384  # elements at a time: the float64 intermediate stays in the cache
+BLOCK = 32_768  # elements at a time: the float64 intermediate stays in the cache
 NEAREST = 1.5 * 2.0**52  # from 2^52 on doubles are 1 apart: what is added to it is rounded, and stands in its last bits
-NEAREST_BITS = np.float64(NEAREST).view(np.int64)
+NEAREST_BITS = np.float64(NEAREST).view(np.int64)  # which stand in it too, and are taken out of a sum when it closes
 ROOM = 2.0**51 / STEP  # of values that it can be done with
 
 
@@ -51,6 +52,7 @@ class ExactSum:
 
     def _empty(self) -> None:
         self.vectors: dict[str, np.ndarray] = {}
+        self.nearest: Counter[str] = Counter()  # how often a vector has NEAREST_BITS in it
         self.weight, self.count, self.bound = 0, 0, 0.0
 
     def add(self, update: Update) -> None:
@@ -70,12 +72,15 @@ class ExactSum:
         for name, (tensor, weight) in tensors.items():
             if name not in self.vectors:
                 self.vectors[name] = np.zeros(tensor.numel(), np.int64)
-            _add_on_grid(self.vectors[name], tensor.detach().numpy(), weight, own)
+            self.nearest[name] += _add_on_grid(self.vectors[name], tensor.detach().numpy(), weight, own)
         self.weight += round(update.weight * STEP)
         self.count += 1
 
     def close(self) -> PartialSum:
         """The sum of all that was added since the last close."""
+        for name, often in self.nearest.items():
+            # Integers come round: no sum is too large for it.
+            self.vectors[name] -= np.uint64(often * int(NEAREST_BITS) % 2**64).view(np.int64)
         partial = PartialSum(self.vectors, self.weight, self.count, self.bound)
         self._empty()
         return partial
@@ -123,17 +128,24 @@ def cut(partial: PartialSum, partition: Partition, rank: int) -> PartialSum:
     return PartialSum(vectors, partial.weight, partial.count, partial.bound)
 
 
-def _add_on_grid(total_P: np.ndarray, values_P: np.ndarray, weight: float, largest: float) -> None:
-    """Adds weight * values, none of which is beyond `largest`, rounded to even where two steps are as near."""
-    scale = np.float64(weight * STEP)
+def _add_on_grid(total_P: np.ndarray, values_P: np.ndarray, weight: float, largest: float) -> bool:
+    """Adds weight * values, none of which is beyond `largest`, rounded to even where two steps are as near.
+
+    True: NEAREST_BITS are still in each sum. That is faster than a conversion, which is bound by the processor.
+    """
+    scale, roomy = np.float64(weight * STEP), largest < ROOM
+    steps_B = np.empty(min(BLOCK, len(total_P)), np.float64)
     for start in range(0, len(total_P), BLOCK):
         block = slice(start, start + BLOCK)
-        steps = values_P[block] * scale
-        if largest < ROOM:  # faster than a conversion, which is bound by the processor
+        steps = steps_B[: len(total_P) - start]
+        steps[:] = values_P[block]
+        steps *= scale
+        if roomy:
             steps += NEAREST
-            total_P[block] += steps.view(np.int64) - NEAREST_BITS
+            total_P[block] += steps.view(np.int64)
         else:
             total_P[block] += np.rint(steps).astype(np.int64)
+    return roomy
 
 
 def _check(bound: float) -> None:

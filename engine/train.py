@@ -14,11 +14,11 @@ from engine.memory import OPTIMIZER, STRATEGY, named, part
 from engine.model import Trainable
 from engine.objectives import Objectives
 from engine.objectives.sft import Batch, lengths
-from engine.optimizers import kept, make_optimizer, restore
+from engine.optimizers import clip, kept, make_optimizer, restore
 from engine.settings import Federation
 from engine.train_settings import Train
 from strategies.fedavg import FedAvg
-from strategies.seeds import rng, torch_seed
+from strategies.seeds import rng, seed_torch, torch_seed
 from strategies.types import GLOBAL, Broadcast, Memory, Strategy, Update, Vector
 
 Correct = Callable[[torch.Tensor, torch.Tensor], None]
@@ -40,7 +40,8 @@ class Training:
     """One local training from the vector `start` (P,): what its `client` does of it is the same in any company.
 
     `moments` are the optimizer's state that it goes on with, None: from nothing. `rate` is a factor on all learning
-    rates, `dropout` the seed of what torch draws. Its end is told as it is, or `less` another vector.
+    rates, `dropout` the seed of what torch draws. Its end is told as a copy; or as what it is `less` another vector,
+    perhaps in the trainer's own memory until the next training.
     """
 
     rows: pa.RecordBatch
@@ -75,7 +76,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def weights(self, less: Vector | None = None) -> Vector:
-        """A copy of the present vector (P,), or what it is `less` another."""
+        """A copy of the present vector (P,); or what it is `less` another, perhaps in its place."""
 
     @abstractmethod
     def set_rank(self, rank: int | None) -> None:
@@ -105,16 +106,17 @@ class Trainer(ABC):
         done = []
         for one in trainings:
             self.set_rank(one.rank)
-            torch.manual_seed(one.dropout)
+            seed_torch(one.dropout)
             restore(self.optimizer, one.moments or {})
             metrics = self.steps(one.rows, one.start, train, one.stream, one.correct, one.rate)
             moments = {} if one.moments is None else kept(self.optimizer)
             done.append(Trained(self.weights(one.less), metrics, moments))
         return done
 
-    def updates(self, jobs: list[Job], federation: Federation) -> list[tuple[Update, Memory]]:
+    def updates(self, jobs: list[Job], federation: Federation, *, lent: bool = False) -> list[tuple[Update, Memory]]:
         """Trains the clients, and returns of each what its strategy makes of it, and its memory.
 
+        With `lent`, the update of a job may lie in the trainer's own memory: it lasts until the next call.
         Metrics: `loss` in nats is the mean over the `learnt` tokens, each judged before its step; `tokens` counts
         prompts too, `rows` the client's rows, `steps` the optimizer's steps, `rates` their learning rates' sum.
         """
@@ -126,21 +128,24 @@ class Trainer(ABC):
             for job, found in zip(jobs, metrics, strict=True):
                 self.set_rank(job.got.rank)
                 found["loss_before"] = self.mean_loss(job.rows, job.got.params, federation.train.batch)
-        trainings = [self._trainings(job, federation) for job in jobs]
+        trainings = [self._trainings(job, federation, lent=lent) for job in jobs]
         for run in dict.fromkeys(run for own in trainings for run in own):
             members = [place for place, own in enumerate(trainings) if run in own]
             done = self.train([trainings[place][run] for place in members], federation.train)
             for place, trained in zip(members, done, strict=True):
-                ends[place][run] = trained.end
+                told = run != GLOBAL or trainings[place][run].less is not None
+                ends[place][run] = trained.end if told else trained.end.sub_(jobs[place].got.params)
                 moments[place] |= named(trained.moments, f"{OPTIMIZER}{run}.")
                 if run == GLOBAL:
                     metrics[place] |= trained.metrics
         return [self._finished(*one, federation) for one in zip(jobs, sent, ends, metrics, moments, strict=True)]
 
-    def _trainings(self, job: Job, federation: Federation) -> dict[str, Training]:
+    def _trainings(self, job: Job, federation: Federation, *, lent: bool) -> dict[str, Training]:
         """All that a client trains in a round, by name."""
         strategy, train, seed, got = federation.strategy, federation.train, federation.seed, job.got
         own = {name: tensor.to(self.device) for name, tensor in part(job.memory, STRATEGY).items()}
+        starts = strategy.starts(got, own)
+        less = got.params if lent and len(starts) == 1 else None
         return {
             run: Training(
                 job.rows,
@@ -151,9 +156,9 @@ class Trainer(ABC):
                 _corrected_by(strategy, got, own, run),
                 train.over_rounds.factor(got.round, federation.rounds),
                 part(job.memory, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
-                got.params if run == GLOBAL else None,
+                less,
             )
-            for run, start in strategy.starts(got, own).items()
+            for run, start in starts.items()
         }
 
     @staticmethod
@@ -192,9 +197,9 @@ class LocalTrainer(Trainer):
         return self.trainable.flat.device
 
     def weights(self, less: Vector | None = None) -> Vector:
-        """A copy of the present vector (P,), or what it is `less` another."""
+        """A copy of the present vector (P,); or what it is `less` another, in its place: a fresh page is a dear one."""
         flat = self.trainable.flat.detach()
-        return flat.clone() if less is None else flat - less
+        return flat.clone() if less is None else flat.sub_(less)
 
     def set_rank(self, rank: int | None) -> None:
         """Becomes a client whose adapters have this rank; None: as the recipe says."""
@@ -231,8 +236,7 @@ class LocalTrainer(Trainer):
                 trained_tokens += piece.tokens
             if correct is not None:
                 correct(grad[None], flat.data[None])
-            if train.clip > 0:
-                torch.nn.utils.clip_grad_norm_([flat], train.clip)
+            clip(grad[None], train.clip)
             lr = train.optimizer.lr * rate * train.over_steps.factor(steps, total)
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
@@ -266,6 +270,8 @@ class LocalTrainer(Trainer):
     def cut(self, rows: pa.RecordBatch, batch: int) -> list[Batch]:
         """The rows as batches on the CPU, of no more tokens than `batch` rows of the longest kind have."""
         found = pieces(lengths(rows), batch * self.objective.max_length)
+        if len(found) == 1:
+            return [self.objective.collate(rows, self.pad)]
         return [self.objective.collate(rows.take(piece), self.pad) for piece in found]
 
 

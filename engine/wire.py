@@ -152,9 +152,9 @@ def from_wire(wire: WireBroadcast, layout: Layout, seed: int) -> Broadcast:
 
 
 def update_to_wire(update: Update) -> WireUpdate:
-    """The update without torch; shares its memory."""
-    extras = {name: extra.numpy() for name, extra in update.extras.items()}
-    return WireUpdate(update.client, update.weight, update.delta.numpy(), extras, update.metrics)
+    """The update without torch, copied: what trained it may have lent it its own memory."""
+    extras = {name: extra.numpy().copy() for name, extra in update.extras.items()}
+    return WireUpdate(update.client, update.weight, update.delta.numpy().copy(), extras, update.metrics)
 
 
 def update_from_wire(wire: WireUpdate) -> Update:

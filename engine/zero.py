@@ -25,6 +25,7 @@ from engine.train import Correct, Trainer
 from engine.train_settings import Train
 from engine.zero_model import ds_config, shape_of, trained_layout
 from strategies.partition import Partition
+from strategies.seeds import seed_torch
 
 
 class ZeroTrainer(Trainer):
@@ -182,7 +183,7 @@ class ZeroTrainer(Trainer):
         self.become(start_S)
         self.engine.train()
         self.correct, self.clip = correct, train.clip
-        torch.manual_seed(torch.initial_seed() + self.rank)  # each rank has rows of its own, and dropout too
+        seed_torch(torch.initial_seed() + self.rank)  # each rank has rows of its own, and dropout too
         nll_total, learnt_total, tokens, steps, rates = 0.0, 0, 0, 0, 0.0
         total = steps_of(rows.num_rows, train)
         for picked in batches(rows.num_rows, train, stream):

@@ -34,8 +34,15 @@ def rng(seed: int, round_: int, client: int, purpose: Purpose) -> np.random.Gene
 
 
 def torch_seed(seed: int, round_: int, client: int, purpose: Purpose) -> int:
-    """A seed for `torch.manual_seed`, where torch itself must draw (dropout, a model's initial weights)."""
+    """A seed for `seed_torch`, where torch itself must draw (dropout, a model's initial weights)."""
     return int(rng(seed, round_, client, purpose).integers(2**63))
+
+
+def seed_torch(seed: int) -> None:
+    """As `torch.manual_seed`, which keeps each call with its stack for every kind of device that is not in use."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 def torch_rng(seed: int, round_: int, client: int, purpose: Purpose) -> torch.Generator:

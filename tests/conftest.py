@@ -15,6 +15,8 @@ os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests share the processors with each other and with slots: torch's idle threads would spin on them.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 

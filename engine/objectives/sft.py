@@ -122,7 +122,7 @@ class Sft:
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Encoded rows as a batch (B, T), padded on the right with `pad` to the longest."""
         lengths_B = lengths(rows)
-        ids, learnt = rows["input_ids"].flatten().to_numpy(), rows["mask"].flatten().to_numpy() != 0
+        ids, learnt = _flat(rows["input_ids"]), _flat(rows["mask"]) != 0
         real_BT = np.arange(lengths_B.max()) < lengths_B[:, None]
         ids_BT, labels_BT = np.full(real_BT.shape, pad, np.int64), np.full(real_BT.shape, IGNORED, np.int64)
         ids_BT[real_BT] = ids
@@ -167,3 +167,10 @@ def lengths(rows: pa.RecordBatch) -> np.ndarray:
     """How many tokens each encoded row has (B,)."""
     found: np.ndarray = np.diff(rows["input_ids"].offsets.to_numpy())
     return found
+
+
+def _flat(lists: pa.ListArray) -> np.ndarray:
+    """The values of all lists one after another, as a view."""
+    offsets = lists.offsets
+    values: np.ndarray = lists.values.to_numpy()
+    return values[offsets[0].as_py() : offsets[-1].as_py()]

@@ -8,7 +8,9 @@ Legend: P trained parameters, K processes.
 
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
 from engine.batches import batches
 from engine.checkpoint import load_checkpoint
+from engine.events import Event, Finished, RoundDone
 from engine.heap import use_large_pages
 from engine.model import lora_config
 from engine.objectives.sft import Sft
@@ -33,6 +36,7 @@ from strategies.types import ServerState
 
 PROCESSES = 2
 TOLERANCE = 2e-5  # of the vector after a round: one flat tensor and many round differently, and AdamW amplifies it
+LOOK_S = 0.005
 _bare: dict[str, Any] = {}
 
 
@@ -51,22 +55,40 @@ class Compared:
 
     @property
     def ratio(self) -> float:
-        """How many times the bare loop's speed the engine has: medians, without the first round."""
-        return statistics.median(self.bare_s[1:]) / statistics.median(self.engine_s[1:])
+        """How many times the bare loop's speed the engine has: the median of the rounds but the first.
+
+        A round of one came right after the same round of the other, so that both had the machine as it was then.
+        """
+        return statistics.median(bare / own for own, bare in zip(self.engine_s[1:], self.bare_s[1:], strict=True))
 
 
 def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compared:
-    """Both loops' rounds; ValueError where their vectors are further apart than `tolerance` after the first."""
-    run = experiments.run(work, out=folder)
+    """Both loops' rounds by turns; ValueError where the vectors are further apart than `tolerance` after the first."""
+    states, seconds = [torch.empty(0)], list[float]()
+    with bare_loop(work, build_store(work)) as (vector_P, play):
+        start_P = vector_P.clone()
+
+        def follow(event: Event) -> None:
+            if isinstance(event, RoundDone) and event.round < work.rounds:
+                # The driver goes on to its next event, which is that it has written this, and no further.
+                while not (folder / "checkpoints" / f"{event.round:05d}").exists():
+                    time.sleep(LOOK_S)
+            elif not isinstance(event, Finished):
+                return
+            seconds.append(play(len(seconds)))
+            if len(seconds) == 1:
+                states[0] = vector_P.clone()
+
+        run = experiments.run(work, out=folder, on_event=follow)
     rows = [row for row in run.metrics.to_pylist() if row["client"] is None]
-    seconds = [row["value"] for row in rows if row["name"] == "round_s"]
+    engine_s = [row["value"] for row in rows if row["name"] == "round_s"]
     tokens = [row["value"] for row in rows if row["name"] == "tokens" and row["split"] == "train"]
     first = load_checkpoint(run.folder / "checkpoints", 1)
-    bare, start_P, bare_P = bare_loop(work, build_store(work))
     assert first is not None and isinstance(first.state, ServerState)
+    (bare_P,) = states
     apart = gate(first.state.params, bare_P, tolerance)
     share = float((first.state.params - bare_P).norm() / (bare_P - start_P).norm())
-    return Compared(seconds, bare, statistics.mean(tokens), apart, share)
+    return Compared(engine_s, seconds, statistics.mean(tokens), apart, share)
 
 
 def gate(engine_P: torch.Tensor, bare_P: torch.Tensor, tolerance: float = TOLERANCE) -> float:
@@ -77,27 +99,28 @@ def gate(engine_P: torch.Tensor, bare_P: torch.Tensor, tolerance: float = TOLERA
     return apart
 
 
-def bare_loop(work: Recipe, store: Path) -> tuple[list[float], torch.Tensor, torch.Tensor]:
-    """Seconds of each round, and the vector (P,) before and after the first."""
+@contextmanager
+def bare_loop(work: Recipe, store: Path) -> Iterator[tuple[torch.Tensor, Callable[[int], float]]]:
+    """The loop's vector (P,), and what plays a round by its number and says how many seconds it took."""
     tokens = token_columns(store, located(work))
     clients, processes = Store.open(store).num_training, 1 if work.clients.num_gpus else PROCESSES
     vector_P = torch.nn.utils.parameters_to_vector(_trained(_network(work))).detach().share_memory_()
     totals_KP = torch.zeros(processes, len(vector_P)).share_memory_()
-    seconds: list[float] = []
-    start_P, after_first_P = vector_P.clone(), vector_P
     given = (work, tokens, vector_P, totals_KP)
     context = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start, given) as pool:  # which ends when one of its processes does
-        for round_ in range(work.rounds):
+
+        def play(round_: int) -> float:
             began = time.perf_counter()
             cohort = work.cohort.sample(clients, work.seed, round_).tolist()
             jobs = [(round_, part, cohort[part::processes]) for part in range(processes)]
             weight = sum(pool.map(_train, jobs))
             for total_P in totals_KP:
                 vector_P.add_(total_P, alpha=1 / weight)
-            seconds.append(time.perf_counter() - began)
-            after_first_P = vector_P.clone() if round_ == 0 else after_first_P
-    return seconds, start_P, after_first_P
+            return time.perf_counter() - began
+
+        pool.submit(_ready).result()
+        yield vector_P, play
 
 
 def _network(work: Recipe) -> Any:
@@ -126,6 +149,10 @@ def _start(work: Recipe, tokens: Path, vector_P: torch.Tensor, totals_KP: torch.
     torch.nn.utils.vector_to_parameters(own_P, trained)  # they become views of it
     _bare.update(work=work, tokens=Tokens.open(tokens), network=network, trained=trained)
     _bare.update(vector_P=vector_P, own_P=own_P, totals_KP=totals_KP)
+
+
+def _ready() -> bool:
+    return bool(_bare)
 
 
 def _train(job: tuple[int, int, list[int]]) -> float:

@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from experiments.api import ray_session
 from experiments.bench.bare import PROCESSES, compare
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
-from experiments.bench.results import Figure, one_ray
+from experiments.bench.results import Figure
 from experiments.bench.tree import held_by_command
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -16,7 +17,7 @@ CLIENTS, COHORT, LENGTH = 40, 20, 8
 
 def measure(small: bool) -> dict[str, Figure]:
     """Time and memory over the bare loop's; ValueError when they differ."""
-    with TemporaryDirectory(prefix="fedpost-bench-") as name, one_ray(small):
+    with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
         folder = Path(name)
         write_llama(folder / "base", LLAMA, vocabulary=VOCABULARY // 10 if small else VOCABULARY)
         write_rows(folder / "rows.parquet", CLIENTS, 1, LENGTH)

@@ -3,17 +3,18 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from experiments.api import ray_session
 from experiments.bench import tiny
 from experiments.bench.bare import compare
 from experiments.bench.bases import write_llama, write_rows
-from experiments.bench.results import Figure, Steps, one_ray
+from experiments.bench.results import Figure, Steps
 
 
 def measure(small: bool) -> dict[str, Figure]:
     """Milliseconds a client and the ratio to the bare loop by cohort; ValueError when they differ."""
     steps, figures = Steps(), dict[str, Figure]()
     cohorts = (100,) if small else (10, 100, 1_000, 10_000)
-    with TemporaryDirectory(prefix="fedpost-bench-") as name, one_ray(small):
+    with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
         folder = Path(name)
         write_llama(folder / "base", tiny.LLAMA, of_bytes=True)
         write_rows(folder / "rows.parquet", cohorts[-1], tiny.ROWS, tiny.WORDS)

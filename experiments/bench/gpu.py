@@ -18,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.model import with_adapters
 from engine.settings import Model
+from experiments.api import ray_session
 from experiments.bench.bare import compare
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
 from experiments.bench.lora import CLIENTS, ROWS, STEPS
-from experiments.bench.results import Figure, Steps, in_fresh_process, one_ray
+from experiments.bench.results import Figure, Steps, in_fresh_process
 from experiments.config import Recipe
 
 LLAMA = {
@@ -49,7 +50,7 @@ def measure(small: bool) -> dict[str, Figure]:
     if not gpu and not small:
         raise ValueError("fedpost bench gpu needs a GPU that torch can use; without one, --small tries it on the CPU")
     steps, figures = Steps(), dict[str, Figure]()
-    with TemporaryDirectory(prefix="fedpost-bench-") as name, one_ray(small):
+    with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
         folder = Path(name)
         steps.say("base and rows")
         write_llama(folder / "base", TINY if small else LLAMA, vocabulary=VOCABULARY)

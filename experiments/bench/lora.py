@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from experiments.api import ray_session
 from experiments.bench.bare import PROCESSES, compare
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
-from experiments.bench.results import Figure, Steps, one_ray
+from experiments.bench.results import Figure, Steps
 from experiments.bench.tree import held_by_command
 from experiments.config import Recipe
 
@@ -59,7 +60,7 @@ def recipe(
 def measure(small: bool) -> dict[str, Figure]:
     """Tokens per second over the bare loop's by case, and the memory of all processes; ValueError when they differ."""
     steps, figures = Steps(), dict[str, Figure]()
-    with TemporaryDirectory(prefix="fedpost-bench-") as name, one_ray(small):
+    with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
         folder = Path(name)
         for batch, length, lanes, cohort in CASES[:2] if small else CASES:
             case = f"{batch}x{length}" + (f"_packed_{lanes}" if lanes > 1 else "")

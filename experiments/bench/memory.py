@@ -10,9 +10,10 @@ import psutil
 
 import experiments
 from engine.events import Event, RoundDone
+from experiments.api import ray_session
 from experiments.bench.bare import compare
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
-from experiments.bench.results import Figure, Steps, one_ray
+from experiments.bench.results import Figure, Steps
 from experiments.config import Recipe
 
 LLAMA = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12}
@@ -22,7 +23,7 @@ VOCABULARY = 27_000  # with it 126 million parameters, 482 MB
 def measure(small: bool) -> dict[str, Figure]:
     """PSS of all slots by their number, and what another slot adds; ValueError when the bare loop's vector differs."""
     steps, figures, held = Steps(), dict[str, Figure](), dict[int, float]()
-    with TemporaryDirectory(prefix="fedpost-bench-") as name, one_ray(small):
+    with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
         folder = Path(name)
         sizes = LLAMA | {"num_hidden_layers": 2 if small else 12}
         write_llama(folder / "base", sizes, vocabulary=None if small else VOCABULARY)

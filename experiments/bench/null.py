@@ -35,7 +35,7 @@ FIGURES = {"loss": 1.0, "rows": 1.0, "steps": 1.0, "tokens": 8.0, "learnt": 7.0,
 class NullTrainer(LocalTrainer):
     """Trains nothing: each client's change is CHANGE everywhere."""
 
-    def updates(self, jobs: list[Job], federation: Federation) -> list[tuple[Update, Memory]]:
+    def updates(self, jobs: list[Job], federation: Federation, *, lent: bool = False) -> list[tuple[Update, Memory]]:
         """All at once."""
         delta = torch.full((self.trainable.layout.size,), CHANGE)
         return [(Update(job.client, job.weight, delta, metrics=dict(FIGURES)), {}) for job in jobs]

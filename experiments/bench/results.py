@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.api import PACKAGES, ray_session
+from experiments.api import PACKAGES
 from experiments.resuming import RUNS
 
 EVERY_S = 2.0  # seconds between two lines about what goes on
@@ -46,11 +45,6 @@ class Steps:
         """A line for one of many small steps, unless the last line is not old yet."""
         if time.monotonic() - self.said >= EVERY_S:
             self.say(step)
-
-
-def one_ray(small: bool) -> AbstractContextManager[None]:
-    """A small run starts Ray once. In others no daemon may be there while a bare loop is timed."""
-    return ray_session(None) if small else nullcontext()
 
 
 def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:

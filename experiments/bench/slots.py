@@ -8,10 +8,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 import experiments
+from experiments.api import ray_session
 from experiments.bench.bare import PROCESSES, compare
 from experiments.bench.bases import bench_recipe, write_rows
 from experiments.bench.lora import recipe
-from experiments.bench.results import Figure, Steps, one_ray
+from experiments.bench.results import Figure, Steps
 from experiments.bench.scale import as_figures, study
 from experiments.config import Recipe
 from experiments.dry import environment, hidden_gpus
@@ -27,7 +28,7 @@ def measure(small: bool) -> dict[str, Figure]:
         folder = Path(name)
         rounds = 3 if small else 8
         work = recipe(folder, 2, *(1, 32) if small else ())
-        with one_ray(small):
+        with ray_session(None):
             found = compare(work, folder / "gate")
             figures = {"apart": Figure(found.apart, "largest difference to the bare loop")}
             figures |= as_figures(study(work, [1, 2], rounds=rounds), "strong_")

@@ -6,9 +6,10 @@ What is left of the time is the engine's own. The bare loop does the same traini
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from experiments.api import ray_session
 from experiments.bench.bare import PROCESSES, compare
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
-from experiments.bench.results import Figure, Steps, one_ray
+from experiments.bench.results import Figure, Steps
 from experiments.config import Recipe
 
 LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -41,7 +42,7 @@ def recipe(folder: Path, base: Path, cohort: int, rounds: int, lanes: int) -> Re
 def measure(small: bool) -> dict[str, Figure]:
     """Ratios of clients per second, unpacked at both sizes and packed at the smaller; ValueError when they differ."""
     steps, figures = Steps(), dict[str, Figure]()
-    with TemporaryDirectory(prefix="fedpost-bench-") as name, one_ray(small):
+    with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
         folder = Path(name)
         write_llama(folder / "base", LLAMA, of_bytes=True)
         for size, (clients, cohort, rounds) in SIZES.items():

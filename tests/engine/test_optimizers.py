@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.optimizers import kept, make_optimizer, reset, restore
+from engine.optimizers import clip, kept, make_optimizer, reset, restore
 from engine.train_settings import AdamW, Sgd, TorchOptimizer
 
 TORCH = {
@@ -73,3 +73,17 @@ def test_without_a_kept_state_a_client_starts_anew() -> None:
 def test_what_torch_refuses_is_said() -> None:
     with pytest.raises(ValueError, match=r"torch\.optim\.RAdam refuses its options: "):
         make_optimizer([flat()], TorchOptimizer(name="RAdam", options={"eps": -1.0}))
+
+
+@pytest.mark.parametrize("most", [0.0, 0.5, 3.0, 100.0])
+def test_each_gradient_is_clipped_as_torch_clips_it_alone(most: float) -> None:
+    grad_KP = torch.stack([*GRADS, torch.zeros(3)])
+    expected = []
+    for grad in grad_KP.clone():
+        alone = flat()
+        alone.grad = grad
+        if most:
+            torch.nn.utils.clip_grad_norm_([alone], most)
+        expected.append(alone.grad)
+    clip(grad_KP, most)
+    assert torch.equal(grad_KP, torch.stack(expected))

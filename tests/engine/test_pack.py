@@ -112,6 +112,15 @@ def test_a_client_is_the_same_as_alone(pair: Pair, packed: Any, rows: pa.RecordB
     the_same(one_by_one(alone, some, federation), expected, 0)
 
 
+def lent(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, Memory]]:
+    """Each client's update as a slot takes it, which copies it before the next client."""
+    found = []
+    for job in some:
+        ((update, memory),) = trainer.updates([job], federation, lent=True)
+        found.append((replace(update, delta=update.delta.clone()), memory))
+    return found
+
+
 @pytest.mark.parametrize(
     ("train", "peft"),
     [
@@ -172,6 +181,9 @@ def test_every_strategy_allows_packs(pair: Pair, packed: Any, rows: pa.RecordBat
     alone, pack = pair(federation)
     first = jobs(alone, federation, rows)
     expected = one_by_one(alone, first, federation)
+    for (update, memory), (other, remembered) in zip(lent(alone, first, federation), expected, strict=True):
+        assert torch.equal(update.delta, other.delta)
+        assert all(torch.equal((update.extras | memory)[name], it) for name, it in (other.extras | remembered).items())
     assert not rule().remembers or any(memory for _, memory in expected)
     second = jobs(alone, federation, rows, **{f"of_{update.client}": memory for update, memory in expected})
     for some in (first, second):

@@ -156,12 +156,14 @@ def test_interrupted_once_it_finishes_the_round_and_a_damaged_checkpoint_is_pass
 
 @dataclass(frozen=True)
 class TooLarge(FedAvg):
-    """FedAvg on slots that have memory for two clients at once."""
+    """FedAvg on slots that have memory for so many clients at once."""
+
+    most: int = 2
 
     def starts(self, got, memory):
-        """As FedAvg's; the third client that begins before one has ended finds no memory left."""
+        """As FedAvg's; the next client that begins before one of so many has ended finds no memory left."""
         began.append(1)
-        if len(began) > 2:
+        if len(began) > self.most:
             began.clear()
             raise torch.OutOfMemoryError("Tried to allocate more than there is")
         return super().starts(got, memory)
@@ -176,16 +178,17 @@ began = []  # of each slot's process
 
 
 @pytest.mark.slow
-def test_a_pack_that_is_too_large_gives_the_bits_of_its_halves(ray_session, small_recipe, tmp_path, full):
-    if not full:
-        pytest.skip("what is halved is tried beside it")
+@pytest.mark.parametrize(("most", "tries"), [(1, 2), (2, 1)])
+def test_a_pack_that_is_too_large_gives_the_bits_of_its_parts(ray_session, small_recipe, tmp_path, full, most, tries):
+    if not full and most > 1:
+        pytest.skip("clients alone are tried")
     changes = ("evaluate.every=0", "rounds=3", "cohort.size=4")
-    halves = experiments.run(small_recipe(*changes, "clients.pack=2"), out=tmp_path / "halves")
-    recipe = replace(small_recipe(*changes, "clients.pack=4"), strategy=TooLarge())
+    parts = experiments.run(small_recipe(*changes, f"clients.pack={most}"), out=tmp_path / "parts")
+    recipe = replace(small_recipe(*changes, "clients.pack=4"), strategy=TooLarge(most=most))
     run = experiments.run(recipe, out=tmp_path / "run")
-    assert bits(run) == bits(halves)
+    assert bits(run) == bits(parts)
     found = faults(run)
-    assert len(found) == 3 * 4 and all(why.startswith("in a pack with clients ") for _, _, why in found)
+    assert len(found) == 3 * 4 * tries and all(why.startswith("in a pack with clients ") for _, _, why in found)
 
 
 @pytest.mark.slow

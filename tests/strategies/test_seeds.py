@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.seeds import rng, torch_rng, torch_seed
+from strategies.seeds import rng, seed_torch, torch_rng, torch_seed
 
 PLACE = (7, 3, 12, "batches")
 
@@ -44,3 +44,12 @@ def test_torch_accepts_every_seed(seed: int, round_: int, client: int) -> None:
     drawn_seed = torch_seed(seed, round_, client, "dropout")
     assert 0 <= drawn_seed < 2**63
     torch.Generator().manual_seed(drawn_seed)
+
+
+def test_torch_is_seeded_as_by_itself_and_remembers_nothing_of_it() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    kept = len(torch.cuda._queued_calls)
+    seed_torch(5)
+    assert torch.equal(torch.rand(3), expected)
+    assert len(torch.cuda._queued_calls) == kept
