@@ -26,6 +26,8 @@ from strategies.secagg.protocol import Session
 from strategies.secagg.ring import Sums
 from strategies.types import Aggregate
 
+WITHIN_CALLS = 65_536  # bytes, well below what Ray puts into the store by itself
+
 
 @dataclass(frozen=True)
 class Collected:
@@ -71,7 +73,7 @@ class PlainCollector:
 
     def collect(self, work: Work, wire: WireBroadcast) -> Collected:
         """The simulator adds up where the rule reads sums; the protocol's server would have had each update."""
-        done = self.slots.train(self._there(work, wire), ray.put(wire), wire.lanes)
+        done = self.slots.train(self._there(work, wire), _shared(wire), wire.lanes)
         aggregate = None
         if any(_good(report) for report in done.reports):
             aggregate = merge(done.sums) if self.federation.strategy.reads == "sum" else _listed(done.each)
@@ -194,6 +196,11 @@ def _listed(each: dict[int, Any]) -> Aggregate:
     updates = tuple(update_from_wire(update) for update in found if update is not None)
     nothing = torch.zeros_like(updates[0].delta)
     return Aggregate(sum(update.weight for update in updates), nothing, {}, len(updates), updates)
+
+
+def _shared(wire: WireBroadcast) -> Any:
+    """What calls are given: a reference, or, of few bytes, all of it, since to look into the store takes longer."""
+    return wire if _bytes(wire) <= WITHIN_CALLS else ray.put(wire)
 
 
 def _bytes(wire: WireBroadcast) -> int:

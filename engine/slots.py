@@ -55,7 +55,7 @@ class Slots(Pool):
         """The clients of a round in packs."""
         return packs(work.clients, work.steps, lanes)
 
-    def train(self, work: Work, wire: Reference, lanes: int) -> Worked:
+    def train(self, work: Work, wire: Any, lanes: int) -> Worked:
         """One round's local work. A slot that dies takes its sum with it: the packs in it are run again elsewhere."""
         each: dict[int, Reference] = {}
 
