@@ -96,9 +96,9 @@ def alone(recipe, tokens, client):
 def test_a_client_after_another_is_the_client_in_a_fresh_gang_and_in_one_process(
     gangs, small_recipe, doubled, full, stage, peft, optimizer, ranks
 ):
-    few = [(stage, "lora", "adamw", 2) for stage in (1, 2, 3)] + [(3, "none", "sgd", 2)]
+    few = [(1, "lora", "adamw", 2), (3, "lora", "adamw", 2), (3, "none", "sgd", 2)]
     if not full and (stage, peft, optimizer, ranks) not in few:
-        pytest.skip("LoRA with AdamW is tried at each stage, and a gradient as it is, unless all are asked for")
+        pytest.skip("LoRA with AdamW is tried at two stages, and a gradient as it is, unless all are asked for")
     other = (doubled["two" if optimizer == "sgd" else "one"],) if peft == "none" else ()
     recipe = small_recipe(*changes(stage, peft, optimizer, ranks=ranks), *other)
     pool, start = gangs(recipe)
