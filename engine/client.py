@@ -29,7 +29,7 @@ from engine.ring import noise, ring_vector
 from engine.rows import Parts, find_tokens, receive_tokens, token_columns
 from engine.secure import SecureClients
 from engine.settings import Federation
-from engine.shared_memory import protect, release
+from engine.shared_memory import look_away, protect, release
 from engine.sums import ExactSum, NonFiniteUpdate, PartialSum, cut, finite_bound
 from engine.train import Job, LocalTrainer
 from engine.wire import DOWN, UP, Report, Sent, WireBroadcast, borrow, from_wire, joined, to_wire, update_to_wire
@@ -55,7 +55,7 @@ class Place:
 
 
 class ClientActor(SecureClients, Judge):
-    """One slot. `attach` gives it base and rows; then chunks of clients come, and `close_round` ends a round."""
+    """One slot. `attach` gives it base and rows; then chunks of clients come, and `forget_sum` ends a round."""
 
     def __init__(self, federation: Federation, memory: Path) -> None:
         import peft  # noqa: F401  # takes seconds: here all slots take them at the same time
@@ -134,6 +134,8 @@ class ClientActor(SecureClients, Judge):
         self.largest = int(self.tokens.counts("train").max())
         initial = trainable.initial.numpy() if first else np.empty(0, np.float32)
         del trainable.initial  # no slot needs it again
+        if self.device.type == "cpu" and federation.model.peft.kind == "none":
+            look_away(base)  # all that is trained has been copied
         return trainable.layout, initial
 
     def run(self, chunk: list[Unit], wire: WireBroadcast | Sent) -> list[Report]:
@@ -277,9 +279,13 @@ class ClientActor(SecureClients, Judge):
             release(self.merged)
         self.merged = merged  # a live reference, as `base`
 
-    def close_round(self) -> PartialSum:
-        """Hands over the sum of all clients since the last close."""
-        return self.sum.close()
+    def part_of_sum(self, first: int, size: int) -> PartialSum:
+        """So many elements, from `first` on, of the sum of all clients since the last was forgotten."""
+        return self.sum.part(first, size)
+
+    def forget_sum(self) -> None:
+        """Starts again at nothing."""
+        self.sum.close()
 
     def close_in_shards(self, partition: Partition) -> tuple[int | PartialSum, ...]:
         """The bytes of the sum since the last close, and the sum cut as gangs cut it."""

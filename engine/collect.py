@@ -17,7 +17,6 @@ from engine.relay import Message, Relay
 from engine.ring import Plan, ring_aggregate, ring_sums
 from engine.settings import Federation, Lora
 from engine.slots import Slots
-from engine.sums import merge
 from engine.wire import DOWN, UP, Report, Sent, ShardSum, ShardTotals, WireBroadcast, update_from_wire
 from strategies.dp_distributed import DistributedPlan
 from strategies.layout import Layout
@@ -76,9 +75,9 @@ class PlainCollector:
         done = self.slots.train(self._there(work, wire), _shared(wire), wire.lanes)
         aggregate = None
         if any(_good(report) for report in done.reports):
-            aggregate = merge(done.sums) if self.federation.strategy.reads == "sum" else _listed(done.each)
+            aggregate = done.sums[0] if self.federation.strategy.reads == "sum" else _listed(done.each)
         moved = _bytes(wire) + len(done.each) * wire.params.nbytes
-        return self._told(work, done, aggregate, moved + sum(partial.nbytes for partial in done.sums))
+        return self._told(work, done, aggregate, moved + done.nbytes)
 
     def _there(self, work: Work, wire: WireBroadcast | Sent) -> Work:
         """Without those who drop out on purpose."""
@@ -113,7 +112,7 @@ class ShardCollector(PlainCollector):
     def collect(self, work: Work, wire: Sent) -> Collected:  # type: ignore[override]
         """As in the clear; the aggregate is each gang's sum, in shards."""
         done = self.slots.train(self._there(work, wire), wire, wire.lanes)
-        moved = wire.nbytes + sum(one.nbytes for one in done.sums)
+        moved = wire.nbytes + done.nbytes
         return self._told(work, done, done.sums if any(_good(report) for report in done.reports) else None, moved)
 
 

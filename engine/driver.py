@@ -255,6 +255,7 @@ class Driver:
         merged, spent = isinstance(state, ServerState) and state.residual is not None, self.rounds.spent()
         card = model_card(self.federation, losses, self.store.manifest, merged=merged, spent=spent)
         self.slots.export(folder / "model", sent, card)
+        del sent  # the store need not hold both
         self._forget_residual(state)
         before = self.scores.continued(self.server.sent(initial))
         samples = [

@@ -20,7 +20,7 @@ from engine.meeting import rank_environment
 from engine.pool import Reference, Start
 from engine.rows import put_tokens
 from engine.settings import Federation
-from engine.slots import Slots
+from engine.slots import Slots, Taken
 from engine.wire import ShardedState, ShardSum, ShardTotals
 from strategies.partition import Partition
 from strategies.secagg.masks import Masks
@@ -226,11 +226,20 @@ class Gangs(Slots):
             except LOST as error:
                 self.replace(0, error)
 
-    def _close(self, slot: int) -> Any:
-        return [rank.close_round.options(num_returns=2).remote() for rank in self.ranks[slot]]
+    def _take_sums(self, slots: list[int]) -> Taken:
+        """Each slot's sum, in shards that stay in the store."""
+        closing = {slot: self._close(slot) for slot in slots}
+        found, lost = dict[int, ShardSum](), dict[int, Exception]()
+        for slot, shards in closing.items():
+            try:
+                nbytes = sum(self.answer([nbytes for nbytes, _ in shards]))
+                found[slot] = ShardSum(tuple(shard for _, shard in shards), nbytes)
+            except LOST as error:
+                lost[slot] = error
+        return Taken([*found.values()], sum(one.nbytes for one in found.values()), [*found], lost)
 
-    def _closed(self, closing: Any) -> Any:
-        return ShardSum(tuple(shard for _, shard in closing), sum(self.answer([nbytes for nbytes, _ in closing])))
+    def _close(self, slot: int) -> list[tuple[Reference, Reference]]:
+        return [rank.close_round.options(num_returns=2).remote() for rank in self.ranks[slot]]
 
     def stop(self) -> None:
         """Ends all gangs."""

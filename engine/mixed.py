@@ -71,7 +71,7 @@ class Mixed(Gangs):
     def _attach(self, slot: int) -> Reference:
         return Slots._attach(self, slot) if self._plain(slot) else super()._attach(slot)
 
-    def _close(self, slot: int) -> Any:
+    def _close(self, slot: int) -> list[tuple[Reference, Reference]]:
         if not self._plain(slot):
             return super()._close(slot)
         closed = self.actors[slot].close_in_shards.options(num_returns=1 + self.zero.ranks).remote(self.partition)

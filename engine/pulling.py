@@ -55,11 +55,13 @@ class Work:
 class Worked:
     """A round's local work: reports, sorted, sums that hold each client once, and references to updates by client.
 
-    There are such references only where the strategy reads more than sums. `busy` are the slots' seconds of work.
+    There are such references only where the strategy reads more than sums. `nbytes` is what the sums took in the
+    object store, `busy` are the slots' seconds of work.
     """
 
     reports: list[Report]
     sums: list[Any]
+    nbytes: int
     each: dict[int, Any]
     busy: list[float]
 
@@ -103,29 +105,33 @@ class Done:
 
 
 class Pull:
-    """Slots pull `units` of work, the longest (`costs`, in any unit) first, until all are done.
+    """Slots pull `units` of work, the longest (by their `cost`, in any unit) first, until all are done.
 
     A chunk is a share of the work that is left, so that chunks shrink towards the end. Slots that have nothing else to
     do take what is `later`. What a slot was working on when it died is handed out unit by unit: one that ends slots
-    again and again is halved if it is a pack, and a client alone gets the results of `give_up`, or ends the run.
+    again and again is halved if it is a pack, and a client alone gets the results of `give_up`, or ends the run. What
+    slots had `done` before is theirs still, and dies with them as well.
     """
 
     def __init__(
         self,
         pool: Slots,
         units: list[Unit],
-        costs: list[float],
+        cost: Callable[[Unit], float],
         call: Callable[[Any, list[Unit]], Any],
         later: list[Later] | None = None,
         give_up: Callable[[int, str], Any] | None = None,
+        done: dict[int, Done] | None = None,
     ) -> None:
         self.pool, self.call, self.later, self.give_up = pool, call, later or [], give_up
-        self.cost = dict(zip(units, costs, strict=True))
-        kinds = pool.kinds(np.array([unit[0] for unit in units], np.int64))
-        self.kind = dict(zip(units, kinds.tolist(), strict=True))
+        self.done = done or {}
+        known = [*units, *(unit for own in self.done.values() for unit in own.units)]
+        self.cost = {unit: cost(unit) for unit in known}
+        kinds = pool.kinds(np.array([unit[0] for unit in known], np.int64))
+        self.kind = dict(zip(known, kinds.tolist(), strict=True))
         self.queues: dict[int, deque[Unit]] = {kind: deque() for kind in self.kind.values()}
         self.left = dict.fromkeys(self.queues, 0.0)
-        for place in np.argsort(-np.array(costs), kind="stable"):
+        for place in np.argsort([-self.cost[unit] for unit in units], kind="stable"):
             self._queue(units[place])
         self.slots = Counter(pool.kind_of(slot) for slot in pool.alive)
         self.free = dict.fromkeys(pool.alive, AHEAD)
@@ -133,8 +139,7 @@ class Pull:
         self.beside: dict[Any, tuple[int, Later, list[int]]] = {}
         self.since: dict[int, float] = {}  # when a slot began to owe an answer
         self.suspects: Counter[Unit] = Counter()  # how many slots have died while they worked on a unit alone
-        self.done: dict[int, Done] = {}
-        self.most = 0  # units that were done at once
+        self.most = self._finished()  # units that were done at once
         self.given_up: list[Any] = []
 
     def run(self) -> dict[int, Done]:
@@ -226,9 +231,12 @@ class Pull:
 
     def _count(self) -> None:
         """Forgives the deaths before where more is done than ever was, to which what always dies does not come."""
-        finished = sum(len(own.units) for own in self.done.values())
+        finished = self._finished()
         if finished > self.most:
             self.most, self.pool.deaths = finished, 0
+
+    def _finished(self) -> int:
+        return sum(len(own.units) for own in self.done.values())
 
     def _lose(self, slot: int, error: Exception) -> None:
         """All that a dead slot has done or begun is to be done again, but for what it has answered of `later`."""

@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import ray
-import torch
 
 from engine.gang import Served
 from engine.gangs import Gangs
@@ -13,7 +12,7 @@ from engine.pool import Start
 from engine.settings import Federation
 from engine.slots import Slots
 from engine.spending import noisy
-from engine.wire import Sent, ShardedState, ShardSum, WireBroadcast, to_wire
+from engine.wire import Sent, ShardedState, ShardSum, WireBroadcast, borrow, to_wire
 from strategies.dp_central import CentralPlan
 from strategies.transforms import decode
 from strategies.types import Aggregate, ServerState
@@ -58,8 +57,7 @@ class WholeServer:
     def initial(self) -> ServerState:
         """The state before the first round."""
         assert isinstance(self.start.initial, np.ndarray)
-        initial = torch.from_numpy(self.start.initial.copy())
-        return self._known(self.federation.strategy.init(initial, self.start.layout))
+        return self._known(self.federation.strategy.init(borrow(self.start.initial), self.start.layout))
 
     def loaded(self, state: ServerState | ShardedState) -> ServerState:
         """A state from a checkpoint; ValueError where it is of another model."""

@@ -23,7 +23,17 @@ def release(buffer: np.ndarray) -> None:
     _set(buffer, PROT_READ | PROT_WRITE)
 
 
+def look_away(buffer: np.ndarray) -> None:
+    """Takes the buffer's pages out of this process until it looks at them again; in the store they stay."""
+    _tell("madvise", buffer, mmap.MADV_DONTNEED, "the shared base cannot be looked away from")
+
+
 def _set(buffer: np.ndarray, access: int) -> None:
+    _tell("mprotect", buffer, access, "the shared base cannot be protected against writes")
+
+
+def _tell(call: str, buffer: np.ndarray, what: int, failed: str) -> None:
+    """Asks the system for something that concerns the whole pages inside a buffer."""
     if not sys.platform.startswith("linux"):
         return
     page = mmap.PAGESIZE
@@ -31,5 +41,5 @@ def _set(buffer: np.ndarray, access: int) -> None:
     length = (buffer.ctypes.data + buffer.nbytes) // page * page - start
     if length > 0:
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(length), access) != 0:
-            raise OSError(ctypes.get_errno(), "the shared base cannot be protected against writes")
+        if libc[call](ctypes.c_void_p(start), ctypes.c_size_t(length), what) != 0:
+            raise OSError(ctypes.get_errno(), failed)

@@ -1,6 +1,7 @@
 """The pool of slots at work: handing out chunks of clients, and running again what a dead slot takes with it."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,24 @@ import ray
 from engine.atomic import write_folder
 from engine.lost import LOST, SlotSilent, within
 from engine.pool import Pool, Reference
-from engine.pulling import Later, Pull, Unit, Work, Worked, packs
+from engine.pulling import Done, Later, Pull, Unit, Work, Worked, packs
 from engine.settings import Federation
+from engine.sums import BLOCK, PartialSum, merge_parts
 from engine.wire import Report, ShardTotals
 from strategies.secagg.masks import Masks
 from strategies.secagg.ring import Sums, Totals
+
+PART = 64 * BLOCK  # elements of a sum that are handed over at once, so that no store needs to hold all of it
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Sums that slots have handed over, their bytes in the store, of which slots, and what became of the others."""
+
+    sums: list[Any]
+    nbytes: int
+    slots: list[int]
+    lost: dict[int, Exception]
 
 
 class Slots(Pool):
@@ -69,38 +83,62 @@ class Slots(Pool):
             return done
 
         reports: dict[int, Report] = {}
-        sums: list[Any] = []
-        busy = [0.0] * self.size
+        sums, nbytes, busy = list[Any](), 0, [0.0] * self.size
+        done: dict[int, Done] = {}
         ended: dict[Unit, None] = {}  # in the order in which they were
         todo, self.deaths, lost_sums = self.units(work, lanes), 0, 0
         while todo:
-            pull = Pull(self, todo, [work.cost(unit) for unit in todo], call, self.later, _given_up)
+            pull = Pull(self, todo, work.cost, call, self.later, _given_up, done)
             done, todo = pull.run(), []
             for report in pull.given_up:
                 reports[report.client] = report
                 each.pop(report.client, None)  # what it leaves is the error of a dead slot
-            closing = {slot: self._close(slot) for slot in done}
-            for slot, own in done.items():
-                try:
-                    sums.append(self._closed(closing[slot]))
-                    reports |= {report.client: report for report in own.results}
-                    busy[slot] += sum(report.seconds for report in own.results)
-                    ended |= dict.fromkeys(own.units)
-                except LOST as error:
-                    todo += own.units
-                    lost_sums += 1
-                    self.deaths = max(self.deaths, lost_sums)  # whatever was done between is lost with them
-                    self.replace(slot, error)
+            taken = self._take_sums(list(done))
+            sums, nbytes = [*sums, *taken.sums], nbytes + taken.nbytes
+            for slot in taken.slots:
+                own = done.pop(slot)
+                reports |= {report.client: report for report in own.results}
+                busy[slot] += sum(report.seconds for report in own.results)
+                ended |= dict.fromkeys(own.units)
+            for slot, error in taken.lost.items():
+                todo += done.pop(slot).units
+                lost_sums += 1
+                self.deaths = max(self.deaths, lost_sums)  # whatever was done between is lost with them
+                self.replace(slot, error)
             if self.faults:  # updates may have lain on a node that is gone
                 lost = {client for client, update in each.items() if _is_lost(update)}
                 todo += [unit for unit in ended if lost & {*unit} and unit not in todo]
-        return Worked([reports[client] for client in sorted(reports)], sums, each, busy)
+        return Worked([reports[client] for client in sorted(reports)], sums, nbytes, each, busy)
 
-    def _close(self, slot: int) -> Any:
-        return self.actors[slot].close_round.remote()
+    def _take_sums(self, slots: list[int]) -> Taken:
+        """One sum over all these slots, part by part, so that neither store nor driver holds the slots' wide ones.
 
-    def _closed(self, closing: Any) -> Any:
-        return self.answer(closing)
+        All keep theirs until it is whole: where a slot dies of it, they have them still.
+        """
+        if not slots or self.federation.strategy.reads != "sum":
+            return Taken([], 0, slots, {})
+        asked, nbytes = slots[0], 0
+
+        def parts() -> Iterator[list[PartialSum]]:
+            nonlocal asked, nbytes
+            first, coming = 0, [self.actors[slot].part_of_sum.remote(0, PART) for slot in slots]
+            while coming:
+                got = list[PartialSum]()
+                for slot in slots:
+                    asked = slot
+                    got.append(self.answer(coming.pop(0)))
+                first, nbytes = first + PART, nbytes + sum(one.nbytes for one in got)
+                if any(first < length for one in got for length in one.lengths.values()):
+                    coming = [self.actors[slot].part_of_sum.remote(first, PART) for slot in slots]
+                yield got
+
+        try:
+            whole = merge_parts(parts())
+        except LOST as error:
+            return Taken([], nbytes, [], {asked: error})
+        for slot in slots:
+            self.actors[slot].forget_sum.remote()
+        return Taken([whole] if whole else [], nbytes, slots, {})
 
     def held(self, sums: Sums) -> int:
         """How many coordinates of a masked vector come in a slot's message."""
@@ -121,7 +159,8 @@ class Slots(Pool):
         """
         self.deaths = 0
         units: list[Unit] = [(client,) for client in clients.tolist()]
-        pull = Pull(self, units, costs.tolist(), lambda actor, chunk: call(actor, [client for (client,) in chunk]))
+        cost = dict(zip(units, costs.tolist(), strict=True)).__getitem__
+        pull = Pull(self, units, cost, lambda actor, chunk: call(actor, [client for (client,) in chunk]))
         return [result for own in pull.run().values() for result in own.results]
 
     def ask(self, call: Callable[[Any], Reference], *, long: bool = False) -> Any:

@@ -6,7 +6,8 @@ smallest integer.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,10 +17,13 @@ from strategies.types import Aggregate, Update
 
 STEP = 2.0**40
 LIMIT = 2.0**22  # of sum w |x|: half of int64's room, so that no merge of checked partial sums can wrap
-BLOCK = 32_768  # elements at a time: the float64 intermediate stays in the cache
+BLOCK = 65_536  # elements at a time: what is made of them stays in the cache
 NEAREST = 1.5 * 2.0**52  # from 2^52 on doubles are 1 apart: what is added to it is rounded, and stands in its last bits
 NEAREST_BITS = np.float64(NEAREST).view(np.int64)  # which stand in it too, and are taken out of a sum when it closes
 ROOM = 2.0**51 / STEP  # of values that it can be done with
+
+
+NOT_FINITE = "its update holds NaN or infinity"
 
 
 class NonFiniteUpdate(ValueError):
@@ -30,13 +34,15 @@ class NonFiniteUpdate(ValueError):
 class PartialSum:
     """A slot's part of a round: sums on the grid (int64), the sum of weights on the grid, and how many clients.
 
-    `bound` is the sum of weight * max |x|, from which overflow is judged.
+    `bound` is the sum of weight * max |x|, from which overflow is judged. `lengths` are those of the whole vectors, of
+    which `vectors` may be a stretch.
     """
 
     vectors: dict[str, np.ndarray]
     weight: int
     count: int
     bound: float
+    lengths: dict[str, int]
 
     @property
     def nbytes(self) -> int:
@@ -44,15 +50,64 @@ class PartialSum:
         return sum(vector.nbytes for vector in self.vectors.values())
 
 
+class OnGrid:
+    """One vector's running sum in steps of the grid (P,), worked on in blocks."""
+
+    def __init__(self, length: int) -> None:
+        self.steps_P = np.zeros(length, np.int64)
+        self.nearest = [0] * -(-length // BLOCK)  # how often a block has NEAREST_BITS in it
+        self.scratch_B = np.empty(min(BLOCK, length))
+
+    def add(self, values_P: np.ndarray, weight: float, limit: float) -> float:
+        """Adds weight * values (P,) and returns the largest |weight * value|; where that is not below `limit`, nothing.
+
+        Large vectors are read once for both: memory is slower than what is done to them.
+        """
+        largest = 0.0
+        for block, values_B in enumerate(_blocks(values_P)):
+            reached = weight * _peak(values_B)
+            if not reached < limit:  # NaN is not
+                self.take_out(values_P[: block * BLOCK], weight)
+                return reached
+            self._put(np.add, block, values_B, weight, reached)
+            largest = max(largest, reached)
+        return largest
+
+    def take_out(self, values_P: np.ndarray, weight: float) -> None:
+        """Undoes an addition: integers are then what they were, bit for bit."""
+        for block, values_B in enumerate(_blocks(values_P)):
+            self._put(np.subtract, block, values_B, weight, weight * _peak(values_B))
+
+    def _put(self, put: np.ufunc, block: int, values_B: np.ndarray, weight: float, reached: float) -> None:
+        """Rounds to even where two steps are as near."""
+        sum_B, steps_B = self.steps_P[block * BLOCK :][: len(values_B)], self.scratch_B[: len(values_B)]
+        steps_B[:] = values_B
+        steps_B *= weight * STEP
+        if reached < ROOM:  # faster than a conversion, which is bound by the processor
+            steps_B += NEAREST
+            self.nearest[block] += 1 if put is np.add else -1
+            put(sum_B, steps_B.view(np.int64), out=sum_B)
+        else:
+            put(sum_B, np.rint(steps_B).astype(np.int64), out=sum_B)
+
+    def stretch(self, first: int, size: int) -> np.ndarray:
+        """So many steps of the sum from the block that begins at `first`: a view, until something is added."""
+        stretch = self.steps_P[first : first + size]
+        for block, sum_B in enumerate(_blocks(stretch), first // BLOCK):
+            # Integers come round: no sum is too large for it.
+            sum_B -= np.uint64(self.nearest[block] * int(NEAREST_BITS) % 2**64).view(np.int64)
+            self.nearest[block] = 0
+        return stretch
+
+
 class ExactSum:
-    """Adds clients' updates in place; `close` hands the partial sum over and starts again at nothing."""
+    """Adds clients' updates in place; `part` shows the sum, `close` hands it over and starts again at nothing."""
 
     def __init__(self) -> None:
         self._empty()
 
     def _empty(self) -> None:
-        self.vectors: dict[str, np.ndarray] = {}
-        self.nearest: Counter[str] = Counter()  # how often a vector has NEAREST_BITS in it
+        self.vectors: dict[str, OnGrid] = {}
         self.weight, self.count, self.bound = 0, 0, 0.0
 
     def add(self, update: Update) -> None:
@@ -61,61 +116,93 @@ class ExactSum:
         Raises NonFiniteUpdate, and ValueError where all together leave the grid's range; the sum is then as before.
         """
         assert "delta" not in update.extras and update.delta.ndim == 1
-        tensors = {"delta": (update.delta, update.weight)}
-        tensors |= {name: (extra, 1.0) for name, extra in update.extras.items()}
-        own = finite_bound(update)
-        if own >= LIMIT:
-            raise NonFiniteUpdate(f"its update reaches {own:.3g}, beyond the exact sum's range of {LIMIT:.3g}")
-        bound = self.bound + own
-        _check(bound)
-        self.bound = bound
-        for name, (tensor, weight) in tensors.items():
+        if not np.isfinite(update.weight):
+            raise NonFiniteUpdate(NOT_FINITE)
+        own, added = 0.0, list[tuple[OnGrid, np.ndarray, float]]()
+        for name, tensor in {"delta": update.delta, **update.extras}.items():
+            values_P, weight = tensor.detach().numpy(), update.weight if name == "delta" else 1.0
             if name not in self.vectors:
-                self.vectors[name] = np.zeros(tensor.numel(), np.int64)
-            self.nearest[name] += _add_on_grid(self.vectors[name], tensor.detach().numpy(), weight, own)
+                self.vectors[name] = OnGrid(len(values_P))
+            own += self.vectors[name].add(values_P, weight, LIMIT - own)
+            if not own < LIMIT:
+                break
+            added.append((self.vectors[name], values_P, weight))
+        if not self.bound + own < LIMIT:
+            for vector, values_P, weight in added:
+                vector.take_out(values_P, weight)
+            if not np.isfinite(own):
+                raise NonFiniteUpdate(NOT_FINITE)
+            if own >= LIMIT:
+                raise NonFiniteUpdate(f"its update reaches {own:.3g}, beyond the exact sum's range of {LIMIT:.3g}")
+        _check(self.bound + own)
+        self.bound += own
         self.weight += round(update.weight * STEP)
         self.count += 1
 
+    def part(self, first: int, size: int) -> PartialSum:
+        """So many elements of each vector from the block that begins at `first`, as views, until something is added."""
+        lengths = {name: len(vector.steps_P) for name, vector in self.vectors.items()}
+        vectors = {name: vector.stretch(first, size) for name, vector in self.vectors.items()}
+        return PartialSum(vectors, self.weight, self.count, self.bound, lengths)
+
     def close(self) -> PartialSum:
         """The sum of all that was added since the last close."""
-        for name, often in self.nearest.items():
-            # Integers come round: no sum is too large for it.
-            self.vectors[name] -= np.uint64(often * int(NEAREST_BITS) % 2**64).view(np.int64)
-        partial = PartialSum(self.vectors, self.weight, self.count, self.bound)
+        whole = self.part(0, max((len(vector.steps_P) for vector in self.vectors.values()), default=0))
         self._empty()
-        return partial
+        return whole
 
 
 def finite_bound(update: Update) -> float:
     """weight * max |delta| + the extras' own maxima; NonFiniteUpdate if a value or the weight is NaN or infinite."""
-    bound = update.weight * _peak(update.delta) + sum(_peak(extra) for extra in update.extras.values())
+    extras = sum(_peak(extra.detach().numpy()) for extra in update.extras.values())
+    bound = update.weight * _peak(update.delta.detach().numpy()) + extras
     if not np.isfinite([update.weight, bound]).all():
-        raise NonFiniteUpdate("its update holds NaN or infinity")
+        raise NonFiniteUpdate(NOT_FINITE)
     return bound
 
 
-def _peak(tensor: torch.Tensor) -> float:
-    if not tensor.numel():
-        return 0.0
-    least, most = tensor.aminmax()  # without a copy, and NaN where there is any
-    return max(abs(float(least)), abs(float(most)))
+def _peak(values: np.ndarray) -> float:
+    """The largest |value|, NaN where there is any; without a copy."""
+    return max(float(values.max()), -float(values.min())) if len(values) else 0.0
+
+
+def _blocks(vector_P: np.ndarray) -> Iterator[np.ndarray]:
+    return (vector_P[start : start + BLOCK] for start in range(0, len(vector_P), BLOCK))
 
 
 def merge(partials: list[PartialSum]) -> Aggregate:
     """The sum over all slots as float32 vectors; ValueError when no client contributed or the grid's range is left."""
-    partials = [partial for partial in partials if partial.count]
-    if not partials:
+    found = merge_parts([[*partials]])
+    if found is None:
         raise ValueError("no client of the cohort gave an update, so there is nothing to average")
-    _check(sum(partial.bound for partial in partials))
-    totals = {}
-    for name, first in partials[0].vectors.items():
-        total_P = np.empty(len(first), np.float32)
-        for start in range(0, len(first), BLOCK):  # the wide integers stay in the cache
-            block = slice(start, start + BLOCK)
-            total_P[block] = sum(partial.vectors[name][block] for partial in partials) / STEP
-        totals[name] = torch.from_numpy(total_P)
-    weight = sum(partial.weight for partial in partials) / STEP
-    return Aggregate(weight, totals.pop("delta"), totals, sum(partial.count for partial in partials))
+    return found
+
+
+def merge_parts(parts: Iterable[list[PartialSum]]) -> Aggregate | None:
+    """As `merge`, of the slots' sums part after part; None when no client contributed.
+
+    Each list is empty when the next one is asked for, so that the store can use the place of what was in it.
+    """
+    totals: dict[str, np.ndarray] = {}
+    weight, count = 0, 0
+    had: Counter[str] = Counter()
+    for part in parts:
+        weight, count = sum(partial.weight for partial in part), sum(partial.count for partial in part)
+        _check(sum(partial.bound for partial in part))
+        there = [partial for partial in part if partial.count]
+        part.clear()
+        for name, length in there[0].lengths.items() if there else ():
+            size = len(there[0].vectors[name])
+            total_P = totals.setdefault(name, np.empty(length, np.float32))[had[name] :]
+            for start in range(0, size, BLOCK):  # the wide integers stay in the cache
+                block = slice(start, start + BLOCK)
+                total_P[block][:size] = sum(partial.vectors[name][block] for partial in there) / STEP
+            had[name] += size
+        there.clear()
+    if not count:
+        return None
+    vectors = {name: torch.from_numpy(total_P) for name, total_P in totals.items()}
+    return Aggregate(weight / STEP, vectors.pop("delta"), vectors, count)
 
 
 def cut(partial: PartialSum, partition: Partition, rank: int) -> PartialSum:
@@ -125,27 +212,7 @@ def cut(partial: PartialSum, partition: Partition, rank: int) -> PartialSum:
     for name, vector in partial.vectors.items():
         if len(vector) == whole:
             vectors[name] = partition.cut(torch.from_numpy(vector), rank).numpy()
-    return PartialSum(vectors, partial.weight, partial.count, partial.bound)
-
-
-def _add_on_grid(total_P: np.ndarray, values_P: np.ndarray, weight: float, largest: float) -> bool:
-    """Adds weight * values, none of which is beyond `largest`, rounded to even where two steps are as near.
-
-    True: NEAREST_BITS are still in each sum. That is faster than a conversion, which is bound by the processor.
-    """
-    scale, roomy = np.float64(weight * STEP), largest < ROOM
-    steps_B = np.empty(min(BLOCK, len(total_P)), np.float64)
-    for start in range(0, len(total_P), BLOCK):
-        block = slice(start, start + BLOCK)
-        steps = steps_B[: len(total_P) - start]
-        steps[:] = values_P[block]
-        steps *= scale
-        if roomy:
-            steps += NEAREST
-            total_P[block] += steps.view(np.int64)
-        else:
-            total_P[block] += np.rint(steps).astype(np.int64)
-    return roomy
+    return replace(partial, vectors=vectors, lengths={name: len(vector) for name, vector in vectors.items()})
 
 
 def _check(bound: float) -> None:

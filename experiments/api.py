@@ -144,6 +144,8 @@ def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # What the store holds for nobody goes at once and not once a second: a round may be shorter than that.
+    os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None and "ray" not in sys.modules:
         # Read when ray is imported. The first keeps Ray on loopback, whatever its name says; the token is this

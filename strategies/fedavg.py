@@ -77,4 +77,4 @@ class FedAvg:
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """theta += lr * total / weight."""
         step = aggregate.total * (self.lr / aggregate.weight)
-        return replace(state, round=state.round + 1, params=state.params + step)
+        return replace(state, round=state.round + 1, params=step.add_(state.params))

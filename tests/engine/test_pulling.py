@@ -74,9 +74,6 @@ class Light:
         clients = self.run(chunk)
         return [[Report(client, {}) for client in clients], *(f"update of {client}" for client in clients)]
 
-    def close_round(self) -> None:
-        return None
-
 
 class LightPool:
     """Two such slots, the first of them slow until it is made anew; `died` says how often that was."""
@@ -113,7 +110,7 @@ def pulled(pool: LightPool, units: list[tuple[int, ...]]) -> tuple[list[int], li
     pull = Pull(
         pool,  # type: ignore[arg-type]
         units,
-        [1.0] * len(units),
+        lambda unit: 1.0,
         lambda actor, chunk: actor.run.remote(chunk),
         give_up=lambda client, why: client,
     )

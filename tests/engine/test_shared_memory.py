@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.shared_memory import protect, release
+from engine.shared_memory import look_away, protect, release
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -48,6 +48,28 @@ def test_a_released_buffer_may_be_written_again() -> None:
     release(room)
     room[:] = 1
     assert room.sum() == len(room)
+
+
+@linux
+def test_what_is_looked_away_from_is_still_there_and_not_in_memory(tmp_path: Path) -> None:
+    path, length = tmp_path / "shared", 64 * mmap.PAGESIZE
+    path.write_bytes(bytes([7]) * length)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), length) as pages:
+        buffer = np.frombuffer(pages, np.uint8)
+        assert buffer.sum() == 7 * length and resident(path) >= length
+        look_away(buffer)
+        assert resident(path) == 0
+        assert buffer.sum() == 7 * length
+        del buffer
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.endswith(str(path)):
+            return 1024 * int(next(rss for rss in lines if rss.startswith("Rss:")).split()[1])
+    raise AssertionError(path)
 
 
 @linux

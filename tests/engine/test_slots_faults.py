@@ -9,12 +9,35 @@ import pytest
 import ray.cloudpickle
 
 from datasets_partition.build import build
+from engine import sums
 from engine.client import ClientActor
+from engine.pulling import Work
 from engine.slots import Slots
+from engine.wire import WireBroadcast
+
+BLOCK = 256  # of the sums of these slots, so that small ones have several
 
 
 class Dying(ClientActor):
-    """Dies of the first merge that any of them is asked for, and is stopped by the first texts and the first export."""
+    """Dies of the first merge and of the first second part of a sum that any of them is asked for.
+
+    Is stopped by the first texts and the first export.
+    """
+
+    def __init__(self, *given):
+        sums.BLOCK = BLOCK
+        super().__init__(*given)
+
+    def part_of_sum(self, first, size):
+        if first and self.first("died of a sum"):
+            os._exit(1)
+        return super().part_of_sum(first, size)
+
+    def run(self, chunk, wire):
+        for unit in chunk:
+            with (self.memory.folder.parent / "trained").open("a") as file:
+                file.write("".join(f"{client} " for client in unit))
+        return super().run(chunk, wire)
 
     def merged_weights(self, residual):
         if self.first("died"):
@@ -58,6 +81,27 @@ def started(ray_session, small_recipe, tmp_path, monkeypatch):
     for slots in begun:
         slots.stop()
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def test_a_slot_that_dies_of_handing_over_its_sum_costs_its_own_clients_alone(started, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.slots.PART", 2 * BLOCK)
+    slots, start = started("clients.slots=2")
+    clients = np.arange(6)
+    wire = WireBroadcast(0, start.initial, {})
+
+    def train():
+        (tmp_path / "trained").write_text("")
+        done = slots.train(Work(clients, np.ones(6), np.ones(6)), wire, 1)
+        (total,) = done.sums
+        trained = sorted(map(int, (tmp_path / "trained").read_text().split()))
+        assert [report.client for report in done.reports] == clients.tolist() and total.count == 6
+        return total.total.numpy().tobytes(), total.weight, trained
+
+    *first, trained = train()
+    assert (tmp_path / "died of a sum").exists() and [fault.kind for fault in slots.faults] == ["slot"]
+    assert 6 < len(trained) < 12 and set(trained) == {*clients.tolist()}
+    assert train() == (*first, clients.tolist())
+    assert start.layout.size > 4 * BLOCK
 
 
 def test_a_death_while_merging_costs_one_slot_and_not_the_run(started, tmp_path):

@@ -126,6 +126,21 @@ def test_what_is_not_finite_is_refused_and_leaves_no_trace(bad: Update) -> None:
     }
 
 
+@pytest.mark.parametrize("late", [math.nan, math.inf, LIMIT, 1.5 * ROOM], ids=["nan", "infinity", "huge", "no fault"])
+def test_blocks_before_a_bad_one_are_taken_out_again(late: float) -> None:
+    good, delta = Update(0, 0.5, torch.full((2 * BLOCK + 3,), 0.3)), torch.full((2 * BLOCK + 3,), 0.1)
+    delta[0], delta[-1] = 1.5 * ROOM, late  # blocks of both kinds of rounding
+    running, bad = ExactSum(), Update(1, 1.0, delta, {})
+    running.add(good)
+    if late < LIMIT:
+        running.add(bad)
+        assert running.close().vectors["delta"][-1] == round(late * STEP) + round(np.float32(0.3) * (0.5 * STEP))
+        return
+    with pytest.raises(NonFiniteUpdate):
+        running.add(bad)
+    assert np.array_equal(running.close().vectors["delta"], partial(good).vectors["delta"])
+
+
 @pytest.mark.parametrize("huge", [LIMIT, 1e38])
 def test_the_range_is_checked_before_anything_is_added(huge: float) -> None:
     running = ExactSum()
