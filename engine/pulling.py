@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Unit = tuple[int, ...]
 CHUNKS_PER_SLOT = 2  # of the work that is left: half of it is always held back, for whoever is done first
+LEAST_S = 0.005  # of work in a chunk, where there is so much: to hand one out takes about a tenth of that
 AHEAD = 2  # chunks that a slot has at once, so that it need not wait for the next
 REFILLED = 2  # packs hold so many clients a lane, where there are enough of them: who ends early is followed by another
 ENOUGH = 16  # packs of a cohort, so that slots stay in balance
@@ -32,7 +33,7 @@ ENOUGH = 16  # packs of a cohort, so that slots stay in balance
 
 @dataclass(frozen=True)
 class Work:
-    """A round's clients (N,), the steps that each takes (N,), and how long it is thought to take (N,), in any unit."""
+    """A round's clients (N,), the steps that each takes (N,), and the seconds that it is thought to take (N,)."""
 
     clients: np.ndarray
     steps: np.ndarray
@@ -105,9 +106,9 @@ class Done:
 
 
 class Pull:
-    """Slots pull `units` of work, the longest (by their `cost`, in any unit) first, until all are done.
+    """Slots pull `units` of work, the longest (by their `cost` in seconds) first, until all are done.
 
-    A chunk is a share of the work that is left, so that chunks shrink towards the end. Slots that have nothing else to
+    A chunk is a share of the work that is left, so that chunks shrink towards the end, but not to what is over at once. Slots that have nothing else to
     do take what is `later`. What a slot was working on when it died is handed out unit by unit: one that ends slots
     again and again is halved if it is a pack, and a client alone gets the results of `give_up`, or ends the run. What
     slots had `done` before is theirs still, and dies with them as well.
@@ -195,7 +196,7 @@ class Pull:
         return chunk
 
     def _share(self, kind: int) -> float:
-        return self.left[kind] / (CHUNKS_PER_SLOT * self.slots[kind])
+        return max(LEAST_S, self.left[kind] / (CHUNKS_PER_SLOT * self.slots[kind]))
 
     def _patience(self) -> float | None:
         allowed = self.pool.timeout_s

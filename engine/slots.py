@@ -155,7 +155,7 @@ class Slots(Pool):
     def map(self, clients: np.ndarray, costs: np.ndarray, call: Callable[[Any, list[int]], Reference]) -> list[Any]:
         """The results of `call(actor, chunk)` for all `clients` (N,), flat; ValueError when too many slots die.
 
-        `costs` (N,) are in any unit: the longest work is handed out first.
+        `costs` (N,) are in any unit of a second or more: the longest work is handed out first.
         """
         self.deaths = 0
         units: list[Unit] = [(client,) for client in clients.tolist()]

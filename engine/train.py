@@ -269,9 +269,9 @@ class LocalTrainer(Trainer):
 
     def cut(self, rows: pa.RecordBatch, batch: int) -> list[Batch]:
         """The rows as batches on the CPU, of no more tokens than `batch` rows of the longest kind have."""
-        found = pieces(lengths(rows), batch * self.objective.max_length)
-        if len(found) == 1:
+        if rows.num_rows <= batch:
             return [self.objective.collate(rows, self.pad)]
+        found = pieces(lengths(rows), batch * self.objective.max_length)
         return [self.objective.collate(rows.take(piece), self.pad) for piece in found]
 
 

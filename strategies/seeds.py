@@ -1,7 +1,7 @@
 """The only source of randomness: every draw is a function of (seed, round, client, purpose)."""
 
 from hashlib import sha256
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,10 +27,23 @@ Purpose = Literal[
 ]
 
 
+class _Key(np.random.bit_generator.ISeedSequence):
+    """What a generator's state is to be: with `key` given, NumPy would ask the system for entropy, and not use it."""
+
+    def __init__(self, digest: bytes) -> None:
+        self.words = np.frombuffer(digest[:16], "<u8").astype(np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        """Philox asks for its key: two words of 64 bits."""
+        assert n_words == 2 and dtype == np.uint64
+        return self.words
+
+
 def rng(seed: int, round_: int, client: int, purpose: Purpose) -> np.random.Generator:
     """A counter-based generator (Philox) whose stream is the same on every machine; -1 where no client is meant."""
     digest = sha256(f"fedpost/{seed}/{round_}/{client}/{purpose}".encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    # NumPy takes any ISeedSequence, but its types know one kind alone.
+    return np.random.Generator(np.random.Philox(_Key(digest)))  # type: ignore[arg-type]
 
 
 def torch_seed(seed: int, round_: int, client: int, purpose: Purpose) -> int:

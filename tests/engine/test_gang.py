@@ -75,7 +75,8 @@ def trained(pool, slot, chunk, state):
     reports = ray.get(
         pool.actors[slot].run.remote([(client,) for client in chunk], Sent(state.round, state.parts, pool.partition))
     )
-    shards = ray.get(list(pool._closed(pool._close(slot)).parts))
+    (closed,) = pool._take_sums([slot]).sums
+    shards = ray.get(list(closed.parts))
     return reports, pool.partition.join([torch.from_numpy(shard.vectors["delta"].copy()) for shard in shards])
 
 

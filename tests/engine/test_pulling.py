@@ -41,13 +41,19 @@ def test_placement_gives_each_client_one_slot_and_balances() -> None:
 def test_seconds_are_learnt_as_a_line_through_steps_and_tokens() -> None:
     costs = Costs()
     steps, tokens = np.array([1.0, 2, 5, 9]), np.array([100.0, 900, 50, 400])
-    assert costs.seconds(steps, tokens).tolist() == tokens.tolist()  # nothing is known yet
+    assert costs.seconds(steps, tokens).tolist() == (tokens / 1000).tolist()  # nothing is known yet
     for _ in range(3):
         costs.learn(steps, tokens, 0.02 * steps + 0.001 * tokens)
     found = Costs.of(costs.sums).seconds(np.array([3.0]), np.array([10.0]))
     np.testing.assert_allclose(found, [0.02 * 3 + 0.001 * 10], rtol=1e-6)
     costs.learn(steps, tokens, np.array([1.0, 0, 0, 0]))  # nonsense gives no negative costs
     assert (costs.seconds(steps, tokens) >= 0).all()
+
+
+def test_seconds_that_steps_and_tokens_do_not_explain_are_spread_over_the_tokens() -> None:
+    costs = Costs()
+    costs.learn(np.array([1.0, 9.0]), np.array([900.0, 100.0]), np.array([9.0, 0.1]))
+    assert costs.seconds(np.array([5.0]), np.array([100.0])) == pytest.approx(1.0, rel=0.02)
 
 
 def test_clients_that_are_all_alike_teach_no_order() -> None:
