@@ -108,10 +108,10 @@ class Done:
 class Pull:
     """Slots pull `units` of work, the longest (by their `cost` in seconds) first, until all are done.
 
-    A chunk is a share of the work that is left, so that chunks shrink towards the end, but not to what is over at once. Slots that have nothing else to
-    do take what is `later`. What a slot was working on when it died is handed out unit by unit: one that ends slots
-    again and again is halved if it is a pack, and a client alone gets the results of `give_up`, or ends the run. What
-    slots had `done` before is theirs still, and dies with them as well.
+    A chunk is a share of the work that is left, so that chunks shrink towards the end, but not to what is over at
+    once. Slots that have nothing else to do take what is `later`. What a slot was working on when it died is handed
+    out unit by unit: one that ends slots again and again is halved if it is a pack, and a client alone gets the results
+    of `give_up`, or ends the run. What slots had `done` before is theirs still, and dies with them as well.
     """
 
     def __init__(
