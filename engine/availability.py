@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,10 @@ from strategies.secagg.protocol import Phase
 from strategies.seeds import rng
 
 LEAVES: tuple[Phase, ...] = ("keys", "shares", "masked input")
+# Why a client is not there: what stands before a colon is the same for all that it happens to.
+AWAY = "away by clients.availability.trace"
+DRAWN = "dropped out by clients.availability.dropout"
+DIED_WITH_SLOT = 'dropped out with its slot, as privacy.secagg.on_slot_death = "dropout" asks'
 COLUMNS = {"client": pa.string(), "first": pa.int64(), "last": pa.int64()}
 
 
@@ -56,6 +61,18 @@ class Trace:
         return len(own) > 0 and not ((own[:, 0] <= round_) & (round_ <= own[:, 1])).any()
 
 
+def too_late(seconds: float) -> str:
+    """Why a client that comes so many seconds after the deadline is not there."""
+    return f"too late: {seconds:.3g} s after clients.availability.deadline_s"
+
+
+class Leaving(NamedTuple):
+    """A client drops out before it answers a phase, and why."""
+
+    before: Phase
+    why: str
+
+
 @dataclass(frozen=True)
 class Availability:
     """Clients that drop out on purpose: the share `dropout` of a cohort, and who trains longer than `deadline_s`.
@@ -74,15 +91,15 @@ class Availability:
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise ValueError(f"clients.availability.deadline_s must be above 0, not {self.deadline_s}")
 
-    def gone(self, cohort: Iterable[int], seed: int, round_: int, trace: Trace | None = None) -> dict[int, Phase]:
+    def gone(self, cohort: Iterable[int], seed: int, round_: int, trace: Trace | None = None) -> dict[int, Leaving]:
         """Who of the cohort drops out in a round (counted from 0), and before which of its answers."""
-        gone: dict[int, Phase] = {}
+        gone: dict[int, Leaving] = {}
         if not self.dropout and trace is None:  # nobody is drawn for nothing: cohorts are large
             return gone
         for client in map(int, cohort):
             draw = rng(seed, round_, client, "availability")
             if trace is not None and trace.away(client, round_ + 1):
-                gone[client] = LEAVES[0]
+                gone[client] = Leaving(LEAVES[0], AWAY)
             elif draw.random() < self.dropout:
-                gone[client] = LEAVES[draw.integers(3)]
+                gone[client] = Leaving(LEAVES[draw.integers(3)], DRAWN)
         return gone

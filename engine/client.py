@@ -234,7 +234,7 @@ class ClientActor(SecureClients, Judge):
         after |= squeezed
         deadline = federation.clients.availability.deadline_s
         if deadline is not None and trained_s > deadline:
-            return Report(client, traffic, late=True), None
+            return Report(client, traffic, late=trained_s - deadline), None
         try:
             if not all(tensor.isfinite().all() for tensor in after.values()):
                 raise NonFiniteUpdate("what it would remember holds NaN or infinity")

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.availability import Availability, Trace
+from engine.availability import AWAY, Availability, Leaving, Trace
 
 ROWS = "client,first,last\nb,2,3\nb,7,7\nsomebody else,1,1\na,4,9\n"
 THERE = {"a": {4, 5, 6, 7, 8, 9}, "b": {2, 3, 7}, "c": set(range(1, 11))}
@@ -34,7 +34,7 @@ def test_clients_are_there_in_their_spans_and_who_is_not_named_always(path: Path
 
 def test_who_is_away_leaves_before_anything_is_sent(path: Path) -> None:
     trace, availability = Trace.open(path, ["a", "b", "c"]), Availability()
-    assert availability.gone([0, 1, 2], 5, 0, trace) == {0: "keys", 1: "keys"}  # the first round
+    assert availability.gone([0, 1, 2], 5, 0, trace) == dict.fromkeys((0, 1), Leaving("keys", AWAY))  # round 1
     assert availability.gone([0, 1, 2], 5, 6, trace) == {}
     half = Availability(dropout=0.5)
     assert half.gone(range(3), 5, 6, trace) == half.gone(range(3), 5, 6)  # all are there: the seed alone
