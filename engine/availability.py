@@ -1,5 +1,6 @@
-"""Clients that are not there: drawn by the seed, too slow on purpose, or away by a trace."""
+"""Clients that are not there: drawn by the seed, too slow for a deadline, or away by a trace."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,21 +76,53 @@ class Leaving(NamedTuple):
 
 @dataclass(frozen=True)
 class Availability:
-    """Clients that drop out on purpose: the share `dropout` of a cohort, and who trains longer than `deadline_s`.
+    """Clients that drop out on purpose: the share `dropout` of a cohort, and who takes longer than `deadline_s`.
 
     Who drops out is drawn by the seed; under secure aggregation it leaves before it offers keys, shares or its vector.
+    With `step_s`, the seconds of an optimizer step for the median client, time is simulated: each client is for good as
+    many times slower as a lognormal draw of sigma `slowness` says, and who is late need not train. Without it, the
+    clock decides, which is not the same from run to run.
     `trace` is a Parquet or CSV file of `client` (its name), `first` and `last`: clients in it are there in these
     rounds, counted from 1, and in no others; a client may have several rows.
     """
 
     dropout: float = 0.0
     deadline_s: float | None = None
+    step_s: float | None = None
+    slowness: float = 0.0
     trace: str | None = None
 
     def __post_init__(self) -> None:
         below_one("clients.availability", dropout=self.dropout)
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise ValueError(f"clients.availability.deadline_s must be above 0, not {self.deadline_s}")
+        if self.step_s is not None and not 0 < self.step_s < math.inf:
+            raise ValueError(f"clients.availability.step_s must be above 0, not {self.step_s}")
+        if not 0 <= self.slowness < math.inf:
+            raise ValueError(f"clients.availability.slowness is a sigma, and must be at least 0, not {self.slowness}")
+        if self.step_s is not None and self.deadline_s is None:
+            raise ValueError(
+                "clients.availability.step_s says how long clients take, and nothing asks: set deadline_s too"
+            )
+        if self.slowness and self.step_s is None:
+            raise ValueError("clients.availability.slowness is how clients differ from step_s: set step_s too")
+
+    @property
+    def by_clock(self) -> bool:
+        """Whether who comes too late depends on the machine's own pace, and no bits are the same."""
+        return self.deadline_s is not None and self.step_s is None
+
+    def late_by_seed(self, client: int, steps: int, seed: int) -> float:
+        """How many simulated seconds after the deadline a client has taken its steps; 0 where it is in time."""
+        if self.deadline_s is None or self.step_s is None:
+            return 0.0
+        # A client is as slow in one round as in another: of no round, which no other draw here is.
+        slow = rng(seed, -1, client, "availability").lognormal(0.0, self.slowness)
+        return max(0.0, steps * self.step_s * slow - self.deadline_s)
+
+    def late_by_clock(self, trained_s: float) -> float:
+        """How many seconds after the deadline a client has trained; 0 where it is in time, or time is simulated."""
+        return 0.0 if self.deadline_s is None or self.step_s is not None else max(0.0, trained_s - self.deadline_s)
 
     def gone(self, cohort: Iterable[int], seed: int, round_: int, trace: Trace | None = None) -> dict[int, Leaving]:
         """Who of the cohort drops out in a round (counted from 0), and before which of its answers."""

@@ -211,7 +211,7 @@ class Rounds:
         return found
 
     def _learn(self, cohort: np.ndarray, steps: np.ndarray, tokens: np.ndarray, reports: list[Report]) -> None:
-        seconds = {report.client: report.seconds for report in reports if report.failed is None}
+        seconds = {report.client: report.seconds for report in reports if report.failed is None and not report.late}
         there = np.isin(cohort, list(seconds))
         self.costs.learn(steps[there], tokens[there], np.array([seconds[int(client)] for client in cohort[there]]))
 

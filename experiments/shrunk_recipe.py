@@ -81,7 +81,8 @@ def _clients(clients: Clients) -> Clients:
     slots = SLOTS if clients.slots == "auto" else min(clients.slots, SLOTS)
     left = replace(clients.availability, trace=None)  # which names clients that are not there
     if left.deadline_s is not None:
-        left = replace(left, deadline_s=max(left.deadline_s, PATIENCE_S))
+        step_s = left.step_s and min(left.step_s, 1.0)
+        left = replace(left, deadline_s=max(left.deadline_s, PATIENCE_S), step_s=step_s)
     return replace(
         clients,
         slots=slots if zero is None else 1,
