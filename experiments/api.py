@@ -74,6 +74,7 @@ def run(
     from engine.events import Finished, Preparing, Started, Stopped
     from experiments.config import load_recipe, located, to_toml
     from experiments.driving import RunStopped, drive
+    from experiments.locks import alone_in
     from experiments.mirror import working_folder
     from experiments.report import write_report
     from experiments.resuming import refuse_other_data, run_folder
@@ -84,38 +85,41 @@ def run(
         raise ValueError("--baselines trains in one process, and clients are gangs: leave it, or clients.zero, out")
     place, copy = working_folder(out, resume)
     folder, recipe = run_folder(recipe, place, resume)
-    on_event(Preparing("reading the data, giving rows to clients"))
-    store = build_store(recipe)
-    manifest = _manifest(recipe, store)
-    if resume:
-        refuse_other_data(folder, manifest)
-    files = {
-        "recipe.toml": to_toml(recipe).encode(),
-        "manifest.json": json.dumps(manifest, indent=1).encode(),
-    }
-    finished: Finished | None = None
-    with ray_session(address), ExitStack() as at_end:
-        from engine.driver import RunPlan  # which imports ray: only now is its environment settled
+    with alone_in(folder):
+        on_event(Preparing("reading the data, giving rows to clients"))
+        store = build_store(recipe)
+        manifest = _manifest(recipe, store)
+        if resume:
+            refuse_other_data(folder, manifest)
+        files = {
+            "recipe.toml": to_toml(recipe).encode(),
+            "manifest.json": json.dumps(manifest, indent=1).encode(),
+        }
+        finished: Finished | None = None
+        with ray_session(address), ExitStack() as at_end:
+            from engine.driver import RunPlan  # which imports ray: only now is its environment settled
 
-        at_end.callback(copy)
-        plan = RunPlan(store, folder.resolve(), files, shared_store(recipe, store), resume=resume, baselines=baselines)
-        for event in drive(located(recipe), plan, stop):
-            if isinstance(event, Finished):
-                finished = event
-                continue
-            if isinstance(event, Started) and recipe.clients.pack == "auto":
-                settled = replace(recipe, clients=replace(recipe.clients, pack=event.lanes))
-                write_file(folder / "recipe.toml", to_toml(settled).encode())
-            on_event(event)
-            copy()
-            if isinstance(event, Stopped):
-                raise RunStopped(f"stopped after round {event.round} of {recipe.rounds}; --resume goes on from there")
-    assert finished is not None
-    finished = replace(finished, folder=folder)
-    write_report([folder], folder / "report.html")
-    copy()
-    on_event(finished)
-    return Run(folder, finished.losses, finished.samples)
+            at_end.callback(copy)
+            shared = shared_store(recipe, store)
+            plan = RunPlan(store, folder.resolve(), files, shared, resume=resume, baselines=baselines)
+            for event in drive(located(recipe), plan, stop):
+                if isinstance(event, Finished):
+                    finished = event
+                    continue
+                if isinstance(event, Started) and recipe.clients.pack == "auto":
+                    settled = replace(recipe, clients=replace(recipe.clients, pack=event.lanes))
+                    write_file(folder / "recipe.toml", to_toml(settled).encode())
+                on_event(event)
+                copy()
+                if isinstance(event, Stopped):
+                    reached = f"stopped after round {event.round} of {recipe.rounds}"
+                    raise RunStopped(f"{reached}; --resume goes on from there")
+        assert finished is not None
+        finished = replace(finished, folder=folder)
+        write_report([folder], folder / "report.html")
+        copy()
+        on_event(finished)
+        return Run(folder, finished.losses, finished.samples)
 
 
 def build_store(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) -> Path:

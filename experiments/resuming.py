@@ -30,7 +30,8 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
     ValueError where the folder holds a run that must not be touched, or lacks the one to be resumed.
     """
     if out is None:
-        earlier = sorted(RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}"))
+        begun = RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}/recipe.toml")
+        earlier = sorted(path.parent for path in begun)
         if resume and not earlier:
             raise ValueError(f"there is no run of {recipe.name!r} in {RUNS} to resume: leave --resume out to start one")
         out = earlier[-1] if resume else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
