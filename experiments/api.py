@@ -73,11 +73,12 @@ def run(
     from engine.atomic import write_file
     from engine.events import Finished, Preparing, Started, Stopped
     from experiments.config import load_recipe, located, to_toml
+    from experiments.digests import digests
     from experiments.driving import RunStopped, drive
     from experiments.locks import alone_in
     from experiments.mirror import working_folder
     from experiments.report import write_report
-    from experiments.resuming import refuse_other_data, run_folder
+    from experiments.resuming import refuse_other_parts, run_folder
 
     if isinstance(recipe, Path | str):
         recipe = load_recipe(Path(recipe))
@@ -90,7 +91,7 @@ def run(
         store = build_store(recipe)
         manifest = _manifest(recipe, store)
         if resume:
-            refuse_other_data(folder, manifest)
+            manifest["digests"] = refuse_other_parts(folder, manifest)
         files = {
             "recipe.toml": to_toml(recipe).encode(),
             "manifest.json": json.dumps(manifest, indent=1).encode(),
@@ -106,6 +107,11 @@ def run(
                 if isinstance(event, Finished):
                     finished = event
                     continue
+                if isinstance(event, Started):
+                    manifest["digests"] |= digests(recipe)  # the hub may have given the base only now, or another
+                    if resume:
+                        refuse_other_parts(folder, manifest)
+                    write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
                 if isinstance(event, Started) and recipe.clients.pack == "auto":
                     settled = replace(recipe, clients=replace(recipe.clients, pack=event.lanes))
                     write_file(folder / "recipe.toml", to_toml(settled).encode())
@@ -206,8 +212,10 @@ def shipped_code() -> dict[str, Any]:
 
 
 def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
-    """Versions, seed, data and base: what somebody needs to get the same bits again."""
+    """Versions, seed, data, base and digests: what somebody needs to get the same bits again."""
     from importlib.metadata import PackageNotFoundError, version
+
+    from experiments.digests import digests
 
     versions = {name: version(name) for name in PACKAGES}
     try:
@@ -218,4 +226,5 @@ def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
     data = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
     model = recipe.model
     base = {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    return {"seed": recipe.seed, "base": base, "versions": versions, **machine, "data": data}
+    parts = {"seed": recipe.seed, "base": base, "digests": digests(recipe)}
+    return parts | {"versions": versions, **machine, "data": data}

@@ -68,13 +68,14 @@ def _reached(out: Path, before: Recipe) -> int:
     return max((int(path.name) for path in (out / "checkpoints").glob("[0-9]*")), default=before.rounds)
 
 
-def refuse_other_data(folder: Path, manifest: dict[str, Any]) -> None:
-    """A resumed run must go on with the rows and the versions that it was begun with."""
+def refuse_other_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """A resumed run must go on with the rows, versions, base and code that it was begun with; all digests known."""
     file = folder / "manifest.json"
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         key, versions = before["data"]["key"], before["versions"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        digests: dict[str, str] = dict(before.get("digests", {}))  # of earlier versions' runs there are none
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not the manifest of a run ({error}): start anew in another --out") from error
     if key != manifest["data"]["key"]:
         raise ValueError(f"the data has changed since the run in {folder} was begun: start anew in another --out")
@@ -83,6 +84,13 @@ def refuse_other_data(folder: Path, manifest: dict[str, Any]) -> None:
             f"the run in {folder} was begun with other versions ({versions}, now {manifest['versions']}): "
             f"install those, or start anew in another --out"
         )
+    changed = [name for name, now in manifest["digests"].items() if digests.get(name, now) != now]
+    if changed:
+        raise ValueError(
+            f"{' and '.join(changed)} changed since the run in {folder} was begun: bring back what it was begun with "
+            f"(of a base from the hub by model.revision), or start anew in another --out"
+        )
+    return digests | manifest["digests"]
 
 
 def _begun_with(file: Path, recipe: Recipe) -> Recipe:
