@@ -84,13 +84,14 @@ def refuse_other_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]
             f"the run in {folder} was begun with other versions ({versions}, now {manifest['versions']}): "
             f"install those, or start anew in another --out"
         )
-    changed = [name for name, now in manifest["digests"].items() if digests.get(name, now) != now]
+    known: dict[str, str] = digests | manifest["digests"]
+    changed = [name for name, digest in digests.items() if known[name] != digest]
     if changed:
         raise ValueError(
             f"{' and '.join(changed)} changed since the run in {folder} was begun: bring back what it was begun with "
             f"(of a base from the hub by model.revision), or start anew in another --out"
         )
-    return digests | manifest["digests"]
+    return known
 
 
 def _begun_with(file: Path, recipe: Recipe) -> Recipe:
