@@ -133,12 +133,16 @@ class Driver:
             start.slots, asked, training, unseen, dropped, parameters, start.base_bytes, on_cpu, resumed, lanes, notes
         )
 
+        begun = None
         if saved is None:
             yield self._evaluate(state)
             self._flush(state)
         else:
             self._rebase_to(state)
-        begun = self._begun(state) if saved else None
+            if self._due(state) and not self.metrics.judged(state.round):
+                begun = self._begun(state)
+                if begun is None:  # it was to go on beside the next round, and now rounds wait
+                    yield self._evaluate(state)
         while state.round < federation.rounds:
             self.slots.later = [later for _, later in begun.parts] if begun else []
             state, done = self.rounds.play(state)
