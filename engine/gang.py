@@ -269,7 +269,7 @@ class Rank(SecureRank):
 
 def _is_users(error: Exception, method: str) -> bool:
     """Whether the user can mend it, and all ranks meet it; what a client raises ends its gang, as it would a slot."""
-    return isinstance(error, ValueError) and method != "run"
+    return isinstance(error, ValueError) and method not in ("run", "masked")
 
 
 class Gang(SecureGang, Rank):
