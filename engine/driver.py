@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfDiskError, RayTaskError
 
 from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
@@ -71,6 +71,11 @@ class Driver:
         try:
             with ExitStack() as at_end:
                 yield from self._run(at_end)
+        except OutOfDiskError as error:
+            raise ValueError(
+                "Ray's object store is full, and so is the disk that it spills to (--temp-dir of `ray start`, or "
+                "/tmp/ray): free some space there and run again with --resume: what was written before is whole"
+            ) from error
         except OSError as error:  # from here, or from a slot: then Ray's own kind of it, which has lost the number
             cause: BaseException = error
             while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
