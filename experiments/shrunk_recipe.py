@@ -134,10 +134,11 @@ def bearable(recipe: Recipe, population: int) -> Recipe:
             dp = replace(dp, epsilon=None, noise_multiplier=LITTLE_NOISE)
             recipe = replace(recipe, privacy=replace(recipe.privacy, dp=dp))
     left = recipe.clients.availability
-    for round_ in range(ROUNDS if recipe.privacy.secure else 0):
-        drawn = cohort.sample(population, recipe.seed, round_)
-        least = recipe.privacy.secagg.parameters(len(drawn)).threshold
-        least = max(least, recipe.privacy.secagg.min_contributors)
+    for round_ in range(ROUNDS):
+        drawn, least = cohort.sample(population, recipe.seed, round_), 1
+        if recipe.privacy.secure:
+            least = recipe.privacy.secagg.parameters(len(drawn)).threshold
+            least = max(least, recipe.privacy.secagg.min_contributors)
         if isinstance(dp, DistributedDp):
             least = max(least, math.ceil(dp.survivors * cohort.expected(population)))
         if len(drawn) - len(left.gone(drawn, recipe.seed, round_)) < least:
