@@ -78,6 +78,8 @@ class PlainCollector:
         aggregate = None
         if any(_good(report) for report in done.reports):
             aggregate = merge(done.sums) if self.federation.strategy.reads == "sum" else _listed(done.each)
+        counted, good = aggregate.count if aggregate else 0, sum(map(_good, done.reports))
+        assert counted == good, f"{counted} updates in the sum, and {good} clients that gave one"
         moved = _bytes(wire) + len(done.each) * wire.params.nbytes
         return self._told(gone, done, aggregate, moved + sum(partial.nbytes for partial in done.sums))
 
