@@ -43,14 +43,17 @@ class Saved:
 
 
 def save_checkpoint(folder: Path, saved: Saved, keep: int) -> None:
-    """Writes `folder/NNNNN` for the state's round and removes all but the last `keep`."""
-    for scratch in folder.glob(".*"):
-        shutil.rmtree(scratch)  # of a process that was killed while it wrote
+    """Writes `folder/NNNNN` for the state's round and removes all but the last `keep` up to it."""
+    for scratch in folder.glob(".[0-9]*"):
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed while it wrote
     round_ = saved.state.round
     facts = {name: value for name, value in vars(saved).items() if name not in ("state", "passed_over")}
     write_folder(folder / f"{round_:05d}", _files(saved.state, facts | {"round": round_}))
-    for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    found = _checkpoints(folder)
+    reached = [path for path in found if int(path.name) <= round_]
+    for path in (*reached[:-keep], *found[len(reached) :]):  # a resumed run has passed over those after it
+        shutil.rmtree(path)
 
 
 def load_checkpoint(folder: Path, last: int | None = None) -> Saved | None:

@@ -13,12 +13,13 @@ import torch
 
 from datasets_partition.tokens import Tokens
 from engine.attempts import attempted
+from engine.batches import steps_of
 from engine.example_privacy import PrivateTrainer
 from engine.export import export_files
 from engine.heap import use_large_pages
 from engine.holder import map_handle
 from engine.judge import Judge
-from engine.memory import ClientMemory
+from engine.memory import ClientMemory, refuse_unseen
 from engine.model import PackedBase, Trainable, always_the_same_bits, load_tokenizer, map_base, read_base
 from engine.objectives.sft import Sft
 from engine.pack import PackTrainer, packable
@@ -41,7 +42,7 @@ from strategies.secagg.messages import Inbox, MaskedSum
 from strategies.secagg.ring import Sums
 from strategies.seeds import torch_seed
 from strategies.transforms import bits, encode
-from strategies.types import Memory, Update
+from strategies.types import Broadcast, Memory, Update
 
 FLOAT_BYTES = 4
 
@@ -97,11 +98,8 @@ class ClientActor(SecureClients, Judge):
 
     def refuse_lost_memory(self) -> None:
         """Raises ValueError if clients remember, and this slot's node does not see the folder where they do."""
-        if self.federation.remembers and not self.memory.folder.is_dir():
-            raise ValueError(
-                f"clients remember from round to round in {self.memory.folder}, which is not seen on the node "
-                f"{ray.util.get_node_ip_address()}: put --out on a disk that all nodes share"
-            )
+        if self.federation.remembers:
+            refuse_unseen(self.memory.folder)
 
     def find_tokens(self, tokens: Path) -> Path | None:
         """Where this slot's node sees the token columns, if it does."""
@@ -187,12 +185,25 @@ class ClientActor(SecureClients, Judge):
     def _pack(
         self, pack: Unit, wire: WireBroadcast, take: Callable[[Update], object]
     ) -> list[tuple[Report, Update | None]]:
-        """Trains a pack's clients; `take` is given each update before it is remembered, and may refuse it.
-
-        That is by NonFiniteUpdate.
-        """
-        began = time.monotonic()
+        """Trains a pack; `take` gets each update before it is remembered, and may refuse it by NonFiniteUpdate."""
         shared = from_wire(wire, self.trainer.trainable.layout, self.federation.seed)
+        late = {client: report for client in pack if (report := self._late(client, shared))}
+        there = tuple(client for client in pack if client not in late)
+        trained = self._trained(there, shared, wire, take) if there else []
+        return [*trained, *((report, None) for report in late.values())]
+
+    def _late(self, client: int, shared: Broadcast) -> Report | None:
+        """What comes of a client that is too slow by the seed: it gets the broadcast, and need not train in vain."""
+        steps = steps_of(int(self.tokens.counts("train")[client]), self.federation.train)
+        late = self.federation.clients.availability.late_by_seed(client, steps, self.federation.seed)
+        down, _ = self.federation.strategy.floats(replace(shared, rank=self._rank(client)))
+        return Report(client, {DOWN: down * FLOAT_BYTES, UP: 0.0}, late=late) if late else None
+
+    def _trained(
+        self, pack: Unit, shared: Broadcast, wire: WireBroadcast, take: Callable[[Update], object]
+    ) -> list[tuple[Report, Update | None]]:
+        """Trains clients of a pack: see `_pack`."""
+        began = time.monotonic()
 
         def train(some: Unit) -> list[tuple[Job, Update, Memory]]:
             jobs = []
@@ -210,21 +221,16 @@ class ClientActor(SecureClients, Judge):
             if one.result is None:
                 sent.append((Report.of_nothing(one.client, one.why), None))
                 continue
-            report, update = self._sent(*one.result, wire, take, trained_s)
+            report, update = self._sent(one.result, wire, take, trained_s)
             sent.append((replace(report, tried=one.why), update))
         seconds = (time.monotonic() - began) / len(pack)  # adding large updates up takes its time too
         return [(replace(report, seconds=seconds), update) for report, update in sent]
 
     def _sent(
-        self,
-        job: Job,
-        update: Update,
-        after: Memory,
-        wire: WireBroadcast,
-        take: Callable[[Update], object],
-        trained_s: float,
+        self, done: tuple[Job, Update, Memory], wire: WireBroadcast, take: Callable[[Update], object], trained_s: float
     ) -> tuple[Report, Update | None]:
         """What becomes of a client's update and of its memory, after so many seconds of training."""
+        job, update, after = done
         federation, client, got = self.federation, job.client, job.got
         update, squeezed = encode(federation.transforms, update, got, job.memory)
         down, up = federation.strategy.floats(got)
@@ -234,9 +240,8 @@ class ClientActor(SecureClients, Judge):
         traffic = {DOWN: down * FLOAT_BYTES, UP: sent}
         update = replace(update, metrics=update.metrics | traffic)
         after |= squeezed
-        deadline = federation.clients.availability.deadline_s
-        if deadline is not None and trained_s > deadline:
-            return Report(client, traffic, late=True), None
+        if late := federation.clients.availability.late_by_clock(trained_s):
+            return Report(client, traffic, late=late), None
         try:
             if not all(tensor.isfinite().all() for tensor in after.values()):
                 raise NonFiniteUpdate("what it would remember holds NaN or infinity")

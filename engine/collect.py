@@ -1,7 +1,7 @@
 """What of a round's local work reaches the server: plain updates and figures, or secured sums alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ import numpy as np
 import ray
 import torch
 
-from engine.availability import Trace
+from engine.availability import DIED_WITH_SLOT, Leaving, Trace, too_late
 from engine.client import FLOAT_BYTES
 from engine.privacy import SecAgg
 from engine.pulling import Work, Worked
@@ -33,14 +33,14 @@ class Collected:
     """A round's work: reports by client, the aggregate (None: nobody took part, or it was aborted), and figures.
 
     `figures` are sums over the clients: `nll` in nats, `learnt` and `tokens`. `told`: reports hold each client's own.
-    `busy` are the slots' seconds of work.
+    `gone` says why clients came too late or not at all. `busy` are the slots' seconds of work.
     """
 
     reports: list[Report] = field(default_factory=list)
     aggregate: Any = None
     figures: dict[str, float] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
-    dropped: int = 0
+    gone: dict[int, str] = field(default_factory=dict)
     told: bool = True
     aborted: str | None = None
     sessions: int = 0
@@ -72,20 +72,22 @@ class PlainCollector:
 
     def collect(self, work: Work, wire: WireBroadcast) -> Collected:
         """The simulator adds up where the rule reads sums; the protocol's server would have had each update."""
-        done = self.slots.train(self._there(work, wire), _shared(wire), wire.lanes)
+        gone = self._gone(work, wire)
+        done = self.slots.train(_without(work, gone), _shared(wire), wire.lanes)
         aggregate = None
         if any(_good(report) for report in done.reports):
             aggregate = done.sums[0] if self.federation.strategy.reads == "sum" else _listed(done.each)
+        counted, good = aggregate.count if aggregate else 0, sum(map(_good, done.reports))
+        assert counted == good, f"{counted} updates in the sum, and {good} clients that gave one"
         moved = _bytes(wire) + len(done.each) * wire.params.nbytes
-        return self._told(work, done, aggregate, moved + done.nbytes)
+        return self._told(gone, done, aggregate, moved + done.nbytes)
 
-    def _there(self, work: Work, wire: WireBroadcast | Sent) -> Work:
-        """Without those who drop out on purpose."""
-        federation, availability = self.federation, self.federation.clients.availability
-        gone = availability.gone(work.clients, federation.seed, wire.round, self.trace)
-        return work.of(~np.isin(work.clients, list(gone))) if gone else work
+    def _gone(self, work: Work, wire: WireBroadcast | Sent) -> dict[int, Leaving]:
+        """Those who drop out on purpose."""
+        availability = self.federation.clients.availability
+        return availability.gone(work.clients, self.federation.seed, wire.round, self.trace)
 
-    def _told(self, work: Work, done: Worked, aggregate: Any, moved: int) -> Collected:
+    def _told(self, gone: Mapping[int, Leaving], done: Worked, aggregate: Any, moved: int) -> Collected:
         reports = done.reports
         good = [report for report in reports if _good(report)]
         arrived = [report for report in reports if not report.late]
@@ -101,8 +103,8 @@ class PlainCollector:
             Message("server", "update", len(arrived) if up else 0, up),
             Message("server", "metric", told, told * FLOAT_BYTES),
         ]
-        dropped = len(work.clients) - len(arrived)
-        return Collected(reports, aggregate, figures, messages, dropped, store_bytes=moved, busy=done.busy)
+        why = _why(gone, reports)
+        return Collected(reports, aggregate, figures, messages, why, store_bytes=moved, busy=done.busy)
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,10 @@ class ShardCollector(PlainCollector):
 
     def collect(self, work: Work, wire: Sent) -> Collected:  # type: ignore[override]
         """As in the clear; the aggregate is each gang's sum, in shards."""
-        done = self.slots.train(self._there(work, wire), wire, wire.lanes)
+        gone = self._gone(work, wire)
+        done = self.slots.train(_without(work, gone), wire, wire.lanes)
         moved = wire.nbytes + done.nbytes
-        return self._told(work, done, done.sums if any(_good(report) for report in done.reports) else None, moved)
+        return self._told(gone, done, done.sums if any(_good(report) for report in done.reports) else None, moved)
 
 
 @dataclass(frozen=True)
@@ -141,19 +144,17 @@ class SecureCollector:
             refuse(cohort.tolist())
             parameters = secagg.parameters(len(cohort))
         except ValueError as error:
-            return Collected(told=False, dropped=len(cohort), aborted=str(error))
+            return Collected(told=False, aborted=str(error))
         sums = self.sums(wire.dp, wire.clip, len(cohort))
         gone = federation.clients.availability.gone(cohort, federation.seed, wire.round, self.trace)
         session = Session(wire.round, 0, parameters, sums, secagg.mode)
-        done = self.relay.play(session, work, ray.put(wire), wire.lanes, gone, refuse)
+        leaving = {client: leaves.before for client, leaves in gone.items()}
+        done = self.relay.play(session, work, ray.put(wire), wire.lanes, leaving, refuse)
         down = round(sum(report.metrics[DOWN] for report in done.reports))
         messages = [Message("client", "sum", len(done.reports) if down else 0, down), *done.messages]
         moved = FLOAT_BYTES * self.layout.size + done.sessions * self.relay.slots.size * FLOAT_BYTES * sums.length
-        count = done.totals.count if done.totals else 0
-        dropped = len(cohort) - count
-        found = Collected(
-            done.reports, None, {}, messages, dropped, False, done.aborted, done.sessions, moved, done.busy
-        )
+        why = _why(gone, done.reports) | dict.fromkeys(done.lost, DIED_WITH_SLOT)
+        found = Collected(done.reports, None, {}, messages, why, False, done.aborted, done.sessions, moved, done.busy)
         if done.totals is None:
             return found
         if done.totals.weight == 0:
@@ -187,6 +188,16 @@ class SecureCollector:
 
 def _good(report: Report) -> bool:
     return report.failed is None and not report.late
+
+
+def _without(work: Work, gone: Mapping[int, Leaving]) -> Work:
+    return work.of(~np.isin(work.clients, list(gone))) if gone else work
+
+
+def _why(gone: Mapping[int, Leaving], reports: Iterable[Report]) -> dict[int, str]:
+    """Why clients came too late or not at all."""
+    late = {report.client: too_late(report.late) for report in reports if report.late}
+    return {client: leaves.why for client, leaves in gone.items()} | late
 
 
 def _listed(each: dict[int, Any]) -> Aggregate:

@@ -136,7 +136,7 @@ def in_the_way_of_packs(federation: Federation) -> str | None:
     refused = {
         'model.peft.kind = "none"': federation.model.peft.kind != "lora",
         'privacy.dp.kind = "example"': federation.privacy.dp.kind == "example",
-        "clients.availability.deadline_s": clients.availability.deadline_s is not None,
+        "clients.availability.deadline_s without step_s": clients.availability.by_clock,
         "model.compile": federation.model.compile,
         "clients.zero without from_rows": clients.zero is not None and not clients.zero.from_rows,
     }
@@ -186,7 +186,7 @@ def _gangs(federation: Federation) -> None:
         "model.compile": federation.model.compile,
         'train.state = "keep"': federation.train.state == "keep",
         'train.optimizer.kind = "torch"': federation.train.optimizer.kind == "torch",
-        "clients.availability.deadline_s": federation.clients.availability.deadline_s is not None,
+        "clients.availability.deadline_s without step_s": federation.clients.availability.by_clock,
         "evaluate.finetune": federation.evaluate.finetune > 0,
     }
     for key, set_ in refused.items():

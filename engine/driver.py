@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfDiskError, RayTaskError
 
 from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
@@ -71,6 +71,11 @@ class Driver:
         try:
             with ExitStack() as at_end:
                 yield from self._run(at_end)
+        except OutOfDiskError as error:
+            raise ValueError(
+                "Ray's object store is full, and so is the disk that it spills to (--temp-dir of `ray start`, or "
+                "/tmp/ray): free some space there and run again with --resume: what was written before is whole"
+            ) from error
         except OSError as error:  # from here, or from a slot: then Ray's own kind of it, which has lost the number
             cause: BaseException = error
             while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
@@ -133,12 +138,16 @@ class Driver:
             start.slots, asked, training, unseen, dropped, parameters, start.base_bytes, on_cpu, resumed, lanes, notes
         )
 
+        begun = None
         if saved is None:
             yield self._evaluate(state)
             self._flush(state)
         else:
             self._rebase_to(state)
-        begun = self._begun(state) if saved else None
+            if self._due(state) and not self.metrics.judged(state.round):
+                begun = self._begun(state)
+                if begun is None:  # it was to go on beside the next round, and now rounds wait
+                    yield self._evaluate(state)
         while state.round < federation.rounds:
             self.slots.later = [later for _, later in begun.parts] if begun else []
             state, done = self.rounds.play(state)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Fault:
-    """Something went wrong and was made good, or was not: a "slot", "client", "pack", "driver"; which one, and why."""
+    """Something went wrong and was made good, or was not: a "slot", "client", "pack", "driver"; which one, and why.
+
+    A "dropout" is a client that is not there or came too late, as the recipe asks.
+    """
 
     kind: str
     who: str
@@ -43,11 +46,11 @@ class Started:
 
 @dataclass(frozen=True)
 class RoundDone:
-    """A round has ended: mean training loss, seconds, tokens per second, and who gave no usable update.
+    """A round has ended: mean training loss, seconds, tokens per second, and who gave no usable update, and why.
 
-    `dropped` clients came too late or not at all. `aborted` says why there is no sum, and the model stays as it was.
-    `epsilon` is what all noisy rounds so far have cost, with all that it rests on. `faults` are what went wrong since
-    the round before, and was made good unless a client is among `failed`.
+    `gone` says why clients came too late or not at all. `aborted` says why there is no sum, and the model stays as it
+    was. `epsilon` is what all noisy rounds so far have cost, with all that it rests on. `faults` are what went wrong
+    since the round before, and was made good unless a client is among `failed`.
     """
 
     round: int
@@ -56,7 +59,7 @@ class RoundDone:
     tokens_per_s: float
     clients: int
     failed: dict[str, str]
-    dropped: int = 0
+    gone: dict[str, str] = field(default_factory=dict)
     aborted: str | None = None
     epsilon: str | None = None
     faults: tuple[Fault, ...] = ()

@@ -22,13 +22,14 @@ from ray.exceptions import ObjectLostError
 
 from datasets_partition.tokens import Tokens
 from engine import heap
+from engine.batches import steps_of
 from engine.client import FLOAT_BYTES, Place
 from engine.evaluate import ClientLoss, Prompt, drawn_rows
 from engine.export import Sharded, sharded_files
 from engine.gang_secure import SecureGang, SecureRank, aggregate_of
 from engine.lost import LOST, GangLost, ShardLost, last_line
 from engine.meeting import meet
-from engine.memory import RANK, ClientMemory
+from engine.memory import RANK, ClientMemory, refuse_unseen
 from engine.model import always_the_same_bits, load_tokenizer
 from engine.objectives.sft import Sft
 from engine.pulling import Unit
@@ -101,11 +102,8 @@ class Rank(SecureRank):
 
     def refuse_lost_memory(self) -> None:
         """Raises ValueError if clients remember, and this rank's node does not see the folder where they do."""
-        if self.federation.remembers and not self.memory_root.is_dir():
-            raise ValueError(
-                f"clients remember from round to round in {self.memory_root}, which is not seen on the node "
-                f"{ray.util.get_node_ip_address()}: put --out on a disk that all nodes share"
-            )
+        if self.federation.remembers:
+            refuse_unseen(self.memory_root)
 
     def form(self, address: str, port: int, tokens: Path) -> tuple[Layout, Partition]:
         """Meets the other ranks at the first one's address and makes the model and its engine with them."""
@@ -172,6 +170,9 @@ class Rank(SecureRank):
         memory = self.memory.read(client, got.round) if federation.remembers else {}
         down, up = (self.summed(floats * FLOAT_BYTES) for floats in federation.strategy.floats(got))
         traffic = {DOWN: down, UP: up}
+        steps = steps_of(rows.num_rows, federation.train)
+        if late := federation.clients.availability.late_by_seed(client, steps, federation.seed):
+            return Report(client, traffic, late=late), None
         try:
             job = Job(client, rows, rows.num_rows / self.largest, got, memory)
             ((update, after),) = self.trainer.updates([job], federation, lent=True)
@@ -268,7 +269,7 @@ class Rank(SecureRank):
 
 def _is_users(error: Exception, method: str) -> bool:
     """Whether the user can mend it, and all ranks meet it; what a client raises ends its gang, as it would a slot."""
-    return isinstance(error, ValueError) and method != "run"
+    return isinstance(error, ValueError) and method not in ("run", "masked")
 
 
 class Gang(SecureGang, Rank):

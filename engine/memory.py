@@ -8,6 +8,7 @@ With several nodes the folder must lie where all of them see it.
 import os
 from pathlib import Path
 
+import ray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -84,3 +85,12 @@ class ClientMemory:
 def every_memory(folder: Path) -> list[ClientMemory]:
     """The memory of plain slots, and those of the ranks of gangs."""
     return [ClientMemory(folder), *map(ClientMemory, sorted(folder.glob(f"{RANK}*")))]
+
+
+def refuse_unseen(folder: Path) -> None:
+    """Raises ValueError if this process's node does not see the folder where clients remember."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"clients remember from round to round in {folder}, which is not seen on the node "
+            f"{ray.util.get_node_ip_address()}: put --out on a disk that all nodes share"
+        )

@@ -95,6 +95,12 @@ class Metrics(RoundLog):
         names, found = list(values), list(values.values())
         self.note(round=round_, split=split, client=client, name=names, value=found, wall_s=self.wall_s)
 
+    def judged(self, round_: int) -> bool:
+        """Whether the model after a round has been judged, as its file tells."""
+        path = self.folder / f"round-{round_:05d}.parquet"
+        asked = [("round", "=", round_), ("name", "=", "loss"), ("split", "in", ("heldout", "unseen", "server"))]
+        return path.exists() and pq.read_table(path, filters=asked).num_rows > 0
+
     def add_each(self, round_: int, split: str, clients: list[str], values: list[dict[str, float]]) -> None:
         """The same for many clients at once."""
         self.note(
@@ -126,9 +132,10 @@ class Faults(RoundLog):
         super().__init__(folder, FAULTS)
 
     def happened(self, round_: int, faults: Sequence[Fault], wall_s: float) -> None:
-        """Notes what happened in a round."""
-        for fault in faults:
-            self.note(round=round_, **asdict(fault), wall_s=wall_s)
+        """Notes what happened in a round; of thousands of clients at once, if need be."""
+        if faults:
+            columns = {key: [asdict(fault)[key] for fault in faults] for key in ("kind", "who", "why")}
+            self.note(round=round_, **columns, wall_s=wall_s)
 
     def flush(self, round_: int) -> None:
         """As of all logs, where there is anything to write; after what the round's file holds already."""

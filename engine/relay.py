@@ -54,9 +54,13 @@ class Message:
 
 @dataclass
 class Relayed:
-    """What came of a secured round: reports, the sums, or why there are none; and all messages, void sessions' too."""
+    """What came of a secured round: reports, the sums, or why there are none; and all messages, void sessions' too.
+
+    `lost` are clients whose slot died before it gave their masked sum, where that counts as dropping out.
+    """
 
     reports: list[Report] = field(default_factory=list)
+    lost: tuple[int, ...] = ()
     totals: Totals | ShardTotals | None = None
     aborted: str | None = None
     sessions: int = 0
@@ -136,6 +140,8 @@ class Relay:
         boxes = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in answered}
         found = self._trip({s: box for s, box in boxes.items() if box}, lambda a, box: a.masked.remote(box, asked.wire))
         done.reports = sorted((r for reports, _ in found.values() for r in reports), key=lambda report: report.client)
+        silent = [client for slot, clients in members.items() if slot not in found for client in clients]
+        done.lost = tuple(client for client in silent if client not in asked.gone)
         done.busy = [0.0] * self.slots.size
         for slot, (reports, _) in found.items():
             done.busy[slot] = sum(report.seconds for report in reports)

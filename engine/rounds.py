@@ -111,6 +111,8 @@ class Rounds:
             for why in (*r.tried, *([r.failed] if r.failed and not r.tried else []))
         ]
         faults = self.faults(*tried)  # also of a round that ends the run
+        gone = dict(zip(self.store.names([*done.gone]), done.gone.values(), strict=True))
+        self.log.happened(round_, [Fault("dropout", name, why) for name, why in gone.items()], self.metrics.wall_s)
         too_few = None if done.aborted is not None else self._too_few(done.reports, len(cohort), round_)
         if too_few is not None:
             if federation.clients.on_too_few == "end":
@@ -138,7 +140,7 @@ class Rounds:
             "tokens_per_s": tokens / seconds,
             "clients": clients,
             "failed": len(failed),
-            "dropped": done.dropped,
+            "dropped": len(gone),
             "aborted": float(done.aborted is not None),
             "protocol_bytes_down": sum(sent.nbytes for sent in done.messages if sent.party != "server"),
             "protocol_bytes_up": up,
@@ -155,9 +157,7 @@ class Rounds:
             self.ledger.received(round_, sent.party, sent.kind, sent.count, sent.nbytes)
         said = None if epsilon is None else str(epsilon)
         rate = tokens / seconds
-        return state, RoundDone(
-            round_, done.loss, seconds, rate, clients, failed, done.dropped, done.aborted, said, faults
-        )
+        return state, RoundDone(round_, done.loss, seconds, rate, clients, failed, gone, done.aborted, said, faults)
 
     def faults(self, *more: Fault) -> tuple[Fault, ...]:
         """Notes what has gone wrong since this was asked last, and returns it."""
@@ -211,7 +211,7 @@ class Rounds:
         return found
 
     def _learn(self, cohort: np.ndarray, steps: np.ndarray, tokens: np.ndarray, reports: list[Report]) -> None:
-        seconds = {report.client: report.seconds for report in reports if report.failed is None}
+        seconds = {report.client: report.seconds for report in reports if report.failed is None and not report.late}
         there = np.isin(cohort, list(seconds))
         self.costs.learn(steps[there], tokens[there], np.array([seconds[int(client)] for client in cohort[there]]))
 

@@ -105,15 +105,16 @@ DOWN, UP = "protocol_bytes_down", "protocol_bytes_up"  # metrics of a report
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one client in a round: its metrics, why its update could not be used, or that it came too late.
+    """What became of one client in a round: its metrics, why its update could not be used, or how `late` it came.
 
-    `seconds` is how long its slot worked for it: of a pack, its share. `tried` says of attempts before why they failed.
+    That is in seconds after the deadline. `seconds` is how long its slot worked for it: of a pack, its share. `tried`
+    says of attempts before why they failed.
     """
 
     client: int
     metrics: dict[str, float]
     failed: str | None = None
-    late: bool = False
+    late: float = 0.0
     seconds: float = field(default=0.0, compare=False)
     tried: tuple[str, ...] = ()
 

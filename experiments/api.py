@@ -73,10 +73,12 @@ def run(
     from engine.atomic import write_file
     from engine.events import Finished, Preparing, Started, Stopped
     from experiments.config import load_recipe, located, to_toml
+    from experiments.digests import digests
     from experiments.driving import RunStopped, drive
+    from experiments.locks import alone_in
     from experiments.mirror import working_folder
     from experiments.report import write_report
-    from experiments.resuming import refuse_other_data, run_folder
+    from experiments.resuming import refuse_other_parts, run_folder
 
     if isinstance(recipe, Path | str):
         recipe = load_recipe(Path(recipe))
@@ -84,38 +86,46 @@ def run(
         raise ValueError("--baselines trains in one process, and clients are gangs: leave it, or clients.zero, out")
     place, copy = working_folder(out, resume)
     folder, recipe = run_folder(recipe, place, resume)
-    on_event(Preparing("reading the data, giving rows to clients"))
-    store = build_store(recipe)
-    manifest = _manifest(recipe, store)
-    if resume:
-        refuse_other_data(folder, manifest)
-    files = {
-        "recipe.toml": to_toml(recipe).encode(),
-        "manifest.json": json.dumps(manifest, indent=1).encode(),
-    }
-    finished: Finished | None = None
-    with ray_session(address), ExitStack() as at_end:
-        from engine.driver import RunPlan  # which imports ray: only now is its environment settled
+    with alone_in(folder):
+        on_event(Preparing("reading the data, giving rows to clients"))
+        store = build_store(recipe)
+        manifest = _manifest(recipe, store)
+        if resume:
+            manifest["digests"] = refuse_other_parts(folder, manifest)
+        files = {
+            "recipe.toml": to_toml(recipe).encode(),
+            "manifest.json": json.dumps(manifest, indent=1).encode(),
+        }
+        finished: Finished | None = None
+        with ray_session(address), ExitStack() as at_end:
+            from engine.driver import RunPlan  # which imports ray: only now is its environment settled
 
-        at_end.callback(copy)
-        plan = RunPlan(store, folder.resolve(), files, shared_store(recipe, store), resume=resume, baselines=baselines)
-        for event in drive(located(recipe), plan, stop):
-            if isinstance(event, Finished):
-                finished = event
-                continue
-            if isinstance(event, Started) and recipe.clients.pack == "auto":
-                settled = replace(recipe, clients=replace(recipe.clients, pack=event.lanes))
-                write_file(folder / "recipe.toml", to_toml(settled).encode())
-            on_event(event)
-            copy()
-            if isinstance(event, Stopped):
-                raise RunStopped(f"stopped after round {event.round} of {recipe.rounds}; --resume goes on from there")
-    assert finished is not None
-    finished = replace(finished, folder=folder)
-    write_report([folder], folder / "report.html")
-    copy()
-    on_event(finished)
-    return Run(folder, finished.losses, finished.samples)
+            at_end.callback(copy)
+            shared = shared_store(recipe, store)
+            plan = RunPlan(store, folder.resolve(), files, shared, resume=resume, baselines=baselines)
+            for event in drive(located(recipe), plan, stop):
+                if isinstance(event, Finished):
+                    finished = event
+                    continue
+                if isinstance(event, Started):
+                    manifest["digests"] |= digests(recipe)  # the hub may have given the base only now, or another
+                    if resume:
+                        refuse_other_parts(folder, manifest)
+                    write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+                if isinstance(event, Started) and recipe.clients.pack == "auto":
+                    settled = replace(recipe, clients=replace(recipe.clients, pack=event.lanes))
+                    write_file(folder / "recipe.toml", to_toml(settled).encode())
+                on_event(event)
+                copy()
+                if isinstance(event, Stopped):
+                    reached = f"stopped after round {event.round} of {recipe.rounds}"
+                    raise RunStopped(f"{reached}; --resume goes on from there")
+        assert finished is not None
+        finished = replace(finished, folder=folder)
+        write_report([folder], folder / "report.html")
+        copy()
+        on_event(finished)
+        return Run(folder, finished.losses, finished.samples)
 
 
 def build_store(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) -> Path:
@@ -204,8 +214,10 @@ def shipped_code() -> dict[str, Any]:
 
 
 def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
-    """Versions, seed, data and base: what somebody needs to get the same bits again."""
+    """Versions, seed, data, base and digests: what somebody needs to get the same bits again."""
     from importlib.metadata import PackageNotFoundError, version
+
+    from experiments.digests import digests
 
     versions = {name: version(name) for name in PACKAGES}
     try:
@@ -216,4 +228,5 @@ def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
     data = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
     model = recipe.model
     base = {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    return {"seed": recipe.seed, "base": base, "versions": versions, **machine, "data": data}
+    parts = {"seed": recipe.seed, "base": base, "digests": digests(recipe)}
+    return parts | {"versions": versions, **machine, "data": data}

@@ -185,13 +185,15 @@ def _trained(events: list[Event], done: Run) -> str:
 def _placement(clients: Clients, events: list[Event]) -> Proof:
     started = next(event for event in events if isinstance(event, Started))
     processes, zero = _processes(clients), clients.zero
+    assert isinstance(clients.slots, int)  # a shrunk recipe's
+    asked = clients.slots + (zero.gangs if zero is not None and zero.from_rows else 0)
     what = f"{started.slots} slots" if zero is None else f"a gang of {zero.ranks} ranks"
     if zero is not None and zero.from_rows:
         what += f" and {processes - zero.ranks} plain slot"
     each = f"num_cpus = {clients.num_cpus:g} and num_gpus = {clients.num_gpus:g}"
-    return Proof(
-        "placement", True, f"{what} with {each}; logical CPUs: {_cpus(clients)}, logical GPUs: {_gpus(clients)}"
-    )
+    fewer = f" of {asked} asked for" if started.slots < asked else ""
+    on = f"logical CPUs: {_cpus(clients)}, logical GPUs: {_gpus(clients)}"
+    return Proof("placement", started.slots == asked, f"{what}{fewer} with {each}; {on}")
 
 
 def _rounds(work: Recipe, events: list[Event]) -> list[Proof]:
@@ -209,7 +211,7 @@ def _rounds(work: Recipe, events: list[Event]) -> list[Proof]:
     secagg, dp = work.privacy.secagg, work.privacy.dp
     private = [f"secure aggregation ({secagg.mode})"] if work.privacy.secure else []
     private += [] if isinstance(dp, NoDp) else [f"{dp.kind} noise, {rounds[-1].epsilon}"]
-    holds = not aborted and not failed
+    holds = not aborted and not failed and all(event.clients for event in rounds)
     return [
         Proof("strategy", holds, strategy),
         Proof("privacy", holds, "; ".join(private) or "the recipe asks for none"),
@@ -218,9 +220,8 @@ def _rounds(work: Recipe, events: list[Event]) -> list[Proof]:
 
 def _resume(work: Recipe, first: Run, again: Run, resumed: int | None) -> Proof:
     fresh = not work.privacy.simulated and not isinstance(work.privacy.dp, NoDp)
-    same = fresh or all(
-        (again.model / file.name).read_bytes() == file.read_bytes() for file in first.model.glob("*.safetensors")
-    )
+    files = [(file, again.model / file.name) for file in first.model.glob("*.safetensors")]
+    same = bool(files) and (fresh or all(file.read_bytes() == other.read_bytes() for file, other in files))
     ended = "ended well, with other noise" if fresh else "ended in the same bits" if same else "ended in other bits"
     return Proof("checkpoint and resume", same and resumed == 1, f"from the checkpoint of round {resumed}, {ended}")
 

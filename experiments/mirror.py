@@ -1,6 +1,5 @@
 """A run folder at a URI: the run works in a folder here, which is copied there as it grows, and fetched to go on."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,13 +10,13 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
-from weakref import WeakValueDictionary
 
 from pyarrow import fs
 
 from datasets_partition.location import is_local, located, node_cache
 from datasets_partition.source_files import first_line
 from engine.atomic import write_file
+from experiments.locks import locked
 from experiments.resuming import leaves
 
 # What makes other files count: a checkpoint's facts, a run's recipe, a finished run's report. They are copied after
@@ -59,8 +58,7 @@ class Mirror:
         Until then nothing is touched that another command may be at work on.
         """
         self.home.mkdir(parents=True, exist_ok=True)
-        self.lock = _LOCKS.get(self.home) or _Lock(self.home, self.location)
-        _LOCKS[self.home] = self.lock
+        self.lock = locked(self.home, self.location)
         try:
             self.there = dict.fromkeys(self._listed())
             if resume and RECIPE not in self.there:
@@ -134,29 +132,6 @@ class Mirror:
                 fs.copy_files(f"{self.path}/{name}", str(file), self.system, fs.LocalFileSystem())
         self.there |= _stamps(self.folder, "")
         _charge_uncopied(self.folder)
-
-
-class _Lock:
-    """Keeps other processes from a folder, and cleaners of temporary files that heed locks, until it is forgotten."""
-
-    def __init__(self, folder: Path, location: str) -> None:
-        self.descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another command on this machine is at work on {location}: wait until it has ended, or choose another "
-                f"--out"
-            ) from None
-        except OSError:
-            pass  # some network file systems lock no folders
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
-
-
-# What this process has locked: it may go on with a run while the error that ended it still refers to its mirror.
-_LOCKS: WeakValueDictionary[Path, _Lock] = WeakValueDictionary()
 
 
 def _charge_uncopied(folder: Path) -> None:

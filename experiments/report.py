@@ -196,7 +196,8 @@ def render(runs: Sequence[Run]) -> str:
         view.append({"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run, "facts": _facts(run)})
         view[-1] |= {"summary": _summary(run), "charts": _charts(run), "clients": _clients(run)}
         view[-1] |= {"ledger": _ledger(run), "failures": _failures(run)}
-        view[-1] |= {"faults": run.faults[:MAX_LISTED], "more_faults": len(run.faults) - MAX_LISTED}
+        faults = sorted(run.faults, key=lambda fault: fault[1] == "dropout")  # which may be many, and on purpose
+        view[-1] |= {"faults": faults[:MAX_LISTED], "more_faults": len(faults) - MAX_LISTED}
     overlay = []
     if len(runs) > 1:
         unit = _unit(runs[0]) if len({_unit(run) for run in runs}) == 1 else "loss"

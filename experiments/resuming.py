@@ -30,7 +30,8 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
     ValueError where the folder holds a run that must not be touched, or lacks the one to be resumed.
     """
     if out is None:
-        earlier = sorted(RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}"))
+        begun = RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}/recipe.toml")
+        earlier = sorted(path.parent for path in begun)
         if resume and not earlier:
             raise ValueError(f"there is no run of {recipe.name!r} in {RUNS} to resume: leave --resume out to start one")
         out = earlier[-1] if resume else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -67,13 +68,14 @@ def _reached(out: Path, before: Recipe) -> int:
     return max((int(path.name) for path in (out / "checkpoints").glob("[0-9]*")), default=before.rounds)
 
 
-def refuse_other_data(folder: Path, manifest: dict[str, Any]) -> None:
-    """A resumed run must go on with the rows and the versions that it was begun with."""
+def refuse_other_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """A resumed run must go on with the rows, versions, base and code that it was begun with; all digests known."""
     file = folder / "manifest.json"
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         key, versions = before["data"]["key"], before["versions"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        digests: dict[str, str] = dict(before.get("digests", {}))  # of earlier versions' runs there are none
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not the manifest of a run ({error}): start anew in another --out") from error
     if key != manifest["data"]["key"]:
         raise ValueError(f"the data has changed since the run in {folder} was begun: start anew in another --out")
@@ -82,6 +84,14 @@ def refuse_other_data(folder: Path, manifest: dict[str, Any]) -> None:
             f"the run in {folder} was begun with other versions ({versions}, now {manifest['versions']}): "
             f"install those, or start anew in another --out"
         )
+    known: dict[str, str] = digests | manifest["digests"]
+    changed = [name for name, digest in digests.items() if known[name] != digest]
+    if changed:
+        raise ValueError(
+            f"{' and '.join(changed)} changed since the run in {folder} was begun: bring back what it was begun with "
+            f"(of a base from the hub by model.revision), or start anew in another --out"
+        )
+    return known
 
 
 def _begun_with(file: Path, recipe: Recipe) -> Recipe:

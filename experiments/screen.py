@@ -12,6 +12,7 @@ from datasets_partition.location import is_local, within
 from engine.events import DriverLost, Evaluated, Event, Finished, Preparing, RoundDone, Sample, Started
 
 SPLITS = {"heldout": "held-out rows", "unseen": "unseen clients", "server": "the server's rows"}
+FEW = 5
 
 
 class Screen:
@@ -94,7 +95,7 @@ class Screen:
     def _round(self, event: RoundDone) -> None:
         self.progress.update(self.task, description="round", completed=event.round)
         loss = f"train loss {event.loss:.3f}" if event.clients else "nobody trained  "
-        dropped = f" ({event.dropped} dropped out)" if event.dropped else ""
+        dropped = f" ({len(event.gone)} dropped out)" if event.gone else ""
         self.console.print(
             f"round {event.round:>3}/{self.rounds}  {loss}  {event.clients} clients{dropped}  "
             f"{event.seconds:5.1f} s  {event.tokens_per_s:,.0f} tokens/s"
@@ -106,6 +107,10 @@ class Screen:
                 self.console.print(f"  [yellow]{escape(f'{fault.kind} {fault.who}')}: {escape(fault.why)}[/yellow]")
         for client, why in event.failed.items():
             self.console.print(f"  [yellow]client {client!r} was left out: {escape(why)}[/yellow]")
+        for why, clients in _by_reason(event.gone).items():
+            few = ", ".join(map(repr, clients[:FEW])) + (", ..." if len(clients) > FEW else "")
+            many = "1 client" if len(clients) == 1 else f"{len(clients):,} clients"
+            self.console.print(f"  [dim]{many} {escape(why)}: {escape(few)}[/dim]")
         if event.round == self.rounds:
             if event.epsilon is not None:
                 self.console.print(f"privacy: {event.epsilon}")
@@ -134,6 +139,14 @@ class Screen:
             )
         for name, what in (("model", "the trained model"), ("report.html", "the report"), ("metrics", "all figures")):
             self.console.print(f"{what:>17}: {within(self.elsewhere or str(event.folder), name)}", soft_wrap=True)
+
+
+def _by_reason(gone: dict[str, str]) -> dict[str, list[str]]:
+    """Clients by why they are gone, without what is each one's own."""
+    found: dict[str, list[str]] = {}
+    for client, why in gone.items():
+        found.setdefault(why.partition(":")[0], []).append(client)
+    return found
 
 
 def _losses(losses: dict[str, float]) -> str:

@@ -81,7 +81,8 @@ def _clients(clients: Clients) -> Clients:
     slots = SLOTS if clients.slots == "auto" else min(clients.slots, SLOTS)
     left = replace(clients.availability, trace=None)  # which names clients that are not there
     if left.deadline_s is not None:
-        left = replace(left, deadline_s=max(left.deadline_s, PATIENCE_S))
+        step_s = left.step_s and min(left.step_s, 1.0)
+        left = replace(left, deadline_s=max(left.deadline_s, PATIENCE_S), step_s=step_s)
     return replace(
         clients,
         slots=slots if zero is None else 1,
@@ -133,10 +134,11 @@ def bearable(recipe: Recipe, population: int) -> Recipe:
             dp = replace(dp, epsilon=None, noise_multiplier=LITTLE_NOISE)
             recipe = replace(recipe, privacy=replace(recipe.privacy, dp=dp))
     left = recipe.clients.availability
-    for round_ in range(ROUNDS if recipe.privacy.secure else 0):
-        drawn = cohort.sample(population, recipe.seed, round_)
-        least = recipe.privacy.secagg.parameters(len(drawn)).threshold
-        least = max(least, recipe.privacy.secagg.min_contributors)
+    for round_ in range(ROUNDS):
+        drawn, least = cohort.sample(population, recipe.seed, round_), 1
+        if recipe.privacy.secure:
+            least = recipe.privacy.secagg.parameters(len(drawn)).threshold
+            least = max(least, recipe.privacy.secagg.min_contributors)
         if isinstance(dp, DistributedDp):
             least = max(least, math.ceil(dp.survivors * cohort.expected(population)))
         if len(drawn) - len(left.gone(drawn, recipe.seed, round_)) < least:

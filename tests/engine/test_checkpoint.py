@@ -107,6 +107,29 @@ def test_where_the_newest_cannot_be_read_the_one_before_is_taken(tmp_path: Path)
         load_checkpoint(tmp_path)
 
 
+def test_one_that_was_passed_over_is_neither_kept_nor_does_it_push_out_a_good_one(tmp_path: Path) -> None:
+    for round_ in (10, 20):
+        save_checkpoint(tmp_path, saved(round_), keep=2)
+    (tmp_path / "00020" / STATE).unlink()
+    assert loaded(tmp_path).state.round == 10
+    save_checkpoint(tmp_path, saved(11), keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00010", "00011"]
+    save_checkpoint(tmp_path, saved(20), keep=3)
+    (tmp_path / "00020" / STATE).unlink()
+    save_checkpoint(tmp_path, saved(12), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["00012"] and loaded(tmp_path).state.round == 12
+
+
+def test_what_others_leave_among_checkpoints_stays(tmp_path: Path) -> None:
+    for name in (".DS_Store", ".nfs0000001", ".00001.77"):
+        (tmp_path / name).touch()
+    for name in (".snapshot", ".00002.77"):  # the second is of a process that was killed while it wrote
+        (tmp_path / name / "inside").mkdir(parents=True)
+    save_checkpoint(tmp_path, saved(3), keep=1)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".DS_Store", ".nfs0000001", ".00001.77", ".snapshot", "00003"}
+
+
 @pytest.mark.parametrize("file", [STATE, FACTS])
 def test_no_flipped_bit_is_taken_for_what_was_written(tmp_path: Path, file: str) -> None:
     save_checkpoint(tmp_path, saved(4), keep=2)

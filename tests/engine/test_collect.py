@@ -1,6 +1,7 @@
 """Secured rounds on real slots: the same sum as in the clear, whoever drops out, and whichever slot dies."""
 
 import os
+import re
 import sys
 import time
 from contextlib import suppress
@@ -12,6 +13,7 @@ import ray.cloudpickle
 import torch
 
 from datasets_partition.build import build
+from engine.availability import DIED_WITH_SLOT, DRAWN, Availability
 from engine.client import ClientActor
 from engine.collect import PlainCollector, SecureCollector
 from engine.pulling import Work
@@ -156,7 +158,8 @@ def test_who_drops_out_is_left_out_of_the_sum(play, seed):
     changes = [f"seed={seed}", "clients.availability.dropout=0.3", "privacy.secagg.dropout=0.6"]
     plain, ideal, full = play(*changes), play(*changes, mode="ideal"), play(*changes, mode="full")
     same(ideal, full)
-    assert full.dropped == plain.dropped > 0 and full.aggregate.count == 7 - full.dropped
+    away = Availability(dropout=0.3).gone(COHORT, seed, 0)
+    assert full.gone == plain.gone == dict.fromkeys(away, DRAWN) and full.aggregate.count == 7 - len(away) < 7
     assert (mean(full) - mean(plain)).abs().max() < 1e-6
 
 
@@ -167,7 +170,8 @@ def test_who_comes_too_late_is_left_out_of_the_sum(play, pool):
     done = play("privacy.secagg.dropout=0.3", mode="full")
     late.unlink()
     ray.get([actor.deadline.remote(None) for actor in pool[0].actors])
-    assert done.aborted is None and done.dropped == 1 and done.aggregate.count == 6
+    assert done.aborted is None and done.aggregate.count == 6
+    assert done.gone.keys() == {4} and re.fullmatch(r"too late: [\d.]+ s after .*\.deadline_s", done.gone[4])
     assert {report.client for report in done.reports if report.late} == {4}
     others = COHORT[COHORT != 4]
     expected = play("privacy.secagg.dropout=0.3", mode="full", cohort=others, costs=COSTS[COHORT != 4])
@@ -218,8 +222,8 @@ def test_a_slot_that_dies_may_count_as_its_clients_dropping_out(play, pool, full
     changes = [f"privacy.secagg.active={active}", "privacy.secagg.threshold=4", "privacy.secagg.dropout=0.3"]
     done = play(*changes, mode="full", on_slot_death="dropout")
     assert done.sessions == 1 and done.aborted is None
-    assert done.dropped in {len(clients) for clients in placed.values()}
-    assert done.aggregate.count == 7 - done.dropped
+    assert sorted(done.gone) in [sorted(client for (client,) in packs) for packs in placed.values()]
+    assert set(done.gone.values()) == {DIED_WITH_SLOT} and done.aggregate.count == 7 - len(done.gone)
 
 
 def test_the_active_profile_gives_the_same_sum_with_signatures(play):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from experiments.api import Run
 from experiments.config import RECIPES, parse_recipe
-from experiments.dry import _rounds, dry_run
+from experiments.dry import _placement, _resume, _rounds, dry_run
 from experiments.shrunk_recipe import bearable, clients_of, shrunk_recipe
 from experiments.shrunk_rows import draw_rows, out_of_reach
 
@@ -177,6 +178,42 @@ def test_a_round_without_result_proves_nothing(tmp_path):
     done = RoundDone(1, 1.0, 1.0, 1.0, 0, {}, aborted="3 clients are there, and it takes 5", epsilon="epsilon 4")
     strategy, privacy = _rounds(work, [done])
     assert not strategy.holds and not privacy.holds and "it takes 5" in strategy.said
+
+
+def test_rounds_of_nobody_prove_nothing(tmp_path):
+    from engine.events import RoundDone
+
+    plain = shrunk_recipe(parse_recipe(LARGE, ["privacy={}", "clients.availability.dropout=0.9"]), tmp_path, tmp_path)
+    done = [RoundDone(round_, 1.0, 1.0, 1.0, clients, {}) for round_, clients in ((1, 4), (2, 0))]
+    assert not any(proof.holds for proof in _rounds(plain, done))
+    assert all(proof.holds for proof in _rounds(plain, done[:1]))
+    assert bearable(plain, 8).clients.availability.dropout == 0.0  # of so few clients often nobody would be left
+
+
+def test_fewer_slots_than_asked_for_prove_no_placement(tmp_path):
+    from engine.events import Started
+
+    def started(slots):
+        return [Started(slots, 2, 6, 2, 0, 10, 10, 0, None, 1)]
+
+    for changes, asked in (
+        ((), 2),
+        (("clients.zero={stage=2}",), 1),
+        (("clients.zero={stage=2, from_rows=9}",), 2),
+    ):
+        plain = ["privacy={}", "clients.pack=1", "clients.num_gpus=1", *changes]
+        clients = shrunk_recipe(parse_recipe(LARGE, plain), tmp_path, tmp_path).clients
+        assert not _placement(clients, started(asked - 1)).holds and _placement(clients, started(asked)).holds
+
+
+def test_no_model_proves_no_resume(small_recipe, tmp_path):
+    first, again = (Run(tmp_path / name, {}, []) for name in ("first", "again"))
+    first.model.mkdir(parents=True)
+    assert not _resume(small_recipe(), first, again, 1).holds
+    for run in (first, again):
+        run.model.mkdir(parents=True, exist_ok=True)
+        (run.model / "model.safetensors").write_bytes(b"the same")
+    assert _resume(small_recipe(), first, again, 1).holds and not _resume(small_recipe(), first, again, 2).holds
 
 
 def test_options_that_do_not_go_with_it_are_refused_in_one_sentence(command, large):

@@ -134,11 +134,26 @@ def test_a_detached_run_goes_on_and_leaves_its_folder(head, work, inside, capsys
     assert capsys.readouterr().out == f"{job}: SUCCEEDED\n"
 
 
-def test_a_job_is_stopped(head, inside, capsys):
-    submit(Path("recipe.toml"), ["rounds=1000"], head, detach=True)
+@pytest.mark.slow
+def test_a_job_is_stopped_in_its_rounds_and_gone_on_with(head, work, inside, command, capsys, full):
+    rounds, folder = "rounds=60" if full else "rounds=1000", work.parent / "run"
+    submit(Path("recipe.toml"), [rounds], head, "../run", detach=True)
     job = job_in(capsys.readouterr().out)
+    wait_until(lambda: any((folder / "checkpoints").glob("[0-9]*")), 120)
+    if full:  # somebody does not see that it goes on
+        run = ("run", work / "recipe.toml", "--set", rounds, "--out")
+        done = command(*run, folder, "--resume", cwd=work, **OWN_FOLDER)
+        assert done.returncode == 2 and "another command on this machine is at work on" in done.stderr
     stop(job, head)
-    assert capsys.readouterr().out.startswith(f"{job}: STOPPED")
+    assert capsys.readouterr().out.startswith(f"{job}: STOPPED") and not (folder / "model").exists()
+    if full:
+        assert submit(Path("recipe.toml"), [rounds], head, "../run", resume=True) == 0
+        assert "going on from the checkpoint of round" in capsys.readouterr().out
+        rows = f"data.source.path={work / 'rows.jsonl'}"
+        done = command(*run, work.parent / "whole", "--set", rows, cwd=work.parent)
+        assert done.returncode == 0, done.stderr
+        name = "model/adapter_model.safetensors"
+        assert (folder / name).read_bytes() == (work.parent / "whole" / name).read_bytes()
 
 
 @pytest.mark.slow

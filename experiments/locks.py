@@ -1,0 +1,56 @@
+"""One command at a time: a run folder is locked while it is worked on, and the lock ends with the process."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+
+class Lock:
+    """Keeps other processes from a folder, and cleaners of temporary files that heed locks, until it is forgotten."""
+
+    def __init__(self, folder: Path, location: str) -> None:
+        self.descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another command on this machine is at work on {location}: wait until it has ended, or choose another "
+                f"--out"
+            ) from None
+        except OSError:
+            pass  # some network file systems lock no folders
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+# What this process has locked: it may go on with a run while the error that ended it still refers to its lock.
+_LOCKS: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
+
+
+def locked(folder: Path, location: str) -> Lock:
+    """The lock of a folder, by which the user knows `location`; ValueError while another process has it."""
+    lock = _LOCKS.get(folder) or Lock(folder, location)
+    _LOCKS[folder] = lock
+    return lock
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Locks a run folder, which is made for it, and is gone again unless the run has begun; ValueError as `locked`."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = locked(folder.resolve(), str(folder))
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be a run folder ({error}): choose another --out") from error
+    try:
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # something is in it
+                path.rmdir()
+        del lock  # now, though an error may refer to this frame
