@@ -90,6 +90,7 @@ class Pool:
     def start(self, store: Path, shared: str | None = None) -> Start:
         """Reads base and rows beside the driver, then attaches all slots; ValueError if they cannot be had.
 
+        The death of a slot here is raised as it is: nothing has begun, and whoever asked begins again.
         `shared` is the location that the store was copied from, if it was: its token columns lie there too.
         """
         clients = self.federation.clients
@@ -102,13 +103,7 @@ class Pool:
                 f"wait for other work to end, or lower clients.slots"
             ) from None
         self.nodes = {slot: place.node_id for slot, place in enumerate(places)}
-        try:
-            return self._started(store, shared, places)
-        except LOST as error:
-            raise ValueError(
-                f"a slot died while it read the base or the rows ({last_line(error)}); "
-                f"if memory ran out, lower clients.slots, or take a smaller base"
-            ) from error
+        return self._started(store, shared, places)
 
     def _started(self, store: Path, shared: str | None, places: list[Place]) -> Start:
         reader = self._reader(places)

@@ -71,7 +71,7 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
             if futile > FUTILE:
                 raise ValueError(
                     f"the driver ended {futile} times without getting further ({why}): if memory ran out, lower "
-                    f"clients.slots, or take a smaller model or cohort; then go on from the last checkpoint with --resume"
+                    f"clients.slots, take a smaller model or cohort; then go on from the last checkpoint with --resume"
                 ) from error
             begun = any((plan.folder / "checkpoints").glob("[0-9]*"))
             lost = (*plan.lost, Fault("driver", "the driver", why))

@@ -1,5 +1,6 @@
 """The driver's life as the command sees it."""
 
+import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,7 +13,10 @@ import ray.cloudpickle
 from ray.exceptions import ObjectLostError
 
 import experiments
+from engine.client import ClientActor
+from engine.driver import Driver
 from engine.events import Checkpointed, DriverLost, RoundDone, Started
+from engine.slots import Slots
 from experiments import driving
 from strategies.fedavg import FedAvg
 
@@ -101,3 +105,35 @@ def test_drivers_that_each_get_further_do_not_end_it_though_no_checkpoint_is_bet
 
     experiments.run(small_recipe("evaluate.every=0", "checkpoint.every=9"), out=tmp_path / "run", on_event=kill)
     assert [event.round for event in told if isinstance(event, RoundDone)] == [1, 1, 2, 1, 2, 3, 1, 2, 3, 4]
+
+
+class DyingAtItsStart(ClientActor):
+    """Ends its process while it is given base and rows, the first time in a run."""
+
+    def attach(self, packed, base, tokens, first):
+        """As any slot's, or not at all."""
+        mark = self.memory.folder.parent.with_suffix(".mark")
+        if not mark.exists():
+            mark.touch()
+            os._exit(1)
+        return super().attach(packed, base, tokens, first)
+
+
+class DriverOfSuch(Driver):
+    """A driver whose slots die at their start."""
+
+    def _run(self, at_end):
+        Slots.client = DyingAtItsStart
+        return super()._run(at_end)
+
+
+def test_a_slot_that_dies_while_it_is_given_the_base_does_not_end_the_run(
+    ray_session, small_recipe, tmp_path, monkeypatch
+):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr("engine.driver.Driver", DriverOfSuch)
+    told = []
+    run = experiments.run(small_recipe("evaluate.every=0", "rounds=1"), out=tmp_path / "run", on_event=told.append)
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert (tmp_path / "run.mark").exists() and run.model.exists()
+    assert [type(event) for event in told if isinstance(event, DriverLost | Started)] == [DriverLost, Started]
