@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
@@ -76,9 +77,10 @@ class Rounds:
         if federation.privacy.secure:
             largest = max(2, federation.cohort.largest(clients))
             federation.privacy.secagg.parameters(largest)
-            relay = Relay(
-                self.slots, ray.remote(Authority).options(num_cpus=0).remote(), federation.privacy.secagg.on_slot_death
-            )
+            # Beside the driver: elsewhere its node's end would look like the death of each slot that asks it.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            authority = ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote()
+            relay = Relay(self.slots, authority, federation.privacy.secagg.on_slot_death)
             most_tokens = self.most_steps * train.batch * train.accumulate * train.max_length
             self.collector = SecureCollector(federation, relay, layout, most_tokens, trace)
             self._clients_clip(largest)
