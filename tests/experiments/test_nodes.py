@@ -21,7 +21,7 @@ LARGE = 'model.peft={kind="lora", r=40, alpha=40}'
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "at"),
-    [((), "work"), (("strategy=median", LARGE), "work"), (("strategy=median", LARGE), "close")] + [(SECURED, "work")],
+    [((), "work"), (("strategy=median", LARGE), "work"), (("strategy=median", LARGE), "close"), (SECURED, "work")],
     ids=["sum", "each", "each-at-the-end", "secured"],
 )
 def test_a_node_that_is_removed_in_a_round_changes_no_bit(ray_session, small_recipe, tmp_path, full, changes, at):
