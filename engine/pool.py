@@ -157,8 +157,8 @@ class Pool:
         of something else than their node's end, and nothing was done between.
         """
         while True:
-            gone = [node["NodeID"] for node in ray.nodes() if not node["Alive"]]
-            self.deaths += self.nodes.pop(slot, None) not in gone
+            self.deaths += not self.lost_with_node(slot)
+            self.nodes.pop(slot, None)
             self.faults.append(Fault("slot", str(slot), last_line(error)))
             if self.deaths > MAX_DEATHS + self.size:
                 raise ValueError(
@@ -179,6 +179,10 @@ class Pool:
                 return
             except LOST as again:
                 error = again
+
+    def lost_with_node(self, slot: int) -> bool:
+        """Whether the node that a slot was placed on is gone."""
+        return self.nodes.get(slot) in [node["NodeID"] for node in ray.nodes() if not node["Alive"]]
 
     def _end(self, slot: int) -> None:
         """Ends what is left of a slot: it may be silent, and not dead."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError
 
 from engine.events import Fault
 from engine.lost import LOST, SlotSilent, last_line
@@ -159,7 +159,8 @@ class Pull:
         self.left[self.kind[unit]] += self.cost[unit]
 
     def _hand_out(self) -> None:
-        for ahead in range(AHEAD):
+        # Behind a suspect nothing waits: what a slot has ended a moment before its death may not have been told.
+        for ahead in range(1 if self.suspects else AHEAD):
             for slot in [slot for slot, room in self.free.items() if room == AHEAD - ahead]:
                 kind = self.pool.kind_of(slot)
                 # The last units are for who has nothing else to do.
@@ -238,11 +239,15 @@ class Pull:
             waiting.chunks.append(part)
         for unit in self.done.pop(slot, Done()).units:
             self._queue(unit)
-        for chunk in begun[1:]:
+        # A slot answers in the order in which it is asked: the first is what it was working on when it ended, if it was
+        # that and not its node which did.
+        outside = isinstance(error, ActorUnavailableError) or self.pool.lost_with_node(slot)
+        suspected = [] if outside else begun[:1]
+        for chunk in begun[len(suspected) :]:
             for unit in chunk:
                 self._queue(unit)
-        if begun:  # a slot answers in the order in which it is asked: that is what it was working on
-            self._suspect(begun[0], error)
+        for chunk in suspected:
+            self._suspect(chunk, error)
         self.since.pop(slot, None)
         self.pool.replace(slot, error)
         self.free[slot] = AHEAD
@@ -258,14 +263,15 @@ class Pull:
             return
         (unit,) = chunk
         self.suspects[unit] += 1
-        if len(unit) > 1 and (self.suspects[unit] > 1 or isinstance(error, OutOfMemoryError)):
+        again = self.suspects[unit] > self.pool.federation.clients.retries
+        if len(unit) > 1 and (again or isinstance(error, OutOfMemoryError)):
             why = f"halved, since its slots died of it: {last_line(error)}"
             self.pool.faults.append(Fault("pack", ", ".join(map(str, unit)), why))
             for half in halves(unit):
                 self.cost[half], self.kind[half] = self.cost[unit] * len(half) / len(unit), self.kind[unit]
                 self.suspects[half] = 0
                 self._queue(half)
-        elif len(unit) == 1 and self.give_up and self.suspects[unit] > self.pool.federation.clients.retries:
+        elif len(unit) == 1 and self.give_up and again:
             self.given_up.append(self.give_up(unit[0], last_line(error)))
         else:
             self._queue(unit)
