@@ -47,6 +47,7 @@ class Pool:
     def __init__(self, federation: Federation, memory: Path) -> None:
         self.federation, self.memory, self.timeout_s = federation, memory, federation.clients.timeout_s
         self.patience_s = self.timeout_s  # for what a slot answers at once
+        self.start_s = self.timeout_s and max(self.timeout_s, START_TIMEOUT_S)  # for a base or rows that it is given
         self.size = self._count([node["Resources"] for node in ray.nodes() if node["Alive"]])
         self.actors = [self._spawn(slot) for slot in range(self.size)]
         self.alive = list(range(self.size))
@@ -123,11 +124,11 @@ class Pool:
 
     def _attach(self, slot: int) -> Reference:
         actor = self.actors[slot]
-        tokens = ray.get(actor.find_tokens.remote(self.tokens))
+        tokens = self.answer(actor.find_tokens.remote(self.tokens))
         if tokens is None:
             self.parts = self.parts or put_tokens(self.tokens)
-            tokens = ray.get(actor.receive_tokens.remote(self.tokens, self.parts))
-        place = ray.get(actor.place.remote())
+            tokens = within(self.start_s, actor.receive_tokens.remote(self.tokens, self.parts))
+        place = self.answer(actor.place.remote())
         shares = place.gpu is not None and self.federation.clients.num_gpus < 1
         base = self._held(place.node_id, str(place.gpu)) if shares else self.base
         return actor.attach.remote(self.packed, base, tokens, slot == 0)
@@ -137,11 +138,11 @@ class Pool:
         key = node_id, gpu
         if key in self.holders:
             try:
-                return ray.get(self.holders[key].handle.remote())
+                return self.answer(self.holders[key].handle.remote())
             except LOST:
                 pass
         self.holders[key] = start_holder(node_id, gpu, self.base)
-        return ray.get(self.holders[key].handle.remote())
+        return within(self.start_s, self.holders[key].handle.remote())
 
     def refuse_lost_memory(self) -> None:
         """Raises ValueError if clients remember in a folder that not every slot's node sees."""
@@ -173,8 +174,8 @@ class Pool:
                     self.alive.remove(slot)
                     self.faults.append(Fault("slot", str(slot), "the cluster has no place for another in its stead"))
                     return
-                ray.get(self._attach(slot))
-                ray.get(self.actors[slot].refuse_lost_memory.remote())
+                within(self.start_s, self._attach(slot))
+                self.answer(self.actors[slot].refuse_lost_memory.remote())
                 self._restore(slot)
                 return
             except LOST as again:

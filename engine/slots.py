@@ -38,16 +38,17 @@ class Slots(Pool):
 
     def _restore(self, slot: int) -> None:
         """Gives a new slot the weights that the others have."""
-        ray.get(self._rebase(self.actors[slot]))
+        self.answer(self._rebase(self.actors[slot]))
 
     def _rebase(self, actor: Any) -> Reference:
         if self.residual is None:
             return actor.use_weights.remote(None)
-        node = ray.get(actor.place.remote()).node_id
+        node = self.answer(actor.place.remote()).node_id
         if node not in self.merged:
             merged = actor.merged_weights.remote(self.residual)
-            ray.wait([merged], fetch_local=False)
-            ray.get(actor.place.remote())  # a slot that died of it must not leave a reference to nothing
+            ray.wait([merged], fetch_local=False, timeout=self.patience_s)
+            # A slot that died of it, or has not ended it, must not leave a reference to nothing.
+            self.answer(actor.place.remote())
             self.merged[node] = merged
         return actor.use_weights.remote(self.merged[node])
 
