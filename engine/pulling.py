@@ -103,9 +103,10 @@ class Done:
 
 
 class Pull:
-    """Slots pull `units` of work, the longest (`costs`, in any unit) first, until all are done.
+    """Slots pull `units` of work, the longest (`costs`, best in seconds) first, until all are done.
 
-    A chunk is a share of the work that is left, so that chunks shrink towards the end. Slots that have nothing else to
+    A chunk is a share of the work that is left, so that chunks shrink towards the end, and no more than what half of
+    `clients.timeout_s` is thought to be enough for. Slots that have nothing else to
     do take what is `later`. What a slot was working on when it died is handed out unit by unit: one that ends slots
     again and again is halved if it is a pack, and a client alone gets the results of `give_up`, or ends the run.
     """
@@ -135,6 +136,7 @@ class Pull:
         self.suspects: Counter[Unit] = Counter()  # how many slots have died while they worked on a unit alone
         self.done: dict[int, Done] = {}
         self.most = 0  # units that were done at once
+        self.slowest = 0.0  # seconds for what is thought to take one, of any chunk so far
         self.given_up: list[Any] = []
 
     def run(self) -> dict[int, Done]:
@@ -191,7 +193,9 @@ class Pull:
         return chunk
 
     def _share(self, kind: int) -> float:
-        return self.left[kind] / (CHUNKS_PER_SLOT * self.slots[kind])
+        share, allowed = self.left[kind] / (CHUNKS_PER_SLOT * self.slots[kind]), self.pool.timeout_s
+        # Half of it is for who takes longer than thought. In other units than seconds a first chunk is rather short.
+        return share if allowed is None else min(share, allowed / 2 / (self.slowest or 1.0))
 
     def _patience(self) -> float | None:
         allowed = self.pool.timeout_s
@@ -216,6 +220,8 @@ class Pull:
             waiting.found.extend(found)
         else:
             _, chunk = self.running.pop(ready)
+            took = time.monotonic() - self.since[slot]
+            self.slowest = max(self.slowest, took / max(1e-9, sum(self.cost[unit] for unit in chunk)))
             done = self.done.setdefault(slot, Done())
             done.results.extend(found)
             done.units.extend(chunk)

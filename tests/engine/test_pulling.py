@@ -222,3 +222,13 @@ def test_a_silent_slot_is_replaced(full: bool) -> None:
     pool.replace = long  # type: ignore[method-assign]
     done, _, given_up = pulled(pool, [(client,) for client in range(12)])
     assert done == list(range(12)) and given_up == [] and pool.died == 1
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
+def test_a_large_cohort_is_no_reason_to_end_slots_that_work(full: bool) -> None:
+    if not full:
+        pytest.skip("a quarter of a minute")
+    pool = LightPool({}, timeout_s=3.0, pace=0.22)  # a quarter of the work takes longer
+    done, _, given_up = pulled(pool, [(client,) for client in range(60)])
+    assert done == list(range(60)) and given_up == [] and pool.died == 0
