@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from engine.attempts import attempted
 from engine.batches import steps_of
 from engine.example_privacy import PrivateTrainer
 from engine.export import export_files
+from engine.fitting import Place
 from engine.heap import use_large_pages
 from engine.holder import map_handle
 from engine.judge import Judge
@@ -45,14 +46,6 @@ from strategies.transforms import bits, encode
 from strategies.types import Broadcast, Memory, Update
 
 FLOAT_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a slot runs: its Ray node, and the GPU that it shares (None on CPU)."""
-
-    node_id: str
-    gpu: str | None
 
 
 class ClientActor(SecureClients, Judge):

@@ -74,7 +74,7 @@ class Checkpointed:
 
 @dataclass(frozen=True)
 class DriverLost:
-    """The driver died; another goes on from the last checkpoint."""
+    """The driver died, or a slot while it started; another goes on from the last checkpoint, if there is one."""
 
     why: str
 

@@ -23,9 +23,10 @@ from ray.exceptions import ObjectLostError
 from datasets_partition.tokens import Tokens
 from engine import heap
 from engine.batches import steps_of
-from engine.client import FLOAT_BYTES, Place
+from engine.client import FLOAT_BYTES
 from engine.evaluate import ClientLoss, Prompt, drawn_rows
 from engine.export import Sharded, sharded_files
+from engine.fitting import Place
 from engine.gang_secure import SecureGang, SecureRank, aggregate_of
 from engine.lost import LOST, GangLost, ShardLost, last_line
 from engine.meeting import meet

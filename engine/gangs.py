@@ -12,8 +12,7 @@ from ray.exceptions import ObjectLostError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from engine.client import Place
-from engine.fitting import asked_or_fitting, refuse_shared_gpus, slots_that_fit
+from engine.fitting import Place, asked_or_fitting, refuse_shared_gpus, slots_that_fit
 from engine.gang import Gang, Rank, Served
 from engine.lost import LOST, ShardLost
 from engine.meeting import rank_environment

@@ -7,8 +7,7 @@ import numpy as np
 import ray
 
 from datasets_partition.tokens import Tokens
-from engine.client import Place
-from engine.fitting import slots_that_fit
+from engine.fitting import Place, slots_that_fit
 from engine.gangs import Gangs
 from engine.pool import Reference, Start
 from engine.pulling import Unit, Work

@@ -10,9 +10,9 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.client import ClientActor, Place
+from engine.client import ClientActor
 from engine.events import Fault
-from engine.fitting import asked_or_fitting, slots_that_fit
+from engine.fitting import Place, asked_or_fitting, slots_that_fit
 from engine.holder import start_holder
 from engine.lost import LOST, last_line, within
 from engine.rows import Parts, put_tokens
@@ -47,6 +47,7 @@ class Pool:
     def __init__(self, federation: Federation, memory: Path) -> None:
         self.federation, self.memory, self.timeout_s = federation, memory, federation.clients.timeout_s
         self.patience_s = self.timeout_s  # for what a slot answers at once
+        self.start_s = self.timeout_s and max(self.timeout_s, START_TIMEOUT_S)  # for a base or rows that it is given
         self.size = self._count([node["Resources"] for node in ray.nodes() if node["Alive"]])
         self.actors = [self._spawn(slot) for slot in range(self.size)]
         self.alive = list(range(self.size))
@@ -90,6 +91,7 @@ class Pool:
     def start(self, store: Path, shared: str | None = None) -> Start:
         """Reads base and rows beside the driver, then attaches all slots; ValueError if they cannot be had.
 
+        The death of a slot here is raised as it is: nothing has begun, and whoever asked begins again.
         `shared` is the location that the store was copied from, if it was: its token columns lie there too.
         """
         clients = self.federation.clients
@@ -102,13 +104,7 @@ class Pool:
                 f"wait for other work to end, or lower clients.slots"
             ) from None
         self.nodes = {slot: place.node_id for slot, place in enumerate(places)}
-        try:
-            return self._started(store, shared, places)
-        except LOST as error:
-            raise ValueError(
-                f"a slot died while it read the base or the rows ({last_line(error)}); "
-                f"if memory ran out, lower clients.slots, or take a smaller base"
-            ) from error
+        return self._started(store, shared, places)
 
     def _started(self, store: Path, shared: str | None, places: list[Place]) -> Start:
         reader = self._reader(places)
@@ -128,11 +124,11 @@ class Pool:
 
     def _attach(self, slot: int) -> Reference:
         actor = self.actors[slot]
-        tokens = ray.get(actor.find_tokens.remote(self.tokens))
+        tokens = self.answer(actor.find_tokens.remote(self.tokens))
         if tokens is None:
             self.parts = self.parts or put_tokens(self.tokens)
-            tokens = ray.get(actor.receive_tokens.remote(self.tokens, self.parts))
-        place = ray.get(actor.place.remote())
+            tokens = within(self.start_s, actor.receive_tokens.remote(self.tokens, self.parts))
+        place = self.answer(actor.place.remote())
         shares = place.gpu is not None and self.federation.clients.num_gpus < 1
         base = self._held(place.node_id, str(place.gpu)) if shares else self.base
         return actor.attach.remote(self.packed, base, tokens, slot == 0)
@@ -142,11 +138,11 @@ class Pool:
         key = node_id, gpu
         if key in self.holders:
             try:
-                return ray.get(self.holders[key].handle.remote())
+                return self.answer(self.holders[key].handle.remote())
             except LOST:
                 pass
         self.holders[key] = start_holder(node_id, gpu, self.base)
-        return ray.get(self.holders[key].handle.remote())
+        return within(self.start_s, self.holders[key].handle.remote())
 
     def refuse_lost_memory(self) -> None:
         """Raises ValueError if clients remember in a folder that not every slot's node sees."""
@@ -162,8 +158,8 @@ class Pool:
         of something else than their node's end, and nothing was done between.
         """
         while True:
-            gone = [node["NodeID"] for node in ray.nodes() if not node["Alive"]]
-            self.deaths += self.nodes.pop(slot, None) not in gone
+            self.deaths += not self.lost_with_node(slot)
+            self.nodes.pop(slot, None)
             self.faults.append(Fault("slot", str(slot), last_line(error)))
             if self.deaths > MAX_DEATHS + self.size:
                 raise ValueError(
@@ -178,12 +174,16 @@ class Pool:
                     self.alive.remove(slot)
                     self.faults.append(Fault("slot", str(slot), "the cluster has no place for another in its stead"))
                     return
-                ray.get(self._attach(slot))
-                ray.get(self.actors[slot].refuse_lost_memory.remote())
+                within(self.start_s, self._attach(slot))
+                self.answer(self.actors[slot].refuse_lost_memory.remote())
                 self._restore(slot)
                 return
             except LOST as again:
                 error = again
+
+    def lost_with_node(self, slot: int) -> bool:
+        """Whether the node that a slot was placed on is gone."""
+        return self.nodes.get(slot) in [node["NodeID"] for node in ray.nodes() if not node["Alive"]]
 
     def _end(self, slot: int) -> None:
         """Ends what is left of a slot: it may be silent, and not dead."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError
 
 from engine.events import Fault
 from engine.lost import LOST, SlotSilent, last_line
@@ -106,12 +106,13 @@ class Done:
 
 
 class Pull:
-    """Slots pull `units` of work, the longest (by their `cost` in seconds) first, until all are done.
+    """Slots pull `units` of work, the longest (by their `cost`, best in seconds) first, until all are done.
 
     A chunk is a share of the work that is left, so that chunks shrink towards the end, but not to what is over at
-    once. Slots that have nothing else to do take what is `later`. What a slot was working on when it died is handed
-    out unit by unit: one that ends slots again and again is halved if it is a pack, and a client alone gets the results
-    of `give_up`, or ends the run. What slots had `done` before is theirs still, and dies with them as well.
+    once, and no more than what half of `clients.timeout_s` is thought to be enough for. Slots that have nothing else to
+    do take what is `later`. What a slot was working on when it died is handed out unit by unit: one that ends slots
+    again and again is halved if it is a pack, and a client alone gets the results of `give_up`, or ends the run. What
+    slots had `done` before is theirs still, and dies with them as well.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Pull:
         self.since: dict[int, float] = {}  # when a slot began to owe an answer
         self.suspects: Counter[Unit] = Counter()  # how many slots have died while they worked on a unit alone
         self.most = self._finished()  # units that were done at once
+        self.slowest = 0.0  # seconds for what is thought to take one, of any chunk so far
         self.given_up: list[Any] = []
 
     def run(self) -> dict[int, Done]:
@@ -165,7 +167,8 @@ class Pull:
         self.left[self.kind[unit]] += self.cost[unit]
 
     def _hand_out(self) -> None:
-        for ahead in range(AHEAD):
+        # Behind a suspect nothing waits: what a slot has ended a moment before its death may not have been told.
+        for ahead in range(1 if self.suspects else AHEAD):
             for slot in [slot for slot, room in self.free.items() if room == AHEAD - ahead]:
                 kind = self.pool.kind_of(slot)
                 # The last units are for who has nothing else to do.
@@ -196,7 +199,10 @@ class Pull:
         return chunk
 
     def _share(self, kind: int) -> float:
-        return max(LEAST_S, self.left[kind] / (CHUNKS_PER_SLOT * self.slots[kind]))
+        share, allowed = self.left[kind] / (CHUNKS_PER_SLOT * self.slots[kind]), self.pool.timeout_s
+        share = max(LEAST_S, share)
+        # Half of it is for who takes longer than thought. In other units than seconds a first chunk is rather short.
+        return share if allowed is None else min(share, allowed / 2 / (self.slowest or 1.0))
 
     def _patience(self) -> float | None:
         allowed = self.pool.timeout_s
@@ -221,6 +227,8 @@ class Pull:
             waiting.found.extend(found)
         else:
             _, chunk = self.running.pop(ready)
+            took = time.monotonic() - self.since[slot]
+            self.slowest = max(self.slowest, took / max(1e-9, sum(self.cost[unit] for unit in chunk)))
             done = self.done.setdefault(slot, Done())
             done.results.extend(found)
             done.units.extend(chunk)
@@ -247,11 +255,15 @@ class Pull:
             waiting.chunks.append(part)
         for unit in self.done.pop(slot, Done()).units:
             self._queue(unit)
-        for chunk in begun[1:]:
+        # A slot answers in the order in which it is asked: the first is what it was working on when it ended, if it was
+        # that and not its node which did.
+        outside = isinstance(error, ActorUnavailableError) or self.pool.lost_with_node(slot)
+        suspected = [] if outside else begun[:1]
+        for chunk in begun[len(suspected) :]:
             for unit in chunk:
                 self._queue(unit)
-        if begun:  # a slot answers in the order in which it is asked: that is what it was working on
-            self._suspect(begun[0], error)
+        for chunk in suspected:
+            self._suspect(chunk, error)
         self.since.pop(slot, None)
         self.pool.replace(slot, error)
         self.free[slot] = AHEAD
@@ -267,14 +279,15 @@ class Pull:
             return
         (unit,) = chunk
         self.suspects[unit] += 1
-        if len(unit) > 1 and (self.suspects[unit] > 1 or isinstance(error, OutOfMemoryError)):
+        again = self.suspects[unit] > self.pool.federation.clients.retries
+        if len(unit) > 1 and (again or isinstance(error, OutOfMemoryError)):
             why = f"halved, since its slots died of it: {last_line(error)}"
             self.pool.faults.append(Fault("pack", ", ".join(map(str, unit)), why))
             for half in halves(unit):
                 self.cost[half], self.kind[half] = self.cost[unit] * len(half) / len(unit), self.kind[unit]
                 self.suspects[half] = 0
                 self._queue(half)
-        elif len(unit) == 1 and self.give_up and self.suspects[unit] > self.pool.federation.clients.retries:
+        elif len(unit) == 1 and self.give_up and again:
             self.given_up.append(self.give_up(unit[0], last_line(error)))
         else:
             self._queue(unit)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
@@ -76,9 +77,10 @@ class Rounds:
         if federation.privacy.secure:
             largest = max(2, federation.cohort.largest(clients))
             federation.privacy.secagg.parameters(largest)
-            relay = Relay(
-                self.slots, ray.remote(Authority).options(num_cpus=0).remote(), federation.privacy.secagg.on_slot_death
-            )
+            # Beside the driver: elsewhere its node's end would look like the death of each slot that asks it.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            authority = ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote()
+            relay = Relay(self.slots, authority, federation.privacy.secagg.on_slot_death)
             most_tokens = self.most_steps * train.batch * train.accumulate * train.max_length
             self.collector = SecureCollector(federation, relay, layout, most_tokens, trace)
             self._clients_clip(largest)
@@ -122,10 +124,13 @@ class Rounds:
         central = self.noise if isinstance(self.noise, CentralPlan) and done.aborted is None else None
         state, self.clip = self.server.apply(state, done.aggregate, central, self.clip)
         ended = time.monotonic()
-        if done.aborted is not None:
-            self._abort(cohort, round_, done.aborted, counted=too_few is None)
-
         good = [report for report in done.reports if report.failed is None and not report.late]
+        if federation.remembers:
+            counted = [] if done.aborted is not None else [report.client for report in good]
+            self._forget(np.setdiff1d(cohort, counted), round_)
+        if done.aborted is not None:
+            self._abort(done.aborted, counted=too_few is None)
+
         failed = {self.store.name(r.client): r.why for r in done.reports if r.why is not None}
         if done.told:
             names = self.store.names([report.client for report in good])
@@ -181,11 +186,14 @@ class Rounds:
             )
         return room
 
-    def _abort(self, cohort: np.ndarray, round_: int, why: str, *, counted: bool) -> None:
-        """The model stays as it was, clients forget the round, and the run goes on; ValueError after too many."""
+    def _forget(self, clients: np.ndarray, round_: int) -> None:
+        """Lets clients forget a round that they are not in the sum of: they may have ended it in a slot that died."""
         for memory in every_memory(self.folder / "memory"):
-            for client in cohort:
+            for client in clients:
                 memory.forget(int(client), round_)
+
+    def _abort(self, why: str, *, counted: bool) -> None:
+        """The model stays as it was, and the run goes on; ValueError after too many."""
         self.aborts += counted
         allowed = self.federation.privacy.secagg.max_aborts
         if self.aborts > allowed:

@@ -52,16 +52,17 @@ class Slots(Pool):
 
     def _restore(self, slot: int) -> None:
         """Gives a new slot the weights that the others have."""
-        ray.get(self._rebase(self.actors[slot]))
+        self.answer(self._rebase(self.actors[slot]))
 
     def _rebase(self, actor: Any) -> Reference:
         if self.residual is None:
             return actor.use_weights.remote(None)
-        node = ray.get(actor.place.remote()).node_id
+        node = self.answer(actor.place.remote()).node_id
         if node not in self.merged:
             merged = actor.merged_weights.remote(self.residual)
-            ray.wait([merged], fetch_local=False)
-            ray.get(actor.place.remote())  # a slot that died of it must not leave a reference to nothing
+            ray.wait([merged], fetch_local=False, timeout=self.patience_s)
+            # A slot that died of it, or has not ended it, must not leave a reference to nothing.
+            self.answer(actor.place.remote())
             self.merged[node] = merged
         return actor.use_weights.remote(self.merged[node])
 
@@ -113,10 +114,11 @@ class Slots(Pool):
     def _take_sums(self, slots: list[int]) -> Taken:
         """One sum over all these slots, part by part, so that neither store nor driver holds the slots' wide ones.
 
-        All keep theirs until it is whole: where a slot dies of it, they have them still.
+        All keep theirs until it is whole: where a slot dies of it, they have them still. Where the rule reads updates,
+        there is none, and this shows who is still alive.
         """
-        if not slots or self.federation.strategy.reads != "sum":
-            return Taken([], 0, slots, {})
+        if not slots:
+            return Taken([], 0, [], {})
         asked, nbytes = slots[0], 0
 
         def parts() -> Iterator[list[PartialSum]]:

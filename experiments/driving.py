@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from engine.events import Event
     from experiments.config import Recipe
 
-FUTILE = 3  # drivers in a row that die before a round is done: beyond, it is no chance
+FUTILE = 3  # drivers in a row that end before a round that none had done: beyond, it is no chance
 LOOK_S = 0.2
 
 
@@ -22,7 +22,7 @@ class RunStopped(Exception):
 
 
 def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> Iterator["Event"]:
-    """Plays a driver's events; where it dies, another goes on from the last checkpoint.
+    """Plays a driver's events; where it dies, or a slot while it starts, another goes on from the last checkpoint.
 
     With `stop` set, the present round is the last. Raises ValueError for what the user can mend.
     """
@@ -41,7 +41,7 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
     # On this node, since it reads and writes this machine's folders; the second thread is for who asks it to stop.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
-    futile = 0
+    futile = furthest = 0
     while True:
         driver: Any = actor.remote(recipe, plan)
         over = threading.Event()
@@ -53,7 +53,9 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
                 event = ray.get(reference)
                 if isinstance(event, Started):  # it has written down who was lost before
                     plan = replace(plan, lost=())
-                futile *= not isinstance(event, RoundDone)
+                # A round that is played again is none: what kills drivers may come after it, before its checkpoint.
+                if isinstance(event, RoundDone) and event.round > furthest:
+                    futile, furthest = 0, event.round
                 yield event
             return
         except (RayTaskError, *LOST) as error:
@@ -64,12 +66,12 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
                 raise ValueError(str(cause)) from error
             if not isinstance(cause, LOST):
                 raise
-            # It is dead, or has lost with a node what only its last checkpoint has.
+            # It is dead, or has lost a slot while it started, or with a node what only its last checkpoint has.
             futile, why = futile + 1, last_line(cause)
             if futile > FUTILE:
                 raise ValueError(
-                    f"the driver died {futile} times without a round done between ({why}): if memory ran out, take a "
-                    f"smaller model or cohort; then go on from the last checkpoint with --resume"
+                    f"the driver ended {futile} times without getting further ({why}): if memory ran out, lower "
+                    f"clients.slots, take a smaller model or cohort; then go on from the last checkpoint with --resume"
                 ) from error
             begun = any((plan.folder / "checkpoints").glob("[0-9]*"))
             lost = (*plan.lost, Fault("driver", "the driver", why))

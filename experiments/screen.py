@@ -43,7 +43,7 @@ class Screen:
         """Shows one event."""
         match event:
             case DriverLost(why):
-                self.say(f"the driver died ({why}); another goes on from the last checkpoint")
+                self.say(f"the driver ended ({why}); another takes its place")
             case Preparing(step):
                 self.progress.update(self.task, description=step)
                 self.console.print(f"[dim]{step} ...[/dim]")

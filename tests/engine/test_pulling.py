@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,15 +65,22 @@ def test_clients_that_are_all_alike_teach_no_order() -> None:
 
 
 class Light:
-    """A slot that only answers, dies of packs of which `fatal` clients are members, and hangs on `slow` ones."""
+    """A slot that only answers, dies of packs of which `fatal` clients are members, and hangs on `slow` ones.
 
-    def __init__(self, fatal: dict[int, int], slow: int, pace: float) -> None:
-        self.fatal, self.slow, self.pace = fatal, slow, pace
+    If there are `marks` to make, it dies no more often than there are.
+    """
+
+    def __init__(self, fatal: dict[int, int], slow: int, pace: float, marks: list[Path]) -> None:
+        self.fatal, self.slow, self.pace, self.marks = fatal, slow, pace, marks
 
     def run(self, chunk: list[tuple[int, ...]]) -> list[int]:
         for unit in chunk:
             if any(client in unit and len(unit) > size for client, size in self.fatal.items()):
-                os._exit(1)
+                left = [mark for mark in self.marks if not mark.exists()]
+                for mark in left[:1]:
+                    mark.touch()
+                if left or not self.marks:
+                    os._exit(1)
             time.sleep(60 if self.slow in unit else self.pace)
         return [client for unit in chunk for client in unit]
 
@@ -85,16 +93,22 @@ class LightPool:
     """Two such slots, the first of them slow until it is made anew; `died` says how often that was."""
 
     def __init__(
-        self, fatal: dict[int, int], slow: int = -1, timeout_s: float | None = None, pace: float = 0.0
+        self,
+        fatal: dict[int, int],
+        slow: int = -1,
+        timeout_s: float | None = None,
+        pace: float = 0.0,
+        marks: list[Path] | None = None,
+        retries: int = 1,
     ) -> None:
         self.fatal, self.timeout_s, self.patience_s, self.alive = fatal, timeout_s, None, [0, 1]
-        self.pace = pace
+        self.pace, self.marks = pace, marks or []
         self.died, self.deaths, self.faults = 0, 0, list[Fault]()
-        self.federation = SimpleNamespace(clients=SimpleNamespace(retries=1))
+        self.federation = SimpleNamespace(clients=SimpleNamespace(retries=retries))
         self.actors = [self._spawn(slow), self._spawn(-1)]
 
     def _spawn(self, slow):  # type: ignore[no-untyped-def]
-        actor = ray.remote(Light).options(num_cpus=0).remote(self.fatal, slow, self.pace)
+        actor = ray.remote(Light).options(num_cpus=0).remote(self.fatal, slow, self.pace, self.marks)
         ray.get(actor.run.remote([]))
         return actor
 
@@ -103,6 +117,9 @@ class LightPool:
 
     def kinds(self, clients: np.ndarray) -> np.ndarray:
         return np.zeros(len(clients), np.int64)
+
+    def lost_with_node(self, slot: int) -> bool:
+        return False
 
     def replace(self, slot: int, error: Exception) -> None:
         self.died, self.deaths = self.died + 1, self.deaths + 1
@@ -186,6 +203,14 @@ def test_a_pack_that_ends_its_slots_is_halved_until_it_does_not(full: bool) -> N
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_a_pack_whose_slots_die_no_more_often_than_is_tried_again_stays_whole(tmp_path: Path) -> None:
+    pool = LightPool({5: 2}, marks=[tmp_path / name for name in ("one", "two", "three")], retries=3)
+    done, units, given_up = pulled(pool, [(2, 3, 4, 5, 6, 7)])
+    assert pool.died == 3 and done == [2, 3, 4, 5, 6, 7] and given_up == []
+    assert units == [(2, 3, 4, 5, 6, 7)] and pool.faults == []
+
+
+@pytest.mark.usefixtures("ray_session")
 @pytest.mark.slow
 def test_a_silent_slot_is_replaced(full: bool) -> None:
     if not full:
@@ -200,3 +225,13 @@ def test_a_silent_slot_is_replaced(full: bool) -> None:
     pool.replace = long  # type: ignore[method-assign]
     done, _, given_up = pulled(pool, [(client,) for client in range(12)])
     assert done == list(range(12)) and given_up == [] and pool.died == 1
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
+def test_a_large_cohort_is_no_reason_to_end_slots_that_work(full: bool) -> None:
+    if not full:
+        pytest.skip("a quarter of a minute")
+    pool = LightPool({}, timeout_s=3.0, pace=0.22)  # a quarter of the work takes longer
+    done, _, given_up = pulled(pool, [(client,) for client in range(60)])
+    assert done == list(range(60)) and given_up == [] and pool.died == 0

@@ -19,9 +19,9 @@ BLOCK = 256  # of the sums of these slots, so that small ones have several
 
 
 class Dying(ClientActor):
-    """Dies of the first merge and of the first second part of a sum that any of them is asked for.
+    """Dies of the first merge and of the first second part of a sum, and is stopped by the first texts and export.
 
-    Is stopped by the first texts and the first export.
+    So it is by the first two merges, and by that which gives it its base anew, where a file `stops` says so.
     """
 
     def __init__(self, *given):
@@ -39,8 +39,16 @@ class Dying(ClientActor):
                 file.write("".join(f"{client} " for client in unit))
         return super().run(chunk, wire)
 
+    def attach(self, packed, base, tokens, first):
+        if (self.memory.folder.parent / "stops").exists() and self.first("silent in attach"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().attach(packed, base, tokens, first)
+
     def merged_weights(self, residual):
-        if self.first("died"):
+        if (self.memory.folder.parent / "stops").exists():
+            if self.first("silent in merge") or self.first("silent in its stead"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.first("died"):
             os._exit(1)
         return super().merged_weights(residual)
 
@@ -107,14 +115,36 @@ def test_a_slot_that_dies_of_handing_over_its_sum_costs_its_own_clients_alone(st
 def test_a_death_while_merging_costs_one_slot_and_not_the_run(started, tmp_path):
     slots, start = started("strategy=flora", "clients.slots=2")
     before = slots.ask(lambda actor: actor.evaluate.remote([0], start.initial, 4))
-    size = sum(outputs * inputs for outputs, inputs in start.layout.product_shapes)
-    residual = np.random.default_rng(0).standard_normal(size).astype(np.float32) * 0.1
-    slots.rebase(residual)
+    slots.rebase(random_residual(start.layout))
     assert (tmp_path / "died").exists() and slots.deaths == 1
     after = [ray.get(actor.evaluate.remote([0], start.initial, 4)) for actor in slots.actors]
     assert after[0] == after[1] != before
     slots.rebase(None)
     assert slots.ask(lambda actor: actor.evaluate.remote([0], start.initial, 4)) == before
+
+
+def random_residual(layout):
+    size = sum(outputs * inputs for outputs, inputs in layout.product_shapes)
+    return np.random.default_rng(0).standard_normal(size).astype(np.float32) * 0.1
+
+
+@pytest.mark.slow
+def test_slots_that_fall_silent_while_merging_or_being_made_anew_are_replaced(started, tmp_path, full):
+    if not full:
+        pytest.skip("half a minute")
+    slots, start = started("strategy=flora", "clients.slots=1", "clients.timeout_s=5")
+    slots.start_s = 15.0
+    (tmp_path / "stops").touch()
+    slots.rebase(random_residual(start.layout))
+    assert sorted(path.name for path in tmp_path.glob("silent in *")) == [
+        "silent in attach",
+        "silent in its stead",
+        "silent in merge",
+    ]
+    assert [fault.why for fault in slots.faults] == ["no answer for 5 s", "no answer for 15 s", "no answer for 5 s"]
+    evaluated = slots.ask(lambda actor: actor.evaluate.remote([0], start.initial, 4))
+    slots.rebase(None)
+    assert slots.ask(lambda actor: actor.evaluate.remote([0], start.initial, 4)) != evaluated
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ ADAPTER = "adapter_model.safetensors"
 # How likely each is to be next, if it is there.
 VICTIMS = {"ClientActor": 8, "Gang": 4, "Rank": 4, "Driver": 3, "command": 2, "raylet": 1, "gcs_server": 1}
 SLOTS = {"ClientActor", "Gang"}
+SURE = {*SLOTS, "Driver", "command"}  # each that there is in a run is struck at least once
 ENDING = {"command", "raylet", "gcs_server"}  # without its cluster the command ends, and so does all of it with it
 LONGEST_S = 1200
 
@@ -72,7 +73,8 @@ def test_chaos(ray_session, small_recipe, tmp_path, full, rounds, kills, slots):
                     there = alive(psutil.Process(process.pid))
                     # Else most would be the command's deaths while it starts, when nothing else is there.
                     if there.keys() & SLOTS:
-                        (kind,) = draw.choices([*there], [VICTIMS[kind] for kind in there])
+                        kinds = [kind for kind in there if kind in SURE and kind not in killed] or [*there]
+                        (kind,) = draw.choices(kinds, [VICTIMS[kind] for kind in kinds])
                         draw.choice(there[kind]).kill()
                         killed[kind] += 1
                         ended |= kind in ENDING
@@ -81,8 +83,8 @@ def test_chaos(ray_session, small_recipe, tmp_path, full, rounds, kills, slots):
             break
         said = (tmp_path / "log").read_text()[-3000:]
         # Drivers that die one after another end a run as well; it says how it goes on, and here that is done.
-        assert ended or "without a round done between" in said, (killed, said)
-    assert killed.total() >= kills / 2 and len(killed) >= 3, killed
+        assert ended or "without getting further" in said, (killed, said)
+    assert killed.total() >= kills / 2 and killed["Driver"] and killed["command"] and SLOTS & killed.keys(), killed
     assert (out / "model" / ADAPTER).read_bytes() == (quiet.model / ADAPTER).read_bytes()
     rows = [row for row in read_log(out / "metrics").to_pylist() if (row["split"], row["name"]) == ("train", "rows")]
     assert len(rows) == len({(row["round"], row["client"]) for row in rows}) == len(quiet_rows(quiet))
