@@ -182,15 +182,16 @@ class ClientActor(SecureClients, Judge):
         shared = from_wire(wire, self.trainer.trainable.layout, self.federation.seed)
         late = {client: report for client in pack if (report := self._late(client, shared))}
         there = tuple(client for client in pack if client not in late)
-        trained = self._trained(there, shared, wire, take) if there else []
-        return [*trained, *((report, None) for report in late.values())]
+        return (self._trained(there, shared, wire, take) if there else []) + [(one, None) for one in late.values()]
 
     def _late(self, client: int, shared: Broadcast) -> Report | None:
         """What comes of a client that is too slow by the seed: it gets the broadcast, and need not train in vain."""
         steps = steps_of(int(self.tokens.counts("train")[client]), self.federation.train)
         late = self.federation.clients.availability.late_by_seed(client, steps, self.federation.seed)
+        if not late:
+            return None
         down, _ = self.federation.strategy.floats(replace(shared, rank=self._rank(client)))
-        return Report(client, {DOWN: down * FLOAT_BYTES, UP: 0.0}, late=late) if late else None
+        return Report(client, {DOWN: down * FLOAT_BYTES, UP: 0.0}, late=late)
 
     def _trained(
         self, pack: Unit, shared: Broadcast, wire: WireBroadcast, take: Callable[[Update], object]

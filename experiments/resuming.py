@@ -88,8 +88,8 @@ def refuse_other_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]
     changed = [name for name, digest in digests.items() if known[name] != digest]
     if changed:
         raise ValueError(
-            f"{' and '.join(changed)} changed since the run in {folder} was begun: bring back what it was begun with "
-            f"(of a base from the hub by model.revision), or start anew in another --out"
+            f"{' and '.join(changed)} changed since the run in {folder} was begun: bring back what it was begun with, "
+            f"or start anew in another --out (with model.revision set, a base from the hub stays as it is)"
         )
     return known
 
