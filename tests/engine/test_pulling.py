@@ -15,6 +15,7 @@ from engine.pool import MAX_DEATHS
 from engine.pulling import ENOUGH, REFILLED, Pull, Work, packs
 from engine.relay import placement
 from engine.slots import Slots
+from engine.sums import ExactSum, PartialSum
 from engine.wire import Report
 
 
@@ -87,6 +88,12 @@ class Light:
     def run_each(self, chunk: list[tuple[int, ...]], wire: str) -> list[object]:
         clients = self.run(chunk)
         return [[Report(client, {}) for client in clients], *(f"update of {client}" for client in clients)]
+
+    def part_of_sum(self, first: int, size: int) -> PartialSum:
+        return ExactSum().part(first, size)
+
+    def forget_sum(self) -> None:
+        """Nothing was added."""
 
 
 class LightPool:
