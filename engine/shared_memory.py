@@ -7,6 +7,9 @@ import sys
 import numpy as np
 
 PROT_READ, PROT_WRITE = 1, 2
+# Bytes from which on a buffer surely lies in the store: small ones Ray sends within its messages, to memory of this
+# process alone, whose pages would come back as zeros.
+IN_STORE = 2**20
 
 
 def protect(buffer: np.ndarray) -> None:
@@ -25,7 +28,8 @@ def release(buffer: np.ndarray) -> None:
 
 def look_away(buffer: np.ndarray) -> None:
     """Takes the buffer's pages out of this process until it looks at them again; in the store they stay."""
-    _tell("madvise", buffer, mmap.MADV_DONTNEED, "the shared base cannot be looked away from")
+    if buffer.nbytes >= IN_STORE:
+        _tell("madvise", buffer, mmap.MADV_DONTNEED, "the shared base cannot be looked away from")
 
 
 def _set(buffer: np.ndarray, access: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.shared_memory import look_away, protect, release
+from engine.shared_memory import IN_STORE, look_away, protect, release
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -52,7 +52,7 @@ def test_a_released_buffer_may_be_written_again() -> None:
 
 @linux
 def test_what_is_looked_away_from_is_still_there_and_not_in_memory(tmp_path: Path) -> None:
-    path, length = tmp_path / "shared", 64 * mmap.PAGESIZE
+    path, length = tmp_path / "shared", 2 * IN_STORE
     path.write_bytes(bytes([7]) * length)
     with path.open("r+b") as file, mmap.mmap(file.fileno(), length) as pages:
         buffer = np.frombuffer(pages, np.uint8)
@@ -61,6 +61,13 @@ def test_what_is_looked_away_from_is_still_there_and_not_in_memory(tmp_path: Pat
         assert resident(path) == 0
         assert buffer.sum() == 7 * length
         del buffer
+
+
+@linux
+def test_small_buffers_which_are_in_no_store_keep_their_bytes() -> None:
+    buffer = np.full(25 * mmap.PAGESIZE, 7, np.uint8)  # as large as Ray's messages may be
+    look_away(buffer)
+    assert buffer.sum() == 7 * len(buffer)
 
 
 def resident(path: Path) -> int:
