@@ -182,7 +182,8 @@ class ClientActor(SecureClients, Judge):
         shared = from_wire(wire, self.trainer.trainable.layout, self.federation.seed)
         late = {client: report for client in pack if (report := self._late(client, shared))}
         there = tuple(client for client in pack if client not in late)
-        return (self._trained(there, shared, wire, take) if there else []) + [(one, None) for one in late.values()]
+        done = iter(self._trained(there, shared, wire, take) if there else [])
+        return [(late[client], None) if client in late else next(done) for client in pack]
 
     def _late(self, client: int, shared: Broadcast) -> Report | None:
         """What comes of a client that is too slow by the seed: it gets the broadcast, and need not train in vain."""

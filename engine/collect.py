@@ -202,8 +202,9 @@ def _why(gone: Mapping[int, Leaving], reports: Iterable[Report]) -> dict[int, st
 
 def _listed(each: dict[int, Any]) -> Aggregate:
     """The single updates in the order of clients, mapped from the object store; nobody has added them up."""
-    found = [ray.get(each[client]) for client in sorted(each)]
-    updates = tuple(update_from_wire(update) for update in found if update is not None)
+    found = {client: ray.get(each[client]) for client in sorted(each)}
+    assert all(update is None or update.client == client for client, update in found.items())
+    updates = tuple(update_from_wire(update) for update in found.values() if update is not None)
     nothing = torch.zeros_like(updates[0].delta)
     return Aggregate(sum(update.weight for update in updates), nothing, {}, len(updates), updates)
 

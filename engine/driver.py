@@ -242,15 +242,16 @@ class Driver:
         """Where the same rounds lead without noise and without secure aggregation; of them nothing is written down."""
         evaluate, folder = replace(self.federation.evaluate, without_privacy=False), self.plan.folder
         federation = replace(self.federation, privacy=Privacy(), evaluate=evaluate)
-        # Never flushed, but for what goes wrong.
-        nowhere = Logs(Metrics(folder / "metrics"), Ledger(folder / "ledger"), self.faults)
+        # Never flushed.
+        nowhere = Logs(Metrics(folder / "metrics"), Ledger(folder / "ledger"), Faults(folder / "faults"))
         layout = self.rounds.layout
         rounds = Rounds(federation, self.slots, self.server, self.store, self.tokens, layout, folder, nowhere)
         rounds.prepare(initial, None, self.rounds.lanes)
         self._forget_residual(state)
         plain = initial
         while plain.round < federation.rounds:
-            plain, _ = rounds.play(plain)
+            plain, done = rounds.play(plain)
+            self.faults.happened(state.round, done.faults, self.metrics.wall_s)
         losses = self.scores.not_private(self.server.sent(plain), state.round)
         self._forget_residual(plain)
         self._rebase_to(state)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+DROPOUT = "dropout"
+
 
 @dataclass(frozen=True)
 class Fault:

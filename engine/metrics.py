@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from engine.atomic import write_file
-from engine.events import Fault
+from engine.events import DROPOUT, Fault
 
 METRICS = pa.schema(
     [
@@ -138,10 +139,14 @@ class Faults(RoundLog):
             self.note(round=round_, **columns, wall_s=wall_s)
 
     def flush(self, round_: int) -> None:
-        """As of all logs, where there is anything to write; after what the round's file holds already."""
+        """As of all logs, where there is anything to write; after what the round's file holds already.
+
+        But for drop-outs: a round that is played again has the same, and by now they are noted once more.
+        """
         path = self.folder / f"round-{round_:05d}.parquet"
         if self.blocks:
-            self.blocks[:0] = [pq.read_table(path, schema=FAULTS)] if path.exists() else []
+            held = [pq.read_table(path, schema=FAULTS, filters=pc.field("kind") != DROPOUT)] if path.exists() else []
+            self.blocks[:0] = held
             super().flush(round_)
 
     def forget_after(self, round_: int) -> None:

@@ -142,7 +142,7 @@ class Pull:
         self.since: dict[int, float] = {}  # when a slot began to owe an answer
         self.suspects: Counter[Unit] = Counter()  # how many slots have died while they worked on a unit alone
         self.most = self._finished()  # units that were done at once
-        self.slowest = 0.0  # seconds for what is thought to take one, of any chunk so far
+        self.slowest = 0.0  # seconds for what is thought to take one, of the chunks so far
         self.given_up: list[Any] = []
 
     def run(self) -> dict[int, Done]:
@@ -228,7 +228,10 @@ class Pull:
         else:
             _, chunk = self.running.pop(ready)
             took = time.monotonic() - self.since[slot]
-            self.slowest = max(self.slowest, took / max(1e-9, sum(self.cost[unit] for unit in chunk)))
+            # One that was slow is not for ever what others are measured by.
+            self.slowest = max(self.slowest / 2, took / max(1e-9, sum(self.cost[unit] for unit in chunk)))
+            for unit in chunk:
+                self.suspects.pop(unit, None)
             done = self.done.setdefault(slot, Done())
             done.results.extend(found)
             done.units.extend(chunk)

@@ -17,7 +17,7 @@ from engine.batches import steps_of
 from engine.checkpoint import Saved
 from engine.collect import Collector, PlainCollector, SecureCollector, ShardCollector
 from engine.costs import Costs
-from engine.events import Fault, RoundDone
+from engine.events import DROPOUT, Fault, RoundDone
 from engine.memory import every_memory
 from engine.metrics import Logs
 from engine.pulling import Work
@@ -114,7 +114,7 @@ class Rounds:
         ]
         faults = self.faults(*tried)  # also of a round that ends the run
         gone = dict(zip(self.store.names([*done.gone]), done.gone.values(), strict=True))
-        self.log.happened(round_, [Fault("dropout", name, why) for name, why in gone.items()], self.metrics.wall_s)
+        self.log.happened(round_, [Fault(DROPOUT, name, why) for name, why in gone.items()], self.metrics.wall_s)
         too_few = None if done.aborted is not None else self._too_few(done.reports, len(cohort), round_)
         if too_few is not None:
             if federation.clients.on_too_few == "end":
@@ -150,7 +150,7 @@ class Rounds:
             "protocol_bytes_down": sum(sent.nbytes for sent in done.messages if sent.party != "server"),
             "protocol_bytes_up": up,
             "store_bytes": done.store_bytes,
-            "balance": statistics.mean(done.busy) / max(done.busy) if any(done.busy) else 1.0,
+            "balance": self._balance(done.busy),
         }
         self.metrics.add(round_, "engine", None, **figures, faults=len(faults))
         if epsilon is not None:
@@ -170,6 +170,11 @@ class Rounds:
         self.slots.faults.clear()
         self.log.happened(self.round, found, self.metrics.wall_s)
         return found
+
+    def _balance(self, busy: list[float]) -> float:
+        """The mean over the longest of the slots' working times, without slots that there no longer are."""
+        there = [seconds for slot, seconds in enumerate(busy) if seconds or slot in self.slots.alive]
+        return statistics.mean(there) / max(there) if any(there) else 1.0
 
     def _clients_clip(self, clients: int) -> float:
         """The norm that clients clip to: less than the server counts on by what a ring's rounding may add to it."""

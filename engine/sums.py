@@ -118,11 +118,19 @@ class ExactSum:
         assert "delta" not in update.extras and update.delta.ndim == 1
         if not np.isfinite(update.weight):
             raise NonFiniteUpdate(NOT_FINITE)
-        own, added = 0.0, list[tuple[OnGrid, np.ndarray, float]]()
-        for name, tensor in {"delta": update.delta, **update.extras}.items():
-            values_P, weight = tensor.detach().numpy(), update.weight if name == "delta" else 1.0
+        tensors = {"delta": update.delta, **update.extras}
+        for name, tensor in tensors.items():
             if name not in self.vectors:
-                self.vectors[name] = OnGrid(len(values_P))
+                self.vectors[name] = OnGrid(tensor.numel())
+            length = len(self.vectors[name].steps_P)
+            if length != tensor.numel():
+                raise ValueError(
+                    f"{name!r} has {tensor.numel()} values for client {update.client}, and {length} for others: what a "
+                    f"strategy adds up must be of one length"
+                )
+        own, added = 0.0, list[tuple[OnGrid, np.ndarray, float]]()
+        for name, tensor in tensors.items():
+            values_P, weight = tensor.detach().numpy(), update.weight if name == "delta" else 1.0
             own += self.vectors[name].add(values_P, weight, LIMIT - own)
             if not own < LIMIT:
                 break
@@ -192,12 +200,13 @@ def merge_parts(parts: Iterable[list[PartialSum]]) -> Aggregate | None:
         there = [partial for partial in part if partial.count]
         part.clear()
         for name, length in there[0].lengths.items() if there else ():
-            size = len(there[0].vectors[name])
-            total_P = totals.setdefault(name, np.empty(length, np.float32))[had[name] :]
-            for start in range(0, size, BLOCK):  # the wide integers stay in the cache
+            if name not in totals:
+                totals[name] = np.empty(length, np.float32)
+            stretch = totals[name][had[name] :][: len(there[0].vectors[name])]
+            for start in range(0, len(stretch), BLOCK):  # the wide integers stay in the cache
                 block = slice(start, start + BLOCK)
-                total_P[block][:size] = sum(partial.vectors[name][block] for partial in there) / STEP
-            had[name] += size
+                stretch[block] = sum(partial.vectors[name][block] for partial in there) / STEP
+            had[name] += len(stretch)
         there.clear()
     if not count:
         return None

@@ -11,8 +11,8 @@ from weakref import WeakValueDictionary
 class Lock:
     """Keeps other processes from a folder, and cleaners of temporary files that heed locks, until it is forgotten."""
 
-    def __init__(self, folder: Path, location: str) -> None:
-        self.descriptor = os.open(folder, os.O_RDONLY)
+    def __init__(self, descriptor: int, location: str) -> None:
+        self.descriptor = descriptor
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -33,7 +33,7 @@ _LOCKS: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
 
 def locked(folder: Path, location: str) -> Lock:
     """The lock of a folder, by which the user knows `location`; ValueError while another process has it."""
-    lock = _LOCKS.get(folder) or Lock(folder, location)
+    lock = _LOCKS.get(folder) or Lock(os.open(folder, os.O_RDONLY), location)
     _LOCKS[folder] = lock
     return lock
 

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from engine.events import DROPOUT
 from experiments import charts
 from experiments.charts import Series, change, duration, loss, number, size
 from experiments.run_folder import Run, read_run
@@ -196,7 +197,7 @@ def render(runs: Sequence[Run]) -> str:
         view.append({"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run, "facts": _facts(run)})
         view[-1] |= {"summary": _summary(run), "charts": _charts(run), "clients": _clients(run)}
         view[-1] |= {"ledger": _ledger(run), "failures": _failures(run)}
-        faults = sorted(run.faults, key=lambda fault: fault[1] == "dropout")  # which may be many, and on purpose
+        faults = sorted(run.faults, key=lambda fault: fault[1] == DROPOUT)  # which may be many, and on purpose
         view[-1] |= {"faults": faults[:MAX_LISTED], "more_faults": len(faults) - MAX_LISTED}
     overlay = []
     if len(runs) > 1:

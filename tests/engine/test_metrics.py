@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from engine import metrics as log
-from engine.events import Fault
+from engine.events import DROPOUT, Fault
 from engine.metrics import LEDGER, METRICS, Faults, Ledger, Metrics, read_log
 
 
@@ -90,6 +90,18 @@ def test_a_broken_file_is_an_error_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "round-00000.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match=r"[Pp]arquet"):
         read_log(tmp_path)
+
+
+def test_who_drops_out_of_a_round_that_is_played_again_is_noted_once(tmp_path: Path) -> None:
+    for why in ("first", "second"):
+        faults = Faults(tmp_path)
+        faults.happened(3, [Fault("slot", "0", why), Fault(DROPOUT, "ann", "drawn")], 1.0)
+        faults.flush(3)
+    assert read_log(tmp_path).select(["who", "why"]).to_pylist() == [
+        {"who": "0", "why": "first"},
+        {"who": "0", "why": "second"},
+        {"who": "ann", "why": "drawn"},
+    ]
 
 
 def test_what_went_wrong_is_kept_when_a_round_is_played_again(tmp_path: Path) -> None:

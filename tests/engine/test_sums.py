@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.sums import BLOCK, LIMIT, ROOM, STEP, ExactSum, NonFiniteUpdate, PartialSum, cut, merge
+from engine.sums import BLOCK, LIMIT, ROOM, STEP, ExactSum, NonFiniteUpdate, PartialSum, cut, merge, merge_parts
 from strategies.partition import Partition
 from strategies.types import Aggregate, Update
 
@@ -74,6 +74,29 @@ def test_by_hand() -> None:
     assert aggregate.total.tolist() == [3, -2]
     assert aggregate.extras["c"].tolist() == [4], "extras are not weighted"
     assert (aggregate.weight, aggregate.count, aggregate.each) == (0.75, 2, None)
+
+
+def test_vectors_of_several_lengths_are_refused_before_anything_is_added() -> None:
+    running, good = ExactSum(), Update(0, 0.5, torch.ones(3), {"c": torch.ones(2)})
+    running.add(good)
+    for wrong in (Update(1, 1.0, torch.ones(2)), Update(1, 1.0, torch.ones(3), {"c": torch.ones(3)})):
+        with pytest.raises(ValueError, match=r"values for client 1, and \d for others: .* must be of one length"):
+            running.add(wrong)
+    assert bits(merge([running.close()])) == bits(merge([partial(good)]))
+
+
+def test_parts_of_sums_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.sums.BLOCK", 4)
+    running = [ExactSum(), ExactSum()]
+    for client in range(5):
+        delta, extra = torch.arange(21.0) / (client + 3), torch.full((6,), 0.1 * client)
+        running[client % 2].add(Update(client, 0.3, delta, {"c": extra}))
+    parts = [[one.part(first, 8) for one in running] for first in (0, 8, 16)]
+    assert [len(part[0].vectors["c"]) for part in parts] == [6, 0, 0]
+    copied = [[replace(one, vectors={n: v.copy() for n, v in one.vectors.items()}) for one in part] for part in parts]
+    found = merge_parts(copied)
+    assert found is not None and bits(found) == bits(merge([one.close() for one in running]))
+    assert copied == [[], [], []], "what has been merged is let go"
 
 
 def test_cut_shards_what_is_as_long_as_delta_and_keeps_the_rest_whole() -> None:

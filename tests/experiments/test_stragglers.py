@@ -51,7 +51,14 @@ def test_the_same_are_late_on_more_slots_and_after_a_resume_and_the_bits_are_the
 @pytest.mark.slow
 def test_the_same_are_late_in_packs_under_secure_aggregation_and_in_gangs(play, full):
     if not full:
-        pytest.skip("four runs; slots of single clients are tried")
-    changes = ("clients.pack=3", SECURED, "clients.zero={stage=2}", "clients.zero={stage=3}")
-    (_, late), *others = [play("rounds=1", change) for change in changes]
+        pytest.skip("five runs; slots of single clients are tried")
+    packs = "clients.pack=3"
+    changes = (
+        (packs,),
+        (packs, "strategy=median"),
+        (SECURED,),
+        ("clients.zero={stage=2}",),
+        ("clients.zero={stage=3}",),
+    )
+    (_, late), *others = [play("rounds=1", *some) for some in changes]
     assert all(found == late for _, found in others) and 0 < len(late[1]) < 8
