@@ -151,7 +151,7 @@ def test_another_family_of_models(pair: Pair, packed: Any, rows: pa.RecordBatch)
 
 @pytest.mark.parametrize("rule", PLAIN, ids=[rule().kind for rule in PLAIN])
 def test_in_single_precision_it_is_nearly_the_same(pair: Pair, packed: Any, rows: pa.RecordBatch, rule: Any) -> None:
-    """What is sent beside a change may be the change over the learning rate (SCAFFOLD), and as many times as far off."""
+    """What is sent beside a change may be the change over the learning rate (SCAFFOLD), and is so much further off."""
     federation = packed()
     object.__setattr__(federation, "strategy", rule())
     alone, pack = pair(federation, double=False)
