@@ -75,9 +75,9 @@ class PlainCollector:
         gone = self._gone(work, wire)
         done = self.slots.train(_without(work, gone), _shared(wire), wire.lanes)
         aggregate = None
-        if any(_good(report) for report in done.reports):
+        if any(report.good for report in done.reports):
             aggregate = done.sums[0] if self.federation.strategy.reads == "sum" else _listed(done.each)
-        counted, good = aggregate.count if aggregate else 0, sum(map(_good, done.reports))
+        counted, good = aggregate.count if aggregate else 0, sum(report.good for report in done.reports)
         assert counted == good, f"{counted} updates in the sum, and {good} clients that gave one"
         moved = _bytes(wire) + len(done.each) * wire.params.nbytes
         return self._told(gone, done, aggregate, moved + done.nbytes)
@@ -89,7 +89,7 @@ class PlainCollector:
 
     def _told(self, gone: Mapping[int, Leaving], done: Worked, aggregate: Any, moved: int) -> Collected:
         reports = done.reports
-        good = [report for report in reports if _good(report)]
+        good = [report for report in reports if report.good]
         arrived = [report for report in reports if not report.late]
         figures = {
             "nll": sum(report.metrics["loss"] * report.metrics["learnt"] for report in good),
@@ -116,7 +116,7 @@ class ShardCollector(PlainCollector):
         gone = self._gone(work, wire)
         done = self.slots.train(_without(work, gone), wire, wire.lanes)
         moved = wire.nbytes + done.nbytes
-        return self._told(gone, done, done.sums if any(_good(report) for report in done.reports) else None, moved)
+        return self._told(gone, done, done.sums if any(report.good for report in done.reports) else None, moved)
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,6 @@ class SecureCollector:
                     f"{given} clients have rank {rank} or more, and privacy.secagg.min_contributors asks "
                     f"for {secagg.min_contributors} for each coordinate"
                 )
-
-
-def _good(report: Report) -> bool:
-    return report.failed is None and not report.late
 
 
 def _without(work: Work, gone: Mapping[int, Leaving]) -> Work:

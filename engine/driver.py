@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ray.exceptions import OutOfDiskError, RayTaskError
+from ray.exceptions import OutOfDiskError
 
 from datasets_partition.store import Store
 from datasets_partition.tokens import Tokens
@@ -23,6 +23,7 @@ from engine.evaluate import as_text
 from engine.events import Checkpointed, Evaluated, Event, Fault, Finished, Preparing, Sample, Started, Stopped
 from engine.gangs import Gangs
 from engine.heap import use_large_pages
+from engine.lost import cause_of
 from engine.metrics import Faults, Ledger, Logs, Metrics, loss_table, read_log
 from engine.mixed import Mixed
 from engine.privacy import Privacy
@@ -77,9 +78,7 @@ class Driver:
                 "/tmp/ray): free some space there and run again with --resume: what was written before is whole"
             ) from error
         except OSError as error:  # from here, or from a slot: then Ray's own kind of it, which has lost the number
-            cause: BaseException = error
-            while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
-                cause = cause.cause
+            cause = cause_of(error)
             if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise ValueError(

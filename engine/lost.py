@@ -4,7 +4,14 @@ import re
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 
 
 class GangLost(Exception):
@@ -28,6 +35,13 @@ def within(seconds: float | None, given: Any) -> Any:
         return ray.get(given, timeout=seconds)
     except GetTimeoutError:
         raise SlotSilent(f"no answer for {seconds:g} s") from None
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a task raised, without Ray's wrappings, of which there is one for each process that it has crossed."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
 
 
 def last_line(error: BaseException) -> str:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from engine.slots import Slots
 
 Unit = tuple[int, ...]
-CHUNKS_PER_SLOT = 2  # of the work that is left: half of it is always held back, for whoever is done first
+SHARES = 1.5  # of each slot in the work that is left: a third of it is always held back, for whoever is done first
+LATER_SHARES = 2  # of each slot in work that can wait
 LEAST_S = 0.005  # of work in a chunk, where there is so much: to hand one out takes about a tenth of that
 AHEAD = 2  # chunks that a slot has at once, so that it need not wait for the next
 REFILLED = 2  # packs hold so many clients a lane, where there are enough of them: who ends early is followed by another
@@ -78,7 +79,7 @@ class Later:
     @classmethod
     def of(cls, clients: np.ndarray, slots: int, call: Callable[[Any, list[int]], Any]) -> Later:
         """The clients (N,) in a few chunks for each slot."""
-        return cls(deque(part.tolist() for part in np.array_split(clients, CHUNKS_PER_SLOT * slots) if len(part)), call)
+        return cls(deque(part.tolist() for part in np.array_split(clients, LATER_SHARES * slots) if len(part)), call)
 
 
 def packs(clients: np.ndarray, steps: np.ndarray, lanes: int) -> list[Unit]:
@@ -199,7 +200,7 @@ class Pull:
         return chunk
 
     def _share(self, kind: int) -> float:
-        share, allowed = self.left[kind] / (CHUNKS_PER_SLOT * self.slots[kind]), self.pool.timeout_s
+        share, allowed = self.left[kind] / (SHARES * self.slots[kind]), self.pool.timeout_s
         share = max(LEAST_S, share)
         # Half of it is for who takes longer than thought. In other units than seconds a first chunk is rather short.
         return share if allowed is None else min(share, allowed / 2 / (self.slowest or 1.0))

@@ -124,7 +124,7 @@ class Rounds:
         central = self.noise if isinstance(self.noise, CentralPlan) and done.aborted is None else None
         state, self.clip = self.server.apply(state, done.aggregate, central, self.clip)
         ended = time.monotonic()
-        good = [report for report in done.reports if report.failed is None and not report.late]
+        good = [report for report in done.reports if report.good]
         if federation.remembers:
             counted = [] if done.aborted is not None else [report.client for report in good]
             self._forget(np.setdiff1d(cohort, counted), round_)
@@ -224,7 +224,7 @@ class Rounds:
         return found
 
     def _learn(self, cohort: np.ndarray, steps: np.ndarray, tokens: np.ndarray, reports: list[Report]) -> None:
-        seconds = {report.client: report.seconds for report in reports if report.failed is None and not report.late}
+        seconds = {report.client: report.seconds for report in reports if report.good}
         there = np.isin(cohort, list(seconds))
         self.costs.learn(steps[there], tokens[there], np.array([seconds[int(client)] for client in cohort[there]]))
 
@@ -239,7 +239,7 @@ class Rounds:
                 f"clients.max_failed = {clients.max_failed:g} allows: {few(names)}: {failed[0].why}; "
                 f"lower train.optimizer.lr, raise clients.max_failed"
             )
-        there = sum(report.failed is None and not report.late for report in reports)
+        there = sum(report.good for report in reports)
         if there < clients.min_share * cohort:
             return (
                 f"{there} of {cohort} clients of round {round_} gave an update, fewer than clients.min_share = "

@@ -124,6 +124,11 @@ class Report:
         return cls(client, {DOWN: 0.0, UP: 0.0}, NOT_TRAINED, tried=tried)
 
     @property
+    def good(self) -> bool:
+        """Whether its update counts."""
+        return self.failed is None and not self.late
+
+    @property
     def why(self) -> str | None:
         """Why it gave nothing, with the last cause where it is known."""
         return f"{self.failed}: {self.tried[-1]}" if self.failed == NOT_TRAINED and self.tried else self.failed

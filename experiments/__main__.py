@@ -240,6 +240,7 @@ def bench(
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Of scale: the recipe.")] = None,
     slots: Annotated[str, typer.Option(metavar="N,N,...", help="Of scale: the numbers of slots.")] = "1,2,4,8",
     address: Annotated[str | None, typer.Option(help="Of scale: the Ray cluster; started here without it.")] = None,
+    weak: Annotated[bool, typer.Option("--weak", help="Of scale: the cohort grows with the slots.")] = False,
     small: Annotated[bool, typer.Option("--small", help="A quick run: shows that it works, and not how fast.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object of all figures.")] = False,
     debug: Debug = False,
@@ -258,7 +259,7 @@ def bench(
         if recipe is not None:
             from experiments.bench.scale import scale
 
-            scale(recipe, slots, address, as_json)
+            scale(recipe, slots, address, weak, as_json)
             return
         figures = import_module(f"experiments.bench.{scenario}").measure(small=small)
         show_results(scenario, figures, as_json)

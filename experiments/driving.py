@@ -32,7 +32,7 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
 
     from engine.driver import Driver
     from engine.events import DriverLost, Fault, RoundDone, Started
-    from engine.lost import LOST, last_line
+    from engine.lost import LOST, cause_of, last_line
     from experiments.own import own_parts
 
     for own in own_parts(recipe).values():
@@ -59,9 +59,7 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
                 yield event
             return
         except (RayTaskError, *LOST) as error:
-            cause: BaseException = error
-            while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
-                cause = cause.cause
+            cause = cause_of(error)
             if isinstance(cause, ValueError | OSError):
                 raise ValueError(str(cause)) from error
             if not isinstance(cause, LOST):

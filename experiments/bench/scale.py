@@ -35,7 +35,8 @@ def study(
     for count in slots:
         cohort = work.cohort
         if weak:
-            assert isinstance(cohort, UniformCohort)
+            if not isinstance(cohort, UniformCohort):
+                raise ValueError('a cohort that grows with the slots is one of a size: cohort.kind = "uniform"')
             cohort = replace(cohort, size=cohort.size * count)
         short = replace(
             work,
@@ -85,7 +86,7 @@ def as_figures(found: list[Scaled], prefix: str = "") -> dict[str, Figure]:
     return figures
 
 
-def scale(recipe: Path, slots: str, address: str | None, as_json: bool) -> None:
+def scale(recipe: Path, slots: str, address: str | None, weak: bool, as_json: bool) -> None:
     """The study of a recipe file over slots such as "1,2,4": printed and kept, with a plot beside; ValueError."""
     try:
         counts = [int(count) for count in slots.split(",")]
@@ -93,7 +94,7 @@ def scale(recipe: Path, slots: str, address: str | None, as_json: bool) -> None:
         counts = []
     if not counts or min(counts) < 1:
         raise ValueError(f"--slots is {slots!r}: give numbers of slots such as 1,2,4")
-    found = study(load_recipe(recipe), counts, address)
+    found = study(load_recipe(recipe), counts, address, weak=weak)
     kept = show_results("scale", as_figures(found), as_json)
     draw(found, kept.with_name("plot.png"))
 

@@ -36,7 +36,7 @@ def measure(small: bool) -> dict[str, Figure]:
                 figures |= as_figures(study(work, [1, 2], weak=True, rounds=rounds), "weak_")
             figures |= _uneven(folder / "uneven", work, rounds)
         Steps().say(f"a simulated cluster of {NODES} nodes with {GPUS} logical GPUs each")
-        return figures | _simulated(work, folder, 1.0 if small else SHARE)
+        return figures | _simulated(work, folder, rounds, small=small)
 
 
 def _uneven(folder: Path, even: Recipe, rounds: int) -> dict[str, Figure]:
@@ -62,10 +62,14 @@ def _uneven(folder: Path, even: Recipe, rounds: int) -> dict[str, Figure]:
     }
 
 
-def _simulated(work: Recipe, folder: Path, share: float) -> dict[str, Figure]:
-    """Slots on shares of logical GPUs over several Ray nodes, and the bits of the gate's run on one."""
+def _simulated(work: Recipe, folder: Path, rounds: int, *, small: bool) -> dict[str, Figure]:
+    """Slots on shares of logical GPUs over several Ray nodes: the bits of the gate's run on one, and how they scale.
+
+    All slots share this machine's cores: what is measured is what it costs to have more of them, on more nodes.
+    """
     from ray.cluster_utils import Cluster
 
+    share, scaling = 1.0 if small else SHARE, dict[str, Figure]()
     slots = round(NODES * GPUS / share)
     clients = replace(work.clients, slots=slots, num_cpus=0.0, num_gpus=share)
     head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False}
@@ -74,7 +78,11 @@ def _simulated(work: Recipe, folder: Path, share: float) -> dict[str, Figure]:
         try:
             for _ in range(NODES):
                 cluster.add_node(num_cpus=1, num_gpus=GPUS)
-            many = experiments.run(replace(work, clients=clients), out=folder / "nodes", address=cluster.address)
+            over = replace(work, clients=clients)
+            many = experiments.run(over, out=folder / "nodes", address=cluster.address)
+            for weak in () if small else (False, True):
+                found = study(over, [NODES, 2 * NODES], cluster.address, weak=weak, rounds=rounds)
+                scaling |= as_figures(found, "cluster_weak_" if weak else "cluster_strong_")
         finally:
             cluster.shutdown()
     same = all(
@@ -84,7 +92,7 @@ def _simulated(work: Recipe, folder: Path, share: float) -> dict[str, Figure]:
     if not same:
         raise ValueError("slots on several nodes lead to other bits than on one")
     seconds = [row["value"] for row in many.metrics.to_pylist() if row["name"] == "round_s"]
-    return {
+    return scaling | {
         "cluster_slots": Figure(slots, f"slots on {NODES} simulated nodes, the same bits as on one"),
         "cluster_round_s": Figure(seconds[-1], "s, all on this machine's cores"),
     }

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.pulling import packs
-from experiments.bench import bare, lora, tiny
+from experiments.bench import bare, big_update, lora, tiny
 from experiments.bench.bases import write_llama, write_rows
 from experiments.bench.tree import held_by_command
 
@@ -57,3 +57,4 @@ def test_a_small_run_has_the_promised_keys(ray_session, full):
         pytest.skip("minutes")
     assert {"efficiency", "packed_speedup", "tree_rss_mb"} < set(lora.measure(small=True))
     assert {"clients_ratio_1e3", "clients_ratio_1e5", "packed_ratio"} < set(tiny.measure(small=True))
+    assert {"time_ratio", "tree_rss_mb"} < set(big_update.measure(small=True))

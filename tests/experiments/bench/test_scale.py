@@ -35,6 +35,11 @@ def test_slots_that_do_not_fit_are_said(ray_session, small_recipe, full):
         study(small_recipe("clients.num_cpus=6"), [3], rounds=1)
 
 
+def test_a_cohort_without_a_size_does_not_grow(small_recipe):
+    with pytest.raises(ValueError, match=r"a cohort that grows with the slots .* cohort\.kind"):
+        study(small_recipe('cohort={kind="poisson", rate=0.5}'), [1, 2], weak=True)
+
+
 @pytest.mark.parametrize("slots", ["", "two", "0,1"])
 def test_slots_that_are_none_are_refused(command, small_recipe, tmp_path, slots):
     (tmp_path / "recipe.toml").write_text("name = 1")
