@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.fitting import Place, asked_or_fitting, refuse_shared_gpus, slots_that_fit
@@ -84,11 +89,12 @@ class Gangs(Slots):
     def _spawn(self, slot: int) -> Any:
         """A gang in the place of `slot`; of what was there before nothing is left."""
         clients = self.federation.clients
-        if slot in self.groups:
-            remove_placement_group(self.groups[slot])  # Ray ends what runs in it, stopped or not
+        name = f"{self.memory} gang {slot}"  # by which a driver finds what one before it has left
+        with suppress(ValueError):  # there is none
+            remove_placement_group(get_placement_group(name))  # Ray ends what runs in it, stopped or not
         bundle = {"CPU": clients.num_cpus, "GPU": clients.num_gpus}
         bundle = {name: share for name, share in bundle.items() if share}
-        self.groups[slot] = placement_group([bundle] * self.zero.ranks, strategy="PACK")
+        self.groups[slot] = placement_group([bundle] * self.zero.ranks, strategy="PACK", name=name)
         self.ranks[slot] = [
             ray.remote(Rank if rank else Gang)
             .options(

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import experiments
-from engine.events import RoundDone, Started
+from engine.events import DriverLost, RoundDone, Started
 from engine.metrics import read_log
 from strategies.fedavg import FedAvg
 
@@ -46,6 +46,25 @@ def test_gangs_lead_where_plain_slots_do(reference, small_recipe, tmp_path):
     assert apart(reference, plain) < 1e-5
     for when in ("round 0", "end"):
         assert reference.losses[when] == pytest.approx(plain.losses[when], abs=1e-5)
+
+
+def test_a_dead_drivers_gangs_leave_their_places_to_the_next_ones(reference, small_recipe, tmp_path):
+    """The two ranks take all of Ray's six CPUs: what the first driver's gang had is what there is."""
+    told = []
+
+    def disturb(event):
+        told.append(type(event))
+        if isinstance(event, RoundDone) and DriverLost not in told:
+            (driver,) = (
+                process
+                for process in psutil.Process().children(recursive=True)
+                if "ray::Driver" in "".join(process.cmdline()[:1])
+            )
+            driver.kill()
+
+    run = experiments.run(small_recipe(*SMALL, ZERO, "clients.num_cpus=3"), out=tmp_path / "run", on_event=disturb)
+    assert told.count(DriverLost) == 1
+    assert (run.model / ADAPTER).read_bytes() == (reference.model / ADAPTER).read_bytes()
 
 
 @pytest.mark.slow
