@@ -16,9 +16,11 @@ from experiments.bench.results import Figure, Steps
 from experiments.bench.scale import as_figures, study
 from experiments.config import Recipe
 from experiments.dry import environment, hidden_gpus
+from strategies.cohort import UniformCohort
 from strategies.seeds import rng
 
 CLIENTS, COHORT = 200, 40
+PER_SLOT = 5  # clients of a cohort that grows with the slots
 NODES, GPUS, SHARE = 3, 2, 0.5  # logical ones: Ray places by them, and the slots compute on the CPU
 
 
@@ -80,8 +82,9 @@ def _simulated(work: Recipe, folder: Path, rounds: int, *, small: bool) -> dict[
                 cluster.add_node(num_cpus=1, num_gpus=GPUS)
             over = replace(work, clients=clients)
             many = experiments.run(over, out=folder / "nodes", address=cluster.address)
-            for weak in () if small else (False, True):
-                found = study(over, [NODES, 2 * NODES], cluster.address, weak=weak, rounds=rounds)
+            for weak in () if small else (True, False):
+                scaled = replace(over, cohort=UniformCohort(size=PER_SLOT)) if weak else over
+                found = study(scaled, [NODES, 2 * NODES], cluster.address, weak=weak, rounds=rounds)
                 scaling |= as_figures(found, "cluster_weak_" if weak else "cluster_strong_")
         finally:
             cluster.shutdown()
