@@ -165,7 +165,7 @@ class TooLarge(FedAvg):
         began.append(1)
         if len(began) > self.most:
             began.clear()
-            raise torch.OutOfMemoryError("Tried to allocate more than there is")
+            torch.empty(2**60)  # which no system gives
         return super().starts(got, memory)
 
     def finish(self, update, got, memory, ends):
@@ -189,6 +189,31 @@ def test_a_pack_that_is_too_large_gives_the_bits_of_its_parts(ray_session, small
     assert bits(run) == bits(parts)
     found = faults(run)
     assert len(found) == 3 * 4 * tries and all(why.startswith("in a pack with clients ") for _, _, why in found)
+
+
+@dataclass(frozen=True)
+class OneTooLarge(FedAvg):
+    """FedAvg, in which one client asks for more memory than there is, in whatever company."""
+
+    def finish(self, update, got, memory, ends):
+        """As FedAvg's."""
+        if update.client == 3:
+            torch.empty(2**60)
+        return super().finish(update, got, memory, ends)
+
+
+def test_a_client_whose_memory_is_never_there_is_tried_in_smaller_packs_and_alone_then_named(
+    ray_session, small_recipe, tmp_path
+):
+    changes = ("evaluate.every=0", "rounds=1", "cohort.size=8", "clients.pack=4", "clients.max_failed=0.2")
+    run = experiments.run(replace(small_recipe(*changes), strategy=OneTooLarge()), out=tmp_path / "run")
+    found = faults(run)
+    assert all("can't allocate memory" in why for _, _, why in found)
+    sizes = {why.count(", ") + 1 for _, _, why in found if why.startswith("in a pack with clients ")}
+    alone = {who for _, who, why in found if not why.startswith("in a pack with clients ")}
+    assert sizes >= {2, 4} and len(alone) == 1
+    (clients,) = [row["value"] for row in run.metrics.to_pylist() if row["name"] == "clients"]
+    assert clients == 7
 
 
 @pytest.mark.slow
