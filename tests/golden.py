@@ -168,7 +168,11 @@ def recipe_text(inputs: Path, changes: Sequence[str], renamed: dict[str, str]) -
 def run_recipe(name: str, inputs: Path, out: Path) -> None:
     """Runs one recipe into the folder `out`; the recipe `resumed` stops after a round and is resumed."""
     import experiments
-    from experiments.config import parse_recipe
+
+    try:
+        from experiments.config.recipe import parse_recipe
+    except ImportError:  # as it was called before the rooms
+        from experiments.config import parse_recipe
 
     def recipe(*more: str) -> object:
         try:
@@ -188,7 +192,8 @@ def vectors(run: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     (*_, last) = sorted((run / "checkpoints").iterdir())
-    files = sorted([*last.glob("*.safetensors"), *run.glob("model/*.safetensors"), *run.glob("memory/**/*.safetensors")])
+    places = ((last, "*"), (run / "model", "*"), (run / "memory", "**/*"))
+    files = sorted(file for folder, name in places for file in folder.glob(f"{name}.safetensors"))
     return {f"{file.relative_to(run)}:{name}": x for file in files for name, x in sorted(load_file(file).items())}
 
 
