@@ -47,7 +47,7 @@ optimizer = {{ kind = "adamw", lr = 1e-2 }}
 every = 1
 rows = 4
 """
-UNIFORM = 'strategy.weighting="uniform"'
+UNIFORM = 'strategy={kind="fedavg", weighting="uniform"}'
 SGD = 'train.optimizer={kind="sgd", lr=0.05}'
 RANKS = "model.peft.ranks=[{r=2, share=0.5}, {r=4, share=0.5}]"
 RECIPES: dict[str, tuple[str, ...]] = {
@@ -75,7 +75,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "flexlora": ("strategy=flexlora", RANKS),
     "flora": ("strategy=flora",),
     "ffa": ("strategy=ffa",),
-    "krum": ('strategy={kind="krum", malicious=1}', "cohort.size=6"),
+    "krum": ('strategy={kind="krum", f=1}', "cohort.size=6"),
     "rfa": ("strategy=rfa",),
     "ditto": ("strategy=ditto",),
     "fedsa": ("strategy=fedsa",),
