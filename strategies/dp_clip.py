@@ -15,8 +15,9 @@ MARGIN = 2.0**-22  # float32 rounds each product up by less: the clipped norm is
 class Contribution:
     """How a client's part is bounded; recipe keys of the privacy section.
 
-    `weight_cap` W: the weight becomes min(w, W) / W; unset, all weights must be 1. `joint`: extras are clipped together
-    with delta, as one long vector, and get the same noise; without it nothing but delta may be sent.
+    `weight_cap` W: the weight becomes min(w, W) / W, also that of extras; unset, all weights must be 1. `joint`: extras
+    are clipped together with delta, as one long vector, and get the same noise; without it nothing but delta may be
+    sent.
     """
 
     weight_cap: float | None = None
@@ -48,14 +49,17 @@ def bounded(
     if not 0 <= update.weight < math.inf:
         raise ValueError(f"client {update.client} has no finite weight of at least 0")
     weight = update.weight if weight_cap is None else min(update.weight, weight_cap) / weight_cap
+    # Extras are weighted already: by as much as the cap changes the weight, it changes them.
+    ratio = weight / update.weight if update.weight else 0.0
+    update = replace(update, weight=weight, extras={name: extra * ratio for name, extra in update.extras.items()})
     norm = whole_norm(norm_of(update.delta, update.extras))
     if not math.isfinite(norm):
         raise ValueError(f"the update of client {update.client} holds NaN or infinity")
     if norm <= clip:
-        return replace(update, weight=weight), norm
+        return update, norm
     factor = clip / norm * (1 - MARGIN)
     extras = {name: extra * factor for name, extra in update.extras.items()}
-    return replace(update, weight=weight, delta=update.delta * factor, extras=extras), norm
+    return replace(update, delta=update.delta * factor, extras=extras), norm
 
 
 def norm_of(delta: Vector, extras: Mapping[str, Vector]) -> float:

@@ -29,6 +29,8 @@ class FedAvg:
     loss_before: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
     personalises: ClassVar[bool] = False
+    extras_are_changes: ClassVar[bool] = False
+    keeps_higher_ranks: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 1602.05629"
 
     def __post_init__(self) -> None:

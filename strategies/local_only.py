@@ -26,6 +26,8 @@ class LocalOnly:
     loss_before: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
     personalises: ClassVar[bool] = True
+    extras_are_changes: ClassVar[bool] = False
+    keeps_higher_ranks: ClassVar[bool] = False
     paper: ClassVar[str] = "baseline"
 
     def init(self, params: Vector, layout: Layout) -> ServerState:

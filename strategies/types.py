@@ -94,6 +94,11 @@ class Strategy(Protocol):
     whether it `needs_lora` and allows `mixed_ranks`, is `elementwise` (both halves work on parts of vectors), whether a
     client `remembers`, wants its `loss_before` training, `freezes` or keeps at home a part of the
     vector, and `personalises`: gives clients models of their own.
+
+    Two declarations say what differential privacy of clients may clip, noise and divide by a public number.
+    `extras_are_changes`: each sum beside the update is of the client's weight times a change that its training made,
+    zero without training, and `apply` adds it over `Aggregate.weight`. `keeps_higher_ranks`: with mixed ranks, a client
+    that has not trained sends zeros also beyond its own rank.
     """
 
     reads: ClassVar[Reads]
@@ -104,6 +109,8 @@ class Strategy(Protocol):
     loss_before: ClassVar[bool]
     freezes: ClassVar[bool]
     personalises: ClassVar[bool]
+    extras_are_changes: ClassVar[bool]
+    keeps_higher_ranks: ClassVar[bool]
     paper: ClassVar[str]
 
     def init(self, params: Vector, layout: Layout) -> ServerState:

@@ -31,8 +31,8 @@ def update(delta: list[float], weight: float = 1.0, **extras: list[float]) -> Up
 
 
 def test_an_update_is_clipped_as_one_vector_and_its_weight_capped() -> None:
-    # |(3, 0, -4, 12)| = 13
-    clipped, norm = bounded(update([3, 0, -4], 0.5, c=[12]), 6.5, 2.0, joint=True)
+    # A cap of 2 makes 0.25 of the weight 0.5, and 12 of the weighted 24: |(3, 0, -4, 12)| = 13
+    clipped, norm = bounded(update([3, 0, -4], 0.5, c=[24]), 6.5, 2.0, joint=True)
     assert norm == 13 and clipped.weight == 0.25
     torch.testing.assert_close(clipped.delta, torch.tensor([1.5, 0, -2]))
     torch.testing.assert_close(clipped.extras["c"], torch.tensor([6.0]))

@@ -13,9 +13,9 @@ from strategies.dp_example import ExampleDp
 from strategies.fedavg import FedAvg
 from strategies.fednova import FedNova
 from strategies.local_only import LocalOnly
+from strategies.lora_flex import FlexLora
 from strategies.lora_het import HetLora
 from strategies.qfedavg import QFedAvg
-from strategies.scaffold import Scaffold
 
 KINDS = [kind(noise_multiplier=0.1) for kind in (CentralDp, AdaptiveDp, DistributedDp)]
 UNIFORM = FedAvg(weighting="uniform")
@@ -45,12 +45,13 @@ def test_capped_weights_pass() -> None:
 
 @pytest.mark.parametrize("dp", KINDS, ids=lambda dp: dp.kind)
 def test_sums_that_nothing_clips_are_refused(dp: CentralDp) -> None:
-    with pytest.raises(ValueError, match=r"strategy Scaffold sends c beside the update.*privacy\.dp\.joint = true"):
-        check_dp(dp, Scaffold(), ("c",), "full")
+    flex = FlexLora(weighting="uniform")
+    with pytest.raises(ValueError, match=r"FlexLora sends product beside the update.*privacy\.dp\.joint = true"):
+        check_dp(dp, flex, ("product",), "full")
 
 
-def test_sums_that_are_clipped_together_pass() -> None:
-    check_dp(CentralDp(noise_multiplier=1.0, joint=True), Scaffold(), ("c",), "off")
+def test_changes_that_are_clipped_together_pass() -> None:
+    check_dp(CentralDp(noise_multiplier=1.0, joint=True), FlexLora(weighting="uniform"), ("product",), "off")
 
 
 def test_distributed_noise_needs_secure_aggregation() -> None:
