@@ -154,7 +154,7 @@ class ClientActor(SecureClients, Judge):
         return list(reports), *updates
 
     def masked(self, inboxes: Mapping[int, Inbox], wire: WireBroadcast) -> tuple[list[Report], MaskedSum]:
-        """Third trip of secure aggregation: trains and gives the masked sum; the reports tell no figures and no errors."""
+        """Third trip of secure aggregation: trains and gives the masked sum; reports tell no figures and no errors."""
         layout = self.trainer.trainable.layout
 
         def train(pack: Unit, sums: Sums) -> Iterator[tuple[Report, np.ndarray | None]]:

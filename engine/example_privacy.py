@@ -184,7 +184,8 @@ class PrivateTrainer(LocalTrainer):
 
 def _norms(each: dict[str, torch.Tensor]) -> torch.Tensor:
     """The L2 norms (B,) of the rows' gradients."""
-    return torch.stack([rows.flatten(1).norm(dim=1) for rows in each.values()]).norm(dim=0)
+    norms_NB = torch.stack([rows.flatten(1).norm(dim=1) for rows in each.values()])
+    return torch.linalg.vector_norm(norms_NB, dim=0)
 
 
 def samples(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:

@@ -99,7 +99,7 @@ def ring_aggregate(
 
 
 def live_masks(federation: Federation, layout: Layout, round_: int) -> dict[str, Mask]:
-    """The strategy's masks of a round, for updates as they travel: where a transform shortens the delta, it has none."""
+    """The strategy's masks of a round for updates as they travel: a delta that a transform shortens has none."""
     live = federation.strategy.live(round_, layout)
     if live and travelling(federation, layout) != layout.size:
         live.pop("delta", None)
