@@ -185,7 +185,8 @@ class PrivateTrainer(LocalTrainer):
 def _norms(each: dict[str, torch.Tensor]) -> torch.Tensor:
     """The L2 norms (B,) of the rows' gradients."""
     norms_NB = torch.stack([rows.flatten(1).norm(dim=1) for rows in each.values()])
-    return torch.linalg.vector_norm(norms_NB, dim=0)
+    norms_B: torch.Tensor = torch.linalg.vector_norm(norms_NB, dim=0)
+    return norms_B
 
 
 def samples(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:

@@ -36,7 +36,13 @@ from strategies.secagg.masks import Masks
 from strategies.types import Broadcast, Update
 
 LAYOUT = Layout(
-    ("norm", "q.lora_A.default.weight", "q.lora_B.default.weight", "v.lora_A.default.weight", "v.lora_B.default.weight"),
+    (
+        "norm",
+        "q.lora_A.default.weight",
+        "q.lora_B.default.weight",
+        "v.lora_A.default.weight",
+        "v.lora_B.default.weight",
+    ),
     ((100,), (4, 300), (500, 4), (4, 200), (300, 4)),
     scale=2.0,
 )
@@ -100,7 +106,9 @@ def secured(recipe, plan, state, updates):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("strategy", [FfaLora(**UNIFORM), RoLora(**UNIFORM), FedSaLora(**UNIFORM)], ids=lambda s: s.kind)
+@pytest.mark.parametrize(
+    "strategy", [FfaLora(**UNIFORM), RoLora(**UNIFORM), FedSaLora(**UNIFORM)], ids=lambda s: s.kind
+)
 def test_what_is_frozen_stays_bit_for_bit_and_all_else_gets_the_noise(federation, strategy, kind):
     """Clients change nothing, so that what moves is noise: of z clip / clients in each live coordinate."""
     recipe = federated(federation, strategy, KINDS[kind], "ideal" if kind == "distributed" else "off")
