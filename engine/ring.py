@@ -86,11 +86,11 @@ def ring_aggregate(
     figures = {name: float(totals.sums[name][0]) for name in FIGURES}
     live = live_masks(federation, layout, round_)
     if isinstance(plan, DistributedPlan):
-        beside = live_lengths(federation, layout, round_)
-        plan = replace(plan, length=sum(beside.values()))
-        del beside["delta"]
+        lengths = live_lengths(federation, layout, round_)
+        plan = replace(plan, length=sum(lengths.values()))
+        del lengths["delta"]
         noisy_D = totals.sums[NOISY]
-        short = plan.decode(noisy_D, totals.count, beside, _signs(federation, plan, round_))
+        short = plan.decode(noisy_D, totals.count, lengths, _signs(federation, plan, round_))
         whole = with_frozen({"delta": short.total, **short.extras}, live)
         return replace(short, total=whole.pop("delta"), extras=whole), figures
     vectors = ((name, total) for name, total in totals.sums.items() if name not in FIGURES)
@@ -100,10 +100,9 @@ def ring_aggregate(
 
 def live_masks(federation: Federation, layout: Layout, round_: int) -> dict[str, Mask]:
     """The strategy's masks of a round for updates as they travel: a delta that a transform shortens has none."""
+    shortened = travelling(federation, layout) != layout.size
     live = federation.strategy.live(round_, layout)
-    if live and travelling(federation, layout) != layout.size:
-        live.pop("delta", None)
-    return live
+    return {name: mask for name, mask in live.items() if name != "delta" or not shortened}
 
 
 def live_lengths(federation: Federation, layout: Layout, round_: int) -> dict[str, int]:
