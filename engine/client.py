@@ -154,14 +154,14 @@ class ClientActor(SecureClients, Judge):
         return list(reports), *updates
 
     def masked(self, inboxes: Mapping[int, Inbox], wire: WireBroadcast) -> tuple[list[Report], MaskedSum]:
-        """Third trip of secure aggregation: trains and gives the masked sum; the reports tell no figures."""
+        """Third trip of secure aggregation: trains and gives the masked sum; reports tell no figures and no errors."""
+        layout = self.trainer.trainable.layout
 
         def train(pack: Unit, sums: Sums) -> Iterator[tuple[Report, np.ndarray | None]]:
             for report, update in self._pack(pack, wire, finite_bound):
-                # An error's text may hold what the server must not see.
                 told = replace(report, metrics={DOWN: report.metrics[DOWN]}, tried=())
                 try:
-                    yield told, None if update is None else ring_vector(update, sums, wire, self.federation)
+                    yield told, None if update is None else ring_vector(update, sums, wire, self.federation, layout)
                 except ValueError as error:  # such as a loss that is none
                     yield replace(told, failed=str(error)), None
 

@@ -145,7 +145,7 @@ class SecureCollector:
             parameters = secagg.parameters(len(cohort))
         except ValueError as error:
             return Collected(told=False, aborted=str(error))
-        sums = self.sums(wire.dp, wire.clip, len(cohort))
+        sums = self.sums(wire.dp, wire.clip, len(cohort), wire.round)
         gone = federation.clients.availability.gone(cohort, federation.seed, wire.round, self.trace)
         session = Session(wire.round, 0, parameters, sums, secagg.mode)
         leaving = {client: leaves.before for client, leaves in gone.items()}
@@ -165,9 +165,9 @@ class SecureCollector:
         aggregate, figures = ring_aggregate(done.totals, federation, self.layout, wire.dp, wire.round)
         return Collected(**vars(found) | {"aggregate": aggregate, "figures": figures})
 
-    def sums(self, plan: Plan, clip: float, clients: int) -> Sums:
-        """What a session of so many clients adds up; ValueError where the ring is too small."""
-        return ring_sums(self.federation, self.layout, plan, clip, clients, self.most_tokens)
+    def sums(self, plan: Plan, clip: float, clients: int, round_: int) -> Sums:
+        """What a round's session of so many clients adds up; ValueError where the ring is too small."""
+        return ring_sums(self.federation, self.layout, plan, clip, clients, self.most_tokens, round_)
 
     def _refuse_thin(self, secagg: SecAgg, clients: Sequence[int], least: int) -> None:
         """ValueError where a sum would be of so few that it tells of one of them, or has too little noise."""

@@ -19,10 +19,11 @@ from engine.model import Trainable
 from engine.objectives import Objectives
 from engine.objectives.sft import IGNORED, Batch
 from engine.optimizers import make_optimizer
-from engine.train import Correct, LocalTrainer
+from engine.train import Correct, LocalTrainer, Trained, Training
 from engine.train_settings import Train
 from strategies.dp_example import ExamplePlan
 from strategies.dp_source import Words, normal
+from strategies.types import Mask
 
 KEY = 'privacy.dp.kind = "example"'
 ADAPTERS = 'train adapters instead (model.peft.kind = "lora")'
@@ -34,7 +35,8 @@ class PrivateTrainer(LocalTrainer):
     """A LocalTrainer whose vectors tell little about any one row: steps along clipped gradients, summed, plus noise.
 
     A step is on a Poisson sample of the rows. A row's gradient is that of its mean loss over its learnt tokens, over
-    all P parameters, and clipped to the L2 norm `plan.clip`. Their sum plus N(0, (z clip)^2) is divided by the expected
+    the parameters that are `live` in the training (None: all P), and clipped to the L2 norm `plan.clip`. Their sum plus
+    N(0, (z clip)^2) in each of these is divided by the expected
     size of the sample, since the true one is private; an empty sample is a step of noise alone. What follows works on a
     gradient that is private already: the strategy's correction and the optimizer. `train.clip` is left out: it would do
     no harm to privacy, but the mean's norm is mostly the noise's, and the step would shrink by it.
@@ -45,6 +47,7 @@ class PrivateTrainer(LocalTrainer):
 
     plan: ExamplePlan
     words: Words | None = None
+    live: Mask | None = None
 
     @classmethod
     def with_plan(
@@ -56,6 +59,14 @@ class PrivateTrainer(LocalTrainer):
         # Opacus tells rows apart by the first dimension of what goes into a layer.
         objective = replace(objective, every_logit=True)
         return cls(trainable, objective, pad, make_optimizer([trainable.flat], train.optimizer), plan)
+
+    def train(self, trainings: list[Training], train: Train) -> list[Trained]:
+        """Does one training after the other, each with its own live coordinates."""
+        done = []
+        for training in trainings:
+            self.live = None if training.live is None else training.live.to(self.device)
+            done += super().train([training], train)
+        return done
 
     def steps(
         self,
@@ -116,7 +127,7 @@ class PrivateTrainer(LocalTrainer):
         nll.backward()  # of the sum, so that no row's gradient depends on another's number of tokens
         each = self._each_row(len(piece.ids_BT))
         learnt_B = (piece.labels_BT[:, 1:] != IGNORED).sum(1).clamp(min=1)
-        norms_B = torch.stack([rows.flatten(1).norm(dim=1) for rows in each.values()]).norm(dim=0)
+        norms_B = _norms(each)
         finite_B = norms_B.isfinite()
         if finite_B.all():
             # Autograd's own sum of the same gradients tells whether Opacus has seen every use of every parameter.
@@ -130,6 +141,10 @@ class PrivateTrainer(LocalTrainer):
         else:  # such a row moves the sum by nothing, where infinity or NaN would tell of it
             for rows in each.values():
                 rows[~finite_B] = 0
+        if self.live is not None:
+            for name, view in layout.views(self.live).items():
+                each[name] *= view
+            norms_B = _norms(each)
         factor_B = torch.where(finite_B, (self.plan.clip * learnt_B / norms_B).clamp(max=1) / learnt_B, 0)
         for name, view in layout.views(summed).items():
             view += torch.tensordot(factor_B, each[name], 1)
@@ -151,16 +166,27 @@ class PrivateTrainer(LocalTrainer):
         return each
 
     def _add_noise(self, summed: torch.Tensor) -> None:
-        """Adds the plan's noise to `summed` (P,), except to what a client of a lower rank does not have."""
+        """Adds the plan's noise to the live coordinates of `summed` (P,) that a client of this rank has."""
         z, rank = self.plan.noise_multiplier, self.trainable.rank
         if z > 0:
             assert self.words is not None, "the source of noise is set before each client"
-            noise = torch.from_numpy(normal(self.words, len(summed))).float()
-            summed.add_(noise.to(summed.device), alpha=z * self.plan.clip)
+            count = len(summed) if self.live is None else int(self.live.sum())
+            noise = torch.from_numpy(normal(self.words, count)).float().to(summed.device)
+            if self.live is None:
+                summed.add_(noise, alpha=z * self.plan.clip)
+            else:
+                summed[self.live] += noise * (z * self.plan.clip)
         if rank is not None:
             for pair in self.trainable.layout.lora_pairs(summed):
                 pair.a_RI[rank:] = 0
                 pair.b_OR[:, rank:] = 0
+
+
+def _norms(each: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The L2 norms (B,) of the rows' gradients."""
+    norms_NB = torch.stack([rows.flatten(1).norm(dim=1) for rows in each.values()])
+    norms_B: torch.Tensor = torch.linalg.vector_norm(norms_NB, dim=0)
+    return norms_B
 
 
 def samples(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:

@@ -34,6 +34,7 @@ from engine.memory import RANK, ClientMemory, refuse_unseen
 from engine.model import always_the_same_bits, load_tokenizer
 from engine.objectives.sft import Sft
 from engine.pulling import Unit
+from engine.ring import live_masks
 from engine.rows import Parts, find_tokens, receive_tokens, token_columns
 from engine.settings import Federation
 from engine.spending import noisy
@@ -126,8 +127,8 @@ class Rank(SecureRank):
         heap.keep(gathered=self.zero.stage == 3)
         self.tokens = Tokens.open(tokens)
         self.largest = int(self.tokens.counts("train").max())
-        self.partition = self.trainer.partition
-        return self.trainer.layout, self.partition
+        self.layout, self.partition = self.trainer.layout, self.trainer.partition
+        return self.layout, self.partition
 
     def base_bytes(self) -> int:
         """The size of the base's weights, of all ranks together."""
@@ -147,7 +148,9 @@ class Rank(SecureRank):
         aggregate = aggregate_of(partials)
         if served.plan is not None:
             shard = Layout(("shard",), ((len(wire.params),),))
-            aggregate, _ = noisy(aggregate, served.plan, served.clip, self.federation, shard, round_, self.rank)
+            masks = live_masks(self.federation, self.layout, round_).items()
+            live = {name: self.partition.cut(mask, self.rank) for name, mask in masks}
+            aggregate, _ = noisy(aggregate, served.plan, served.clip, self.federation, shard, round_, live, self.rank)
         assert aggregate is not None
         after = state_to_wire(self.federation.strategy.apply(state, aggregate))
         return after.nbytes, after

@@ -13,15 +13,17 @@ import numpy as np
 import torch.distributed as dist
 
 from engine.pulling import Unit
-from engine.ring import figures_of
+from engine.ring import figures_of, live_masks
 from engine.ring_shard import RingShard
 from engine.secure import SecureClients
 from engine.settings import Federation
 from engine.sums import PartialSum, merge
 from engine.wire import DOWN, Report, Sent, WireAggregate, aggregate_from_wire
+from strategies.layout import Layout
 from strategies.partition import Partition
 from strategies.secagg.masks import Masks
 from strategies.secagg.messages import Inbox, MaskedSum
+from strategies.secagg.protocol import Session
 from strategies.secagg.ring import Sums
 from strategies.types import Aggregate, Update
 
@@ -31,6 +33,7 @@ class SecureRank:
 
     federation: Federation
     rank: int
+    layout: Layout
     partition: Partition
     ring: RingShard
     masked_S: np.ndarray
@@ -48,11 +51,12 @@ class SecureRank:
         """One of the following, `secure_own` from what the clients are sent."""
         if method == "secure_own":
             return self.secure_own(arguments[0], sent)
-        return self.clear_own(arguments[0]) if method == "clear_own" else self.mask_own(arguments[0])
+        return self.clear_own(arguments[0], sent.round) if method == "clear_own" else self.mask_own(arguments[0])
 
-    def clear_own(self, sums: Sums) -> None:
+    def clear_own(self, sums: Sums, round_: int) -> None:
         """Nobody has been added yet."""
-        self.ring = RingShard(sums, self.partition, self.rank)
+        live = live_masks(self.federation, self.layout, round_)
+        self.ring = RingShard(sums, self.partition, self.rank, live)
 
     def secure_own(self, client: int, sent: Sent) -> tuple[Report, float | None]:
         """What this rank does in training a client and adding it up; the first rank's report, and the weight."""
@@ -75,10 +79,12 @@ class SecureRank:
         return True, self.masked_S
 
     def unmask_own(
-        self, sums: Sums, removals: Masks, count: int, weight: float, *masked: np.ndarray
+        self, session: Session, removals: Masks, count: int, weight: float, *masked: np.ndarray
     ) -> tuple[dict[str, float], WireAggregate]:
         """The server's part for this rank's shard of all slots' masked vectors: figures, and the sums in the store."""
-        return RingShard(sums, self.partition, self.rank).unmasked(list(masked), removals, count, weight)
+        live = live_masks(self.federation, self.layout, session.round)
+        ring = RingShard(session.sums, self.partition, self.rank, live)
+        return ring.unmasked(list(masked), removals, count, weight)
 
     def trained(self, client: int, sent: Sent) -> tuple[Report, Update | None]:
         """Trains a client: its report, and its shard of the update."""

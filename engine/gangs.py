@@ -28,6 +28,7 @@ from engine.slots import Slots, Taken
 from engine.wire import ShardedState, ShardSum, ShardTotals
 from strategies.partition import Partition
 from strategies.secagg.masks import Masks
+from strategies.secagg.protocol import Session
 from strategies.secagg.ring import Sums
 
 WHY_S = 2.0
@@ -216,12 +217,12 @@ class Gangs(Slots):
         self.answer([there for there, _ in given])
         return [shard for _, shard in given]
 
-    def unmasked(self, sums: Sums, total_L: np.ndarray, removals: Masks, shards: list[Any]) -> ShardTotals:
+    def unmasked(self, session: Session, total_L: np.ndarray, removals: Masks, shards: list[Any]) -> ShardTotals:
         """What the server learns: each shard of it in a rank of the first gang, the figures here."""
-        totals = sums.decode_head(total_L)
+        totals = session.sums.decode_head(total_L)
         while True:
             given = [
-                rank.unmask_own.options(num_returns=2).remote(sums, removals, *totals, *mine)
+                rank.unmask_own.options(num_returns=2).remote(session, removals, *totals, *mine)
                 for rank, *mine in zip(self.ranks[0], *shards, strict=True)
             ]
             try:

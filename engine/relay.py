@@ -170,7 +170,7 @@ class Relay:
         removals = server.unmask(answers)
         total_L = server.total()
         done.messages.append(Message("server", "sum", 1, session.sums.nbytes))
-        return self.slots.unmasked(session.sums, total_L, removals, shards)
+        return self.slots.unmasked(session, total_L, removals, shards)
 
     def _shards(self, slots: Iterable[int]) -> list[Any]:
         """What of the masked vectors is not in the messages: the ranks' shards of each slot that is a gang."""

@@ -5,6 +5,7 @@ Legend: P parameters, D coordinates after the rotation, L ring coordinates.
 
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from strategies.dp_example import ExamplePlan
 from strategies.dp_rotation import signs
 from strategies.dp_source import Words, byte_words, seeded_words
 from strategies.layout import Layout
+from strategies.live import with_frozen, without_frozen
 from strategies.secagg.ring import Sum, Sums, Totals
 from strategies.seeds import rng
-from strategies.types import Aggregate, Size, Update
+from strategies.types import Aggregate, Mask, Size, Update
 
 NOISY = "noisy"  # the sum of everything under distributed noise
 MOST_NATS = 64.0  # of one token's loss: e^-64 is less than any softmax of float32 gives
@@ -28,18 +30,20 @@ FIGURES = ("nll", "learnt", "tokens", "clipped")  # what training tells, as sums
 Plan = CentralPlan | DistributedPlan | ExamplePlan | None
 
 
-def ring_sums(federation: Federation, layout: Layout, plan: Plan, clip: float, clients: int, most_tokens: int) -> Sums:
-    """The sums of a session of so many clients, none of which trains on more than `most_tokens` tokens a round."""
-    secagg, beside = federation.privacy.secagg, federation.strategy.beside(layout)
+def ring_sums(
+    federation: Federation, layout: Layout, plan: Plan, clip: float, clients: int, most_tokens: int, round_: int
+) -> Sums:
+    """The sums of a round's session of so many clients, none of which trains on more than `most_tokens` tokens."""
+    secagg, lengths = federation.privacy.secagg, live_lengths(federation, layout, round_)
     if isinstance(plan, DistributedPlan):
         sums = [Sum(NOISY, plan.ring.dimension, plan.ring.bound, "noisy")]
     else:
         bound = min(secagg.bound, clip) if isinstance(plan, CentralPlan) else secagg.bound
-        sums = [Sum("delta", travelling(federation, layout), bound, "weighted")]
-        sums += [Sum(name, length, secagg.bounds[name]) for name, length in beside.items()]
+        sums = [Sum("delta", lengths["delta"], bound, "weighted")]
+        sums += [Sum(name, length, secagg.bounds[name]) for name, length in lengths.items() if name != "delta"]
         if isinstance(plan, AdaptivePlan):
             sums.append(Sum(WITHIN, 1, 0.5))
-    bounds = (most_tokens * MOST_NATS, most_tokens, most_tokens, max(1, layout.size + sum(beside.values())))
+    bounds = (most_tokens * MOST_NATS, most_tokens, most_tokens, max(1, sum(lengths.values())))
     figures = (Sum(name, 1, bound) for name, bound in zip(FIGURES, bounds, strict=True))
     return secagg.sums((*sums, *figures), clients)
 
@@ -50,14 +54,16 @@ def rounding(sums: Sums) -> float:
     return math.sqrt(sum(entry.length / sums.scale(entry.name) ** 2 for entry in vectors))
 
 
-def ring_vector(update: Update, sums: Sums, wire: WireBroadcast, federation: Federation) -> np.ndarray:
+def ring_vector(update: Update, sums: Sums, wire: WireBroadcast, federation: Federation, layout: Layout) -> np.ndarray:
     """A client's ring vector (L,) uint32. Rounding is seeded, noise too unless secure aggregation is for real."""
-    seed, plan = federation.seed, wire.dp
-    values = {"delta": update.delta, **update.extras}
+    seed, plan, live = federation.seed, wire.dp, live_masks(federation, layout, wire.round)
+    values = without_frozen({"delta": update.delta, **update.extras}, live)
     clipped = 0
     if isinstance(plan, DistributedPlan):
-        words = noise(federation, wire.round, update.client)
-        found = {NOISY: plan.encode(update, _signs(federation, plan, wire.round), words)}
+        words, extras = noise(federation, wire.round, update.client), {name: values[name] for name in update.extras}
+        plan = replace(plan, length=sum(map(len, values.values())))
+        short = replace(update, delta=values["delta"], extras=extras)
+        found = {NOISY: plan.encode(short, _signs(federation, plan, wire.round), words)}
     else:
         found = {name: value.numpy() for name, value in values.items()}
         limits = {entry.name: entry.bound for entry in sums.sums}
@@ -78,13 +84,31 @@ def ring_aggregate(
 ) -> tuple[Aggregate, dict[str, float]]:
     """What the server learns: the sums as floats, and the figures by name."""
     figures = {name: float(totals.sums[name][0]) for name in FIGURES}
+    live = live_masks(federation, layout, round_)
     if isinstance(plan, DistributedPlan):
-        beside = federation.strategy.beside(layout)
+        lengths = live_lengths(federation, layout, round_)
+        plan = replace(plan, length=sum(lengths.values()))
+        del lengths["delta"]
         noisy_D = totals.sums[NOISY]
-        return plan.decode(noisy_D, totals.count, beside, _signs(federation, plan, round_)), figures
+        short = plan.decode(noisy_D, totals.count, lengths, _signs(federation, plan, round_))
+        whole = with_frozen({"delta": short.total, **short.extras}, live)
+        return replace(short, total=whole.pop("delta"), extras=whole), figures
     vectors = ((name, total) for name, total in totals.sums.items() if name not in FIGURES)
-    rest = {name: torch.from_numpy(total.astype(np.float32)) for name, total in vectors}
-    return Aggregate(totals.weight, rest.pop("delta"), rest, totals.count), figures
+    whole = with_frozen({name: torch.from_numpy(total.astype(np.float32)) for name, total in vectors}, live)
+    return Aggregate(totals.weight, whole.pop("delta"), whole, totals.count), figures
+
+
+def live_masks(federation: Federation, layout: Layout, round_: int) -> dict[str, Mask]:
+    """The strategy's masks of a round for updates as they travel: a delta that a transform shortens has none."""
+    shortened = travelling(federation, layout) != layout.size
+    live = federation.strategy.live(round_, layout)
+    return {name: mask for name, mask in live.items() if name != "delta" or not shortened}
+
+
+def live_lengths(federation: Federation, layout: Layout, round_: int) -> dict[str, int]:
+    """How many numbers of the delta and of each sum beside it are live in a round."""
+    lengths = {"delta": travelling(federation, layout), **federation.strategy.beside(layout)}
+    return lengths | {name: int(mask.sum()) for name, mask in live_masks(federation, layout, round_).items()}
 
 
 def travelling(federation: Federation, layout: Layout) -> int:

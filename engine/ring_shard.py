@@ -8,48 +8,62 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from engine.ring import FIGURES
 from engine.settings import Federation
 from engine.wire import WireAggregate
+from strategies.live import with_frozen, without_frozen
 from strategies.partition import Partition
 from strategies.secagg.masks import Masks, wrap
 from strategies.secagg.ring import Sums
 from strategies.seeds import rng
-from strategies.types import Update
+from strategies.types import Mask, Update
 
 
 @dataclass(frozen=True)
 class RingShard:
-    """Which coordinates of a session's ring vector are a rank's, and what of its clients they sum to."""
+    """Which coordinates of a session's ring vector are a rank's, and what of its clients they sum to.
+
+    `live` are the strategy's masks (P,) of the whole vectors, which the ring has without their frozen coordinates.
+    """
 
     sums: Sums
     partition: Partition
     rank: int
+    live: Mapping[str, Mask]
+    pieces: tuple[tuple[str, int, int], ...] = field(init=False, repr=False)
+    live_S: dict[str, Mask] = field(init=False, repr=False)
     total_S: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        length = sum(last - first for _, first, last in self._pieces())
+        pieces = tuple(self._pieces())
+        length = sum(last - first for _, first, last in pieces)
+        object.__setattr__(self, "pieces", pieces)
+        live_S = {name: self.partition.cut(mask, self.rank) for name, mask in self.live.items()}
+        object.__setattr__(self, "live_S", live_S)
         object.__setattr__(self, "total_S", np.zeros(length, np.uint32))
 
     def _pieces(self) -> Iterator[tuple[str, int, int]]:
         """Each sum's intervals that are this rank's, within the sum."""
         for entry in self.sums.sums:
             if entry.name not in FIGURES:
-                yield from ((entry.name, first, last) for first, last in self.partition.parts[self.rank])
+                mask = self.live.get(entry.name)
+                partition = self.partition if mask is None else self.partition.of(mask)
+                yield from ((entry.name, first, last) for first, last in partition.parts[self.rank])
             elif self.rank == 0:
                 yield entry.name, 0, entry.length
 
     def _places(self, values_S: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
         """Each piece's sum and first coordinate in it, and its view into a vector of the shard."""
         offset = 0
-        for name, first, last in self._pieces():
+        for name, first, last in self.pieces:
             yield name, first, values_S[offset : offset + last - first]
             offset += last - first
 
     def add(self, update: Update, figures: Mapping[str, float], federation: Federation, round_: int) -> None:
         """Adds a client's shard of its update, and its figures; rounding is that of the whole vector."""
-        values = {"delta": update.delta, **update.extras}
+        values = without_frozen({"delta": update.delta, **update.extras}, self.live_S)
         flat = {name: vector.numpy() for name, vector in values.items()}
         flat |= {name: np.array([figure]) for name, figure in figures.items()}
         draws, taken = rng(federation.seed, round_, update.client, "rounding"), dict.fromkeys(flat, 0)
@@ -88,7 +102,8 @@ class RingShard:
                 figures[name] = float(values[0])
             else:
                 found.setdefault(name, []).append(values.astype(np.float32))
-        whole = {name: np.concatenate(parts) for name, parts in found.items()}
+        vectors = {name: torch.from_numpy(np.concatenate(parts)) for name, parts in found.items()}
+        whole = {name: vector.numpy() for name, vector in with_frozen(vectors, self.live_S).items()}
         return figures, WireAggregate(weight, whole.pop("delta"), whole, count)
 
     def _apply(self, masks: Masks, values_S: np.ndarray) -> None:

@@ -83,7 +83,8 @@ class Rounds:
             relay = Relay(self.slots, authority, federation.privacy.secagg.on_slot_death)
             most_tokens = self.most_steps * train.batch * train.accumulate * train.max_length
             self.collector = SecureCollector(federation, relay, layout, most_tokens, trace)
-            self._clients_clip(largest)
+            for round_ in range(self.round, federation.rounds):
+                self._clients_clip(largest, round_)
         return planned.warned if planned else ()
 
     def saved(self, state: Any, wall_s: float) -> Saved:
@@ -103,7 +104,7 @@ class Rounds:
         epsilon, clip = self.spending.charge(self.noisy_steps) if self.spending else None, self.clip
         wire = replace(self.server.broadcast(state), oldest=self._oldest(state.round), lanes=self.lanes)
         if self.noise is not None:
-            wire = replace(wire, dp=self.noise, clip=self._clients_clip(len(cohort)))
+            wire = replace(wire, dp=self.noise, clip=self._clients_clip(len(cohort), state.round))
         steps, lengths = self.steps(cohort), self._tokens(cohort)
         done = self.collector.collect(Work(cohort, steps, self.costs.seconds(steps, lengths)), wire)
         self._learn(cohort, steps, lengths, done.reports)
@@ -176,11 +177,11 @@ class Rounds:
         there = [seconds for slot, seconds in enumerate(busy) if seconds or slot in self.slots.alive]
         return statistics.mean(there) / max(there) if any(there) else 1.0
 
-    def _clients_clip(self, clients: int) -> float:
+    def _clients_clip(self, clients: int, round_: int) -> float:
         """The norm that clients clip to: less than the server counts on by what a ring's rounding may add to it."""
         if not isinstance(self.collector, SecureCollector):
             return self.clip
-        sums = self.collector.sums(self.noise, self.clip, max(1, clients))
+        sums = self.collector.sums(self.noise, self.clip, max(1, clients), round_)
         if not isinstance(self.noise, CentralPlan):
             return self.clip
         room = self.clip - rounding(sums)

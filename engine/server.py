@@ -9,6 +9,7 @@ import ray
 from engine.gang import Served
 from engine.gangs import Gangs
 from engine.pool import Start
+from engine.ring import live_masks
 from engine.settings import Federation
 from engine.slots import Slots
 from engine.spending import noisy
@@ -79,7 +80,8 @@ class WholeServer:
     ) -> tuple[ServerState, float]:
         """As the protocol says; the slots' base follows where the rule has merged something into it."""
         if plan is not None:
-            aggregate, clip = noisy(aggregate, plan, clip, self.federation, state.layout, state.round)
+            live = live_masks(self.federation, state.layout, state.round)
+            aggregate, clip = noisy(aggregate, plan, clip, self.federation, state.layout, state.round, live)
         if aggregate is None:  # nobody took part, as in an empty Poisson cohort: nobody moves the model
             return replace(state, round=state.round + 1), clip
         aggregate, state = decode(self.federation.transforms, aggregate, state)

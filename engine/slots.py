@@ -16,6 +16,7 @@ from engine.settings import Federation
 from engine.sums import BLOCK, PartialSum, merge_parts
 from engine.wire import Report, ShardTotals
 from strategies.secagg.masks import Masks
+from strategies.secagg.protocol import Session
 from strategies.secagg.ring import Sums, Totals
 
 PART = 64 * BLOCK  # elements of a sum that are handed over at once, so that no store needs to hold all of it
@@ -150,9 +151,11 @@ class Slots(Pool):
         """Nothing of it is elsewhere."""
         return None
 
-    def unmasked(self, sums: Sums, total_L: np.ndarray, removals: Masks, shards: list[Any]) -> Totals | ShardTotals:
+    def unmasked(
+        self, session: Session, total_L: np.ndarray, removals: Masks, shards: list[Any]
+    ) -> Totals | ShardTotals:
         """What the server learns from the unmasked sum of the slots' messages."""
-        return sums.decode(total_L)
+        return session.sums.decode(total_L)
 
     def map(self, clients: np.ndarray, costs: np.ndarray, call: Callable[[Any, list[int]], Reference]) -> list[Any]:
         """The results of `call(actor, chunk)` for all `clients` (N,), flat; ValueError when too many slots die.

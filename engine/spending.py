@@ -2,13 +2,14 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engine.atomic import write_file
-from engine.ring import noise, travelling
+from engine.ring import live_lengths, noise, travelling
 from engine.settings import Federation
 from strategies.accounting import Epsilon
 from strategies.dp_adaptive import WITHIN, AdaptivePlan
@@ -16,7 +17,7 @@ from strategies.dp_central import CentralDp, CentralPlan
 from strategies.dp_distributed import DistributedDp, DistributedPlan
 from strategies.dp_example import ExampleDp, ExamplePlan
 from strategies.layout import Layout
-from strategies.types import Aggregate
+from strategies.types import Aggregate, Mask
 
 Plan = CentralPlan | DistributedPlan | ExamplePlan
 
@@ -42,7 +43,8 @@ def plan_noise(federation: Federation, layout: Layout, clients: int, fewest_rows
         if isinstance(dp, CentralDp):
             plan = dp.plan(cohort, clients, rounds)
         elif isinstance(dp, DistributedDp):
-            length = travelling(federation, layout) + sum(federation.strategy.beside(layout).values())
+            # One ring for all rounds: a round with fewer live coordinates fills up with zeros.
+            length = max(sum(live_lengths(federation, layout, round_).values()) for round_ in range(rounds))
             plan = dp.plan(cohort, clients, rounds, length, federation.privacy.secagg.bits)
         elif isinstance(dp, ExampleDp):
             plan = dp.plan(fewest_rows, federation.train.batch * federation.train.accumulate, steps)
@@ -100,14 +102,15 @@ def noisy(
     federation: Federation,
     layout: Layout,
     round_: int,
+    live: Mapping[str, Mask],
     rank: int = 0,
 ) -> tuple[Aggregate, float]:
     """The sums with the server's noise, and the next clipping norm; a round without clients is noise alone.
 
-    Of a shard, `layout` is what a shard's vector has, and each `rank` has noise of its own.
+    Of a shard, `layout` and the masks `live` are what a shard's vectors have, and each `rank` has noise of its own.
     """
     if aggregate is None:
         lengths = federation.strategy.beside(layout) | ({WITHIN: 1} if isinstance(plan, AdaptivePlan) else {})
         extras = {name: torch.zeros(length) for name, length in lengths.items()}
         aggregate = Aggregate(0.0, torch.zeros(travelling(federation, layout)), extras, 0)
-    return plan.decode(aggregate, clip, noise(federation, round_, -1 - rank))
+    return plan.decode(aggregate, clip, noise(federation, round_, -1 - rank), live)

@@ -19,7 +19,7 @@ from engine.settings import Federation
 from engine.train_settings import Train
 from strategies.fedavg import FedAvg
 from strategies.seeds import rng, seed_torch, torch_seed
-from strategies.types import GLOBAL, Broadcast, Memory, Strategy, Update, Vector
+from strategies.types import GLOBAL, Broadcast, Mask, Memory, Strategy, Update, Vector
 
 Correct = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -41,7 +41,7 @@ class Training:
 
     `moments` are the optimizer's state that it goes on with, None: from nothing. `rate` is a factor on all learning
     rates, `dropout` the seed of what torch draws. Its end is told as a copy; or as what it is `less` another vector,
-    perhaps in the trainer's own memory until the next training.
+    perhaps in the trainer's own memory until the next training. Example-level privacy counts what is `live`; None: all.
     """
 
     rows: pa.RecordBatch
@@ -53,6 +53,7 @@ class Training:
     rate: float
     moments: Memory | None
     less: Vector | None
+    live: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ class Trainer(ABC):
         own = {name: tensor.to(self.device) for name, tensor in part(job.memory, STRATEGY).items()}
         starts = strategy.starts(got, own)
         less = got.params if lent and len(starts) == 1 else None
+        by_row = federation.privacy.dp.kind == "example"
         return {
             run: Training(
                 job.rows,
@@ -157,6 +159,7 @@ class Trainer(ABC):
                 train.over_rounds.factor(got.round, federation.rounds),
                 part(job.memory, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
                 less,
+                strategy.trained(got, own, run) if by_row else None,
             )
             for run, start in starts.items()
         }

@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from strategies.layout import LORA_A, LORA_B, Layout, LoraPair
-from strategies.types import Broadcast, Vector
+from strategies.types import Broadcast, Mask, Vector
 
 
 def slices(layout: Layout, marker: str) -> list[slice]:
@@ -37,6 +37,20 @@ def without(vector: Vector, layout: Layout, *markers: str) -> Vector:
         for part in slices(layout, marker):
             copy[part] = 0
     return copy
+
+
+def unmarked(layout: Layout, *markers: str) -> Mask:
+    """The coordinates (P,) of all tensors but those with these markers."""
+    return without(torch.ones(layout.size, dtype=torch.bool), layout, *markers)
+
+
+def all_but(layout: Layout, rows: slice) -> Mask:
+    """The coordinates (P,) of everything but these rows of A and columns of B."""
+    mask = torch.ones(layout.size, dtype=torch.bool)
+    for pair in layout.lora_pairs(mask):
+        pair.a_RI[rows] = False
+        pair.b_OR[:, rows] = False
+    return mask
 
 
 def products(vector: Vector, layout: Layout) -> Vector:

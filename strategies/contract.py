@@ -212,6 +212,7 @@ CHECKS: tuple[Check, ...] = (
     a_round_is_the_same_when_it_is_run_again,
     the_server_side_leaves_its_inputs_unmodified,
     contract_client.the_client_side_writes_nothing_but_its_gradient,
+    contract_client.what_is_frozen_is_neither_sent_nor_trained,
     contract_client.a_pack_is_corrected_as_its_clients_one_by_one,
     what_travels_is_flat_contiguous_and_float32,
     contract_client.the_global_training_comes_first,

@@ -37,6 +37,31 @@ def the_client_side_writes_nothing_but_its_gradient(case: Case) -> None:
     hold(found == strategy.beside(case.layout), f"finish sends {found} beside the delta, beside says other sums")
 
 
+def what_is_frozen_is_neither_sent_nor_trained(case: Case) -> None:
+    """Updates are zero outside of `live`, and gradients are zero outside of `trained` after `correct`."""
+    strategy = case.strategy
+    for rounds in range(3):
+        state, memories = case.after(rounds)
+        live, got = strategy.live(rounds, case.layout), strategy.broadcast(state)
+        for update in case.cohort(state, memories)[0]:
+            sent = {"delta": update.delta, **update.extras}
+            hold(live.keys() <= sent.keys(), f"live has masks of {sorted(live)}, a client sends {sorted(sent)}")
+            for name, mask in live.items():
+                fits = mask.dtype == torch.bool and mask.shape == sent[name].shape
+                hold(fits, f"live's mask of {name!r} is not one bool for each of its numbers")
+                hold(not sent[name][~mask].any(), f"a client changes coordinates of {name!r} that live calls frozen")
+        for run in strategy.starts(got, memories[0]):
+            trained = strategy.trained(got, memories[0], run)
+            if trained is None:
+                continue
+            fits = trained.dtype == torch.bool and trained.shape == (case.layout.size,)
+            hold(fits, "trained is not one bool for each coordinate")
+            if not strategy.mixed_ranks:  # whose rows beyond a rank have no gradient to begin with
+                grad = torch.ones(1, case.layout.size)
+                strategy.correct(grad, drawn(case.layout, 1)[None], got, memories[0], run)
+                hold(not grad[:, ~trained].any(), "correct leaves a gradient where trained says that nothing moves")
+
+
 def a_pack_is_corrected_as_its_clients_one_by_one(case: Case) -> None:
     """correct on the stacked gradients (K, P) and memories gives the same bits as on each client's own."""
     for rounds in (0, 2):

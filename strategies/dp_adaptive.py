@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +14,7 @@ from strategies.dp_budget import Cohort
 from strategies.dp_central import CentralDp, CentralPlan, with_noise
 from strategies.dp_clip import bounded
 from strategies.dp_source import Words
-from strategies.types import Aggregate, Update
+from strategies.types import Aggregate, Mask, Update
 
 WITHIN = "dp.within"  # the name of the sum of 1[norm <= clip] - 1/2
 LARGEST_STEP = 20.0  # of the norm's logarithm: what noise may do to it in one round at most
@@ -77,12 +77,14 @@ class AdaptivePlan(CentralPlan):
         within = torch.tensor([0.5 if norm <= clip else -0.5])
         return replace(update, extras=update.extras | {WITHIN: within})
 
-    def decode(self, aggregate: Aggregate, clip: float, words: Words) -> tuple[Aggregate, float]:
+    def decode(
+        self, aggregate: Aggregate, clip: float, words: Words, live: Mapping[str, Mask] | None = None
+    ) -> tuple[Aggregate, float]:
         """The noisy sums without the quantile's, and the next clipping norm."""
         noise = self.quantile_noise if self.noise_multiplier else 0.0
         within = with_noise(aggregate.extras[WITHIN], noise, words).item()
         share = 0.5 + within / self.divisor
         step = -self.rate * (share - self.quantile)
         rest = {name: extra for name, extra in aggregate.extras.items() if name != WITHIN}
-        noisy = self._noisy(replace(aggregate, extras=rest), self.update_noise * clip, words)
+        noisy = self._noisy(replace(aggregate, extras=rest), self.update_noise * clip, words, live or {})
         return noisy, clip * math.exp(max(-LARGEST_STEP, min(LARGEST_STEP, step)))

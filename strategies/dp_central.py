@@ -5,7 +5,7 @@ the noise sees it bare. Legend: P parameters.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,7 +15,8 @@ from strategies.accounting import Epsilon, Gaussian, Sampling, Scheme, noise_mul
 from strategies.dp_budget import Budget, Cohort, delta_for, scheme_for
 from strategies.dp_clip import Contribution, bounded
 from strategies.dp_source import Words, normal
-from strategies.types import Aggregate, Update, Vector
+from strategies.live import with_frozen, without_frozen
+from strategies.types import Aggregate, Mask, Update, Vector
 
 BLOCK = 2**20  # numbers of noise at a time
 
@@ -65,20 +66,25 @@ class CentralPlan:
         """On the client, after all transforms: what it adds to the sums; `whole_norm` is that of Broadcast."""
         return bounded(update, clip, self.weight_cap, self.joint, whole_norm)[0]
 
-    def decode(self, aggregate: Aggregate, clip: float, words: Words) -> tuple[Aggregate, float]:
+    def decode(
+        self, aggregate: Aggregate, clip: float, words: Words, live: Mapping[str, Mask] | None = None
+    ) -> tuple[Aggregate, float]:
         """The noisy sums as if of `divisor` clients, and the next round's clipping norm; before transforms decode.
 
-        To be called once for each round, whether clients took part or not.
+        To be called once for each round, whether clients took part or not. `live` is the strategy's: what it freezes
+        gets no noise.
         """
-        return self._noisy(aggregate, self.noise_multiplier * clip, words), clip
+        return self._noisy(aggregate, self.noise_multiplier * clip, words, live or {}), clip
 
     def spent(self, rounds: int, *, simulated: bool) -> Epsilon:
         """What so many rounds have cost a client."""
         return spent(Gaussian(self.noise_multiplier), self.scheme, rounds, self.delta, "client", simulated=simulated)
 
-    def _noisy(self, aggregate: Aggregate, deviation: float, words: Words) -> Aggregate:
-        total = with_noise(aggregate.total, deviation, words)
-        extras = {name: with_noise(aggregate.extras[name], deviation, words) for name in sorted(aggregate.extras)}
+    def _noisy(self, aggregate: Aggregate, deviation: float, words: Words, live: Mapping[str, Mask]) -> Aggregate:
+        sums = {"delta": aggregate.total} | {name: aggregate.extras[name] for name in sorted(aggregate.extras)}
+        sums = {name: with_noise(x, deviation, words) for name, x in without_frozen(sums, live).items()}
+        extras = with_frozen(sums, live)
+        total = extras.pop("delta")
         # The number of clients is as private as what they sent.
         return replace(aggregate, weight=self.divisor, total=total, extras=extras, count=max(1, round(self.divisor)))
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from strategies.layout import Layout
-from strategies.types import GLOBAL, Aggregate, Broadcast, Memory, Reads, ServerState, Update, Vector
+from strategies.types import GLOBAL, Aggregate, Broadcast, Mask, Memory, Reads, ServerState, Update, Vector
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,14 @@ class FedAvg:
     def beside(self, layout: Layout) -> dict[str, int]:
         """No others."""
         return {}
+
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """Every coordinate."""
+        return {}
+
+    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+        """What is live in the delta."""
+        return self.live(got.round, got.layout).get("delta")
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """The vector and the extras down, the vector up."""

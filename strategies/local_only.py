@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 
 from strategies.layout import Layout
-from strategies.types import GLOBAL, Aggregate, Broadcast, Memory, Reads, ServerState, Update, Vector
+from strategies.types import GLOBAL, Aggregate, Broadcast, Mask, Memory, Reads, ServerState, Update, Vector
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,14 @@ class LocalOnly:
     def beside(self, layout: Layout) -> dict[str, int]:
         """No others."""
         return {}
+
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """Nothing of the delta."""
+        return {"delta": torch.zeros(layout.size, dtype=torch.bool)}
+
+    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+        """Every coordinate."""
+        return None
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """Nothing travels: the initial vector was everyone's before the first round."""

@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.adapters import floats_at
+from strategies.adapters import all_but, floats_at
 from strategies.ditto import PERSONAL
 from strategies.fedavg import FedAvg
 from strategies.layout import Layout
-from strategies.types import GLOBAL, Broadcast, Memory, Update, Vector
+from strategies.types import GLOBAL, Broadcast, Mask, Memory, Update, Vector
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class FedDpa(FedAvg):
         self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
     ) -> None:
         """Freezes the local adapter, in the personal training the global one."""
-        half = got.layout.rank // 2
-        frozen = slice(half) if run == PERSONAL else slice(half, None)
+        frozen = _frozen(got.layout, run)
         for grad_P in grad_KP:
             for pair in got.layout.lora_pairs(grad_P):
                 pair.a_RI[frozen] = 0
@@ -75,6 +74,14 @@ class FedDpa(FedAvg):
         """The sum of both adapters, once the client has one of its own."""
         return self._mixed(got, memory) if "local" in memory else None
 
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """All but the local adapter."""
+        return {"delta": all_but(layout, _frozen(layout, GLOBAL))}
+
+    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+        """All but the other training's adapter."""
+        return all_but(got.layout, _frozen(got.layout, run))
+
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """The global adapter, both ways."""
         sent = floats_at(got.layout, got.layout.rank // 2)
@@ -89,6 +96,12 @@ class FedDpa(FedAvg):
             for part, own in zip(parts, memory["local"].split([part.numel() for part in parts]), strict=True):
                 part.copy_(own.view(part.shape))
         return mixed
+
+
+def _frozen(layout: Layout, run: str) -> slice:
+    """The rows of A and columns of B that a training leaves alone."""
+    half = layout.rank // 2
+    return slice(half) if run == PERSONAL else slice(half, None)
 
 
 def _local(vector: Vector, layout: Layout) -> list[torch.Tensor]:

@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.adapters import count, slices, without
+from strategies.adapters import count, slices, unmarked, without
 from strategies.fedavg import FedAvg
-from strategies.layout import LORA_B
-from strategies.types import GLOBAL, Broadcast, Memory, Update, Vector
+from strategies.layout import LORA_B, Layout
+from strategies.types import GLOBAL, Broadcast, Mask, Memory, Update, Vector
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,14 @@ class FedSaLora(FedAvg):
         for part, b in zip(parts, own_b, strict=True):
             own[part] = b
         return own
+
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """All but B."""
+        return {"delta": unmarked(layout, LORA_B)}
+
+    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+        """Both."""
+        return None
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """All but B, both ways."""

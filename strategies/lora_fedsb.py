@@ -26,7 +26,7 @@ class FedSb(FfaLora):
     The paper finds B0, R, A0 by an SVD of the first full fine-tuning step's gradient. Here only adapters have
     gradients: round 0 trains all of B as FFA-LoRA does, and the SVD U S V' of its mean B A gives B0 = U, R = S,
     A0 = V', which leaves the effective weights alone. So A0 stays in the row space of the A that was drawn. FFA's trap
-    holds too.
+    holds too. Under client-level privacy noise comes to all of B, also beside the span of B0, where it stays.
     """
 
     kind: Literal["fedsb"] = "fedsb"  # type: ignore[assignment]  # the tag of the recipe's union differs by design

@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.adapters import count, freeze, without
+from strategies.adapters import count, freeze, unmarked, without
 from strategies.fedavg import FedAvg
-from strategies.layout import LORA_A
-from strategies.types import GLOBAL, Broadcast, Memory, Update, Vector
+from strategies.layout import LORA_A, Layout
+from strategies.types import GLOBAL, Broadcast, Mask, Memory, Update, Vector
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class FfaLora(FedAvg):
         """Sends no change of A."""
         update, memory = super().finish(update, got, memory, ends)
         return replace(update, delta=without(update.delta, got.layout, LORA_A)), memory
+
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """All but A."""
+        return {"delta": unmarked(layout, LORA_A)}
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """All but A, both ways."""

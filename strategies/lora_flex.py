@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.adapters import count, floats_at, folded, own_start, products, put, without
+from strategies.adapters import count, floats_at, folded, own_start, products, put, unmarked, without
 from strategies.fedavg import FedAvg
 from strategies.layout import LORA_A, LORA_B, Layout
 from strategies.seeds import torch_rng
-from strategies.types import GLOBAL, Aggregate, Broadcast, Memory, ServerState, Update, Vector
+from strategies.types import GLOBAL, Aggregate, Broadcast, Mask, Memory, ServerState, Update, Vector
 
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -78,6 +78,14 @@ class FlexLora(FedAvg):
             "range": sum(outputs * wide for (outputs, _), (wide, _) in shapes),
             "core": sum(high * inputs for (_, inputs), (_, high) in shapes),
         }
+
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """All but the adapters, whose products travel beside."""
+        return {"delta": unmarked(layout, LORA_A, LORA_B)}
+
+    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+        """Every coordinate."""
+        return None
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """The client's own adapters down; up as well, or the sketches."""

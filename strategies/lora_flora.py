@@ -5,11 +5,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.adapters import floats_at, folded, own_start, product_change, products, without
+from strategies.adapters import floats_at, folded, own_start, product_change, products, unmarked, without
 from strategies.fedavg import FedAvg
 from strategies.layout import LORA_A, LORA_B, Layout
 from strategies.seeds import torch_rng
-from strategies.types import GLOBAL, Aggregate, Broadcast, Memory, ServerState, Update, Vector
+from strategies.types import GLOBAL, Aggregate, Broadcast, Mask, Memory, ServerState, Update, Vector
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,14 @@ class Flora(FedAvg):
     def beside(self, layout: Layout) -> dict[str, int]:
         """The products' changes."""
         return {"product": sum(outputs * inputs for outputs, inputs in layout.product_shapes)}
+
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """All but the adapters, whose products travel beside."""
+        return {"delta": unmarked(layout, LORA_A, LORA_B)}
+
+    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+        """Every coordinate."""
+        return None
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """The last round's stack down (at first the seed says all), the client's own adapters up."""

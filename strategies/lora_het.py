@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.adapters import floats_at, folded, own_start
+from strategies.adapters import all_but, floats_at, folded, own_start
 from strategies.fedavg import FedAvg
 from strategies.layout import Layout, LoraPair
-from strategies.types import GLOBAL, Aggregate, Broadcast, Memory, ServerState, Update, Vector
+from strategies.types import GLOBAL, Aggregate, Broadcast, Mask, Memory, ServerState, Update, Vector
 
 TINY = 1e-12  # below this a norm has no direction
 
@@ -87,6 +87,11 @@ class HetLora(FedAvg):
         end = folded(end, got)
         weight = norm_of_products(end, got.layout) if self.weighting == "norm" else update.weight
         return replace(update, delta=end - got.params, weight=weight), memory | {"rank": torch.tensor([float(rank)])}
+
+    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+        """The rank that the client has kept."""
+        (rank,) = ranks(got, memory)
+        return all_but(got.layout, slice(rank, None))
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """A vector of the client's rank both ways, as given: what it has pruned since is in its memory alone."""

@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.adapters import count, freeze, without
+from strategies.adapters import count, freeze, unmarked, without
 from strategies.fedavg import FedAvg
-from strategies.layout import LORA_A, LORA_B
-from strategies.types import GLOBAL, Broadcast, Memory, Update, Vector
+from strategies.layout import LORA_A, LORA_B, Layout
+from strategies.types import GLOBAL, Broadcast, Mask, Memory, Update, Vector
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,24 @@ class RoLora(FedAvg):
         self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
     ) -> None:
         """The gradient of the round's frozen half becomes zero."""
-        freeze(grad_KP, got.layout, frozen(got))
+        freeze(grad_KP, got.layout, frozen(got.round))
 
     def finish(
         self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
     ) -> tuple[Update, Memory]:
         """Sends no change of the frozen half."""
         update, memory = super().finish(update, got, memory, ends)
-        return replace(update, delta=without(update.delta, got.layout, frozen(got))), memory
+        return replace(update, delta=without(update.delta, got.layout, frozen(got.round))), memory
+
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """The half that the round trains."""
+        return {"delta": unmarked(layout, frozen(round_))}
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """Both halves down, since a client may have missed the round before; the trained half up."""
-        return got.layout.size, got.layout.size - count(got.layout, frozen(got))
+        return got.layout.size, got.layout.size - count(got.layout, frozen(got.round))
 
 
-def frozen(got: Broadcast) -> str:
+def frozen(round_: int) -> str:
     """The marker of the half that this round leaves alone."""
-    return LORA_B if got.round % 2 else LORA_A
+    return LORA_B if round_ % 2 else LORA_A

@@ -31,6 +31,11 @@ class Partition:
                 part.append((start + first, start + last))
         return cls(tuple(map(tuple, parts)))
 
+    def of(self, live: torch.Tensor) -> "Partition":
+        """How the elements in a mask (P,) are cut, when they alone lie one after another."""
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), live.cumsum(0)])
+        return Partition(tuple(tuple((int(before[i]), int(before[j])) for i, j in part) for part in self.parts))
+
     def length(self, rank: int) -> int:
         """S, the number of elements of a rank's shard."""
         return sum(last - first for first, last in self.parts[rank])

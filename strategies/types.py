@@ -12,6 +12,7 @@ import torch
 from strategies.layout import Layout
 
 Vector = torch.Tensor
+Mask = torch.Tensor  # (P,) bool: which coordinates of a vector are meant
 Memory = dict[str, Vector]
 Reads = Literal["sum", "passes", "each"]
 
@@ -146,6 +147,21 @@ class Strategy(Protocol):
 
     def beside(self, layout: Layout) -> dict[str, int]:
         """Names and lengths of the sums that clients send beside their delta, as extras of the update."""
+        ...
+
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """Where all clients of a round send zeros by the rule: False in the mask (P,) of "delta" or of an extra.
+
+        A vector without a mask is live everywhere. Frozen coordinates get no noise and no place in secure sums.
+        """
+        ...
+
+    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+        """The coordinates that the client's training `run` may move, whether it sends them or not; None: all.
+
+        Example-level privacy clips and adds noise to these alone, so `correct` must zero all other gradients, unless
+        they are zero by themselves.
+        """
         ...
 
     def floats(self, got: Broadcast) -> tuple[int, int]:

@@ -37,13 +37,13 @@ def test_an_attack_on_the_ring_stays_below_epsilon_and_would_notice_a_quarter_of
 
     def attacked(z: float) -> float:
         plan = planned(kind, z)
-        sums = ring_sums(federation, LAYOUT, plan, 0.0, CLIENTS, MOST_TOKENS)
+        sums = ring_sums(federation, LAYOUT, plan, 0.0, CLIENTS, MOST_TOKENS, 0)
 
         def seen(round_: int, delta: torch.Tensor) -> float:
             wire = WireBroadcast(round_, np.zeros(LENGTH, np.float32), {}, dp=plan)
             deltas = [delta, *[torch.full((LENGTH,), 0.1)] * (CLIENTS - 1)]
             sent = [
-                ring_vector(Update(client, 1.0, one, metrics=TOLD), sums, wire, federation)
+                ring_vector(Update(client, 1.0, one, metrics=TOLD), sums, wire, federation, LAYOUT)
                 for client, one in enumerate(deltas)
             ]
             total = sums.decode(np.sum(sent, axis=0, dtype=np.uint32))

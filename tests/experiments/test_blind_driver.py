@@ -183,7 +183,7 @@ def test_the_driver_never_holds_an_unmasked_update(canaries, active, full, tmp_p
     assert len(planted) == 3 and event.clients == 2
     ((why,),) = [list(event.failed.values())]
     assert why == "its update holds NaN or infinity"
-    sums = ring_sums(recipe, Layout(("w",), ((WORDS,),)), None, 0.0, 3, 3 * 4 * 48)
+    sums = ring_sums(recipe, Layout(("w",), ((WORDS,),)), None, 0.0, 3, 3 * 4 * 48, 0)
     encoded = {
         client: sums.encode_part("delta", canary, 1.0, rng(recipe.seed, 0, client, "rounding"))
         for client, canary in planted.items()

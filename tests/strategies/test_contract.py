@@ -144,6 +144,22 @@ class Stays(FedAvg):
         return replace(super().apply(state, aggregate), round=state.round)
 
 
+@dataclass(frozen=True)
+class Leaks(FedAvg):
+    """Sends what it calls frozen."""
+
+    def live(self, round_, layout):
+        return {"delta": torch.zeros(layout.size, dtype=torch.bool)}
+
+
+@dataclass(frozen=True)
+class Creeps(FedAvg):
+    """Trains what it calls frozen."""
+
+    def trained(self, got, memory, run="global"):
+        return torch.zeros(got.layout.size, dtype=torch.bool)
+
+
 class Melts(FedAvg):
     """Is not frozen."""
 
@@ -163,6 +179,8 @@ class Melts(FedAvg):
         (Doubles, "what_travels_is_flat_contiguous_and_float32", "'0.moments.m' is torch.float64"),
         (Counts, "extras_that_are_changes_are_zero_without_training", "have not trained send steps"),
         (Cuts, "an_untrained_client_of_a_lower_rank_sends_zeros", "has not trained sends delta"),
+        (Leaks, "what_is_frozen_is_neither_sent_nor_trained", "coordinates of 'delta' that live calls frozen"),
+        (Creeps, "what_is_frozen_is_neither_sent_nor_trained", "leaves a gradient where trained says"),
         (Stays, "rounds_count_up_by_one", "apply must add one to round"),
         (Melts, "it_travels_and_says_what_it_is", "frozen=True"),
     ],
