@@ -41,7 +41,7 @@ class RunPlan:
     """Where a run reads and writes, what is written at its start, and what it does beside the recipe's rounds.
 
     `shared` is the location elsewhere that `store` is a copy of, if it is one. `lost` says why drivers before this one
-    have ended. `elsewhere` is the URI that `folder` is copied to, if it is.
+    have ended. `elsewhere` is the URI that `folder` is copied to, if it is; `notes` are for the user, before it begins.
     """
 
     store: Path
@@ -52,6 +52,7 @@ class RunPlan:
     baselines: bool = False
     lost: tuple[Fault, ...] = ()
     elsewhere: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Driver:
@@ -115,7 +116,7 @@ class Driver:
         self.rounds = Rounds(federation, self.slots, self.server, self.store, self.tokens, layout, folder, logs, copy)
         at_end.callback(self._write_last_faults)
         lanes = saved.lanes if saved else self._lanes(initial)
-        notes = self.rounds.prepare(initial, saved, lanes) + (saved.passed_over if saved else ())
+        notes = plan.notes + self.rounds.prepare(initial, saved, lanes) + (saved.passed_over if saved else ())
         for name, content in plan.files.items():
             plan.folder.mkdir(parents=True, exist_ok=True)
             write_file(plan.folder / name, content)

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from datasets_partition.location import located, within
 from engine.atomic import make_folder, write_file
 
-FOLDER = "unmasked"
+JOURNAL = "unmasked"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Journal:
     @classmethod
     def open(cls, run: Path, elsewhere: str | None, model: int) -> "Journal":
         """Reads what there is of a run whose present model is `model`."""
-        folder = run / FOLDER
+        folder = run / JOURNAL
         files = {_round(path): path for path in folder.glob("round-*.json") if path.stem[6:].isdecimal()}
         return cls(folder, elsewhere, model, {round_: _read(path, round_) for round_, path in files.items()})
 
@@ -99,22 +99,26 @@ class Journal:
         content = json.dumps(facts | {"digest": _digest(facts)}).encode()
         make_folder(self.folder)
         write_file(self._path(round_), content)
-        self.entries[round_] = entry
         if self.elsewhere is not None:
-            place = within(self.elsewhere, f"{FOLDER}/{self._path(round_).name}")
-            try:
-                system, path = located(place)
-                system.create_dir(str(PurePosixPath(path).parent), recursive=True)
-                with system.open_output_stream(path) as stream:
-                    stream.write(content)
-            except OSError as error:
-                raise ValueError(
-                    f"{place} cannot be written ({str(error).splitlines()[0]}), and no sum is unmasked that a run "
-                    f"which goes on from there would not know of: give leave, and run again with --resume"
-                ) from error
+            _copy(content, within(self.elsewhere, f"{JOURNAL}/{self._path(round_).name}"))
+        self.entries[round_] = entry
 
     def _path(self, round_: int) -> Path:
         return self.folder / f"round-{round_:05d}.json"
+
+
+def _copy(content: bytes, place: str) -> None:
+    """Writes a file at a URI; OSError, which ends the run, where it cannot."""
+    try:
+        system, path = located(place)
+        system.create_dir(str(PurePosixPath(path).parent), recursive=True)
+        with system.open_output_stream(path) as stream:
+            stream.write(content)
+    except OSError as error:
+        raise OSError(
+            f"{place} cannot be written ({str(error).splitlines()[0]}), and a run that goes on from there must know of "
+            f"each sum before it is unmasked: make room or give leave, and run again with --resume"
+        ) from error
 
 
 def _read(path: Path, round_: int) -> Unmasked | None:

@@ -37,7 +37,7 @@ from strategies.types import ServerState
 
 
 class Rounds:
-    """Plays rounds. What it keeps beside the strategy's state is in `saved`. `elsewhere` is a URI with a copy of `folder`."""
+    """Plays rounds. What it keeps beside the strategy's state is in `saved`. `elsewhere` is as in a Journal."""
 
     def __init__(
         self,
@@ -89,7 +89,13 @@ class Rounds:
             most_tokens = self.most_steps * train.batch * train.accumulate * train.max_length
             self.collector = SecureCollector(federation, relay, layout, most_tokens, self.journal, self._too_few, trace)
             self._clients_clip(largest)
-        return planned.warned if planned else ()
+        notes = planned.warned if planned else ()
+        if federation.privacy.secagg.mode == "full" and federation.evaluate.without_privacy:
+            notes += (
+                "evaluate.without_privacy plays the same rounds again in the clear, and what its server sees tells all "
+                "that secure aggregation hides: it is for study alone",
+            )
+        return notes
 
     def saved(self, state: Any, wall_s: float) -> Saved:
         """All that a resumed run starts from."""

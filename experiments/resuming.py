@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine.journal import JOURNAL
 from experiments.config import Recipe, parse_recipe, to_toml
 from experiments.run_folder import refuse_ways_out
 
@@ -92,6 +93,28 @@ def refuse_other_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]
             f"or start anew in another --out (with model.revision set, a base from the hub stays as it is)"
         )
     return known
+
+
+def same_clients_elsewhere(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple[str, ...]:
+    """What the user of secure aggregation should know of runs beside `folder` that had sums of the same cohorts."""
+    if recipe.privacy.secagg.mode != "full":
+        return ()
+    names = []
+    for file in sorted(folder.parent.glob("*/manifest.json")):
+        try:
+            other = json.loads(file.read_text(encoding="utf-8"))
+            same = other["seed"] == manifest["seed"] and other["data"]["key"] == manifest["data"]["key"]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+            continue
+        if same and file.parent.name != folder.name and any(file.parent.glob(f"{JOURNAL}/*.json")):
+            names.append(file.parent.name)
+    if not names:
+        return ()
+    few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"beside this run, {few} had sums of the same clients by the same seed: "
+        f"two sums that differ by one client may tell its update (docs/privacy.md)",
+    )
 
 
 def _begun_with(file: Path, recipe: Recipe) -> Recipe:

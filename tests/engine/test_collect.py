@@ -94,38 +94,23 @@ def work(cohort, costs):
 
 @pytest.fixture
 def play(pool, small_recipe, tmp_path):
-    """Collects one round under a recipe with changes; round 0 from the initial vector unless said.
-
-    Each time is a run of its own, unless a journal is given; `too_few` refuses reports.
-    """
+    """Collects one round under a recipe with changes; round 0 from the initial vector unless said."""
     slots, start, _ = pool
-    rounds = iter(range(10**6))
 
     def collect(
-        *changes,
-        mode=None,
-        dp=None,
-        clip=0.0,
-        costs=COSTS,
-        cohort=COHORT,
-        on_slot_death="void",
-        round_=0,
-        lanes=1,
-        journal=None,
-        too_few=lambda reports, cohort, round_: None,
+        *changes, mode=None, dp=None, clip=0.0, costs=COSTS, cohort=COHORT, on_slot_death="void", round_=0, lanes=1
     ):
         recipe = small_recipe("clients.slots=3", UNIFORM, *changes, *([f"privacy.secagg.mode={mode}"] if mode else []))
         state = ServerState(round_, torch.from_numpy(start.initial), layout=start.layout, seed=recipe.seed)
         wire = replace(to_wire(recipe.strategy.broadcast(state)), dp=dp, clip=clip, lanes=lanes)
-        run = tmp_path / f"run-{next(rounds)}"
+        journal = Journal(tmp_path)  # each round is of a run of its own
         if mode is None:
             return PlainCollector(recipe, slots).collect(work(cohort, costs), wire)
         for actor in slots.actors:  # a slot keeps its clients' sum for the sessions of one round
             ray.get(actor.__ray_call__.remote(lambda own: SecureClients.__init__(own)))
         relay = Relay(slots, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
-        journal = journal or Journal.open(run, None, 0)
-        collector = SecureCollector(recipe, relay, start.layout, MOST_TOKENS, journal, too_few)
-        return collector.collect(work(cohort, costs), wire)
+        arguments = recipe, relay, start.layout, MOST_TOKENS, journal, lambda *_: None
+        return SecureCollector(*arguments).collect(work(cohort, costs), wire)
 
     return collect
 
