@@ -103,13 +103,12 @@ def play(pool, small_recipe, tmp_path):
         recipe = small_recipe("clients.slots=3", UNIFORM, *changes, *([f"privacy.secagg.mode={mode}"] if mode else []))
         state = ServerState(round_, torch.from_numpy(start.initial), layout=start.layout, seed=recipe.seed)
         wire = replace(to_wire(recipe.strategy.broadcast(state)), dp=dp, clip=clip, lanes=lanes)
-        journal = Journal(tmp_path)  # each round is of a run of its own
         if mode is None:
             return PlainCollector(recipe, slots).collect(work(cohort, costs), wire)
         for actor in slots.actors:  # a slot keeps its clients' sum for the sessions of one round
             ray.get(actor.__ray_call__.remote(lambda own: SecureClients.__init__(own)))
         relay = Relay(slots, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
-        arguments = recipe, relay, start.layout, MOST_TOKENS, journal, lambda *_: None
+        arguments = recipe, relay, start.layout, MOST_TOKENS, Journal(tmp_path), lambda *_: None
         return SecureCollector(*arguments).collect(work(cohort, costs), wire)
 
     return collect
