@@ -89,13 +89,7 @@ class Rounds:
             most_tokens = self.most_steps * train.batch * train.accumulate * train.max_length
             self.collector = SecureCollector(federation, relay, layout, most_tokens, self.journal, self._too_few, trace)
             self._clients_clip(largest)
-        notes = planned.warned if planned else ()
-        if federation.privacy.secagg.mode == "full" and federation.evaluate.without_privacy:
-            notes += (
-                "evaluate.without_privacy plays the same rounds again in the clear, and what its server sees tells all "
-                "that secure aggregation hides: it is for study alone",
-            )
-        return notes
+        return planned.warned if planned else ()
 
     def saved(self, state: Any, wall_s: float) -> Saved:
         """All that a resumed run starts from."""

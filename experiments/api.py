@@ -79,7 +79,7 @@ def run(
     from experiments.locks import alone_in
     from experiments.mirror import working_folder
     from experiments.report import write_report
-    from experiments.resuming import refuse_other_parts, run_folder, same_clients_elsewhere
+    from experiments.resuming import refuse_other_parts, run_folder, second_sums
 
     if isinstance(recipe, Path | str):
         recipe = load_recipe(Path(recipe))
@@ -104,7 +104,7 @@ def run(
             at_end.callback(copy)
             shared = shared_store(recipe, store)
             elsewhere = out if isinstance(out, str) and not is_local(out) else None
-            notes = same_clients_elsewhere(folder, recipe, manifest)
+            notes = second_sums(folder, recipe, manifest)
             plan = RunPlan(store, folder.resolve(), files, shared, resume, baselines, elsewhere=elsewhere, notes=notes)
             for event in drive(located(recipe), plan, stop):
                 if isinstance(event, Finished):
