@@ -21,6 +21,13 @@ def write_file(path: Path, content: bytes) -> None:
         raise
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, if there is none, whose name is on disk when this returns."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        _sync(path.parent)
+
+
 def _sync(folder: Path) -> None:
     """Flushes the names in a folder to disk: until then a crash of the machine may take a move back."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -20,6 +20,7 @@ LEAVES: tuple[Phase, ...] = ("keys", "shares", "masked input")
 AWAY = "away by clients.availability.trace"
 DRAWN = "dropped out by clients.availability.dropout"
 DIED_WITH_SLOT = 'dropped out with its slot, as privacy.secagg.on_slot_death = "dropout" asks'
+LEFT_OUT = "left out: the sum of this round that was asked for before is without it"
 COLUMNS = {"client": pa.string(), "first": pa.int64(), "last": pa.int64()}
 
 

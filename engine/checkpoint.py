@@ -30,7 +30,7 @@ class Saved:
 
     `clip` is the next round's clipping norm, `aborts` how many rounds of secure aggregation had no result. Packs have
     so many `lanes`; `costs` is what is known of how long clients take. `passed_over` says of newer checkpoints why they
-    could not be read.
+    could not be read. `last_sum` is the last round whose sum is in the state, which names its model.
     """
 
     state: State
@@ -40,6 +40,7 @@ class Saved:
     lanes: int = 1
     costs: list[float] = field(default_factory=list)
     passed_over: tuple[str, ...] = ()
+    last_sum: int = 0
 
 
 def save_checkpoint(folder: Path, saved: Saved, keep: int) -> None:
@@ -81,7 +82,8 @@ def _load(folder: Path, passed_over: tuple[str, ...]) -> Saved:
         raise ValueError(f"{FACTS} is not as it was written")
     state = _read(folder, int(facts["round"]), {str(name): str(digest) for name, digest in facts["files"].items()})
     figures = float(facts["wall_s"]), float(facts["clip"]), int(facts["aborts"]), int(facts["lanes"])
-    return Saved(state, *figures, [float(cost) for cost in facts["costs"]], passed_over)
+    last_sum = int(facts.get("last_sum", state.round))  # of earlier versions' checkpoints, which had no journal
+    return Saved(state, *figures, [float(cost) for cost in facts["costs"]], passed_over, last_sum)
 
 
 def _files(state: State, facts: dict[str, Any]) -> Iterator[tuple[str, bytes]]:

@@ -1,7 +1,7 @@
 """What of a round's local work reaches the server: plain updates and figures, or secured sums alone."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -9,8 +9,10 @@ import numpy as np
 import ray
 import torch
 
-from engine.availability import DIED_WITH_SLOT, Leaving, Trace, too_late
+from engine.availability import DIED_WITH_SLOT, LEFT_OUT, Leaving, Trace, too_late
 from engine.client import FLOAT_BYTES
+from engine.events import Fault
+from engine.journal import Journal
 from engine.privacy import SecAgg
 from engine.pulling import Work, Worked
 from engine.relay import Message, Relay
@@ -33,7 +35,8 @@ class Collected:
     """A round's work: reports by client, the aggregate (None: nobody took part, or it was aborted), and figures.
 
     `figures` are sums over the clients: `nll` in nats, `learnt` and `tokens`. `told`: reports hold each client's own.
-    `gone` says why clients came too late or not at all. `busy` are the slots' seconds of work.
+    `gone` says why clients came too late or not at all. `too_few`: aborted since too few gave an update. `busy` are the
+    slots' seconds of work.
     """
 
     reports: list[Report] = field(default_factory=list)
@@ -46,6 +49,7 @@ class Collected:
     sessions: int = 0
     store_bytes: int = 0
     busy: list[float] = field(default_factory=list)
+    too_few: str | None = None
 
     @property
     def loss(self) -> float:
@@ -121,12 +125,18 @@ class ShardCollector(PlainCollector):
 
 @dataclass(frozen=True)
 class SecureCollector:
-    """The server learns sums and nothing else: see relay.py. `most_tokens` bound what one client trains on."""
+    """The server learns sums and nothing else: see relay.py. `most_tokens` bound what one client trains on.
+
+    `journal` knows of the sums that the run has unmasked. `too_few` says why a round's reports, of so many clients,
+    are too few to count: before their sum is known, since a round that does not count leaves the model as it was.
+    """
 
     federation: Federation
     relay: Relay
     layout: Layout
     most_tokens: int
+    journal: Journal
+    too_few: Callable[[Sequence[Report], int, int], str | None]
     trace: Trace | None = None
 
     def collect(self, work: Work, wire: WireBroadcast | Sent) -> Collected:
@@ -137,26 +147,47 @@ class SecureCollector:
             return Collected(told=False)
         least = max(secagg.min_contributors, wire.dp.least if isinstance(wire.dp, DistributedPlan) else 0)
 
-        def refuse(clients: Sequence[int]) -> None:
+        round_ = wire.round + 1
+        short: str | None = None
+
+        def refuse(clients: Sequence[int], reports: Sequence[Report]) -> None:
+            nonlocal short
             self._refuse_thin(secagg, clients, least)
+            short = self.too_few(reports, len(cohort), round_)
+            if short is not None:
+                raise ValueError(short)
+
+        def refuse_difference(clients: Sequence[int]) -> None:
+            self._refuse_thin(secagg, clients, secagg.min_contributors)
+
+        def admit(clients: Sequence[int]) -> None:
+            try:
+                self.journal.admit(round_, clients, refuse_difference)
+            except ValueError as error:
+                self.relay.slots.faults.append(Fault("round", str(round_), str(error)))
+                raise
 
         try:
-            refuse(cohort.tolist())
+            self._refuse_thin(secagg, cohort.tolist(), least)
             parameters = secagg.parameters(len(cohort))
         except ValueError as error:
             return Collected(told=False, aborted=str(error))
         sums = self.sums(wire.dp, wire.clip, len(cohort), wire.round)
         gone = federation.clients.availability.gone(cohort, federation.seed, wire.round, self.trace)
+        before = self.journal.clients(round_)
+        if before is not None:
+            others = [client for client in cohort.tolist() if client not in before]
+            gone = {client: Leaving("masked input", LEFT_OUT) for client in others} | gone
         session = Session(wire.round, 0, parameters, sums, secagg.mode)
         leaving = {client: leaves.before for client, leaves in gone.items()}
-        done = self.relay.play(session, work, ray.put(wire), wire.lanes, leaving, refuse)
+        done = self.relay.play(session, work, wire, wire.lanes, leaving, refuse, admit)
         down = round(sum(report.metrics[DOWN] for report in done.reports))
         messages = [Message("client", "sum", len(done.reports) if down else 0, down), *done.messages]
         moved = FLOAT_BYTES * self.layout.size + done.sessions * self.relay.slots.size * FLOAT_BYTES * sums.length
         why = _why(gone, done.reports) | dict.fromkeys(done.lost, DIED_WITH_SLOT)
         found = Collected(done.reports, None, {}, messages, why, False, done.aborted, done.sessions, moved, done.busy)
         if done.totals is None:
-            return found
+            return replace(found, too_few=short)
         if done.totals.weight == 0:
             return replace(found, aborted="all weights are less than the ring's steps: raise privacy.secagg.bits")
         if isinstance(done.totals, ShardTotals):

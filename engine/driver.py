@@ -41,7 +41,7 @@ class RunPlan:
     """Where a run reads and writes, what is written at its start, and what it does beside the recipe's rounds.
 
     `shared` is the location elsewhere that `store` is a copy of, if it is one. `lost` says why drivers before this one
-    have ended.
+    have ended. `elsewhere` is the URI that `folder` is copied to, if it is; `notes` are for the user, before it begins.
     """
 
     store: Path
@@ -51,6 +51,8 @@ class RunPlan:
     resume: bool = False
     baselines: bool = False
     lost: tuple[Fault, ...] = ()
+    elsewhere: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Driver:
@@ -110,12 +112,11 @@ class Driver:
         self.ledger = Ledger(plan.folder / "ledger", federation.privacy.secagg.mode)
         self.faults = Faults(plan.folder / "faults")
         logs = Logs(self.metrics, self.ledger, self.faults)
-        self.rounds = Rounds(
-            federation, self.slots, self.server, self.store, self.tokens, start.layout, plan.folder, logs
-        )
+        layout, folder, copy = start.layout, plan.folder, plan.elsewhere
+        self.rounds = Rounds(federation, self.slots, self.server, self.store, self.tokens, layout, folder, logs, copy)
         at_end.callback(self._write_last_faults)
         lanes = saved.lanes if saved else self._lanes(initial)
-        notes = self.rounds.prepare(initial, saved, lanes) + (saved.passed_over if saved else ())
+        notes = plan.notes + self.rounds.prepare(initial, saved, lanes) + (saved.passed_over if saved else ())
         for name, content in plan.files.items():
             plan.folder.mkdir(parents=True, exist_ok=True)
             write_file(plan.folder / name, content)

@@ -8,7 +8,7 @@ DROPOUT = "dropout"
 
 @dataclass(frozen=True)
 class Fault:
-    """Something went wrong and was made good, or was not: a "slot", "client", "pack", "driver"; which one, and why.
+    """Something went wrong and was made good, or was not: a "slot", "client", "pack", "driver", "round"; which; why.
 
     A "dropout" is a client that is not there or came too late, as the recipe asks.
     """

@@ -38,7 +38,8 @@ class _Asked:
     placed: Placed
     wire: Reference
     gone: Gone
-    refuse: Callable[[Sequence[int]], None]
+    refuse: Callable[[Sequence[int], Sequence[Report]], None]
+    admit: Callable[[Sequence[int]], None]
     known: dict[int, bytes] | None
 
 
@@ -86,19 +87,23 @@ class Relay:
         self,
         session: Session,
         work: Work,
-        wire: Reference,
+        wire: Any,
         lanes: int,
         gone: Gone,
-        refuse: Callable[[Sequence[int]], None],
+        refuse: Callable[[Sequence[int], Sequence[Report]], None],
+        admit: Callable[[Sequence[int]], None],
     ) -> Relayed:
-        """One round of secured `work` from `wire`; survivors must pass `refuse`.
+        """One round of secured `work` from `wire`; survivors and reports must pass `refuse`, which may be asked again.
+
+        `admit` is asked once, just before clients are asked for the shares that unmask the survivors' sum. Both refuse
+        by ValueError, and the round has no result.
 
         A slot that dies before the sum is being unmasked voids the session, and the next one has new keys; ValueError
         where too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
         could tell what is between them.
         """
         done = Relayed()
-        units = self.slots.units(work, lanes)
+        units, shared = self.slots.units(work, lanes), self._shared(wire)
         known = None
         if session.parameters.active:
             everybody = tuple(work.clients.tolist())
@@ -107,7 +112,7 @@ class Relay:
         while True:
             done.sessions += 1
             placed = placement(units, [work.cost(unit) for unit in units], self.slots.alive)
-            asked = _Asked(placed, wire, gone, refuse, known)
+            asked = _Asked(placed, shared, gone, refuse, admit, known)
             try:
                 done.totals = self._session(session, asked, done)
                 return done
@@ -118,19 +123,18 @@ class Relay:
                 return done
 
     def _session(self, session: Session, asked: _Asked, done: Relayed) -> Totals | ShardTotals:
-        placed, refuse = asked.placed, asked.refuse
+        placed = asked.placed
         members = {slot: [client for pack in packs for client in pack] for slot, packs in placed.items()}
         cohort = tuple(sorted(client for clients in members.values() for client in clients))
         server = Server(session, cohort, self.slots.held(session.sums), asked.known)
         opened = {slot: Opening(session, cohort, packs, asked.gone) for slot, packs in placed.items()}
-        answered = self._trip(opened, lambda actor, mine: actor.open.remote(mine, self.authority))
+        answered = self._trip("open", opened, self.authority)
         keys = self._flat(answered)
         done.note("server", "key", keys)
         listed: KeyList = server.key_list(keys)
         done.note("client", "key", [listed] * len(keys))
 
-        shared = ray.put(listed)
-        answered = self._trip(answered, lambda actor, _: actor.shares.remote(shared))
+        answered = self._trip("shares", dict.fromkeys(answered, self._shared(listed)))
         shares = self._flat(answered)
         done.note("server", "sealed share", shares)
         inboxes = server.inboxes(shares)
@@ -138,7 +142,7 @@ class Relay:
         done.messages.append(Message("other clients", "share", sum(sealed[0]), sum(sealed[1])))
 
         boxes = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in answered}
-        found = self._trip({s: box for s, box in boxes.items() if box}, lambda a, box: a.masked.remote(box, asked.wire))
+        found = self._trip("masked", {slot: box for slot, box in boxes.items() if box}, asked.wire)
         done.reports = sorted((r for reports, _ in found.values() for r in reports), key=lambda report: report.client)
         silent = [client for slot, clients in members.items() if slot not in found for client in clients]
         done.lost = tuple(client for client in silent if client not in asked.gone)
@@ -152,20 +156,24 @@ class Relay:
             server.add(one)
         survivors = server.survivors()
         try:
-            refuse(survivors.clients)
+            asked.refuse(survivors.clients, done.reports)
         except ValueError as error:
             raise SecAggAbort("masked input", str(error)) from None
 
         agreements = []
         if session.parameters.active:
             done.note("client", "survivors", [survivors] * len(survivors.clients))
-            agreements = self._flat(self._trip(found, lambda actor, _: actor.agree.remote(survivors)))
+            agreements = self._flat(self._trip("agree", dict.fromkeys(found, survivors)))
             done.note("server", "signature", agreements)
         requests = server.requests(agreements)
+        try:
+            asked.admit(survivors.clients)
+        except ValueError as error:
+            raise SecAggAbort("unmask", str(error)) from None
         done.note("client", "survivors", requests.values())
         wanted = {slot: {c: requests[c] for c in members[slot] if c in requests} for slot in found}
         wanted = {slot: mine for slot, mine in wanted.items() if mine}
-        answers = self._flat(self._trip(wanted, lambda actor, mine: actor.unmask.remote(mine), void=False))
+        answers = self._flat(self._trip("unmask", wanted, void=False))
         done.note("server", "share", answers)
         removals = server.unmask(answers)
         total_L = server.total()
@@ -185,15 +193,13 @@ class Relay:
             raise _SlotLost
         return found
 
-    def _trip(
-        self, given: Mapping[int, Any], call: Callable[[Any, Any], Reference], *, void: bool = True
-    ) -> dict[int, Any]:
+    def _trip(self, name: str, given: Mapping[int, Any], *rest: Any, void: bool = True) -> dict[int, Any]:
         """What each slot answers to what it is given; of one that dies nothing, or _SlotLost once all have answered."""
-        asked = {slot: call(self.slots.actors[slot], mine) for slot, mine in given.items()}
+        asked = {slot: self._call(slot, name, mine, *rest) for slot, mine in given.items()}
         found, lost = {}, False
         for slot, reference in asked.items():
             try:
-                found[slot] = within(self.slots.timeout_s, reference)
+                found[slot] = self._answer(reference)
             except LOST as error:
                 self.slots.replace(slot, error)
                 lost = True
@@ -204,6 +210,18 @@ class Relay:
         if lost and void and self.on_slot_death == "void":
             raise _SlotLost
         return found
+
+    def _shared(self, value: Any) -> Any:
+        """What slots are given in place of `value`, of which there is then one copy."""
+        return ray.put(value)
+
+    def _call(self, slot: int, name: str, *arguments: Any) -> Any:
+        """Begins a trip of one slot."""
+        return getattr(self.slots.actors[slot], name).remote(*arguments)
+
+    def _answer(self, reference: Any) -> Any:
+        """What the slot says."""
+        return within(self.slots.timeout_s, reference)
 
     @staticmethod
     def _flat(found: Mapping[int, list[Any]]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from engine.checkpoint import Saved
 from engine.collect import Collector, PlainCollector, SecureCollector, ShardCollector
 from engine.costs import Costs
 from engine.events import DROPOUT, Fault, RoundDone
+from engine.journal import Journal
 from engine.memory import every_memory
 from engine.metrics import Logs
 from engine.pulling import Work
@@ -35,7 +37,7 @@ from strategies.types import ServerState
 
 
 class Rounds:
-    """Plays rounds. What it keeps beside the strategy's state is in `saved`."""
+    """Plays rounds. What it keeps beside the strategy's state is in `saved`. `elsewhere` is as in a Journal."""
 
     def __init__(
         self,
@@ -47,10 +49,12 @@ class Rounds:
         layout: Layout,
         folder: Path,
         logs: Logs,
+        elsewhere: str | None = None,
     ) -> None:
         self.federation, self.slots, self.server, self.layout = federation, slots, server, layout
         self.store, self.tokens = store, tokens
-        self.folder, self.metrics, self.ledger, self.log = folder, logs.metrics, logs.ledger, logs.faults
+        self.folder, self.elsewhere = folder, elsewhere
+        self.metrics, self.ledger, self.log = logs.metrics, logs.ledger, logs.faults
 
     def prepare(self, initial: Any, saved: Saved | None, lanes: int) -> tuple[str, ...]:
         """Plans noise and how updates come in; what the user should know of it. ValueError where it cannot be had."""
@@ -59,6 +63,7 @@ class Rounds:
         dp, self.round = federation.privacy.dp, saved.state.round if saved else 0
         self.clip = saved.clip if saved else dp.clip if isinstance(dp, CentralDp) else 0.0
         self.aborts = saved.aborts if saved else 0
+        self.journal = Journal.open(self.folder, self.elsewhere, saved.last_sum if saved else 0)
         rows, train = self.tokens.counts("train")[:clients], federation.train
         self.most_steps = steps_of(int(rows.max()), train)
         trainings = 1
@@ -82,14 +87,15 @@ class Rounds:
             authority = ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote()
             relay = Relay(self.slots, authority, federation.privacy.secagg.on_slot_death)
             most_tokens = self.most_steps * train.batch * train.accumulate * train.max_length
-            self.collector = SecureCollector(federation, relay, layout, most_tokens, trace)
+            self.collector = SecureCollector(federation, relay, layout, most_tokens, self.journal, self._too_few, trace)
             for round_ in range(self.round, federation.rounds):
                 self._clients_clip(largest, round_)
         return planned.warned if planned else ()
 
     def saved(self, state: Any, wall_s: float) -> Saved:
         """All that a resumed run starts from."""
-        return Saved(state, wall_s, self.clip, self.aborts, self.lanes, self.costs.sums)
+        costs, last_sum = self.costs.sums, self.journal.model
+        return Saved(state, wall_s, self.clip, self.aborts, self.lanes, costs, last_sum=last_sum)
 
     def spent(self) -> str | None:
         """What the noise of all rounds has cost, in words."""
@@ -116,7 +122,9 @@ class Rounds:
         faults = self.faults(*tried)  # also of a round that ends the run
         gone = dict(zip(self.store.names([*done.gone]), done.gone.values(), strict=True))
         self.log.happened(round_, [Fault(DROPOUT, name, why) for name, why in gone.items()], self.metrics.wall_s)
-        too_few = None if done.aborted is not None else self._too_few(done.reports, len(cohort), round_)
+        too_few = done.too_few
+        if done.aborted is None:
+            too_few = self._too_few(done.reports, len(cohort), round_)
         if too_few is not None:
             if federation.clients.on_too_few == "end":
                 raise ValueError(f'{too_few}, or take clients.on_too_few = "skip"')
@@ -124,6 +132,8 @@ class Rounds:
         trained = time.monotonic()
         central = self.noise if isinstance(self.noise, CentralPlan) and done.aborted is None else None
         state, self.clip = self.server.apply(state, done.aggregate, central, self.clip)
+        if done.aggregate is not None:
+            self.journal.model = round_
         ended = time.monotonic()
         good = [report for report in done.reports if report.good]
         if federation.remembers:
@@ -229,7 +239,7 @@ class Rounds:
         there = np.isin(cohort, list(seconds))
         self.costs.learn(steps[there], tokens[there], np.array([seconds[int(client)] for client in cohort[there]]))
 
-    def _too_few(self, reports: list[Report], cohort: int, round_: int) -> str | None:
+    def _too_few(self, reports: Sequence[Report], cohort: int, round_: int) -> str | None:
         """Why a round has too few updates, and what helps; None where it has enough."""
         clients = self.federation.clients
         failed = [report for report in reports if report.failed is not None]

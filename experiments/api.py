@@ -70,6 +70,7 @@ def run(
     another thread, the round that goes on is the last, and RunStopped is raised. Raises ValueError with one sentence
     for what the caller can mend.
     """
+    from datasets_partition.location import is_local
     from engine.atomic import write_file
     from engine.events import Finished, Preparing, Started, Stopped
     from experiments.config import load_recipe, located, to_toml
@@ -78,7 +79,7 @@ def run(
     from experiments.locks import alone_in
     from experiments.mirror import working_folder
     from experiments.report import write_report
-    from experiments.resuming import refuse_other_parts, run_folder
+    from experiments.resuming import refuse_other_parts, run_folder, second_sums
 
     if isinstance(recipe, Path | str):
         recipe = load_recipe(Path(recipe))
@@ -102,7 +103,9 @@ def run(
 
             at_end.callback(copy)
             shared = shared_store(recipe, store)
-            plan = RunPlan(store, folder.resolve(), files, shared, resume=resume, baselines=baselines)
+            elsewhere = out if isinstance(out, str) and not is_local(out) else None
+            notes = second_sums(folder, recipe, manifest)
+            plan = RunPlan(store, folder.resolve(), files, shared, resume, baselines, elsewhere=elsewhere, notes=notes)
             for event in drive(located(recipe), plan, stop):
                 if isinstance(event, Finished):
                     finished = event

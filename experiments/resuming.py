@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine.journal import JOURNAL
 from experiments.config import Recipe, parse_recipe, to_toml
 from experiments.run_folder import refuse_ways_out
 
@@ -92,6 +93,39 @@ def refuse_other_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]
             f"or start anew in another --out (with model.revision set, a base from the hub stays as it is)"
         )
     return known
+
+
+def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple[str, ...]:
+    """What else gives sums of the same clients as a run in mode "full", which the run itself cannot prevent."""
+    if recipe.privacy.secagg.mode != "full":
+        return ()
+    notes = []
+    if recipe.evaluate.without_privacy:
+        notes.append(
+            "evaluate.without_privacy plays the same rounds again in the clear, and both together tell what secure "
+            "aggregation hides (docs/privacy.md): it is for study alone"
+        )
+    if names := _runs_beside(folder, manifest):
+        few = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+        notes.append(
+            f"beside this run, {few} had sums of the same clients by the same data and seed, and two sums that differ "
+            f"by one client may tell its update (docs/privacy.md)"
+        )
+    return tuple(notes)
+
+
+def _runs_beside(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """The names of other runs that have unmasked sums of the same data by the same seed."""
+    names = []
+    for file in sorted(folder.resolve().parent.glob("*/manifest.json")):
+        try:
+            other = json.loads(file.read_text(encoding="utf-8"))
+            same = other["seed"] == manifest["seed"] and other["data"]["key"] == manifest["data"]["key"]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+            continue
+        if same and file.parent.name != folder.name and any(file.parent.glob(f"{JOURNAL}/*.json")):
+            names.append(file.parent.name)
+    return names
 
 
 def _begun_with(file: Path, recipe: Recipe) -> Recipe:

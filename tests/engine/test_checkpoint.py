@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import FACTS, STATE, Saved, load_checkpoint, save_checkpoint
+from engine.checkpoint import FACTS, STATE, Saved, _digest, load_checkpoint, save_checkpoint
 from strategies.types import ServerState
 
 
@@ -30,6 +30,15 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
     for one, other in pairs:
         assert one is not None and other is not None
         assert one.numpy().tobytes() == other.numpy().tobytes()
+
+
+def test_which_round_names_the_model_comes_back_and_older_checkpoints_name_their_own(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, replace(saved(3), last_sum=2), keep=2)
+    assert loaded(tmp_path).last_sum == 2
+    facts = json.loads((tmp_path / "00003" / FACTS).read_text())
+    older = {name: value for name, value in facts.items() if name not in ("last_sum", "digest")}
+    (tmp_path / "00003" / FACTS).write_text(json.dumps(older | {"digest": _digest(older)}))
+    assert loaded(tmp_path).last_sum == 3
 
 
 def test_without_moments_and_residual(tmp_path: Path) -> None:
@@ -168,7 +177,7 @@ def test_no_file_can_run_code_when_it_is_read(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, saved(1), keep=1)
     files = sorted((tmp_path / "00001").iterdir())
     assert [path.suffix for path in files] == [".json", ".safetensors"]
-    facts = {"round": 1, "wall_s": 12.25, "clip": 0.0, "aborts": 0, "lanes": 1, "costs": []}
+    facts = {"round": 1, "wall_s": 12.25, "clip": 0.0, "aborts": 0, "lanes": 1, "costs": [], "last_sum": 0}
     found = json.loads(files[0].read_bytes())
     assert found.items() >= facts.items() and found.keys() - facts.keys() == {"files", "digest"}
     assert b"{" in files[1].read_bytes()[:16]  # eight bytes of length, then the header: neither zip nor pickle

@@ -16,6 +16,7 @@ from datasets_partition.build import build
 from engine.availability import DIED_WITH_SLOT, DRAWN, Availability
 from engine.client import ClientActor
 from engine.collect import PlainCollector, SecureCollector
+from engine.journal import Journal
 from engine.pulling import Work
 from engine.relay import Relay, placement
 from engine.ring import ring_sums
@@ -92,10 +93,9 @@ def work(cohort, costs):
 
 
 @pytest.fixture
-def play(pool, small_recipe):
+def play(pool, small_recipe, tmp_path):
     """Collects one round under a recipe with changes; round 0 from the initial vector unless said."""
     slots, start, _ = pool
-    rounds = iter(range(10**6))
 
     def collect(
         *changes, mode=None, dp=None, clip=0.0, costs=COSTS, cohort=COHORT, on_slot_death="void", round_=0, lanes=1
@@ -103,13 +103,13 @@ def play(pool, small_recipe):
         recipe = small_recipe("clients.slots=3", UNIFORM, *changes, *([f"privacy.secagg.mode={mode}"] if mode else []))
         state = ServerState(round_, torch.from_numpy(start.initial), layout=start.layout, seed=recipe.seed)
         wire = replace(to_wire(recipe.strategy.broadcast(state)), dp=dp, clip=clip, lanes=lanes)
-        next(rounds)
         if mode is None:
             return PlainCollector(recipe, slots).collect(work(cohort, costs), wire)
         for actor in slots.actors:  # a slot keeps its clients' sum for the sessions of one round
             ray.get(actor.__ray_call__.remote(lambda own: SecureClients.__init__(own)))
         relay = Relay(slots, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
-        return SecureCollector(recipe, relay, start.layout, MOST_TOKENS).collect(work(cohort, costs), wire)
+        arguments = recipe, relay, start.layout, MOST_TOKENS, Journal(tmp_path), lambda *_: None
+        return SecureCollector(*arguments).collect(work(cohort, costs), wire)
 
     return collect
 

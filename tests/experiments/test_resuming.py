@@ -1,11 +1,12 @@
 """Which runs may go on, told from what lies in their folders."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from experiments.config import to_toml
-from experiments.resuming import run_folder
+from experiments.resuming import run_folder, second_sums
 
 
 @pytest.fixture
@@ -57,3 +58,28 @@ def test_a_run_does_not_move_between_cpus_and_gpus(left, small_recipe, tmp_path)
     for before, now in ((0.0, 0.5), (0.5, 0.0)):
         with pytest.raises(ValueError, match=r"differs in clients\.num_gpus"):
             resumed(before, now)
+
+
+def test_a_secured_run_names_what_else_gives_sums_of_its_clients(small_recipe, tmp_path):
+    manifest = {"seed": 5, "data": {"key": "rows"}}
+    others = {
+        "a": manifest,
+        "b": manifest | {"seed": 6},
+        "c": manifest | {"data": {"key": "x"}},
+        "d": [],
+        "e": manifest,
+    }
+    for name, other in others.items():
+        (tmp_path / name / "unmasked").mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text(json.dumps(other))
+        if name != "e":  # which has unmasked nothing
+            (tmp_path / name / "unmasked" / "round-00001.json").write_text("{}")
+    full = small_recipe("privacy.secagg.mode=full")
+    (note,) = second_sums(tmp_path / "new", full, manifest)
+    assert note.startswith("beside this run, 'a' had sums of the same clients")
+    assert second_sums(tmp_path / "a", full, manifest) == ()  # a run that is resumed
+    (note,) = second_sums(
+        tmp_path / "a", small_recipe("privacy.secagg.mode=full", "evaluate.without_privacy=true"), manifest
+    )
+    assert note.startswith("evaluate.without_privacy plays the same rounds again in the clear")
+    assert second_sums(tmp_path / "new", small_recipe("privacy.secagg.mode=ideal"), manifest) == ()
