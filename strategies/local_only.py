@@ -26,6 +26,7 @@ class LocalOnly:
     loss_before: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
     personalises: ClassVar[bool] = True
+    bounded_weights: ClassVar[bool] = True
     paper: ClassVar[str] = "baseline"
 
     def init(self, params: Vector, layout: Layout) -> ServerState:

@@ -93,7 +93,8 @@ class Strategy(Protocol):
     FedAvg has a default for everything but its own rule; others extend it. A class says of itself what it `reads`,
     whether it `needs_lora` and allows `mixed_ranks`, is `elementwise` (both halves work on parts of vectors), whether a
     client `remembers`, wants its `loss_before` training, `freezes` or keeps at home a part of the
-    vector, and `personalises`: gives clients models of their own.
+    vector, and `personalises`: gives clients models of their own. `bounded_weights`: `finish` makes no weight above 1
+    of one that is at most 1.
     """
 
     reads: ClassVar[Reads]
@@ -105,6 +106,11 @@ class Strategy(Protocol):
     freezes: ClassVar[bool]
     personalises: ClassVar[bool]
     paper: ClassVar[str]
+
+    @property
+    def bounded_weights(self) -> bool:
+        """Whether `finish` keeps weights from 0 to 1; classes declare it as a ClassVar, or by their fields."""
+        ...
 
     def init(self, params: Vector, layout: Layout) -> ServerState:
         """The state before the first round, from the initial global vector (P,)."""

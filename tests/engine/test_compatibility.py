@@ -38,10 +38,10 @@ def test_what_does_not_go_together_is_refused_and_the_way_out_works(small_recipe
 @pytest.mark.parametrize(
     ("key", "private", "off"),
     [
-        ("secagg", "privacy.secagg={mode='ideal', bounds={weights=8.0}}", "privacy.secagg={mode='off'}"),
+        ("secagg", "privacy={rows_cap=8, secagg={mode='ideal', bounds={weights=8.0}}}", "privacy.secagg={mode='off'}"),
         (
             "dp",
-            "privacy.dp={kind='central', noise_multiplier=1, clip=1, delta=0.1, joint=true, weight_cap=1}",
+            "privacy={rows_cap=8, dp={kind='central', noise_multiplier=1, clip=1, delta=0.1, joint=true}}",
             "privacy.dp={kind='none'}",
         ),
     ],

@@ -43,7 +43,7 @@ def test_what_a_class_lacks_is_named() -> None:
 
     assert not any(lacks(kind) for kind in get_args(Strategies))
     missing = lacks(Nothing)
-    assert {"reads", "paper", "freezes", "broadcast", "finish"} <= set(missing) and "apply" not in missing
+    assert {"reads", "paper", "freezes", "bounded_weights", "broadcast", "finish"} <= set(missing) and "apply" not in missing
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,14 @@ class Melts(FedAvg):
     __setattr__ = object.__setattr__
 
 
+@dataclass(frozen=True)
+class Heavy(FedAvg):
+    """Weighs clients by what they have learnt, and does not say that this has no bound."""
+
+    def finish(self, update, got, memory, ends=None):
+        return replace(update, weight=float(update.delta.norm())), memory
+
+
 @pytest.mark.parametrize(
     ("broken", "check", "sentence"),
     [
@@ -141,6 +149,7 @@ class Melts(FedAvg):
         (Forgets, "memory_is_kept_by_those_who_say_so_and_is_used", "changes nothing that they do"),
         (Doubles, "what_travels_is_flat_contiguous_and_float32", "'0.moments.m' is torch.float64"),
         (Stays, "rounds_count_up_by_one", "apply must add one to round"),
+        (Heavy, "weights_stay_within_one_where_the_class_says_so", "bounded_weights is True, but"),
         (Melts, "it_travels_and_says_what_it_is", "frozen=True"),
     ],
 )
