@@ -163,7 +163,9 @@ class Rounds:
         for sent in done.messages:
             self.ledger.received(round_, sent.party, sent.kind, sent.count, sent.nbytes)
         rate = tokens / seconds
-        return state, RoundDone(round_, done.loss, seconds, rate, clients, failed, gone, done.aborted, self.spent(), faults)
+        return state, RoundDone(
+            round_, done.loss, seconds, rate, clients, failed, gone, done.aborted, self.spent(), faults
+        )
 
     def faults(self, *more: Fault) -> tuple[Fault, ...]:
         """Notes what has gone wrong since this was asked last, and returns it."""

@@ -100,7 +100,7 @@ def a_personal_vector_is_like_the_global_one(case: Case) -> None:
 
 
 def weights_stay_within_one_where_the_class_says_so(case: Case) -> None:
-    """`bounded_weights` is honest: of a weight that is at most 1, finish makes one from 0 to 1, whatever was trained."""
+    """`bounded_weights` is honest: finish makes a weight from 0 to 1 of one that is at most 1, whatever was trained."""
     if not case.strategy.bounded_weights:
         raise DoesNotApply("bounded_weights is False")
     state, memories = case.after(2)

@@ -43,7 +43,9 @@ def test_what_a_class_lacks_is_named() -> None:
 
     assert not any(lacks(kind) for kind in get_args(Strategies))
     missing = lacks(Nothing)
-    assert {"reads", "paper", "freezes", "bounded_weights", "broadcast", "finish"} <= set(missing) and "apply" not in missing
+    assert {"reads", "paper", "freezes", "bounded_weights", "broadcast", "finish"} <= set(
+        missing
+    ) and "apply" not in missing
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def test_the_integers_of_one_client_move_the_sum_by_what_epsilon_counts_on(monke
     flips, draw = drawn_signs(plan), rng(4, 0, 0, "sample")
     longest = 0.0
     for seed in range(1000):
-        sent = Update(0, 10 ** draw.uniform(-2, 1), torch.from_numpy(draw.normal(size=60)).float() * 100)
+        sent = Update(0, min(1.0, 10 ** draw.uniform(-2, 1)), torch.from_numpy(draw.normal(size=60)).float() * 100)
         longest = max(longest, float(np.linalg.norm(plan.encode(sent, flips, words(seed)))))
     assert isinstance(plan.noise, SkellamSum)
     assert 0.999 * plan.noise.norm < longest <= plan.noise.norm
