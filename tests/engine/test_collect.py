@@ -13,7 +13,6 @@ import ray.cloudpickle
 import torch
 
 from datasets_partition.build import build
-from datasets_partition.tokens import Tokens
 from engine.availability import DIED_WITH_SLOT, DRAWN, Availability
 from engine.client import ClientActor
 from engine.collect import PlainCollector, SecureCollector
@@ -137,26 +136,6 @@ def test_the_secured_sum_is_the_plain_one_to_a_ring_step(play, pool, small_recip
     for name in ("nll", "learnt", "tokens"):
         assert full.figures[name] == pytest.approx(plain.figures[name], rel=1e-4)
     assert full.figures["clipped"] == pytest.approx(0, abs=0.01)
-
-
-def test_weights_by_examples_are_sums_too(play, pool, small_recipe):
-    slots, start, _ = pool
-    changes = ["strategy.weighting=examples", "privacy.rows_cap=6"]
-
-    def know(recipe):
-        for actor in slots.actors:
-            ray.get(actor.__ray_call__.remote(lambda own, recipe: setattr(own, "federation", recipe), recipe))
-
-    know(small_recipe("clients.slots=3", "privacy.secagg.mode=full", UNIFORM, *changes))
-    try:
-        plain, full = play(*changes), play(*changes, mode="full")
-    finally:
-        know(slots.federation)
-    rows = Tokens.open(start.tokens).counts("train")[COHORT].tolist()
-    assert min(rows) < 6 < max(rows)
-    assert plain.aggregate.weight == pytest.approx(sum(min(number, 6) / 6 for number in rows), rel=1e-6)
-    assert full.aggregate.weight == pytest.approx(plain.aggregate.weight, rel=1e-6)
-    assert (mean(full) - mean(plain)).abs().max() < 1e-6
 
 
 def test_who_plays_a_client_does_not_matter(play):

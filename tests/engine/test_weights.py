@@ -2,15 +2,20 @@
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
+from datasets_partition.build import build
+from engine.client import ClientActor
 from engine.privacy import NoDp, Privacy, SecAgg, weights_of
 from engine.ring import ring_aggregate, ring_sums, ring_vector
 from engine.settings import Federation
+from engine.shared_memory import release
+from engine.sums import merge
 from engine.train_settings import Sgd, Train
 from engine.wire import to_wire
 from experiments.contract import engine_stored, engine_sum
@@ -46,6 +51,23 @@ def test_weights_by_hand() -> None:
     # What is private of a row is so before it leaves the client.
     assert Privacy().weight(20, most=2000) == 0.01
     assert Privacy(dp=ExampleDp(noise_multiplier=1.0)).weight(20, most=2000) == 0.01
+
+
+@pytest.mark.parametrize("cap", [None, 6], ids=["rows over the largest", "capped"])
+def test_a_slot_weighs_its_clients_before_their_rule_sees_them(small_recipe, tmp_path: Path, cap: int | None) -> None:
+    recipe = small_recipe("clients.slots=1", *([] if cap is None else [f"privacy.rows_cap={cap}"]))
+    data = recipe.data
+    store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
+    slot = ClientActor(recipe, tmp_path)
+    _, packed, base = slot.load_base()
+    layout, initial = slot.attach(packed, base, slot.tokenize(store, None), first=True)
+    state = recipe.strategy.init(torch.from_numpy(initial), layout)
+    slot.run([(0,), (1,), (7,)], to_wire(recipe.strategy.broadcast(state)))
+    release(base)
+    rows = slot.tokens.counts("train").tolist()
+    expected = [rows[client] / max(rows) if cap is None else min(rows[client], cap) / cap for client in (0, 1, 7)]
+    assert min(rows) < 6 < max(rows)
+    assert merge([slot.sum.close()]).weight == pytest.approx(sum(expected), rel=1e-6)
 
 
 @dataclass(frozen=True)
