@@ -24,7 +24,7 @@ from engine.events import Checkpointed, Evaluated, Event, Fault, Finished, Prepa
 from engine.gangs import Gangs
 from engine.heap import use_large_pages
 from engine.lost import cause_of
-from engine.metrics import Faults, Ledger, Logs, Metrics, loss_table, read_log
+from engine.metrics import Faults, Ledger, Logs, Metrics, loss_table
 from engine.mixed import Mixed
 from engine.privacy import Privacy
 from engine.rounds import Rounds, few
@@ -258,12 +258,12 @@ class Driver:
 
     def _finish(self, initial: State, state: State) -> Finished:
         folder = self.plan.folder
-        losses = loss_table(read_log(folder / "metrics"), state.round)
+        losses = loss_table(folder / "metrics", state.round)
         sent = self.server.sent(state)
-        after = self.scores.continued(sent)
         merged, spent = isinstance(state, ServerState) and state.residual is not None, self.rounds.spent()
         card = model_card(self.federation, losses, self.store.manifest, merged=merged, spent=spent)
-        self.slots.export(folder / "model", sent, card)
+        self.slots.export(folder / "model", sent, card)  # first of all: the run is for the sake of it
+        after = self.scores.continued(sent)
         del sent  # the store need not hold both
         self._forget_residual(state)
         before = self.scores.continued(self.server.sent(initial))

@@ -69,7 +69,7 @@ class RoundLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         sink = pa.BufferOutputStream()
         pq.write_table(pa.concat_tables(self.blocks or [self.schema.empty_table()]), sink)
-        write_file(self.folder / f"round-{round_:05d}.parquet", sink.getvalue().to_pybytes())
+        write_file(_file(self.folder, round_), sink.getvalue().to_pybytes())
         self.blocks.clear()
 
     def forget_after(self, round_: int) -> None:
@@ -98,7 +98,7 @@ class Metrics(RoundLog):
 
     def judged(self, round_: int) -> bool:
         """Whether the model after a round has been judged, as its file tells."""
-        path = self.folder / f"round-{round_:05d}.parquet"
+        path = _file(self.folder, round_)
         asked = [("round", "=", round_), ("name", "=", "loss"), ("split", "in", ("heldout", "unseen", "server"))]
         return path.exists() and pq.read_table(path, filters=asked).num_rows > 0
 
@@ -143,7 +143,7 @@ class Faults(RoundLog):
 
         But for drop-outs: a round that is played again has the same, and by now they are noted once more.
         """
-        path = self.folder / f"round-{round_:05d}.parquet"
+        path = _file(self.folder, round_)
         if self.blocks:
             held = [pq.read_table(path, schema=FAULTS, filters=pc.field("kind") != DROPOUT)] if path.exists() else []
             self.blocks[:0] = held
@@ -161,6 +161,10 @@ class Logs(NamedTuple):
     faults: Faults
 
 
+def _file(folder: Path, round_: int) -> Path:
+    return folder / f"round-{round_:05d}.parquet"
+
+
 def _round(path: Path) -> int:
     return int(path.stem.removeprefix("round-"))
 
@@ -173,15 +177,23 @@ def read_log(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(path) for path in paths])
 
 
-def loss_table(metrics: pa.Table, last: int) -> dict[str, dict[str, float]]:
-    """Aggregate losses by column (round 0, end, baselines) and split, from a run's metrics."""
+def loss_table(folder: Path, last: int) -> dict[str, dict[str, float]]:
+    """Aggregate losses by column (round 0, end, baselines) and split, from a run's `metrics` folder.
+
+    Arrow drops the rows of single clients while it reads, and only the rounds that the table names are read: of a
+    long run with many clients neither fits into memory as Python objects.
+    """
     columns = {("loss", 0): "round 0", ("loss_local_only", last): "local only"}
     columns |= {("loss_centralised", last): "centralised", ("loss", last): "end"}
     columns |= {("loss_not_private", last): "not private"}
     columns |= {("loss_personal", last): "personal", ("loss_finetuned", last): "fine-tuned"}
+    field = pc.field
+    aggregate = field("client").is_null() & field("split").isin(("heldout", "unseen", "server"))
+    aggregate &= field("name").isin([name for name, _ in columns])
     table: dict[str, dict[str, float]] = {}
-    for row in metrics.to_pylist():
-        column = columns.get((row["name"], row["round"]))
-        if column and row["client"] is None and row["split"] in ("heldout", "unseen", "server"):
-            table.setdefault(column, {})[row["split"]] = row["value"]
+    for round_ in sorted({0, last}):
+        path = _file(folder, round_)
+        for row in pq.read_table(path, filters=aggregate).to_pylist() if path.exists() else ():
+            if column := columns.get((row["name"], round_)):
+                table.setdefault(column, {})[row["split"]] = row["value"]
     return table

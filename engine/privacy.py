@@ -154,7 +154,14 @@ def check_privacy(federation: Federation) -> None:
         raise ValueError(f"evaluate.without_privacy plays all rounds twice, but {why}: leave it out")
     beside = strategy.beside(NO_LAYOUT)
     if not isinstance(privacy.dp, NoDp):
-        check_dp(privacy.dp, strategy, beside, privacy.secagg.mode)
+        peft = federation.model.peft
+        check_dp(
+            privacy.dp,
+            strategy,
+            beside,
+            privacy.secagg.mode,
+            mixed_ranks=peft.kind == "lora" and any(share.r != peft.r for share in peft.ranks),
+        )
         if federation.clients.min_share > 0 or federation.clients.on_too_few == "skip":
             raise ValueError(
                 "a round that has no result because few clients took part tells how many did, which noise would have "

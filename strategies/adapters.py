@@ -44,6 +44,11 @@ def products(vector: Vector, layout: Layout) -> Vector:
     return torch.cat([(pair.scale * pair.b_OR @ pair.a_RI).flatten() for pair in layout.lora_pairs(vector)])
 
 
+def product_change(end: Vector, start: Vector, layout: Layout) -> Vector:
+    """How far the products of one vector (P,) are from those of another; exactly zero where the vectors are equal."""
+    return products(end, layout).sub_(products(start, layout))
+
+
 def fold(got: Broadcast) -> float:
     """s_k / s: what a client of another rank has in front of its product, over what the layout has."""
     return 1.0 if got.rank is None else got.layout.scale_at(got.rank) / got.layout.scale

@@ -224,5 +224,7 @@ CHECKS: tuple[Check, ...] = (
     clients_work_on_shards_as_on_the_whole,
     it_reads_no_more_than_it_says,
     contract_client.a_client_of_a_lower_rank_trains_and_leaves_only_its_own,
+    contract_client.extras_that_are_changes_are_zero_without_training,
+    contract_client.an_untrained_client_of_a_lower_rank_sends_zeros,
     it_travels_and_says_what_it_is,
 )

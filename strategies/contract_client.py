@@ -137,3 +137,28 @@ def a_client_of_a_lower_rank_trains_and_leaves_only_its_own(case: Case) -> None:
     still = torch.zeros(LORA.size)
     mixed = [case.client(replace(got, rank=1 + k % 2), k, {}, still)[0] for k in case.clients]
     hold(strategy.apply(state, case.aggregate(mixed)).round == 2, "apply on mixed ranks does not count the round")
+
+
+def extras_that_are_changes_are_zero_without_training(case: Case) -> None:
+    """`extras_are_changes` is honest: a client whose training changed nothing sends zeros beside its delta."""
+    if not case.strategy.extras_are_changes:
+        raise DoesNotApply("extras_are_changes is False")
+    for rounds in (0, 2):
+        state, memories = case.after(rounds)
+        updates, _ = case.cohort(state, memories, scale=0.0)
+        moved = sorted({name for update in updates for name, extra in update.extras.items() if extra.any()})
+        hold(not moved, f"extras_are_changes is True, but clients that have not trained send {', '.join(moved)}")
+
+
+def an_untrained_client_of_a_lower_rank_sends_zeros(case: Case) -> None:
+    """`keeps_higher_ranks` is honest: also what lies beyond the client's own rank stays as it is."""
+    if not case.strategy.keeps_higher_ranks or case.layout is not LORA:
+        raise DoesNotApply("keeps_higher_ranks is False" if case.layout is LORA else "there are no adapters")
+    for rounds in (0, 2):
+        got = replace(case.strategy.broadcast(case.after(rounds)[0]), rank=1)
+        update, _ = case.client(got, 0, {}, torch.zeros(LORA.size))
+        moved = [name for name, sent in {"delta": update.delta, **update.extras}.items() if sent.any()]
+        hold(
+            not moved,
+            f"keeps_higher_ranks is True, but a client of rank 1 that has not trained sends {', '.join(moved)}",
+        )

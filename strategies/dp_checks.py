@@ -13,10 +13,18 @@ from strategies.types import Strategy
 Dp = CentralDp | AdaptiveDp | DistributedDp | ExampleDp
 
 
-def check_dp(dp: Dp, strategy: Strategy, extras: Collection[str], secagg: Literal["off", "ideal", "full"]) -> None:
+def check_dp(
+    dp: Dp,
+    strategy: Strategy,
+    extras: Collection[str],
+    secagg: Literal["off", "ideal", "full"],
+    *,
+    mixed_ranks: bool = False,
+) -> None:
     """Raises ValueError with the reason and the nearest that works.
 
-    `extras` are the names of the sums that the strategy's clients send beside their delta.
+    `extras` are the names of the sums that the strategy's clients send beside their delta; `mixed_ranks` says whether
+    clients have different LoRA ranks.
     """
     name = type(strategy).__name__
     if isinstance(dp, ExampleDp):
@@ -33,6 +41,18 @@ def check_dp(dp: Dp, strategy: Strategy, extras: Collection[str], secagg: Litera
         raise ValueError(
             f"strategy {name} reads {what}, and the noise of privacy.dp covers one sum a round: take a strategy that "
             f"reads the sum"
+        )
+    if extras and not strategy.extras_are_changes:
+        raise ValueError(
+            f"strategy {name} sends {', '.join(sorted(extras))} beside the update, which is no change of the model: "
+            f"privacy.dp would clip the update along with it and add noise to what the rule counts on: take "
+            f'"fedavg" or "fedprox"'
+        )
+    if mixed_ranks and not strategy.keeps_higher_ranks:
+        raise ValueError(
+            f"in strategy {name} a client of a low rank shrinks what lies beyond its own rank, trained or not, which "
+            f'privacy.dp would multiply by the cohort over the expected one: take "flora", or leave model.peft.ranks '
+            f"out"
         )
     if extras and not dp.joint:
         raise ValueError(

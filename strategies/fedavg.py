@@ -31,6 +31,8 @@ class FedAvg:
     freezes: ClassVar[bool] = False
     personalises: ClassVar[bool] = False
     bounded_weights: ClassVar[bool] = True
+    extras_are_changes: ClassVar[bool] = False
+    keeps_higher_ranks: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 1602.05629"
 
     def __post_init__(self) -> None:

@@ -20,7 +20,9 @@ class FedDyn(FedAvg):
 
     Traps: h is a plain mean, so clients count the same. h_k is the local gradient only where local training comes near
     its optimum, and in a small share of a large population h goes on growing: a larger alpha damps both. The authors'
-    released code divides alpha by each client's share of the rows; here it is the same for all, as in the paper.
+    released code divides alpha by each client's share of the rows; here it is the same for all, as in the paper. Where
+    differential privacy clips, clients remember all of their changes and the server's h holds the clipped ones, so that
+    it settles beside the optimum, the farther the more is clipped.
     """
 
     kind: Literal["feddyn"] = "feddyn"  # type: ignore[assignment]  # the tag of the recipe's union differs by design

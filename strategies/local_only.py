@@ -27,6 +27,8 @@ class LocalOnly:
     freezes: ClassVar[bool] = False
     personalises: ClassVar[bool] = True
     bounded_weights: ClassVar[bool] = True
+    extras_are_changes: ClassVar[bool] = False
+    keeps_higher_ranks: ClassVar[bool] = False
     paper: ClassVar[str] = "baseline"
 
     def init(self, params: Vector, layout: Layout) -> ServerState:

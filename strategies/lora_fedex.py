@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.adapters import count, products
+from strategies.adapters import count, product_change
 from strategies.fedavg import FedAvg
 from strategies.layout import LORA_A, LORA_B, Layout
 from strategies.types import Aggregate, Broadcast, Memory, ServerState, Update, Vector
@@ -17,13 +17,15 @@ class FedExLora(FedAvg):
 
     Exact. With lr below 1 the products too move by lr from the round's start to their mean. The residual of a round has
     a rank of at most r times the clients, and goes down as its factors where these are smaller than the dense matrix.
-    Under secure aggregation a client would send its product beside A and B. Trap: the base changes every round, which
+    Under secure aggregation a client would send the change of its product beside A and B: zero means no move, so that
+    differential privacy may clip it and divide by the expected cohort. Trap: the base changes every round, which
     4-bit bases cannot, and the adapter alone is not the model.
     """
 
     kind: Literal["fedex"] = "fedex"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
     needs_lora: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
+    extras_are_changes: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2410.09432"
 
     def broadcast(self, state: ServerState) -> Broadcast:
@@ -33,13 +35,13 @@ class FedExLora(FedAvg):
     def finish(
         self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
     ) -> tuple[Update, Memory]:
-        """Adds w_k s B_k A_k."""
+        """Adds w_k times the change of s B A."""
         update, memory = super().finish(update, got, memory, ends)
-        product = products(got.params + update.delta, got.layout)
-        return replace(update, extras={"product": update.weight * product}), memory
+        change = product_change(got.params + update.delta, got.params, got.layout)
+        return replace(update, extras={"product": update.weight * change}), memory
 
     def beside(self, layout: Layout) -> dict[str, int]:
-        """The products."""
+        """The products' changes."""
         return {"product": sum(outputs * inputs for outputs, inputs in layout.product_shapes)}
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
@@ -51,9 +53,8 @@ class FedExLora(FedAvg):
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """FedAvg's step, and into the residual what its product lacks."""
         moved = super().apply(state, aggregate)
-        mean = aggregate.extras["product"] / aggregate.weight
-        wanted = torch.lerp(products(state.params, state.layout), mean, self.lr)
-        residual = wanted - products(moved.params, state.layout)
+        step = aggregate.extras["product"] * (self.lr / aggregate.weight)
+        residual = step - product_change(moved.params, state.params, state.layout)
         if state.residual is not None:
             residual += state.residual
         return replace(moved, residual=residual, moments={"count": torch.tensor([float(aggregate.count)])})

@@ -63,9 +63,9 @@ class FedSb(FfaLora):
         return (layout.size if got.round == 1 else square), square
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """FedAvg's step; after round 0 the product in its SVD, whose factors are the bases."""
+        """FedAvg's step; after the first round that moved, the product in its SVD, whose factors are the bases."""
         moved = super().apply(state, aggregate)
-        if "basis" in state.moments:
+        if "basis" in state.moments or not aggregate.total.any():
             return moved
         params, basis = moved.params.clone(), torch.zeros_like(moved.params)
         for pair, kept in zip(state.layout.lora_pairs(params), state.layout.lora_pairs(basis), strict=True):

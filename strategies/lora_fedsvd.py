@@ -30,6 +30,8 @@ class FedSvd(FfaLora):
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """FedAvg's step, then the product in its other factors."""
         moved = super().apply(state, aggregate)
+        if not aggregate.total.any():
+            return moved  # other factors of the same product would only add their rounding
         params = moved.params.clone()
         for pair in state.layout.lora_pairs(params):
             u_OR, s_R, v_RI = svd(pair)

@@ -22,16 +22,18 @@ Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class FlexLora(FedAvg):
     """D = sum_k p_k s_k B_k A_k; U S V' = SVD(D), cut to the largest rank; B <- U S / s, A <- V'.
 
-    A client of rank r_k gets the first r_k rows and columns, under its own scale. With lr below 1 D moves by lr from
-    the round's start. What lies beyond the largest rank is lost: exact where that is the layers' full rank, else the
-    best approximation of D. Reads sums; no memory.
+    A client of rank r_k gets the first r_k rows and columns, under its own scale. It sends how far its product is from
+    the round's D, and D moves by lr times the mean of that: zeros move nothing, so that differential privacy may clip
+    them and divide by the expected cohort. What lies beyond the largest rank is lost: exact where that is the layers'
+    full rank, else the best approximation of D. With mixed ranks a client's product lacks what lies beyond its rank,
+    and D loses its share of that. Reads sums; no memory.
 
     `sketch` = 0: the sum of the dense products (from the clients' A and B, or, under secure aggregation, from their
-    products). Above 0: with shared random Q (I, S) and T (L, O), S = rank + sketch, L = 2 S + 1, clients send D_k Q and
-    T D_k, which are sums as well and far smaller than D; the server finds D's range from the first and D in it from the
-    second (Tropp et al. 2017, arXiv 1609.00048), then its SVD. That is an approximation where D's rank
-    exceeds S. Traps: A and B are other factors each round, so a kept optimizer state means nothing; the paper takes
-    one scale for all, which mixed ranks do not have.
+    products' changes). Above 0: with shared random Q (I, S) and T (L, O), S = rank + sketch, L = 2 S + 1, clients send
+    X Q and T X for their change X, which are sums as well and far smaller than X; the server finds D's range from the
+    first and D in it from the second (Tropp et al. 2017, arXiv 1609.00048), then its SVD. That is an approximation
+    where D's rank exceeds S. Traps: A and B are other factors each round, so a kept optimizer state means nothing; the
+    paper takes one scale for all, which mixed ranks do not have.
     """
 
     kind: Literal["flexlora"] = "flexlora"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
@@ -39,6 +41,7 @@ class FlexLora(FedAvg):
     needs_lora: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
+    extras_are_changes: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2402.11505"
 
     def __post_init__(self) -> None:
@@ -59,14 +62,15 @@ class FlexLora(FedAvg):
     def finish(
         self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
     ) -> tuple[Update, Memory]:
-        """Sends the weighted product, or its sketches, instead of the adapters' changes."""
+        """Sends the weighted change of the product, or its sketches, instead of the adapters' changes."""
         update, memory = super().finish(update, got, memory, ends)
-        seen = self._seen(folded(got.params + update.delta, got), got.layout, got.extras)
-        extras = {name: update.weight * tensor for name, tensor in seen.items()}
+        before = self._seen(got.params, got.layout, got.extras)
+        after = self._seen(folded(got.params + update.delta, got), got.layout, got.extras)
+        extras = {name: update.weight * (after[name] - before[name]) for name in before}
         return replace(update, delta=without(update.delta, got.layout, LORA_A, LORA_B), extras=extras), memory
 
     def beside(self, layout: Layout) -> dict[str, int]:
-        """The products, or their sketches."""
+        """The products' changes, or sketches of them."""
         shapes = list(zip(layout.product_shapes, self._sizes(layout), strict=True))
         if not self.sketch:
             return {"product": sum(outputs * inputs for (outputs, inputs), _ in shapes)}
@@ -85,11 +89,13 @@ class FlexLora(FedAvg):
         return down, got.layout.size - count(got.layout, LORA_A, LORA_B) + sketches
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """The SVD of the mean product gives the new adapters; all other tensors as in FedAvg."""
+        """The SVD of the product and its mean change gives the new adapters; all other tensors as in FedAvg."""
         moved = super().apply(state, aggregate)
+        if not any(extra.any() for extra in aggregate.extras.values()):
+            return moved  # other factors of the same product would only add their rounding
         drawn = self._drawn(state) if self.sketch else {}
         wanted = {
-            name: torch.lerp(before, aggregate.extras[name] / aggregate.weight, self.lr)
+            name: before + aggregate.extras[name] * (self.lr / aggregate.weight)
             for name, before in self._seen(state.params, state.layout, drawn).items()
         }
         params = moved.params.clone()

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.adapters import floats_at, folded, own_start, products, without
+from strategies.adapters import floats_at, folded, own_start, product_change, products, without
 from strategies.fedavg import FedAvg
 from strategies.layout import LORA_A, LORA_B, Layout
 from strategies.seeds import torch_rng
@@ -17,21 +17,25 @@ class Flora(FedAvg):
     """W += lr * sum_k p_k s_k B_k A_k, then a fresh A and B = 0. Reads the sum of products; no memory.
 
     Exact for any ranks: the stack of all p_k B_k and A_k has the sum of the products as its product, and s_k = alpha /
-    r_k is folded in. The paper's server sends the stack: the way down grows with the sum of the ranks, and a client
-    that missed a round needs that round's stack too, which is not counted here. Under secure aggregation a client would
-    send its product, since stacks cannot be added. Each round's A is drawn by the seed as PEFT draws it (Kaiming
-    uniform, a = sqrt 5), one for all clients; in the paper each client draws its own Gaussian one. Traps: the base
-    changes every round, and so does the meaning of the adapter's coordinates: a kept optimizer state means nothing.
+    r_k is folded in. The paper's server sends the stack: the way down grows with the number of clients, each counted
+    at the largest rank, and a client that missed a round needs that round's stack too, which is not counted here. A
+    client sends the change of its product since it started, which is the product itself wherever B starts at zero;
+    under secure aggregation it would send that as it is, since stacks cannot be added. Each round's A is drawn by the
+    seed as PEFT draws it (Kaiming uniform, a = sqrt 5), one for all clients; in the paper each client draws its own
+    Gaussian one. Traps: the base changes every round, and so does the meaning of the adapter's coordinates: a kept
+    optimizer state means nothing.
     """
 
     kind: Literal["flora"] = "flora"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
     needs_lora: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
+    extras_are_changes: ClassVar[bool] = True
+    keeps_higher_ranks: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2409.05976"
 
     def broadcast(self, state: ServerState) -> Broadcast:
-        """The global vector, and in "ranks" how many ranks the last round's stack has."""
+        """The global vector, and in "count" how many clients the last round's stack is of."""
         return replace(super().broadcast(state), extras=dict(state.moments))
 
     def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
@@ -41,32 +45,33 @@ class Flora(FedAvg):
     def finish(
         self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
     ) -> tuple[Update, Memory]:
-        """Sends w_k s_k B_k A_k and the rank instead of the adapters' changes."""
+        """Sends w_k times the change of s_k B_k A_k instead of the adapters' changes."""
         update, memory = super().finish(update, got, memory, ends)
-        product = products(folded(got.params + update.delta, got), got.layout)
-        rank = got.layout.rank if got.rank is None else got.rank
-        extras = {"product": update.weight * product, "ranks": torch.tensor([float(rank)])}
+        end, start = (folded(vector, got) for vector in (got.params + update.delta, own_start(got, got.rank)))
+        extras = {"product": update.weight * product_change(end, start, got.layout)}
         return replace(update, delta=without(update.delta, got.layout, LORA_A, LORA_B), extras=extras), memory
 
     def beside(self, layout: Layout) -> dict[str, int]:
-        """The products, and the ranks."""
-        return {"product": sum(outputs * inputs for outputs, inputs in layout.product_shapes), "ranks": 1}
+        """The products' changes."""
+        return {"product": sum(outputs * inputs for outputs, inputs in layout.product_shapes)}
 
     def floats(self, got: Broadcast) -> tuple[int, int]:
         """The last round's stack down (at first the seed says all), the client's own adapters up."""
-        stacked = int(got.extras["ranks"]) if "ranks" in got.extras else 0
+        stacked = int(got.extras["count"]) * got.layout.rank if "count" in got.extras else 0
         return floats_at(got.layout, stacked), floats_at(got.layout, got.rank)
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """residual += the mean product, then new adapters; all other tensors as in FedAvg."""
+        """residual += the product and its mean change, then new adapters; all other tensors as in FedAvg."""
         moved = super().apply(state, aggregate)
-        mean = aggregate.extras["product"] / aggregate.weight
-        residual = torch.lerp(products(state.params, state.layout), mean, self.lr)
+        residual = products(state.params, state.layout)
+        residual += aggregate.extras["product"] * (self.lr / aggregate.weight)
         if state.residual is not None:
             residual += state.residual
         stream = torch_rng(state.seed, moved.round, -1, "adapters")
         params = fresh(moved.params, state.layout, stream)
-        return replace(moved, params=params, residual=residual, moments={"ranks": aggregate.extras["ranks"]})
+        return replace(
+            moved, params=params, residual=residual, moments={"count": torch.tensor([float(aggregate.count)])}
+        )
 
 
 def fresh(params: Vector, layout: Layout, stream: torch.Generator) -> Vector:

@@ -95,6 +95,11 @@ class Strategy(Protocol):
     client `remembers`, wants its `loss_before` training, `freezes` or keeps at home a part of the
     vector, and `personalises`: gives clients models of their own. `bounded_weights`: `finish` makes no weight above 1
     of one that is at most 1.
+
+    Two more say what differential privacy of clients may clip, noise and divide by a public number.
+    `extras_are_changes`: each sum beside the update is of the client's weight times a change that its training made,
+    zero without training, and `apply` adds it over `Aggregate.weight`. `keeps_higher_ranks`: with mixed ranks, a client
+    that has not trained sends zeros also beyond its own rank.
     """
 
     reads: ClassVar[Reads]
@@ -105,6 +110,8 @@ class Strategy(Protocol):
     loss_before: ClassVar[bool]
     freezes: ClassVar[bool]
     personalises: ClassVar[bool]
+    extras_are_changes: ClassVar[bool]
+    keeps_higher_ranks: ClassVar[bool]
     paper: ClassVar[str]
 
     @property

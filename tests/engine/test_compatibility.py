@@ -1,6 +1,11 @@
 """Sections that do not go together: each pair is refused with the nearest that works, which is then accepted."""
 
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
 import pytest
+
+from strategies.fedavg import FedAvg
 
 SGD = 'train.optimizer={kind="sgd", lr=0.1}'
 GANGS = "clients.zero={stage=3, ranks=2}"
@@ -35,24 +40,43 @@ def test_what_does_not_go_together_is_refused_and_the_way_out_works(small_recipe
     small_recipe(*changes, *mended)
 
 
-@pytest.mark.parametrize(
-    ("key", "private", "off"),
-    [
-        ("secagg", "privacy={rows_cap=8, secagg={mode='ideal', bounds={weights=8.0}}}", "privacy.secagg={mode='off'}"),
-        (
-            "dp",
-            "privacy={rows_cap=8, dp={kind='central', noise_multiplier=1, clip=1, delta=0.1, joint=true}}",
-            "privacy.dp={kind='none'}",
-        ),
-    ],
-)
-def test_gangs_hide_no_sums_that_are_shorter_than_the_update(small_recipe, key, private, off):
+def test_gangs_hide_no_sums_that_are_shorter_than_the_update(small_recipe):
+    private = "privacy={rows_cap=8, secagg={mode='ideal', bounds={weights=8.0}}}"
     changes = ("strategy=fednova", SGD, private)
     small_recipe(*changes)
-    with pytest.raises(ValueError, match=rf"'fednova' sends 'weights' .* leave privacy\.{key}, or clients\.zero, out"):
+    with pytest.raises(ValueError, match=r"'fednova' sends 'weights' .* leave privacy\.secagg, or clients\.zero, out"):
         small_recipe(*changes, GANGS)
-    small_recipe(*changes, GANGS, off)
+    small_recipe(*changes, GANGS, "privacy.secagg={mode='off'}")
     small_recipe("strategy=scaffold", SGD, private.replace("weights", "c"), GANGS)
+
+
+@dataclass(frozen=True)
+class Beside(FedAvg):
+    """Sends one change beside the update, or a vector of them."""
+
+    short: bool = True
+    extras_are_changes: ClassVar[bool] = True
+
+    def beside(self, layout):
+        return {"change": 1 if self.short else layout.size}
+
+
+def test_gangs_add_no_noise_to_sums_that_are_shorter_than_the_update(small_recipe):
+    private = "privacy={rows_cap=8, dp={kind='central', noise_multiplier=1, clip=1, delta=0.1, joint=true}}"
+    recipe = small_recipe(private, GANGS)
+    with pytest.raises(ValueError, match=r"'Beside' sends 'change' .* leave privacy\.dp, or clients\.zero, out"):
+        replace(recipe, strategy=Beside())
+    replace(recipe, strategy=Beside(short=False))
+    replace(small_recipe(private), strategy=Beside())
+
+
+@pytest.mark.parametrize("kind", ["flexlora", "hetlora"])
+def test_private_clients_of_mixed_ranks_leave_each_others_ranks_alone(small_recipe, kind):
+    private = "privacy={rows_cap=8, dp={kind='central', noise_multiplier=1, clip=1, delta=0.1, joint=true}}"
+    with pytest.raises(ValueError, match=r'take "flora", or leave model\.peft\.ranks out'):
+        small_recipe(private, LIKE_RANKS, f"strategy={kind}")
+    small_recipe(private, LIKE_RANKS, "strategy=flora")
+    small_recipe(private, f"strategy={kind}", "strategy.weighting=examples")
 
 
 def test_ranks_are_drawn_by_their_shares(small_recipe):

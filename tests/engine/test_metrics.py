@@ -1,10 +1,12 @@
+import tracemalloc
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 
 from engine import metrics as log
 from engine.events import DROPOUT, Fault
-from engine.metrics import LEDGER, METRICS, Faults, Ledger, Metrics, read_log
+from engine.metrics import LEDGER, METRICS, Faults, Ledger, Metrics, loss_table, read_log
 
 
 def rounds(folder: Path) -> list[str]:
@@ -112,3 +114,28 @@ def test_what_went_wrong_is_kept_when_a_round_is_played_again(tmp_path: Path) ->
         faults.flush(3)
         Faults(tmp_path).flush(4)
     assert read_log(tmp_path)["why"].to_pylist() == ["first", "second"]
+
+
+def test_losses_are_read_without_the_rows_of_single_clients(tmp_path: Path) -> None:
+    metrics, clients = Metrics(tmp_path), [f"client-{client}" for client in range(50_000)]
+    for round_, loss in ((0, 4.0), (1, 3.0), (2, 2.0)):
+        metrics.add_each(round_, "heldout", clients, [{"loss": loss, "tokens": 7.0}] * len(clients))
+        metrics.add(round_, "heldout", None, loss=loss, tokens=7.0)
+        metrics.add(round_, "train", None, loss=9.0)
+        metrics.flush(round_)
+    metrics.add(2, "unseen", None, loss=2.5)
+    metrics.add(2, "heldout", None, loss_centralised=1.5, loss_local_only=3.5, loss_personal=1.75)
+    metrics.blocks.insert(0, read_log(tmp_path).filter(pc.field("round") == 2))
+    metrics.flush(2)
+    tracemalloc.start()
+    table = loss_table(tmp_path, 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert table == {
+        "round 0": {"heldout": 4.0},
+        "end": {"heldout": 2.0, "unseen": 2.5},
+        "centralised": {"heldout": 1.5},
+        "local only": {"heldout": 3.5},
+        "personal": {"heldout": 1.75},
+    }
+    assert peak < 2_000_000, f"{peak} bytes of Python objects for {4 * len(clients)} rows of clients"

@@ -11,6 +11,7 @@ from strategies import Strategies
 from strategies.contract import CHECKS, lacks
 from strategies.contract_case import FULL, LORA, Case, DoesNotApply
 from strategies.fedavg import FedAvg
+from strategies.lora_het import HetLora
 
 MEMBERS = [kind() for kind in get_args(Strategies)]
 CASES = [case for member in MEMBERS for case in cases(member)]
@@ -118,6 +119,26 @@ class Doubles(FedAvg):
 
 
 @dataclass(frozen=True)
+class Counts(FedAvg):
+    """Sends a number and takes it for a change."""
+
+    extras_are_changes: ClassVar[bool] = True
+
+    def finish(self, update, got, memory, ends=None):
+        return replace(update, extras={"steps": torch.tensor([update.metrics["steps"]])}), memory
+
+    def beside(self, layout):
+        return {"steps": 1}
+
+
+@dataclass(frozen=True)
+class Cuts(HetLora):
+    """Pads with zeros and takes itself for harmless."""
+
+    keeps_higher_ranks: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class Stays(FedAvg):
     """Forgets to count."""
 
@@ -150,12 +171,14 @@ class Heavy(FedAvg):
         (Writes, "the_client_side_writes_nothing_but_its_gradient", "correct writes into the parameters"),
         (Forgets, "memory_is_kept_by_those_who_say_so_and_is_used", "changes nothing that they do"),
         (Doubles, "what_travels_is_flat_contiguous_and_float32", "'0.moments.m' is torch.float64"),
+        (Counts, "extras_that_are_changes_are_zero_without_training", "have not trained send steps"),
+        (Cuts, "an_untrained_client_of_a_lower_rank_sends_zeros", "has not trained sends delta"),
         (Stays, "rounds_count_up_by_one", "apply must add one to round"),
         (Heavy, "weights_stay_within_one_where_the_class_says_so", "bounded_weights is True, but"),
         (Melts, "it_travels_and_says_what_it_is", "frozen=True"),
     ],
 )
 def test_a_broken_promise_is_found_and_said(broken, check, sentence) -> None:
-    case = Case(broken(), FULL, engine_sum, engine_stored)
+    case = Case(broken(), LORA if broken.needs_lora else FULL, engine_sum, engine_stored)
     with pytest.raises(AssertionError, match=sentence):
         next(one for one in CHECKS if one.__name__ == check)(case)

@@ -12,7 +12,7 @@ from strategies.dp_distributed import DistributedDp
 from strategies.dp_example import ExampleDp
 from strategies.fedavg import FedAvg
 from strategies.local_only import LocalOnly
-from strategies.scaffold import Scaffold
+from strategies.lora_flex import FlexLora
 
 KINDS = [kind(noise_multiplier=0.1) for kind in (CentralDp, AdaptiveDp, DistributedDp)]
 UNIFORM = FedAvg(weighting="uniform")
@@ -30,12 +30,13 @@ def test_rules_that_read_more_than_a_sum_are_refused(dp: CentralDp, strategy: ty
 
 @pytest.mark.parametrize("dp", KINDS, ids=lambda dp: dp.kind)
 def test_sums_that_nothing_clips_are_refused(dp: CentralDp) -> None:
-    with pytest.raises(ValueError, match=r"strategy Scaffold sends c beside the update.*privacy\.dp\.joint = true"):
-        check_dp(dp, Scaffold(), ("c",), "full")
+    flex = FlexLora(weighting="uniform")
+    with pytest.raises(ValueError, match=r"FlexLora sends product beside the update.*privacy\.dp\.joint = true"):
+        check_dp(dp, flex, ("product",), "full")
 
 
-def test_sums_that_are_clipped_together_pass() -> None:
-    check_dp(CentralDp(noise_multiplier=1.0, joint=True), Scaffold(), ("c",), "off")
+def test_changes_that_are_clipped_together_pass() -> None:
+    check_dp(CentralDp(noise_multiplier=1.0, joint=True), FlexLora(weighting="uniform"), ("product",), "off")
 
 
 def test_distributed_noise_needs_secure_aggregation() -> None:

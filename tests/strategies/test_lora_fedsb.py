@@ -23,6 +23,15 @@ def test_the_first_round_finds_the_bases() -> None:
     torch.testing.assert_close(state.moments["basis"], torch.tensor([0.0, 0, 0, 0, *sign[None]]))
 
 
+def test_a_first_round_in_which_nothing_moves_finds_no_bases() -> None:
+    """Its product is zero, and so would be all that tells one span from another."""
+    strategy = FedSb()
+    state = strategy.init(torch.tensor([1.0, 3, 4, 0, 0]), LAYOUT)
+    after = strategy.apply(state, Aggregate(1.0, torch.zeros(5), {}, 1))
+    assert after.round == 1 and after.moments == {} and torch.equal(after.params, state.params)
+    assert strategy.broadcast(after).extras == {}
+
+
 def test_then_only_r_moves() -> None:
     strategy = FedSb()
     state = after_one_round(strategy)

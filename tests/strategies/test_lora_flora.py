@@ -75,8 +75,8 @@ def test_half_a_server_step_merges_half() -> None:
 def test_the_stack_comes_down_and_the_own_adapters_go_up() -> None:
     strategy = Flora()
     state = start(strategy)
-    # The norm and a rank's 4 numbers each: nothing but the seed before the first round, then 2 + 1 ranks.
+    # The norm and a rank's 4 numbers each: nothing but the seed before the first round, then 2 clients at rank 2.
     assert strategy.floats(strategy.broadcast(state)) == (1, 9)
     got = strategy.broadcast(a_round(strategy, state))
-    assert strategy.floats(got) == (13, 9)
-    assert strategy.floats(replace(got, rank=1)) == (13, 5)
+    assert strategy.floats(got) == (17, 9)
+    assert strategy.floats(replace(got, rank=1)) == (17, 5)
