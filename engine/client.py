@@ -204,8 +204,8 @@ class ClientActor(SecureClients, Judge):
             jobs = []
             for client in some:
                 rows, got = self.tokens.rows(client, "train"), replace(shared, rank=self._rank(client))
-                remembered = self._remembered(client, wire.round)
-                jobs.append(Job(client, rows, rows.num_rows / self.largest, got, remembered))
+                weight = self.federation.privacy.weight(rows.num_rows, self.largest)
+                jobs.append(Job(client, rows, weight, got, self._remembered(client, wire.round)))
             # What is left of a pack is trained before any of it is told.
             done = self._trainer(some, wire).updates(jobs, self.federation, lent=len(pack) == 1)
             return [(job, *one) for job, one in zip(jobs, done, strict=True)]

@@ -178,7 +178,7 @@ class Rank(SecureRank):
         if late := federation.clients.availability.late_by_seed(client, steps, federation.seed):
             return Report(client, traffic, late=late), None
         try:
-            job = Job(client, rows, rows.num_rows / self.largest, got, memory)
+            job = Job(client, rows, federation.privacy.weight(rows.num_rows, self.largest), got, memory)
             ((update, after),) = self.trainer.updates([job], federation, lent=True)
             self._refuse_useless(update, [*after.values()])
         except NonFiniteUpdate as error:

@@ -16,10 +16,9 @@ from strategies.dp_distributed import DistributedDp
 from strategies.dp_example import ExampleDp
 from strategies.local_only import LocalOnly
 from strategies.lora_het import HetLora
-from strategies.qfedavg import QFedAvg
 from strategies.secagg.parameters import Parameters, choose
 from strategies.secagg.ring import Sum, Sums
-from strategies.types import NO_LAYOUT
+from strategies.types import NO_LAYOUT, Strategy
 
 if TYPE_CHECKING:
     from engine.settings import Federation
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 class SecAgg:
     """Secure aggregation (SecAgg+): the server learns sums alone. "full" runs it, "ideal" gives its bits without masks.
 
-    Values are integers in a ring of 2^`bits`: coordinates of the update are clipped to +-`bound`, weights to
-    `weight_cap`, and sums beside the update to what `bounds` says of each by name. The graph bears the shares `corrupt`
+    Values are integers in a ring of 2^`bits`: coordinates of the update are clipped to +-`bound`, and sums beside the
+    update to what `bounds` says of each by name. The graph bears the shares `corrupt`
     and `dropout` of the cohort, and with `semi_malicious` a server that lies about who dropped out; `neighbours` and
     `threshold` set k and t by hand. `active` signs keys and survivors, which holds against a server that lies in
     everything. Coordinates that fewer than `min_contributors` clients give are not summed. A dead slot voids the
@@ -41,7 +40,6 @@ class SecAgg:
     mode: Literal["off", "ideal", "full"] = "off"
     bound: float = 1.0
     bounds: dict[str, float] = field(default_factory=dict)
-    weight_cap: float | None = None
     bits: int = 32
     corrupt: float = 0.05
     dropout: float = 0.05
@@ -58,8 +56,8 @@ class SecAgg:
         below_one("privacy.secagg", corrupt=self.corrupt, dropout=self.dropout)
         at_least("privacy.secagg", 2, min_contributors=self.min_contributors)
         at_least("privacy.secagg", 0, max_aborts=self.max_aborts)
-        for name, value in {"bound": self.bound, "weight_cap": self.weight_cap, **self.bounds}.items():
-            if value is not None and not 0 < value < float("inf"):
+        for name, value in {"bound": self.bound, **self.bounds}.items():
+            if not 0 < value < float("inf"):
                 raise ValueError(f"privacy.secagg's bounds are numbers above 0, but {name} is {value}")
 
     def parameters(self, clients: int) -> Parameters:
@@ -76,8 +74,7 @@ class SecAgg:
     def sums(self, sums: tuple[Sum, ...], clients: int) -> Sums:
         """The sums in the ring; ValueError where it is too small for the cohort."""
         try:
-            largest = 1.0 if self.weight_cap is None else self.weight_cap
-            return Sums(sums, clients, self.bits, largest_weight=largest)
+            return Sums(sums, clients, self.bits)
         except ValueError as error:
             raise ValueError(f"privacy.secagg: {error}") from None
 
@@ -94,10 +91,21 @@ Dp = NoDp | CentralDp | AdaptiveDp | DistributedDp | ExampleDp
 
 @dataclass(frozen=True)
 class Privacy:
-    """What the server may not see, and how little the sums may say about one client or one row."""
+    """What the server may not see, and how little the sums may say about one client or one row.
+
+    `rows_cap` R is a number of rows that everybody may know. With it a client's weight is min(rows, R) / R, whatever
+    the other clients have. Rules that weigh clients by their rows need it under secure aggregation and client-level
+    noise: rows over the largest client's, as without privacy, would tell each client of the largest one.
+    """
 
     secagg: SecAgg = field(default_factory=SecAgg)
     dp: Annotated[Dp, Field(discriminator="kind")] = field(default_factory=NoDp)
+    rows_cap: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range."""
+        if self.rows_cap is not None:
+            at_least("privacy", 1, rows_cap=self.rows_cap)
 
     @property
     def secure(self) -> bool:
@@ -109,11 +117,39 @@ class Privacy:
         """Whether noise comes from the recipe's seed, so that its epsilon is what fresh noise would have given."""
         return self.secagg.mode != "full"
 
+    @property
+    def public_weights(self) -> bool:
+        """Whether a client's weight may depend on nothing but its own rows and what everybody knows."""
+        return self.secure or not isinstance(self.dp, NoDp | ExampleDp)
+
+    def weight(self, rows: int, most: int) -> float:
+        """The weight, from 0 to 1, that a client's update has before its strategy sees it; `most` rows has the largest.
+
+        1 under privacy without `rows_cap`, where only rules that weigh all clients alike are accepted.
+        """
+        if self.rows_cap is not None:
+            return min(rows, self.rows_cap) / self.rows_cap
+        return 1.0 if self.public_weights else rows / most
+
+
+def weights_of(federation: Federation) -> str:
+    """Where clients' weights come from, for the statement of epsilon."""
+    cap = federation.privacy.rows_cap
+    if _weighs_alike(federation.strategy):
+        return "weight 1 for each client"
+    counts = "weights that may follow numbers of rows, which are outside of epsilon"
+    return counts if cap is None else f"weights min(rows, {cap}) / {cap}"
+
+
+def _weighs_alike(strategy: Strategy) -> bool:
+    return getattr(strategy, "weighting", None) == "uniform"
+
 
 def check_privacy(federation: Federation) -> None:
     """Raises ValueError where privacy asks for what the rest of the recipe does not give, with the way out."""
     privacy, strategy = federation.privacy, federation.strategy
-    if federation.evaluate.without_privacy and (federation.remembers or privacy == Privacy()):
+    nothing = not privacy.secure and isinstance(privacy.dp, NoDp)
+    if federation.evaluate.without_privacy and (federation.remembers or nothing):
         why = "clients' memory belongs to the one run" if federation.remembers else "there is no privacy to do without"
         raise ValueError(f"evaluate.without_privacy plays all rounds twice, but {why}: leave it out")
     beside = strategy.beside(NO_LAYOUT)
@@ -131,6 +167,10 @@ def check_privacy(federation: Federation) -> None:
                 "a round that has no result because few clients took part tells how many did, which noise would have "
                 "hidden: leave clients.min_share and clients.on_too_few out, or privacy.dp"
             )
+    if privacy.secure:
+        _check_reads(federation)
+    if privacy.public_weights:
+        _check_weights(federation)
     if not privacy.secure:
         return
     dp, varies = privacy.dp, not isinstance(federation.cohort, UniformCohort)
@@ -140,22 +180,7 @@ def check_privacy(federation: Federation) -> None:
             "a Poisson cohort that is too small for secure aggregation has no sum, which tells how many came, so that "
             'its sampling hides nothing: set privacy.dp.sampling = "none"'
         )
-    secagg, name = privacy.secagg, f'the strategy "{vars(strategy).get("kind", type(strategy).__name__)}"'
-    if strategy.reads != "sum":
-        what = "each update" if strategy.reads == "each" else "several sums of the same updates"
-        raise ValueError(
-            f"{name} reads {what}, and secure aggregation gives the server one sum a round: take a rule that reads "
-            f'the sum ("centred_clipping", or the transform "clip", bound what a liar can do), or set '
-            f'privacy.secagg.mode = "off"'
-        )
-    if isinstance(strategy, LocalOnly):
-        raise ValueError(f"{name} sends nothing that could be summed: leave privacy.secagg out")
-    weighs_freely = isinstance(strategy, QFedAvg) or (isinstance(strategy, HetLora) and strategy.weighting == "norm")
-    if weighs_freely and secagg.weight_cap is None:
-        raise ValueError(
-            f"{name} weighs clients without a bound, and a ring needs one: set privacy.secagg.weight_cap, above which "
-            f"weights are cut"
-        )
+    secagg, name = privacy.secagg, _named(strategy)
     distributed = isinstance(privacy.dp, DistributedDp)
     if (missing := [other for other in beside if other not in secagg.bounds]) and not distributed:
         raise ValueError(
@@ -176,6 +201,39 @@ def check_privacy(federation: Federation) -> None:
             f"cohort: lower it, or raise cohort.size"
         )
     _check_ranks(federation, largest)
+
+
+def _check_reads(federation: Federation) -> None:
+    """Secure aggregation has one sum of all updates to give."""
+    strategy, name = federation.strategy, _named(federation.strategy)
+    if strategy.reads != "sum":
+        what = "each update" if strategy.reads == "each" else "several sums of the same updates"
+        raise ValueError(
+            f"{name} reads {what}, and secure aggregation gives the server one sum a round: take a rule that reads "
+            f'the sum ("centred_clipping", or the transform "clip", bound what a liar can do), or set '
+            f'privacy.secagg.mode = "off"'
+        )
+    if isinstance(strategy, LocalOnly):
+        raise ValueError(f"{name} sends nothing that could be summed: leave privacy.secagg out")
+
+
+def _check_weights(federation: Federation) -> None:
+    """What clients send is multiplied by their weights, which must be bounded and tell nothing of other clients."""
+    strategy, name = federation.strategy, _named(federation.strategy)
+    if not strategy.bounded_weights:
+        raise ValueError(
+            f"{name} weighs clients without a bound (bounded_weights), so that one of them may move a sum by any "
+            f'amount: take a rule with bounded weights, such as "fedavg", or "hetlora" with weighting = "uniform"'
+        )
+    if federation.privacy.rows_cap is None and not _weighs_alike(strategy):
+        raise ValueError(
+            f"{name} weighs clients by their rows, which needs a public number of rows from which on all clients "
+            f'count the same: set privacy.rows_cap, or strategy.weighting = "uniform"'
+        )
+
+
+def _named(strategy: Strategy) -> str:
+    return f'the strategy "{vars(strategy).get("kind", type(strategy).__name__)}"'
 
 
 def _check_ranks(federation: Federation, cohort: int) -> None:

@@ -22,6 +22,7 @@ from engine.events import DROPOUT, Fault, RoundDone
 from engine.journal import Journal
 from engine.memory import every_memory
 from engine.metrics import Logs
+from engine.privacy import weights_of
 from engine.pulling import Work
 from engine.relay import Relay
 from engine.ring import rounding
@@ -73,7 +74,8 @@ class Rounds:
         planned = plan_noise(federation, layout, clients, int(rows.min()), self.noisy_steps * federation.rounds)
         self.noise: Plan | None = planned.plan if planned else None
         simulated, spent = federation.privacy.simulated, self.folder / "privacy.json"
-        self.spending = self.noise and Spending.open(spent, self.noise, simulated=simulated, round_=self.round)
+        weights = weights_of(federation)
+        self.spending = self.noise and Spending.open(spent, self.noise, weights, simulated=simulated, round_=self.round)
         path = federation.clients.availability.trace
         trace = None if path is None else Trace.open(Path(path), self.store.names(list(range(clients))))
         self.collector: Collector = PlainCollector(federation, self.slots, trace)
@@ -171,9 +173,10 @@ class Rounds:
             self.metrics.add(round_, "privacy", None, clip=clip)
         for sent in done.messages:
             self.ledger.received(round_, sent.party, sent.kind, sent.count, sent.nbytes)
-        said = None if epsilon is None else str(epsilon)
         rate = tokens / seconds
-        return state, RoundDone(round_, done.loss, seconds, rate, clients, failed, gone, done.aborted, said, faults)
+        return state, RoundDone(
+            round_, done.loss, seconds, rate, clients, failed, gone, done.aborted, self.spent(), faults
+        )
 
     def faults(self, *more: Fault) -> tuple[Fault, ...]:
         """Notes what has gone wrong since this was asked last, and returns it."""

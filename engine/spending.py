@@ -59,17 +59,19 @@ class Spending:
     """What noisy sums have cost so far, in `path`: written before a round's noise is drawn.
 
     Fresh noise is charged again when a round is run again; noise from the seed is the same noise. `uncopied` in the
-    file is how many more rounds may have been charged where it was copied from.
+    file is how many more rounds may have been charged where it was copied from. `weights` says where clients' weights
+    come from.
     """
 
     path: Path
     plan: Plan
     simulated: bool
+    weights: str
     charged: int = 0
     said: str | None = None
 
     @classmethod
-    def open(cls, path: Path, plan: Plan, *, simulated: bool, round_: int) -> "Spending":
+    def open(cls, path: Path, plan: Plan, weights: str, *, simulated: bool, round_: int) -> "Spending":
         """Goes on from what is on disk, for a run that goes on from `round_`."""
         try:
             found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -79,7 +81,7 @@ class Spending:
             raise ValueError(
                 f"{path}, which says what privacy has been spent, cannot be read ({error}): start anew in another --out"
             ) from error
-        return cls(path, plan, simulated, charged, found.get("statement"))
+        return cls(path, plan, simulated, weights, charged, found.get("statement"))
 
     def charge(self, steps: int) -> Epsilon:
         """Counts one more round, in which a client takes `steps` noisy steps; what all cost, once it is on disk."""
@@ -88,8 +90,8 @@ class Spending:
         # Cohorts and batches come from the seed even where noise does not: who knows it is told more.
         sampled = self.plan.scheme.sampling != "none"
         epsilon = self.plan.spent(total, simulated=self.simulated or sampled)
-        self.said = str(epsilon)
-        said = {"rounds": self.charged, **vars(epsilon), "statement": self.said}
+        self.said = f"{epsilon}, {self.weights}"
+        said = {"rounds": self.charged, **vars(epsilon), "weights": self.weights, "statement": self.said}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.path, json.dumps(said, indent=1).encode())
         return epsilon

@@ -32,6 +32,8 @@ BY_KIND = (
     ("strategy",),
     ("privacy", "dp"),
 )
+CAPPED = "a client's weight is min(rows, rows_cap) / rows_cap: set privacy.rows_cap, a number of rows"
+GONE = {"privacy.secagg.weight_cap": CAPPED, "privacy.dp.weight_cap": CAPPED}
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,8 @@ def _sentences(faults: list[Any]) -> list[str]:
 
 def _sentence(key: str, fault: Any) -> str:
     kind = fault["type"]
+    if key in GONE:
+        return f"there is no key {key!r} any more; {GONE[key]}"
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _known_keys(fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, 1, 0.0)

@@ -219,6 +219,7 @@ CHECKS: tuple[Check, ...] = (
     contract_client.memory_is_kept_by_those_who_say_so_and_is_used,
     contract_client.a_personal_vector_is_like_the_global_one,
     contract_client.the_traffic_is_counted_in_whole_numbers,
+    contract_client.weights_stay_within_one_where_the_class_says_so,
     the_state_survives_a_checkpoint,
     shards_are_applied_as_the_whole,
     clients_work_on_shards_as_on_the_whole,

@@ -124,6 +124,17 @@ def a_personal_vector_is_like_the_global_one(case: Case) -> None:
     )
 
 
+def weights_stay_within_one_where_the_class_says_so(case: Case) -> None:
+    """`bounded_weights` is honest: finish makes a weight from 0 to 1 of one that is at most 1, whatever was trained."""
+    if not case.strategy.bounded_weights:
+        raise DoesNotApply("bounded_weights is False")
+    state, memories = case.after(2)
+    got = case.strategy.broadcast(state)
+    for client in range(5):  # their weights are 0.5 to 1, their losses above 1
+        update, _ = case.client(got, client, memories[client], 1e3 * drawn(case.layout, 9, client))
+        hold(0 <= update.weight <= 1, f"bounded_weights is True, but finish makes the weight {update.weight:g}")
+
+
 def the_traffic_is_counted_in_whole_numbers(case: Case) -> None:
     """floats says how many numbers go down and up, as integers of at least 0."""
     for rounds in range(3):

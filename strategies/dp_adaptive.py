@@ -73,7 +73,7 @@ class AdaptivePlan(CentralPlan):
 
     def encode(self, update: Update, clip: float, whole_norm: Callable[[float], float] = float) -> Update:
         """The clipped update, and whether it had to be clipped as one more sum."""
-        update, norm = bounded(update, clip, self.weight_cap, self.joint, whole_norm)
+        update, norm = bounded(update, clip, self.joint, whole_norm)
         within = torch.tensor([0.5 if norm <= clip else -0.5])
         return replace(update, extras=update.extras | {WITHIN: within})
 

@@ -33,7 +33,6 @@ class CentralDp(Contribution, Budget):
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        Contribution.__post_init__(self)
         Budget.__post_init__(self)
         if not 0 < self.clip < math.inf:
             raise ValueError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
@@ -47,7 +46,7 @@ class CentralDp(Contribution, Budget):
         if z is None:
             assert self.epsilon is not None
             z = noise_multiplier(self.epsilon, scheme, rounds, delta)
-        return CentralPlan(z, self.clip, cohort.expected(clients), scheme, delta, self.weight_cap, self.joint)
+        return CentralPlan(z, self.clip, cohort.expected(clients), scheme, delta, self.joint)
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,11 @@ class CentralPlan:
     divisor: float
     scheme: Scheme
     delta: float
-    weight_cap: float | None
     joint: bool
 
     def encode(self, update: Update, clip: float, whole_norm: Callable[[float], float] = float) -> Update:
         """On the client, after all transforms: what it adds to the sums; `whole_norm` is that of Broadcast."""
-        return bounded(update, clip, self.weight_cap, self.joint, whole_norm)[0]
+        return bounded(update, clip, self.joint, whole_norm)[0]
 
     def decode(
         self, aggregate: Aggregate, clip: float, words: Words, live: Mapping[str, Mask] | None = None

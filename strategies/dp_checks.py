@@ -7,10 +7,7 @@ from strategies.dp_adaptive import WITHIN, AdaptiveDp
 from strategies.dp_central import CentralDp
 from strategies.dp_distributed import DistributedDp
 from strategies.dp_example import ExampleDp
-from strategies.fedavg import FedAvg
-from strategies.fednova import FedNova
 from strategies.local_only import LocalOnly
-from strategies.qfedavg import QFedAvg
 from strategies.types import Strategy
 
 Dp = CentralDp | AdaptiveDp | DistributedDp | ExampleDp
@@ -45,11 +42,6 @@ def check_dp(
             f"strategy {name} reads {what}, and the noise of privacy.dp covers one sum a round: take a strategy that "
             f"reads the sum"
         )
-    if dp.weight_cap is None and not _weighs_all_alike(strategy):
-        raise ValueError(
-            f"strategy {name} weighs clients without a bound, so that a clipped update may still move the sum by any "
-            f'amount: set strategy.weighting = "uniform", or privacy.dp.weight_cap'
-        )
     if extras and not strategy.extras_are_changes:
         raise ValueError(
             f"strategy {name} sends {', '.join(sorted(extras))} beside the update, which is no change of the model: "
@@ -73,9 +65,3 @@ def check_dp(
             "distributed noise is each client's small part, which hides nothing where the server sees single updates: "
             'set privacy.secagg.mode, or privacy.dp.kind = "central"'
         )
-
-
-def _weighs_all_alike(strategy: Strategy) -> bool:
-    """Whether every client's weight is 1; the two rules named put more into it than `weighting` says."""
-    alike = isinstance(strategy, FedAvg) and strategy.weighting == "uniform"
-    return alike and not isinstance(strategy, FedNova | QFedAvg)

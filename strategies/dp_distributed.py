@@ -43,7 +43,6 @@ class DistributedDp(Contribution, Budget):
     corrupt: float = 0.0
 
     def __post_init__(self) -> None:
-        Contribution.__post_init__(self)
         Budget.__post_init__(self)
         if not 0 < self.clip < math.inf:
             raise ValueError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
@@ -100,13 +99,12 @@ class DistributedPlan:
     kind: NoiseKind
     scheme: Scheme
     delta: float
-    weight_cap: float | None
     joint: bool
     length: int
 
     def encode(self, update: Update, signs_D: np.ndarray, words: Words) -> np.ndarray:
         """On the client, after all transforms: its noisy whole numbers (D,) int64, still to be taken modulo 2^b."""
-        update, _ = bounded(update, self.clip, self.weight_cap, self.joint)
+        update, _ = bounded(update, self.clip, self.joint)
         parts = [update.delta * update.weight, *(update.extras[name] for name in sorted(update.extras))]
         x_P = torch.cat(parts).double().numpy()
         if len(x_P) != self.length:
@@ -172,7 +170,6 @@ def _planned(
         kind=dp.noise,
         scheme=scheme,
         delta=delta,
-        weight_cap=dp.weight_cap,
         joint=dp.joint,
         length=length,
     )

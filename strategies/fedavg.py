@@ -15,6 +15,7 @@ class FedAvg:
     """theta += lr * sum_k p_k delta_k, p_k = w_k / sum w; lr below 1 is the Reptile step. Reads the sum; no memory.
 
     `weighting`: w_k is the client's number of training rows over the largest client's ("examples"), or 1 ("uniform").
+    With privacy.rows_cap R, "examples" is min(rows, R) / R.
     On LoRA it averages A and B apart (FedIT, arXiv 2305.05644), which is biased: mean(B) mean(A) != mean(B A).
     """
 
@@ -29,6 +30,7 @@ class FedAvg:
     loss_before: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
     personalises: ClassVar[bool] = False
+    bounded_weights: ClassVar[bool] = True
     extras_are_changes: ClassVar[bool] = False
     keeps_higher_ranks: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 1602.05629"

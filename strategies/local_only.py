@@ -26,6 +26,7 @@ class LocalOnly:
     loss_before: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
     personalises: ClassVar[bool] = True
+    bounded_weights: ClassVar[bool] = True
     extras_are_changes: ClassVar[bool] = False
     keeps_higher_ranks: ClassVar[bool] = False
     paper: ClassVar[str] = "baseline"

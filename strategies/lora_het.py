@@ -51,6 +51,11 @@ class HetLora(FedAvg):
         if not 0 <= self.penalty < math.inf:
             raise ValueError(f"strategy.penalty shrinks a rank's tail and must be at least 0, not {self.penalty}")
 
+    @property
+    def bounded_weights(self) -> bool:  # type: ignore[override]  # it depends on the weighting
+        """Whether the norm, which has no bound, is not the weight."""
+        return self.weighting != "norm"
+
     def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
         """The global vector cut to the client's rank."""
         (rank,) = ranks(got, memory)

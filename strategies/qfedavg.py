@@ -33,6 +33,7 @@ class QFedAvg(FedAvg):
     lipschitz: float | None = None
     elementwise: ClassVar[bool] = False
     loss_before: ClassVar[bool] = True
+    bounded_weights: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 1905.10497"
 
     def __post_init__(self) -> None:

@@ -94,9 +94,10 @@ class Strategy(Protocol):
     FedAvg has a default for everything but its own rule; others extend it. A class says of itself what it `reads`,
     whether it `needs_lora` and allows `mixed_ranks`, is `elementwise` (both halves work on parts of vectors), whether a
     client `remembers`, wants its `loss_before` training, `freezes` or keeps at home a part of the
-    vector, and `personalises`: gives clients models of their own.
+    vector, and `personalises`: gives clients models of their own. `bounded_weights`: `finish` makes no weight above 1
+    of one that is at most 1.
 
-    Two declarations say what differential privacy of clients may clip, noise and divide by a public number.
+    Two more say what differential privacy of clients may clip, noise and divide by a public number.
     `extras_are_changes`: each sum beside the update is of the client's weight times a change that its training made,
     zero without training, and `apply` adds it over `Aggregate.weight`. `keeps_higher_ranks`: with mixed ranks, a client
     that has not trained sends zeros also beyond its own rank.
@@ -113,6 +114,11 @@ class Strategy(Protocol):
     extras_are_changes: ClassVar[bool]
     keeps_higher_ranks: ClassVar[bool]
     paper: ClassVar[str]
+
+    @property
+    def bounded_weights(self) -> bool:
+        """Whether `finish` keeps weights from 0 to 1; classes declare it as a ClassVar, or by their fields."""
+        ...
 
     def init(self, params: Vector, layout: Layout) -> ServerState:
         """The state before the first round, from the initial global vector (P,)."""

@@ -58,7 +58,7 @@ class Totals:
 class Sums:
     """The sums of a session with at most `clients` clients in the ring of integers modulo 2^bits.
 
-    Weights are rounded to steps of `largest_weight` / `levels` before anything is multiplied, so that a mean is exact
+    Weights, from 0 to 1, are rounded to steps of 1 / `levels` before anything is multiplied, so that a mean is exact
     for the weights that the sum of weights holds; by default there are as many levels as the ring can add up.
     ValueError where the ring is too small, saying what fits.
     """
@@ -67,15 +67,12 @@ class Sums:
     clients: int
     bits: int = 32
     levels: int | None = None
-    largest_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 32:
             raise ValueError(f"secure aggregation's ring has 2 to 32 bits, not {self.bits}")
         if len({entry.name for entry in self.sums}) != len(self.sums):
             raise ValueError("two sums have the same name")
-        if not 0 < self.largest_weight < math.inf:
-            raise ValueError(f"the largest weight must be a number above 0, not {self.largest_weight}")
         if self.peak < 2:
             raise ValueError(
                 f"a cohort of {self.clients} does not fit a ring of {self.bits} bits: at most {self.half // 2} clients "
@@ -141,7 +138,7 @@ class Sums:
     def digest(self) -> bytes:
         """A hash of everything here, which the session's identity covers."""
         facts = [f"{entry.name!r}/{entry.length}/{float(entry.bound)!r}/{entry.kind}" for entry in self.sums]
-        facts += [f"{self.clients}/{self.bits}/{self.weight_levels}/{float(self.largest_weight)!r}"]
+        facts += [f"{self.clients}/{self.bits}/{self.weight_levels}"]
         return sha256("\n".join(facts).encode()).digest()
 
     def scale(self, name: str) -> float:
@@ -150,10 +147,10 @@ class Sums:
         return (self.peak - 1) / entry.bound if entry.kind in ("weighted", "plain") else 1.0
 
     def level(self, weight: float) -> int:
-        """A weight as a whole number of levels; those above the largest are cut to it."""
-        if not 0 <= weight < math.inf:
-            raise ValueError("a client's weight must be a number of at least 0")
-        return round(min(weight, self.largest_weight) / self.largest_weight * self.weight_levels)
+        """A weight as a whole number of levels; ValueError above 1, where the rule's other sums would keep it whole."""
+        if not 0 <= weight <= 1:
+            raise ValueError("a client's weight must be a number from 0 to 1")
+        return round(weight * self.weight_levels)
 
     def encode(self, values: Mapping[str, np.ndarray], weight: float, rng: np.random.Generator) -> np.ndarray:
         """A client's ring vector (L,) uint32; ValueError for NaN, infinity, and counts that are out of range."""
@@ -214,7 +211,7 @@ class Sums:
     def decode_head(self, total_L: np.ndarray) -> tuple[int, float]:
         """How many clients there are, and the sum of their weights, from the coordinates before the sums."""
         levels = self.weight_levels
-        weight = int(total_L[1]) * self.largest_weight / levels if levels else float(total_L[0])
+        weight = int(total_L[1]) / levels if levels else float(total_L[0])
         return int(total_L[0]), weight
 
     def decode_part(self, name: str, total: np.ndarray) -> np.ndarray:
@@ -226,9 +223,7 @@ class Sums:
         signed = (total << np.uint32(shift)).view(np.int32) >> np.int32(shift)  # the ring's sign bit moved to the top
         if entry.kind == "noisy":
             return signed.astype(np.int64)
-        # A weighted value was multiplied by weight / largest_weight.
-        unit = self.scale(name) / (self.largest_weight if entry.kind == "weighted" else 1.0)
-        return signed / np.float64(unit)
+        return signed / np.float64(self.scale(name))
 
     def _entry(self, name: str) -> Sum:
         return next(entry for entry in self.sums if entry.name == name)

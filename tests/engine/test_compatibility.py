@@ -41,7 +41,7 @@ def test_what_does_not_go_together_is_refused_and_the_way_out_works(small_recipe
 
 
 def test_gangs_hide_no_sums_that_are_shorter_than_the_update(small_recipe):
-    private = "privacy.secagg={mode='ideal', bounds={weights=8.0}}"
+    private = "privacy={rows_cap=8, secagg={mode='ideal', bounds={weights=8.0}}}"
     changes = ("strategy=fednova", SGD, private)
     small_recipe(*changes)
     with pytest.raises(ValueError, match=r"'fednova' sends 'weights' .* leave privacy\.secagg, or clients\.zero, out"):
@@ -62,7 +62,7 @@ class Beside(FedAvg):
 
 
 def test_gangs_add_no_noise_to_sums_that_are_shorter_than_the_update(small_recipe):
-    private = "privacy.dp={kind='central', noise_multiplier=1, clip=1, delta=0.1, joint=true, weight_cap=1}"
+    private = "privacy={rows_cap=8, dp={kind='central', noise_multiplier=1, clip=1, delta=0.1, joint=true}}"
     recipe = small_recipe(private, GANGS)
     with pytest.raises(ValueError, match=r"'Beside' sends 'change' .* leave privacy\.dp, or clients\.zero, out"):
         replace(recipe, strategy=Beside())
@@ -72,11 +72,11 @@ def test_gangs_add_no_noise_to_sums_that_are_shorter_than_the_update(small_recip
 
 @pytest.mark.parametrize("kind", ["flexlora", "hetlora"])
 def test_private_clients_of_mixed_ranks_leave_each_others_ranks_alone(small_recipe, kind):
-    private = "privacy.dp={kind='central', noise_multiplier=1, clip=1, delta=0.1, joint=true, weight_cap=1}"
+    private = "privacy={rows_cap=8, dp={kind='central', noise_multiplier=1, clip=1, delta=0.1, joint=true}}"
     with pytest.raises(ValueError, match=r'take "flora", or leave model\.peft\.ranks out'):
         small_recipe(private, LIKE_RANKS, f"strategy={kind}")
     small_recipe(private, LIKE_RANKS, "strategy=flora")
-    small_recipe(private, f"strategy={kind}")
+    small_recipe(private, f"strategy={kind}", "strategy.weighting=examples")
 
 
 def test_ranks_are_drawn_by_their_shares(small_recipe):

@@ -7,6 +7,7 @@ import pytest
 from strategies import Strategies
 
 FULL = "privacy.secagg.mode=full"
+CAPPED = "privacy.rows_cap=20"
 UNIFORM = "strategy={kind='fedavg', weighting='uniform'}"
 EACH = [kind().kind for kind in get_args(Strategies) if kind.reads != "sum"]
 
@@ -14,7 +15,7 @@ EACH = [kind().kind for kind in get_args(Strategies) if kind.reads != "sum"]
 @pytest.mark.parametrize("mode", ["ideal", "full"])
 @pytest.mark.parametrize("kind", EACH)
 def test_every_rule_that_reads_more_than_a_sum_is_refused(small_recipe, kind, mode):
-    changes = (f"strategy={kind}", "cohort.size=15", f"privacy.secagg.mode={mode}")
+    changes = (f"strategy={kind}", "cohort.size=15", f"privacy.secagg.mode={mode}", "privacy.rows_cap=20")
     with pytest.raises(ValueError, match=r"secure aggregation gives the server one sum a round: take .*\"centred_clip"):
         small_recipe(*changes)
     small_recipe(*changes, "privacy.secagg.mode=off")
@@ -24,41 +25,56 @@ def test_every_rule_that_reads_more_than_a_sum_is_refused(small_recipe, kind, mo
 @pytest.mark.parametrize(
     ("changes", "said", "mended"),
     [
-        (["strategy=local", FULL], "sends nothing that could be summed", ["strategy=fedavg"]),
-        (["strategy=qfedavg", "strategy.lipschitz=1.0", FULL], "weight_cap", None),
-        (["strategy=hetlora", FULL], "weighs clients without a bound", ["strategy.weighting=examples"]),
+        (["strategy=local", FULL, CAPPED], "sends nothing that could be summed", ["strategy=fedavg"]),
+        (["strategy=fedavg", FULL], r"set privacy\.rows_cap, or", [CAPPED]),
+        (["strategy=fedavg", FULL], r"weighs clients by their rows", ["strategy.weighting=uniform"]),
+        (["strategy=qfedavg", "strategy.lipschitz=1.0", FULL, CAPPED], "without a bound", ["strategy=fedavg"]),
+        (["strategy=hetlora", FULL, CAPPED], "weighs clients without a bound", ["strategy.weighting=examples"]),
         (
             ["strategy=scaffold", "train.optimizer={kind='sgd', lr=0.1}", FULL],
             r"sends the sum 'c' beside .* set privacy\.secagg\.bounds\.c",
             ["privacy.secagg.bounds={c=1.0}"],
         ),
-        (["privacy.secagg.bounds={d=1.0}", FULL], "names 'd', but .* sends no such sum", ["privacy.secagg.bounds={}"]),
-        (["privacy.secagg.threshold=9", FULL], "threshold must be 2 to 5", ["privacy.secagg.threshold=4"]),
-        (["privacy.secagg.neighbours=3", FULL], "number of neighbours must be", ["privacy.secagg.neighbours=4"]),
         (
-            ["privacy.secagg.active=true", "privacy.secagg.threshold=2", FULL],
+            ["privacy.secagg.bounds={d=1.0}", FULL, CAPPED],
+            "names 'd', but .* sends no such sum",
+            ["privacy.secagg.bounds={}"],
+        ),
+        (["privacy.secagg.threshold=9", FULL, CAPPED], "threshold must be 2 to 5", ["privacy.secagg.threshold=4"]),
+        (
+            ["privacy.secagg.neighbours=3", FULL, CAPPED],
+            "number of neighbours must be",
+            ["privacy.secagg.neighbours=4"],
+        ),
+        (
+            ["privacy.secagg.active=true", "privacy.secagg.threshold=2", FULL, CAPPED],
             "active profile",
             ["privacy.secagg.threshold=4"],
         ),
-        (["cohort.size=1", FULL], "at least 2 clients", ["cohort.size=2"]),
+        (["cohort.size=1", FULL, CAPPED], "at least 2 clients", ["cohort.size=2"]),
         (
-            ["privacy.secagg.bits=8", "cohort.size=80", FULL],
+            ["privacy.secagg.bits=8", "cohort.size=80", FULL, CAPPED],
             r"a cohort of 80 does not fit a ring of 8 bits: at most 63 clients do",
             ["cohort.size=63"],
         ),
-        (["privacy.secagg.min_contributors=6", FULL], "more than the 5 clients of a cohort", ["cohort.size=6"]),
-        (["privacy.secagg.min_contributors=1", FULL], "must be at least 2", ["privacy.secagg.min_contributors=2"]),
-        (["privacy.secagg.bound=0.0", FULL], "numbers above 0, but bound is 0", ["privacy.secagg.bound=0.1"]),
+        (["privacy.secagg.min_contributors=6", FULL, CAPPED], "more than the 5 clients of a cohort", ["cohort.size=6"]),
+        (
+            ["privacy.secagg.min_contributors=1", FULL, CAPPED],
+            "must be at least 2",
+            ["privacy.secagg.min_contributors=2"],
+        ),
+        (["privacy.secagg.bound=0.0", FULL, CAPPED], "numbers above 0, but bound is 0", ["privacy.secagg.bound=0.1"]),
         (
             [
                 "strategy={kind='hetlora', weighting='examples'}",
                 "model.peft={kind='lora', r=8, ranks=[{r=4, share=0.9}, {r=8, share=0.1}]}",
                 FULL,
+                CAPPED,
             ],
             r"0.5 clients are expected to have rank 8",
             ["cohort.size=20"],
         ),
-        (["privacy.dp={kind='central', noise_multiplier=1.0}"], "weighs clients without a bound", [UNIFORM]),
+        (["privacy.dp={kind='central', noise_multiplier=1.0}"], "weighs clients by their rows", [UNIFORM]),
         (
             ["privacy.dp={kind='distributed', noise_multiplier=1.0}", UNIFORM],
             "hides nothing where the server sees single updates",
@@ -94,7 +110,7 @@ def test_every_rule_that_reads_more_than_a_sum_is_refused(small_recipe, kind, mo
             "which tells how many came",
             ["privacy.dp.sampling=none"],
         ),
-        (["evaluate.without_privacy=true"], "there is no privacy to do without", [FULL]),
+        (["evaluate.without_privacy=true", CAPPED], "there is no privacy to do without", [FULL]),
         (["clients.availability.dropout=1.0"], "below 1", ["clients.availability.dropout=0.9"]),
         (["clients.availability.deadline_s=0.0"], "must be above 0", ["clients.availability.deadline_s=1.0"]),
     ],
@@ -102,15 +118,13 @@ def test_every_rule_that_reads_more_than_a_sum_is_refused(small_recipe, kind, mo
 def test_what_privacy_does_not_go_with(small_recipe, changes, said, mended):
     with pytest.raises(ValueError, match=said):
         small_recipe(*changes)
-    if mended is None:
-        mended = ["privacy.secagg.weight_cap=10.0", "privacy.secagg.bounds={bend=10.0}"]
     small_recipe(*changes, *mended)
 
 
 def test_kinds_may_be_given_by_their_name_alone(small_recipe):
     recipe = small_recipe("privacy.dp=none")
     assert recipe.privacy.dp.kind == "none" and not recipe.privacy.secure and recipe.privacy.simulated
-    assert not small_recipe(FULL).privacy.simulated
+    assert not small_recipe(FULL, CAPPED).privacy.simulated
 
 
 def test_who_drops_out_is_a_function_of_the_seed(small_recipe):

@@ -6,6 +6,7 @@ from engine.spending import Spending, plan_noise
 from strategies.dp_central import CentralDp
 from strategies.layout import Layout
 
+WEIGHTS = "weights min(rows, 20) / 20"
 LAYOUT = Layout(("w",), ((3,),))
 DP = "privacy.dp={kind='central', noise_multiplier=1.0, delta=1e-3}"
 
@@ -19,12 +20,13 @@ def plan(small_recipe):
 
 def test_what_is_spent_is_on_disk_before_noise_is_drawn(plan, tmp_path):
     path = tmp_path / "privacy.json"
-    spending = Spending.open(path, plan, simulated=False, round_=0)
+    spending = Spending.open(path, plan, WEIGHTS, simulated=False, round_=0)
     assert not path.exists()
     first, second = spending.charge(3), spending.charge(3)
     assert 0 < first.epsilon < second.epsilon
     said = json.loads(path.read_text())
-    assert said["rounds"] == 2 and said["epsilon"] == second.epsilon and said["statement"] == str(second)
+    assert said["rounds"] == 2 and said["epsilon"] == second.epsilon and said["statement"] == f"{second}, {WEIGHTS}"
+    assert said["weights"] == WEIGHTS
     assert (said["unit"], said["sampling"], said["simulated"]) == ("client", "none", False)
 
 
@@ -32,25 +34,25 @@ def test_what_is_spent_is_on_disk_before_noise_is_drawn(plan, tmp_path):
 def test_a_damaged_account_of_what_is_spent_is_named(plan, tmp_path, content):
     (tmp_path / "privacy.json").write_text(content)
     with pytest.raises(ValueError, match=r"privacy\.json, which says what privacy has been spent, cannot be read"):
-        Spending.open(tmp_path / "privacy.json", plan, simulated=False, round_=3)
+        Spending.open(tmp_path / "privacy.json", plan, WEIGHTS, simulated=False, round_=3)
 
 
 def test_fresh_noise_of_a_round_that_is_run_again_is_charged_again(plan, tmp_path):
     path = tmp_path / "privacy.json"
-    before = Spending.open(path, plan, simulated=False, round_=0)
+    before = Spending.open(path, plan, WEIGHTS, simulated=False, round_=0)
     spent = [before.charge(3).epsilon for _ in range(3)]
     # The last checkpoint is of round 1: rounds 2 and 3 are run again.
-    again = Spending.open(path, plan, simulated=False, round_=1)
+    again = Spending.open(path, plan, WEIGHTS, simulated=False, round_=1)
     assert again.charge(3).epsilon > spent[-1] and again.charged == 4
-    seeded = Spending.open(path, plan, simulated=True, round_=1)
+    seeded = Spending.open(path, plan, WEIGHTS, simulated=True, round_=1)
     assert seeded.charge(3).epsilon == spent[1] and "simulated" in str(seeded.charge(3))
 
 
 def test_example_level_noise_counts_local_steps(small_recipe, tmp_path):
     recipe = small_recipe("privacy.dp={kind='example', noise_multiplier=1.0, delta=1e-3}")
     plan = plan_noise(recipe, LAYOUT, 100, 40, 12).plan
-    one = Spending.open(tmp_path / "a.json", plan, simulated=True, round_=0).charge(6)
-    many = Spending.open(tmp_path / "b.json", plan, simulated=True, round_=0)
+    one = Spending.open(tmp_path / "a.json", plan, WEIGHTS, simulated=True, round_=0).charge(6)
+    many = Spending.open(tmp_path / "b.json", plan, WEIGHTS, simulated=True, round_=0)
     assert (one.unit, one.steps) == ("example", 6)
     assert [many.charge(3).steps for _ in range(2)] == [3, 6]
 

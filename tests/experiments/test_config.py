@@ -135,6 +135,12 @@ def test_malformed_changes(change: str, said: str) -> None:
         ({"strategy": {"kind": "fedavg", "mu": 1.0}}, "no key 'strategy.mu'"),
         ({"data": {"source": {"kind": "jsonl", "path": "x", "pth": "y"}}}, "'data.source.pth'; did you mean 'path'?"),
         ({"privacy": {"secagg": {"mod": "off"}}}, "no key 'privacy.secagg.mod'; did you mean 'mode'?"),
+        ({"privacy": {"secagg": {"weight_cap": 0.5}}}, "no key 'privacy.secagg.weight_cap' any more"),
+        (
+            {"privacy": {"dp": {"kind": "central", "noise_multiplier": 1.0, "weight_cap": 0.5}}},
+            "no key 'privacy.dp.weight_cap' any more; a client's weight is min(rows, rows_cap) / rows_cap: "
+            "set privacy.rows_cap, a number of rows",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest(sections: dict[str, Any], said: str) -> None:

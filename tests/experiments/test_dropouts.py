@@ -11,7 +11,7 @@ from engine.events import RoundDone
 from engine.metrics import read_log
 from experiments.screen import Screen
 
-SECURED = ("privacy.secagg={mode='full', dropout=0.6}", "cohort.size=8")
+SECURED = ("privacy.secagg={mode='full', dropout=0.6}", "privacy.rows_cap=20", "cohort.size=8")
 
 
 def gone(run):

@@ -103,7 +103,15 @@ def test_secured_shards_are_the_secured_vector(ray_session, small_recipe, tmp_pa
         pytest.skip("most of a minute: gangs in the clear, and secured runs in plain slots, are tried beside it")
     sgd = "train.optimizer={kind='sgd', lr=0.1}"
     bounds = ("privacy.secagg.bounds={c=1.0}",) if strategy == "scaffold" else ()
-    changes = (*SMALL, f"strategy={strategy}", sgd, "rounds=2", "privacy.secagg.mode=full", *bounds)
+    changes = (
+        *SMALL,
+        f"strategy={strategy}",
+        sgd,
+        "rounds=2",
+        "privacy.rows_cap=20",
+        "privacy.secagg.mode=full",
+        *bounds,
+    )
     gangs = experiments.run(small_recipe(*changes, ZERO), out=tmp_path / "gangs")
     plain = experiments.run(small_recipe(*changes), out=tmp_path / "plain")
     assert apart(gangs, plain) < 1e-5

@@ -39,7 +39,9 @@ def test_a_private_run_says_what_it_cost_and_who_saw_what(ray_session, small_rec
     # The server learns no client's figures, the metrics know of a round's clients only together.
     train = run.metrics.filter(pc.equal(run.metrics["split"], "train")).to_pylist()
     assert {row["client"] for row in train} == {None} and {row["name"] for row in train} == {"loss", "tokens"}
-    assert str(privacy["epsilon"])[:4] in (run.model / "README.md").read_text()
+    assert privacy["statement"].endswith(f", {privacy['weights']}") and privacy["weights"] == "weight 1 for each client"
+    assert privacy["statement"] in (run.model / "README.md").read_text()
+    assert privacy["statement"] in (run.folder / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -13,7 +13,14 @@ from engine.metrics import read_log
 from strategies.fedavg import FedAvg
 
 ZERO = "clients.zero={stage=2, ranks=2, timeout_s=15}"
-SMALL = ("clients.slots=1", "rounds=1", "cohort.size=3", "evaluate.every=0", "privacy.secagg.mode=full", ZERO)
+SMALL = (
+    "clients.slots=1",
+    "rounds=1",
+    "cohort.size=3",
+    "evaluate.every=0",
+    ZERO,
+    "privacy={rows_cap=20, secagg={mode='full'}}",
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from engine.metrics import read_log
 
 SLOW = "clients.availability={deadline_s=3, step_s=1, slowness=1}"  # three steps: half of all are in time
 CHANGES = ("evaluate.every=0", "cohort.size=8", SLOW)
-SECURED = "privacy.secagg={mode='full', dropout=0.6}"
+SECURED = "privacy={rows_cap=20, secagg={mode='full', dropout=0.6}}"
 ADAPTER = "adapter_model.safetensors"
 
 

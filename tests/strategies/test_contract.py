@@ -44,7 +44,9 @@ def test_what_a_class_lacks_is_named() -> None:
 
     assert not any(lacks(kind) for kind in get_args(Strategies))
     missing = lacks(Nothing)
-    assert {"reads", "paper", "freezes", "broadcast", "finish"} <= set(missing) and "apply" not in missing
+    assert {"reads", "paper", "freezes", "bounded_weights", "broadcast", "finish"} <= set(
+        missing
+    ) and "apply" not in missing
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,14 @@ class Melts(FedAvg):
     __setattr__ = object.__setattr__
 
 
+@dataclass(frozen=True)
+class Heavy(FedAvg):
+    """Weighs clients by what they have learnt, and does not say that this has no bound."""
+
+    def finish(self, update, got, memory, ends=None):
+        return replace(update, weight=float(update.delta.norm())), memory
+
+
 @pytest.mark.parametrize(
     ("broken", "check", "sentence"),
     [
@@ -182,6 +192,7 @@ class Melts(FedAvg):
         (Leaks, "what_is_frozen_is_neither_sent_nor_trained", "coordinates of 'delta' that live calls frozen"),
         (Creeps, "what_is_frozen_is_neither_sent_nor_trained", "leaves a gradient where trained says"),
         (Stays, "rounds_count_up_by_one", "apply must add one to round"),
+        (Heavy, "weights_stay_within_one_where_the_class_says_so", "bounded_weights is True, but"),
         (Melts, "it_travels_and_says_what_it_is", "frozen=True"),
     ],
 )

@@ -30,21 +30,20 @@ def update(delta: list[float], weight: float = 1.0, **extras: list[float]) -> Up
     return Update(3, weight, torch.tensor(delta, dtype=torch.float32), tensors)
 
 
-def test_an_update_is_clipped_as_one_vector_and_its_weight_capped() -> None:
-    # A cap of 2 makes 0.25 of the weight 0.5, and 12 of the weighted 24: |(3, 0, -4, 12)| = 13
-    clipped, norm = bounded(update([3, 0, -4], 0.5, c=[24]), 6.5, 2.0, joint=True)
-    assert norm == 13 and clipped.weight == 0.25
+def test_an_update_is_clipped_as_one_vector_and_keeps_its_weight() -> None:
+    # |(3, 0, -4, 12)| = 13
+    clipped, norm = bounded(update([3, 0, -4], 0.5, c=[12]), 6.5, joint=True)
+    assert norm == 13 and clipped.weight == 0.5
     torch.testing.assert_close(clipped.delta, torch.tensor([1.5, 0, -2]))
     torch.testing.assert_close(clipped.extras["c"], torch.tensor([6.0]))
-    assert bounded(update([3, 0, -4], 9.0), 6.5, 2.0, joint=False)[0].weight == 1
-    same, norm = bounded(update([3, 0, -4]), 5.0, None, joint=False)
+    same, norm = bounded(update([3, 0, -4]), 5.0, joint=False)
     assert norm == 5 and same.delta.tolist() == [3, 0, -4]
 
 
 @pytest.mark.parametrize(
     ("sent", "joint", "message"),
     [
-        (update([1.0], 0.5), False, "client 3 has a weight other than 1"),
+        (update([1.0], 1.5), False, "client 3 has the weight 1.5, and clipping needs one from 0 to 1"),
         (update([1.0], 1.0, c=[1.0]), False, r"client 3 sends \['c'\] beside its delta, which nothing clips"),
         (update([math.nan]), False, "client 3 holds NaN or infinity"),
         (update([1.0], 1.0, c=[math.inf]), True, "client 3 holds NaN or infinity"),
@@ -52,13 +51,13 @@ def test_an_update_is_clipped_as_one_vector_and_its_weight_capped() -> None:
 )
 def test_what_would_not_be_bounded_is_refused(sent: Update, joint: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bounded(sent, 1.0, None, joint)
+        bounded(sent, 1.0, joint)
 
 
 @pytest.mark.parametrize("weight", [math.nan, -1.0, math.inf])
 def test_weights_that_are_none(weight: float) -> None:
-    with pytest.raises(ValueError, match="has no finite weight of at least 0"):
-        bounded(update([1.0], weight), 1.0, 2.0, joint=False)
+    with pytest.raises(ValueError, match="clipping needs one from 0 to 1"):
+        bounded(update([1.0], weight), 1.0, joint=False)
 
 
 def test_one_client_moves_the_sums_by_the_clipping_norm_at_most() -> None:
@@ -66,8 +65,8 @@ def test_one_client_moves_the_sums_by_the_clipping_norm_at_most() -> None:
     for _ in range(1000):
         size, clip = 10 ** draw.uniform(-3, 6), 10 ** draw.uniform(-2, 2)
         values = torch.from_numpy(draw.normal(size=50) * size).float()
-        sent = Update(0, 10 ** draw.uniform(-3, 3), values[:40], {"c": values[40:]})
-        got, _ = bounded(sent, clip, 10 ** draw.uniform(-3, 3), joint=True)
+        sent = Update(0, 10 ** draw.uniform(-3, 0), values[:40], {"c": values[40:]})
+        got, _ = bounded(sent, clip, joint=True)
         moved = math.hypot(
             float(torch.linalg.vector_norm(got.delta.double() * got.weight)),
             float(torch.linalg.vector_norm(got.extras["c"].double())),
@@ -131,7 +130,6 @@ def test_no_noise_is_an_infinite_epsilon() -> None:
         ({"epsilon": 0.0}, "epsilon must be a number above 0, not 0.0"),
         ({"noise_multiplier": 1.0, "delta": 1.0}, "delta must be above 0 and below 1, not 1.0"),
         ({"noise_multiplier": 1.0, "clip": 0.0}, r"privacy\.dp\.clip is the largest L2 norm"),
-        ({"noise_multiplier": 1.0, "weight_cap": 0.0}, r"privacy\.dp\.weight_cap must be a number above 0"),
     ],
 )
 def test_faults_of_the_section(wrong: dict[str, float], message: str) -> None:

@@ -11,11 +11,8 @@ from strategies.dp_checks import check_dp
 from strategies.dp_distributed import DistributedDp
 from strategies.dp_example import ExampleDp
 from strategies.fedavg import FedAvg
-from strategies.fednova import FedNova
 from strategies.local_only import LocalOnly
 from strategies.lora_flex import FlexLora
-from strategies.lora_het import HetLora
-from strategies.qfedavg import QFedAvg
 
 KINDS = [kind(noise_multiplier=0.1) for kind in (CentralDp, AdaptiveDp, DistributedDp)]
 UNIFORM = FedAvg(weighting="uniform")
@@ -29,18 +26,6 @@ def test_rules_that_read_more_than_a_sum_are_refused(dp: CentralDp, strategy: ty
     what = "each update" if strategy.reads == "each" else "several sums"
     with pytest.raises(ValueError, match=f"strategy {strategy.__name__} reads {what}"):
         check_dp(dp, strategy(), (), "full")
-
-
-@pytest.mark.parametrize("dp", KINDS, ids=lambda dp: dp.kind)
-def test_weights_without_bound_are_refused(dp: CentralDp) -> None:
-    for strategy in (FedAvg(), HetLora(), QFedAvg(), FedNova(weighting="uniform")):
-        with pytest.raises(ValueError, match=r"weighs clients without a bound.*weight_cap"):
-            check_dp(dp, strategy, (), "full")
-    check_dp(dp, UNIFORM, (), "full")
-
-
-def test_capped_weights_pass() -> None:
-    check_dp(CentralDp(noise_multiplier=1.0, weight_cap=1.0), FedAvg(), (), "off")
 
 
 @pytest.mark.parametrize("dp", KINDS, ids=lambda dp: dp.kind)

@@ -101,13 +101,13 @@ def test_a_ring_that_is_too_small_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["skellam", "discrete_gaussian"])
 @pytest.mark.parametrize("bits", [16, 32])
 def test_the_mean_through_the_ring(kind: str, bits: int) -> None:
-    dp = DistributedDp(noise_multiplier=0.5, noise=kind, clip=2.0, weight_cap=2.0, joint=True)
+    dp = DistributedDp(noise_multiplier=0.5, noise=kind, clip=2.0, joint=True)
     plan = dp.plan(UniformCohort(size=10), 1000, 5, 300, bits)
     draw = rng(3, 0, 0, "sample")
     flips, total, exact = drawn_signs(plan), np.zeros(512, np.int64), np.zeros(300)
     for client in range(10):
         values = torch.from_numpy(draw.normal(size=300) * 0.05).float()
-        sent = Update(client, 1.0, values[:260], {"b": values[260:270], "a": values[270:]})
+        sent = Update(client, 0.5, values[:260], {"b": values[260:270], "a": values[270:]})
         total += plan.encode(sent, flips, words(client))
         exact += np.concatenate([values[:260].numpy() / 2, values[270:].numpy(), values[260:270].numpy()])
     got = plan.decode(wrapped(total, bits), 10, {"a": 30, "b": 10}, flips)
@@ -143,11 +143,11 @@ def test_epsilon_of_the_ring_is_near_that_of_central_noise(kind: str) -> None:
 
 def test_the_integers_of_one_client_move_the_sum_by_what_epsilon_counts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dp_distributed, "skellam", lambda source, count, variance: np.zeros(count, np.int64))
-    plan = DistributedDp(noise_multiplier=1.0, weight_cap=1.0).plan(UniformCohort(size=10), 100, 5, 60, 16)
+    plan = DistributedDp(noise_multiplier=1.0).plan(UniformCohort(size=10), 100, 5, 60, 16)
     flips, draw = drawn_signs(plan), rng(4, 0, 0, "sample")
     longest = 0.0
     for seed in range(1000):
-        sent = Update(0, 10 ** draw.uniform(-2, 1), torch.from_numpy(draw.normal(size=60)).float() * 100)
+        sent = Update(0, min(1.0, 10 ** draw.uniform(-2, 1)), torch.from_numpy(draw.normal(size=60)).float() * 100)
         longest = max(longest, float(np.linalg.norm(plan.encode(sent, flips, words(seed)))))
     assert isinstance(plan.noise, SkellamSum)
     assert 0.999 * plan.noise.norm < longest <= plan.noise.norm

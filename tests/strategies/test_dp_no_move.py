@@ -47,13 +47,13 @@ COHORTS = {  # the expected cohort, and how many clients come, round after round
 def accepted(dp: CentralDp | DistributedDp, *, mixed_ranks: bool = False) -> list[Strategy]:
     """The strategies that go with it, and FlexLoRA's sketches."""
     found: list[Strategy] = []
-    for strategy in [*(kind() for kind in get_args(Strategies)), FlexLora(sketch=1)]:
+    for strategy in [*(kind() for kind in get_args(Strategies)), FlexLora(sketch=1), HetLora(weighting="uniform")]:
         layout = LORA if strategy.needs_lora else FULL
         try:
             check_dp(dp, strategy, strategy.beside(layout), "ideal", mixed_ranks=mixed_ranks)
         except ValueError:
             continue
-        if strategy.mixed_ranks or not mixed_ranks:
+        if strategy.bounded_weights and (strategy.mixed_ranks or not mixed_ranks):
             found.append(strategy)
     return found
 
@@ -100,12 +100,10 @@ def hold_still(case: Case, before: ServerState, after: ServerState) -> None:
 
 @pytest.mark.parametrize("cohort", COHORTS)
 @pytest.mark.parametrize("kind", DPS, ids=lambda kind: kind.kind)
-@pytest.mark.parametrize(
-    "strategy", accepted(CentralDp(noise_multiplier=0, joint=True, weight_cap=1.0)), ids=lambda s: s.kind
-)
+@pytest.mark.parametrize("strategy", accepted(CentralDp(noise_multiplier=0, joint=True)), ids=lambda s: s.kind)
 def test_without_training_the_model_stays(strategy: Strategy, kind: type[CentralDp], cohort: str) -> None:
     expected, sizes = COHORTS[cohort]
-    dp = kind(noise_multiplier=0, clip=CLIP, joint=True, weight_cap=1.0)
+    dp = kind(noise_multiplier=0, clip=CLIP, joint=True)
     plan, case = dp.plan(PoissonCohort(size=expected), POPULATION, ROUNDS), case_of(strategy)
     before = state = begin(case, plan)
     clip = CLIP
@@ -118,12 +116,12 @@ def test_without_training_the_model_stays(strategy: Strategy, kind: type[Central
 @pytest.mark.parametrize("cohort", COHORTS)
 @pytest.mark.parametrize(
     "strategy",
-    accepted(CentralDp(noise_multiplier=0, joint=True, weight_cap=1.0), mixed_ranks=True),
+    accepted(CentralDp(noise_multiplier=0, joint=True), mixed_ranks=True),
     ids=lambda s: s.kind,
 )
 def test_without_training_the_model_stays_under_mixed_ranks(strategy: Strategy, cohort: str) -> None:
     expected, sizes = COHORTS[cohort]
-    dp = CentralDp(noise_multiplier=0, clip=CLIP, joint=True, weight_cap=1.0)
+    dp = CentralDp(noise_multiplier=0, clip=CLIP, joint=True)
     plan, case = dp.plan(PoissonCohort(size=expected), POPULATION, ROUNDS), case_of(strategy)
     before = state = case.start()
     for round_ in range(ROUNDS):
@@ -131,13 +129,11 @@ def test_without_training_the_model_stays_under_mixed_ranks(strategy: Strategy, 
     hold_still(case, before, state)
 
 
-@pytest.mark.parametrize(
-    "strategy", accepted(DistributedDp(noise_multiplier=1.0, joint=True, weight_cap=1.0)), ids=lambda s: s.kind
-)
+@pytest.mark.parametrize("strategy", accepted(DistributedDp(noise_multiplier=1.0, joint=True)), ids=lambda s: s.kind)
 def test_without_training_clients_add_noise_alone_to_the_ring(strategy: Strategy) -> None:
     """What a client adds is what one of zeros adds; the sum of zeros leaves the model, for few and for many clients."""
     case = case_of(strategy)
-    dp = DistributedDp(noise_multiplier=1.0, clip=CLIP, joint=True, weight_cap=1.0, survivors=0.5)
+    dp = DistributedDp(noise_multiplier=1.0, clip=CLIP, joint=True, survivors=0.5)
     beside = strategy.beside(case.layout)
     plan = dp.plan(UniformCohort(size=4), POPULATION, ROUNDS, case.layout.size + sum(beside.values()))
     before = state = case.start()
@@ -160,7 +156,7 @@ def words(client: int) -> Words:
 
 
 def test_the_law_is_held_against_all_that_private_runs_may_take() -> None:
-    dp = CentralDp(noise_multiplier=0, joint=True, weight_cap=1.0)
+    dp = CentralDp(noise_multiplier=0, joint=True)
     assert {strategy.kind for strategy in accepted(dp)} == {
         *("fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco", "feddyn", "centred_clipping"),
         *("ditto", "ffa", "fedsa", "feddpa", "rolora", "flora", "flexlora", "hetlora", "fedex", "fedsvd", "fedsb"),
@@ -256,7 +252,7 @@ class Follows(Counts):
 
 @pytest.mark.parametrize("kind", [CentralDp, AdaptiveDp, DistributedDp], ids=lambda kind: kind.kind)
 def test_what_is_no_change_of_the_model_is_refused_whoever_wrote_the_rule(kind: type[CentralDp]) -> None:
-    dp = kind(noise_multiplier=1.0, joint=True, weight_cap=1.0)
+    dp = kind(noise_multiplier=1.0, joint=True)
     for strategy in (FedNova(), QFedAvg(), Scaffold(), Counts()):
         extras = strategy.beside(FULL)
         with pytest.raises(ValueError, match=rf'{type(strategy).__name__} sends {next(iter(extras))} .*"fedprox"'):
@@ -266,19 +262,18 @@ def test_what_is_no_change_of_the_model_is_refused_whoever_wrote_the_rule(kind: 
 
 @pytest.mark.parametrize("strategy", [FlexLora(), HetLora()], ids=lambda s: s.kind)
 def test_rules_whose_low_ranks_shrink_the_others_are_refused_under_mixed_ranks(strategy: Strategy) -> None:
-    dp = CentralDp(noise_multiplier=1.0, joint=True, weight_cap=1.0)
+    dp = CentralDp(noise_multiplier=1.0, joint=True)
     with pytest.raises(ValueError, match=r'beyond its own rank.*"flora", or leave model\.peft\.ranks out'):
         check_dp(dp, strategy, strategy.beside(LORA), "off", mixed_ranks=True)
     check_dp(dp, strategy, strategy.beside(LORA), "off")
     check_dp(dp, Flora(), Flora().beside(LORA), "off", mixed_ranks=True)
 
 
-def test_the_weights_cap_holds_for_what_goes_beside_the_update_too() -> None:
-    # Weight 0.5, cap 0.25: both count once. The product's change, weighted 0.5 * 1, becomes 1, as the delta's weight.
+def test_what_goes_beside_the_update_has_the_same_weight() -> None:
+    # The product's change is 1, the delta's weight 0.5: both count half.
     strategy = FedExLora()
     broadcast = strategy.broadcast(strategy.init(START, SMALL))
     update, _ = strategy.finish(Update(0, 0.5, MOVED - START), broadcast, {})
-    plan = CentralDp(noise_multiplier=0, clip=10.0, joint=True, weight_cap=0.25).plan(PoissonCohort(size=1), 10, 1)
-    sent = plan.encode(update, 10.0)
-    assert sent.weight == 1 and sent.delta.tolist() == [0, 0, 0.5, 0]
-    assert sent.extras["product"].tolist() == [1, 0, 0, 0]
+    sent = CentralDp(noise_multiplier=0, clip=10.0, joint=True).plan(PoissonCohort(size=1), 10, 1).encode(update, 10.0)
+    assert sent.weight == 0.5 and sent.delta.tolist() == [0, 0, 0.5, 0]
+    assert sent.extras["product"].tolist() == [0.5, 0, 0, 0]
