@@ -41,8 +41,9 @@ class Journal:
     def open(cls, run: Path, elsewhere: str | None, model: int) -> "Journal":
         """Reads what there is of a run whose present model is `model`."""
         folder = run / JOURNAL
-        files = {_round(path): path for path in folder.glob("round-*.json") if path.stem[6:].isdecimal()}
-        return cls(folder, elsewhere, model, {round_: _read(path, round_) for round_, path in files.items()})
+        numbers = {path: path.stem.removeprefix("round-") for path in sorted(folder.glob("round-*.json"))}
+        entries = {int(number): _read(path, int(number)) for path, number in numbers.items() if number.isdecimal()}
+        return cls(folder, elsewhere, model, entries)
 
     def clients(self, round_: int) -> frozenset[int] | None:
         """Whose sum of this round has been asked for; None where none has, or nobody can say."""
@@ -133,7 +134,3 @@ def _read(path: Path, round_: int) -> Unmasked | None:
 
 def _digest(facts: dict[str, object]) -> str:
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _round(path: Path) -> int:
-    return int(path.stem.removeprefix("round-"))

@@ -159,7 +159,7 @@ def test_where_nobody_moves_the_model_stays_for_twenty_secured_rounds(federation
     rows = dict(enumerate([5, 20, 50, 2000]))
     case = Case(rule, LORA, engine_sum, engine_stored)
     state = start = case.start()
-    sums = ring_sums(federation, LORA, None, 0.0, len(rows), 100)
+    sums = ring_sums(federation, LORA, None, 0.0, len(rows), 100, 0)
     metrics = {"steps": 1.0, "rates": 0.1, "loss": 1.0, "learnt": 10.0, "tokens": 12.0}
     for _ in range(20):
         got = rule.broadcast(state)
@@ -168,7 +168,7 @@ def test_where_nobody_moves_the_model_stays_for_twenty_secured_rounds(federation
             weight = federation.privacy.weight(number, max(rows.values()))
             still = rule.starts(got, {})[GLOBAL] - got.params
             update, _ = rule.finish(Update(client, weight, still, metrics=metrics), got, {})
-            vectors.append(ring_vector(update, sums, wire, federation))
+            vectors.append(ring_vector(update, sums, wire, federation, LORA))
         totals = sums.decode(np.sum(vectors, axis=0, dtype=np.uint32))
         assert totals.weight == pytest.approx(0.1 + 0.4 + 1.0 + 1.0, abs=1e-6)
         state = rule.apply(state, ring_aggregate(totals, federation, LORA, None, state.round)[0])
