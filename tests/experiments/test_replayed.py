@@ -11,6 +11,7 @@ import pytest
 import ray.cloudpickle
 
 import experiments
+from datasets_partition import location
 from engine.availability import LEFT_OUT
 from engine.events import DriverLost, RoundDone
 from engine.metrics import read_log
@@ -35,7 +36,8 @@ class Dying(FedAvg):
         return super().finish(update, got, memory, ends)
 
     def apply(self, state, aggregate):
-        """As FedAvg's, if the driver lives."""
+        """As FedAvg's, if the driver lives; the run's copy knows of the sum by then."""
+        assert (Path(self.folder) / "there" / "unmasked" / f"round-{state.round + 1:05d}.json").exists()
         died = Path(self.folder) / "died"
         play = "second" if died.exists() else "first"
         np.save(Path(self.folder) / f"{play}-{state.round + 1}.npy", aggregate.total.numpy())
@@ -52,10 +54,12 @@ def own_classes_travel():
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-def test_rounds_played_again_give_the_server_no_second_sum(ray_session, small_recipe, tmp_path):
+def test_rounds_played_again_give_the_server_no_second_sum(ray_session, small_recipe, tmp_path, monkeypatch):
+    (tmp_path / "node").mkdir()
+    monkeypatch.setattr(location.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
     recipe, told = small_recipe(*SMALL), []
     recipe = replace(recipe, strategy=Dying(folder=str(tmp_path)), clients=replace(recipe.clients, retries=0))
-    run = experiments.run(recipe, out=tmp_path / "run", on_event=told.append)
+    run = experiments.run(recipe, out=(tmp_path / "there").as_uri(), on_event=told.append)
     (lost,) = (place for place, event in enumerate(told) if isinstance(event, DriverLost))
     rounds = {event.round: event for event in told[lost:] if isinstance(event, RoundDone)}
     assert [event.clients for event in rounds.values()] == [7, 0, 8, 8]
@@ -70,6 +74,6 @@ def test_rounds_played_again_give_the_server_no_second_sum(ray_session, small_re
     rows = [row for row in read_log(run.folder / "faults").to_pylist() if row["kind"] == "round"]
     assert [(row["round"], row["who"]) for row in rows] == [(2, "2")] and why in rows[0]["why"]
     # On disk: of whom, and from which models, named by the last round in them.
-    entries = {path.name: json.loads(path.read_text()) for path in (run.folder / "unmasked").iterdir()}
+    entries = {path.name: json.loads(path.read_text()) for path in (tmp_path / "there" / "unmasked").iterdir()}
     assert [entries[f"round-0000{n}.json"]["models"] for n in (1, 2, 3, 4)] == [[0], [1], [2, 1], [3]]
     assert len(entries["round-00001.json"]["clients"]) == 7 and len(entries) == 4

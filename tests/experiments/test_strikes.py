@@ -139,5 +139,5 @@ def test_who_drops_out_with_its_slot_remembers_nothing_of_the_round(ray_session,
     recipe = replace(small_recipe(*changes), strategy=Unlucky(folder=str(tmp_path)))
     run = experiments.run(recipe, out=tmp_path / "run", on_event=told.append)
     (done,) = (event for event in told if isinstance(event, RoundDone))
-    assert 0 < done.dropped < 8 and done.aborted is None
-    assert len(list((run.folder / "memory").glob("*/*/00001.safetensors"))) == done.clients == 8 - done.dropped
+    assert 0 < len(done.gone) < 8 and done.aborted is None
+    assert len(list((run.folder / "memory").glob("*/*/00001.safetensors"))) == done.clients == 8 - len(done.gone)
