@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.driving import RunStopped
+from experiments.runs.driving import RunStopped
 
 app = typer.Typer(
     help="Federated post-training of open language models, simulated on Ray.",
@@ -64,10 +64,10 @@ def run(
         if dry:
             _dry(recipe, changes, {"--out": out, "--resume": resume, "--baselines": baselines, "--address": address})
             return
-        from experiments.api import run as run_recipe
-        from experiments.config import load_recipe
-        from experiments.driving import stopped_by_interrupt
-        from experiments.screen import Screen
+        from experiments.cli.screen import Screen
+        from experiments.config.recipe import load_recipe
+        from experiments.runs.api import run as run_recipe
+        from experiments.runs.driving import stopped_by_interrupt
 
         loaded = load_recipe(recipe, changes)
         with Screen(loaded.rounds, out) as screen, stopped_by_interrupt(screen.say, screen.begun) as stop:
@@ -88,8 +88,8 @@ def _dry(recipe: Path, changes: list[str] | None, others: dict[str, Any]) -> Non
     given = ", ".join(name for name, value in others.items() if value)
     if given:
         raise ValueError(f"--dry runs on this machine alone and leaves nothing behind: leave {given} out")
-    from experiments.config import load_recipe
-    from experiments.dry import show_dry
+    from experiments.config.recipe import load_recipe
+    from experiments.preflight.dry import show_dry
 
     if not show_dry(load_recipe(recipe, changes)):
         raise SystemExit(1)
@@ -111,7 +111,7 @@ def submit(
     """Run a recipe as a Ray job, with the present folder, and follow it to its end and exit code."""
 
     def work() -> None:
-        from experiments.submit import submit as submit_job
+        from experiments.runs.submit import submit as submit_job
 
         code = submit_job(recipe, changes or [], address, out, runtime_env, resume=resume, detach=detach)
         raise SystemExit(code)
@@ -124,7 +124,7 @@ def status(job: Job, address: Server, debug: Debug = False) -> None:
     """Tell how far a submitted run is."""
 
     def work() -> None:
-        from experiments.submit import show_status
+        from experiments.runs.submit import show_status
 
         show_status(job, address)
 
@@ -136,7 +136,7 @@ def stop(job: Job, address: Server, debug: Debug = False) -> None:
     """End a submitted run; --resume goes on with it."""
 
     def work() -> None:
-        from experiments.submit import stop as stop_job
+        from experiments.runs.submit import stop as stop_job
 
         stop_job(job, address)
 
@@ -148,8 +148,8 @@ def partition(recipe: RecipePath, changes: Changes = None, debug: Debug = False)
     """Give a recipe's rows to clients and show how uneven that is."""
 
     def work() -> None:
-        from experiments.config import load_recipe
-        from experiments.partition import show_partition
+        from experiments.cli.partition import show_partition
+        from experiments.config.recipe import load_recipe
 
         show_partition(load_recipe(recipe, changes))
 
@@ -167,8 +167,8 @@ def plan(
     """Tell what a recipe takes of memory, and which gangs would fit; exit code 1 if it does not fit."""
 
     def work() -> None:
-        from experiments.config import load_recipe, located
-        from experiments.plan import show_plan
+        from experiments.config.recipe import load_recipe, located
+        from experiments.preflight.plan import show_plan
 
         if not show_plan(located(load_recipe(recipe, changes)), device_gib, devices):
             raise SystemExit(1)
@@ -188,7 +188,7 @@ def report(
 
     def work() -> None:
         from experiments.bench.page import is_results, write_page
-        from experiments.report import write_report
+        from experiments.report.page import write_report
 
         if all(is_results(folder) for folder in folders):
             print(write_page(folders, out or folders[0] / "report.html"))
@@ -209,11 +209,11 @@ def strategies(
 
     def work() -> None:
         if check is None:
-            from experiments.listing import show_strategies
+            from experiments.cli.listing import show_strategies
 
             show_strategies()
             return
-        from experiments.contract import show_check
+        from experiments.cli.contract import show_check
 
         if not show_check(check):
             raise SystemExit(1)
@@ -226,7 +226,7 @@ def schema() -> None:
     """Print the JSON schema of a recipe."""
     import json
 
-    from experiments.config import schema as recipe_schema
+    from experiments.config.recipe import schema as recipe_schema
 
     print(json.dumps(recipe_schema(), indent=1))
 
@@ -257,11 +257,11 @@ def bench(
         if (scenario == "scale") != (recipe is not None):
             raise ValueError("fedpost bench scale takes a recipe, and no other benchmark does")
         if recipe is not None:
-            from experiments.bench.scale import scale
+            from experiments.bench.scenarios.scale import scale
 
             scale(recipe, slots, address, weak, as_json)
             return
-        figures = import_module(f"experiments.bench.{scenario}").measure(small=small)
+        figures = import_module(f"experiments.bench.scenarios.{scenario}").measure(small=small)
         show_results(scenario, figures, as_json)
 
     _guarded(work, debug)

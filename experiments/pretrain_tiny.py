@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from datasets_partition.python_docs import PythonDocs, documented
+from datasets_partition.sources.python_docs import PythonDocs, documented
 
 CORPUS = {  # wheel: its sha256; every package's metadata declare a BSD, MIT or Apache licence
     "bokeh==3.9.2": "448e07d5ee78231f5bdece3be020024bb98696c0d6b127e0e2df0b8ba8fa9765",

@@ -1,37 +1,37 @@
 """The federated algorithms: pure functions on tensors. The unions below are the registry, the same in every process."""
 
-from strategies.centred_clipping import CentredClipping
-from strategies.cohort import PoissonCohort, UniformCohort
-from strategies.diloco import DiLoCo
-from strategies.ditto import Ditto
-from strategies.fedavg import FedAvg
-from strategies.feddyn import FedDyn
-from strategies.fednova import FedNova
-from strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
-from strategies.fedprox import FedProx
-from strategies.local_only import LocalOnly
-from strategies.lora_feddpa import FedDpa
-from strategies.lora_fedex import FedExLora
-from strategies.lora_fedsa import FedSaLora
-from strategies.lora_fedsb import FedSb
-from strategies.lora_fedsvd import FedSvd
-from strategies.lora_ffa import FfaLora
-from strategies.lora_flex import FlexLora
-from strategies.lora_flora import Flora
-from strategies.lora_het import HetLora
-from strategies.lora_rolora import RoLora
-from strategies.qfedavg import QFedAvg
-from strategies.robust_bulyan import Bulyan
-from strategies.robust_krum import Krum, MultiKrum
-from strategies.robust_median import Median
-from strategies.robust_rfa import Rfa
-from strategies.robust_trimmed import TrimmedMean
-from strategies.scaffold import Scaffold
-from strategies.transform_clip import Clip
-from strategies.transform_int8 import Int8
-from strategies.transform_projection import Projection
-from strategies.transform_sign import Sign
-from strategies.transform_topk import TopK
+from strategies.averaging.diloco import DiLoCo
+from strategies.averaging.fedavg import FedAvg
+from strategies.averaging.feddyn import FedDyn
+from strategies.averaging.fednova import FedNova
+from strategies.averaging.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from strategies.averaging.fedprox import FedProx
+from strategies.averaging.qfedavg import QFedAvg
+from strategies.averaging.scaffold import Scaffold
+from strategies.core.cohort import PoissonCohort, UniformCohort
+from strategies.lora.fedex import FedExLora
+from strategies.lora.fedsa import FedSaLora
+from strategies.lora.fedsb import FedSb
+from strategies.lora.fedsvd import FedSvd
+from strategies.lora.ffa import FfaLora
+from strategies.lora.flexlora import FlexLora
+from strategies.lora.flora import Flora
+from strategies.lora.hetlora import HetLora
+from strategies.lora.rolora import RoLora
+from strategies.personalized.ditto import Ditto
+from strategies.personalized.feddpa import FedDpa
+from strategies.personalized.local_only import LocalOnly
+from strategies.robust.bulyan import Bulyan
+from strategies.robust.centered_clipping import CentredClipping
+from strategies.robust.krum import Krum, MultiKrum
+from strategies.robust.median import Median
+from strategies.robust.rfa import Rfa
+from strategies.robust.trimmed_mean import TrimmedMean
+from strategies.transforms.clip import Clip
+from strategies.transforms.int8 import Int8
+from strategies.transforms.projection import Projection
+from strategies.transforms.sign import Sign
+from strategies.transforms.topk import TopK
 
 Strategies = (
     FedAvg

@@ -148,7 +148,7 @@ def rows_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_recipe(tiny_base, rows_file, tmp_path_factory):
     """Makes a small recipe over them, with changes like those of --set; its store is cached once for all tests."""
-    from experiments.config import parse_recipe
+    from experiments.config.recipe import parse_recipe
 
     cache = tmp_path_factory.getbasetemp() / "stores"
     text = f"""

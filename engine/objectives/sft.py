@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datasets_partition.canonical import (
+from datasets_partition.core.canonical import (
     MESSAGES,
     PREFERENCE,
     PROMPT_ONLY,
@@ -19,7 +19,7 @@ from datasets_partition.canonical import (
     content_columns,
     format_of,
 )
-from engine.objectives.conversations import encode_conversations
+from engine.objectives.chat_template import encode_conversations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

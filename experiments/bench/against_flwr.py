@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from datasets_partition.build import rng
-from datasets_partition.dirichlet import Dirichlet
-from datasets_partition.natural import Natural
-from datasets_partition.types import Partitioner
+from datasets_partition.core.types import Partitioner
+from datasets_partition.partitioners.dirichlet import Dirichlet
+from datasets_partition.partitioners.natural import Natural
+from datasets_partition.store.build import rng
 
 ROWS_PER_CLIENT, LABELS, CLIENTS, ALPHA = 100, 10, 100, 0.5
 OUR_TRIES, THEIR_TRIES = 5, 3

@@ -18,21 +18,21 @@ from typing import Any
 import torch
 
 import experiments
-from datasets_partition.store import Store
-from datasets_partition.tokens import Tokens
-from engine.batches import batches
-from engine.checkpoint import load_checkpoint
-from engine.events import Event, Finished, RoundDone
-from engine.heap import use_large_pages
-from engine.model import lora_config
+from datasets_partition.store.store import Store
+from datasets_partition.store.tokens import Tokens
+from engine.config.federation import Lora
+from engine.messages.events import Event, Finished, RoundDone
+from engine.models.base_model import lora_config
 from engine.objectives.sft import Sft
-from engine.optimizers import make_optimizer
-from engine.rows import token_columns
-from engine.settings import Lora
-from experiments.api import build_store
-from experiments.config import Recipe, located
-from strategies.seeds import rng, torch_seed
-from strategies.types import ServerState
+from engine.records.checkpoint import load_checkpoint
+from engine.system.allocator import use_large_pages
+from engine.training.batching import batches
+from engine.training.optimizers import make_optimizer
+from engine.workers.token_columns import token_columns
+from experiments.config.recipe import Recipe, located
+from experiments.runs.api import build_store
+from strategies.core.protocol import ServerState
+from strategies.core.seeds import rng, torch_seed
 
 PROCESSES = 2
 TOLERANCE = 2e-5  # of the vector after a round: one flat tensor and many round differently, and AdamW amplifies it

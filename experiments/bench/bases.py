@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from experiments.config import SHIPPED, Recipe, parse_recipe
-from strategies.seeds import rng
+from experiments.config.recipe import SHIPPED, Recipe, parse_recipe
+from strategies.core.seeds import rng
 
 TEXTS = 4096  # different ones; clients draw from them
 

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine.atomic import write_file
-from engine.metrics import read_log
-from experiments.config import Recipe
+from engine.records.metrics import read_log
+from engine.system.atomic import write_file
+from experiments.config.recipe import Recipe
 
 BASELINE = "fedavg"
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # told apart by all (Okabe and Ito)

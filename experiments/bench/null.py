@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
-from datasets_partition.store import Store
-from datasets_partition.tokens import Tokens
-from engine.client import ClientActor
-from engine.events import RoundDone
-from engine.metrics import Faults, Ledger, Logs, Metrics
-from engine.pulling import Unit
-from engine.rounds import Rounds
-from engine.server import WholeServer
-from engine.settings import Federation
-from engine.slots import Slots
-from engine.train import Job, LocalTrainer
-from engine.wire import WireBroadcast
-from experiments.api import build_store, ray_session
+from datasets_partition.store.store import Store
+from datasets_partition.store.tokens import Tokens
+from engine.config.federation import Federation
+from engine.messages.events import RoundDone
+from engine.messages.wire import WireBroadcast
+from engine.records.metrics import Faults, Ledger, Logs, Metrics
+from engine.rounds.round_loop import Rounds
+from engine.rounds.server import WholeServer
+from engine.scheduling.dispatcher import Unit
+from engine.scheduling.slots import Slots
+from engine.training.local_training import Job, LocalTrainer
+from engine.workers.worker import ClientActor
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
 from experiments.bench.stored import stored_bytes
-from experiments.config import Recipe, located
-from strategies.types import Memory, Update
+from experiments.config.recipe import Recipe, located
+from experiments.runs.api import build_store, ray_session
+from strategies.core.protocol import Memory, Update
 
 CHANGE = 2.0**-7  # on the exact sum's grid: the mean over any number of clients is the same again
 FIGURES = {"loss": 1.0, "rows": 1.0, "steps": 1.0, "tokens": 8.0, "learnt": 7.0, "rates": 0.0}

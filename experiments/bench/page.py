@@ -10,7 +10,7 @@ import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.atomic import write_file
+from engine.system.atomic import write_file
 
 RESULTS = "results.parquet"
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.api import PACKAGES
-from experiments.resuming import RUNS
+from experiments.runs.api import PACKAGES
+from experiments.runs.resuming import RUNS
 
 EVERY_S = 2.0  # seconds between two lines about what goes on
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from strategies.core.seeds import rng
 from strategies.secagg.client import Client
 from strategies.secagg.masks import wrap
 from strategies.secagg.messages import Keys, MaskedSum, Shares, Unmasking
@@ -23,7 +24,6 @@ from strategies.secagg.primitives import Mode
 from strategies.secagg.protocol import Phase, Session
 from strategies.secagg.ring import Sum, Sums
 from strategies.secagg.server import Server
-from strategies.seeds import rng
 
 SEED = 1
 SCALED = ("encode", "mask")  # a client's steps whose work grows with its vector

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from experiments.config import Recipe, to_toml
+from experiments.config.recipe import Recipe, to_toml
 
 DAEMONS = ("raylet", "gcs_server", "log_monitor", "monitor.py", "dashboard", "Agent", "runtime_env", "ray::IDLE")
 EVERY_S = 0.25

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from datasets_partition.tokens import Tokens
-from engine import heap
-from engine.batches import batches
-from engine.meeting import meet
-from engine.model import always_the_same_bits
+from datasets_partition.store.tokens import Tokens
+from engine.config.federation import Model, Zero
+from engine.config.train import Train
+from engine.models.base_model import always_the_same_bits
 from engine.objectives.sft import Sft
-from engine.settings import Model, Zero
-from engine.train_settings import Train
+from engine.system import allocator as heap
+from engine.system.rendezvous import meet
+from engine.training.batching import batches
 from experiments.bench.results import memory
-from experiments.config import Recipe
-from strategies.seeds import rng, torch_seed
+from experiments.config.recipe import Recipe
+from strategies.core.seeds import rng, torch_seed
 
 LOOPBACK = "127.0.0.1"
 RESETS = 7
@@ -102,8 +102,8 @@ def _rank(
 
 def bare(rank: int, work: Work) -> Bare:
     """A rank's times; all ranks do the same."""
-    from engine.zero import ZeroTrainer
-    from engine.zero_model import zero_model
+    from engine.models.deepspeed_model import zero_model
+    from engine.training.deepspeed_training import ZeroTrainer
 
     model, train, seed = work.recipe.model, work.recipe.train, work.recipe.seed
     tokens, objective = Tokens.open(work.tokens), Sft(train.max_length)
@@ -158,7 +158,7 @@ def bare(rank: int, work: Work) -> Bare:
 def _bare_loop(trainer: Any, rows: Any, train: Train, stream: np.random.Generator) -> float:
     """Deepspeed's own loop on the same batches, with what every loop must do: forward, backward, clip, step."""
     engine, rank, ranks = trainer.engine, trainer.rank, trainer.ranks
-    engine.train()
+    engine.training.local_training()
     trainer.correct, trainer.clip = None, train.clip
     tokens = 0
     for picked in batches(rows.num_rows, train, stream):
@@ -177,7 +177,7 @@ def loaded(rank: int, model: Model, zero: Zero) -> tuple[float, float] | None:
     The shard is the whole model in stages 1 and 2. Pages of the mapped file are not counted: they are the system's to
     take back.
     """
-    from engine.zero_model import shape_of, zero_model
+    from engine.models.deepspeed_model import shape_of, zero_model
 
     heap.give_back()
     before = memory().get("RssAnon")

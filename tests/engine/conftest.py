@@ -13,15 +13,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.example_privacy import PrivateTrainer
-from engine.model import Trainable, map_base, read_base
+from engine.config.federation import Federation, FullTuning, Lora, Model
+from engine.config.train import Sgd, Train
+from engine.models.base_model import Trainable, map_base, read_base
 from engine.objectives.sft import Sft
-from engine.settings import Federation, FullTuning, Lora, Model
-from engine.train import LocalTrainer
-from engine.train_settings import Sgd, Train
-from strategies.accounting import Scheme
-from strategies.dp_example import ExamplePlan
-from strategies.dp_source import seeded_words
+from engine.training.local_training import LocalTrainer
+from engine.training.per_example import PrivateTrainer
+from strategies.privacy.accounting import Scheme
+from strategies.privacy.noise_source import seeded_words
+from strategies.privacy.per_example import ExamplePlan
 
 VOCABULARY = 300
 PROMPTS = ["", "say th", "name a colour: ", "one and two are ", "count to ten: "]

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.sums import ExactSum, merge
-from strategies.layout import Layout
-from strategies.types import GLOBAL, Update
+from engine.aggregation.exact_sum import ExactSum, merge
+from strategies.core.layout import Layout
+from strategies.core.protocol import GLOBAL, Update
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.pulling import packs
-from experiments.bench import bare, big_update, lora, tiny
+from engine.scheduling.dispatcher import packs
+from experiments.bench import bare
 from experiments.bench.bases import write_llama, write_rows
+from experiments.bench.scenarios import big_update, lora, tiny
 from experiments.bench.tree import held_by_command
 
 

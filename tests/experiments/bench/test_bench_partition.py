@@ -6,16 +6,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datasets_partition.build import build, rng
-from datasets_partition.dirichlet import Dirichlet
-from datasets_partition.natural import Natural
-from datasets_partition.parquet_files import ParquetFiles
-from datasets_partition.splits import Splits
-from datasets_partition.store import Store
-from datasets_partition.tokens import tokenize
+from datasets_partition.partitioners.dirichlet import Dirichlet
+from datasets_partition.partitioners.natural import Natural
+from datasets_partition.sources.parquet_files import ParquetFiles
+from datasets_partition.store.build import build, rng
+from datasets_partition.store.splits import Splits
+from datasets_partition.store.store import Store
+from datasets_partition.store.tokens import tokenize
 from experiments.__main__ import SCENARIOS
-from experiments.bench import against_flwr, partition, results
+from experiments.bench import against_flwr, results
 from experiments.bench.results import Figure, Steps, write_results
+from experiments.bench.scenarios import partition
 
 flwr_is_there = pytest.mark.skipif(not against_flwr.is_there(), reason="flwr-datasets is not installed")
 
@@ -53,7 +54,7 @@ def test_a_scenario_that_there_is_not_names_those_that_there_are(command):
     assert done.returncode == 2
     assert done.stderr == f"error: there is no benchmark 'x'; there is {', '.join(SCENARIOS)}\n"
     for name in SCENARIOS.keys() - {"scale"}:  # which takes a recipe
-        assert callable(import_module(f"experiments.bench.{name}").measure)
+        assert callable(import_module(f"experiments.bench.scenarios.{name}").measure)
 
 
 def test_a_store_of_other_rows_is_refused(tmp_path):

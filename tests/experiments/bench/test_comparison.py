@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.metrics import Metrics
+from engine.records.metrics import Metrics
 from experiments.bench.comparison import Cell, plot, read_cell, table, worst_tenth
 
 

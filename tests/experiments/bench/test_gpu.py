@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engine.settings import Lora, Model
-from experiments.bench import gpu
+from engine.config.federation import Lora, Model
 from experiments.bench.bases import write_llama
+from experiments.bench.scenarios import gpu
 
 
 def test_operations_are_counted_as_by_hand(tmp_path):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from engine.events import RoundDone
-from experiments.bench import null, overhead, population
+from engine.messages.events import RoundDone
+from experiments.bench import null
 from experiments.bench.null import CHANGE, null_recipe, play
+from experiments.bench.scenarios import overhead, population
 
 
 def test_rounds_of_null_clients_move_the_model_by_what_each_sends(ray_session, tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.bench import scale as scaling
-from experiments.bench.scale import Scaled, as_figures, draw, study
+from experiments.bench.scenarios import scale as scaling
+from experiments.bench.scenarios.scale import Scaled, as_figures, draw, study
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.bench import secagg as bench
 from experiments.bench.results import Figure
-from experiments.bench.secagg import Rounds, round_figures
+from experiments.bench.scenarios import secagg as bench
+from experiments.bench.scenarios.secagg import Rounds, round_figures
 from experiments.bench.secagg_session import play, session_of
 from strategies.secagg.client import Client
 from strategies.secagg.parameters import choose

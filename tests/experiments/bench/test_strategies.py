@@ -7,8 +7,8 @@ from typing import get_args
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.bench import strategies as bench
 from experiments.bench.rules import RULES
+from experiments.bench.scenarios import strategies as bench
 from strategies import Strategies
 
 

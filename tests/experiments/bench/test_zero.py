@@ -5,10 +5,10 @@ import pytest
 import ray
 import torch
 
-from engine.checkpoint import Saved, save_checkpoint
-from engine.settings import Zero
-from engine.wire import ShardedState, WireState
-from experiments.bench import zero as bench
+from engine.config.federation import Zero
+from engine.messages.wire import ShardedState, WireState
+from engine.records.checkpoint import Saved, save_checkpoint
+from experiments.bench.scenarios import zero as bench
 
 
 @pytest.mark.slow

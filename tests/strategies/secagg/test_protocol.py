@@ -6,13 +6,13 @@ import random
 import numpy as np
 import pytest
 
+from strategies.core.seeds import rng
 from strategies.secagg.client import Client
 from strategies.secagg.messages import MaskedSum
 from strategies.secagg.parameters import choose
 from strategies.secagg.protocol import SecAggAbort, Session
 from strategies.secagg.ring import Sum, Sums
 from strategies.secagg.server import Server
-from strategies.seeds import rng
 
 FITS = [(n, b) for n in (2, 3, 10, 50, 200) for b in (8, 16, 20, 24, 32) if (2 ** (b - 1) - 1) // n >= 2]
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies.core.seeds import rng
 from strategies.secagg.ring import Sum, Sums, wrap_probability
-from strategies.seeds import rng
 
 
 def fresh(client=0):

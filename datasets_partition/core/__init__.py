@@ -1,0 +1,1 @@
+"""The types that sources, partitioners and stores share."""

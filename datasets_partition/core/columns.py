@@ -1,0 +1,147 @@
+"""Columns as partitioners read them: keys and labels as numbers, values, and texts.
+
+Each takes the recipe's key that names the column, for what it says when the column will not do.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from datasets_partition.core.canonical import content_columns
+from datasets_partition.core.other_columns import nan_is_null
+
+# Where forms of rows (see forms.py) keep a column of the source that the rows no longer have.
+KEPT_IN = {
+    "text": "completion",
+    "output": "completion",
+    "instruction": "prompt",
+    "input": "prompt",
+    "conversations": "messages",
+}
+
+
+SHOWN = 160  # letters of a row that an error shows
+
+
+class Coded(NamedTuple):
+    """A column of few values: the number of each row's value, and the values by number, as text."""
+
+    codes: NDArray[np.int32]
+    values: pa.StringArray
+
+    def texts(self) -> pa.Array:
+        """The value of each row."""
+        return self.values.take(pa.array(self.codes))
+
+
+def column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
+    """The column `name`. Raises ValueError, with the names that there are, if it is missing."""
+    if name not in table.column_names:
+        kept = KEPT_IN.get(name)
+        kept_in = f" (a source's {name} is kept in {kept})" if kept in table.column_names else ""
+        without = ', or use kind = "iid"' if key.startswith("data.partition.") else ", or leave it out"
+        raise ValueError(
+            f"{key} names {name!r}, which the rows do not have{kept_in}: "
+            f"name one of {', '.join(table.column_names)}{without}"
+        )
+    return table[name]
+
+
+def keys(table: pa.Table, key: str, name: str) -> Coded:
+    """A column of clients, in the order of their names. Raises ValueError where it is missing, null or empty."""
+    codes, values = _coded(table, key, name)
+    names = values.cast(pa.string())
+    return _in_order(codes, names, pc.array_sort_indices(names))
+
+
+def labels(table: pa.Table, key: str, name: str) -> Coded:
+    """A column of labels, in the order of their values: 2 before 10. Raises ValueError as `keys` does."""
+    codes, values = _coded(table, key, name)
+    return _in_order(codes, values.cast(pa.string()), pc.array_sort_indices(values))
+
+
+def numbers(table: pa.Table, key: str, name: str) -> NDArray[np.float64]:
+    """A column of finite numbers, or of text that is numbers. Raises ValueError where it is anything else."""
+    found = column(table, key, name)
+    try:
+        values = found.cast(pa.float64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise ValueError(
+            f"{key} names {name!r}, which holds {found.type} that are not all numbers: name a column of numbers"
+        ) from None
+    array: NDArray[np.float64] = pc.fill_null(values, float("nan")).to_numpy()
+    if bad := int(np.count_nonzero(~np.isfinite(array))):
+        raise ValueError(
+            f"{key} names {name!r}, which is null or not finite in {bad} of {table.num_rows} rows: "
+            "fill it in, or leave those rows out of the source"
+        )
+    return array
+
+
+def texts(table: pa.Table, names: tuple[str, ...] | None) -> list[pa.ChunkedArray]:
+    """The text of columns of strings or of turns, or of all that is a row's content; null is no text.
+
+    Raises ValueError where a column of `data.partition.columns` is missing or holds anything else.
+    """
+    if names is None:
+        names = tuple(name for name in content_columns(table) if table.schema.field(name).type != pa.bool_())
+    found = []
+    for name in names:
+        values = column(table, "data.partition.columns", name)
+        kind = values.type
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            found.append(pc.fill_null(values.cast(pa.large_string()), ""))
+        elif (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type):
+            found.append(pa.chunked_array([_said(chunk) for chunk in values.chunks], pa.large_string()))
+        else:
+            raise ValueError(f"data.partition.columns names {name!r}, which holds {kind}: name columns of text")
+    return found
+
+
+def _said(turns: pa.Array) -> pa.Array:
+    """The content of each row's turns, joined."""
+    contents = pc.fill_null(pc.struct_field(pc.list_flatten(turns), "content").cast(pa.large_string()), "")
+    lengths = pc.fill_null(pc.list_value_length(turns), 0).to_numpy(zero_copy_only=False)
+    offsets = np.append(0, np.cumsum(lengths, dtype=np.int64))
+    return pc.binary_join(pa.LargeListArray.from_arrays(offsets, contents), pa.scalar("\n", pa.large_string()))
+
+
+def _coded(table: pa.Table, key: str, name: str) -> tuple[NDArray[np.int32], pa.Array]:
+    """The number of each row's value, and the values in the order of their first rows."""
+    found = column(table, key, name)
+    if pa.types.is_dictionary(found.type):
+        found = found.cast(found.type.value_type)
+    if pa.types.is_nested(found.type):
+        raise ValueError(f"{key} names {name!r}, which holds {found.type}: name text or numbers")
+    encoded = found.dictionary_encode().unify_dictionaries()
+    if not encoded.num_chunks:
+        return np.empty(0, np.int32), pa.array([], found.type)
+    values = encoded.chunk(0).dictionary
+    codes: NDArray[np.int32] = np.concatenate(
+        [pc.fill_null(chunk.indices, -1).to_numpy() for chunk in encoded.chunks], dtype=np.int32
+    )
+    try:
+        names = nan_is_null(values).cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise ValueError(
+            f"{key} names {name!r}, which holds {found.type} that is not all text: "
+            "save the column as UTF-8 text or as numbers, or name another one"
+        ) from None
+    is_empty = np.append(pc.fill_null(pc.equal(names, ""), True).to_numpy(zero_copy_only=False), True)
+    if len(nameless := np.flatnonzero(is_empty[codes])):
+        # By its content: the rows of a file are counted with their duplicates, of which none are left here.
+        (first,) = table.slice(int(nameless[0]), 1).to_pylist()
+        raise ValueError(
+            f"{key} names {name!r}, which is null or empty in {len(nameless)} of {table.num_rows} rows: "
+            f"fill it in, or leave those rows out of the source; the first is {str(first)[:SHOWN]}"
+        )
+    return codes, values
+
+
+def _in_order(codes: NDArray[np.int32], values: pa.StringArray, order: pa.Array) -> Coded:
+    rank = np.empty(len(order), np.int32)
+    rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
+    return Coded(rank[codes], values.take(order))

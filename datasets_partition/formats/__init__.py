@@ -1,0 +1,1 @@
+"""Rows as people have them, made canonical."""

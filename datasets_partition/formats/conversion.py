@@ -1,0 +1,217 @@
+"""From people's rows to one canonical table: from Arrow batches, or from Python objects as JSON gives them."""
+
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import pyarrow as pa
+
+from datasets_partition.core.canonical import COLUMNS, TURNS, UNPAIRED_PREFERENCE, content_columns, format_of
+from datasets_partition.core.other_columns import array_of, as_text, joined
+from datasets_partition.core.types import OnRows, Rows, ignore
+from datasets_partition.formats.arrow_columns import (
+    Faults,
+    content_of,
+    faults_of,
+    is_flat,
+    renamed,
+    with_owner,
+    without,
+)
+from datasets_partition.formats.bad_rows import BadRow, BadRows
+from datasets_partition.formats.forms import BESIDE_TURNS, EXPECTED, NAMES, Content, Form, Row, form_of
+
+# Rows converted at once: so few that their text stays below the 2 GiB of one Arrow array, so many that Arrow pays.
+ROWS_PER_BATCH = 16384
+
+# Other columns of these names would make a table look like one of another format.
+RESERVED = frozenset[str]().union(*COLUMNS.values()) - {"label"}
+
+
+class Conversion:
+    """Collects a source's rows, batch by batch; `rows` gives them as one table of one format, the first good row's.
+
+    `columns` says what the file calls a column that some form has, or `client`: {"prompt": "question"}.
+    """
+
+    def __init__(self, columns: dict[str, str], bad: BadRows, on_rows: OnRows = ignore) -> None:
+        """Raises ValueError where `columns` has another name, which no form would read."""
+        if unknown := [name for name in columns if name not in NAMES]:
+            raise ValueError(
+                f"data.source.columns has {', '.join(map(repr, unknown))}, which names nothing that a row is read by: "
+                f"on the left stands one of {', '.join(NAMES)}; data.partition names other columns as they are"
+            )
+        self.columns = columns
+        self.on_rows = on_rows
+        self.bad = bad
+        self.first: tuple[str, bool, bool] | None = None  # its format, whether it is of turns, whether it has a client
+        self.tables: list[pa.Table] = []
+        self.kept = 0
+
+    def add_batch(
+        self, batch: pa.RecordBatch, file: str, where: Callable[[int], str], known: Faults | None = None
+    ) -> None:
+        """Converts Arrow columns of `file`; `where` names the row at a position of the batch.
+
+        `known` are rows that the source has found to be none; the batch holds anything in their place.
+
+        Raises ValueError, with the columns that there are, if they fit no format.
+        """
+        has = ", ".join(batch.schema.names) or "(none)"
+        batch = with_owner(renamed(batch, self.columns, file), file)
+        form = self._form(batch.schema.names)
+        if form is None:
+            raise ValueError(
+                f"{file} has the columns {has}, which fit no format: name yours in data.source.columns so that they "
+                f"make {EXPECTED}"
+            )
+        content = content_of(batch, form, file)
+        owned = "client" in batch.schema.names
+        if form.flat and is_flat(content):
+            required = [name for name in content.schema.names if name in (*form.needs, "label")]
+            faults = faults_of(batch, required) | (known or {})
+            good = without(content, faults)
+            table = pa.table(form.flat({name: good[name] for name in good.schema.names}))
+            if table.num_rows and (fault := self._other(format_of(table), False, owned)):
+                faults = dict.fromkeys(range(len(batch)), fault) | faults
+                table = table.slice(0, 0)
+        else:
+            faults = faults_of(batch, ["label"] if "label" in content.schema.names else []) | (known or {})
+            table = self._row_by_row(content, form, owned, faults)
+        for position, fault in sorted(faults.items()):
+            self.bad.add(where(position), fault)
+        others = without(batch, faults)
+        names = _others(batch.schema.names, form, content.schema.names)
+        self._keep(table, pa.table({name: others[name] for name in names}))
+
+    def add_batches(self, batches: Iterable[pa.RecordBatch], file: str) -> None:
+        """Converts all of a file's batches, whose rows are numbered from 1."""
+        first = 1
+        for batch in batches:
+            self.add_batch(batch, file, partial(_row_name, file, first))
+            first += len(batch)
+
+    def add_objects(self, rows: list[tuple[str, Row | BadRow]]) -> None:
+        """Converts Python objects, or what the source has found to be none, each with its file and number."""
+        contents: list[Row] = []
+        others: list[Row] = []
+        for where, row in rows:
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                content, other = self._split(row)
+            except BadRow as bad:
+                self.bad.add(where, bad)
+            else:
+                contents.append(content)
+                others.append(other)
+        names = sorted(set[str]().union(*others))
+        self._keep(_table(contents), pa.table({name: array_of([row.get(name) for row in others]) for name in names}))
+
+    def rows(self, location: str) -> Rows:
+        """All rows: client where there is one, the content, then the other columns by name.
+
+        Raises ValueError if there are none.
+        """
+        if not self.tables:
+            skipped = f" that can be used ({self.bad})" if self.bad.skipped else ""
+            raise ValueError(f"{location} has no rows{skipped}: give data.source something that has")
+        table = joined(self.tables)
+        first = [name for name in ("client", *content_columns(table)) if name in table.column_names]
+        return Rows(table.select([*first, *sorted(set(table.column_names) - set(first))]), dict(self.bad.skipped))
+
+    def _form(self, names: list[str]) -> Form | None:
+        return form_of(frozenset(names), frozenset(self.columns))
+
+    def _row_by_row(self, content: pa.RecordBatch, form: Form, owned: bool, faults: Faults) -> pa.Table:
+        """The content of the rows without faults, but for those in which it finds one and notes it."""
+        good = [position for position in range(len(content)) if position not in faults]
+        contents = []
+        for position, row in zip(good, without(content, faults).to_pylist(), strict=True):
+            try:
+                contents.append(self._content(row, form, owned))
+            except BadRow as bad:
+                faults[position] = bad
+        return _table(contents)
+
+    def _split(self, row: Row) -> tuple[Row, Row]:
+        """A row's content, and its other columns."""
+        given = row
+        if self.columns:
+            if missing := [theirs for theirs in self.columns.values() if theirs not in row]:
+                raise BadRow(f"has no column {missing[0]!r}, which data.source.columns names", _has(given))
+            gone = {*self.columns, *self.columns.values()}
+            row = {name: value for name, value in row.items() if name not in gone}
+            row |= {name: given[theirs] for name, theirs in self.columns.items()}
+        form = self._form(list(row))
+        if form is None:
+            raise BadRow("fits no format", f"{_has(given)}; it needs {EXPECTED}")
+        if "client" in row:
+            row["client"] = _client(row["client"])
+        content = self._content(row, form, "client" in row)
+        return content, {name: row[name] for name in _others(list(row), form, list(content))}
+
+    def _content(self, row: Row, form: Form, owned: bool) -> Row:
+        content: Content = form.row(row)
+        nested = any(isinstance(value, list) for value in content.values.values())
+        if fault := self._other(content.format, nested, owned):
+            raise fault
+        return content.values
+
+    def _other(self, format: str, nested: bool, owned: bool) -> BadRow | None:
+        """Why a row of this kind does not go with the rows before it, if it does not."""
+        self.first = self.first or (format, nested, owned)
+        if owned != self.first[2]:
+            return BadRow(f"has {'a' if owned else 'no'} client, unlike the rows before it")
+        if (format, nested) != self.first[:2]:
+            kinds = ((format, nested), self.first[:2])
+            now, then = (f"{name} of {'turns' if is_nested else 'text'}" for name, is_nested in kinds)
+            return BadRow("is of another format than the rows before it", f"{now}, not {then}")
+        return None
+
+    def _keep(self, content: pa.Table, others: pa.Table) -> None:
+        if not content.num_rows:
+            return
+        table = pa.table(
+            dict(zip(content.column_names, content.columns, strict=True))
+            | {name: others[name] for name in others.column_names}
+        )
+        # Beside a prompt and a completion a boolean label would mean an unpaired preference.
+        if "label" in others.column_names and format_of(table) == UNPAIRED_PREFERENCE:
+            position = table.column_names.index("label")
+            table = table.set_column(position, "label", table["label"].cast(pa.string()))
+        self.tables.append(table)
+        self.kept += table.num_rows
+        self.on_rows(self.kept)
+
+
+def _row_name(file: str, first: int, position: int) -> str:
+    return f"{file} row {first + position}"
+
+
+def _others(names: list[str], form: Form, content: list[str]) -> list[str]:
+    """The columns that are no part of a row's content, nor look like one."""
+    taken = RESERVED | {*form.needs, *form.optional} - {*BESIDE_TURNS}
+    if "label" not in content:
+        taken -= {"label"}  # a category
+    return [name for name in names if name not in taken]
+
+
+def _table(contents: list[Row]) -> pa.Table:
+    """Contents of one format as columns."""
+    first = contents[0] if contents else {}
+    types = {str: pa.string(), list: TURNS, bool: pa.bool_()}
+    return pa.table({name: pa.array([row[name] for row in contents], types[type(first[name])]) for name in first})
+
+
+def _client(value: object) -> str:
+    if value in (None, "") or value != value:  # NaN
+        raise BadRow("has a null or empty client")
+    if isinstance(value, list | dict):
+        raise BadRow("has a client that is neither text nor a number", json.dumps(value))
+    return str(as_text(value))
+
+
+def _has(row: Row) -> str:
+    kinds = (f"{name} ({'null' if value is None else type(value).__name__})" for name, value in row.items())
+    return f"its columns are {', '.join(kinds) or 'none'}"

@@ -1,0 +1,169 @@
+"""The forms in which people keep their rows, as TRL, Alpaca and ShareGPT name them, and what each becomes.
+
+Every form can convert one row of Python objects. Forms of plain text can also convert whole Arrow columns, so that
+millions of rows cost seconds; both ways give the same.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from datasets_partition.core.canonical import MESSAGES, PREFERENCE, PROMPT_COMPLETION, PROMPT_ONLY, UNPAIRED_PREFERENCE
+from datasets_partition.formats.bad_rows import BadRow
+from datasets_partition.formats.turns import shared, text, turns
+
+Row = dict[str, Any]
+Arrays = dict[str, pa.Array]
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n",
+    "\n\n### Response:\n",
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\n",
+    "\n\n### Input:\n",
+    "\n\n### Response:\n",
+)
+
+
+class Content(NamedTuple):
+    """A row's content: the canonical format, and the values of its columns."""
+
+    format: str
+    values: Row
+
+
+class Form(NamedTuple):
+    """A way to keep a row: the columns that it needs, those that it reads where they are, and the conversions.
+
+    `row` raises BadRow. `flat`, if there is one, takes columns of text without nulls. `without` are columns that would
+    leave it open what the row is.
+    """
+
+    needs: tuple[str, ...]
+    row: Callable[[Row], Content]
+    flat: Callable[[Arrays], Arrays] | None = None
+    optional: tuple[str, ...] = ()
+    without: frozenset[str] = frozenset()
+
+
+def _text_row(row: Row) -> Content:
+    return Content(PROMPT_COMPLETION, {"prompt": "", "completion": text(row, "text")})
+
+
+def _text_flat(columns: Arrays) -> Arrays:
+    return {"prompt": pa.repeat("", len(columns["text"])), "completion": columns["text"]}
+
+
+def _alpaca_row(row: Row) -> Content:
+    instruction, output = text(row, "instruction"), text(row, "output")
+    given = "" if row.get("input") is None else text(row, "input")
+    prompt = instruction.join(ALPACA) if not given else ALPACA_INPUT[0] + instruction + given.join(ALPACA_INPUT[1:])
+    return Content(PROMPT_COMPLETION, {"prompt": prompt, "completion": output})
+
+
+def _alpaca_flat(columns: Arrays) -> Arrays:
+    instruction = columns["instruction"]
+    prompt = pc.binary_join_element_wise(ALPACA[0], instruction, ALPACA[1], "")
+    if "input" in columns:
+        given = pc.fill_null(columns["input"], "")
+        long = pc.binary_join_element_wise(ALPACA_INPUT[0], instruction, ALPACA_INPUT[1], given, ALPACA_INPUT[2], "")
+        prompt = pc.if_else(pc.equal(given, ""), prompt, long)
+    return {"prompt": prompt, "completion": columns["output"]}
+
+
+def _prompt_completion_row(row: Row) -> Content:
+    prompt, completion = _alike(row, "prompt", "completion")
+    if isinstance(row.get("label"), bool):
+        return Content(UNPAIRED_PREFERENCE, {"prompt": prompt, "completion": completion, "label": row["label"]})
+    if isinstance(prompt, str):
+        return Content(PROMPT_COMPLETION, {"prompt": prompt, "completion": completion})
+    if any(turn["role"] == "assistant" for turn in prompt):
+        raise BadRow("has an assistant turn in its prompt, which would be trained too")
+    return Content(MESSAGES, {"messages": prompt + completion})
+
+
+def _conversation_row(name: str, row: Row) -> Content:
+    """A conversation, after the system prompt that stands in a column of its own, as in many ShareGPT files."""
+    said = turns(row, name)
+    if row.get("tools") not in (None, "", "[]", []):
+        raise BadRow(f"has tools beside its {name}, which would be lost")
+    if row.get("system") not in (None, ""):
+        first = {"role": "system", "content": text(row, "system")}
+        if said[0]["role"] == "system" and said[0] != first:
+            raise BadRow(f"has one system prompt in its column system and another in its {name}")
+        said = [first, *said[said[0] == first :]]
+    return Content(MESSAGES, {"messages": said})
+
+
+def _preference_row(row: Row) -> Content:
+    if isinstance(row["chosen"], list) and not isinstance(row["prompt"], list):
+        return _implicit_row(row)  # such a prompt repeats the conversations' first turn, as in UltraFeedback
+    prompt, chosen, rejected = _alike(row, "prompt", "chosen", "rejected")
+    return Content(PREFERENCE, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+
+
+def _implicit_row(row: Row) -> Content:
+    chosen, rejected = _alike(row, "chosen", "rejected")
+    cut = shared(chosen, rejected)
+    if not cut and isinstance(chosen, list):
+        raise BadRow("has no turn that chosen and rejected share, to be the prompt")
+    return Content(PREFERENCE, {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]})
+
+
+def _prompt_row(row: Row) -> Content:
+    return Content(PROMPT_ONLY, {"prompt": _alike(row, "prompt")[0]})
+
+
+def _alike(row: Row, *names: str) -> list[Any]:
+    """Columns that are all text, or all turns."""
+    nested = [isinstance(row[name], list) for name in names]
+    if any(nested) and not all(nested):
+        raise BadRow(f"has text and turns side by side in {', '.join(names)}")
+    return [turns(row, name) if nested[0] else text(row, name) for name in names]
+
+
+def _same(columns: Arrays) -> Arrays:
+    return columns
+
+
+# Beside a conversation; they stay as other columns too, by which rows can be partitioned.
+BESIDE_TURNS = ("system", "tools")
+PAIR = frozenset(["prompt", "completion"])
+ALPACA_COLUMNS = ("instruction", "output")
+# In the order in which a row's columns are compared with them.
+FORMS = (
+    Form(("prompt", "chosen", "rejected"), _preference_row, _same),
+    Form(("chosen", "rejected"), _implicit_row),
+    Form(("messages",), partial(_conversation_row, "messages"), optional=BESIDE_TURNS),
+    Form(("conversations",), partial(_conversation_row, "conversations"), optional=BESIDE_TURNS),
+    Form(("prompt", "completion"), _prompt_completion_row, _same, optional=("label",)),
+    Form(ALPACA_COLUMNS, _alpaca_row, _alpaca_flat, optional=("input",), without=PAIR),
+    Form(("text",), _text_row, _text_flat, without=PAIR),
+    Form(("prompt",), _prompt_row, _same, without=frozenset(["text", "chosen", "rejected", *ALPACA_COLUMNS])),
+)
+FORM_COLUMNS = frozenset[str]().union(*(form.needs for form in FORMS))
+# What data.source.columns can give a column of the file for.
+NAMES = (*dict.fromkeys(name for form in FORMS for name in (*form.needs, *form.optional)), "client")
+EXPECTED = (
+    "text; messages; prompt and completion; prompt, chosen and rejected; "
+    "instruction and output; conversations; or prompt alone"
+)
+
+
+@lru_cache(maxsize=1024)
+def form_of(names: frozenset[str], mapped: frozenset[str]) -> Form | None:
+    """The form of a row with the columns `names`; None if it fits none.
+
+    `mapped`, those that a person has named in `data.source.columns`, decide where there are several.
+    """
+    decided = mapped & FORM_COLUMNS
+    for form in FORMS:
+        if names.issuperset(form.needs) and decided.issubset(form.needs) and (decided or not form.without & names):
+            return form
+    return None

@@ -1,0 +1,1 @@
+"""Which client each row belongs to."""

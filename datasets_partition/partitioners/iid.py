@@ -1,0 +1,31 @@
+"""The even partition: every client's rows are drawn from the same distribution."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from datasets_partition.core.dealing import at_least, dealt, enough_rows, even, numbered
+from datasets_partition.core.types import Assignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iid:
+    """Rows dealt at random to `clients` clients, whose row counts differ by one at most.
+
+    The sizes are those of flwr-datasets' IidPartitioner, which leaves the rows in the source's order.
+    """
+
+    kind: Literal["iid"] = "iid"
+    clients: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for fewer than one client."""
+        at_least("clients", self.clients, 1)
+
+    def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
+        """Raises ValueError if there are more clients than rows."""
+        enough_rows(self.clients, table.num_rows)
+        order = rng.permutation(table.num_rows)
+        return Assignment(dealt(order, even(table.num_rows, self.clients)), numbered(self.clients))

@@ -1,0 +1,116 @@
+"""The source that needs no download: documented Python code that every installation already holds."""
+
+import ast
+import importlib.util
+import platform
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+
+from datasets_partition.core.types import OnRows, Rows, ignore
+
+SCHEMA = pa.schema([("client", pa.string()), ("prompt", pa.string()), ("completion", pa.string())])
+
+# Test suites and vendored trees are nobody's documentation; lib2to3 keeps deliberately broken files.
+SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "__pycache__", "lib2to3", "_vendor", "thirdparty_files"}
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+PROMPT_END = '\n\n"""'
+
+
+@dataclass(frozen=True)
+class PythonDocs:
+    """Functions and classes with docstrings, from the standard library and installed packages.
+
+    A row's prompt is the signature and body without any docstring, its own or one within it, cut to `prompt_chars`
+    characters at a line's end; its completion is the docstring's first paragraph; its client is the top-level module
+    or package. Files are parsed with `ast` and never imported.
+    """
+
+    kind: Literal["python_docs"] = "python_docs"
+    packages: tuple[str, ...] = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow")
+    prompt_chars: int = 500
+
+    def fingerprint(self) -> str:
+        """What the rows depend on beside this section: the Python version and those of the packages."""
+        versions = [f"python=={platform.python_version()}"]
+        for package in self.packages:
+            try:
+                versions.append(f"{package}=={version(package)}")
+            except PackageNotFoundError:
+                raise ValueError(
+                    f"data.source.packages names {package!r}, which is not installed: "
+                    f"install it or take it out of the list"
+                ) from None
+        return " ".join(versions)
+
+    def load(self, on_rows: OnRows = ignore) -> Rows:
+        """All rows, with `client`, `prompt` and `completion`, in a fixed order, each content once."""
+        seen: set[bytes] = set()
+        columns: tuple[list[str], list[str], list[str]] = ([], [], [])
+        for client, path in self._files():
+            for row in documented(path, self.prompt_chars):
+                digest = sha256("\0".join(row).encode()).digest()
+                if digest not in seen:
+                    seen.add(digest)
+                    for column, value in zip(columns, (client, *row), strict=True):
+                        column.append(value)
+            on_rows(len(columns[0]))
+        return Rows(pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA), {})
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
+        stdlib = Path(sysconfig.get_path("stdlib"))
+        roots = [p for p in sorted(stdlib.iterdir()) if p.stem in sys.stdlib_module_names]
+        for package in self.packages:
+            spec = importlib.util.find_spec(package)
+            if spec is None or spec.origin is None:
+                raise ValueError(f"data.source.packages names {package!r}, which has no source files here")
+            roots.append(Path(spec.origin).parent)
+        for root in roots:
+            files = [root] if root.suffix == ".py" else sorted(root.rglob("*.py"))
+            for path in files:
+                if not SKIPPED_FOLDERS & set(path.relative_to(root.parent).parts):
+                    yield root.stem, path
+
+
+def documented(path: Path, prompt_chars: int) -> Iterator[tuple[str, str]]:
+    """The (prompt, completion) of each documented function and class of one file; none if it does not parse."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return  # broken on purpose, or not UTF-8: such files exist in installed packages
+    lines = text.split("\n")  # as `ast` counts them: not at form feeds
+    found = [node for node in ast.walk(tree) if isinstance(node, Definition) and ast.get_docstring(node) is not None]
+    # In a prompt no docstring stays: one of a method is another row's completion. One on the signature's line cannot
+    # be cut out, and makes no row either.
+    hidden: set[int] = set()
+    for node in found:
+        start, end = _lines(node.body[0])
+        if start != node.lineno:
+            hidden.update(range(start, end + 1))
+    for node in found:
+        docstring = ast.get_docstring(node)
+        start, end = _lines(node)
+        if not docstring or not docstring.strip() or node.body[0].lineno == start:
+            continue
+        kept = [lines[number - 1] for number in range(start, end + 1) if number not in hidden]
+        indent = node.col_offset
+        code = "\n".join(line[indent:] if not line[:indent].strip() else line for line in kept)
+        if len(code) > prompt_chars:
+            code = code[:prompt_chars].rsplit("\n", 1)[0]
+        paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+        if paragraph:
+            yield code.rstrip() + PROMPT_END, paragraph
+
+
+def _lines(node: ast.stmt) -> tuple[int, int]:
+    """The first and the last line of a piece of code, from 1."""
+    assert node.end_lineno is not None
+    return node.lineno, node.end_lineno

@@ -1,0 +1,102 @@
+"""The files that a source reads: one, or all of a folder that end in the right way, wherever pyarrow.fs can reach."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import file_digest, sha256
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from datasets_partition.sources.location import located, within
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file by its path in its file system; `name` is how people call it, `relative` its path in the folder."""
+
+    system: fs.FileSystem
+    path: str
+    name: str
+    relative: str
+
+    @contextmanager
+    def opened(self) -> Iterator[pa.NativeFile]:
+        """The file's bytes. Raises ValueError if they cannot be read, here or in the block."""
+        try:
+            with self.system.open_input_file(self.path) as stream:
+                yield stream
+        except OSError as error:
+            raise ValueError(f"{self.name} cannot be read: {first_line(error)}") from None
+
+    @contextmanager
+    def unpacked(self) -> Iterator[Any]:
+        """As `opened`, and decompressed if the name ends in .gz, or the content is gzip's whatever the name."""
+        with self.opened() as stream:
+            is_packed = stream.read(2) == b"\x1f\x8b" or self.path.lower().endswith(".gz")
+            stream.seek(0)
+            try:
+                yield gzip.GzipFile(fileobj=stream) if is_packed else stream
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise ValueError(
+                    f"{self.name} is not a whole gzip file ({first_line(error)}): fetch or compress it again"
+                ) from None
+
+    @contextmanager
+    def buffered(self) -> Iterator[io.BufferedReader]:
+        """As `unpacked`, for lines of text. Raises ValueError for a Parquet file."""
+        with self.unpacked() as stream:
+            lines = io.BufferedReader(stream, 2**20)
+            if lines.peek(4).startswith(b"PAR1"):
+                raise ValueError(f'{self.name} is a Parquet file: read it with data.source.kind = "parquet"')
+            yield lines
+
+
+def source_files(location: str, suffixes: tuple[str, ...], key: str = "data.source.path") -> list[SourceFile]:
+    """The file at `location`, or those below that folder that end in one of `suffixes`, in the order of their paths.
+
+    Capitals in an ending do not matter; hidden files are left out. Raises ValueError, which names `key`, for none.
+    """
+    system, path = located(location)
+    try:
+        info = system.get_file_info(path)
+        if info.type == fs.FileType.NotFound:
+            raise ValueError(f"{key} is {location!r}, where there is no file or folder: correct the path")
+        if info.type == fs.FileType.File:
+            return [SourceFile(system, path, location, "")]
+        below = system.get_file_info(fs.FileSelector(path, recursive=True))
+    except OSError as error:
+        raise ValueError(f"{key} is {location!r}, which cannot be read: {first_line(error)}") from None
+    base = path.rstrip("/") + "/"
+    names = sorted(file.path.removeprefix(base) for file in below if file.type == fs.FileType.File)
+    endings = tuple(suffix.lower() for suffix in suffixes)
+    shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    wanted = [name for name in shown if name.lower().endswith(endings)]
+    if not wanted:
+        raise ValueError(
+            f"{key} is {location!r}, a folder without a file that ends in {' or '.join(suffixes)}: correct the path"
+        )
+    return [SourceFile(system, base + name, within(location, name), name) for name in wanted]
+
+
+def fingerprint(files: list[SourceFile]) -> str:
+    """A hash over the files' bytes and relative names; of what is elsewhere, over sizes and times instead of bytes."""
+    return sha256(json.dumps([[file.relative, _state(file)] for file in files]).encode()).hexdigest()
+
+
+def _state(file: SourceFile) -> str:
+    if isinstance(file.system, fs.LocalFileSystem):
+        with file.opened() as stream:
+            return file_digest(stream, "sha256").hexdigest()
+    info = file.system.get_file_info(file.path)
+    return f"{info.size} {info.mtime_ns}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, without the rest of it."""
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -1,0 +1,1 @@
+"""The client store: built once, mapped by all."""

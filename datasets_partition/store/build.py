@@ -1,0 +1,238 @@
+"""Builds the client store of a source, a partition and splits; or finds the one that was built before."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from datasets_partition import Sources
+from datasets_partition.core.canonical import content_columns
+from datasets_partition.core.columns import labels
+from datasets_partition.core.types import Partitioner, Source, refuse_misfit, refuse_other_rows
+from datasets_partition.sources.location import is_local, node_cache, within
+from datasets_partition.store.duplicates import content_numbers, first_of_each, refuse_leaks
+from datasets_partition.store.remote import fetch, publish, refuse_unwritable
+from datasets_partition.store.sealed import refuse_another, seal
+from datasets_partition.store.splits import Splits
+from datasets_partition.store.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, sweep, write_arrow, written_whole
+
+GROUPS_AT_ONCE = 64
+
+
+def build(
+    source: Source,
+    partitioner: Partitioner,
+    splits: Splits,
+    seed: int,
+    cache: str,
+    on_step: Callable[[str], None] = lambda step: None,
+    label: str | None = None,
+) -> Path:
+    """The folder of the store, in `cache`, named after all that its rows depend on; tells `on_step` what it does.
+
+    The same arguments and the same data give the same store on any machine. It appears whole or not at all, however
+    many builders there are. A `cache` elsewhere gets the store too, and the folder is this machine's copy of it.
+    `label` names a column to be kept as the rows' category, in place of what the partition went by.
+    Raises ValueError where the source, the partition, the splits or the label cannot be had.
+    """
+    origin = {
+        "source": repr(source),
+        "fingerprint": source.fingerprint(),
+        "partitioner": repr(partitioner),
+        "splits": repr(splits),
+        "seed": seed,
+        "store_version": STORE_VERSION,
+        "own_code": _own_code(source, partitioner),
+        "label": label,
+    }
+    key = sha256(json.dumps(origin).encode()).hexdigest()
+    name = key[:16]
+    folder = (Path(cache) if is_local(cache) else node_cache()) / name
+    refuse_unwritable(cache)
+    sweep(folder)
+    if folder.exists() or (not is_local(cache) and fetch(within(cache, name), folder)):
+        refuse_another(folder, key)
+        if not is_local(cache):
+            publish(folder, within(cache, name))
+        return folder
+
+    made = _Made.of(source, partitioner, splits, seed, on_step, label)
+    with written_whole(folder) as scratch:
+        made.write(scratch, on_step)
+        seal(scratch, key, {**origin, "fedpost": _code_version(), **made.counts})
+    if not is_local(cache):
+        on_step(f"copying the store to {cache}")
+        publish(folder, within(cache, name))
+    return folder
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a store will hold: rows, the store's order of them, whose they are, and the index of the clients."""
+
+    table: pa.Table
+    schema: pa.Schema
+    order: NDArray[np.int64]
+    owners: pa.StringArray
+    index: pa.Table
+    counts: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        partitioner: Partitioner,
+        splits: Splits,
+        seed: int,
+        on_step: Callable[[str], None],
+        label: str | None,
+    ) -> "_Made":
+        on_step("reading the rows")
+        if isinstance(source, Sources) and type(source) in get_args(Sources):  # people's heirs may listen to nobody
+            given_rows = source.load(lambda rows: on_step(f"reading the rows: {rows:,} so far"))
+        else:
+            given_rows = source.load()
+        refuse_other_rows(given_rows, source)
+        loaded, skipped = given_rows
+        if not loaded.num_rows:
+            raise ValueError(f"the source gives no rows: {source!r}")
+        table, columns = _gatherable(loaded), content_columns(loaded)
+        on_step(f"looking for duplicates among {table.num_rows:,} rows")
+        numbers = content_numbers(table, columns)
+        if splits.duplicates == "drop":
+            # A row and its twin could land on both sides of a split: what is held out would have been trained on.
+            firsts = first_of_each(numbers)
+            if len(firsts) < table.num_rows:
+                table, numbers = table.take(firsts).combine_chunks(), numbers[firsts]
+
+        server = splits.server_rows(table.num_rows, rng(seed, "server"))
+        owned = np.flatnonzero(~server)
+        if not len(owned):
+            raise ValueError(
+                f"data.splits.server is {splits.server}, which leaves clients no row of {table.num_rows}: lower it"
+            )
+        on_step(f"giving {len(owned):,} rows to clients")
+        given = partitioner.assign(table.take(owned) if server.any() else table, rng(seed, "partition"))
+        refuse_misfit(given, len(owned), partitioner)
+        # Everybody's rows in the partition's order; nobody's are left out.
+        by_client = np.lexsort((given.clients,) if given.order is None else (given.order, given.clients))
+        by_client = by_client[given.clients[by_client] >= 0]
+        clients, rows = given.clients[by_client], owned[by_client]
+        held = splits.assign(clients, len(given.names), rng(seed, "splits"))
+
+        # New ids without gaps: first those that train, then those that never do.
+        kept = np.flatnonzero(held.kept)
+        kept = kept[np.argsort(held.unseen[kept], kind="stable")]
+        ids = np.full(len(given.names), -1)
+        ids[kept] = np.arange(len(kept))
+        stored = np.lexsort((held.heldout, ids[clients]))
+        stored = stored[ids[clients[stored]] >= 0]
+        own = np.flatnonzero(server)
+        order = np.concatenate([rows[stored], own])
+        if splits.duplicates == "keep" and splits.leaks == "error":
+            trained = np.concatenate([~held.heldout[stored], np.zeros(len(own), dtype=np.bool_)])
+            refuse_leaks(table.take(order), numbers[order], trained, columns)
+        owners = pa.concat_arrays([given.names.take(clients[stored]), pa.nulls(len(own), pa.string())])
+        category = {}
+        if label is not None:
+            category = {"category": labels(table, "data.label", label).texts()}
+        elif given.category is not None:
+            found = np.zeros(table.num_rows, dtype=np.int64)
+            found[owned] = np.arange(len(owned))
+            category = {"category": given.category.take(pa.array(found, mask=server))}
+        counts = {
+            "rows": len(stored),
+            "clients": len(kept),
+            "unseen_clients": int(held.unseen.sum()),
+            "server_rows": len(own),
+            "duplicate_rows": loaded.num_rows - table.num_rows,
+            "duplicate_clients": _clients(loaded) - _clients(table),
+            "left_out_clients": len(given.names) - len(kept),
+            "left_out_rows": len(owned) - len(stored),
+            "unassigned_rows": int(np.count_nonzero(given.clients < 0)),
+            "skipped_rows": skipped,
+        }
+        content = pa.table(category | {name: table[name] for name in columns})
+        stored_as = [pa.field(name, pa.string()) for name in category] + [loaded.schema.field(name) for name in columns]
+        schema = pa.schema([("client", pa.string()), *stored_as])
+        total = np.bincount(ids[clients[stored]], minlength=len(kept))
+        heldout = np.bincount(ids[clients[stored]], held.heldout[stored], minlength=len(kept)).astype(np.int64)
+        return cls(content, schema, order, owners, _index(given.names.take(kept), total, heldout, len(own)), counts)
+
+    def write(self, folder: Path, on_step: Callable[[str], None]) -> None:
+        at_once = ROWS_PER_GROUP * GROUPS_AT_ONCE
+        options = {"write_statistics": ["client"], "write_page_checksum": True}
+        with pq.ParquetWriter(folder / "rows.parquet", self.schema, **options) as writer:
+            for first in range(0, len(self.order), at_once):
+                on_step(f"writing rows {first:,} of {len(self.order):,}")
+                group = self.table.take(self.order[first : first + at_once])
+                group = group.add_column(0, "client", self.owners.slice(first, at_once))
+                writer.write_table(group.cast(self.schema), row_group_size=ROWS_PER_GROUP)
+        write_arrow(folder / "index.arrow", self.index)
+
+
+def rng(seed: int, purpose: str) -> np.random.Generator:
+    """The randomness of one step of a build."""
+    digest = sha256(f"{seed}/{purpose}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def _clients(table: pa.Table) -> int:
+    """How many natural clients there are; one whose rows are all others' too is gone with the duplicates."""
+    return pc.count_distinct(table["client"]).as_py() if "client" in table.column_names else 0
+
+
+def _gatherable(table: pa.Table) -> pa.Table:
+    """The same rows with the types that can be gathered beyond 2 GiB."""
+    wide = pa.schema([field.with_type(_wide(field.type)) for field in table.schema])
+    return table.cast(wide).combine_chunks()
+
+
+def _wide(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string(kind):
+        return pa.large_string()
+    if pa.types.is_list(kind):
+        return pa.large_list(_wide(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_wide(field.type)) for field in kind])
+    return kind
+
+
+def _index(names: pa.StringArray, rows: NDArray[np.int64], heldout: NDArray[np.int64], server: int) -> pa.Table:
+    if server:
+        names = pa.concat_arrays([names, pa.nulls(1, pa.string())])
+        rows, heldout = np.append(rows, server), np.append(heldout, server)
+    columns = [np.cumsum(rows) - rows, rows - heldout, heldout]
+    return pa.table([names, *(pa.array(column) for column in columns)], names=INDEX.names).cast(INDEX)
+
+
+def _own_code(*parts: object) -> str:
+    """A hash of the modules of people's own sources and partitioners: a change of their code makes another store."""
+    paths = {str(sys.modules[type(part).__module__].__file__) for part in _with_parts(*parts)}
+    own = sorted(path for path in paths if Path(__file__).parents[1] not in Path(path).parents)
+    return sha256(b"\0".join(Path(path).read_bytes() for path in own)).hexdigest() if own else ""
+
+
+def _with_parts(*parts: Any) -> Iterator[Any]:
+    """The parts, and the dataclasses that they hold, such as the two of a combined partition."""
+    for part in parts:
+        if is_dataclass(part):
+            yield part
+            yield from _with_parts(*(getattr(part, key.name) for key in fields(part)))
+
+
+def _code_version() -> str:
+    try:
+        return version("fedpost")
+    except PackageNotFoundError:
+        return "not installed: run from its folder"

@@ -1,0 +1,154 @@
+"""The client store: rows sorted by client in one Parquet file, and an index that says where each client's lie.
+
+rows.parquet     client, content columns, category if any; a client's training rows, then its held-out rows;
+                 at the end the server's own rows, whose client is null
+index.arrow      a row for each client, in the order of their ids: name, start, train, heldout; unseen clients last,
+                 and after them, without a name, the server if it has rows
+manifest.json    what the store was made from, and how many rows and clients went where
+tokens-*/        token columns of these rows, see tokens.py
+
+The index is mapped, never read: opening a store costs the same for a hundred clients and for a million.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from datasets_partition.store.sealed import MANIFEST, readable
+
+SplitName = Literal["train", "heldout"]
+
+# Part of a store's key: raise it when the layout of a store or of its token columns changes, or the way rows are drawn.
+STORE_VERSION = 5
+
+# Rows in a row group, the least that Parquet reads: about the rows of one client.
+ROWS_PER_GROUP = 1024
+
+DAY_S = 86_400
+
+INDEX = pa.schema([("name", pa.string()), ("start", pa.int64()), ("train", pa.int32()), ("heldout", pa.int32())])
+
+
+@dataclass(frozen=True)
+class Store:
+    """A built store, opened for reading; ids 0 to `num_training - 1` train, those up to `num_clients - 1` never do."""
+
+    folder: Path
+    index: pa.Table
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Store":
+        """The store that `build` left in `folder`. Raises ValueError if it is damaged."""
+        with readable(folder):
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            return cls(folder, mapped(folder / "index.arrow"), manifest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels as its path."""
+        return Store.open, (self.folder,)
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients there are, unseen ones included."""
+        return int(self.manifest["clients"])
+
+    @property
+    def num_training(self) -> int:
+        """How many clients may be sampled; all rows of the others are `heldout`."""
+        return self.num_clients - int(self.manifest["unseen_clients"])
+
+    @property
+    def server(self) -> int | None:
+        """The id under which the rows are kept that belong to the server; they are all `heldout`."""
+        return self.num_clients if self.index.num_rows > self.num_clients else None
+
+    def name(self, client: int) -> str:
+        """The name of one client."""
+        return self.names([client])[0]
+
+    def names(self, clients: list[int]) -> list[str]:
+        """The names of some clients."""
+        return list(self.index["name"].take(pa.array(clients, pa.int64())).to_pylist())
+
+    def counts(self, split: SplitName) -> NDArray[np.int32]:
+        """Rows of each client in `split`, by id: a view of the mapped index."""
+        return column(self.index, split)
+
+    def read_rows(self, client: int, split: SplitName) -> pa.Table:
+        """The rows of one client in `split`, in the partition's order; reads the row groups that hold them."""
+        assert 0 <= client < self.index.num_rows
+        first = int(self.starts[client]) + (int(self.counts("train")[client]) if split == "heldout" else 0)
+        return self.read_span(first, int(self.counts(split)[client]))
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """The position in the file of each client's first row, by id: a view of the mapped index."""
+        return column(self.index, "start")
+
+    def read_span(self, first: int, count: int) -> pa.Table:
+        """`count` rows of the file from its row `first` on. Raises ValueError if the file is damaged."""
+        with readable(self.folder):
+            if not count:
+                return self._rows.schema_arrow.empty_table()
+            groups = range(first // ROWS_PER_GROUP, (first + count - 1) // ROWS_PER_GROUP + 1)
+            return self._rows.read_row_groups(groups).slice(first - groups[0] * ROWS_PER_GROUP, count)
+
+    @cached_property
+    def _rows(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self.folder / "rows.parquet", memory_map=True, page_checksum_verification=True)
+
+
+def mapped(path: Path) -> pa.Table:
+    """An Arrow file as a table whose columns lie in the file's pages."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def write_arrow(path: Path, table: pa.Table) -> None:
+    """Writes a table as an Arrow file of one batch, so that `column` is a view."""
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+
+
+def column(index: pa.Table, name: str) -> NDArray[Any]:
+    """One number column of an index as an array, without a copy."""
+    values: NDArray[Any] = index[name].chunk(0).to_numpy(zero_copy_only=True)
+    return values
+
+
+def sweep(folder: Path) -> None:
+    """Removes what writers of `folder` left half-written who were killed a day or longer ago."""
+    for scratch in folder.parent.glob(f".{folder.name}-*"):
+        if time.time() - scratch.stat().st_mtime > DAY_S:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Gives a scratch folder to write into, which becomes `folder` when the block ends well, and goes when it does not.
+
+    Who comes second where `folder` is made twice at once gives its own up: both made the same.
+    """
+    scratch = folder.with_name(f".{folder.name}-{uuid4().hex}")
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

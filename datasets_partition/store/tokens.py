@@ -1,0 +1,217 @@
+"""Token columns: what an objective makes of each row, computed once and mapped into the memory of every slot.
+
+tokens.arrow    the objective's columns; a record batch holds the rows of a few whole clients
+index.arrow     a row for each client: name, its batch and where in it, rows and dropped rows by split, training tokens
+manifest.json   the key that they were made under, and the sizes of the files
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from itertools import count, pairwise, zip_longest
+from mmap import ACCESS_READ, MADV_DONTNEED, MADV_WILLNEED, PAGESIZE, mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from datasets_partition.core.types import OnRows, ignore
+from datasets_partition.sources.location import within
+from datasets_partition.store.remote import fetch, publish
+from datasets_partition.store.sealed import readable, refuse_another, seal
+from datasets_partition.store.store import SplitName, Store, column, sweep, write_arrow, written_whole
+
+# Rows given to the objective at once. Clients whose first rows lie in the same window of as many share a record batch.
+ROWS_PER_BATCH = 4096
+# After so many reads of clients' rows their pages are given back: each may keep a third of a megabyte mapped.
+READS_MAPPED = 16
+BATCHES_KNOWN = 256  # a few kilobytes each
+TOKENS_AT_ONCE = 32_768  # of so few the system reads all with the first: to be asked takes longer
+
+INDEX = pa.schema(
+    [
+        ("name", pa.string()),
+        ("batch", pa.int32()),
+        ("start", pa.int32()),
+        ("train", pa.int32()),
+        ("heldout", pa.int32()),
+        ("dropped_train", pa.int32()),
+        ("dropped_heldout", pa.int32()),
+        ("tokens", pa.int64()),
+    ]
+)
+
+Encode = Callable[[pa.Table], pa.Table]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token columns of one store for one objective and tokenizer, mapped and never copied."""
+
+    folder: Path
+    index: pa.Table
+    batches: pa.RecordBatchFileReader
+    pages: tuple[mmap, ...]
+    reads: Iterator[int] = field(default_factory=count)
+    known: dict[int, pa.RecordBatch] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Tokens":
+        """The token columns that `tokenize` left in `folder`. Raises ValueError if they are damaged."""
+        with readable(folder):
+            pages = tuple(_mapped(folder / name) for name in ("index.arrow", "tokens.arrow"))
+            index, batches = (pa.ipc.open_file(pa.BufferReader(pa.py_buffer(file))) for file in pages)
+            return cls(folder, index.read_all(), batches, pages)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels as its path."""
+        return Tokens.open, (self.folder,)
+
+    def rows(self, client: int, split: SplitName) -> pa.RecordBatch:
+        """The rows of one client in `split`, in the source's order: a view of the mapped file.
+
+        Now and then what was mapped for earlier clients goes back to the system, so that a slot that reads many stays
+        small; views of them still hold, and are mapped anew when they are read.
+        """
+        assert 0 <= client < self.index.num_rows
+        if next(self.reads) % READS_MAPPED == 0:
+            for file in self.pages:
+                file.madvise(MADV_DONTNEED)
+        first = int(self._columns["start"][client])
+        if split == "heldout":
+            first += int(self._columns["train"][client])
+        return self._batch(int(self._columns["batch"][client])).slice(first, int(self._columns[split][client]))
+
+    def in_advance(self, units: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+        """The units of clients in their order; while one is worked on, the system reads the next one's rows."""
+        for unit, following in zip_longest(units, units[1:], fillvalue=()):
+            for client in following:
+                if self.lengths()[client] > TOKENS_AT_ONCE:
+                    self._will_need(client)
+            yield unit
+
+    def _will_need(self, client: int) -> None:
+        """Has the system read the pages of a client's training rows, without waiting for them."""
+        _, file = self.pages
+        begin = pa.py_buffer(file).address
+        for values in self.rows(client, "train").columns:
+            flat = values.flatten() if pa.types.is_list(values.type) else values
+            if not len(flat):
+                continue
+            first = flat.buffers()[1].address - begin + flat.offset * flat.type.bit_width // 8
+            start = first - first % PAGESIZE
+            file.madvise(MADV_WILLNEED, start, first + len(flat) * flat.type.bit_width // 8 - start)
+
+    def _batch(self, number: int) -> pa.RecordBatch:
+        """A record batch of the file, which takes longer to look up than to read a client's rows in."""
+        if number not in self.known:
+            if len(self.known) == BATCHES_KNOWN:
+                self.known.clear()
+            with readable(self.folder):
+                batch = self.batches.get_batch(number)
+                batch.validate(full=True)  # what Arrow reads from a file it takes on trust
+                self.known[number] = batch
+        return self.known[number]
+
+    @cached_property
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        """The index's number columns, as views."""
+        return {name: column(self.index, name) for name in self.index.column_names if name != "name"}
+
+    def counts(self, split: SplitName) -> NDArray[np.int32]:
+        """Rows of each client in `split`, by id, dropped ones not counted."""
+        return self._columns[split]
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each client's training rows together, by id."""
+        return self._columns["tokens"]
+
+    def dropped(self, split: SplitName) -> NDArray[np.int32]:
+        """Rows of each client in `split`, by id, that the objective dropped."""
+        return self._columns[f"dropped_{split}"]
+
+    def empty_clients(self) -> list[str]:
+        """Names of the training clients whose training rows were all dropped."""
+        empty = (self.counts("train") == 0) & (self.dropped("train") > 0)
+        return list(self.index["name"].filter(pa.array(empty)).to_pylist())
+
+
+def _mapped(path: Path) -> mmap:
+    with path.open("rb") as file:
+        return mmap(file.fileno(), 0, access=ACCESS_READ)
+
+
+def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None, on_rows: OnRows = ignore) -> Tokens:
+    """The token columns of all rows of `store`, made by `encode` unless they were made before under the same `key`.
+
+    `encode` takes a table of canonical rows and gives one of as many rows and always the same columns, among them
+    `input_ids`, a list, null where a row is to be dropped. Name in `key` all that its result depends on. `shared` is
+    the location, if there is one, that the store was copied from: other machines find the columns there too.
+    `on_rows` is told how many rows are done. Raises ValueError if what was made before is damaged.
+    """
+    digest = sha256(key.encode()).hexdigest()
+    name = f"tokens-{digest[:16]}"
+    folder, there = store.folder / name, within(shared, name) if shared else None
+    sweep(folder)
+    if folder.exists() or (there and fetch(there, folder)):
+        refuse_another(folder, digest)
+    else:
+        with written_whole(folder) as scratch:
+            _write(store, encode, scratch, on_rows)
+            seal(scratch, digest, {})
+    if there:
+        publish(folder, there)
+    return Tokens.open(folder)
+
+
+def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
+    train, heldout = store.counts("train").astype(np.int64), store.counts("heldout").astype(np.int64)
+    batch = np.unique(store.starts // ROWS_PER_BATCH, return_inverse=True)[1]
+    edges = np.flatnonzero(np.diff(batch, prepend=-1, append=batch[-1] + 1))
+    start, kept_train, kept_heldout, tokens = (np.zeros_like(train) for _ in range(4))
+    writer: pa.RecordBatchFileWriter | None = None
+    try:
+        for first, last in pairwise(edges):
+            members = slice(first, last)
+            begin = store.starts[members] - store.starts[first]
+            rows = store.read_span(int(store.starts[first]), int((train + heldout)[members].sum()))
+            encoded = pa.concat_tables(_encoded(rows, encode))
+            # kept[i]: how many of the first i rows stay.
+            stays = encoded["input_ids"].is_valid()
+            kept = np.concatenate([[0], np.cumsum(stays.to_numpy())])
+            start[members] = kept[begin]
+            kept_train[members] = kept[begin + train[members]] - kept[begin]
+            kept_heldout[members] = kept[begin + train[members] + heldout[members]] - kept[begin + train[members]]
+            encoded = encoded.filter(stays)
+            ends = np.concatenate([[0], np.cumsum(pc.list_value_length(encoded["input_ids"]).to_numpy())])
+            tokens[members] = ends[start[members] + kept_train[members]] - ends[start[members]]
+            writer = writer or pa.ipc.new_file(folder / "tokens.arrow", encoded.schema)
+            columns = [chunks.combine_chunks() for chunks in encoded.columns]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=encoded.schema))
+            on_rows(int(store.starts[first]) + rows.num_rows)
+    finally:
+        if writer:
+            writer.close()
+    counts = [batch, start, kept_train, kept_heldout, train - kept_train, heldout - kept_heldout]
+    columns = [
+        store.index["name"].chunk(0),
+        *(pa.array(values.astype(np.int32)) for values in counts),
+        pa.array(tokens),
+    ]
+    write_arrow(folder / "index.arrow", pa.table(columns, schema=INDEX))
+
+
+def _encoded(rows: pa.Table, encode: Encode) -> Iterator[pa.Table]:
+    for first in range(0, rows.num_rows, ROWS_PER_BATCH):
+        some = rows.slice(first, ROWS_PER_BATCH)
+        encoded = encode(some)
+        if encoded.num_rows != some.num_rows or "input_ids" not in encoded.column_names:
+            raise ValueError(
+                f"the objective made {encoded.num_rows} rows of {', '.join(encoded.column_names)} from {some.num_rows} "
+                f"rows: its encode must give a row for each, with input_ids, null where the row is dropped"
+            )
+        yield encoded

@@ -1,0 +1,1 @@
+"""Sums of updates: exact, in a ring, and what noise on them costs."""

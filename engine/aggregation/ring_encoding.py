@@ -1,0 +1,131 @@
+"""What clients send through secure aggregation: the update, the sums beside it, and their figures, in one ring vector.
+
+Legend: P parameters, D coordinates after the rotation, L ring coordinates.
+"""
+
+import math
+import os
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from engine.config.federation import Federation
+from engine.messages.wire import WireBroadcast
+from strategies.core.layout import Layout
+from strategies.core.live import with_frozen, without_frozen
+from strategies.core.protocol import Aggregate, Mask, Size, Update
+from strategies.core.seeds import rng
+from strategies.privacy.adaptive import WITHIN, AdaptivePlan
+from strategies.privacy.central import CentralPlan
+from strategies.privacy.distributed import DistributedPlan
+from strategies.privacy.noise_source import Words, byte_words, seeded_words
+from strategies.privacy.per_example import ExamplePlan
+from strategies.privacy.rotation import signs
+from strategies.secagg.ring import Sum, Sums, Totals
+
+NOISY = "noisy"  # the sum of everything under distributed noise
+MOST_NATS = 64.0  # of one token's loss: e^-64 is less than any softmax of float32 gives
+FIGURES = ("nll", "learnt", "tokens", "clipped")  # what training tells, as sums over the clients
+Plan = CentralPlan | DistributedPlan | ExamplePlan | None
+
+
+def ring_sums(
+    federation: Federation, layout: Layout, plan: Plan, clip: float, clients: int, most_tokens: int, round_: int
+) -> Sums:
+    """The sums of a round's session of so many clients, none of which trains on more than `most_tokens` tokens."""
+    secagg, lengths = federation.privacy.secagg, live_lengths(federation, layout, round_)
+    if isinstance(plan, DistributedPlan):
+        sums = [Sum(NOISY, plan.ring.dimension, plan.ring.bound, "noisy")]
+    else:
+        bound = min(secagg.bound, clip) if isinstance(plan, CentralPlan) else secagg.bound
+        sums = [Sum("delta", lengths["delta"], bound, "weighted")]
+        sums += [Sum(name, length, secagg.bounds[name]) for name, length in lengths.items() if name != "delta"]
+        if isinstance(plan, AdaptivePlan):
+            sums.append(Sum(WITHIN, 1, 0.5))
+    bounds = (most_tokens * MOST_NATS, most_tokens, most_tokens, max(1, sum(lengths.values())))
+    figures = (Sum(name, 1, bound) for name, bound in zip(FIGURES, bounds, strict=True))
+    return secagg.sums((*sums, *figures), clients)
+
+
+def rounding(sums: Sums) -> float:
+    """How much rounding may add to the L2 norm of what one client sends: less than a ring step for each coordinate."""
+    vectors = (entry for entry in sums.sums if entry.name not in FIGURES)
+    return math.sqrt(sum(entry.length / sums.scale(entry.name) ** 2 for entry in vectors))
+
+
+def ring_vector(update: Update, sums: Sums, wire: WireBroadcast, federation: Federation, layout: Layout) -> np.ndarray:
+    """A client's ring vector (L,) uint32. Rounding is seeded, noise too unless secure aggregation is for real."""
+    seed, plan, live = federation.seed, wire.dp, live_masks(federation, layout, wire.round)
+    values = without_frozen({"delta": update.delta, **update.extras}, live)
+    clipped = 0
+    if isinstance(plan, DistributedPlan):
+        words, extras = noise(federation, wire.round, update.client), {name: values[name] for name in update.extras}
+        plan = replace(plan, length=sum(map(len, values.values())))
+        short = replace(update, delta=values["delta"], extras=extras)
+        found = {NOISY: plan.encode(short, _signs(federation, plan, wire.round), words)}
+    else:
+        found = {name: value.numpy() for name, value in values.items()}
+        limits = {entry.name: entry.bound for entry in sums.sums}
+        clipped = sum(int((value.abs() > limits[name]).sum()) for name, value in values.items())
+    found |= {name: np.array([figure], np.float64) for name, figure in figures_of(update, clipped).items()}
+    return sums.encode(found, update.weight, rng(seed, wire.round, update.client, "rounding"))
+
+
+def figures_of(update: Update, clipped: int) -> dict[str, float]:
+    """What a client's training tells, and how many of its coordinates a bound cut: see FIGURES."""
+    told = update.metrics
+    figures = (told["loss"] * told["learnt"], told["learnt"], told["tokens"], float(clipped))
+    return dict(zip(FIGURES, figures, strict=True))
+
+
+def ring_aggregate(
+    totals: Totals, federation: Federation, layout: Layout, plan: Plan, round_: int
+) -> tuple[Aggregate, dict[str, float]]:
+    """What the server learns: the sums as floats, and the figures by name."""
+    figures = {name: float(totals.sums[name][0]) for name in FIGURES}
+    live = live_masks(federation, layout, round_)
+    if isinstance(plan, DistributedPlan):
+        lengths = live_lengths(federation, layout, round_)
+        plan = replace(plan, length=sum(lengths.values()))
+        del lengths["delta"]
+        noisy_D = totals.sums[NOISY]
+        short = plan.decode(noisy_D, totals.count, lengths, _signs(federation, plan, round_))
+        whole = with_frozen({"delta": short.total, **short.extras}, live)
+        return replace(short, total=whole.pop("delta"), extras=whole), figures
+    vectors = ((name, total) for name, total in totals.sums.items() if name not in FIGURES)
+    whole = with_frozen({name: torch.from_numpy(total.astype(np.float32)) for name, total in vectors}, live)
+    return Aggregate(totals.weight, whole.pop("delta"), whole, totals.count), figures
+
+
+def live_masks(federation: Federation, layout: Layout, round_: int) -> dict[str, Mask]:
+    """The strategy's masks of a round for updates as they travel: a delta that a transform shortens has none."""
+    shortened = travelling(federation, layout) != layout.size
+    live = federation.strategy.live(round_, layout)
+    return {name: mask for name, mask in live.items() if name != "delta" or not shortened}
+
+
+def live_lengths(federation: Federation, layout: Layout, round_: int) -> dict[str, int]:
+    """How many numbers of the delta and of each sum beside it are live in a round."""
+    lengths = {"delta": travelling(federation, layout), **federation.strategy.beside(layout)}
+    return lengths | {name: int(mask.sum()) for name, mask in live_masks(federation, layout, round_).items()}
+
+
+def travelling(federation: Federation, layout: Layout) -> int:
+    """How many numbers a client's delta has when its transforms are through with it."""
+    size = Size(layout.size, layout.size)
+    for transform in federation.transforms:
+        size = transform.size(size)
+    return size.length
+
+
+def _signs(federation: Federation, plan: DistributedPlan, round_: int) -> np.ndarray:
+    """The round's random rotation (D,), the same for everybody."""
+    return signs(rng(federation.seed, round_, -1, "rotation"), plan.ring.dimension)
+
+
+def noise(federation: Federation, round_: int, client: int = -1) -> Words:
+    """Where a client's (or the server's) noise comes from: the recipe's seed, or under "full" the operating system."""
+    if federation.privacy.simulated:
+        return seeded_words(rng(federation.seed, round_, client, "noise"))
+    return byte_words(os.urandom)

@@ -1,0 +1,1 @@
+"""The engine's sections of a recipe and their checks."""

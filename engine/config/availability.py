@@ -1,0 +1,139 @@
+"""Clients that are not there: drawn by the seed, too slow for a deadline, or away by a trace."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+
+from engine.config.train import below_one
+from strategies.core.seeds import rng
+from strategies.secagg.protocol import Phase
+
+LEAVES: tuple[Phase, ...] = ("keys", "shares", "masked input")
+# Why a client is not there: what stands before a colon is the same for all that it happens to.
+AWAY = "away by clients.availability.trace"
+DRAWN = "dropped out by clients.availability.dropout"
+DIED_WITH_SLOT = 'dropped out with its slot, as privacy.secagg.on_slot_death = "dropout" asks'
+LEFT_OUT = "left out: the sum of this round that was asked for before is without it"
+COLUMNS = {"client": pa.string(), "first": pa.int64(), "last": pa.int64()}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """In which rounds clients are there: `spans` (S, 2) of first and last rounds, those of client c from `starts[c]`.
+
+    Clients without any span are always there.
+    """
+
+    starts: np.ndarray
+    spans: np.ndarray
+
+    @classmethod
+    def open(cls, path: Path, names: list[str]) -> "Trace":
+        """Reads a Parquet or CSV file of client (its name), first, last; clients have the numbers of their `names`."""
+        try:
+            table = pq.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
+            table = table.select(list(COLUMNS)).cast(pa.schema(list(COLUMNS.items())))
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise ValueError(
+                f"the trace {path} (clients.availability.trace) cannot be read as Parquet or CSV with the columns "
+                f"client, first and last: {str(error).splitlines()[0]}"
+            ) from error
+        numbers = {name: number for number, name in enumerate(names)}
+        clients = np.array([numbers.get(name, -1) for name in table["client"].to_pylist()], np.int64)
+        if not (clients >= 0).any():
+            raise ValueError(
+                f"the trace {path} (clients.availability.trace) names none of the training clients, which are called "
+                f"{', '.join(map(repr, names[:3]))} and so on"
+            )
+        order = np.argsort(clients, kind="stable")
+        order = order[clients[order] >= 0]
+        spans = np.stack([table["first"].to_numpy(), table["last"].to_numpy()], axis=1)[order]
+        return cls(np.searchsorted(clients[order], np.arange(len(names) + 1)), spans)
+
+    def away(self, client: int, round_: int) -> bool:
+        """Whether a client is not there in a round, counted from 1."""
+        own = self.spans[self.starts[client] : self.starts[client + 1]]
+        return len(own) > 0 and not ((own[:, 0] <= round_) & (round_ <= own[:, 1])).any()
+
+
+def too_late(seconds: float) -> str:
+    """Why a client that comes so many seconds after the deadline is not there."""
+    return f"too late: {seconds:.3g} s after clients.availability.deadline_s"
+
+
+class Leaving(NamedTuple):
+    """A client drops out before it answers a phase, and why."""
+
+    before: Phase
+    why: str
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Clients that drop out on purpose: the share `dropout` of a cohort, and who takes longer than `deadline_s`.
+
+    Who drops out is drawn by the seed; under secure aggregation it leaves before it offers keys, shares or its vector.
+    With `step_s`, the seconds of an optimizer step for the median client, time is simulated: each client is for good as
+    many times slower as a lognormal draw of sigma `slowness` says, and who is late need not train. Without it, the
+    clock decides, which is not the same from run to run.
+    `trace` is a Parquet or CSV file of `client` (its name), `first` and `last`: clients in it are there in these
+    rounds, counted from 1, and in no others; a client may have several rows.
+    """
+
+    dropout: float = 0.0
+    deadline_s: float | None = None
+    step_s: float | None = None
+    slowness: float = 0.0
+    trace: str | None = None
+
+    def __post_init__(self) -> None:
+        below_one("clients.availability", dropout=self.dropout)
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ValueError(f"clients.availability.deadline_s must be above 0, not {self.deadline_s}")
+        if self.step_s is not None and not 0 < self.step_s < math.inf:
+            raise ValueError(f"clients.availability.step_s must be above 0, not {self.step_s}")
+        if not 0 <= self.slowness < math.inf:
+            raise ValueError(f"clients.availability.slowness is a sigma, and must be at least 0, not {self.slowness}")
+        if self.step_s is not None and self.deadline_s is None:
+            raise ValueError(
+                "clients.availability.step_s says how long clients take, and nothing asks: set deadline_s too"
+            )
+        if self.slowness and self.step_s is None:
+            raise ValueError("clients.availability.slowness is how clients differ from step_s: set step_s too")
+
+    @property
+    def by_clock(self) -> bool:
+        """Whether who comes too late depends on the machine's own pace, and no bits are the same."""
+        return self.deadline_s is not None and self.step_s is None
+
+    def late_by_seed(self, client: int, steps: int, seed: int) -> float:
+        """How many simulated seconds after the deadline a client has taken its steps; 0 where it is in time."""
+        if self.deadline_s is None or self.step_s is None:
+            return 0.0
+        # A client is as slow in one round as in another: of no round, which no other draw here is.
+        slow = rng(seed, -1, client, "availability").lognormal(0.0, self.slowness)
+        return max(0.0, steps * self.step_s * slow - self.deadline_s)
+
+    def late_by_clock(self, trained_s: float) -> float:
+        """How many seconds after the deadline a client has trained; 0 where it is in time, or time is simulated."""
+        return 0.0 if self.deadline_s is None or self.step_s is not None else max(0.0, trained_s - self.deadline_s)
+
+    def gone(self, cohort: Iterable[int], seed: int, round_: int, trace: Trace | None = None) -> dict[int, Leaving]:
+        """Who of the cohort drops out in a round (counted from 0), and before which of its answers."""
+        gone: dict[int, Leaving] = {}
+        if not self.dropout and trace is None:  # nobody is drawn for nothing: cohorts are large
+            return gone
+        for client in map(int, cohort):
+            draw = rng(seed, round_, client, "availability")
+            if trace is not None and trace.away(client, round_ + 1):
+                gone[client] = Leaving(LEAVES[0], AWAY)
+            elif draw.random() < self.dropout:
+                gone[client] = Leaving(LEAVES[draw.integers(3)], DRAWN)
+        return gone

@@ -1,0 +1,144 @@
+"""The trained model as the files that transformers and PEFT load: an adapter folder, or a whole model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save, save_file
+
+from engine.config.federation import Model
+from engine.models.base_model import Trainable, is_transposed, lora_config
+from strategies.core.layout import Layout
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+FILE_BYTES = 2**30
+
+
+def export_files(
+    trainable: Trainable, model: Model, tokenizer: PreTrainedTokenizerBase, card: str, *, merged: bool = False
+) -> dict[str, bytes]:
+    """File name -> content of the model folder, for the vector now in `trainable`.
+
+    LoRA gives PEFT's adapter folder; full tuning, and LoRA on a base that the rule has changed (`merged`), a Hugging
+    Face model; each with the tokenizer and the model card `card`.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import PreTrainedModel
+
+    network = trainable.network
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if isinstance(network, PeftModel) and merged:
+            network.get_base_model().save_pretrained(name, state_dict=_whole(trainable))
+        elif isinstance(network, PeftModel):
+            # A parameter here is a view into the flat vector: safetensors wants tensors that own their bytes.
+            state = {key: tensor.detach().cpu().clone() for key, tensor in get_peft_model_state_dict(network).items()}
+            _save_adapter(folder, state, network, model)
+        else:
+            assert isinstance(network, PreTrainedModel)
+            state = {key: tensor.detach().cpu().clone() for key, tensor in network.state_dict().items()}
+            network.save_pretrained(name, state_dict=state)
+        tokenizer.save_pretrained(name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        return dict(_written(folder))
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A vector (P,) that lies in shards, of which `read(first, last)` gives any part."""
+
+    layout: Layout
+    read: Callable[[int, int], torch.Tensor]
+
+    def tensors(self) -> Iterator[tuple[str, int, Callable[[], torch.Tensor]]]:
+        """Each tensor's name and number of elements, and what reads it."""
+        for name, shape, first, last in self.layout.places():
+            yield name, last - first, partial(self._tensor, shape, first, last)
+
+    def _tensor(self, shape: tuple[int, ...], first: int, last: int) -> torch.Tensor:
+        return self.read(first, last).view(shape)
+
+
+def sharded_files(
+    network: Any, vector: Sharded, model: Model, tokenizer: PreTrainedTokenizerBase, card: str
+) -> Iterator[tuple[str, bytes]]:
+    """As `export_files`, of a network whose own weights are in shards.
+
+    A whole model comes in files of FILE_BYTES or one tensor, so that no more than one is in memory at once.
+    """
+    from peft import PeftModel
+
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if isinstance(network, PeftModel):
+            state = {name.replace(".default.", "."): read() for name, _, read in vector.tensors()}
+            _save_adapter(folder, state, network, model)
+        else:
+            network.config.save_pretrained(name)
+            if network.generation_config is not None:
+                network.generation_config.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        yield from _written(folder)
+    if not isinstance(network, PeftModel):
+        yield from _weight_files(vector, getattr(torch, model.dtype))
+
+
+def _written(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of all files; a tokenizer may write some into a folder of their own."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), path.read_bytes()
+
+
+def _weight_files(vector: Sharded, dtype: torch.dtype) -> Iterator[tuple[str, bytes]]:
+    """The tensors in as many safetensors files as it takes, then their index."""
+    groups: list[dict[str, Callable[[], torch.Tensor]]] = [{}]
+    filled = total = 0
+    for key, length, read in vector.tensors():
+        nbytes = length * dtype.itemsize
+        if groups[-1] and filled + nbytes > FILE_BYTES:
+            groups.append({})
+            filled = 0
+        groups[-1][key] = read
+        filled, total = filled + nbytes, total + nbytes
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    for file, group in zip(names, groups, strict=True):
+        yield file, save({key: read().to(dtype) for key, read in group.items()}, metadata={"format": "pt"})
+    where = {key: file for file, group in zip(names, groups, strict=True) for key in group}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    yield "model.safetensors.index.json", json.dumps(index, indent=1).encode()
+
+
+def _save_adapter(folder: Path, state: dict[str, torch.Tensor], network: PeftModel, model: Model) -> None:
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = lora_config(model)
+    config.target_modules = network.peft_config["default"].target_modules
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def _whole(trainable: Trainable) -> dict[str, torch.Tensor]:
+    """The state of the model without adapters, their products added to the weights that they adapt."""
+    base = trainable.network.get_base_model()
+    state = {
+        name.replace(".base_layer.", "."): tensor.detach().cpu().clone()
+        for name, tensor in base.state_dict().items()
+        if "lora_" not in name
+    }
+    pairs = trainable.layout.lora_pairs(trainable.flat.detach())
+    for pair, layer in zip(pairs, trainable.adapted_layers(), strict=True):
+        weight = state[f"{pair.name.removeprefix('base_model.model.')}.weight"]
+        product_OI = (pair.scale * pair.b_OR @ pair.a_RI).cpu()
+        weight.copy_(weight.float() + (product_OI.T if is_transposed(layer) else product_OI))
+    return state

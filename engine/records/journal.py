@@ -1,0 +1,136 @@
+"""Which sums secure aggregation has unmasked, on disk before any client is asked for shares.
+
+Two sums of nearly the same clients from one model differ by what is between them, at worst by one client's update. A
+round that is played again, by a new driver or after --resume, may therefore unmask the same clients or nobody.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+
+from datasets_partition.sources.location import located, within
+from engine.system.atomic import make_folder, write_file
+
+JOURNAL = "unmasked"
+
+
+@dataclass(frozen=True)
+class Unmasked:
+    """Whose sum was asked for in a round, and from which models: each is named by the last round whose sum is in it."""
+
+    clients: tuple[int, ...]
+    models: tuple[int, ...]
+
+
+@dataclass
+class Journal:
+    """A run's sums, one file a round in `folder`; `entries` are by round, None where a file cannot be read.
+
+    `elsewhere` is the URI of the run folder's copy, which gets each file at once: a run that goes on from there must
+    know of every sum. `model` names the present model as `Unmasked` does; whoever adds a sum to it sets it.
+    """
+
+    folder: Path
+    elsewhere: str | None = None
+    model: int = 0
+    entries: dict[int, Unmasked | None] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, run: Path, elsewhere: str | None, model: int) -> "Journal":
+        """Reads what there is of a run whose present model is `model`."""
+        folder = run / JOURNAL
+        numbers = {path: path.stem.removeprefix("round-") for path in sorted(folder.glob("round-*.json"))}
+        entries = {int(number): _read(path, int(number)) for path, number in numbers.items() if number.isdecimal()}
+        return cls(folder, elsewhere, model, entries)
+
+    def clients(self, round_: int) -> frozenset[int] | None:
+        """Whose sum of this round has been asked for; None where none has, or nobody can say."""
+        entry = self.entries.get(round_)
+        return None if entry is None else frozenset(entry.clients)
+
+    def admit(self, round_: int, clients: Sequence[int], refuse_thin: Callable[[Sequence[int]], None]) -> None:
+        """Writes down that the sum of `clients` is about to be asked for; returns once it is on disk.
+
+        ValueError, and nothing is written, where that sum beside an earlier one could tell what too few clients sent:
+        `refuse_thin` raises it for the clients by which two sums of one model differ.
+        """
+        asked, entry = tuple(sorted(clients)), self.entries.get(round_)
+        if round_ in self.entries and entry is None:
+            raise ValueError(
+                f"a sum of this round was asked for before, and {self._path(round_)}, which says of whom, cannot be "
+                f"read: another sum could tell one client's update"
+            )
+        if entry is not None and entry.clients != asked:
+            changed = len(set(entry.clients) ^ set(asked))
+            raise ValueError(
+                f"a sum of {len(entry.clients)} clients of this round was asked for before, and who is there now "
+                f"differs by {changed}: another sum could tell one client's update"
+            )
+        if entry is not None and self.model in entry.models:
+            return  # the same sum: nothing new is learned
+        for other, past in self.entries.items():
+            if other != round_:
+                self._refuse_beside(other, past, asked, refuse_thin)
+        models = (*(entry.models if entry else ()), self.model)
+        self._write(round_, Unmasked(asked, models))
+
+    def _refuse_beside(
+        self, other: int, past: Unmasked | None, asked: tuple[int, ...], refuse_thin: Callable[[Sequence[int]], None]
+    ) -> None:
+        """ValueError where another round has had a sum from the present model that `asked` is too close to."""
+        if past is None and other > self.model:
+            raise ValueError(
+                f"round {other} may have had a sum of nearly the same clients from the same model, and "
+                f"{self._path(other)}, which says of whom, cannot be read: start the run anew with another seed"
+            )
+        if past is None or self.model not in past.models or past.clients == asked:
+            return
+        try:
+            refuse_thin(sorted(set(past.clients) ^ set(asked)))
+        except ValueError as error:
+            raise ValueError(
+                f"round {other} had a sum from the same model, and of the clients that are in one of the two sums "
+                f"alone {error}: the difference could tell one client's update"
+            ) from None
+
+    def _write(self, round_: int, entry: Unmasked) -> None:
+        facts = {"round": round_, **asdict(entry)}
+        content = json.dumps(facts | {"digest": _digest(facts)}).encode()
+        make_folder(self.folder)
+        write_file(self._path(round_), content)
+        if self.elsewhere is not None:
+            _copy(content, within(self.elsewhere, f"{JOURNAL}/{self._path(round_).name}"))
+        self.entries[round_] = entry
+
+    def _path(self, round_: int) -> Path:
+        return self.folder / f"round-{round_:05d}.json"
+
+
+def _copy(content: bytes, place: str) -> None:
+    """Writes a file at a URI; OSError, which ends the run, where it cannot."""
+    try:
+        system, path = located(place)
+        system.create_dir(str(PurePosixPath(path).parent), recursive=True)
+        with system.open_output_stream(path) as stream:
+            stream.write(content)
+    except OSError as error:
+        raise OSError(
+            f"{place} cannot be written ({str(error).splitlines()[0]}), and a run that goes on from there must know of "
+            f"each sum before it is unmasked: make room or give leave, and run again with --resume"
+        ) from error
+
+
+def _read(path: Path, round_: int) -> Unmasked | None:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts.pop("digest") != _digest(facts) or facts["round"] != round_:
+            return None
+        return Unmasked(tuple(map(int, facts["clients"])), tuple(map(int, facts["models"])))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _digest(facts: dict[str, object]) -> str:
+    return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""A run from start to end: the driver and the round loop."""

@@ -1,0 +1,1 @@
+"""Which worker does what, when and where."""

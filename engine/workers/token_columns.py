@@ -1,0 +1,64 @@
+"""A run's token columns: made once beside the driver, and brought to every node that does not see their folder."""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from datasets_partition.core.types import OnRows, ignore
+from datasets_partition.sources.location import node_cache
+from datasets_partition.store.store import Store, written_whole
+from datasets_partition.store.tokens import tokenize
+from engine.config.federation import Federation
+from engine.models.base_model import load_tokenizer
+from engine.objectives.sft import Sft
+
+Parts = dict[str, list[Any]]  # a file's name -> references to its pieces
+PIECE_BYTES = 64 * 2**20
+TOKENS_VERSION = 2  # of what is made of the rows: raised where older columns would not do
+
+
+def token_columns(store: Path, federation: Federation, shared: str | None = None, on_rows: OnRows = ignore) -> Path:
+    """Makes or finds the store's token columns for the recipe's tokenizer and objective; returns their folder.
+
+    `shared` is the location that the store was copied from, where other machines find them too; `on_rows` is told how
+    many rows are done.
+    """
+    tokenizer, model = load_tokenizer(federation.model), federation.model
+    objective = Sft(federation.train.max_length)
+    known = [tokenizer.get_vocab(), repr(tokenizer), tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()]
+    words = sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    key = f"{TOKENS_VERSION}/{model.base}@{model.revision}/{federation.train.objective}/{objective!r}/{words}"
+    return tokenize(Store.open(store), key, lambda rows: objective.encode(rows, tokenizer), shared, on_rows).folder
+
+
+def find_tokens(tokens: Path) -> Path | None:
+    """Where this node sees the columns: in their own folder (the same machine, a shared disk) or as a copy."""
+    return next((folder for folder in (tokens, _copy(tokens)) if folder.is_dir()), None)
+
+
+def put_tokens(tokens: Path) -> Parts:
+    """Puts the columns' files into the object store, in pieces."""
+    parts: Parts = {}
+    for file in tokens.iterdir():
+        content = np.memmap(file, np.uint8, "r")
+        parts[file.name] = [ray.put(content[i : i + PIECE_BYTES]) for i in range(0, len(content), PIECE_BYTES)]
+    return parts
+
+
+def receive_tokens(tokens: Path, parts: Parts) -> Path:
+    """Writes a copy of the columns on this node, whole or not at all; returns its folder."""
+    with written_whole(_copy(tokens)) as scratch:
+        for name, pieces in parts.items():
+            with (scratch / name).open("wb") as file:
+                for piece in pieces:
+                    content: Any = ray.get(piece)
+                    file.write(content)
+    return _copy(tokens)
+
+
+def _copy(tokens: Path) -> Path:
+    return node_cache() / tokens.parent.name / tokens.name

@@ -1,0 +1,209 @@
+"""`fedpost bench partition`: stores of up to a million clients, and partitions against those of flwr-datasets.
+
+No figure is printed before the rows that are read back from each store are found to be those that were put in, and both
+libraries' partitions of the same rows to agree. All that it builds goes to the folder for temporary files and is
+deleted in the end: about 3 GB in full size.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from datasets_partition.partitioners.natural import Natural
+from datasets_partition.sources.parquet_files import ParquetFiles
+from datasets_partition.store.build import build
+from datasets_partition.store.splits import Splits
+from datasets_partition.store.store import Store
+from datasets_partition.store.tokens import Tokens, tokenize
+from experiments.bench import against_flwr
+from experiments.bench.results import Figure, Steps, in_fresh_process, memory
+from strategies.core.cohort import UniformCohort
+
+ROWS, WORDS, SEED = 10, 8, 1  # rows of a client, words of a row
+CHECKED, TRIES, ROUNDS = 20, 21, 5
+ROWS_AT_ONCE = 1 << 17
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a run is: populations, ascending powers of ten; a cohort; and rows of the compared partitions.
+
+    `slots` fresh processes read each of the smallest and the largest population.
+    """
+
+    populations: tuple[int, ...]
+    cohort: int
+    compared: tuple[int, ...]
+    slots: int
+
+
+FULL = Size((10**3, 10**5, 10**6), cohort=10_000, compared=(10**5, 10**6), slots=3)
+SMALL = Size((10**2, 10**4), cohort=100, compared=(10**4,), slots=1)
+
+
+class Built(NamedTuple):
+    """A store, the wall and processor time that it took, and the most memory of the process that built it."""
+
+    folder: Path
+    wall_s: float
+    cpu_s: float
+    peak_mb: float | None
+
+
+def measure(small: bool) -> dict[str, Figure]:
+    """All figures; ValueError when a store does not hold what was put in, or a partition is not what it should be."""
+    size, steps = SMALL if small else FULL, Steps()
+    figures: dict[str, Figure] = {}
+    slots: list[dict[str, float]] = []
+    for population in size.populations:
+        with TemporaryDirectory(prefix="fedpost-bench-") as name:
+            source = Path(name) / "rows.parquet"
+            steps.say(f"{population:,} clients: making {population * ROWS:,} rows")
+            write_rows(source, population)
+            steps.say(f"{population:,} clients: building the store")
+            built: Built = in_fresh_process(_build, source, Path(name) / "stores", steps)
+            steps.say(f"{population:,} clients: making token columns, reading rows back")
+            tokens = tokenize(Store.open(built.folder), "bytes", to_bytes)
+            refuse_other_rows(source, population, Store.open(built.folder), tokens)
+            figures |= _quick(built.folder, tokens.folder, population, size.cohort)
+            if population in (size.populations[0], size.populations[-1]):
+                steps.say(f"{population:,} clients: reading as a slot does")
+                slots.append(_slot_memory(built.folder, tokens.folder, size.populations[0] // 2, size.slots))
+            if population == size.populations[-1]:
+                figures |= _built_figures(built, population * ROWS)
+    least, most = slots
+    for figure, kind in (("slot_rss_growth_mb", "VmRSS"), ("slot_private_growth_mb", "RssAnon")):
+        figures[figure] = Figure(most[kind] - least[kind] if most else None, "MB")
+    return figures | _against_flwr(size.compared, steps)
+
+
+def write_rows(path: Path, population: int) -> None:
+    """Parquet of `ROWS` rows of random words for each client, in random order."""
+    random = np.random.default_rng(SEED)
+    letters = random.integers(ord("a"), ord("z") + 1, (4096, 8), np.uint8)
+    words = pa.array([row[: 2 + i % 7].tobytes().decode() for i, row in enumerate(letters)])
+    owners = random.permutation(np.repeat(np.arange(population), ROWS))
+    schema = pa.schema([("client", pa.string()), ("text", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in range(0, len(owners), ROWS_AT_ONCE):
+            some = pa.array(owners[first : first + ROWS_AT_ONCE]).cast(pa.string())
+            drawn = words.take(pa.array(random.integers(0, len(words), len(some) * WORDS)))
+            ends = np.arange(0, len(drawn) + 1, WORDS, dtype=np.int32)
+            texts = pc.binary_join(pa.ListArray.from_arrays(ends, drawn), " ")
+            writer.write_table(pa.table([some, texts], schema=schema))
+
+
+def to_bytes(rows: pa.Table) -> pa.Table:
+    """The stand-in for an objective's `encode`: the bytes of the completion. Tokenizing is not what is measured."""
+    texts = rows["completion"].combine_chunks().cast(pa.large_binary())
+    ends = np.append(0, np.cumsum(pc.binary_length(texts).to_numpy())).astype(np.int32)
+    content = np.frombuffer(b"".join(texts.to_pylist()), np.uint8).astype(np.int32)
+    return pa.table({"input_ids": pa.ListArray.from_arrays(ends, content)})
+
+
+def refuse_other_rows(source: Path, population: int, store: Store, tokens: Tokens) -> None:
+    """Raises ValueError unless all rows are there, and those of some clients are the ones of `source`."""
+    all_rows = store.counts("train").astype(np.int64) + store.counts("heldout")
+    whole = len(all_rows) == population and (all_rows == ROWS).all()
+    chosen = np.random.default_rng(SEED).choice(store.num_clients, CHECKED, replace=False).tolist()
+    names = [store.name(client) for client in chosen]
+    given = (
+        pq.read_table(source, filters=pc.field("client").isin(names)).group_by("client").aggregate([("text", "list")])
+    )
+    texts = {row["client"]: sorted(row["text_list"]) for row in given.to_pylist()}
+    for client, name in zip(chosen, names, strict=True):
+        rows = pa.concat_tables([store.read_rows(client, "train"), store.read_rows(client, "heldout")])
+        ids = pa.concat_batches([tokens.rows(client, "train"), tokens.rows(client, "heldout")])["input_ids"]
+        whole &= sorted(rows["completion"].to_pylist()) == texts[name]
+        whole &= sorted(bytes(row).decode() for row in ids.to_pylist()) == texts[name]
+    if not whole:
+        raise ValueError(f"the store of {population:,} clients does not hold the rows that were put in")
+
+
+def _quick(folder: Path, tokens: Path, population: int, cohort: int) -> dict[str, Figure]:
+    """Milliseconds to open a store with its token columns; and to draw a cohort and look its clients' rows up."""
+    store, columns = Store.open(folder), Tokens.open(tokens)
+    opened = _median_ms(lambda _: (Store.open(folder).num_training, Tokens.open(tokens)))
+    figures = {f"open_ms_{power(population)}": Figure(opened, "ms")}
+    if store.num_training >= cohort:
+        kind = UniformCohort(size=cohort)
+        drawn = kind.sample(store.num_training, SEED, 0)
+        if len(np.unique(drawn)) != cohort or drawn.min() < 0 or drawn.max() >= store.num_training:
+            raise ValueError(f"a cohort of {cohort:,} is not one of different training clients")
+        took = _median_ms(lambda i: columns.counts("train")[kind.sample(store.num_training, SEED, i)])
+        figures[f"cohort_ms_{power(population)}"] = Figure(took, "ms")
+    return figures
+
+
+def _slot_memory(folder: Path, tokens: Path, cohort: int, slots: int) -> dict[str, float]:
+    """Median memory of fresh processes that read as a slot does; nothing where the system does not tell."""
+    found = [in_fresh_process(_read_as_slot, folder, tokens, cohort) for _ in range(slots)]
+    return {kind: statistics.median(one[kind] for one in found) for kind in found[0]}
+
+
+def _read_as_slot(folder: Path, tokens: Path, cohort: int) -> dict[str, float]:
+    """The memory of this process after some rounds: what a slot maps and copies of its clients' rows."""
+    store, columns = Store.open(folder), Tokens.open(tokens)
+    columns.counts("train").max()
+    for round_ in range(ROUNDS):
+        for client in UniformCohort(size=cohort).sample(store.num_training, SEED, round_).tolist():
+            rows = columns.rows(client, "train")
+            rows.take(pa.array(np.arange(rows.num_rows)))
+    return memory()
+
+
+def _build(source: Path, cache: Path, steps: Steps) -> Built:
+    began, cpu = time.perf_counter(), time.process_time()
+    folder = build(ParquetFiles(path=str(source)), Natural(), Splits(), SEED, str(cache), steps.say_now_and_then)
+    return Built(folder, time.perf_counter() - began, time.process_time() - cpu, memory().get("VmHWM"))
+
+
+def _built_figures(built: Built, rows: int) -> dict[str, Figure]:
+    return {
+        "build_rows_per_s": Figure(rows / built.wall_s, "rows/s"),
+        "build_s": Figure(built.wall_s, "s"),
+        "build_cpu_s": Figure(built.cpu_s, "s"),
+        "build_peak_mb": Figure(built.peak_mb, "MB"),
+    }
+
+
+def _against_flwr(compared: tuple[int, ...], steps: Steps) -> dict[str, Figure]:
+    """Times of both libraries and their ratio; the ratio without a size is the smallest."""
+    if not against_flwr.is_there():
+        steps.say("flwr-datasets is not installed: no speedups")
+        return {f"speedup_{kind}": Figure(None, "times") for kind in ("natural", "dirichlet")}
+    figures: dict[str, Figure] = {}
+    for kind in ("natural", "dirichlet"):
+        ratios = []
+        for rows in compared:
+            steps.say(f"the {kind} partition of {rows:,} rows, by both libraries")
+            times: against_flwr.Times = in_fresh_process(against_flwr.compare, kind, rows)
+            ratios.append(times.theirs / times.ours)
+            figures[f"{kind}_ms_{power(rows)}"] = Figure(times.ours * 1000, "ms")
+            figures[f"flwr_{kind}_ms_{power(rows)}"] = Figure(times.theirs * 1000, "ms")
+            figures[f"speedup_{kind}_{power(rows)}"] = Figure(ratios[-1], "times")
+        figures[f"speedup_{kind}"] = Figure(min(ratios), "times")
+    return figures
+
+
+def power(number: int) -> str:
+    """A power of ten as figures name it: 1e6."""
+    return f"1e{len(str(number)) - 1}"
+
+
+def _median_ms(work: Callable[[int], Any]) -> float:
+    times = []
+    for i in range(TRIES):
+        began = time.perf_counter()
+        work(i)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1000

@@ -1,0 +1,93 @@
+"""`fedpost strategies --check MODULE:CLASS`: the contract of strategies, with the engine's sum and disk."""
+
+import tempfile
+import traceback
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from engine.aggregation.exact_sum import ExactSum, merge
+from engine.records.checkpoint import Saved, load_checkpoint, save_checkpoint
+from experiments.config.user_code import imported
+from strategies.contract.case import FULL, LORA, Case, DoesNotApply
+from strategies.contract.checks import CHECKS, Check, lacks
+from strategies.core.protocol import Aggregate, ServerState, Strategy, Update
+
+
+def engine_sum(updates: list[Update]) -> Aggregate:
+    """The updates as a slot sums them and the driver merges them."""
+    running = ExactSum()
+    for update in updates:
+        running.add(update)
+    return merge([running.close()])
+
+
+def engine_stored(state: ServerState) -> ServerState:
+    """The state after its way to a checkpoint and back."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder), Saved(state, 1.5), keep=1)
+        loaded = load_checkpoint(Path(folder))
+    assert loaded is not None and isinstance(loaded.state, ServerState)
+    return loaded.state
+
+
+def cases(strategy: Strategy) -> list[Case]:
+    """The strategy on adapters and, unless it needs those, on a fully tuned model."""
+    layouts = (LORA,) if strategy.needs_lora else (LORA, FULL)
+    return [Case(strategy, layout, engine_sum, engine_stored) for layout in layouts]
+
+
+def show_check(named: str) -> bool:
+    """Prints each check of the class MODULE:CLASS with what came of it; whether all were kept."""
+    strategy, console = _made(named), Console(highlight=False, soft_wrap=True)
+    listed = cases(strategy)
+    broken = 0
+    for check in CHECKS:
+        told = [text for text in (_told(check, case) for case in listed) if text is not None]
+        skipped = [text for text in told if isinstance(text, DoesNotApply)]
+        failures = list(dict.fromkeys(str(text) for text in told if not isinstance(text, DoesNotApply)))
+        name = check.__name__.replace("_", " ")
+        if failures:
+            broken += 1
+            console.print(f"[red]failed[/red]  {name}")
+            for failure in failures:
+                console.print(f"        {failure}", markup=False)
+        elif len(skipped) == len(listed):
+            console.print(f"[dim]-       {name} (does not apply: {skipped[0]})[/dim]")
+        else:
+            console.print(f"[green]ok[/green]      {name}")
+    kept = f"{broken} of {len(CHECKS)} promises are broken" if broken else "the contract is kept"
+    layouts = "on adapters" if strategy.needs_lora else "on adapters and in full"
+    console.print(f"{named}, with its defaults, {layouts}: {kept}")
+    return not broken
+
+
+def _told(check: Check, case: Case) -> str | DoesNotApply | None:
+    try:
+        check(case)
+    except DoesNotApply as reason:
+        return reason
+    except AssertionError as broken:
+        return str(broken)
+    except Exception as error:  # people's own code: whatever it raises is a finding
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
+    return None
+
+
+def _made(named: str) -> Any:
+    if ":" not in named:
+        raise ValueError(f"--check takes MODULE:CLASS, such as my_module:MyStrategy, not {named!r}")
+    kind = imported("--check", named, "apply")
+    missing = lacks(kind)
+    if missing:
+        raise ValueError(
+            f"{named} is no strategy, it lacks {', '.join(missing)}: extend strategies.averaging.fedavg.FedAvg, "
+            f"which has a default for everything"
+        )
+    needed = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]
+    if needed:
+        raise ValueError(f"{named} is checked with its defaults, and these keys have none: {', '.join(needed)}")
+    return kind()

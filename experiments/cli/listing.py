@@ -1,0 +1,91 @@
+"""`fedpost strategies`: the rules and the transforms that there are, as text for a terminal of 100 columns."""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import get_args
+
+from rich.console import Console
+from rich.text import Text
+
+from engine.config.compatibility import works_in_gangs
+from strategies import Strategies, Transforms
+
+WIDTH = 100
+COLUMNS = (18, 8, 8, 8, 8, 8)
+LEGEND = (
+    (
+        "reads",
+        "what the server needs: the sum of the updates (secure aggregation works), several sums one after another "
+        "(passes), or each update",
+    ),
+    ("LoRA", "needed: it works on adapters only; the others take adapters and fully tuned models"),
+    ("ranks", "mixed: clients may have adapters of different ranks"),
+    ("gangs", "yes: works on parts of vectors, so that a client may be a gang of ZeRO ranks, each with its shard"),
+    ("memory", "yes: a client keeps something from round to round"),
+    (
+        "recipe",
+        'strategy = "fedprox", or with keys, strategy = { kind = "fedprox", mu = 0.1 }; transforms = [{ kind = '
+        '"clip" }, ...]; your own: strategy = "my_module:MyStrategy"',
+    ),
+    ("--check", "holds your own to the contract: fedpost strategies --check my_module:MyStrategy"),
+)
+
+
+def show_strategies() -> None:
+    """Each strategy with what it reads, needs and allows, its first sentence and its keys; then the transforms."""
+    console = Console(highlight=False, soft_wrap=True)
+    for line in listing():
+        console.print(line)
+
+
+def listing() -> Iterator[Text]:
+    """The list, line by line."""
+    yield _row("kind", "reads", "LoRA", "ranks", "gangs", "memory", "paper", style="bold underline")
+    for strategy in (member() for member in get_args(Strategies)):
+        allows = [
+            "needed" if strategy.needs_lora else "-",
+            "mixed" if strategy.mixed_ranks else "-",
+            "yes" if works_in_gangs(strategy) else "-",
+            "yes" if strategy.remembers else "-",
+        ]
+        yield _row(strategy.kind, strategy.reads, *allows, strategy.paper)
+        yield from _about(strategy)
+    yield Text()
+    yield _row("transforms", "", "", "", "", "memory", "", style="bold underline")
+    for transform in (member() for member in get_args(Transforms)):
+        yield _row(transform.kind, "", "", "", "", "yes" if transform.remembers else "-", "")
+        yield from _about(transform)
+    yield Text()
+    for word, meaning in LEGEND:
+        yield from _wrapped(f"{word:<10}{meaning}", " " * 10)
+
+
+def first_sentence(docstring: str) -> str:
+    """Up to the first full stop, in one line."""
+    text = " ".join(docstring.split())
+    return re.split(r"(?<=[^.]\.)\s", text, maxsplit=1)[0]
+
+
+def _row(*cells: str, style: str = "") -> Text:
+    """The first cells in columns, the last as it is; a kind in bold."""
+    padded = [f"{cell:<{width}}" for cell, width in zip(cells, COLUMNS, strict=False)]
+    row = Text("".join([*padded, *cells[len(COLUMNS) :]]).rstrip(), style=style)
+    row.stylize("bold", 0, len(cells[0]))
+    return row
+
+
+def _about(member: object) -> Iterator[Text]:
+    """Its first sentence and its keys, each on lines of their own."""
+    keys = {field.name: field.default for field in fields(type(member)) if field.name != "kind"}  # type: ignore[arg-type]
+    text = ", ".join(f"{name}={'unset' if default is None else json.dumps(default)}" for name, default in keys.items())
+    yield from _wrapped("    " + first_sentence(str(member.__doc__)), "    ")
+    yield from _wrapped("    " + text, "    ", "dim")
+
+
+def _wrapped(text: str, indent: str, style: str = "") -> Iterator[Text]:
+    """Lines that fit, the second and later ones indented; a key is not torn from its value."""
+    lines = textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+    return (Text(line, style=style) for line in lines)

@@ -1,0 +1,168 @@
+"""What the terminal shows of a run: its progress and its closing table."""
+
+import textwrap
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from datasets_partition.sources.location import is_local, within
+from engine.messages.events import DriverLost, Evaluated, Event, Finished, Preparing, RoundDone, Sample, Started
+
+SPLITS = {"heldout": "held-out rows", "unseen": "unseen clients", "server": "the server's rows"}
+FEW = 5
+
+
+class Screen:
+    """Shows a run's events: a line each, and below them a bar where the output is a terminal."""
+
+    def __init__(self, rounds: int, out: str | None = None) -> None:
+        self.elsewhere = None if out is None or is_local(out) else out
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.rounds, self.started = rounds, False
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.task = self.progress.add_task("preparing", total=rounds)
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, event: Event) -> None:
+        """Shows one event."""
+        match event:
+            case DriverLost(why):
+                self.say(f"the driver ended ({why}); another takes its place")
+            case Preparing(step):
+                self.progress.update(self.task, description=step)
+                self.console.print(f"[dim]{step} ...[/dim]")
+            case Started():
+                self._started(event)
+            case RoundDone():
+                self._round(event)
+            case Evaluated(round_, losses, None):
+                self.console.print(f"round {round_:>3}/{self.rounds}  [bold]{_losses(losses)}[/bold]")
+            case Evaluated(_, losses, baseline):
+                self.console.print(f"{str(baseline).replace('_', ' '):>13}  {_losses(losses)}")
+            case Finished():
+                self.progress.stop()
+                self._finished(event)
+
+    def say(self, what: str) -> None:
+        """Shows a sentence that stands out."""
+        self.console.print(f"[yellow]{escape(what)}[/yellow]")
+
+    def begun(self) -> bool:
+        """Whether the first round goes on, or a later one."""
+        return self.started
+
+    def _started(self, event: Started) -> None:
+        self.started = True
+        slots = f"{event.slots} slots" if event.slots > 1 else "1 slot"
+        fewer = f" (of {event.asked} asked; no more fit)" if event.asked not in ("auto", event.slots) else ""
+        self.console.print(
+            f"{event.training} training clients and {event.unseen} unseen ones on {slots}{fewer}; "
+            f"{event.parameters:,} trained parameters on a shared base of {event.base_bytes / 1e6:.1f} MB"
+        )
+        if event.lanes > 1:
+            self.console.print(f"clients train in packs, {event.lanes} at once in a slot")
+        if event.dropped_rows:
+            self.console.print(
+                f"{event.dropped_rows:,} rows dropped: train.max_length cuts away their whole completion"
+            )
+        if event.without_gpu:
+            self.console.print(
+                f"[yellow]torch sees no GPU in {event.without_gpu} of {slots}, although clients.num_gpus asks for one: "
+                f"they run on the CPU[/yellow]"
+            )
+        for note in event.notes:
+            self.console.print(f"[yellow]{escape(note)}[/yellow]")
+        if event.resumed is not None:
+            self.console.print(f"going on from the checkpoint of round {event.resumed}")
+        self.progress.update(self.task, description="round", completed=event.resumed or 0)
+
+    def _round(self, event: RoundDone) -> None:
+        self.progress.update(self.task, description="round", completed=event.round)
+        loss = f"train loss {event.loss:.3f}" if event.clients else "nobody trained  "
+        dropped = f" ({len(event.gone)} dropped out)" if event.gone else ""
+        self.console.print(
+            f"round {event.round:>3}/{self.rounds}  {loss}  {event.clients} clients{dropped}  "
+            f"{event.seconds:5.1f} s  {event.tokens_per_s:,.0f} tokens/s"
+        )
+        if event.aborted is not None:
+            self.console.print(f"  [yellow]no sum, the model stays as it was: {escape(event.aborted)}[/yellow]")
+        for fault in event.faults:
+            if fault.kind != "client" or fault.who not in event.failed:
+                self.console.print(f"  [yellow]{escape(f'{fault.kind} {fault.who}')}: {escape(fault.why)}[/yellow]")
+        for client, why in event.failed.items():
+            self.console.print(f"  [yellow]client {client!r} was left out: {escape(why)}[/yellow]")
+        for why, clients in _by_reason(event.gone).items():
+            few = ", ".join(map(repr, clients[:FEW])) + (", ..." if len(clients) > FEW else "")
+            many = "1 client" if len(clients) == 1 else f"{len(clients):,} clients"
+            self.console.print(f"  [dim]{many} {escape(why)}: {escape(few)}[/dim]")
+        if event.round == self.rounds:
+            if event.epsilon is not None:
+                self.console.print(f"privacy: {event.epsilon}")
+            self.progress.update(self.task, description="evaluating, exporting")
+
+    def _finished(self, event: Finished) -> None:
+        for number, sample in enumerate(event.samples, 1):
+            self.console.print(_sample(number, sample))
+        table = Table(title="loss in nats per token", title_justify="left")
+        table.add_column("rows of")
+        for column in event.losses:
+            table.add_column(column, justify="right")
+        table.add_column("change", justify="right")
+        for split, title in SPLITS.items():
+            values = {column: losses.get(split) for column, losses in event.losses.items()}
+            first, last = values.get("round 0"), values.get("end")
+            if first is not None and last is not None:
+                cells = ["" if value is None else f"{value:.3f}" for value in values.values()]
+                table.add_row(title, *cells, f"{100 * (last / first - 1):+.1f}%")
+        self.console.print(table)
+        plain, private = (event.losses.get(column, {}).get("heldout") for column in ("not private", "end"))
+        if plain is not None and private is not None:
+            self.console.print(
+                f"what privacy cost: {private - plain:+.3f} nats per token on held-out rows, {private:.3f} in place of "
+                f"{plain:.3f}"
+            )
+        for name, what in (("model", "the trained model"), ("report.html", "the report"), ("metrics", "all figures")):
+            self.console.print(f"{what:>17}: {within(self.elsewhere or str(event.folder), name)}", soft_wrap=True)
+
+
+def _by_reason(gone: dict[str, str]) -> dict[str, list[str]]:
+    """Clients by why they are gone, without what is each one's own."""
+    found: dict[str, list[str]] = {}
+    for client, why in gone.items():
+        found.setdefault(why.partition(":")[0], []).append(client)
+    return found
+
+
+def _losses(losses: dict[str, float]) -> str:
+    return "  ".join(f"{SPLITS[split]} {value:.3f}" for split, value in losses.items())
+
+
+def _sample(number: int, sample: Sample) -> Table:
+    """One prompt's signature, and below it what the author and the model wrote."""
+    signature = next((line for line in sample.prompt.splitlines() if line.startswith(("def ", "class ", "async "))), "")
+    table = Table(title=f"sample {number}: {signature[:90]}", title_justify="left", show_header=False, box=None)
+    for name, text in (("author", sample.reference), ("before", sample.before), ("after", sample.after)):
+        table.add_row(f"[dim]{name}[/dim]", _plain(textwrap.shorten(text, 200, placeholder=" ...")))
+    return table
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)  # a model may write what rich would take for markup

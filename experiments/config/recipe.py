@@ -1,0 +1,263 @@
+"""The recipe as one typed tree: read from strict TOML, changed by `a.b=c`, checked as a whole, written back resolved.
+
+Imports neither ray nor transformers, so that `fedpost schema` and a recipe's errors come at once.
+"""
+
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import tomli_w
+from pydantic import Field, TypeAdapter, ValidationError
+
+from datasets_partition import Partitioners, Sources
+from datasets_partition.partitioners.natural import Natural
+from datasets_partition.store.splits import Splits
+from engine.config.federation import Federation
+from experiments.config.user_code import COMBINED, put_back, replaced, take_out
+
+SHIPPED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
+RECIPES = Path(__file__).parent.parent / "recipes"
+# Sections that may be given by their kind alone: strategy = "fedavg".
+BY_KIND = (
+    ("data", "source"),
+    ("data", "partition"),
+    ("model", "peft"),
+    ("cohort",),
+    ("train", "optimizer"),
+    ("strategy",),
+    ("privacy", "dp"),
+)
+CAPPED = "a client's weight is min(rows, rows_cap) / rows_cap: set privacy.rows_cap, a number of rows"
+GONE = {"privacy.secagg.weight_cap": CAPPED, "privacy.dp.weight_cap": CAPPED}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where rows come from, whose they are, which are kept from training, and the folder that caches the stores.
+
+    `label` names a column whose values are counted for each client; without it what the partition goes by is counted.
+    """
+
+    source: Annotated[Sources, Field(discriminator="kind")]
+    partition: Annotated[Partitioners, Field(discriminator="kind")] = field(default_factory=Natural)
+    splits: Splits = field(default_factory=Splits)
+    label: str | None = None
+    cache: str = "runs/stores"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Federation):
+    """One run, whole."""
+
+    data: Data
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        clients = vars(self.data.partition).get("clients")  # of kinds that are told how many to make
+        if clients is not None and self.cohort.size is not None and self.cohort.size > clients:
+            raise ValueError(
+                f"cohort.size is {self.cohort.size:g}, but the partition makes only {clients} clients: "
+                f"lower it, or raise data.partition.clients"
+            )
+
+
+_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+def load_recipe(path: Path, changes: list[str] | None = None) -> Recipe:
+    """The recipe of a TOML file with changes such as "train.steps=4"; ValueError with one sentence per fault."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in RECIPES.glob("*.toml")], 1, 0.3)
+        hint = f"; the shipped recipes are in {RECIPES}, the nearest is {near[0]}" if near else ""
+        raise ValueError(f"there is no recipe {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the recipe {path} cannot be read: {error}") from error
+    return parse_recipe(text, changes, str(path))
+
+
+def parse_recipe(text: str, changes: list[str] | None = None, origin: str = "the recipe") -> Recipe:
+    """As `load_recipe`, from TOML text, which errors call `origin`."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{origin} is not valid TOML: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{origin} is nested too deeply to be a recipe") from None
+    for change in changes or []:
+        _change(tree, change)
+    if isinstance(tree.get("cohort"), dict):
+        tree["cohort"].setdefault("kind", "uniform")
+    try:
+        for path in BY_KIND:
+            _expand(tree, path)
+        own = take_out(tree)
+        # Through JSON: there, and only there, strict mode takes tables for dataclasses and arrays for tuples.
+        recipe = _ADAPTER.validate_json(json.dumps(tree, default=_no_date), strict=True, extra="forbid")
+    except RecursionError:
+        raise ValueError(f"{origin} is nested too deeply to be a recipe") from None
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{origin}: {sentence}" for sentence in _sentences(error.errors()))) from None
+    for place, value in own.items():
+        recipe = replaced(recipe, place, value)
+    return recipe
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe."""
+    return _ADAPTER.json_schema()
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe: every key with its value; keys that are unset (null) are left out."""
+    tree = json.loads(_ADAPTER.dump_json(recipe, exclude_none=True, warnings=False))
+    put_back(tree, recipe)
+    tables = {key: value for key, value in tree.items() if isinstance(value, dict)}
+    return tomli_w.dumps({key: value for key, value in tree.items() if key not in tables} | tables)
+
+
+def located(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths of its trace, and of its base if it is a folder: processes have other folders."""
+    base, clients, trace = recipe.model.base, recipe.clients, recipe.clients.availability.trace
+    folder = SHIPPED.get(base, Path(base))
+    path = str(folder.resolve()) if folder.is_dir() else base
+    if trace is not None:
+        clients = replace(clients, availability=replace(clients.availability, trace=str(Path(trace).resolve())))
+    return replace(recipe, model=replace(recipe.model, base=path), clients=clients)
+
+
+def _change(tree: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set takes a.b=value, not {change!r}")
+    *path, last = key.strip().split(".")
+    table = tree
+    for part in path:
+        below = table.setdefault(part, {})
+        if isinstance(below, str):  # the short form: strategy = "fedavg"
+            below = table[part] = {"kind": below}
+        if not isinstance(below, dict):
+            raise ValueError(f"--set {change}: {part} is a value, not a section")
+        table = below
+    try:
+        table[last] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = value  # a bare word is a string, so that a shell needs no quotes
+    except RecursionError:
+        raise ValueError(f"--set {key} is nested too deeply to be a recipe's value") from None
+
+
+def _no_date(value: object) -> object:
+    raise ValueError(f"a recipe has no dates or times, but this holds {value}: put it in quotes if it is text")
+
+
+def _expand(tree: dict[str, Any], path: tuple[str, ...]) -> None:
+    for part in path[:-1]:
+        below = tree.get(part)
+        if not isinstance(below, dict):
+            return
+        tree = below
+    section = tree.get(path[-1])
+    if isinstance(section, str):
+        tree[path[-1]] = {"kind": section}
+    elif isinstance(section, dict) and section.get("kind") == "combined":
+        for part in COMBINED:
+            _expand(section, (part,))
+
+
+def _sentences(faults: list[Any]) -> list[str]:
+    """One sentence per key, also where a value may be of several types and fits none."""
+    said: dict[str, str] = {}
+    for fault in faults:
+        key = ".".join(_path(fault["loc"]))
+        if key in said and fault["type"] != "value_error":
+            said[key] = said[key].replace(", not ", f" or {_complaint(fault)}, not ", 1)
+        else:
+            said[key] = _sentence(key, fault)
+    return list(said.values())
+
+
+def _sentence(key: str, fault: Any) -> str:
+    kind = fault["type"]
+    if key in GONE:
+        return f"there is no key {key!r} any more; {GONE[key]}"
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, 1, 0.0)
+        section = key.rpartition(".")[0]
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"there is no key {key!r}; {hint}{f'[{section}]' if section else 'A recipe'} takes {', '.join(known)}"
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"the key {key!r} is missing"
+    if kind == "union_tag_not_found":
+        kinds = " or ".join(repr(_tag(member)) for member in _members(_type_at(fault["loc"])))
+        return f"{key!r} needs a kind: {kinds}"
+    if kind == "union_tag_invalid":
+        given, expected = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
+        near = difflib.get_close_matches(given, [tag.strip().strip("'") for tag in expected.split(",")], 1, 0.0)
+        return f"{key!r} has no kind {given!r}; did you mean {near[0]!r}? There is {expected}"
+    if kind == "value_error":
+        said = str(fault["ctx"]["error"])
+        return said.replace("data.partition", key) if key.startswith("data.partition.") else said
+    return f"{key!r} should be {_complaint(fault)}, not {fault['input']!r}"
+
+
+def _complaint(fault: Any) -> str:
+    return str(fault["msg"]).removeprefix("Input should be ").replace("an object", "a section")
+
+
+def _path(where: tuple[Any, ...]) -> list[str]:
+    """The keys of a place as a person reading the TOML knows them: pydantic's has the union's choices in it too."""
+    path: list[str] = []
+    kind: Any = Recipe
+    for part in where:
+        members = _members(kind)
+        tagged = [member for member in members if _tag(member) == part]
+        if isinstance(part, int) and members:  # one of a list, whose type is the list's
+            path.append(str(part))
+            continue
+        if len(members) > 1 and tagged:
+            kind = tagged[0]
+            continue
+        if path and not members:
+            break
+        path.append(str(part))
+        kind = _hints(members[0]).get(part)
+    return path
+
+
+def _known_keys(where: tuple[Any, ...]) -> list[str]:
+    return [f.name for member in _members(_type_at(where)) for f in fields(member)]
+
+
+def _type_at(where: tuple[Any, ...]) -> Any:
+    kind: Any = Recipe
+    for part in where:
+        members = _members(kind)
+        tagged = [member for member in members if _tag(member) == part]
+        if isinstance(part, int):
+            continue
+        kind = tagged[0] if len(members) > 1 and tagged else _hints(members[0]).get(part)
+    return kind
+
+
+def _members(kind: Any) -> list[Any]:
+    """The dataclasses that a field's type admits."""
+    while get_origin(kind) in (Annotated, tuple):
+        kind = get_args(kind)[0]
+    choices = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return [choice for choice in choices if is_dataclass(choice)]
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _tag(member: Any) -> Any:
+    return next((f.default for f in fields(member) if f.name == "kind"), None)

@@ -1,0 +1,275 @@
+"""`fedpost plan`: what a recipe takes of memory and of Ray's object store, and what fits, without running it.
+
+Parameters are counted on the meta device, activations by a forward pass there: a configuration is enough, no weights.
+Legend: P trained parameters.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM
+
+from engine.config.federation import Clients, Lora, Model, Zero
+from engine.config.train import AdamW, Sgd
+from engine.models.base_model import causal_config, with_adapters
+from engine.models.zero_limits import BUCKET, LIVE
+from engine.scheduling.placement import asked_or_fitting, slots_that_fit
+from experiments.bench.results import in_fresh_process, memory
+from experiments.config.recipe import Recipe
+
+GIB, FLOAT, GRID = 2**30, 4, 8
+SPARE = 0.9  # of a device's memory is counted on
+HEAP = 1.5  # what an allocator holds over what lives at once of a step's tensors, as measured with glibc's
+RAY = 20 * 2**20  # what a worker of Ray adds to a process
+MOST_RANKS = 1024
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of the model, of what is trained, and of its largest tensor; bytes of an element and of activations.
+
+    `activations` are what the backward pass needs of one row of the recipe's length, `logits` what its loss needs.
+    """
+
+    parameters: int
+    trained: int
+    largest: int
+    itemsize: int
+    activations: int
+    logits: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one process takes: a slot's, or a rank's."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    updates: float
+    process: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(vars(self).values()))
+
+
+def sizes(model: Model, max_length: int) -> Sizes:
+    """Counts a model from its configuration alone; ValueError when there is none."""
+    config = causal_config(model)
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(not isinstance(model.peft, Lora))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft calls transformers by an old name
+            network = with_adapters(base, model) if isinstance(model.peft, Lora) else base
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    known = {id(parameter) for parameter in network.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in known and (tensor._base is None or id(tensor._base) not in known):
+            storage = tensor.untyped_storage()
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    ids_BT = torch.zeros((1, max_length), dtype=torch.long, device="meta")
+    # A mask that is made already: transformers would look into one that it makes, and meta tensors hold nothing.
+    mask_B1TT = torch.zeros((1, 1, max_length, max_length), dtype=dtype, device="meta")
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = network.train()(input_ids=ids_BT, attention_mask=mask_B1TT, use_cache=False).logits
+    largest = max(parameter.numel() for parameter in network.parameters())
+    return Sizes(
+        sum(parameter.numel() for parameter in network.parameters()),
+        sum(parameter.numel() for parameter in trained),
+        largest,
+        dtype.itemsize,
+        sum(saved.values()),
+        3 * prod(logits.shape) * FLOAT,
+    )
+
+
+def slot_need(found: Sizes, recipe: Recipe, process: float) -> Need:
+    """A plain slot: the base is mapped, and what is trained is one float32 vector with its gradient.
+
+    In packs, there are such vectors for each lane, beside those of a client alone. A pack of "auto" counts as 1.
+    """
+    trained, lanes = found.trained * FLOAT, recipe.clients.pack if isinstance(recipe.clients.pack, int) else 1
+    vectors = 1 if lanes == 1 else 1 + lanes
+    return Need(
+        found.parameters * found.itemsize + vectors * trained,
+        vectors * trained,
+        vectors * _moments(recipe) * trained,
+        HEAP * max(_in_a_step(found, recipe.train.batch * lanes), found.logits * recipe.evaluate.batch),
+        found.trained * ((1 + 2 * lanes) * FLOAT + GRID),  # start, each lane's end and change, and the sum
+        process,
+    )
+
+
+def rank_need(found: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need:
+    """A rank of a gang: ZeRO (arXiv 1910.02054) cuts optimizer (1), gradients (2) and weights (3) over the ranks.
+
+    Shards of the state and of sums that lie in the object store are no rank's own; what is offloaded lies on no GPU.
+    """
+    ranks, trained = zero.ranks, found.trained * FLOAT
+    # Of masters, of their gradient and of each moment: float32 also where the weights are float32 themselves.
+    shard = 0.0 if zero.offload == "cpu" and recipe.clients.num_gpus else trained / ranks
+    weights = found.parameters * found.itemsize / (ranks if zero.stage == 3 else 1) + shard
+    if zero.stage == 3:
+        weights += (found.largest + LIVE) * found.itemsize
+    gradients = (trained if zero.stage == 1 else shard) + min(BUCKET, found.trained) * FLOAT
+    rows = -(-recipe.train.batch // ranks)
+    kept = replace(found, activations=found.activations // 4) if zero.checkpointing else found
+    return Need(
+        weights,
+        gradients + shard,  # deepspeed's, and a flat copy for the optimizer
+        _moments(recipe) * shard,
+        HEAP * _in_a_step(kept, rows),
+        found.trained * (FLOAT + GRID) / ranks,  # a client's change, and the sum
+        process,
+    )
+
+
+def _in_a_step(found: Sizes, rows: int) -> float:
+    return float((found.activations + found.logits) * rows)
+
+
+def _moments(recipe: Recipe) -> int:
+    """Vectors of the local optimizer's state."""
+    optimizer = recipe.train.optimizer
+    if isinstance(optimizer, AdamW):
+        return 2
+    return int(optimizer.momentum > 0) if isinstance(optimizer, Sgd) else 2
+
+
+def smallest(found: Sizes, recipe: Recipe, device: float, process: float) -> Zero | None:
+    """The fewest ranks, and then the lowest stage, of a gang that fits the device; None where none does."""
+    given = recipe.clients.zero or Zero()
+    for ranks in range(1, MOST_RANKS + 1):
+        for stage in (1, 2, 3):
+            zero = replace(given, stage=stage, ranks=ranks)
+            if rank_need(found, recipe, zero, process).total <= SPARE * device:
+                return zero
+    return None
+
+
+def counted(clients: Clients, devices: int, cpus: int) -> tuple[int, int]:
+    """How many plain slots and how many gangs a run has; of "auto", what GPUs, or so many CPUs on each device, hold.
+
+    ValueError where the GPUs, or the CPUs, hold none.
+    """
+    zero, slots = clients.zero, clients.slots
+    gangs = zero.gangs if zero is not None and zero.from_rows else 0  # beside plain slots
+    if clients.num_gpus or slots == "auto":
+        # How many CPUs there are beside GPUs is not known here.
+        asked = replace(clients, num_cpus=0.0) if clients.num_gpus else clients
+        nodes = [{"GPU": float(devices)}] if clients.num_gpus else [{"CPU": float(cpus)}] * devices
+        room, ranks = slots_that_fit(asked, nodes), 1 if zero is None else zero.ranks
+        fit = room - gangs * ranks if gangs else room // ranks
+        if fit < 1:
+            wanted = f"{gangs} gangs of {ranks} ranks and a plain slot" if gangs else f"a gang of {ranks} ranks"
+            raise ValueError(
+                f"{wanted} are more than the {room} processes that there is room for on {devices} devices: "
+                f"give more --devices, or lower clients.zero.ranks"
+            )
+        slots = asked_or_fitting(clients, fit)
+    return (slots, gangs) if zero is None or gangs else (0, slots)
+
+
+def on_fullest(clients: Clients, plain: int, ranks: int, devices: int, slot: float, rank: float, base: float) -> float:
+    """Bytes on the fullest device, of `slot` and `rank` bytes a process: in the worst case, those of one kind together.
+
+    The plain slots of a device share the base.
+    """
+    if clients.num_gpus:  # Ray fills one GPU before it takes the next
+        most = min(plain + ranks, max(1, int(1 / clients.num_gpus + 1e-6)))
+    else:
+        most = -(-(plain + ranks) // devices)
+    return max(
+        here * slot - max(0, here - 1) * base + (most - here) * rank
+        for here in range(max(0, most - ranks), min(plain, most) + 1)
+    )
+
+
+def process_bytes() -> tuple[float, float]:
+    """What a slot's process, and a gang's rank, take before they have a model, measured in one."""
+    plain, gang = in_fresh_process(_imported)
+    return plain * 2**20 + RAY, gang * 2**20 + RAY
+
+
+def _imported() -> tuple[float, float]:
+    import peft  # noqa: F401
+    from transformers import PreTrainedModel  # noqa: F401
+
+    import engine.workers.worker  # noqa: F401
+
+    plain = memory().get("VmRSS", 0.0)
+    import deepspeed  # noqa: F401
+
+    return plain, memory().get("VmRSS", 0.0)
+
+
+def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
+    """Prints the plan for devices of `device_gib`; whether the recipe fits."""
+    console = Console(highlight=False)
+    found = sizes(recipe.model, recipe.train.max_length)
+    clients, zero = recipe.clients, recipe.clients.zero or Zero()
+    device = (device_gib or _this_machine()) * GIB
+    plain, gang = process_bytes()
+    console.print(
+        f"{found.parameters:,} parameters of {found.itemsize} bytes, {found.trained:,} of them trained; "
+        f"devices of {device / GIB:,.1f} GiB, {SPARE:.0%} of it counted on"
+    )
+    table = Table(
+        "a process of", "weights", "gradients", "optimizer", "activations", "updates", "itself", "GiB", "fits"
+    )
+    for name, need in _needs(found, recipe, plain, gang):
+        amounts = [f"{value / GIB:,.2f}" for value in (*vars(need).values(), need.total)]
+        table.add_row(name, *amounts, "yes" if need.total <= SPARE * device else "no")
+    console.print(table)
+    least = smallest(found, recipe, device, gang)
+    console.print(
+        "no gang of up to 1,024 ranks fits such a device"
+        if least is None
+        else f"smallest gang, a device for each rank: clients.zero has stage = {least.stage}, ranks = {least.ranks}"
+    )
+    slots, gangs = counted(clients, devices, os.cpu_count() or 1)
+    base = found.parameters * found.itemsize
+    moved = found.trained * (FLOAT + GRID * (slots + gangs))
+    console.print(
+        f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots)"
+        + (f", and the base's {base / GIB:,.3f} GiB once" if slots else "")
+    )
+    needs = slot_need(found, recipe, plain).total, rank_need(found, recipe, zero, gang).total
+    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, *needs, base)
+    fits = whole <= SPARE * device
+    console.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {_fitting(fits)}")
+    return fits
+
+
+def _fitting(fits: bool) -> str:
+    return "it fits" if fits else "it does not fit"
+
+
+def _needs(found: Sizes, recipe: Recipe, plain: float, gang: float) -> Iterator[tuple[str, Need]]:
+    zero = recipe.clients.zero or Zero()
+    yield "a plain slot", slot_need(found, recipe, plain)
+    for stage in (1, 2, 3):
+        cut = replace(zero, stage=stage)
+        yield f"stage {stage}, {zero.ranks} ranks", rank_need(found, recipe, cut, gang)
+
+
+def _this_machine() -> float:
+    """The memory of the first GPU, or else of this machine, in GiB."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory) / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB

@@ -1,0 +1,151 @@
+"""Small stand-ins for large bases: a base's configuration without its weights, and its architecture shrunk.
+
+Bases that are known by name have a file in `families`: which names, what all sizes share, and what is a size's own.
+"""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from engine.config.federation import Model
+from engine.models.base_model import causal_config
+from experiments.config.recipe import SHIPPED
+
+FAMILIES = Path(__file__).parent.parent / "families"
+LAYERS, HEAD, KEYS, GROUP, EXPERTS, WINDOW = 2, 16, 2, 8, 4, 8
+# What grows with the model's width, as families call it.
+WIDTHS = ("intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+# The shipped tokenizer has no template of its own, and rows may be conversations.
+TEMPLATE = (
+    "{% for turn in messages %}{{ turn.role + ':' + turn.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def base_config(model: Model) -> Any:
+    """The base's configuration from its folder, from the hub's cache, or from a family's file; nothing is fetched.
+
+    Raises ValueError where there is none, or one of another kind of model.
+    """
+    if Path(model.base).is_dir():
+        return causal_config(model)
+    try:
+        cached = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
+        keys = family_keys(model.base)
+    except HFValidationError:  # the path of a folder that is not there
+        cached = keys = None
+    if isinstance(cached, str):
+        return causal_config(replace(model, base=str(Path(cached).parent), revision=None))
+    if keys is None:
+        raise ValueError(
+            f"model.base {model.base!r} is no folder, not in the hub's cache, and of no family that is known here "
+            f"({', '.join(sorted(file.stem for file in FAMILIES.glob('*.json')))}): save its config.json in a folder "
+            f"and dry-run with --set model.base=FOLDER"
+        )
+    return AutoConfig.for_model(**keys)
+
+
+def family_keys(name: str) -> dict[str, Any] | None:
+    """What is known of the base of that name on the hub, as in a config.json; None for other names."""
+    for file in sorted(FAMILIES.glob("*.json")):
+        family = json.loads(file.read_text(encoding="utf-8"))
+        if re.search(family["names"], name, re.IGNORECASE):
+            keys: dict[str, Any] = family["config"]
+            for size, own in family["sizes"].items():
+                if re.search(rf"(?<![a-z0-9.])(?:{size})(?![a-z0-9])", name, re.IGNORECASE):
+                    keys = keys | own
+            return keys
+    return None
+
+
+def shrunk(config: Any, tokenizer: Any) -> Any:
+    """The same architecture with few layers, narrow, and with the tokenizer's vocabulary.
+
+    Kept are each kind of layer, the ratios of heads to keys, of the feed-forward width and of the attention's width to
+    the model's, tied embeddings, and all that is no size.
+    """
+    old: dict[str, Any] = config.to_dict()
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    owner = "num_kv_heads" if "num_kv_heads" in old else "num_key_value_heads"
+    keys = old.get(owner) or heads
+    new_keys = min(keys, KEYS)
+    new_heads = new_keys * min(heads // keys, GROUP)
+    # Even, since rotary embeddings turn pairs; a multiple of the heads, which some architectures demand.
+    head = old.get("head_dim") or hidden // heads
+    width = new_heads * max(2, 2 * round(HEAD * hidden / (heads * head) / 2))
+    picked = _layers(old, config.num_hidden_layers)
+    new = {
+        "hidden_size": width,
+        "num_attention_heads": new_heads,
+        "num_hidden_layers": len(picked),
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "dtype": "float32",
+    }
+    new = {config.attribute_map.get(name, name): value for name, value in new.items()}
+    new |= {name: [old[name][layer] for layer in picked] for name in _by_layer(old, config.num_hidden_layers)}
+    new |= {name: max(8, 8 * round(old[name] * width / hidden / 8)) for name in WIDTHS if old.get(name)}
+    new |= {name: min(old[name], EXPERTS) for name in ("num_local_experts", "num_experts") if old.get(name)}
+    smaller = {owner: new_keys, "head_dim": HEAD, "sliding_window": WINDOW, "num_experts_per_tok": 2}
+    new |= {name: min(old[name], value) for name, value in smaller.items() if old.get(name)}
+    if old.get("rope_parameters"):
+        new["rope_parameters"] = _resized(old["rope_parameters"], HEAD)
+    old.pop("quantization_config", None)
+    return type(config).from_dict(old | new)
+
+
+def _by_layer(keys: dict[str, Any], layers: int) -> list[str]:
+    """The keys that hold a value for each layer."""
+    return [name for name, value in keys.items() if isinstance(value, list) and len(value) == layers]
+
+
+def _layers(keys: dict[str, Any], layers: int) -> list[int]:
+    """The first layer of each kind, and so many that there are LAYERS at least."""
+    kinds = [json.dumps([keys[name][layer] for name in _by_layer(keys, layers)]) for layer in range(layers)]
+    first = sorted({kind: layer for layer, kind in reversed(list(enumerate(kinds)))}.values())
+    return (first * LAYERS)[: max(LAYERS, len(first))]
+
+
+def _resized(rope: dict[str, Any], head: int) -> dict[str, Any]:
+    """Rotary parameters for heads of that size: factors for each pair are cut."""
+    pairs = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
+    return {
+        name: _resized(value, head) if isinstance(value, dict) else value[:pairs] if isinstance(value, list) else value
+        for name, value in rope.items()
+    }
+
+
+def described(config: Any) -> str:
+    """The sizes of a model, in words."""
+    keys = config.to_dict()
+    shared = keys.get("num_kv_heads") or keys.get("num_key_value_heads") or config.num_attention_heads
+    experts = keys.get("num_local_experts") or keys.get("num_experts")
+    return (
+        f"{config.num_hidden_layers} layers, width {config.hidden_size:,}, {config.num_attention_heads} heads over "
+        f"{shared}, " + (f"{experts} experts, " if experts else "") + f"vocabulary {config.vocab_size:,}"
+    )
+
+
+def write_base(config: Any, tokenizer: Any, folder: Path) -> None:
+    """A model of this configuration with random weights, always the same, as a folder with the tokenizer."""
+    disable_progress_bar()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def stand_in_tokenizer() -> Any:
+    """The shipped tokenizer, with a template for conversations."""
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED["tiny"])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer

@@ -1,0 +1,119 @@
+"""Rows for a shrunk recipe: the first of some of its own clients, shortened, or made-up ones if none are at hand."""
+
+import typing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from datasets_partition import Sources
+from datasets_partition.core.canonical import content_columns
+from datasets_partition.sources.location import is_local
+from datasets_partition.sources.python_docs import PythonDocs
+from datasets_partition.store.build import build
+from datasets_partition.store.store import Store
+from experiments.config.recipe import Recipe
+from experiments.preflight.shrunk_recipe import ROWS
+from strategies.core.seeds import rng
+
+TOO_MUCH = 256 * 2**20  # bytes of files that a minute has no time for
+TURNS = 4
+
+
+class Drawn(NamedTuple):
+    """A table of rows with their clients, whether they are the recipe's own, and where they come from in words."""
+
+    table: pa.Table
+    real: bool
+    said: str
+
+
+def draw_rows(recipe: Recipe, clients: int, max_length: int, cache: Path) -> Drawn:
+    """Rows for so many clients, short enough for `max_length` tokens whatever the tokenizer makes of them.
+
+    The recipe's own source, partition and splits are tried where its rows are at hand, with a store in `cache`. Raises
+    ValueError for what is wrong with them.
+    """
+    source, why = recipe.data.source, out_of_reach(recipe)
+    if why is not None:
+        return Drawn(_made_up(clients, max_length), False, f"made-up prompts and completions: {why}")
+    if isinstance(source, PythonDocs):
+        source = replace(source, packages=())  # the standard library alone, which takes seconds
+    data = recipe.data
+    store = Store.open(build(source, data.partition, data.splits, recipe.seed, str(cache), label=data.label))
+    if source is data.source:
+        recipe.cohort.sample(store.num_training, recipe.seed, 0)  # refuses a cohort that is too large for them
+    names = content_columns(store.read_rows(0, "train"))
+    parts = []
+    for client in range(clients):
+        rows = store.read_rows(client % store.num_training, "train").select(names)
+        parts.append(_owned(client, rows.take(np.arange(_rows_of(client)) % rows.num_rows)))
+    table = pa.concat_tables(parts)
+    columns = {name: _shortened(table[name], name, max_length) for name in names}
+    said = f"the first rows of {min(clients, store.num_training):,} of {store.num_training:,} clients"
+    return Drawn(pa.table({"client": table["client"]} | columns), True, said)
+
+
+def out_of_reach(recipe: Recipe) -> str | None:
+    """Why the recipe's rows cannot be read here and now; None where they can."""
+    source = recipe.data.source
+    if not isinstance(source, typing.get_args(Sources)) or isinstance(source, PythonDocs):
+        return None
+    where = str(vars(source).get("path") or vars(source)["name"])
+    path = Path(where).expanduser()
+    if not is_local(where) or not path.exists():
+        return f"{where} is not on this machine"
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    return f"{where} holds {size / 2**30:.1f} GiB" if size > TOO_MUCH else None
+
+
+def write_rows(drawn: Drawn, folder: Path) -> None:
+    """Puts the rows where a shrunk recipe reads them."""
+    pq.write_table(drawn.table, folder / "rows.parquet")
+
+
+def _rows_of(client: int) -> int:
+    return ROWS * (1 + client % 2)
+
+
+def _owned(client: int, rows: pa.Table) -> pa.Table:
+    return rows.add_column(0, "client", pa.array([f"{client:05d}"] * rows.num_rows))
+
+
+def _made_up(clients: int, max_length: int) -> pa.Table:
+    draw = rng(0, 0, -1, "sample")
+
+    def texts(rows: int, letters: int) -> pa.Array:
+        return pa.array(["".join(map(chr, draw.integers(97, 123, letters))) for _ in range(rows)])
+
+    parts = []
+    for client in range(clients):
+        rows = _rows_of(client)
+        table = pa.table(
+            {"prompt": texts(rows, max(1, max_length // 8)), "completion": texts(rows, max(1, max_length // 4))}
+        )
+        parts.append(_owned(client, table))
+    return pa.concat_tables(parts)
+
+
+def _shortened(values: pa.ChunkedArray, name: str, max_length: int) -> pa.Array:
+    """The values with so few characters that a prompt leaves room: one is up to four tokens, if they are bytes."""
+    few = max(1, max_length // 8)
+
+    def text(value: str) -> str:
+        return value[-few:] if name == "prompt" else value[: 2 * few]
+
+    def turns(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        # Through the first answer, after which nothing is needed.
+        last = next((number for number, turn in enumerate(value) if turn["role"] == "assistant"), len(value))
+        return [turn | {"content": turn["content"][: few // 2]} for turn in value[: last + 1][-TURNS:]]
+
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.array([text(value) for value in values.to_pylist()], kind)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.array([turns(value) for value in values.to_pylist()], kind)
+    return values.combine_chunks()

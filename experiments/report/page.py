@@ -1,0 +1,214 @@
+"""One self-contained HTML page from run folders: what was learnt, who lost, what it took, and who saw what.
+
+A run folder may come from elsewhere. Nothing in it is run or unpickled (TOML, JSON and Parquet only), all of it is
+escaped (jinja2 autoescape, `Markup.format` in the charts), and the page's policy forbids scripts and the network.
+"""
+
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from engine.messages.events import DROPOUT
+from experiments.report import charts
+from experiments.report.charts import Series, change, duration, loss, number, size
+from experiments.report.run_folder import Run, read_run
+
+SPLITS = {"heldout": "held-out", "unseen": "unseen clients", "train": "train", "server": "the server's rows"}
+OF_SOME_RUNS = {
+    "loss_personal": ("personal", "1 3"),
+    "loss_finetuned": ("fine-tuned", "9 3"),
+    "loss_not_private": ("not private", "5 2 1 2"),
+}
+BASELINES = {"loss_local_only": ("local only", "7 4"), "loss_centralised": ("centralised", "2 3")}
+PARTIES = ("client", "other clients", "server", "base-model owner")  # listed also where they saw nothing
+MAX_LISTED = 40  # parties, kinds and failed rounds that a table lists
+
+
+def write_report(run_folders: Sequence[Path], out: Path) -> Path:
+    """Write the page about one run, or about several side by side, to `out`, whole or not at all.
+
+    ValueError where a folder is not a run, a file of it cannot be read, or `out` is a folder.
+    """
+    if not run_folders:
+        raise ValueError("a report needs at least one run folder")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name the HTML file to write")
+    runs = [read_run(folder) for folder in run_folders]
+    names = [run.name for run in runs]
+    for run, folder in zip(runs, run_folders, strict=True):
+        if names.count(run.name) > 1:
+            run.name = f"{run.name} ({folder.resolve().name})"
+    page = render(runs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        # "replace": JSON can smuggle in lone surrogates, which UTF-8 cannot hold.
+        partial.write_bytes(page.encode("utf-8", "replace"))
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return out
+
+
+def _at(tree: Any, *path: str) -> str:
+    """A scalar of the recipe as text, or nothing where it is absent."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return str(tree) if isinstance(tree, str | int | float) else ""
+
+
+def _unit(run: Run) -> str:
+    kind = _at(run.recipe, "train", "objective") or _at(run.recipe, "train", "objective", "kind") or "sft"
+    return "loss (nats per token)" if kind == "sft" else f"loss ({kind} objective)"
+
+
+def _summary(run: Run) -> list[dict[str, Any]]:
+    """A row a split: first and last evaluated round, the change between them, and the baselines."""
+    out = []
+    for split in ("heldout", "unseen", "server"):
+        points = run.points(split, "loss")
+        if split == "server" and not points:
+            continue  # most federations have no such rows
+        row: dict[str, Any] = {"split": SPLITS[split], "first": "no data", "last": "no data", "change": "no data"}
+        if points:
+            row |= {"first": loss(points[0][1]), "from": int(points[0][0])}
+        if len(points) > 1:
+            row |= {
+                "last": loss(points[-1][1]),
+                "to": int(points[-1][0]),
+                "change": change(points[0][1], points[-1][1]),
+            }
+            row["better"] = points[-1][1] < points[0][1]
+        for name in OF_SOME_RUNS | BASELINES:
+            row[name] = loss(next((v for _, v in reversed(run.points(split, name))), None))
+        out.append(row)
+    return out
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """Short facts with their values: what was run, then what it took."""
+    rounds = [r for of in run.curves.values() for r in of]
+    asked = _at(run.recipe, "rounds")
+    of = f" of {asked}" if asked else ""
+    took, evaluate = run.values("engine", "round_s"), run.values("engine", "evaluate_s")
+    up, down = run.values("engine", "protocol_bytes_up"), run.values("engine", "protocol_bytes_down")
+    tokens = run.values("engine", "tokens_per_s")
+    facts = [
+        ("base", _at(run.recipe, "model", "base")),
+        ("strategy", _at(run.recipe, "strategy", "kind")),
+        ("clients a round", _at(run.recipe, "cohort", "size")),
+        ("secure aggregation", _at(run.recipe, "privacy", "secagg", "mode")),
+        ("differential privacy", _at(run.recipe, "privacy", "dp", "kind")),
+        ("last round", f"{max(rounds)}{of}" if rounds else f"none{of}"),
+        ("training", duration(sum(took)) if took else ""),
+        ("evaluation", duration(sum(evaluate)) if evaluate else ""),
+        ("median round", duration(statistics.median(took)) if took else ""),
+        ("tokens a second", f"{statistics.median(tokens):,.0f}" if tokens else ""),
+        ("protocol up", size(sum(up)) if up else ""),
+        ("protocol down", size(sum(down)) if down else ""),
+    ]
+    return [(key, value) for key, value in facts if value]
+
+
+def _hidden(run: Run) -> str:
+    masked = _at(run.recipe, "privacy", "secagg", "mode") in ("ideal", "full")
+    return "Secure aggregation shows sums, not single clients." if masked else ""
+
+
+def _clients(run: Run) -> dict[str, Any]:
+    """The paired plot of held-out losses, and the clients that lost the most, by name."""
+    title = "Held-out loss of each client"
+    (old_round, old), (new_round, new) = run.before or (0, {}), run.after or (0, {})
+    shared = [(c, old[c], new[c]) for c in old if c in new and math.isfinite(old[c]) and math.isfinite(new[c])]
+    if not shared:
+        return {"chart": charts.pairs(title, [], "", "", _hidden(run)), "worst": [], "count": 0, "known": False}
+    lost = sorted((p for p in shared if p[2] > p[1]), key=lambda p: (p[1] - p[2], p[0]))
+    middle = statistics.median(b - a for _, a, b in shared)
+    note = f"{len(lost):,} of {len(shared):,} clients got worse; the median change is {loss(middle)}."
+    worst = [(c, loss(a), loss(b), change(a, b)) for c, a, b in lost[:5]]
+    chart = charts.pairs(title, shared, f"loss at round {old_round}", f"loss at round {new_round}", note)
+    return {"chart": chart, "worst": worst, "count": len(lost), "known": True}
+
+
+def _charts(run: Run) -> dict[str, Markup]:
+    colors = {split: i + 1 for i, split in enumerate(SPLITS)}
+    curves = [Series(label, run.points(split, "loss"), colors[split]) for split, label in SPLITS.items()]
+    for name, (label, dash) in (OF_SOME_RUNS | BASELINES).items():
+        for split in ("heldout", "unseen", "server"):
+            curves.append(
+                Series(f"{SPLITS[split]}, {label}", run.points(split, name)[-1:], colors[split], dash, level=True)
+            )
+
+    def engine(label: str, name: str, color: int, dash: str = "") -> Series:
+        return Series(label, run.points("engine", name), color, dash)
+
+    rows = [v for v in run.rows.values() if v > 0]
+    note = f"{len(rows):,} clients trained, with a median of {number(statistics.median(rows))} rows." if rows else ""
+    time = [engine("train", "round_s", 1), engine("evaluate", "evaluate_s", 2)]
+    # Up and down are often equal: dashes let the line below show through.
+    moved = [engine("protocol up", "protocol_bytes_up", 1), engine("protocol down", "protocol_bytes_down", 2, "8 8")]
+    moved.append(engine("object store", "store_bytes", 3))
+    told = "Protocol: what a real federation would send. Object store: what this simulation moved."
+    speed = [engine("tokens a second", "tokens_per_s", 1)]
+    return {
+        "loss": charts.lines("Loss", curves, "round", _unit(run)),
+        "rows": charts.histogram("Rows of each client", rows, "rows", "clients", note or _hidden(run)),
+        "time": charts.stacked("Time of a round", time, "round", "seconds"),
+        "bytes": charts.lines("Bytes moved in a round", moved, "round", "bytes", size, zero=True, note=told),
+        "speed": charts.lines("Throughput", speed, "round", "tokens per second", zero=True),
+    }
+
+
+def _ledger(run: Run) -> dict[str, Any]:
+    seen, kinds = {p for p, _ in run.ledger}, sorted({k for _, k in run.ledger})
+    parties = [*PARTIES, *sorted(seen.difference(PARTIES))]
+    most = max((total for _, total in run.ledger.values()), default=0)
+    cells = {
+        key: {"count": f"{count:,}", "bytes": size(total), "tint": _tint(total, most)}
+        for key, (count, total) in run.ledger.items()
+    }
+    left = max(0, len(parties) - MAX_LISTED), max(0, len(kinds) - MAX_LISTED)
+    return {"parties": parties[:MAX_LISTED], "kinds": kinds[:MAX_LISTED], "cells": cells, "left": left}
+
+
+def _tint(total: int, most: int) -> int:
+    """Percent of tint, on a logarithmic scale: one prompt should be visible next to a gigabyte of updates."""
+    return round(6 + 34 * math.log1p(max(total, 0)) / math.log1p(most)) if most > 0 else 6
+
+
+def _failures(run: Run) -> dict[str, Any]:
+    failed, clients = run.curves.get(("engine", "failed"), {}), run.curves.get(("engine", "clients"), {})
+    bad = [(r, failed[r]) for r in sorted(failed) if math.isfinite(failed[r]) and failed[r] > 0]
+    table = [(r, number(n), number(clients[r]) if r in clients else "no data") for r, n in bad[:MAX_LISTED]]
+    total = number(sum(n for _, n in bad))
+    return {"known": bool(failed), "total": total, "rounds": len(bad), "of": len(failed), "table": table}
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as text: the same runs give the same bytes."""
+    view = list[dict[str, Any]]()
+    for i, run in enumerate(runs):
+        view.append({"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run, "facts": _facts(run)})
+        view[-1] |= {"summary": _summary(run), "charts": _charts(run), "clients": _clients(run)}
+        view[-1] |= {"ledger": _ledger(run), "failures": _failures(run)}
+        faults = sorted(run.faults, key=lambda fault: fault[1] == DROPOUT)  # which may be many, and on purpose
+        view[-1] |= {"faults": faults[:MAX_LISTED], "more_faults": len(faults) - MAX_LISTED}
+    overlay = []
+    if len(runs) > 1:
+        unit = _unit(runs[0]) if len({_unit(run) for run in runs}) == 1 else "loss"
+        for split, title in (("heldout", "Held-out loss"), ("unseen", "Loss of unseen clients")):
+            curves = [  # past eight runs the colours come round again, dashed
+                Series(run.name, run.points(split, "loss"), i % charts.COLORS + 1, "6 3" * (i >= charts.COLORS))
+                for i, run in enumerate(runs)
+            ]
+            overlay.append(charts.lines(title, curves, "round", unit))
+    loader = jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates")
+    env = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    shown = {n: said for n, said in OF_SOME_RUNS.items() if any(run.points("heldout", n) for run in runs)} | BASELINES
+    return env.get_template("report.html").render(runs=view, overlay=overlay, baselines=shown)

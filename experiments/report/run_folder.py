@@ -1,0 +1,138 @@
+"""What a report needs of a run folder, which may come from elsewhere: TOML, JSON and Parquet, and nothing is run."""
+
+import json
+import math
+import os
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from experiments.report import charts
+
+METRICS = {"round": pa.int32(), "split": pa.string(), "client": pa.string(), "name": pa.string(), "value": pa.float64()}
+LEDGER = {"round": pa.int32(), "party": pa.string(), "kind": pa.string(), "count": pa.int64(), "bytes": pa.int64()}
+
+FAULTS = {"round": pa.int32(), "kind": pa.string(), "who": pa.string(), "why": pa.string()}
+
+
+@dataclass
+class Run:
+    """What the page needs of a run; `curves[split, name]` is round -> value, losses in nats per token, times in s."""
+
+    name: str
+    recipe: dict[str, Any]
+    recipe_text: str
+    manifest: list[tuple[str, str]]
+    privacy: str = ""  # what noise has cost, in words
+    curves: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+    before: tuple[int, dict[str, float]] | None = None  # first round with a held-out loss for each client
+    after: tuple[int, dict[str, float]] | None = None  # last such round
+    rows: dict[str, float] = field(default_factory=dict)
+    ledger: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    faults: list[tuple[int, str, str, str]] = field(default_factory=list)  # round, kind, who, why
+
+    def points(self, split: str, name: str) -> list[charts.Point]:
+        """A curve as (round, value), in order; empty where the run has none."""
+        return sorted((float(r), v) for r, v in self.curves.get((split, name), {}).items())
+
+    def values(self, split: str, name: str) -> list[float]:
+        """The finite values of a curve."""
+        return [v for _, v in self.points(split, name) if math.isfinite(v)]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder; only `recipe.toml` must be there. ValueError names the folder or the file that is at fault."""
+    file = folder / "recipe.toml"
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a run folder: that is what `fedpost run` writes, with a recipe.toml inside")
+    refuse_ways_out(folder)
+    try:
+        text = file.read_text("utf-8")
+        recipe = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid TOML: {error}") from error
+    file = folder / "manifest.json"
+    try:
+        manifest = list(_flat("", json.loads(file.read_text("utf-8")))) if file.is_file() else []
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    name = str(recipe.get("name") or folder.resolve().name)
+    run = Run(name, recipe, text, manifest, _statement(folder / "privacy.json"))
+    for file in sorted((folder / "metrics").glob("round-*.parquet")):
+        _add_metrics(run, _read(file, METRICS))
+    for file in sorted((folder / "ledger").glob("round-*.parquet")):
+        table = _read(file, LEDGER).group_by(["party", "kind"]).aggregate([("count", "sum"), ("bytes", "sum")])
+        for row in table.to_pylist():
+            key = str(row["party"]), str(row["kind"])
+            count, total = run.ledger.get(key, (0, 0))
+            run.ledger[key] = count + (row["count_sum"] or 0), total + (row["bytes_sum"] or 0)
+    for file in sorted((folder / "faults").glob("round-*.parquet")):
+        for row in _read(file, FAULTS).to_pylist():
+            run.faults.append((row["round"] or 0, str(row["kind"]), str(row["who"]), str(row["why"])))
+    return run
+
+
+def refuse_ways_out(folder: Path) -> None:
+    """Raises ValueError if a run folder holds a link to what lies elsewhere, or what is no file, such as a pipe."""
+    inside = folder.resolve()
+    for here, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(here, name)
+            if os.path.islink(path) and not Path(path).resolve().is_relative_to(inside):
+                raise ValueError(f"{path} is a link that leads out of the run folder: put there what it links to")
+        for path in (os.path.join(here, name) for name in files):
+            if not os.path.isfile(path):
+                raise ValueError(f"{path} is neither a file nor a folder, as a run's are: remove it")
+
+
+def _read(file: Path, columns: dict[str, pa.DataType]) -> pa.Table:
+    try:
+        table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=list(columns))
+        table.validate(full=True)  # that text is UTF-8, say
+        return table.select(list(columns)).cast(pa.schema(list(columns.items())))
+    except (pa.ArrowException, OSError, KeyError) as error:
+        first = (str(error).splitlines() or ["no reason given"])[0]
+        raise ValueError(f"{file} cannot be read, it may be truncated or not be a file of a run: {first}") from error
+
+
+def _add_metrics(run: Run, table: pa.Table) -> None:
+    table = table.filter(pc.and_(pc.is_valid(table["round"]), pc.is_valid(table["value"])))
+    alone = pc.is_null(table["client"])
+    for row in table.filter(alone).to_pylist():
+        run.curves.setdefault((row["split"], row["name"]), {})[row["round"]] = row["value"]
+    # Clients may be a million: filter in Arrow, and keep two rounds of losses rather than all.
+    each = table.filter(pc.invert(alone))
+    losses = each.filter(pc.and_(pc.equal(each["split"], "heldout"), pc.equal(each["name"], "loss")))
+    for at in sorted(pc.unique(losses["round"]).to_pylist()):
+        now = losses.filter(pc.equal(losses["round"], at))
+        found = at, dict(zip(now["client"].to_pylist(), now["value"].to_pylist(), strict=True))
+        if run.before is None:
+            run.before = found
+        else:
+            run.after = found
+    rows = each.filter(pc.and_(pc.equal(each["split"], "train"), pc.equal(each["name"], "rows")))
+    for client, value in zip(rows["client"].to_pylist(), rows["value"].to_pylist(), strict=True):
+        run.rows[client] = max(value, run.rows.get(client, 0.0))
+
+
+def _flat(key: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
+    """A nested dict as dotted keys; deeper than six levels, and lists, stay JSON."""
+    if isinstance(value, dict) and value and depth < 6:
+        for inner, one in value.items():
+            yield from _flat(f"{key}.{inner}" if key else inner, one, depth + 1)
+    else:
+        yield key, value if isinstance(value, str) else json.dumps(value)
+
+
+def _statement(file: Path) -> str:
+    """What a private run says that it has cost; nothing where there is no such file."""
+    try:
+        return str(json.loads(file.read_text("utf-8"))["statement"]) if file.is_file() else ""
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not the JSON of a run: {error}") from error

@@ -1,0 +1,235 @@
+"""A run as a Python call: builds the store, starts or joins Ray, plays the driver's events, leaves a run folder.
+
+Imports what is heavy inside, since `fedpost --help` passes through here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from engine.messages.events import Event, Sample
+    from experiments.config.recipe import Recipe
+
+PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its losses (column such as "end" -> split -> nats per token), and samples."""
+
+    folder: Path
+    losses: dict[str, dict[str, float]]
+    samples: list[Sample]
+
+    @property
+    def metrics(self) -> pa.Table:
+        """All metrics in long format: round, split, client (null = all), name, value, wall_s; `.to_pandas()` works."""
+        from engine.records.metrics import read_log
+
+        return read_log(self.folder / "metrics")
+
+    @property
+    def model(self) -> Path:
+        """The trained model: a PEFT adapter folder, or a Hugging Face model folder."""
+        return self.folder / "model"
+
+    @property
+    def report(self) -> Path:
+        """One self-contained page about the run."""
+        return self.folder / "report.html"
+
+
+def run(
+    recipe: Recipe | Path | str,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    baselines: bool = False,
+    address: str | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+    stop: threading.Event | None = None,
+) -> Run:
+    """Runs a recipe (or a recipe file) to its end and returns what it left.
+
+    `out` is the run folder, `runs/NAME-TIME` by default; of a URI there is a copy here, which is worked on. `resume`
+    goes on with the run in `out`, or with the newest of that name. `baselines` adds local-only and centralised
+    training. `address` joins a Ray cluster; without it Ray is started here and ended with the run. With `stop` set by
+    another thread, the round that goes on is the last, and RunStopped is raised. Raises ValueError with one sentence
+    for what the caller can mend.
+    """
+    from datasets_partition.sources.location import is_local
+    from engine.messages.events import Finished, Preparing, Started, Stopped
+    from engine.system.atomic import write_file
+    from experiments.config.recipe import load_recipe, located, to_toml
+    from experiments.report.page import write_report
+    from experiments.runs.digests import digests
+    from experiments.runs.driving import RunStopped, drive
+    from experiments.runs.locks import alone_in
+    from experiments.runs.mirror import working_folder
+    from experiments.runs.resuming import refuse_other_parts, run_folder, second_sums
+
+    if isinstance(recipe, Path | str):
+        recipe = load_recipe(Path(recipe))
+    if baselines and recipe.clients.zero is not None:
+        raise ValueError("--baselines trains in one process, and clients are gangs: leave it, or clients.zero, out")
+    place, copy = working_folder(out, resume)
+    folder, recipe = run_folder(recipe, place, resume)
+    with alone_in(folder):
+        on_event(Preparing("reading the data, giving rows to clients"))
+        store = build_store(recipe)
+        manifest = _manifest(recipe, store)
+        if resume:
+            manifest["digests"] = refuse_other_parts(folder, manifest)
+        files = {
+            "recipe.toml": to_toml(recipe).encode(),
+            "manifest.json": json.dumps(manifest, indent=1).encode(),
+        }
+        finished: Finished | None = None
+        with ray_session(address), ExitStack() as at_end:
+            from engine.rounds.driver import RunPlan  # which imports ray: only now is its environment settled
+
+            at_end.callback(copy)
+            shared = shared_store(recipe, store)
+            elsewhere = out if isinstance(out, str) and not is_local(out) else None
+            notes = second_sums(folder, recipe, manifest)
+            plan = RunPlan(store, folder.resolve(), files, shared, resume, baselines, elsewhere=elsewhere, notes=notes)
+            for event in drive(located(recipe), plan, stop):
+                if isinstance(event, Finished):
+                    finished = event
+                    continue
+                if isinstance(event, Started):
+                    manifest["digests"] |= digests(recipe)  # the hub may have given the base only now, or another
+                    if resume:
+                        refuse_other_parts(folder, manifest)
+                    write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+                if isinstance(event, Started) and recipe.clients.pack == "auto":
+                    settled = replace(recipe, clients=replace(recipe.clients, pack=event.lanes))
+                    write_file(folder / "recipe.toml", to_toml(settled).encode())
+                on_event(event)
+                copy()
+                if isinstance(event, Stopped):
+                    reached = f"stopped after round {event.round} of {recipe.rounds}"
+                    raise RunStopped(f"{reached}; --resume goes on from there")
+        assert finished is not None
+        finished = replace(finished, folder=folder)
+        write_report([folder], folder / "report.html")
+        copy()
+        on_event(finished)
+        return Run(folder, finished.losses, finished.samples)
+
+
+def build_store(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) -> Path:
+    """The client store of a recipe's data section: the cached one, or a new one, whose steps `on_step` is told."""
+    from datasets_partition.sources.location import is_local
+    from datasets_partition.store.build import build
+
+    data = recipe.data
+    cache = str(Path(data.cache).expanduser().resolve()) if is_local(data.cache) else data.cache
+    return build(data.source, data.partition, data.splits, recipe.seed, cache, on_step, data.label)
+
+
+def shared_store(recipe: Recipe, store: Path) -> str | None:
+    """Where else than on this machine a recipe's store lies; None if its cache is a local folder."""
+    from datasets_partition.sources.location import is_local, within
+
+    return None if is_local(recipe.data.cache) else within(recipe.data.cache, store.name)
+
+
+@contextmanager
+def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
+    """Joins the Ray at `address` (or of the job that we are in), or starts one on loopback; ends what it began.
+
+    `resources` (num_cpus, num_gpus) are what Ray counts on where it is started, in place of what the machine has.
+    Raises ValueError if none answers or starts.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # What the store holds for nobody goes at once and not once a second: a round may be shorter than that.
+    os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None and "ray" not in sys.modules:
+        # Read when ray is imported. The first keeps Ray on loopback, whatever its name says; the token is this
+        # process's alone: Ray would write one into the home folder, and leave it there.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    try:
+        if address is None:
+            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet, **resources)
+        else:
+            _refuse_silence(address)
+            ray.init(address, runtime_env=shipped_code(), **quiet)
+    except (ConnectionError, RuntimeError) as error:
+        where = f"at {address}" if address else "on this machine"
+        raise ValueError(f"Ray does not start or answer {where}: {str(error).strip().splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _refuse_silence(address: str) -> None:
+    """Ray itself would try a dead address for a minute."""
+    import socket
+
+    if address.startswith("ray://"):
+        raise ValueError(
+            f"{address} is the address of a Ray client server, which streams no results: give the head's own HOST:PORT "
+            f"(6379 unless said otherwise), or submit the run as a Ray job"
+        )
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # "auto" and the like: Ray knows where to look
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ValueError(
+            f"there is no Ray at {address} ({error}): start one with `ray start --head`, "
+            f"or leave --address out to run on this machine alone"
+        ) from error
+
+
+def shipped_code() -> dict[str, Any]:
+    """The runtime environment that brings this code to a cluster's nodes; a Ray job has brought it already."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return {}
+    root = Path(__file__).resolve().parent.parent.parent
+    return {"py_modules": [str(root / name) for name in ("engine", "strategies", "datasets_partition", "experiments")]}
+
+
+def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
+    """Versions, seed, data, base and digests: what somebody needs to get the same bits again."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from experiments.runs.digests import digests
+
+    versions = {name: version(name) for name in PACKAGES}
+    try:
+        versions["fedpost"] = version("fedpost")
+    except PackageNotFoundError:
+        versions["fedpost"] = "not installed: run from its folder"
+    machine = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
+    data = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
+    model = recipe.model
+    base = {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    parts = {"seed": recipe.seed, "base": base, "digests": digests(recipe)}
+    return parts | {"versions": versions, **machine, "data": data}

@@ -1,0 +1,1 @@
+"""Rules that average the clients' changes."""

@@ -1,0 +1,67 @@
+"""FedDyn: clients' objectives are bent until their optima agree (Acar et al. 2021, arXiv 2111.04263)."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from strategies.averaging.fedavg import FedAvg
+from strategies.core.layout import Layout
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Memory, ServerState, Update, Vector
+
+
+@dataclass(frozen=True)
+class FedDyn(FedAvg):
+    """Local gradient g - h_k + alpha (theta - theta_t); then h_k -= alpha delta_k: algorithm 1.
+
+    The server: h -= alpha sum_k delta_k / N over the N clients of the population, theta = mean theta_k - h / alpha;
+    with lr, theta_t moves by that share of the way. Reads the sum. Memory: "h", the client's h_k, zero at first.
+
+    Traps: h is a plain mean, so clients count the same. h_k is the local gradient only where local training comes near
+    its optimum, and in a small share of a large population h goes on growing: a larger alpha damps both. The authors'
+    released code divides alpha by each client's share of the rows; here it is the same for all, as in the paper. Where
+    differential privacy clips, clients remember all of their changes and the server's h holds the clipped ones, so that
+    it settles beside the optimum, the farther the more is clipped.
+    """
+
+    kind: Literal["feddyn"] = "feddyn"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    weighting: Literal["uniform"] = "uniform"
+    alpha: float = 0.01
+    remembers: ClassVar[bool] = True
+    paper: ClassVar[str] = "arXiv 2111.04263"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(
+                f"strategy.alpha pulls clients to the global model and must be a number above 0, not {self.alpha}"
+            )
+
+    def init(self, params: Vector, layout: Layout) -> ServerState:
+        """The initial vector, and h = 0."""
+        return replace(super().init(params, layout), moments={"h": torch.zeros_like(params)})
+
+    def correct(
+        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+    ) -> None:
+        """grad += alpha (theta - theta_t) - h_k."""
+        grad_KP.add_(params_KP - got.params, alpha=self.alpha)
+        if "h" in memory:
+            grad_KP.sub_(memory["h"])
+
+    def finish(
+        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, Memory]:
+        """Remembers h_k - alpha delta."""
+        update, memory = super().finish(update, got, memory, ends)
+        own = -self.alpha * update.delta
+        return update, memory | {"h": memory["h"] + own if "h" in memory else own}
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """h -= alpha sum delta / N, theta += lr (mean delta - h / alpha)."""
+        assert state.population >= aggregate.count
+        mean = aggregate.total / aggregate.weight
+        h = state.moments["h"] - mean * (self.alpha * aggregate.count / state.population)
+        params = state.params + self.lr * (mean - h / self.alpha)
+        return replace(state, round=state.round + 1, params=params, moments={"h": h})

@@ -1,0 +1,63 @@
+"""FedNova: clients that took more steps do not count more for it (Wang et al. 2020, arXiv 2007.07481)."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from strategies.averaging.fedavg import FedAvg
+from strategies.averaging.fedopt import check_decay
+from strategies.core.layout import Layout
+from strategies.core.protocol import Aggregate, Broadcast, Memory, ServerState, Update, Vector
+
+
+@dataclass(frozen=True)
+class FedNova(FedAvg):
+    """theta += lr (sum_k p_k tau_k) (sum_k p_k delta_k / tau_k): the paper's rule with tau_eff = sum_k p_k tau_k.
+
+    tau_k = |a_k|_1, the sum of the factors with which the client's gradients entered delta_k: its number of steps n for
+    plain SGD, (n - m (1 - m^n) / (1 - m)) / (1 - m) with momentum m, which `momentum` must repeat from the local
+    optimizer. Reads the sum: a client's weight is w_k / tau_k, and w_k and w_k tau_k go along as two more numbers. No
+    memory.
+
+    Traps: with equal steps it is FedAvg. It is neither right for adaptive local optimizers, nor for momentum that is
+    kept between rounds, nor for learning rates that change within a round.
+    """
+
+    kind: Literal["fednova"] = "fednova"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    momentum: float = 0.0
+    paper: ClassVar[str] = "arXiv 2007.07481"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_decay("momentum", self.momentum)
+
+    def finish(
+        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, Memory]:
+        """The weight w / tau, and w and w tau beside delta."""
+        update, memory = super().finish(update, got, memory, ends)
+        tau, weight = accumulated(update.metrics["steps"], self.momentum), update.weight
+        sums = torch.tensor([weight, weight * tau])
+        return replace(update, weight=weight / tau, extras={"weights": sums}), memory
+
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """w and w tau."""
+        return {"weights": 2}
+
+    def floats(self, got: Broadcast) -> tuple[int, int]:
+        """As FedAvg, and two numbers up."""
+        down, up = super().floats(got)
+        return down, up + 2
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """theta += lr (sum w tau / sum w) (sum (w / tau) delta / sum w)."""
+        weight, weighted_tau = aggregate.extras["weights"].tolist()
+        step = aggregate.total * (self.lr * weighted_tau / weight**2)
+        return replace(state, round=state.round + 1, params=state.params + step)
+
+
+def accumulated(steps: float, momentum: float) -> float:
+    """|a|_1 of so many steps: the j-th gradient from the end counts 1 + m + ... + m^(j-1)."""
+    faded: float = momentum**steps
+    return (steps - momentum * (1 - faded) / (1 - momentum)) / (1 - momentum)

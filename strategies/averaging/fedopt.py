@@ -1,0 +1,139 @@
+"""FedOpt: the mean change as a gradient for an optimizer on the server (Reddi et al. 2021, arXiv 2003.00295).
+
+FedAvgM is momentum (Hsu et al. 2019, arXiv 1909.06335); FedAdagrad, FedAdam and FedYogi are the paper's algorithm 2.
+D is the clients' mean change, sum_k p_k delta_k. Clients do as in FedAvg.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from strategies.averaging.fedavg import FedAvg
+from strategies.core.layout import Layout
+from strategies.core.protocol import Aggregate, ServerState, Vector
+
+
+@dataclass(frozen=True)
+class FedAvgM(FedAvg):
+    """m = momentum m + D, theta += lr m. Reads the sum; no memory.
+
+    Trap: m is a sum, no average. A steady D moves theta by D lr / (1 - momentum) a round, ten D with the defaults.
+    """
+
+    kind: Literal["fedavgm"] = "fedavgm"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    momentum: float = 0.9
+    paper: ClassVar[str] = "arXiv 1909.06335"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_decay("momentum", self.momentum)
+
+    def init(self, params: Vector, layout: Layout) -> ServerState:
+        """The initial vector, and m = 0."""
+        return replace(super().init(params, layout), moments={"m": torch.zeros_like(params)})
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """m = momentum m + D, theta += lr m."""
+        m = self.momentum * state.moments["m"] + aggregate.total / aggregate.weight
+        return replace(state, round=state.round + 1, params=state.params + self.lr * m, moments={"m": m})
+
+
+@dataclass(frozen=True)
+class Adaptive(FedAvg, ABC):
+    """m = beta1 m + (1 - beta1) D, v as the rule says, theta += lr m / (sqrt v + tau). Reads the sum; no memory.
+
+    m starts at 0 and v at tau^2. Traps: v is made of the square of the mean change, not of the mean of squares; there
+    is no bias correction, unlike in most code named Adam; lr is about how far a coordinate moves in a round, FedAvg's 1
+    would be far too much; with tau well above |D| the rule is momentum with lr / tau.
+    """
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    tau: float = 1e-3
+    paper: ClassVar[str] = "arXiv 2003.00295"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_decay("beta1", self.beta1)
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"strategy.tau keeps steps finite and must be a number above 0, not {self.tau}")
+
+    @abstractmethod
+    def second(self, v: Vector, square: Vector) -> Vector:
+        """The next v (P,), from the last one and D^2."""
+
+    def init(self, params: Vector, layout: Layout) -> ServerState:
+        """The initial vector, m = 0, v = tau^2."""
+        moments = {"m": torch.zeros_like(params), "v": torch.full_like(params, self.tau**2)}
+        return replace(super().init(params, layout), moments=moments)
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """theta += lr m / (sqrt v + tau)."""
+        mean = aggregate.total / aggregate.weight
+        m = self.beta1 * state.moments["m"] + (1 - self.beta1) * mean
+        v = self.second(state.moments["v"], mean.square())
+        params = state.params + self.lr * m / (v.sqrt() + self.tau)
+        return replace(state, round=state.round + 1, params=params, moments={"m": m, "v": v})
+
+
+@dataclass(frozen=True)
+class FedAdagrad(Adaptive):
+    """m = beta1 m + (1 - beta1) D, v += D^2, theta += lr m / (sqrt v + tau). Reads the sum; no memory.
+
+    As in the paper, beta1 is 0 unless set: m is then D. Steps only ever get smaller. Traps as for `Adaptive`.
+    """
+
+    kind: Literal["fedadagrad"] = "fedadagrad"  # type: ignore[assignment]  # the tag differs by design
+    beta1: float = 0.0
+
+    def second(self, v: Vector, square: Vector) -> Vector:
+        """v + D^2."""
+        return v + square
+
+
+@dataclass(frozen=True)
+class FedAdam(Adaptive):
+    """m = beta1 m + (1 - beta1) D, v = beta2 v + (1 - beta2) D^2, theta += lr m / (sqrt v + tau).
+
+    Reads the sum; no memory. Traps as for `Adaptive`.
+    """
+
+    kind: Literal["fedadam"] = "fedadam"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    beta2: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_decay("beta2", self.beta2)
+
+    def second(self, v: Vector, square: Vector) -> Vector:
+        """beta2 v + (1 - beta2) D^2."""
+        return self.beta2 * v + (1 - self.beta2) * square
+
+
+@dataclass(frozen=True)
+class FedYogi(Adaptive):
+    """m = beta1 m + (1 - beta1) D, v -= (1 - beta2) D^2 sign(v - D^2), theta += lr m / (sqrt v + tau).
+
+    Reads the sum; no memory. Where changes become small, Adam forgets v by (1 - beta2) v a round, this only by
+    (1 - beta2) D^2. Traps as for `Adaptive`.
+    """
+
+    kind: Literal["fedyogi"] = "fedyogi"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    beta2: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_decay("beta2", self.beta2)
+
+    def second(self, v: Vector, square: Vector) -> Vector:
+        """v - (1 - beta2) D^2 sign(v - D^2)."""
+        return v - (1 - self.beta2) * square * (v - square).sign()
+
+
+def check_decay(name: str, value: float) -> None:
+    """ValueError for a factor on a moment that would not fade."""
+    if not 0 <= value < 1:
+        raise ValueError(f"strategy.{name} is what a moment keeps and must be at least 0 and below 1, not {value}")

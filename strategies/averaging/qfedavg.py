@@ -1,0 +1,74 @@
+"""q-FedAvg: clients with a higher loss count more (Li et al. 2020, arXiv 1905.10497, algorithm 2)."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from strategies.averaging.fedavg import FedAvg
+from strategies.core.layout import Layout
+from strategies.core.protocol import Aggregate, Broadcast, Memory, ServerState, Update, Vector
+
+LEAST = 1e-10  # of a loss: F^(q - 1) has no value at 0; about what the authors' released code adds to every loss
+
+
+@dataclass(frozen=True)
+class QFedAvg(FedAvg):
+    """theta += lr sum_k F_k^q L delta_k / sum_k h_k, h_k = q F_k^(q-1) |L delta_k|^2 + L F_k^q: algorithm 2.
+
+    It minimises sum_k F_k^(q+1). F_k is the client's loss before its training. `lipschitz` is L, unset 1 / the mean
+    local learning rate, as in the paper. Reads the sum: with all divided by L, a client's weight is w_k F_k^q, and
+    w_k q F_k^(q-1) L |delta_k|^2 goes along as one more number. No memory. The algorithm draws clients by their share
+    of the rows and then counts them the same; `weighting` "examples" is for a uniform cohort, w_k then their rows.
+
+    Traps: q = 0 is FedAvg. 1 / lr is meant for SGD; with an adaptive local optimizer |delta_k|^2 / lr is so large that
+    the model hardly moves: set `lipschitz`, or a q near 0. Losses must not be negative. One more forward pass over
+    the client's rows.
+    """
+
+    kind: Literal["qfedavg"] = "qfedavg"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    weighting: Literal["examples", "uniform"] = "uniform"
+    q: float = 1.0
+    lipschitz: float | None = None
+    elementwise: ClassVar[bool] = False
+    loss_before: ClassVar[bool] = True
+    bounded_weights: ClassVar[bool] = False
+    paper: ClassVar[str] = "arXiv 1905.10497"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.q < math.inf:
+            raise ValueError(f"strategy.q is the weight of unfairness and must be at least 0, not {self.q}")
+        if self.lipschitz is not None and not 0 < self.lipschitz < math.inf:
+            raise ValueError(
+                f"strategy.lipschitz is the gradients' Lipschitz constant and must be a number above 0, not "
+                f"{self.lipschitz}"
+            )
+
+    def finish(
+        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, Memory]:
+        """The weight w F^q, and the rest of w h / L beside delta."""
+        update, memory = super().finish(update, got, memory, ends)
+        loss = max(update.metrics["loss_before"], LEAST)
+        lipschitz = self.lipschitz
+        if lipschitz is None:
+            lipschitz = update.metrics["steps"] / update.metrics["rates"]
+        square = torch.linalg.vector_norm(update.delta, dtype=torch.float64).item() ** 2
+        bend = torch.tensor([update.weight * self.q * loss ** (self.q - 1) * lipschitz * square])
+        return replace(update, weight=update.weight * loss**self.q, extras={"bend": bend}), memory
+
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """w h / L."""
+        return {"bend": 1}
+
+    def floats(self, got: Broadcast) -> tuple[int, int]:
+        """As FedAvg, and one number up."""
+        down, up = super().floats(got)
+        return down, up + 1
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """theta += lr sum w F^q delta / sum w h / L."""
+        step = aggregate.total * (self.lr / (aggregate.weight + aggregate.extras["bend"].item()))
+        return replace(state, round=state.round + 1, params=state.params + step)

@@ -1,0 +1,69 @@
+"""SCAFFOLD: control variates against the drift of clients (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1)."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from strategies.averaging.fedavg import FedAvg
+from strategies.core.layout import Layout
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Memory, ServerState, Update, Vector
+
+
+@dataclass(frozen=True)
+class Scaffold(FedAvg):
+    """Local gradient g - c_k + c; then c_k+ = c_k - c - delta_k / (K eta), theta += lr mean delta_k.
+
+    c += sum_k (c_k+ - c_k) / N over the N clients of the population. This is the paper's option II, with the sum of the
+    local learning rates for K eta, so that schedules may change them. Reads the sum, of two vectors: delta_k and
+    c_k+ - c_k. Memory: "c", the client's c_k, zero at first.
+
+    Traps: delta_k / (K eta) is a mean gradient for plain SGD only, without momentum; clipping of the corrected gradient
+    enters c_k too. c is the plain mean of all c_k, so clients count the same. In a large population c_k is of an old
+    model by the time its client is drawn again.
+    """
+
+    kind: Literal["scaffold"] = "scaffold"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    weighting: Literal["uniform"] = "uniform"
+    remembers: ClassVar[bool] = True
+    paper: ClassVar[str] = "arXiv 1910.06378"
+
+    def init(self, params: Vector, layout: Layout) -> ServerState:
+        """The initial vector, and c = 0."""
+        return replace(super().init(params, layout), moments={"c": torch.zeros_like(params)})
+
+    def broadcast(self, state: ServerState) -> Broadcast:
+        """The global vector and c."""
+        return replace(super().broadcast(state), extras={"c": state.moments["c"]})
+
+    def correct(
+        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+    ) -> None:
+        """grad += c - c_k."""
+        grad_KP.add_(got.extras["c"])
+        if "c" in memory:
+            grad_KP.sub_(memory["c"])
+
+    def finish(
+        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, Memory]:
+        """Sends c_k+ - c_k = -c - delta / (K eta) beside delta, and remembers c_k+."""
+        update, memory = super().finish(update, got, memory, ends)
+        change = -got.extras["c"] - update.delta / update.metrics["rates"]
+        own = memory["c"] + change if "c" in memory else change
+        return replace(update, extras={"c": change}), memory | {"c": own}
+
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """The changes of c_k."""
+        return {"c": layout.size}
+
+    def floats(self, got: Broadcast) -> tuple[int, int]:
+        """Two vectors each way."""
+        down, up = super().floats(got)
+        return down, 2 * up
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """theta += lr mean delta, c += sum (c_k+ - c_k) / N."""
+        assert state.population >= aggregate.count
+        c = state.moments["c"] + aggregate.extras["c"] / state.population
+        return replace(super().apply(state, aggregate), moments={"c": c})

@@ -1,0 +1,150 @@
+"""A strategy under test: a simulation of what the engine does with it, less the training. See contract.py.
+
+How updates are summed and how a state gets to disk and back is the engine's, so the caller brings both.
+Legend: P parameters, K clients.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from strategies.core.layout import Layout
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Memory, ServerState, Strategy, Update, Vector
+from strategies.core.seeds import rng
+
+LORA = Layout(
+    (
+        "norm",
+        "q.lora_A.default.weight",
+        "q.lora_B.default.weight",
+        "v.lora_A.default.weight",
+        "v.lora_B.default.weight",
+    ),
+    ((3,), (2, 4), (5, 2), (2, 3), (3, 2)),
+    scale=1.5,
+)
+FULL = Layout(("embed", "bias"), ((5, 4), (7,)))
+COHORT, SEED = 7, 3
+METRICS = {"steps": 4.0, "rates": 0.4, "rows": 8.0, "tokens": 64.0, "loss": 1.0, "loss_before": 1.25}
+
+
+def drawn(layout: Layout, first: int, second: int = 0) -> Vector:
+    """A vector (P,) of normal numbers that depends on two numbers alone."""
+    return torch.from_numpy(rng(0, first, second, "initial").standard_normal(layout.size).astype("float32"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A strategy on a layout; `summed` and `stored` are the engine's exact sum and its way to disk and back."""
+
+    strategy: Strategy
+    layout: Layout
+    summed: Callable[[list[Update]], Aggregate]
+    stored: Callable[[ServerState], ServerState]
+
+    @property
+    def clients(self) -> range:
+        """The cohort, all of it in each round: as many as the rule needs."""
+        return range(max(COHORT, self.strategy.smallest_cohort()))
+
+    @property
+    def population(self) -> int:
+        """Some more than take part."""
+        return len(self.clients) + 2
+
+    def nothing_remembered(self) -> list[Memory]:
+        """The clients' memories before the first round."""
+        return [{} for _ in self.clients]
+
+    def start(self) -> ServerState:
+        """The state before the first round, as the engine completes it."""
+        first = self.strategy.init(drawn(self.layout, 0), self.layout)
+        return replace(first, seed=SEED, population=self.population)
+
+    def client(
+        self, got: Broadcast, client: int, memory: Memory, change: Vector, personal: Vector | None = None
+    ) -> tuple[Update, Memory]:
+        """`change` is what training makes of the vector, `personal` of those of other runs, if that is another."""
+        starts = self.strategy.starts(got, memory)
+        ends = {run: start + (change if personal is None else personal) for run, start in starts.items()}
+        delta = ends.pop(GLOBAL) - got.params
+        metrics = METRICS | {"loss_before": 1.25 + client / 16}
+        return self.strategy.finish(Update(client, 0.5 + client / 8, delta, metrics=metrics), got, memory, ends)
+
+    def cohort(
+        self, state: ServerState, memories: list[Memory], scale: float = 0.5
+    ) -> tuple[list[Update], list[Memory]]:
+        """A round's updates, and what the clients remember after it; `scale` 0: training changes nothing."""
+        got = self.strategy.broadcast(state)
+        changes = [scale * drawn(self.layout, 1 + state.round, k) for k in self.clients]
+        done = [self.client(got, k, memory, changes[k]) for k, memory in zip(self.clients, memories, strict=True)]
+        return [update for update, _ in done], [memory for _, memory in done]
+
+    def aggregate(self, updates: list[Update]) -> Aggregate:
+        """What the server sees of the updates."""
+        each = tuple(sorted(updates, key=lambda update: update.client))  # as the engine gives them
+        return replace(self.summed(updates), each=None if self.strategy.reads == "sum" else each)
+
+    def after(self, rounds: int) -> tuple[ServerState, list[Memory]]:
+        """After rounds of all clients: moments and memories, where there are any, are no longer zero."""
+        state, memories = self.start(), self.nothing_remembered()
+        for _ in range(rounds):
+            updates, memories = self.cohort(state, memories)
+            state = self.strategy.apply(state, self.aggregate(updates))
+        return state, memories
+
+    def effective(self, state: ServerState) -> list[torch.Tensor]:
+        """What the clients' model is made of: all that is no adapter, and residual + scale * B A."""
+        rest = [view for name, view in self.layout.views(state.params).items() if ".lora_" not in name]
+        products = [pair.scale * pair.b_OR @ pair.a_RI for pair in self.layout.lora_pairs(state.params)]
+        if state.residual is not None:
+            merged = self.layout.products(state.residual)
+            products = [product + more for product, more in zip(products, merged, strict=True)]
+        return rest + products
+
+
+def tensors(value: object, name: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor inside, by a name such as "params" or "1.own"."""
+    match value:
+        case torch.Tensor():
+            return {name: value}
+        case dict():
+            pairs = list(value.items())
+        case tuple() | list():
+            pairs = list(enumerate(value))
+        case ServerState() | Broadcast() | Aggregate() | Update():
+            pairs = list(vars(value).items())
+        case _:
+            return {}
+    return {found: inner for key, one in pairs for found, inner in tensors(one, f"{name}.{key}".lstrip(".")).items()}
+
+
+def copied(value: object) -> dict[str, torch.Tensor]:
+    """A copy of every tensor inside, to compare with later."""
+    return {name: tensor.clone() for name, tensor in tensors(value).items()}
+
+
+def difference(one: object, other: object) -> str | None:
+    """The name of the first tensor in which two values differ in any bit; None if they are the same."""
+    ours, theirs = tensors(one), tensors(other)
+    for name in [*ours, *theirs]:
+        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name]):
+            return name
+    return None
+
+
+class DoesNotApply(Exception):
+    """The strategy does not promise what a check would hold it to."""
+
+
+def hold(kept: bool, sentence: str) -> None:
+    """Raises AssertionError with the sentence unless the promise is kept; `assert` would go with python -O."""
+    if not kept:
+        raise AssertionError(sentence)
+
+
+def same(one: object, other: object, what: str) -> None:
+    """Raises AssertionError unless all tensors inside both are the same."""
+    name = difference(one, other)
+    hold(name is None, f"{what}: {name!r} differs" if name else what)

@@ -1,0 +1,231 @@
+"""What every strategy promises: one check a promise, held against every member of the union and against people's own.
+
+A check is a function of a `Case`; its docstring is the promise. It raises AssertionError with a sentence where the
+promise is broken, and DoesNotApply where the strategy does not give it. Legend: P parameters, K clients.
+"""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
+
+import torch
+
+from strategies.contract import client as contract_client
+from strategies.contract.case import SEED, Case, DoesNotApply, copied, difference, drawn, hold, same, tensors
+from strategies.core.protocol import NO_LAYOUT, ServerState, Strategy, Vector
+
+Check = Callable[[Case], None]
+CLOSE = 1e-5
+
+
+def lacks(kind: type) -> list[str]:
+    """What a class misses of a strategy, by name."""
+    asked = [*Strategy.__annotations__, *(name for name in vars(Strategy) if not name.startswith("_"))]
+    return [name for name in asked if name not in dir(kind)]
+
+
+def _near(case: Case, one: ServerState, other: ServerState, what: str) -> None:
+    apart = [float((a - b).abs().max()) for a, b in zip(case.effective(one), case.effective(other), strict=True)]
+    hold(max(apart) <= CLOSE, f"{what}: the effective weights are {max(apart):.2g} apart")
+
+
+def no_change_leaves_the_model_alone(case: Case) -> None:
+    """With zero deltas, moments and memory the effective weights W0 + s B A stay as they are."""
+    state = case.start()
+    updates, _ = case.cohort(state, case.nothing_remembered(), scale=0.0)
+    after = case.strategy.apply(state, case.aggregate(updates))
+    if not case.strategy.needs_lora:
+        same(after.params, state.params, "apply moves the vector although no client changed it")
+    _near(case, after, state, "apply moves the model although no client changed it")
+
+
+def the_first_state_is_the_model_as_it_was_given(case: Case) -> None:
+    """init gives round 0, its layout, and the model that it got."""
+    first = case.start()
+    hold(first.round == 0, f"init gives round {first.round}, not 0")
+    hold(first.layout == case.layout, "init does not put its layout into the state")
+    _near(case, first, ServerState(0, drawn(case.layout, 0), layout=case.layout), "init changes the model")
+
+
+def a_change_moves_the_model_or_what_clients_remember(case: Case) -> None:
+    """A round in which clients learn something leaves a trace."""
+    before, (after, memories) = case.start(), case.after(1)
+    moved = difference((after.params, after.residual), (before.params, before.residual)) is not None
+    hold(moved or any(memories), "after a round of changes the model is as before and no client remembers anything")
+
+
+def the_order_of_clients_is_irrelevant(case: Case) -> None:
+    """The same updates in another order give the same bits."""
+    state, memories = case.after(2)
+    updates, _ = case.cohort(state, memories)
+    one, other = (case.strategy.apply(state, case.aggregate(listed)) for listed in (updates, updates[::-1]))
+    same(one, other, "the order in which updates come changes the next state")
+
+
+def rounds_count_up_by_one(case: Case) -> None:
+    """apply counts the rounds, and broadcast says which one it is."""
+    counted = [case.after(rounds)[0].round for rounds in range(4)]
+    hold(counted == [0, 1, 2, 3], f"the rounds are counted {counted}, not [0, 1, 2, 3]: apply must add one to round")
+    said = case.strategy.broadcast(case.after(2)[0]).round
+    hold(said == 2, f"broadcast says round {said} in round 2")
+
+
+def what_the_engine_sets_stays_and_the_layout_is_passed_on(case: Case) -> None:
+    """apply keeps layout, seed and population; broadcast carries the layout and the seed."""
+    state, _ = case.after(2)
+    kept = (state.layout, state.seed, state.population) == (case.layout, SEED, case.population)
+    hold(kept, "apply loses the state's layout, seed or population: use dataclasses.replace(state, ...)")
+    got = case.strategy.broadcast(state)
+    hold((got.layout, got.seed) == (case.layout, SEED), "broadcast does not pass on the state's layout and seed")
+
+
+def a_round_is_the_same_when_it_is_run_again(case: Case) -> None:
+    """Two runs from the same start end in the same bits, states and memories."""
+    same(case.after(2), case.after(2), "a run that is repeated ends elsewhere: draw by strategies.core.seeds alone")
+
+
+def the_server_side_leaves_its_inputs_unmodified(case: Case) -> None:
+    """init, broadcast and apply write into nothing that they are given."""
+    params = drawn(case.layout, 0)
+    case.strategy.init(params, case.layout)
+    same(params, drawn(case.layout, 0), "init writes into the vector that it is given")
+    state, memories = case.after(2)
+    before = copied(state)
+    updates, _ = case.cohort(state, memories)
+    same(state, before, "broadcast, or a client's half, writes into the state")
+    aggregate = case.aggregate(updates)
+    aggregate_before = copied(aggregate)
+    case.strategy.apply(state, aggregate)
+    same(state, before, "apply writes into the state that it is given")
+    same(aggregate, aggregate_before, "apply writes into the aggregate")
+
+
+def what_travels_is_flat_contiguous_and_float32(case: Case) -> None:
+    """States, broadcasts, updates and memories are vectors as one put, one sum and one mask need them."""
+    state, memories = case.after(2)
+    got = case.strategy.broadcast(state)
+    updates, memories = case.cohort(state, memories)
+    for name, tensor in tensors((state, got, updates, memories, case.strategy.starts(got, memories[0]))).items():
+        flat = tensor.dtype == torch.float32 and tensor.ndim == 1 and tensor.is_contiguous()
+        hold(flat, f"{name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, not one contiguous float32 vector")
+    size = (case.layout.size,)
+    whole = state.params.shape == got.params.shape == updates[0].delta.shape == size
+    hold(whole, f"params and delta must keep the layout's {case.layout.size} elements")
+    if state.residual is not None:
+        wanted, found = sum(outputs * inputs for outputs, inputs in case.layout.product_shapes), state.residual.numel()
+        hold(found == wanted, f"the residual has {found} elements; the layout's products have {wanted}")
+
+
+def the_state_survives_a_checkpoint(case: Case) -> None:
+    """A state that was written to disk and read again is the same, bit by bit."""
+    state, _ = case.after(2)
+    loaded = case.stored(state)
+    hold(loaded.round == state.round, f"round {state.round} comes back from a checkpoint as {loaded.round}")
+    same(loaded, copied(state), "the state does not survive a checkpoint")
+
+
+def shards_are_applied_as_the_whole(case: Case) -> None:
+    """`elementwise` is honest: apply on parts of the vectors gives the parts of apply on the whole."""
+    if not case.strategy.elementwise:
+        raise DoesNotApply("elementwise is False: it needs whole vectors")
+    state, memories = case.after(2)
+    aggregate, size = case.aggregate(case.cohort(state, memories)[0]), case.layout.size
+
+    def shard(part: slice) -> ServerState:
+        each = aggregate.each and tuple(
+            replace(update, delta=update.delta[part], extras=_part(update.extras, part, size))
+            for update in aggregate.each
+        )
+        own = replace(state, params=state.params[part], moments=_part(state.moments, part, size))
+        seen = replace(aggregate, total=aggregate.total[part], extras=_part(aggregate.extras, part, size), each=each)
+        return case.strategy.apply(own, seen)
+
+    first, second, whole = shard(slice(0, 4)), shard(slice(4, size)), case.strategy.apply(state, aggregate)
+    joined = torch.cat([first.params, second.params])
+    same(joined, whole.params, "elementwise is True, but apply on parts of the vector differs from apply on the whole")
+    for name, moment in whole.moments.items():
+        parts = [first.moments[name], second.moments[name]]
+        found = torch.cat(parts) if moment.numel() == size else parts[0]
+        same(found, moment, f"elementwise is True, but the moment {name!r} of the parts differs from the whole's")
+
+
+def clients_work_on_shards_as_on_the_whole(case: Case) -> None:
+    """`elementwise` is honest on the client too: broadcast, correct and finish on parts give the parts of the whole."""
+    if not case.strategy.elementwise:
+        raise DoesNotApply("elementwise is False: it needs whole vectors")
+    state, memories = case.after(2)
+    size, change, grad = case.layout.size, drawn(case.layout, 5), drawn(case.layout, 6)[None]
+
+    def half(part: slice) -> list[dict[str, Vector]]:
+        own = replace(state, params=state.params[part], moments=_part(state.moments, part, size))
+        got, memory = case.strategy.broadcast(replace(own, layout=NO_LAYOUT)), _part(memories[0], part, size)
+        grads = {run: grad[:, part].clone() for run in case.strategy.starts(got, memory)}
+        for run, grad_KP in grads.items():
+            case.strategy.correct(grad_KP, got.params[None] + change[part], got, memory, run)
+        update, after = case.client(got, 0, memory, change[part])
+        return [{run: grad_KP[0] for run, grad_KP in grads.items()}, {"delta": update.delta} | update.extras, after]
+
+    first, second, whole = half(slice(0, 4)), half(slice(4, size)), half(slice(0, size))
+    for ours, theirs, both in zip(first, second, whole, strict=True):
+        for name, vector in both.items():
+            found = torch.cat([ours[name], theirs[name]]) if vector.numel() == size else ours[name]
+            same(found, vector, f"elementwise is True, but a client that works on parts finds another {name!r}")
+
+
+def _part(named: dict[str, Vector], part: slice, size: int) -> dict[str, Vector]:
+    return {name: tensor[part] if tensor.numel() == size else tensor for name, tensor in named.items()}
+
+
+def it_reads_no_more_than_it_says(case: Case) -> None:
+    """`reads` is honest: a rule that says "sum" gives the same from the sum alone as with each update beside it."""
+    if case.strategy.reads != "sum":
+        raise DoesNotApply(f'reads is "{case.strategy.reads}": it says that the sum is not enough')
+    state, memories = case.after(2)
+    updates, _ = case.cohort(state, memories)
+    blind = case.aggregate(updates)
+    seeing = replace(blind, each=tuple(updates))
+    one, other = case.strategy.apply(state, blind), case.strategy.apply(state, seeing)
+    same(one, other, 'reads is "sum", but the next state depends on the single updates')
+
+
+def it_travels_and_says_what_it_is(case: Case) -> None:
+    """It is a frozen dataclass that pickles, with a docstring, a paper, and declarations that go together."""
+    strategy = case.strategy
+    hold(pickle.loads(pickle.dumps(strategy)) == strategy, "it is another one after pickling")
+    hold(strategy.reads in ("sum", "passes", "each"), f'reads is {strategy.reads!r}, not "sum", "passes" or "each"')
+    hold(bool(strategy.paper and strategy.__doc__), "it has no docstring, or its paper is empty")
+    hold(strategy.needs_lora or not strategy.mixed_ranks, "mixed_ranks is True, which needs_lora must be too")
+    try:
+        strategy.kind = "other"  # type: ignore[attr-defined]  # the protocol leaves the tag to each member
+    except FrozenInstanceError:
+        return
+    raise AssertionError("its fields can be changed: write @dataclass(frozen=True)")
+
+
+CHECKS: tuple[Check, ...] = (
+    no_change_leaves_the_model_alone,
+    the_first_state_is_the_model_as_it_was_given,
+    a_change_moves_the_model_or_what_clients_remember,
+    the_order_of_clients_is_irrelevant,
+    rounds_count_up_by_one,
+    what_the_engine_sets_stays_and_the_layout_is_passed_on,
+    a_round_is_the_same_when_it_is_run_again,
+    the_server_side_leaves_its_inputs_unmodified,
+    contract_client.the_client_side_writes_nothing_but_its_gradient,
+    contract_client.what_is_frozen_is_neither_sent_nor_trained,
+    contract_client.a_pack_is_corrected_as_its_clients_one_by_one,
+    what_travels_is_flat_contiguous_and_float32,
+    contract_client.the_global_training_comes_first,
+    contract_client.memory_is_kept_by_those_who_say_so_and_is_used,
+    contract_client.a_personal_vector_is_like_the_global_one,
+    contract_client.the_traffic_is_counted_in_whole_numbers,
+    contract_client.weights_stay_within_one_where_the_class_says_so,
+    the_state_survives_a_checkpoint,
+    shards_are_applied_as_the_whole,
+    clients_work_on_shards_as_on_the_whole,
+    it_reads_no_more_than_it_says,
+    contract_client.a_client_of_a_lower_rank_trains_and_leaves_only_its_own,
+    contract_client.extras_that_are_changes_are_zero_without_training,
+    contract_client.an_untrained_client_of_a_lower_rank_sends_zeros,
+    it_travels_and_says_what_it_is,
+)

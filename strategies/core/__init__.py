@@ -1,0 +1,1 @@
+"""The protocol of strategies and what they share."""

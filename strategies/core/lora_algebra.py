@@ -1,0 +1,111 @@
+"""What the LoRA rules share: halves, own ranks and products of adapters.
+
+Legend: P parameters, K clients, R rank, I inputs and O outputs of a layer.
+"""
+
+from itertools import accumulate
+from math import prod
+
+import torch
+
+from strategies.core.layout import LORA_A, LORA_B, Layout, LoraPair
+from strategies.core.protocol import Broadcast, Mask, Vector
+
+
+def slices(layout: Layout, marker: str) -> list[slice]:
+    """Where the tensors with `marker` in their names lie in the flat vector."""
+    sizes = [prod(shape) for shape in layout.shapes]
+    listed = zip(layout.names, sizes, accumulate(sizes), strict=True)
+    return [slice(end - size, end) for name, size, end in listed if marker in name]
+
+
+def count(layout: Layout, *markers: str) -> int:
+    """How many elements the tensors with these markers have together."""
+    return sum(part.stop - part.start for marker in markers for part in slices(layout, marker))
+
+
+def freeze(grad_KP: torch.Tensor, layout: Layout, marker: str) -> None:
+    """Zeroes the gradients of all tensors with `marker` in their names, in place."""
+    for part in slices(layout, marker):
+        grad_KP[:, part] = 0
+
+
+def without(vector: Vector, layout: Layout, *markers: str) -> Vector:
+    """A copy of the vector (P,) that is zero where the tensors with these markers lie."""
+    copy = vector.clone()
+    for marker in markers:
+        for part in slices(layout, marker):
+            copy[part] = 0
+    return copy
+
+
+def unmarked(layout: Layout, *markers: str) -> Mask:
+    """The coordinates (P,) of all tensors but those with these markers."""
+    return without(torch.ones(layout.size, dtype=torch.bool), layout, *markers)
+
+
+def all_but(layout: Layout, rows: slice) -> Mask:
+    """The coordinates (P,) of everything but these rows of A and columns of B."""
+    mask = torch.ones(layout.size, dtype=torch.bool)
+    for pair in layout.lora_pairs(mask):
+        pair.a_RI[rows] = False
+        pair.b_OR[:, rows] = False
+    return mask
+
+
+def products(vector: Vector, layout: Layout) -> Vector:
+    """The products scale * B A of all LoRA pairs of the vector (P,), as a residual holds them."""
+    return torch.cat([(pair.scale * pair.b_OR @ pair.a_RI).flatten() for pair in layout.lora_pairs(vector)])
+
+
+def product_change(end: Vector, start: Vector, layout: Layout) -> Vector:
+    """How far the products of one vector (P,) are from those of another; exactly zero where the vectors are equal."""
+    return products(end, layout).sub_(products(start, layout))
+
+
+def fold(got: Broadcast) -> float:
+    """s_k / s: what a client of another rank has in front of its product, over what the layout has."""
+    return 1.0 if got.rank is None else got.layout.scale_at(got.rank) / got.layout.scale
+
+
+def own_start(got: Broadcast, rank: int | None) -> Vector:
+    """The global vector as a client trains it: cut to `rank` (None: whole), with B such that s_k B is the global s B.
+
+    Rows of A and columns of B that are both zero have zero gradients, so they stay zero in training.
+    """
+    own = got.params.clone()
+    for pair in got.layout.lora_pairs(own):
+        if rank is not None:
+            pair.a_RI[rank:] = 0
+            pair.b_OR[:, rank:] = 0
+        pair.b_OR.div_(fold(got))
+    return own
+
+
+def folded(end: Vector, got: Broadcast) -> Vector:
+    """A client's vector with its own scale folded into B, so that vectors of all ranks mean the same."""
+    own = end.clone()
+    for pair in got.layout.lora_pairs(own):
+        pair.b_OR.mul_(fold(got))
+    return own
+
+
+def floats_at(layout: Layout, rank: int | None) -> int:
+    """How many numbers a vector has whose LoRA pairs have this rank (None: the layout's; 0: no pairs)."""
+    adapters = count(layout, LORA_A, LORA_B)
+    return layout.size - adapters + adapters * (layout.rank if rank is None else rank) // layout.rank
+
+
+def svd(pair: LoraPair) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, S, V' of B A without the scale, from matrices of the rank's size. At most R singular values, largest first."""
+    left_OR, left_RR = torch.linalg.qr(pair.b_OR)
+    right_IR, right_RR = torch.linalg.qr(pair.a_RI.T)
+    u_RR, s_R, v_RR = torch.linalg.svd(left_RR @ right_RR.T, full_matrices=False)
+    return left_OR @ u_RR, s_R, v_RR @ right_IR.T
+
+
+def put(pair: LoraPair, b_OR: torch.Tensor, a_RI: torch.Tensor) -> None:
+    """Writes the first R columns and rows into the pair, and zeros where there are fewer."""
+    rank = min(pair.a_RI.shape[0], a_RI.shape[0])
+    pair.b_OR.zero_()[:, :rank] = b_OR[:, :rank]
+    pair.a_RI.zero_()[:rank] = a_RI[:rank]

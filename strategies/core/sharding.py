@@ -1,0 +1,61 @@
+"""How flat vectors are cut into shards, one for each rank of a gang, the same in all gangs. Legend: P, S of a shard."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from strategies.core.layout import Layout
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Each rank's intervals (start, end) of the flat vector; its shard (S,) is what lies in them, one after another."""
+
+    parts: tuple[tuple[tuple[int, int], ...], ...]
+
+    @classmethod
+    def contiguous(cls, size: int, ranks: int, unit: int = 1) -> "Partition":
+        """One slice per rank, all of the same length in multiples of `unit` but the last (ZeRO stages 1 and 2)."""
+        length = -(-size // (ranks * unit)) * unit
+        edges = [min(rank * length, size) for rank in range(ranks + 1)]
+        return cls(tuple(((first, last),) for first, last in pairwise(edges)))
+
+    @classmethod
+    def by_tensor(cls, layout: Layout, ranks: int) -> "Partition":
+        """Each tensor is cut by itself, as `contiguous` cuts a vector (ZeRO stage 3)."""
+        parts: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+        for _, _, start, end in layout.places():
+            for part, ((first, last),) in zip(parts, cls.contiguous(end - start, ranks).parts, strict=True):
+                part.append((start + first, start + last))
+        return cls(tuple(map(tuple, parts)))
+
+    def of(self, live: torch.Tensor) -> "Partition":
+        """How the elements in a mask (P,) are cut, when they alone lie one after another."""
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), live.cumsum(0)])
+        return Partition(tuple(tuple((int(before[i]), int(before[j])) for i, j in part) for part in self.parts))
+
+    def length(self, rank: int) -> int:
+        """S, the number of elements of a rank's shard."""
+        return sum(last - first for first, last in self.parts[rank])
+
+    def cut(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
+        """A rank's shard (S,) of a vector (P,)."""
+        return torch.cat([flat[first:last] for first, last in self.parts[rank]])
+
+    def read(self, shards: Sequence[torch.Tensor], first: int, last: int) -> torch.Tensor:
+        """The elements from `first` to `last` (excluded) of the vector (P,), from all ranks' shards."""
+        found = torch.empty(last - first, dtype=shards[0].dtype)
+        for rank, shard_S in enumerate(shards):
+            offset = 0
+            for start, end in self.parts[rank]:
+                low, high = max(start, first), min(end, last)
+                if low < high:
+                    found[low - first : high - first] = shard_S[offset + low - start : offset + high - start]
+                offset += end - start
+        return found
+
+    def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The vector (P,) from all ranks' shards."""
+        return self.read(shards, 0, sum(map(len, shards)))

@@ -1,0 +1,92 @@
+"""FLoRA: all clients' products are merged into the base, adapters start anew (Wang et al. 2024, arXiv 2409.05976)."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from strategies.averaging.fedavg import FedAvg
+from strategies.core.layout import LORA_A, LORA_B, Layout
+from strategies.core.lora_algebra import floats_at, folded, own_start, product_change, products, unmarked, without
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Mask, Memory, ServerState, Update, Vector
+from strategies.core.seeds import torch_rng
+
+
+@dataclass(frozen=True)
+class Flora(FedAvg):
+    """W += lr * sum_k p_k s_k B_k A_k, then a fresh A and B = 0. Reads the sum of products; no memory.
+
+    Exact for any ranks: the stack of all p_k B_k and A_k has the sum of the products as its product, and s_k = alpha /
+    r_k is folded in. The paper's server sends the stack: the way down grows with the number of clients, each counted
+    at the largest rank, and a client that missed a round needs that round's stack too, which is not counted here. A
+    client sends the change of its product since it started, which is the product itself wherever B starts at zero;
+    under secure aggregation it would send that as it is, since stacks cannot be added. Each round's A is drawn by the
+    seed as PEFT draws it (Kaiming uniform, a = sqrt 5), one for all clients; in the paper each client draws its own
+    Gaussian one. Traps: the base changes every round, and so does the meaning of the adapter's coordinates: a kept
+    optimizer state means nothing.
+    """
+
+    kind: Literal["flora"] = "flora"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    needs_lora: ClassVar[bool] = True
+    mixed_ranks: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False
+    extras_are_changes: ClassVar[bool] = True
+    keeps_higher_ranks: ClassVar[bool] = True
+    paper: ClassVar[str] = "arXiv 2409.05976"
+
+    def broadcast(self, state: ServerState) -> Broadcast:
+        """The global vector, and in "count" how many clients the last round's stack is of."""
+        return replace(super().broadcast(state), extras=dict(state.moments))
+
+    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+        """The global vector cut to the client's rank."""
+        return {GLOBAL: own_start(got, got.rank)}
+
+    def finish(
+        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, Memory]:
+        """Sends w_k times the change of s_k B_k A_k instead of the adapters' changes."""
+        update, memory = super().finish(update, got, memory, ends)
+        end, start = (folded(vector, got) for vector in (got.params + update.delta, own_start(got, got.rank)))
+        extras = {"product": update.weight * product_change(end, start, got.layout)}
+        return replace(update, delta=without(update.delta, got.layout, LORA_A, LORA_B), extras=extras), memory
+
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """The products' changes."""
+        return {"product": sum(outputs * inputs for outputs, inputs in layout.product_shapes)}
+
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """All but the adapters, whose products travel beside."""
+        return {"delta": unmarked(layout, LORA_A, LORA_B)}
+
+    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+        """Every coordinate."""
+        return None
+
+    def floats(self, got: Broadcast) -> tuple[int, int]:
+        """The last round's stack down (at first the seed says all), the client's own adapters up."""
+        stacked = int(got.extras["count"]) * got.layout.rank if "count" in got.extras else 0
+        return floats_at(got.layout, stacked), floats_at(got.layout, got.rank)
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """residual += the product and its mean change, then new adapters; all other tensors as in FedAvg."""
+        moved = super().apply(state, aggregate)
+        residual = products(state.params, state.layout)
+        residual += aggregate.extras["product"] * (self.lr / aggregate.weight)
+        if state.residual is not None:
+            residual += state.residual
+        stream = torch_rng(state.seed, moved.round, -1, "adapters")
+        params = fresh(moved.params, state.layout, stream)
+        return replace(
+            moved, params=params, residual=residual, moments={"count": torch.tensor([float(aggregate.count)])}
+        )
+
+
+def fresh(params: Vector, layout: Layout, stream: torch.Generator) -> Vector:
+    """A copy whose adapters are new: A uniform in +-1 / sqrt(I), which is PEFT's Kaiming bound, and B zero."""
+    params = params.clone()
+    for pair in layout.lora_pairs(params):
+        bound = pair.a_RI.shape[1] ** -0.5
+        pair.a_RI.uniform_(-bound, bound, generator=stream)
+        pair.b_OR.zero_()
+    return params

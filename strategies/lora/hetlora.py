@@ -1,0 +1,138 @@
+"""HetLoRA: clients have and prune ranks of their own, the norm is the weight (Cho et al. 2024, arXiv 2401.06432).
+
+Legend: P parameters, K clients.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from strategies.averaging.fedavg import FedAvg
+from strategies.core.layout import Layout, LoraPair
+from strategies.core.lora_algebra import all_but, floats_at, folded, own_start
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Mask, Memory, ServerState, Update, Vector
+
+TINY = 1e-12  # below this a norm has no direction
+
+
+@dataclass(frozen=True)
+class HetLora(FedAvg):
+    """A += lr * sum_k p_k delta_k A and B alike, zero-padded to the largest rank, p_k = |s_k B_k A_k|_F / sum of all.
+
+    A client gets the first r_k rows of A and columns of B. Its rank's tail is what lies beyond gamma r_k: `penalty` *
+    |B_tail| |A_tail| is added to its loss, layer by layer, and if that product is smaller after training than before,
+    the tail is cut off, once and for all (gamma = 1: never). The norm itself is the weight, over all layers, so that
+    numerator and denominator are sums and no norm is reported; `weighting` may be FedAvg's instead. Reads the sum.
+
+    Memory: "rank", the client's own by now. Its scale stays alpha over the rank that it was given, for else cutting
+    would change the model. s_k is folded into B before averaging. Traps: biased as FedAvg on LoRA is; rows that few
+    clients have shrink, since the others' zeros count; a client that has learnt nothing yet (B = 0) has no weight.
+    """
+
+    kind: Literal["hetlora"] = "hetlora"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    weighting: Literal["norm", "examples", "uniform"] = "norm"  # type: ignore[assignment]
+    gamma: float = 0.99
+    penalty: float = 1e-3
+    needs_lora: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False
+    mixed_ranks: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
+    paper: ClassVar[str] = "arXiv 2401.06432"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.gamma <= 1:
+            raise ValueError(
+                f"strategy.gamma is the part of its rank that a client keeps when it prunes and must be above 0 and at "
+                f"most 1, not {self.gamma}"
+            )
+        if not 0 <= self.penalty < math.inf:
+            raise ValueError(f"strategy.penalty shrinks a rank's tail and must be at least 0, not {self.penalty}")
+
+    @property
+    def bounded_weights(self) -> bool:  # type: ignore[override]  # it depends on the weighting
+        """Whether the norm, which has no bound, is not the weight."""
+        return self.weighting != "norm"
+
+    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+        """The global vector cut to the client's rank."""
+        (rank,) = ranks(got, memory)
+        return {GLOBAL: own_start(got, rank)}
+
+    def correct(
+        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+    ) -> None:
+        """Adds the gradient of penalty * |B_tail| |A_tail|."""
+        listed = ranks(got, memory)
+        for client, (grad_P, params_P) in enumerate(zip(grad_KP, params_KP, strict=True)):
+            rank = listed[client % len(listed)]
+            both = zip(got.layout.lora_pairs(grad_P), got.layout.lora_pairs(params_P), strict=True)
+            for grad, pair in both:
+                tail = slice(self._kept(rank), rank)
+                a_norm, b_norm = tail_norms(pair, tail)
+                grad.a_RI[tail] += self.penalty * b_norm / a_norm.clamp(min=TINY) * pair.a_RI[tail]
+                grad.b_OR[:, tail] += self.penalty * a_norm / b_norm.clamp(min=TINY) * pair.b_OR[:, tail]
+
+    def finish(
+        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, Memory]:
+        """Prunes, folds the client's scale into B, and weighs by the product's norm."""
+        update, memory = super().finish(update, got, memory, ends)
+        (rank,) = ranks(got, memory)
+        kept, end = self._kept(rank), got.params + update.delta
+        tail = slice(kept, rank)
+        before, after = (self._tail(vector, got, tail) for vector in (self.starts(got, memory)[GLOBAL], end))
+        if after < before:
+            rank = kept
+            for pair in got.layout.lora_pairs(end):
+                pair.a_RI[tail] = 0
+                pair.b_OR[:, tail] = 0
+        end = folded(end, got)
+        weight = norm_of_products(end, got.layout) if self.weighting == "norm" else update.weight
+        return replace(update, delta=end - got.params, weight=weight), memory | {"rank": torch.tensor([float(rank)])}
+
+    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+        """The rank that the client has kept."""
+        (rank,) = ranks(got, memory)
+        return all_but(got.layout, slice(rank, None))
+
+    def floats(self, got: Broadcast) -> tuple[int, int]:
+        """A vector of the client's rank both ways, as given: what it has pruned since is in its memory alone."""
+        sent = floats_at(got.layout, got.rank)
+        return sent, sent
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """FedAvg's step; none while all products are zero."""
+        if aggregate.weight == 0:
+            return replace(state, round=state.round + 1)
+        return super().apply(state, aggregate)
+
+    def _kept(self, rank: int) -> int:
+        return max(1, math.floor(self.gamma * rank))
+
+    def _tail(self, vector: Vector, got: Broadcast, tail: slice) -> float:
+        norms = [tail_norms(pair, tail) for pair in got.layout.lora_pairs(vector)]
+        return sum(float(a_norm * b_norm) for a_norm, b_norm in norms)
+
+
+def ranks(got: Broadcast, memory: Memory) -> list[int]:
+    """The rank of the client, or of each client of a pack, if they remember."""
+    if "rank" in memory:
+        return [int(rank) for rank in memory["rank"].flatten()]
+    return [got.layout.rank if got.rank is None else got.rank]
+
+
+def tail_norms(pair: LoraPair, tail: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """|A_tail| and |B_tail|."""
+    return pair.a_RI[tail].norm(), pair.b_OR[:, tail].norm()
+
+
+def norm_of_products(vector: Vector, layout: Layout) -> float:
+    """The Frobenius norm of all s B A together, by |B A|^2 = sum of (B' B) * (A A'), without any product."""
+    squares = [
+        pair.scale**2 * float(((pair.b_OR.T @ pair.b_OR) * (pair.a_RI @ pair.a_RI.T)).sum())
+        for pair in layout.lora_pairs(vector)
+    ]
+    return math.sqrt(max(0.0, sum(squares)))

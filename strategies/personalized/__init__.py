@@ -1,0 +1,1 @@
+"""Rules that give clients models of their own."""

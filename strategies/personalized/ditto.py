@@ -1,0 +1,59 @@
+"""Ditto: a personal model held near the global one (Li et al. 2021, arXiv 2012.04221, algorithm 1)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from strategies.averaging.fedavg import FedAvg
+from strategies.core.protocol import GLOBAL, Broadcast, Memory, Update, Vector
+
+PERSONAL = "personal"  # the name of the second training, and of its result in the memory
+
+
+@dataclass(frozen=True)
+class Ditto(FedAvg):
+    """FedAvg on theta; beside it each client minimises F_k(v_k) + (lam / 2) |v_k - theta_t|^2 for its own v_k.
+
+    The global training is plain; the personal one, from the client's last v_k, has the gradient
+    g + lam (v_k - theta_t). Reads the sum, of the global changes. Memory: "personal", the client's v_k; a client that
+    takes part for the first time starts from theta_t. Traps: clients train twice; `lam` pulls to the global model that
+    was received, not to the one of the round before; with lam = 0 it is local training alone.
+    """
+
+    kind: Literal["ditto"] = "ditto"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    lam: float = 0.1
+    remembers: ClassVar[bool] = True
+    personalises: ClassVar[bool] = True
+    paper: ClassVar[str] = "arXiv 2012.04221"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.lam < math.inf:
+            raise ValueError(
+                f"strategy.lam pulls personal models to the global one and must be at least 0, not {self.lam}"
+            )
+
+    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+        """The global vector, then the client's own."""
+        return {GLOBAL: got.params, PERSONAL: memory.get(PERSONAL, got.params)}
+
+    def correct(
+        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+    ) -> None:
+        """grad += lam (v_k - theta_t) in the personal training."""
+        if run == PERSONAL:
+            grad_KP.add_(params_KP - got.params, alpha=self.lam)
+
+    def finish(
+        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, Memory]:
+        """Remembers where the personal training ended."""
+        assert ends is not None
+        update, memory = super().finish(update, got, memory, ends)
+        return update, memory | {PERSONAL: ends[PERSONAL]}
+
+    def personal(self, got: Broadcast, memory: Memory) -> Vector | None:
+        """v_k, once there is one."""
+        return memory.get(PERSONAL)

@@ -1,0 +1,110 @@
+"""FedDPA: a global and a local adapter beside each other (Yang et al., NeurIPS 2024, arXiv 2403.19211)."""
+
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import ClassVar, Literal
+
+import torch
+
+from strategies.averaging.fedavg import FedAvg
+from strategies.core.layout import Layout
+from strategies.core.lora_algebra import all_but, floats_at
+from strategies.core.protocol import GLOBAL, Broadcast, Mask, Memory, Update, Vector
+from strategies.personalized.ditto import PERSONAL
+
+
+@dataclass(frozen=True)
+class FedDpa(FedAvg):
+    """The iterative form, FedDPA-T: FedAvg on the global adapter, and on each client a local one that stays there.
+
+    An adapter of rank R is two of rank R/2: rows of A and columns of B up to R/2 are the global adapter, the others the
+    local one. In a round the global one is trained alone; then the local one, from the client's last, as a part of
+    W0 + s ((1 - mix) B A + B_k A_k) with the received B A frozen. That sum is the personal model. Reads the sum.
+    Memory: "local", A_k and B_k; the first A_k is everybody's random one, B_k zero.
+
+    The paper weighs the two adapters for each prompt by its likeness to training rows; here `mix` is one number for
+    all, as in the released code's training. Traps: clients train twice; the factor that the released code has in front
+    of the local adapter is a part of B_k here, and so adaptive optimizers move the product 1 / mix times as far.
+    """
+
+    kind: Literal["feddpa"] = "feddpa"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    mix: float = 0.5
+    needs_lora: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
+    personalises: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False
+    freezes: ClassVar[bool] = True
+    paper: ClassVar[str] = "arXiv 2403.19211"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mix <= 1:
+            raise ValueError(
+                f"strategy.mix is how much of the global adapter gives way to the local one: between 0 and 1, "
+                f"not {self.mix}"
+            )
+
+    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+        """The global vector, then the sum of the client's two adapters."""
+        return {GLOBAL: got.params, PERSONAL: self._mixed(got, memory)}
+
+    def correct(
+        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+    ) -> None:
+        """Freezes the local adapter, in the personal training the global one."""
+        frozen = _frozen(got.layout, run)
+        for grad_P in grad_KP:
+            for pair in got.layout.lora_pairs(grad_P):
+                pair.a_RI[frozen] = 0
+                pair.b_OR[:, frozen] = 0
+
+    def finish(
+        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, Memory]:
+        """Keeps the local adapter and sends no change of it."""
+        assert ends is not None
+        update, memory = super().finish(update, got, memory, ends)
+        delta = update.delta.clone()
+        for part in _local(delta, got.layout):
+            part.zero_()
+        own = torch.cat([part.flatten() for part in _local(ends[PERSONAL], got.layout)])
+        return replace(update, delta=delta), memory | {"local": own}
+
+    def personal(self, got: Broadcast, memory: Memory) -> Vector | None:
+        """The sum of both adapters, once the client has one of its own."""
+        return self._mixed(got, memory) if "local" in memory else None
+
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """All but the local adapter."""
+        return {"delta": all_but(layout, _frozen(layout, GLOBAL))}
+
+    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+        """All but the other training's adapter."""
+        return all_but(got.layout, _frozen(got.layout, run))
+
+    def floats(self, got: Broadcast) -> tuple[int, int]:
+        """The global adapter, both ways."""
+        sent = floats_at(got.layout, got.layout.rank // 2)
+        return sent, sent
+
+    def _mixed(self, got: Broadcast, memory: Memory) -> Vector:
+        mixed, half = got.params.clone(), got.layout.rank // 2
+        for pair in got.layout.lora_pairs(mixed):
+            pair.b_OR[:, :half] *= 1 - self.mix
+        if "local" in memory:
+            parts = _local(mixed, got.layout)
+            for part, own in zip(parts, memory["local"].split([part.numel() for part in parts]), strict=True):
+                part.copy_(own.view(part.shape))
+        return mixed
+
+
+def _frozen(layout: Layout, run: str) -> slice:
+    """The rows of A and columns of B that a training leaves alone."""
+    half = layout.rank // 2
+    return slice(half) if run == PERSONAL else slice(half, None)
+
+
+def _local(vector: Vector, layout: Layout) -> list[torch.Tensor]:
+    """The local adapter's halves of A and B in a vector (P,), as views."""
+    half = layout.rank // 2
+    return list(chain.from_iterable((pair.a_RI[half:], pair.b_OR[:, half:]) for pair in layout.lora_pairs(vector)))

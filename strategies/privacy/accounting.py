@@ -1,0 +1,225 @@
+"""Epsilon: what noisy sums give away, as (epsilon, delta) with everything named that the number rests on.
+
+`dp-accounting` does the numbers: privacy loss distributions for Poisson samples of Gaussian sums, Rényi differential
+privacy (RDP; Mironov 2017, arXiv 1702.07476) for the rest. z is the noise multiplier: the noise's standard deviation
+over the largest norm of what one unit adds to the sum.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from strategies.privacy.amplification import ORDERS, capped_epsilon, poisson_rdp
+
+Unit = Literal["client", "example"]
+Sampling = Literal["none", "poisson", "fixed"]
+Relation = Literal["zero out one", "add or remove one", "replace one"]
+Accountant = Literal["exact", "PLD", "RDP"]
+
+RELATIONS: dict[Sampling, Relation] = {"none": "zero out one", "poisson": "add or remove one", "fixed": "replace one"}
+SHARE = 5e-4  # of epsilon: about what the grid of the privacy loss may add to it
+FINEST = 1e-4  # grid of the privacy loss: below it, a second and more for one epsilon
+LEAST, MOST = 1e-3, 1e6  # noise multipliers that are looked at
+CLOSE = 1e-4  # of the noise multiplier: a search ends here
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the units of a sum are drawn from `population`: each by itself with `rate`, or round(rate * population).
+
+    "none": nothing is claimed from sampling, which holds also against those who know who takes part. The other two
+    hold only against those who do not. `cap`: a larger Poisson sample is cut to so many at random.
+    """
+
+    sampling: Sampling = "none"
+    rate: float = 1.0
+    population: int = 0
+    cap: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"a sampling rate is above 0 and at most 1, not {self.rate}")
+        if (self.sampling == "fixed" or self.cap is not None) and self.population < 1:
+            raise ValueError("samples of fixed or capped size need to know the population")
+
+
+@runtime_checkable
+class RingNoise(Protocol):
+    """Noise of whole numbers, added by several clients; hashable, like all that an epsilon depends on."""
+
+    def __hash__(self) -> int: ...
+
+    def rdp(self, orders: np.ndarray) -> np.ndarray:
+        """The Rényi divergence of the noisy sums with and without one unit, at whole orders above 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Normal noise of so many times the largest norm."""
+
+    multiplier: float
+
+
+Noise = Gaussian | RingNoise
+
+
+@dataclass(frozen=True)
+class Epsilon:
+    """What `steps` noisy sums cost one unit, and under which reading it is true.
+
+    `relation` is what two neighbouring populations differ by. `simulated`: the noise came from a seed, so that who
+    knows the seed can take it out again; the number says what fresh noise would have given.
+    """
+
+    epsilon: float
+    delta: float
+    unit: Unit
+    sampling: Sampling
+    relation: Relation
+    accountant: Accountant
+    steps: int
+    simulated: bool
+
+    def __str__(self) -> str:
+        drawn = {
+            "none": "without amplification",
+            "poisson": "Poisson sampling",
+            "fixed": "fixed-size sampling without replacement",
+        }
+        label = ", simulated" if self.simulated else ""
+        return (
+            f"epsilon {self.epsilon:.4g} at delta {self.delta:.3g} for one {self.unit} ({self.relation}), "
+            f"{drawn[self.sampling]}, {self.steps} steps, {self.accountant}{label}"
+        )
+
+
+def spent(noise: Noise, scheme: Scheme, steps: int, delta: float, unit: Unit, *, simulated: bool) -> Epsilon:
+    """What so many steps cost. `steps` counts the sums that one unit may be in: without sampling, its own rounds.
+
+    What is released beside the noisy sums (losses, who takes part) is not in it.
+    """
+    check_delta(delta)
+    value, accountant = _spent(noise, scheme, steps, delta)
+    return Epsilon(value, delta, unit, scheme.sampling, RELATIONS[scheme.sampling], accountant, steps, simulated)
+
+
+def noise_multiplier(target: float, scheme: Scheme, steps: int, delta: float) -> float:
+    """The least z of normal noise, to a share of 10^-4, with which so many steps cost at most the target epsilon."""
+    check_target(target)
+    check_delta(delta)
+    return _noise_multiplier(target, scheme, steps, delta)
+
+
+def least_noise(epsilon: Callable[[float], float], target: float) -> float:
+    """The least z with epsilon(z) <= target, to a share of 10^-4 and never below it, by bisection of its logarithm."""
+    high = 1.0
+    while epsilon(high) > target:
+        high *= 2
+        if high > MOST:
+            raise ValueError(f"no noise multiplier up to {MOST:g} gives epsilon {target}: allow more, or fewer rounds")
+    low = high / 2
+    while epsilon(low) <= target:
+        low, high = low / 2, low
+        if low < LEAST:
+            return high
+    while high / low > 1 + CLOSE:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if epsilon(middle) <= target else (middle, high)
+    return high
+
+
+def check_target(target: float) -> None:
+    """ValueError for an epsilon that cannot be asked for."""
+    if not 0 < target < math.inf:
+        raise ValueError(f"epsilon must be a number above 0, not {target}")
+
+
+def check_delta(delta: float) -> None:
+    """ValueError for a delta that is none."""
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be above 0 and below 1, not {delta}")
+
+
+@lru_cache(maxsize=256)
+def _noise_multiplier(target: float, scheme: Scheme, steps: int, delta: float) -> float:
+    return least_noise(lambda z: _spent(Gaussian(z), scheme, steps, delta)[0], target)
+
+
+@lru_cache(maxsize=4096)
+def _spent(noise: Noise, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
+    if steps == 0:
+        return 0.0, "exact"
+    if not isinstance(noise, Gaussian):
+        return _of_ring(noise, scheme, steps, delta), "RDP"
+    if noise.multiplier == 0:
+        return math.inf, "exact"
+    if scheme.sampling == "fixed":
+        return _of_fixed(noise.multiplier, scheme, steps, delta), "RDP"
+    # A rate of 1 is no sampling, and has a closed form; with a cap, somebody may still be left out.
+    if scheme.sampling == "none" or (scheme.rate == 1 and scheme.cap is None):
+        return _of_all(noise.multiplier, steps, delta), "exact"
+    return _of_poisson(noise.multiplier, scheme, steps, delta), "PLD"
+
+
+# dp-accounting takes a second to import, for which only those wait that ask for an epsilon.
+
+
+def _of_all(z: float, steps: int, delta: float) -> float:
+    """Balle and Wang 2018 (arXiv 1805.06530), theorem 8: many normal sums are one with less noise."""
+    from dp_accounting import get_epsilon_gaussian
+
+    return float(get_epsilon_gaussian(z / math.sqrt(steps), delta))
+
+
+def _of_poisson(z: float, scheme: Scheme, steps: int, delta: float) -> float:
+    """Privacy loss distributions (Doroshenko et al. 2022, arXiv 2207.04380): an upper bound however coarse the grid."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, TruncatedSubsampledGaussianDpEvent
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    event = PoissonSampledDpEvent(scheme.rate, GaussianDpEvent(z))
+    rough = float(RdpAccountant(ORDERS).compose(event, steps).get_epsilon(delta))
+    if scheme.cap is not None:
+        event = TruncatedSubsampledGaussianDpEvent(scheme.population, scheme.rate, scheme.cap, z)
+    # The grid adds about its square for each step.
+    grid = max(FINEST, math.sqrt(SHARE * rough / steps))
+    return float(PLDAccountant(value_discretization_interval=grid).compose(event, steps).get_epsilon(delta))
+
+
+def _of_fixed(z: float, scheme: Scheme, steps: int, delta: float) -> float:
+    """Wang, Balle, Kasiviswanathan 2019 (arXiv 1808.00087), theorem 27.
+
+    One unit in another's place changes the sum by up to twice the largest norm.
+    """
+    from dp_accounting import GaussianDpEvent, NeighboringRelation, SampledWithoutReplacementDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
+    size = round(scheme.rate * scheme.population)
+    event = SampledWithoutReplacementDpEvent(scheme.population, size, GaussianDpEvent(z / 2))
+    accountant = RdpAccountant(ORDERS, NeighboringRelation.REPLACE_ONE)
+    return float(accountant.compose(event, steps).get_epsilon(delta))
+
+
+def _of_ring(noise: RingNoise, scheme: Scheme, steps: int, delta: float) -> float:
+    from dp_accounting.rdp import compute_epsilon
+
+    if scheme.sampling == "fixed":
+        raise ValueError(
+            "no bound is at hand for noise of whole numbers and samples of fixed size: "
+            'claim nothing from sampling (sampling = "none"), or draw Poisson cohorts'
+        )
+    if scheme.sampling == "none":
+        return float(compute_epsilon(ORDERS, steps * noise.rdp(ORDERS), delta)[0])
+    curve = steps * poisson_rdp(noise.rdp, scheme.rate)
+
+    def whole(share: float) -> float:
+        return float(compute_epsilon(ORDERS, curve, share)[0])
+
+    if scheme.cap is None:
+        return whole(delta)
+    return capped_epsilon(whole, delta, steps, scheme.population, scheme.rate, scheme.cap)

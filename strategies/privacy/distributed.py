@@ -1,0 +1,175 @@
+"""Distributed differential privacy: each client adds a part of the noise, in whole numbers, before secure aggregation.
+
+Kairouz et al. 2021 (arXiv 2102.06387) and Agarwal et al. 2021 (arXiv 2110.04995): clip, rotate, scale, round, add
+noise. The server sees noisy sums only. Legend: P parameters, D = 2^m >= P.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+
+from strategies.core.protocol import Aggregate, Update
+from strategies.privacy.accounting import Epsilon, RingNoise, Scheme, least_noise, spent
+from strategies.privacy.budget import Budget, Cohort, delta_for, scheme_for
+from strategies.privacy.clipping import Contribution, bounded
+from strategies.privacy.discrete_gaussian import DiscreteGaussianSum, discrete_gaussian
+from strategies.privacy.noise_source import Words
+from strategies.privacy.ring_noise import Ring, fit
+from strategies.privacy.rotation import rotate, rotate_back
+from strategies.privacy.rounding import inflated, largest_l1, rounded
+from strategies.privacy.skellam import SkellamSum, skellam
+
+NoiseKind = Literal["skellam", "discrete_gaussian"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedDp(Contribution, Budget):
+    """sum_k round(w_k clip(delta_k) s) + noise_k: what arrives of the noise is at least that of z clip.
+
+    At least the share `survivors` of the expected cohort must arrive, or the round is aborted; the share `corrupt` may
+    leave its noise out. The rest adds z clip / sqrt(survivors - corrupt) each. `sampling` "auto" claims nothing: the
+    server knows who takes part. With "poisson" epsilon is true for those alone who see no more than the model.
+    """
+
+    kind: Literal["distributed"] = "distributed"
+    noise: NoiseKind = "skellam"
+    clip: float = 1.0
+    survivors: float = 0.8
+    corrupt: float = 0.0
+
+    def __post_init__(self) -> None:
+        Budget.__post_init__(self)
+        if not 0 < self.clip < math.inf:
+            raise ValueError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
+        if self.noise_multiplier == 0:
+            raise ValueError('distributed noise of 0 is none: set privacy.dp.kind = "none" and keep privacy.secagg')
+        if not 0 < self.survivors <= 1 or not 0 <= self.corrupt < self.survivors:
+            raise ValueError(
+                f"privacy.dp.survivors and .corrupt are shares of the cohort, 0 <= corrupt < survivors <= 1, not "
+                f"{self.corrupt} and {self.survivors}"
+            )
+
+    def plan(self, cohort: Cohort, clients: int, rounds: int, length: int, bits: int = 32) -> "DistributedPlan":
+        """What it comes to for sums of `length` numbers (extras included) in a ring of so many bits.
+
+        ValueError where the ring is too small, saying what fits.
+        """
+        if cohort.kind == "poisson" and cohort.cap is None:
+            expected = cohort.expected(clients)
+            raise ValueError(
+                f"a ring must know its largest cohort: set cohort.cap, such as to "
+                f"{math.ceil(expected + 6 * math.sqrt(expected))}"
+            )
+        scheme = scheme_for(cohort, clients, "none" if self.sampling == "auto" else self.sampling)
+        delta = delta_for(self.delta, clients)
+        return _planned(self, cohort, clients, rounds, length, bits, scheme, delta)
+
+    def at(self, z: float, cohort: Cohort, clients: int, length: int, bits: int) -> "tuple[Ring, RingNoise, int]":
+        """The ring, its noise's divergences, and the least number of survivors for a noise multiplier."""
+        expected = cohort.expected(clients)
+        least = math.ceil(self.survivors * expected - 1e-9)
+        honest = least - math.floor(self.corrupt * expected + 1e-9)
+        if honest < 1:
+            raise ValueError(f"of {least} survivors none is honest: expect fewer corrupt clients, or larger cohorts")
+        ring = fit(cohort.largest(clients), honest, self.clip, z, length, bits)
+        norm = inflated(self.clip * ring.scale, ring.dimension)
+        if self.noise == "skellam":
+            return ring, SkellamSum(honest * ring.deviation**2, norm, largest_l1(norm, ring.dimension)), least
+        return ring, DiscreteGaussianSum(honest, ring.deviation, norm, ring.dimension), least
+
+
+@dataclass(frozen=True)
+class DistributedPlan:
+    """The ring, what each client adds, how many must arrive at least, and under which reading epsilon is true.
+
+    Fewer than `least` survivors bring too little noise: their sum must not be unmasked at all.
+    """
+
+    noise_multiplier: float
+    clip: float
+    divisor: float
+    least: int
+    ring: Ring
+    noise: RingNoise
+    kind: NoiseKind
+    scheme: Scheme
+    delta: float
+    joint: bool
+    length: int
+
+    def encode(self, update: Update, signs_D: np.ndarray, words: Words) -> np.ndarray:
+        """On the client, after all transforms: its noisy whole numbers (D,) int64, still to be taken modulo 2^b."""
+        update, _ = bounded(update, self.clip, self.joint)
+        parts = [update.delta * update.weight, *(update.extras[name] for name in sorted(update.extras))]
+        x_P = torch.cat(parts).double().numpy()
+        if len(x_P) != self.length:
+            raise ValueError(f"the sums have {self.length} numbers, and client {update.client} sends {len(x_P)}")
+        y_D = rotate(x_P * self.ring.scale, signs_D)
+        q_D = rounded(y_D, inflated(self.clip * self.ring.scale, self.ring.dimension), words)
+        if self.kind == "skellam":
+            q_D += skellam(words, len(q_D), float(self.ring.deviation**2))
+        else:
+            q_D += discrete_gaussian(words, len(q_D), self.ring.deviation)
+        return q_D
+
+    def decode(self, total_D: np.ndarray, survivors: int, extras: Mapping[str, int], signs_D: np.ndarray) -> Aggregate:
+        """The noisy sums as if of `divisor` clients, from the sum as signed numbers; `extras` are lengths by name."""
+        if survivors < self.least:
+            raise ValueError(
+                f"{survivors} clients' noise is less than epsilon counts on, which is that of {self.least}: the round "
+                f"is void"
+            )
+        x_P = torch.from_numpy(rotate_back(total_D / self.ring.scale, signs_D, self.length)).float()
+        names = sorted(extras)
+        delta_P, *rest = x_P.split([self.length - sum(extras.values()), *(extras[name] for name in names)])
+        found = dict(zip(names, rest, strict=True))
+        return Aggregate(self.divisor, delta_P, found, max(1, round(self.divisor)))
+
+    def spent(self, rounds: int, *, simulated: bool) -> Epsilon:
+        """What so many rounds have cost a client; rounds in which it did not take part need not count ("none")."""
+        return spent(self.noise, self.scheme, rounds, self.delta, "client", simulated=simulated)
+
+
+@lru_cache(maxsize=64)
+def _planned(
+    dp: DistributedDp, cohort: Cohort, clients: int, rounds: int, length: int, bits: int, scheme: Scheme, delta: float
+) -> DistributedPlan:
+    z = dp.noise_multiplier
+    if z is None:
+        assert dp.epsilon is not None
+
+        def epsilon(z: float) -> float:
+            ring, noise, _ = dp.at(z, cohort, clients, length, bits)
+            fits = ring.deviation > 0
+            return spent(noise, scheme, rounds, delta, "client", simulated=True).epsilon if fits else math.inf
+
+        z = least_noise(epsilon, dp.epsilon)
+    ring, noise, least = dp.at(z, cohort, clients, length, bits)
+    if ring.deviation == 0:
+        raise ValueError(
+            f"a ring of {bits} bits is too small for {ring.clients} clients with a noise multiplier of {z:.4g}: "
+            f"take more bits, fewer clients, or more noise"
+        )
+    if scheme.cap is not None and math.isinf(spent(noise, scheme, rounds, delta, "client", simulated=True).epsilon):
+        raise ValueError(
+            f"a cap of {scheme.cap} on Poisson cohorts of {cohort.expected(clients):g} is reached too often for a true "
+            f'epsilon: raise cohort.cap, or set privacy.dp.sampling = "none"'
+        )
+    return DistributedPlan(
+        noise_multiplier=z,
+        clip=dp.clip,
+        divisor=cohort.expected(clients),
+        least=least,
+        ring=ring,
+        noise=noise,
+        kind=dp.noise,
+        scheme=scheme,
+        delta=delta,
+        joint=dp.joint,
+        length=length,
+    )

@@ -1,0 +1,57 @@
+"""Example-level privacy inside a client: what DP-SGD costs one row (Abadi et al. 2016, arXiv 1607.00133).
+
+The accounting alone; the training clips each row's gradient and adds the noise before the update leaves the client.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from strategies.privacy.accounting import Epsilon, Gaussian, Scheme, noise_multiplier, spent
+from strategies.privacy.budget import Budget, delta_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleDp(Budget):
+    """Each step: the sum of rows' gradients, each clipped to `clip`, and noise of z clip.
+
+    The unit is a row of one client: who sees every update and every model learns little about any row, and may learn
+    much about the client. Noise is chosen for the client with the fewest rows, whose rows are drawn most often.
+    `sampling` "auto" is Poisson batches, "none" is for batches in any other order.
+    """
+
+    kind: Literal["example"] = "example"
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.clip < math.inf:
+            raise ValueError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
+        if self.sampling == "fixed":
+            raise ValueError('privacy.dp.sampling "fixed" is not for rows: draw Poisson batches, or claim "none"')
+
+    def plan(self, fewest_rows: int, batch: int, steps: int) -> "ExamplePlan":
+        """For `steps` local steps over all rounds that a client may be in, of `batch` rows each on average."""
+        if fewest_rows < 1 or batch < 1:
+            raise ValueError(f"clients need rows and batches need size, not {fewest_rows} and {batch}")
+        scheme = Scheme() if self.sampling == "none" else Scheme("poisson", min(1.0, batch / fewest_rows))
+        delta = delta_for(self.delta, fewest_rows, "row")
+        z = self.noise_multiplier
+        if z is None:
+            assert self.epsilon is not None
+            z = noise_multiplier(self.epsilon, scheme, steps, delta)
+        return ExamplePlan(z, self.clip, scheme, delta)
+
+
+@dataclass(frozen=True)
+class ExamplePlan:
+    """z, the gradients' clipping norm, and under which reading epsilon is true."""
+
+    noise_multiplier: float
+    clip: float
+    scheme: Scheme
+    delta: float
+
+    def spent(self, steps: int, *, simulated: bool) -> Epsilon:
+        """What so many local steps have cost a row of the client with the fewest rows; others' rows cost less."""
+        return spent(Gaussian(self.noise_multiplier), self.scheme, steps, self.delta, "example", simulated=simulated)

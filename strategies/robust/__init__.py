@@ -1,0 +1,1 @@
+"""Rules that withstand clients that lie."""

@@ -1,0 +1,115 @@
+"""The chain of transforms, encoded on the client and decoded in reverse on the server, and what lossy ones share.
+
+Legend: P parameters, N blocks of B neighbouring coordinates.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from strategies.core.protocol import Aggregate, Broadcast, Memory, ServerState, Size, Transform, Update, Vector
+from strategies.core.seeds import torch_rng
+
+ERROR = "error"  # the name of the residual in a transform's part of the memory
+
+
+def encode(transforms: Sequence[Transform], update: Update, got: Broadcast, memory: Memory) -> tuple[Update, Memory]:
+    """The update as it leaves the client, and the transforms' part of the client's memory alone.
+
+    `memory` is what the client remembered before the round; what it remembers after it is `finish`'s memory and this.
+    """
+    if not transforms:
+        return update, {}
+    rng = torch_rng(got.seed, got.round, update.client, "encode")
+    kept: Memory = {}
+    for index, transform in enumerate(transforms):
+        prefix = f"transform{index}.{transform.kind}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in memory.items() if name.startswith(prefix)}
+        update, own = transform.encode(update, got, own, rng)
+        kept |= {prefix + name: tensor for name, tensor in own.items()}
+    return update, kept
+
+
+def decode(transforms: Sequence[Transform], aggregate: Aggregate, state: ServerState) -> tuple[Aggregate, ServerState]:
+    """The aggregate that the strategy applies, before it does; `state` is that of the round's broadcast."""
+    rng = torch_rng(state.seed, state.round, -1, "decode")
+    for transform in reversed(transforms):
+        aggregate, state = transform.decode(aggregate, state, rng)
+    return aggregate, state
+
+
+def bits(transforms: Sequence[Transform], floats: int) -> int:
+    """How many bits a client sends in place of its update of `floats` float32 numbers; 32 each without transforms."""
+    size = Size(floats, floats)
+    for transform in transforms:
+        size = transform.size(size)
+    return size.values * size.bits + size.extra
+
+
+@dataclass(frozen=True)
+class Lossy(ABC):
+    """A transform that loses something of the update and, with error feedback, sends it later.
+
+    e is what the client remembers: it sends C(delta + e) and keeps e <- delta + e - C(delta + e), so that over the
+    rounds the sum of what arrived is the sum of the deltas less the last e. A coordinate that did not move this round
+    (frozen by the rule, or beyond the client's rank) sends nothing, and its residual waits: a frozen tensor stays where
+    it is. A residual is sent when the client next takes part, which in a large population is late or never.
+    """
+
+    error_feedback: bool = True
+
+    @abstractmethod
+    def squeeze(self, x_P: Vector, got: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
+        """What travels in place of the vector, and what the server makes of that, (P,)."""
+
+    @abstractmethod
+    def size(self, size: Size) -> Size:
+        """What its output costs if its input costs `size`."""
+
+    @property
+    def remembers(self) -> bool:
+        """The residual, with error feedback."""
+        return self.error_feedback
+
+    def encode(self, update: Update, got: Broadcast, memory: Memory, rng: torch.Generator) -> tuple[Update, Memory]:
+        """The squeezed delta with the residual of earlier rounds in it, and the new residual."""
+        if not self.error_feedback:
+            return replace(update, delta=self.squeeze(update.delta, got, rng)[0]), {}
+        delta_P = update.delta
+        error_P = memory.get(ERROR, torch.zeros_like(delta_P))
+        sent, seen_P = self.squeeze(torch.where(delta_P == 0, 0, delta_P + error_P), got, rng)
+        return replace(update, delta=sent), {ERROR: delta_P + error_P - seen_P}
+
+    def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:
+        """What travelled is what it stands for."""
+        return aggregate, state
+
+
+def share_of(share: float, values: int) -> int:
+    """That share of so many values, at least one."""
+    return max(1, round(share * values))
+
+
+def check_share(kind: str, share: float) -> None:
+    """ValueError for a share that is none."""
+    if not 0 < share <= 1:
+        raise ValueError(f"{kind}'s share is what is kept of the update and must be above 0 and at most 1, not {share}")
+
+
+def check_block(kind: str, block: int) -> None:
+    """ValueError for a block without coordinates."""
+    if block < 1:
+        raise ValueError(f"{kind}'s block is how many coordinates share a scale and must be at least 1, not {block}")
+
+
+def blocks_of(x_P: Vector, length: int) -> torch.Tensor:
+    """The vector cut into blocks (N, B), the last one filled up with zeros."""
+    return F.pad(x_P, (0, -x_P.numel() % length)).view(-1, length)
+
+
+def with_scales(size: Size, bits: int, block: int) -> Size:
+    """The size of values of so many bits, with a float32 scale for each block, or for each value if these are fewer."""
+    return replace(size, bits=min(size.bits, bits), extra=size.extra + 32 * min(size.values, -(-size.length // block)))

@@ -1,0 +1,44 @@
+"""Norm clipping: no update is longer than a bound (Sun et al. 2019, arXiv 1911.07963)."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from strategies.core.protocol import Aggregate, Broadcast, Memory, ServerState, Size, Update
+
+
+@dataclass(frozen=True)
+class Clip:
+    """delta <- delta * min(1, bound / |delta|), the L2 norm of the whole vector. No memory.
+
+    Bounds what one client can do to a sum, so it goes with rules that read the sum alone. The clients themselves clip:
+    against those that lie it helps only if somebody checks. What comes after it in the chain may lengthen the update
+    again (error feedback, projection); as the last one it always holds. Extras are left as they are.
+    """
+
+    kind: Literal["clip"] = "clip"
+    bound: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bound < math.inf:
+            raise ValueError(f"clip's bound is the largest L2 norm and must be a number above 0, not {self.bound}")
+
+    @property
+    def remembers(self) -> bool:
+        """Nothing."""
+        return False
+
+    def encode(self, update: Update, got: Broadcast, memory: Memory, rng: torch.Generator) -> tuple[Update, Memory]:
+        """The delta, shortened if it is too long."""
+        norm = got.whole_norm(float(torch.linalg.vector_norm(update.delta, dtype=torch.float64)))
+        return (update if norm <= self.bound else replace(update, delta=update.delta * (self.bound / norm))), {}
+
+    def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:
+        """Nothing is undone."""
+        return aggregate, state
+
+    def size(self, size: Size) -> Size:
+        """As before."""
+        return size

@@ -1,0 +1,76 @@
+"""A random projection that all clients of a round share: the count sketch (Weinberger et al. 2009, arXiv 0902.2206).
+
+Used on federated updates by FetchSGD (arXiv 2007.07682). Legend: P parameters, M coordinates that travel.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+
+from strategies.core.protocol import Aggregate, Broadcast, ServerState, Size, Vector
+from strategies.core.seeds import rng as stream
+from strategies.transforms.chain import Lossy, check_share, share_of
+
+
+@dataclass(frozen=True)
+class Projection(Lossy):
+    """y = S x: each coordinate is added to one of M = `share` P buckets with a random sign; the server takes S' y.
+
+    S has one +-1 in each column and comes from (seed, round), so that it commutes with the sum and nobody sends it; the
+    buckets are equally full, up to one. Without error feedback S' S is unbiased, E[S' S] = I, but multiplies the
+    squared norm by about 1 / share: lower the learning rate. With it each bucket is divided by its number of
+    coordinates, which makes the orthogonal projection S' (S S')^-1 S that error feedback needs to converge; the rest is
+    sent in later rounds under other S. Memory: the residual.
+
+    Traps: what was frozen or zero does not stay so, hence it is not for rules that freeze tensors nor for mixed ranks.
+    It is the only transform that changes the length, so a chain has one at most. Rules that read each update get them
+    decoded, all in memory. It takes 9 bytes a parameter on every slot.
+    """
+
+    kind: Literal["projection"] = "projection"
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_share("projection", self.share)
+
+    def squeeze(self, x_P: Vector, got: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
+        """The buckets (M,), and their way back (P,)."""
+        if x_P.numel() != got.params.numel():
+            raise ValueError("a chain of transforms may hold one projection, not two: give the one the smaller share")
+        bucket_P, sign_P = drawn(got.seed, got.round, x_P.numel(), share_of(self.share, x_P.numel()))
+        buckets = np.bincount(bucket_P, x_P.numpy() * sign_P, share_of(self.share, x_P.numel()))
+        sent = torch.from_numpy(buckets.astype(np.float32))
+        return sent, self.back(sent, got.seed, got.round, x_P.numel())
+
+    def back(self, y_M: torch.Tensor, seed: int, round_: int, size: int) -> Vector:
+        """S' y, or S' (S S')^-1 y with error feedback."""
+        bucket_P, sign_P = drawn(seed, round_, size, y_M.numel())
+        if self.error_feedback:
+            y_M = y_M / torch.from_numpy(np.bincount(bucket_P, minlength=y_M.numel()))
+        return torch.from_numpy(y_M.numpy()[bucket_P] * sign_P)
+
+    def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:
+        """The total, and each update where the rule reads them, back at full length."""
+
+        def back(y_M: torch.Tensor) -> Vector:
+            return self.back(y_M, state.seed, state.round, state.params.numel())
+
+        each = aggregate.each and tuple(replace(update, delta=back(update.delta)) for update in aggregate.each)
+        return replace(aggregate, total=back(aggregate.total), each=each), state
+
+    def size(self, size: Size) -> Size:
+        """M float32 numbers."""
+        kept = share_of(self.share, size.length)
+        return Size(kept, kept)
+
+
+@lru_cache(maxsize=1)
+def drawn(seed: int, round_: int, size: int, kept: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bucket and the sign (P,) of each coordinate, the same for all clients of a round: a process draws once."""
+    random = stream(seed, round_, -1, "projection")
+    bucket_P = random.permutation(size) % kept
+    sign_P = random.integers(0, 2, size, dtype=np.int8) * np.int8(2) - np.int8(1)
+    return bucket_P, sign_P

@@ -1,0 +1,39 @@
+"""Top-k: only the largest coordinates travel (Stich et al. 2018, arXiv 1809.07599, algorithm 1)."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from strategies.core.protocol import Broadcast, Size, Vector
+from strategies.transforms.chain import Lossy, check_share, share_of
+
+
+@dataclass(frozen=True)
+class TopK(Lossy):
+    """C(x) keeps the `share` of the coordinates that are largest in magnitude, the others are zero.
+
+    Memory: the residual. Biased, so that without error feedback small coordinates are never learnt. The share is of the
+    coordinates that are not zero: a frozen tensor takes no room. Sent are the values and their positions, as numbers or
+    as a map of bits, whichever is shorter. Clients keep different coordinates, so secure sums gain nothing by it.
+    """
+
+    kind: Literal["topk"] = "topk"
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_share("topk", self.share)
+
+    def squeeze(self, x_P: Vector, got: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
+        """The vector with zeros in place of what does not travel."""
+        kept = share_of(self.share, int(x_P.count_nonzero()))
+        where = x_P.abs().topk(kept, sorted=False).indices
+        sent = torch.zeros_like(x_P)
+        sent[where] = x_P[where]
+        return sent, sent
+
+    def size(self, size: Size) -> Size:
+        """The values kept and their positions."""
+        kept = share_of(self.share, size.values)
+        positions = min(kept * (size.length - 1).bit_length(), size.length) if kept < size.values else 0
+        return replace(size, values=kept, extra=size.extra + positions)

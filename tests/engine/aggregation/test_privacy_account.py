@@ -1,0 +1,68 @@
+import json
+
+import pytest
+
+from engine.aggregation.privacy_account import Spending, plan_noise
+from strategies.core.layout import Layout
+from strategies.privacy.central import CentralDp
+
+WEIGHTS = "weights min(rows, 20) / 20"
+LAYOUT = Layout(("w",), ((3,),))
+DP = "privacy.dp={kind='central', noise_multiplier=1.0, delta=1e-3}"
+
+
+@pytest.fixture
+def plan(small_recipe):
+    planned = plan_noise(small_recipe(DP, "strategy={kind='fedavg', weighting='uniform'}"), LAYOUT, 100, 4, 12)
+    assert planned.warned == ()
+    return planned.plan
+
+
+def test_what_is_spent_is_on_disk_before_noise_is_drawn(plan, tmp_path):
+    path = tmp_path / "privacy.json"
+    spending = Spending.open(path, plan, WEIGHTS, simulated=False, round_=0)
+    assert not path.exists()
+    first, second = spending.charge(3), spending.charge(3)
+    assert 0 < first.epsilon < second.epsilon
+    said = json.loads(path.read_text())
+    assert said["rounds"] == 2 and said["epsilon"] == second.epsilon and said["statement"] == f"{second}, {WEIGHTS}"
+    assert said["weights"] == WEIGHTS
+    assert (said["unit"], said["sampling"], said["simulated"]) == ("client", "none", False)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rounds": "many"}'])
+def test_a_damaged_account_of_what_is_spent_is_named(plan, tmp_path, content):
+    (tmp_path / "privacy.json").write_text(content)
+    with pytest.raises(ValueError, match=r"privacy\.json, which says what privacy has been spent, cannot be read"):
+        Spending.open(tmp_path / "privacy.json", plan, WEIGHTS, simulated=False, round_=3)
+
+
+def test_fresh_noise_of_a_round_that_is_run_again_is_charged_again(plan, tmp_path):
+    path = tmp_path / "privacy.json"
+    before = Spending.open(path, plan, WEIGHTS, simulated=False, round_=0)
+    spent = [before.charge(3).epsilon for _ in range(3)]
+    # The last checkpoint is of round 1: rounds 2 and 3 are run again.
+    again = Spending.open(path, plan, WEIGHTS, simulated=False, round_=1)
+    assert again.charge(3).epsilon > spent[-1] and again.charged == 4
+    seeded = Spending.open(path, plan, WEIGHTS, simulated=True, round_=1)
+    assert seeded.charge(3).epsilon == spent[1] and "simulated" in str(seeded.charge(3))
+
+
+def test_example_level_noise_counts_local_steps(small_recipe, tmp_path):
+    recipe = small_recipe("privacy.dp={kind='example', noise_multiplier=1.0, delta=1e-3}")
+    plan = plan_noise(recipe, LAYOUT, 100, 40, 12).plan
+    one = Spending.open(tmp_path / "a.json", plan, WEIGHTS, simulated=True, round_=0).charge(6)
+    many = Spending.open(tmp_path / "b.json", plan, WEIGHTS, simulated=True, round_=0)
+    assert (one.unit, one.steps) == ("example", 6)
+    assert [many.charge(3).steps for _ in range(2)] == [3, 6]
+
+
+def test_a_large_delta_is_said(small_recipe):
+    recipe = small_recipe(DP.replace("1e-3", "0.1"), "strategy={kind='fedavg', weighting='uniform'}")
+    planned = plan_noise(recipe, LAYOUT, 100, 4, 12)
+    assert planned.warned == ("delta = 0.1 is above 1 / 100: to publish one client at random would count as private",)
+    assert isinstance(recipe.privacy.dp, CentralDp)
+
+
+def test_without_privacy_there_is_no_plan(small_recipe):
+    assert plan_noise(small_recipe(), LAYOUT, 100, 4, 12) is None

@@ -1,0 +1,177 @@
+"""How much one client counts: hand-computed weights, and what the sums of a round are without it."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+
+from datasets_partition.store.build import build
+from engine.aggregation.exact_sum import merge
+from engine.aggregation.ring_encoding import ring_aggregate, ring_sums, ring_vector
+from engine.config.federation import Federation
+from engine.config.privacy import Privacy, SecAgg, weights_of
+from engine.config.train import Sgd, Train
+from engine.messages.wire import to_wire
+from engine.system.page_protection import release
+from engine.workers.worker import ClientActor
+from experiments.cli.contract import engine_stored, engine_sum
+from strategies import Strategies
+from strategies.averaging.fedavg import FedAvg
+from strategies.averaging.fednova import FedNova
+from strategies.contract.case import LORA, Case, drawn
+from strategies.core.protocol import GLOBAL, Strategy, Update
+from strategies.lora.fedex import FedExLora
+from strategies.lora.flexlora import FlexLora
+from strategies.lora.flora import Flora
+from strategies.lora.hetlora import HetLora
+from strategies.privacy.adaptive import AdaptiveDp
+from strategies.privacy.central import CentralDp
+from strategies.privacy.distributed import DistributedDp
+from strategies.privacy.per_example import ExampleDp
+
+CAP, CLIP = 50, 1.0
+LARGEST = 20
+ROWS = dict.fromkeys(range(LARGEST), 20) | {LARGEST: 2000}  # of each client of a population
+SGD = Train(steps=3, batch=2, optimizer=Sgd(lr=0.1))
+CENTRAL = CentralDp(noise_multiplier=0.0, clip=CLIP, joint=True)
+SUMS = SecAgg(mode="ideal")
+
+
+def test_weights_by_hand() -> None:
+    capped = Privacy(dp=CENTRAL, rows_cap=CAP)
+    assert [capped.weight(rows, most=2000) for rows in (1, 20, 50, 2000)] == [0.02, 0.4, 1.0, 1.0]
+    assert Privacy(secagg=SUMS, rows_cap=CAP).weight(20, most=2000) == 0.4
+    # Without a cap all must count the same, and what the largest client has is never asked for.
+    assert Privacy(dp=CENTRAL).weight(20, most=2000) == Privacy(secagg=SUMS).weight(20, most=2000) == 1.0
+    # What is private of a row is so before it leaves the client.
+    assert Privacy().weight(20, most=2000) == 0.01
+    assert Privacy(dp=ExampleDp(noise_multiplier=1.0)).weight(20, most=2000) == 0.01
+
+
+@pytest.mark.parametrize("cap", [None, 6], ids=["rows over the largest", "capped"])
+def test_a_slot_weighs_its_clients_before_their_rule_sees_them(small_recipe, tmp_path: Path, cap: int | None) -> None:
+    recipe = small_recipe("clients.slots=1", *([] if cap is None else [f"privacy.rows_cap={cap}"]))
+    data = recipe.data
+    store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
+    slot = ClientActor(recipe, tmp_path)
+    _, packed, base = slot.load_base()
+    layout, initial = slot.attach(packed, base, slot.tokenize(store, None), first=True)
+    state = recipe.strategy.init(torch.from_numpy(initial), layout)
+    slot.run([(0,), (1,), (7,)], to_wire(recipe.strategy.broadcast(state)))
+    release(base)
+    rows = slot.tokens.counts("train").tolist()
+    expected = [rows[client] / max(rows) if cap is None else min(rows[client], cap) / cap for client in (0, 1, 7)]
+    assert min(rows) < 6 < max(rows)
+    assert merge([slot.sum.close()]).weight == pytest.approx(sum(expected), rel=1e-6)
+
+
+@dataclass(frozen=True)
+class Unbounded(FedAvg):
+    """A rule of somebody's own that says what its weights are."""
+
+    bounded_weights: ClassVar[bool] = False
+
+
+DISTRIBUTED = DistributedDp(noise_multiplier=1.0)
+PRIVATE = [
+    Privacy(secagg=SUMS),
+    Privacy(dp=CENTRAL),
+    Privacy(dp=AdaptiveDp(noise_multiplier=0.1)),
+    Privacy(secagg=SUMS, dp=DISTRIBUTED),
+]
+
+
+@pytest.mark.parametrize("privacy", PRIVATE, ids=["secagg", "central", "adaptive", "distributed"])
+def test_weights_that_nothing_public_bounds_are_refused(federation: Federation, privacy: Privacy) -> None:
+    with pytest.raises(
+        ValueError, match=r'by their rows, .* set privacy\.rows_cap, or strategy\.weighting = "uniform"'
+    ):
+        replace(federation, privacy=privacy)
+    replace(federation, privacy=replace(privacy, rows_cap=CAP))
+    replace(federation, strategy=FedAvg(weighting="uniform"), privacy=privacy)
+    capped = replace(privacy, rows_cap=CAP)
+    for strategy in (HetLora(), Unbounded(weighting="uniform")):
+        with pytest.raises(ValueError, match="weighs clients without a bound"):
+            replace(federation, strategy=strategy, privacy=capped)
+    replace(federation, strategy=HetLora(weighting="uniform"), privacy=capped)
+
+
+def test_the_statement_says_where_weights_come_from(federation: Federation) -> None:
+    capped = replace(federation, privacy=Privacy(dp=CENTRAL, rows_cap=CAP))
+    assert weights_of(capped) == "weights min(rows, 50) / 50"
+    assert weights_of(replace(capped, strategy=FedAvg(weighting="uniform"))) == "weight 1 for each client"
+    rows = replace(federation, privacy=Privacy(dp=ExampleDp(noise_multiplier=1.0)))
+    assert "outside of epsilon" in weights_of(rows)
+
+
+SUMMED = [kind for kind in get_args(Strategies) if kind.reads == "sum" and "weighting" in kind.__dataclass_fields__]
+RULES = [kind(weighting=weighting) for kind in SUMMED for weighting in get_args(get_type_hints(kind)["weighting"])]
+
+
+def sent(federation: Federation, client: int, rows: int, most: int) -> Update:
+    """What a client adds to the sums; its training is its own, far longer than the clip, and of a step for ten rows."""
+    strategy, plan = federation.strategy, CENTRAL.plan(federation.cohort, 100, 1)
+    got = strategy.broadcast(replace(strategy.init(drawn(LORA, 0), LORA), population=len(ROWS)))
+    steps = math.ceil(rows / 10)
+    metrics = {"steps": float(steps), "rates": 0.1 * steps, "loss_before": 1.0}
+    update = Update(client, federation.privacy.weight(rows, most), 10 * drawn(LORA, 1, client), metrics=metrics)
+    ends = {run: start for run, start in strategy.starts(got, {}).items() if run != GLOBAL}
+    return plan.encode(strategy.finish(update, got, {}, ends)[0], CLIP)
+
+
+def summed(federation: Federation, rows: dict[int, int]) -> torch.Tensor:
+    """All sums of a round in which everybody of this population takes part, as one vector."""
+    updates = [sent(federation, client, number, max(rows.values())) for client, number in rows.items()]
+    parts = [[update.delta.double() * update.weight, *update.extras.values()] for update in updates]
+    return torch.stack([torch.cat(part) for part in parts]).sum(0)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.kind}-{rule.weighting}")
+def test_one_client_moves_the_sums_by_no_more_than_epsilon_counts_on(federation: Federation, rule: Strategy) -> None:
+    private = {"train": SGD, "privacy": Privacy(dp=CENTRAL, rows_cap=CAP)}
+    if not rule.bounded_weights or (rule.beside(LORA) and not rule.extras_are_changes):
+        with pytest.raises(ValueError, match=r"weighs clients without a bound|which is no change of the model"):
+            replace(federation, strategy=rule, **private)
+        return
+    federation = replace(federation, strategy=rule, **private)
+    whole = summed(federation, ROWS)
+    for client in (0, LARGEST):  # all but the last are alike
+        without = {other: rows for other, rows in ROWS.items() if other != client}
+        removed = float((whole - summed(federation, without)).norm())
+        added = float((summed(federation, ROWS | {LARGEST + 1: 5000}) - whole).norm())
+        # Another one in its place moves the sums by up to twice the clip, which is what "replace one" is charged with.
+        replaced = float((whole - summed(federation, without | {LARGEST + 1: 5000})).norm())
+        assert 0 < removed <= CLIP * (1 + 1e-6) and 0 < added <= CLIP * (1 + 1e-6)
+        assert 0 < replaced <= 2 * CLIP * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "rule", [FedAvg(), FlexLora(), FlexLora(sketch=2), FedExLora(), Flora(), FedNova()], ids=lambda rule: rule.kind
+)
+def test_where_nobody_moves_the_model_stays_for_twenty_secured_rounds(federation: Federation, rule: Strategy) -> None:
+    bounds = dict.fromkeys(rule.beside(LORA), 50.0)
+    secagg = replace(SUMS, bounds=bounds)
+    federation = replace(federation, strategy=rule, train=SGD, privacy=Privacy(secagg=secagg, rows_cap=CAP))
+    rows = dict(enumerate([5, 20, 50, 2000]))
+    case = Case(rule, LORA, engine_sum, engine_stored)
+    state = start = case.start()
+    sums = ring_sums(federation, LORA, None, 0.0, len(rows), 100, 0)
+    metrics = {"steps": 1.0, "rates": 0.1, "loss": 1.0, "learnt": 10.0, "tokens": 12.0}
+    for _ in range(20):
+        got = rule.broadcast(state)
+        wire, vectors = to_wire(got), []
+        for client, number in rows.items():
+            weight = federation.privacy.weight(number, max(rows.values()))
+            still = rule.starts(got, {})[GLOBAL] - got.params
+            update, _ = rule.finish(Update(client, weight, still, metrics=metrics), got, {})
+            vectors.append(ring_vector(update, sums, wire, federation, LORA))
+        totals = sums.decode(np.sum(vectors, axis=0, dtype=np.uint32))
+        assert totals.weight == pytest.approx(0.1 + 0.4 + 1.0 + 1.0, abs=1e-6)
+        state = rule.apply(state, ring_aggregate(totals, federation, LORA, None, state.round)[0])
+    assert state.round == 20
+    for before, after in zip(case.effective(start), case.effective(state), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-4)

@@ -1,0 +1,96 @@
+"""Who is away, by a trace of hand and by the seed."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from engine.config.availability import AWAY, Availability, Leaving, Trace
+
+ROWS = "client,first,last\nb,2,3\nb,7,7\nsomebody else,1,1\na,4,9\n"
+THERE = {"a": {4, 5, 6, 7, 8, 9}, "b": {2, 3, 7}, "c": set(range(1, 11))}
+
+
+@pytest.fixture(params=["csv", "parquet"])
+def path(request, tmp_path: Path) -> Path:
+    found = tmp_path / f"trace.{request.param}"
+    if request.param == "csv":
+        found.write_text(ROWS)
+    else:
+        rows = [line.split(",") for line in ROWS.splitlines()[1:]]
+        table = {"client": [r[0] for r in rows], "first": [int(r[1]) for r in rows], "last": [int(r[2]) for r in rows]}
+        pq.write_table(pa.table(table), found)
+    return found
+
+
+def test_clients_are_there_in_their_spans_and_who_is_not_named_always(path: Path) -> None:
+    trace = Trace.open(path, ["a", "b", "c"])
+    there = {
+        name: {r for r in range(1, 11) if not trace.away(number, r)} for number, name in enumerate(["a", "b", "c"])
+    }
+    assert there == THERE
+
+
+def test_who_is_away_leaves_before_anything_is_sent(path: Path) -> None:
+    trace, availability = Trace.open(path, ["a", "b", "c"]), Availability()
+    assert availability.gone([0, 1, 2], 5, 0, trace) == dict.fromkeys((0, 1), Leaving("keys", AWAY))  # round 1
+    assert availability.gone([0, 1, 2], 5, 6, trace) == {}
+    half = Availability(dropout=0.5)
+    assert half.gone(range(3), 5, 6, trace) == half.gone(range(3), 5, 6)  # all are there: the seed alone
+    assert half.gone(range(3), 5, 0, trace).keys() >= {0, 1}
+
+
+@pytest.mark.parametrize("content", [None, "", "client;first\n", "client,first,last\na,x,3\n"])
+def test_what_is_no_trace_is_named(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "trace.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"the trace .*trace\.csv .* cannot be read as Parquet or CSV"):
+        Trace.open(path, ["a"])
+
+
+def test_a_trace_of_other_clients_is_named(path: Path) -> None:
+    with pytest.raises(ValueError, match="names none of the training clients, which are called 'x', 'y' and so on"):
+        Trace.open(path, ["x", "y"])
+
+
+def test_time_is_simulated_from_steps_and_the_seed() -> None:
+    alike = Availability(deadline_s=5.0, step_s=2.0)
+    assert [alike.late_by_seed(4, steps, 7) for steps in (1, 2, 3, 4)] == [0.0, 0.0, 1.0, 3.0]
+    # A late client's seconds are 10 * 2 * slowness: at sigma 1 exp(z), at sigma 2 exp(2 z), of the same z.
+    one, two = (Availability(deadline_s=1e-9, step_s=2.0, slowness=sigma) for sigma in (1.0, 2.0))
+    for client in range(5):
+        assert two.late_by_seed(client, 10, 7) / 20 == pytest.approx((one.late_by_seed(client, 10, 7) / 20) ** 2)
+    assert len({one.late_by_seed(0, 10, seed) for seed in range(5)}) == 5
+
+
+def test_half_of_the_clients_are_slower_than_the_median_and_few_much_slower() -> None:
+    pace = {"step_s": 2.0, "slowness": 0.8}
+    late = {
+        deadline_s: sum(Availability(deadline_s=deadline_s, **pace).late_by_seed(c, 3, 1) > 0 for c in range(4000))
+        for deadline_s in (6.0, 6.0 * 2.788)  # exp(0.8 * 1.2816): the upper tenth
+    }
+    assert late[6.0] == pytest.approx(2000, abs=130) and late[6.0 * 2.788] == pytest.approx(400, abs=80)
+
+
+def test_the_clock_counts_where_no_time_is_simulated() -> None:
+    clock, simulated = Availability(deadline_s=5.0), Availability(deadline_s=5.0, step_s=1.0)
+    assert (clock.late_by_clock(4.9), clock.late_by_clock(7.0), simulated.late_by_clock(7.0)) == (0.0, 2.0, 0.0)
+    assert clock.late_by_seed(0, 10**6, 0) == Availability().late_by_clock(1e9) == 0.0
+    assert clock.by_clock and not simulated.by_clock and not Availability().by_clock
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"step_s": 0.0, "deadline_s": 1.0}, "step_s must be above 0, not 0.0"),
+        ({"step_s": float("nan"), "deadline_s": 1.0}, "step_s must be above 0, not nan"),
+        ({"slowness": -0.1, "step_s": 1.0, "deadline_s": 1.0}, "slowness is a sigma, and must be at least 0, not -0.1"),
+        ({"step_s": 1.0}, "and nothing asks: set deadline_s too"),
+        ({"slowness": 1.0, "deadline_s": 1.0}, "how clients differ from step_s: set step_s too"),
+    ],
+)
+def test_a_pace_that_means_nothing_is_refused(keys: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Availability(**keys)

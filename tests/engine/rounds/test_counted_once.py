@@ -1,0 +1,54 @@
+"""Each client of a round is in the sum once: a slot that adds one twice is found out."""
+
+import sys
+
+import numpy as np
+import pytest
+import ray.cloudpickle
+import torch
+
+from datasets_partition.store.build import build
+from engine.messages.wire import to_wire
+from engine.rounds.collectors import PlainCollector
+from engine.scheduling.dispatcher import Work
+from engine.scheduling.slots import Slots
+from engine.workers.worker import ClientActor
+from strategies.core.protocol import ServerState
+
+CLIENTS = np.arange(3)
+
+
+class Twice(ClientActor):
+    """Adds the first client that it is given to its sum twice, where it was asked to."""
+
+    twice = 0
+
+    def deceive(self):
+        self.twice = 1
+
+    def _trained(self, pack, shared, wire, take):
+        def twice(update):
+            for _ in range(1 + self.twice):
+                take(update)
+            self.twice = 0
+
+        return super()._trained(pack, shared, wire, twice)
+
+
+def test_a_client_that_is_added_twice_ends_the_round(ray_session, small_recipe, tmp_path, monkeypatch):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(Slots, "client", Twice)
+    recipe = small_recipe()
+    data, slots = recipe.data, Slots(recipe, tmp_path)
+    start = slots.start(build(data.source, data.partition, data.splits, recipe.seed, data.cache))
+    state = ServerState(0, torch.from_numpy(start.initial.copy()), layout=start.layout, seed=recipe.seed)
+    work, wire = Work(CLIENTS, np.ones(3), np.ones(3)), to_wire(recipe.strategy.broadcast(state))
+    collector = PlainCollector(recipe, slots)
+    try:
+        assert collector.collect(work, wire).aggregate.count == 3
+        ray.get(slots.actors[0].deceive.remote())
+        with pytest.raises(AssertionError, match="4 updates in the sum, and 3 clients"):
+            collector.collect(work, wire)
+    finally:
+        slots.stop()
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

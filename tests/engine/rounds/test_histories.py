@@ -1,0 +1,247 @@
+"""Whatever dies and is played again, no two unmasked sums of one model differ by fewer clients than the recipe says."""
+
+import os
+import random
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from engine.aggregation.ring_encoding import ring_vector
+from engine.aggregation.secure_clients import SecureClients
+from engine.config.availability import LEFT_OUT
+from engine.messages.wire import DOWN, Report, WireBroadcast
+from engine.records.journal import Journal
+from engine.rounds.collectors import SecureCollector
+from engine.rounds.secure_round import Relay
+from engine.scheduling.dispatcher import Work, packs
+from engine.system.failures import SlotSilent
+from strategies.core.cohort import UniformCohort
+from strategies.core.layout import Layout
+from strategies.core.protocol import Update
+
+POPULATION, ROUNDS, SHARE = 7, 6, 0.5
+LAYOUT = Layout(("w",), ((POPULATION,),))
+HISTORIES = 100
+UNIFORM = 'strategy={kind="fedavg", weighting="uniform"}'
+
+
+class DriverDied(Exception):
+    """All that the driver had in memory is gone."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A sum that the server's side has unmasked: of which round, from which model, and of whom."""
+
+    round: int
+    model: bytes
+    clients: frozenset[int]
+
+
+@dataclass
+class Chance:
+    """What goes wrong in a history, and what the server's side held."""
+
+    seed: int
+    held: list[Held] = field(default_factory=list)
+    written: list[frozenset[int] | None] = field(default_factory=list)
+    known: int = 0
+    left_out: int = 0
+    refused: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.random = random.Random(self.seed)
+
+    def strikes(self, probability):
+        return self.random.random() < probability
+
+
+class Slot(SecureClients):
+    """Plays its clients; one that trains gives a vector in which its own coordinate alone is not zero."""
+
+    def __init__(self, federation, chance):
+        super().__init__()
+        self.federation, self.chance = federation, chance
+
+    def masked(self, inboxes, wire):
+        def train(pack, sums):
+            for client in pack:
+                if self.chance.strikes(0.1):
+                    yield Report(client, {DOWN: 0.0}, "it failed"), None
+                elif self.chance.strikes(0.05):  # a deadline by the clock
+                    yield Report(client, {DOWN: 0.0}, late=1.0), None
+                else:
+                    delta = torch.zeros(POPULATION)
+                    delta[client] = SHARE
+                    update = Update(client, 1.0, delta, {}, {"loss": 1.0, "learnt": 1.0, "tokens": 1.0})
+                    yield Report(client, {DOWN: 0.0}), ring_vector(update, sums, wire, self.federation)
+
+        return self.mask(inboxes, train)
+
+
+class Pool:
+    """Two slots in this process."""
+
+    size, alive = 2, (0, 1)
+
+    def __init__(self, federation, chance, folder):
+        self.federation, self.chance, self.folder, self.faults = federation, chance, folder, []
+        self.actors = [Slot(federation, chance) for _ in self.alive]
+
+    def units(self, work, lanes):
+        return packs(work.clients, work.steps, lanes)
+
+    def held(self, sums):
+        return sums.length
+
+    def masked_shards(self, slot):
+        return None
+
+    def replace(self, slot, error):
+        self.actors[slot] = Slot(self.federation, self.chance)
+
+    def before_shares(self):
+        """What is on disk when clients are asked for shares."""
+        self.chance.written.append(Journal.open(self.folder, None, 0).clients(self.round))
+
+    def unmasked(self, sums, total_L, removals, shards):
+        totals = sums.decode(total_L)
+        clients = np.flatnonzero(np.rint(totals.sums["delta"] / SHARE))
+        assert len(clients) == totals.count
+        self.chance.known += self.chance.written[-1] == frozenset(clients.tolist())
+        self.chance.held.append(Held(self.round, self.model, frozenset(clients.tolist())))
+        if self.chance.strikes(0.05):
+            raise DriverDied
+        return totals
+
+
+class HereRelay(Relay):
+    """Slots are asked in this process; any may die of it, and so may the driver."""
+
+    def _shared(self, value):
+        return value
+
+    def _call(self, slot, name, *arguments):
+        chance = self.slots.chance
+        if name == "unmask":
+            self.slots.before_shares()
+        if chance.strikes(0.01):
+            raise DriverDied
+        if chance.strikes(0.02):
+            return SlotSilent("gone")
+        return getattr(self.slots.actors[slot], name)(*arguments)
+
+    def _answer(self, reference):
+        if isinstance(reference, SlotSilent):
+            raise reference
+        return reference
+
+
+class NoJournal(Journal):
+    """What a run without one would be."""
+
+    def clients(self, round_):
+        return None
+
+    def admit(self, round_, clients, refuse_thin):
+        pass
+
+
+def half_failed(reports, cohort, round_):
+    return "too few" if sum(report.failed is not None for report in reports) > cohort / 2 else None
+
+
+def play(federation, folder, seed, kind):
+    """A run until it has played all rounds: drivers die, and others go on from the last checkpoint."""
+    chance = Chance(seed)
+    every, cohorts = chance.random.randint(1, 4), UniformCohort(size=chance.random.choice([5, POPULATION]))
+    death = chance.random.choice(["void", "dropout"])
+    saved = (0, b"initial", 0)
+    while saved[0] < ROUNDS:
+        round_, model, last_sum = saved
+        journal, pool = kind.open(folder, None, last_sum), Pool(federation, chance, folder)
+        collector = SecureCollector(federation, HereRelay(pool, None, death), LAYOUT, 1000, journal, half_failed)
+        try:
+            while round_ < ROUNDS:
+                pool.round, pool.model = round_ + 1, model
+                cohort = cohorts.sample(POPULATION, federation.seed, round_)
+                costs = np.ones(len(cohort))
+                wire = WireBroadcast(round_, np.zeros(POPULATION, np.float32), {})
+                done = collector.collect(Work(cohort, costs.astype(int), costs), wire)
+                round_ += 1
+                chance.left_out += LEFT_OUT in done.gone.values()
+                if done.aggregate is not None:
+                    model = sha256(model + bytes([round_]) + done.aggregate.total.numpy().tobytes()).digest()
+                    journal.model = round_
+                if chance.strikes(0.15):
+                    raise DriverDied
+                if round_ % every == 0 or round_ == ROUNDS:
+                    saved = (round_, model, journal.model)
+                if chance.strikes(0.05):
+                    raise DriverDied
+        except DriverDied:
+            files = sorted(folder.glob("unmasked/*.json"))
+            if files and chance.strikes(0.05):
+                chance.random.choice(files).write_bytes(b"{}")
+        chance.refused += [fault.why for fault in pool.faults]
+    return chance
+
+
+def too_close(chance, least):
+    """Pairs of sums of one model, or of one round, that differ by fewer than `least` clients."""
+    return [
+        (one, other)
+        for one, other in combinations(chance.held, 2)
+        if (one.model == other.model and 0 < len(one.clients ^ other.clients) < least)
+        or (one.round == other.round and one.clients != other.clients)
+    ]
+
+
+@pytest.fixture
+def histories(small_recipe, tmp_path, monkeypatch):
+    """Plays many histories with a kind of journal; gives what each has seen, with its `min_contributors`."""
+
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # no machine loses its power here
+
+    def play_all(kind, mode, count):
+        for seed in range(count):
+            least = 2 + seed % 2
+            secagg = f"privacy.secagg={{mode='{mode}', threshold=2, dropout=0.3, min_contributors={least}}}"
+            away = f"clients.availability.dropout={0.1 if seed % 3 == 0 else 0.0}"
+            folder = tmp_path / f"{kind.__name__}-{mode}-{seed}"
+            yield play(small_recipe(f"seed={seed}", UNIFORM, secagg, away), folder, seed, kind), least
+
+    return play_all
+
+
+@pytest.mark.parametrize(("mode", "count"), [("ideal", HISTORIES), ("full", 10)])
+def test_no_two_sums_of_one_model_are_nearly_of_the_same_clients(histories, mode, count, full):
+    count = 10 * count if full else count
+    played = list(histories(Journal, mode, count))
+    assert [found for chance, least in played for found in too_close(chance, least)] == []
+    assert sum(len(chance.held) for chance, _ in played) > 3 * count
+    assert all(chance.known == len(chance.held) for chance, _ in played)  # on disk before anybody was asked for shares
+    if mode == "ideal":  # all that the journal is for has come to pass
+        assert sum(chance.left_out for chance, _ in played) > 10
+        reasons = " ".join(why for chance, _ in played for why in chance.refused)
+        assert "who is there now" in reasons and "from the same model" in reasons and "cannot be read" in reasons
+
+
+def test_a_round_with_too_few_updates_leaves_the_model_and_has_no_sum(small_recipe, tmp_path):
+    """Its sum would stand beside the next one's, from the same model."""
+    federation, chance = small_recipe(UNIFORM, "privacy.secagg={mode='full', threshold=2}"), Chance(1)
+    pool, journal = Pool(federation, chance, tmp_path), Journal.open(tmp_path, None, 0)
+    relay, cohort = HereRelay(pool, None, "void"), np.arange(5)
+    collector = SecureCollector(federation, relay, LAYOUT, 1000, journal, lambda *_: "all are too few")
+    wire = WireBroadcast(0, np.zeros(POPULATION, np.float32), {})
+    done = collector.collect(Work(cohort, np.ones(5, int), np.ones(5)), wire)
+    assert done.aggregate is None and done.too_few == "all are too few" and done.too_few in done.aborted
+    assert chance.held == [] and not journal.folder.exists()
+
+
+def test_without_a_journal_there_are_such_sums(histories):
+    assert any(too_close(chance, least) for chance, least in histories(NoJournal, "ideal", 20))

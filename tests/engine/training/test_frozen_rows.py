@@ -1,0 +1,139 @@
+"""Example-level privacy where a rule freezes coordinates: norm, clip and noise are of what is trained alone."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config.privacy import Privacy
+from engine.config.train import Sgd, Train
+from engine.training.local_training import Job
+from strategies.core.layout import LORA_A, LORA_B
+from strategies.core.lora_algebra import slices
+from strategies.core.protocol import Broadcast
+from strategies.lora.fedsa import FedSaLora
+from strategies.lora.ffa import FfaLora
+from strategies.lora.hetlora import HetLora
+from strategies.lora.rolora import RoLora
+from strategies.personalized.feddpa import FedDpa
+from strategies.privacy.per_example import ExampleDp
+
+
+@pytest.fixture
+def rule_of_rows(federation, make_private, rows):
+    """Trains one client with example-level noise; gives the start, where its training `run` ended, and its trainer."""
+
+    def trained(strategy, z, clip, run="global", memory=None, round_=0, rank=None):
+        recipe = replace(federation, strategy=strategy, privacy=Privacy(dp=ExampleDp(noise_multiplier=1.0)))
+        recipe = replace(recipe, train=Train(steps=1, batch=8, optimizer=Sgd(lr=1.0)))
+        trainer = make_private(z, clip)
+        layout = trainer.trainable.layout
+        noise = torch.from_numpy(np.random.default_rng(5).standard_normal(layout.size)).float()
+        got = Broadcast(round_, trainer.trainable.initial + 0.02 * noise, layout=layout, rank=rank)
+        memory = memory or {}
+        training = trainer._trainings(Job(1, rows, 1.0, got, memory), recipe, lent=False)[run]
+        (done,) = trainer.train([training], recipe.train)
+        return training.start, done.end, trainer
+
+    return trained
+
+
+def by_hand(trainer, start, rows, live):
+    """The mean of the rows' gradients on live coordinates, each clipped to 0.01, by a backward pass for each."""
+    trainable, total = trainer.trainable, torch.zeros(trainer.trainable.layout.size)
+    trainable.flat.data.copy_(start)
+    for row in range(rows.num_rows):
+        trainable.grad.zero_()
+        nll, learnt = trainer.objective.loss(trainable.network, trainer.objective.collate(rows.slice(row, 1), 0))
+        (nll / learnt).backward()
+        grad = trainable.grad * live
+        total += grad * min(1.0, 0.01 / grad.norm().item())
+    return total / rows.num_rows
+
+
+@pytest.mark.parametrize(
+    ("strategy", "round_", "trained"),
+    [
+        (FfaLora(), 0, [LORA_B]),
+        (RoLora(), 0, [LORA_B]),
+        (RoLora(), 1, [LORA_A]),
+        (FedSaLora(), 0, [LORA_A, LORA_B]),  # keeps B at home, and trains it on the same rows
+    ],
+    ids=lambda value: getattr(value, "kind", None),
+)
+def test_a_rows_gradient_is_clipped_by_its_norm_on_what_is_trained(
+    rule_of_rows, make_private, rows, strategy, round_, trained
+):
+    start, end, trainer = rule_of_rows(strategy, 0.0, 0.01, round_=round_)
+    layout = trainer.trainable.layout
+    live = torch.zeros(layout.size, dtype=torch.bool)
+    for marker in trained:
+        for part in slices(layout, marker):
+            live[part] = True
+    expected = by_hand(make_private(), start, rows, live)
+    torch.testing.assert_close(start - end, expected, rtol=1e-3, atol=1e-7)
+    assert torch.equal(start[~live], end[~live])
+
+
+@pytest.mark.parametrize("run", ["global", "personal"])
+def test_each_training_of_feddpa_clips_and_adds_noise_to_its_own_half(rule_of_rows, make_private, rows, run):
+    start, end, trainer = rule_of_rows(FedDpa(), 0.0, 0.01, run)
+    layout = trainer.trainable.layout
+    live = torch.zeros(layout.size)
+    half = slice(2) if run == "global" else slice(2, None)
+    for pair in layout.lora_pairs(live):
+        pair.a_RI[half], pair.b_OR[:, half] = 1, 1
+    expected = by_hand(make_private(), start, rows, live)
+    torch.testing.assert_close(start - end, expected, rtol=1e-3, atol=1e-7)
+    start, end, _ = rule_of_rows(FedDpa(), 1.0, 0.5, run)
+    assert torch.equal(start[live == 0], end[live == 0]) and (start != end)[live == 1].all()
+
+
+def test_the_norm_by_hand(make_private):
+    """A gradient of 3 in a frozen and 4 in a live coordinate: 4 is clipped to 2, and not 5 to 2, which leaves 1.6."""
+    trainer = make_private(0.0, 2.0)
+    layout = trainer.trainable.layout
+    frozen, live = slices(layout, LORA_A)[0].start, slices(layout, LORA_B)[0].start
+    grad = torch.zeros(layout.size)
+    grad[frozen], grad[live] = 3.0, 4.0
+    each = {name: view[None].clone() for name, view in layout.views(grad).items()}
+    trainer._each_row = lambda count: each
+    nll = sum((parameter * each[name][0]).sum() for name, parameter in _named(trainer, layout).items())
+    trainer.objective = SimpleNamespace(loss=lambda network, piece: (nll, 1))
+    trainer.live = torch.ones(layout.size, dtype=torch.bool)
+    for part in slices(layout, LORA_A):
+        trainer.live[part] = False
+    piece = SimpleNamespace(ids_BT=torch.zeros(1, 2), labels_BT=torch.zeros(1, 2, dtype=torch.long))
+    summed = torch.zeros(layout.size)
+    trainer._add_clipped(piece, summed, SimpleNamespace(set_grad_sample_to_none=lambda: None))
+    assert summed[live].item() == pytest.approx(2.0) and summed[frozen] == 0
+
+
+def _named(trainer, layout):
+    """The trained parameters by the layout's names."""
+    return {name: p for name, p in trainer.trainable.network.named_parameters() if name in layout.names}
+
+
+@pytest.mark.parametrize("strategy", [FfaLora(), RoLora()], ids=lambda s: s.kind)
+def test_rounds_of_example_level_noise_leave_the_frozen_half_alone(rule_of_rows, rows, strategy):
+    for round_ in range(2):
+        start, end, trainer = rule_of_rows(strategy, 1.0, 0.5, round_=round_)
+        layout, moved = trainer.trainable.layout, end - start
+        stays = LORA_A if round_ == 0 or strategy.kind == "ffa" else LORA_B
+        noise = torch.cat([moved[part] for part in slices(layout, LORA_B if stays == LORA_A else LORA_A)])
+        assert not any(moved[part].any() for part in slices(layout, stays))
+        assert noise.all()
+        # Rows' gradients are shorter than 0.5 each, and the noise's norm is several times as long.
+        assert noise.var().item() == pytest.approx((0.5 / rows.num_rows) ** 2, rel=0.25)
+
+
+def test_what_a_client_has_pruned_stays_pruned_under_noise(rule_of_rows):
+    memory = {"strategy.rank": torch.tensor([2.0])}
+    start, end, trainer = rule_of_rows(HetLora(), 1.0, 0.5, memory=memory, rank=3)
+    for before, after in zip(
+        trainer.trainable.layout.lora_pairs(start), trainer.trainable.layout.lora_pairs(end), strict=True
+    ):
+        assert not before.a_RI[2:].any() and not after.a_RI[2:].any() and not after.b_OR[:, 2:].any()
+        assert (after.a_RI != before.a_RI)[:2].all() and (after.b_OR != before.b_OR)[:, :2].all()

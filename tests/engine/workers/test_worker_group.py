@@ -1,0 +1,184 @@
+"""Gangs of DeepSpeed ranks: each client as if it were the first, and as one process trains it."""
+
+import time
+from shutil import copytree
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.exceptions import ObjectLostError
+from safetensors.torch import load_file, save_file
+
+from datasets_partition.store.build import build
+from datasets_partition.store.tokens import Tokens
+from engine.aggregation.exact_sum import STEP
+from engine.messages.wire import Sent
+from engine.models.base_model import Trainable, map_base, read_base
+from engine.objectives.sft import Sft
+from engine.scheduling.gangs import Gangs
+from engine.scheduling.slots import _is_lost
+from engine.system.failures import ShardLost, last_line
+from engine.training.local_training import Job, LocalTrainer
+from strategies.core.protocol import Broadcast
+from strategies.core.seeds import torch_seed
+
+FIRST, SECOND = 3, 6  # clients
+CASES = [(stage, peft, optimizer) for stage in (1, 2, 3) for peft in ("lora", "none") for optimizer in ("adamw", "sgd")]
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+OPTIMIZERS = {
+    "adamw": "train.optimizer={kind='adamw', lr=1e-2, eps=1e-6}",
+    # A gradient as it is: clipped to a length, one of another length would look the same.
+    "sgd": "train.optimizer={kind='sgd', lr=0.1, momentum=0.9}; train.clip=0",
+}
+
+
+def changes(stage, peft="lora", optimizer="adamw", ranks=2):
+    """A recipe's changes for gangs."""
+    zero = f"clients.zero={{stage={stage}, ranks={ranks}, timeout_s=60}}"
+    adapters = {"lora": (), "none": ("model.peft=none",)}[peft]
+    return (zero, "clients.slots=1", "train.accumulate=2", *OPTIMIZERS[optimizer].split("; "), *adapters)
+
+
+@pytest.fixture
+def gangs(ray_session, tmp_path):
+    """Starts a pool of gangs for a recipe; gives the pool and its start."""
+    pools = []
+
+    def started(recipe):
+        pools.append(Gangs(recipe, tmp_path / "memory"))
+        data = recipe.data
+        store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
+        return pools[-1], pools[-1].start(store)
+
+    yield started
+    for pool in pools:
+        pool.stop()
+
+
+@pytest.fixture(scope="module")
+def doubled(tiny_base, tmp_path_factory):
+    """Changes of a recipe to bases that are called tied and have both matrices: as one, or as two."""
+    found = {}
+    for name in ("one", "two"):
+        folder = copytree(tiny_base, tmp_path_factory.mktemp("doubled") / name)
+        weights = load_file(folder / "model.safetensors")
+        embedded = weights["model.embed_tokens.weight"]
+        weights["lm_head.weight"] = embedded.clone() if name == "one" else embedded.flip(0).contiguous()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        found[name] = f"model.base={folder}"
+    return found
+
+
+def trained(pool, slot, chunk, state):
+    """The reports of a chunk, and the sum of its clients as a vector on the grid."""
+    reports = ray.get(
+        pool.actors[slot].run.remote([(client,) for client in chunk], Sent(state.round, state.parts, pool.partition))
+    )
+    (closed,) = pool._take_sums([slot]).sums
+    shards = ray.get(list(closed.parts))
+    return reports, pool.partition.join([torch.from_numpy(shard.vectors["delta"].copy()) for shard in shards])
+
+
+def alone(recipe, tokens, client):
+    """The report and the change of a client in one process."""
+    packed, buffer = read_base(recipe.model)
+    seed = torch_seed(recipe.seed, 0, -1, "initial")
+    trainable = Trainable(map_base(packed, torch.from_numpy(buffer)), recipe.model, seed)
+    trainer = LocalTrainer.of(trainable, Sft(recipe.train.max_length), 1, recipe.train)
+    rows = Tokens.open(tokens).rows(client, "train")
+    got = Broadcast(0, trainable.initial.clone(), layout=trainable.layout, seed=recipe.seed)
+    return trainer.updates([Job(client, rows, 1.0, got, {})], recipe)[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 1])
+@pytest.mark.parametrize(("stage", "peft", "optimizer"), CASES)
+def test_a_client_after_another_is_the_client_in_a_fresh_gang_and_in_one_process(
+    gangs, small_recipe, doubled, full, stage, peft, optimizer, ranks
+):
+    few = [(1, "lora", "adamw", 2), (3, "lora", "adamw", 2), (3, "none", "sgd", 2)]
+    if not full and (stage, peft, optimizer, ranks) not in few:
+        pytest.skip("LoRA with AdamW is tried at two stages, and a gradient as it is, unless all are asked for")
+    other = (doubled["two" if optimizer == "sgd" else "one"],) if peft == "none" else ()
+    recipe = small_recipe(*changes(stage, peft, optimizer, ranks=ranks), *other)
+    pool, start = gangs(recipe)
+    state = pool.initial()
+    fresh_reports, fresh = trained(pool, 0, [SECOND], state)
+    trained(pool, 0, [FIRST], state)
+    reports, after = trained(pool, 0, [SECOND], state)
+    assert torch.equal(after, fresh) and reports == fresh_reports
+    rows = Tokens.open(start.tokens).counts("train")
+    expected = alone(recipe, start.tokens, SECOND)
+    found = after.double() / STEP * rows.max() / rows[SECOND]
+    assert (found - expected.delta).abs().max() < 1e-5 < expected.delta.abs().max()
+    assert reports[0].metrics["loss"] == pytest.approx(expected.metrics["loss"], abs=1e-5)
+    for name in ("tokens", "learnt", "steps", "rows", "rates"):
+        assert reports[0].metrics[name] == expected.metrics[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", ["checkpointing = true", 'offload = "cpu"'])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("gpus", [0, pytest.param(1, marks=ON_A_GPU)])
+def test_what_saves_memory_trains_the_same(gangs, small_recipe, doubled, full, own, stage, gpus):
+    if not full:
+        pytest.skip("half a minute for each")
+    own = own.replace(" = ", "=")
+    zero, *others = changes(stage, ranks=1 if gpus else 2)
+    recipe = small_recipe(zero.replace("{", f"{{{own}, "), *others, doubled["two"], f"clients.num_gpus={gpus}")
+    pool, start = gangs(recipe)
+    state = pool.initial()
+    trained(pool, 0, [FIRST], state)
+    _, total = trained(pool, 0, [SECOND], state)
+    rows = Tokens.open(start.tokens).counts("train")
+    expected = alone(recipe, start.tokens, SECOND)
+    apart = (total.double() / STEP * rows.max() / rows[SECOND] - expected.delta).abs().max()
+    assert apart < (1e-3 if gpus else 1e-5)  # a GPU adds up in another order
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_step_is_no_change(gangs, small_recipe, full, dtype):
+    if dtype == "float32" and not full:
+        pytest.skip("bfloat16 is tried unless all are asked for")
+    still = "train.optimizer={kind='adamw', lr=0.0}"
+    pool, _ = gangs(small_recipe(*changes(3), still, f"model.dtype={dtype}", "train.steps=1"))
+    reports, total = trained(pool, 0, [FIRST], pool.initial())
+    assert not total.any() and all(np.isfinite(report.metrics["loss"]) for report in reports)
+
+
+def test_a_gang_that_fits_nowhere_says_what_it_asked_for(ray_session, small_recipe, tmp_path):
+    recipe = small_recipe(*changes(3, ranks=40))
+    with pytest.raises(
+        ValueError, match=r"needs 40 ranks of 1 CPUs and 0 GPUs each, but all nodes together have 6 CPUs"
+    ):
+        Gangs(recipe, tmp_path)
+
+
+class Keeper:
+    """Has an object that is lost with it."""
+
+    def keep(self, shard):
+        """A reference to the same of its own."""
+        return [ray.put(shard)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_shard_that_is_lost_is_looked_for_in_the_last_checkpoint(gangs, small_recipe, full, rank):
+    """Whichever rank needed it, the gang is not made anew again and again."""
+    if not full:
+        pytest.skip("half a minute for each")
+    pool, _ = gangs(small_recipe("clients.zero={stage=3, ranks=2, timeout_s=20}", "clients.slots=1"))
+    state = pool.initial()
+    parts = list(state.parts)
+    keeper = ray.remote(num_cpus=0)(Keeper).remote()
+    (parts[rank],) = ray.get(keeper.keep.remote(parts[rank]))
+    ray.kill(keeper)
+    while ray.wait([parts[rank]], timeout=0.1)[0] and not _is_lost(parts[rank]):
+        time.sleep(0.1)
+    sent = Sent(state.round, tuple(parts), pool.partition)
+    with pytest.raises((ShardLost, ObjectLostError)) as raised:
+        pool.map(np.array([3]), np.ones(1), lambda actor, chunk: actor.run.remote([(c,) for c in chunk], sent))
+    assert not pool.faults
+    assert "an object is gone from the store" in last_line(raised.value)

@@ -1,0 +1,85 @@
+"""Which runs may go on, told from what lies in their folders."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from experiments.config.recipe import to_toml
+from experiments.runs.resuming import run_folder, second_sums
+
+
+@pytest.fixture
+def left(small_recipe, tmp_path):
+    """Makes a run folder of so many rounds, of which some were done, and once all of fewer rounds."""
+    recipe = small_recipe()
+
+    def make(rounds, reached, *, model):
+        for name in range(1, reached + 1):
+            (tmp_path / "checkpoints" / f"{name:05d}").mkdir(parents=True, exist_ok=True)
+        if model:
+            (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "recipe.toml").write_text(to_toml(replace(recipe, rounds=rounds)))
+        return lambda rounds: run_folder(replace(recipe, rounds=rounds), tmp_path, True)
+
+    return make
+
+
+def test_a_finished_run_goes_on_with_more_rounds_alone(left):
+    again = left(10, 10, model=True)
+    with pytest.raises(ValueError, match="has finished; raise rounds"):
+        again(10)
+    assert again(20)[1].rounds == 20
+
+
+def test_a_run_that_was_to_go_on_and_was_killed_goes_on(left):
+    """Its model is that of its first rounds."""
+    again = left(20, 15, model=True)
+    assert again(20)[1].rounds == 20
+    with pytest.raises(ValueError, match="has finished"):
+        again(15)
+    with pytest.raises(ValueError, match="cannot go on with fewer"):
+        again(18)
+
+
+def test_a_finished_run_without_its_checkpoints_is_finished(left):
+    with pytest.raises(ValueError, match="has finished"):
+        left(10, 0, model=True)(10)
+
+
+def test_a_run_does_not_move_between_cpus_and_gpus(left, small_recipe, tmp_path):
+    def resumed(before, now):
+        left(4, 2, model=False)
+        recipes = [small_recipe(f"clients.num_gpus={share}", "rounds=4") for share in (before, now)]
+        (tmp_path / "recipe.toml").write_text(to_toml(recipes[0]))
+        return run_folder(recipes[1], tmp_path, True)
+
+    assert resumed(0.5, 0.25)[1].clients.num_gpus == 0.25
+    for before, now in ((0.0, 0.5), (0.5, 0.0)):
+        with pytest.raises(ValueError, match=r"differs in clients\.num_gpus"):
+            resumed(before, now)
+
+
+def test_a_secured_run_names_what_else_gives_sums_of_its_clients(small_recipe, tmp_path):
+    manifest = {"seed": 5, "data": {"key": "rows"}}
+    others = {
+        "a": manifest,
+        "b": manifest | {"seed": 6},
+        "c": manifest | {"data": {"key": "x"}},
+        "d": [],
+        "e": manifest,
+    }
+    for name, other in others.items():
+        (tmp_path / name / "unmasked").mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text(json.dumps(other))
+        if name != "e":  # which has unmasked nothing
+            (tmp_path / name / "unmasked" / "round-00001.json").write_text("{}")
+    full = small_recipe("privacy.secagg.mode=full")
+    (note,) = second_sums(tmp_path / "new", full, manifest)
+    assert note.startswith("beside this run, 'a' had sums of the same clients")
+    assert second_sums(tmp_path / "a", full, manifest) == ()  # a run that is resumed
+    (note,) = second_sums(
+        tmp_path / "a", small_recipe("privacy.secagg.mode=full", "evaluate.without_privacy=true"), manifest
+    )
+    assert note.startswith("evaluate.without_privacy plays the same rounds again in the clear")
+    assert second_sums(tmp_path / "new", small_recipe("privacy.secagg.mode=ideal"), manifest) == ()

@@ -1,0 +1,202 @@
+"""The contract, held by every member of the union; a new one is tested by being added there."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, get_args
+
+import pytest
+import torch
+
+from experiments.cli.contract import cases, engine_stored, engine_sum
+from strategies import Strategies
+from strategies.averaging.fedavg import FedAvg
+from strategies.contract.case import FULL, LORA, Case, DoesNotApply
+from strategies.contract.checks import CHECKS, lacks
+from strategies.lora.hetlora import HetLora
+
+MEMBERS = [kind() for kind in get_args(Strategies)]
+CASES = [case for member in MEMBERS for case in cases(member)]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case.strategy.kind}-{'lora' if case.layout is LORA else 'full'}"
+)
+def test_contract(case: Case, check) -> None:
+    try:
+        check(case)
+    except DoesNotApply as reason:
+        pytest.skip(str(reason))
+
+
+def test_kinds_are_distinct() -> None:
+    kinds = [member.kind for member in MEMBERS]
+    assert len(set(kinds)) == len(kinds) >= 2
+
+
+def test_checks_are_distinct_and_say_what_they_hold() -> None:
+    assert len({check.__name__ for check in CHECKS}) == len(CHECKS)
+    assert all(check.__doc__ and check.__doc__.strip().endswith(".") for check in CHECKS)
+
+
+def test_what_a_class_lacks_is_named() -> None:
+    class Nothing:
+        def apply(self, state, aggregate): ...
+
+    assert not any(lacks(kind) for kind in get_args(Strategies))
+    missing = lacks(Nothing)
+    assert {"reads", "paper", "freezes", "bounded_weights", "broadcast", "finish"} <= set(
+        missing
+    ) and "apply" not in missing
+
+
+@dataclass(frozen=True)
+class Drifts(FedAvg):
+    """Moves without being told to."""
+
+    def apply(self, state, aggregate):
+        return replace(super().apply(state, aggregate), params=state.params + 1)
+
+
+@dataclass(frozen=True)
+class Stands(FedAvg):
+    """Learns nothing."""
+
+    def apply(self, state, aggregate):
+        return replace(state, round=state.round + 1)
+
+
+@dataclass(frozen=True)
+class First(FedAvg):
+    """Takes the first update that it sees, and does not say so."""
+
+    def apply(self, state, aggregate):
+        step = aggregate.total if aggregate.each is None else aggregate.each[0].delta
+        return replace(state, round=state.round + 1, params=state.params + step)
+
+
+@dataclass(frozen=True)
+class InPlace(FedAvg):
+    """Writes into the state."""
+
+    def apply(self, state, aggregate):
+        state.params.add_(aggregate.total / aggregate.weight)
+        return replace(state, round=state.round + 1)
+
+
+@dataclass(frozen=True)
+class Whole(FedAvg):
+    """Needs the whole vector, and does not say so."""
+
+    def apply(self, state, aggregate):
+        step = aggregate.total / torch.linalg.vector_norm(aggregate.total).clamp(min=1e-9)
+        return replace(state, round=state.round + 1, params=state.params + step)
+
+
+@dataclass(frozen=True)
+class Writes(FedAvg):
+    """Pulls the parameters along in place of the gradient."""
+
+    def correct(self, grad_KP, params_KP, got, memory, run="global"):
+        params_KP.mul_(0.5)
+
+
+@dataclass(frozen=True)
+class Forgets(FedAvg):
+    """Keeps something for nothing."""
+
+    remembers: ClassVar[bool] = True
+
+    def finish(self, update, got, memory, ends=None):
+        return update, {"last": update.delta}
+
+
+@dataclass(frozen=True)
+class Doubles(FedAvg):
+    """Has a moment in another precision."""
+
+    def init(self, params, layout):
+        return replace(super().init(params, layout), moments={"m": params.double()})
+
+
+@dataclass(frozen=True)
+class Counts(FedAvg):
+    """Sends a number and takes it for a change."""
+
+    extras_are_changes: ClassVar[bool] = True
+
+    def finish(self, update, got, memory, ends=None):
+        return replace(update, extras={"steps": torch.tensor([update.metrics["steps"]])}), memory
+
+    def beside(self, layout):
+        return {"steps": 1}
+
+
+@dataclass(frozen=True)
+class Cuts(HetLora):
+    """Pads with zeros and takes itself for harmless."""
+
+    keeps_higher_ranks: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Stays(FedAvg):
+    """Forgets to count."""
+
+    def apply(self, state, aggregate):
+        return replace(super().apply(state, aggregate), round=state.round)
+
+
+@dataclass(frozen=True)
+class Leaks(FedAvg):
+    """Sends what it calls frozen."""
+
+    def live(self, round_, layout):
+        return {"delta": torch.zeros(layout.size, dtype=torch.bool)}
+
+
+@dataclass(frozen=True)
+class Creeps(FedAvg):
+    """Trains what it calls frozen."""
+
+    def trained(self, got, memory, run="global"):
+        return torch.zeros(got.layout.size, dtype=torch.bool)
+
+
+class Melts(FedAvg):
+    """Is not frozen."""
+
+    __setattr__ = object.__setattr__
+
+
+@dataclass(frozen=True)
+class Heavy(FedAvg):
+    """Weighs clients by what they have learnt, and does not say that this has no bound."""
+
+    def finish(self, update, got, memory, ends=None):
+        return replace(update, weight=float(update.delta.norm())), memory
+
+
+@pytest.mark.parametrize(
+    ("broken", "check", "sentence"),
+    [
+        (Drifts, "no_change_leaves_the_model_alone", "although no client changed it"),
+        (Stands, "a_change_moves_the_model_or_what_clients_remember", "the model is as before"),
+        (First, "it_reads_no_more_than_it_says", 'reads is "sum", but'),
+        (InPlace, "the_server_side_leaves_its_inputs_unmodified", "apply writes into the state"),
+        (Whole, "shards_are_applied_as_the_whole", "elementwise is True, but"),
+        (Writes, "the_client_side_writes_nothing_but_its_gradient", "correct writes into the parameters"),
+        (Forgets, "memory_is_kept_by_those_who_say_so_and_is_used", "changes nothing that they do"),
+        (Doubles, "what_travels_is_flat_contiguous_and_float32", "'0.moments.m' is torch.float64"),
+        (Counts, "extras_that_are_changes_are_zero_without_training", "have not trained send steps"),
+        (Cuts, "an_untrained_client_of_a_lower_rank_sends_zeros", "has not trained sends delta"),
+        (Leaks, "what_is_frozen_is_neither_sent_nor_trained", "coordinates of 'delta' that live calls frozen"),
+        (Creeps, "what_is_frozen_is_neither_sent_nor_trained", "leaves a gradient where trained says"),
+        (Stays, "rounds_count_up_by_one", "apply must add one to round"),
+        (Heavy, "weights_stay_within_one_where_the_class_says_so", "bounded_weights is True, but"),
+        (Melts, "it_travels_and_says_what_it_is", "frozen=True"),
+    ],
+)
+def test_a_broken_promise_is_found_and_said(broken, check, sentence) -> None:
+    case = Case(broken(), LORA if broken.needs_lora else FULL, engine_sum, engine_stored)
+    with pytest.raises(AssertionError, match=sentence):
+        next(one for one in CHECKS if one.__name__ == check)(case)

@@ -1,0 +1,216 @@
+"""Epsilons against published values, closed forms and each other."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strategies.privacy import accounting
+from strategies.privacy.accounting import Gaussian, Scheme, least_noise, noise_multiplier, spent
+from strategies.privacy.amplification import ORDERS, capped_epsilon, log_exceeds, poisson_rdp
+from strategies.privacy.discrete_gaussian import DiscreteGaussianSum
+from strategies.privacy.skellam import SkellamSum
+
+
+def epsilon(z: float, scheme: Scheme, steps: int, delta: float) -> float:
+    return spent(Gaussian(z), scheme, steps, delta, "client", simulated=False).epsilon
+
+
+def poisson(rate: float) -> Scheme:
+    return Scheme("poisson", rate)
+
+
+@pytest.mark.parametrize(
+    ("rate", "z", "steps", "delta", "expected"),
+    [(0.01, 1, 1000, 1e-6, 2.1245), (0.1, 1, 100, 5e-4, 5.1536), (1, 10, 50, 1e-5, 2.9432)],
+)
+def test_reference_values(rate: float, z: float, steps: int, delta: float, expected: float) -> None:
+    # The specification's, computed with the finest grid of dp-accounting 0.6.
+    assert epsilon(z, poisson(rate), steps, delta) == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("rate", "z", "steps", "delta", "published"),
+    [
+        (0.01, 4, 10_000, 1e-5, 1.26),  # Abadi et al. 2016 (arXiv 1607.00133), figure 2: the moments accountant
+        # TensorFlow Privacy, tutorials/README.md: MNIST in batches of 256 of 60,000 rows for 60, 30, 10 epochs, RDP
+        (256 / 60_000, 1.12, 14_062, 1e-5, 2.92),
+        (256 / 60_000, 0.6, 7_031, 1e-5, 9.74),
+        (256 / 60_000, 1.2, 2_343, 1e-5, 1.20),
+    ],
+)
+def test_published_bounds_are_met_and_improved_on(
+    rate: float, z: float, steps: int, delta: float, published: float
+) -> None:
+    # Conversions from RDP have become better since, and privacy loss distributions are tighter again.
+    assert 0.6 * published < epsilon(z, poisson(rate), steps, delta) <= published
+
+
+@given(st.floats(0.3, 30), st.integers(1, 200), st.sampled_from([1e-3, 1e-5, 1e-8]))
+@settings(deadline=None, max_examples=40)
+def test_without_sampling_delta_is_the_closed_form(z: float, steps: int, delta: float) -> None:
+    # Balle and Wang 2018, theorem 8: delta = Phi(m/2 - e/m) - exp(e) Phi(-m/2 - e/m), m = sqrt(steps) / z
+    found, m = epsilon(z, Scheme(), steps, delta), math.sqrt(steps) / z
+    if found == 0 or found > 600:
+        return
+
+    def phi(x: float) -> float:
+        return math.erfc(-x / math.sqrt(2)) / 2
+
+    assert phi(m / 2 - found / m) - math.exp(found) * phi(-m / 2 - found / m) == pytest.approx(delta, rel=1e-6)
+
+
+def test_fixed_cohorts_of_everybody_gain_nothing_and_replace() -> None:
+    # One unit in another's place moves the sum by 2 clip: RDP of z / 2, here 4 steps of a / (2 * 25).
+    everybody = epsilon(10, Scheme("fixed", 1.0, 50), 4, 1e-5)
+    curve = 4 * ORDERS / (2 * 5.0**2)
+    # RDP to (epsilon, delta) in its plain form, Mironov 2017, proposition 3; the library's is a little better.
+    plain = (curve + math.log(1e5) / (ORDERS - 1)).min()
+    assert 0.75 * plain < everybody < plain
+    assert epsilon(10, Scheme("fixed", 0.02, 500), 4, 1e-5) < 0.3 * everybody
+
+
+def test_every_epsilon_says_what_it_means() -> None:
+    found = spent(Gaussian(1), poisson(0.01), 10, 1e-6, "example", simulated=True)
+    assert (found.unit, found.sampling, found.relation) == ("example", "poisson", "add or remove one")
+    assert (found.accountant, found.delta, found.steps, found.simulated) == ("PLD", 1e-6, 10, True)
+    text = str(found)
+    for part in ("delta 1e-06", "one example", "add or remove one", "Poisson sampling", "10 steps", "PLD", "simulated"):
+        assert part in text
+    real = spent(Gaussian(1), Scheme(), 10, 1e-6, "client", simulated=False)
+    assert "without amplification" in str(real) and "zero out one" in str(real) and "simulated" not in str(real)
+    assert "replace one" in str(spent(Gaussian(9), Scheme("fixed", 0.1, 10), 1, 0.01, "client", simulated=False))
+
+
+def test_no_steps_cost_nothing_and_no_noise_everything() -> None:
+    assert epsilon(1, poisson(0.1), 0, 1e-5) == 0
+    assert epsilon(0, poisson(0.1), 1, 1e-5) == math.inf
+
+
+@given(
+    st.floats(0.6, 4), st.floats(0.005, 0.3), st.integers(1, 300), st.sampled_from(["poisson", "none"]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=15)
+def test_epsilon_grows_with_steps_and_rate_and_falls_with_noise(z: float, rate: float, steps: int, kind: str) -> None:
+    scheme = Scheme("poisson", rate) if kind == "poisson" else Scheme()
+    base = epsilon(z, scheme, steps, 1e-5)
+    assert epsilon(z, scheme, steps + 1, 1e-5) >= base
+    assert epsilon(z * 1.05, scheme, steps, 1e-5) <= base
+    assert epsilon(z, scheme, steps, 1e-4) <= base
+    if kind == "poisson":
+        assert epsilon(z, Scheme("poisson", rate * 1.05), steps, 1e-5) >= base
+        assert base <= epsilon(z, Scheme(), steps, 1e-5) * 1.001
+
+
+@pytest.mark.parametrize("scheme", [Scheme(), poisson(0.02), Scheme("poisson", 0.02, 2000, 60)])
+def test_the_noise_found_reaches_the_target_and_not_much_less_would(scheme: Scheme) -> None:
+    z = noise_multiplier(3.0, scheme, 100, 1e-5)
+    assert epsilon(z, scheme, 100, 1e-5) <= 3.0 < epsilon(z * 0.999, scheme, 100, 1e-5)
+
+
+def test_a_search_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = noise_multiplier(2.5, poisson(0.013), 30, 1e-5)
+    monkeypatch.setattr(accounting, "least_noise", None)
+    assert noise_multiplier(2.5, poisson(0.013), 30, 1e-5) == first
+
+
+def test_searches_end_at_both_ends() -> None:
+    assert least_noise(lambda z: 0.0, 1.0) == pytest.approx(accounting.LEAST, rel=1)
+    with pytest.raises(ValueError, match=r"no noise multiplier up to 1e\+06 gives epsilon 1\.0"):
+        least_noise(lambda z: 2.0, 1.0)
+
+
+def test_a_cap_costs_little_where_it_is_rare_and_much_where_it_is_not() -> None:
+    free = epsilon(1, poisson(0.01), 100, 1e-6)
+    assert epsilon(1, Scheme("poisson", 0.01, 10_000, 180), 100, 1e-6) == pytest.approx(free, rel=1e-3)
+    assert epsilon(1, Scheme("poisson", 0.01, 10_000, 110), 100, 1e-6) > 1.1 * free
+
+
+def test_the_bound_on_a_poisson_samples_size() -> None:
+    # P[Binomial(1000, 0.05) > 80]
+    exact = sum(math.comb(1000, k) * 0.05**k * 0.95 ** (1000 - k) for k in range(81, 200))
+    assert exact <= math.exp(log_exceeds(1000, 0.05, 80)) < 10 * exact
+    assert log_exceeds(1000, 0.05, 1000) == -math.inf
+    assert log_exceeds(1000, 0.05, 20) == 0
+
+
+def test_a_cap_that_is_reached_too_often_claims_nothing() -> None:
+    assert capped_epsilon(lambda delta: 1.0, 1e-5, 10, 1000, 0.05, 55) == math.inf
+    assert capped_epsilon(lambda delta: 1.0, 1e-5, 10, 1000, 0.05, 120) == 1.0
+
+
+@pytest.mark.parametrize(("rate", "z"), [(0.01, 1.0), (0.1, 3.0), (0.5, 2.0), (1.0, 2.0)])
+def test_amplification_for_any_noise_bounds_the_exact_one_for_normal_noise(rate: float, z: float) -> None:
+    # sum_l C(a,l) (1-q)^(a-l) q^l exp((l^2 - l) / (2 z^2)): Mironov, Talwar, Zhang 2019 (arXiv 1908.10530), section 3.3
+    bound = poisson_rdp(lambda orders: orders / (2 * z**2), rate)
+    for index, order in enumerate(ORDERS[:20].tolist()):
+        moment = sum(
+            math.comb(order, k) * (1 - rate) ** (order - k) * rate**k * math.exp((k * k - k) / (2 * z**2))
+            for k in range(order + 1)
+        )
+        exact = math.log(moment) / (order - 1)
+        assert exact * (1 - 1e-9) <= bound[index] <= min(5 * exact, order / (2 * z**2)) * (1 + 1e-9)
+
+
+def test_ring_noise_costs_what_normal_noise_does_where_steps_are_fine() -> None:
+    normal = epsilon(2.0, Scheme(), 20, 1e-5)
+    for noise in (SkellamSum(4e12, 1e6, 1e9), DiscreteGaussianSum(100, 200_000, 1e6, 2**20)):
+        found = spent(noise, Scheme(), 20, 1e-5, "client", simulated=False)
+        assert found.accountant == "RDP"
+        assert normal < found.epsilon < 1.12 * normal
+        assert spent(noise, poisson(0.05), 20, 1e-5, "client", simulated=False).epsilon < 0.3 * found.epsilon
+        with pytest.raises(ValueError, match="samples of fixed size"):
+            spent(noise, Scheme("fixed", 0.1, 100), 20, 1e-5, "client", simulated=False)
+
+
+def test_ring_noise_with_capped_cohorts() -> None:
+    noise = SkellamSum(4e12, 1e6, 1e9)
+    free = spent(noise, poisson(0.05), 20, 1e-5, "client", simulated=False).epsilon
+    capped = spent(noise, Scheme("poisson", 0.05, 1000, 150), 20, 1e-5, "client", simulated=False).epsilon
+    assert free < capped < 1.1 * free
+
+
+def test_the_skellam_bound_is_above_the_exact_divergence() -> None:
+    special = pytest.importorskip("scipy.special")
+    for variance, shift in [(4, 1), (20, 1), (20, 3), (400, 10)]:
+        k = np.arange(-150, 151)
+        with np.errstate(divide="ignore"):
+            logs = np.log(special.ive(np.abs(k), variance))
+        here, there = logs[shift:], logs[:-shift]
+        sane = np.isfinite(here) & np.isfinite(there)
+        for order in (2, 3, 8):
+            exact = np.logaddexp.reduce((order * here - (order - 1) * there)[sane]) / (order - 1)
+            bound = SkellamSum(variance, shift, shift).rdp(np.array([order]))[0]
+            assert exact <= bound < exact * (1.02 if variance == 400 else 2)
+
+
+def test_the_bound_on_sums_of_discrete_gaussians_is_above_the_exact_divergence() -> None:
+    for clients, deviation, shift in [(2, 1, 1), (5, 1, 2), (3, 2, 3)]:
+        x = np.arange(-60, 61)
+        one = np.exp(-(x**2) / (2.0 * deviation**2))
+        total = one = one / one.sum()
+        for _ in range(clients - 1):
+            total = np.convolve(total, one)
+        total = total[total > 1e-280]
+        for order in (2, 3, 8):
+            here, there = np.log(total[shift:]), np.log(total[:-shift])
+            exact = np.logaddexp.reduce(order * here - (order - 1) * there) / (order - 1)
+            bound = DiscreteGaussianSum(clients, deviation, shift, 1).rdp(np.array([order]))[0]
+            assert exact <= bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("delta", [0, 1, -1e-5])
+def test_delta_must_be_a_probability(delta: float) -> None:
+    with pytest.raises(ValueError, match="delta must be above 0 and below 1"):
+        epsilon(1, Scheme(), 1, delta)
+
+
+def test_schemes_and_targets_that_make_no_sense() -> None:
+    with pytest.raises(ValueError, match="sampling rate is above 0 and at most 1, not 0"):
+        Scheme("poisson", 0)
+    with pytest.raises(ValueError, match="need to know the population"):
+        Scheme("fixed", 0.5)
+    with pytest.raises(ValueError, match="epsilon must be a number above 0, not 0"):
+        noise_multiplier(0, Scheme(), 1, 1e-5)
