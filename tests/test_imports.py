@@ -26,33 +26,15 @@ FORBIDDEN = {
 # The rooms of each package, from the top down: a room imports only rooms to its right.
 ROOMS = {
     "engine": (
-        [
-            "rounds",
-            "scheduling",
-            "workers",
-            "training",
-            "models",
-            "aggregation",
-            "records",
-            "config",
-            "objectives",
-            "messages",
-            "system",
-        ]
+        *("rounds", "scheduling", "workers", "training", "models", "aggregation", "records", "config"),
+        *("objectives", "messages", "system"),
     ),
-    "strategies": [
-        "contract",
-        "robust",
-        "lora",
-        "personalized",
-        "averaging",
-        "transforms",
-        "privacy",
-        "secagg",
+    "strategies": (
+        *("contract", "robust", "lora", "personalized", "averaging", "transforms", "privacy", "secagg"),
         "core",
-    ],
-    "datasets_partition": ["store", "partitioners", "sources", "formats", "core"],
-    "experiments": ["cli", "bench", "preflight", "runs", "report", "config"],
+    ),
+    "datasets_partition": ("store", "partitioners", "sources", "formats", "core"),
+    "experiments": ("cli", "bench", "preflight", "runs", "report", "config"),
 }
 MAX_LINES = 400
 MAX_FILES = 15  # Python files in a folder, besides __init__.py

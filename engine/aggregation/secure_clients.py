@@ -14,8 +14,8 @@ import numpy as np
 import ray
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from engine.messages.tasks import Unit
 from engine.messages.wire import Report
-from engine.scheduling.dispatcher import Unit
 from strategies.secagg.client import Client
 from strategies.secagg.masks import Masks, wrap
 from strategies.secagg.messages import (

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from engine.config.train import below_one
+from engine.messages.checks import below_one
 from strategies.core.seeds import rng
 from strategies.secagg.protocol import Phase
 

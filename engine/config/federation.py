@@ -9,7 +9,8 @@ from pydantic import Field
 from engine.config.availability import Availability
 from engine.config.compatibility import check_together
 from engine.config.privacy import Privacy, check_privacy
-from engine.config.train import Train, at_least, below_one
+from engine.config.train import Train
+from engine.messages.checks import at_least, below_one
 from strategies import Cohorts, Strategies, Transforms
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.cohort import UniformCohort

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from engine.config.train import at_least, below_one
+from engine.messages.checks import at_least, below_one
 from strategies.core.cohort import UniformCohort
 from strategies.core.protocol import NO_LAYOUT, Strategy
 from strategies.lora.hetlora import HetLora

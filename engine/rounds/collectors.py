@@ -14,10 +14,11 @@ from engine.config.availability import DIED_WITH_SLOT, LEFT_OUT, Leaving, Trace,
 from engine.config.federation import Federation, Lora
 from engine.config.privacy import SecAgg
 from engine.messages.events import Fault
+from engine.messages.tasks import Work
 from engine.messages.wire import DOWN, UP, Report, Sent, ShardSum, ShardTotals, WireBroadcast, update_from_wire
 from engine.records.journal import Journal
 from engine.rounds.secure_round import Message, Relay
-from engine.scheduling.dispatcher import Work, Worked
+from engine.scheduling.dispatcher import Worked
 from engine.scheduling.slots import Slots
 from engine.workers.worker import FLOAT_BYTES
 from strategies.core.layout import Layout

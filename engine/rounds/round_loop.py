@@ -20,6 +20,7 @@ from engine.config.availability import Trace
 from engine.config.federation import Federation
 from engine.config.privacy import weights_of
 from engine.messages.events import DROPOUT, Fault, RoundDone
+from engine.messages.tasks import Work
 from engine.messages.wire import Report
 from engine.records.checkpoint import Saved
 from engine.records.client_state import every_memory
@@ -29,7 +30,6 @@ from engine.rounds.collectors import Collector, PlainCollector, SecureCollector,
 from engine.rounds.secure_round import Relay
 from engine.rounds.server import Server
 from engine.scheduling.cost_model import Costs
-from engine.scheduling.dispatcher import Work
 from engine.scheduling.slots import Slots
 from engine.training.batching import steps_of
 from strategies.core.layout import Layout

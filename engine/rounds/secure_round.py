@@ -13,8 +13,8 @@ import ray
 from ray.exceptions import RayTaskError
 
 from engine.aggregation.secure_clients import Opening
+from engine.messages.tasks import Unit, Work
 from engine.messages.wire import Report, ShardTotals
-from engine.scheduling.dispatcher import Unit, Work
 from engine.scheduling.pool import Reference
 from engine.scheduling.slots import Slots
 from engine.system.failures import LOST, within

@@ -9,7 +9,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,40 +16,19 @@ import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError
 
 from engine.messages.events import Fault
+from engine.messages.tasks import Unit, halves
 from engine.messages.wire import Report
 from engine.system.failures import LOST, SlotSilent, last_line
 
 if TYPE_CHECKING:
     from engine.scheduling.slots import Slots
 
-Unit = tuple[int, ...]
 SHARES = 1.5  # of each slot in the work that is left: a third of it is always held back, for whoever is done first
 LATER_SHARES = 2  # of each slot in work that can wait
 LEAST_S = 0.005  # of work in a chunk, where there is so much: to hand one out takes about a tenth of that
 AHEAD = 2  # chunks that a slot has at once, so that it need not wait for the next
 REFILLED = 2  # packs hold so many clients a lane, where there are enough of them: who ends early is followed by another
 ENOUGH = 16  # packs of a cohort, so that slots stay in balance
-
-
-@dataclass(frozen=True)
-class Work:
-    """A round's clients (N,), the steps that each takes (N,), and the seconds that it is thought to take (N,)."""
-
-    clients: np.ndarray
-    steps: np.ndarray
-    costs: np.ndarray
-
-    def of(self, some: np.ndarray) -> Work:
-        """The same of some of the clients: a mask (N,)."""
-        return Work(self.clients[some], self.steps[some], self.costs[some])
-
-    def cost(self, unit: Unit) -> float:
-        """How long a unit is thought to take."""
-        return sum(self._each[client] for client in unit)
-
-    @cached_property
-    def _each(self) -> dict[int, float]:
-        return dict(zip(self.clients.tolist(), self.costs.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -91,11 +69,6 @@ def packs(clients: np.ndarray, steps: np.ndarray, lanes: int) -> list[Unit]:
     members = lanes if lanes == 1 or len(clients) < ENOUGH * REFILLED * lanes else REFILLED * lanes
     cut = np.array_split(ordered, -(-len(ordered) // members)) if len(ordered) else []
     return [tuple(pack.tolist()) for pack in cut]
-
-
-def halves(pack: Unit) -> list[Unit]:
-    """A pack of two clients or more as two packs."""
-    return [pack[: len(pack) // 2], pack[len(pack) // 2 :]]
 
 
 @dataclass

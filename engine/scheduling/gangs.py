@@ -18,8 +18,9 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.config.federation import Federation
+from engine.messages.tasks import Place
 from engine.messages.wire import ShardedState, ShardSum, ShardTotals
-from engine.scheduling.placement import Place, asked_or_fitting, refuse_shared_gpus, slots_that_fit
+from engine.scheduling.placement import asked_or_fitting, refuse_shared_gpus, slots_that_fit
 from engine.scheduling.pool import Reference, Start
 from engine.scheduling.slots import Slots, Taken
 from engine.system.failures import LOST, ShardLost
@@ -102,7 +103,7 @@ class Gangs(Slots):
                 num_cpus=clients.num_cpus,
                 num_gpus=clients.num_gpus,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.groups[slot], rank),
-                runtime_env={"env_vars": rank_environment(self.federation)},
+                runtime_env={"env_vars": rank_environment(gpu=clients.num_gpus > 0)},
             )
             .remote(self.federation, self.memory, rank)
             for rank in range(self.zero.ranks)

@@ -7,9 +7,9 @@ import numpy as np
 import ray
 
 from datasets_partition.store.tokens import Tokens
-from engine.scheduling.dispatcher import Unit, Work
+from engine.messages.tasks import Place, Unit, Work
 from engine.scheduling.gangs import Gangs
-from engine.scheduling.placement import Place, slots_that_fit
+from engine.scheduling.placement import slots_that_fit
 from engine.scheduling.pool import Reference, Start
 from engine.scheduling.slots import Slots
 

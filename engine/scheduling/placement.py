@@ -1,17 +1,8 @@
 """How many slots the resources of Ray's nodes hold, and which of them may be one gang's."""
 
 import math
-from dataclasses import dataclass
 
 from engine.config.federation import Clients
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a slot runs: its Ray node, and the GPU that it shares (None on CPU)."""
-
-    node_id: str
-    gpu: str | None
 
 
 def slots_that_fit(clients: Clients, nodes: list[dict[str, float]]) -> int:

@@ -12,8 +12,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.config.federation import Federation
 from engine.messages.events import Fault
+from engine.messages.tasks import Place
 from engine.models.gpu_base import start_holder
-from engine.scheduling.placement import Place, asked_or_fitting, slots_that_fit
+from engine.scheduling.placement import asked_or_fitting, slots_that_fit
 from engine.system.failures import LOST, last_line, within
 from engine.workers.token_columns import Parts, put_tokens
 from engine.workers.worker import ClientActor

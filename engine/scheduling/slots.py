@@ -10,8 +10,9 @@ import ray
 
 from engine.aggregation.exact_sum import BLOCK, PartialSum, merge_parts
 from engine.config.federation import Federation
+from engine.messages.tasks import Unit, Work
 from engine.messages.wire import Report, ShardTotals
-from engine.scheduling.dispatcher import Done, Later, Pull, Unit, Work, Worked, packs
+from engine.scheduling.dispatcher import Done, Later, Pull, Worked, packs
 from engine.scheduling.pool import Pool, Reference
 from engine.system.atomic import write_folder
 from engine.system.failures import LOST, SlotSilent, within

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from engine.scheduling.dispatcher import Unit, halves
+from engine.messages.tasks import Unit, halves
 from engine.system.failures import last_line
 
 Result = TypeVar("Result")

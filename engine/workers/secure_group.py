@@ -17,8 +17,8 @@ from engine.aggregation.ring_encoding import figures_of, live_masks
 from engine.aggregation.ring_shard import RingShard
 from engine.aggregation.secure_clients import SecureClients
 from engine.config.federation import Federation
+from engine.messages.tasks import Unit
 from engine.messages.wire import DOWN, Report, Sent, WireAggregate, aggregate_from_wire
-from engine.scheduling.dispatcher import Unit
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Update
 from strategies.core.sharding import Partition

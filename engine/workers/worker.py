@@ -16,6 +16,7 @@ from engine.aggregation.exact_sum import ExactSum, NonFiniteUpdate, PartialSum, 
 from engine.aggregation.ring_encoding import noise, ring_vector
 from engine.aggregation.secure_clients import SecureClients
 from engine.config.federation import Federation
+from engine.messages.tasks import Place, Unit
 from engine.messages.wire import (
     DOWN,
     UP,
@@ -34,8 +35,6 @@ from engine.models.gpu_base import map_handle
 from engine.models.merged_base import merged_weights, use_weights
 from engine.objectives.sft import Sft
 from engine.records.client_state import ClientMemory, refuse_unseen
-from engine.scheduling.dispatcher import Unit
-from engine.scheduling.placement import Place
 from engine.system.allocator import use_large_pages
 from engine.system.page_protection import look_away, protect, release
 from engine.training.batching import steps_of

@@ -25,6 +25,7 @@ from engine.aggregation.exact_sum import LIMIT, ExactSum, NonFiniteUpdate, Parti
 from engine.aggregation.privacy_account import noisy
 from engine.aggregation.ring_encoding import live_masks
 from engine.config.federation import Federation
+from engine.messages.tasks import Place, Unit
 from engine.messages.wire import (
     DOWN,
     UP,
@@ -40,8 +41,6 @@ from engine.models.base_model import always_the_same_bits, load_tokenizer
 from engine.models.export import Sharded, sharded_files
 from engine.objectives.sft import Sft
 from engine.records.client_state import RANK, ClientMemory, refuse_unseen
-from engine.scheduling.dispatcher import Unit
-from engine.scheduling.placement import Place
 from engine.system import allocator as heap
 from engine.system.failures import LOST, GangLost, ShardLost, last_line
 from engine.system.rendezvous import meet
@@ -110,7 +109,8 @@ class Rank(SecureRank):
     def form(self, address: str, port: int, tokens: Path) -> tuple[Layout, Partition]:
         """Meets the other ranks at the first one's address and makes the model and its engine with them."""
         if not dist.is_initialized():
-            meet(self.rank, self.zero, address, port, self.socket, gpu=self.on_gpu)
+            zero = self.zero
+            meet(self.rank, zero.ranks, address, port, self.socket, timeout_s=zero.timeout_s, gpu=self.on_gpu)
         # Deepspeed chooses its accelerator when it is imported, and takes seconds for it.
         from engine.models.deepspeed_model import zero_model
         from engine.training.deepspeed_training import ZeroTrainer

@@ -14,11 +14,11 @@ from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
 from engine.messages.events import RoundDone
+from engine.messages.tasks import Unit
 from engine.messages.wire import WireBroadcast
 from engine.records.metrics import Faults, Ledger, Logs, Metrics
 from engine.rounds.round_loop import Rounds
 from engine.rounds.server import WholeServer
-from engine.scheduling.dispatcher import Unit
 from engine.scheduling.slots import Slots
 from engine.training.local_training import Job, LocalTrainer
 from engine.workers.worker import ClientActor
@@ -95,7 +95,7 @@ def null_recipe(folder: Path, clients: int, cohort: int, size_mb: float, slots: 
 
 def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
     """Plays null rounds in this process; ValueError where the model has not moved by exactly as much each round."""
-    from experiments.bench.results import memory
+    from experiments.preflight.processes import memory
 
     work = located(work)
     store = build_store(work)

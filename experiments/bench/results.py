@@ -1,17 +1,14 @@
 """What all benchmarks share: figures with their units, steps shown while they work, and results kept as Parquet."""
 
 import json
-import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,24 +42,6 @@ class Steps:
         """A line for one of many small steps, unless the last line is not old yet."""
         if time.monotonic() - self.said >= EVERY_S:
             self.say(step)
-
-
-def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` gives in a process of its own, whose memory and caches are nobody else's."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
-
-
-def memory(process: int | str = "self") -> dict[str, float]:
-    """Megabytes of a process by their names in /proc: all that is resident, its own, the most there was.
-
-    Nothing where there is no such process, or no /proc.
-    """
-    try:
-        lines = [line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines()]
-    except OSError:
-        return {}
-    return {line[0][:-1]: int(line[1]) / 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:", "VmHWM:")}
 
 
 def show_results(scenario: str, figures: dict[str, Figure], as_json: bool) -> Path:

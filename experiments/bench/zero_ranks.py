@@ -24,8 +24,8 @@ from engine.objectives.sft import Sft
 from engine.system import allocator as heap
 from engine.system.rendezvous import meet
 from engine.training.batching import batches
-from experiments.bench.results import memory
 from experiments.config.recipe import Recipe
+from experiments.preflight.processes import memory
 from strategies.core.seeds import rng, torch_seed
 
 LOOPBACK = "127.0.0.1"
@@ -95,7 +95,7 @@ def _rank(
     torch.set_num_threads(1)
     always_the_same_bits()
     listening = socket.create_server((LOOPBACK, port)) if rank == 0 else None
-    meet(rank, zero, LOOPBACK, port, listening, gpu=gpu)
+    meet(rank, zero.ranks, LOOPBACK, port, listening, timeout_s=zero.timeout_s, gpu=gpu)
     sender.send(work(rank, *arguments))
     dist.barrier()
 

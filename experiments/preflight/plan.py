@@ -21,8 +21,8 @@ from engine.config.train import AdamW, Sgd
 from engine.models.base_model import causal_config, with_adapters
 from engine.models.zero_limits import BUCKET, LIVE
 from engine.scheduling.placement import asked_or_fitting, slots_that_fit
-from experiments.bench.results import in_fresh_process, memory
 from experiments.config.recipe import Recipe
+from experiments.preflight.processes import in_fresh_process, memory
 
 GIB, FLOAT, GRID = 2**30, 4, 8
 SPARE = 0.9  # of a device's memory is counted on

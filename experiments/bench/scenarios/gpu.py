@@ -20,9 +20,10 @@ from engine.config.federation import Model
 from engine.models.base_model import with_adapters
 from experiments.bench.bare import compare
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
-from experiments.bench.results import Figure, Steps, in_fresh_process
+from experiments.bench.results import Figure, Steps
 from experiments.bench.scenarios.lora import CLIENTS, ROWS, STEPS
 from experiments.config.recipe import Recipe
+from experiments.preflight.processes import in_fresh_process
 from experiments.runs.api import ray_session
 
 LLAMA = {

@@ -25,7 +25,8 @@ from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens, tokenize
 from experiments.bench import against_flwr
-from experiments.bench.results import Figure, Steps, in_fresh_process, memory
+from experiments.bench.results import Figure, Steps
+from experiments.preflight.processes import in_fresh_process, memory
 from strategies.core.cohort import UniformCohort
 
 ROWS, WORDS, SEED = 10, 8, 1  # rows of a client, words of a row

@@ -5,8 +5,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from experiments.bench.null import NullRounds, null_recipe, play
-from experiments.bench.results import Figure, Steps, in_fresh_process
+from experiments.bench.results import Figure, Steps
 from experiments.bench.scenarios.partition import power
+from experiments.preflight.processes import in_fresh_process
 
 ROUNDS = 3
 COHORT, LARGE_COHORT = 1_000, 10_000

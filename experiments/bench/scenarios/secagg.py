@@ -19,9 +19,10 @@ import numpy as np
 
 import experiments
 from engine.records.metrics import read_log
-from experiments.bench.results import Figure, Steps, in_fresh_process, memory
+from experiments.bench.results import Figure, Steps
 from experiments.bench.secagg_session import SCALED, Played, play, session_of
 from experiments.config.recipe import RECIPES, parse_recipe
+from experiments.preflight.processes import in_fresh_process, memory
 from experiments.runs.api import Run, ray_session
 from strategies.secagg.masks import Masks
 from strategies.secagg.protocol import Phase

@@ -24,12 +24,13 @@ from engine.config.federation import Zero
 from engine.messages.events import Event, RoundDone
 from engine.messages.wire import ShardedState
 from engine.records.checkpoint import load_checkpoint
-from experiments.bench.results import Figure, Steps, memory
+from experiments.bench.results import Figure, Steps
 from experiments.bench.scenarios.lora import CLIENTS
 from experiments.bench.scenarios.lora import recipe as lora_recipe
 from experiments.bench.stored import stored_bytes
 from experiments.bench.zero_ranks import Bare, Work, bare, in_ranks, loaded
 from experiments.config.recipe import Recipe, parse_recipe, to_toml
+from experiments.preflight.processes import memory
 from experiments.runs.api import build_store, ray_session
 
 STAGES, RANKS = (1, 2, 3), 2

@@ -16,11 +16,11 @@ from datasets_partition.store.build import build
 from engine.aggregation.ring_encoding import ring_sums
 from engine.aggregation.secure_clients import Authority, SecureClients
 from engine.config.availability import DIED_WITH_SLOT, DRAWN, Availability
+from engine.messages.tasks import Work
 from engine.messages.wire import to_wire
 from engine.records.journal import Journal
 from engine.rounds.collectors import PlainCollector, SecureCollector
 from engine.rounds.secure_round import Relay, placement
-from engine.scheduling.dispatcher import Work
 from engine.scheduling.slots import Slots
 from engine.workers.worker import ClientActor
 from strategies.core.cohort import UniformCohort

@@ -8,9 +8,9 @@ import ray.cloudpickle
 import torch
 
 from datasets_partition.store.build import build
+from engine.messages.tasks import Work
 from engine.messages.wire import to_wire
 from engine.rounds.collectors import PlainCollector
-from engine.scheduling.dispatcher import Work
 from engine.scheduling.slots import Slots
 from engine.workers.worker import ClientActor
 from strategies.core.protocol import ServerState

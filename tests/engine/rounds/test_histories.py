@@ -13,11 +13,12 @@ import torch
 from engine.aggregation.ring_encoding import ring_vector
 from engine.aggregation.secure_clients import SecureClients
 from engine.config.availability import LEFT_OUT
+from engine.messages.tasks import Work
 from engine.messages.wire import DOWN, Report, WireBroadcast
 from engine.records.journal import Journal
 from engine.rounds.collectors import SecureCollector
 from engine.rounds.secure_round import Relay
-from engine.scheduling.dispatcher import Work, packs
+from engine.scheduling.dispatcher import packs
 from engine.system.failures import SlotSilent
 from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout

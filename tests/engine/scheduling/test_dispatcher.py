@@ -11,10 +11,11 @@ import ray
 
 from engine.aggregation.exact_sum import ExactSum, PartialSum
 from engine.messages.events import Fault
+from engine.messages.tasks import Work
 from engine.messages.wire import Report
 from engine.rounds.secure_round import placement
 from engine.scheduling.cost_model import Costs
-from engine.scheduling.dispatcher import ENOUGH, REFILLED, Pull, Work, packs
+from engine.scheduling.dispatcher import ENOUGH, REFILLED, Pull, packs
 from engine.scheduling.pool import MAX_DEATHS
 from engine.scheduling.slots import Slots
 

@@ -10,8 +10,8 @@ import ray.cloudpickle
 
 from datasets_partition.store.build import build
 from engine.aggregation import exact_sum as sums
+from engine.messages.tasks import Work
 from engine.messages.wire import WireBroadcast
-from engine.scheduling.dispatcher import Work
 from engine.scheduling.slots import Slots
 from engine.workers.worker import ClientActor
 

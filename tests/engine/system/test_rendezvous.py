@@ -8,7 +8,6 @@ import pytest
 import ray
 from torch.distributed import DistError
 
-from engine.config.federation import Zero
 from engine.system.rendezvous import meet, wait_for_the_first
 
 TIMEOUT_S = 5.0
@@ -18,7 +17,7 @@ ALONE = {"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
 def rank(rank: int, port: int) -> tuple[float, float, str]:
     """The first rank is late, and dies before it is there again; the other tells how long it waited, and what then."""
     listening = socket.create_server(("127.0.0.1", port)) if rank == 0 else None
-    meet(rank, Zero(stage=1, ranks=2, timeout_s=TIMEOUT_S), "127.0.0.1", port, listening, gpu=False)
+    meet(rank, 2, "127.0.0.1", port, listening, timeout_s=TIMEOUT_S, gpu=False)
     began = time.monotonic()
     if rank == 0:
         time.sleep(1.5 * TIMEOUT_S)
