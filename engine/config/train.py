@@ -10,6 +10,8 @@ import torch
 from pydantic import Field
 
 from engine.messages.checks import at_least, below_one
+from engine.objectives import Objectives
+from engine.objectives.sft import Sft
 
 NEEDS_MORE = {"LBFGS", "SparseAdam", "Muon"}  # a closure, sparse gradients, matrices: none of which a flat vector gives
 
@@ -94,7 +96,7 @@ class Train:
     or each client's is kept from round to round.
     """
 
-    objective: Literal["sft"] = "sft"
+    objective: Objectives = field(default_factory=Sft)
     optimizer: Annotated[AdamW | Sgd | TorchOptimizer, Field(discriminator="kind")] = field(default_factory=AdamW)
     over_rounds: Schedule = field(default_factory=Schedule)
     over_steps: Schedule = field(default_factory=Schedule)

@@ -31,7 +31,7 @@ from engine.scheduling.slots import Slots
 from engine.system.allocator import use_large_pages
 from engine.system.atomic import write_file
 from engine.system.failures import cause_of
-from engine.training.judging import as_text
+from engine.training.generation import as_text
 from engine.workers.worker import FLOAT_BYTES
 from strategies.core.protocol import ServerState, Strategy
 

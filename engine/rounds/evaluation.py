@@ -15,7 +15,8 @@ from engine.records.metrics import Ledger, Metrics
 from engine.scheduling.dispatcher import Later
 from engine.scheduling.pool import Reference
 from engine.scheduling.slots import Slots
-from engine.training.judging import ClientLoss, Prompt, mean_loss
+from engine.training.evaluation import ClientLoss, mean_loss
+from engine.training.generation import Prompt
 from strategies.core.seeds import rng
 
 SAMPLES, SAMPLE_TOKENS = 3, 40

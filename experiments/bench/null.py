@@ -46,7 +46,7 @@ class NullClient(ClientActor):
 
     def _trainer(self, pack: Unit, wire: WireBroadcast) -> LocalTrainer:
         plain = self.trainer
-        return NullTrainer(plain.trainable, plain.objective, plain.pad, plain.optimizer)
+        return NullTrainer(plain.trainable, plain.objective, plain.pad, plain.max_length, plain.optimizer)
 
 
 class NullSlots(Slots):

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from engine.config.federation import FullTuning, Lora, Model
-from engine.models.base_model import Trainable, load_tokenizer, map_base, read_base
+from engine.models.base_model import load_tokenizer, map_base, read_base
+from engine.models.trainable import Trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT sets it right for GPT-2
 NAMES = ["tied", "untied", "gpt2"]

@@ -13,21 +13,21 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from engine.config.federation import Federation, Lora, RankShare
 from engine.config.train import AdamW, Schedule, Sgd, TorchOptimizer, Train
-from engine.models.base_model import Trainable, map_base, read_base
-from engine.objectives.sft import Sft
-from engine.training.lanes import PackTrainer
+from engine.models.base_model import map_base, read_base
+from engine.models.trainable import Trainable
+from engine.training.lanes import LaneTrainer
 from engine.training.local_training import Job, LocalTrainer
 from strategies import Strategies
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.fedprox import FedProx
 from strategies.averaging.scaffold import Scaffold
-from strategies.core.protocol import Broadcast, Memory, Update
+from strategies.core.protocol import Memory, Update
 from strategies.lora.hetlora import HetLora
 
 LANES, CLIENTS = 3, 7
 EPOCHS = Train(epochs=2, batch=2, optimizer=AdamW(lr=1e-2, eps=1e-6))
 LORA = Lora(r=4, alpha=8)
-Made = tuple[LocalTrainer, PackTrainer]
+Made = tuple[LocalTrainer, LaneTrainer]
 Pair = Callable[..., Made]
 
 PLAIN = [rule for rule in get_args(Strategies)]
@@ -49,8 +49,8 @@ def pair(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Pair:
         network = map_base(packed, torch.from_numpy(buffer))
         network = network.double() if double else network
         trainable = Trainable(network, federation.model, 3)
-        alone = LocalTrainer.of(trainable, Sft(64), 0, federation.train)
-        return alone, PackTrainer(alone, LANES, federation.train)
+        alone = LocalTrainer.of(trainable, 0, federation.train)
+        return alone, LaneTrainer(alone, LANES, federation.train)
 
     return made
 
@@ -240,15 +240,15 @@ def test_nothing_of_a_pack_stays_in_the_model(pair: Pair, packed: Any, rows: pa.
     federation = packed()
     alone, pack = pair(federation)
     some = jobs(alone, federation, rows)
-    before = alone.nll(rows, 4)
+    before = alone.heldout(rows, 4)
     broken = replace(
-        some[-1], got=Broadcast(2, torch.full_like(some[-1].got.params, float("nan")), layout=some[-1].got.layout)
+        some[-1], broadcast=replace(some[-1].broadcast, params=torch.full_like(some[-1].broadcast.params, float("nan")))
     )
     found = pack.updates([*some[:-1], broken], federation)
     the_same(found[:-1], one_by_one(alone, some[:-1], federation), 1e-10)  # NaN stays in its own lane
     assert found[-1][0].delta.isnan().any()
     alone.trainable.flat.data.copy_(alone.trainable.initial)
-    assert alone.nll(rows, 4) == before
+    assert alone.heldout(rows, 4) == before
     assert not any("forward" in vars(module) for module in alone.trainable.network.modules())
 
 
@@ -256,9 +256,9 @@ def test_a_base_that_drops_activations_is_refused(bases: dict[str, Path], packed
     federation = packed()
     packed_base, buffer = read_base(replace(federation.model, base=str(bases["gpt2"])))
     trainable = Trainable(map_base(packed_base, torch.from_numpy(buffer)), federation.model, 3)
-    alone = LocalTrainer.of(trainable, Sft(64), 0, federation.train)
-    with pytest.raises(ValueError, match=r"pdrop = 0.1 in its config.json.*set clients.pack = 1"):
-        PackTrainer(alone, LANES, federation.train)
+    alone = LocalTrainer.of(trainable, 0, federation.train)
+    with pytest.raises(ValueError, match=r"pdrop = 0.1 in its config.json.*set clients.lanes = 1"):
+        LaneTrainer(alone, LANES, federation.train)
 
 
 def test_embeddings_do_not_pack(pair: Pair, packed: Any) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.federation import Evaluate, Federation, Lora
-from engine.training.judging import ClientLoss, client_loss, continuations, drawn_rows, mean_loss
+from engine.training.evaluation import ClientLoss, client_loss, drawn_rows, mean_loss
+from engine.training.generation import continuations
 from engine.training.local_training import LocalTrainer
 
 MakeTrainer = Callable[[Federation], LocalTrainer]
