@@ -109,8 +109,7 @@ def step_loss(totals: Mapping[str, torch.Tensor], counts: Mapping[str, float]) -
 
 def require_provided(objective: Objective) -> None:
     """Raises RunError if the objective needs what trainers cannot give."""
-    if missing := sorted(objective.needs - PROVIDED):
+    if missing := " and a ".join(sorted(objective.needs - PROVIDED)):
         raise RunError(
-            f"train.objective = {objective.kind!r} needs a {' and a '.join(missing)}, which fedpost does not provide "
-            f"yet: choose another objective"
+            f'train.objective = "{objective.kind}" needs a {missing}, which fedpost does not have yet: choose another'
         )

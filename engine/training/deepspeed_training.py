@@ -186,8 +186,7 @@ class ZeroTrainer:
             totals = {name: term.total() for name, term in terms.items()}
             loss = reduce(add, (total * (share * self.ranks / counts[name]) for name, total in totals.items()))
             self.engine.backward(loss, scale_wrt_gas=False)
-            if share:
-                client.add(totals)
+            client.add({name: total * share for name, total in totals.items()})
 
     def correct(self, lane: int, correct: Correct) -> None:
         """Applies a correction to this rank's shard of the gradient."""

@@ -10,7 +10,7 @@ from engine.config.federation import Evaluate
 from strategies.core.seeds import rng
 
 
-class Judge(Protocol):
+class Evaluator(Protocol):
     """A trainer that evaluates the vector now in its model."""
 
     def heldout(self, rows: pa.RecordBatch, batch: int) -> tuple[float, int]:
@@ -34,7 +34,7 @@ def drawn_rows(rows: int, client: int, evaluate: Evaluate, seed: int) -> np.ndar
     return np.sort(rng(seed, 0, client, "evaluate").choice(rows, evaluate.rows, replace=False))
 
 
-def client_loss(trainer: Judge, client: int, rows: pa.RecordBatch, evaluate: Evaluate, seed: int) -> ClientLoss:
+def client_loss(trainer: Evaluator, client: int, rows: pa.RecordBatch, evaluate: Evaluate, seed: int) -> ClientLoss:
     """Evaluates the vector now in the model on a client's held-out rows.
 
     A batch holds rows of one client only, so that the bits do not depend on which clients a slot evaluates.

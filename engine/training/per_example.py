@@ -66,12 +66,8 @@ class PrivateTrainer:
         _refuse_ties(plain.trainable.network)
         self.plain, self.plan = plain, plan
         self.trainable, self.objective, self.optimizer = plain.trainable, plain.objective, plain.optimizer
-        self.device, self.mean_loss, self.correct, self.summed = (
-            plain.device,
-            plain.mean_loss,
-            plain.correct,
-            plain.summed,
-        )
+        self.device, self.mean_loss = plain.device, plain.mean_loss
+        self.correct, self.summed = plain.correct, plain.summed
         self.words: Words | None = None
         self.live: Mask | None = None
         self._hooks: Any = None

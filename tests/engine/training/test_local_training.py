@@ -23,8 +23,8 @@ NAMES = ["adamw", "sgd with momentum", "sgd"]
 
 
 def trained(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, client: int = 1) -> Update:
-    got = Broadcast(2, start_of(trainer))
-    return trainer.updates([Job(client, rows, 0.5, got, {})], federation)[0][0]
+    broadcast = Broadcast(2, start_of(trainer))
+    return trainer.updates([Job(client, rows, 0.5, broadcast, {})], federation)[0][0]
 
 
 def start_of(trainer: LocalTrainer) -> torch.Tensor:
@@ -172,12 +172,12 @@ def test_training_leaves_the_broadcast_as_it_was(
 ) -> None:
     federation = training(Train(steps=3, batch=2))
     trainer = make_trainer(federation)
-    got = Broadcast(0, start_of(trainer))
-    before = got.params.clone()
-    update, _ = trainer.updates([Job(1, rows, 0.5, got, {})], federation)[0]
-    assert torch.equal(got.params, before)
+    broadcast = Broadcast(0, start_of(trainer))
+    before = broadcast.params.clone()
+    update, _ = trainer.updates([Job(1, rows, 0.5, broadcast, {})], federation)[0]
+    assert torch.equal(broadcast.params, before)
     kept = update.delta.clone()
-    trainer.updates([Job(2, rows, 0.5, got, {})], federation)[0]
+    trainer.updates([Job(2, rows, 0.5, broadcast, {})], federation)[0]
     assert torch.equal(update.delta, kept), "an update is its own memory"
 
 

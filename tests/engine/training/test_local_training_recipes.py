@@ -31,11 +31,11 @@ def trained(
     make_trainer: MakeTrainer,
     federation: Federation,
     rows: pa.RecordBatch,
-    got: Broadcast | None = None,
+    broadcast: Broadcast | None = None,
     **memory: Memory,
 ) -> tuple[Update, Memory]:
     trainer = make_trainer(federation)
-    return trainer.updates([Job(1, rows, 0.5, got or started(trainer), memory.get("memory", {}))], federation)[0]
+    return trainer.updates([Job(1, rows, 0.5, broadcast or started(trainer), memory.get("memory", {}))], federation)[0]
 
 
 def test_rows_in_pieces_make_the_step_of_all_at_once(
@@ -55,10 +55,10 @@ def test_a_schedule_over_rounds_is_a_learning_rate_of_the_round(
     falling = Train(steps=2, batch=2, optimizer=Sgd(lr=0.1), over_rounds=Schedule(kind="linear"))
     federation = replace(training(falling), rounds=4)
     trainer = make_trainer(federation)
-    got = started(trainer, round_=3)  # a quarter of the rate is left
-    update, _ = trainer.updates([Job(1, rows, 0.5, got, {})], federation)[0]
+    broadcast = started(trainer, round_=3)  # a quarter of the rate is left
+    update, _ = trainer.updates([Job(1, rows, 0.5, broadcast, {})], federation)[0]
     quarter = replace(training(Train(steps=2, batch=2, optimizer=Sgd(lr=0.025))), rounds=4)
-    assert torch.equal(update.delta, trained(make_trainer, quarter, rows, got)[0].delta)
+    assert torch.equal(update.delta, trained(make_trainer, quarter, rows, broadcast)[0].delta)
     assert update.metrics["rates"] == pytest.approx(2 * 0.025)
 
 
@@ -94,7 +94,10 @@ def test_a_client_of_a_lower_rank_trains_with_its_own_scale(
     for pair in trainer.trainable.layout.lora_pairs(full.params):
         pair.a_RI[2:], pair.b_OR[:, 2:] = 0, 0
     low = replace(full, rank=2)
-    updates = {got.rank: trainer.updates([Job(1, rows, 0.5, got, {})], federation)[0][0] for got in (full, low, full)}
+    updates = {
+        broadcast.rank: trainer.updates([Job(1, rows, 0.5, broadcast, {})], federation)[0][0]
+        for broadcast in (full, low, full)
+    }
     for pair in trainer.trainable.layout.lora_pairs(updates[2].delta):
         assert not pair.a_RI[2:].any() and not pair.b_OR[:, 2:].any() and pair.b_OR[:, :2].any()
     assert updates[2].metrics["loss"] != updates[None].metrics["loss"]
