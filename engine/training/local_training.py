@@ -18,7 +18,7 @@ from engine.training.batching import batches, pieces
 from engine.training.optimizers import clip, make_optimizer
 from engine.training.step_loop import Correct, Progress, Trained, Training, take_steps
 from strategies.averaging.fedavg import FedAvg
-from strategies.core.protocol import GLOBAL, Broadcast, Memory, Strategy, Update, Vector
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Strategy, Update, Vector
 from strategies.core.seeds import rng, seed_torch, torch_seed
 
 
@@ -30,7 +30,7 @@ class Job:
     rows: pa.RecordBatch
     weight: float
     broadcast: Broadcast
-    state: Memory
+    state: ClientState
 
 
 class Trainer(Protocol):
@@ -49,7 +49,7 @@ class Trainer(Protocol):
 
 def client_updates(
     trainer: Trainer, jobs: list[Job], federation: Federation, *, lent: bool = False
-) -> list[tuple[Update, Memory]]:
+) -> list[tuple[Update, ClientState]]:
     """Trains the clients; returns each one's update, as its strategy finishes it, and its new client state.
 
     With `lent` the update of a single job may lie in the trainer's memory, where it lasts until the next call. Metrics
@@ -101,7 +101,7 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
     }
 
 
-def _correction(strategy: Strategy, broadcast: Broadcast, state: Memory, run: str) -> Correct | None:
+def _correction(strategy: Strategy, broadcast: Broadcast, state: ClientState, run: str) -> Correct | None:
     """Returns the strategy's correction of gradients; None if it has none, which saves gangs copies."""
     if type(strategy).correct is FedAvg.correct:
         return None
@@ -113,9 +113,9 @@ def _finished(
     sent: Broadcast,
     ends: dict[str, Vector],
     metrics: dict[str, float],
-    moments: Memory,
+    moments: ClientState,
     federation: Federation,
-) -> tuple[Update, Memory]:
+) -> tuple[Update, ClientState]:
     on_cpu = {name: end.cpu() for name, end in ends.items()}
     delta = on_cpu.pop(GLOBAL)
     update = Update(job.client, job.weight, delta, metrics=metrics)

@@ -10,7 +10,7 @@ import torch
 
 from engine.config.train import AdamW, Sgd, TorchOptimizer
 from engine.messages.errors import RunError
-from strategies.core.protocol import Memory
+from strategies.core.protocol import ClientState
 
 
 def make_optimizer(
@@ -62,14 +62,14 @@ def _starts_from_zeros(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.AdamW)
 
 
-def kept(optimizer: torch.optim.Optimizer, lane: int = 0) -> Memory:
+def kept(optimizer: torch.optim.Optimizer, lane: int = 0) -> ClientState:
     """Returns a copy of a lane's optimizer state, for the client state."""
     (flat,) = optimizer.param_groups[lane]["params"]
     state = optimizer.state.get(flat, {})
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
-def restore(optimizer: torch.optim.Optimizer, state: Memory, lane: int = 0) -> None:
+def restore(optimizer: torch.optim.Optimizer, state: ClientState, lane: int = 0) -> None:
     """Loads a state from `kept` into a lane; an empty one resets the lane."""
     reset(optimizer, lane)
     group = optimizer.param_groups[lane]

@@ -17,7 +17,7 @@ import torch
 from engine.config.train import Train
 from engine.training.batching import steps_of
 from engine.training.optimizers import kept, move, restore
-from strategies.core.protocol import Mask, Memory, Vector
+from strategies.core.protocol import ClientState, Mask, Vector
 
 Correct = Callable[[torch.Tensor, torch.Tensor], None]  # changes gradients (K, P), given the vectors (K, P)
 
@@ -40,7 +40,7 @@ class Training:
     rank: int | None = None
     correct: Correct | None = None
     rate: float = 1.0
-    moments: Memory | None = None
+    moments: ClientState | None = None
     less: Vector | None = None
     live: Mask | None = None
 
@@ -51,7 +51,7 @@ class Trained:
 
     end: Vector
     metrics: dict[str, float]
-    moments: Memory
+    moments: ClientState
 
 
 @dataclass

@@ -18,7 +18,7 @@ from engine.training.evaluation import ClientLoss, client_loss
 from engine.training.generation import Prompt, continuations
 from engine.training.local_training import LocalTrainer
 from engine.training.step_loop import Training
-from strategies.core.protocol import Broadcast, Memory
+from strategies.core.protocol import Broadcast, ClientState
 from strategies.core.seeds import rng, torch_seed
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ class Judge:
         peft = self.federation.model.peft
         return peft.rank_of(client, self.federation.seed) if isinstance(peft, Lora) else None
 
-    def _remembered(self, client: int, round_: int) -> Memory:
-        return self.memory.read(client, round_) if self.federation.remembers else {}
+    def _remembered(self, client: int, round_: int) -> ClientState:
+        return self.memory.read(client, round_) if self.federation.keeps_state else {}
 
     def _become(self, params: np.ndarray) -> None:
         self.trainer.trainable.set_rank(None)

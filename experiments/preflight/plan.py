@@ -104,7 +104,7 @@ def slot_need(found: Sizes, recipe: Recipe, process: float) -> Need:
 
     In packs, there are such vectors for each lane, beside those of a client alone. A pack of "auto" counts as 1.
     """
-    trained, lanes = found.trained * FLOAT, recipe.clients.pack if isinstance(recipe.clients.pack, int) else 1
+    trained, lanes = found.trained * FLOAT, recipe.clients.lanes if isinstance(recipe.clients.lanes, int) else 1
     vectors = 1 if lanes == 1 else 1 + lanes
     return Need(
         found.parameters * found.itemsize + vectors * trained,

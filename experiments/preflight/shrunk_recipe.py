@@ -87,7 +87,7 @@ def _clients(clients: Clients) -> Clients:
         clients,
         slots=slots if zero is None else 1,
         threads=1,
-        pack=clients.pack if clients.pack == "auto" else min(clients.pack, SLOTS),
+        lanes=clients.lanes if clients.lanes == "auto" else min(clients.lanes, SLOTS),
         availability=left,
         min_share=0.0,  # of so few clients the first that drops out is a large one
         zero=zero,

@@ -21,7 +21,7 @@ from strategies import Strategies
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.fedprox import FedProx
 from strategies.averaging.scaffold import Scaffold
-from strategies.core.protocol import Memory, Update
+from strategies.core.protocol import ClientState, Update
 from strategies.lora.hetlora import HetLora
 
 LANES, CLIENTS = 3, 7
@@ -63,7 +63,7 @@ def lane_recipe(federation: Federation) -> Callable[..., Federation]:
     return made
 
 
-def jobs(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, **memory: Memory) -> list[Job]:
+def jobs(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, **client_state: ClientState) -> list[Job]:
     """Clients of one to five rows, in no order, each with a vector of the client's rank."""
     layout, peft = trainer.trainable.layout, federation.model.peft
     assert isinstance(peft, Lora)
@@ -77,20 +77,22 @@ def jobs(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, **
         state = federation.strategy.init(start, layout)
         broadcast = replace(federation.strategy.broadcast(state), round=2, layout=layout, rank=rank)
         part = rows.slice(client % 3, 1 + (3 * client) % 5)
-        made.append(Job(client, part, 0.5, broadcast, memory.get(f"of_{client}", {})))
+        made.append(Job(client, part, 0.5, broadcast, client_state.get(f"of_{client}", {})))
     return made
 
 
-def one_by_one(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, Memory]]:
+def one_by_one(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, ClientState]]:
     return [trainer.updates([job], federation)[0] for job in some]
 
 
-def the_same(results: list[tuple[Update, Memory]], expected: list[tuple[Update, Memory]], within: float) -> None:
-    for (update, memory), (other, remembered) in zip(results, expected, strict=True):
+def the_same(
+    results: list[tuple[Update, ClientState]], expected: list[tuple[Update, ClientState]], within: float
+) -> None:
+    for (update, client_state), (other, remembered) in zip(results, expected, strict=True):
         assert update.client == other.client and other.delta.abs().max() > 1e-4
         assert (update.delta - other.delta).abs().max() <= within
-        assert update.extras.keys() == other.extras.keys() and memory.keys() == remembered.keys()
-        for name, tensor in (update.extras | memory).items():
+        assert update.extras.keys() == other.extras.keys() and client_state.keys() == remembered.keys()
+        for name, tensor in (update.extras | client_state).items():
             torch.testing.assert_close(tensor, (other.extras | remembered)[name], rtol=0, atol=within)
         assert update.metrics == pytest.approx(other.metrics, rel=max(within, 1e-9))
 
@@ -114,12 +116,12 @@ def test_a_client_is_the_same_as_alone(pair: Pair, lane_recipe: Any, rows: pa.Re
     the_same(one_by_one(alone, some, federation), expected, 0)
 
 
-def lent(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, Memory]]:
+def lent(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, ClientState]]:
     """Each client's update as a slot takes it, which copies it before the next client."""
     results = []
     for job in some:
-        ((update, memory),) = trainer.updates([job], federation, lent=True)
-        results.append((replace(update, delta=update.delta.clone()), memory))
+        ((update, client_state),) = trainer.updates([job], federation, lent=True)
+        results.append((replace(update, delta=update.delta.clone()), client_state))
     return results
 
 
@@ -159,10 +161,10 @@ def test_in_single_precision_it_is_nearly_the_same(
     alone, lanes = pair(federation, double=False)
     some = jobs(alone, federation, rows)
     results, expected = lanes.updates(some, federation), one_by_one(alone, some, federation)
-    for (update, memory), (other, remembered) in zip(results, expected, strict=True):
+    for (update, client_state), (other, remembered) in zip(results, expected, strict=True):
         assert (update.delta - other.delta).abs().max() <= 1e-5
         for name, tensor in (other.extras | remembered).items():
-            torch.testing.assert_close((update.extras | memory)[name], tensor, rtol=0, atol=1e-5 / 1e-2)
+            torch.testing.assert_close((update.extras | client_state)[name], tensor, rtol=0, atol=1e-5 / 1e-2)
         assert update.metrics == pytest.approx(other.metrics, rel=1e-5)
 
 
@@ -190,17 +192,19 @@ def test_every_strategy_allows_lanes(pair: Pair, lane_recipe: Any, rows: pa.Reco
     alone, lanes = pair(federation)
     first = jobs(alone, federation, rows)
     expected = one_by_one(alone, first, federation)
-    for (update, memory), (other, remembered) in zip(lent(alone, first, federation), expected, strict=True):
+    for (update, client_state), (other, remembered) in zip(lent(alone, first, federation), expected, strict=True):
         assert torch.equal(update.delta, other.delta)
-        assert all(torch.equal((update.extras | memory)[name], it) for name, it in (other.extras | remembered).items())
-    assert not rule().remembers or any(memory for _, memory in expected)
-    second = jobs(alone, federation, rows, **{f"of_{update.client}": memory for update, memory in expected})
+        assert all(
+            torch.equal((update.extras | client_state)[name], it) for name, it in (other.extras | remembered).items()
+        )
+    assert not rule().keeps_state or any(client_state for _, client_state in expected)
+    second = jobs(alone, federation, rows, **{f"of_{update.client}": client_state for update, client_state in expected})
     for some in (first, second):
         results, wanted = lanes.updates(some, federation), one_by_one(alone, some, federation)
-        for (update, memory), (other, remembered) in zip(results, wanted, strict=True):
+        for (update, client_state), (other, remembered) in zip(results, wanted, strict=True):
             torch.testing.assert_close(update.delta, other.delta, rtol=0, atol=1e-10)
             for name, tensor in (other.extras | remembered).items():
-                torch.testing.assert_close((update.extras | memory)[name], tensor, rtol=1e-8, atol=1e-10)
+                torch.testing.assert_close((update.extras | client_state)[name], tensor, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(lr=1e-2, eps=1e-6), Sgd(lr=0.1, momentum=0.9)], ids=["adamw", "momentum"])
@@ -210,7 +214,7 @@ def test_an_optimizers_state_is_each_clients_own(
     federation = lane_recipe(replace(EPOCHS, optimizer=optimizer, state="keep"))
     alone, lanes = pair(federation)
     first = jobs(alone, federation, rows)
-    remembered = {f"of_{update.client}": memory for update, memory in one_by_one(alone, first, federation)}
+    remembered = {f"of_{update.client}": client_state for update, client_state in one_by_one(alone, first, federation)}
     second = jobs(alone, federation, rows, **remembered)
     results, expected = lanes.updates(second, federation), one_by_one(alone, second, federation)
     the_same(results, expected, 1e-10)

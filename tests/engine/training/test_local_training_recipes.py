@@ -13,7 +13,7 @@ from engine.config.train import AdamW, Schedule, Sgd, Train
 from engine.objectives.token_batch import token_losses
 from engine.training.local_training import Job, LocalTrainer
 from strategies.averaging.qfedavg import QFedAvg
-from strategies.core.protocol import Broadcast, Memory, Update
+from strategies.core.protocol import Broadcast, ClientState, Update
 from strategies.personalized.ditto import Ditto
 
 Training = Callable[..., Federation]
@@ -32,10 +32,12 @@ def trained(
     federation: Federation,
     rows: pa.RecordBatch,
     broadcast: Broadcast | None = None,
-    **memory: Memory,
-) -> tuple[Update, Memory]:
+    **client_state: ClientState,
+) -> tuple[Update, ClientState]:
     trainer = make_trainer(federation)
-    return trainer.updates([Job(1, rows, 0.5, broadcast or started(trainer), memory.get("memory", {}))], federation)[0]
+    return trainer.updates(
+        [Job(1, rows, 0.5, broadcast or started(trainer), client_state.get("client_state", {}))], federation
+    )[0]
 
 
 def test_rows_in_pieces_make_the_step_of_all_at_once(
@@ -73,11 +75,11 @@ def test_a_client_goes_on_with_its_optimizer(
 ) -> None:
     kept = training(Train(steps=2, batch=5, optimizer=AdamW(lr=1e-2), state="keep", clip=0))
     trainer = make_trainer(kept)
-    first, memory = trainer.updates([Job(1, rows, 0.5, started(trainer), {})], kept)[0]
-    assert {name.split(".")[2] for name in memory} == {"step", "exp_avg", "exp_avg_sq"}
+    first, client_state = trainer.updates([Job(1, rows, 0.5, started(trainer), {})], kept)[0]
+    assert {name.split(".")[2] for name in client_state} == {"step", "exp_avg", "exp_avg_sq"}
     trainer.updates([Job(2, rows.slice(0, 2), 0.5, started(trainer), {})], kept)[0]  # the slot becomes somebody else
     between = replace(started(trainer), params=started(trainer).params + first.delta)
-    second, _ = trainer.updates([Job(1, rows, 0.5, between, memory)], kept)[0]
+    second, _ = trainer.updates([Job(1, rows, 0.5, between, client_state)], kept)[0]
     # All five rows are in each step, so that only the order within a batch differs from four steps at a stretch.
     through, _ = trained(make_trainer, training(Train(steps=4, batch=5, optimizer=AdamW(lr=1e-2), clip=0)), rows)
     torch.testing.assert_close(first.delta + second.delta, through.delta, rtol=0, atol=1e-5)
@@ -109,13 +111,13 @@ def test_a_personal_run_is_trained_beside_the_global_one(
 ) -> None:
     train = Train(steps=3, batch=2, optimizer=Sgd(lr=0.1))
     plain, nothing = trained(make_trainer, training(train), rows)
-    ditto, memory = trained(make_trainer, training(train, strategy=Ditto(lam=0.5)), rows)
+    ditto, client_state = trained(make_trainer, training(train, strategy=Ditto(lam=0.5)), rows)
     assert torch.equal(ditto.delta, plain.delta) and ditto.metrics == plain.metrics
-    assert nothing == {} and set(memory) == {"strategy.personal"}
+    assert nothing == {} and set(client_state) == {"strategy.personal"}
     tighter = trained(make_trainer, training(train, strategy=Ditto(lam=5.0)), rows)[1]
-    assert not torch.equal(memory["strategy.personal"], tighter["strategy.personal"])
+    assert not torch.equal(client_state["strategy.personal"], tighter["strategy.personal"])
     trainer = make_trainer(training(train))
-    assert not torch.equal(memory["strategy.personal"], started(trainer).params + plain.delta)
+    assert not torch.equal(client_state["strategy.personal"], started(trainer).params + plain.delta)
 
 
 def test_the_loss_before_is_that_of_all_rows(
