@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from engine.config.federation import Lora, Model
+from engine.config.sections import Lora, Model
 from engine.messages.errors import RunError
 
 if TYPE_CHECKING:

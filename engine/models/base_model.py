@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from engine.config.federation import Model
+from engine.config.sections import Model
 from engine.messages.errors import RunError
 
 if TYPE_CHECKING:

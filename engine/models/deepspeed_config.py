@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from engine.config.federation import Model, Zero
+from engine.config.sections import Model, Zero
 
 # Elements that deepspeed may hold at once. Its defaults are made for large devices.
 BUCKET = 5_000_000  # of gradients that are reduced together; the default of 5e8 takes 2 GB a rank

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save, save_file
 
-from engine.config.federation import Model
+from engine.config.sections import Model
 from engine.models.adapters import is_transposed, lora_config
 from engine.models.trainable import Trainable
 from strategies.core.layout import Layout

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from engine.config.federation import Lora, Model
+from engine.config.sections import Lora, Model
 from engine.models.adapters import with_adapters
 from strategies.core.layout import Layout
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from engine.aggregation.exact_sum import NonFiniteUpdate
-from engine.config.federation import Model, Zero
+from engine.config.sections import Model, Zero
 from engine.config.train import Train
 from engine.models.deepspeed_config import ds_config
 from engine.models.deepspeed_model import shape_of, trained_layout

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from engine.config.federation import Evaluate
+from engine.config.sections import Evaluate
 from strategies.core.seeds import rng
 
 

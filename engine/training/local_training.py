@@ -17,7 +17,6 @@ from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
 from engine.training.batching import batches, pieces
 from engine.training.optimizers import clip, make_optimizer
 from engine.training.step_loop import Correct, Progress, Trained, Training, take_steps
-from strategies.averaging.fedavg import FedAvg
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Strategy, Update, Vector
 from strategies.core.seeds import rng, seed_torch, torch_seed
 
@@ -103,7 +102,7 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
 
 def _correction(strategy: Strategy, broadcast: Broadcast, state: ClientState, run: str) -> Correct | None:
     """Returns the strategy's correction of gradients; None if it has none, which saves gangs copies."""
-    if type(strategy).correct is FedAvg.correct:
+    if not strategy.corrects:
         return None
     return lambda grad_KP, params_KP: strategy.correct(grad_KP, params_KP, broadcast, state, run)
 

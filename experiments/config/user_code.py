@@ -92,8 +92,8 @@ def _made(place: str, given: dict[str, Any], methods: Place) -> Any:
     if missing:
         raise ValueError(
             f"{place}.kind names {given['kind']!r}, which has no {', '.join(missing)}: extend "
-            f"strategies.averaging.fedavg.FedAvg (a default for each), and try it by `fedpost strategies --check "
-            f"{given['kind']}`"
+            f"strategies.core.base.Rule (a default for everything but apply), and try it by `fedpost strategies "
+            f"--check {given['kind']}`"
         )
     keys = {key: value for key, value in given.items() if key != "kind"}
     try:

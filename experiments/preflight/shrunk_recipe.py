@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.parquet_files import ParquetFiles
 from datasets_partition.store.splits import Splits
-from engine.config.federation import Clients, Evaluate
+from engine.config.sections import Clients, Evaluate
 from engine.config.train import Train
 from experiments.config.recipe import Data, Recipe
 from strategies import Cohorts

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from engine.config.federation import FullTuning, Lora, Model
+from engine.config.sections import FullTuning, Lora, Model
 from engine.models.base_model import load_tokenizer, map_base, read_base
 from engine.models.trainable import Trainable
 

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import tomli_w
 
-from engine.config.federation import FullTuning, Lora
+from engine.config.sections import FullTuning, Lora
 from engine.config.train import AdamW, Sgd
 from experiments.config.recipe import RECIPES, Recipe, load_recipe, located, parse_recipe, schema, to_toml
 from strategies.averaging.fedavg import FedAvg
