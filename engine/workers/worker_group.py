@@ -22,8 +22,8 @@ from ray.exceptions import ObjectLostError
 
 from datasets_partition.store.tokens import Tokens
 from engine.aggregation.exact_sum import LIMIT, ExactSum, NonFiniteUpdate, PartialSum, finite_bound
-from engine.aggregation.privacy_account import noisy
 from engine.aggregation.ring_encoding import live_masks
+from engine.aggregation.server_step import noisy
 from engine.config.federation import Federation
 from engine.messages.tasks import Place, Unit
 from engine.messages.wire import (

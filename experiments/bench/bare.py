@@ -31,7 +31,6 @@ from engine.training.optimizers import make_optimizer
 from engine.workers.token_columns import token_columns
 from experiments.config.recipe import Recipe, located
 from experiments.runs.api import build_store
-from strategies.core.protocol import ServerState
 from strategies.core.seeds import rng, torch_seed
 
 PROCESSES = 2
@@ -84,10 +83,10 @@ def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compare
     engine_s = [row["value"] for row in rows if row["name"] == "round_s"]
     tokens = [row["value"] for row in rows if row["name"] == "tokens" and row["split"] == "train"]
     first = load_checkpoint(run.folder / "checkpoints", 1)
-    assert first is not None and isinstance(first.state, ServerState)
-    (bare_P,) = states
-    apart = gate(first.state.params, bare_P, tolerance)
-    share = float((first.state.params - bare_P).norm() / (bare_P - start_P).norm())
+    assert first is not None
+    (bare_P,), first_P = states, first.state.parts[0].params
+    apart = gate(first_P, bare_P, tolerance)
+    share = float((first_P - bare_P).norm() / (bare_P - start_P).norm())
     return Compared(engine_s, seconds, statistics.mean(tokens), apart, share)
 
 

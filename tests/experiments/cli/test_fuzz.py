@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from engine.messages.events import Fault
+from engine.messages.wire import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint, save_checkpoint
 from engine.records.metrics import Faults, Ledger, Metrics
 from strategies.core.protocol import ServerState
@@ -71,7 +72,8 @@ def _write_run(folder: Path) -> None:
 def test_any_other_bit_of_a_checkpoint_is_found(tmp_path: Path, full: bool) -> None:
     both, alone = tmp_path / "both", tmp_path / "alone"
     values = {round_: torch.linspace(-1, round_, 5) for round_ in (1, 2)}
-    whole = {round_: Saved(ServerState(round_, v, {"m": v * v}), 12.5) for round_, v in values.items()}
+    states = {round_: ServerState(round_, v, {"m": v * v}) for round_, v in values.items()}
+    whole = {round_: Saved(ShardedState(round_, (state,)), 12.5) for round_, state in states.items()}
     for saved in whole.values():
         save_checkpoint(both, saved, keep=2)
     shutil.copytree(both / "00002", alone / "00002")
@@ -84,9 +86,9 @@ def test_any_other_bit_of_a_checkpoint_is_found(tmp_path: Path, full: bool) -> N
                 for folder in (both, alone):
                     (folder / "00002" / name).write_bytes(changed)
                 cases += 1
-                found = load_checkpoint(both)
-                assert found is not None and _same(found, whole[found.state.round]), (name, at, bit)
-                if found.state.round == 1:
+                loaded = load_checkpoint(both)
+                assert loaded is not None and _same(loaded, whole[loaded.state.round]), (name, at, bit)
+                if loaded.state.round == 1:
                     with pytest.raises(ValueError, match="cannot be read"):
                         load_checkpoint(alone)
         for folder in (both, alone):
@@ -94,7 +96,8 @@ def test_any_other_bit_of_a_checkpoint_is_found(tmp_path: Path, full: bool) -> N
     assert cases > (3000 if full else 400)
 
 
-def _same(one: Saved, other: Saved) -> bool:
-    tensors = [[saved.state.params, *saved.state.moments.values()] for saved in (one, other)]  # type: ignore[union-attr]
-    facts = [(saved.wall_s, saved.clip, saved.aborts, saved.lanes, saved.costs) for saved in (one, other)]
+def _same(a: Saved, b: Saved) -> bool:
+    states = [saved.state.parts[0] for saved in (a, b)]
+    tensors = [[state.params, *state.moments.values()] for state in states]
+    facts = [(saved.wall_s, saved.clip, saved.aborts, saved.lanes, saved.costs) for saved in (a, b)]
     return facts[0] == facts[1] and all(torch.equal(*pair) for pair in zip(*tensors, strict=True))
