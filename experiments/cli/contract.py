@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from engine.aggregation.exact_sum import ExactSum, merge
+from engine.messages.errors import RunError
 from engine.records.checkpoint import Saved, load_checkpoint, save_checkpoint
 from experiments.config.user_code import imported
 from strategies.contract.case import FULL, LORA, Case, DoesNotApply
@@ -79,15 +80,15 @@ def _told(check: Check, case: Case) -> str | DoesNotApply | None:
 
 def _made(named: str) -> Any:
     if ":" not in named:
-        raise ValueError(f"--check takes MODULE:CLASS, such as my_module:MyStrategy, not {named!r}")
+        raise RunError(f"--check takes MODULE:CLASS, such as my_module:MyStrategy, not {named!r}")
     kind = imported("--check", named, "apply")
     missing = lacks(kind)
     if missing:
-        raise ValueError(
+        raise RunError(
             f"{named} is no strategy, it lacks {', '.join(missing)}: extend strategies.averaging.fedavg.FedAvg, "
             f"which has a default for everything"
         )
     needed = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]
     if needed:
-        raise ValueError(f"{named} is checked with its defaults, and these keys have none: {', '.join(needed)}")
+        raise RunError(f"{named} is checked with its defaults, and these keys have none: {', '.join(needed)}")
     return kind()

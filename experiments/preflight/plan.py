@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.config.federation import Clients, Lora, Model, Zero
 from engine.config.train import AdamW, Sgd
+from engine.messages.errors import RunError
 from engine.models.base_model import causal_config, with_adapters
 from engine.models.zero_limits import BUCKET, LIVE
 from engine.scheduling.placement import asked_or_fitting, slots_that_fit
@@ -64,7 +65,7 @@ class Need:
 
 
 def sizes(model: Model, max_length: int) -> Sizes:
-    """Counts a model from its configuration alone; ValueError when there is none."""
+    """Counts a model from its configuration alone; RunError when there is none."""
     config = causal_config(model)
     dtype: torch.dtype = getattr(torch, model.dtype)
     with torch.device("meta"):
@@ -165,7 +166,7 @@ def smallest(found: Sizes, recipe: Recipe, device: float, process: float) -> Zer
 def counted(clients: Clients, devices: int, cpus: int) -> tuple[int, int]:
     """How many plain slots and how many gangs a run has; of "auto", what GPUs, or so many CPUs on each device, hold.
 
-    ValueError where the GPUs, or the CPUs, hold none.
+    RunError where the GPUs, or the CPUs, hold none.
     """
     zero, slots = clients.zero, clients.slots
     gangs = zero.gangs if zero is not None and zero.from_rows else 0  # beside plain slots
@@ -177,7 +178,7 @@ def counted(clients: Clients, devices: int, cpus: int) -> tuple[int, int]:
         fit = room - gangs * ranks if gangs else room // ranks
         if fit < 1:
             wanted = f"{gangs} gangs of {ranks} ranks and a plain slot" if gangs else f"a gang of {ranks} ranks"
-            raise ValueError(
+            raise RunError(
                 f"{wanted} are more than the {room} processes that there is room for on {devices} devices: "
                 f"give more --devices, or lower clients.zero.ranks"
             )

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.federation import Model
+from engine.messages.errors import RunError
 from engine.models.base_model import causal_config
 from experiments.config.recipe import SHIPPED
 
@@ -33,7 +34,7 @@ TEMPLATE = (
 def base_config(model: Model) -> Any:
     """The base's configuration from its folder, from the hub's cache, or from a family's file; nothing is fetched.
 
-    Raises ValueError where there is none, or one of another kind of model.
+    Raises RunError where there is none, or one of another kind of model.
     """
     if Path(model.base).is_dir():
         return causal_config(model)
@@ -45,7 +46,7 @@ def base_config(model: Model) -> Any:
     if isinstance(cached, str):
         return causal_config(replace(model, base=str(Path(cached).parent), revision=None))
     if keys is None:
-        raise ValueError(
+        raise RunError(
             f"model.base {model.base!r} is no folder, not in the hub's cache, and of no family that is known here "
             f"({', '.join(sorted(file.stem for file in FAMILIES.glob('*.json')))}): save its config.json in a folder "
             f"and dry-run with --set model.base=FOLDER"

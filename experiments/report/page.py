@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from engine.messages.errors import RunError
 from engine.messages.events import DROPOUT
 from experiments.report import charts
 from experiments.report.charts import Series, change, duration, loss, number, size
@@ -33,12 +34,12 @@ MAX_LISTED = 40  # parties, kinds and failed rounds that a table lists
 def write_report(run_folders: Sequence[Path], out: Path) -> Path:
     """Write the page about one run, or about several side by side, to `out`, whole or not at all.
 
-    ValueError where a folder is not a run, a file of it cannot be read, or `out` is a folder.
+    RunError where a folder is not a run, a file of it cannot be read, or `out` is a folder.
     """
     if not run_folders:
-        raise ValueError("a report needs at least one run folder")
+        raise RunError("a report needs at least one run folder")
     if out.is_dir():
-        raise ValueError(f"{out} is a folder: name the HTML file to write")
+        raise RunError(f"{out} is a folder: name the HTML file to write")
     runs = [read_run(folder) for folder in run_folders]
     names = [run.name for run in runs]
     for run, folder in zip(runs, run_folders, strict=True):

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from engine.messages.errors import RunError
 from experiments.report import charts
 
 METRICS = {"round": pa.int32(), "split": pa.string(), "client": pa.string(), "name": pa.string(), "value": pa.float64()}
@@ -47,21 +48,21 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder; only `recipe.toml` must be there. ValueError names the folder or the file that is at fault."""
+    """Read a run folder; only `recipe.toml` must be there. RunError names the folder or the file that is at fault."""
     file = folder / "recipe.toml"
     if not file.is_file():
-        raise ValueError(f"{folder} is not a run folder: that is what `fedpost run` writes, with a recipe.toml inside")
+        raise RunError(f"{folder} is not a run folder: that is what `fedpost run` writes, with a recipe.toml inside")
     refuse_ways_out(folder)
     try:
         text = file.read_text("utf-8")
         recipe = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid TOML: {error}") from error
+        raise RunError(f"{file} is not valid TOML: {error}") from error
     file = folder / "manifest.json"
     try:
         manifest = list(_flat("", json.loads(file.read_text("utf-8")))) if file.is_file() else []
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        raise RunError(f"{file} is not valid JSON: {error}") from error
     name = str(recipe.get("name") or folder.resolve().name)
     run = Run(name, recipe, text, manifest, _statement(folder / "privacy.json"))
     for file in sorted((folder / "metrics").glob("round-*.parquet")):
@@ -79,16 +80,16 @@ def read_run(folder: Path) -> Run:
 
 
 def refuse_ways_out(folder: Path) -> None:
-    """Raises ValueError if a run folder holds a link to what lies elsewhere, or what is no file, such as a pipe."""
+    """Raises RunError if a run folder holds a link to what lies elsewhere, or what is no file, such as a pipe."""
     inside = folder.resolve()
     for here, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = os.path.join(here, name)
             if os.path.islink(path) and not Path(path).resolve().is_relative_to(inside):
-                raise ValueError(f"{path} is a link that leads out of the run folder: put there what it links to")
+                raise RunError(f"{path} is a link that leads out of the run folder: put there what it links to")
         for path in (os.path.join(here, name) for name in files):
             if not os.path.isfile(path):
-                raise ValueError(f"{path} is neither a file nor a folder, as a run's are: remove it")
+                raise RunError(f"{path} is neither a file nor a folder, as a run's are: remove it")
 
 
 def _read(file: Path, columns: dict[str, pa.DataType]) -> pa.Table:
@@ -98,7 +99,7 @@ def _read(file: Path, columns: dict[str, pa.DataType]) -> pa.Table:
         return table.select(list(columns)).cast(pa.schema(list(columns.items())))
     except (pa.ArrowException, OSError, KeyError) as error:
         first = (str(error).splitlines() or ["no reason given"])[0]
-        raise ValueError(f"{file} cannot be read, it may be truncated or not be a file of a run: {first}") from error
+        raise RunError(f"{file} cannot be read, it may be truncated or not be a file of a run: {first}") from error
 
 
 def _add_metrics(run: Run, table: pa.Table) -> None:
@@ -135,4 +136,4 @@ def _statement(file: Path) -> str:
     try:
         return str(json.loads(file.read_text("utf-8"))["statement"]) if file.is_file() else ""
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not the JSON of a run: {error}") from error
+        raise RunError(f"{file} is not the JSON of a run: {error}") from error

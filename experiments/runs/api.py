@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.messages.errors import RunError
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -67,7 +69,7 @@ def run(
     `out` is the run folder, `runs/NAME-TIME` by default; of a URI there is a copy here, which is worked on. `resume`
     goes on with the run in `out`, or with the newest of that name. `baselines` adds local-only and centralised
     training. `address` joins a Ray cluster; without it Ray is started here and ended with the run. With `stop` set by
-    another thread, the round that goes on is the last, and RunStopped is raised. Raises ValueError with one sentence
+    another thread, the round that goes on is the last, and RunStopped is raised. Raises RunError with one sentence
     for what the caller can mend.
     """
     from datasets_partition.sources.location import is_local
@@ -84,7 +86,7 @@ def run(
     if isinstance(recipe, Path | str):
         recipe = load_recipe(Path(recipe))
     if baselines and recipe.clients.zero is not None:
-        raise ValueError("--baselines trains in one process, and clients are gangs: leave it, or clients.zero, out")
+        raise RunError("--baselines trains in one process, and clients are gangs: leave it, or clients.zero, out")
     place, copy = working_folder(out, resume)
     folder, recipe = run_folder(recipe, place, resume)
     with alone_in(folder):
@@ -153,7 +155,7 @@ def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
     """Joins the Ray at `address` (or of the job that we are in), or starts one on loopback; ends what it began.
 
     `resources` (num_cpus, num_gpus) are what Ray counts on where it is started, in place of what the machine has.
-    Raises ValueError if none answers or starts.
+    Raises RunError if none answers or starts.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -180,7 +182,7 @@ def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
             ray.init(address, runtime_env=shipped_code(), **quiet)
     except (ConnectionError, RuntimeError) as error:
         where = f"at {address}" if address else "on this machine"
-        raise ValueError(f"Ray does not start or answer {where}: {str(error).strip().splitlines()[0]}") from error
+        raise RunError(f"Ray does not start or answer {where}: {str(error).strip().splitlines()[0]}") from error
     try:
         yield
     finally:
@@ -192,7 +194,7 @@ def _refuse_silence(address: str) -> None:
     import socket
 
     if address.startswith("ray://"):
-        raise ValueError(
+        raise RunError(
             f"{address} is the address of a Ray client server, which streams no results: give the head's own HOST:PORT "
             f"(6379 unless said otherwise), or submit the run as a Ray job"
         )
@@ -202,7 +204,7 @@ def _refuse_silence(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
-        raise ValueError(
+        raise RunError(
             f"there is no Ray at {address} ({error}): start one with `ray start --head`, "
             f"or leave --address out to run on this machine alone"
         ) from error

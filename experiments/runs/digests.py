@@ -5,8 +5,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from engine.config.federation import Model
+from engine.messages.errors import RunError
 from experiments.config.recipe import Recipe, located
-from experiments.config.user_code import own_parts
+from experiments.config.user_code import user_parts
 
 BASE = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"}  # what of a base's folder is ever read
 # All of a file of up to 16 MiB, and as much of a larger one, evenly spread: weights that are trained anew differ
@@ -22,12 +23,12 @@ def digests(recipe: Recipe) -> dict[str, str]:
     try:
         if trace is not None and Path(trace).is_file():  # who needs it says what is wrong with it
             found["clients.availability.trace"] = _digest(Path(trace))
-        for own in own_parts(recipe).values():
-            code = sys.modules[type(own).__module__].__file__
+        for part in user_parts(recipe).values():
+            code = sys.modules[type(part).__module__].__file__
             if code is not None:
-                found[f"the code of {type(own).__module__}"] = sha256(Path(code).read_bytes()).hexdigest()
+                found[f"the code of {type(part).__module__}"] = sha256(Path(code).read_bytes()).hexdigest()
     except OSError as error:
-        raise ValueError(f"what the recipe names cannot be read ({error}): give leave to read it") from error
+        raise RunError(f"what the recipe names cannot be read ({error}): give leave to read it") from error
     return found
 
 
@@ -39,7 +40,7 @@ def _base(model: Model) -> str | None:
         files = sorted(path for path in folder.iterdir() if path.suffix in BASE and path.is_file())
         return sha256("".join(f"{path.name} {_digest(path)}\n" for path in files).encode()).hexdigest()
     except OSError as error:
-        raise ValueError(f"model.base {model.base!r} cannot be read ({error}): give leave to read it") from error
+        raise RunError(f"model.base {model.base!r} cannot be read ({error}): give leave to read it") from error
 
 
 def _commit(model: Model) -> str | None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from engine.messages.errors import RunError
+
 if TYPE_CHECKING:
     from engine.messages.events import Event
     from engine.rounds.driver import RunPlan
@@ -24,7 +26,7 @@ class RunStopped(Exception):
 def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> Iterator["Event"]:
     """Plays a driver's events; where it dies, or a slot while it starts, another goes on from the last checkpoint.
 
-    With `stop` set, the present round is the last. Raises ValueError for what the user can mend.
+    With `stop` set, the present round is the last. Raises RunError for what the user can mend.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -33,11 +35,12 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
     from engine.messages.events import DriverLost, Fault, RoundDone, Started
     from engine.rounds.driver import Driver
     from engine.system.failures import LOST, cause_of, last_line
-    from experiments.config.user_code import own_parts
+    from experiments.config.user_code import user_parts
+    from experiments.runs.errors import explanation
 
-    for own in own_parts(recipe).values():
+    for part in user_parts(recipe).values():
         # Travels as code: no process of the cluster needs the file.
-        ray.cloudpickle.register_pickle_by_value(sys.modules[type(own).__module__])
+        ray.cloudpickle.register_pickle_by_value(sys.modules[type(part).__module__])
     # On this node, since it reads and writes this machine's folders; the second thread is for who asks it to stop.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
@@ -60,14 +63,14 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
             return
         except (RayTaskError, *LOST) as error:
             cause = cause_of(error)
-            if isinstance(cause, ValueError | OSError):
-                raise ValueError(str(cause)) from error
             if not isinstance(cause, LOST):
+                if text := explanation(error):
+                    raise RunError(text) from error
                 raise
             # It is dead, or has lost a slot while it started, or with a node what only its last checkpoint has.
             futile, why = futile + 1, last_line(cause)
             if futile > FUTILE:
-                raise ValueError(
+                raise RunError(
                     f"the driver ended {futile} times without getting further ({why}): if memory ran out, lower "
                     f"clients.slots, take a smaller model or cohort; then go on from the last checkpoint with --resume"
                 ) from error

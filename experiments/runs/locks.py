@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+from engine.messages.errors import RunError
+
 
 class Lock:
     """Keeps other processes from a folder, and cleaners of temporary files that heed locks, until it is forgotten."""
@@ -16,7 +18,7 @@ class Lock:
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise RunError(
                 f"another command on this machine is at work on {location}: wait until it has ended, or choose another "
                 f"--out"
             ) from None
@@ -32,7 +34,7 @@ _LOCKS: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
 
 
 def locked(folder: Path, location: str) -> Lock:
-    """The lock of a folder, by which the user knows `location`; ValueError while another process has it."""
+    """The lock of a folder, by which the user knows `location`; RunError while another process has it."""
     lock = _LOCKS.get(folder) or Lock(os.open(folder, os.O_RDONLY), location)
     _LOCKS[folder] = lock
     return lock
@@ -40,13 +42,13 @@ def locked(folder: Path, location: str) -> Lock:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Locks a run folder, which is made for it, and is gone again unless the run has begun; ValueError as `locked`."""
+    """Locks a run folder, which is made for it, and is gone again unless the run has begun; RunError as `locked`."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = locked(folder.resolve(), str(folder))
     except OSError as error:
-        raise ValueError(f"{folder} cannot be a run folder ({error}): choose another --out") from error
+        raise RunError(f"{folder} cannot be a run folder ({error}): choose another --out") from error
     try:
         yield
     finally:

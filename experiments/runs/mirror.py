@@ -15,6 +15,7 @@ from pyarrow import fs
 
 from datasets_partition.sources.location import is_local, located, node_cache
 from datasets_partition.sources.source_files import first_line
+from engine.messages.errors import RunError
 from engine.system.atomic import write_file
 from experiments.runs.locks import locked
 from experiments.runs.resuming import leaves
@@ -31,7 +32,7 @@ AHEAD = 2
 def working_folder(out: Path | str | None, resume: bool) -> tuple[Path | None, Callable[[], None]]:
     """The folder on this machine that a run works in, and what brings it to `out` where that is a URI.
 
-    Raises ValueError where the URI cannot be had, holds a run that must not be touched, or none to be resumed.
+    Raises RunError where the URI cannot be had, holds a run that must not be touched, or none to be resumed.
     """
     if not isinstance(out, str) or is_local(out):
         return None if out is None else Path(out), lambda: None
@@ -53,7 +54,7 @@ class Mirror:
         self.there: dict[str, tuple[int, int] | None] = {}
 
     def open(self, resume: bool) -> None:
-        """Begins with an empty folder, or with what of a run to be resumed is whole; ValueError if that cannot be.
+        """Begins with an empty folder, or with what of a run to be resumed is whole; RunError if that cannot be.
 
         Until then nothing is touched that another command may be at work on.
         """
@@ -62,24 +63,24 @@ class Mirror:
         try:
             self.there = dict.fromkeys(self._listed())
             if resume and RECIPE not in self.there:
-                raise ValueError(
+                raise RunError(
                     f"{self.location} holds no run to resume (no {RECIPE}): leave --resume out to start one there"
                 )
             if self.there and not resume:
                 what = "already holds a run" if RECIPE in self.there else "is not empty"
-                raise ValueError(f"{self.location} {what}: choose another --out, or go on with that run by --resume")
+                raise RunError(f"{self.location} {what}: choose another --out, or go on with that run by --resume")
             shutil.rmtree(self.folder, ignore_errors=True)
             if resume:
                 self._fetch()
         except OSError as error:
-            raise ValueError(f"{self.location} cannot be read: {first_line(error)}") from error
+            raise RunError(f"{self.location} cannot be read: {first_line(error)}") from error
 
     def update(self) -> None:
-        """Copies what is new or has changed since the last time, and removes what is gone; ValueError if it cannot."""
+        """Copies what is new or has changed since the last time, and removes what is gone; RunError if it cannot."""
         # Checkpoints are listed first: whatever they rest on was there before them, and is listed too.
         here = _stamps(self.folder, CHECKPOINTS) | _stamps(self.folder, "", but=CHECKPOINTS)
         if RECIPE in self.there and RECIPE not in here:
-            raise ValueError(
+            raise RunError(
                 f"{self.folder}, in which the run works, has been cleaned away: let TMPDIR name a folder that lasts as "
                 f"long as the run, and run again with --resume; what was copied to {self.location} is whole"
             )
@@ -95,7 +96,7 @@ class Mirror:
             if not lost:
                 self._forget(self.there.keys() - here.keys())
         except OSError as error:
-            raise ValueError(
+            raise RunError(
                 f"{self.location} cannot be written: {first_line(error)}; what was copied there before is whole: "
                 f"make room or give leave, and run again with --resume"
             ) from error

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine.messages.errors import RunError
 from engine.records.journal import JOURNAL
 from experiments.config.recipe import Recipe, parse_recipe, to_toml
 from experiments.report.run_folder import refuse_ways_out
@@ -28,36 +29,36 @@ FREE = {
 def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Recipe]:
     """The run's folder, and the recipe with what an earlier part of the run has settled.
 
-    ValueError where the folder holds a run that must not be touched, or lacks the one to be resumed.
+    RunError where the folder holds a run that must not be touched, or lacks the one to be resumed.
     """
     if out is None:
         begun = RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}/recipe.toml")
         earlier = sorted(path.parent for path in begun)
         if resume and not earlier:
-            raise ValueError(f"there is no run of {recipe.name!r} in {RUNS} to resume: leave --resume out to start one")
+            raise RunError(f"there is no run of {recipe.name!r} in {RUNS} to resume: leave --resume out to start one")
         out = earlier[-1] if resume else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     old = out / "recipe.toml"
     if not resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             what = "already holds a run" if old.exists() else "exists and is not empty"
-            raise ValueError(f"{out} {what}: choose another --out, or go on with that run by --resume")
+            raise RunError(f"{out} {what}: choose another --out, or go on with that run by --resume")
         return out, recipe
     if not old.is_file():
-        raise ValueError(f"{out} holds no run to resume (no recipe.toml): leave --resume out to start one there")
+        raise RunError(f"{out} holds no run to resume (no recipe.toml): leave --resume out to start one there")
     refuse_ways_out(out)
     before = _begun_with(old, recipe)
     if (out / "model").exists() and recipe.rounds <= _reached(out, before):
         hint = "" if (out / "report.html").exists() else f"; `fedpost report {out}` writes the report that it lacks"
-        raise ValueError(f"the run in {out} has finished; raise rounds, or choose another --out for a new one{hint}")
+        raise RunError(f"the run in {out} has finished; raise rounds, or choose another --out for a new one{hint}")
     if recipe.clients.pack == "auto":  # has been settled
         recipe = replace(recipe, clients=replace(recipe.clients, pack=before.clients.pack))
     changed = _differences(before, recipe)
     if changed == ["rounds"] and recipe.rounds < before.rounds:
-        raise ValueError(f"the run in {out} was begun with {before.rounds} rounds, and cannot go on with fewer")
+        raise RunError(f"the run in {out} was begun with {before.rounds} rounds, and cannot go on with fewer")
     if changed == ["rounds"] and not _by_rounds(recipe):
         changed = []
     if changed:
-        raise ValueError(
+        raise RunError(
             f"{out} was begun with another recipe, which differs in {', '.join(changed)}: resume it with the recipe it "
             f"was begun with ({old}), or start anew in another --out"
         )
@@ -77,18 +78,18 @@ def refuse_other_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]
         key, versions = before["data"]["key"], before["versions"]
         digests: dict[str, str] = dict(before.get("digests", {}))  # of earlier versions' runs there are none
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not the manifest of a run ({error}): start anew in another --out") from error
+        raise RunError(f"{file} is not the manifest of a run ({error}): start anew in another --out") from error
     if key != manifest["data"]["key"]:
-        raise ValueError(f"the data has changed since the run in {folder} was begun: start anew in another --out")
+        raise RunError(f"the data has changed since the run in {folder} was begun: start anew in another --out")
     if versions != manifest["versions"]:
-        raise ValueError(
+        raise RunError(
             f"the run in {folder} was begun with other versions ({versions}, now {manifest['versions']}): "
             f"install those, or start anew in another --out"
         )
     known: dict[str, str] = digests | manifest["digests"]
     changed = [name for name, digest in digests.items() if known[name] != digest]
     if changed:
-        raise ValueError(
+        raise RunError(
             f"{' and '.join(changed)} changed since the run in {folder} was begun: bring back what it was begun with, "
             f"or start anew in another --out (with model.revision set, a base from the hub stays as it is)"
         )
@@ -134,9 +135,9 @@ def _begun_with(file: Path, recipe: Recipe) -> Recipe:
         text = file.read_text(encoding="utf-8")
         named = _own_kinds(tomllib.loads(text)) - _own_kinds(tomllib.loads(to_toml(recipe)))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not the recipe of a run ({error}): start anew in another --out") from error
+        raise RunError(f"{file} is not the recipe of a run ({error}): start anew in another --out") from error
     if named:
-        raise ValueError(
+        raise RunError(
             f"{file} names code that the recipe to resume with does not ({', '.join(sorted(named))}): "
             f"resume it with the recipe it was begun with, or start anew in another --out"
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from datasets_partition.sources.location import is_local, refuse_password
 from datasets_partition.sources.source_files import first_line
+from engine.messages.errors import RunError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -40,7 +41,7 @@ def submit(
 ) -> int:
     """Submits a run of the recipe to the job server at `address` and follows it: the run's exit code, or 0 if detached.
 
-    Without `detach` the job ends when this process does. Raises ValueError for what the caller can mend.
+    Without `detach` the job ends when this process does. Raises RunError for what the caller can mend.
     """
     from experiments.config.recipe import load_recipe
 
@@ -63,7 +64,7 @@ def submit(
 
 
 def show_status(job: str, address: str) -> None:
-    """Prints how far a job is, and the end of its log; ValueError if there is none of that name."""
+    """Prints how far a job is, and the end of its log; RunError if there is none of that name."""
     client = job_client(address)
     with _answers(job, address):
         info, log = client.get_job_info(job), client.get_job_logs(job)
@@ -73,13 +74,13 @@ def show_status(job: str, address: str) -> None:
 
 
 def stop(job: str, address: str) -> None:
-    """Ends a job and waits until it has ended; ValueError if there is none of that name, or it does not end."""
+    """Ends a job and waits until it has ended; RunError if there is none of that name, or it does not end."""
     client = job_client(address)
     last = time.monotonic() + STOP_WAIT_S + PATIENCE_S
     with _answers(job, address):
         while not (info := client.get_job_info(job)).status.is_terminal():
             if time.monotonic() > last:
-                raise ValueError(
+                raise RunError(
                     f"job {job} was asked to end, and has not: see `fedpost status {job} --address {address}`"
                 )
             client.stop_job(job)
@@ -88,9 +89,9 @@ def stop(job: str, address: str) -> None:
 
 
 def job_client(address: str) -> "JobSubmissionClient":
-    """A client of the job server at `address`; ValueError, within seconds, unless one answers there."""
+    """A client of the job server at `address`; RunError, within seconds, unless one answers there."""
     if not address.startswith(("http://", "https://")):
-        raise ValueError(
+        raise RunError(
             f"{address} is no address of a job server, which is that of Ray's dashboard, such as "
             f"http://127.0.0.1:8265 (`fedpost run --address` takes the head's own HOST:PORT)"
         )
@@ -103,35 +104,35 @@ def job_client(address: str) -> "JobSubmissionClient":
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
-        raise ValueError(f'jobs need Ray\'s job client ({error}): pip install "ray[default]"') from error
+        raise RunError(f'jobs need Ray\'s job client ({error}): pip install "ray[default]"') from error
     address = address.rstrip("/")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray would put RAY_ADDRESS before what it is given
     try:
         requests.get(f"{address}/api/version", timeout=5)  # Ray's own first request waits for ever
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise ValueError(
+        raise RunError(
             f"the job server at {address} asks for a token, and this is none of its own: set RAY_AUTH_MODE=token, and "
             f"RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as they are set where it runs"
         ) from error
     except requests.JSONDecodeError as error:
-        raise ValueError(f"what answers at {address} is no job server of Ray") from error
+        raise RunError(f"what answers at {address} is no job server of Ray") from error
     except (requests.RequestException, ConnectionError) as error:
-        raise ValueError(
+        raise RunError(
             f"no job server answers at {address}: `ray start --head` starts one where ray[default] is installed; of a "
             f"cluster elsewhere forward the port of its dashboard"
         ) from error
     except (RuntimeError, KeyError) as error:
-        raise ValueError(f"what answers at {address} is no job server of Ray") from error
+        raise RunError(f"what answers at {address} is no job server of Ray") from error
 
 
 def run_command(recipe: Path, here: Path) -> list[str]:
-    """The command that runs a recipe of the uploaded folder `here`; ValueError if it is not in what is uploaded."""
+    """The command that runs a recipe of the uploaded folder `here`; RunError if it is not in what is uploaded."""
     from experiments.runs.resuming import RUNS
 
     path = recipe.resolve()
     if not path.is_relative_to(here) or path.is_relative_to(here / RUNS):
-        raise ValueError(
+        raise RunError(
             f"the recipe {recipe} is not in what the cluster is sent, the present folder without its {RUNS}/: copy it "
             f"into {here}, or submit from the folder that holds it"
         )
@@ -161,9 +162,9 @@ def _read_environment(file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"the runtime environment {file} cannot be read: {first_line(error)}") from error
+        raise RunError(f"the runtime environment {file} cannot be read: {first_line(error)}") from error
     if not isinstance(found, dict) or any(key in found for key in OURS):
-        raise ValueError(
+        raise RunError(
             f"{file} should hold keys of Ray's runtime environments in YAML, such as pip or env_vars, and neither "
             f"{' nor '.join(OURS)}, which submitting sets"
         )
@@ -175,7 +176,7 @@ def _lasting(out: str | None, name: str, resume: bool) -> str:
     from experiments.runs.resuming import RUNS
 
     if out is None and resume:
-        raise ValueError("--resume needs the --out of the run that it goes on with")
+        raise RunError("--resume needs the --out of the run that it goes on with")
     out = out or str(RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     refuse_password(out)
     return str(Path(out).absolute()) if is_local(out) else out
@@ -190,11 +191,11 @@ def _send(client: "JobSubmissionClient", job: str, command: list[str], environme
         client.submit_job(entrypoint=shlex.join(command), submission_id=job, runtime_env=environment)
     except (RuntimeError, TypeError, requests.RequestException) as error:
         if "exceed" in str(error):
-            raise ValueError(
+            raise RunError(
                 f"{environment['working_dir']} is more than Ray uploads (100 MiB): name in a .rayignore there, written "
                 f"like a .gitignore, what the run does not need, and keep data and base models at a URI"
             ) from error
-        raise ValueError(f"the job was not taken: {str(error).strip().splitlines()[-1]}") from error
+        raise RunError(f"the job was not taken: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _follow(client: "JobSubmissionClient", job: str) -> int:
@@ -225,7 +226,7 @@ def _patiently(ask: Callable[[str], Answer], job: str) -> Answer:
             return ask(job)
         except (RuntimeError, requests.RequestException) as error:
             if time.monotonic() > last:
-                raise ValueError(
+                raise RunError(
                     f"the job server has not answered for {PATIENCE_S} s; job {job} may go on: see `fedpost status`"
                 ) from error
             time.sleep(1)
@@ -239,10 +240,8 @@ def _answers(job: str, address: str) -> Iterator[None]:
         yield
     except (RuntimeError, requests.RequestException) as error:
         if "does not exist" in str(error):
-            raise ValueError(f"there is no job {job} at {address}") from error
-        raise ValueError(
-            f"the job server at {address} gives no answer: {str(error).strip().splitlines()[-1]}"
-        ) from error
+            raise RunError(f"there is no job {job} at {address}") from error
+        raise RunError(f"the job server at {address} gives no answer: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _said(info: "JobDetails") -> str:

@@ -190,7 +190,7 @@ def test_a_missing_recipe_names_the_nearest_shipped_one(command):
 
 def test_a_fault_of_ours_exits_with_1_and_offers_the_traceback(recipe_file, tmp_path, monkeypatch):
     program = (
-        "import sys; from experiments import api, __main__ as m\n"
+        "import sys; from experiments import __main__ as m; from experiments.runs import api\n"
         "def broken(*a, **k): raise RuntimeError('planted')\n"
         "api.run = broken\nm.app(sys.argv[1:])"
     )

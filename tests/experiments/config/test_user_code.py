@@ -7,6 +7,7 @@ import pytest
 
 import experiments
 from datasets_partition.store.store import Store
+from engine.messages.errors import RunError
 from experiments.config.recipe import parse_recipe, to_toml
 from experiments.runs.api import build_store
 
@@ -93,7 +94,7 @@ def test_own_kinds_within_a_combined_partition(own_folder, small_recipe):
     names = store.index["name"].to_pylist()
     assert {name.rpartition("/")[2] for name in names if name} == {"turn-0", "turn-1"}
     assert store.manifest["own_code"] != ""
-    with pytest.raises(ValueError, match=r"data\.partition\.then\.kind names 'own_rules:Gone'"):
+    with pytest.raises(RunError, match=r"data\.partition\.then\.kind names 'own_rules:Gone'"):
         small_recipe('data.partition={kind="combined", first="natural", then={kind="own_rules:Gone"}}')
 
 
@@ -112,7 +113,7 @@ def test_own_kinds_at_any_depth_of_combined_partitions(own_folder, small_recipe)
         ("data.source={kind='own_rules:Nameless'}", r"is no dataclass with a method 'fingerprint'"),
         ("strategy={kind='no_such:Rule'}", r"strategy\.kind names 'no_such:Rule', but importing 'no_such' fails"),
         ("strategy={kind='own_rules:NoDataclass'}", r"is no dataclass with a method 'apply'"),
-        ("strategy={kind='own_rules:Bare'}", r"has no reads, .*: extend strategies\.fedavg\.FedAvg"),
+        ("strategy={kind='own_rules:Bare'}", r"has no reads, .*: extend strategies\.averaging\.fedavg\.FedAvg"),
         ("strategy={kind='own_rules:Gone'}", r"is no dataclass with a method 'apply'"),
         ("data.partition={kind='own_rules:Halved'}", r"data\.partition\.kind names .* with a method 'assign'"),
         ("data.partition={kind='own_rules:InTurns', client=5}", r"own_rules:InTurns: client: .*; it takes clients$"),
@@ -120,7 +121,7 @@ def test_own_kinds_at_any_depth_of_combined_partitions(own_folder, small_recipe)
     ],
 )
 def test_what_is_wrong_with_own_code_is_said(own_folder, small_recipe, change, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(RunError, match=said):
         small_recipe(change)
 
 
