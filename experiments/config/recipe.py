@@ -39,7 +39,7 @@ GONE = {"privacy.secagg.weight_cap": CAPPED, "privacy.dp.weight_cap": CAPPED}
 
 @dataclass(frozen=True)
 class Data:
-    """Where rows come from, which client has which, which are kept from training, and the folder that caches the stores.
+    """Where rows come from, which client has which, which are held back from training, and the folder of stores.
 
     `label` names a column whose values are counted for each client; by default it is what the partition goes by.
     """

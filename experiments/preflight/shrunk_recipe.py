@@ -1,4 +1,4 @@
-"""A recipe shrunk to a minute on a laptop: the same sections, with few clients, few rows, few steps and two rounds."""
+"""A recipe shrunk to a minute on a laptop: the same sections with few clients, rows and steps, and two rounds."""
 
 import math
 import warnings
@@ -18,16 +18,16 @@ from strategies.privacy.distributed import DistributedDp
 
 ROUNDS, SLOTS, RANKS, COHORT, SPARE = 2, 2, 2, 6, 2
 ROWS = 8  # of every second client; the others have twice as many
-MANY = 10  # training rows: clients of the second kind have more
+MANY = 10  # training rows, which only the clients with twice as many rows have
 LENGTH = 64
-PATIENCE_S = 120.0  # for what a large machine does at once
+PATIENCE_S = 120.0  # the least time limit, since a large machine is faster than this one
 LITTLE_NOISE = 0.01
 
 
 def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
-    """The recipe with the smallest cohort that its strategy and its privacy accept; `base` stands in for its base.
+    """The recipe with the smallest cohort that its strategy and its privacy accept, and with `base` for its base.
 
-    It reads `folder`/rows.parquet, of which `clients_of` says how many clients it needs.
+    It reads `folder`/rows.parquet, which needs rows of `clients_of` clients.
     """
     size = recipe.cohort.size if isinstance(recipe.cohort, UniformCohort) else None
     last = 2**12 if size is None else size
@@ -65,7 +65,7 @@ def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
 
 
 def _splits(splits: Splits) -> Splits:
-    """Shares that few rows and clients can have; shortened rows may be the same, which says nothing of a leak."""
+    """Shares that few rows and clients can have; shortened rows may be equal, which is no leak here."""
     heldout = splits.heldout and min(max(splits.heldout, 1 / ROWS), 0.25)
     unseen = splits.unseen and min(max(splits.unseen, 1 / COHORT), 0.5)
     server = splits.server and min(max(splits.server, 1 / ROWS), 0.25)
@@ -79,7 +79,7 @@ def _clients(clients: Clients) -> Clients:
         zero = replace(zero, ranks=min(zero.ranks, RANKS), gangs=1, from_rows=from_rows)
         zero = replace(zero, timeout_s=max(zero.timeout_s, PATIENCE_S))
     slots = SLOTS if clients.slots == "auto" else min(clients.slots, SLOTS)
-    left = replace(clients.availability, trace=None)  # which names clients that are not there
+    left = replace(clients.availability, trace=None)  # which names other clients
     if left.deadline_s is not None:
         step_s = left.step_s and min(left.step_s, 1.0)
         left = replace(left, deadline_s=max(left.deadline_s, PATIENCE_S), step_s=step_s)
@@ -89,7 +89,7 @@ def _clients(clients: Clients) -> Clients:
         threads=1,
         pack=clients.pack if clients.pack == "auto" else min(clients.pack, SLOTS),
         availability=left,
-        min_share=0.0,  # of so few clients the first that drops out is a large one
+        min_share=0.0,  # of so few clients, each is a large share
         zero=zero,
         timeout_s=clients.timeout_s and max(clients.timeout_s, PATIENCE_S),
     )
@@ -118,13 +118,13 @@ def _evaluate(evaluate: Evaluate) -> Evaluate:
 
 
 def clients_of(recipe: Recipe) -> int:
-    """How many clients a shrunk recipe needs, so that enough of them train."""
+    """How many clients a shrunk recipe needs so that enough of them train."""
     assert recipe.cohort.size is not None
     return math.ceil((recipe.cohort.size + SPARE) / (1 - recipe.data.splits.unseen)) + 1
 
 
 def bearable(recipe: Recipe, population: int) -> Recipe:
-    """The shrunk recipe without what so few clients cannot bear: noise that drowns them, drop-outs that end rounds."""
+    """The shrunk recipe without what so few clients cannot bear: too much noise, drop-outs that end rounds."""
     dp, cohort = recipe.privacy.dp, recipe.cohort
     if isinstance(dp, CentralDp):
         try:

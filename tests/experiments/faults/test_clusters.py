@@ -12,7 +12,7 @@ import yaml
 
 import experiments
 from experiments.config.recipe import to_toml
-from experiments.preflight.dry import hidden_gpus
+from experiments.preflight.processes import hidden_gpus
 
 ROOT = Path(__file__).resolve().parents[3]
 CLUSTERS = ROOT / "experiments" / "clusters"

@@ -140,7 +140,7 @@ def test_interrupted_once_it_finishes_the_round_and_a_damaged_checkpoint_is_pass
     assert process.wait(60) == 130
     said = (tmp_path / "log").read_text()
     older, newer = sorted((out / "checkpoints").iterdir())
-    assert "finishing the round" in said and "--resume goes on from there" in said
+    assert "finishing the round" in said and "--resume continues from there" in said
     assert f"stopped after round {int(newer.name)} of 18" in said
     damaged = newer / "state.safetensors"
     content = bytearray(damaged.read_bytes())

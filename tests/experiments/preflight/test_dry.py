@@ -76,7 +76,7 @@ def test_a_recipe_for_512_slots_and_a_70b_base_is_proved_here_and_leaves_nothing
     assert "secure aggregation (full); distributed noise, epsilon" in facts["privacy"]
     assert "80 layers, width 8,192, 64 heads over 8" in said and "2 layers, width 256, 16 heads over 2" in said
     assert "512 slots or ranks (1,024 CPUs, 128 GPUs)" in said
-    assert "the trace of who is there when" in said
+    assert "the trace of when clients are available" in said
     assert [path.name for path in large.parent.iterdir()] == [large.name]
 
 
@@ -220,7 +220,7 @@ def test_options_that_do_not_go_with_it_are_refused_in_one_sentence(command, lar
     done = command("run", large, "--dry", "--out", "x", "--resume", "--set", "rounds=2")
     assert done.returncode == 2
     assert done.stderr == (
-        "error: --dry runs on this machine alone and leaves nothing behind: leave --out, --resume out\n"
+        "error: --dry runs on this machine alone and leaves nothing behind: leave out --out, --resume\n"
     )
 
 

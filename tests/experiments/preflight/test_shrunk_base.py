@@ -116,7 +116,7 @@ def test_a_folder_is_read_for_its_configuration_alone(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", ["my/own-model", "../models/llama-3-8b", "/models/llama-3-8b"])
 def test_a_base_of_which_nothing_is_known_is_refused_with_the_way_out(name):
-    with pytest.raises(ValueError, match=r"is no folder.*save its config.json in a folder"):
+    with pytest.raises(ValueError, match=r"is not a folder.*save its config.json in a folder"):
         base_config(Model(base=name))
 
 

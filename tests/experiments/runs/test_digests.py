@@ -61,7 +61,7 @@ def test_a_run_is_not_resumed_on_another_base_rule_or_trace(begun, tmp_path, cha
     recipe, run = begun
     refuse_other_parts(run, _manifest(recipe, build_store(recipe)))
     change(tmp_path)
-    with pytest.raises(ValueError, match=rf"^{said} since the run in .*run was begun: bring back what it was"):
+    with pytest.raises(ValueError, match=rf"^{said} since the run in .*run was begun: restore what it was"):
         experiments.run(recipe, out=run, resume=True)
 
 

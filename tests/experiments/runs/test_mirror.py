@@ -123,7 +123,7 @@ def test_wherever_copying_is_cut_off_what_is_there_is_whole(tmp_path, machine, m
                 write(folder, later)
                 copy()
             except ValueError as error:
-                assert "what was copied there before is whole" in str(error)
+                assert "what was copied there before is complete" in str(error)
         ended = steps[0] >= 0
         machine()
         try:
@@ -196,7 +196,7 @@ def test_a_second_start_is_refused_before_it_touches_what_the_first_works_in(tmp
     environment = {**os.environ, "TMPDIR": str(tmp_path / "node")}
     command = [sys.executable, "-c", START, place]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(said) == 2 and all(line.startswith("another command on this machine is at work on") for line in said)
+    assert len(said) == 2 and all(line.startswith("another command on this machine is working on") for line in said)
     copy()
     assert read(folder) == read(tmp_path / "there") == SEALED
     home = os.open(folder.parent, os.O_RDONLY)
@@ -210,7 +210,7 @@ def test_a_folder_that_a_cleaner_took_is_not_taken_for_one_that_the_run_emptied(
     write(folder, SEALED)
     copy()
     shutil.rmtree(folder)
-    with pytest.raises(ValueError, match=r"has been cleaned away: let TMPDIR name .* --resume; .* is whole$"):
+    with pytest.raises(ValueError, match=r"has been deleted: set TMPDIR to .* --resume; .* is complete$"):
         copy()
     assert read(tmp_path / "there") == SEALED
 
@@ -229,7 +229,7 @@ def test_noise_that_may_have_been_drawn_since_the_account_was_copied_is_charged(
 
     def charge(round_):
         simulated = recipe.privacy.simulated
-        spending = Spending.open(folder / "privacy.json", plan, simulated=simulated, round_=round_)
+        spending = Spending.open(folder / "privacy.json", plan, "", simulated=simulated, round_=round_)
         spending.charge(3)
         return spending.charged
 
