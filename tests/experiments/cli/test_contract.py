@@ -74,7 +74,7 @@ def test_what_its_own_code_raises_is_a_finding_with_its_line(check):
         ("own_checked", "--check takes MODULE:CLASS"),
         ("no_such_module:Rule", "importing 'no_such_module' fails"),
         ("own_checked:Plain", "no dataclass with a method 'apply'"),
-        ("own_checked:Bare", "is no strategy, it lacks reads"),
+        ("own_checked:Bare", "is not a strategy, it lacks reads"),
         ("own_checked:Asks", "these keys have none: strength"),
     ],
 )

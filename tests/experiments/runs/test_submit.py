@@ -148,7 +148,7 @@ def test_a_job_is_stopped_in_its_rounds_and_gone_on_with(head, work, inside, com
     assert capsys.readouterr().out.startswith(f"{job}: STOPPED") and not (folder / "model").exists()
     if full:
         assert submit(Path("recipe.toml"), [rounds], head, "../run", resume=True) == 0
-        assert "going on from the checkpoint of round" in capsys.readouterr().out
+        assert "continuing from the checkpoint of round" in capsys.readouterr().out
         rows = f"data.source.path={work / 'rows.jsonl'}"
         done = command(*run, work.parent / "whole", "--set", rows, cwd=work.parent)
         assert done.returncode == 0, done.stderr
