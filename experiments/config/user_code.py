@@ -33,24 +33,24 @@ def take_out(tree: dict[str, Any]) -> dict[Place, Any]:
     Raises RunError if a module or class cannot be imported or does not take the keys.
     """
     objects: dict[Place, Any] = {}
-    for (*above, key), (methods, stand_in) in PLACES.items():
-        section: Any = tree
-        for part in above:
-            section = section.get(part) if isinstance(section, dict) else None
-        _take_out(section, (*above, key), methods, stand_in, objects)
+    for place, (methods, stand_in) in PLACES.items():
+        _take_out(tree, (), place, methods, stand_in, objects)
     return objects
 
 
-def _take_out(section: Any, place: Place, methods: Place, stand_in: str, objects: dict[Place, Any]) -> None:
-    given = section.get(place[-1]) if isinstance(section, dict) else None
-    if not isinstance(given, dict):
-        return
-    if isinstance(given.get("kind"), str) and ":" in given["kind"]:
-        objects[place] = _made(".".join(place), given, methods)
-        section[place[-1]] = {"kind": stand_in}
-    elif given.get("kind") == "combined":
+def _take_out(
+    section: Any, above: Place, place: Place, methods: Place, stand_in: str, objects: dict[Place, Any]
+) -> None:
+    key, *below = place
+    given, here = section.get(key) if isinstance(section, dict) else None, (*above, key)
+    if below:
+        _take_out(given, here, tuple(below), methods, stand_in, objects)
+    elif isinstance(given, dict) and isinstance(given.get("kind"), str) and ":" in given["kind"]:
+        objects[here] = _made(".".join(here), given, methods)
+        section[key] = {"kind": stand_in}
+    elif isinstance(given, dict) and given.get("kind") == "combined":
         for part in COMBINED:
-            _take_out(given, (*place, part), methods, stand_in, objects)
+            _take_out(given, here, (part,), methods, stand_in, objects)
 
 
 def put_back(tree: dict[str, Any], recipe: Any) -> None:

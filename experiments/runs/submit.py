@@ -65,10 +65,8 @@ def submit(
 def show_status(job: str, address: str) -> None:
     """Prints a job's state and the end of its log; RunError if there is no such job."""
     client = job_client(address)
-    with _answers(job, address):
-        info, log = client.get_job_info(job), client.get_job_logs(job)
-    print(f"{job}: {_state(info)}")
-    for line in log.splitlines()[-TAIL:]:
+    print(f"{job}: {_state(_ask(client.get_job_info, job))}")
+    for line in _ask(client.get_job_logs, job).splitlines()[-TAIL:]:
         print(f"  {line}")
 
 
@@ -76,14 +74,11 @@ def stop(job: str, address: str) -> None:
     """Stops a job and waits for its end; RunError if there is no such job, or it does not end."""
     client = job_client(address)
     last = time.monotonic() + STOP_WAIT_S + PATIENCE_S
-    with _answers(job, address):
-        while not (info := client.get_job_info(job)).status.is_terminal():
-            if time.monotonic() > last:
-                raise RunError(
-                    f"job {job} was asked to end but has not: see `fedpost status {job} --address {address}`"
-                )
-            client.stop_job(job)
-            time.sleep(0.5)
+    while not (info := _ask(client.get_job_info, job)).status.is_terminal():
+        if time.monotonic() > last:
+            raise RunError(f"job {job} has not ended: see `fedpost status {job} --address {address}`")
+        _ask(client.stop_job, job)
+        time.sleep(0.5)
     print(f"{job}: {_state(info)}")
 
 
@@ -200,7 +195,7 @@ def _follow(client: "JobSubmissionClient", job: str) -> int:
     shown = 0
     while True:
         # In this order: once the job has ended, its log is complete.
-        info, log = _patiently(client.get_job_info, job), _patiently(client.get_job_logs, job)
+        info, log = _ask(client.get_job_info, job, PATIENCE_S), _ask(client.get_job_logs, job, PATIENCE_S)
         print(log[shown:], end="", flush=True)
         shown = len(log)
         if info.status.is_terminal():
@@ -213,32 +208,22 @@ def _follow(client: "JobSubmissionClient", job: str) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _patiently(ask: Callable[[str], Answer], job: str) -> Answer:
-    """The job server's answer; the server and the network may fail for a while."""
+def _ask(ask: Callable[[str], Answer], job: str, patience_s: float = 0.0) -> Answer:
+    """The job server's answer; RunError if there is no such job, or no answer for `patience_s` seconds."""
     import requests
 
-    last = time.monotonic() + PATIENCE_S
+    last = time.monotonic() + patience_s
     while True:
         try:
             return ask(job)
         except (RuntimeError, requests.RequestException) as error:
+            if "does not exist" in str(error):
+                raise RunError(f"there is no job {job} on the job server") from error
             if time.monotonic() > last:
                 raise RunError(
-                    f"the job server has not answered for {PATIENCE_S} s; job {job} may go on: see `fedpost status`"
+                    f"the job server does not answer ({_last_line(error)}); job {job} may go on: see `fedpost status`"
                 ) from error
             time.sleep(1)
-
-
-@contextmanager
-def _answers(job: str, address: str) -> Iterator[None]:
-    import requests
-
-    try:
-        yield
-    except (RuntimeError, requests.RequestException) as error:
-        if "does not exist" in str(error):
-            raise RunError(f"there is no job {job} at {address}") from error
-        raise RunError(f"the job server at {address} does not answer: {_last_line(error)}") from error
 
 
 def _last_line(error: Exception) -> str:

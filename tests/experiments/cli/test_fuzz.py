@@ -84,9 +84,9 @@ def test_any_other_bit_of_a_checkpoint_is_found(tmp_path: Path, full: bool) -> N
                 for folder in (both, alone):
                     (folder / "00002" / name).write_bytes(changed)
                 cases += 1
-                found = load_checkpoint(both)
-                assert found is not None and _same(found, whole[found.state.round]), (name, at, bit)
-                if found.state.round == 1:
+                loaded = load_checkpoint(both)
+                assert loaded is not None and _same(loaded, whole[loaded.state.round]), (name, at, bit)
+                if loaded.state.round == 1:
                     with pytest.raises(ValueError, match="cannot be read"):
                         load_checkpoint(alone)
         for folder in (both, alone):
@@ -94,7 +94,7 @@ def test_any_other_bit_of_a_checkpoint_is_found(tmp_path: Path, full: bool) -> N
     assert cases > (3000 if full else 400)
 
 
-def _same(one: Saved, other: Saved) -> bool:
-    tensors = [[saved.state.params, *saved.state.moments.values()] for saved in (one, other)]  # type: ignore[union-attr]
-    facts = [(saved.wall_s, saved.clip, saved.aborts, saved.lanes, saved.costs) for saved in (one, other)]
+def _same(first: Saved, second: Saved) -> bool:
+    tensors = [[saved.state.params, *saved.state.moments.values()] for saved in (first, second)]  # type: ignore[union-attr]
+    facts = [(saved.wall_s, saved.clip, saved.aborts, saved.lanes, saved.costs) for saved in (first, second)]
     return facts[0] == facts[1] and all(torch.equal(*pair) for pair in zip(*tensors, strict=True))

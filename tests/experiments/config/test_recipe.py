@@ -288,8 +288,8 @@ def test_a_recipes_errors_come_without_the_heavy_libraries() -> None:
     heavy = "{'ray', 'transformers', 'peft', 'deepspeed', 'trl'}"
     script = "import sys, experiments.config.recipe as c; c.schema(); "
     script += f"sys.exit(str(sorted({heavy} & set(sys.modules)) or ''))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.strip() == ""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stderr.strip() == ""
 
 
 def test_the_schema_is_one_and_describes_the_resolved_recipes() -> None:

@@ -28,12 +28,12 @@ def test_a_second_start_is_refused_before_it_touches_anything(ray_session, small
         if (isinstance(event, Preparing) and not said) or (isinstance(event, RoundDone) and event.round == 2):
             resume = ["--resume"] if said else []
             before = None if said else contents(out)  # later the driver writes meanwhile
-            done = command("run", tmp_path / "recipe.toml", "--out", out, *resume)
-            assert done.returncode == 2 and before in (None, contents(out))
-            said.append(done.stderr + done.stdout)
+            ended = command("run", tmp_path / "recipe.toml", "--out", out, *resume)
+            assert ended.returncode == 2 and before in (None, contents(out))
+            said.append(ended.stderr + ended.stdout)
 
     run = experiments.run(recipe, out=out, on_event=second)
-    assert len(said) == 2 and all(f"another command on this machine is working on {out}: wait" in one for one in said)
+    assert len(said) == 2 and all(f"another command on this machine is working on {out}: wait" in text for text in said)
     assert run.report.exists()
 
 

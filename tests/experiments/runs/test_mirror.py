@@ -127,18 +127,18 @@ def test_wherever_copying_is_cut_off_what_is_there_is_whole(tmp_path, machine, m
         ended = steps[0] >= 0
         machine()
         try:
-            found = read(working_folder(place, resume=True)[0])
+            copied = read(working_folder(place, resume=True)[0])
         except ValueError as error:
             assert "no recipe.toml" in str(error) and allowed < len(SEALED)
             continue
-        rounds = {name.split("/")[1] for name in found if name.startswith("checkpoints/")}
+        rounds = {name.split("/")[1] for name in copied if name.startswith("checkpoints/")}
         assert rounds
         for name in rounds:
-            assert f"checkpoints/{name}/state.safetensors" in found and f"checkpoints/{name}/facts.json" in found
-            assert f"metrics/round-{name}.parquet" in found
-        assert ("model/adapter.safetensors" in found) == ("report.html" in found)
+            assert f"checkpoints/{name}/state.safetensors" in copied and f"checkpoints/{name}/facts.json" in copied
+            assert f"metrics/round-{name}.parquet" in copied
+        assert ("model/adapter.safetensors" in copied) == ("report.html" in copied)
         if ended:
-            assert found == later | {"metrics/round-00001.parquet": "1"}
+            assert copied == later | {"metrics/round-00001.parquet": "1"}
             return
     raise AssertionError("copying never ended")
 
@@ -233,18 +233,18 @@ def test_noise_that_may_have_been_drawn_since_the_account_was_copied_is_charged(
         spending.charge(3)
         return spending.charged
 
-    for done in range(copied):
-        charge(done)
+    for round_ in range(copied):
+        charge(round_)
     copy()
-    found = 0
+    total = 0
     for again in (1, 2):  # of the second part nothing but its beginning is copied either
         machine()
         folder, copy = working_folder(there.as_uri(), resume=True)
         copy()
-        found = charge(min(2, copied))
-        assert found == charged + again * AHEAD if mode == "full" else found == charged
+        total = charge(min(2, copied))
+        assert total == charged + again * AHEAD if mode == "full" else total == charged
     copy()
-    assert json.loads((there / "privacy.json").read_text())["rounds"] == found
+    assert json.loads((there / "privacy.json").read_text())["rounds"] == total
 
 
 @pytest.mark.slow
