@@ -33,24 +33,21 @@ def take_out(tree: dict[str, Any]) -> dict[Place, Any]:
     Raises RunError if a module or class cannot be imported or does not take the keys.
     """
     objects: dict[Place, Any] = {}
-    for place, (methods, stand_in) in PLACES.items():
-        _take_out(tree, (), place, methods, stand_in, objects)
+    for root, (methods, stand_in) in PLACES.items():
+        above: Any = tree
+        for part in root[:-1]:
+            above = above.get(part) if isinstance(above, dict) else None
+        waiting = [(above, root)]
+        while waiting:
+            above, place = waiting.pop()
+            section = above.get(place[-1]) if isinstance(above, dict) else None
+            kind = section.get("kind") if isinstance(section, dict) else None
+            if kind == "combined":
+                waiting += [(section, (*place, part)) for part in COMBINED]
+            elif isinstance(kind, str) and ":" in kind:
+                objects[place] = _made(".".join(place), section, methods)
+                above[place[-1]] = {"kind": stand_in}
     return objects
-
-
-def _take_out(
-    section: Any, above: Place, place: Place, methods: Place, stand_in: str, objects: dict[Place, Any]
-) -> None:
-    key, *below = place
-    given, here = section.get(key) if isinstance(section, dict) else None, (*above, key)
-    if below:
-        _take_out(given, here, tuple(below), methods, stand_in, objects)
-    elif isinstance(given, dict) and isinstance(given.get("kind"), str) and ":" in given["kind"]:
-        objects[here] = _made(".".join(here), given, methods)
-        section[key] = {"kind": stand_in}
-    elif isinstance(given, dict) and given.get("kind") == "combined":
-        for part in COMBINED:
-            _take_out(given, here, (part,), methods, stand_in, objects)
 
 
 def put_back(tree: dict[str, Any], recipe: Any) -> None:

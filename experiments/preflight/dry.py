@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -24,7 +25,7 @@ from engine.messages.events import Event, RoundDone, Started
 from experiments.config.recipe import Recipe, located, to_toml
 from experiments.preflight.processes import environment, hidden_gpus
 from experiments.preflight.shrunk_recipe import ROUNDS, bearable, clients_of, shrunk_recipe
-from experiments.preflight.shrunk_rows import Drawn, draw_rows, write_rows
+from experiments.preflight.shrunk_rows import Drawn, draw_rows
 from experiments.runs.api import Run, build_store, ray_session, run
 from experiments.runs.resuming import leaves
 
@@ -67,7 +68,7 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         work = shrunk_recipe(recipe, folder / "base", folder)
         on_step("drawing rows")
         rows = draw_rows(recipe, clients_of(work), work.train.max_length, folder / "stores")
-        write_rows(rows, folder)
+        pq.write_table(rows.table, folder / "rows.parquet")
         work = bearable(work, Store.open(build_store(work)).num_training)
         on_step(f"{ROUNDS} rounds, then once more from the first checkpoint")
         events: list[Event] = []

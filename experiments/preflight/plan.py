@@ -6,7 +6,6 @@ Legend: P trained parameters.
 
 import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -233,7 +232,11 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     table = Table(
         "a process of", "weights", "gradients", "optimizer", "activations", "updates", "itself", "GiB", "fits"
     )
-    for name, need in _needs(counts, recipe, plain, gang):
+    needs = {"a plain slot": slot_need(counts, recipe, plain)} | {
+        f"stage {stage}, {zero.ranks} ranks": rank_need(counts, recipe, replace(zero, stage=stage), gang)
+        for stage in (1, 2, 3)
+    }
+    for name, need in needs.items():
         amounts = [f"{value / GIB:,.2f}" for value in (*vars(need).values(), need.total)]
         table.add_row(name, *amounts, "yes" if need.total <= SPARE * device else "no")
     console.print(table)
@@ -250,20 +253,12 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
         f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots)"
         + (f", and the base's {base / GIB:,.3f} GiB once" if slots else "")
     )
-    needs = slot_need(counts, recipe, plain).total, rank_need(counts, recipe, zero, gang).total
-    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, *needs, base)
+    slot, rank = needs["a plain slot"].total, rank_need(counts, recipe, zero, gang).total
+    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, slot, rank, base)
     fits = whole <= SPARE * device
     verdict = "it fits" if fits else "it does not fit"
     console.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")
     return fits
-
-
-def _needs(counts: Sizes, recipe: Recipe, plain: float, gang: float) -> Iterator[tuple[str, Need]]:
-    zero = recipe.clients.zero or Zero()
-    yield "a plain slot", slot_need(counts, recipe, plain)
-    for stage in (1, 2, 3):
-        cut = replace(zero, stage=stage)
-        yield f"stage {stage}, {zero.ranks} ranks", rank_need(counts, recipe, cut, gang)
 
 
 def _this_machine() -> float:

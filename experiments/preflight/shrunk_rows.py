@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from datasets_partition import Sources
 from datasets_partition.core.canonical import content_columns
@@ -68,11 +67,6 @@ def out_of_reach(recipe: Recipe) -> str | None:
         return f"{where} is not on this machine"
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     return f"{where} holds {size / 2**30:.1f} GiB" if size > TOO_MUCH else None
-
-
-def write_rows(drawn: Drawn, folder: Path) -> None:
-    """Writes the rows to the file that a shrunk recipe reads."""
-    pq.write_table(drawn.table, folder / "rows.parquet")
 
 
 def _rows_of(client: int) -> int:
