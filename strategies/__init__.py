@@ -22,7 +22,7 @@ from strategies.personalized.ditto import Ditto
 from strategies.personalized.feddpa import FedDpa
 from strategies.personalized.local_only import LocalOnly
 from strategies.robust.bulyan import Bulyan
-from strategies.robust.centered_clipping import CentredClipping
+from strategies.robust.centered_clipping import CenteredClipping
 from strategies.robust.krum import Krum, MultiKrum
 from strategies.robust.median import Median
 from strategies.robust.rfa import Rfa
@@ -45,7 +45,7 @@ Strategies = (
     | DiLoCo
     | QFedAvg
     | FedDyn
-    | CentredClipping
+    | CenteredClipping
     | LocalOnly
     | Ditto
     | FfaLora

@@ -130,7 +130,7 @@ def _transforms(federation: Federation) -> None:
         )
 
 
-def in_the_way_of_packs(federation: Federation) -> str | None:
+def in_the_way_of_lanes(federation: Federation) -> str | None:
     """What of the recipe does not go with packs, whose clients share every step."""
     clients = federation.clients
     refused = {
@@ -144,9 +144,9 @@ def in_the_way_of_packs(federation: Federation) -> str | None:
 
 
 def _packs(federation: Federation) -> None:
-    pack, key = federation.clients.pack, in_the_way_of_packs(federation)
-    if key is not None and pack not in (1, "auto"):
-        raise ValueError(f"{key} does not work with packs of clients: set clients.pack = 1, or leave it out")
+    lanes, key = federation.clients.lanes, in_the_way_of_lanes(federation)
+    if key is not None and lanes not in (1, "auto"):
+        raise ValueError(f"{key} does not work with several lanes: set clients.lanes = 1, or leave it out")
 
 
 def _overlap(federation: Federation) -> None:
@@ -154,7 +154,7 @@ def _overlap(federation: Federation) -> None:
     refused = {
         "privacy.secagg": federation.privacy.secure,
         "clients.zero": federation.clients.zero is not None,
-        _named(federation.strategy): federation.strategy.personalises or isinstance(federation.strategy, MERGING),
+        _named(federation.strategy): federation.strategy.personalizes or isinstance(federation.strategy, MERGING),
     }
     for key, set_ in refused.items():
         if federation.evaluate.overlap and set_:
@@ -163,7 +163,7 @@ def _overlap(federation: Federation) -> None:
 
 def works_in_gangs(strategy: Strategy) -> bool:
     """Whether a client under this rule may be a gang of ZeRO ranks, each with its shard."""
-    return strategy.reads == "sum" and strategy.elementwise and not strategy.personalises
+    return strategy.reads == "sum" and strategy.elementwise and not strategy.personalizes
 
 
 def _gangs(federation: Federation) -> None:

@@ -115,7 +115,7 @@ class Zero:
 class Clients:
     """The slots that host clients: how many, and what each takes of Ray's resources; 0.25 of a GPU puts four on one.
 
-    `threads` are torch's per slot, and part of the result's identity. So is `pack`: a slot trains that many clients'
+    `threads` are torch's per slot, and part of the result's identity. So is `lanes`: a slot trains that many clients'
     adapters at once over one base, or with "auto" as many as are fastest by a measurement at the start.
 
     A client that raises, or whose slot dies of it, is tried `retries` times more before it counts as failed, as one
@@ -128,7 +128,7 @@ class Clients:
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     threads: int = 1
-    pack: int | Literal["auto"] = 1
+    lanes: int | Literal["auto"] = 1
     retries: int = 2
     timeout_s: float | None = None
     max_failed: float = 0.2
@@ -138,7 +138,7 @@ class Clients:
     zero: Zero | None = None
 
     def __post_init__(self) -> None:
-        counts = {"slots": self.slots, "threads": self.threads, "pack": self.pack}
+        counts = {"slots": self.slots, "threads": self.threads, "lanes": self.lanes}
         at_least("clients", 1, **{name: count for name, count in counts.items() if count != "auto"})
         at_least("clients", 0, num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_failed=self.max_failed)
         at_least("clients", 0, retries=self.retries, min_share=self.min_share)
@@ -212,7 +212,7 @@ class Federation:
         at_least("recipe", 0, seed=self.seed)
 
     @property
-    def remembers(self) -> bool:
+    def keeps_state(self) -> bool:
         """Whether clients keep anything from round to round."""
-        kept = self.train.state == "keep" or any(transform.remembers for transform in self.transforms)
-        return kept or self.strategy.remembers
+        kept = self.train.state == "keep" or any(transform.keeps_state for transform in self.transforms)
+        return kept or self.strategy.keeps_state

@@ -149,8 +149,8 @@ def check_privacy(federation: Federation) -> None:
     """Raises ValueError where privacy asks for what the rest of the recipe does not give, with the way out."""
     privacy, strategy = federation.privacy, federation.strategy
     nothing = not privacy.secure and isinstance(privacy.dp, NoDp)
-    if federation.evaluate.without_privacy and (federation.remembers or nothing):
-        why = "clients' memory belongs to the one run" if federation.remembers else "there is no privacy to do without"
+    if federation.evaluate.without_privacy and (federation.keeps_state or nothing):
+        why = "clients' state belongs to the one run" if federation.keeps_state else "there is no privacy to do without"
         raise ValueError(f"evaluate.without_privacy plays all rounds twice, but {why}: leave it out")
     beside = strategy.beside(NO_LAYOUT)
     if not isinstance(privacy.dp, NoDp):

@@ -105,7 +105,7 @@ def _digest(facts: dict[str, Any]) -> str:
 def _tensor_files(state: State) -> Iterator[tuple[str, bytes]]:
     """Of a state in shards, one shard at a time is in this process."""
     if isinstance(state, ServerState):
-        residual = {} if state.residual is None else {"residual": state.residual}
+        residual = {} if state.merged_delta is None else {"residual": state.merged_delta}
         yield STATE, save({"params": state.params} | _named(state.moments) | residual)
         return
     for rank, part in enumerate(state.parts):

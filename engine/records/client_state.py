@@ -12,7 +12,7 @@ import ray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from strategies.core.protocol import Memory
+from strategies.core.protocol import ClientState
 
 RANK = "shard-"  # what a gang's rank remembers of its shards lies in a folder with its number
 SHELVES = 256  # folders, so that no single one holds all clients
@@ -21,12 +21,12 @@ SHELVES = 256  # folders, so that no single one holds all clients
 STRATEGY, OPTIMIZER = "strategy.", "optimizer."  # whose an entry is; a transform's begin with transform0. and so on
 
 
-def part(memory: Memory, owner: str) -> Memory:
+def part(memory: ClientState, owner: str) -> ClientState:
     """What belongs to one owner, under its own names."""
     return {name.removeprefix(owner): tensor for name, tensor in memory.items() if name.startswith(owner)}
 
 
-def named(memory: Memory, owner: str) -> Memory:
+def named(memory: ClientState, owner: str) -> ClientState:
     """An owner's entries as they lie among others'."""
     return {owner + name: tensor for name, tensor in memory.items()}
 
@@ -37,7 +37,7 @@ class ClientMemory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def read(self, client: int, round_: int) -> Memory:
+    def read(self, client: int, round_: int) -> ClientState:
         """The client's newest memory up to `round_`; empty if it has none. ValueError if it cannot be read."""
         found = [number for number in self._rounds(client) if number <= round_]
         if not found:
@@ -50,7 +50,7 @@ class ClientMemory:
                 f"the memory {path} cannot be read ({error}): start the run anew in another --out"
             ) from error
 
-    def write(self, client: int, round_: int, memory: Memory, oldest: int) -> None:
+    def write(self, client: int, round_: int, memory: ClientState, oldest: int) -> None:
         """Writes what the client knows after `round_`, whole or not at all (OSError).
 
         What no round from `oldest` on can ask for is forgotten.

@@ -15,7 +15,7 @@ from ray.exceptions import OutOfDiskError
 
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
-from engine.config.compatibility import in_the_way_of_packs
+from engine.config.compatibility import in_the_way_of_lanes
 from engine.config.federation import Federation
 from engine.config.privacy import Privacy
 from engine.messages.events import Checkpointed, Evaluated, Event, Fault, Finished, Preparing, Sample, Started, Stopped
@@ -120,7 +120,7 @@ class Driver:
         for name, content in plan.files.items():
             plan.folder.mkdir(parents=True, exist_ok=True)
             write_file(plan.folder / name, content)
-        if federation.remembers:
+        if federation.keeps_state:
             (plan.folder / "memory").mkdir(exist_ok=True)
             self.slots.refuse_lost_memory()
         for log in logs:
@@ -178,12 +178,12 @@ class Driver:
 
     def _lanes(self, initial: State) -> int:
         """How many clients a pack trains at once."""
-        asked, clients, cohort = self.federation.clients.pack, self.store.num_training, self.federation.cohort
+        asked, clients, cohort = self.federation.clients.lanes, self.store.num_training, self.federation.cohort
         if asked != "auto":
             return min(asked, max(1, cohort.largest(clients)))
         # Beside gangs nothing is measured. No pack is so large that slots would be without any.
         most = int(cohort.expected(clients)) // self.slots.size
-        if in_the_way_of_packs(self.federation) or self.federation.clients.zero or most < 2:
+        if in_the_way_of_lanes(self.federation) or self.federation.clients.zero or most < 2:
             return 1
         sent = self.server.sent(initial)
         neighbours = max(Counter(self.slots.nodes.values()).values())
@@ -191,11 +191,11 @@ class Driver:
         return found
 
     def _rebase_to(self, state: State) -> None:
-        if isinstance(state, ServerState) and state.residual is not None:
-            self.slots.rebase(state.residual.numpy())
+        if isinstance(state, ServerState) and state.merged_delta is not None:
+            self.slots.rebase(state.merged_delta.numpy())
 
     def _forget_residual(self, state: State) -> None:
-        if isinstance(state, ServerState) and state.residual is not None:
+        if isinstance(state, ServerState) and state.merged_delta is not None:
             self.slots.rebase(None)
 
     def _due(self, state: State) -> bool:
@@ -216,7 +216,7 @@ class Driver:
 
     def _personal(self, state: State) -> Iterator[Evaluated]:
         """The clients' own models, where they have any; at the end also the global one, trained a little by each."""
-        if self.strategy.personalises:
+        if self.strategy.personalizes:
             losses = self.scores.personal(self.server.broadcast(state), state.round)
             if losses:
                 yield Evaluated(state.round, losses, "personal")
@@ -261,7 +261,7 @@ class Driver:
         folder = self.plan.folder
         losses = loss_table(folder / "metrics", state.round)
         sent = self.server.sent(state)
-        merged, spent = isinstance(state, ServerState) and state.residual is not None, self.rounds.spent()
+        merged, spent = isinstance(state, ServerState) and state.merged_delta is not None, self.rounds.spent()
         card = model_card(self.federation, losses, self.store.manifest, merged=merged, spent=spent)
         self.slots.export(folder / "model", sent, card)  # first of all: the run is for the sake of it
         after = self.scores.continued(sent)

@@ -138,7 +138,7 @@ class Rounds:
             self.journal.model = round_
         ended = time.monotonic()
         good = [report for report in done.reports if report.good]
-        if federation.remembers:
+        if federation.keeps_state:
             counted = [] if done.aborted is not None else [report.client for report in good]
             self._forget(np.setdiff1d(cohort, counted), round_)
         if done.aborted is not None:

@@ -86,8 +86,8 @@ class WholeServer:
             return replace(state, round=state.round + 1), clip
         aggregate, state = decode(self.federation.transforms, aggregate, state)
         after = self.federation.strategy.apply(state, aggregate)
-        if after.residual is not state.residual:
-            self.slots.rebase(None if after.residual is None else after.residual.numpy())
+        if after.merged_delta is not state.merged_delta:
+            self.slots.rebase(None if after.merged_delta is None else after.merged_delta.numpy())
         return after, clip
 
     def _known(self, state: ServerState) -> ServerState:

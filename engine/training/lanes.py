@@ -24,7 +24,7 @@ from engine.training.local_training import LocalTrainer, Trained, Training
 from engine.training.optimizers import clip, kept, make_optimizer, restore
 from strategies.core.layout import LoraPair
 
-KEY = "clients.pack"
+KEY = "clients.lanes"
 ALONE = f"set {KEY} = 1"
 
 

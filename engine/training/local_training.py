@@ -18,7 +18,7 @@ from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
 from engine.training.batching import batches, pieces, steps_of
 from engine.training.optimizers import clip, kept, make_optimizer, restore
 from strategies.averaging.fedavg import FedAvg
-from strategies.core.protocol import GLOBAL, Broadcast, Mask, Memory, Strategy, Update, Vector
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Mask, Strategy, Update, Vector
 from strategies.core.seeds import rng, seed_torch, torch_seed
 
 Correct = Callable[[torch.Tensor, torch.Tensor], None]
@@ -32,7 +32,7 @@ class Job:
     rows: pa.RecordBatch
     weight: float
     got: Broadcast
-    memory: Memory
+    memory: ClientState
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Training:
     rank: int | None
     correct: Correct | None
     rate: float
-    moments: Memory | None
+    moments: ClientState | None
     less: Vector | None
     live: Mask | None = None
 
@@ -62,7 +62,7 @@ class Trained:
 
     end: Vector
     metrics: dict[str, float]
-    moments: Memory
+    moments: ClientState
 
 
 class Trainer(ABC):
@@ -114,7 +114,9 @@ class Trainer(ABC):
             done.append(Trained(self.weights(one.less), metrics, moments))
         return done
 
-    def updates(self, jobs: list[Job], federation: Federation, *, lent: bool = False) -> list[tuple[Update, Memory]]:
+    def updates(
+        self, jobs: list[Job], federation: Federation, *, lent: bool = False
+    ) -> list[tuple[Update, ClientState]]:
         """Trains the clients, and returns of each what its strategy makes of it, and its memory.
 
         With `lent`, the update of a job may lie in the trainer's own memory: it lasts until the next call.
@@ -170,9 +172,9 @@ class Trainer(ABC):
         sent: Broadcast,
         ends: dict[str, Vector],
         metrics: dict[str, float],
-        moments: Memory,
+        moments: ClientState,
         federation: Federation,
-    ) -> tuple[Update, Memory]:
+    ) -> tuple[Update, ClientState]:
         on_cpu = {name: end.cpu() for name, end in ends.items()}
         delta = on_cpu.pop(GLOBAL)
         update = Update(job.client, job.weight, delta, metrics=metrics)
@@ -278,7 +280,7 @@ class LocalTrainer(Trainer):
         return [self.objective.collate(rows.take(piece), self.pad) for piece in found]
 
 
-def _corrected_by(strategy: Strategy, got: Broadcast, memory: Memory, run: str) -> Correct | None:
+def _corrected_by(strategy: Strategy, got: Broadcast, memory: ClientState, run: str) -> Correct | None:
     """What the rule does to gradients; None where it leaves them as they are, which costs gangs no copies."""
     if type(strategy).correct is FedAvg.correct:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from engine.config.train import AdamW, Sgd, TorchOptimizer
-from strategies.core.protocol import Memory
+from strategies.core.protocol import ClientState
 
 
 def make_optimizer(
@@ -61,14 +61,14 @@ def _starts_from_zeros(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.AdamW)
 
 
-def kept(optimizer: torch.optim.Optimizer, lane: int = 0) -> Memory:
+def kept(optimizer: torch.optim.Optimizer, lane: int = 0) -> ClientState:
     """The state of a lane's vector as entries of a client's memory."""
     (flat,) = optimizer.param_groups[lane]["params"]
     state = optimizer.state.get(flat, {})
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
-def restore(optimizer: torch.optim.Optimizer, memory: Memory, lane: int = 0) -> None:
+def restore(optimizer: torch.optim.Optimizer, memory: ClientState, lane: int = 0) -> None:
     """Puts the state that `kept` gave back into the optimizer; without any, the lane is reset."""
     reset(optimizer, lane)
     group = optimizer.param_groups[lane]

@@ -17,7 +17,7 @@ from engine.records.client_state import STRATEGY, ClientMemory, part
 from engine.training.judging import ClientLoss, Prompt, client_loss, continuations
 from engine.training.local_training import LocalTrainer
 from engine.training.optimizers import reset
-from strategies.core.protocol import Broadcast, Memory
+from strategies.core.protocol import Broadcast, ClientState
 from strategies.core.seeds import rng, seed_torch, torch_seed
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ class Judge:
         peft = self.federation.model.peft
         return peft.rank_of(client, self.federation.seed) if isinstance(peft, Lora) else None
 
-    def _remembered(self, client: int, round_: int) -> Memory:
-        return self.memory.read(client, round_) if self.federation.remembers else {}
+    def _remembered(self, client: int, round_: int) -> ClientState:
+        return self.memory.read(client, round_) if self.federation.keeps_state else {}
 
     def _become(self, params: np.ndarray) -> None:
         self.trainer.trainable.set_rank(None)

@@ -46,7 +46,7 @@ from engine.workers.evaluator import Judge
 from engine.workers.retries import attempted
 from engine.workers.token_columns import Parts, find_tokens, receive_tokens, token_columns
 from strategies.core.layout import Layout
-from strategies.core.protocol import Broadcast, Memory, Update
+from strategies.core.protocol import Broadcast, ClientState, Update
 from strategies.core.seeds import torch_seed
 from strategies.core.sharding import Partition
 from strategies.privacy.central import CentralPlan
@@ -101,7 +101,7 @@ class ClientActor(SecureClients, Judge):
 
     def refuse_lost_memory(self) -> None:
         """Raises ValueError if clients remember, and this slot's node does not see the folder where they do."""
-        if self.federation.remembers:
+        if self.federation.keeps_state:
             refuse_unseen(self.memory.folder)
 
     def find_tokens(self, tokens: Path) -> Path | None:
@@ -129,7 +129,7 @@ class ClientActor(SecureClients, Judge):
         self.trainer = LocalTrainer.of(
             trainable, Sft(federation.train.max_length), self.tokenizer.pad_token_id, federation.train
         )
-        if isinstance(federation.clients.pack, int) and federation.clients.pack > 1:
+        if isinstance(federation.clients.lanes, int) and federation.clients.lanes > 1:
             packable(trainable)
         self.tokens = Tokens.open(tokens)
         self.largest = int(self.tokens.counts("train").max())
@@ -210,7 +210,7 @@ class ClientActor(SecureClients, Judge):
         """Trains clients of a pack: see `_pack`."""
         began = time.monotonic()
 
-        def train(some: Unit) -> list[tuple[Job, Update, Memory]]:
+        def train(some: Unit) -> list[tuple[Job, Update, ClientState]]:
             jobs = []
             for client in some:
                 rows, got = self.tokens.rows(client, "train"), replace(shared, rank=self._rank(client))
@@ -232,7 +232,11 @@ class ClientActor(SecureClients, Judge):
         return [(replace(report, seconds=seconds), update) for report, update in sent]
 
     def _sent(
-        self, done: tuple[Job, Update, Memory], wire: WireBroadcast, take: Callable[[Update], object], trained_s: float
+        self,
+        done: tuple[Job, Update, ClientState],
+        wire: WireBroadcast,
+        take: Callable[[Update], object],
+        trained_s: float,
     ) -> tuple[Report, Update | None]:
         """What becomes of a client's update and of its memory, after so many seconds of training."""
         job, update, after = done
@@ -256,7 +260,7 @@ class ClientActor(SecureClients, Judge):
             take(update)
         except NonFiniteUpdate as error:
             return Report(client, traffic, failed=str(error)), None
-        if federation.remembers:
+        if federation.keeps_state:
             self.memory.write(client, wire.round + 1, after, wire.oldest)
         return Report(client, update.metrics), update
 

@@ -103,7 +103,7 @@ class Rank(SecureRank):
 
     def refuse_lost_memory(self) -> None:
         """Raises ValueError if clients remember, and this rank's node does not see the folder where they do."""
-        if self.federation.remembers:
+        if self.federation.keeps_state:
             refuse_unseen(self.memory_root)
 
     def form(self, address: str, port: int, tokens: Path) -> tuple[Layout, Partition]:
@@ -171,7 +171,7 @@ class Rank(SecureRank):
         federation, rows = self.federation, self.tokens.rows(client, "train")
         state = state_from_wire(ray.get(sent.parts[self.rank]), sent.round, federation.seed)
         got = replace(federation.strategy.broadcast(state), whole_norm=self._whole_norm)
-        memory = self.memory.read(client, got.round) if federation.remembers else {}
+        memory = self.memory.read(client, got.round) if federation.keeps_state else {}
         down, up = (self.summed(floats * FLOAT_BYTES) for floats in federation.strategy.floats(got))
         traffic = {DOWN: down, UP: up}
         steps = steps_of(rows.num_rows, federation.train)
@@ -186,7 +186,7 @@ class Rank(SecureRank):
         update, _ = encode(federation.transforms, update, got, {})
         if sent.dp is not None:
             update = sent.dp.encode(update, sent.clip, self._whole_norm)
-        if federation.remembers:
+        if federation.keeps_state:
             self.memory.write(client, got.round + 1, after, sent.oldest)
         update = replace(update, metrics=update.metrics | traffic)
         return Report(client, update.metrics, seconds=time.monotonic() - began), update

@@ -26,7 +26,7 @@ from experiments.bench.bases import bench_recipe, write_llama, write_rows
 from experiments.bench.stored import stored_bytes
 from experiments.config.recipe import Recipe, located
 from experiments.runs.api import build_store, ray_session
-from strategies.core.protocol import Memory, Update
+from strategies.core.protocol import ClientState, Update
 
 CHANGE = 2.0**-7  # on the exact sum's grid: the mean over any number of clients is the same again
 FIGURES = {"loss": 1.0, "rows": 1.0, "steps": 1.0, "tokens": 8.0, "learnt": 7.0, "rates": 0.0}
@@ -35,7 +35,9 @@ FIGURES = {"loss": 1.0, "rows": 1.0, "steps": 1.0, "tokens": 8.0, "learnt": 7.0,
 class NullTrainer(LocalTrainer):
     """Trains nothing: each client's change is CHANGE everywhere."""
 
-    def updates(self, jobs: list[Job], federation: Federation, *, lent: bool = False) -> list[tuple[Update, Memory]]:
+    def updates(
+        self, jobs: list[Job], federation: Federation, *, lent: bool = False
+    ) -> list[tuple[Update, ClientState]]:
         """All at once."""
         delta = torch.full((self.trainable.layout.size,), CHANGE)
         return [(Update(job.client, job.weight, delta, metrics=dict(FIGURES)), {}) for job in jobs]

@@ -49,14 +49,14 @@ def listing() -> Iterator[Text]:
             "needed" if strategy.needs_lora else "-",
             "mixed" if strategy.mixed_ranks else "-",
             "yes" if works_in_gangs(strategy) else "-",
-            "yes" if strategy.remembers else "-",
+            "yes" if strategy.keeps_state else "-",
         ]
         yield _row(strategy.kind, strategy.reads, *allows, strategy.paper)
         yield from _about(strategy)
     yield Text()
     yield _row("transforms", "", "", "", "", "state", "", style="bold underline")
     for transform in (member() for member in get_args(Transforms)):
-        yield _row(transform.kind, "", "", "", "", "yes" if transform.remembers else "-", "")
+        yield _row(transform.kind, "", "", "", "", "yes" if transform.keeps_state else "-", "")
         yield from _about(transform)
     yield Text()
     for word, meaning in LEGEND:

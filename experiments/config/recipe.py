@@ -34,7 +34,11 @@ BY_KIND = (
     ("privacy", "dp"),
 )
 CAPPED = "a client's weight is min(rows, rows_cap) / rows_cap: set privacy.rows_cap, a number of rows"
-GONE = {"privacy.secagg.weight_cap": CAPPED, "privacy.dp.weight_cap": CAPPED}
+GONE = {
+    "privacy.secagg.weight_cap": CAPPED,
+    "privacy.dp.weight_cap": CAPPED,
+    "clients.pack": "how many clients train at once in a slot is clients.lanes now",
+}
 
 
 @dataclass(frozen=True)

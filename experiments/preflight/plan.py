@@ -103,7 +103,8 @@ def slot_need(counts: Sizes, recipe: Recipe, process: float) -> Need:
 
     Each lane adds such vectors to those of a single client. "auto" counts as one lane.
     """
-    trained, lanes = counts.trained * FLOAT, recipe.clients.pack if isinstance(recipe.clients.pack, int) else 1
+    lanes = recipe.clients.lanes if isinstance(recipe.clients.lanes, int) else 1
+    trained = counts.trained * FLOAT
     vectors = 1 if lanes == 1 else 1 + lanes
     return Need(
         counts.parameters * counts.itemsize + vectors * trained,

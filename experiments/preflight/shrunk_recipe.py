@@ -94,7 +94,7 @@ def _clients(clients: Clients) -> Clients:
         clients,
         slots=slots if zero is None else 1,
         threads=1,
-        pack=clients.pack if clients.pack == "auto" else min(clients.pack, SLOTS),
+        lanes=clients.lanes if clients.lanes == "auto" else min(clients.lanes, SLOTS),
         availability=left,
         min_share=0.0,  # each of so few clients is a large share
         zero=zero,

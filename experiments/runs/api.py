@@ -117,8 +117,8 @@ def run(
                     if resume:
                         refuse_other_parts(folder, manifest)
                     write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-                if isinstance(event, Started) and recipe.clients.pack == "auto":
-                    settled = replace(recipe, clients=replace(recipe.clients, pack=event.lanes))
+                if isinstance(event, Started) and recipe.clients.lanes == "auto":
+                    settled = replace(recipe, clients=replace(recipe.clients, lanes=event.lanes))
                     write_file(folder / "recipe.toml", to_toml(settled).encode())
                 on_event(event)
                 copy()

@@ -50,8 +50,8 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
     if (out / "model").exists() and recipe.rounds <= _reached(out, before):
         hint = "" if (out / "report.html").exists() else f"; `fedpost report {out}` writes the report that it lacks"
         raise RunError(f"the run in {out} has finished; raise rounds, or choose another --out for a new one{hint}")
-    if recipe.clients.pack == "auto":  # has been measured
-        recipe = replace(recipe, clients=replace(recipe.clients, pack=before.clients.pack))
+    if recipe.clients.lanes == "auto":  # has been measured
+        recipe = replace(recipe, clients=replace(recipe.clients, lanes=before.clients.lanes))
     changed = _differences(before, recipe)
     if changed == ["rounds"] and recipe.rounds < before.rounds:
         raise RunError(f"the run in {out} was begun with {before.rounds} rounds and cannot continue with fewer")

@@ -4,15 +4,24 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
-
 from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Mask, Memory, Reads, ServerState, Update, Vector
+from strategies.core.protocol import (
+    GLOBAL,
+    Aggregate,
+    Broadcast,
+    ClientState,
+    Mask,
+    Reads,
+    ServerState,
+    Update,
+    Vector,
+    Vectors,
+)
 
 
 @dataclass(frozen=True)
 class FedAvg:
-    """theta += lr * sum_k p_k delta_k, p_k = w_k / sum w; lr below 1 is the Reptile step. Reads the sum; no memory.
+    """theta += lr * sum_k p_k delta_k, p_k = w_k / sum w; lr below 1 is the Reptile step. Reads the sum; no state.
 
     `weighting`: w_k is the client's number of training rows over the largest client's ("examples"), or 1 ("uniform").
     With privacy.rows_cap R, "examples" is min(rows, R) / R.
@@ -26,10 +35,10 @@ class FedAvg:
     needs_lora: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = False
     elementwise: ClassVar[bool] = True
-    remembers: ClassVar[bool] = False
+    keeps_state: ClassVar[bool] = False
     loss_before: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
-    personalises: ClassVar[bool] = False
+    personalizes: ClassVar[bool] = False
     bounded_weights: ClassVar[bool] = True
     extras_are_changes: ClassVar[bool] = False
     keeps_higher_ranks: ClassVar[bool] = False
@@ -47,22 +56,22 @@ class FedAvg:
         """The global vector."""
         return Broadcast(state.round, state.params, layout=state.layout, seed=state.seed)
 
-    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+    def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector alone."""
-        return {GLOBAL: got.params}
+        return {GLOBAL: broadcast.params}
 
     def correct(
-        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """FedAvg trains on the plain local gradient."""
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """Sets the weight."""
-        return (update if self.weighting == "examples" else replace(update, weight=1.0)), memory
+        return (update if self.weighting == "examples" else replace(update, weight=1.0)), client_state
 
-    def personal(self, got: Broadcast, memory: Memory) -> Vector | None:
+    def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
         """No client has a model of its own."""
         return None
 
@@ -74,13 +83,15 @@ class FedAvg:
         """Every coordinate."""
         return {}
 
-    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """What is live in the delta."""
-        return self.live(got.round, got.layout).get("delta")
+        return self.live(broadcast.round, broadcast.layout).get("delta")
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """The vector and the extras down, the vector up."""
-        return got.params.numel() + sum(extra.numel() for extra in got.extras.values()), got.params.numel()
+        return broadcast.params.numel() + sum(
+            extra.numel() for extra in broadcast.extras.values()
+        ), broadcast.params.numel()
 
     def smallest_cohort(self) -> int:
         """One update is an average."""

@@ -8,7 +8,7 @@ import torch
 
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Memory, ServerState, Update, Vector
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update, Vector, Vectors
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FedDyn(FedAvg):
     kind: Literal["feddyn"] = "feddyn"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
     weighting: Literal["uniform"] = "uniform"
     alpha: float = 0.01
-    remembers: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2111.04263"
 
     def __post_init__(self) -> None:
@@ -43,20 +43,20 @@ class FedDyn(FedAvg):
         return replace(super().init(params, layout), moments={"h": torch.zeros_like(params)})
 
     def correct(
-        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """grad += alpha (theta - theta_t) - h_k."""
-        grad_KP.add_(params_KP - got.params, alpha=self.alpha)
-        if "h" in memory:
-            grad_KP.sub_(memory["h"])
+        grad_KP.add_(params_KP - broadcast.params, alpha=self.alpha)
+        if "h" in client_state:
+            grad_KP.sub_(client_state["h"])
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """Remembers h_k - alpha delta."""
-        update, memory = super().finish(update, got, memory, ends)
+        update, client_state = super().finish(update, broadcast, client_state, ends)
         own = -self.alpha * update.delta
-        return update, memory | {"h": memory["h"] + own if "h" in memory else own}
+        return update, client_state | {"h": client_state["h"] + own if "h" in client_state else own}
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """h -= alpha sum delta / N, theta += lr (mean delta - h / alpha)."""

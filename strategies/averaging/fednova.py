@@ -8,7 +8,7 @@ import torch
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.fedopt import check_decay
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Broadcast, Memory, ServerState, Update, Vector
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update, Vector
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class FedNova(FedAvg):
     tau_k = |a_k|_1, the sum of the factors with which the client's gradients entered delta_k: its number of steps n for
     plain SGD, (n - m (1 - m^n) / (1 - m)) / (1 - m) with momentum m, which `momentum` must repeat from the local
     optimizer. Reads the sum: a client's weight is w_k / tau_k, and w_k and w_k tau_k go along as two more numbers. No
-    memory.
+    client_state.
 
     Traps: with equal steps it is FedAvg. It is neither right for adaptive local optimizers, nor for momentum that is
     kept between rounds, nor for learning rates that change within a round.
@@ -33,21 +33,21 @@ class FedNova(FedAvg):
         check_decay("momentum", self.momentum)
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """The weight w / tau, and w and w tau beside delta."""
-        update, memory = super().finish(update, got, memory, ends)
+        update, client_state = super().finish(update, broadcast, client_state, ends)
         tau, weight = accumulated(update.metrics["steps"], self.momentum), update.weight
         sums = torch.tensor([weight, weight * tau])
-        return replace(update, weight=weight / tau, extras={"weights": sums}), memory
+        return replace(update, weight=weight / tau, extras={"weights": sums}), client_state
 
     def beside(self, layout: Layout) -> dict[str, int]:
         """w and w tau."""
         return {"weights": 2}
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """As FedAvg, and two numbers up."""
-        down, up = super().floats(got)
+        down, up = super().floats(broadcast)
         return down, up + 2
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:

@@ -18,7 +18,7 @@ from strategies.core.protocol import Aggregate, ServerState, Vector
 
 @dataclass(frozen=True)
 class FedAvgM(FedAvg):
-    """m = momentum m + D, theta += lr m. Reads the sum; no memory.
+    """m = momentum m + D, theta += lr m. Reads the sum; no state.
 
     Trap: m is a sum, no average. A steady D moves theta by D lr / (1 - momentum) a round, ten D with the defaults.
     """
@@ -43,7 +43,7 @@ class FedAvgM(FedAvg):
 
 @dataclass(frozen=True)
 class Adaptive(FedAvg, ABC):
-    """m = beta1 m + (1 - beta1) D, v as the rule says, theta += lr m / (sqrt v + tau). Reads the sum; no memory.
+    """m = beta1 m + (1 - beta1) D, v as the rule says, theta += lr m / (sqrt v + tau). Reads the sum; no state.
 
     m starts at 0 and v at tau^2. Traps: v is made of the square of the mean change, not of the mean of squares; there
     is no bias correction, unlike in most code named Adam; lr is about how far a coordinate moves in a round, FedAvg's 1
@@ -81,7 +81,7 @@ class Adaptive(FedAvg, ABC):
 
 @dataclass(frozen=True)
 class FedAdagrad(Adaptive):
-    """m = beta1 m + (1 - beta1) D, v += D^2, theta += lr m / (sqrt v + tau). Reads the sum; no memory.
+    """m = beta1 m + (1 - beta1) D, v += D^2, theta += lr m / (sqrt v + tau). Reads the sum; no state.
 
     As in the paper, beta1 is 0 unless set: m is then D. Steps only ever get smaller. Traps as for `Adaptive`.
     """
@@ -98,7 +98,7 @@ class FedAdagrad(Adaptive):
 class FedAdam(Adaptive):
     """m = beta1 m + (1 - beta1) D, v = beta2 v + (1 - beta2) D^2, theta += lr m / (sqrt v + tau).
 
-    Reads the sum; no memory. Traps as for `Adaptive`.
+    Reads the sum; no state. Traps as for `Adaptive`.
     """
 
     kind: Literal["fedadam"] = "fedadam"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
@@ -117,7 +117,7 @@ class FedAdam(Adaptive):
 class FedYogi(Adaptive):
     """m = beta1 m + (1 - beta1) D, v -= (1 - beta2) D^2 sign(v - D^2), theta += lr m / (sqrt v + tau).
 
-    Reads the sum; no memory. Where changes become small, Adam forgets v by (1 - beta2) v a round, this only by
+    Reads the sum; no state. Where changes become small, Adam forgets v by (1 - beta2) v a round, this only by
     (1 - beta2) D^2. Traps as for `Adaptive`.
     """
 

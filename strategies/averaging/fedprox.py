@@ -4,15 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from strategies.averaging.fedavg import FedAvg
-from strategies.core.protocol import GLOBAL, Broadcast, Memory
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Vectors
 
 
 @dataclass(frozen=True)
 class FedProx(FedAvg):
-    """Minimises F_k(theta) + (mu/2) |theta - theta_t|^2 on each client, then averages. Reads the sum; no memory.
+    """Minimises F_k(theta) + (mu/2) |theta - theta_t|^2 on each client, then averages. Reads the sum; no state.
 
     The term lives in the client's gradient: g + mu (theta - theta_t). A mu on the server alone would do nothing.
     """
@@ -27,7 +25,7 @@ class FedProx(FedAvg):
             raise ValueError(f"strategy.mu pulls clients to the global model and must be at least 0, not {self.mu}")
 
     def correct(
-        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """grad += mu (theta - theta_t)."""
-        grad_KP.add_(params_KP - got.params, alpha=self.mu)
+        grad_KP.add_(params_KP - broadcast.params, alpha=self.mu)

@@ -8,7 +8,7 @@ import torch
 
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Broadcast, Memory, ServerState, Update, Vector
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update, Vector
 
 LEAST = 1e-10  # of a loss: F^(q - 1) has no value at 0; about what the authors' released code adds to every loss
 
@@ -19,7 +19,7 @@ class QFedAvg(FedAvg):
 
     It minimises sum_k F_k^(q+1). F_k is the client's loss before its training. `lipschitz` is L, unset 1 / the mean
     local learning rate, as in the paper. Reads the sum: with all divided by L, a client's weight is w_k F_k^q, and
-    w_k q F_k^(q-1) L |delta_k|^2 goes along as one more number. No memory. The algorithm draws clients by their share
+    w_k q F_k^(q-1) L |delta_k|^2 goes along as one more number. No state. The algorithm draws clients by their share
     of the rows and then counts them the same; `weighting` "examples" is for a uniform cohort, w_k then their rows.
 
     Traps: q = 0 is FedAvg. 1 / lr is meant for SGD; with an adaptive local optimizer |delta_k|^2 / lr is so large that
@@ -47,25 +47,25 @@ class QFedAvg(FedAvg):
             )
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """The weight w F^q, and the rest of w h / L beside delta."""
-        update, memory = super().finish(update, got, memory, ends)
+        update, client_state = super().finish(update, broadcast, client_state, ends)
         loss = max(update.metrics["loss_before"], LEAST)
         lipschitz = self.lipschitz
         if lipschitz is None:
             lipschitz = update.metrics["steps"] / update.metrics["rates"]
         square = torch.linalg.vector_norm(update.delta, dtype=torch.float64).item() ** 2
         bend = torch.tensor([update.weight * self.q * loss ** (self.q - 1) * lipschitz * square])
-        return replace(update, weight=update.weight * loss**self.q, extras={"bend": bend}), memory
+        return replace(update, weight=update.weight * loss**self.q, extras={"bend": bend}), client_state
 
     def beside(self, layout: Layout) -> dict[str, int]:
         """w h / L."""
         return {"bend": 1}
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """As FedAvg, and one number up."""
-        down, up = super().floats(got)
+        down, up = super().floats(broadcast)
         return down, up + 1
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:

@@ -7,7 +7,7 @@ import torch
 
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Memory, ServerState, Update, Vector
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update, Vector, Vectors
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Scaffold(FedAvg):
 
     kind: Literal["scaffold"] = "scaffold"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
     weighting: Literal["uniform"] = "uniform"
-    remembers: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 1910.06378"
 
     def init(self, params: Vector, layout: Layout) -> ServerState:
@@ -37,29 +37,29 @@ class Scaffold(FedAvg):
         return replace(super().broadcast(state), extras={"c": state.moments["c"]})
 
     def correct(
-        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """grad += c - c_k."""
-        grad_KP.add_(got.extras["c"])
-        if "c" in memory:
-            grad_KP.sub_(memory["c"])
+        grad_KP.add_(broadcast.extras["c"])
+        if "c" in client_state:
+            grad_KP.sub_(client_state["c"])
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """Sends c_k+ - c_k = -c - delta / (K eta) beside delta, and remembers c_k+."""
-        update, memory = super().finish(update, got, memory, ends)
-        change = -got.extras["c"] - update.delta / update.metrics["rates"]
-        own = memory["c"] + change if "c" in memory else change
-        return replace(update, extras={"c": change}), memory | {"c": own}
+        update, client_state = super().finish(update, broadcast, client_state, ends)
+        change = -broadcast.extras["c"] - update.delta / update.metrics["rates"]
+        own = client_state["c"] + change if "c" in client_state else change
+        return replace(update, extras={"c": change}), client_state | {"c": own}
 
     def beside(self, layout: Layout) -> dict[str, int]:
         """The changes of c_k."""
         return {"c": layout.size}
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """Two vectors each way."""
-        down, up = super().floats(got)
+        down, up = super().floats(broadcast)
         return down, 2 * up
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Memory, ServerState, Strategy, Update, Vector
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Strategy, Update, Vector
 from strategies.core.seeds import rng
 
 LORA = Layout(
@@ -53,8 +53,8 @@ class Case:
         """Some more than take part."""
         return len(self.clients) + 2
 
-    def nothing_remembered(self) -> list[Memory]:
-        """The clients' memories before the first round."""
+    def no_client_states(self) -> list[ClientState]:
+        """The clients' client_states before the first round."""
         return [{} for _ in self.clients]
 
     def start(self) -> ServerState:
@@ -63,43 +63,53 @@ class Case:
         return replace(first, seed=SEED, population=self.population)
 
     def client(
-        self, got: Broadcast, client: int, memory: Memory, change: Vector, personal: Vector | None = None
-    ) -> tuple[Update, Memory]:
+        self,
+        broadcast: Broadcast,
+        client: int,
+        client_state: ClientState,
+        change: Vector,
+        personal: Vector | None = None,
+    ) -> tuple[Update, ClientState]:
         """`change` is what training makes of the vector, `personal` of those of other runs, if that is another."""
-        starts = self.strategy.starts(got, memory)
+        starts = self.strategy.starts(broadcast, client_state)
         ends = {run: start + (change if personal is None else personal) for run, start in starts.items()}
-        delta = ends.pop(GLOBAL) - got.params
+        delta = ends.pop(GLOBAL) - broadcast.params
         metrics = METRICS | {"loss_before": 1.25 + client / 16}
-        return self.strategy.finish(Update(client, 0.5 + client / 8, delta, metrics=metrics), got, memory, ends)
+        return self.strategy.finish(
+            Update(client, 0.5 + client / 8, delta, metrics=metrics), broadcast, client_state, ends
+        )
 
     def cohort(
-        self, state: ServerState, memories: list[Memory], scale: float = 0.5
-    ) -> tuple[list[Update], list[Memory]]:
+        self, state: ServerState, client_states: list[ClientState], scale: float = 0.5
+    ) -> tuple[list[Update], list[ClientState]]:
         """A round's updates, and what the clients remember after it; `scale` 0: training changes nothing."""
-        got = self.strategy.broadcast(state)
+        broadcast = self.strategy.broadcast(state)
         changes = [scale * drawn(self.layout, 1 + state.round, k) for k in self.clients]
-        done = [self.client(got, k, memory, changes[k]) for k, memory in zip(self.clients, memories, strict=True)]
-        return [update for update, _ in done], [memory for _, memory in done]
+        done = [
+            self.client(broadcast, k, client_state, changes[k])
+            for k, client_state in zip(self.clients, client_states, strict=True)
+        ]
+        return [update for update, _ in done], [client_state for _, client_state in done]
 
     def aggregate(self, updates: list[Update]) -> Aggregate:
         """What the server sees of the updates."""
         each = tuple(sorted(updates, key=lambda update: update.client))  # as the engine gives them
         return replace(self.summed(updates), each=None if self.strategy.reads == "sum" else each)
 
-    def after(self, rounds: int) -> tuple[ServerState, list[Memory]]:
-        """After rounds of all clients: moments and memories, where there are any, are no longer zero."""
-        state, memories = self.start(), self.nothing_remembered()
+    def after(self, rounds: int) -> tuple[ServerState, list[ClientState]]:
+        """After rounds of all clients: moments and client_states, where there are any, are no longer zero."""
+        state, client_states = self.start(), self.no_client_states()
         for _ in range(rounds):
-            updates, memories = self.cohort(state, memories)
+            updates, client_states = self.cohort(state, client_states)
             state = self.strategy.apply(state, self.aggregate(updates))
-        return state, memories
+        return state, client_states
 
     def effective(self, state: ServerState) -> list[torch.Tensor]:
-        """What the clients' model is made of: all that is no adapter, and residual + scale * B A."""
+        """What the clients' model is made of: all that is no adapter, and merged_delta + scale * B A."""
         rest = [view for name, view in self.layout.views(state.params).items() if ".lora_" not in name]
         products = [pair.scale * pair.b_OR @ pair.a_RI for pair in self.layout.lora_pairs(state.params)]
-        if state.residual is not None:
-            merged = self.layout.products(state.residual)
+        if state.merged_delta is not None:
+            merged = self.layout.products(state.merged_delta)
             products = [product + more for product, more in zip(products, merged, strict=True)]
         return rest + products
 

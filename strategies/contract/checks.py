@@ -32,7 +32,7 @@ def _near(case: Case, one: ServerState, other: ServerState, what: str) -> None:
 def no_change_leaves_the_model_alone(case: Case) -> None:
     """With zero deltas, moments and memory the effective weights W0 + s B A stay as they are."""
     state = case.start()
-    updates, _ = case.cohort(state, case.nothing_remembered(), scale=0.0)
+    updates, _ = case.cohort(state, case.no_client_states(), scale=0.0)
     after = case.strategy.apply(state, case.aggregate(updates))
     if not case.strategy.needs_lora:
         same(after.params, state.params, "apply moves the vector although no client changed it")
@@ -40,7 +40,7 @@ def no_change_leaves_the_model_alone(case: Case) -> None:
 
 
 def the_first_state_is_the_model_as_it_was_given(case: Case) -> None:
-    """init gives round 0, its layout, and the model that it got."""
+    """init gives round 0, its layout, and the model that it broadcast."""
     first = case.start()
     hold(first.round == 0, f"init gives round {first.round}, not 0")
     hold(first.layout == case.layout, "init does not put its layout into the state")
@@ -49,15 +49,17 @@ def the_first_state_is_the_model_as_it_was_given(case: Case) -> None:
 
 def a_change_moves_the_model_or_what_clients_remember(case: Case) -> None:
     """A round in which clients learn something leaves a trace."""
-    before, (after, memories) = case.start(), case.after(1)
-    moved = difference((after.params, after.residual), (before.params, before.residual)) is not None
-    hold(moved or any(memories), "after a round of changes the model is as before and no client remembers anything")
+    before, (after, client_states) = case.start(), case.after(1)
+    moved = difference((after.params, after.merged_delta), (before.params, before.merged_delta)) is not None
+    hold(
+        moved or any(client_states), "after a round of changes the model is as before and no client remembers anything"
+    )
 
 
 def the_order_of_clients_is_irrelevant(case: Case) -> None:
     """The same updates in another order give the same bits."""
-    state, memories = case.after(2)
-    updates, _ = case.cohort(state, memories)
+    state, client_states = case.after(2)
+    updates, _ = case.cohort(state, client_states)
     one, other = (case.strategy.apply(state, case.aggregate(listed)) for listed in (updates, updates[::-1]))
     same(one, other, "the order in which updates come changes the next state")
 
@@ -75,12 +77,15 @@ def what_the_engine_sets_stays_and_the_layout_is_passed_on(case: Case) -> None:
     state, _ = case.after(2)
     kept = (state.layout, state.seed, state.population) == (case.layout, SEED, case.population)
     hold(kept, "apply loses the state's layout, seed or population: use dataclasses.replace(state, ...)")
-    got = case.strategy.broadcast(state)
-    hold((got.layout, got.seed) == (case.layout, SEED), "broadcast does not pass on the state's layout and seed")
+    broadcast = case.strategy.broadcast(state)
+    hold(
+        (broadcast.layout, broadcast.seed) == (case.layout, SEED),
+        "broadcast does not pass on the state's layout and seed",
+    )
 
 
 def a_round_is_the_same_when_it_is_run_again(case: Case) -> None:
-    """Two runs from the same start end in the same bits, states and memories."""
+    """Two runs from the same start end in the same bits, states and client_states."""
     same(case.after(2), case.after(2), "a run that is repeated ends elsewhere: draw by strategies.core.seeds alone")
 
 
@@ -89,9 +94,9 @@ def the_server_side_leaves_its_inputs_unmodified(case: Case) -> None:
     params = drawn(case.layout, 0)
     case.strategy.init(params, case.layout)
     same(params, drawn(case.layout, 0), "init writes into the vector that it is given")
-    state, memories = case.after(2)
+    state, client_states = case.after(2)
     before = copied(state)
-    updates, _ = case.cohort(state, memories)
+    updates, _ = case.cohort(state, client_states)
     same(state, before, "broadcast, or a client's half, writes into the state")
     aggregate = case.aggregate(updates)
     aggregate_before = copied(aggregate)
@@ -101,19 +106,24 @@ def the_server_side_leaves_its_inputs_unmodified(case: Case) -> None:
 
 
 def what_travels_is_flat_contiguous_and_float32(case: Case) -> None:
-    """States, broadcasts, updates and memories are vectors as one put, one sum and one mask need them."""
-    state, memories = case.after(2)
-    got = case.strategy.broadcast(state)
-    updates, memories = case.cohort(state, memories)
-    for name, tensor in tensors((state, got, updates, memories, case.strategy.starts(got, memories[0]))).items():
+    """States, broadcasts, updates and client_states are vectors as one put, one sum and one mask need them."""
+    state, client_states = case.after(2)
+    broadcast = case.strategy.broadcast(state)
+    updates, client_states = case.cohort(state, client_states)
+    for name, tensor in tensors(
+        (state, broadcast, updates, client_states, case.strategy.starts(broadcast, client_states[0]))
+    ).items():
         flat = tensor.dtype == torch.float32 and tensor.ndim == 1 and tensor.is_contiguous()
         hold(flat, f"{name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, not one contiguous float32 vector")
     size = (case.layout.size,)
-    whole = state.params.shape == got.params.shape == updates[0].delta.shape == size
+    whole = state.params.shape == broadcast.params.shape == updates[0].delta.shape == size
     hold(whole, f"params and delta must keep the layout's {case.layout.size} elements")
-    if state.residual is not None:
-        wanted, found = sum(outputs * inputs for outputs, inputs in case.layout.product_shapes), state.residual.numel()
-        hold(found == wanted, f"the residual has {found} elements; the layout's products have {wanted}")
+    if state.merged_delta is not None:
+        wanted, found = (
+            sum(outputs * inputs for outputs, inputs in case.layout.product_shapes),
+            state.merged_delta.numel(),
+        )
+        hold(found == wanted, f"the merged delta has {found} elements; the layout's products have {wanted}")
 
 
 def the_state_survives_a_checkpoint(case: Case) -> None:
@@ -128,8 +138,8 @@ def shards_are_applied_as_the_whole(case: Case) -> None:
     """`elementwise` is honest: apply on parts of the vectors gives the parts of apply on the whole."""
     if not case.strategy.elementwise:
         raise DoesNotApply("elementwise is False: it needs whole vectors")
-    state, memories = case.after(2)
-    aggregate, size = case.aggregate(case.cohort(state, memories)[0]), case.layout.size
+    state, client_states = case.after(2)
+    aggregate, size = case.aggregate(case.cohort(state, client_states)[0]), case.layout.size
 
     def shard(part: slice) -> ServerState:
         each = aggregate.each and tuple(
@@ -153,16 +163,19 @@ def clients_work_on_shards_as_on_the_whole(case: Case) -> None:
     """`elementwise` is honest on the client too: broadcast, correct and finish on parts give the parts of the whole."""
     if not case.strategy.elementwise:
         raise DoesNotApply("elementwise is False: it needs whole vectors")
-    state, memories = case.after(2)
+    state, client_states = case.after(2)
     size, change, grad = case.layout.size, drawn(case.layout, 5), drawn(case.layout, 6)[None]
 
     def half(part: slice) -> list[dict[str, Vector]]:
         own = replace(state, params=state.params[part], moments=_part(state.moments, part, size))
-        got, memory = case.strategy.broadcast(replace(own, layout=NO_LAYOUT)), _part(memories[0], part, size)
-        grads = {run: grad[:, part].clone() for run in case.strategy.starts(got, memory)}
+        broadcast, client_state = (
+            case.strategy.broadcast(replace(own, layout=NO_LAYOUT)),
+            _part(client_states[0], part, size),
+        )
+        grads = {run: grad[:, part].clone() for run in case.strategy.starts(broadcast, client_state)}
         for run, grad_KP in grads.items():
-            case.strategy.correct(grad_KP, got.params[None] + change[part], got, memory, run)
-        update, after = case.client(got, 0, memory, change[part])
+            case.strategy.correct(grad_KP, broadcast.params[None] + change[part], broadcast, client_state, run)
+        update, after = case.client(broadcast, 0, client_state, change[part])
         return [{run: grad_KP[0] for run, grad_KP in grads.items()}, {"delta": update.delta} | update.extras, after]
 
     first, second, whole = half(slice(0, 4)), half(slice(4, size)), half(slice(0, size))
@@ -180,8 +193,8 @@ def it_reads_no_more_than_it_says(case: Case) -> None:
     """`reads` is honest: a rule that says "sum" gives the same from the sum alone as with each update beside it."""
     if case.strategy.reads != "sum":
         raise DoesNotApply(f'reads is "{case.strategy.reads}": it says that the sum is not enough')
-    state, memories = case.after(2)
-    updates, _ = case.cohort(state, memories)
+    state, client_states = case.after(2)
+    updates, _ = case.cohort(state, client_states)
     blind = case.aggregate(updates)
     seeing = replace(blind, each=tuple(updates))
     one, other = case.strategy.apply(state, blind), case.strategy.apply(state, seeing)

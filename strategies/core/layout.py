@@ -65,15 +65,15 @@ class Layout:
 
     @property
     def product_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(O, I) of each LoRA pair's product, in the order of `lora_pairs`: a residual holds them one after another."""
+        """(O, I) of each LoRA pair's product, in the order of `lora_pairs`: a merged delta holds them in a row."""
         shapes = dict(zip(self.names, self.shapes, strict=True))
         pairs = [(shapes[name.replace(LORA_A, LORA_B)], shapes[name]) for name in self.names if LORA_A in name]
         return tuple((b_OR[0], a_RI[1]) for b_OR, a_RI in pairs)
 
-    def products(self, residual: torch.Tensor) -> list[torch.Tensor]:
-        """The matrices (O, I) of a `residual`, as views."""
+    def products(self, merged_delta: torch.Tensor) -> list[torch.Tensor]:
+        """The matrices (O, I) of a `merged_delta`, as views."""
         sizes = [outputs * inputs for outputs, inputs in self.product_shapes]
-        parts = residual.split(sizes)
+        parts = merged_delta.split(sizes)
         return [part.view(shape) for part, shape in zip(parts, self.product_shapes, strict=True)]
 
     def lora_pairs(self, flat: torch.Tensor) -> Iterator[LoraPair]:

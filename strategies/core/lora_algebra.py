@@ -54,7 +54,7 @@ def all_but(layout: Layout, rows: slice) -> Mask:
 
 
 def products(vector: Vector, layout: Layout) -> Vector:
-    """The products scale * B A of all LoRA pairs of the vector (P,), as a residual holds them."""
+    """The products scale * B A of all LoRA pairs of the vector (P,), as a merged delta holds them."""
     return torch.cat([(pair.scale * pair.b_OR @ pair.a_RI).flatten() for pair in layout.lora_pairs(vector)])
 
 
@@ -63,30 +63,30 @@ def product_change(end: Vector, start: Vector, layout: Layout) -> Vector:
     return products(end, layout).sub_(products(start, layout))
 
 
-def fold(got: Broadcast) -> float:
+def fold(broadcast: Broadcast) -> float:
     """s_k / s: what a client of another rank has in front of its product, over what the layout has."""
-    return 1.0 if got.rank is None else got.layout.scale_at(got.rank) / got.layout.scale
+    return 1.0 if broadcast.rank is None else broadcast.layout.scale_at(broadcast.rank) / broadcast.layout.scale
 
 
-def own_start(got: Broadcast, rank: int | None) -> Vector:
+def own_start(broadcast: Broadcast, rank: int | None) -> Vector:
     """The global vector as a client trains it: cut to `rank` (None: whole), with B such that s_k B is the global s B.
 
     Rows of A and columns of B that are both zero have zero gradients, so they stay zero in training.
     """
-    own = got.params.clone()
-    for pair in got.layout.lora_pairs(own):
+    own = broadcast.params.clone()
+    for pair in broadcast.layout.lora_pairs(own):
         if rank is not None:
             pair.a_RI[rank:] = 0
             pair.b_OR[:, rank:] = 0
-        pair.b_OR.div_(fold(got))
+        pair.b_OR.div_(fold(broadcast))
     return own
 
 
-def folded(end: Vector, got: Broadcast) -> Vector:
+def folded(end: Vector, broadcast: Broadcast) -> Vector:
     """A client's vector with its own scale folded into B, so that vectors of all ranks mean the same."""
     own = end.clone()
-    for pair in got.layout.lora_pairs(own):
-        pair.b_OR.mul_(fold(got))
+    for pair in broadcast.layout.lora_pairs(own):
+        pair.b_OR.mul_(fold(broadcast))
     return own
 
 

@@ -12,8 +12,9 @@ import torch
 from strategies.core.layout import Layout
 
 Vector = torch.Tensor
+Vectors = torch.Tensor  # (K, P): those of K clients
 Mask = torch.Tensor  # (P,) bool: which coordinates of a vector are meant
-Memory = dict[str, Vector]
+ClientState = dict[str, Vector]
 Reads = Literal["sum", "passes", "each"]
 
 GLOBAL = "global"  # the name of the local training whose change is the update
@@ -22,9 +23,9 @@ NO_LAYOUT = Layout((), ())
 
 @dataclass(frozen=True)
 class ServerState:
-    """All state of a strategy: the global vector, its moments by name, and its residual.
+    """All state of a strategy: the global vector, its moments by name, and its merged delta.
 
-    `residual` is what the rule has merged into the base: the products (O, I) of `layout.product_shapes`, one after
+    `merged_delta` is what the rule has merged into the base: the products (O, I) of `layout.product_shapes`, one after
     another in one vector, the scale folded in; None as long as the base is as it was. `layout` says what lies where in
     the vector, `seed` is the recipe's, for rules that draw, `population` how many clients may be sampled; they never
     change.
@@ -33,7 +34,7 @@ class ServerState:
     round: int
     params: Vector
     moments: dict[str, Vector] = field(default_factory=dict)
-    residual: Vector | None = None
+    merged_delta: Vector | None = None
     layout: Layout = NO_LAYOUT
     seed: int = 0
     population: int = 0
@@ -93,8 +94,8 @@ class Strategy(Protocol):
 
     FedAvg has a default for everything but its own rule; others extend it. A class says of itself what it `reads`,
     whether it `needs_lora` and allows `mixed_ranks`, is `elementwise` (both halves work on parts of vectors), whether a
-    client `remembers`, wants its `loss_before` training, `freezes` or keeps at home a part of the
-    vector, and `personalises`: gives clients models of their own. `bounded_weights`: `finish` makes no weight above 1
+    client `keeps_state`, wants its `loss_before` training, `freezes` or keeps at home a part of the
+    vector, and `personalizes`: gives clients models of their own. `bounded_weights`: `finish` makes no weight above 1
     of one that is at most 1.
 
     Two more say what differential privacy of clients may clip, noise and divide by a public number.
@@ -107,10 +108,10 @@ class Strategy(Protocol):
     needs_lora: ClassVar[bool]
     mixed_ranks: ClassVar[bool]
     elementwise: ClassVar[bool]
-    remembers: ClassVar[bool]
+    keeps_state: ClassVar[bool]
     loss_before: ClassVar[bool]
     freezes: ClassVar[bool]
-    personalises: ClassVar[bool]
+    personalizes: ClassVar[bool]
     extras_are_changes: ClassVar[bool]
     keeps_higher_ranks: ClassVar[bool]
     paper: ClassVar[str]
@@ -128,12 +129,12 @@ class Strategy(Protocol):
         """What the clients of the next round receive."""
         ...
 
-    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+    def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The vectors (P,) from which a client trains, one after another: "global", then personal ones by name."""
         ...
 
     def correct(
-        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """Changes the local gradient of the training `run` in place, before clipping and the local optimizer.
 
@@ -142,12 +143,12 @@ class Strategy(Protocol):
         ...
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """The client's last word on its update, and what it remembers; `ends` are the personal runs' final vectors."""
         ...
 
-    def personal(self, got: Broadcast, memory: Memory) -> Vector | None:
+    def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
         """The vector (P,) that the client itself would use, from what it remembers; None if that is the global one."""
         ...
 
@@ -162,7 +163,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """The coordinates that the client's training `run` may move, whether it sends them or not; None: all.
 
         Example-level privacy clips and adds noise to these alone, so `correct` must zero all other gradients, unless
@@ -170,7 +171,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """How many float32 numbers a real client would receive and send in a round."""
         ...
 
@@ -209,12 +210,14 @@ class Transform(Protocol):
         ...
 
     @property
-    def remembers(self) -> bool:
-        """Whether it keeps something in the client's memory."""
+    def keeps_state(self) -> bool:
+        """Whether it keeps something in the client's state."""
         ...
 
-    def encode(self, update: Update, got: Broadcast, memory: Memory, rng: torch.Generator) -> tuple[Update, Memory]:
-        """The update as it travels, and what the client remembers; `memory` is this transform's own part."""
+    def encode(
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator
+    ) -> tuple[Update, ClientState]:
+        """The update as it travels, and what the client keeps; `client_state` is this transform's own part."""
         ...
 
     def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:

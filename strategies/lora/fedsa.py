@@ -8,7 +8,7 @@ import torch
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import LORA_B, Layout
 from strategies.core.lora_algebra import count, slices, unmarked, without
-from strategies.core.protocol import GLOBAL, Broadcast, Mask, Memory, Update, Vector
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Mask, Update, Vector
 
 
 @dataclass(frozen=True)
@@ -21,32 +21,32 @@ class FedSaLora(FedAvg):
 
     kind: Literal["fedsa"] = "fedsa"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
     needs_lora: ClassVar[bool] = True
-    remembers: ClassVar[bool] = True
-    personalises: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = True
+    personalizes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2410.01463"
 
-    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+    def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global A with the client's own B."""
-        own = self.personal(got, memory)
-        return {GLOBAL: got.params if own is None else own}
+        own = self.personal(broadcast, client_state)
+        return {GLOBAL: broadcast.params if own is None else own}
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """Keeps B and sends no change of it."""
-        update, memory = super().finish(update, got, memory, ends)
-        end = got.params + update.delta
-        b = torch.cat([end[part] for part in slices(got.layout, LORA_B)])
-        return replace(update, delta=without(update.delta, got.layout, LORA_B)), memory | {"b": b}
+        update, client_state = super().finish(update, broadcast, client_state, ends)
+        end = broadcast.params + update.delta
+        b = torch.cat([end[part] for part in slices(broadcast.layout, LORA_B)])
+        return replace(update, delta=without(update.delta, broadcast.layout, LORA_B)), client_state | {"b": b}
 
-    def personal(self, got: Broadcast, memory: Memory) -> Vector | None:
+    def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
         """The global A with the client's own B, once it has one."""
-        if "b" not in memory:
+        if "b" not in client_state:
             return None
-        own, parts = got.params.clone(), slices(got.layout, LORA_B)
-        own_b = memory["b"].split([part.stop - part.start for part in parts])
+        own, parts = broadcast.params.clone(), slices(broadcast.layout, LORA_B)
+        own_b = client_state["b"].split([part.stop - part.start for part in parts])
         for part, b in zip(parts, own_b, strict=True):
             own[part] = b
         return own
@@ -55,11 +55,11 @@ class FedSaLora(FedAvg):
         """All but B."""
         return {"delta": unmarked(layout, LORA_B)}
 
-    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """Both."""
         return None
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """All but B, both ways."""
-        sent = got.layout.size - count(got.layout, LORA_B)
+        sent = broadcast.layout.size - count(broadcast.layout, LORA_B)
         return sent, sent

@@ -10,13 +10,13 @@ import torch
 
 from strategies.core.layout import LORA_A, LORA_B
 from strategies.core.lora_algebra import count, put, svd
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Memory, ServerState, Update, Vector
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update, Vector, Vectors
 from strategies.lora.ffa import FfaLora
 
 
 @dataclass(frozen=True)
 class FedSb(FfaLora):
-    """W = W0 + s B0 R A0 with orthonormal B0, A0; R += lr * sum_k p_k delta_k R. Exact. Reads the sum; no memory.
+    """W = W0 + s B0 R A0 with orthonormal B0, A0; R += lr * sum_k p_k delta_k R. Exact. Reads the sum; no state.
 
     The trained vector holds A0 and B = B0 R: the gradient of B is projected on the span of B0, and so is B's end.
     With plain SGD, with or without momentum, that is the same as training R (clipping included: projected gradients
@@ -38,29 +38,29 @@ class FedSb(FfaLora):
         return replace(super().broadcast(state), extras=dict(state.moments))
 
     def correct(
-        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """The gradient of A becomes zero, that of B is projected on the span of B0."""
-        super().correct(grad_KP, params_KP, got, memory, run)
+        super().correct(grad_KP, params_KP, broadcast, client_state, run)
         for grad_P in grad_KP:
-            project(grad_P, got)
+            project(grad_P, broadcast)
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """Sends what of B's change lies in the span of B0."""
-        update, memory = super().finish(update, got, memory, ends)  # the delta is a copy by now
-        project(update.delta, got)
-        return update, memory
+        update, client_state = super().finish(update, broadcast, client_state, ends)  # the delta is a copy by now
+        project(update.delta, broadcast)
+        return update, client_state
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """Round 0: B; then r x r both ways, after the bases came down once, in round 1."""
-        layout = got.layout
+        layout = broadcast.layout
         rest = layout.size - count(layout, LORA_A, LORA_B)
-        if "basis" not in got.extras:
+        if "basis" not in broadcast.extras:
             return rest + count(layout, LORA_B), rest + count(layout, LORA_B)
         square = rest + len(layout.product_shapes) * layout.rank**2
-        return (layout.size if got.round == 1 else square), square
+        return (layout.size if broadcast.round == 1 else square), square
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """FedAvg's step; after the first round that moved, the product in its SVD, whose factors are the bases."""
@@ -75,10 +75,10 @@ class FedSb(FfaLora):
         return replace(moved, params=params, moments={"basis": basis})
 
 
-def project(vector: Vector, got: Broadcast) -> None:
+def project(vector: Vector, broadcast: Broadcast) -> None:
     """Takes the B matrices of the vector (P,) to the span of B0, in place; round 0 has no B0 yet."""
-    if "basis" not in got.extras:
+    if "basis" not in broadcast.extras:
         return
-    bases = got.layout.lora_pairs(got.extras["basis"])
-    for pair, basis in zip(got.layout.lora_pairs(vector), bases, strict=True):
+    bases = broadcast.layout.lora_pairs(broadcast.extras["basis"])
+    for pair, basis in zip(broadcast.layout.lora_pairs(vector), bases, strict=True):
         pair.b_OR.copy_(basis.b_OR @ (basis.b_OR.T @ pair.b_OR))

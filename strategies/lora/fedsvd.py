@@ -11,7 +11,7 @@ from strategies.lora.ffa import FfaLora
 
 @dataclass(frozen=True)
 class FedSvd(FfaLora):
-    """B' = B + lr * sum_k p_k delta_k B; U S V' = SVD(B' A); A <- V', B <- U S. Reads the sum; no memory.
+    """B' = B + lr * sum_k p_k delta_k B; U S V' = SVD(B' A); A <- V', B <- U S. Reads the sum; no state.
 
     Exact: one A for all in a round, and the SVD of rank r loses nothing. A has orthonormal rows from the second round
     on, which bounds B's gradients (made for DP-SGD: the noise enters B alone). The SVD is that of an r x r matrix. The
@@ -23,9 +23,9 @@ class FedSvd(FfaLora):
     elementwise: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 2505.12805"
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """A and B down, all but A up."""
-        return got.layout.size, got.layout.size - count(got.layout, LORA_A)
+        return broadcast.layout.size, broadcast.layout.size - count(broadcast.layout, LORA_A)
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """FedAvg's step, then the product in its other factors."""

@@ -12,7 +12,7 @@ import torch
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import LORA_A, LORA_B, Layout
 from strategies.core.lora_algebra import count, floats_at, folded, own_start, products, put, unmarked, without
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Mask, Memory, ServerState, Update, Vector
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
 from strategies.core.seeds import torch_rng
 
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -26,7 +26,7 @@ class FlexLora(FedAvg):
     the round's D, and D moves by lr times the mean of that: zeros move nothing, so that differential privacy may clip
     them and divide by the expected cohort. What lies beyond the largest rank is lost: exact where that is the layers'
     full rank, else the best approximation of D. With mixed ranks a client's product lacks what lies beyond its rank,
-    and D loses its share of that. Reads sums; no memory.
+    and D loses its share of that. Reads sums; no state.
 
     `sketch` = 0: the sum of the dense products (from the clients' A and B, or, under secure aggregation, from their
     products' changes). Above 0: with shared random Q (I, S) and T (L, O), S = rank + sketch, L = 2 S + 1, clients send
@@ -55,19 +55,21 @@ class FlexLora(FedAvg):
         """The global vector, and the round's random matrices if there are sketches; the seed would say them too."""
         return replace(super().broadcast(state), extras=self._drawn(state) if self.sketch else {})
 
-    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+    def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector cut to the client's rank."""
-        return {GLOBAL: own_start(got, got.rank)}
+        return {GLOBAL: own_start(broadcast, broadcast.rank)}
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """Sends the weighted change of the product, or its sketches, instead of the adapters' changes."""
-        update, memory = super().finish(update, got, memory, ends)
-        before = self._seen(got.params, got.layout, got.extras)
-        after = self._seen(folded(got.params + update.delta, got), got.layout, got.extras)
+        update, client_state = super().finish(update, broadcast, client_state, ends)
+        before = self._seen(broadcast.params, broadcast.layout, broadcast.extras)
+        after = self._seen(folded(broadcast.params + update.delta, broadcast), broadcast.layout, broadcast.extras)
         extras = {name: update.weight * (after[name] - before[name]) for name in before}
-        return replace(update, delta=without(update.delta, got.layout, LORA_A, LORA_B), extras=extras), memory
+        return replace(
+            update, delta=without(update.delta, broadcast.layout, LORA_A, LORA_B), extras=extras
+        ), client_state
 
     def beside(self, layout: Layout) -> dict[str, int]:
         """The products' changes, or sketches of them."""
@@ -83,18 +85,18 @@ class FlexLora(FedAvg):
         """All but the adapters, whose products travel beside."""
         return {"delta": unmarked(layout, LORA_A, LORA_B)}
 
-    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """Every coordinate."""
         return None
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """The client's own adapters down; up as well, or the sketches."""
-        down = floats_at(got.layout, got.rank)
+        down = floats_at(broadcast.layout, broadcast.rank)
         if not self.sketch:
             return down, down
-        sizes = zip(got.layout.product_shapes, self._sizes(got.layout), strict=True)
+        sizes = zip(broadcast.layout.product_shapes, self._sizes(broadcast.layout), strict=True)
         sketches = sum(outputs * columns + rows * inputs for (outputs, inputs), (columns, rows) in sizes)
-        return down, got.layout.size - count(got.layout, LORA_A, LORA_B) + sketches
+        return down, broadcast.layout.size - count(broadcast.layout, LORA_A, LORA_B) + sketches
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """The SVD of the product and its mean change gives the new adapters; all other tensors as in FedAvg."""

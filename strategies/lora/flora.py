@@ -8,13 +8,13 @@ import torch
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import LORA_A, LORA_B, Layout
 from strategies.core.lora_algebra import floats_at, folded, own_start, product_change, products, unmarked, without
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Mask, Memory, ServerState, Update, Vector
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
 from strategies.core.seeds import torch_rng
 
 
 @dataclass(frozen=True)
 class Flora(FedAvg):
-    """W += lr * sum_k p_k s_k B_k A_k, then a fresh A and B = 0. Reads the sum of products; no memory.
+    """W += lr * sum_k p_k s_k B_k A_k, then a fresh A and B = 0. Reads the sum of products; no state.
 
     Exact for any ranks: the stack of all p_k B_k and A_k has the sum of the products as its product, and s_k = alpha /
     r_k is folded in. The paper's server sends the stack: the way down grows with the number of clients, each counted
@@ -38,18 +38,23 @@ class Flora(FedAvg):
         """The global vector, and in "count" how many clients the last round's stack is of."""
         return replace(super().broadcast(state), extras=dict(state.moments))
 
-    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+    def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector cut to the client's rank."""
-        return {GLOBAL: own_start(got, got.rank)}
+        return {GLOBAL: own_start(broadcast, broadcast.rank)}
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """Sends w_k times the change of s_k B_k A_k instead of the adapters' changes."""
-        update, memory = super().finish(update, got, memory, ends)
-        end, start = (folded(vector, got) for vector in (got.params + update.delta, own_start(got, got.rank)))
-        extras = {"product": update.weight * product_change(end, start, got.layout)}
-        return replace(update, delta=without(update.delta, got.layout, LORA_A, LORA_B), extras=extras), memory
+        update, client_state = super().finish(update, broadcast, client_state, ends)
+        end, start = (
+            folded(vector, broadcast)
+            for vector in (broadcast.params + update.delta, own_start(broadcast, broadcast.rank))
+        )
+        extras = {"product": update.weight * product_change(end, start, broadcast.layout)}
+        return replace(
+            update, delta=without(update.delta, broadcast.layout, LORA_A, LORA_B), extras=extras
+        ), client_state
 
     def beside(self, layout: Layout) -> dict[str, int]:
         """The products' changes."""
@@ -59,26 +64,26 @@ class Flora(FedAvg):
         """All but the adapters, whose products travel beside."""
         return {"delta": unmarked(layout, LORA_A, LORA_B)}
 
-    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """Every coordinate."""
         return None
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """The last round's stack down (at first the seed says all), the client's own adapters up."""
-        stacked = int(got.extras["count"]) * got.layout.rank if "count" in got.extras else 0
-        return floats_at(got.layout, stacked), floats_at(got.layout, got.rank)
+        stacked = int(broadcast.extras["count"]) * broadcast.layout.rank if "count" in broadcast.extras else 0
+        return floats_at(broadcast.layout, stacked), floats_at(broadcast.layout, broadcast.rank)
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """residual += the product and its mean change, then new adapters; all other tensors as in FedAvg."""
+        """merged_delta += the product and its mean change, then new adapters; all other tensors as in FedAvg."""
         moved = super().apply(state, aggregate)
-        residual = products(state.params, state.layout)
-        residual += aggregate.extras["product"] * (self.lr / aggregate.weight)
-        if state.residual is not None:
-            residual += state.residual
+        merged_delta = products(state.params, state.layout)
+        merged_delta += aggregate.extras["product"] * (self.lr / aggregate.weight)
+        if state.merged_delta is not None:
+            merged_delta += state.merged_delta
         stream = torch_rng(state.seed, moved.round, -1, "adapters")
         params = fresh(moved.params, state.layout, stream)
         return replace(
-            moved, params=params, residual=residual, moments={"count": torch.tensor([float(aggregate.count)])}
+            moved, params=params, merged_delta=merged_delta, moments={"count": torch.tensor([float(aggregate.count)])}
         )
 
 

@@ -12,7 +12,17 @@ import torch
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import Layout, LoraPair
 from strategies.core.lora_algebra import all_but, floats_at, folded, own_start
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Mask, Memory, ServerState, Update, Vector
+from strategies.core.protocol import (
+    GLOBAL,
+    Aggregate,
+    Broadcast,
+    ClientState,
+    Mask,
+    ServerState,
+    Update,
+    Vector,
+    Vectors,
+)
 
 TINY = 1e-12  # below this a norm has no direction
 
@@ -38,7 +48,7 @@ class HetLora(FedAvg):
     needs_lora: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
-    remembers: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2401.06432"
 
     def __post_init__(self) -> None:
@@ -56,19 +66,19 @@ class HetLora(FedAvg):
         """Whether the norm, which has no bound, is not the weight."""
         return self.weighting != "norm"
 
-    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+    def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector cut to the client's rank."""
-        (rank,) = ranks(got, memory)
-        return {GLOBAL: own_start(got, rank)}
+        (rank,) = ranks(broadcast, client_state)
+        return {GLOBAL: own_start(broadcast, rank)}
 
     def correct(
-        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """Adds the gradient of penalty * |B_tail| |A_tail|."""
-        listed = ranks(got, memory)
+        listed = ranks(broadcast, client_state)
         for client, (grad_P, params_P) in enumerate(zip(grad_KP, params_KP, strict=True)):
             rank = listed[client % len(listed)]
-            both = zip(got.layout.lora_pairs(grad_P), got.layout.lora_pairs(params_P), strict=True)
+            both = zip(broadcast.layout.lora_pairs(grad_P), broadcast.layout.lora_pairs(params_P), strict=True)
             for grad, pair in both:
                 tail = slice(self._kept(rank), rank)
                 a_norm, b_norm = tail_norms(pair, tail)
@@ -76,31 +86,35 @@ class HetLora(FedAvg):
                 grad.b_OR[:, tail] += self.penalty * a_norm / b_norm.clamp(min=TINY) * pair.b_OR[:, tail]
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """Prunes, folds the client's scale into B, and weighs by the product's norm."""
-        update, memory = super().finish(update, got, memory, ends)
-        (rank,) = ranks(got, memory)
-        kept, end = self._kept(rank), got.params + update.delta
+        update, client_state = super().finish(update, broadcast, client_state, ends)
+        (rank,) = ranks(broadcast, client_state)
+        kept, end = self._kept(rank), broadcast.params + update.delta
         tail = slice(kept, rank)
-        before, after = (self._tail(vector, got, tail) for vector in (self.starts(got, memory)[GLOBAL], end))
+        before, after = (
+            self._tail(vector, broadcast, tail) for vector in (self.starts(broadcast, client_state)[GLOBAL], end)
+        )
         if after < before:
             rank = kept
-            for pair in got.layout.lora_pairs(end):
+            for pair in broadcast.layout.lora_pairs(end):
                 pair.a_RI[tail] = 0
                 pair.b_OR[:, tail] = 0
-        end = folded(end, got)
-        weight = norm_of_products(end, got.layout) if self.weighting == "norm" else update.weight
-        return replace(update, delta=end - got.params, weight=weight), memory | {"rank": torch.tensor([float(rank)])}
+        end = folded(end, broadcast)
+        weight = norm_of_products(end, broadcast.layout) if self.weighting == "norm" else update.weight
+        return replace(update, delta=end - broadcast.params, weight=weight), client_state | {
+            "rank": torch.tensor([float(rank)])
+        }
 
-    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """The rank that the client has kept."""
-        (rank,) = ranks(got, memory)
-        return all_but(got.layout, slice(rank, None))
+        (rank,) = ranks(broadcast, client_state)
+        return all_but(broadcast.layout, slice(rank, None))
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """A vector of the client's rank both ways, as given: what it has pruned since is in its memory alone."""
-        sent = floats_at(got.layout, got.rank)
+        sent = floats_at(broadcast.layout, broadcast.rank)
         return sent, sent
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
@@ -112,16 +126,16 @@ class HetLora(FedAvg):
     def _kept(self, rank: int) -> int:
         return max(1, math.floor(self.gamma * rank))
 
-    def _tail(self, vector: Vector, got: Broadcast, tail: slice) -> float:
-        norms = [tail_norms(pair, tail) for pair in got.layout.lora_pairs(vector)]
+    def _tail(self, vector: Vector, broadcast: Broadcast, tail: slice) -> float:
+        norms = [tail_norms(pair, tail) for pair in broadcast.layout.lora_pairs(vector)]
         return sum(float(a_norm * b_norm) for a_norm, b_norm in norms)
 
 
-def ranks(got: Broadcast, memory: Memory) -> list[int]:
+def ranks(broadcast: Broadcast, client_state: ClientState) -> list[int]:
     """The rank of the client, or of each client of a pack, if they remember."""
-    if "rank" in memory:
-        return [int(rank) for rank in memory["rank"].flatten()]
-    return [got.layout.rank if got.rank is None else got.rank]
+    if "rank" in client_state:
+        return [int(rank) for rank in client_state["rank"].flatten()]
+    return [broadcast.layout.rank if broadcast.rank is None else broadcast.rank]
 
 
 def tail_norms(pair: LoraPair, tail: slice) -> tuple[torch.Tensor, torch.Tensor]:

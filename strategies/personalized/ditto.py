@@ -4,10 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from strategies.averaging.fedavg import FedAvg
-from strategies.core.protocol import GLOBAL, Broadcast, Memory, Update, Vector
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Update, Vector, Vectors
 
 PERSONAL = "personal"  # the name of the second training, and of its result in the memory
 
@@ -24,8 +22,8 @@ class Ditto(FedAvg):
 
     kind: Literal["ditto"] = "ditto"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
     lam: float = 0.1
-    remembers: ClassVar[bool] = True
-    personalises: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = True
+    personalizes: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2012.04221"
 
     def __post_init__(self) -> None:
@@ -35,25 +33,25 @@ class Ditto(FedAvg):
                 f"strategy.lam pulls personal models to the global one and must be at least 0, not {self.lam}"
             )
 
-    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+    def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector, then the client's own."""
-        return {GLOBAL: got.params, PERSONAL: memory.get(PERSONAL, got.params)}
+        return {GLOBAL: broadcast.params, PERSONAL: client_state.get(PERSONAL, broadcast.params)}
 
     def correct(
-        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """grad += lam (v_k - theta_t) in the personal training."""
         if run == PERSONAL:
-            grad_KP.add_(params_KP - got.params, alpha=self.lam)
+            grad_KP.add_(params_KP - broadcast.params, alpha=self.lam)
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """Remembers where the personal training ended."""
         assert ends is not None
-        update, memory = super().finish(update, got, memory, ends)
-        return update, memory | {PERSONAL: ends[PERSONAL]}
+        update, client_state = super().finish(update, broadcast, client_state, ends)
+        return update, client_state | {PERSONAL: ends[PERSONAL]}
 
-    def personal(self, got: Broadcast, memory: Memory) -> Vector | None:
+    def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
         """v_k, once there is one."""
-        return memory.get(PERSONAL)
+        return client_state.get(PERSONAL)

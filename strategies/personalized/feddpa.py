@@ -9,7 +9,7 @@ import torch
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import Layout
 from strategies.core.lora_algebra import all_but, floats_at
-from strategies.core.protocol import GLOBAL, Broadcast, Mask, Memory, Update, Vector
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Mask, Update, Vector, Vectors
 from strategies.personalized.ditto import PERSONAL
 
 
@@ -30,8 +30,8 @@ class FedDpa(FedAvg):
     kind: Literal["feddpa"] = "feddpa"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
     mix: float = 0.5
     needs_lora: ClassVar[bool] = True
-    remembers: ClassVar[bool] = True
-    personalises: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = True
+    personalizes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2403.19211"
@@ -44,56 +44,56 @@ class FedDpa(FedAvg):
                 f"not {self.mix}"
             )
 
-    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+    def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector, then the sum of the client's two adapters."""
-        return {GLOBAL: got.params, PERSONAL: self._mixed(got, memory)}
+        return {GLOBAL: broadcast.params, PERSONAL: self._mixed(broadcast, client_state)}
 
     def correct(
-        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """Freezes the local adapter, in the personal training the global one."""
-        frozen = _frozen(got.layout, run)
+        frozen = _frozen(broadcast.layout, run)
         for grad_P in grad_KP:
-            for pair in got.layout.lora_pairs(grad_P):
+            for pair in broadcast.layout.lora_pairs(grad_P):
                 pair.a_RI[frozen] = 0
                 pair.b_OR[:, frozen] = 0
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """Keeps the local adapter and sends no change of it."""
         assert ends is not None
-        update, memory = super().finish(update, got, memory, ends)
+        update, client_state = super().finish(update, broadcast, client_state, ends)
         delta = update.delta.clone()
-        for part in _local(delta, got.layout):
+        for part in _local(delta, broadcast.layout):
             part.zero_()
-        own = torch.cat([part.flatten() for part in _local(ends[PERSONAL], got.layout)])
-        return replace(update, delta=delta), memory | {"local": own}
+        own = torch.cat([part.flatten() for part in _local(ends[PERSONAL], broadcast.layout)])
+        return replace(update, delta=delta), client_state | {"local": own}
 
-    def personal(self, got: Broadcast, memory: Memory) -> Vector | None:
+    def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
         """The sum of both adapters, once the client has one of its own."""
-        return self._mixed(got, memory) if "local" in memory else None
+        return self._mixed(broadcast, client_state) if "local" in client_state else None
 
     def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but the local adapter."""
         return {"delta": all_but(layout, _frozen(layout, GLOBAL))}
 
-    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """All but the other training's adapter."""
-        return all_but(got.layout, _frozen(got.layout, run))
+        return all_but(broadcast.layout, _frozen(broadcast.layout, run))
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """The global adapter, both ways."""
-        sent = floats_at(got.layout, got.layout.rank // 2)
+        sent = floats_at(broadcast.layout, broadcast.layout.rank // 2)
         return sent, sent
 
-    def _mixed(self, got: Broadcast, memory: Memory) -> Vector:
-        mixed, half = got.params.clone(), got.layout.rank // 2
-        for pair in got.layout.lora_pairs(mixed):
+    def _mixed(self, broadcast: Broadcast, client_state: ClientState) -> Vector:
+        mixed, half = broadcast.params.clone(), broadcast.layout.rank // 2
+        for pair in broadcast.layout.lora_pairs(mixed):
             pair.b_OR[:, :half] *= 1 - self.mix
-        if "local" in memory:
-            parts = _local(mixed, got.layout)
-            for part, own in zip(parts, memory["local"].split([part.numel() for part in parts]), strict=True):
+        if "local" in client_state:
+            parts = _local(mixed, broadcast.layout)
+            for part, own in zip(parts, client_state["local"].split([part.numel() for part in parts]), strict=True):
                 part.copy_(own.view(part.shape))
         return mixed
 

@@ -6,7 +6,18 @@ from typing import ClassVar, Literal
 import torch
 
 from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Mask, Memory, Reads, ServerState, Update, Vector
+from strategies.core.protocol import (
+    GLOBAL,
+    Aggregate,
+    Broadcast,
+    ClientState,
+    Mask,
+    Reads,
+    ServerState,
+    Update,
+    Vector,
+    Vectors,
+)
 
 
 @dataclass(frozen=True)
@@ -22,10 +33,10 @@ class LocalOnly:
     needs_lora: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = False
     elementwise: ClassVar[bool] = True
-    remembers: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = True
     loss_before: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
-    personalises: ClassVar[bool] = True
+    personalizes: ClassVar[bool] = True
     bounded_weights: ClassVar[bool] = True
     extras_are_changes: ClassVar[bool] = False
     keeps_higher_ranks: ClassVar[bool] = False
@@ -39,24 +50,26 @@ class LocalOnly:
         """The initial vector."""
         return Broadcast(state.round, state.params, layout=state.layout, seed=state.seed)
 
-    def starts(self, got: Broadcast, memory: Memory) -> dict[str, Vector]:
+    def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The client's own vector."""
-        return {GLOBAL: memory.get("own", got.params)}
+        return {GLOBAL: client_state.get("own", broadcast.params)}
 
     def correct(
-        self, grad_KP: torch.Tensor, params_KP: torch.Tensor, got: Broadcast, memory: Memory, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """The plain local gradient."""
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """Keeps all and sends no change."""
-        return replace(update, delta=torch.zeros_like(update.delta)), memory | {"own": got.params + update.delta}
+        return replace(update, delta=torch.zeros_like(update.delta)), client_state | {
+            "own": broadcast.params + update.delta
+        }
 
-    def personal(self, got: Broadcast, memory: Memory) -> Vector | None:
+    def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
         """The client's own vector, once it has one."""
-        return memory.get("own")
+        return client_state.get("own")
 
     def beside(self, layout: Layout) -> dict[str, int]:
         """No others."""
@@ -66,11 +79,11 @@ class LocalOnly:
         """Nothing of the delta."""
         return {"delta": torch.zeros(layout.size, dtype=torch.bool)}
 
-    def trained(self, got: Broadcast, memory: Memory, run: str = GLOBAL) -> Mask | None:
+    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """Every coordinate."""
         return None
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """Nothing travels: the initial vector was everyone's before the first round."""
         return 0, 0
 

@@ -18,7 +18,7 @@ from strategies.robust.reading_each import Byzantine, by_coordinate, mean_of_row
 class Bulyan(Byzantine):
     """theta += lr * in each coordinate, the mean of the S - 2f values nearest to the median of S = K - 2f updates.
 
-    Krum selects the S updates one by one. Reads each update; no memory. Needs K >= 4f + 3. The median is one of the
+    Krum selects the S updates one by one. Reads each update; no state. Needs K >= 4f + 3. The median is one of the
     values, of an even S the lower middle one (the paper leaves it open); of two values equally near the lower is taken.
     After each selection Krum runs again on those left; its count of neighbours, then K - f - 2 of a smaller K, is kept
     at one or more. The authors' later code averages several updates at each selection and selects two fewer; this is

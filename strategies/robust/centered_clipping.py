@@ -8,12 +8,12 @@ import torch
 
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Broadcast, Memory, ServerState, Update, Vector
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update, Vector
 
 
 @dataclass(frozen=True)
-class CentredClipping(FedAvg):
-    """v += mean_k clip(delta_k - v, tau), theta += lr v, where clip(x, tau) = x min(1, tau / |x|). No memory.
+class CenteredClipping(FedAvg):
+    """v += mean_k clip(delta_k - v, tau), theta += lr v, where clip(x, tau) = x min(1, tau / |x|). No state.
 
     One pass of the paper's rule, from the last round's v, which is broadcast: reads the sum, and a client's update is
     its clipped distance from v. Clients count the same, since an attacker would claim many rows.
@@ -46,13 +46,13 @@ class CentredClipping(FedAvg):
         return replace(super().broadcast(state), extras={"v": state.moments["v"]})
 
     def finish(
-        self, update: Update, got: Broadcast, memory: Memory, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, Memory]:
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
+    ) -> tuple[Update, ClientState]:
         """Sends clip(delta - v, tau)."""
-        update, memory = super().finish(update, got, memory, ends)
-        apart = update.delta - got.extras["v"]
+        update, client_state = super().finish(update, broadcast, client_state, ends)
+        apart = update.delta - broadcast.extras["v"]
         norm = torch.linalg.vector_norm(apart, dtype=torch.float64).item()
-        return replace(update, delta=apart * (self.tau / max(norm, self.tau))), memory
+        return replace(update, delta=apart * (self.tau / max(norm, self.tau))), client_state
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """v += mean clip(delta - v, tau), theta += lr v."""

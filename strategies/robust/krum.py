@@ -17,7 +17,7 @@ from strategies.robust.reading_each import Byzantine, by_coordinate, mean_of_row
 class Krum(Byzantine):
     """theta += lr * delta_i with the smallest score: the sum of |delta_i - delta_j|^2 over its K - f - 2 nearest j.
 
-    Reads each update; no memory. Needs K >= 2f + 3. Of equal scores the client of the smaller number wins. On skewed
+    Reads each update; no state. Needs K >= 2f + 3. Of equal scores the client of the smaller number wins. On skewed
     data it follows one client in the middle and leaves the others' knowledge out; Multi-Krum is milder.
     """
 
@@ -37,7 +37,7 @@ class Krum(Byzantine):
 class MultiKrum(Byzantine):
     """theta += lr * the mean of the `m` updates with Krum's smallest scores: m = 1 is Krum, m = K the plain mean.
 
-    Reads each update; no memory. Needs K >= 2f + 3 and K >= m; without `m` it is K - f - 2, as many as a score counts.
+    Reads each update; no state. Needs K >= 2f + 3 and K >= m; without `m` it is K - f - 2, as many as a score counts.
     Above K - f it takes liars in for sure.
     """
 

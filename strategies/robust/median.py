@@ -14,7 +14,7 @@ from strategies.robust.reading_each import Robust, by_coordinate, mean_of_rows, 
 class Median(Robust):
     """theta += lr * median_k delta_k, coordinate by coordinate; of an even number, the mean of the middle two.
 
-    Reads each update; no memory. Holds while fewer than half of the cohort lie. On skewed data a coordinate that few
+    Reads each update; no state. Holds while fewer than half of the cohort lie. On skewed data a coordinate that few
     clients move is not moved at all; with one or two clients it is the mean.
     """
 

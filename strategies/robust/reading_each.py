@@ -19,7 +19,7 @@ ELEMENTS = 2**21  # of a block, over all clients: what is in memory at once does
 
 @dataclass(frozen=True)
 class Robust(FedAvg, ABC):
-    """theta += lr * rule(delta_1, ..., delta_K). Reads each update; no memory.
+    """theta += lr * rule(delta_1, ..., delta_K). Reads each update; no state.
 
     Every client counts the same: its number of rows is its own claim, which an attacker would put high. On LoRA the
     rule sees A and B as coordinates, not their product.

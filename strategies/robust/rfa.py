@@ -20,7 +20,7 @@ class Rfa(FedAvg):
     """theta += lr * z after `passes` times z <- sum b_k delta_k / sum b_k, b_k = p_k / max(nu, |delta_k - z|).
 
     The smoothed Weiszfeld algorithm for argmin_z sum p_k |delta_k - z|. A pass is a sum over the updates, which a
-    secure sum can give: it reads "passes", and a real client receives z and sends b_k delta_k in each. No memory. z
+    secure sum can give: it reads "passes", and a real client receives z and sends b_k delta_k in each. No state. z
     starts at zero, the server's model, so that one pass is the paper's one-step RFA and one huge update moves it little
     from the first pass on; the authors' released code starts at the plain mean and counts that as its first pass. An
     attacker may still claim a large p_k: see `weighting`.
@@ -42,10 +42,10 @@ class Rfa(FedAvg):
         if not 0 < self.nu < math.inf:
             raise ValueError(f"strategy.nu keeps distances away from 0 and must be a number above 0, not {self.nu}")
 
-    def floats(self, got: Broadcast) -> tuple[int, int]:
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """A vector down and a vector up for each pass; the first z is the global vector's own zero."""
-        down, up = super().floats(got)
-        return down + (self.passes - 1) * got.params.numel(), self.passes * up
+        down, up = super().floats(broadcast)
+        return down + (self.passes - 1) * broadcast.params.numel(), self.passes * up
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """theta += lr * the geometric median of the deltas."""

@@ -13,7 +13,7 @@ from strategies.robust.reading_each import Robust, by_coordinate, mean_of_rows, 
 class TrimmedMean(Robust):
     """theta += lr * the mean of what is left of every coordinate without its `trim` smallest and largest shares.
 
-    Of K updates floor(trim K) are cut on each side. Reads each update; no memory. Holds while at most the share `trim`
+    Of K updates floor(trim K) are cut on each side. Reads each update; no state. Holds while at most the share `trim`
     of the cohort lies. Where floor(trim K) is 0 it would be the plain mean, which is refused unless trim is 0.
     """
 

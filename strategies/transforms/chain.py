@@ -10,25 +10,27 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from strategies.core.protocol import Aggregate, Broadcast, Memory, ServerState, Size, Transform, Update, Vector
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Transform, Update, Vector
 from strategies.core.seeds import torch_rng
 
 ERROR = "error"  # the name of the residual in a transform's part of the memory
 
 
-def encode(transforms: Sequence[Transform], update: Update, got: Broadcast, memory: Memory) -> tuple[Update, Memory]:
+def encode(
+    transforms: Sequence[Transform], update: Update, broadcast: Broadcast, client_state: ClientState
+) -> tuple[Update, ClientState]:
     """The update as it leaves the client, and the transforms' part of the client's memory alone.
 
-    `memory` is what the client remembered before the round; what it remembers after it is `finish`'s memory and this.
+    `client_state` is what the client kept before the round; what it keeps after it is `finish`'s state and this.
     """
     if not transforms:
         return update, {}
-    rng = torch_rng(got.seed, got.round, update.client, "encode")
-    kept: Memory = {}
+    rng = torch_rng(broadcast.seed, broadcast.round, update.client, "encode")
+    kept: ClientState = {}
     for index, transform in enumerate(transforms):
         prefix = f"transform{index}.{transform.kind}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in memory.items() if name.startswith(prefix)}
-        update, own = transform.encode(update, got, own, rng)
+        own = {name.removeprefix(prefix): tensor for name, tensor in client_state.items() if name.startswith(prefix)}
+        update, own = transform.encode(update, broadcast, own, rng)
         kept |= {prefix + name: tensor for name, tensor in own.items()}
     return update, kept
 
@@ -53,7 +55,7 @@ def bits(transforms: Sequence[Transform], floats: int) -> int:
 class Lossy(ABC):
     """A transform that loses something of the update and, with error feedback, sends it later.
 
-    e is what the client remembers: it sends C(delta + e) and keeps e <- delta + e - C(delta + e), so that over the
+    e is what the client keeps_state: it sends C(delta + e) and keeps e <- delta + e - C(delta + e), so that over the
     rounds the sum of what arrived is the sum of the deltas less the last e. A coordinate that did not move this round
     (frozen by the rule, or beyond the client's rank) sends nothing, and its residual waits: a frozen tensor stays where
     it is. A residual is sent when the client next takes part, which in a large population is late or never.
@@ -62,7 +64,7 @@ class Lossy(ABC):
     error_feedback: bool = True
 
     @abstractmethod
-    def squeeze(self, x_P: Vector, got: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
+    def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
         """What travels in place of the vector, and what the server makes of that, (P,)."""
 
     @abstractmethod
@@ -70,17 +72,19 @@ class Lossy(ABC):
         """What its output costs if its input costs `size`."""
 
     @property
-    def remembers(self) -> bool:
+    def keeps_state(self) -> bool:
         """The residual, with error feedback."""
         return self.error_feedback
 
-    def encode(self, update: Update, got: Broadcast, memory: Memory, rng: torch.Generator) -> tuple[Update, Memory]:
+    def encode(
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator
+    ) -> tuple[Update, ClientState]:
         """The squeezed delta with the residual of earlier rounds in it, and the new residual."""
         if not self.error_feedback:
-            return replace(update, delta=self.squeeze(update.delta, got, rng)[0]), {}
+            return replace(update, delta=self.squeeze(update.delta, broadcast, rng)[0]), {}
         delta_P = update.delta
-        error_P = memory.get(ERROR, torch.zeros_like(delta_P))
-        sent, seen_P = self.squeeze(torch.where(delta_P == 0, 0, delta_P + error_P), got, rng)
+        error_P = client_state.get(ERROR, torch.zeros_like(delta_P))
+        sent, seen_P = self.squeeze(torch.where(delta_P == 0, 0, delta_P + error_P), broadcast, rng)
         return replace(update, delta=sent), {ERROR: delta_P + error_P - seen_P}
 
     def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:

@@ -6,12 +6,12 @@ from typing import Literal
 
 import torch
 
-from strategies.core.protocol import Aggregate, Broadcast, Memory, ServerState, Size, Update
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Update
 
 
 @dataclass(frozen=True)
 class Clip:
-    """delta <- delta * min(1, bound / |delta|), the L2 norm of the whole vector. No memory.
+    """delta <- delta * min(1, bound / |delta|), the L2 norm of the whole vector. No state.
 
     Bounds what one client can do to a sum, so it goes with rules that read the sum alone. The clients themselves clip:
     against those that lie it helps only if somebody checks. What comes after it in the chain may lengthen the update
@@ -26,13 +26,15 @@ class Clip:
             raise ValueError(f"clip's bound is the largest L2 norm and must be a number above 0, not {self.bound}")
 
     @property
-    def remembers(self) -> bool:
+    def keeps_state(self) -> bool:
         """Nothing."""
         return False
 
-    def encode(self, update: Update, got: Broadcast, memory: Memory, rng: torch.Generator) -> tuple[Update, Memory]:
+    def encode(
+        self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator
+    ) -> tuple[Update, ClientState]:
         """The delta, shortened if it is too long."""
-        norm = got.whole_norm(float(torch.linalg.vector_norm(update.delta, dtype=torch.float64)))
+        norm = broadcast.whole_norm(float(torch.linalg.vector_norm(update.delta, dtype=torch.float64)))
         return (update if norm <= self.bound else replace(update, delta=update.delta * (self.bound / norm))), {}
 
     def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:

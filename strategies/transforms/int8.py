@@ -26,7 +26,7 @@ class Int8(Lossy):
     def __post_init__(self) -> None:
         check_block("int8", self.block)
 
-    def squeeze(self, x_P: Vector, got: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
+    def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
         """The values on each block's grid."""
         x_NB = blocks_of(x_P, self.block)
         scale_N1 = x_NB.abs().amax(dim=1, keepdim=True) / 127

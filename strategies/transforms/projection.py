@@ -27,7 +27,7 @@ class Projection(Lossy):
 
     Traps: what was frozen or zero does not stay so, hence it is not for rules that freeze tensors nor for mixed ranks.
     It is the only transform that changes the length, so a chain has one at most. Rules that read each update get them
-    decoded, all in memory. It takes 9 bytes a parameter on every slot.
+    decoded, all in client_state. It takes 9 bytes a parameter on every slot.
     """
 
     kind: Literal["projection"] = "projection"
@@ -36,14 +36,14 @@ class Projection(Lossy):
     def __post_init__(self) -> None:
         check_share("projection", self.share)
 
-    def squeeze(self, x_P: Vector, got: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
+    def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
         """The buckets (M,), and their way back (P,)."""
-        if x_P.numel() != got.params.numel():
+        if x_P.numel() != broadcast.params.numel():
             raise ValueError("a chain of transforms may hold one projection, not two: give the one the smaller share")
-        bucket_P, sign_P = drawn(got.seed, got.round, x_P.numel(), share_of(self.share, x_P.numel()))
+        bucket_P, sign_P = drawn(broadcast.seed, broadcast.round, x_P.numel(), share_of(self.share, x_P.numel()))
         buckets = np.bincount(bucket_P, x_P.numpy() * sign_P, share_of(self.share, x_P.numel()))
         sent = torch.from_numpy(buckets.astype(np.float32))
-        return sent, self.back(sent, got.seed, got.round, x_P.numel())
+        return sent, self.back(sent, broadcast.seed, broadcast.round, x_P.numel())
 
     def back(self, y_M: torch.Tensor, seed: int, round_: int, size: int) -> Vector:
         """S' y, or S' (S S')^-1 y with error feedback."""

@@ -27,7 +27,7 @@ class Sign(Lossy):
     def __post_init__(self) -> None:
         check_block("sign", self.block)
 
-    def squeeze(self, x_P: Vector, got: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
+    def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
         """Each block's mean magnitude with the signs."""
         x_NB = blocks_of(x_P, self.block)
         scale_N1 = x_NB.abs().sum(dim=1, keepdim=True) / x_NB.count_nonzero(dim=1)[:, None].clamp(min=1)

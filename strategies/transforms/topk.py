@@ -24,7 +24,7 @@ class TopK(Lossy):
     def __post_init__(self) -> None:
         check_share("topk", self.share)
 
-    def squeeze(self, x_P: Vector, got: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
+    def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
         """The vector with zeros in place of what does not travel."""
         kept = share_of(self.share, int(x_P.count_nonzero()))
         where = x_P.abs().topk(kept, sorted=False).indices

@@ -22,15 +22,17 @@ def first_state():
 
 @pytest.fixture(scope="session")
 def play_round():
-    """Plays a round of clients' updates; returns the next state, what was sent, and all memories after it."""
+    """Plays a round of clients' updates; returns the next state, what was sent, and all client_states after it."""
 
-    def play(strategy, state, updates, memories=None):
-        got, memories, sent, running = strategy.broadcast(state), dict(memories or {}), [], ExactSum()
+    def play(strategy, state, updates, client_states=None):
+        broadcast, client_states, sent, running = strategy.broadcast(state), dict(client_states or {}), [], ExactSum()
         for update in updates:
-            update, memories[update.client] = strategy.finish(update, got, memories.get(update.client, {}))
+            update, client_states[update.client] = strategy.finish(
+                update, broadcast, client_states.get(update.client, {})
+            )
             sent.append(update)
             running.add(update)
-        return strategy.apply(state, merge([running.close()])), sent, memories
+        return strategy.apply(state, merge([running.close()])), sent, client_states
 
     return play
 
@@ -40,19 +42,19 @@ def solve_quadratics(first_state, play_round):
     """Trains four clients with losses (a_k / 2) (x - b_k)^2 by gradient descent to where the strategy ends; gives x."""
 
     def solve(strategy, curvatures, optima, rounds, steps=5, lr=0.1):
-        state, memories = first_state(strategy, (0.0,)), {}
+        state, client_states = first_state(strategy, (0.0,)), {}
         for _ in range(rounds):
-            got, updates = strategy.broadcast(state), []
+            broadcast, updates = strategy.broadcast(state), []
             for client, (a, b) in enumerate(zip(curvatures, optima, strict=True)):
-                memory = memories.get(client, {})
-                x_KP = strategy.starts(got, memory)[GLOBAL][None].clone()
+                client_state = client_states.get(client, {})
+                x_KP = strategy.starts(broadcast, client_state)[GLOBAL][None].clone()
                 for _ in range(steps):
                     grad_KP = a * (x_KP - b)
-                    strategy.correct(grad_KP, x_KP, got, memory)
+                    strategy.correct(grad_KP, x_KP, broadcast, client_state)
                     x_KP = x_KP - lr * grad_KP
                 metrics = {"steps": float(steps), "rates": steps * lr}
-                updates.append(Update(client, 1.0, x_KP[0] - got.params, metrics=metrics))
-            state, _, memories = play_round(strategy, state, updates, memories)
+                updates.append(Update(client, 1.0, x_KP[0] - broadcast.params, metrics=metrics))
+            state, _, client_states = play_round(strategy, state, updates, client_states)
         return state.params.item()
 
     return solve

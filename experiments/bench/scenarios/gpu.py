@@ -86,7 +86,7 @@ def recipe(folder: Path, rounds: int, batch: int, length: int, lanes: int, *, gp
         folder / "base",
         f"""
         rounds = {rounds}
-        clients = {{ slots = 1, num_gpus = {int(gpu)}, pack = {lanes} }}
+        clients = {{ slots = 1, num_gpus = {int(gpu)}, lanes = {lanes} }}
         cohort = {{ size = {COHORT} }}
         model = {{ dtype = "bfloat16" }}
         [train]

@@ -46,7 +46,7 @@ def recipe(
         folder / "base",
         f"""
         rounds = {rounds}
-        clients = {{ slots = {PROCESSES}, pack = {lanes} }}
+        clients = {{ slots = {PROCESSES}, lanes = {lanes} }}
         cohort = {{ size = {cohort} }}
         [train]
         steps = {STEPS}

@@ -47,7 +47,7 @@ def study(
         )
         steps.say(f"{count} slots" + (", a cohort as many times as large" if weak else ""))
         speed, balance, vector, lanes = _rounds(short, count, address)
-        work = replace(work, clients=replace(work.clients, pack=lanes))  # what "auto" came to
+        work = replace(work, clients=replace(work.clients, lanes=lanes))  # what "auto" came to
         if not weak and reference.setdefault(0, vector) != vector:
             raise ValueError(f"{count} slots lead to other bits than {slots[0]}: no figure is worth anything")
         base = found[0].tokens_per_s / found[0].slots if found else speed / count

@@ -26,7 +26,7 @@ def recipe(folder: Path, base: Path, cohort: int, rounds: int, lanes: int) -> Re
         base,
         f"""
         rounds = {rounds}
-        clients = {{ slots = {PROCESSES}, pack = {lanes} }}
+        clients = {{ slots = {PROCESSES}, lanes = {lanes} }}
         cohort = {{ size = {cohort} }}
         [train]
         steps = 1

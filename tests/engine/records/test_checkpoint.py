@@ -25,7 +25,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, saved(3, 0.1), keep=2)
     ours, theirs = loaded(tmp_path), saved(3, 0.1)
     assert (ours.wall_s, ours.state.round, ours.state.moments.keys()) == (12.25, 3, theirs.state.moments.keys())
-    pairs = [(ours.state.params, theirs.state.params), (ours.state.residual, theirs.state.residual)]
+    pairs = [(ours.state.params, theirs.state.params), (ours.state.merged_delta, theirs.state.merged_delta)]
     pairs += [(ours.state.moments[name], theirs.state.moments[name]) for name in theirs.state.moments]
     for one, other in pairs:
         assert one is not None and other is not None
@@ -43,7 +43,7 @@ def test_which_round_names_the_model_comes_back_and_older_checkpoints_name_their
 
 def test_without_moments_and_residual(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, Saved(ServerState(0, torch.zeros(2)), 0.0), keep=1)
-    assert (loaded(tmp_path).state.moments, loaded(tmp_path).state.residual) == ({}, None)
+    assert (loaded(tmp_path).state.moments, loaded(tmp_path).state.merged_delta) == ({}, None)
 
 
 def test_none_yet(tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ def test_a_copy_has_it_before_shares_are_asked_for_and_the_run_ends_where_it_can
     journal = Journal.open(tmp_path / "here", there, 0)
     journal.admit(1, [1, 2, 3], anybody)
     assert Journal.open(tmp_path / "there", None, 0).entries == journal.entries == {1: Unmasked((1, 2, 3), (0,))}
+    (tmp_path / "there" / "unmasked" / "round-00001.json").unlink()  # the driver died before it was copied
+    reopened(journal).admit(1, [1, 2, 3], anybody)
+    assert Journal.open(tmp_path / "there", None, 0).entries == journal.entries
     (tmp_path / "file").touch()
     lost = Journal.open(tmp_path / "here", (tmp_path / "file").as_uri(), 1)
     with pytest.raises(OSError, match=r"cannot be written .*run again with --resume"):

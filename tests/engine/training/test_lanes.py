@@ -21,7 +21,7 @@ from strategies import Strategies
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.fedprox import FedProx
 from strategies.averaging.scaffold import Scaffold
-from strategies.core.protocol import Broadcast, Memory, Update
+from strategies.core.protocol import Broadcast, ClientState, Update
 from strategies.lora.hetlora import HetLora
 
 LANES, CLIENTS = 3, 7
@@ -63,7 +63,7 @@ def packed(federation: Federation) -> Callable[..., Federation]:
     return made
 
 
-def jobs(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, **memory: Memory) -> list[Job]:
+def jobs(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, **memory: ClientState) -> list[Job]:
     """Clients of one to five rows, in no order, each with a vector of its own rank."""
     layout, peft = trainer.trainable.layout, federation.model.peft
     assert isinstance(peft, Lora)
@@ -81,11 +81,13 @@ def jobs(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, **
     return made
 
 
-def one_by_one(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, Memory]]:
+def one_by_one(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, ClientState]]:
     return [trainer.updates([job], federation)[0] for job in some]
 
 
-def the_same(found: list[tuple[Update, Memory]], expected: list[tuple[Update, Memory]], within: float) -> None:
+def the_same(
+    found: list[tuple[Update, ClientState]], expected: list[tuple[Update, ClientState]], within: float
+) -> None:
     for (update, memory), (other, remembered) in zip(found, expected, strict=True):
         assert update.client == other.client and other.delta.abs().max() > 1e-4
         assert (update.delta - other.delta).abs().max() <= within
@@ -114,7 +116,7 @@ def test_a_client_is_the_same_as_alone(pair: Pair, packed: Any, rows: pa.RecordB
     the_same(one_by_one(alone, some, federation), expected, 0)
 
 
-def lent(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, Memory]]:
+def lent(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, ClientState]]:
     """Each client's update as a slot takes it, which copies it before the next client."""
     found = []
     for job in some:
@@ -191,7 +193,7 @@ def test_every_strategy_allows_packs(pair: Pair, packed: Any, rows: pa.RecordBat
     for (update, memory), (other, remembered) in zip(lent(alone, first, federation), expected, strict=True):
         assert torch.equal(update.delta, other.delta)
         assert all(torch.equal((update.extras | memory)[name], it) for name, it in (other.extras | remembered).items())
-    assert not rule().remembers or any(memory for _, memory in expected)
+    assert not rule().keeps_state or any(memory for _, memory in expected)
     second = jobs(alone, federation, rows, **{f"of_{update.client}": memory for update, memory in expected})
     for some in (first, second):
         found, wanted = pack.updates(some, federation), one_by_one(alone, some, federation)
@@ -257,7 +259,7 @@ def test_a_base_that_drops_activations_is_refused(bases: dict[str, Path], packed
     packed_base, buffer = read_base(replace(federation.model, base=str(bases["gpt2"])))
     trainable = Trainable(map_base(packed_base, torch.from_numpy(buffer)), federation.model, 3)
     alone = LocalTrainer.of(trainable, Sft(64), 0, federation.train)
-    with pytest.raises(ValueError, match=r"pdrop = 0.1 in its config.json.*set clients.pack = 1"):
+    with pytest.raises(ValueError, match=r"pdrop = 0.1 in its config.json.*set clients.lanes = 1"):
         PackTrainer(alone, LANES, federation.train)
 
 

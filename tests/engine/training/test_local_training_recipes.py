@@ -12,7 +12,7 @@ from engine.config.federation import Federation
 from engine.config.train import AdamW, Schedule, Sgd, Train
 from engine.training.local_training import Job, LocalTrainer
 from strategies.averaging.qfedavg import QFedAvg
-from strategies.core.protocol import Broadcast, Memory, Update
+from strategies.core.protocol import Broadcast, ClientState, Update
 from strategies.personalized.ditto import Ditto
 
 Training = Callable[..., Federation]
@@ -31,8 +31,8 @@ def trained(
     federation: Federation,
     rows: pa.RecordBatch,
     got: Broadcast | None = None,
-    **memory: Memory,
-) -> tuple[Update, Memory]:
+    **memory: ClientState,
+) -> tuple[Update, ClientState]:
     trainer = make_trainer(federation)
     return trainer.updates([Job(1, rows, 0.5, got or started(trainer), memory.get("memory", {}))], federation)[0]
 

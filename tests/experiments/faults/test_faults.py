@@ -187,8 +187,8 @@ def test_a_pack_that_is_too_large_gives_the_bits_of_its_parts(ray_session, small
     if not full and most > 1:
         pytest.skip("clients alone are tried")
     changes = ("evaluate.every=0", "rounds=3", "cohort.size=4")
-    parts = experiments.run(small_recipe(*changes, f"clients.pack={most}"), out=tmp_path / "parts")
-    recipe = replace(small_recipe(*changes, "clients.pack=4"), strategy=TooLarge(most=most))
+    parts = experiments.run(small_recipe(*changes, f"clients.lanes={most}"), out=tmp_path / "parts")
+    recipe = replace(small_recipe(*changes, "clients.lanes=4"), strategy=TooLarge(most=most))
     run = experiments.run(recipe, out=tmp_path / "run")
     assert bits(run) == bits(parts)
     rows = faults(run)
@@ -209,7 +209,7 @@ class OneTooLarge(FedAvg):
 def test_a_client_whose_memory_is_never_there_is_tried_in_smaller_packs_and_alone_then_named(
     ray_session, small_recipe, tmp_path
 ):
-    changes = ("evaluate.every=0", "rounds=1", "cohort.size=8", "clients.pack=4", "clients.max_failed=0.2")
+    changes = ("evaluate.every=0", "rounds=1", "cohort.size=8", "clients.lanes=4", "clients.max_failed=0.2")
     run = experiments.run(replace(small_recipe(*changes), strategy=OneTooLarge()), out=tmp_path / "run")
     rows = faults(run)
     assert all("can't allocate memory" in why for _, _, why in rows)

@@ -27,7 +27,7 @@ LARGE = """
     slots = 512
     num_cpus = 2
     num_gpus = 0.25
-    pack = 4
+    lanes = 4
     availability = { dropout = 0.05, trace = "on-the-cluster.parquet" }
     [cohort]
     size = 2048
@@ -84,17 +84,17 @@ def test_a_recipe_for_512_slots_and_a_70b_base_is_proved_here_and_leaves_nothing
 @pytest.mark.parametrize(
     "changes",
     [
-        ("clients.zero={stage=3, ranks=64}", "clients.num_gpus=1", "clients.pack=1", "privacy.dp=none"),
-        ("clients.zero={stage=2, ranks=8, from_rows=5000, gangs=4}", "clients.num_gpus=1", "clients.pack=1",
+        ("clients.zero={stage=3, ranks=64}", "clients.num_gpus=1", "clients.lanes=1", "privacy.dp=none"),
+        ("clients.zero={stage=2, ranks=8, from_rows=5000, gangs=4}", "clients.num_gpus=1", "clients.lanes=1",
          "privacy.secagg.mode=off", "privacy.dp=none"),
         ("privacy.secagg.mode=off", "privacy.dp={kind='adaptive', epsilon=2.0}", "cohort={kind='poisson', rate=0.01}"),
-        ("privacy.secagg.mode=off", "privacy.dp={kind='example', epsilon=8.0}", "clients.pack=1"),
-        ("privacy.secagg.mode=off", "privacy.dp=none", "strategy=krum", "clients.pack=auto"),
+        ("privacy.secagg.mode=off", "privacy.dp={kind='example', epsilon=8.0}", "clients.lanes=1"),
+        ("privacy.secagg.mode=off", "privacy.dp=none", "strategy=krum", "clients.lanes=auto"),
         ("privacy.secagg.mode=off", "privacy.dp=none", "strategy=scaffold", "train.optimizer=sgd",
          "evaluate.overlap=true"),
         ("privacy.secagg.mode=off", "privacy.dp=none", "strategy=flora", "model.dtype=float32"),
         ("privacy.dp=none", "model.peft=none", "model.dtype=float32", "model.base=EleutherAI/pythia-6.9b",
-         "clients.pack=1"),
+         "clients.lanes=1"),
     ],
     ids=["gangs", "gangs and slots", "adaptive", "example", "krum", "scaffold", "flora", "full tuning"],
 )  # fmt: skip
@@ -201,7 +201,7 @@ def test_fewer_slots_than_asked_for_prove_no_placement(tmp_path):
         (("clients.zero={stage=2}",), 1),
         (("clients.zero={stage=2, from_rows=9}",), 2),
     ):
-        plain = ["privacy={}", "clients.pack=1", "clients.num_gpus=1", *changes]
+        plain = ["privacy={}", "clients.lanes=1", "clients.num_gpus=1", *changes]
         clients = shrunk_recipe(parse_recipe(LARGE, plain), tmp_path, tmp_path).clients
         assert not _placement(clients, started(asked - 1)).holds and _placement(clients, started(asked)).holds
 

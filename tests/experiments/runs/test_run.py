@@ -245,12 +245,12 @@ def test_conversations_are_trained_on_and_sampled(ray_session, small_recipe, tin
             file.write(json.dumps({"client": f"c{number % 5}", "messages": talk}) + "\n")
     run = experiments.run(
         small_recipe(
-            f"model.base='{base}'", f"data.source.path='{rows}'", "rounds=1", "cohort.size=3", "clients.pack=64"
+            f"model.base='{base}'", f"data.source.path='{rows}'", "rounds=1", "cohort.size=3", "clients.lanes=64"
         ),
         out=tmp_path / "run",
     )
     # More lanes than clients are no other recipe than the one that a resumed run will be given.
-    assert "pack = 64" in (run.folder / "recipe.toml").read_text()
+    assert "lanes = 64" in (run.folder / "recipe.toml").read_text()
     (sample, *_) = run.samples
     question, answer, again = sample.prompt.splitlines()
     assert question.startswith("user: what is ") and answer.startswith("assistant: ") and again == "user: sure?"

@@ -24,7 +24,7 @@ def weights(run):
 def packed(ray_session, small_recipe, tmp_path_factory):
     """A finished run in packs of two lanes, by two slots."""
     return experiments.run(
-        small_recipe("clients.pack=2", "clients.slots=2", *CHANGES), out=tmp_path_factory.mktemp("packed") / "run"
+        small_recipe("clients.lanes=2", "clients.slots=2", *CHANGES), out=tmp_path_factory.mktemp("packed") / "run"
     )
 
 
@@ -49,7 +49,7 @@ def test_neither_slots_nor_a_death_change_a_bit_of_packs(packed, small_recipe, s
             killed.append(victim)
 
     run = experiments.run(
-        small_recipe("clients.pack=2", "clients.slots=1", *CHANGES), out=tmp_path / "run", on_event=kill
+        small_recipe("clients.lanes=2", "clients.slots=1", *CHANGES), out=tmp_path / "run", on_event=kill
     )
     assert killed and (run.folder / ADAPTER).read_bytes() == (packed.folder / ADAPTER).read_bytes()
 
@@ -68,18 +68,18 @@ def test_auto_is_settled_once_and_honoured(small_recipe, tmp_path):
         if isinstance(event, RoundDone) and event.round == 2 and len(lanes) == 1:
             raise Enough
 
-    recipe, folder = small_recipe("clients.pack=auto", *CHANGES), tmp_path / "run"
+    recipe, folder = small_recipe("clients.lanes=auto", *CHANGES), tmp_path / "run"
     with pytest.raises(Enough):
         experiments.run(recipe, out=folder, on_event=stop)
-    assert load_recipe(folder / "recipe.toml").clients.pack == lanes[0] >= 1
+    assert load_recipe(folder / "recipe.toml").clients.lanes == lanes[0] >= 1
     saved = load_checkpoint(folder / "checkpoints")
     assert saved is not None and saved.lanes == lanes[0]
     experiments.run(recipe, out=folder, resume=True, on_event=stop)
-    assert lanes[0] == lanes[1] and load_recipe(folder / "recipe.toml").clients.pack == lanes[0]
+    assert lanes[0] == lanes[1] and load_recipe(folder / "recipe.toml").clients.lanes == lanes[0]
 
 
 def test_a_model_that_does_not_pack_is_refused_at_the_start(ray_session, small_recipe, tmp_path):
-    recipe = small_recipe("clients.pack=2", "model.peft={kind='lora', r=4, targets=['embed_tokens', 'q_proj']}")
+    recipe = small_recipe("clients.lanes=2", "model.peft={kind='lora', r=4, targets=['embed_tokens', 'q_proj']}")
     with pytest.raises(ValueError, match=r"clients\.pack works with adapters of linear layers alone"):
         experiments.run(recipe, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -95,6 +95,6 @@ def test_a_model_that_does_not_pack_is_refused_at_the_start(ray_session, small_r
     ],
 )
 def test_what_does_not_pack_is_refused(small_recipe, change, named):
-    assert small_recipe("clients.pack=auto", change).clients.pack == "auto"  # which then comes to 1
-    with pytest.raises(ValueError, match=rf"{named}.*does not work with packs.*set clients.pack = 1"):
-        small_recipe("clients.pack=4", change)
+    assert small_recipe("clients.lanes=auto", change).clients.lanes == "auto"  # which then comes to 1
+    with pytest.raises(ValueError, match=rf"{named}.*does not work with several lanes.*set clients.lanes = 1"):
+        small_recipe("clients.lanes=4", change)

@@ -47,9 +47,9 @@ def test_without_momentum_it_is_fedavg() -> None:
 
 def test_clients_count_the_same_unless_told_otherwise() -> None:
     update, strategy = Update(0, 0.25, torch.ones(3)), DiLoCo()
-    got = strategy.broadcast(rounds(strategy))
-    assert strategy.finish(update, got, {})[0].weight == 1
-    assert DiLoCo(weighting="examples").finish(update, got, {})[0].weight == 0.25
+    broadcast = strategy.broadcast(rounds(strategy))
+    assert strategy.finish(update, broadcast, {})[0].weight == 1
+    assert DiLoCo(weighting="examples").finish(update, broadcast, {})[0].weight == 0.25
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])

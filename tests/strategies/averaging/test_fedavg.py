@@ -16,8 +16,8 @@ CLIENTS = [
 
 def a_round(strategy: FedAvg) -> ServerState:
     state = strategy.init(torch.tensor([10.0, 20.0, 30.0]), LAYOUT)
-    got = strategy.broadcast(state)
-    sent = [strategy.finish(update, got, {})[0] for update in CLIENTS]
+    broadcast = strategy.broadcast(state)
+    sent = [strategy.finish(update, broadcast, {})[0] for update in CLIENTS]
     total = sum((update.weight * update.delta for update in sent), torch.zeros(3))
     return strategy.apply(state, Aggregate(sum(update.weight for update in sent), total, {}, len(sent)))
 
@@ -26,7 +26,7 @@ def test_a_round_weighted_by_examples() -> None:
     # (1 * [1, 2, -4] + 0.25 * [-1, 2, 8]) / 1.25 = [0.75, 2.5, -2] / 1.25 = [0.6, 2, -1.6]
     state = a_round(FedAvg())
     torch.testing.assert_close(state.params, torch.tensor([10.6, 22.0, 28.4]))
-    assert (state.round, state.moments, state.residual) == (1, {}, None)
+    assert (state.round, state.moments, state.merged_delta) == (1, {}, None)
 
 
 def test_a_round_weighted_uniformly() -> None:
@@ -41,9 +41,9 @@ def test_the_server_steps_by_its_learning_rate() -> None:
 
 def test_the_plain_gradient_is_left_alone() -> None:
     strategy = FedAvg()
-    got = strategy.broadcast(strategy.init(torch.zeros(3), LAYOUT))
+    broadcast = strategy.broadcast(strategy.init(torch.zeros(3), LAYOUT))
     grad = torch.tensor([[1.0, 2.0, 3.0]])
-    strategy.correct(grad, torch.ones(1, 3), got, {})
+    strategy.correct(grad, torch.ones(1, 3), broadcast, {})
     assert grad.tolist() == [[1, 2, 3]]
 
 

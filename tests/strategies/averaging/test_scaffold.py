@@ -17,34 +17,34 @@ FIRST = [
 
 def test_a_round(first_state: Any, play_round: Any) -> None:
     strategy = Scaffold()
-    state, sent, memories = play_round(strategy, first_state(strategy), FIRST)
+    state, sent, client_states = play_round(strategy, first_state(strategy), FIRST)
     # theta += ([-0.2, 0.4, 0] + [0.4, 0, -0.4]) / 2
     torch.testing.assert_close(state.params, torch.tensor([10.1, 20.2, 29.8]))
     # c_k+ = 0 - 0 - delta / rates
-    torch.testing.assert_close(memories[0]["c"], torch.tensor([1.0, -2.0, 0.0]))
-    torch.testing.assert_close(memories[1]["c"], torch.tensor([-1.0, 0.0, 1.0]))
-    torch.testing.assert_close(sent[0].extras["c"], memories[0]["c"])
+    torch.testing.assert_close(client_states[0]["c"], torch.tensor([1.0, -2.0, 0.0]))
+    torch.testing.assert_close(client_states[1]["c"], torch.tensor([-1.0, 0.0, 1.0]))
+    torch.testing.assert_close(sent[0].extras["c"], client_states[0]["c"])
     # c = 0 + ([1, -2, 0] + [-1, 0, 1]) / 4: over the population, not the cohort
     torch.testing.assert_close(state.moments["c"], torch.tensor([0.0, -0.5, 0.25]))
 
 
 def test_a_second_round_of_one_client(first_state: Any, play_round: Any) -> None:
     strategy = Scaffold()
-    state, _, memories = play_round(strategy, first_state(strategy), FIRST)
-    got = strategy.broadcast(state)
+    state, _, client_states = play_round(strategy, first_state(strategy), FIRST)
+    broadcast = strategy.broadcast(state)
     known, new = torch.full((1, 3), 10.0), torch.full((1, 3), 10.0)
-    strategy.correct(known, torch.ones(1, 3), got, memories[0])
-    strategy.correct(new, torch.ones(1, 3), got, {})
+    strategy.correct(known, torch.ones(1, 3), broadcast, client_states[0])
+    strategy.correct(new, torch.ones(1, 3), broadcast, {})
     # 10 - c_k + c = 10 - [1, -2, 0] + [0, -0.5, 0.25]; of a client that is new, c_k = 0
     torch.testing.assert_close(known, torch.tensor([[9.0, 11.5, 10.25]]))
     torch.testing.assert_close(new, torch.tensor([[10.0, 9.5, 10.25]]))
 
     again = Update(0, 1.0, torch.tensor([0.2, 0.0, -0.2]), metrics={"rates": 0.2})
-    state, sent, after = play_round(strategy, state, [again], memories)
+    state, sent, after = play_round(strategy, state, [again], client_states)
     # c_k+ - c_k = -c - delta / rates = [0, 0.5, -0.25] + [-1, 0, 1]; c_k = [1, -2, 0] before
     torch.testing.assert_close(sent[0].extras["c"], torch.tensor([-1.0, 0.5, 0.75]))
     torch.testing.assert_close(after[0]["c"], torch.tensor([0.0, -1.5, 0.75]))
-    assert torch.equal(after[1]["c"], memories[1]["c"])
+    assert torch.equal(after[1]["c"], client_states[1]["c"])
     # c = [0, -0.5, 0.25] + [-1, 0.5, 0.75] / 4; theta = [10.1, 20.2, 29.8] + [0.2, 0, -0.2]
     torch.testing.assert_close(state.moments["c"], torch.tensor([-0.25, -0.375, 0.4375]))
     torch.testing.assert_close(state.params, torch.tensor([10.3, 20.2, 29.6]))
@@ -69,11 +69,11 @@ def test_c_is_always_the_mean_of_all_clients_c_k(
     first_state: Any, play_round: Any, rounds: list[dict[int, tuple[float, ...]]]
 ) -> None:
     strategy = Scaffold()
-    state, memories = first_state(strategy), {}
+    state, client_states = first_state(strategy), {}
     for cohort in rounds:
         updates = [Update(k, 1.0, torch.tensor(delta), metrics={"rates": 0.5}) for k, delta in cohort.items()]
-        state, _, memories = play_round(strategy, state, updates, memories)
-    mean = sum(memory["c"] for memory in memories.values()) / 4
+        state, _, client_states = play_round(strategy, state, updates, client_states)
+    mean = sum(client_state["c"] for client_state in client_states.values()) / 4
     torch.testing.assert_close(state.moments["c"], mean, rtol=1e-5, atol=1e-5)
 
 

@@ -96,7 +96,7 @@ class Whole(FedAvg):
 class Writes(FedAvg):
     """Pulls the parameters along in place of the gradient."""
 
-    def correct(self, grad_KP, params_KP, got, memory, run="global"):
+    def correct(self, grad_KP, params_KP, broadcast, client_state, run="global"):
         params_KP.mul_(0.5)
 
 
@@ -104,9 +104,9 @@ class Writes(FedAvg):
 class Forgets(FedAvg):
     """Keeps something for nothing."""
 
-    remembers: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = True
 
-    def finish(self, update, got, memory, ends=None):
+    def finish(self, update, broadcast, client_state, ends=None):
         return update, {"last": update.delta}
 
 
@@ -124,8 +124,8 @@ class Counts(FedAvg):
 
     extras_are_changes: ClassVar[bool] = True
 
-    def finish(self, update, got, memory, ends=None):
-        return replace(update, extras={"steps": torch.tensor([update.metrics["steps"]])}), memory
+    def finish(self, update, broadcast, client_state, ends=None):
+        return replace(update, extras={"steps": torch.tensor([update.metrics["steps"]])}), client_state
 
     def beside(self, layout):
         return {"steps": 1}
@@ -158,8 +158,8 @@ class Leaks(FedAvg):
 class Creeps(FedAvg):
     """Trains what it calls frozen."""
 
-    def trained(self, got, memory, run="global"):
-        return torch.zeros(got.layout.size, dtype=torch.bool)
+    def trained(self, broadcast, client_state, run="global"):
+        return torch.zeros(broadcast.layout.size, dtype=torch.bool)
 
 
 class Melts(FedAvg):
@@ -172,8 +172,8 @@ class Melts(FedAvg):
 class Heavy(FedAvg):
     """Weighs clients by what they have learnt, and does not say that this has no bound."""
 
-    def finish(self, update, got, memory, ends=None):
-        return replace(update, weight=float(update.delta.norm())), memory
+    def finish(self, update, broadcast, client_state, ends=None):
+        return replace(update, weight=float(update.delta.norm())), client_state
 
 
 @pytest.mark.parametrize(

@@ -43,19 +43,19 @@ def test_products_lie_as_a_residual_does() -> None:
 
 def test_a_lower_rank_has_its_own_scale() -> None:
     # alpha = 0.5 * 2 = 1: a client of rank 1 has the scale 1, twice the layout's.
-    got = Broadcast(0, VECTOR, layout=LAYOUT, rank=1)
-    assert fold(got) == 2
-    own = own_start(got, 1)
+    broadcast = Broadcast(0, VECTOR, layout=LAYOUT, rank=1)
+    assert fold(broadcast) == 2
+    own = own_start(broadcast, 1)
     assert own.tolist() == [9, 1, 2, 3, 0, 0, 0, 0.5, 0, 1.5, 0, 7, 8]
-    assert folded(own, got).tolist() == [9, 1, 2, 3, 0, 0, 0, 1, 0, 3, 0, 7, 8]
+    assert folded(own, broadcast).tolist() == [9, 1, 2, 3, 0, 0, 0, 1, 0, 3, 0, 7, 8]
     assert VECTOR[7].item() == 1
 
 
 def test_without_mixed_ranks_a_client_starts_from_the_global_vector() -> None:
-    got = Broadcast(0, VECTOR, layout=LAYOUT)
-    assert fold(got) == 1
-    assert torch.equal(own_start(got, None), VECTOR)
-    assert torch.equal(folded(VECTOR, got), VECTOR)
+    broadcast = Broadcast(0, VECTOR, layout=LAYOUT)
+    assert fold(broadcast) == 1
+    assert torch.equal(own_start(broadcast, None), VECTOR)
+    assert torch.equal(folded(VECTOR, broadcast), VECTOR)
 
 
 @pytest.mark.parametrize(("rank", "floats"), [(None, 13), (2, 13), (1, 8), (0, 3), (5, 28)])

@@ -14,7 +14,7 @@ import torch
 from engine.aggregation.exact_sum import ExactSum, merge
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Broadcast, Memory, ServerState, Update
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, ServerState, Update
 from strategies.lora.fedex import FedExLora
 from strategies.lora.fedsb import FedSb
 from strategies.lora.fedsvd import FedSvd
@@ -51,18 +51,18 @@ def dense(vector: torch.Tensor, residual: torch.Tensor | None, layout: Layout, s
     return product if residual is None else product + residual.double()
 
 
-def trained(strategy: Any, got: Broadcast, draw: np.random.Generator) -> torch.Tensor:
+def trained(strategy: Any, broadcast: Broadcast, draw: np.random.Generator) -> torch.Tensor:
     """Where local gradient descent ends."""
-    layout = got.layout
-    scale = layout.scale if got.rank is None else layout.scale_at(got.rank)
-    params = strategy.starts(got, {})[GLOBAL].clone()
+    layout = broadcast.layout
+    scale = layout.scale if broadcast.rank is None else layout.scale_at(broadcast.rank)
+    params = strategy.starts(broadcast, {})[GLOBAL].clone()
     for _ in range(STEPS):
         grad = torch.zeros_like(params)
         for pair, slope, shape in zip(layout.lora_pairs(params), layout.lora_pairs(grad), SHAPES, strict=True):
             g_OI = torch.from_numpy(draw.standard_normal(shape).astype(np.float32))
             slope.b_OR.copy_(scale * g_OI @ pair.a_RI.T)
             slope.a_RI.copy_(scale * pair.b_OR.T @ g_OI)
-        strategy.correct(grad[None], params[None], got, {})
+        strategy.correct(grad[None], params[None], broadcast, {})
         params -= RATE / scale**2 * grad  # so that the weights move alike whatever the scale
     return params
 
@@ -73,16 +73,16 @@ def a_round(
     """The next state, and the largest difference between its weights and the average of the clients'."""
     running, wanted, weights = ExactSum(), torch.zeros(1, dtype=torch.float64), 0.0
     for client in range(4):
-        got = strategy.broadcast(state)
+        broadcast = strategy.broadcast(state)
         if ranks:
-            got = replace(got, rank=ranks[client % len(ranks)])
-        end, weight = trained(strategy, got, draw), float(draw.uniform(0.1, 1.0))
-        scale = state.layout.scale if got.rank is None else state.layout.scale_at(got.rank)
-        wanted = wanted + weight * dense(end, state.residual, state.layout, scale)
+            broadcast = replace(broadcast, rank=ranks[client % len(ranks)])
+        end, weight = trained(strategy, broadcast, draw), float(draw.uniform(0.1, 1.0))
+        scale = state.layout.scale if broadcast.rank is None else state.layout.scale_at(broadcast.rank)
+        wanted = wanted + weight * dense(end, state.merged_delta, state.layout, scale)
         weights += weight
-        running.add(strategy.finish(Update(client, weight, end - got.params), got, Memory())[0])
+        running.add(strategy.finish(Update(client, weight, end - broadcast.params), broadcast, ClientState())[0])
     after = strategy.apply(state, merge([running.close()]))
-    found = dense(after.params, after.residual, after.layout, after.layout.scale)
+    found = dense(after.params, after.merged_delta, after.layout, after.layout.scale)
     return after, float((found - wanted / weights).abs().max())
 
 
@@ -93,7 +93,7 @@ def errors(strategy: Any, seed: int, rank: int, ranks: list[int]) -> list[float]
     for _ in range(ROUNDS):
         state, error = a_round(strategy, state, draw, ranks)
         found.append(error)
-    moved = dense(state.params, state.residual, layout, layout.scale)
+    moved = dense(state.params, state.merged_delta, layout, layout.scale)
     assert float(moved.abs().max()) > 0.05  # or it would be easy to be exact
     return found
 
@@ -144,6 +144,6 @@ def test_half_a_step_of_the_server_goes_half_the_way() -> None:
             draws = [np.random.default_rng(round_) for _ in range(2)]
             whole, _ = a_round(kind(), state, draws[0], [])
             half, _ = a_round(kind(lr=0.5), state, draws[1], [])
-            start, end, middle = (dense(s.params, s.residual, layout, layout.scale) for s in (state, whole, half))
+            start, end, middle = (dense(s.params, s.merged_delta, layout, layout.scale) for s in (state, whole, half))
             torch.testing.assert_close(middle, (start + end) / 2, rtol=0, atol=1e-5)
             state = whole

@@ -10,16 +10,16 @@ ENDS = [torch.tensor([1.0, 0, 1, 0]), torch.tensor([0.0, 1, 0, 1])]
 
 
 def a_round(strategy: FedAvg, state: ServerState, ends: list[torch.Tensor]) -> ServerState:
-    got = strategy.broadcast(state)
-    sent = [strategy.finish(Update(k, 0.5, end - got.params), got, {})[0] for k, end in enumerate(ends)]
+    broadcast = strategy.broadcast(state)
+    sent = [strategy.finish(Update(k, 0.5, end - broadcast.params), broadcast, {})[0] for k, end in enumerate(ends)]
     total = sum((update.weight * update.delta for update in sent), torch.zeros(4))
     extras = {name: sent[0].extras[name] + sent[1].extras[name] for name in sent[0].extras}
     return strategy.apply(state, Aggregate(1.0, total, extras, 2))
 
 
 def residual(state: ServerState) -> list[list[float]]:
-    assert state.residual is not None
-    return LAYOUT.products(state.residual)[0].tolist()
+    assert state.merged_delta is not None
+    return LAYOUT.products(state.merged_delta)[0].tolist()
 
 
 def test_the_base_gets_what_the_average_lacks() -> None:

@@ -11,11 +11,11 @@ PARAMS = torch.tensor([1.0, 3, 4, 0, 0])
 def test_two_rounds_of_two_clients() -> None:
     strategy = FedSaLora()
     state = strategy.init(PARAMS, LAYOUT)
-    got = strategy.broadcast(state)
-    assert strategy.starts(got, {})[GLOBAL].tolist() == [1, 3, 4, 0, 0]
-    assert strategy.personal(got, {}) is None
-    one, memory_one = strategy.finish(Update(0, 1.0, torch.tensor([1.0, 1, 2, 5, 6])), got, {})
-    other, memory_other = strategy.finish(Update(1, 1.0, torch.tensor([3.0, 3, 0, -5, -6])), got, {})
+    broadcast = strategy.broadcast(state)
+    assert strategy.starts(broadcast, {})[GLOBAL].tolist() == [1, 3, 4, 0, 0]
+    assert strategy.personal(broadcast, {}) is None
+    one, memory_one = strategy.finish(Update(0, 1.0, torch.tensor([1.0, 1, 2, 5, 6])), broadcast, {})
+    other, memory_other = strategy.finish(Update(1, 1.0, torch.tensor([3.0, 3, 0, -5, -6])), broadcast, {})
     assert memory_one["b"].tolist() == [5, 6]
     assert memory_other["b"].tolist() == [-5, -6]
     assert one.delta.tolist() == [1, 1, 2, 0, 0]
@@ -23,13 +23,13 @@ def test_two_rounds_of_two_clients() -> None:
     state = strategy.apply(state, Aggregate(2.0, one.delta + other.delta, {}, 2))
     assert state.params.tolist() == [3, 5, 5, 0, 0]
 
-    got = strategy.broadcast(state)
-    start = strategy.starts(got, memory_one)[GLOBAL]
+    broadcast = strategy.broadcast(state)
+    start = strategy.starts(broadcast, memory_one)[GLOBAL]
     assert start.tolist() == [3, 5, 5, 5, 6]
     end = start + torch.tensor([0.0, 1, -1, 1, 1])
-    sent, memory = strategy.finish(Update(0, 1.0, end - got.params), got, memory_one)
+    sent, client_state = strategy.finish(Update(0, 1.0, end - broadcast.params), broadcast, memory_one)
     assert sent.delta.tolist() == [0, 1, -1, 0, 0]
-    assert memory["b"].tolist() == [6, 7]
+    assert client_state["b"].tolist() == [6, 7]
     assert memory_one["b"].tolist() == [5, 6]
 
 
@@ -41,11 +41,11 @@ def test_the_personal_vector_is_the_global_a_with_the_own_b() -> None:
 
 
 def test_both_halves_are_trained_and_a_alone_travels() -> None:
-    strategy, got = FedSaLora(), Broadcast(0, PARAMS, layout=LAYOUT)
+    strategy, broadcast = FedSaLora(), Broadcast(0, PARAMS, layout=LAYOUT)
     grad = torch.ones(1, 5)
-    strategy.correct(grad, PARAMS[None], got, {})
+    strategy.correct(grad, PARAMS[None], broadcast, {})
     assert grad.tolist() == [[1, 1, 1, 1, 1]]
-    assert strategy.floats(got) == (3, 3)
+    assert strategy.floats(broadcast) == (3, 3)
 
 
 def test_the_server_steps_by_its_learning_rate() -> None:

@@ -35,11 +35,11 @@ def test_a_first_round_in_which_nothing_moves_finds_no_bases() -> None:
 def test_then_only_r_moves() -> None:
     strategy = FedSb()
     state = after_one_round(strategy)
-    got = strategy.broadcast(state)
+    broadcast = strategy.broadcast(state)
     grad_KP = torch.tensor([[5.0, 6, 7, 8, 9], [1, 2, 3, 4, -5]])
-    strategy.correct(grad_KP, torch.ones(2, 5), got, {})
+    strategy.correct(grad_KP, torch.ones(2, 5), broadcast, {})
     torch.testing.assert_close(grad_KP, torch.tensor([[5.0, 0, 0, 0, 9], [1, 0, 0, 0, -5]]))
-    sent, _ = strategy.finish(Update(0, 1.0, torch.tensor([1.0, 7, 7, 3, -4])), got, {})
+    sent, _ = strategy.finish(Update(0, 1.0, torch.tensor([1.0, 7, 7, 3, -4])), broadcast, {})
     torch.testing.assert_close(sent.delta, torch.tensor([1.0, 0, 0, 0, -4]))
     after = strategy.apply(state, Aggregate(2.0, torch.tensor([0.0, 0, 0, 0, -4]), {}, 2))
     torch.testing.assert_close(after.params, state.params + torch.tensor([0.0, 0, 0, 0, -2]))
@@ -68,14 +68,14 @@ def test_momentum_and_clipping_on_b_are_those_on_r() -> None:
     b0_OR, a0_IR = (torch.linalg.qr(torch.randn(size, 2, generator=draw))[0] for size in (4, 5))
     r_RR = torch.randn(2, 2, generator=draw)
     basis = torch.cat([torch.zeros(10), b0_OR.flatten()])
-    got = Broadcast(3, torch.zeros(18), {"basis": basis}, layout)
+    broadcast = Broadcast(3, torch.zeros(18), {"basis": basis}, layout)
     r, b = torch.nn.Parameter(r_RR.clone()), torch.nn.Parameter(b0_OR @ r_RR)
     on_r, on_b = (torch.optim.SGD([tensor], lr=0.1, momentum=0.9, weight_decay=0.01) for tensor in (r, b))
     for _ in range(10):
         g_OI = torch.randn(4, 5, generator=draw)
         r.grad = 2.0 * b0_OR.T @ g_OI @ a0_IR
         grad = torch.cat([torch.randn(10, generator=draw), (2.0 * g_OI @ a0_IR).flatten()])
-        FedSb().correct(grad[None], grad[None], got, {})
+        FedSb().correct(grad[None], grad[None], broadcast, {})
         b.grad = grad[10:].view(4, 2)
         norms = [torch.nn.utils.clip_grad_norm_([tensor], 1.0) for tensor in (r, b)]
         torch.testing.assert_close(*norms)

@@ -33,11 +33,11 @@ def test_the_largest_direction_comes_first() -> None:
 
 def test_a_is_frozen_on_clients_but_comes_down() -> None:
     strategy = FedSvd()
-    got = strategy.broadcast(strategy.init(torch.tensor([1.0, 3, 4, 0, 1]), LAYOUT))
+    broadcast = strategy.broadcast(strategy.init(torch.tensor([1.0, 3, 4, 0, 1]), LAYOUT))
     grad = torch.ones(1, 5)
-    strategy.correct(grad, torch.ones(1, 5), got, {})
+    strategy.correct(grad, torch.ones(1, 5), broadcast, {})
     assert grad.tolist() == [[1, 0, 0, 1, 1]]
-    assert strategy.floats(got) == (5, 3)
+    assert strategy.floats(broadcast) == (5, 3)
 
 
 def test_the_server_steps_by_its_learning_rate() -> None:

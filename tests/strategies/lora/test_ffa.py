@@ -31,7 +31,7 @@ def test_a_stays_and_the_rest_is_averaged() -> None:
     state = a_round(strategy, start(strategy))
     assert state.params.tolist() == [3, 3, 4, 2, 3]
     assert a_round(strategy, state).params.tolist() == [5, 3, 4, 4, 4]
-    assert (state.round, state.moments, state.residual) == (1, {}, None)
+    assert (state.round, state.moments, state.merged_delta) == (1, {}, None)
 
 
 def test_the_settings_of_fedavg_hold() -> None:

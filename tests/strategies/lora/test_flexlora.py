@@ -19,8 +19,8 @@ def a_round(strategy: FlexLora) -> ServerState:
     state = strategy.init(torch.zeros(9), LAYOUT)
     sent = []
     for client, (rank, end) in enumerate(ENDS):
-        got = replace(strategy.broadcast(state), rank=rank)
-        sent.append(strategy.finish(Update(client, 0.5, end - got.params), got, {})[0])
+        broadcast = replace(strategy.broadcast(state), rank=rank)
+        sent.append(strategy.finish(Update(client, 0.5, end - broadcast.params), broadcast, {})[0])
     total = sum((update.weight * update.delta for update in sent), torch.zeros(9))
     extras = {name: sent[0].extras[name] + sent[1].extras[name] for name in sent[0].extras}
     return strategy.apply(state, Aggregate(1.0, total, extras, 2))
@@ -41,8 +41,8 @@ def test_the_mean_product_is_given_out_by_its_svd(sketch: int) -> None:
 def test_a_client_of_rank_one_gets_the_largest_direction_under_its_scale(sketch: int) -> None:
     # 4 * B A must be [[0, 8], [0, 0]]: B = [2, 0]', A = [0, 1]
     strategy = FlexLora(sketch=sketch)
-    got = replace(strategy.broadcast(a_round(strategy)), rank=1)
-    start = strategy.starts(got, {})[GLOBAL]
+    broadcast = replace(strategy.broadcast(a_round(strategy)), rank=1)
+    start = strategy.starts(broadcast, {})[GLOBAL]
     torch.testing.assert_close(start.abs(), torch.tensor([2.0, 0, 1, 0, 0, 2, 0, 0, 0]), rtol=0, atol=1e-5)
 
 
@@ -54,8 +54,8 @@ def test_half_a_server_step_goes_half_the_way(sketch: int) -> None:
 
 def test_the_adapters_themselves_do_not_reach_the_server() -> None:
     for strategy in (FlexLora(), FlexLora(sketch=1)):
-        got = strategy.broadcast(strategy.init(torch.zeros(9), LAYOUT))
-        sent, _ = strategy.finish(Update(0, 1.0, torch.ones(9)), got, {})
+        broadcast = strategy.broadcast(strategy.init(torch.zeros(9), LAYOUT))
+        sent, _ = strategy.finish(Update(0, 1.0, torch.ones(9)), broadcast, {})
         assert sent.delta.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]
         assert set(sent.extras) == ({"range", "core"} if strategy.sketch else {"product"})
 
@@ -97,11 +97,11 @@ def test_the_dense_rule_is_the_best_approximation_and_a_wider_sketch_comes_neare
 
 
 def test_sketches_are_what_is_sent() -> None:
-    got = Broadcast(0, torch.zeros(100), layout=WIDE)
-    assert FlexLora().floats(got) == (100, 100)
-    assert FlexLora().floats(replace(got, rank=1)) == (50, 50)
+    broadcast = Broadcast(0, torch.zeros(100), layout=WIDE)
+    assert FlexLora().floats(broadcast) == (100, 100)
+    assert FlexLora().floats(replace(broadcast, rank=1)) == (50, 50)
     # S = 2 + 3, L = 11: 20 * 5 + 11 * 30
-    assert FlexLora(sketch=3).floats(got) == (100, 430)
+    assert FlexLora(sketch=3).floats(broadcast) == (100, 430)
 
 
 def test_each_round_draws_by_the_seed() -> None:

@@ -21,16 +21,16 @@ def start(strategy: Flora, seed: int = 7) -> ServerState:
 def a_round(strategy: Flora, state: ServerState) -> ServerState:
     sent = []
     for client, (rank, weight, end) in enumerate(ENDS):
-        got = replace(strategy.broadcast(state), rank=rank)
-        sent.append(strategy.finish(Update(client, weight, end - got.params), got, {})[0])
+        broadcast = replace(strategy.broadcast(state), rank=rank)
+        sent.append(strategy.finish(Update(client, weight, end - broadcast.params), broadcast, {})[0])
     total = sum((update.weight * update.delta for update in sent), torch.zeros(9))
     extras = {name: sent[0].extras[name] + sent[1].extras[name] for name in sent[0].extras}
     return strategy.apply(state, Aggregate(sum(update.weight for update in sent), total, extras, 2))
 
 
 def residual(state: ServerState) -> torch.Tensor:
-    assert state.residual is not None
-    return LAYOUT.products(state.residual)[0]
+    assert state.merged_delta is not None
+    return LAYOUT.products(state.merged_delta)[0]
 
 
 def test_products_of_all_ranks_go_into_the_base_and_adapters_start_anew() -> None:
@@ -59,9 +59,9 @@ def test_new_adapters_are_drawn_as_peft_draws_them() -> None:
 
 def test_a_client_starts_at_its_own_rank() -> None:
     strategy = Flora()
-    got = strategy.broadcast(start(strategy))
-    assert strategy.starts(got, {})[GLOBAL].tolist() == [0, 1, 2, 3, 4, 0, 0, 0, 0]
-    assert strategy.starts(replace(got, rank=1), {})[GLOBAL].tolist() == [0, 1, 2, 0, 0, 0, 0, 0, 0]
+    broadcast = strategy.broadcast(start(strategy))
+    assert strategy.starts(broadcast, {})[GLOBAL].tolist() == [0, 1, 2, 3, 4, 0, 0, 0, 0]
+    assert strategy.starts(replace(broadcast, rank=1), {})[GLOBAL].tolist() == [0, 1, 2, 0, 0, 0, 0, 0, 0]
 
 
 def test_half_a_server_step_merges_half() -> None:
@@ -77,6 +77,6 @@ def test_the_stack_comes_down_and_the_own_adapters_go_up() -> None:
     state = start(strategy)
     # The norm and a rank's 4 numbers each: nothing but the seed before the first round, then 2 clients at rank 2.
     assert strategy.floats(strategy.broadcast(state)) == (1, 9)
-    got = strategy.broadcast(a_round(strategy, state))
-    assert strategy.floats(got) == (17, 9)
-    assert strategy.floats(replace(got, rank=1)) == (17, 5)
+    broadcast = strategy.broadcast(a_round(strategy, state))
+    assert strategy.floats(broadcast) == (17, 9)
+    assert strategy.floats(replace(broadcast, rank=1)) == (17, 5)

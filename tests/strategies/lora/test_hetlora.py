@@ -6,7 +6,7 @@ import torch
 
 from strategies.core.layout import Layout
 from strategies.core.lora_algebra import products
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Memory, ServerState, Update
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update
 from strategies.lora.hetlora import HetLora, norm_of_products
 
 # alpha = 1 * 2: a client of rank 1 has the scale 2.
@@ -22,8 +22,8 @@ def a_round(strategy: HetLora) -> ServerState:
     state = strategy.init(PARAMS, LAYOUT)
     sent = []
     for client, (rank, weight, end) in enumerate(ENDS):
-        got = replace(strategy.broadcast(state), rank=rank)
-        sent.append(strategy.finish(Update(client, weight, end - got.params), got, {})[0])
+        broadcast = replace(strategy.broadcast(state), rank=rank)
+        sent.append(strategy.finish(Update(client, weight, end - broadcast.params), broadcast, {})[0])
     total = sum((update.weight * update.delta for update in sent), torch.zeros(9))
     return strategy.apply(state, Aggregate(sum(update.weight for update in sent), total, {}, 2))
 
@@ -55,28 +55,28 @@ def test_the_server_steps_by_its_learning_rate() -> None:
 
 
 def test_a_client_gets_its_first_ranks_under_its_scale() -> None:
-    got = replace(HetLora().broadcast(HetLora().init(PARAMS, LAYOUT)), rank=1)
-    assert HetLora().starts(got, {})[GLOBAL].tolist() == [0, 1, 2, 0, 0, 0.5, 0, 0, 0]
-    assert HetLora().starts(replace(got, rank=None), {})[GLOBAL].tolist() == PARAMS.tolist()
+    broadcast = replace(HetLora().broadcast(HetLora().init(PARAMS, LAYOUT)), rank=1)
+    assert HetLora().starts(broadcast, {})[GLOBAL].tolist() == [0, 1, 2, 0, 0, 0.5, 0, 0, 0]
+    assert HetLora().starts(replace(broadcast, rank=None), {})[GLOBAL].tolist() == PARAMS.tolist()
 
 
-def finished(strategy: HetLora, end: list[float], memory: Memory) -> tuple[Update, Memory]:
-    got = Broadcast(0, PARAMS, layout=LAYOUT)
-    return strategy.finish(Update(0, 1.0, torch.tensor(end) - PARAMS), got, memory)
+def finished(strategy: HetLora, end: list[float], client_state: ClientState) -> tuple[Update, ClientState]:
+    broadcast = Broadcast(0, PARAMS, layout=LAYOUT)
+    return strategy.finish(Update(0, 1.0, torch.tensor(end) - PARAMS), broadcast, client_state)
 
 
 def test_a_tail_that_shrank_is_pruned_for_good() -> None:
     # The tail at the start: |[3, 4]| |[0, 2]| = 10, at the end: |[0, 3]| |[2, 0]| = 6, so the rank goes to 1.
     strategy = HetLora(gamma=0.5)
     end = [0.0, 5, 6, 0, 3, 7, 2, 8, 0]
-    sent, memory = finished(strategy, end, {})
-    assert memory["rank"].tolist() == [1]
+    sent, client_state = finished(strategy, end, {})
+    assert client_state["rank"].tolist() == [1]
     torch.testing.assert_close(sent.delta + PARAMS, torch.tensor([0.0, 5, 6, 0, 0, 7, 0, 8, 0]))
     assert sent.weight == pytest.approx(math.sqrt((25 + 36) * (49 + 64)))  # |A_1| |B_1|
-    start = strategy.starts(Broadcast(1, PARAMS, layout=LAYOUT), memory)[GLOBAL]
+    start = strategy.starts(Broadcast(1, PARAMS, layout=LAYOUT), client_state)[GLOBAL]
     assert start.tolist() == [0, 1, 2, 0, 0, 1, 0, 0, 0]  # cut to rank 1, under the scale that it was given
     # A rank of one has no tail left.
-    assert finished(strategy, end, memory)[1]["rank"].tolist() == [1]
+    assert finished(strategy, end, client_state)[1]["rank"].tolist() == [1]
 
 
 def test_a_tail_that_grew_stays_and_gamma_says_where_it_begins() -> None:
@@ -89,26 +89,26 @@ def test_a_tail_that_grew_stays_and_gamma_says_where_it_begins() -> None:
 
 def test_the_penalty_pulls_on_the_tail_alone() -> None:
     # A_tail = [3, 4] of norm 5, B_tail = [0, 2]' of norm 2: 0.5 * 2 * [3, 4] / 5 and 0.5 * 5 * [0, 1]'
-    strategy, got = HetLora(gamma=0.5, penalty=0.5), Broadcast(0, PARAMS, layout=LAYOUT)
+    strategy, broadcast = HetLora(gamma=0.5, penalty=0.5), Broadcast(0, PARAMS, layout=LAYOUT)
     grad_KP = torch.zeros(2, 9)
-    strategy.correct(grad_KP, torch.stack([PARAMS, torch.zeros(9)]), got, {})
+    strategy.correct(grad_KP, torch.stack([PARAMS, torch.zeros(9)]), broadcast, {})
     torch.testing.assert_close(grad_KP, torch.tensor([[0.0, 0, 0, 0.6, 0.8, 0, 0, 0, 2.5], [0.0] * 9]))
     pruned = torch.zeros(2, 9)  # in this pack the first client has no tail any more
-    memory = {"rank": torch.tensor([[1.0], [2.0]])}
-    strategy.correct(pruned, torch.stack([PARAMS, PARAMS]), got, memory)
+    client_state = {"rank": torch.tensor([[1.0], [2.0]])}
+    strategy.correct(pruned, torch.stack([PARAMS, PARAMS]), broadcast, client_state)
     torch.testing.assert_close(pruned, torch.stack([torch.zeros(9), grad_KP[0]]))
     none = torch.zeros(1, 9)
-    HetLora(gamma=0.5, penalty=0.0).correct(none, PARAMS[None], got, {})
+    HetLora(gamma=0.5, penalty=0.0).correct(none, PARAMS[None], broadcast, {})
     assert not none.any()
 
 
 def test_the_penalty_is_the_gradient_of_what_is_added_to_the_loss() -> None:
-    strategy, got = HetLora(gamma=0.5, penalty=0.3), Broadcast(0, PARAMS, layout=LAYOUT)
+    strategy, broadcast = HetLora(gamma=0.5, penalty=0.3), Broadcast(0, PARAMS, layout=LAYOUT)
     params = torch.randn(9, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (pair,) = LAYOUT.lora_pairs(params)
     (0.3 * pair.a_RI[1:].norm() * pair.b_OR[:, 1:].norm()).backward()
     grad = torch.zeros(1, 9)
-    strategy.correct(grad, params.detach()[None], got, {})
+    strategy.correct(grad, params.detach()[None], broadcast, {})
     assert params.grad is not None
     torch.testing.assert_close(grad[0], params.grad)
 
@@ -125,9 +125,9 @@ def test_untrained_clients_have_no_weight_and_move_nothing() -> None:
 
 
 def test_traffic_is_by_rank() -> None:
-    got = Broadcast(0, PARAMS, layout=LAYOUT)
-    assert HetLora().floats(got) == (9, 9)
-    assert HetLora().floats(replace(got, rank=1)) == (5, 5)
+    broadcast = Broadcast(0, PARAMS, layout=LAYOUT)
+    assert HetLora().floats(broadcast) == (9, 9)
+    assert HetLora().floats(replace(broadcast, rank=1)) == (5, 5)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.1, -0.5, math.nan])

@@ -15,43 +15,43 @@ PARAMS = torch.tensor([3.0, 7, 4, 0, 6, 0])
 def test_two_rounds_of_two_clients() -> None:
     strategy = FedDpa(mix=0.25)
     state = strategy.init(PARAMS, LAYOUT)
-    got = strategy.broadcast(state)
-    starts = strategy.starts(got, {})
+    broadcast = strategy.broadcast(state)
+    starts = strategy.starts(broadcast, {})
     assert list(starts) == [GLOBAL, PERSONAL]
     assert starts[GLOBAL].tolist() == [3, 7, 4, 0, 6, 0]
     assert starts[PERSONAL].tolist() == [3, 7, 3, 0, 4.5, 0]  # B's first column by 1 - mix
-    assert strategy.personal(got, {}) is None
+    assert strategy.personal(broadcast, {}) is None
     ends = {PERSONAL: torch.tensor([3.0, 8, 3, 1, 4.5, 2])}
-    one, memory = strategy.finish(Update(0, 1.0, torch.tensor([1.0, 0, 2, 0, 4, 0])), got, {}, ends)
-    other, _ = strategy.finish(Update(1, 3.0, torch.tensor([1.0, 0, -2, 0, 0, 0])), got, {}, ends)
-    assert memory["local"].tolist() == [8, 1, 2]
+    one, client_state = strategy.finish(Update(0, 1.0, torch.tensor([1.0, 0, 2, 0, 4, 0])), broadcast, {}, ends)
+    other, _ = strategy.finish(Update(1, 3.0, torch.tensor([1.0, 0, -2, 0, 0, 0])), broadcast, {}, ends)
+    assert client_state["local"].tolist() == [8, 1, 2]
     # A: (1 + 3) / 4 = 1;  B: (2 - 6) / 4 = -1, (4 + 0) / 4 = 1; of the local adapter nothing
     state = strategy.apply(state, Aggregate(4.0, one.delta + 3 * other.delta, {}, 2))
     assert state.params.tolist() == [4, 7, 3, 0, 7, 0]
 
-    got = strategy.broadcast(state)
+    broadcast = strategy.broadcast(state)
     own = [4, 8, 2.25, 1, 5.25, 2]
-    assert strategy.starts(got, memory)[PERSONAL].tolist() == own
-    personal = strategy.personal(got, memory)
+    assert strategy.starts(broadcast, client_state)[PERSONAL].tolist() == own
+    personal = strategy.personal(broadcast, client_state)
     assert personal is not None and personal.tolist() == own
     assert state.params.tolist() == [4, 7, 3, 0, 7, 0]
 
 
 def test_each_training_moves_its_own_adapter() -> None:
-    strategy, got = FedDpa(), Broadcast(0, PARAMS, layout=LAYOUT)
+    strategy, broadcast = FedDpa(), Broadcast(0, PARAMS, layout=LAYOUT)
     grad = torch.ones(1, 6)
-    strategy.correct(grad, PARAMS[None], got, {})
+    strategy.correct(grad, PARAMS[None], broadcast, {})
     assert grad.tolist() == [[1, 0, 1, 0, 1, 0]]
     grad = torch.ones(1, 6)
-    strategy.correct(grad, PARAMS[None], got, {}, PERSONAL)
+    strategy.correct(grad, PARAMS[None], broadcast, {}, PERSONAL)
     assert grad.tolist() == [[0, 1, 0, 1, 0, 1]]
-    assert strategy.floats(got) == (3, 3)
+    assert strategy.floats(broadcast) == (3, 3)
 
 
 def test_without_a_mix_the_local_adapter_comes_on_top_of_the_whole_global_one() -> None:
-    got = Broadcast(0, PARAMS, layout=LAYOUT)
-    assert FedDpa(mix=0.0).starts(got, {})[PERSONAL].tolist() == PARAMS.tolist()
-    assert FedDpa(mix=1.0).starts(got, {})[PERSONAL].tolist() == [3, 7, 0, 0, 0, 0]
+    broadcast = Broadcast(0, PARAMS, layout=LAYOUT)
+    assert FedDpa(mix=0.0).starts(broadcast, {})[PERSONAL].tolist() == PARAMS.tolist()
+    assert FedDpa(mix=1.0).starts(broadcast, {})[PERSONAL].tolist() == [3, 7, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("mix", [-0.1, 1.1, float("nan")])

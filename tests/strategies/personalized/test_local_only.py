@@ -11,27 +11,27 @@ CHANGE = torch.tensor([1.0, 0.0, -2.0])
 def test_each_client_goes_on_from_where_it_was(first_state: Any, play_round: Any) -> None:
     strategy = LocalOnly()
     state = first_state(strategy)
-    got = strategy.broadcast(state)
-    assert strategy.starts(got, {})[GLOBAL].tolist() == [10, 20, 30]
-    assert strategy.personal(got, {}) is None
+    broadcast = strategy.broadcast(state)
+    assert strategy.starts(broadcast, {})[GLOBAL].tolist() == [10, 20, 30]
+    assert strategy.personal(broadcast, {}) is None
 
-    state, sent, memories = play_round(strategy, state, [Update(0, 0.5, CHANGE)])
+    state, sent, client_states = play_round(strategy, state, [Update(0, 0.5, CHANGE)])
     assert sent[0].delta.tolist() == [0, 0, 0]
     assert state.params.tolist() == [10, 20, 30]
-    got = strategy.broadcast(state)
-    assert strategy.starts(got, memories[0])[GLOBAL].tolist() == [11, 20, 28]
+    broadcast = strategy.broadcast(state)
+    assert strategy.starts(broadcast, client_states[0])[GLOBAL].tolist() == [11, 20, 28]
 
     # The engine's delta is against the global vector: from [11, 20, 28] by the same change, [2, 0, -4] in all.
-    state, _, memories = play_round(strategy, state, [Update(0, 0.5, 2 * CHANGE)], memories)
-    own = strategy.personal(strategy.broadcast(state), memories[0])
+    state, _, client_states = play_round(strategy, state, [Update(0, 0.5, 2 * CHANGE)], client_states)
+    own = strategy.personal(strategy.broadcast(state), client_states[0])
     assert own is not None and own.tolist() == [12, 20, 26]
     assert (state.round, state.params.tolist()) == (2, [10, 20, 30])
 
 
 def test_the_gradient_is_the_clients_own(first_state: Any) -> None:
     strategy: Strategy = LocalOnly()
-    got, grad = strategy.broadcast(first_state(strategy)), torch.tensor([[1.0, 2.0, 3.0]])
-    strategy.correct(grad, torch.zeros(1, 3), got, {"own": CHANGE})
+    broadcast, grad = strategy.broadcast(first_state(strategy)), torch.tensor([[1.0, 2.0, 3.0]])
+    strategy.correct(grad, torch.zeros(1, 3), broadcast, {"own": CHANGE})
     assert grad.tolist() == [[1, 2, 3]]
 
 

@@ -188,7 +188,7 @@ def product_of(state: ServerState) -> torch.Tensor:
     """Residual + scale * B A."""
     (pair,) = SMALL.lora_pairs(state.params)
     product_OI = pair.scale * pair.b_OR @ pair.a_RI
-    return product_OI if state.residual is None else product_OI + SMALL.products(state.residual)[0]
+    return product_OI if state.merged_delta is None else product_OI + SMALL.products(state.merged_delta)[0]
 
 
 HAND = pytest.mark.parametrize(

@@ -30,8 +30,8 @@ def a_round(strategy: FedAvg, deltas: list[Any]) -> ServerState:
     """A round from the vector [10, 20, 30, ...]; the clients claim very different weights."""
     vectors = [torch.as_tensor(delta) for delta in deltas]
     state = strategy.init(torch.arange(1.0, len(vectors[0]) + 1) * 10, Layout(("w",), ((len(vectors[0]),),)))
-    got = strategy.broadcast(state)
-    sent = [strategy.finish(Update(k, 1 / (k + 1), delta), got, {})[0] for k, delta in enumerate(vectors)]
+    broadcast = strategy.broadcast(state)
+    sent = [strategy.finish(Update(k, 1 / (k + 1), delta), broadcast, {})[0] for k, delta in enumerate(vectors)]
     total = sum((update.weight * update.delta for update in sent), torch.zeros_like(state.params))
     weight = sum(update.weight for update in sent)
     return strategy.apply(state, Aggregate(weight, total, {}, len(sent), tuple(sent)))
@@ -41,7 +41,7 @@ def test_the_median_of_an_odd_number_is_the_middle_one() -> None:
     # rising: [1, 2, 6], [0, 3, 9], [-4, 0, 100]
     state = a_round(Median(), DELTAS[:3])
     assert state.params.tolist() == [12, 23, 30]
-    assert (state.round, state.moments, state.residual) == (1, {}, None)
+    assert (state.round, state.moments, state.merged_delta) == (1, {}, None)
 
 
 def test_the_median_of_an_even_number_is_the_mean_of_the_middle_two() -> None:

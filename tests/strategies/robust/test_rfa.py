@@ -13,9 +13,9 @@ ON_A_LINE = [torch.tensor([x, 0.0, 0.0]) for x in (1.0, 2.0, 4.0)]
 def a_round(strategy: Rfa, deltas: list[torch.Tensor], weights: list[float]) -> ServerState:
     """`total` and `weight` are left wrong: the rule must not read them."""
     state = strategy.init(torch.zeros(3), LAYOUT)
-    got = strategy.broadcast(state)
+    broadcast = strategy.broadcast(state)
     updates = zip(deltas, weights, strict=True)
-    sent = tuple(strategy.finish(Update(k, w, x), got, {})[0] for k, (x, w) in enumerate(updates))
+    sent = tuple(strategy.finish(Update(k, w, x), broadcast, {})[0] for k, (x, w) in enumerate(updates))
     return strategy.apply(state, Aggregate(99.0, torch.full((3,), 99.0), {}, len(sent), sent))
 
 
@@ -72,6 +72,6 @@ def test_many_passes_reach_the_geometric_median() -> None:
 
 
 def test_each_pass_is_sent_and_received() -> None:
-    got = Rfa().broadcast(Rfa().init(torch.zeros(3), LAYOUT))
-    assert Rfa(passes=1).floats(got) == (3, 3)
-    assert Rfa(passes=4).floats(got) == (12, 12)
+    broadcast = Rfa().broadcast(Rfa().init(torch.zeros(3), LAYOUT))
+    assert Rfa(passes=1).floats(broadcast) == (3, 3)
+    assert Rfa(passes=4).floats(broadcast) == (12, 12)

@@ -14,7 +14,7 @@ from strategies import Transforms
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.fedprox import FedProx
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Broadcast, Memory, ServerState, Transform, Update
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Transform, Update
 from strategies.robust.krum import Krum
 from strategies.robust.median import Median
 from strategies.robust.rfa import Rfa
@@ -35,13 +35,13 @@ def drawn(*seed: int, size: int = SIZE) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(size).astype(np.float32))
 
 
-def broadcast(round_: int = 0, size: int = SIZE) -> Broadcast:
+def broadcast_of(round_: int = 0, size: int = SIZE) -> Broadcast:
     return Broadcast(round_, torch.zeros(size), seed=7)
 
 
 def received(chain: Sequence[Transform], updates: list[Update], round_: int = 0) -> Aggregate:
     """The decoded aggregate of encoded updates, by the engine's exact sum, with each of them too."""
-    sent = tuple(encode(chain, update, broadcast(round_), {})[0] for update in updates)
+    sent = tuple(encode(chain, update, broadcast_of(round_), {})[0] for update in updates)
     running = ExactSum()
     for update in sent:
         running.add(update)
@@ -49,14 +49,14 @@ def received(chain: Sequence[Transform], updates: list[Update], round_: int = 0)
     return decode(chain, replace(merge([running.close()]), each=sent), state)[0]
 
 
-def over_rounds(chain: Sequence[Transform], deltas: list[torch.Tensor]) -> tuple[torch.Tensor, Memory]:
+def over_rounds(chain: Sequence[Transform], deltas: list[torch.Tensor]) -> tuple[torch.Tensor, ClientState]:
     """The sum of what the server makes of one client's updates, round by round, and what the client remembers then."""
-    arrived, memory = torch.zeros(SIZE), dict[str, torch.Tensor]()
+    arrived, client_state = torch.zeros(SIZE), dict[str, torch.Tensor]()
     for round_, delta in enumerate(deltas):
-        sent, memory = encode(chain, Update(3, 1.0, delta), broadcast(round_), memory)
+        sent, client_state = encode(chain, Update(3, 1.0, delta), broadcast_of(round_), client_state)
         state = ServerState(round_, torch.zeros(SIZE), seed=7)
         arrived += decode(chain, Aggregate(1.0, sent.delta, {}, 1), state)[0].total
-    return arrived, memory
+    return arrived, client_state
 
 
 @pytest.fixture(params=get_args(Transforms), ids=lambda kind: kind.__name__)
@@ -87,21 +87,21 @@ def test_a_summed_update_is_the_sum_of_decoded_ones(transform: Any) -> None:
 
 def test_the_rest_of_an_update_stays_as_it_is(transform: Any) -> None:
     update = Update(4, 0.5, drawn(1), {"control": drawn(2)}, {"loss": 1.0})
-    got, memory = broadcast(), {"control": drawn(3)}
-    sent, kept = encode([transform], update, got, memory)
+    broadcast, client_state = broadcast_of(), {"control": drawn(3)}
+    sent, kept = encode([transform], update, broadcast, client_state)
     assert (sent.client, sent.weight, sent.metrics) == (4, 0.5, {"loss": 1.0})
     assert torch.equal(sent.extras["control"], drawn(2))
-    assert torch.equal(update.delta, drawn(1)) and torch.equal(got.params, torch.zeros(SIZE))
-    assert memory.keys() == {"control"} and torch.equal(memory["control"], drawn(3))
-    assert bool(kept) == transform.remembers
+    assert torch.equal(update.delta, drawn(1)) and torch.equal(broadcast.params, torch.zeros(SIZE))
+    assert client_state.keys() == {"control"} and torch.equal(client_state["control"], drawn(3))
+    assert bool(kept) == transform.keeps_state
     assert all(name == f"transform0.{transform.kind}.error" for name in kept)
     before = {name: tensor.clone() for name, tensor in kept.items()}
-    encode([transform], update, got, kept)
+    encode([transform], update, broadcast, kept)
     assert all(torch.equal(tensor, before[name]) for name, tensor in kept.items())
 
 
 def test_the_same_place_encodes_the_same(transform: Any) -> None:
-    first, again = (encode([transform], Update(4, 1.0, drawn(1)), broadcast(2), {})[0] for _ in range(2))
+    first, again = (encode([transform], Update(4, 1.0, drawn(1)), broadcast_of(2), {})[0] for _ in range(2))
     assert torch.equal(first.delta, again.delta)
 
 
@@ -125,8 +125,8 @@ def test_kinds_are_distinct() -> None:
 @given(rounds=st.integers(1, 12), scale=st.floats(1e-3, 1e3))
 def test_what_arrives_is_what_was_learnt_less_the_residual(kind: Any, rounds: int, scale: float) -> None:
     deltas = [scale * drawn(5, round_) for round_ in range(rounds)]
-    arrived, memory = over_rounds([kind()], deltas)
-    (error,) = memory.values()
+    arrived, client_state = over_rounds([kind()], deltas)
+    (error,) = client_state.values()
     learnt = torch.stack(deltas).sum(dim=0)
     torch.testing.assert_close(arrived + error, learnt, rtol=1e-4, atol=1e-4 * scale)
 
@@ -141,8 +141,8 @@ def test_what_arrives_is_what_was_learnt_less_the_residual(kind: Any, rounds: in
 def test_error_feedback_keeps_the_residual_bounded(transform: Any, bound: float) -> None:
     """Each round brings the same drift and some noise; without error feedback small coordinates would be lost."""
     deltas = [drawn(1) + drawn(6, round_) for round_ in range(300)]
-    arrived, memory = over_rounds([transform], deltas)
-    (error,) = memory.values()
+    arrived, client_state = over_rounds([transform], deltas)
+    (error,) = client_state.values()
     assert error.norm() < bound * max(delta.norm() for delta in deltas)
     torch.testing.assert_close(arrived / 300, torch.stack(deltas).mean(dim=0), rtol=0, atol=0.2)
 
@@ -150,8 +150,8 @@ def test_error_feedback_keeps_the_residual_bounded(transform: Any, bound: float)
 @pytest.mark.parametrize("transform", [TopK(share=0.25), Sign()])
 def test_without_error_feedback_a_biased_transform_stays_wrong(transform: Any) -> None:
     deltas = [drawn(1)] * 100
-    arrived, memory = over_rounds([replace(transform, error_feedback=False)], deltas)
-    assert memory == {}
+    arrived, client_state = over_rounds([replace(transform, error_feedback=False)], deltas)
+    assert client_state == {}
     assert (arrived / 100 - drawn(1)).norm() > 0.3 * drawn(1).norm()
     arrived, _ = over_rounds([transform], deltas)
     assert (arrived / 100 - drawn(1)).norm() < 0.1 * drawn(1).norm()
@@ -161,29 +161,31 @@ def test_without_error_feedback_a_biased_transform_stays_wrong(transform: Any) -
 def test_what_did_not_move_is_not_moved(transform: Any) -> None:
     """A rule that freezes every second coordinate in one round and the others in the next sees zeros where it froze."""
     even = torch.arange(SIZE) % 2 == 0
-    memory: Memory = {}
+    client_state: ClientState = {}
     for round_ in range(6):
         moved = even if round_ % 2 == 0 else ~even
-        sent, memory = encode([transform], Update(3, 1.0, drawn(round_) * moved), broadcast(round_), memory)
+        sent, client_state = encode(
+            [transform], Update(3, 1.0, drawn(round_) * moved), broadcast_of(round_), client_state
+        )
         assert not sent.delta[~moved].any()
         assert sent.delta[moved].any()
 
 
 def test_a_chain_remembers_for_each_and_decodes_in_reverse() -> None:
     chain = [Clip(bound=3.0), TopK(share=0.5), Projection(share=0.5), Int8(), Int8(block=5)]
-    sent, memory = encode(chain, Update(3, 1.0, drawn(1)), broadcast(), {"own": drawn(2)})
+    sent, client_state = encode(chain, Update(3, 1.0, drawn(1)), broadcast_of(), {"own": drawn(2)})
     names = ["transform1.topk.error", "transform2.projection.error", "transform3.int8.error", "transform4.int8.error"]
-    assert sorted(memory) == names
-    assert [memory[name].numel() for name in names] == [40, 40, 20, 20]
+    assert sorted(client_state) == names
+    assert [client_state[name].numel() for name in names] == [40, 40, 20, 20]
     assert sent.delta.shape == (20,)
 
-    arrived, memory = over_rounds(chain, [drawn(1) / 10] * 200)
+    arrived, client_state = over_rounds(chain, [drawn(1) / 10] * 200)
     torch.testing.assert_close(arrived / 200, drawn(1) / 10, rtol=0, atol=0.02)
 
 
 def test_two_projections_are_refused() -> None:
     with pytest.raises(ValueError, match="one projection, not two"):
-        encode([Projection(), Projection()], Update(3, 1.0, drawn(1)), broadcast(), {})
+        encode([Projection(), Projection()], Update(3, 1.0, drawn(1)), broadcast_of(), {})
 
 
 @pytest.mark.parametrize(

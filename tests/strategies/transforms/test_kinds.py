@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from strategies.core.protocol import Aggregate, Broadcast, Memory, ServerState, Update
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update
 from strategies.core.seeds import torch_rng
 from strategies.transforms.clip import Clip
 from strategies.transforms.int8 import Int8
@@ -20,10 +20,12 @@ def sent(
     transform: Any, delta: list[float], error: list[float] | None = None, client: int = 3
 ) -> tuple[list[float], list[float]]:
     """What is sent and what is remembered."""
-    memory: Memory = {} if error is None else {"error": torch.tensor(error, dtype=torch.float32)}
-    got = Broadcast(0, torch.zeros(len(delta)), seed=7)
+    client_state: ClientState = {} if error is None else {"error": torch.tensor(error, dtype=torch.float32)}
+    broadcast = Broadcast(0, torch.zeros(len(delta)), seed=7)
     rng = torch_rng(7, 0, client, "encode")
-    update, kept = transform.encode(Update(client, 0.5, torch.tensor(delta, dtype=torch.float32)), got, memory, rng)
+    update, kept = transform.encode(
+        Update(client, 0.5, torch.tensor(delta, dtype=torch.float32)), broadcast, client_state, rng
+    )
     return update.delta.tolist(), kept["error"].tolist() if kept else []
 
 
@@ -130,8 +132,8 @@ def test_projection_there_and_back_is_unbiased() -> None:
     x = torch.tensor([1.0, -2.0, 3.0, 0.0, 0.5, -1.0])
     transform, total = Projection(share=0.5, error_feedback=False), torch.zeros(6)
     for round_ in range(2000):
-        got = Broadcast(round_, torch.zeros(6), seed=7)
-        update, _ = transform.encode(Update(0, 1.0, x), got, {}, torch_rng(7, round_, 0, "encode"))
+        broadcast = Broadcast(round_, torch.zeros(6), seed=7)
+        update, _ = transform.encode(Update(0, 1.0, x), broadcast, {}, torch_rng(7, round_, 0, "encode"))
         total += torch.tensor(decoded(transform, update.delta.tolist(), round_, 6))
     # A coordinate shares its bucket with one other and errs by 3 at most: four deviations of the mean, 12 / sqrt(2000).
     torch.testing.assert_close(total / 2000, x, rtol=0, atol=12 / math.sqrt(2000))
