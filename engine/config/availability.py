@@ -12,6 +12,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from engine.messages.checks import below_one
+from engine.messages.errors import RunError
 from strategies.core.seeds import rng
 from strategies.secagg.protocol import Phase
 
@@ -41,14 +42,14 @@ class Trace:
             table = pq.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
             table = table.select(list(COLUMNS)).cast(pa.schema(list(COLUMNS.items())))
         except (OSError, pa.ArrowException, KeyError) as error:
-            raise ValueError(
+            raise RunError(
                 f"the trace {path} (clients.availability.trace) cannot be read as Parquet or CSV with the columns "
                 f"client, first and last: {str(error).splitlines()[0]}"
             ) from error
         numbers = {name: number for number, name in enumerate(names)}
         clients = np.array([numbers.get(name, -1) for name in table["client"].to_pylist()], np.int64)
         if not (clients >= 0).any():
-            raise ValueError(
+            raise RunError(
                 f"the trace {path} (clients.availability.trace) names none of the training clients, which are called "
                 f"{', '.join(map(repr, names[:3]))} and so on"
             )
@@ -96,17 +97,17 @@ class Availability:
     def __post_init__(self) -> None:
         below_one("clients.availability", dropout=self.dropout)
         if self.deadline_s is not None and not self.deadline_s > 0:
-            raise ValueError(f"clients.availability.deadline_s must be above 0, not {self.deadline_s}")
+            raise RunError(f"clients.availability.deadline_s must be above 0, not {self.deadline_s}")
         if self.step_s is not None and not 0 < self.step_s < math.inf:
-            raise ValueError(f"clients.availability.step_s must be above 0, not {self.step_s}")
+            raise RunError(f"clients.availability.step_s must be above 0, not {self.step_s}")
         if not 0 <= self.slowness < math.inf:
-            raise ValueError(f"clients.availability.slowness is a sigma, and must be at least 0, not {self.slowness}")
+            raise RunError(f"clients.availability.slowness is a sigma, and must be at least 0, not {self.slowness}")
         if self.step_s is not None and self.deadline_s is None:
-            raise ValueError(
+            raise RunError(
                 "clients.availability.step_s says how long clients take, and nothing asks: set deadline_s too"
             )
         if self.slowness and self.step_s is None:
-            raise ValueError("clients.availability.slowness is how clients differ from step_s: set step_s too")
+            raise RunError("clients.availability.slowness is how clients differ from step_s: set step_s too")
 
     @property
     def by_clock(self) -> bool:

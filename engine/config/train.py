@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from engine.messages.checks import at_least, below_one
+from engine.messages.errors import RunError
 
 NEEDS_MORE = {"LBFGS", "SparseAdam", "Muon"}  # a closure, sparse gradients, matrices: none of which a flat vector gives
 
@@ -56,12 +57,10 @@ class TorchOptimizer:
         known = sorted(set(torch.optim.__all__) - {"Optimizer", *NEEDS_MORE})
         if self.name not in known:
             near = difflib.get_close_matches(self.name, known, 1, 0.0)[0]
-            raise ValueError(
-                f"train.optimizer.name is {self.name!r}; did you mean {near!r}? There is {', '.join(known)}"
-            )
+            raise RunError(f"train.optimizer.name is {self.name!r}; did you mean {near!r}? There is {', '.join(known)}")
         taken = inspect.signature(getattr(torch.optim, self.name)).parameters.keys() - {"params", "lr"}
         for option in self.options.keys() - taken:
-            raise ValueError(f"torch.optim.{self.name} has no option {option!r}; it takes {', '.join(sorted(taken))}")
+            raise RunError(f"torch.optim.{self.name} has no option {option!r}; it takes {', '.join(sorted(taken))}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Train:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("train needs exactly one of steps and epochs")
+            raise RunError("train needs exactly one of steps and epochs")
         at_least("train", 1, steps=self.steps, epochs=self.epochs, batch=self.batch, accumulate=self.accumulate)
         at_least("train", 2, max_length=self.max_length)
         at_least("train", 0, clip=self.clip)

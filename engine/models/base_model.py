@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.config.federation import Lora, Model
+from engine.config.sections import Lora, Model
 from strategies.core.layout import Layout
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from engine.config.federation import Lora, Model, Zero
+from engine.config.sections import Lora, Model, Zero
 from engine.models.base_model import causal_config, map_base, read_base, with_adapters
 from engine.models.zero_limits import BUCKET, LIVE
 from engine.system.rendezvous import wait_for_the_first

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save, save_file
 
-from engine.config.federation import Model
+from engine.config.sections import Model
 from engine.models.base_model import Trainable, is_transposed, lora_config
 from strategies.core.layout import Layout
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from engine.config.federation import Federation, Lora
+from engine.config.federation import Federation
+from engine.config.sections import Lora
 
 
 def model_card(

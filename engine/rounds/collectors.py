@@ -11,8 +11,9 @@ import torch
 
 from engine.aggregation.ring_encoding import Plan, ring_aggregate, ring_sums
 from engine.config.availability import DIED_WITH_SLOT, LEFT_OUT, Leaving, Trace, too_late
-from engine.config.federation import Federation, Lora
+from engine.config.federation import Federation
 from engine.config.privacy import SecAgg
+from engine.config.sections import Lora
 from engine.messages.events import Fault
 from engine.messages.tasks import Work
 from engine.messages.wire import DOWN, UP, Report, Sent, ShardSum, ShardTotals, WireBroadcast, update_from_wire
@@ -23,7 +24,6 @@ from engine.scheduling.slots import Slots
 from engine.workers.worker import FLOAT_BYTES
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate
-from strategies.lora.hetlora import HetLora
 from strategies.privacy.distributed import DistributedPlan
 from strategies.secagg.protocol import Session
 from strategies.secagg.ring import Sums
@@ -206,7 +206,7 @@ class SecureCollector:
         if len(clients) < least:
             raise ValueError(f"{len(clients)} clients are there, and it takes {least}")
         peft, rule = self.federation.model.peft, self.federation.strategy
-        if not isinstance(peft, Lora) or not peft.ranks or not isinstance(rule, HetLora):
+        if not isinstance(peft, Lora) or not peft.ranks or rule.sends_products:
             return
         ranks = [peft.rank_of(int(client), self.federation.seed) or peft.r for client in clients]
         for rank in sorted(set(ranks)):

@@ -15,7 +15,7 @@ from ray.exceptions import OutOfDiskError
 
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
-from engine.config.compatibility import in_the_way_of_lanes
+from engine.config.compatibility import excludes_lanes
 from engine.config.federation import Federation
 from engine.config.privacy import Privacy
 from engine.messages.events import Checkpointed, Evaluated, Event, Fault, Finished, Preparing, Sample, Started, Stopped
@@ -183,7 +183,7 @@ class Driver:
             return min(asked, max(1, cohort.largest(clients)))
         # Beside gangs nothing is measured. No pack is so large that slots would be without any.
         most = int(cohort.expected(clients)) // self.slots.size
-        if in_the_way_of_lanes(self.federation) or self.federation.clients.zero or most < 2:
+        if excludes_lanes(self.federation) or self.federation.clients.zero or most < 2:
             return 1
         sent = self.server.sent(initial)
         neighbours = max(Counter(self.slots.nodes.values()).values())

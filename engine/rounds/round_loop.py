@@ -18,7 +18,6 @@ from engine.aggregation.ring_encoding import rounding
 from engine.aggregation.secure_clients import Authority
 from engine.config.availability import Trace
 from engine.config.federation import Federation
-from engine.config.privacy import weights_of
 from engine.messages.events import DROPOUT, Fault, RoundDone
 from engine.messages.tasks import Work
 from engine.messages.wire import Report
@@ -74,7 +73,7 @@ class Rounds:
         planned = plan_noise(federation, layout, clients, int(rows.min()), self.noisy_steps * federation.rounds)
         self.noise: Plan | None = planned.plan if planned else None
         simulated, spent = federation.privacy.simulated, self.folder / "privacy.json"
-        weights = weights_of(federation)
+        weights = federation.privacy.describe_weights(federation.strategy)
         self.spending = self.noise and Spending.open(spent, self.noise, weights, simulated=simulated, round_=self.round)
         path = federation.clients.availability.trace
         trace = None if path is None else Trace.open(Path(path), self.store.names(list(range(clients))))

@@ -2,7 +2,7 @@
 
 import math
 
-from engine.config.federation import Clients
+from engine.config.sections import Clients
 
 
 def slots_that_fit(clients: Clients, nodes: list[dict[str, float]]) -> int:

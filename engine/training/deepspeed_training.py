@@ -16,7 +16,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from engine.aggregation.exact_sum import NonFiniteUpdate
-from engine.config.federation import Model, Zero
+from engine.config.sections import Model, Zero
 from engine.config.train import Train
 from engine.models.deepspeed_model import ds_config, shape_of, trained_layout
 from engine.objectives import Objectives

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from engine.config.federation import Evaluate
+from engine.config.sections import Evaluate
 from engine.training.local_training import LocalTrainer
 from strategies.core.seeds import rng
 

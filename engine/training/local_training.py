@@ -17,7 +17,6 @@ from engine.objectives.sft import Batch, lengths
 from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
 from engine.training.batching import batches, pieces, steps_of
 from engine.training.optimizers import clip, kept, make_optimizer, restore
-from strategies.averaging.fedavg import FedAvg
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Mask, Strategy, Update, Vector
 from strategies.core.seeds import rng, seed_torch, torch_seed
 
@@ -282,7 +281,7 @@ class LocalTrainer(Trainer):
 
 def _corrected_by(strategy: Strategy, got: Broadcast, memory: ClientState, run: str) -> Correct | None:
     """What the rule does to gradients; None where it leaves them as they are, which costs gangs no copies."""
-    if type(strategy).correct is FedAvg.correct:
+    if not strategy.corrects:
         return None
     return lambda grad_KP, params_KP: strategy.correct(grad_KP, params_KP, got, memory, run)
 

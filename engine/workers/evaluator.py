@@ -11,7 +11,8 @@ import ray
 import torch
 
 from datasets_partition.store.tokens import Tokens
-from engine.config.federation import Federation, Lora
+from engine.config.federation import Federation
+from engine.config.sections import Lora
 from engine.messages.wire import Sent, WireBroadcast, borrow, from_wire, joined
 from engine.records.client_state import STRATEGY, ClientMemory, part
 from engine.training.judging import ClientLoss, Prompt, client_loss, continuations

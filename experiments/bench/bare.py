@@ -20,7 +20,7 @@ import torch
 import experiments
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
-from engine.config.federation import Lora
+from engine.config.sections import Lora
 from engine.messages.events import Event, Finished, RoundDone
 from engine.models.base_model import lora_config
 from engine.objectives.sft import Sft

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from datasets_partition.store.tokens import Tokens
-from engine.config.federation import Model, Zero
+from engine.config.sections import Model, Zero
 from engine.config.train import Train
 from engine.models.base_model import always_the_same_bits
 from engine.objectives.sft import Sft

@@ -86,8 +86,8 @@ def _made(named: str) -> Any:
     missing = lacks(kind)
     if missing:
         raise RunError(
-            f"{named} is not a strategy, it lacks {', '.join(missing)}: extend strategies.averaging.fedavg.FedAvg, "
-            f"which has a default for each"
+            f"{named} is not a strategy, it lacks {', '.join(missing)}: extend strategies.core.base.Rule, "
+            f"which has a default for everything but apply"
         )
     needed = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]
     if needed:

@@ -122,6 +122,7 @@ def schema() -> dict[str, Any]:
 def to_toml(recipe: Recipe) -> str:
     """The resolved recipe: every key with its value; keys that are unset (null) are left out."""
     tree = json.loads(_ADAPTER.dump_json(recipe, exclude_none=True, warnings=False))
+    tree["strategy"] = {"kind": None} | tree["strategy"]  # first, as in the other sections
     put_back(tree, recipe)
     tables = {key: value for key, value in tree.items() if isinstance(value, dict)}
     return tomli_w.dumps({key: value for key, value in tree.items() if key not in tables} | tables)

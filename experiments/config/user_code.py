@@ -86,7 +86,7 @@ def _made(place: str, given: dict[str, Any], methods: Place) -> Any:
     if missing := lacks(kind) if "apply" in methods else []:
         raise RunError(
             f"{place}.kind names {given['kind']!r}, which has no {', '.join(missing)}: extend "
-            f"strategies.averaging.fedavg.FedAvg, which has a default for each, and run `fedpost strategies --check "
+            f"strategies.core.base.Rule, which has a default for all but apply, and run `fedpost strategies --check "
             f"{given['kind']}`"
         )
     keys = {key: value for key, value in given.items() if key != "kind"}

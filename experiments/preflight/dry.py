@@ -19,8 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from datasets_partition.store.store import Store
-from engine.config.federation import Clients
 from engine.config.privacy import NoDp
+from engine.config.sections import Clients
 from engine.messages.events import Event, RoundDone, Started
 from experiments.config.recipe import Recipe, located, to_toml
 from experiments.preflight.processes import environment, hidden_gpus

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
-from engine.config.federation import Clients, Lora, Model, Zero
+from engine.config.sections import Clients, Lora, Model, Zero
 from engine.config.train import AdamW, Sgd
 from engine.messages.errors import RunError
 from engine.models.base_model import causal_config, with_adapters

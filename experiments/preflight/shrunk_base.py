@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from engine.config.federation import Model
+from engine.config.sections import Model
 from engine.messages.errors import RunError
 from engine.models.base_model import causal_config
 from experiments.config.recipe import SHIPPED

@@ -9,7 +9,7 @@ from typing import Any
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.parquet_files import ParquetFiles
 from datasets_partition.store.splits import Splits
-from engine.config.federation import Clients
+from engine.config.sections import Clients
 from experiments.config.recipe import Data, Recipe
 from strategies import Cohorts
 from strategies.core.cohort import PoissonCohort, UniformCohort

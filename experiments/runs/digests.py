@@ -4,7 +4,7 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
-from engine.config.federation import Model
+from engine.config.sections import Model
 from engine.messages.errors import RunError
 from experiments.config.recipe import Recipe, located
 from experiments.config.user_code import user_parts

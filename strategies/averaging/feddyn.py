@@ -1,4 +1,4 @@
-"""FedDyn: clients' objectives are bent until their optima agree (Acar et al. 2021, arXiv 2111.04263)."""
+"""FedDyn: a correction that makes the clients' optima agree (Acar et al. 2021, arXiv 2111.04263)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,26 +6,27 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.averaging.fedavg import FedAvg
+from strategies.core.base import AveragingRule
+from strategies.core.errors import require
 from strategies.core.layout import Layout
 from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update, Vector, Vectors
 
 
 @dataclass(frozen=True)
-class FedDyn(FedAvg):
+class FedDyn(AveragingRule):
     """Local gradient g - h_k + alpha (theta - theta_t); then h_k -= alpha delta_k: algorithm 1.
 
     The server: h -= alpha sum_k delta_k / N over the N clients of the population, theta = mean theta_k - h / alpha;
-    with lr, theta_t moves by that share of the way. Reads the sum. Memory: "h", the client's h_k, zero at first.
+    with lr, theta_t moves by that share of the way. Reads the sum. Client state: "h", the client's h_k, zero at first.
 
-    Traps: h is a plain mean, so clients count the same. h_k is the local gradient only where local training comes near
-    its optimum, and in a small share of a large population h goes on growing: a larger alpha damps both. The authors'
-    released code divides alpha by each client's share of the rows; here it is the same for all, as in the paper. Where
-    differential privacy clips, clients remember all of their changes and the server's h holds the clipped ones, so that
-    it settles beside the optimum, the farther the more is clipped.
+    Traps: h is a plain mean, so all clients weigh the same. h_k is the local gradient only where local training comes
+    near its optimum. If cohorts are a small share of a large population, h keeps growing. A larger alpha helps against
+    both. The authors' code divides alpha by each client's share of the rows; here it is the same for all, as in the
+    paper. Where differential privacy clips, clients keep their whole changes and the server's h holds the clipped
+    ones: training then settles away from the optimum, the further the more is clipped.
     """
 
-    kind: Literal["feddyn"] = "feddyn"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["feddyn"] = "feddyn"
     weighting: Literal["uniform"] = "uniform"
     alpha: float = 0.01
     keeps_state: ClassVar[bool] = True
@@ -33,10 +34,8 @@ class FedDyn(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(
-                f"strategy.alpha pulls clients to the global model and must be a number above 0, not {self.alpha}"
-            )
+        pull = "strategy.alpha pulls clients to the global model and must be a number above 0"
+        require(0 < self.alpha < math.inf, f"{pull}, not {self.alpha}")
 
     def init(self, params: Vector, layout: Layout) -> ServerState:
         """The initial vector, and h = 0."""
@@ -53,10 +52,10 @@ class FedDyn(FedAvg):
     def finish(
         self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
     ) -> tuple[Update, ClientState]:
-        """Remembers h_k - alpha delta."""
+        """Keeps h_k - alpha delta."""
         update, client_state = super().finish(update, broadcast, client_state, ends)
-        own = -self.alpha * update.delta
-        return update, client_state | {"h": client_state["h"] + own if "h" in client_state else own}
+        h = -self.alpha * update.delta
+        return update, client_state | {"h": client_state["h"] + h if "h" in client_state else h}
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """h -= alpha sum delta / N, theta += lr (mean delta - h / alpha)."""

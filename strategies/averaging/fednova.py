@@ -1,36 +1,39 @@
-"""FedNova: clients that took more steps do not count more for it (Wang et al. 2020, arXiv 2007.07481)."""
+"""FedNova: clients that take more steps do not weigh more for it (Wang et al. 2020, arXiv 2007.07481)."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 
-from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.fedopt import check_decay
+from strategies.core.base import AveragingRule, check_decay
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update, Vector
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, NeedsSgd, ServerState, Update, Vector
 
 
 @dataclass(frozen=True)
-class FedNova(FedAvg):
+class FedNova(AveragingRule):
     """theta += lr (sum_k p_k tau_k) (sum_k p_k delta_k / tau_k): the paper's rule with tau_eff = sum_k p_k tau_k.
 
-    tau_k = |a_k|_1, the sum of the factors with which the client's gradients entered delta_k: its number of steps n for
+    tau_k = |a_k|_1, the sum of the factors with which the client's gradients enter delta_k: its number of steps n for
     plain SGD, (n - m (1 - m^n) / (1 - m)) / (1 - m) with momentum m, which `momentum` must repeat from the local
-    optimizer. Reads the sum: a client's weight is w_k / tau_k, and w_k and w_k tau_k go along as two more numbers. No
-    client_state.
+    optimizer. Reads the sum: a client's weight is w_k / tau_k, and it sends w_k and w_k tau_k as two more numbers.
 
-    Traps: with equal steps it is FedAvg. It is neither right for adaptive local optimizers, nor for momentum that is
-    kept between rounds, nor for learning rates that change within a round.
+    Traps: with equal steps it is FedAvg. It is wrong for adaptive local optimizers, for momentum that is kept between
+    rounds, and for learning rates that change within a round.
     """
 
-    kind: Literal["fednova"] = "fednova"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["fednova"] = "fednova"
     momentum: float = 0.0
     paper: ClassVar[str] = "arXiv 2007.07481"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_decay("momentum", self.momentum)
+
+    @property
+    def needs_optimizer(self) -> NeedsSgd:
+        """SGD with the same momentum and one learning rate a round."""
+        return NeedsSgd("counts on what plain SGD does", momentum=self.momentum, constant=True)
 
     def finish(
         self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
@@ -53,8 +56,8 @@ class FedNova(FedAvg):
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """theta += lr (sum w tau / sum w) (sum (w / tau) delta / sum w)."""
         weight, weighted_tau = aggregate.extras["weights"].tolist()
-        step = aggregate.total * (self.lr * weighted_tau / weight**2)
-        return replace(state, round=state.round + 1, params=state.params + step)
+        change = aggregate.total * (self.lr * weighted_tau / weight**2)
+        return replace(state, round=state.round + 1, params=state.params + change)
 
 
 def accumulated(steps: float, momentum: float) -> float:

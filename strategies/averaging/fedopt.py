@@ -1,7 +1,7 @@
 """FedOpt: the mean change as a gradient for an optimizer on the server (Reddi et al. 2021, arXiv 2003.00295).
 
 FedAvgM is momentum (Hsu et al. 2019, arXiv 1909.06335); FedAdagrad, FedAdam and FedYogi are the paper's algorithm 2.
-D is the clients' mean change, sum_k p_k delta_k. Clients do as in FedAvg.
+D is the clients' mean change, sum_k p_k delta_k. The clients work as in FedAvg. All of them read the sum.
 """
 
 import math
@@ -11,19 +11,20 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.averaging.fedavg import FedAvg
+from strategies.core.base import AveragingRule, check_decay
+from strategies.core.errors import require
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, ServerState, Vector
 
 
 @dataclass(frozen=True)
-class FedAvgM(FedAvg):
-    """m = momentum m + D, theta += lr m. Reads the sum; no state.
+class FedAvgM(AveragingRule):
+    """m = momentum m + D, theta += lr m.
 
-    Trap: m is a sum, no average. A steady D moves theta by D lr / (1 - momentum) a round, ten D with the defaults.
+    Trap: m is a sum, not an average. A steady D moves theta by D lr / (1 - momentum) a round, 10 D with the defaults.
     """
 
-    kind: Literal["fedavgm"] = "fedavgm"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["fedavgm"] = "fedavgm"
     momentum: float = 0.9
     paper: ClassVar[str] = "arXiv 1909.06335"
 
@@ -42,12 +43,12 @@ class FedAvgM(FedAvg):
 
 
 @dataclass(frozen=True)
-class Adaptive(FedAvg, ABC):
-    """m = beta1 m + (1 - beta1) D, v as the rule says, theta += lr m / (sqrt v + tau). Reads the sum; no state.
+class AdaptiveRule(AveragingRule, ABC):
+    """m = beta1 m + (1 - beta1) D, v as the rule says, theta += lr m / (sqrt v + tau).
 
     m starts at 0 and v at tau^2. Traps: v is made of the square of the mean change, not of the mean of squares; there
-    is no bias correction, unlike in most code named Adam; lr is about how far a coordinate moves in a round, FedAvg's 1
-    would be far too much; with tau well above |D| the rule is momentum with lr / tau.
+    is no bias correction, unlike in most code named Adam; lr is about how far a coordinate moves in a round, so that
+    FedAvg's 1 is far too much; with tau well above |D| the rule is momentum with lr / tau.
     """
 
     lr: float = 1e-3
@@ -58,8 +59,8 @@ class Adaptive(FedAvg, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_decay("beta1", self.beta1)
-        if not 0 < self.tau < math.inf:
-            raise ValueError(f"strategy.tau keeps steps finite and must be a number above 0, not {self.tau}")
+        finite = 0 < self.tau < math.inf
+        require(finite, f"strategy.tau keeps steps finite and must be a number above 0, not {self.tau}")
 
     @abstractmethod
     def second(self, v: Vector, square: Vector) -> Vector:
@@ -80,13 +81,13 @@ class Adaptive(FedAvg, ABC):
 
 
 @dataclass(frozen=True)
-class FedAdagrad(Adaptive):
-    """m = beta1 m + (1 - beta1) D, v += D^2, theta += lr m / (sqrt v + tau). Reads the sum; no state.
+class FedAdagrad(AdaptiveRule):
+    """v += D^2; m and theta as in `AdaptiveRule`.
 
-    As in the paper, beta1 is 0 unless set: m is then D. Steps only ever get smaller. Traps as for `Adaptive`.
+    As in the paper, beta1 is 0 by default: m is then D. Trap: steps only ever get smaller.
     """
 
-    kind: Literal["fedadagrad"] = "fedadagrad"  # type: ignore[assignment]  # the tag differs by design
+    kind: Literal["fedadagrad"] = "fedadagrad"
     beta1: float = 0.0
 
     def second(self, v: Vector, square: Vector) -> Vector:
@@ -95,13 +96,10 @@ class FedAdagrad(Adaptive):
 
 
 @dataclass(frozen=True)
-class FedAdam(Adaptive):
-    """m = beta1 m + (1 - beta1) D, v = beta2 v + (1 - beta2) D^2, theta += lr m / (sqrt v + tau).
+class FedAdam(AdaptiveRule):
+    """v = beta2 v + (1 - beta2) D^2; m and theta as in `AdaptiveRule`."""
 
-    Reads the sum; no state. Traps as for `Adaptive`.
-    """
-
-    kind: Literal["fedadam"] = "fedadam"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["fedadam"] = "fedadam"
     beta2: float = 0.99
 
     def __post_init__(self) -> None:
@@ -114,14 +112,13 @@ class FedAdam(Adaptive):
 
 
 @dataclass(frozen=True)
-class FedYogi(Adaptive):
-    """m = beta1 m + (1 - beta1) D, v -= (1 - beta2) D^2 sign(v - D^2), theta += lr m / (sqrt v + tau).
+class FedYogi(AdaptiveRule):
+    """v -= (1 - beta2) D^2 sign(v - D^2); m and theta as in `AdaptiveRule`.
 
-    Reads the sum; no state. Where changes become small, Adam forgets v by (1 - beta2) v a round, this only by
-    (1 - beta2) D^2. Traps as for `Adaptive`.
+    When changes become small, Adam forgets (1 - beta2) v a round, and Yogi only (1 - beta2) D^2.
     """
 
-    kind: Literal["fedyogi"] = "fedyogi"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["fedyogi"] = "fedyogi"
     beta2: float = 0.99
 
     def __post_init__(self) -> None:
@@ -131,9 +128,3 @@ class FedYogi(Adaptive):
     def second(self, v: Vector, square: Vector) -> Vector:
         """v - (1 - beta2) D^2 sign(v - D^2)."""
         return v - (1 - self.beta2) * square * (v - square).sign()
-
-
-def check_decay(name: str, value: float) -> None:
-    """ValueError for a factor on a moment that would not fade."""
-    if not 0 <= value < 1:
-        raise ValueError(f"strategy.{name} is what a moment keeps and must be at least 0 and below 1, not {value}")

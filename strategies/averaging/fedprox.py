@@ -1,28 +1,29 @@
-"""FedProx: FedAvg whose clients are held near the global model (Li et al. 2020, arXiv 1812.06127, algorithm 2)."""
+"""FedProx: FedAvg with clients held near the global model (Li et al. 2020, arXiv 1812.06127, algorithm 2)."""
 
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from strategies.averaging.fedavg import FedAvg
+from strategies.core.base import AveragingRule
+from strategies.core.errors import require
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Vectors
 
 
 @dataclass(frozen=True)
-class FedProx(FedAvg):
-    """Minimises F_k(theta) + (mu/2) |theta - theta_t|^2 on each client, then averages. Reads the sum; no state.
+class FedProx(AveragingRule):
+    """Each client minimizes F_k(theta) + (mu/2) |theta - theta_t|^2; the server averages as FedAvg. Reads the sum.
 
-    The term lives in the client's gradient: g + mu (theta - theta_t). A mu on the server alone would do nothing.
+    The term is in the client's gradient: g + mu (theta - theta_t). A mu on the server alone would do nothing.
     """
 
-    kind: Literal["fedprox"] = "fedprox"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["fedprox"] = "fedprox"
     mu: float = 0.01
     paper: ClassVar[str] = "arXiv 1812.06127"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.mu < math.inf:
-            raise ValueError(f"strategy.mu pulls clients to the global model and must be at least 0, not {self.mu}")
+        pull = "strategy.mu pulls clients to the global model and must be at least 0"
+        require(0 <= self.mu < math.inf, f"{pull}, not {self.mu}")
 
     def correct(
         self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL

@@ -1,32 +1,47 @@
-"""SCAFFOLD: control variates against the drift of clients (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1)."""
+"""SCAFFOLD: control variates against client drift (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1)."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 
-from strategies.averaging.fedavg import FedAvg
+from strategies.core.base import AveragingRule
 from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update, Vector, Vectors
+from strategies.core.protocol import (
+    GLOBAL,
+    Aggregate,
+    Broadcast,
+    ClientState,
+    NeedsSgd,
+    ServerState,
+    Update,
+    Vector,
+    Vectors,
+)
 
 
 @dataclass(frozen=True)
-class Scaffold(FedAvg):
+class Scaffold(AveragingRule):
     """Local gradient g - c_k + c; then c_k+ = c_k - c - delta_k / (K eta), theta += lr mean delta_k.
 
     c += sum_k (c_k+ - c_k) / N over the N clients of the population. This is the paper's option II, with the sum of the
     local learning rates for K eta, so that schedules may change them. Reads the sum, of two vectors: delta_k and
-    c_k+ - c_k. Memory: "c", the client's c_k, zero at first.
+    c_k+ - c_k. Client state: "c", the client's c_k, zero at first.
 
     Traps: delta_k / (K eta) is a mean gradient for plain SGD only, without momentum; clipping of the corrected gradient
-    enters c_k too. c is the plain mean of all c_k, so clients count the same. In a large population c_k is of an old
-    model by the time its client is drawn again.
+    enters c_k too. c is the plain mean of all c_k, so all clients weigh the same. In a large population a client's c_k
+    belongs to an old model by the time the client is sampled again.
     """
 
-    kind: Literal["scaffold"] = "scaffold"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["scaffold"] = "scaffold"
     weighting: Literal["uniform"] = "uniform"
     keeps_state: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 1910.06378"
+
+    @property
+    def needs_optimizer(self) -> NeedsSgd:
+        """SGD without momentum, whose learning rate is divided by."""
+        return NeedsSgd("counts on what plain SGD does", momentum=0.0, divides=True)
 
     def init(self, params: Vector, layout: Layout) -> ServerState:
         """The initial vector, and c = 0."""
@@ -47,11 +62,11 @@ class Scaffold(FedAvg):
     def finish(
         self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
     ) -> tuple[Update, ClientState]:
-        """Sends c_k+ - c_k = -c - delta / (K eta) beside delta, and remembers c_k+."""
+        """Sends c_k+ - c_k = -c - delta / (K eta) beside delta, and keeps c_k+."""
         update, client_state = super().finish(update, broadcast, client_state, ends)
         change = -broadcast.extras["c"] - update.delta / update.metrics["rates"]
-        own = client_state["c"] + change if "c" in client_state else change
-        return replace(update, extras={"c": change}), client_state | {"c": own}
+        c = client_state["c"] + change if "c" in client_state else change
+        return replace(update, extras={"c": change}), client_state | {"c": c}
 
     def beside(self, layout: Layout) -> dict[str, int]:
         """The changes of c_k."""

@@ -1,4 +1,4 @@
-"""What the LoRA rules share: halves, own ranks and products of adapters.
+"""What the LoRA rules share: halves, ranks and products of adapters.
 
 Legend: P parameters, K clients, R rank, I inputs and O outputs of a layer.
 """
@@ -20,7 +20,7 @@ def slices(layout: Layout, marker: str) -> list[slice]:
 
 
 def count(layout: Layout, *markers: str) -> int:
-    """How many elements the tensors with these markers have together."""
+    """The number of elements of the tensors with these markers."""
     return sum(part.stop - part.start for marker in markers for part in slices(layout, marker))
 
 
@@ -54,50 +54,55 @@ def all_but(layout: Layout, rows: slice) -> Mask:
 
 
 def products(vector: Vector, layout: Layout) -> Vector:
-    """The products scale * B A of all LoRA pairs of the vector (P,), as a merged delta holds them."""
+    """The products scale * B A of all LoRA pairs of the vector (P,), in the order of a merged delta."""
     return torch.cat([(pair.scale * pair.b_OR @ pair.a_RI).flatten() for pair in layout.lora_pairs(vector)])
 
 
+def product_size(layout: Layout) -> int:
+    """The number of elements of all products together."""
+    return sum(outputs * inputs for outputs, inputs in layout.product_shapes)
+
+
 def product_change(end: Vector, start: Vector, layout: Layout) -> Vector:
-    """How far the products of one vector (P,) are from those of another; exactly zero where the vectors are equal."""
+    """The products of one vector minus those of another; exactly zero where the vectors are equal."""
     return products(end, layout).sub_(products(start, layout))
 
 
 def fold(broadcast: Broadcast) -> float:
-    """s_k / s: what a client of another rank has in front of its product, over what the layout has."""
+    """s_k / s: the scale of a client of another rank, over the layout's."""
     return 1.0 if broadcast.rank is None else broadcast.layout.scale_at(broadcast.rank) / broadcast.layout.scale
 
 
-def own_start(broadcast: Broadcast, rank: int | None) -> Vector:
+def start_at(broadcast: Broadcast, rank: int | None) -> Vector:
     """The global vector as a client trains it: cut to `rank` (None: whole), with B such that s_k B is the global s B.
 
     Rows of A and columns of B that are both zero have zero gradients, so they stay zero in training.
     """
-    own = broadcast.params.clone()
-    for pair in broadcast.layout.lora_pairs(own):
+    vector = broadcast.params.clone()
+    for pair in broadcast.layout.lora_pairs(vector):
         if rank is not None:
             pair.a_RI[rank:] = 0
             pair.b_OR[:, rank:] = 0
         pair.b_OR.div_(fold(broadcast))
-    return own
+    return vector
 
 
 def folded(end: Vector, broadcast: Broadcast) -> Vector:
-    """A client's vector with its own scale folded into B, so that vectors of all ranks mean the same."""
-    own = end.clone()
-    for pair in broadcast.layout.lora_pairs(own):
+    """A client's vector with its scale folded into B, so that vectors of all ranks mean the same."""
+    vector = end.clone()
+    for pair in broadcast.layout.lora_pairs(vector):
         pair.b_OR.mul_(fold(broadcast))
-    return own
+    return vector
 
 
 def floats_at(layout: Layout, rank: int | None) -> int:
-    """How many numbers a vector has whose LoRA pairs have this rank (None: the layout's; 0: no pairs)."""
+    """The number of elements of a vector with LoRA pairs of this rank (None: the layout's; 0: without pairs)."""
     adapters = count(layout, LORA_A, LORA_B)
     return layout.size - adapters + adapters * (layout.rank if rank is None else rank) // layout.rank
 
 
 def svd(pair: LoraPair) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U, S, V' of B A without the scale, from matrices of the rank's size. At most R singular values, largest first."""
+    """U, S, V' of B A without the scale: at most R singular values, largest first. Factors R x R matrices only."""
     left_OR, left_RR = torch.linalg.qr(pair.b_OR)
     right_IR, right_RR = torch.linalg.qr(pair.a_RI.T)
     u_RR, s_R, v_RR = torch.linalg.svd(left_RR @ right_RR.T, full_matrices=False)

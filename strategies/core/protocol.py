@@ -1,7 +1,4 @@
-"""The central types: what travels between server and clients, and what a strategy is. Legend: P parameters, K clients.
-
-A Vector is a flat, contiguous float32 tensor (P,) on the CPU: one put, one sum, one mask.
-"""
+"""The central types: messages between server and clients, and what a strategy is. Legend: P parameters, K clients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,10 +8,10 @@ import torch
 
 from strategies.core.layout import Layout
 
-Vector = torch.Tensor
-Vectors = torch.Tensor  # (K, P): those of K clients
-Mask = torch.Tensor  # (P,) bool: which coordinates of a vector are meant
-ClientState = dict[str, Vector]
+Vector = torch.Tensor  # (P,) float32, contiguous, on the CPU: it is put, summed and masked as a whole
+Vectors = torch.Tensor  # (K, P): the vectors of K clients
+Mask = torch.Tensor  # (P,) bool: a choice of coordinates
+ClientState = dict[str, Vector]  # what a client keeps from one of its rounds to the next
 Reads = Literal["sum", "passes", "each"]
 
 GLOBAL = "global"  # the name of the local training whose change is the update
@@ -23,12 +20,12 @@ NO_LAYOUT = Layout((), ())
 
 @dataclass(frozen=True)
 class ServerState:
-    """All state of a strategy: the global vector, its moments by name, and its merged delta.
+    """All state of a strategy: the global vector, its moments by name, and the merged delta.
 
-    `merged_delta` is what the rule has merged into the base: the products (O, I) of `layout.product_shapes`, one after
-    another in one vector, the scale folded in; None as long as the base is as it was. `layout` says what lies where in
-    the vector, `seed` is the recipe's, for rules that draw, `population` how many clients may be sampled; they never
-    change.
+    `merged_delta` is what the rule has added to the base: the products (O, I) of `layout.product_shapes`, scale
+    included, one after another in one vector; None while the base is unchanged. The engine sets three more, which
+    never change: the `layout` of the vector, the recipe's `seed` for rules that draw, and the `population`, the number
+    of clients that can be sampled.
     """
 
     round: int
@@ -42,12 +39,12 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What a client of a round receives: the global vector, and what the rule adds to it.
+    """What the clients of a round receive: the global vector, and the rule's `extras`.
 
-    `layout` says what lies where in the vector. `rank` is the client's own LoRA rank if ranks are mixed, filled in on
-    the client: its adapters then have the scale `layout.scale_at(rank)`, and the rows of A and columns of B from `rank`
-    on must be zero and stay so. `seed` is the recipe's, for what all clients of a round must draw alike. `whole_norm`
-    gives a vector's L2 norm from that of the part at hand: more than that part only in a gang of ZeRO ranks.
+    The engine sets `rank` on the client where ranks are mixed: the adapters then have the scale
+    `layout.scale_at(rank)`, and rows of A and columns of B from `rank` on are zero and must stay zero. `seed` is the
+    recipe's, for what all clients of a round draw alike. `whole_norm` turns the L2 norm of the part at hand into that
+    of the whole vector; the two differ only in a gang of ZeRO ranks.
     """
 
     round: int
@@ -63,8 +60,8 @@ class Broadcast:
 class Update:
     """A client's message: delta = client - server (P,), its weight in the sum, unweighted extras, and its metrics.
 
-    Metrics from local training: `steps`, `rows`, `tokens`, `loss`, `rates` (the sum of all steps' learning rates), and
-    `loss_before` where the strategy asks for it.
+    Local training gives the metrics `steps`, `rows`, `tokens`, `loss`, `rates` (the sum of all steps' learning rates),
+    and `loss_before` where the strategy asks for it.
     """
 
     client: int
@@ -78,8 +75,8 @@ class Update:
 class Aggregate:
     """What the server may see: total = sum of weight * delta (P,), the sum of weights, sums of extras, and the count.
 
-    `each` holds the single updates, in the order of clients, for rules that read them, and is None for all others.
-    Their vectors are mapped, not copied: work on them in blocks of coordinates.
+    `each` holds the single updates in the order of clients for rules that read them, and is None for all others. Its
+    vectors are mapped from shared memory: work on them in blocks of coordinates instead of copying them.
     """
 
     weight: float
@@ -89,36 +86,62 @@ class Aggregate:
     each: tuple[Update, ...] | None = None
 
 
+@dataclass(frozen=True)
+class NeedsSgd:
+    """Why a rule works only with SGD on its clients, and what to take `instead`; both end an error message.
+
+    `momentum` is the one that the rule counts on; None: any. `constant` asks for one learning rate within a round, and
+    `divides` for one above 0.
+    """
+
+    why: str
+    instead: str = 'use a rule for any optimizer, such as "fedavg"'
+    momentum: float | None = None
+    constant: bool = False
+    divides: bool = False
+
+
 class Strategy(Protocol):
     """A federated algorithm: pure functions whose fields are its hyperparameters and its section of the recipe.
 
-    FedAvg has a default for everything but its own rule; others extend it. A class says of itself what it `reads`,
-    whether it `needs_lora` and allows `mixed_ranks`, is `elementwise` (both halves work on parts of vectors), whether a
-    client `keeps_state`, wants its `loss_before` training, `freezes` or keeps at home a part of the
-    vector, and `personalizes`: gives clients models of their own. `bounded_weights`: `finish` makes no weight above 1
-    of one that is at most 1.
-
-    Two more say what differential privacy of clients may clip, noise and divide by a public number.
-    `extras_are_changes`: each sum beside the update is of the client's weight times a change that its training made,
-    zero without training, and `apply` adds it over `Aggregate.weight`. `keeps_higher_ranks`: with mixed ranks, a client
-    that has not trained sends zeros also beyond its own rank.
+    `strategies.core.base.Rule` has a default for everything but `apply`. The attributes below declare what the engine
+    must know of a rule: it checks recipes by them and never asks for a class. `fedpost strategies --check` holds a rule
+    to what it declares.
     """
 
-    reads: ClassVar[Reads]
-    needs_lora: ClassVar[bool]
-    mixed_ranks: ClassVar[bool]
-    elementwise: ClassVar[bool]
-    keeps_state: ClassVar[bool]
-    loss_before: ClassVar[bool]
-    freezes: ClassVar[bool]
-    personalizes: ClassVar[bool]
+    reads: ClassVar[Reads]  # "sum"; or "passes", several sums of the same updates; or "each" update
+    needs_lora: ClassVar[bool]  # it works on adapters
+    rank_parts: ClassVar[int]  # it splits each adapter into so many of equal rank
+    mixed_ranks: ClassVar[bool]  # clients may have adapters of different ranks
+    elementwise: ClassVar[bool]  # both halves work alike on parts of the vectors
+    keeps_basis: ClassVar[bool]  # a coordinate means the same, and is trained or not, in all rounds
+    merges_into_base: ClassVar[bool]  # `apply` changes the base: the state gets a merged delta
+    sends_update: ClassVar[bool]  # anything leaves the client
+    sends_products: ClassVar[bool]  # products of adapters, or sketches of them, travel beside the update
+    corrects: ClassVar[bool]  # `correct` changes gradients
+    keeps_state: ClassVar[bool]  # clients keep state from round to round
+    personalizes: ClassVar[bool]  # clients have models of their own
+    freezes: ClassVar[bool]  # a part of the vector is not trained, or stays at home
+    loss_before: ClassVar[bool]  # clients send their loss before training
+    # Differential privacy of clients may clip the sums beside the update, add noise, and divide by a public number:
+    # each sum is of the client's weight times a change, zero without training, and `apply` divides it by the weight.
     extras_are_changes: ClassVar[bool]
-    keeps_higher_ranks: ClassVar[bool]
+    keeps_higher_ranks: ClassVar[bool]  # with mixed ranks, an untrained client sends zeros also beyond its own rank
     paper: ClassVar[str]
 
     @property
     def bounded_weights(self) -> bool:
-        """Whether `finish` keeps weights from 0 to 1; classes declare it as a ClassVar, or by their fields."""
+        """Whether `finish` makes no weight above 1 of one that is at most 1."""
+        ...
+
+    @property
+    def weighs_alike(self) -> bool:
+        """Whether `finish` gives every client the weight 1."""
+        ...
+
+    @property
+    def needs_optimizer(self) -> NeedsSgd | None:
+        """What the rule counts on in the clients' optimizer; None: any optimizer will do."""
         ...
 
     def init(self, params: Vector, layout: Layout) -> ServerState:
@@ -138,18 +161,18 @@ class Strategy(Protocol):
     ) -> None:
         """Changes the local gradient of the training `run` in place, before clipping and the local optimizer.
 
-        It may write nothing else. Extras (P,) and memory (P,) or (K, P) broadcast over K.
+        It may write nothing else. Extras (P,) and client state (P,) or (K, P) broadcast over K.
         """
         ...
 
     def finish(
         self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
     ) -> tuple[Update, ClientState]:
-        """The client's last word on its update, and what it remembers; `ends` are the personal runs' final vectors."""
+        """The update that the client sends, and its next state; `ends` are the personal trainings' final vectors."""
         ...
 
     def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
-        """The vector (P,) that the client itself would use, from what it remembers; None if that is the global one."""
+        """The vector (P,) that the client itself would use, from its state; None if that is the global one."""
         ...
 
     def beside(self, layout: Layout) -> dict[str, int]:
@@ -176,7 +199,7 @@ class Strategy(Protocol):
         ...
 
     def smallest_cohort(self) -> int:
-        """How many updates a round must bring at least for the rule to make sense."""
+        """The smallest number of updates in a round with which the rule makes sense."""
         ...
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
@@ -204,6 +227,9 @@ class Transform(Protocol):
     may be summed with others; its weight and extras stay as they are.
     """
 
+    keeps_zeros: ClassVar[bool]  # zeros of the update arrive as zeros, in a vector of the same length
+    works_on_shards: ClassVar[bool]  # each rank of a gang may encode its own shard
+
     @property
     def kind(self) -> str:
         """Its name in the recipe."""
@@ -211,13 +237,13 @@ class Transform(Protocol):
 
     @property
     def keeps_state(self) -> bool:
-        """Whether it keeps something in the client's state."""
+        """Whether it keeps a part of the client's state."""
         ...
 
     def encode(
         self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator
     ) -> tuple[Update, ClientState]:
-        """The update as it travels, and what the client keeps; `client_state` is this transform's own part."""
+        """The update as it travels, and this transform's own part of the client's next state."""
         ...
 
     def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:

@@ -5,21 +5,21 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.averaging.fedavg import FedAvg
+from strategies.core.base import AveragingRule
 from strategies.core.layout import LORA_B, Layout
 from strategies.core.lora_algebra import count, slices, unmarked, without
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Mask, Update, Vector
 
 
 @dataclass(frozen=True)
-class FedSaLora(FedAvg):
+class FedSaLora(AveragingRule):
     """Both are trained; A += lr * sum_k p_k delta_k A, while B_k stays with its client. Reads the sum.
 
-    Memory: "b", the client's B_k; a client's first one is the initial B, which is zero. Trap: there is no global model.
-    The global vector keeps the initial B, so evaluated as "global" it is the base; what counts is "personal".
+    Client state: "b", the client's B_k; a client's first one is the initial B, which is zero. Trap: there is no global
+    model. The global vector keeps the initial B, so evaluated as "global" it is the base; look at "personal".
     """
 
-    kind: Literal["fedsa"] = "fedsa"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["fedsa"] = "fedsa"
     needs_lora: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = True
     personalizes: ClassVar[bool] = True
@@ -29,8 +29,8 @@ class FedSaLora(FedAvg):
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global A with the client's own B."""
-        own = self.personal(broadcast, client_state)
-        return {GLOBAL: broadcast.params if own is None else own}
+        personal = self.personal(broadcast, client_state)
+        return {GLOBAL: broadcast.params if personal is None else personal}
 
     def finish(
         self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
@@ -45,11 +45,11 @@ class FedSaLora(FedAvg):
         """The global A with the client's own B, once it has one."""
         if "b" not in client_state:
             return None
-        own, parts = broadcast.params.clone(), slices(broadcast.layout, LORA_B)
-        own_b = client_state["b"].split([part.stop - part.start for part in parts])
-        for part, b in zip(parts, own_b, strict=True):
-            own[part] = b
-        return own
+        vector, parts = broadcast.params.clone(), slices(broadcast.layout, LORA_B)
+        pieces = client_state["b"].split([part.stop - part.start for part in parts])
+        for part, b in zip(parts, pieces, strict=True):
+            vector[part] = b
+        return vector
 
     def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but B."""

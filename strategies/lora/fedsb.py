@@ -10,28 +10,47 @@ import torch
 
 from strategies.core.layout import LORA_A, LORA_B
 from strategies.core.lora_algebra import count, put, svd
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update, Vector, Vectors
-from strategies.lora.ffa import FfaLora
+from strategies.core.protocol import (
+    GLOBAL,
+    Aggregate,
+    Broadcast,
+    ClientState,
+    NeedsSgd,
+    ServerState,
+    Update,
+    Vector,
+    Vectors,
+)
+from strategies.lora.frozen_half import FrozenHalf
 
 
 @dataclass(frozen=True)
-class FedSb(FfaLora):
-    """W = W0 + s B0 R A0 with orthonormal B0, A0; R += lr * sum_k p_k delta_k R. Exact. Reads the sum; no state.
+class FedSb(FrozenHalf):
+    """W = W0 + s B0 R A0 with orthonormal B0, A0; R += lr * sum_k p_k delta_k R. Exact. Reads the sum.
 
     The trained vector holds A0 and B = B0 R: the gradient of B is projected on the span of B0, and so is B's end.
     With plain SGD, with or without momentum, that is the same as training R (clipping included: projected gradients
-    have R's norm). Adaptive optimizers scale B's elements one by one: their steps leave the span, the client trains
-    beside it, and what stuck out is cut off at the end. That is not Adam on R; plain SGD is what fits.
+    have R's norm). Trap: adaptive optimizers scale B's elements one by one, so their steps leave the span, and what is
+    outside is cut off at the end. That is not Adam on R, hence plain SGD.
 
     The paper finds B0, R, A0 by an SVD of the first full fine-tuning step's gradient. Here only adapters have
     gradients: round 0 trains all of B as FFA-LoRA does, and the SVD U S V' of its mean B A gives B0 = U, R = S,
-    A0 = V', which leaves the effective weights alone. So A0 stays in the row space of the A that was drawn. FFA's trap
-    holds too. Under client-level privacy noise comes to all of B, also beside the span of B0, where it stays.
+    A0 = V', which leaves the effective weights alone. So A0 stays in the row space of the A that was drawn. Under
+    client-level privacy noise is added to all of B, also outside the span of B0, where it stays.
     """
 
-    kind: Literal["fedsb"] = "fedsb"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
-    elementwise: ClassVar[bool] = False
+    kind: Literal["fedsb"] = "fedsb"
+    keeps_basis: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 2502.15436"
+
+    @property
+    def needs_optimizer(self) -> NeedsSgd:
+        """SGD with any momentum."""
+        return NeedsSgd("trains within the span of its basis, which adaptive optimizers leave", 'use "ffa"')
+
+    def frozen(self, round_: int) -> str:
+        """A, which only the server changes."""
+        return LORA_A
 
     def broadcast(self, state: ServerState) -> Broadcast:
         """The global vector, and from round 1 on B0 in "basis", where B lies in the vector."""
@@ -48,7 +67,7 @@ class FedSb(FfaLora):
     def finish(
         self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
     ) -> tuple[Update, ClientState]:
-        """Sends what of B's change lies in the span of B0."""
+        """Sends the part of B's change that lies in the span of B0."""
         update, client_state = super().finish(update, broadcast, client_state, ends)  # the delta is a copy by now
         project(update.delta, broadcast)
         return update, client_state
@@ -76,7 +95,7 @@ class FedSb(FfaLora):
 
 
 def project(vector: Vector, broadcast: Broadcast) -> None:
-    """Takes the B matrices of the vector (P,) to the span of B0, in place; round 0 has no B0 yet."""
+    """Projects the B matrices of the vector (P,) on the span of B0, in place; round 0 has no B0 yet."""
     if "basis" not in broadcast.extras:
         return
     bases = broadcast.layout.lora_pairs(broadcast.extras["basis"])

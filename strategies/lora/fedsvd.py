@@ -1,31 +1,30 @@
-"""FedSVD: clients train B, the server turns A to what was learnt (Lee et al. 2025, arXiv 2505.12805)."""
+"""FedSVD: clients train B, the server turns A to what was learned (Lee et al. 2025, arXiv 2505.12805)."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from strategies.core.layout import LORA_A
-from strategies.core.lora_algebra import count, put, svd
-from strategies.core.protocol import Aggregate, Broadcast, ServerState
-from strategies.lora.ffa import FfaLora
+from strategies.core.lora_algebra import put, svd
+from strategies.core.protocol import Aggregate, ServerState
+from strategies.lora.frozen_half import FrozenHalf
 
 
 @dataclass(frozen=True)
-class FedSvd(FfaLora):
-    """B' = B + lr * sum_k p_k delta_k B; U S V' = SVD(B' A); A <- V', B <- U S. Reads the sum; no state.
+class FedSvd(FrozenHalf):
+    """B' = B + lr * sum_k p_k delta_k B; U S V' = SVD(B' A); A <- V', B <- U S. Exact. Reads the sum.
 
-    Exact: one A for all in a round, and the SVD of rank r loses nothing. A has orthonormal rows from the second round
-    on, which bounds B's gradients (made for DP-SGD: the noise enters B alone). The SVD is that of an r x r matrix. The
-    order and the signs of V's rows are as they come, so a kept optimizer state means nothing in the next round. FFA's
-    trap holds too.
+    The SVD of rank r loses nothing, and is that of an r x r matrix. A has orthonormal rows from the second round on,
+    which bounds B's gradients (made for DP-SGD: the noise enters B alone). Traps: the order and the signs of V's rows
+    are arbitrary, so a kept optimizer state means nothing in the next round. Weight decay as in `FrozenHalf`.
     """
 
-    kind: Literal["fedsvd"] = "fedsvd"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
-    elementwise: ClassVar[bool] = False
+    kind: Literal["fedsvd"] = "fedsvd"
+    keeps_basis: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 2505.12805"
 
-    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
-        """A and B down, all but A up."""
-        return broadcast.layout.size, broadcast.layout.size - count(broadcast.layout, LORA_A)
+    def frozen(self, round_: int) -> str:
+        """A, which only the server changes."""
+        return LORA_A
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """FedAvg's step, then the product in its other factors."""

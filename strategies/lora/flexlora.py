@@ -9,9 +9,20 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.averaging.fedavg import FedAvg
+from strategies.core.base import AveragingRule
+from strategies.core.errors import require
 from strategies.core.layout import LORA_A, LORA_B, Layout
-from strategies.core.lora_algebra import count, floats_at, folded, own_start, products, put, unmarked, without
+from strategies.core.lora_algebra import (
+    count,
+    floats_at,
+    folded,
+    product_size,
+    products,
+    put,
+    start_at,
+    unmarked,
+    without,
+)
 from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
 from strategies.core.seeds import torch_rng
 
@@ -19,45 +30,44 @@ Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class FlexLora(FedAvg):
+class FlexLora(AveragingRule):
     """D = sum_k p_k s_k B_k A_k; U S V' = SVD(D), cut to the largest rank; B <- U S / s, A <- V'.
 
-    A client of rank r_k gets the first r_k rows and columns, under its own scale. It sends how far its product is from
-    the round's D, and D moves by lr times the mean of that: zeros move nothing, so that differential privacy may clip
-    them and divide by the expected cohort. What lies beyond the largest rank is lost: exact where that is the layers'
-    full rank, else the best approximation of D. With mixed ranks a client's product lacks what lies beyond its rank,
-    and D loses its share of that. Reads sums; no state.
+    A client of rank r_k gets the first r_k rows and columns, under its own scale. It sends the difference between its
+    product and the round's D, and D moves by lr times the mean of that: zeros move nothing, so that differential
+    privacy may clip them and divide by the expected cohort. Reads sums. The result is exact where the largest rank is
+    the layers' full rank, else the best approximation of D. With mixed ranks a client's product lacks everything beyond
+    its rank, and D loses its share of that.
 
-    `sketch` = 0: the sum of the dense products (from the clients' A and B, or, under secure aggregation, from their
-    products' changes). Above 0: with shared random Q (I, S) and T (L, O), S = rank + sketch, L = 2 S + 1, clients send
-    X Q and T X for their change X, which are sums as well and far smaller than X; the server finds D's range from the
-    first and D in it from the second (Tropp et al. 2017, arXiv 1609.00048), then its SVD. That is an approximation
-    where D's rank exceeds S. Traps: A and B are other factors each round, so a kept optimizer state means nothing; the
-    paper takes one scale for all, which mixed ranks do not have.
+    `sketch` = 0: clients send the dense products' changes. Above 0: with shared random Q (I, S) and T (L, O),
+    S = rank + sketch, L = 2 S + 1, they send X Q and T X for their change X, which are sums as well and far smaller
+    than X; the server finds D's range from the first and D in it from the second (Tropp et al. 2017, arXiv 1609.00048),
+    then its SVD. That is an approximation where D's rank exceeds S. Traps: A and B are other factors each round, so a
+    kept optimizer state means nothing; the paper takes one scale for all clients, which mixed ranks do not have.
     """
 
-    kind: Literal["flexlora"] = "flexlora"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["flexlora"] = "flexlora"
     sketch: int = 0
     needs_lora: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
+    keeps_basis: ClassVar[bool] = False
+    sends_products: ClassVar[bool] = True
     extras_are_changes: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2402.11505"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sketch < 0:
-            raise ValueError(
-                f"strategy.sketch is the number of columns beyond the rank and must be at least 0, not {self.sketch}"
-            )
+        columns = "strategy.sketch is the number of columns beyond the rank and must be at least 0"
+        require(self.sketch >= 0, f"{columns}, not {self.sketch}")
 
     def broadcast(self, state: ServerState) -> Broadcast:
-        """The global vector, and the round's random matrices if there are sketches; the seed would say them too."""
+        """The global vector, and the round's random matrices for sketches, although the seed determines them."""
         return replace(super().broadcast(state), extras=self._drawn(state) if self.sketch else {})
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector cut to the client's rank."""
-        return {GLOBAL: own_start(broadcast, broadcast.rank)}
+        return {GLOBAL: start_at(broadcast, broadcast.rank)}
 
     def finish(
         self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
@@ -67,15 +77,14 @@ class FlexLora(FedAvg):
         before = self._seen(broadcast.params, broadcast.layout, broadcast.extras)
         after = self._seen(folded(broadcast.params + update.delta, broadcast), broadcast.layout, broadcast.extras)
         extras = {name: update.weight * (after[name] - before[name]) for name in before}
-        return replace(
-            update, delta=without(update.delta, broadcast.layout, LORA_A, LORA_B), extras=extras
-        ), client_state
+        delta = without(update.delta, broadcast.layout, LORA_A, LORA_B)
+        return replace(update, delta=delta, extras=extras), client_state
 
     def beside(self, layout: Layout) -> dict[str, int]:
         """The products' changes, or sketches of them."""
-        shapes = list(zip(layout.product_shapes, self._sizes(layout), strict=True))
         if not self.sketch:
-            return {"product": sum(outputs * inputs for (outputs, inputs), _ in shapes)}
+            return {"product": product_size(layout)}
+        shapes = list(zip(layout.product_shapes, self._sizes(layout), strict=True))
         return {
             "range": sum(outputs * wide for (outputs, _), (wide, _) in shapes),
             "core": sum(high * inputs for (_, inputs), (_, high) in shapes),
@@ -137,7 +146,7 @@ class FlexLora(FedAvg):
         return zip(columns, rows, strict=True)
 
     def _seen(self, vector: Vector, layout: Layout, drawn: dict[str, Vector]) -> dict[str, Vector]:
-        """What the server needs of a vector's products: these themselves, or D Q in "range" and T D in "core"."""
+        """What the server needs of a vector's products D: D itself, or D Q in "range" and T D in "core"."""
         if not self.sketch:
             return {"product": products(vector, layout)}
         ranges, cores = [], []

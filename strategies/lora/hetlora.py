@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.averaging.fedavg import FedAvg
+from strategies.core.base import Rule, check_lr, step
+from strategies.core.errors import require
 from strategies.core.layout import Layout, LoraPair
-from strategies.core.lora_algebra import all_but, floats_at, folded, own_start
+from strategies.core.lora_algebra import all_but, floats_at, folded, start_at
 from strategies.core.protocol import (
     GLOBAL,
     Aggregate,
@@ -28,21 +29,22 @@ TINY = 1e-12  # below this a norm has no direction
 
 
 @dataclass(frozen=True)
-class HetLora(FedAvg):
+class HetLora(Rule):
     """A += lr * sum_k p_k delta_k A and B alike, zero-padded to the largest rank, p_k = |s_k B_k A_k|_F / sum of all.
 
     A client gets the first r_k rows of A and columns of B. Its rank's tail is what lies beyond gamma r_k: `penalty` *
     |B_tail| |A_tail| is added to its loss, layer by layer, and if that product is smaller after training than before,
-    the tail is cut off, once and for all (gamma = 1: never). The norm itself is the weight, over all layers, so that
-    numerator and denominator are sums and no norm is reported; `weighting` may be FedAvg's instead. Reads the sum.
+    the tail is cut off for good (gamma = 1: never). The norm itself is the weight, over all layers, so that numerator
+    and denominator are sums and no norm is reported; `weighting` may be FedAvg's instead. Reads the sum.
 
-    Memory: "rank", the client's own by now. Its scale stays alpha over the rank that it was given, for else cutting
+    Client state: "rank", the client's present one. Its scale stays alpha over the rank that it was given, or cutting
     would change the model. s_k is folded into B before averaging. Traps: biased as FedAvg on LoRA is; rows that few
-    clients have shrink, since the others' zeros count; a client that has learnt nothing yet (B = 0) has no weight.
+    clients have shrink, since the others' zeros count; a client that has learned nothing yet (B = 0) has no weight.
     """
 
-    kind: Literal["hetlora"] = "hetlora"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
-    weighting: Literal["norm", "examples", "uniform"] = "norm"  # type: ignore[assignment]
+    kind: Literal["hetlora"] = "hetlora"
+    lr: float = 1.0
+    weighting: Literal["norm", "examples", "uniform"] = "norm"
     gamma: float = 0.99
     penalty: float = 1e-3
     needs_lora: ClassVar[bool] = True
@@ -52,35 +54,37 @@ class HetLora(FedAvg):
     paper: ClassVar[str] = "arXiv 2401.06432"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.gamma <= 1:
-            raise ValueError(
-                f"strategy.gamma is the part of its rank that a client keeps when it prunes and must be above 0 and at "
-                f"most 1, not {self.gamma}"
-            )
-        if not 0 <= self.penalty < math.inf:
-            raise ValueError(f"strategy.penalty shrinks a rank's tail and must be at least 0, not {self.penalty}")
+        check_lr(self.lr)
+        part = "strategy.gamma is the part of its rank that a client keeps when it prunes"
+        require(0 < self.gamma <= 1, f"{part} and must be above 0 and at most 1, not {self.gamma}")
+        shrinks = "strategy.penalty shrinks a rank's tail and must be at least 0"
+        require(0 <= self.penalty < math.inf, f"{shrinks}, not {self.penalty}")
 
     @property
-    def bounded_weights(self) -> bool:  # type: ignore[override]  # it depends on the weighting
+    def bounded_weights(self) -> bool:
         """Whether the norm, which has no bound, is not the weight."""
         return self.weighting != "norm"
+
+    @property
+    def weighs_alike(self) -> bool:
+        """Whether the recipe asks for it."""
+        return self.weighting == "uniform"
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector cut to the client's rank."""
         (rank,) = ranks(broadcast, client_state)
-        return {GLOBAL: own_start(broadcast, rank)}
+        return {GLOBAL: start_at(broadcast, rank)}
 
     def correct(
         self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """Adds the gradient of penalty * |B_tail| |A_tail|."""
-        listed = ranks(broadcast, client_state)
+        present = ranks(broadcast, client_state)
         for client, (grad_P, params_P) in enumerate(zip(grad_KP, params_KP, strict=True)):
-            rank = listed[client % len(listed)]
-            both = zip(broadcast.layout.lora_pairs(grad_P), broadcast.layout.lora_pairs(params_P), strict=True)
-            for grad, pair in both:
-                tail = slice(self._kept(rank), rank)
+            rank = present[client % len(present)]
+            tail = slice(self._kept(rank), rank)
+            grads = broadcast.layout.lora_pairs(grad_P)
+            for grad, pair in zip(grads, broadcast.layout.lora_pairs(params_P), strict=True):
                 a_norm, b_norm = tail_norms(pair, tail)
                 grad.a_RI[tail] += self.penalty * b_norm / a_norm.clamp(min=TINY) * pair.a_RI[tail]
                 grad.b_OR[:, tail] += self.penalty * a_norm / b_norm.clamp(min=TINY) * pair.b_OR[:, tail]
@@ -88,24 +92,22 @@ class HetLora(FedAvg):
     def finish(
         self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
     ) -> tuple[Update, ClientState]:
-        """Prunes, folds the client's scale into B, and weighs by the product's norm."""
-        update, client_state = super().finish(update, broadcast, client_state, ends)
+        """Prunes, folds the client's scale into B, and sets the weight."""
         (rank,) = ranks(broadcast, client_state)
         kept, end = self._kept(rank), broadcast.params + update.delta
         tail = slice(kept, rank)
-        before, after = (
-            self._tail(vector, broadcast, tail) for vector in (self.starts(broadcast, client_state)[GLOBAL], end)
-        )
-        if after < before:
+        start = start_at(broadcast, rank)
+        if self._tail(end, broadcast, tail) < self._tail(start, broadcast, tail):
             rank = kept
             for pair in broadcast.layout.lora_pairs(end):
                 pair.a_RI[tail] = 0
                 pair.b_OR[:, tail] = 0
         end = folded(end, broadcast)
-        weight = norm_of_products(end, broadcast.layout) if self.weighting == "norm" else update.weight
-        return replace(update, delta=end - broadcast.params, weight=weight), client_state | {
-            "rank": torch.tensor([float(rank)])
-        }
+        weight = update.weight if self.weighting == "examples" else 1.0
+        if self.weighting == "norm":
+            weight = norm_of_products(end, broadcast.layout)
+        update = replace(update, delta=end - broadcast.params, weight=weight)
+        return update, client_state | {"rank": torch.tensor([float(rank)])}
 
     def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """The rank that the client has kept."""
@@ -113,7 +115,7 @@ class HetLora(FedAvg):
         return all_but(broadcast.layout, slice(rank, None))
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
-        """A vector of the client's rank both ways, as given: what it has pruned since is in its memory alone."""
+        """A vector of the client's rank both ways, as given: only the client knows what it has pruned since."""
         sent = floats_at(broadcast.layout, broadcast.rank)
         return sent, sent
 
@@ -121,7 +123,7 @@ class HetLora(FedAvg):
         """FedAvg's step; none while all products are zero."""
         if aggregate.weight == 0:
             return replace(state, round=state.round + 1)
-        return super().apply(state, aggregate)
+        return step(state, aggregate, self.lr)
 
     def _kept(self, rank: int) -> int:
         return max(1, math.floor(self.gamma * rank))
@@ -132,7 +134,7 @@ class HetLora(FedAvg):
 
 
 def ranks(broadcast: Broadcast, client_state: ClientState) -> list[int]:
-    """The rank of the client, or of each client of a pack, if they remember."""
+    """The rank of the client, or of each client that trains in a lane, if their states say it."""
     if "rank" in client_state:
         return [int(rank) for rank in client_state["rank"].flatten()]
     return [broadcast.layout.rank if broadcast.rank is None else broadcast.rank]

@@ -4,23 +4,24 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from strategies.averaging.fedavg import FedAvg
+from strategies.core.base import AveragingRule
+from strategies.core.errors import require
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Update, Vector, Vectors
 
-PERSONAL = "personal"  # the name of the second training, and of its result in the memory
+PERSONAL = "personal"  # the name of the second training, and of its result in the client's state
 
 
 @dataclass(frozen=True)
-class Ditto(FedAvg):
-    """FedAvg on theta; beside it each client minimises F_k(v_k) + (lam / 2) |v_k - theta_t|^2 for its own v_k.
+class Ditto(AveragingRule):
+    """FedAvg on theta; beside it each client minimizes F_k(v_k) + (lam / 2) |v_k - theta_t|^2 for its own v_k.
 
     The global training is plain; the personal one, from the client's last v_k, has the gradient
-    g + lam (v_k - theta_t). Reads the sum, of the global changes. Memory: "personal", the client's v_k; a client that
-    takes part for the first time starts from theta_t. Traps: clients train twice; `lam` pulls to the global model that
-    was received, not to the one of the round before; with lam = 0 it is local training alone.
+    g + lam (v_k - theta_t). Reads the sum, of the global changes. Client state: "personal", the client's v_k; a client
+    that takes part for the first time starts from theta_t. Traps: clients train twice; `lam` pulls to the global model
+    that was received, not to the one of the round before; with lam = 0 it is local training alone.
     """
 
-    kind: Literal["ditto"] = "ditto"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["ditto"] = "ditto"
     lam: float = 0.1
     keeps_state: ClassVar[bool] = True
     personalizes: ClassVar[bool] = True
@@ -28,10 +29,8 @@ class Ditto(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.lam < math.inf:
-            raise ValueError(
-                f"strategy.lam pulls personal models to the global one and must be at least 0, not {self.lam}"
-            )
+        pull = "strategy.lam pulls personal models to the global one and must be at least 0"
+        require(0 <= self.lam < math.inf, f"{pull}, not {self.lam}")
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector, then the client's own."""
@@ -47,7 +46,7 @@ class Ditto(FedAvg):
     def finish(
         self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
     ) -> tuple[Update, ClientState]:
-        """Remembers where the personal training ended."""
+        """Keeps the end of the personal training."""
         assert ends is not None
         update, client_state = super().finish(update, broadcast, client_state, ends)
         return update, client_state | {PERSONAL: ends[PERSONAL]}

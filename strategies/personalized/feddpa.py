@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.averaging.fedavg import FedAvg
+from strategies.core.base import AveragingRule
+from strategies.core.errors import require
 from strategies.core.layout import Layout
 from strategies.core.lora_algebra import all_but, floats_at
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Mask, Update, Vector, Vectors
@@ -14,22 +15,23 @@ from strategies.personalized.ditto import PERSONAL
 
 
 @dataclass(frozen=True)
-class FedDpa(FedAvg):
+class FedDpa(AveragingRule):
     """The iterative form, FedDPA-T: FedAvg on the global adapter, and on each client a local one that stays there.
 
     An adapter of rank R is two of rank R/2: rows of A and columns of B up to R/2 are the global adapter, the others the
     local one. In a round the global one is trained alone; then the local one, from the client's last, as a part of
     W0 + s ((1 - mix) B A + B_k A_k) with the received B A frozen. That sum is the personal model. Reads the sum.
-    Memory: "local", A_k and B_k; the first A_k is everybody's random one, B_k zero.
+    Client state: "local", A_k and B_k; the first A_k is everybody's random one, the first B_k zero.
 
     The paper weighs the two adapters for each prompt by its likeness to training rows; here `mix` is one number for
-    all, as in the released code's training. Traps: clients train twice; the factor that the released code has in front
-    of the local adapter is a part of B_k here, and so adaptive optimizers move the product 1 / mix times as far.
+    all, as in the authors' training code. Traps: clients train twice; the factor that the authors' code has in front of
+    the local adapter is a part of B_k here, and so adaptive optimizers move the product 1 / mix times as far.
     """
 
-    kind: Literal["feddpa"] = "feddpa"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["feddpa"] = "feddpa"
     mix: float = 0.5
     needs_lora: ClassVar[bool] = True
+    rank_parts: ClassVar[int] = 2
     keeps_state: ClassVar[bool] = True
     personalizes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
@@ -38,11 +40,8 @@ class FedDpa(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.mix <= 1:
-            raise ValueError(
-                f"strategy.mix is how much of the global adapter gives way to the local one: between 0 and 1, "
-                f"not {self.mix}"
-            )
+        share = "strategy.mix is the share of the global adapter that gives way to the local one"
+        require(0 <= self.mix <= 1, f"{share} and must be between 0 and 1, not {self.mix}")
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector, then the sum of the client's two adapters."""
@@ -67,11 +66,11 @@ class FedDpa(FedAvg):
         delta = update.delta.clone()
         for part in _local(delta, broadcast.layout):
             part.zero_()
-        own = torch.cat([part.flatten() for part in _local(ends[PERSONAL], broadcast.layout)])
-        return replace(update, delta=delta), client_state | {"local": own}
+        local = torch.cat([part.flatten() for part in _local(ends[PERSONAL], broadcast.layout)])
+        return replace(update, delta=delta), client_state | {"local": local}
 
     def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
-        """The sum of both adapters, once the client has one of its own."""
+        """The sum of both adapters, once the client has a local one."""
         return self._mixed(broadcast, client_state) if "local" in client_state else None
 
     def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
@@ -93,8 +92,9 @@ class FedDpa(FedAvg):
             pair.b_OR[:, :half] *= 1 - self.mix
         if "local" in client_state:
             parts = _local(mixed, broadcast.layout)
-            for part, own in zip(parts, client_state["local"].split([part.numel() for part in parts]), strict=True):
-                part.copy_(own.view(part.shape))
+            pieces = client_state["local"].split([part.numel() for part in parts])
+            for part, piece in zip(parts, pieces, strict=True):
+                part.copy_(piece.view(part.shape))
         return mixed
 
 

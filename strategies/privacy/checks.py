@@ -1,10 +1,11 @@
-"""What differential privacy does not go with: combinations whose epsilon would be false are refused before a run."""
+"""Combinations of a strategy and differential privacy whose epsilon would be false: refused before a run."""
 
 from collections.abc import Collection
 from typing import Literal
 
+from strategies.core.base import named
+from strategies.core.errors import StrategyError
 from strategies.core.protocol import Strategy
-from strategies.personalized.local_only import LocalOnly
 from strategies.privacy.adaptive import WITHIN, AdaptiveDp
 from strategies.privacy.central import CentralDp
 from strategies.privacy.distributed import DistributedDp
@@ -21,47 +22,47 @@ def check_dp(
     *,
     mixed_ranks: bool = False,
 ) -> None:
-    """Raises ValueError with the reason and the nearest that works.
+    """Raises StrategyError with the reason and the nearest combination that works.
 
     `extras` are the names of the sums that the strategy's clients send beside their delta; `mixed_ranks` says whether
     clients have different LoRA ranks.
     """
-    name = type(strategy).__name__
+    name = named(strategy)
     if isinstance(dp, ExampleDp):
         if strategy.loss_before:
-            raise ValueError(
-                f"strategy {name} sends the loss before training, to which example-level noise adds nothing: take "
+            raise StrategyError(
+                f"{name} sends the loss before training, to which example-level noise adds nothing: take "
                 f"another, or client-level privacy"
             )
-        return  # what leaves a client is private already, whatever happens to it
-    if isinstance(strategy, LocalOnly):
-        raise ValueError(f"strategy {name} sends nothing that could be made private: leave privacy.dp out")
+        return  # what leaves a client is private already
+    if not strategy.sends_update:
+        raise StrategyError(f"{name} sends nothing that could be made private: leave privacy.dp out")
     if strategy.reads != "sum":
         what = "each update" if strategy.reads == "each" else "several sums of the same updates"
-        raise ValueError(
-            f"strategy {name} reads {what}, and the noise of privacy.dp covers one sum a round: take a strategy that "
+        raise StrategyError(
+            f"{name} reads {what}, and the noise of privacy.dp covers one sum a round: take a strategy that "
             f"reads the sum"
         )
     if extras and not strategy.extras_are_changes:
-        raise ValueError(
-            f"strategy {name} sends {', '.join(sorted(extras))} beside the update, which is no change of the model: "
+        raise StrategyError(
+            f"{name} sends {', '.join(sorted(extras))} beside the update, which is no change of the model: "
             f"privacy.dp would clip the update along with it and add noise to what the rule counts on: take "
             f'"fedavg" or "fedprox"'
         )
     if mixed_ranks and not strategy.keeps_higher_ranks:
-        raise ValueError(
-            f"in strategy {name} a client of a low rank shrinks what lies beyond its own rank, trained or not, which "
+        raise StrategyError(
+            f"in {name} a client of a low rank shrinks what lies beyond its own rank, trained or not, which "
             f'privacy.dp would multiply by the cohort over the expected one: take "flora", or leave model.peft.ranks '
             f"out"
         )
     if extras and not dp.joint:
-        raise ValueError(
-            f"strategy {name} sends {', '.join(sorted(extras))} beside the update, which privacy.dp does not clip: set "
+        raise StrategyError(
+            f"{name} sends {', '.join(sorted(extras))} beside the update, which privacy.dp does not clip: set "
             f"privacy.dp.joint = true to clip all of it together, or take a strategy with one sum"
         )
     assert WITHIN not in extras
     if isinstance(dp, DistributedDp) and secagg == "off":
-        raise ValueError(
+        raise StrategyError(
             "distributed noise is each client's small part, which hides nothing where the server sees single updates: "
             'set privacy.secagg.mode, or privacy.dp.kind = "central"'
         )

@@ -11,21 +11,21 @@ import torch
 
 from strategies.core.protocol import Vector
 from strategies.robust.krum import ranked
-from strategies.robust.reading_each import Byzantine, by_coordinate, mean_of_rows, sorted_rows, squared_distances
+from strategies.robust.reading_each import ByzantineRule, by_coordinate, mean_of_rows, sorted_rows, squared_distances
 
 
 @dataclass(frozen=True)
-class Bulyan(Byzantine):
+class Bulyan(ByzantineRule):
     """theta += lr * in each coordinate, the mean of the S - 2f values nearest to the median of S = K - 2f updates.
 
-    Krum selects the S updates one by one. Reads each update; no state. Needs K >= 4f + 3. The median is one of the
-    values, of an even S the lower middle one (the paper leaves it open); of two values equally near the lower is taken.
-    After each selection Krum runs again on those left; its count of neighbours, then K - f - 2 of a smaller K, is kept
-    at one or more. The authors' later code averages several updates at each selection and selects two fewer; this is
-    the paper's rule.
+    Krum selects the S updates one by one. Reads each update. Needs K >= 4f + 3. The median is one of the values, of an
+    even S the lower middle one (the paper leaves it open); of two values equally near the lower is taken. Krum runs
+    again on the rest after each selection; its number of neighbors, then K - f - 2 of a smaller K, is kept at one or
+    more. The authors' later code averages several updates at each selection and selects two fewer; this is the paper's
+    rule.
     """
 
-    kind: Literal["bulyan"] = "bulyan"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["bulyan"] = "bulyan"
     paper: ClassVar[str] = "arXiv 1802.07927"
 
     def smallest_cohort(self) -> int:

@@ -1,4 +1,4 @@
-"""Centred clipping: changes are clipped around the last one (Karimireddy et al. 2021, arXiv 2012.10333)."""
+"""Centered clipping: changes are clipped around the last one (Karimireddy et al. 2021, arXiv 2012.10333)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,25 +6,26 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.averaging.fedavg import FedAvg
+from strategies.core.base import AveragingRule
+from strategies.core.errors import require
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update, Vector
 
 
 @dataclass(frozen=True)
-class CenteredClipping(FedAvg):
-    """v += mean_k clip(delta_k - v, tau), theta += lr v, where clip(x, tau) = x min(1, tau / |x|). No state.
+class CenteredClipping(AveragingRule):
+    """v += mean_k clip(delta_k - v, tau), theta += lr v, where clip(x, tau) = x min(1, tau / |x|).
 
-    One pass of the paper's rule, from the last round's v, which is broadcast: reads the sum, and a client's update is
-    its clipped distance from v. Clients count the same, since an attacker would claim many rows.
+    One pass of the paper's rule, from the last round's v, which is broadcast. Reads the sum: a client's update is its
+    clipped distance from v. All clients weigh the same, since an attacker would claim many rows.
 
-    Traps: it is the client who clips, so this holds against poisoned data and broken training; against a client that
-    breaks the protocol only if what it sends is proven or checked to be within tau. tau must be about how far honest
-    changes lie from their mean: far above, nothing is clipped; far below, v follows slowly. The paper's guarantee also
-    needs momentum on the clients (train.state = "keep").
+    Traps: the clients themselves clip, so this holds against poisoned data and broken training, but against a client
+    that breaks the protocol only if its update is proven or checked to be within tau. tau must be about the distance of
+    honest changes from their mean: far above, nothing is clipped; far below, v follows slowly. The paper's guarantee
+    also needs momentum on the clients (train.state = "keep").
     """
 
-    kind: Literal["centred_clipping"] = "centred_clipping"  # type: ignore[assignment]  # the tag differs by design
+    kind: Literal["centred_clipping"] = "centred_clipping"
     weighting: Literal["uniform"] = "uniform"
     tau: float = 1.0
     elementwise: ClassVar[bool] = False
@@ -32,10 +33,8 @@ class CenteredClipping(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.tau < math.inf:
-            raise ValueError(
-                f"strategy.tau is the norm that is clipped to and must be a number above 0, not {self.tau}"
-            )
+        norm = "strategy.tau is the norm that is clipped to and must be a number above 0"
+        require(0 < self.tau < math.inf, f"{norm}, not {self.tau}")
 
     def init(self, params: Vector, layout: Layout) -> ServerState:
         """The initial vector, and v = 0."""

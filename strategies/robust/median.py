@@ -7,18 +7,18 @@ from typing import ClassVar, Literal
 import torch
 
 from strategies.core.protocol import Vector
-from strategies.robust.reading_each import Robust, by_coordinate, mean_of_rows, sorted_rows
+from strategies.robust.reading_each import RobustRule, by_coordinate, mean_of_rows, sorted_rows
 
 
 @dataclass(frozen=True)
-class Median(Robust):
+class Median(RobustRule):
     """theta += lr * median_k delta_k, coordinate by coordinate; of an even number, the mean of the middle two.
 
-    Reads each update; no state. Holds while fewer than half of the cohort lie. On skewed data a coordinate that few
+    Reads each update. Holds while fewer than half of the cohort lie. Traps: on skewed data a coordinate that few
     clients move is not moved at all; with one or two clients it is the mean.
     """
 
-    kind: Literal["median"] = "median"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["median"] = "median"
     elementwise: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 1803.01498"
 

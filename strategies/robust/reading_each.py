@@ -1,4 +1,4 @@
-"""What rules share that read each update: their number is checked, coordinates are worked on in blocks.
+"""What rules share that read each update: they check the number of updates and work in blocks of coordinates.
 
 Legend: K clients, P parameters, B the coordinates of a block.
 """
@@ -11,17 +11,18 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from strategies.averaging.fedavg import FedAvg
+from strategies.core.base import AveragingRule, named
+from strategies.core.errors import StrategyError, require
 from strategies.core.protocol import Aggregate, Reads, ServerState, Update, Vector
 
 ELEMENTS = 2**21  # of a block, over all clients: what is in memory at once does not grow with K or P
 
 
 @dataclass(frozen=True)
-class Robust(FedAvg, ABC):
-    """theta += lr * rule(delta_1, ..., delta_K). Reads each update; no state.
+class RobustRule(AveragingRule, ABC):
+    """theta += lr * combine(delta_1, ..., delta_K). Reads each update.
 
-    Every client counts the same: its number of rows is its own claim, which an attacker would put high. On LoRA the
+    Every client weighs the same: its number of rows is its own claim, which an attacker would make large. On LoRA the
     rule sees A and B as coordinates, not their product.
     """
 
@@ -33,41 +34,40 @@ class Robust(FedAvg, ABC):
     def combine(self, deltas: Sequence[Vector]) -> Vector:
         """The rule itself: one vector (P,) from those of the clients."""
 
-    def way_out(self, came: int) -> str:
-        """Which field would make the rule work with the number of updates that came."""
+    def way_out(self, count: int) -> str:
+        """The setting that makes the rule work with so many updates."""
         return "take another strategy"
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """theta += lr * rule(deltas)."""
+        """theta += lr * combine(deltas)."""
         step = self.combine([update.delta for update in enough(self, aggregate)])
         return replace(state, round=state.round + 1, params=state.params + self.lr * step)
 
 
 @dataclass(frozen=True)
-class Byzantine(Robust, ABC):
+class ByzantineRule(RobustRule, ABC):
     """A robust rule that holds against any `f` of the cohort's clients, whatever they send."""
 
     f: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.f < 0:
-            raise ValueError(f"strategy.f is how many clients may lie and must be at least 0, not {self.f}")
+        require(self.f >= 0, f"strategy.f is the number of clients that may lie and must be at least 0, not {self.f}")
 
-    def way_out(self, came: int) -> str:
+    def way_out(self, count: int) -> str:
         """The largest f that the rule allows for so many updates."""
-        fits = [f for f in range(self.f) if replace(self, f=f).smallest_cohort() <= came]
-        return f"set strategy.f = {fits[-1]}" if fits else super().way_out(came)
+        fits = [f for f in range(self.f) if replace(self, f=f).smallest_cohort() <= count]
+        return f"set strategy.f = {fits[-1]}" if fits else super().way_out(count)
 
 
-def enough(strategy: Robust, aggregate: Aggregate) -> tuple[Update, ...]:
-    """The updates; ValueError with the way out when they are fewer than the rule needs."""
+def enough(strategy: RobustRule, aggregate: Aggregate) -> tuple[Update, ...]:
+    """The updates; StrategyError with the way out when they are fewer than the rule needs."""
     assert aggregate.each is not None
-    came, needed = len(aggregate.each), strategy.smallest_cohort()
-    if came < needed:
-        raise ValueError(
-            f"strategy {strategy.kind} as set needs the updates of at least {needed} clients a round, but {came} came: "
-            f"raise cohort.size so that {needed} always come, or {strategy.way_out(came)}"
+    count, needed = len(aggregate.each), strategy.smallest_cohort()
+    if count < needed:
+        raise StrategyError(
+            f"{named(strategy)} as set needs the updates of at least {needed} clients a round, but {count} came: raise "
+            f"cohort.size so that {needed} always come, or {strategy.way_out(count)}"
         )
     return aggregate.each
 
@@ -81,7 +81,7 @@ def blocks(deltas: Sequence[Vector]) -> Iterator[tuple[slice, torch.Tensor]]:
 
 
 def by_coordinate(deltas: Sequence[Vector], rule: Callable[[torch.Tensor], torch.Tensor]) -> Vector:
-    """The vector (P,) whose every block is what `rule` makes of the clients' (K, B)."""
+    """The vector (P,) of `rule` on every block (K, B) of the clients' vectors."""
     combined = torch.empty_like(deltas[0])
     for part, x_KB in blocks(deltas):
         combined[part] = rule(x_KB)
@@ -104,7 +104,7 @@ def mean_of_rows(x_KB: torch.Tensor) -> torch.Tensor:
 def squared_distances(deltas: Sequence[Vector]) -> torch.Tensor:
     """|delta_i - delta_j|^2 for all pairs (K, K), in float64 from products of blocks.
 
-    Not centred: an attacker's huge vector would then drown the honest ones' distances. As it is, the error of a pair is
+    Not centered: an attacker's huge vector would then drown the honest ones' distances. This way the error of a pair is
     1e-16 of that pair's own squared norms.
     """
     products_KK = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)

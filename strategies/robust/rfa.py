@@ -10,23 +10,24 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.averaging.fedavg import FedAvg
+from strategies.core.base import AveragingRule
+from strategies.core.errors import require
 from strategies.core.protocol import Aggregate, Broadcast, Reads, ServerState, Vector
 from strategies.robust.reading_each import blocks, by_coordinate
 
 
 @dataclass(frozen=True)
-class Rfa(FedAvg):
+class Rfa(AveragingRule):
     """theta += lr * z after `passes` times z <- sum b_k delta_k / sum b_k, b_k = p_k / max(nu, |delta_k - z|).
 
     The smoothed Weiszfeld algorithm for argmin_z sum p_k |delta_k - z|. A pass is a sum over the updates, which a
-    secure sum can give: it reads "passes", and a real client receives z and sends b_k delta_k in each. No state. z
-    starts at zero, the server's model, so that one pass is the paper's one-step RFA and one huge update moves it little
-    from the first pass on; the authors' released code starts at the plain mean and counts that as its first pass. An
-    attacker may still claim a large p_k: see `weighting`.
+    secure sum can give: it reads "passes", and a real client receives z and sends b_k delta_k in each. z starts at
+    zero, the server's model, so that one pass is the paper's one-step RFA and one huge update moves it little from the
+    first pass on; the authors' code starts at the plain mean and counts that as its first pass. Trap: an attacker may
+    still claim a large p_k (see `weighting`).
     """
 
-    kind: Literal["rfa"] = "rfa"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["rfa"] = "rfa"
     passes: int = 3
     nu: float = 1e-6
     reads: ClassVar[Reads] = "passes"
@@ -35,12 +36,10 @@ class Rfa(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.passes < 1:
-            raise ValueError(
-                f"strategy.passes counts the sums over the updates and must be at least 1, not {self.passes}"
-            )
-        if not 0 < self.nu < math.inf:
-            raise ValueError(f"strategy.nu keeps distances away from 0 and must be a number above 0, not {self.nu}")
+        sums = "strategy.passes is the number of sums over the updates and must be at least 1"
+        require(self.passes >= 1, f"{sums}, not {self.passes}")
+        away = "strategy.nu keeps distances away from 0 and must be a number above 0"
+        require(0 < self.nu < math.inf, f"{away}, not {self.nu}")
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """A vector down and a vector up for each pass; the first z is the global vector's own zero."""

@@ -5,44 +5,43 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from strategies.core.errors import require
 from strategies.core.protocol import Vector
-from strategies.robust.reading_each import Robust, by_coordinate, mean_of_rows, sorted_rows
+from strategies.robust.reading_each import RobustRule, by_coordinate, mean_of_rows, sorted_rows
 
 
 @dataclass(frozen=True)
-class TrimmedMean(Robust):
-    """theta += lr * the mean of what is left of every coordinate without its `trim` smallest and largest shares.
+class TrimmedMean(RobustRule):
+    """theta += lr * the mean of every coordinate without its smallest and its largest values, floor(trim K) of each.
 
-    Of K updates floor(trim K) are cut on each side. Reads each update; no state. Holds while at most the share `trim`
-    of the cohort lies. Where floor(trim K) is 0 it would be the plain mean, which is refused unless trim is 0.
+    Reads each update. Holds while at most the share `trim` of the cohort lies. Where floor(trim K) is 0 it would be the
+    plain mean, which is refused unless trim is 0.
     """
 
-    kind: Literal["trimmed_mean"] = "trimmed_mean"  # type: ignore[assignment]  # the union's tag differs by design
+    kind: Literal["trimmed_mean"] = "trimmed_mean"
     trim: float = 0.2
     elementwise: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 1803.01498"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.trim < 0.5:
-            raise ValueError(
-                f"strategy.trim is the share cut on each side and must be at least 0 and below 0.5, not {self.trim}"
-            )
+        share = "strategy.trim is the share cut on each side and must be at least 0 and below 0.5"
+        require(0 <= self.trim < 0.5, f"{share}, not {self.trim}")
 
-    def cut(self, came: int) -> int:
-        """How many of so many updates are cut on each side: what rounding takes from trim K is given back."""
-        return min(math.floor(self.trim * came + 1e-9), (came - 1) // 2)
+    def cut(self, count: int) -> int:
+        """The number of values cut on each side of so many, safe from the rounding of trim K."""
+        return min(math.floor(self.trim * count + 1e-9), (count - 1) // 2)
 
     def smallest_cohort(self) -> int:
-        """From how many updates on there is something to cut."""
+        """The smallest number of updates of which some are cut."""
         if self.trim == 0:
             return 1
-        came = max(3, math.floor(1 / self.trim))
-        return came if self.cut(came) else came + 1
+        count = max(3, math.floor(1 / self.trim))
+        return count if self.cut(count) else count + 1
 
-    def way_out(self, came: int) -> str:
+    def way_out(self, count: int) -> str:
         """The share that cuts one on each side."""
-        return f"set strategy.trim to at least 1/{came}" if came > 2 else super().way_out(came)
+        return f"set strategy.trim to at least 1/{count}" if count > 2 else super().way_out(count)
 
     def combine(self, deltas: Sequence[Vector]) -> Vector:
         """The trimmed mean of every coordinate."""

@@ -1,27 +1,29 @@
 """The chain of transforms, encoded on the client and decoded in reverse on the server, and what lossy ones share.
 
-Legend: P parameters, N blocks of B neighbouring coordinates.
+Legend: P parameters, N blocks of B neighboring coordinates.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
+from strategies.core.errors import require
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Transform, Update, Vector
 from strategies.core.seeds import torch_rng
 
-ERROR = "error"  # the name of the residual in a transform's part of the memory
+ERROR = "error"  # the name of the residual in a transform's part of the client's state
 
 
 def encode(
     transforms: Sequence[Transform], update: Update, broadcast: Broadcast, client_state: ClientState
 ) -> tuple[Update, ClientState]:
-    """The update as it leaves the client, and the transforms' part of the client's memory alone.
+    """The update as it leaves the client, and the transforms' part alone of the client's next state.
 
-    `client_state` is what the client kept before the round; what it keeps after it is `finish`'s state and this.
+    `client_state` is the whole state from before the round; the next one is that of the strategy's `finish` and this.
     """
     if not transforms:
         return update, {}
@@ -29,9 +31,9 @@ def encode(
     kept: ClientState = {}
     for index, transform in enumerate(transforms):
         prefix = f"transform{index}.{transform.kind}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in client_state.items() if name.startswith(prefix)}
-        update, own = transform.encode(update, broadcast, own, rng)
-        kept |= {prefix + name: tensor for name, tensor in own.items()}
+        part = {name.removeprefix(prefix): tensor for name, tensor in client_state.items() if name.startswith(prefix)}
+        update, part = transform.encode(update, broadcast, part, rng)
+        kept |= {prefix + name: tensor for name, tensor in part.items()}
     return update, kept
 
 
@@ -44,7 +46,7 @@ def decode(transforms: Sequence[Transform], aggregate: Aggregate, state: ServerS
 
 
 def bits(transforms: Sequence[Transform], floats: int) -> int:
-    """How many bits a client sends in place of its update of `floats` float32 numbers; 32 each without transforms."""
+    """The number of bits that a client sends for an update of `floats` float32 numbers; 32 each without transforms."""
     size = Size(floats, floats)
     for transform in transforms:
         size = transform.size(size)
@@ -53,14 +55,16 @@ def bits(transforms: Sequence[Transform], floats: int) -> int:
 
 @dataclass(frozen=True)
 class Lossy(ABC):
-    """A transform that loses something of the update and, with error feedback, sends it later.
+    """A transform that loses a part of the update and, with error feedback, sends it later.
 
-    e is what the client keeps_state: it sends C(delta + e) and keeps e <- delta + e - C(delta + e), so that over the
-    rounds the sum of what arrived is the sum of the deltas less the last e. A coordinate that did not move this round
+    The client keeps the residual e: it sends C(delta + e) and keeps e <- delta + e - C(delta + e), so that over the
+    rounds the sum of what arrived is the sum of the deltas minus the last e. A coordinate that did not move this round
     (frozen by the rule, or beyond the client's rank) sends nothing, and its residual waits: a frozen tensor stays where
-    it is. A residual is sent when the client next takes part, which in a large population is late or never.
+    it is. Trap: a residual is sent when the client next takes part, which in a large population is late or never.
     """
 
+    keeps_zeros: ClassVar[bool] = True
+    works_on_shards: ClassVar[bool] = False
     error_feedback: bool = True
 
     @abstractmethod
@@ -88,7 +92,7 @@ class Lossy(ABC):
         return replace(update, delta=sent), {ERROR: delta_P + error_P - seen_P}
 
     def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:
-        """What travelled is what it stands for."""
+        """What travels is what it stands for."""
         return aggregate, state
 
 
@@ -98,19 +102,19 @@ def share_of(share: float, values: int) -> int:
 
 
 def check_share(kind: str, share: float) -> None:
-    """ValueError for a share that is none."""
-    if not 0 < share <= 1:
-        raise ValueError(f"{kind}'s share is what is kept of the update and must be above 0 and at most 1, not {share}")
+    """Raises StrategyError for a share outside (0, 1]."""
+    kept = f"{kind}'s share is what is kept of the update and must be above 0 and at most 1"
+    require(0 < share <= 1, f"{kept}, not {share}")
 
 
 def check_block(kind: str, block: int) -> None:
-    """ValueError for a block without coordinates."""
-    if block < 1:
-        raise ValueError(f"{kind}'s block is how many coordinates share a scale and must be at least 1, not {block}")
+    """Raises StrategyError for a block without coordinates."""
+    coordinates = f"{kind}'s block is the number of coordinates that share a scale and must be at least 1"
+    require(block >= 1, f"{coordinates}, not {block}")
 
 
 def blocks_of(x_P: Vector, length: int) -> torch.Tensor:
-    """The vector cut into blocks (N, B), the last one filled up with zeros."""
+    """The vector cut into blocks (N, B), the last one padded with zeros."""
     return F.pad(x_P, (0, -x_P.numel() % length)).view(-1, length)
 
 

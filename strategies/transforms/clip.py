@@ -2,28 +2,31 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
+from strategies.core.errors import require
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Update
 
 
 @dataclass(frozen=True)
 class Clip:
-    """delta <- delta * min(1, bound / |delta|), the L2 norm of the whole vector. No state.
+    """delta <- delta * min(1, bound / |delta|), the L2 norm of the whole vector.
 
-    Bounds what one client can do to a sum, so it goes with rules that read the sum alone. The clients themselves clip:
-    against those that lie it helps only if somebody checks. What comes after it in the chain may lengthen the update
-    again (error feedback, projection); as the last one it always holds. Extras are left as they are.
+    It bounds what one client can do to a sum, so it goes with rules that read the sum alone. Extras are left as they
+    are. Traps: the clients themselves clip, so against those that lie it helps only if somebody checks. Transforms
+    after it in the chain may lengthen the update again (error feedback, projection); as the last one it always holds.
     """
 
     kind: Literal["clip"] = "clip"
     bound: float = 1.0
+    keeps_zeros: ClassVar[bool] = True
+    works_on_shards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.bound < math.inf:
-            raise ValueError(f"clip's bound is the largest L2 norm and must be a number above 0, not {self.bound}")
+        norm = "clip's bound is the largest L2 norm and must be a number above 0"
+        require(0 < self.bound < math.inf, f"{norm}, not {self.bound}")
 
     @property
     def keeps_state(self) -> bool:

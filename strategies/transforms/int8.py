@@ -1,6 +1,6 @@
 """8-bit integers with stochastic rounding (QSGD, Alistarh et al. 2017, arXiv 1610.02132, scaled by the maximum).
 
-Legend: P parameters, N blocks of B neighbouring coordinates.
+Legend: P parameters, N blocks of B neighboring coordinates.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from strategies.transforms.chain import Lossy, blocks_of, check_block, with_scal
 class Int8(Lossy):
     """C(x) = s q with s = max|x| / 127 in each block and q = x / s rounded up with the probability of its fraction.
 
-    Unbiased: E[C(x)] = x. Memory: the residual, less than a rounding step. A block is `block` neighbouring coordinates
-    and costs one float32. The server adds the values that the integers stand for. Zeros stay zeros.
+    Unbiased: E[C(x)] = x. Client state: the residual, less than a rounding step. A block is `block` neighboring
+    coordinates and costs one float32. The server adds the values that the integers stand for. Zeros stay zeros.
     """
 
     kind: Literal["int8"] = "int8"

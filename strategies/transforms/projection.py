@@ -5,11 +5,12 @@ Used on federated updates by FetchSGD (arXiv 2007.07682). Legend: P parameters, 
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
+from strategies.core.errors import require
 from strategies.core.protocol import Aggregate, Broadcast, ServerState, Size, Vector
 from strategies.core.seeds import rng as stream
 from strategies.transforms.chain import Lossy, check_share, share_of
@@ -23,13 +24,14 @@ class Projection(Lossy):
     buckets are equally full, up to one. Without error feedback S' S is unbiased, E[S' S] = I, but multiplies the
     squared norm by about 1 / share: lower the learning rate. With it each bucket is divided by its number of
     coordinates, which makes the orthogonal projection S' (S S')^-1 S that error feedback needs to converge; the rest is
-    sent in later rounds under other S. Memory: the residual.
+    sent in later rounds under other S. Client state: the residual.
 
-    Traps: what was frozen or zero does not stay so, hence it is not for rules that freeze tensors nor for mixed ranks.
-    It is the only transform that changes the length, so a chain has one at most. Rules that read each update get them
-    decoded, all in client_state. It takes 9 bytes a parameter on every slot.
+    Traps: zeros do not stay zeros, hence it is not for rules that freeze tensors nor for mixed ranks. It is the only
+    transform that changes the length, so a chain has one at most. Rules that read each update get them decoded, all in
+    memory. It takes 9 bytes a parameter on every slot.
     """
 
+    keeps_zeros: ClassVar[bool] = False
     kind: Literal["projection"] = "projection"
     share: float = 0.1
 
@@ -38,8 +40,8 @@ class Projection(Lossy):
 
     def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
         """The buckets (M,), and their way back (P,)."""
-        if x_P.numel() != broadcast.params.numel():
-            raise ValueError("a chain of transforms may hold one projection, not two: give the one the smaller share")
+        whole = x_P.numel() == broadcast.params.numel()
+        require(whole, "a chain of transforms may hold one projection, not two: give the one the smaller share")
         bucket_P, sign_P = drawn(broadcast.seed, broadcast.round, x_P.numel(), share_of(self.share, x_P.numel()))
         buckets = np.bincount(bucket_P, x_P.numpy() * sign_P, share_of(self.share, x_P.numel()))
         sent = torch.from_numpy(buckets.astype(np.float32))

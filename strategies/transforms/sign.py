@@ -1,6 +1,6 @@
 """Signs with the mean magnitude (Karimireddy et al. 2019, arXiv 1901.09847, algorithm 1, EF-SignSGD).
 
-Legend: P parameters, N blocks of B neighbouring coordinates.
+Legend: P parameters, N blocks of B neighboring coordinates.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from strategies.transforms.chain import Lossy, blocks_of, check_block, with_scal
 class Sign(Lossy):
     """C(x) = sign(x) * |x|_1 / d in each block of d coordinates: one bit each, and a float32 for the block.
 
-    Memory: the residual. Biased: without error feedback it need not converge, as the paper shows. A zero stays a zero
-    and does not count in d, since it comes from a tensor that the rule has frozen or from another transform, which the
-    receiver knows of. The paper takes a layer for a block; here it is `block` neighbouring coordinates.
+    Client state: the residual. A zero stays a zero and does not count in d, since it comes from a frozen tensor or from
+    another transform, of which the receiver knows. The paper takes a layer for a block; here it is `block` neighboring
+    coordinates. Trap: biased, so that without error feedback it need not converge, as the paper shows.
     """
 
     kind: Literal["sign"] = "sign"

@@ -13,9 +13,10 @@ from strategies.transforms.chain import Lossy, check_share, share_of
 class TopK(Lossy):
     """C(x) keeps the `share` of the coordinates that are largest in magnitude, the others are zero.
 
-    Memory: the residual. Biased, so that without error feedback small coordinates are never learnt. The share is of the
-    coordinates that are not zero: a frozen tensor takes no room. Sent are the values and their positions, as numbers or
-    as a map of bits, whichever is shorter. Clients keep different coordinates, so secure sums gain nothing by it.
+    Client state: the residual. The share is of the coordinates that are not zero: a frozen tensor takes no room. The
+    client sends the values and their positions, as numbers or as a bit map, whichever is shorter. Traps: biased, so
+    that without error feedback small coordinates are never learned; clients keep different coordinates, so secure sums
+    gain nothing.
     """
 
     kind: Literal["topk"] = "topk"
@@ -25,7 +26,7 @@ class TopK(Lossy):
         check_share("topk", self.share)
 
     def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
-        """The vector with zeros in place of what does not travel."""
+        """The vector with zeros except for the largest coordinates."""
         kept = share_of(self.share, int(x_P.count_nonzero()))
         where = x_P.abs().topk(kept, sorted=False).indices
         sent = torch.zeros_like(x_P)
@@ -33,7 +34,7 @@ class TopK(Lossy):
         return sent, sent
 
     def size(self, size: Size) -> Size:
-        """The values kept and their positions."""
+        """The kept values and their positions."""
         kept = share_of(self.share, size.values)
         positions = min(kept * (size.length - 1).bit_length(), size.length) if kept < size.values else 0
         return replace(size, values=kept, extra=size.extra + positions)

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.config.federation import Federation, FullTuning, Lora, Model
+from engine.config.federation import Federation
+from engine.config.sections import FullTuning, Lora, Model
 from engine.config.train import Sgd, Train
 from engine.models.base_model import Trainable, map_base, read_base
 from engine.objectives.sft import Sft

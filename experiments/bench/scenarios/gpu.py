@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.config.federation import Model
+from engine.config.sections import Model
 from engine.models.base_model import with_adapters
 from experiments.bench.bare import compare
 from experiments.bench.bases import bench_recipe, write_llama, write_rows

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import psutil
 
 import experiments
-from engine.config.federation import Zero
+from engine.config.sections import Zero
 from engine.messages.events import Event, Started
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
 from experiments.bench.results import Figure, Steps

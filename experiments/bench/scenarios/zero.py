@@ -20,7 +20,7 @@ import torch
 
 import experiments
 from datasets_partition.store.store import Store
-from engine.config.federation import Zero
+from engine.config.sections import Zero
 from engine.messages.events import Event, RoundDone
 from engine.messages.wire import ShardedState
 from engine.records.checkpoint import load_checkpoint

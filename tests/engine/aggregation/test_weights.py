@@ -13,7 +13,7 @@ from datasets_partition.store.build import build
 from engine.aggregation.exact_sum import merge
 from engine.aggregation.ring_encoding import ring_aggregate, ring_sums, ring_vector
 from engine.config.federation import Federation
-from engine.config.privacy import Privacy, SecAgg, weights_of
+from engine.config.privacy import Privacy, SecAgg
 from engine.config.train import Sgd, Train
 from engine.messages.wire import to_wire
 from engine.system.page_protection import release
@@ -102,10 +102,10 @@ def test_weights_that_nothing_public_bounds_are_refused(federation: Federation, 
 
 def test_the_statement_says_where_weights_come_from(federation: Federation) -> None:
     capped = replace(federation, privacy=Privacy(dp=CENTRAL, rows_cap=CAP))
-    assert weights_of(capped) == "weights min(rows, 50) / 50"
-    assert weights_of(replace(capped, strategy=FedAvg(weighting="uniform"))) == "weight 1 for each client"
+    assert capped.privacy.describe_weights(capped.strategy) == "weights min(rows, 50) / 50"
+    assert capped.privacy.describe_weights(FedAvg(weighting="uniform")) == "weight 1 for each client"
     rows = replace(federation, privacy=Privacy(dp=ExampleDp(noise_multiplier=1.0)))
-    assert "outside of epsilon" in weights_of(rows)
+    assert "outside of epsilon" in rows.privacy.describe_weights(rows.strategy)
 
 
 SUMMED = [kind for kind in get_args(Strategies) if kind.reads == "sum" and "weighting" in kind.__dataclass_fields__]

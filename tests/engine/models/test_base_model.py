@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from engine.config.federation import FullTuning, Lora, Model
+from engine.config.sections import FullTuning, Lora, Model
 from engine.models.base_model import Trainable, load_tokenizer, map_base, read_base
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT sets it right for GPT-2

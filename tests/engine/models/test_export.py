@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.config.federation import FullTuning, Lora, Model
+from engine.config.sections import FullTuning, Lora, Model
 from engine.models.base_model import Trainable
 from engine.models.export import export_files
 from engine.system.atomic import write_folder

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from engine.config.federation import Lora, Model
+from engine.config.sections import Lora, Model
 from engine.models.base_model import Trainable
 from engine.models.export import export_files
 from engine.models.merged_base import merged_weights, use_weights

@@ -6,7 +6,7 @@ from shutil import copytree
 
 import pytest
 
-from engine.config.federation import Model
+from engine.config.sections import Model
 from engine.models.base_model import causal_config, load_tokenizer, read_base
 
 

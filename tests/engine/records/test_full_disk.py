@@ -8,7 +8,8 @@ import os, sys, time
 from pathlib import Path
 import numpy as np, ray
 from engine.rounds.driver import Driver, RunPlan
-from engine.config.federation import Federation, Model
+from engine.config.federation import Federation
+from engine.config.sections import Model
 from engine.config.train import Train
 
 def fill():

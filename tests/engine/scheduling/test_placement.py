@@ -1,6 +1,6 @@
 import pytest
 
-from engine.config.federation import Clients
+from engine.config.sections import Clients
 from engine.scheduling.placement import refuse_shared_gpus, slots_that_fit
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.federation import Evaluate, Federation, Lora
+from engine.config.federation import Federation
+from engine.config.sections import Evaluate, Lora
 from engine.training.judging import ClientLoss, client_loss, continuations, drawn_rows, mean_loss
 from engine.training.local_training import LocalTrainer
 

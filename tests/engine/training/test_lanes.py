@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from engine.config.federation import Federation, Lora, RankShare
+from engine.config.federation import Federation
+from engine.config.sections import Lora, RankShare
 from engine.config.train import AdamW, Schedule, Sgd, TorchOptimizer, Train
 from engine.models.base_model import Trainable, map_base, read_base
 from engine.objectives.sft import Sft

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from engine.config.federation import Federation, FullTuning, Lora
+from engine.config.federation import Federation
+from engine.config.sections import FullTuning, Lora
 from engine.config.train import AdamW, Sgd, Train
 from engine.models.base_model import Trainable, map_base, read_base
 from engine.objectives.sft import Sft

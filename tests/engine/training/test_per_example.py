@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from engine.config.federation import Federation, FullTuning, Lora, Model
+from engine.config.federation import Federation
+from engine.config.sections import FullTuning, Lora, Model
 from engine.config.train import Sgd, Train
 from engine.models.base_model import Trainable, map_base, read_base
 from engine.objectives.sft import Sft

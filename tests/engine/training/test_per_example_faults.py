@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.config.federation import Federation, FullTuning
+from engine.config.federation import Federation
+from engine.config.sections import FullTuning
 from engine.config.train import AdamW, Sgd, Train
 from engine.objectives.sft import Batch, Sft
 from engine.training.local_training import Job

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.config.federation import Lora, Model
+from engine.config.sections import Lora, Model
 from experiments.bench.bases import write_llama
 from experiments.bench.scenarios import gpu
 

@@ -5,7 +5,7 @@ import pytest
 import ray
 import torch
 
-from engine.config.federation import Zero
+from engine.config.sections import Zero
 from engine.messages.wire import ShardedState, WireState
 from engine.records.checkpoint import Saved, save_checkpoint
 from experiments.bench.scenarios import zero as bench

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import tomli_w
 
-from engine.config.federation import FullTuning, Lora
+from engine.config.sections import FullTuning, Lora
 from engine.config.train import AdamW, Sgd
 from engine.messages.errors import RunError
 from experiments.config.recipe import RECIPES, Recipe, load_recipe, located, parse_recipe, schema, to_toml
@@ -136,7 +136,10 @@ def test_malformed_changes(change: str, said: str) -> None:
         ({"strategy": {"kind": "fedavg", "mu": 1.0}}, "no key 'strategy.mu'"),
         ({"data": {"source": {"kind": "jsonl", "path": "x", "pth": "y"}}}, "'data.source.pth'; did you mean 'path'?"),
         ({"privacy": {"secagg": {"mod": "off"}}}, "no key 'privacy.secagg.mod'; did you mean 'mode'?"),
-        ({"clients": {"pack": 4}}, "no key 'clients.pack' any more; how many clients train at once in a slot is clients.lanes now"),
+        (
+            {"clients": {"pack": 4}},
+            "no key 'clients.pack' any more; how many clients train at once in a slot is clients.lanes now",
+        ),
         ({"privacy": {"secagg": {"weight_cap": 0.5}}}, "no key 'privacy.secagg.weight_cap' any more"),
         (
             {"privacy": {"dp": {"kind": "central", "noise_multiplier": 1.0, "weight_cap": 0.5}}},

@@ -113,7 +113,7 @@ def test_own_kinds_at_any_depth_of_combined_partitions(own_folder, small_recipe)
         ("data.source={kind='own_rules:Nameless'}", r"is no dataclass with a method 'fingerprint'"),
         ("strategy={kind='no_such:Rule'}", r"strategy\.kind names 'no_such:Rule', but importing 'no_such' fails"),
         ("strategy={kind='own_rules:NoDataclass'}", r"is no dataclass with a method 'apply'"),
-        ("strategy={kind='own_rules:Bare'}", r"has no reads, .*: extend strategies\.averaging\.fedavg\.FedAvg"),
+        ("strategy={kind='own_rules:Bare'}", r"has no reads, .*: extend strategies\.core\.base\.Rule"),
         ("strategy={kind='own_rules:Gone'}", r"is no dataclass with a method 'apply'"),
         ("data.partition={kind='own_rules:Halved'}", r"data\.partition\.kind names .* with a method 'assign'"),
         ("data.partition={kind='own_rules:InTurns', client=5}", r"own_rules:InTurns: client: .*; it takes clients$"),

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoModelForCausalLM
 
-from engine.config.federation import Clients, Zero
+from engine.config.sections import Clients, Zero
 from experiments.config.recipe import load_recipe, to_toml
 from experiments.preflight import plan
 from experiments.preflight.plan import (

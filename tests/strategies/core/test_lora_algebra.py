@@ -10,10 +10,10 @@ from strategies.core.lora_algebra import (
     fold,
     folded,
     freeze,
-    own_start,
     products,
     put,
     slices,
+    start_at,
     svd,
     without,
 )
@@ -45,16 +45,16 @@ def test_a_lower_rank_has_its_own_scale() -> None:
     # alpha = 0.5 * 2 = 1: a client of rank 1 has the scale 1, twice the layout's.
     broadcast = Broadcast(0, VECTOR, layout=LAYOUT, rank=1)
     assert fold(broadcast) == 2
-    own = own_start(broadcast, 1)
-    assert own.tolist() == [9, 1, 2, 3, 0, 0, 0, 0.5, 0, 1.5, 0, 7, 8]
-    assert folded(own, broadcast).tolist() == [9, 1, 2, 3, 0, 0, 0, 1, 0, 3, 0, 7, 8]
+    vector = start_at(broadcast, 1)
+    assert vector.tolist() == [9, 1, 2, 3, 0, 0, 0, 0.5, 0, 1.5, 0, 7, 8]
+    assert folded(vector, broadcast).tolist() == [9, 1, 2, 3, 0, 0, 0, 1, 0, 3, 0, 7, 8]
     assert VECTOR[7].item() == 1
 
 
 def test_without_mixed_ranks_a_client_starts_from_the_global_vector() -> None:
     broadcast = Broadcast(0, VECTOR, layout=LAYOUT)
     assert fold(broadcast) == 1
-    assert torch.equal(own_start(broadcast, None), VECTOR)
+    assert torch.equal(start_at(broadcast, None), VECTOR)
     assert torch.equal(folded(VECTOR, broadcast), VECTOR)
 
 

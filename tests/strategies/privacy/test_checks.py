@@ -24,14 +24,14 @@ def test_rules_that_read_more_than_a_sum_are_refused(dp: CentralDp, strategy: ty
     if strategy.reads == "sum":
         return
     what = "each update" if strategy.reads == "each" else "several sums"
-    with pytest.raises(ValueError, match=f"strategy {strategy.__name__} reads {what}"):
+    with pytest.raises(ValueError, match=f"the strategy {strategy.kind!r} reads {what}"):
         check_dp(dp, strategy(), (), "full")
 
 
 @pytest.mark.parametrize("dp", KINDS, ids=lambda dp: dp.kind)
 def test_sums_that_nothing_clips_are_refused(dp: CentralDp) -> None:
     flex = FlexLora(weighting="uniform")
-    with pytest.raises(ValueError, match=r"FlexLora sends product beside the update.*privacy\.dp\.joint = true"):
+    with pytest.raises(ValueError, match=r"'flexlora' sends product beside the update.*privacy\.dp\.joint = true"):
         check_dp(dp, flex, ("product",), "full")
 
 
@@ -46,7 +46,7 @@ def test_distributed_noise_needs_secure_aggregation() -> None:
 
 
 def test_nothing_sent_is_nothing_to_protect() -> None:
-    with pytest.raises(ValueError, match="strategy LocalOnly sends nothing"):
+    with pytest.raises(ValueError, match="the strategy 'local' sends nothing"):
         check_dp(KINDS[0], LocalOnly(), (), "off")
 
 

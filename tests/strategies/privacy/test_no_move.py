@@ -19,6 +19,7 @@ from strategies.averaging.fednova import FedNova
 from strategies.averaging.qfedavg import QFedAvg
 from strategies.averaging.scaffold import Scaffold
 from strategies.contract.case import FULL, LORA, Case
+from strategies.core.base import named
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, ServerState, Strategy, Update
@@ -255,7 +256,7 @@ def test_what_is_no_change_of_the_model_is_refused_whoever_wrote_the_rule(kind: 
     dp = kind(noise_multiplier=1.0, joint=True)
     for strategy in (FedNova(), QFedAvg(), Scaffold(), Counts()):
         extras = strategy.beside(FULL)
-        with pytest.raises(ValueError, match=rf'{type(strategy).__name__} sends {next(iter(extras))} .*"fedprox"'):
+        with pytest.raises(ValueError, match=rf'{named(strategy)} sends {next(iter(extras))} .*"fedprox"'):
             check_dp(dp, strategy, extras, "full")
     check_dp(dp, Follows(), Follows().beside(FULL), "full")
 

@@ -85,12 +85,12 @@ def test_the_smallest_cohorts_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("rule", "came", "message"),
     [
-        (Krum(f=2), 6, r"krum as set needs the updates of at least 7 clients a round, but 6 came: .*strategy\.f = 1"),
+        (Krum(f=2), 6, r"'krum' as set needs the updates of at least 7 clients a round, but 6 came: .*strategy\.f = 1"),
         (Krum(f=0), 2, r"at least 3 clients a round, but 2 came: raise cohort\.size .*or take another strategy"),
-        (Bulyan(f=2), 7, r"bulyan .*at least 11 clients a round, but 7 came: .*set strategy\.f = 1"),
-        (MultiKrum(m=6), 5, r"multi_krum .*at least 6 .*but 5 came: .*set strategy\.m to at most 5"),
+        (Bulyan(f=2), 7, r"'bulyan' .*at least 11 clients a round, but 7 came: .*set strategy\.f = 1"),
+        (MultiKrum(m=6), 5, r"'multi_krum' .*at least 6 .*but 5 came: .*set strategy\.m to at most 5"),
         (MultiKrum(m=6), 4, r"at least 6 .*but 4 came: .*or take another strategy"),
-        (TrimmedMean(), 4, r"trimmed_mean .*at least 5 .*but 4 came: .*set strategy\.trim to at least 1/4"),
+        (TrimmedMean(), 4, r"'trimmed_mean' .*at least 5 .*but 4 came: .*set strategy\.trim to at least 1/4"),
     ],
 )
 def test_too_few_updates_are_refused_with_a_way_out(rule: FedAvg, came: int, message: str) -> None:

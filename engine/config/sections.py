@@ -1,0 +1,208 @@
+"""The engine's sections of a recipe: plain values with defaults, importable without ray, transformers or peft."""
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from engine.config.availability import Availability
+from engine.config.privacy import Privacy
+from engine.config.train import Train
+from engine.messages.checks import at_least, below_one
+from engine.messages.errors import RunError
+from strategies import Cohorts, Strategies, Transforms
+from strategies.averaging.fedavg import FedAvg
+from strategies.core.cohort import UniformCohort
+from strategies.core.seeds import rng
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """A `share` of the clients whose adapters have rank `r`."""
+
+    r: int
+    share: float
+
+    def __post_init__(self) -> None:
+        at_least("model.peft.ranks", 1, r=self.r)
+        at_least("model.peft.ranks", 0, share=self.share)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on a frozen base, as PEFT's LoraConfig: the product of the matrices is scaled by alpha / r.
+
+    `targets` is "all-linear" or a list of module names (their last parts). `ranks` gives clients ranks of their own, by
+    shares that sum to 1, where the strategy allows it; the largest is `r`, and a client's scale is alpha / its rank.
+    """
+
+    kind: Literal["lora"] = "lora"
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    ranks: tuple[RankShare, ...] = ()
+
+    def __post_init__(self) -> None:
+        at_least("model.peft", 1, r=self.r)
+        at_least("model.peft", 0, alpha=self.alpha)
+        below_one("model.peft", dropout=self.dropout)
+        if not self.targets:
+            raise RunError('model.peft.targets is empty: name the layers to adapt, or write "all-linear"')
+        if self.ranks and (max(s.r for s in self.ranks) != self.r or abs(sum(s.share for s in self.ranks) - 1) > 1e-6):
+            raise RunError(f"model.peft.ranks must have shares that sum to 1, and {self.r} (model.peft.r) as largest r")
+
+    def rank_of(self, client: int, seed: int) -> int | None:
+        """The rank of one client; None where all have the recipe's."""
+        if not self.ranks:
+            return None
+        drawn = rng(seed, 0, client, "rank").random()
+        edges = accumulate(share.share for share in self.ranks)
+        return next((s.r for s, edge in zip(self.ranks, edges, strict=True) if drawn < edge), self.ranks[-1].r)
+
+
+@dataclass(frozen=True)
+class FullTuning:
+    """All parameters of the base are trained."""
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class Model:
+    """The open base model: the shipped "tiny", a Hugging Face name, or a folder; and what of it is trained.
+
+    `attention` is transformers' name for the kernel. With `compile`, torch compiles the layers, which takes up to a
+    minute for each slot and pays for long runs. With `trust_remote_code`, Python code that comes with the base is run.
+    """
+
+    base: str = "tiny"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    compile: bool = False
+    trust_remote_code: bool = False
+    peft: Annotated[Lora | FullTuning, Field(discriminator="kind")] = field(default_factory=Lora)
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Slots that are gangs: `ranks` processes share one client by DeepSpeed ZeRO (arXiv 1910.02054) of a `stage`.
+
+    Each rank takes what a slot takes of Ray's resources. `offload` keeps the optimizer's state on the CPU,
+    `checkpointing` computes activations anew in the backward pass. A rank that is silent for `timeout_s` ends its gang.
+    With `from_rows`, `gangs` of them take the clients that have so many training rows or more, and plain slots, of
+    which there are clients.slots, the others; without it all slots are gangs.
+    """
+
+    stage: Literal[1, 2, 3] = 3
+    ranks: int = 2
+    offload: Literal["none", "cpu"] = "none"
+    checkpointing: bool = False
+    timeout_s: float = 120.0
+    from_rows: int = 0
+    gangs: int = 1
+
+    def __post_init__(self) -> None:
+        at_least("clients.zero", 1, ranks=self.ranks, timeout_s=self.timeout_s, gangs=self.gangs)
+        at_least("clients.zero", 0, from_rows=self.from_rows)
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The slots that host clients: how many, and what each takes of Ray's resources; 0.25 of a GPU puts four on one.
+
+    `threads` are torch's per slot, and part of the result's identity. So is `lanes`: a slot trains that many clients'
+    adapters at once over one base, or with "auto" as many as are fastest by a measurement at the start.
+
+    A client that raises, or whose slot dies of it, is tried `retries` times more before it counts as failed, as one
+    whose update is unusable (NaN) does. When more than `max_failed` of those who answer have failed, or fewer than
+    `min_share` of the cohort give an update, the run ends with an error, or with `on_too_few = "skip"` the model stays
+    as it was and the next round begins. A slot that does not answer for `timeout_s` is ended and made anew.
+    """
+
+    slots: int | Literal["auto"] = "auto"
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    threads: int = 1
+    lanes: int | Literal["auto"] = 1
+    retries: int = 2
+    timeout_s: float | None = None
+    max_failed: float = 0.2
+    min_share: float = 0.0
+    on_too_few: Literal["end", "skip"] = "end"
+    availability: Availability = field(default_factory=Availability)
+    zero: Zero | None = None
+
+    def __post_init__(self) -> None:
+        counts = {"slots": self.slots, "threads": self.threads, "lanes": self.lanes}
+        at_least("clients", 1, **{name: count for name, count in counts.items() if count != "auto"})
+        at_least("clients", 0, num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_failed=self.max_failed)
+        at_least("clients", 0, retries=self.retries, min_share=self.min_share)
+        if self.min_share > 1:
+            raise RunError(f"clients.min_share is a share of the cohort, at most 1, not {self.min_share:g}")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise RunError(f"clients.timeout_s must be above 0, not {self.timeout_s:g}")
+        if self.num_cpus + self.num_gpus == 0:
+            raise RunError("clients.num_cpus and clients.num_gpus are both 0, but a slot needs something to run on")
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise RunError(f"clients.num_gpus is {self.num_gpus:g}: give a fraction of one GPU, or whole GPUs")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Held-out loss at round 0, after each `every` rounds, and at the end (0: only then).
+
+    At most `rows` rows of each client count, and `server_rows` of the server's own, drawn once by the seed. With
+    `finetune`, each client trains the final model for so many steps on its own rows, and is judged once more. With
+    `without_privacy`, all rounds are played once more without noise and secure aggregation: what privacy costs. With
+    `overlap`, an evaluation is done by slots that have nothing else to do while the next round goes on.
+    """
+
+    every: int = 5
+    overlap: bool = False
+    rows: int = 16
+    finetune: int = 0
+    without_privacy: bool = False
+    server_rows: int = 256
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        at_least("evaluate", 0, every=self.every, finetune=self.finetune)
+        at_least("evaluate", 1, rows=self.rows, server_rows=self.server_rows, batch=self.batch)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State on disk after each `every` rounds and at the end; the last `keep` are kept."""
+
+    every: int = 1
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint", 1, every=self.every, keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sections:
+    """All sections that the engine runs, each of them valid by itself."""
+
+    name: str
+    seed: int
+    rounds: int
+    model: Model
+    clients: Clients = field(default_factory=Clients)
+    cohort: Annotated[Cohorts, Field(discriminator="kind")] = field(default_factory=UniformCohort)
+    train: Train
+    strategy: Annotated[Strategies, Field(discriminator="kind")] = field(default_factory=FedAvg)
+    transforms: tuple[Annotated[Transforms, Field(discriminator="kind")], ...] = ()
+    privacy: Privacy = field(default_factory=Privacy)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether clients keep anything from round to round."""
+        kept = self.train.state == "keep" or any(transform.keeps_state for transform in self.transforms)
+        return kept or self.strategy.keeps_state
