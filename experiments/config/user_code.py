@@ -40,7 +40,7 @@ def take_out(tree: dict[str, Any]) -> dict[Place, Any]:
         waiting = [(above, root)]
         while waiting:
             above, place = waiting.pop()
-            section = above.get(place[-1]) if isinstance(above, dict) else None
+            section: Any = above.get(place[-1]) if isinstance(above, dict) else None
             kind = section.get("kind") if isinstance(section, dict) else None
             if kind == "combined":
                 waiting += [(section, (*place, part)) for part in COMBINED]

@@ -74,8 +74,8 @@ def _summary(run: Run) -> list[dict[str, Any]]:
         if points:
             (start, before), (end, after) = points[0], points[-1]
             row |= {"first": loss(before), "from": int(start)}
-        if len(points) > 1:
-            row |= {"last": loss(after), "to": int(end), "change": change(before, after), "better": after < before}
+            if len(points) > 1:
+                row |= {"last": loss(after), "to": int(end), "change": change(before, after), "better": after < before}
         for name in OF_SOME_RUNS | BASELINES:
             row[name] = loss(next((v for _, v in reversed(run.points(split, name))), None))
         out.append(row)
