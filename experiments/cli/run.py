@@ -15,9 +15,7 @@ def run(
     resume: Resume = False,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also train local-only and centralized.")] = False,
     address: Annotated[str | None, typer.Option(help="A Ray cluster to join, such as 127.0.0.1:6379.")] = None,
-    dry: Annotated[
-        bool, typer.Option("--dry", help="Try everything that the run does in a minute here, shrunk.")
-    ] = False,
+    dry: Annotated[bool, typer.Option("--dry", help="Try the whole run here in a minute, shrunk.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe across its clients and leave a run folder."""
