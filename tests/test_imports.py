@@ -254,7 +254,7 @@ def test_a_planted_import_of_a_higher_room_or_in_a_circle_is_found() -> None:
 
 
 def test_dependencies_are_import_names() -> None:
-    assert {"ray", "torch", "tomli_w", "pytest", "flash_attn", "lm_eval"} <= dependencies()
+    assert {"ray", "torch", "tomli_w", "pytest", "flash_attn", "flwr_datasets"} <= dependencies()
 
 
 def test_no_test_file_is_too_long_either() -> None:

@@ -1,1 +1,1 @@
-"""What the commands show."""
+"""The commands and what they show."""

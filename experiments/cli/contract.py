@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from engine.aggregation.exact_sum import ExactSum, merge
+from engine.messages.errors import RunError
 from engine.messages.wire import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint, save_checkpoint
 from experiments.config.user_code import imported
@@ -18,7 +19,7 @@ from strategies.core.protocol import Aggregate, ServerState, Strategy, Update
 
 
 def engine_sum(updates: list[Update]) -> Aggregate:
-    """The updates as a slot sums them and the driver merges them."""
+    """The sum of the updates, as the engine computes it."""
     running = ExactSum()
     for update in updates:
         running.add(update)
@@ -26,7 +27,7 @@ def engine_sum(updates: list[Update]) -> Aggregate:
 
 
 def engine_stored(state: ServerState) -> ServerState:
-    """The state after its way to a checkpoint and back."""
+    """The state after it was saved to a checkpoint and loaded."""
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), Saved(ShardedState(state.round, (state,)), 1.5), keep=1)
         loaded = load_checkpoint(Path(folder))
@@ -36,20 +37,20 @@ def engine_stored(state: ServerState) -> ServerState:
 
 
 def cases(strategy: Strategy) -> list[Case]:
-    """The strategy on adapters and, unless it needs those, on a fully tuned model."""
+    """The strategy on adapters and, unless it needs adapters, on a fully tuned model."""
     layouts = (LORA,) if strategy.needs_lora else (LORA, FULL)
     return [Case(strategy, layout, engine_sum, engine_stored) for layout in layouts]
 
 
 def show_check(named: str) -> bool:
-    """Prints each check of the class MODULE:CLASS with what came of it; whether all were kept."""
+    """Prints the result of each check of the class MODULE:CLASS; returns whether it passes all."""
     strategy, console = _made(named), Console(highlight=False, soft_wrap=True)
     listed = cases(strategy)
     broken = 0
     for check in CHECKS:
-        told = [text for text in (_told(check, case) for case in listed) if text is not None]
-        skipped = [text for text in told if isinstance(text, DoesNotApply)]
-        failures = list(dict.fromkeys(str(text) for text in told if not isinstance(text, DoesNotApply)))
+        results = [_result(check, case) for case in listed]
+        skipped = [result for result in results if isinstance(result, DoesNotApply)]
+        failures = list(dict.fromkeys(result for result in results if isinstance(result, str)))
         name = check.__name__.replace("_", " ")
         if failures:
             broken += 1
@@ -66,14 +67,15 @@ def show_check(named: str) -> bool:
     return not broken
 
 
-def _told(check: Check, case: Case) -> str | DoesNotApply | None:
+def _result(check: Check, case: Case) -> str | DoesNotApply | None:
+    """What is wrong, or why the check does not apply; None if the strategy passes."""
     try:
         check(case)
     except DoesNotApply as reason:
         return reason
     except AssertionError as broken:
         return str(broken)
-    except Exception as error:  # people's own code: whatever it raises is a finding
+    except Exception as error:  # the user's code may raise anything
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
     return None
@@ -81,15 +83,15 @@ def _told(check: Check, case: Case) -> str | DoesNotApply | None:
 
 def _made(named: str) -> Any:
     if ":" not in named:
-        raise ValueError(f"--check takes MODULE:CLASS, such as my_module:MyStrategy, not {named!r}")
+        raise RunError(f"--check takes MODULE:CLASS, such as my_module:MyStrategy, not {named!r}")
     kind = imported("--check", named, "apply")
     missing = lacks(kind)
     if missing:
-        raise ValueError(
-            f"{named} is no strategy, it lacks {', '.join(missing)}: extend strategies.core.base.Rule, "
+        raise RunError(
+            f"{named} is not a strategy, it lacks {', '.join(missing)}: extend strategies.core.base.Rule, "
             f"which has a default for everything but apply"
         )
     needed = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]
     if needed:
-        raise ValueError(f"{named} is checked with its defaults, and these keys have none: {', '.join(needed)}")
+        raise RunError(f"{named} is checked with its defaults, and these keys have none: {', '.join(needed)}")
     return kind()

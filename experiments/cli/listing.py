@@ -1,4 +1,4 @@
-"""`fedpost strategies`: the rules and the transforms that there are, as text for a terminal of 100 columns."""
+"""`fedpost strategies`: all strategies and transforms, as text for a terminal of 100 columns."""
 
 import json
 import re
@@ -18,24 +18,24 @@ COLUMNS = (18, 8, 8, 8, 8, 8)
 LEGEND = (
     (
         "reads",
-        "what the server needs: the sum of the updates (secure aggregation works), several sums one after another "
-        "(passes), or each update",
+        "what the server needs: the sum of the updates (works with secure aggregation), several sums one after "
+        "another (passes), or each update",
     ),
-    ("LoRA", "needed: it works on adapters only; the others take adapters and fully tuned models"),
+    ("LoRA", "needed: works on adapters only; the others take adapters and fully tuned models"),
     ("ranks", "mixed: clients may have adapters of different ranks"),
     ("gangs", "yes: works on parts of vectors, so that a client may be a gang of ZeRO ranks, each with its shard"),
-    ("memory", "yes: a client keeps something from round to round"),
+    ("state", "yes: a client keeps state from round to round"),
     (
         "recipe",
         'strategy = "fedprox", or with keys, strategy = { kind = "fedprox", mu = 0.1 }; transforms = [{ kind = '
         '"clip" }, ...]; your own: strategy = "my_module:MyStrategy"',
     ),
-    ("--check", "holds your own to the contract: fedpost strategies --check my_module:MyStrategy"),
+    ("--check", "checks a strategy of your own: fedpost strategies --check my_module:MyStrategy"),
 )
 
 
 def show_strategies() -> None:
-    """Each strategy with what it reads, needs and allows, its first sentence and its keys; then the transforms."""
+    """Prints each strategy with what it reads, needs and allows, its summary and its keys; then the transforms."""
     console = Console(highlight=False, soft_wrap=True)
     for line in listing():
         console.print(line)
@@ -43,7 +43,7 @@ def show_strategies() -> None:
 
 def listing() -> Iterator[Text]:
     """The list, line by line."""
-    yield _row("kind", "reads", "LoRA", "ranks", "gangs", "memory", "paper", style="bold underline")
+    yield _row("kind", "reads", "LoRA", "ranks", "gangs", "state", "paper", style="bold underline")
     for strategy in (member() for member in get_args(Strategies)):
         allows = [
             "needed" if strategy.needs_lora else "-",
@@ -54,7 +54,7 @@ def listing() -> Iterator[Text]:
         yield _row(strategy.kind, strategy.reads, *allows, strategy.paper)
         yield from _about(strategy)
     yield Text()
-    yield _row("transforms", "", "", "", "", "memory", "", style="bold underline")
+    yield _row("transforms", "", "", "", "", "state", "", style="bold underline")
     for transform in (member() for member in get_args(Transforms)):
         yield _row(transform.kind, "", "", "", "", "yes" if transform.keeps_state else "-", "")
         yield from _about(transform)
@@ -64,13 +64,13 @@ def listing() -> Iterator[Text]:
 
 
 def first_sentence(docstring: str) -> str:
-    """Up to the first full stop, in one line."""
+    """The text up to the first full stop, in one line."""
     text = " ".join(docstring.split())
     return re.split(r"(?<=[^.]\.)\s", text, maxsplit=1)[0]
 
 
 def _row(*cells: str, style: str = "") -> Text:
-    """The first cells in columns, the last as it is; a kind in bold."""
+    """The first cells in columns, the last as it is; the first in bold."""
     padded = [f"{cell:<{width}}" for cell, width in zip(cells, COLUMNS, strict=False)]
     row = Text("".join([*padded, *cells[len(COLUMNS) :]]).rstrip(), style=style)
     row.stylize("bold", 0, len(cells[0]))
@@ -78,7 +78,7 @@ def _row(*cells: str, style: str = "") -> Text:
 
 
 def _about(member: object) -> Iterator[Text]:
-    """Its first sentence and its keys, each on lines of their own."""
+    """Its summary and its keys, each on separate lines."""
     keys = {field.name: field.default for field in fields(type(member)) if field.name != "kind"}  # type: ignore[arg-type]
     text = ", ".join(f"{name}={'unset' if default is None else json.dumps(default)}" for name, default in keys.items())
     yield from _wrapped("    " + first_sentence(str(member.__doc__)), "    ")
@@ -86,6 +86,6 @@ def _about(member: object) -> Iterator[Text]:
 
 
 def _wrapped(text: str, indent: str, style: str = "") -> Iterator[Text]:
-    """Lines that fit, the second and later ones indented; a key is not torn from its value."""
+    """Lines that fit, the second and later ones indented; a key stays with its value."""
     lines = textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
     return (Text(line, style=style) for line in lines)

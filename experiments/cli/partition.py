@@ -1,6 +1,6 @@
-"""What `fedpost partition` shows: the steps, a table of how uneven the store is, and where its pictures lie.
+"""The output of `fedpost partition`: its steps, a table of how uneven the store is, and the files of its pictures.
 
-The table appears part by part: tokenizing many rows takes long, and what is known before it is shown before it.
+The table appears in parts, since tokenizing many rows takes long.
 """
 
 import logging
@@ -24,13 +24,13 @@ from engine.system.atomic import write_file
 from experiments.config.recipe import Recipe, located
 from experiments.runs.api import build_store, shared_store
 
-LARGEST = 3  # clients that are named
-NAME_WIDTH = 19  # of the table's first column, so that its parts line up
+LARGEST = 3  # how many clients are named
+NAME_WIDTH = 19  # of the table's first column, so that its parts are aligned
 DIGITS = str.maketrans("", "", "0123456789,")
 
 
 def show_partition(recipe: Recipe) -> None:
-    """Builds the recipe's store, tokenizes its rows as a run would, and shows both; pictures go into its folder."""
+    """Builds and tokenizes the recipe's store as a run would, shows it, and puts pictures into its folder."""
     console = Console(highlight=False)
     with _steps(console) as show:
         store = Store.open(build_store(recipe, show))
@@ -41,21 +41,21 @@ def show_partition(recipe: Recipe) -> None:
 
     rows, shared = skew.rows.total + skew.server_rows, shared_store(recipe, store.folder)
     with _steps(console) as show:
-        step = "tokenizing rows (once, runs of this recipe find them done)"
+        step = "tokenizing rows (once: runs of this recipe reuse them)"
         show(step)
-        found = _token_lengths(recipe, store, shared, lambda done: show(f"{step}: {done:,} of {rows:,}"))
+        tokens = _token_lengths(recipe, store, shared, lambda row: show(f"{step}: {row:,} of {rows:,}"))
     max_length = recipe.train.max_length
-    said = {"tokens": f"not counted: {found}"} if isinstance(found, str) else _tokens(found[1], max_length)
-    console.print(_table(said))
+    lines = {"tokens": f"not counted: {tokens}"} if isinstance(tokens, str) else _tokens(tokens[1], max_length)
+    console.print(_table(lines))
 
     with _steps(console) as show:
         show("drawing pictures")
-        # Here, since matplotlib's first import on a machine takes long.
+        # Imported here, since the first import of matplotlib on a machine takes long.
         from experiments.report.pictures import draw_skew, draw_tokens
 
         pictures = {store.folder / name: content for name, content in draw_skew(skew, store.name).items()}
-        if not isinstance(found, str) and len(found[1].rows):
-            pictures |= {found[0] / name: content for name, content in draw_tokens(found[1], max_length).items()}
+        if not isinstance(tokens, str) and len(tokens[1].rows):
+            pictures |= {tokens[0] / name: content for name, content in draw_tokens(tokens[1], max_length).items()}
         for file, content in pictures.items():
             write_file(file, content)
             if shared:
@@ -70,17 +70,14 @@ def show_partition(recipe: Recipe) -> None:
 def _token_lengths(
     recipe: Recipe, store: Store, shared: str | None, on_rows: OnRows
 ) -> tuple[Path, TokenLengths] | str:
-    """The token columns' folder and the lengths; or why there are none.
-
-    A base that cannot be had is no reason to hide the partition.
-    """
+    """The folder of the token columns and the lengths; or why there are none, such as a base that cannot be loaded."""
     from transformers.utils import logging as transformers_logging
 
     from datasets_partition.store.tokens import Tokens
     from engine.workers.token_columns import token_columns
 
-    transformers_logging.set_verbosity_error()  # of rows longer than the base's context: train.max_length cuts them
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no lines about retries
+    transformers_logging.set_verbosity_error()  # about rows longer than the base's context, which train.max_length cuts
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # about retries
     try:
         tokens = token_columns(store.folder, located(recipe), shared, on_rows)
         return tokens, TokenLengths.of(store, Tokens.open(tokens))
@@ -89,29 +86,29 @@ def _token_lengths(
 
 
 def _rows(store: Store, skew: Skew, clients: int | None) -> dict[str, str]:
-    """What there is to say of rows; `clients` is how many the partition was told to make, if it was."""
+    """The lines about rows; `clients` is how many clients the partition should make, if it says so."""
     largest = np.argsort(-skew.rows.each, kind="stable")[:LARGEST].tolist()
-    server = f", and {skew.server_rows:,} of the server's own" if skew.server_rows else ""
-    said = {
+    server = f", and {skew.server_rows:,} of the server" if skew.server_rows else ""
+    lines = {
         "clients": f"{store.num_clients:,} ({skew.training_clients:,} train, {skew.unseen_clients:,} unseen)",
         "rows": f"{skew.rows.total:,} ({skew.train_rows:,} to train on, {skew.heldout_rows:,} held out, "
         f"{skew.unseen_rows:,} of unseen clients){server}",
         "rows of a client": _spread(skew.rows),
         "largest": ", ".join(f"{store.name(client)} ({skew.rows.each[client]:,})" for client in largest),
-        "Gini coefficient": f"{skew.rows.gini:.2f} (0: all the same, 1: one client has all)",
+        "Gini coefficient": f"{skew.rows.gini:.2f} (0: all clients have the same, 1: one client has all)",
     }
     if skew.categories is None:
-        said["label divergence"] = "none: the partition goes by no label or topic, and data.label names no column"
+        lines["label divergence"] = "none: the partition goes by no label or topic, and data.label names no column"
     else:
-        said["label divergence"] = (
+        lines["label divergence"] = (
             f"{skew.categories.divergence:.2f} over {len(skew.categories.names):,} categories (0: each client has "
-            f"everybody's mixture, 1: nothing in common)"
+            f"the overall mixture, 1: nothing in common)"
         )
     gone = f", and {skew.duplicate_clients:,} clients with them" if skew.duplicate_clients else ""
-    said["duplicates removed"] = f"{skew.duplicate_rows:,} rows{gone}"
+    lines["duplicates removed"] = f"{skew.duplicate_rows:,} rows{gone}"
     if skew.skipped_rows:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skew.skipped_rows.items())
-        said["skipped"] = f"{sum(skew.skipped_rows.values()):,} rows of the source ({reasons})"
+        lines["skipped"] = f"{sum(skew.skipped_rows.values()):,} rows of the source ({reasons})"
     why = []
     if skew.unassigned_rows:
         why.append(f"{skew.unassigned_rows:,} that the partition gives to nobody")
@@ -120,8 +117,8 @@ def _rows(store: Store, skew: Skew, clients: int | None) -> dict[str, str]:
         why.append(f"{below:,} of {skew.left_out_clients:,} clients below data.splits.min_rows")
     if (without := (clients or 0) - store.num_clients - skew.left_out_clients) > 0:
         why.append(f"{without:,} of {clients:,} clients got none")
-    said["left out"] = f"{skew.left_out_rows:,} rows" + f" ({', '.join(why)})" * bool(why)
-    return said
+    lines["left out"] = f"{skew.left_out_rows:,} rows" + f" ({', '.join(why)})" * bool(why)
+    return lines
 
 
 def _tokens(lengths: TokenLengths, max_length: int) -> dict[str, str]:
@@ -130,37 +127,37 @@ def _tokens(lengths: TokenLengths, max_length: int) -> dict[str, str]:
         return {"tokens": "0"} | dropped
     least, median, ninety, most = np.quantile(lengths.rows, [0, 0.5, 0.9, 1])
     cut = np.count_nonzero(lengths.rows == max_length)
-    said = {
+    lines = {
         "tokens": f"{lengths.clients.total:,}",
         "tokens of a client": _spread(lengths.clients),
         "tokens of a row": f"least {least:,.0f}, median {median:,.0f}, 90% up to {ninety:,.0f}, most {most:,.0f} "
         f"({cut:,} rows reach train.max_length = {max_length:,})",
     }
-    return said | dropped if lengths.dropped else said
+    return lines | dropped if lengths.dropped else lines
 
 
 def _spread(sizes: Sizes) -> str:
     return f"least {sizes.least:,}, median {sizes.median:,.10g}, most {sizes.most:,}"
 
 
-def _table(said: dict[str, str]) -> Table:
+def _table(lines: dict[str, str]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(width=NAME_WIDTH)
     table.add_column()
-    for name, value in said.items():
-        table.add_row(Text(name), Text(value))  # Text: a client's name may look like markup
+    for name, value in lines.items():
+        table.add_row(Text(name), Text(value))  # Text, since a client's name may look like markup
     return table
 
 
 @contextmanager
 def _steps(console: Console) -> Iterator[Any]:
-    """Gives a function that shows a step: on a terminal in one line that changes, elsewhere in a line for each kind."""
+    """Yields a function that shows a step: on a terminal in a line that changes, elsewhere in a line for each kind."""
     shown = ""
     with Status("", console=console) as status:
 
         def show(step: str) -> None:
             nonlocal shown
-            kind = step.partition(":")[0].translate(DIGITS)  # what follows says how far it is
+            kind = step.partition(":")[0].translate(DIGITS)  # without the progress
             status.update(Text(f"{step} ..."))
             if not console.is_terminal and kind != shown:
                 console.print(Text(f"{step} ..."), soft_wrap=True)

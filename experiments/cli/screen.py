@@ -1,12 +1,13 @@
-"""What the terminal shows of a run: its progress and its closing table."""
+"""The terminal's view of a run: its progress and its final table."""
 
 import textwrap
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from datasets_partition.sources.location import is_local, within
 from engine.messages.events import DriverLost, Evaluated, Event, Finished, Preparing, RoundDone, Sample, Started
@@ -16,7 +17,7 @@ FEW = 5
 
 
 class Screen:
-    """Shows a run's events: a line each, and below them a bar where the output is a terminal."""
+    """Shows each event of a run in a line, and below them a progress bar if the output is a terminal."""
 
     def __init__(self, rounds: int, out: str | None = None) -> None:
         self.elsewhere = None if out is None or is_local(out) else out
@@ -43,7 +44,7 @@ class Screen:
         """Shows one event."""
         match event:
             case DriverLost(why):
-                self.say(f"the driver ended ({why}); another takes its place")
+                self.say(f"the driver ended ({why}); a new one continues")
             case Preparing(step):
                 self.progress.update(self.task, description=step)
                 self.console.print(f"[dim]{step} ...[/dim]")
@@ -64,32 +65,32 @@ class Screen:
         self.console.print(f"[yellow]{escape(what)}[/yellow]")
 
     def begun(self) -> bool:
-        """Whether the first round goes on, or a later one."""
+        """Whether the first round has begun."""
         return self.started
 
     def _started(self, event: Started) -> None:
         self.started = True
         slots = f"{event.slots} slots" if event.slots > 1 else "1 slot"
-        fewer = f" (of {event.asked} asked; no more fit)" if event.asked not in ("auto", event.slots) else ""
+        fewer = f" ({event.asked} were asked for, no more fit)" if event.asked not in ("auto", event.slots) else ""
         self.console.print(
             f"{event.training} training clients and {event.unseen} unseen ones on {slots}{fewer}; "
             f"{event.parameters:,} trained parameters on a shared base of {event.base_bytes / 1e6:.1f} MB"
         )
         if event.lanes > 1:
-            self.console.print(f"clients train in packs, {event.lanes} at once in a slot")
+            self.console.print(f"clients train in {event.lanes} lanes of each slot")
         if event.dropped_rows:
             self.console.print(
                 f"{event.dropped_rows:,} rows dropped: train.max_length cuts away their whole completion"
             )
         if event.without_gpu:
-            self.console.print(
-                f"[yellow]torch sees no GPU in {event.without_gpu} of {slots}, although clients.num_gpus asks for one: "
-                f"they run on the CPU[/yellow]"
+            self.say(
+                f"torch sees no GPU in {event.without_gpu} of {slots}, although clients.num_gpus asks for one: "
+                f"they run on the CPU"
             )
         for note in event.notes:
-            self.console.print(f"[yellow]{escape(note)}[/yellow]")
+            self.say(note)
         if event.resumed is not None:
-            self.console.print(f"going on from the checkpoint of round {event.resumed}")
+            self.console.print(f"continuing from the checkpoint of round {event.resumed}")
         self.progress.update(self.task, description="round", completed=event.resumed or 0)
 
     def _round(self, event: RoundDone) -> None:
@@ -101,12 +102,12 @@ class Screen:
             f"{event.seconds:5.1f} s  {event.tokens_per_s:,.0f} tokens/s"
         )
         if event.aborted is not None:
-            self.console.print(f"  [yellow]no sum, the model stays as it was: {escape(event.aborted)}[/yellow]")
+            self.say(f"  no sum, the model stays as it was: {event.aborted}")
         for fault in event.faults:
             if fault.kind != "client" or fault.who not in event.failed:
-                self.console.print(f"  [yellow]{escape(f'{fault.kind} {fault.who}')}: {escape(fault.why)}[/yellow]")
+                self.say(f"  {fault.kind} {fault.who}: {fault.why}")
         for client, why in event.failed.items():
-            self.console.print(f"  [yellow]client {client!r} was left out: {escape(why)}[/yellow]")
+            self.say(f"  client {client!r} was left out: {why}")
         for why, clients in _by_reason(event.gone).items():
             few = ", ".join(map(repr, clients[:FEW])) + (", ..." if len(clients) > FEW else "")
             many = "1 client" if len(clients) == 1 else f"{len(clients):,} clients"
@@ -134,19 +135,19 @@ class Screen:
         plain, private = (event.losses.get(column, {}).get("heldout") for column in ("not private", "end"))
         if plain is not None and private is not None:
             self.console.print(
-                f"what privacy cost: {private - plain:+.3f} nats per token on held-out rows, {private:.3f} in place of "
-                f"{plain:.3f}"
+                f"the cost of privacy: {private - plain:+.3f} nats per token on held-out rows, {private:.3f} instead "
+                f"of {plain:.3f}"
             )
         for name, what in (("model", "the trained model"), ("report.html", "the report"), ("metrics", "all figures")):
             self.console.print(f"{what:>17}: {within(self.elsewhere or str(event.folder), name)}", soft_wrap=True)
 
 
 def _by_reason(gone: dict[str, str]) -> dict[str, list[str]]:
-    """Clients by why they are gone, without what is each one's own."""
-    found: dict[str, list[str]] = {}
+    """Clients by the reason why they are gone, without its details."""
+    reasons: dict[str, list[str]] = {}
     for client, why in gone.items():
-        found.setdefault(why.partition(":")[0], []).append(client)
-    return found
+        reasons.setdefault(why.partition(":")[0], []).append(client)
+    return reasons
 
 
 def _losses(losses: dict[str, float]) -> str:
@@ -154,15 +155,10 @@ def _losses(losses: dict[str, float]) -> str:
 
 
 def _sample(number: int, sample: Sample) -> Table:
-    """One prompt's signature, and below it what the author and the model wrote."""
+    """A prompt's signature, and below it what the author and the model wrote."""
     signature = next((line for line in sample.prompt.splitlines() if line.startswith(("def ", "class ", "async "))), "")
     table = Table(title=f"sample {number}: {signature[:90]}", title_justify="left", show_header=False, box=None)
     for name, text in (("author", sample.reference), ("before", sample.before), ("after", sample.after)):
-        table.add_row(f"[dim]{name}[/dim]", _plain(textwrap.shorten(text, 200, placeholder=" ...")))
+        # Text, since what a model writes may look like markup.
+        table.add_row(f"[dim]{name}[/dim]", Text(textwrap.shorten(text, 200, placeholder=" ...")))
     return table
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)  # a model may write what rich would take for markup

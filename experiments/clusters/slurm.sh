@@ -1,6 +1,6 @@
 #!/bin/bash
-# One run on nodes of Slurm: a Ray of its own on them, and `fedpost run` in it. From a folder that all nodes see, with
-# fedpost installed in .venv there:
+# A run on nodes of Slurm: starts Ray on them and `fedpost run` in it. Submit it from a folder that all nodes see, with
+# fedpost installed in its .venv:
 #
 #   sbatch --nodes=3 --gpus-per-node=2 experiments/clusters/slurm.sh RECIPE [--set a.b=c ...] [--out DIR] [--resume]
 #
@@ -9,7 +9,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --time=12:00:00
-# Two minutes before the time is up this script is told, and ends the run; --resume goes on with it.
+# Two minutes before the time is up, Slurm signals this script, which ends the run; --resume continues it.
 #SBATCH --signal=B:TERM@120
 set -euo pipefail
 
@@ -21,7 +21,7 @@ ip=$("${on_head[@]}" hostname --ip-address | cut -d ' ' -f 1)
 port=${RAY_PORT:-6379}
 address=$ip:$port
 
-# Whoever reaches the nodes' ports needs this token.
+# Anyone who reaches the nodes' ports needs this token.
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 
@@ -37,7 +37,7 @@ done
 if ((others > 0)); then
   srun --overlap --nodes=$others --ntasks=$others --exclude="${nodes[0]}" ray start --address="$address" --block &
 fi
-# Slots are placed on the nodes that are there when the run begins.
+# Slots are placed on the nodes that exist when the run begins.
 timeout 300 python - "$address" "${#nodes[@]}" << 'END'
 import sys, time, ray
 
@@ -46,10 +46,10 @@ while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
     time.sleep(1)
 END
 
-# In the background, since a shell that waits hears the signal, and one that runs a command does not.
+# In the background, since a shell receives the signal while it waits, but not while it runs a command.
 fedpost run "$@" --address "$address" &
 run=$! code=0
 trap 'kill -TERM $run' TERM
 wait $run || code=$?
-wait $run || code=$? # if it was the signal that ended the first
+wait $run || code=$? # if the signal ended the first wait
 exit $code

@@ -1,6 +1,6 @@
 """The recipe as one typed tree: read from strict TOML, changed by `a.b=c`, checked as a whole, written back resolved.
 
-Imports neither ray nor transformers, so that `fedpost schema` and a recipe's errors come at once.
+Imports neither ray nor transformers, so that `fedpost schema` and the errors of a recipe appear at once.
 """
 
 import difflib
@@ -18,6 +18,7 @@ from datasets_partition import Partitioners, Sources
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.store.splits import Splits
 from engine.config.federation import Federation
+from engine.messages.errors import RunError
 from experiments.config.user_code import COMBINED, put_back, replaced, take_out
 
 SHIPPED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
@@ -43,9 +44,9 @@ GONE = {
 
 @dataclass(frozen=True)
 class Data:
-    """Where rows come from, whose they are, which are kept from training, and the folder that caches the stores.
+    """Where rows come from, which client has which, which are held back from training, and the folder of stores.
 
-    `label` names a column whose values are counted for each client; without it what the partition goes by is counted.
+    `label` names a column whose values are counted for each client; by default it is what the partition goes by.
     """
 
     source: Annotated[Sources, Field(discriminator="kind")]
@@ -57,15 +58,15 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Federation):
-    """One run, whole."""
+    """Everything that defines a run."""
 
     data: Data
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        clients = vars(self.data.partition).get("clients")  # of kinds that are told how many to make
+        clients = vars(self.data.partition).get("clients")  # of kinds that make a given number
         if clients is not None and self.cohort.size is not None and self.cohort.size > clients:
-            raise ValueError(
+            raise RunError(
                 f"cohort.size is {self.cohort.size:g}, but the partition makes only {clients} clients: "
                 f"lower it, or raise data.partition.clients"
             )
@@ -75,41 +76,41 @@ _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
 def load_recipe(path: Path, changes: list[str] | None = None) -> Recipe:
-    """The recipe of a TOML file with changes such as "train.steps=4"; ValueError with one sentence per fault."""
+    """The recipe of a TOML file with changes such as "train.steps=4"; RunError with one sentence per mistake."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in RECIPES.glob("*.toml")], 1, 0.3)
         hint = f"; the shipped recipes are in {RECIPES}, the nearest is {near[0]}" if near else ""
-        raise ValueError(f"there is no recipe {path}{hint}") from None
+        raise RunError(f"there is no recipe {path}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the recipe {path} cannot be read: {error}") from error
+        raise RunError(f"the recipe {path} cannot be read: {error}") from error
     return parse_recipe(text, changes, str(path))
 
 
 def parse_recipe(text: str, changes: list[str] | None = None, origin: str = "the recipe") -> Recipe:
-    """As `load_recipe`, from TOML text, which errors call `origin`."""
+    """The recipe of a TOML text, which errors call `origin`; otherwise as `load_recipe`."""
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{origin} is not valid TOML: {error}") from error
     except RecursionError:
-        raise ValueError(f"{origin} is nested too deeply to be a recipe") from None
+        raise RunError(f"{origin} is nested too deeply to be a recipe") from None
+    except ValueError as error:  # not valid, or a number of more digits than Python reads
+        raise RunError(f"{origin} is not valid TOML: {error}") from error
     for change in changes or []:
         _change(tree, change)
-    if isinstance(tree.get("cohort"), dict):
-        tree["cohort"].setdefault("kind", "uniform")
     try:
+        if isinstance(tree.get("cohort"), dict):
+            tree["cohort"].setdefault("kind", "uniform")
         for path in BY_KIND:
             _expand(tree, path)
-        own = take_out(tree)
-        # Through JSON: there, and only there, strict mode takes tables for dataclasses and arrays for tuples.
+        objects = take_out(tree)
+        # Through JSON: only there does strict mode take tables for dataclasses and arrays for tuples.
         recipe = _ADAPTER.validate_json(json.dumps(tree, default=_no_date), strict=True, extra="forbid")
     except RecursionError:
-        raise ValueError(f"{origin} is nested too deeply to be a recipe") from None
+        raise RunError(f"{origin} is nested too deeply to be a recipe") from None
     except ValidationError as error:
-        raise ValueError("\n".join(f"{origin}: {sentence}" for sentence in _sentences(error.errors()))) from None
-    for place, value in own.items():
+        raise RunError("\n".join(f"{origin}: {sentence}" for sentence in _sentences(error.errors()))) from None
+    for place, value in objects.items():
         recipe = replaced(recipe, place, value)
     return recipe
 
@@ -141,7 +142,7 @@ def located(recipe: Recipe) -> Recipe:
 def _change(tree: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"--set takes a.b=value, not {change!r}")
+        raise RunError(f"--set takes a.b=value, not {change!r}")
     *path, last = key.strip().split(".")
     table = tree
     for part in path:
@@ -149,18 +150,18 @@ def _change(tree: dict[str, Any], change: str) -> None:
         if isinstance(below, str):  # the short form: strategy = "fedavg"
             below = table[part] = {"kind": below}
         if not isinstance(below, dict):
-            raise ValueError(f"--set {change}: {part} is a value, not a section")
+            raise RunError(f"--set {change}: {part} is a value, not a section")
         table = below
     try:
         table[last] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         table[last] = value  # a bare word is a string, so that a shell needs no quotes
-    except RecursionError:
-        raise ValueError(f"--set {key} is nested too deeply to be a recipe's value") from None
+    except (RecursionError, ValueError) as error:
+        raise RunError(f"--set {key} cannot be read: {error}") from None
 
 
 def _no_date(value: object) -> object:
-    raise ValueError(f"a recipe has no dates or times, but this holds {value}: put it in quotes if it is text")
+    raise RunError(f"a recipe has no dates or times, but this holds {value}: put it in quotes if it is text")
 
 
 def _expand(tree: dict[str, Any], path: tuple[str, ...]) -> None:
@@ -179,14 +180,14 @@ def _expand(tree: dict[str, Any], path: tuple[str, ...]) -> None:
 
 def _sentences(faults: list[Any]) -> list[str]:
     """One sentence per key, also where a value may be of several types and fits none."""
-    said: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     for fault in faults:
         key = ".".join(_path(fault["loc"]))
-        if key in said and fault["type"] != "value_error":
-            said[key] = said[key].replace(", not ", f" or {_complaint(fault)}, not ", 1)
+        if key in sentences and fault["type"] != "value_error":
+            sentences[key] = sentences[key].replace(", not ", f" or {_complaint(fault)}, not ", 1)
         else:
-            said[key] = _sentence(key, fault)
-    return list(said.values())
+            sentences[key] = _sentence(key, fault)
+    return list(sentences.values())
 
 
 def _sentence(key: str, fault: Any) -> str:
@@ -202,15 +203,15 @@ def _sentence(key: str, fault: Any) -> str:
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"the key {key!r} is missing"
     if kind == "union_tag_not_found":
-        kinds = " or ".join(repr(_tag(member)) for member in _members(_type_at(fault["loc"])))
+        kinds = " or ".join(repr(_tag(member)) for member in _members(_walk(fault["loc"])[1]))
         return f"{key!r} needs a kind: {kinds}"
     if kind == "union_tag_invalid":
-        given, expected = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
-        near = difflib.get_close_matches(given, [tag.strip().strip("'") for tag in expected.split(",")], 1, 0.0)
-        return f"{key!r} has no kind {given!r}; did you mean {near[0]!r}? There is {expected}"
+        tag, expected = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
+        near = difflib.get_close_matches(tag, [each.strip().strip("'") for each in expected.split(",")], 1, 0.0)
+        return f"{key!r} has no kind {tag!r}; did you mean {near[0]!r}? There is {expected}"
     if kind == "value_error":
-        said = str(fault["ctx"]["error"])
-        return said.replace("data.partition", key) if key.startswith("data.partition.") else said
+        text = str(fault["ctx"]["error"])
+        return text.replace("data.partition", key) if key.startswith("data.partition.") else text
     return f"{key!r} should be {_complaint(fault)}, not {fault['input']!r}"
 
 
@@ -219,38 +220,30 @@ def _complaint(fault: Any) -> str:
 
 
 def _path(where: tuple[Any, ...]) -> list[str]:
-    """The keys of a place as a person reading the TOML knows them: pydantic's has the union's choices in it too."""
+    """The keys of a place as they stand in the TOML: pydantic's place names the choices of unions too."""
+    return _walk(where)[0]
+
+
+def _known_keys(where: tuple[Any, ...]) -> list[str]:
+    return [f.name for member in _members(_walk(where)[1]) for f in fields(member)]
+
+
+def _walk(where: tuple[Any, ...]) -> tuple[list[str], Any]:
+    """The TOML keys of one of pydantic's places, and the type of what stands there."""
     path: list[str] = []
     kind: Any = Recipe
     for part in where:
         members = _members(kind)
         tagged = [member for member in members if _tag(member) == part]
-        if isinstance(part, int) and members:  # one of a list, whose type is the list's
-            path.append(str(part))
-            continue
         if len(members) > 1 and tagged:
             kind = tagged[0]
             continue
         if path and not members:
             break
         path.append(str(part))
-        kind = _hints(members[0]).get(part)
-    return path
-
-
-def _known_keys(where: tuple[Any, ...]) -> list[str]:
-    return [f.name for member in _members(_type_at(where)) for f in fields(member)]
-
-
-def _type_at(where: tuple[Any, ...]) -> Any:
-    kind: Any = Recipe
-    for part in where:
-        members = _members(kind)
-        tagged = [member for member in members if _tag(member) == part]
-        if isinstance(part, int):
-            continue
-        kind = tagged[0] if len(members) > 1 and tagged else _hints(members[0]).get(part)
-    return kind
+        if not isinstance(part, int):  # an item of a list, whose type is the list's
+            kind = _hints(members[0]).get(part)
+    return path, kind
 
 
 def _members(kind: Any) -> list[Any]:

@@ -1,61 +1,58 @@
-"""People's own sources, partitioners and strategies: `kind = "my_module:MyClass"`, found from the working folder."""
+"""Sources, partitions and strategies of the user: `kind = "my_module:MyClass"`, imported from the working folder."""
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from engine.messages.errors import RunError
 from strategies.contract.checks import lacks
 
-if TYPE_CHECKING:
-    from experiments.config.recipe import Recipe
-
 Place = tuple[str, ...]
-# Where a recipe takes them, with the methods that they must have, and a shipped kind that stands in while the rest of
-# the recipe is checked.
+# The sections that may name a user's class, with the methods that the class must have, and the shipped kind that stands
+# in for it while the rest of the recipe is checked.
 PLACES = {
     ("data", "source"): (("fingerprint", "load"), "python_docs"),
     ("data", "partition"): (("assign",), "natural"),
     ("strategy",): (("apply",), "fedavg"),
 }
-COMBINED = ("first", "then")  # what a combined partition holds: partitions again, at any depth
+COMBINED = ("first", "then")  # the partitions that a combined partition holds, at any depth
 SHIPPED = ("datasets_partition", "strategies", "engine", "experiments")
+MODULES: dict[str, str] = {}  # the user's modules that this process has imported: file -> name
 
 
 def take_out(tree: dict[str, Any]) -> dict[Place, Any]:
-    """Replaces own sections of a recipe's tree by shipped ones; returns the objects that they stand for, by place.
+    """Replaces the user's classes in a recipe's tree by shipped kinds; returns the objects that they stand for.
 
-    Raises ValueError if a module or class cannot be had, or does not take the keys.
+    Raises RunError if a module or class cannot be imported or does not take the keys.
     """
-    own: dict[Place, Any] = {}
-    for (*above, key), (methods, stand_in) in PLACES.items():
-        section: Any = tree
-        for part in above:
-            section = section.get(part) if isinstance(section, dict) else None
-        _take_out(section, (*above, key), methods, stand_in, own)
-    return own
+    objects: dict[Place, Any] = {}
+    for root, (methods, stand_in) in PLACES.items():
+        above: Any = tree
+        for part in root[:-1]:
+            above = above.get(part) if isinstance(above, dict) else None
+        waiting = [(above, root)]
+        while waiting:
+            above, place = waiting.pop()
+            section: Any = above.get(place[-1]) if isinstance(above, dict) else None
+            kind = section.get("kind") if isinstance(section, dict) else None
+            if kind == "combined":
+                waiting += [(section, (*place, part)) for part in COMBINED]
+            elif isinstance(kind, str) and ":" in kind:
+                objects[place] = _made(".".join(place), section, methods)
+                above[place[-1]] = {"kind": stand_in}
+    return objects
 
 
-def _take_out(section: Any, place: Place, methods: Place, stand_in: str, own: dict[Place, Any]) -> None:
-    given = section.get(place[-1]) if isinstance(section, dict) else None
-    if not isinstance(given, dict):
-        return
-    if isinstance(given.get("kind"), str) and ":" in given["kind"]:
-        own[place] = _made(".".join(place), given, methods)
-        section[place[-1]] = {"kind": stand_in}
-    elif given.get("kind") == "combined":
-        for part in COMBINED:
-            _take_out(given, (*place, part), methods, stand_in, own)
-
-
-def put_back(tree: dict[str, Any], recipe: "Recipe") -> None:
-    """Writes own objects of a recipe into its tree, under the kind by which they were named."""
-    for (*above, key), value in own_parts(recipe).items():
+def put_back(tree: dict[str, Any], recipe: Any) -> None:
+    """Writes the user's objects of a recipe into its tree, under the kind that names their class."""
+    for (*above, key), value in user_parts(recipe).items():
         section, kind = tree, type(value)
         for part in above:
             section = section[part]
@@ -63,21 +60,19 @@ def put_back(tree: dict[str, Any], recipe: "Recipe") -> None:
         section[key] = {"kind": f"{kind.__module__}:{kind.__name__}", **keys}
 
 
-def own_parts(recipe: "Recipe") -> dict[Place, Any]:
-    """The own objects of a recipe, by place."""
-    return dict(_own_parts(recipe, ()))
+def user_parts(recipe: Any) -> dict[Place, Any]:
+    """The objects of a recipe whose classes are the user's, by place."""
+    return dict(_user_parts(recipe, ()))
 
 
-def _own_parts(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
-    if is_dataclass(value) and not _is_shipped(value):
+def _user_parts(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    if not is_dataclass(value):
+        return
+    if type(value).__module__.split(".")[0] not in SHIPPED:
         yield place, value
-    elif is_dataclass(value):
-        for key in fields(value):
-            yield from _own_parts(getattr(value, key.name), (*place, key.name))
-
-
-def _is_shipped(value: object) -> bool:
-    return type(value).__module__.split(".")[0] in SHIPPED
+        return
+    for key in fields(value):
+        yield from _user_parts(getattr(value, key.name), (*place, key.name))
 
 
 def replaced(section: Any, place: Place, value: Any) -> Any:
@@ -88,12 +83,11 @@ def replaced(section: Any, place: Place, value: Any) -> Any:
 
 def _made(place: str, given: dict[str, Any], methods: Place) -> Any:
     kind = imported(f"{place}.kind", given["kind"], *methods)
-    missing = lacks(kind) if "apply" in methods else []
-    if missing:
-        raise ValueError(
+    if missing := lacks(kind) if "apply" in methods else []:
+        raise RunError(
             f"{place}.kind names {given['kind']!r}, which has no {', '.join(missing)}: extend "
-            f"strategies.core.base.Rule (a default for everything but apply), and try it by `fedpost strategies "
-            f"--check {given['kind']}`"
+            f"strategies.core.base.Rule, which has a default for all but apply, and run `fedpost strategies --check "
+            f"{given['kind']}`"
         )
     keys = {key: value for key, value in given.items() if key != "kind"}
     try:
@@ -102,23 +96,36 @@ def _made(place: str, given: dict[str, Any], methods: Place) -> Any:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"])) or "its keys"
         takes = ", ".join(key.name for key in fields(kind)) or "no keys"
-        raise ValueError(f"{place}, {given['kind']}: {where}: {fault['msg']}; it takes {takes}") from None
+        raise RunError(f"{place}, {given['kind']}: {where}: {fault['msg']}; it takes {takes}") from None
 
 
 def imported(place: str, kind: str, *methods: str) -> Any:
-    """The dataclass that "my_module:MyClass" names; ValueError unless it can be had and has the methods."""
+    """The dataclass that "my_module:MyClass" names; RunError if it cannot be imported or lacks one of the methods."""
     name, _, attribute = kind.partition(":")
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # the command line starts from a folder of its own
+        sys.path.insert(0, str(Path.cwd()))  # the command line starts from another folder
     try:
         module = importlib.import_module(name)
     except Exception as error:
-        raise ValueError(
+        raise RunError(
             f"{place} names {kind!r}, but importing {name!r} fails ({type(error).__name__}: {error}): "
-            f"run from the folder that holds it, or mend it"
+            f"run from the folder that holds it, or fix it"
         ) from error
-    found = vars(module).get(attribute)
-    missing = [method for method in methods if method not in dir(found)]
-    if not isinstance(found, type) or not is_dataclass(found) or missing:
-        raise ValueError(f"{place} names {kind!r}, which is no dataclass with a method {(missing or methods)[0]!r}")
-    return found
+    if module.__file__ is not None and name.split(".")[0] not in SHIPPED:
+        MODULES[module.__file__] = name
+    member = vars(module).get(attribute)
+    missing = [method for method in methods if method not in dir(member)]
+    if not isinstance(member, type) or not is_dataclass(member) or missing:
+        raise RunError(f"{place} names {kind!r}, which is no dataclass with a method {(missing or methods)[0]!r}")
+    return member
+
+
+def line_at_fault(traceback: str) -> str | None:
+    """The last line of a user's module that a traceback's text passes through, in words; None if there is none.
+
+    Text, since a traceback from another process comes as text.
+    """
+    for file, line, function in reversed(re.findall(r'File "(.+?)", line (\d+), in (\S+)', traceback)):
+        if file in MODULES:
+            return f"your module {MODULES[file]}: {function}, line {line} of {file}"
+    return None

@@ -1,1 +1,1 @@
-"""What a recipe needs, before it runs."""
+"""Checks of a recipe before it runs: `fedpost plan` and `fedpost run --dry`."""

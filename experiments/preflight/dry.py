@@ -1,11 +1,10 @@
-"""`fedpost run RECIPE --dry`: a recipe's whole path on this machine, all that is large shrunk, and what that proves.
+"""`fedpost run RECIPE --dry`: runs everything in a recipe on this machine, shrunk, and says what that proves.
 
-Ray is started with as many logical CPUs and GPUs as the shrunk recipe's slots take; torch computes on the CPU.
+Ray starts with as many logical CPUs and GPUs as the slots of the shrunk recipe need; torch computes on the CPU.
 """
 
 import json
 import math
-import os
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,22 +23,19 @@ from engine.config.privacy import NoDp
 from engine.config.sections import Clients
 from engine.messages.events import Event, RoundDone, Started
 from experiments.config.recipe import Recipe, located, to_toml
+from experiments.preflight.processes import environment, hidden_gpus
 from experiments.preflight.shrunk_recipe import ROUNDS, bearable, clients_of, shrunk_recipe
-from experiments.preflight.shrunk_rows import Drawn, draw_rows, write_rows
+from experiments.preflight.shrunk_rows import Drawn, draw_rows
 from experiments.runs.api import Run, build_store, ray_session, run
 from experiments.runs.resuming import leaves
 
-# No process is to see a real GPU, or to ask the hub.
-ALONE = {
-    "DS_ACCELERATOR": "cpu",
-    "HF_HUB_OFFLINE": "1",
-    "RAY_ADDRESS": None,
-}
+# No process may use a real GPU, the hub, or a cluster.
+ALONE = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": None}
 
 
 @dataclass(frozen=True)
 class Proof:
-    """One thing that a dry run was to show, whether it did, and by what."""
+    """One thing that a dry run should prove, whether it did, and the evidence."""
 
     name: str
     holds: bool
@@ -47,7 +44,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Dry:
-    """What a dry run came to: changed keys (real, dry), proofs, and what is left for the real run."""
+    """The result of a dry run: changed keys (real, dry), proofs, and what only the real run can show."""
 
     changed: dict[str, tuple[str, str]]
     proofs: list[Proof]
@@ -55,12 +52,12 @@ class Dry:
 
 
 def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) -> Dry:
-    """Runs the shrunk recipe, and again from its first checkpoint, in a temporary folder.
+    """Runs the shrunk recipe in a temporary folder, and resumes it from its first checkpoint.
 
-    Raises ValueError for what would end the real run too, and where nothing is known of the base.
+    Raises the errors that would end the real run too, and RunError if the base is unknown here.
     """
     with environment(**ALONE), TemporaryDirectory(prefix="fedpost-dry-") as name:
-        # Only now: what it imports reads the environment.
+        # Imported here, since it imports libraries that read the environment.
         from experiments.preflight.shrunk_base import base_config, described, shrunk, stand_in_tokenizer, write_base
 
         folder = Path(name)
@@ -71,7 +68,7 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         work = shrunk_recipe(recipe, folder / "base", folder)
         on_step("drawing rows")
         rows = draw_rows(recipe, clients_of(work), work.train.max_length, folder / "stores")
-        write_rows(rows, folder)
+        pq.write_table(rows.table, folder / "rows.parquet")
         work = bearable(work, Store.open(build_store(work)).num_training)
         on_step(f"{ROUNDS} rounds, then once more from the first checkpoint")
         events: list[Event] = []
@@ -81,7 +78,7 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         changed = {"model.base": (f"{recipe.model.base}: {described(config)}", f"random: {described(small)}")}
         changed |= {"data": (_source(recipe), rows.said)} | _changes(recipe, work)
         proofs = [
-            Proof("configuration", True, f"{len(leaves(tomllib.loads(to_toml(recipe))))} keys, which go together"),
+            Proof("configuration", True, f"{len(leaves(tomllib.loads(to_toml(recipe))))} keys, which are compatible"),
             Proof("model", True, f"{small.architectures[0]} loads and trains: {_trained(events, first)}"),
             Proof("rows", True, f"{rows.said}, split and tokenized"),
             _placement(work.clients, events),
@@ -92,33 +89,9 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         return Dry(changed, proofs, _left(recipe, rows))
 
 
-def hidden_gpus(gpus: int) -> dict[str, str]:
-    """An environment in which Ray counts so many GPUs and no process sees one; Ray wants as many names."""
-    return {"CUDA_VISIBLE_DEVICES": ",".join(["-1"] * gpus), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-
-
-@contextmanager
-def environment(**values: str | None) -> Iterator[None]:
-    """The environment with these values (None: without), for this process and those that it starts."""
-    before = {name: os.environ.get(name) for name in values}
-
-    def put(values: dict[str, str | None]) -> None:
-        for name, value in values.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-    put(values)
-    try:
-        yield
-    finally:
-        put(before)
-
-
 @contextmanager
 def _logical(clients: Clients) -> Iterator[None]:
-    """A Ray with so many logical CPUs and GPUs as all slots and ranks take."""
+    """A Ray with as many logical CPUs and GPUs as all slots and ranks need."""
     gpus = _gpus(clients)
     with environment(**hidden_gpus(gpus)), ray_session(None, num_cpus=_cpus(clients), num_gpus=gpus):
         yield
@@ -136,14 +109,14 @@ def _cpus(clients: Clients) -> int:
 
 
 def _gpus(clients: Clients) -> int:
-    """How many GPUs all slots and ranks take: a fraction lies on one."""
+    """How many GPUs all slots and ranks need; a fraction stays on one GPU."""
     if 0 < clients.num_gpus < 1:
         return math.ceil(_processes(clients) / math.floor(1 / clients.num_gpus + 1e-6))
     return round(clients.num_gpus * _processes(clients))
 
 
 def _interrupted(work: Recipe, first: Run, folder: Path) -> tuple[Run, int | None]:
-    """The run as it would be had it ended after its first checkpoint, gone on with; and from which round that was."""
+    """A copy of the run, cut off after its first checkpoint and resumed; and the round that it resumed from."""
     shutil.copytree(first.folder, folder)
     for later in (folder / "model", folder / "checkpoints" / f"{ROUNDS:05d}"):
         shutil.rmtree(later)
@@ -153,13 +126,13 @@ def _interrupted(work: Recipe, first: Run, folder: Path) -> tuple[Run, int | Non
 
 
 def _changes(recipe: Recipe, work: Recipe) -> dict[str, tuple[str, str]]:
-    """The keys in which two recipes differ, without those that have a line of their own."""
-    old, new = (leaves(tomllib.loads(to_toml(one))) for one in (recipe, work))
-    own = ("data.", "model.base", "model.revision", "checkpoint.")
+    """The keys in which two recipes differ, without those that have their own lines."""
+    old, new = (leaves(tomllib.loads(to_toml(each))) for each in (recipe, work))
+    separate = ("data.", "model.base", "model.revision", "checkpoint.")
     return {
         key: (_shown(old.get(key)), _shown(new.get(key)))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(own)
+        if old.get(key) != new.get(key) and not key.startswith(separate)
     }
 
 
@@ -173,9 +146,9 @@ def _source(recipe: Recipe) -> str:
     return f"{source}{f' {where}' if where else ''}, {partition}"
 
 
-def _trained(events: list[Event], done: Run) -> str:
+def _trained(events: list[Event], finished: Run) -> str:
     started = next(event for event in events if isinstance(event, Started))
-    adapter = done.model / "adapter_config.json"
+    adapter = finished.model / "adapter_config.json"
     if not adapter.exists():
         return f"{started.parameters:,} parameters"
     layers = json.loads(adapter.read_text(encoding="utf-8"))["target_modules"]
@@ -197,7 +170,7 @@ def _placement(clients: Clients, events: list[Event]) -> Proof:
 
 
 def _rounds(work: Recipe, events: list[Event]) -> list[Proof]:
-    """What the rounds say of strategy and privacy."""
+    """What the rounds prove about strategy and privacy."""
     rounds = [event for event in events if isinstance(event, RoundDone)]
     aborted = [event.aborted for event in rounds if event.aborted is not None]
     failed = {client: why for event in rounds for client, why in event.failed.items()}
@@ -226,16 +199,16 @@ def _resume(work: Recipe, first: Run, again: Run, resumed: int | None) -> Proof:
     return Proof("checkpoint and resume", same and resumed == 1, f"from the checkpoint of round {resumed}, {ended}")
 
 
-def _export(done: Run) -> Proof:
-    """Loads the model as a program without this project would, and lets it read a few tokens."""
+def _export(finished: Run) -> Proof:
+    """Loads the model with transformers alone and runs it on a few tokens."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(done.model)
-    network = AutoModelForCausalLM.from_pretrained(done.model)
+    tokenizer = AutoTokenizer.from_pretrained(finished.model)
+    network = AutoModelForCausalLM.from_pretrained(finished.model)
     with torch.no_grad():
         logits = network(torch.tensor([tokenizer("the end")["input_ids"]])).logits
-    kind = "a PEFT adapter" if (done.model / "adapter_config.json").exists() else "a model"
+    kind = "a PEFT adapter" if (finished.model / "adapter_config.json").exists() else "a model"
     return Proof("export", bool(logits.isfinite().all()), f"{kind}, which transformers loads and runs")
 
 
@@ -244,15 +217,15 @@ def _left(recipe: Recipe, rows: Drawn) -> list[str]:
     clients = recipe.clients
     need = f"{_processes(clients):,} slots or ranks ({_cpus(clients):,} CPUs, {_gpus(clients):,} GPUs)"
     left = [
-        f"that the cluster has room for {'slots' if clients.slots == 'auto' else need}, its network and shared disks",
+        f"whether the cluster has room for {'slots' if clients.slots == 'auto' else need}, its network, shared disks",
         "memory: `fedpost plan RECIPE` estimates it",
         "the real weights and tokenizer, its chat template, and the loss",
-        "speed, and time limits, which were raised where they are short",
+        "speed and time limits (short limits were raised)",
     ]
     if clients.availability.trace is not None:
-        left.append("the trace of who is there when")
+        left.append("the trace of when clients are available")
     if clients.min_share:
-        left.append("whether clients.min_share of a cohort give an update")
+        left.append("whether clients.min_share of a cohort send an update")
     if clients.num_gpus:
         left.append(f"GPU kernels ({recipe.model.attention} in {recipe.model.dtype})" + (", NCCL" * bool(clients.zero)))
     if recipe.model.compile:
@@ -265,20 +238,20 @@ def _left(recipe: Recipe, rows: Drawn) -> list[str]:
 
 
 def show_dry(recipe: Recipe) -> bool:
-    """Dry-runs a recipe and prints what it came to; whether all was proved."""
+    """Dry-runs a recipe and prints the result; returns whether everything was proved."""
     console = Console(highlight=False, soft_wrap=True)
-    found = dry_run(recipe, lambda step: console.print(f"[dim]{step} ...[/dim]"))
+    result = dry_run(recipe, lambda step: console.print(f"[dim]{step} ...[/dim]"))
     console.print()
     changed = Table("changed", "real", "dry", box=None)
-    for key, values in found.changed.items():
+    for key, values in result.changed.items():
         changed.add_row(key, *map(escape, values))
     proofs = Table("proved", "", "by", box=None)
-    for proof in found.proofs:
+    for proof in result.proofs:
         proofs.add_row(proof.name, "yes" if proof.holds else "[red]no[/red]", escape(proof.said))
     for table in (changed, proofs):
         console.print(table, soft_wrap=False)
         console.print()
     console.print("[bold]only the real run can show[/bold]")
-    for line in found.left:
+    for line in result.left:
         console.print(f"  {escape(line)}")
-    return all(proof.holds for proof in found.proofs)
+    return all(proof.holds for proof in result.proofs)

@@ -1,12 +1,11 @@
-"""`fedpost plan`: what a recipe takes of memory and of Ray's object store, and what fits, without running it.
+"""`fedpost plan`: the memory and the space in Ray's object store that a recipe needs, estimated without running it.
 
-Parameters are counted on the meta device, activations by a forward pass there: a configuration is enough, no weights.
+Parameters are counted on the meta device, activations by a forward pass there: a configuration suffices, no weights.
 Legend: P trained parameters.
 """
 
 import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.config.sections import Clients, Lora, Model, Zero
 from engine.config.train import AdamW, Sgd
+from engine.messages.errors import RunError
 from engine.models.adapters import with_adapters
 from engine.models.base_model import causal_config
 from engine.models.deepspeed_config import BUCKET, LIVE
@@ -26,17 +26,17 @@ from experiments.config.recipe import Recipe
 from experiments.preflight.processes import in_fresh_process, memory
 
 GIB, FLOAT, GRID = 2**30, 4, 8
-SPARE = 0.9  # of a device's memory is counted on
-HEAP = 1.5  # what an allocator holds over what lives at once of a step's tensors, as measured with glibc's
-RAY = 20 * 2**20  # what a worker of Ray adds to a process
+SPARE = 0.9  # the share of a device's memory that is planned with
+HEAP = 1.5  # memory that the allocator holds over the live tensors of a step, measured with glibc
+RAY = 20 * 2**20  # bytes that Ray adds to a process
 MOST_RANKS = 1024
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements of the model, of what is trained, and of its largest tensor; bytes of an element and of activations.
+    """Elements of the model, of its trained part and of its largest tensor; bytes of an element and of a row.
 
-    `activations` are what the backward pass needs of one row of the recipe's length, `logits` what its loss needs.
+    The backward pass of a row of the recipe's length needs `activations`, its loss `logits`.
     """
 
     parameters: int
@@ -49,7 +49,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that one process takes: a slot's, or a rank's."""
+    """Bytes of one process, a slot or a rank."""
 
     weights: float
     gradients: float
@@ -60,18 +60,18 @@ class Need:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Their sum."""
         return float(sum(vars(self).values()))
 
 
 def sizes(model: Model, max_length: int) -> Sizes:
-    """Counts a model from its configuration alone; ValueError when there is none."""
+    """Counts a model from its configuration; RunError if there is none."""
     config = causal_config(model)
     dtype: torch.dtype = getattr(torch, model.dtype)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(not isinstance(model.peft, Lora))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft calls transformers by an old name
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
             network = with_adapters(base, model) if isinstance(model.peft, Lora) else base
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     known = {id(parameter) for parameter in network.parameters()}
@@ -84,7 +84,7 @@ def sizes(model: Model, max_length: int) -> Sizes:
         return tensor
 
     ids_BT = torch.zeros((1, max_length), dtype=torch.long, device="meta")
-    # A mask that is made already: transformers would look into one that it makes, and meta tensors hold nothing.
+    # With a mask of its own, transformers would read its values, which meta tensors do not have.
     mask_B1TT = torch.zeros((1, 1, max_length, max_length), dtype=dtype, device="meta")
     with saved_tensors_hooks(note, lambda tensor: tensor):
         logits = network.train()(input_ids=ids_BT, attention_mask=mask_B1TT, use_cache=False).logits
@@ -99,99 +99,100 @@ def sizes(model: Model, max_length: int) -> Sizes:
     )
 
 
-def slot_need(found: Sizes, recipe: Recipe, process: float) -> Need:
-    """A plain slot: the base is mapped, and what is trained is one float32 vector with its gradient.
+def slot_need(counts: Sizes, recipe: Recipe, process: float) -> Need:
+    """A plain slot: the base is mapped, and the trained parameters are a float32 vector with its gradient.
 
-    In packs, there are such vectors for each lane, beside those of a client alone. A pack of "auto" counts as 1.
+    Each lane adds such vectors to those of a single client. "auto" counts as one lane.
     """
-    trained, lanes = found.trained * FLOAT, recipe.clients.lanes if isinstance(recipe.clients.lanes, int) else 1
+    lanes = recipe.clients.lanes if isinstance(recipe.clients.lanes, int) else 1
+    trained = counts.trained * FLOAT
     vectors = 1 if lanes == 1 else 1 + lanes
     return Need(
-        found.parameters * found.itemsize + vectors * trained,
+        counts.parameters * counts.itemsize + vectors * trained,
         vectors * trained,
         vectors * _moments(recipe) * trained,
-        HEAP * max(_in_a_step(found, recipe.train.batch * lanes), found.logits * recipe.evaluate.batch),
-        found.trained * ((1 + 2 * lanes) * FLOAT + GRID),  # start, each lane's end and change, and the sum
+        HEAP * max(_in_a_step(counts, recipe.train.batch * lanes), counts.logits * recipe.evaluate.batch),
+        counts.trained * ((1 + 2 * lanes) * FLOAT + GRID),  # start, each lane's end and delta, and the sum
         process,
     )
 
 
-def rank_need(found: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need:
-    """A rank of a gang: ZeRO (arXiv 1910.02054) cuts optimizer (1), gradients (2) and weights (3) over the ranks.
+def rank_need(counts: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need:
+    """A rank of a gang: ZeRO (arXiv 1910.02054) shards optimizer (1), gradients (2) and weights (3) over the ranks.
 
-    Shards of the state and of sums that lie in the object store are no rank's own; what is offloaded lies on no GPU.
+    Shards of state and sums in the object store do not count, nor what is offloaded from a GPU.
     """
-    ranks, trained = zero.ranks, found.trained * FLOAT
-    # Of masters, of their gradient and of each moment: float32 also where the weights are float32 themselves.
+    ranks, trained = zero.ranks, counts.trained * FLOAT
+    # Of the master weights, their gradient and each moment: float32, even if the weights are float32 too.
     shard = 0.0 if zero.offload == "cpu" and recipe.clients.num_gpus else trained / ranks
-    weights = found.parameters * found.itemsize / (ranks if zero.stage == 3 else 1) + shard
+    weights = counts.parameters * counts.itemsize / (ranks if zero.stage == 3 else 1) + shard
     if zero.stage == 3:
-        weights += (found.largest + LIVE) * found.itemsize
-    gradients = (trained if zero.stage == 1 else shard) + min(BUCKET, found.trained) * FLOAT
+        weights += (counts.largest + LIVE) * counts.itemsize
+    gradients = (trained if zero.stage == 1 else shard) + min(BUCKET, counts.trained) * FLOAT
     rows = -(-recipe.train.batch // ranks)
-    kept = replace(found, activations=found.activations // 4) if zero.checkpointing else found
+    kept = replace(counts, activations=counts.activations // 4) if zero.checkpointing else counts
     return Need(
         weights,
-        gradients + shard,  # deepspeed's, and a flat copy for the optimizer
+        gradients + shard,  # DeepSpeed's, and a flat copy for the optimizer
         _moments(recipe) * shard,
         HEAP * _in_a_step(kept, rows),
-        found.trained * (FLOAT + GRID) / ranks,  # a client's change, and the sum
+        counts.trained * (FLOAT + GRID) / ranks,  # a client's delta, and the sum
         process,
     )
 
 
-def _in_a_step(found: Sizes, rows: int) -> float:
-    return float((found.activations + found.logits) * rows)
+def _in_a_step(counts: Sizes, rows: int) -> float:
+    return float((counts.activations + counts.logits) * rows)
 
 
 def _moments(recipe: Recipe) -> int:
-    """Vectors of the local optimizer's state."""
+    """How many vectors the state of the local optimizer has."""
     optimizer = recipe.train.optimizer
     if isinstance(optimizer, AdamW):
         return 2
     return int(optimizer.momentum > 0) if isinstance(optimizer, Sgd) else 2
 
 
-def smallest(found: Sizes, recipe: Recipe, device: float, process: float) -> Zero | None:
-    """The fewest ranks, and then the lowest stage, of a gang that fits the device; None where none does."""
+def smallest(counts: Sizes, recipe: Recipe, device: float, process: float) -> Zero | None:
+    """The gang with the fewest ranks, and then the lowest stage, that fits the device; None if none does."""
     given = recipe.clients.zero or Zero()
     for ranks in range(1, MOST_RANKS + 1):
         for stage in (1, 2, 3):
             zero = replace(given, stage=stage, ranks=ranks)
-            if rank_need(found, recipe, zero, process).total <= SPARE * device:
+            if rank_need(counts, recipe, zero, process).total <= SPARE * device:
                 return zero
     return None
 
 
 def counted(clients: Clients, devices: int, cpus: int) -> tuple[int, int]:
-    """How many plain slots and how many gangs a run has; of "auto", what GPUs, or so many CPUs on each device, hold.
+    """The numbers of plain slots and gangs of a run; "auto" fills the GPUs, or `cpus` CPUs on each device.
 
-    ValueError where the GPUs, or the CPUs, hold none.
+    Raises RunError if there is no room for any.
     """
     zero, slots = clients.zero, clients.slots
     gangs = zero.gangs if zero is not None and zero.from_rows else 0  # beside plain slots
     if clients.num_gpus or slots == "auto":
-        # How many CPUs there are beside GPUs is not known here.
+        # The number of CPUs beside the GPUs is unknown here.
         asked = replace(clients, num_cpus=0.0) if clients.num_gpus else clients
         nodes = [{"GPU": float(devices)}] if clients.num_gpus else [{"CPU": float(cpus)}] * devices
         room, ranks = slots_that_fit(asked, nodes), 1 if zero is None else zero.ranks
         fit = room - gangs * ranks if gangs else room // ranks
         if fit < 1:
             wanted = f"{gangs} gangs of {ranks} ranks and a plain slot" if gangs else f"a gang of {ranks} ranks"
-            raise ValueError(
-                f"{wanted} are more than the {room} processes that there is room for on {devices} devices: "
-                f"give more --devices, or lower clients.zero.ranks"
+            raise RunError(
+                f"{wanted} are more than the {room} processes that fit on {devices} devices: give more --devices, or "
+                f"lower clients.zero.ranks"
             )
         slots = asked_or_fitting(clients, fit)
     return (slots, gangs) if zero is None or gangs else (0, slots)
 
 
 def on_fullest(clients: Clients, plain: int, ranks: int, devices: int, slot: float, rank: float, base: float) -> float:
-    """Bytes on the fullest device, of `slot` and `rank` bytes a process: in the worst case, those of one kind together.
+    """Bytes on the fullest device, in the worst case of all placements; a process has `slot` or `rank` bytes.
 
     The plain slots of a device share the base.
     """
-    if clients.num_gpus:  # Ray fills one GPU before it takes the next
+    if clients.num_gpus:  # Ray fills a GPU before it uses the next
         most = min(plain + ranks, max(1, int(1 / clients.num_gpus + 1e-6)))
     else:
         most = -(-(plain + ranks) // devices)
@@ -202,7 +203,7 @@ def on_fullest(clients: Clients, plain: int, ranks: int, devices: int, slot: flo
 
 
 def process_bytes() -> tuple[float, float]:
-    """What a slot's process, and a gang's rank, take before they have a model, measured in one."""
+    """Bytes of a slot and of a rank before they have a model, measured in a fresh process."""
     plain, gang = in_fresh_process(_imported)
     return plain * 2**20 + RAY, gang * 2**20 + RAY
 
@@ -220,57 +221,50 @@ def _imported() -> tuple[float, float]:
 
 
 def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
-    """Prints the plan for devices of `device_gib`; whether the recipe fits."""
+    """Prints the plan for devices of `device_gib` GiB; returns whether the recipe fits."""
     console = Console(highlight=False)
-    found = sizes(recipe.model, recipe.train.max_length)
+    counts = sizes(recipe.model, recipe.train.max_length)
     clients, zero = recipe.clients, recipe.clients.zero or Zero()
     device = (device_gib or _this_machine()) * GIB
     plain, gang = process_bytes()
     console.print(
-        f"{found.parameters:,} parameters of {found.itemsize} bytes, {found.trained:,} of them trained; "
-        f"devices of {device / GIB:,.1f} GiB, {SPARE:.0%} of it counted on"
+        f"{counts.parameters:,} parameters of {counts.itemsize} bytes, {counts.trained:,} of them trained; "
+        f"devices of {device / GIB:,.1f} GiB, {SPARE:.0%} of which may be used"
     )
     table = Table(
         "a process of", "weights", "gradients", "optimizer", "activations", "updates", "itself", "GiB", "fits"
     )
-    for name, need in _needs(found, recipe, plain, gang):
+    needs = {"a plain slot": slot_need(counts, recipe, plain)} | {
+        f"stage {stage}, {zero.ranks} ranks": rank_need(counts, recipe, replace(zero, stage=stage), gang)
+        for stage in (1, 2, 3)
+    }
+    for name, need in needs.items():
         amounts = [f"{value / GIB:,.2f}" for value in (*vars(need).values(), need.total)]
         table.add_row(name, *amounts, "yes" if need.total <= SPARE * device else "no")
     console.print(table)
-    least = smallest(found, recipe, device, gang)
+    least = smallest(counts, recipe, device, gang)
     console.print(
         "no gang of up to 1,024 ranks fits such a device"
         if least is None
-        else f"smallest gang, a device for each rank: clients.zero has stage = {least.stage}, ranks = {least.ranks}"
+        else f"smallest gang with a device for each rank: stage = {least.stage}, ranks = {least.ranks} in clients.zero"
     )
     slots, gangs = counted(clients, devices, os.cpu_count() or 1)
-    base = found.parameters * found.itemsize
-    moved = found.trained * (FLOAT + GRID * (slots + gangs))
+    base = counts.parameters * counts.itemsize
+    moved = counts.trained * (FLOAT + GRID * (slots + gangs))
     console.print(
         f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots)"
         + (f", and the base's {base / GIB:,.3f} GiB once" if slots else "")
     )
-    needs = slot_need(found, recipe, plain).total, rank_need(found, recipe, zero, gang).total
-    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, *needs, base)
+    slot, rank = needs["a plain slot"].total, rank_need(counts, recipe, zero, gang).total
+    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, slot, rank, base)
     fits = whole <= SPARE * device
-    console.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {_fitting(fits)}")
+    verdict = "it fits" if fits else "it does not fit"
+    console.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")
     return fits
 
 
-def _fitting(fits: bool) -> str:
-    return "it fits" if fits else "it does not fit"
-
-
-def _needs(found: Sizes, recipe: Recipe, plain: float, gang: float) -> Iterator[tuple[str, Need]]:
-    zero = recipe.clients.zero or Zero()
-    yield "a plain slot", slot_need(found, recipe, plain)
-    for stage in (1, 2, 3):
-        cut = replace(zero, stage=stage)
-        yield f"stage {stage}, {zero.ranks} ranks", rank_need(found, recipe, cut, gang)
-
-
 def _this_machine() -> float:
-    """The memory of the first GPU, or else of this machine, in GiB."""
+    """The memory of the first GPU, or without one of this machine, in GiB."""
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory) / GIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB

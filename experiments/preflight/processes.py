@@ -1,25 +1,51 @@
-"""Fresh processes, and what a process holds of memory."""
+"""Fresh processes, their environment, and their memory."""
 
 import multiprocessing
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` gives in a process of its own, whose memory and caches are nobody else's."""
+    """The result of `work` in a process of its own, which shares no memory and no caches."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def memory(process: int | str = "self") -> dict[str, float]:
-    """Megabytes of a process by their names in /proc: all that is resident, its own, the most there was.
+    """Megabytes of a process by their names in /proc: VmRSS (resident), RssAnon (private), VmHWM (peak).
 
-    Nothing where there is no such process, or no /proc.
+    Empty if there is no such process, or no /proc.
     """
     try:
         lines = [line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines()]
     except OSError:
         return {}
     return {line[0][:-1]: int(line[1]) / 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:", "VmHWM:")}
+
+
+def hidden_gpus(gpus: int) -> dict[str, str]:
+    """An environment in which Ray counts `gpus` GPUs and no process sees one; Ray wants as many names."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(["-1"] * gpus), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+
+
+@contextmanager
+def environment(**values: str | None) -> Iterator[None]:
+    """Sets variables (None: deletes them) for this process and those that it starts, and restores them at the end."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

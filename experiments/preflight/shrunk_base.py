@@ -1,6 +1,6 @@
-"""Small stand-ins for large bases: a base's configuration without its weights, and its architecture shrunk.
+"""Small stand-ins for large base models: the configuration of a base without its weights, and its shrunk architecture.
 
-Bases that are known by name have a file in `families`: which names, what all sizes share, and what is a size's own.
+Each file in `families` describes bases that are known by name: the names, and the keys of all sizes and of each size.
 """
 
 import json
@@ -16,14 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.sections import Model
+from engine.messages.errors import RunError
 from engine.models.base_model import causal_config
 from experiments.config.recipe import SHIPPED
 
 FAMILIES = Path(__file__).parent.parent / "families"
 LAYERS, HEAD, KEYS, GROUP, EXPERTS, WINDOW = 2, 16, 2, 8, 4, 8
-# What grows with the model's width, as families call it.
+# Keys of sizes that grow with the model's width.
 WIDTHS = ("intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-# The shipped tokenizer has no template of its own, and rows may be conversations.
+# The shipped tokenizer has no chat template, and rows may be conversations.
 TEMPLATE = (
     "{% for turn in messages %}{{ turn.role + ':' + turn.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -31,22 +32,22 @@ TEMPLATE = (
 
 
 def base_config(model: Model) -> Any:
-    """The base's configuration from its folder, from the hub's cache, or from a family's file; nothing is fetched.
+    """The base's configuration, from its folder, the hub's cache, or a family's file; nothing is downloaded.
 
-    Raises ValueError where there is none, or one of another kind of model.
+    Raises RunError if there is none, or if it is not a causal language model.
     """
     if Path(model.base).is_dir():
         return causal_config(model)
     try:
         cached = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
         keys = family_keys(model.base)
-    except HFValidationError:  # the path of a folder that is not there
+    except HFValidationError:  # a path, to a folder that does not exist
         cached = keys = None
     if isinstance(cached, str):
         return causal_config(replace(model, base=str(Path(cached).parent), revision=None))
     if keys is None:
-        raise ValueError(
-            f"model.base {model.base!r} is no folder, not in the hub's cache, and of no family that is known here "
+        raise RunError(
+            f"model.base {model.base!r} is not a folder, not in the hub's cache, and of no family that is known here "
             f"({', '.join(sorted(file.stem for file in FAMILIES.glob('*.json')))}): save its config.json in a folder "
             f"and dry-run with --set model.base=FOLDER"
         )
@@ -54,23 +55,23 @@ def base_config(model: Model) -> Any:
 
 
 def family_keys(name: str) -> dict[str, Any] | None:
-    """What is known of the base of that name on the hub, as in a config.json; None for other names."""
+    """The known keys of a config.json for a base of that name on the hub; None for unknown names."""
     for file in sorted(FAMILIES.glob("*.json")):
         family = json.loads(file.read_text(encoding="utf-8"))
         if re.search(family["names"], name, re.IGNORECASE):
             keys: dict[str, Any] = family["config"]
-            for size, own in family["sizes"].items():
+            for size, of_size in family["sizes"].items():
                 if re.search(rf"(?<![a-z0-9.])(?:{size})(?![a-z0-9])", name, re.IGNORECASE):
-                    keys = keys | own
+                    keys = keys | of_size
             return keys
     return None
 
 
 def shrunk(config: Any, tokenizer: Any) -> Any:
-    """The same architecture with few layers, narrow, and with the tokenizer's vocabulary.
+    """The same architecture with few and narrow layers, and with the tokenizer's vocabulary.
 
-    Kept are each kind of layer, the ratios of heads to keys, of the feed-forward width and of the attention's width to
-    the model's, tied embeddings, and all that is no size.
+    It keeps each kind of layer, the ratio of heads to keys, the ratios of the feed-forward and attention widths to the
+    model's width, tied embeddings, and every key that is not a size.
     """
     old: dict[str, Any] = config.to_dict()
     hidden, heads = config.hidden_size, config.num_attention_heads
@@ -105,19 +106,19 @@ def shrunk(config: Any, tokenizer: Any) -> Any:
 
 
 def _by_layer(keys: dict[str, Any], layers: int) -> list[str]:
-    """The keys that hold a value for each layer."""
+    """The keys that have a value for each layer."""
     return [name for name, value in keys.items() if isinstance(value, list) and len(value) == layers]
 
 
 def _layers(keys: dict[str, Any], layers: int) -> list[int]:
-    """The first layer of each kind, and so many that there are LAYERS at least."""
+    """The first layer of each kind, repeated until there are at least LAYERS."""
     kinds = [json.dumps([keys[name][layer] for name in _by_layer(keys, layers)]) for layer in range(layers)]
     first = sorted({kind: layer for layer, kind in reversed(list(enumerate(kinds)))}.values())
     return (first * LAYERS)[: max(LAYERS, len(first))]
 
 
 def _resized(rope: dict[str, Any], head: int) -> dict[str, Any]:
-    """Rotary parameters for heads of that size: factors for each pair are cut."""
+    """Rotary parameters for heads of that size: lists of factors are cut to their pairs."""
     pairs = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
     return {
         name: _resized(value, head) if isinstance(value, dict) else value[:pairs] if isinstance(value, list) else value
@@ -137,7 +138,7 @@ def described(config: Any) -> str:
 
 
 def write_base(config: Any, tokenizer: Any, folder: Path) -> None:
-    """A model of this configuration with random weights, always the same, as a folder with the tokenizer."""
+    """Writes a folder with a model of this configuration, of random weights from a fixed seed, and the tokenizer."""
     disable_progress_bar()
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
@@ -145,7 +146,7 @@ def write_base(config: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def stand_in_tokenizer() -> Any:
-    """The shipped tokenizer, with a template for conversations."""
+    """The shipped tokenizer with a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED["tiny"])
     tokenizer.chat_template = TEMPLATE
     return tokenizer

@@ -1,15 +1,15 @@
-"""A recipe shrunk to a minute on a laptop: the same sections, with few clients, few rows, few steps and two rounds."""
+"""A recipe shrunk to a minute on a laptop: the same sections with few clients, rows and steps, and two rounds."""
 
 import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.parquet_files import ParquetFiles
 from datasets_partition.store.splits import Splits
-from engine.config.sections import Clients, Evaluate
-from engine.config.train import Train
+from engine.config.sections import Clients
 from experiments.config.recipe import Data, Recipe
 from strategies import Cohorts
 from strategies.core.cohort import PoissonCohort, UniformCohort
@@ -18,16 +18,16 @@ from strategies.privacy.distributed import DistributedDp
 
 ROUNDS, SLOTS, RANKS, COHORT, SPARE = 2, 2, 2, 6, 2
 ROWS = 8  # of every second client; the others have twice as many
-MANY = 10  # training rows: clients of the second kind have more
+MANY = 10  # training rows, which only the clients with twice as many rows have
 LENGTH = 64
-PATIENCE_S = 120.0  # for what a large machine does at once
+PATIENCE_S = 120.0  # the least time limit, since a large machine is faster than this one
 LITTLE_NOISE = 0.01
 
 
 def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
-    """The recipe with the smallest cohort that its strategy and its privacy accept; `base` stands in for its base.
+    """The recipe with the smallest cohort that its strategy and its privacy accept, and with `base` for its base.
 
-    It reads `folder`/rows.parquet, of which `clients_of` says how many clients it needs.
+    It reads `folder`/rows.parquet, which needs rows of `clients_of` clients.
     """
     size = recipe.cohort.size if isinstance(recipe.cohort, UniformCohort) else None
     last = 2**12 if size is None else size
@@ -45,9 +45,7 @@ def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
     model = replace(recipe.model, base=str(base), revision=None, compile=False)
     if model.attention == "flash_attention_2":
         model = replace(model, attention="sdpa")
-    data = Data(
-        ParquetFiles(path=str(folder / "rows.parquet")), Natural(), _splits(recipe.data.splits), None, str(folder)
-    )
+    rows, splits = ParquetFiles(path=str(folder / "rows.parquet")), _splits(recipe.data.splits)
     drawn: Cohorts = UniformCohort(size=cohort)
     if isinstance(recipe.cohort, PoissonCohort):
         drawn = PoissonCohort(size=cohort, cap=recipe.cohort.cap and 2 * cohort)
@@ -55,76 +53,63 @@ def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
         recipe,
         rounds=ROUNDS,
         model=model,
-        data=data,
+        data=Data(rows, Natural(), splits, None, str(folder)),
         clients=_clients(recipe.clients),
         cohort=drawn,
-        train=_train(recipe.train),
-        evaluate=_evaluate(recipe.evaluate),
+        train=_capped(recipe.train, steps=2, epochs=1, batch=2, accumulate=2, max_length=LENGTH),
+        evaluate=_capped(recipe.evaluate, every=1, rows=2, finetune=1, server_rows=4, batch=2),
         checkpoint=replace(recipe.checkpoint, every=1, keep=ROUNDS),
     )
 
 
+def _capped(section: Any, **most: float) -> Any:
+    """The section with numbers of at most these; None and 0 stay."""
+    values = {name: getattr(section, name) for name in most}
+    return replace(section, **{name: value and min(value, most[name]) for name, value in values.items()})
+
+
 def _splits(splits: Splits) -> Splits:
-    """Shares that few rows and clients can have; shortened rows may be the same, which says nothing of a leak."""
-    heldout = splits.heldout and min(max(splits.heldout, 1 / ROWS), 0.25)
-    unseen = splits.unseen and min(max(splits.unseen, 1 / COHORT), 0.5)
-    server = splits.server and min(max(splits.server, 1 / ROWS), 0.25)
-    return replace(splits, heldout=heldout, unseen=unseen, server=server, min_rows=1, duplicates="keep", leaks="allow")
+    """Shares that few rows and clients can have; shortened rows may be equal, which is no leak here."""
+    return replace(
+        splits,
+        heldout=splits.heldout and min(max(splits.heldout, 1 / ROWS), 0.25),
+        unseen=splits.unseen and min(max(splits.unseen, 1 / COHORT), 0.5),
+        server=splits.server and min(max(splits.server, 1 / ROWS), 0.25),
+        min_rows=1,
+        duplicates="keep",
+        leaks="allow",
+    )
 
 
 def _clients(clients: Clients) -> Clients:
     zero = clients.zero
     if zero is not None:
-        from_rows = MANY if zero.from_rows else 0
-        zero = replace(zero, ranks=min(zero.ranks, RANKS), gangs=1, from_rows=from_rows)
-        zero = replace(zero, timeout_s=max(zero.timeout_s, PATIENCE_S))
+        zero = _capped(zero, ranks=RANKS, gangs=1)
+        zero = replace(zero, from_rows=zero.from_rows and MANY, timeout_s=max(zero.timeout_s, PATIENCE_S))
     slots = SLOTS if clients.slots == "auto" else min(clients.slots, SLOTS)
-    left = replace(clients.availability, trace=None)  # which names clients that are not there
+    left = replace(clients.availability, trace=None)  # which names other clients
     if left.deadline_s is not None:
-        step_s = left.step_s and min(left.step_s, 1.0)
-        left = replace(left, deadline_s=max(left.deadline_s, PATIENCE_S), step_s=step_s)
+        left = replace(_capped(left, step_s=1.0), deadline_s=max(left.deadline_s, PATIENCE_S))
     return replace(
         clients,
         slots=slots if zero is None else 1,
         threads=1,
         lanes=clients.lanes if clients.lanes == "auto" else min(clients.lanes, SLOTS),
         availability=left,
-        min_share=0.0,  # of so few clients the first that drops out is a large one
+        min_share=0.0,  # each of so few clients is a large share
         zero=zero,
         timeout_s=clients.timeout_s and max(clients.timeout_s, PATIENCE_S),
     )
 
 
-def _train(train: Train) -> Train:
-    return replace(
-        train,
-        steps=train.steps and min(train.steps, 2),
-        epochs=train.epochs and 1,
-        batch=min(train.batch, 2),
-        accumulate=min(train.accumulate, 2),
-        max_length=min(train.max_length, LENGTH),
-    )
-
-
-def _evaluate(evaluate: Evaluate) -> Evaluate:
-    return replace(
-        evaluate,
-        every=min(evaluate.every, 1),
-        rows=min(evaluate.rows, 2),
-        finetune=min(evaluate.finetune, 1),
-        server_rows=min(evaluate.server_rows, 4),
-        batch=min(evaluate.batch, 2),
-    )
-
-
 def clients_of(recipe: Recipe) -> int:
-    """How many clients a shrunk recipe needs, so that enough of them train."""
+    """How many clients a shrunk recipe needs so that enough of them train."""
     assert recipe.cohort.size is not None
     return math.ceil((recipe.cohort.size + SPARE) / (1 - recipe.data.splits.unseen)) + 1
 
 
 def bearable(recipe: Recipe, population: int) -> Recipe:
-    """The shrunk recipe without what so few clients cannot bear: noise that drowns them, drop-outs that end rounds."""
+    """The shrunk recipe without what so few clients cannot bear: too much noise, drop-outs that end rounds."""
     dp, cohort = recipe.privacy.dp, recipe.cohort
     if isinstance(dp, CentralDp):
         try:

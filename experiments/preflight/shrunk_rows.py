@@ -1,4 +1,4 @@
-"""Rows for a shrunk recipe: the first of some of its own clients, shortened, or made-up ones if none are at hand."""
+"""Rows for a shrunk recipe: shortened rows of some of its clients, or random ones if its data is not here."""
 
 import typing
 from dataclasses import replace
@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from datasets_partition import Sources
 from datasets_partition.core.canonical import content_columns
@@ -19,12 +18,12 @@ from experiments.config.recipe import Recipe
 from experiments.preflight.shrunk_recipe import ROWS
 from strategies.core.seeds import rng
 
-TOO_MUCH = 256 * 2**20  # bytes of files that a minute has no time for
+TOO_MUCH = 256 * 2**20  # bytes of files that take too long to read
 TURNS = 4
 
 
 class Drawn(NamedTuple):
-    """A table of rows with their clients, whether they are the recipe's own, and where they come from in words."""
+    """A table of rows with their clients, whether they are real rows of the recipe, and their origin in words."""
 
     table: pa.Table
     real: bool
@@ -32,20 +31,20 @@ class Drawn(NamedTuple):
 
 
 def draw_rows(recipe: Recipe, clients: int, max_length: int, cache: Path) -> Drawn:
-    """Rows for so many clients, short enough for `max_length` tokens whatever the tokenizer makes of them.
+    """Rows for `clients` clients, short enough for `max_length` tokens of any tokenizer.
 
-    The recipe's own source, partition and splits are tried where its rows are at hand, with a store in `cache`. Raises
-    ValueError for what is wrong with them.
+    If the recipe's rows are here, its source, partition and splits are tried, with a store in `cache`; their errors are
+    raised.
     """
     source, why = recipe.data.source, out_of_reach(recipe)
     if why is not None:
-        return Drawn(_made_up(clients, max_length), False, f"made-up prompts and completions: {why}")
+        return Drawn(_made_up(clients, max_length), False, f"made-up prompts and completions, since {why}")
     if isinstance(source, PythonDocs):
-        source = replace(source, packages=())  # the standard library alone, which takes seconds
+        source = replace(source, packages=())  # only the standard library, which takes seconds
     data = recipe.data
     store = Store.open(build(source, data.partition, data.splits, recipe.seed, str(cache), label=data.label))
     if source is data.source:
-        recipe.cohort.sample(store.num_training, recipe.seed, 0)  # refuses a cohort that is too large for them
+        recipe.cohort.sample(store.num_training, recipe.seed, 0)  # raises an error if the cohort is too large
     names = content_columns(store.read_rows(0, "train"))
     parts = []
     for client in range(clients):
@@ -58,7 +57,7 @@ def draw_rows(recipe: Recipe, clients: int, max_length: int, cache: Path) -> Dra
 
 
 def out_of_reach(recipe: Recipe) -> str | None:
-    """Why the recipe's rows cannot be read here and now; None where they can."""
+    """Why the recipe's rows cannot be read here; None if they can."""
     source = recipe.data.source
     if not isinstance(source, typing.get_args(Sources)) or isinstance(source, PythonDocs):
         return None
@@ -68,11 +67,6 @@ def out_of_reach(recipe: Recipe) -> str | None:
         return f"{where} is not on this machine"
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     return f"{where} holds {size / 2**30:.1f} GiB" if size > TOO_MUCH else None
-
-
-def write_rows(drawn: Drawn, folder: Path) -> None:
-    """Puts the rows where a shrunk recipe reads them."""
-    pq.write_table(drawn.table, folder / "rows.parquet")
 
 
 def _rows_of(client: int) -> int:
@@ -100,14 +94,14 @@ def _made_up(clients: int, max_length: int) -> pa.Table:
 
 
 def _shortened(values: pa.ChunkedArray, name: str, max_length: int) -> pa.Array:
-    """The values with so few characters that a prompt leaves room: one is up to four tokens, if they are bytes."""
+    """The values with so few characters that they fit: a character has up to four tokens, if tokens are bytes."""
     few = max(1, max_length // 8)
 
     def text(value: str) -> str:
         return value[-few:] if name == "prompt" else value[: 2 * few]
 
     def turns(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        # Through the first answer, after which nothing is needed.
+        # Up to the first answer: later turns are not needed.
         last = next((number for number, turn in enumerate(value) if turn["role"] == "assistant"), len(value))
         return [turn | {"content": turn["content"][: few // 2]} for turn in value[: last + 1][-TURNS:]]
 

@@ -1,1 +1,1 @@
-"""Pages and pictures of runs."""
+"""Pages about runs, and pictures of stores."""

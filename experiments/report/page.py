@@ -1,11 +1,10 @@
-"""One self-contained HTML page from run folders: what was learnt, who lost, what it took, and who saw what.
+"""One self-contained HTML page about runs: what was learned, which clients lost, the cost, and who saw what.
 
-A run folder may come from elsewhere. Nothing in it is run or unpickled (TOML, JSON and Parquet only), all of it is
-escaped (jinja2 autoescape, `Markup.format` in the charts), and the page's policy forbids scripts and the network.
+A run folder may be foreign. Nothing in it is run or unpickled (TOML, JSON and Parquet only), all of it is escaped
+(jinja2 autoescape, `Markup.format` in the charts), and the policy of the page forbids scripts and the network.
 """
 
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from engine.messages.errors import RunError
 from engine.messages.events import DROPOUT
+from engine.system.atomic import write_file
 from experiments.report import charts
 from experiments.report.charts import Series, change, duration, loss, number, size
 from experiments.report.run_folder import Run, read_run
@@ -25,39 +26,33 @@ OF_SOME_RUNS = {
     "loss_finetuned": ("fine-tuned", "9 3"),
     "loss_not_private": ("not private", "5 2 1 2"),
 }
-BASELINES = {"loss_local_only": ("local only", "7 4"), "loss_centralised": ("centralised", "2 3")}
-PARTIES = ("client", "other clients", "server", "base-model owner")  # listed also where they saw nothing
+BASELINES = {"loss_local_only": ("local only", "7 4"), "loss_centralised": ("centralized", "2 3")}
+PARTIES = ("client", "other clients", "server", "base-model owner")  # listed even if they saw nothing
 MAX_LISTED = 40  # parties, kinds and failed rounds that a table lists
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> Path:
-    """Write the page about one run, or about several side by side, to `out`, whole or not at all.
+    """Writes the page about one run, or about several side by side, to `out`, completely or not at all.
 
-    ValueError where a folder is not a run, a file of it cannot be read, or `out` is a folder.
+    Raises RunError if a folder is not a run, a file of it cannot be read, or `out` is a folder.
     """
     if not run_folders:
-        raise ValueError("a report needs at least one run folder")
+        raise RunError("a report needs at least one run folder")
     if out.is_dir():
-        raise ValueError(f"{out} is a folder: name the HTML file to write")
+        raise RunError(f"{out} is a folder: name the HTML file to write")
     runs = [read_run(folder) for folder in run_folders]
     names = [run.name for run in runs]
     for run, folder in zip(runs, run_folders, strict=True):
         if names.count(run.name) > 1:
             run.name = f"{run.name} ({folder.resolve().name})"
-    page = render(runs)
+    page = render(runs).encode("utf-8", "replace")  # JSON may contain lone surrogates, which UTF-8 cannot encode
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        # "replace": JSON can smuggle in lone surrogates, which UTF-8 cannot hold.
-        partial.write_bytes(page.encode("utf-8", "replace"))
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(out, page)
     return out
 
 
 def _at(tree: Any, *path: str) -> str:
-    """A scalar of the recipe as text, or nothing where it is absent."""
+    """A scalar of the recipe as text; empty if it is absent."""
     for key in path:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return str(tree) if isinstance(tree, str | int | float) else ""
@@ -69,7 +64,7 @@ def _unit(run: Run) -> str:
 
 
 def _summary(run: Run) -> list[dict[str, Any]]:
-    """A row a split: first and last evaluated round, the change between them, and the baselines."""
+    """A row per split: the losses of the first and last evaluated round, their change, and the baselines."""
     out = []
     for split in ("heldout", "unseen", "server"):
         points = run.points(split, "loss")
@@ -77,14 +72,10 @@ def _summary(run: Run) -> list[dict[str, Any]]:
             continue  # most federations have no such rows
         row: dict[str, Any] = {"split": SPLITS[split], "first": "no data", "last": "no data", "change": "no data"}
         if points:
-            row |= {"first": loss(points[0][1]), "from": int(points[0][0])}
-        if len(points) > 1:
-            row |= {
-                "last": loss(points[-1][1]),
-                "to": int(points[-1][0]),
-                "change": change(points[0][1], points[-1][1]),
-            }
-            row["better"] = points[-1][1] < points[0][1]
+            (start, before), (end, after) = points[0], points[-1]
+            row |= {"first": loss(before), "from": int(start)}
+            if len(points) > 1:
+                row |= {"last": loss(after), "to": int(end), "change": change(before, after), "better": after < before}
         for name in OF_SOME_RUNS | BASELINES:
             row[name] = loss(next((v for _, v in reversed(run.points(split, name))), None))
         out.append(row)
@@ -92,7 +83,7 @@ def _summary(run: Run) -> list[dict[str, Any]]:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """Short facts with their values: what was run, then what it took."""
+    """Short facts with their values: what was run, and what it cost."""
     rounds = [r for of in run.curves.values() for r in of]
     asked = _at(run.recipe, "rounds")
     of = f" of {asked}" if asked else ""
@@ -122,7 +113,7 @@ def _hidden(run: Run) -> str:
 
 
 def _clients(run: Run) -> dict[str, Any]:
-    """The paired plot of held-out losses, and the clients that lost the most, by name."""
+    """The paired plot of held-out losses, and the clients whose loss rose most."""
     title = "Held-out loss of each client"
     (old_round, old), (new_round, new) = run.before or (0, {}), run.after or (0, {})
     shared = [(c, old[c], new[c]) for c in old if c in new and math.isfinite(old[c]) and math.isfinite(new[c])]
@@ -141,9 +132,8 @@ def _charts(run: Run) -> dict[str, Markup]:
     curves = [Series(label, run.points(split, "loss"), colors[split]) for split, label in SPLITS.items()]
     for name, (label, dash) in (OF_SOME_RUNS | BASELINES).items():
         for split in ("heldout", "unseen", "server"):
-            curves.append(
-                Series(f"{SPLITS[split]}, {label}", run.points(split, name)[-1:], colors[split], dash, level=True)
-            )
+            points = run.points(split, name)[-1:]
+            curves.append(Series(f"{SPLITS[split]}, {label}", points, colors[split], dash, level=True))
 
     def engine(label: str, name: str, color: int, dash: str = "") -> Series:
         return Series(label, run.points("engine", name), color, dash)
@@ -151,16 +141,16 @@ def _charts(run: Run) -> dict[str, Markup]:
     rows = [v for v in run.rows.values() if v > 0]
     note = f"{len(rows):,} clients trained, with a median of {number(statistics.median(rows))} rows." if rows else ""
     time = [engine("train", "round_s", 1), engine("evaluate", "evaluate_s", 2)]
-    # Up and down are often equal: dashes let the line below show through.
+    # Up and down are often equal: with dashes both lines are visible.
     moved = [engine("protocol up", "protocol_bytes_up", 1), engine("protocol down", "protocol_bytes_down", 2, "8 8")]
     moved.append(engine("object store", "store_bytes", 3))
-    told = "Protocol: what a real federation would send. Object store: what this simulation moved."
+    kinds = "Protocol: what a real federation would send. Object store: what this simulation moved."
     speed = [engine("tokens a second", "tokens_per_s", 1)]
     return {
         "loss": charts.lines("Loss", curves, "round", _unit(run)),
         "rows": charts.histogram("Rows of each client", rows, "rows", "clients", note or _hidden(run)),
         "time": charts.stacked("Time of a round", time, "round", "seconds"),
-        "bytes": charts.lines("Bytes moved in a round", moved, "round", "bytes", size, zero=True, note=told),
+        "bytes": charts.lines("Bytes moved in a round", moved, "round", "bytes", size, zero=True, note=kinds),
         "speed": charts.lines("Throughput", speed, "round", "tokens per second", zero=True),
     }
 
@@ -178,7 +168,7 @@ def _ledger(run: Run) -> dict[str, Any]:
 
 
 def _tint(total: int, most: int) -> int:
-    """Percent of tint, on a logarithmic scale: one prompt should be visible next to a gigabyte of updates."""
+    """The tint in percent, on a logarithmic scale: a prompt should be visible next to a gigabyte of updates."""
     return round(6 + 34 * math.log1p(max(total, 0)) / math.log1p(most)) if most > 0 else 6
 
 
@@ -197,18 +187,18 @@ def render(runs: Sequence[Run]) -> str:
         view.append({"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run, "facts": _facts(run)})
         view[-1] |= {"summary": _summary(run), "charts": _charts(run), "clients": _clients(run)}
         view[-1] |= {"ledger": _ledger(run), "failures": _failures(run)}
-        faults = sorted(run.faults, key=lambda fault: fault[1] == DROPOUT)  # which may be many, and on purpose
+        faults = sorted(run.faults, key=lambda fault: fault[1] == DROPOUT)  # drop-outs last: many, and on purpose
         view[-1] |= {"faults": faults[:MAX_LISTED], "more_faults": len(faults) - MAX_LISTED}
     overlay = []
     if len(runs) > 1:
         unit = _unit(runs[0]) if len({_unit(run) for run in runs}) == 1 else "loss"
         for split, title in (("heldout", "Held-out loss"), ("unseen", "Loss of unseen clients")):
-            curves = [  # past eight runs the colours come round again, dashed
+            curves = [  # from the ninth run on, the colors repeat with dashes
                 Series(run.name, run.points(split, "loss"), i % charts.COLORS + 1, "6 3" * (i >= charts.COLORS))
                 for i, run in enumerate(runs)
             ]
             overlay.append(charts.lines(title, curves, "round", unit))
     loader = jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates")
     env = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    shown = {n: said for n, said in OF_SOME_RUNS.items() if any(run.points("heldout", n) for run in runs)} | BASELINES
-    return env.get_template("report.html").render(runs=view, overlay=overlay, baselines=shown)
+    shown = {name: label for name, label in OF_SOME_RUNS.items() if any(run.points("heldout", name) for run in runs)}
+    return env.get_template("report.html").render(runs=view, overlay=overlay, baselines=shown | BASELINES)

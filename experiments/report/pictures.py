@@ -1,7 +1,7 @@
-"""A store's skew as pictures, PNG files: rows per client, categories of clients, lengths in tokens.
+"""Pictures of a store's skew as PNG files: rows per client, categories of clients, lengths in tokens.
 
-Figures are made without pyplot, whose state is global. Colours are told apart by colour-blind readers (Okabe and Ito),
-and a name is drawn as it is written: nothing in it is markup.
+Figures avoid pyplot, whose state is global. Color-blind readers can distinguish the colors (Okabe and Ito). Names are
+drawn literally: nothing in them is markup.
 """
 
 import io
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from datasets_partition.store.stats import Categories, Sizes, Skew, TokenLengths
 
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
-MOST_BARS, MOST_POINTS = 60, 2000  # clients drawn as a bar each; points of an outline that stands for more of them
+MOST_BARS, MOST_POINTS = 60, 2000  # clients with a bar each; points of the outline that replaces more bars
 MOST_CLIENTS, MOST_CATEGORIES = 60, 30  # rows and columns of the heat map
 MOST_LETTERS = 28
-SKEWED = 30  # the largest over the smallest from which an axis is logarithmic
+SKEWED = 30  # the ratio of largest to smallest from which an axis is logarithmic
 
 
 def draw_skew(skew: Skew, name: Callable[[int], str]) -> dict[str, bytes]:
-    """The pictures that need no tokens, by file name; `name` gives a client's name."""
+    """The pictures that need no tokens, by file name; `name` returns a client's name."""
     pictures = {"rows_per_client.png": _rows_per_client(skew.rows)}
     if skew.categories is not None:
         pictures["categories.png"] = _categories(skew.categories, skew.rows, name)
@@ -35,7 +35,7 @@ def draw_skew(skew: Skew, name: Callable[[int], str]) -> dict[str, bytes]:
 
 
 def draw_tokens(lengths: TokenLengths, max_length: int) -> dict[str, bytes]:
-    """The picture of the token lengths, by file name; `max_length` is where rows were cut."""
+    """The picture of the token lengths, by file name; rows were cut at `max_length`."""
     figure = _figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     _token_rows(left, lengths.rows, max_length)
@@ -50,7 +50,7 @@ def _rows_per_client(rows: Sizes) -> bytes:
     _by_size(left, rows, "rows")
     left.set_title("Rows per client")
 
-    # The Lorenz curve; the Gini coefficient is the area between it and the diagonal, over the triangle's.
+    # The Lorenz curve; the Gini coefficient is the area between it and the diagonal over the area of the triangle.
     clients = len(rows.each)
     held = np.concatenate([[0], np.cumsum(np.sort(rows.each)[::-1])]) / rows.total
     at = _thinned(clients + 1)
@@ -66,7 +66,7 @@ def _rows_per_client(rows: Sizes) -> bytes:
 
 
 def _by_size(axes: Axes, sizes: Sizes, what: str) -> None:
-    """Each client's size, from the largest to the smallest: bars, or an outline where there are many clients."""
+    """Each client's size, from the largest to the smallest: bars, or an outline of many clients."""
     ordered, clients = np.sort(sizes.each)[::-1], len(sizes.each)
     if clients <= MOST_BARS:
         axes.bar(np.arange(1, clients + 1), ordered, width=0.85, color=BLUE)
@@ -91,7 +91,7 @@ def _by_size(axes: Axes, sizes: Sizes, what: str) -> None:
 
 
 def _token_rows(axes: Axes, lengths: NDArray[np.int32], max_length: int) -> None:
-    """How many rows have how many tokens, in bins of equally many whole numbers; the last ends with the longest row."""
+    """The histogram of the rows' lengths; all bins have the same width, and the last ends at the longest row."""
     longest = int(lengths.max(initial=1))
     width = -(-longest // MOST_BARS)
     edges = longest + 0.5 - width * np.arange(-(-longest // width), -1, -1)
@@ -111,7 +111,7 @@ def _token_rows(axes: Axes, lengths: NDArray[np.int32], max_length: int) -> None
 
 
 def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str]) -> bytes:
-    """The heat map: a row for everybody and one for each client, a column for each category."""
+    """The heat map: a row for all clients and one for each client, a column for each category."""
     by_size = np.argsort(-rows.each, kind="stable")
     drawn = by_size[_thinned(len(by_size), MOST_CLIENTS)]
     by_rows = np.argsort(-categories.totals, kind="stable")
@@ -130,11 +130,11 @@ def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str])
     np.add.at(counts, cells, categories.counts[inside])
     shares = counts / counts.sum(axis=1, keepdims=True)
 
-    # Cells high enough for the colour bar's label; below them the categories' names, which stand upright.
+    # Cells are high enough for the color bar's label; below them are the names of the categories, rotated.
     cells_high, names_high = max(1.7, 0.19 * len(shares)), 0.075 * max(map(len, columns))
     figure = _figure(max(7, 3.5 + 0.34 * len(columns)), 1.7 + cells_high + names_high)
     axes = figure.subplots()
-    # By the square root of a share, so that a small one can be told from none.
+    # By the square root of a share, so that small shares differ visibly from none.
     image = axes.imshow(shares, aspect="auto", cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="none")
     axes.axhline(0.5, color="black", linewidth=1)
     if len(by_rows) > shown:
@@ -153,7 +153,7 @@ def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str])
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure in inches, whose texts make room for each other."""
+    """An empty figure of a size in inches, whose texts do not overlap."""
     return Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
 
 
@@ -163,14 +163,14 @@ def _thinned(count: int, most: int = MOST_POINTS) -> NDArray[np.int64]:
 
 
 def _short(name: str) -> str:
-    """One line that fits beside the heat map; a long name keeps its beginning and its end."""
+    """A line that fits beside the heat map; of a long name the beginning and the end."""
     line = "".join(letter if letter.isprintable() else " " for letter in name)
     half = MOST_LETTERS // 2
     return line if len(line) <= MOST_LETTERS else f"{line[:half]}…{line[-half + 1 :]}"
 
 
 def _short_each(names: list[str]) -> list[str]:
-    """Short names, of which those that have become the same are numbered."""
+    """Short names; those that have become equal are numbered."""
     seen = Counter[str]()
     lines = []
     for line in map(_short, names):
@@ -190,7 +190,7 @@ def _percent(value: float, _: object = None) -> str:
 def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes, which says enough.
+        # Characters that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
     return file.getvalue()

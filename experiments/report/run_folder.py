@@ -1,4 +1,4 @@
-"""What a report needs of a run folder, which may come from elsewhere: TOML, JSON and Parquet, and nothing is run."""
+"""Reads what a report needs from a run folder, which may be foreign: only TOML, JSON and Parquet, no code."""
 
 import json
 import math
@@ -13,23 +13,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from engine.messages.errors import RunError
+from engine.records.metrics import FAULTS, LEDGER, METRICS
 from experiments.report import charts
 
-METRICS = {"round": pa.int32(), "split": pa.string(), "client": pa.string(), "name": pa.string(), "value": pa.float64()}
-LEDGER = {"round": pa.int32(), "party": pa.string(), "kind": pa.string(), "count": pa.int64(), "bytes": pa.int64()}
-
-FAULTS = {"round": pa.int32(), "kind": pa.string(), "who": pa.string(), "why": pa.string()}
+UNUSED = {"wall_s", "mode"}  # columns that a report does not need
 
 
 @dataclass
 class Run:
-    """What the page needs of a run; `curves[split, name]` is round -> value, losses in nats per token, times in s."""
+    """The contents of a run folder; `curves[split, name]` is round -> value, losses in nats per token, times in s."""
 
     name: str
     recipe: dict[str, Any]
     recipe_text: str
     manifest: list[tuple[str, str]]
-    privacy: str = ""  # what noise has cost, in words
+    privacy: str = ""  # the privacy spent, in words
     curves: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
     before: tuple[int, dict[str, float]] | None = None  # first round with a held-out loss for each client
     after: tuple[int, dict[str, float]] | None = None  # last such round
@@ -47,23 +46,20 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder; only `recipe.toml` must be there. ValueError names the folder or the file that is at fault."""
+    """Reads a run folder, in which only `recipe.toml` is required; RunError names a faulty folder or file."""
     file = folder / "recipe.toml"
     if not file.is_file():
-        raise ValueError(f"{folder} is not a run folder: that is what `fedpost run` writes, with a recipe.toml inside")
+        raise RunError(f"{folder} is not a run folder: that is what `fedpost run` writes, with a recipe.toml inside")
     refuse_ways_out(folder)
     try:
         text = file.read_text("utf-8")
         recipe = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid TOML: {error}") from error
-    file = folder / "manifest.json"
-    try:
-        manifest = list(_flat("", json.loads(file.read_text("utf-8")))) if file.is_file() else []
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        raise RunError(f"{file} is not valid TOML: {error}") from error
     name = str(recipe.get("name") or folder.resolve().name)
-    run = Run(name, recipe, text, manifest, _statement(folder / "privacy.json"))
+    manifest, privacy = _json(folder / "manifest.json"), _json(folder / "privacy.json")
+    statement = str(privacy.get("statement", "")) if isinstance(privacy, dict) else ""
+    run = Run(name, recipe, text, list(_flat("", manifest)) if manifest else [], statement)
     for file in sorted((folder / "metrics").glob("round-*.parquet")):
         _add_metrics(run, _read(file, METRICS))
     for file in sorted((folder / "ledger").glob("round-*.parquet")):
@@ -79,26 +75,36 @@ def read_run(folder: Path) -> Run:
 
 
 def refuse_ways_out(folder: Path) -> None:
-    """Raises ValueError if a run folder holds a link to what lies elsewhere, or what is no file, such as a pipe."""
+    """Raises RunError if a run folder holds a link that leads out of it, or something like a pipe."""
     inside = folder.resolve()
     for here, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = os.path.join(here, name)
             if os.path.islink(path) and not Path(path).resolve().is_relative_to(inside):
-                raise ValueError(f"{path} is a link that leads out of the run folder: put there what it links to")
+                raise RunError(f"{path} is a link that leads out of the run folder: replace it by its target")
         for path in (os.path.join(here, name) for name in files):
             if not os.path.isfile(path):
-                raise ValueError(f"{path} is neither a file nor a folder, as a run's are: remove it")
+                raise RunError(f"{path} is neither a file nor a folder: remove it")
 
 
-def _read(file: Path, columns: dict[str, pa.DataType]) -> pa.Table:
+def _read(file: Path, schema: pa.Schema) -> pa.Table:
+    columns = [column for column in schema if column.name not in UNUSED]
+    names = [column.name for column in columns]
     try:
-        table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=list(columns))
-        table.validate(full=True)  # that text is UTF-8, say
-        return table.select(list(columns)).cast(pa.schema(list(columns.items())))
+        table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=names)
+        table.validate(full=True)  # for example that text is UTF-8
+        return table.select(names).cast(pa.schema(columns))
     except (pa.ArrowException, OSError, KeyError) as error:
         first = (str(error).splitlines() or ["no reason given"])[0]
-        raise ValueError(f"{file} cannot be read, it may be truncated or not be a file of a run: {first}") from error
+        raise RunError(f"{file} cannot be read, it may be truncated or not be a file of a run: {first}") from error
+
+
+def _json(file: Path) -> Any:
+    """The content of a JSON file; None if there is no such file."""
+    try:
+        return json.loads(file.read_text("utf-8")) if file.is_file() else None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file} is not valid JSON: {error}") from error
 
 
 def _add_metrics(run: Run, table: pa.Table) -> None:
@@ -106,33 +112,25 @@ def _add_metrics(run: Run, table: pa.Table) -> None:
     alone = pc.is_null(table["client"])
     for row in table.filter(alone).to_pylist():
         run.curves.setdefault((row["split"], row["name"]), {})[row["round"]] = row["value"]
-    # Clients may be a million: filter in Arrow, and keep two rounds of losses rather than all.
+    # There may be a million clients: filter in Arrow, and keep two rounds of losses instead of all.
     each = table.filter(pc.invert(alone))
     losses = each.filter(pc.and_(pc.equal(each["split"], "heldout"), pc.equal(each["name"], "loss")))
     for at in sorted(pc.unique(losses["round"]).to_pylist()):
         now = losses.filter(pc.equal(losses["round"], at))
-        found = at, dict(zip(now["client"].to_pylist(), now["value"].to_pylist(), strict=True))
+        of_round = at, dict(zip(now["client"].to_pylist(), now["value"].to_pylist(), strict=True))
         if run.before is None:
-            run.before = found
+            run.before = of_round
         else:
-            run.after = found
+            run.after = of_round
     rows = each.filter(pc.and_(pc.equal(each["split"], "train"), pc.equal(each["name"], "rows")))
     for client, value in zip(rows["client"].to_pylist(), rows["value"].to_pylist(), strict=True):
         run.rows[client] = max(value, run.rows.get(client, 0.0))
 
 
 def _flat(key: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
-    """A nested dict as dotted keys; deeper than six levels, and lists, stay JSON."""
+    """A nested dict as dotted keys; lists, and what is deeper than six levels, stay JSON."""
     if isinstance(value, dict) and value and depth < 6:
-        for inner, one in value.items():
-            yield from _flat(f"{key}.{inner}" if key else inner, one, depth + 1)
+        for inner, below in value.items():
+            yield from _flat(f"{key}.{inner}" if key else inner, below, depth + 1)
     else:
         yield key, value if isinstance(value, str) else json.dumps(value)
-
-
-def _statement(file: Path) -> str:
-    """What a private run says that it has cost; nothing where there is no such file."""
-    try:
-        return str(json.loads(file.read_text("utf-8"))["statement"]) if file.is_file() else ""
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not the JSON of a run: {error}") from error

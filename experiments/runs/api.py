@@ -1,6 +1,6 @@
 """A run as a Python call: builds the store, starts or joins Ray, plays the driver's events, leaves a run folder.
 
-Imports what is heavy inside, since `fedpost --help` passes through here.
+Heavy imports are inside functions, since `fedpost --help` imports this module.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from engine.messages.errors import RunError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,13 +64,13 @@ def run(
     on_event: Callable[[Event], None] = lambda event: None,
     stop: threading.Event | None = None,
 ) -> Run:
-    """Runs a recipe (or a recipe file) to its end and returns what it left.
+    """Runs a recipe (or a recipe file) to its end and returns the results.
 
-    `out` is the run folder, `runs/NAME-TIME` by default; of a URI there is a copy here, which is worked on. `resume`
-    goes on with the run in `out`, or with the newest of that name. `baselines` adds local-only and centralised
-    training. `address` joins a Ray cluster; without it Ray is started here and ended with the run. With `stop` set by
-    another thread, the round that goes on is the last, and RunStopped is raised. Raises ValueError with one sentence
-    for what the caller can mend.
+    `out` is the run folder, by default `runs/NAME-TIME`; if it is a URI, the run works in a local copy. `resume`
+    continues the run in `out`, by default the newest run of that name. `baselines` adds local-only and centralized
+    training. `address` joins a Ray cluster; by default Ray is started here and ends with the run. Once another thread
+    sets `stop`, the current round is finished and RunStopped is raised. Raises RunError with one sentence for what the
+    caller can mend.
     """
     from datasets_partition.sources.location import is_local
     from engine.messages.events import Finished, Preparing, Started, Stopped
@@ -84,11 +86,11 @@ def run(
     if isinstance(recipe, Path | str):
         recipe = load_recipe(Path(recipe))
     if baselines and recipe.clients.zero is not None:
-        raise ValueError("--baselines trains in one process, and clients are gangs: leave it, or clients.zero, out")
+        raise RunError("--baselines trains in one process, but clients.zero asks for gangs: leave one of them out")
     place, copy = working_folder(out, resume)
     folder, recipe = run_folder(recipe, place, resume)
     with alone_in(folder):
-        on_event(Preparing("reading the data, giving rows to clients"))
+        on_event(Preparing("reading the data and assigning rows to clients"))
         store = build_store(recipe)
         manifest = _manifest(recipe, store)
         if resume:
@@ -99,7 +101,7 @@ def run(
         }
         finished: Finished | None = None
         with ray_session(address), ExitStack() as at_end:
-            from engine.rounds.driver import RunPlan  # which imports ray: only now is its environment settled
+            from engine.rounds.driver import RunPlan  # imports ray, whose environment is only now complete
 
             at_end.callback(copy)
             shared = shared_store(recipe, store)
@@ -111,7 +113,7 @@ def run(
                     finished = event
                     continue
                 if isinstance(event, Started):
-                    manifest["digests"] |= digests(recipe)  # the hub may have given the base only now, or another
+                    manifest["digests"] |= digests(recipe)  # the base may have been downloaded, or changed, by now
                     if resume:
                         refuse_other_parts(folder, manifest)
                     write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -122,7 +124,7 @@ def run(
                 copy()
                 if isinstance(event, Stopped):
                     reached = f"stopped after round {event.round} of {recipe.rounds}"
-                    raise RunStopped(f"{reached}; --resume goes on from there")
+                    raise RunStopped(f"{reached}; --resume continues from there")
         assert finished is not None
         finished = replace(finished, folder=folder)
         write_report([folder], folder / "report.html")
@@ -132,7 +134,7 @@ def run(
 
 
 def build_store(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) -> Path:
-    """The client store of a recipe's data section: the cached one, or a new one, whose steps `on_step` is told."""
+    """The client store of a recipe's data section, from the cache or built now; `on_step` receives each step."""
     from datasets_partition.sources.location import is_local
     from datasets_partition.store.build import build
 
@@ -142,7 +144,7 @@ def build_store(recipe: Recipe, on_step: Callable[[str], None] = lambda step: No
 
 
 def shared_store(recipe: Recipe, store: Path) -> str | None:
-    """Where else than on this machine a recipe's store lies; None if its cache is a local folder."""
+    """The URI of a recipe's store; None if its cache is a local folder."""
     from datasets_partition.sources.location import is_local, within
 
     return None if is_local(recipe.data.cache) else within(recipe.data.cache, store.name)
@@ -150,19 +152,19 @@ def shared_store(recipe: Recipe, store: Path) -> str | None:
 
 @contextmanager
 def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
-    """Joins the Ray at `address` (or of the job that we are in), or starts one on loopback; ends what it began.
+    """Joins the Ray at `address` (or the one of the Ray job that this is), or starts one on loopback and ends it again.
 
-    `resources` (num_cpus, num_gpus) are what Ray counts on where it is started, in place of what the machine has.
-    Raises ValueError if none answers or starts.
+    A Ray that is started here has `resources` (num_cpus, num_gpus), by default those of the machine. Raises RunError if
+    Ray does not answer or start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # What the store holds for nobody goes at once and not once a second: a round may be shorter than that.
+    # Unused objects leave the store at once and not once a second: a round may be shorter than that.
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None and "ray" not in sys.modules:
-        # Read when ray is imported. The first keeps Ray on loopback, whatever its name says; the token is this
-        # process's alone: Ray would write one into the home folder, and leave it there.
+        # Read when ray is imported. The first keeps Ray on loopback, despite its name. The token is known to this
+        # process alone; Ray would leave one in the home folder.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -176,25 +178,25 @@ def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
         if address is None:
             ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet, **resources)
         else:
-            _refuse_silence(address)
+            _require_answer(address)
             ray.init(address, runtime_env=shipped_code(), **quiet)
     except (ConnectionError, RuntimeError) as error:
         where = f"at {address}" if address else "on this machine"
-        raise ValueError(f"Ray does not start or answer {where}: {str(error).strip().splitlines()[0]}") from error
+        raise RunError(f"Ray does not start or answer {where}: {str(error).strip().splitlines()[0]}") from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _refuse_silence(address: str) -> None:
-    """Ray itself would try a dead address for a minute."""
+def _require_answer(address: str) -> None:
+    """Raises RunError if nothing listens at an address, which Ray itself would try for a minute."""
     import socket
 
     if address.startswith("ray://"):
-        raise ValueError(
-            f"{address} is the address of a Ray client server, which streams no results: give the head's own HOST:PORT "
-            f"(6379 unless said otherwise), or submit the run as a Ray job"
+        raise RunError(
+            f"{address} is the address of a Ray client server, which streams no results: give HOST:PORT of the head "
+            f"(the port is 6379 by default), or submit the run as a Ray job"
         )
     host, _, port = address.rpartition(":")
     if not port.isdigit():
@@ -202,22 +204,22 @@ def _refuse_silence(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
-        raise ValueError(
+        raise RunError(
             f"there is no Ray at {address} ({error}): start one with `ray start --head`, "
             f"or leave --address out to run on this machine alone"
         ) from error
 
 
 def shipped_code() -> dict[str, Any]:
-    """The runtime environment that brings this code to a cluster's nodes; a Ray job has brought it already."""
+    """The runtime environment that brings this code to a cluster's nodes; empty in a Ray job, which has brought it."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return {}
-    root = Path(__file__).resolve().parent.parent.parent
+    root = Path(__file__).resolve().parents[2]
     return {"py_modules": [str(root / name) for name in ("engine", "strategies", "datasets_partition", "experiments")]}
 
 
 def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
-    """Versions, seed, data, base and digests: what somebody needs to get the same bits again."""
+    """Versions, seed, data, base and digests: what a run with the same bits needs."""
     from importlib.metadata import PackageNotFoundError, version
 
     from experiments.runs.digests import digests

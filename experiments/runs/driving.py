@@ -1,4 +1,4 @@
-"""The driver's life as the command sees it: started, replaced when it dies, asked to stop."""
+"""The command's view of the driver: it is started, replaced when it dies, and asked to stop."""
 
 import signal
 import sys
@@ -8,23 +8,25 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from engine.messages.errors import RunError
+
 if TYPE_CHECKING:
     from engine.messages.events import Event
     from engine.rounds.driver import RunPlan
     from experiments.config.recipe import Recipe
 
-FUTILE = 3  # drivers in a row that end before a round that none had done: beyond, it is no chance
+FUTILE = 3  # drivers in a row that may die without finishing a new round; a further one ends the run
 LOOK_S = 0.2
 
 
 class RunStopped(Exception):
-    """The run has ended before its last round because it was asked to."""
+    """The run was asked to stop and has ended before its last round."""
 
 
 def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> Iterator["Event"]:
-    """Plays a driver's events; where it dies, or a slot while it starts, another goes on from the last checkpoint.
+    """Yields a driver's events; if it dies, or a slot dies while it starts, a new one resumes from the last checkpoint.
 
-    With `stop` set, the present round is the last. Raises ValueError for what the user can mend.
+    Once `stop` is set, the current round is the last. Raises RunError for what the user can mend.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -33,12 +35,13 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
     from engine.messages.events import DriverLost, Fault, RoundDone, Started
     from engine.rounds.driver import Driver
     from engine.system.failures import LOST, cause_of, last_line
-    from experiments.config.user_code import own_parts
+    from experiments.config.user_code import user_parts
+    from experiments.runs.errors import explanation
 
-    for own in own_parts(recipe).values():
-        # Travels as code: no process of the cluster needs the file.
-        ray.cloudpickle.register_pickle_by_value(sys.modules[type(own).__module__])
-    # On this node, since it reads and writes this machine's folders; the second thread is for who asks it to stop.
+    for part in user_parts(recipe).values():
+        # The code itself travels, so that no other process needs the file.
+        ray.cloudpickle.register_pickle_by_value(sys.modules[type(part).__module__])
+    # On this node, since it reads and writes this machine's folders; the second thread takes the request to stop.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
     futile = furthest = 0
@@ -48,28 +51,29 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
         if stop is not None:
             threading.Thread(target=_pass_on, args=(stop, over, driver), daemon=True).start()
         try:
-            # A round ahead and no more, so that what is copied after an event is not long out of date.
+            # At most one round ahead, so that what is copied after an event is recent.
             for reference in driver.run.options(_generator_backpressure_num_objects=1).remote():
                 event = ray.get(reference)
-                if isinstance(event, Started):  # it has written down who was lost before
+                if isinstance(event, Started):  # it has recorded the faults of `lost`
                     plan = replace(plan, lost=())
-                # A round that is played again is none: what kills drivers may come after it, before its checkpoint.
+                # Repeating a round is no progress: the fault may come after the round and before its checkpoint.
                 if isinstance(event, RoundDone) and event.round > furthest:
                     futile, furthest = 0, event.round
                 yield event
             return
         except (RayTaskError, *LOST) as error:
             cause = cause_of(error)
-            if isinstance(cause, ValueError | OSError):
-                raise ValueError(str(cause)) from error
             if not isinstance(cause, LOST):
+                if text := explanation(error):
+                    raise RunError(text) from error
                 raise
-            # It is dead, or has lost a slot while it started, or with a node what only its last checkpoint has.
+            # It is dead, or lost a slot while it started, or lost with a node what only its last checkpoint has.
             futile, why = futile + 1, last_line(cause)
             if futile > FUTILE:
-                raise ValueError(
+                raise RunError(
                     f"the driver ended {futile} times without getting further ({why}): if memory ran out, lower "
-                    f"clients.slots, take a smaller model or cohort; then go on from the last checkpoint with --resume"
+                    f"clients.slots or take a smaller model or cohort; then continue from the last checkpoint with "
+                    f"--resume"
                 ) from error
             begun = any((plan.folder / "checkpoints").glob("[0-9]*"))
             lost = (*plan.lost, Fault("driver", "the driver", why))
@@ -81,7 +85,7 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
 
 
 def _pass_on(stop: threading.Event, over: threading.Event, driver: Any) -> None:
-    """Tells the driver to stop when somebody asks for it, not from the signal's handler: Ray may be in a call there."""
+    """Asks the driver to stop once `stop` is set: in a thread, since a signal's handler may interrupt a call of Ray."""
     while not over.wait(LOOK_S):
         if stop.is_set():
             driver.stop.remote()
@@ -90,14 +94,14 @@ def _pass_on(stop: threading.Event, over: threading.Event, driver: Any) -> None:
 
 @contextmanager
 def stopped_by_interrupt(say: Callable[[str], None], begun: Callable[[], bool]) -> Iterator[threading.Event]:
-    """Gives an event that the first Ctrl-C sets once rounds have `begun`; before, and the next time, it interrupts."""
+    """Yields an event that the first Ctrl-C sets once rounds have `begun`; before that, and again, it interrupts."""
     stop = threading.Event()
 
     def interrupted(*_: object) -> None:
         if not begun() or stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        say("finishing the round, then the run stops and can be resumed; Ctrl-C once more stops it now")
+        say("finishing the round, then the run stops and can be resumed; Ctrl-C again stops it now")
 
     before = signal.signal(signal.SIGINT, interrupted)
     try:

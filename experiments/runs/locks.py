@@ -1,4 +1,4 @@
-"""One command at a time: a run folder is locked while it is worked on, and the lock ends with the process."""
+"""Locks of run folders: one command works on a folder at a time, and the lock ends with its process."""
 
 import fcntl
 import os
@@ -7,32 +7,33 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+from engine.messages.errors import RunError
+
 
 class Lock:
-    """Keeps other processes from a folder, and cleaners of temporary files that heed locks, until it is forgotten."""
+    """Keeps other processes, and cleaners of temporary files that respect locks, from a folder until it is deleted."""
 
     def __init__(self, descriptor: int, location: str) -> None:
         self.descriptor = descriptor
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"another command on this machine is at work on {location}: wait until it has ended, or choose another "
-                f"--out"
+            raise RunError(
+                f"another command on this machine is working on {location}: wait for its end, or choose another --out"
             ) from None
         except OSError:
-            pass  # some network file systems lock no folders
+            pass  # some network file systems cannot lock folders
 
     def __del__(self) -> None:
         os.close(self.descriptor)
 
 
-# What this process has locked: it may go on with a run while the error that ended it still refers to its lock.
+# The locks of this process, which may continue a run while the error that ended it still refers to its lock.
 _LOCKS: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
 
 
 def locked(folder: Path, location: str) -> Lock:
-    """The lock of a folder, by which the user knows `location`; ValueError while another process has it."""
+    """The lock of a folder, which errors call `location`; RunError while another process has it."""
     lock = _LOCKS.get(folder) or Lock(os.open(folder, os.O_RDONLY), location)
     _LOCKS[folder] = lock
     return lock
@@ -40,13 +41,13 @@ def locked(folder: Path, location: str) -> Lock:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Locks a run folder, which is made for it, and is gone again unless the run has begun; ValueError as `locked`."""
+    """Makes and locks a run folder, and removes it if it is still empty at the end; RunError as `locked`."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = locked(folder.resolve(), str(folder))
     except OSError as error:
-        raise ValueError(f"{folder} cannot be a run folder ({error}): choose another --out") from error
+        raise RunError(f"{folder} cannot be a run folder ({error}): choose another --out") from error
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Where a run is written, and what must be as it was for an earlier one to go on there."""
+"""The folder of a run, and what must be unchanged for an earlier run to continue there."""
 
 import json
 import time
@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine.messages.errors import RunError
 from engine.records.journal import JOURNAL
 from experiments.config.recipe import Recipe, parse_recipe, to_toml
 from experiments.report.run_folder import refuse_ways_out
 
 RUNS = Path("runs")
-# What may change from one part of a run to the next: no bit depends on it, unless clients fail.
+# Keys that may change when a run is resumed: no bit of the result depends on them, unless clients fail.
 FREE = {
     "clients.max_failed",
     "clients.num_cpus",
@@ -26,96 +27,96 @@ FREE = {
 
 
 def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Recipe]:
-    """The run's folder, and the recipe with what an earlier part of the run has settled.
+    """The run's folder, and the recipe with the values that an earlier part of the run has measured for "auto".
 
-    ValueError where the folder holds a run that must not be touched, or lacks the one to be resumed.
+    Raises RunError if the folder holds a run that must not be overwritten, or none to resume.
     """
     if out is None:
         begun = RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}/recipe.toml")
         earlier = sorted(path.parent for path in begun)
         if resume and not earlier:
-            raise ValueError(f"there is no run of {recipe.name!r} in {RUNS} to resume: leave --resume out to start one")
+            raise RunError(f"there is no run of {recipe.name!r} in {RUNS} to resume: leave --resume out to start one")
         out = earlier[-1] if resume else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     old = out / "recipe.toml"
     if not resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             what = "already holds a run" if old.exists() else "exists and is not empty"
-            raise ValueError(f"{out} {what}: choose another --out, or go on with that run by --resume")
+            raise RunError(f"{out} {what}: choose another --out, or continue that run with --resume")
         return out, recipe
     if not old.is_file():
-        raise ValueError(f"{out} holds no run to resume (no recipe.toml): leave --resume out to start one there")
+        raise RunError(f"{out} holds no run to resume (no recipe.toml): leave --resume out to start one there")
     refuse_ways_out(out)
     before = _begun_with(old, recipe)
     if (out / "model").exists() and recipe.rounds <= _reached(out, before):
         hint = "" if (out / "report.html").exists() else f"; `fedpost report {out}` writes the report that it lacks"
-        raise ValueError(f"the run in {out} has finished; raise rounds, or choose another --out for a new one{hint}")
-    if recipe.clients.lanes == "auto":  # has been settled
+        raise RunError(f"the run in {out} has finished; raise rounds, or choose another --out for a new one{hint}")
+    if recipe.clients.lanes == "auto":  # has been measured
         recipe = replace(recipe, clients=replace(recipe.clients, lanes=before.clients.lanes))
     changed = _differences(before, recipe)
     if changed == ["rounds"] and recipe.rounds < before.rounds:
-        raise ValueError(f"the run in {out} was begun with {before.rounds} rounds, and cannot go on with fewer")
+        raise RunError(f"the run in {out} was begun with {before.rounds} rounds and cannot continue with fewer")
     if changed == ["rounds"] and not _by_rounds(recipe):
         changed = []
     if changed:
-        raise ValueError(
+        raise RunError(
             f"{out} was begun with another recipe, which differs in {', '.join(changed)}: resume it with the recipe it "
-            f"was begun with ({old}), or start anew in another --out"
+            f"was begun with ({old}), or choose another --out"
         )
     return out, recipe
 
 
 def _reached(out: Path, before: Recipe) -> int:
-    """The last round that a finished run, or one that was to go on after it had finished, has kept."""
+    """The last round whose checkpoint a run has kept; without checkpoints the rounds of its recipe."""
     return max((int(path.name) for path in (out / "checkpoints").glob("[0-9]*")), default=before.rounds)
 
 
 def refuse_other_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
-    """A resumed run must go on with the rows, versions, base and code that it was begun with; all digests known."""
+    """Raises RunError if rows, versions, base or code have changed since the run was begun; returns all its digests."""
     file = folder / "manifest.json"
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         key, versions = before["data"]["key"], before["versions"]
-        digests: dict[str, str] = dict(before.get("digests", {}))  # of earlier versions' runs there are none
+        digests: dict[str, str] = dict(before.get("digests", {}))  # runs of earlier versions have none
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not the manifest of a run ({error}): start anew in another --out") from error
+        raise RunError(f"{file} is not the manifest of a run ({error}): choose another --out") from error
     if key != manifest["data"]["key"]:
-        raise ValueError(f"the data has changed since the run in {folder} was begun: start anew in another --out")
+        raise RunError(f"the data has changed since the run in {folder} was begun: choose another --out")
     if versions != manifest["versions"]:
-        raise ValueError(
+        raise RunError(
             f"the run in {folder} was begun with other versions ({versions}, now {manifest['versions']}): "
-            f"install those, or start anew in another --out"
+            f"install those, or choose another --out"
         )
     known: dict[str, str] = digests | manifest["digests"]
     changed = [name for name, digest in digests.items() if known[name] != digest]
     if changed:
-        raise ValueError(
-            f"{' and '.join(changed)} changed since the run in {folder} was begun: bring back what it was begun with, "
-            f"or start anew in another --out (with model.revision set, a base from the hub stays as it is)"
+        raise RunError(
+            f"{' and '.join(changed)} changed since the run in {folder} was begun: restore what it was begun with, or "
+            f"choose another --out (with model.revision set, a base from the hub never changes)"
         )
     return known
 
 
 def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple[str, ...]:
-    """What else gives sums of the same clients as a run in mode "full", which the run itself cannot prevent."""
+    """Notes on other sums of the same clients that can be compared with those of a run in mode "full"."""
     if recipe.privacy.secagg.mode != "full":
         return ()
     notes = []
     if recipe.evaluate.without_privacy:
         notes.append(
-            "evaluate.without_privacy plays the same rounds again in the clear, and both together tell what secure "
-            "aggregation hides (docs/privacy.md): it is for study alone"
+            "evaluate.without_privacy plays the same rounds again in the clear, and both together reveal what secure "
+            "aggregation hides (docs/privacy.md): use it for study only"
         )
     if names := _runs_beside(folder, manifest):
         few = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
         notes.append(
-            f"beside this run, {few} had sums of the same clients by the same data and seed, and two sums that differ "
-            f"by one client may tell its update (docs/privacy.md)"
+            f"{few} had sums of the same clients with the same data and seed, and two sums that differ by one client "
+            f"may reveal its update (docs/privacy.md)"
         )
     return tuple(notes)
 
 
 def _runs_beside(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """The names of other runs that have unmasked sums of the same data by the same seed."""
+    """The names of other runs that have unmasked sums of the same data with the same seed."""
     names = []
     for file in sorted(folder.resolve().parent.glob("*/manifest.json")):
         try:
@@ -129,49 +130,49 @@ def _runs_beside(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _begun_with(file: Path, recipe: Recipe) -> Recipe:
-    """The recipe of a run folder, which may come from elsewhere: what it names is imported if `recipe` names it too."""
+    """The recipe of a run folder, which may be foreign: only user classes that `recipe` names too are imported."""
     try:
         text = file.read_text(encoding="utf-8")
-        named = _own_kinds(tomllib.loads(text)) - _own_kinds(tomllib.loads(to_toml(recipe)))
+        named = _user_kinds(tomllib.loads(text)) - _user_kinds(tomllib.loads(to_toml(recipe)))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not the recipe of a run ({error}): start anew in another --out") from error
+        raise RunError(f"{file} is not the recipe of a run ({error}): choose another --out") from error
     if named:
-        raise ValueError(
+        raise RunError(
             f"{file} names code that the recipe to resume with does not ({', '.join(sorted(named))}): "
-            f"resume it with the recipe it was begun with, or start anew in another --out"
+            f"resume it with the recipe it was begun with, or choose another --out"
         )
     return parse_recipe(text, origin=str(file))
 
 
-def _own_kinds(tree: Any) -> set[str]:
-    """What in a recipe's tree may name people's own classes, as a section's kind or in place of it: "module:Class"."""
+def _user_kinds(tree: Any) -> set[str]:
+    """The strings of a recipe's tree that may name a user's class, as "module:Class"."""
     if isinstance(tree, str):
         return {tree} if ":" in tree and "/" not in tree else set()
     values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    return set[str]().union(*map(_own_kinds, values))
+    return set[str]().union(*map(_user_kinds, values))
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A recipe's values by their dotted keys."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        values |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return values
 
 
 def _differences(before: Recipe, now: Recipe) -> list[str]:
-    """Dotted keys in which two recipes differ, but for those that cannot change the result."""
+    """Dotted keys in which two recipes differ, without those that cannot change the result."""
     old, new = (leaves(tomllib.loads(to_toml(recipe))) for recipe in (before, now))
     changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
     return sorted(key for key in changed if not _is_free(key, old.get(key), new.get(key)))
 
 
 def _is_free(key: str, before: Any, now: Any) -> bool:
-    if key == "clients.num_gpus":  # on a GPU a sum has other bits than on a CPU
+    if key == "clients.num_gpus":  # a GPU computes other bits than a CPU
         return bool(before and now)
     return key in FREE or key.startswith(("evaluate.", "checkpoint."))
 
 
 def _by_rounds(recipe: Recipe) -> bool:
-    """Whether any round depends on how many there are to be: by a schedule over rounds, or by noise for all of them."""
+    """Whether rounds depend on their total number: by a schedule over rounds, or by noise calibrated for all."""
     return recipe.train.over_rounds.kind != "constant" or recipe.privacy.dp.kind != "none"

@@ -1,4 +1,4 @@
-"""Runs as Ray jobs: sent to a cluster with the code that they need, followed to their end, looked at, stopped."""
+"""Runs as Ray jobs: submitted with their code, followed to their end, looked at, stopped."""
 
 import logging
 import os
@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from datasets_partition.sources.location import is_local, refuse_password
 from datasets_partition.sources.source_files import first_line
+from engine.messages.errors import RunError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-OURS = ("working_dir", "py_modules")
+ROOT = Path(__file__).resolve().parents[2]
+RESERVED = ("working_dir", "py_modules")  # the keys of a runtime environment that submitting sets
 TOKENS, TOKEN_FILE = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}, Path("~/.ray/auth_token")
 TAIL = 10  # lines
 PATIENCE_S = 60
-# Ray asks a job to end, and kills it so many seconds later.
-STOP_WAIT_S = 60
+STOP_WAIT_S = 60  # after which Ray kills a job that it has asked to end
 Answer = TypeVar("Answer")
 
 
@@ -38,9 +38,9 @@ def submit(
     resume: bool = False,
     detach: bool = False,
 ) -> int:
-    """Submits a run of the recipe to the job server at `address` and follows it: the run's exit code, or 0 if detached.
+    """Submits a run of the recipe to the job server at `address` and follows it; its exit code, or 0 with `detach`.
 
-    Without `detach` the job ends when this process does. Raises ValueError for what the caller can mend.
+    Without `detach` the job ends when this process does. Raises RunError for what the caller can mend.
     """
     from experiments.config.recipe import load_recipe
 
@@ -54,8 +54,8 @@ def submit(
     print(f"job {job} at {address}, run folder {out}", flush=True)
     if detach:
         _send(client, job, command, environment)
-        print(f"to look at it:  fedpost status {job} --address {address}")
-        print(f"to stop it:     fedpost stop {job} --address {address}")
+        print(f"to see its progress:  fedpost status {job} --address {address}")
+        print(f"to stop it:           fedpost stop {job} --address {address}")
         return 0
     with _stopped_with_us(job, address):
         _send(client, job, command, environment)
@@ -63,95 +63,88 @@ def submit(
 
 
 def show_status(job: str, address: str) -> None:
-    """Prints how far a job is, and the end of its log; ValueError if there is none of that name."""
+    """Prints a job's state and the end of its log; RunError if there is no such job."""
     client = job_client(address)
-    with _answers(job, address):
-        info, log = client.get_job_info(job), client.get_job_logs(job)
-    print(f"{job}: {_said(info)}")
-    for line in log.splitlines()[-TAIL:]:
+    print(f"{job}: {_state(_ask(client.get_job_info, job))}")
+    for line in _ask(client.get_job_logs, job).splitlines()[-TAIL:]:
         print(f"  {line}")
 
 
 def stop(job: str, address: str) -> None:
-    """Ends a job and waits until it has ended; ValueError if there is none of that name, or it does not end."""
+    """Stops a job and waits for its end; RunError if there is no such job, or it does not end."""
     client = job_client(address)
     last = time.monotonic() + STOP_WAIT_S + PATIENCE_S
-    with _answers(job, address):
-        while not (info := client.get_job_info(job)).status.is_terminal():
-            if time.monotonic() > last:
-                raise ValueError(
-                    f"job {job} was asked to end, and has not: see `fedpost status {job} --address {address}`"
-                )
-            client.stop_job(job)
-            time.sleep(0.5)
-    print(f"{job}: {_said(info)}")
+    while not (info := _ask(client.get_job_info, job)).status.is_terminal():
+        if time.monotonic() > last:
+            raise RunError(f"job {job} has not ended: see `fedpost status {job} --address {address}`")
+        _ask(client.stop_job, job)
+        time.sleep(0.5)
+    print(f"{job}: {_state(info)}")
 
 
 def job_client(address: str) -> "JobSubmissionClient":
-    """A client of the job server at `address`; ValueError, within seconds, unless one answers there."""
+    """A client of the job server at `address`; RunError within seconds if none answers there."""
     if not address.startswith(("http://", "https://")):
-        raise ValueError(
-            f"{address} is no address of a job server, which is that of Ray's dashboard, such as "
-            f"http://127.0.0.1:8265 (`fedpost run --address` takes the head's own HOST:PORT)"
+        raise RunError(
+            f"{address} is not the address of a job server: give that of Ray's dashboard, such as "
+            f"http://127.0.0.1:8265 (only `fedpost run --address` takes HOST:PORT of the head)"
         )
-    # As `ray start` and `ray.init` do, and Ray's job client does not: a token that is there is used.
+    # `ray start` and `ray.init` use a token that exists; Ray's job client does so only in this mode.
     if TOKENS & os.environ.keys() or TOKEN_FILE.expanduser().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
-        import aiohttp  # noqa: F401  # what Ray's client would miss later
+        import aiohttp  # noqa: F401  # Ray's client imports it later
         import requests
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
-        raise ValueError(f'jobs need Ray\'s job client ({error}): pip install "ray[default]"') from error
+        raise RunError(f'jobs need Ray\'s job client ({error}): pip install "ray[default]"') from error
     address = address.rstrip("/")
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray would put RAY_ADDRESS before what it is given
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # otherwise Ray prefers RAY_ADDRESS
     try:
-        requests.get(f"{address}/api/version", timeout=5)  # Ray's own first request waits for ever
+        requests.get(f"{address}/api/version", timeout=5)  # the client's first request has no timeout
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise ValueError(
-            f"the job server at {address} asks for a token, and this is none of its own: set RAY_AUTH_MODE=token, and "
-            f"RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as they are set where it runs"
+        raise RunError(
+            f"the job server at {address} asks for another token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            f"RAY_AUTH_TOKEN_PATH, as they are set where it runs"
         ) from error
-    except requests.JSONDecodeError as error:
-        raise ValueError(f"what answers at {address} is no job server of Ray") from error
+    except (requests.JSONDecodeError, RuntimeError, KeyError) as error:
+        raise RunError(f"what answers at {address} is not a job server of Ray") from error
     except (requests.RequestException, ConnectionError) as error:
-        raise ValueError(
-            f"no job server answers at {address}: `ray start --head` starts one where ray[default] is installed; of a "
-            f"cluster elsewhere forward the port of its dashboard"
+        raise RunError(
+            f"no job server answers at {address}: `ray start --head` starts one where ray[default] is installed; for a "
+            f"remote cluster forward the port of its dashboard"
         ) from error
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"what answers at {address} is no job server of Ray") from error
 
 
 def run_command(recipe: Path, here: Path) -> list[str]:
-    """The command that runs a recipe of the uploaded folder `here`; ValueError if it is not in what is uploaded."""
+    """The command that runs a recipe of the uploaded folder `here`; RunError if the recipe is not uploaded with it."""
     from experiments.runs.resuming import RUNS
 
     path = recipe.resolve()
     if not path.is_relative_to(here) or path.is_relative_to(here / RUNS):
-        raise ValueError(
-            f"the recipe {recipe} is not in what the cluster is sent, the present folder without its {RUNS}/: copy it "
+        raise RunError(
+            f"the recipe {recipe} is not in what is sent to the cluster, the current folder without {RUNS}/: copy it "
             f"into {here}, or submit from the folder that holds it"
         )
-    # -P: packages of the same names in the uploaded folder do not come before fedpost's.
+    # -P: packages of the same names in the uploaded folder must not hide fedpost's.
     return ["python", "-P", "-m", "experiments", "run", path.relative_to(here).as_posix()]
 
 
 def environment_of(here: Path, given: Path | None) -> dict[str, Any]:
-    """Ray's runtime environment: the folder `here`, fedpost's packages if they lie elsewhere, what `given` asks for."""
+    """Ray's runtime environment: the folder `here`, fedpost's packages if they are elsewhere, the keys of `given`."""
     from experiments.runs.api import shipped_code
     from experiments.runs.resuming import RUNS
 
-    asked = _read_environment(given) if given else {}
+    keys = _read_environment(given) if given else {}
     packages = {} if here == ROOT else shipped_code()
     return {
-        **asked,
+        **keys,
         **packages,
         "working_dir": str(here),
-        "excludes": [f"/{RUNS}/", "__pycache__/", *asked.get("excludes", [])],
-        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **asked.get("env_vars", {})},
+        "excludes": [f"/{RUNS}/", "__pycache__/", *keys.get("excludes", [])],
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **keys.get("env_vars", {})},
     }
 
 
@@ -159,23 +152,23 @@ def _read_environment(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        keys = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"the runtime environment {file} cannot be read: {first_line(error)}") from error
-    if not isinstance(found, dict) or any(key in found for key in OURS):
-        raise ValueError(
+        raise RunError(f"the runtime environment {file} cannot be read: {first_line(error)}") from error
+    if not isinstance(keys, dict) or any(key in keys for key in RESERVED):
+        raise RunError(
             f"{file} should hold keys of Ray's runtime environments in YAML, such as pip or env_vars, and neither "
-            f"{' nor '.join(OURS)}, which submitting sets"
+            f"{' nor '.join(RESERVED)}, which submitting sets"
         )
-    return found
+    return keys
 
 
 def _lasting(out: str | None, name: str, resume: bool) -> str:
-    """A run folder that outlives the job: its own working folder is Ray's, and is removed with it."""
+    """A run folder that outlives the job: Ray removes the job's working folder."""
     from experiments.runs.resuming import RUNS
 
     if out is None and resume:
-        raise ValueError("--resume needs the --out of the run that it goes on with")
+        raise RunError("--resume needs the --out of the run to continue")
     out = out or str(RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     refuse_password(out)
     return str(Path(out).absolute()) if is_local(out) else out
@@ -184,25 +177,25 @@ def _lasting(out: str | None, name: str, resume: bool) -> str:
 def _send(client: "JobSubmissionClient", job: str, command: list[str], environment: dict[str, Any]) -> None:
     import requests
 
-    for talkative in ("ray._private.runtime_env", "ray.dashboard.modules.dashboard_sdk"):
-        logging.getLogger(talkative).setLevel("ERROR")  # a line for each ignore file and package
+    for verbose in ("ray._private.runtime_env", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(verbose).setLevel("ERROR")  # they log a line for each ignore file and package
     try:
         client.submit_job(entrypoint=shlex.join(command), submission_id=job, runtime_env=environment)
     except (RuntimeError, TypeError, requests.RequestException) as error:
         if "exceed" in str(error):
-            raise ValueError(
-                f"{environment['working_dir']} is more than Ray uploads (100 MiB): name in a .rayignore there, written "
-                f"like a .gitignore, what the run does not need, and keep data and base models at a URI"
+            raise RunError(
+                f"{environment['working_dir']} is more than Ray uploads (100 MiB): list what the run does not need in "
+                f"a .rayignore there, written like a .gitignore, and keep data and base models at a URI"
             ) from error
-        raise ValueError(f"the job was not taken: {str(error).strip().splitlines()[-1]}") from error
+        raise RunError(f"the job was not accepted: {_last_line(error)}") from error
 
 
 def _follow(client: "JobSubmissionClient", job: str) -> int:
     """Prints the job's log as it grows; the exit code of its run."""
     shown = 0
     while True:
-        # In this order: once the job has ended, its log is whole.
-        info, log = _patiently(client.get_job_info, job), _patiently(client.get_job_logs, job)
+        # In this order: once the job has ended, its log is complete.
+        info, log = _ask(client.get_job_info, job, PATIENCE_S), _ask(client.get_job_logs, job, PATIENCE_S)
         print(log[shown:], end="", flush=True)
         shown = len(log)
         if info.status.is_terminal():
@@ -210,52 +203,44 @@ def _follow(client: "JobSubmissionClient", job: str) -> int:
         time.sleep(1)
     code = info.driver_exit_code
     if code is None:
-        print(f"{job}: {_said(info)}", file=sys.stderr)
+        print(f"{job}: {_state(info)}", file=sys.stderr)
         return 143 if info.status == "STOPPED" else 1
     return code if code >= 0 else 128 - code
 
 
-def _patiently(ask: Callable[[str], Answer], job: str) -> Answer:
-    """What the job server says; it, or what lies between, may be away for a while."""
+def _ask(ask: Callable[[str], Answer], job: str, patience_s: float = 0.0) -> Answer:
+    """The job server's answer; RunError if there is no such job, or no answer for `patience_s` seconds."""
     import requests
 
-    last = time.monotonic() + PATIENCE_S
+    last = time.monotonic() + patience_s
     while True:
         try:
             return ask(job)
         except (RuntimeError, requests.RequestException) as error:
+            if "does not exist" in str(error):
+                raise RunError(f"there is no job {job} on the job server") from error
             if time.monotonic() > last:
-                raise ValueError(
-                    f"the job server has not answered for {PATIENCE_S} s; job {job} may go on: see `fedpost status`"
+                raise RunError(
+                    f"the job server does not answer ({_last_line(error)}); job {job} may go on: see `fedpost status`"
                 ) from error
             time.sleep(1)
 
 
-@contextmanager
-def _answers(job: str, address: str) -> Iterator[None]:
-    import requests
-
-    try:
-        yield
-    except (RuntimeError, requests.RequestException) as error:
-        if "does not exist" in str(error):
-            raise ValueError(f"there is no job {job} at {address}") from error
-        raise ValueError(
-            f"the job server at {address} gives no answer: {str(error).strip().splitlines()[-1]}"
-        ) from error
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
-def _said(info: "JobDetails") -> str:
-    """The job's state and why it is in it: of a run that has ended by itself the exit code, since its log says more."""
+def _state(info: "JobDetails") -> str:
+    """The job's state and its reason; for a run that ended by itself the exit code, since its log says more."""
     why = info.message if info.driver_exit_code is None else f"exit code {info.driver_exit_code}"
     return f"{info.status}" if info.status == "SUCCEEDED" else f"{info.status}: {why}"
 
 
 @contextmanager
 def _stopped_with_us(job: str, address: str) -> Iterator[None]:
-    """Stops the job if this process is ended before the block is, also by SIGKILL or by a terminal that is closed.
+    """Stops the job if this process ends before the block does, also by SIGKILL or a closed terminal.
 
-    A process of its own waits for a line from here. If this process dies, its input ends without one.
+    A separate process waits for a line from this one; if this one dies, the input ends without a line.
     """
     ending = [sys.executable, "-m", "experiments", "stop", job, "--address", address]
     guard = subprocess.Popen(
@@ -264,7 +249,7 @@ def _stopped_with_us(job: str, address: str) -> Iterator[None]:
     assert guard.stdin is not None
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, BrokenPipeError):  # the last: nobody reads the log any more
+    except (KeyboardInterrupt, SystemExit, BrokenPipeError):  # BrokenPipeError: nobody reads the log any more
         guard.stdin.close()
         guard.wait()
         raise

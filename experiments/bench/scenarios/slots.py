@@ -14,7 +14,7 @@ from experiments.bench.results import Figure, Steps
 from experiments.bench.scenarios.lora import recipe
 from experiments.bench.scenarios.scale import as_figures, study
 from experiments.config.recipe import Recipe
-from experiments.preflight.dry import environment, hidden_gpus
+from experiments.preflight.processes import environment, hidden_gpus
 from experiments.runs.api import ray_session
 from strategies.core.cohort import UniformCohort
 from strategies.core.seeds import rng

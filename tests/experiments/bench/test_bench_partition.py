@@ -13,10 +13,10 @@ from datasets_partition.store.build import build, rng
 from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import tokenize
-from experiments.__main__ import SCENARIOS
 from experiments.bench import against_flwr, results
 from experiments.bench.results import Figure, Steps, write_results
 from experiments.bench.scenarios import partition
+from experiments.cli.results import SCENARIOS
 
 flwr_is_there = pytest.mark.skipif(not against_flwr.is_there(), reason="flwr-datasets is not installed")
 

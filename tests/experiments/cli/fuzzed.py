@@ -165,8 +165,8 @@ def _encode(table: pa.Table) -> pa.Table:
 def _read(opened: Store | Tokens) -> list[object]:
     """All that is in it."""
     read = opened.read_rows if isinstance(opened, Store) else opened.rows
-    found = [read(client, split).to_pydict() for client in range(opened.index.num_rows) for split in SPLITS]
-    return [*found, opened.index.to_pydict()]
+    tables = [read(client, split).to_pydict() for client in range(opened.index.num_rows) for split in SPLITS]
+    return [*tables, opened.index.to_pydict()]
 
 
 def main(kind: str, folder: str, first: str, count: str) -> None:

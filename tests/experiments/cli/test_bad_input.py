@@ -20,40 +20,20 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def refused(recipe, out, match, **options):
-    """The run is refused with a ValueError that matches, and its folder has not come to be."""
+    """The run is refused with a ValueError that matches, and leaves no folder."""
     with pytest.raises(ValueError, match=match):
         experiments.run(recipe, out=out, **options)
     assert not out.exists()
 
 
+# What else is wrong with a base, its adapters or a cohort is tried where it is noticed, and comes here the same way.
 def test_a_base_that_is_no_folder(ray_session, small_recipe, tmp_path):
     refused(small_recipe("model.base=nowhere/at-all"), tmp_path / "run", "nowhere/at-all.*neither a folder")
-
-
-def test_a_base_that_is_no_causal_model(ray_session, small_recipe, tiny_base, tmp_path):
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=300
-    )
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
-    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "bert")
-    recipe = small_recipe(f"model.base='{tmp_path / 'bert'}'")
-    refused(recipe, tmp_path / "run", "BertForSequenceClassification, not a causal language model")
-
-
-def test_targets_that_match_nothing(ray_session, small_recipe, tmp_path):
-    recipe = small_recipe('model.peft={kind="lora", targets=["query"]}')
-    refused(recipe, tmp_path / "run", "matches no layer.*down_proj.*q_proj")
 
 
 def test_more_resources_than_there_are(ray_session, small_recipe, tmp_path):
     recipe = small_recipe("clients.num_cpus=1000")
     refused(recipe, tmp_path / "run", "a slot needs 1000 CPUs and 0 GPUs.*has 6 CPUs and 0 GPUs")
-
-
-def test_a_cohort_larger_than_the_federation(ray_session, small_recipe, tmp_path):
-    refused(small_recipe("cohort.size=99"), tmp_path / "run", "cohort.size is 99, but only 8 clients can train")
 
 
 def test_a_client_with_only_truncated_completions(ray_session, small_recipe, tmp_path):
@@ -105,10 +85,10 @@ def test_a_run_is_not_resumed_on_other_data_or_versions(small_recipe, tmp_path):
 class Spoiler(FedAvg):
     """Some clients' updates are not a number."""
 
-    def finish(self, update, got, memory, ends=None):
+    def finish(self, update, broadcast, memory, ends=None):
         if update.client in self.spoilt:
             update = replace(update, delta=torch.full_like(update.delta, float("nan")))
-        return super().finish(update, got, memory)
+        return super().finish(update, broadcast, memory)
 
 
 @pytest.fixture
@@ -130,8 +110,8 @@ def test_a_client_whose_update_is_nan_is_left_out_and_reported(ray_session, spoi
     spoilt = {2}
     recipe = spoil(spoilt, "rounds=1", "cohort.size=8")
     run = experiments.run(recipe, out=tmp_path / "run", on_event=events.append)
-    (done,) = [event for event in events if isinstance(event, RoundDone)]
-    assert done.clients == 7 and list(done.failed.values()) == ["its update holds NaN or infinity"]
+    (round_,) = [event for event in events if isinstance(event, RoundDone)]
+    assert round_.clients == 7 and list(round_.failed.values()) == ["its update holds NaN or infinity"]
     assert run.losses["end"]["heldout"] < run.losses["round 0"]["heldout"]
 
 
@@ -143,8 +123,11 @@ def test_too_many_such_clients_end_the_run(ray_session, spoil, tmp_path):
         experiments.run(recipe, out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "ditto"])
-def test_a_full_disk_leaves_whole_files_and_a_sentence(ray_session, small_recipe, tmp_path, strategy):
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fedavg", "ditto"])  # ditto's clients write files too
+def test_a_full_disk_leaves_whole_files_and_a_sentence(ray_session, small_recipe, tmp_path, strategy, full):
+    if strategy == "fedavg" and not full:
+        pytest.skip("ditto is tried, which writes the same files and more")
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True)
@@ -177,22 +160,24 @@ def test_the_command_says_one_sentence_and_exits_with_2(command, recipe_file, tm
         (["--address", "127.0.0.1:9"], "there is no Ray at 127.0.0.1:9"),
         (["--address", "ray://127.0.0.1:10001"], "is the address of a Ray client server"),
     ):
-        done = command("run", recipe_file, "--out", out, *arguments)
-        assert done.returncode == 2
-        assert sentence in done.stderr and len(done.stderr.strip().splitlines()) == 1
-        assert "Traceback" not in done.stderr and not out.exists()
+        ended = command("run", recipe_file, "--out", out, *arguments)
+        assert ended.returncode == 2
+        assert sentence in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
+        assert "Traceback" not in ended.stderr and not out.exists()
 
 
 def test_a_missing_recipe_names_the_nearest_shipped_one(command):
-    done = command("run", "experiments/recipes/dmeo.toml")
-    assert done.returncode == 2 and "the nearest is demo.toml" in done.stderr
+    ended = command("run", "experiments/recipes/dmeo.toml")
+    assert ended.returncode == 2 and "the nearest is demo.toml" in ended.stderr
 
 
 def test_a_fault_of_ours_exits_with_1_and_offers_the_traceback(recipe_file, tmp_path, monkeypatch):
     program = (
-        "import sys; from experiments import api, __main__ as m\n"
+        "import sys; from experiments import __main__ as m; from experiments.runs import api\n"
         "def broken(*a, **k): raise RuntimeError('planted')\n"
         "api.run = broken\nm.app(sys.argv[1:])"
     )
-    done = subprocess.run([sys.executable, "-c", program, "run", recipe_file], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "RuntimeError: planted" in done.stderr and "--debug" in done.stderr
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "run", recipe_file], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 1 and "RuntimeError: planted" in ended.stderr and "--debug" in ended.stderr

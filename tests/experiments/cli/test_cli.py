@@ -19,10 +19,10 @@ def test_help_lists_the_commands_and_loads_nothing_heavy(command):
     program = "import experiments.__main__, sys; print(' '.join(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "ray", "transformers", "pydantic", "pyarrow"} & set(loaded.stdout.split())
-    done = command("--help")
-    assert done.returncode == 0
+    ended = command("--help")
+    assert ended.returncode == 0
     for name in ("run", "submit", "status", "stop", "plan", "partition", "report", "strategies", "schema", "bench"):
-        assert name in done.stdout
+        assert name in ended.stdout
 
 
 def test_schema_and_strategies(command):
@@ -35,9 +35,9 @@ def test_schema_and_strategies(command):
 def test_partition_shows_the_skew(command, small_recipe, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(to_toml(small_recipe()))
-    done = command("partition", path)
-    assert done.returncode == 0, done.stderr
-    assert "10 (8 train, 2 unseen)" in done.stdout and "client-7 (18)" in done.stdout
+    ended = command("partition", path)
+    assert ended.returncode == 0, ended.stderr
+    assert "10 (8 train, 2 unseen)" in ended.stdout and "client-7 (18)" in ended.stdout
 
 
 def test_a_run_leaves_nothing_but_its_folder(small_recipe, tmp_path):
@@ -49,7 +49,7 @@ def test_a_run_leaves_nothing_but_its_folder(small_recipe, tmp_path):
     ours = {name: "" for name in os.environ if name.startswith("RAY_")}
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     mark = secrets.token_hex(8)  # all that the run starts inherits it
-    done = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "experiments", "run", str(path)],
         cwd=work,
         capture_output=True,
@@ -57,9 +57,9 @@ def test_a_run_leaves_nothing_but_its_folder(small_recipe, tmp_path):
         timeout=300,
         env={**environment, "PYTHONPATH": str(ROOT), "HOME": str(home), "FEDPOST_TEST": mark},
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "loss in nats per token" in done.stdout and "report.html" in done.stdout
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    assert "loss in nats per token" in ended.stdout and "report.html" in ended.stdout
     assert sorted(p.name for p in work.iterdir()) == ["recipe.toml", "runs"]
     assert [p for p in home.rglob("*") if p.is_file()] == []
     assert [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("FEDPOST_TEST") == mark] == []
@@ -69,8 +69,8 @@ def test_a_run_joins_a_cluster_and_leaves_it_running(command, ray_session, small
     path = tmp_path / "recipe.toml"
     path.write_text(to_toml(small_recipe("rounds=1", "clients.slots=1")))
     address = ray_session.get_runtime_context().gcs_address
-    done = command("run", path, "--out", tmp_path / "run", "--address", address)
-    assert done.returncode == 0, done.stderr
+    ended = command("run", path, "--out", tmp_path / "run", "--address", address)
+    assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "run" / "model" / "adapter_model.safetensors").exists()
     assert ray_session.cluster_resources()["CPU"] == 6
 

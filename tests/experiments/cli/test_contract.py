@@ -45,27 +45,27 @@ def check(command, tmp_path):
 
 
 def test_a_rule_that_keeps_the_contract(check):
-    done = check("own_checked:Halved")
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+    ended = check("own_checked:Halved")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    lines = ended.stdout.splitlines()
     assert "ok      the order of clients is irrelevant" in lines
     assert lines[-1].endswith("the contract is kept")
     assert not [line for line in lines if line.startswith("failed")]
-    assert "(does not apply: mixed_ranks is False)" in done.stdout
+    assert "(does not apply: mixed_ranks is False)" in ended.stdout
 
 
 def test_a_rule_that_breaks_it_is_told_how(check):
-    done = check("own_checked:Drifts")
-    assert done.returncode == 1
-    assert "failed  no change leaves the model alone" in done.stdout
-    assert "apply moves the vector although no client changed it" in done.stdout
-    assert "promises are broken" in done.stdout.splitlines()[-1]
+    ended = check("own_checked:Drifts")
+    assert ended.returncode == 1
+    assert "failed  no change leaves the model alone" in ended.stdout
+    assert "apply moves the vector although no client changed it" in ended.stdout
+    assert "promises are broken" in ended.stdout.splitlines()[-1]
 
 
 def test_what_its_own_code_raises_is_a_finding_with_its_line(check):
-    done = check("own_checked:Breaks")
-    assert done.returncode == 1
-    assert "TypeError: 'NoneType' object is not subscriptable (own_checked.py, line" in done.stdout
+    ended = check("own_checked:Breaks")
+    assert ended.returncode == 1
+    assert "TypeError: 'NoneType' object is not subscriptable (own_checked.py, line" in ended.stdout
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_what_its_own_code_raises_is_a_finding_with_its_line(check):
         ("own_checked", "--check takes MODULE:CLASS"),
         ("no_such_module:Rule", "importing 'no_such_module' fails"),
         ("own_checked:Plain", "no dataclass with a method 'apply'"),
-        ("own_checked:Bare", "is no strategy, it lacks reads"),
+        ("own_checked:Bare", "is not a strategy, it lacks reads"),
         ("own_checked:Asks", "these keys have none: strength"),
     ],
 )
 def test_what_is_no_strategy_is_refused(check, named, said):
-    done = check(named)
-    assert done.returncode == 2
-    assert said in done.stderr and "Traceback" not in done.stderr
+    ended = check(named)
+    assert ended.returncode == 2
+    assert said in ended.stderr and "Traceback" not in ended.stderr

@@ -133,10 +133,10 @@ def test_rows_and_tokens_that_are_pickles_are_refused_where_they_are_read(store,
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(store, name, tmp_path, monkeypatch):
     folder, _, _ = store
     (tmp_path / "stores" / "outside").write_text("x")
-    found = (folder / name).stat().st_size if (folder / name).exists() else 0
+    size = (folder / name).stat().st_size if (folder / name).exists() else 0
     manifest = json.loads((folder / "manifest.json").read_text())
     assert key_of(folder) == manifest["key"]
-    manifest["bytes"][name] = found
+    manifest["bytes"][name] = size
     monkeypatch.setattr(sealed, "_digest", lambda *_: manifest["digest"])
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert key_of(folder) is None

@@ -96,8 +96,8 @@ def test_any_other_bit_of_a_checkpoint_is_found(tmp_path: Path, full: bool) -> N
     assert cases > (3000 if full else 400)
 
 
-def _same(a: Saved, b: Saved) -> bool:
-    states = [saved.state.parts[0] for saved in (a, b)]
+def _same(first: Saved, second: Saved) -> bool:
+    states = [saved.state.parts[0] for saved in (first, second)]
     tensors = [[state.params, *state.moments.values()] for state in states]
-    facts = [(saved.wall_s, saved.clip, saved.aborts, saved.lanes, saved.costs) for saved in (a, b)]
+    facts = [(saved.wall_s, saved.clip, saved.aborts, saved.lanes, saved.costs) for saved in (first, second)]
     return facts[0] == facts[1] and all(torch.equal(*pair) for pair in zip(*tensors, strict=True))

@@ -95,8 +95,8 @@ def test_pictures_go_where_the_store_is_shared(shown, labelled, tmp_path, monkey
     lines = shown(parse_recipe(to_toml(labelled), [f"data.cache={shared.as_uri()}"]))
     (store,) = shared.iterdir()
     assert lines[-1].split() == ["also", "in", store.as_uri()]
-    found = {path.relative_to(store).parts[-1] for path in store.rglob("*.png")}
-    assert found == {"rows_per_client.png", "categories.png", "token_lengths.png"}
+    names = {path.relative_to(store).parts[-1] for path in store.rglob("*.png")}
+    assert names == {"rows_per_client.png", "categories.png", "token_lengths.png"}
     assert next(store.rglob("token_lengths.png")).parent.name.startswith("tokens-")
 
 

@@ -57,8 +57,8 @@ def watched(small_recipe, tiny_base, tmp_path_factory) -> Iterator[Watched]:
     (base / "own.py").write_text(OWN_CODE.format(mark=str(folder / "code_was_run")))
     config = json.loads((base / "config.json").read_text())
     code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    own = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": code}
-    (base / "config.json").write_text(json.dumps(config | own))
+    custom = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": code}
+    (base / "config.json").write_text(json.dumps(config | custom))
     rows = [(f"../../evil{n % 3}", n) if n % 2 else (f"{folder}/evil{n % 3}", n) for n in range(48)]
     lines = [json.dumps({"client": name, "prompt": f"{n} is ", "completion": f"{n + 1}"}) for name, n in rows]
     (folder / "rows.jsonl").write_text("\n".join(lines))
@@ -97,10 +97,12 @@ def _look(root: psutil.Process, seen: Watched) -> None:
         for process in (root, *root.children(recursive=True)):
             with suppress(psutil.Error):
                 seen.commands.add(" ".join(process.cmdline()))
-                for one in process.net_connections("inet"):
-                    waits = one.status == psutil.CONN_LISTEN or (one.type == socket.SOCK_DGRAM and not one.raddr)
-                    if waits and one.laddr:
-                        seen.listening.add((process.name(), one.laddr.ip.removeprefix("::ffff:")))
+                for socket_ in process.net_connections("inet"):
+                    waits = socket_.status == psutil.CONN_LISTEN or (
+                        socket_.type == socket.SOCK_DGRAM and not socket_.raddr
+                    )
+                    if waits and socket_.laddr:
+                        seen.listening.add((process.name(), socket_.laddr.ip.removeprefix("::ffff:")))
 
 
 def test_the_code_of_a_base_is_run_where_the_recipe_says_so_and_is_on_record(watched):
@@ -144,11 +146,11 @@ MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "mar
 
 def unpickling(source: str) -> list[int]:
     """The lines that may unpickle what they did not pickle themselves."""
-    found = []
+    lines = []
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.ImportFrom(module=str(module)) if module.split(".")[-1] in MODULES:
-                found.append(node.lineno)
+                lines.append(node.lineno)
             case ast.Call(func=ast.Attribute(attr="loads"), args=[ast.Call(func=ast.Attribute(attr="dumps"))]):
                 pass  # a copy of one's own
             case ast.Call(func=ast.Attribute(value=owner, attr=called), keywords=options):
@@ -157,8 +159,8 @@ def unpickling(source: str) -> list[int]:
                 whole = module == "torch" and called == "load" and not _is(named.get("weights_only"), True)
                 arrays = "allow_pickle" in named and not _is(named["allow_pickle"], False)
                 if whole or arrays or (module in MODULES and called in LOADERS | {"open"}):
-                    found.append(node.lineno)
-    return found
+                    lines.append(node.lineno)
+    return lines
 
 
 def _is(value: ast.expr | None, wanted: bool) -> bool:
@@ -176,7 +178,7 @@ def _python(package: str) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("source", "refused"),
     [
         ("pickle.load(file)", True),
         ("ray.cloudpickle.loads(content)", True),
@@ -190,5 +192,5 @@ def _python(package: str) -> list[Path]:
         ("json.loads(text)", False),
     ],
 )
-def test_what_would_unpickle_is_found(source, found):
-    assert bool(unpickling(source)) is found
+def test_what_would_unpickle_is_found(source, refused):
+    assert bool(unpickling(source)) is refused

@@ -1,4 +1,4 @@
-"""Whatever is given as a recipe is a recipe or a ValueError, and nothing else."""
+"""Whatever is given as a recipe is a recipe or a RunError, and nothing else."""
 
 import copy
 import tomllib
@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from engine.messages.errors import RunError
 from experiments.config.recipe import RECIPES, parse_recipe, to_toml
 
 LEAST: dict[str, Any] = {
@@ -24,10 +25,10 @@ LEAST: dict[str, Any] = {
 
 
 def survives(text: str, changes: list[str]) -> None:
-    """A recipe that parses can be written and read again; one that does not is a ValueError, and nothing else."""
+    """A recipe that parses can be written and read again; one that does not is a RunError, and nothing else."""
     try:
         recipe = parse_recipe(text, changes)
-    except ValueError as error:
+    except RunError as error:
         assert str(error)
     else:
         assert to_toml(parse_recipe(to_toml(recipe))) == to_toml(recipe)
@@ -119,5 +120,5 @@ def test_a_shipped_recipe_with_other_bytes_is_a_recipe_or_an_error(full: bool) -
     ],
 )
 def test_faults_in_a_list_of_sections_name_the_place(transforms: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(RunError, match=said):
         parse_recipe(tomli_w.dumps(LEAST), [f"transforms={transforms}"])

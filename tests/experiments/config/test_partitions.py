@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from engine.messages.errors import RunError
 from experiments.config.recipe import Recipe, parse_recipe
 from experiments.runs.api import build_store
 
@@ -28,7 +29,7 @@ def test_a_partition_within_a_partition_is_refused_where_it_stands(place: str) -
     partition: dict[str, Any] = {"kind": "iid", "clients": 0}
     for part in reversed(place.split(".")):
         partition = {"kind": "combined", "first": "natural", "then": "natural"} | {part: partition}
-    with pytest.raises(ValueError, match=rf"^the recipe: data\.partition\.{place}\.clients is 0: ask for at least 1$"):
+    with pytest.raises(RunError, match=rf"^the recipe: data\.partition\.{place}\.clients is 0: ask for at least 1$"):
         recipe_of({"source": "python_docs", "partition": partition})
 
 

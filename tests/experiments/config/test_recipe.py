@@ -12,6 +12,7 @@ import tomli_w
 
 from engine.config.sections import FullTuning, Lora
 from engine.config.train import AdamW, Sgd
+from engine.messages.errors import RunError
 from experiments.config.recipe import RECIPES, Recipe, load_recipe, located, parse_recipe, schema, to_toml
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.fedprox import FedProx
@@ -34,7 +35,7 @@ def parsed(*changes: str, **sections: Any) -> Recipe:
 
 
 def complaint(*changes: str, **sections: Any) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(RunError) as caught:
         parsed(*changes, **sections)
     return str(caught.value)
 
@@ -224,7 +225,7 @@ def test_values_that_only_training_would_trip_over(sections: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("key", ["name", "seed", "rounds", "model", "data", "train"])
 def test_a_missing_key(key: str) -> None:
-    with pytest.raises(ValueError, match=f"my.toml: the key '{key}' is missing"):
+    with pytest.raises(RunError, match=f"my.toml: the key '{key}' is missing"):
         parse_recipe(tomli_w.dumps({k: v for k, v in LEAST.items() if k != key}), origin="my.toml")
 
 
@@ -244,9 +245,9 @@ def test_every_fault_has_its_sentence() -> None:
 
 
 def test_a_file_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no recipe .*absent\.toml"):
+    with pytest.raises(RunError, match=r"there is no recipe .*absent\.toml"):
         load_recipe(tmp_path / "absent.toml")
-    with pytest.raises(ValueError, match=r"the nearest is demo\.toml"):
+    with pytest.raises(RunError, match=r"the nearest is demo\.toml"):
         load_recipe(tmp_path / "dmo.toml")
 
 
@@ -262,13 +263,13 @@ def test_a_file_that_is_missing(tmp_path: Path) -> None:
 def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "my.toml"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(RunError, match=said) as caught:
         load_recipe(path)
     assert str(path) in str(caught.value)
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(RunError, match="cannot be read"):
         load_recipe(tmp_path)
 
 
@@ -291,8 +292,8 @@ def test_a_recipes_errors_come_without_the_heavy_libraries() -> None:
     heavy = "{'ray', 'transformers', 'peft', 'deepspeed', 'trl'}"
     script = "import sys, experiments.config.recipe as c; c.schema(); "
     script += f"sys.exit(str(sorted({heavy} & set(sys.modules)) or ''))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.strip() == ""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stderr.strip() == ""
 
 
 def test_the_schema_is_one_and_describes_the_resolved_recipes() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 import experiments
 from datasets_partition.store.store import Store
+from engine.messages.errors import RunError
 from experiments.config.recipe import parse_recipe, to_toml
 from experiments.runs.api import build_store
 
@@ -82,25 +83,25 @@ def test_own_kinds_are_read_and_written_back(own_folder, small_recipe):
 
 
 def test_own_kinds_within_a_combined_partition(own_folder, small_recipe):
-    own = '{kind="own_rules:InTurns", clients=2}'
-    recipe = small_recipe(f'data.partition={{kind="combined", first={own}, then={{kind="size_cap", rows=3}}}}')
+    in_turns = '{kind="own_rules:InTurns", clients=2}'
+    recipe = small_recipe(f'data.partition={{kind="combined", first={in_turns}, then={{kind="size_cap", rows=3}}}}')
     assert recipe.data.partition.first.clients == 2
     tree = tomllib.loads(to_toml(recipe))
     assert tree["data"]["partition"]["first"] == {"kind": "own_rules:InTurns", "clients": 2}
     assert parse_recipe(to_toml(recipe)) == recipe
-    recipe = small_recipe(f'data.partition={{kind="combined", first="natural", then={own}}}')
+    recipe = small_recipe(f'data.partition={{kind="combined", first="natural", then={in_turns}}}')
     store = Store.open(build_store(recipe))
     names = store.index["name"].to_pylist()
     assert {name.rpartition("/")[2] for name in names if name} == {"turn-0", "turn-1"}
     assert store.manifest["own_code"] != ""
-    with pytest.raises(ValueError, match=r"data\.partition\.then\.kind names 'own_rules:Gone'"):
+    with pytest.raises(RunError, match=r"data\.partition\.then\.kind names 'own_rules:Gone'"):
         small_recipe('data.partition={kind="combined", first="natural", then={kind="own_rules:Gone"}}')
 
 
 def test_own_kinds_at_any_depth_of_combined_partitions(own_folder, small_recipe):
-    own = '{kind="own_rules:InTurns", clients=2}'
-    below = f'{{kind="combined", first="natural", then={own}}}'
-    deep = f'{{kind="combined", first={own}, then={below}}}'
+    in_turns = '{kind="own_rules:InTurns", clients=2}'
+    below = f'{{kind="combined", first="natural", then={in_turns}}}'
+    deep = f'{{kind="combined", first={in_turns}, then={below}}}'
     recipe = small_recipe(f'data.partition={{kind="combined", first={deep}, then={{kind="size_cap", rows=3}}}}')
     assert recipe.data.partition.first.first.clients == recipe.data.partition.first.then.then.clients == 2
     assert parse_recipe(to_toml(recipe)) == recipe
@@ -120,7 +121,7 @@ def test_own_kinds_at_any_depth_of_combined_partitions(own_folder, small_recipe)
     ],
 )
 def test_what_is_wrong_with_own_code_is_said(own_folder, small_recipe, change, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(RunError, match=said):
         small_recipe(change)
 
 

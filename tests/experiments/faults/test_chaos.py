@@ -28,15 +28,15 @@ LONGEST_S = 1200
 
 def alive(command):
     """Which living processes of a run there are to kill, by kind."""
-    found = {"command": [command]}
+    processes = {"command": [command]}
     for process in command.children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             called = process.cmdline()
             title = Path(called[0]).name.removeprefix("ray::") if called else ""
             kind = next((kind for kind in VICTIMS if title.startswith(kind)), None)
             if kind:
-                found.setdefault(kind, []).append(process)
-    return found
+                processes.setdefault(kind, []).append(process)
+    return processes
 
 
 def last_round(out):

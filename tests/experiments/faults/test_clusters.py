@@ -12,7 +12,7 @@ import yaml
 
 import experiments
 from experiments.config.recipe import to_toml
-from experiments.preflight.dry import hidden_gpus
+from experiments.preflight.processes import hidden_gpus
 
 ROOT = Path(__file__).resolve().parents[3]
 CLUSTERS = ROOT / "experiments" / "clusters"
@@ -61,11 +61,11 @@ def test_slots_on_fractions_of_gpus_over_three_nodes_lead_to_the_same_bits(ray_s
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(to_toml(small_recipe(rounds, "clients={slots=5, num_cpus=0.0, num_gpus=0.5}")))
     command = [sys.executable, "-c", ON_THREE_NODES, recipe, tmp_path / "three"]
-    done = subprocess.run(
+    ended = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **hidden_gpus(1)}
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "3", "five halves take three nodes"
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split()[-1] == "3", "five halves take three nodes"
     adapter = "model/adapter_model.safetensors"
     assert (tmp_path / "three" / adapter).read_bytes() == (plain.folder / adapter).read_bytes()
 
@@ -135,7 +135,7 @@ def test_the_slurm_example_runs_a_recipe_and_ends_with_its_exit_code(small_recip
 
 def test_the_slurm_example_ends_where_ray_does_not_start(tmp_path):
     played(tmp_path, PLAYED | {"ray": "exit 1"})
-    done = subprocess.run(
+    ended = subprocess.run(
         ["bash", CLUSTERS / "slurm.sh", "recipe.toml"],
         cwd=tmp_path,
         env={**os.environ, "SLURM_JOB_NODELIST": "one"},
@@ -143,7 +143,7 @@ def test_the_slurm_example_ends_where_ray_does_not_start(tmp_path):
         text=True,
         timeout=60,
     )
-    assert done.returncode == 1 and "error: ray start on 127.0.0.1 has ended" in done.stderr
+    assert ended.returncode == 1 and "error: ray start on 127.0.0.1 has ended" in ended.stderr
 
 
 def _session(process):

@@ -33,14 +33,14 @@ class Raising(FedAvg):
     times: int = 1
     folder: str = ""
 
-    def finish(self, update, got, memory, ends):
+    def finish(self, update, broadcast, memory, ends):
         """As FedAvg's, or not at all."""
-        marks = [Path(self.folder) / f"{update.client}-{got.round}-{n}" for n in range(self.times)]
+        marks = [Path(self.folder) / f"{update.client}-{broadcast.round}-{n}" for n in range(self.times)]
         left = [mark for mark in marks if not mark.exists()]
-        if left and (not self.only or (got.round + 1, update.client) in self.only):
+        if left and (not self.only or (broadcast.round + 1, update.client) in self.only):
             left[0].touch()
             raise ArithmeticError("its rows add up to nothing")
-        return super().finish(update, got, memory, ends)
+        return super().finish(update, broadcast, memory, ends)
 
 
 @pytest.fixture(autouse=True)
@@ -68,34 +68,34 @@ def faults(run):
 
 def processes_of(title):
     """All living processes of this session's Ray that have such a title."""
-    found = []
+    processes = []
     for process in psutil.Process().children(recursive=True):
         try:
             if f"ray::{title}" in " ".join(process.cmdline()[:1]):
-                found.append(process)
+                processes.append(process)
         except psutil.NoSuchProcess:
             continue
-    return found
+    return processes
 
 
 def test_a_client_that_raises_is_tried_again(undisturbed, small_recipe, tmp_path):
     recipe = replace(small_recipe(*QUIET), strategy=Raising(folder=str(tmp_path)))
     run = experiments.run(recipe, out=tmp_path / "run")
     assert bits(run) == bits(undisturbed)
-    found = faults(run)
-    assert len(found) == 5 * ROUNDS and {(kind, why) for kind, _, why in found} == {
+    rows = faults(run)
+    assert len(rows) == 5 * ROUNDS and {(kind, why) for kind, _, why in rows} == {
         ("client", "ArithmeticError: its rows add up to nothing")
     }
 
 
 def test_a_round_with_too_few_is_skipped_and_in_another_one_client_is_left_out(small_recipe, ray_session, tmp_path):
-    recipe, told = small_recipe("evaluate.every=0", "rounds=2", "cohort.size=8"), []
+    recipe, events = small_recipe("evaluate.every=0", "rounds=2", "cohort.size=8"), []
     clients = replace(recipe.clients, retries=1, on_too_few="skip", max_failed=1.0, min_share=0.7)
     raising = Raising(only=((1, 1), (1, 2), (1, 3), (2, 3)), times=9, folder=str(tmp_path))
     run = experiments.run(
-        replace(recipe, strategy=raising, clients=clients), out=tmp_path / "run", on_event=told.append
+        replace(recipe, strategy=raising, clients=clients), out=tmp_path / "run", on_event=events.append
     )
-    first, second = (event for event in told if isinstance(event, RoundDone))
+    first, second = (event for event in events if isinstance(event, RoundDone))
     assert first.clients == 0 and "5 of 8 clients of round 1 gave an update" in first.aborted
     assert len(first.failed) == 3 and second.clients == 7 and len(second.failed) == 1 and second.aborted is None
     rows = [row for row in run.metrics.to_pylist() if (row["split"], row["name"], row["round"]) == ("train", "rows", 2)]
@@ -105,11 +105,15 @@ def test_a_round_with_too_few_is_skipped_and_in_another_one_client_is_left_out(s
 
 
 def test_a_dead_driver_and_a_silent_slot_change_no_bit(undisturbed, small_recipe, tmp_path):
-    others, told = set(processes_of("")), []
+    others, events = set(processes_of("")), []
 
     def disturb(event):
-        told.append(event)
-        if isinstance(event, RoundDone) and not any(isinstance(one, DriverLost) for one in told) and event.round == 2:
+        events.append(event)
+        if (
+            isinstance(event, RoundDone)
+            and not any(isinstance(earlier, DriverLost) for earlier in events)
+            and event.round == 2
+        ):
             (driver,) = set(processes_of("Driver")) - others
             driver.kill()
         if isinstance(event, Started) and event.resumed is not None:
@@ -117,7 +121,7 @@ def test_a_dead_driver_and_a_silent_slot_change_no_bit(undisturbed, small_recipe
             slot.suspend()
 
     run = experiments.run(small_recipe(*QUIET, "clients.timeout_s=3.0"), out=tmp_path / "run", on_event=disturb)
-    first, second = (event.resumed for event in told if isinstance(event, Started))
+    first, second = (event.resumed for event in events if isinstance(event, Started))
     assert first is None and 1 <= second < ROUNDS
     assert bits(run) == bits(undisturbed)
     kinds = [(kind, why) for kind, _, why in faults(run)]
@@ -140,15 +144,15 @@ def test_interrupted_once_it_finishes_the_round_and_a_damaged_checkpoint_is_pass
     assert process.wait(60) == 130
     said = (tmp_path / "log").read_text()
     older, newer = sorted((out / "checkpoints").iterdir())
-    assert "finishing the round" in said and "--resume goes on from there" in said
+    assert "finishing the round" in said and "--resume continues from there" in said
     assert f"stopped after round {int(newer.name)} of 18" in said
     damaged = newer / "state.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    told = []
-    run = experiments.run(small_recipe(*QUIET), out=out, resume=True, on_event=told.append)  # more rounds
-    started = next(event for event in told if isinstance(event, Started))
+    events = []
+    run = experiments.run(small_recipe(*QUIET), out=out, resume=True, on_event=events.append)  # more rounds
+    started = next(event for event in events if isinstance(event, Started))
     assert started.resumed == int(older.name)
     assert any(f"{newer} cannot be read" in note for note in started.notes)
     assert bits(run) == bits(undisturbed)
@@ -160,18 +164,18 @@ class TooLarge(FedAvg):
 
     most: int = 2
 
-    def starts(self, got, memory):
+    def starts(self, broadcast, memory):
         """As FedAvg's; the next client that begins before one of so many has ended finds no memory left."""
         began.append(1)
         if len(began) > self.most:
             began.clear()
             torch.empty(2**60)  # which no system gives
-        return super().starts(got, memory)
+        return super().starts(broadcast, memory)
 
-    def finish(self, update, got, memory, ends):
+    def finish(self, update, broadcast, memory, ends):
         """As FedAvg's."""
         began.clear()
-        return super().finish(update, got, memory, ends)
+        return super().finish(update, broadcast, memory, ends)
 
 
 began = []  # of each slot's process
@@ -187,19 +191,19 @@ def test_a_pack_that_is_too_large_gives_the_bits_of_its_parts(ray_session, small
     recipe = replace(small_recipe(*changes, "clients.lanes=4"), strategy=TooLarge(most=most))
     run = experiments.run(recipe, out=tmp_path / "run")
     assert bits(run) == bits(parts)
-    found = faults(run)
-    assert len(found) == 3 * 4 * tries and all(why.startswith("in a pack with clients ") for _, _, why in found)
+    rows = faults(run)
+    assert len(rows) == 3 * 4 * tries and all(why.startswith("in a pack with clients ") for _, _, why in rows)
 
 
 @dataclass(frozen=True)
 class OneTooLarge(FedAvg):
     """FedAvg, in which one client asks for more memory than there is, in whatever company."""
 
-    def finish(self, update, got, memory, ends):
+    def finish(self, update, broadcast, memory, ends):
         """As FedAvg's."""
         if update.client == 3:
             torch.empty(2**60)
-        return super().finish(update, got, memory, ends)
+        return super().finish(update, broadcast, memory, ends)
 
 
 def test_a_client_whose_memory_is_never_there_is_tried_in_smaller_packs_and_alone_then_named(
@@ -207,10 +211,10 @@ def test_a_client_whose_memory_is_never_there_is_tried_in_smaller_packs_and_alon
 ):
     changes = ("evaluate.every=0", "rounds=1", "cohort.size=8", "clients.lanes=4", "clients.max_failed=0.2")
     run = experiments.run(replace(small_recipe(*changes), strategy=OneTooLarge()), out=tmp_path / "run")
-    found = faults(run)
-    assert all("can't allocate memory" in why for _, _, why in found)
-    sizes = {why.count(", ") + 1 for _, _, why in found if why.startswith("in a pack with clients ")}
-    alone = {who for _, who, why in found if not why.startswith("in a pack with clients ")}
+    rows = faults(run)
+    assert all("can't allocate memory" in why for _, _, why in rows)
+    sizes = {why.count(", ") + 1 for _, _, why in rows if why.startswith("in a pack with clients ")}
+    alone = {who for _, who, why in rows if not why.startswith("in a pack with clients ")}
     assert sizes >= {2, 4} and len(alone) == 1
     (clients,) = [row["value"] for row in run.metrics.to_pylist() if row["name"] == "clients"]
     assert clients == 7
@@ -226,7 +230,7 @@ def test_a_node_that_is_removed_leaves_the_others_to_do_its_work(ray_session, sm
     recipe.write_text(to_toml(small_recipe(*changes)))
     undisturbed = experiments.run(recipe, out=tmp_path / "undisturbed")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    done = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", REMOVED, str(recipe), str(tmp_path / "run")],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": str(ROOT)},
@@ -234,9 +238,9 @@ def test_a_node_that_is_removed_leaves_the_others_to_do_its_work(ray_session, sm
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert ended.returncode == 0, ended.stderr[-2000:]
     assert (tmp_path / "run" / "model" / ADAPTER).read_bytes() == bits(undisturbed)
-    assert "no place for another" in done.stdout
+    assert "no place for another" in ended.stdout
 
 
 REMOVED = """

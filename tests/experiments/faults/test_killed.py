@@ -34,14 +34,14 @@ def test_a_command_that_is_killed_takes_its_cluster_along_and_another_goes_on_at
         while not (out / "checkpoints" / "00002").exists():
             assert killed.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.02)
-        own = psutil.Process(killed.pid).children(recursive=True)
+        cluster = psutil.Process(killed.pid).children(recursive=True)
         killed.kill()
         killed.wait()
-        alive = sum(process.is_running() for process in own)
+        alive = sum(process.is_running() for process in cluster)
         resumed = subprocess.run([*command, "--resume"], cwd=ROOT, stdout=log, stderr=log, env=environment, timeout=200)
     assert resumed.returncode == 0, (tmp_path / "log").read_text()
     assert alive > 3, "the dead command's cluster had ended already"
-    _, left = psutil.wait_procs(own, timeout=60)
+    _, left = psutil.wait_procs(cluster, timeout=60)
     assert not left
     undisturbed = experiments.run(small_recipe("evaluate.every=0", "rounds=12"), out=tmp_path / "undisturbed")
     assert (out / "model" / ADAPTER).read_bytes() == (undisturbed.model / ADAPTER).read_bytes()

@@ -33,7 +33,7 @@ def test_a_node_that_is_removed_in_a_round_changes_no_bit(ray_session, small_rec
     recipe.write_text(to_toml(small_recipe(*QUIET, *changes)))
     undisturbed = experiments.run(recipe, out=tmp_path / "undisturbed")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    done = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", REMOVED, str(recipe), str(tmp_path / "run"), at],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": str(ROOT)},
@@ -41,7 +41,7 @@ def test_a_node_that_is_removed_in_a_round_changes_no_bit(ray_session, small_rec
         text=True,
         timeout=200,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert ended.returncode == 0, ended.stderr[-2000:]
     assert (tmp_path / "run" / "model" / ADAPTER).read_bytes() == (undisturbed.model / ADAPTER).read_bytes()
     (written,) = (tmp_path / "run" / "faults").iterdir()
     faults = pq.read_table(written).to_pylist()

@@ -20,10 +20,10 @@ def play(ray_session, small_recipe, tmp_path_factory):
     """A run with changes, and who was late in each round."""
 
     def played(*changes, out=None, resume=False):
-        told = []
+        events = []
         out = out or tmp_path_factory.mktemp("stragglers") / "run"
-        run = experiments.run(small_recipe(*CHANGES, *changes), out=out, resume=resume, on_event=told.append)
-        return run, {event.round: set(event.gone) for event in told if isinstance(event, RoundDone)}
+        run = experiments.run(small_recipe(*CHANGES, *changes), out=out, resume=resume, on_event=events.append)
+        return run, {event.round: set(event.gone) for event in events if isinstance(event, RoundDone)}
 
     return played
 
@@ -38,8 +38,8 @@ def test_the_same_are_late_on_more_slots_and_after_a_resume_and_the_bits_are_the
     for run in (alone, resumed):
         named = read_log(run.folder / "faults").to_pylist()
         assert {(row["round"], row["who"]) for row in named} == {(n, name) for n in late for name in late[n]}
-        told = re.compile(r"too late: [\d.]+ s after clients\.availability\.deadline_s")
-        assert all(row["kind"] == "dropout" and told.fullmatch(row["why"]) for row in named)
+        too_late = re.compile(r"too late: [\d.]+ s after clients\.availability\.deadline_s")
+        assert all(row["kind"] == "dropout" and too_late.fullmatch(row["why"]) for row in named)
         vector = sum(param.size for param in load_file(run.model / ADAPTER).values()) * 4
         ledger = read_log(run.folder / "ledger").to_pylist()
         seen = {(row["round"], row["party"], row["kind"], row["count"], row["bytes"]) for row in ledger}
@@ -61,4 +61,4 @@ def test_the_same_are_late_in_packs_under_secure_aggregation_and_in_gangs(play, 
         ("clients.zero={stage=3}",),
     )
     (_, late), *others = [play("rounds=1", *some) for some in changes]
-    assert all(found == late for _, found in others) and 0 < len(late[1]) < 8
+    assert all(names == late for _, names in others) and 0 < len(late[1]) < 8

@@ -49,17 +49,17 @@ class Waiting(FedAvg):
 
     folder: str = ""
 
-    def finish(self, update, got, memory, ends):
+    def finish(self, update, broadcast, memory, ends):
         """As FedAvg's."""
-        if got.round == 1:
-            strike, done = Path(self.folder) / "strike", Path(self.folder) / "done"
-            if done.exists() and not strike.exists():
+        if broadcast.round == 1:
+            strike, began = Path(self.folder) / "strike", Path(self.folder) / "done"
+            if began.exists() and not strike.exists():
                 strike.with_suffix(".new").write_text(str(os.getpid()))
                 strike.with_suffix(".new").rename(strike)
                 time.sleep(60)
-            with done.open("a") as file:
+            with began.open("a") as file:
                 file.write(f"{update.client}\n")
-        return super().finish(update, got, memory, ends)
+        return super().finish(update, broadcast, memory, ends)
 
 
 def test_a_slot_killed_between_two_clients_of_a_round_changes_no_bit(ray_session, small_recipe, tmp_path):
@@ -92,9 +92,9 @@ class Unlucky(Scaffold):
 
     folder: str = ""
 
-    def finish(self, update, got, memory, ends):
+    def finish(self, update, broadcast, memory, ends):
         """As SCAFFOLD's, or not at all."""
-        if got.round == 0:
+        if broadcast.round == 0:
             first, died = Path(self.folder) / "first", Path(self.folder) / "died"
             with suppress(FileExistsError):
                 first.symlink_to(f"{update.client} {os.getpid()}")  # is there at once, with its text
@@ -104,7 +104,7 @@ class Unlucky(Scaffold):
             if not died.exists() and client != str(update.client) and process == str(os.getpid()):
                 died.touch()
                 os._exit(1)
-        return super().finish(update, got, memory, ends)
+        return super().finish(update, broadcast, memory, ends)
 
 
 def test_who_fails_after_its_first_slot_died_remembers_nothing_of_the_round(ray_session, small_recipe, tmp_path):
@@ -135,9 +135,9 @@ def test_who_drops_out_with_its_slot_remembers_nothing_of_the_round(ray_session,
         "clients.slots=2",
         "train.optimizer={kind='sgd', lr=0.3}",
     )
-    told = []
+    events = []
     recipe = replace(small_recipe(*changes), strategy=Unlucky(folder=str(tmp_path)))
-    run = experiments.run(recipe, out=tmp_path / "run", on_event=told.append)
-    (done,) = (event for event in told if isinstance(event, RoundDone))
-    assert 0 < len(done.gone) < 8 and done.aborted is None
-    assert len(list((run.folder / "memory").glob("*/*/00001.safetensors"))) == done.clients == 8 - len(done.gone)
+    run = experiments.run(recipe, out=tmp_path / "run", on_event=events.append)
+    (round_,) = (event for event in events if isinstance(event, RoundDone))
+    assert 0 < len(round_.gone) < 8 and round_.aborted is None
+    assert len(list((run.folder / "memory").glob("*/*/00001.safetensors"))) == round_.clients == 8 - len(round_.gone)

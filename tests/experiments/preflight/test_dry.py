@@ -59,10 +59,10 @@ def proved(output):
 
 
 def dry(command, path, *arguments):
-    done = command("run", path, "--dry", *arguments, cwd=path.parent, COLUMNS="200")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert all(" yes " in said for said in proved(done.stdout).values()), done.stdout
-    return done.stdout
+    ended = command("run", path, "--dry", *arguments, cwd=path.parent, COLUMNS="200")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert all(" yes " in said for said in proved(ended.stdout).values()), ended.stdout
+    return ended.stdout
 
 
 def test_a_recipe_for_512_slots_and_a_70b_base_is_proved_here_and_leaves_nothing(command, large):
@@ -76,7 +76,7 @@ def test_a_recipe_for_512_slots_and_a_70b_base_is_proved_here_and_leaves_nothing
     assert "secure aggregation (full); distributed noise, epsilon" in facts["privacy"]
     assert "80 layers, width 8,192, 64 heads over 8" in said and "2 layers, width 256, 16 heads over 2" in said
     assert "512 slots or ranks (1,024 CPUs, 128 GPUs)" in said
-    assert "the trace of who is there when" in said
+    assert "the trace of when clients are available" in said
     assert [path.name for path in large.parent.iterdir()] == [large.name]
 
 
@@ -120,8 +120,8 @@ def test_own_rows_are_drawn_through_the_recipes_partition(small_recipe, rows_fil
     drawn = draw_rows(recipe, clients_of(work), work.train.max_length, tmp_path / "stores")
     assert drawn.real and "clients" in drawn.said
     assert drawn.table.column_names == ["client", "prompt", "completion"]
-    own = {json.loads(line)["completion"] for line in rows_file.read_text().splitlines()}
-    assert set(drawn.table["completion"].to_pylist()) <= {completion[:12] for completion in own}
+    completions = {json.loads(line)["completion"] for line in rows_file.read_text().splitlines()}
+    assert set(drawn.table["completion"].to_pylist()) <= {completion[:12] for completion in completions}
     with pytest.raises(ValueError, match=r"cohort.size is 9, but only 7 clients can train"):
         recipe = small_recipe("data.partition={kind='iid', clients=9}", "cohort.size=9")
         draw_rows(recipe, 10, 64, tmp_path / "stores")
@@ -175,8 +175,8 @@ def test_a_round_without_result_proves_nothing(tmp_path):
     from engine.messages.events import RoundDone
 
     work = shrunk_recipe(parse_recipe(LARGE), tmp_path, tmp_path)
-    done = RoundDone(1, 1.0, 1.0, 1.0, 0, {}, aborted="3 clients are there, and it takes 5", epsilon="epsilon 4")
-    strategy, privacy = _rounds(work, [done])
+    round_ = RoundDone(1, 1.0, 1.0, 1.0, 0, {}, aborted="3 clients are there, and it takes 5", epsilon="epsilon 4")
+    strategy, privacy = _rounds(work, [round_])
     assert not strategy.holds and not privacy.holds and "it takes 5" in strategy.said
 
 
@@ -184,9 +184,9 @@ def test_rounds_of_nobody_prove_nothing(tmp_path):
     from engine.messages.events import RoundDone
 
     plain = shrunk_recipe(parse_recipe(LARGE, ["privacy={}", "clients.availability.dropout=0.9"]), tmp_path, tmp_path)
-    done = [RoundDone(round_, 1.0, 1.0, 1.0, clients, {}) for round_, clients in ((1, 4), (2, 0))]
-    assert not any(proof.holds for proof in _rounds(plain, done))
-    assert all(proof.holds for proof in _rounds(plain, done[:1]))
+    rounds = [RoundDone(round_, 1.0, 1.0, 1.0, clients, {}) for round_, clients in ((1, 4), (2, 0))]
+    assert not any(proof.holds for proof in _rounds(plain, rounds))
+    assert all(proof.holds for proof in _rounds(plain, rounds[:1]))
     assert bearable(plain, 8).clients.availability.dropout == 0.0  # of so few clients often nobody would be left
 
 
@@ -217,10 +217,10 @@ def test_no_model_proves_no_resume(small_recipe, tmp_path):
 
 
 def test_options_that_do_not_go_with_it_are_refused_in_one_sentence(command, large):
-    done = command("run", large, "--dry", "--out", "x", "--resume", "--set", "rounds=2")
-    assert done.returncode == 2
-    assert done.stderr == (
-        "error: --dry runs on this machine alone and leaves nothing behind: leave --out, --resume out\n"
+    ended = command("run", large, "--dry", "--out", "x", "--resume", "--set", "rounds=2")
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "error: --dry runs on this machine alone and leaves nothing behind: leave out --out, --resume\n"
     )
 
 

@@ -19,9 +19,9 @@ def tuned(small_recipe):
 
 def test_parameters_are_those_of_the_model(small_recipe, tuned, tiny_base):
     whole = AutoModelForCausalLM.from_pretrained(tiny_base)
-    found = sizes(tuned.model, 48)
-    assert found.parameters == found.trained == whole.num_parameters() and found.itemsize == 4
-    assert found.largest == max(parameter.numel() for parameter in whole.parameters())
+    counts = sizes(tuned.model, 48)
+    assert counts.parameters == counts.trained == whole.num_parameters() and counts.itemsize == 4
+    assert counts.largest == max(parameter.numel() for parameter in whole.parameters())
     adapted = sizes(small_recipe().model, 48)
     assert adapted.parameters - adapted.trained == whole.num_parameters()
 
@@ -33,23 +33,23 @@ def test_activations_grow_with_the_length_and_not_with_what_is_trained(tuned):
 
 
 def test_each_stage_and_each_rank_takes_off(tuned):
-    found = sizes(tuned.model, 48)
-    totals = [rank_need(found, tuned, Zero(stage=stage, ranks=4), 0.0).total for stage in (1, 2)]
+    counts = sizes(tuned.model, 48)
+    totals = [rank_need(counts, tuned, Zero(stage=stage, ranks=4), 0.0).total for stage in (1, 2)]
     assert totals[1] < totals[0]
-    optimizer = [rank_need(found, tuned, Zero(stage=1, ranks=ranks), 0.0).optimizer for ranks in (1, 2, 4)]
-    assert optimizer == [8 * found.trained / ranks for ranks in (1, 2, 4)]  # AdamW has two vectors of float32
-    assert slot_need(found, tuned, 0.0).optimizer == 8 * found.trained
+    optimizer = [rank_need(counts, tuned, Zero(stage=1, ranks=ranks), 0.0).optimizer for ranks in (1, 2, 4)]
+    assert optimizer == [8 * counts.trained / ranks for ranks in (1, 2, 4)]  # AdamW has two vectors of float32
+    assert slot_need(counts, tuned, 0.0).optimizer == 8 * counts.trained
 
 
 def test_the_smallest_gang_is_no_larger_than_it_must_be(tuned):
-    found = sizes(tuned.model, 48)
-    assert smallest(found, tuned, 100 * GIB, 0.0) == Zero(stage=1, ranks=1)
-    assert smallest(found, tuned, 1000.0, 0.0) is None
-    one = rank_need(found, tuned, Zero(stage=1, ranks=1), 0.0).total
-    chosen = smallest(found, tuned, one, 0.0)  # a tenth is kept spare
+    counts = sizes(tuned.model, 48)
+    assert smallest(counts, tuned, 100 * GIB, 0.0) == Zero(stage=1, ranks=1)
+    assert smallest(counts, tuned, 1000.0, 0.0) is None
+    single = rank_need(counts, tuned, Zero(stage=1, ranks=1), 0.0).total
+    chosen = smallest(counts, tuned, single, 0.0)  # a tenth is kept spare
     assert (chosen is not None and chosen.ranks > 1) or chosen.stage > 1
-    three = min(rank_need(found, tuned, Zero(stage=stage, ranks=3), 0.0).total for stage in (1, 2, 3))
-    assert smallest(found, tuned, three / SPARE + 1, 0.0).ranks == 3
+    three = min(rank_need(counts, tuned, Zero(stage=stage, ranks=3), 0.0).total for stage in (1, 2, 3))
+    assert smallest(counts, tuned, three / SPARE + 1, 0.0).ranks == 3
 
 
 @pytest.mark.parametrize(("stage", "off"), [(1, 1200 * 4), (2, 1500 * 4), (3, 1500 * 4)])
@@ -57,7 +57,7 @@ def test_what_is_offloaded_is_on_no_gpu(small_recipe, stage, off):
     """Two ranks of 300 elements each: masters, two moments, a flat gradient, and deepspeed's if that is cut too."""
     zero = f"clients.zero={{stage={stage}, ranks=2, offload='cpu'}}"
     on_cpu, on_gpu = (small_recipe("model.peft=none", zero, f"clients.num_gpus={gpus}") for gpus in (0, 1))
-    here, there = (rank_need(FOUND, one, one.clients.zero, 0.0) for one in (on_cpu, on_gpu))
+    here, there = (rank_need(FOUND, recipe, recipe.clients.zero, 0.0) for recipe in (on_cpu, on_gpu))
     assert here == rank_need(FOUND, on_cpu, Zero(stage=stage, ranks=2), 0.0)
     assert here.total - there.total == off and there.optimizer == 0
     weights, gradients = {1: 2000, 2: 2000, 3: 1000}[stage], 2400 if stage == 1 else 0
@@ -91,7 +91,9 @@ def test_slots_and_gangs_are_those_of_a_run(clients, devices, slots):
 
 @pytest.mark.parametrize(("zero", "wanted"), [(GANG, "a gang of 2 ranks"), (MIXED, "2 gangs of 2 ranks and a plain")])
 def test_gangs_that_no_device_is_left_for(zero, wanted):
-    with pytest.raises(ValueError, match=f"{wanted}.* more than the 1 processes .* on 1 devices: give more --devices"):
+    with pytest.raises(
+        ValueError, match=f"{wanted}.* more than the 1 processes that fit on 1 devices: give more --devices"
+    ):
         counted(Clients(num_gpus=1, zero=zero), 1, 8)
 
 

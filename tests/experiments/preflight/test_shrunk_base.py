@@ -85,13 +85,13 @@ def test_a_shrunk_family_is_small_and_trains_a_step(tokenizer, name):
 def test_ratios_are_kept(tokenizer, name, kept):
     small = shrunk(base_config(Model(base=name)), tokenizer)
     head = small.to_dict().get("head_dim") or small.hidden_size // small.num_attention_heads
-    found = {
+    ratios = {
         "heads": small.num_attention_heads // small.num_key_value_heads,
         "tied": small.tie_word_embeddings,
         "ff": small.intermediate_size / small.hidden_size,
         "wide": small.hidden_size / (small.num_attention_heads * head),
     }
-    assert found == {"heads": kept["heads"], "tied": kept["tied"]} | {
+    assert ratios == {"heads": kept["heads"], "tied": kept["tied"]} | {
         key: pytest.approx(kept[key], rel=0.05) for key in ("ff", "wide")
     }
 
@@ -106,9 +106,9 @@ def test_each_kind_of_layer_is_kept(tokenizer):
 def test_a_folder_is_read_for_its_configuration_alone(tokenizer, tmp_path):
     config = base_config(Model(base="mistralai/Mixtral-8x22B-v0.1"))
     config.save_pretrained(tmp_path / "large")
-    found = base_config(Model(base=str(tmp_path / "large")))
-    assert (found.num_hidden_layers, found.hidden_size, found.num_local_experts) == (56, 6144, 8)
-    write_base(shrunk(found, tokenizer), tokenizer, tmp_path / "small")
+    config = base_config(Model(base=str(tmp_path / "large")))
+    assert (config.num_hidden_layers, config.hidden_size, config.num_local_experts) == (56, 6144, 8)
+    write_base(shrunk(config, tokenizer), tokenizer, tmp_path / "small")
     again = base_config(Model(base=str(tmp_path / "small")))
     assert (again.num_hidden_layers, again.num_local_experts, again.vocab_size) == (2, 4, len(tokenizer))
     assert sum(file.stat().st_size for file in (tmp_path / "small").iterdir()) < 30e6
@@ -116,7 +116,7 @@ def test_a_folder_is_read_for_its_configuration_alone(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", ["my/own-model", "../models/llama-3-8b", "/models/llama-3-8b"])
 def test_a_base_of_which_nothing_is_known_is_refused_with_the_way_out(name):
-    with pytest.raises(ValueError, match=r"is no folder.*save its config.json in a folder"):
+    with pytest.raises(ValueError, match=r"is not a folder.*save its config.json in a folder"):
         base_config(Model(base=name))
 
 

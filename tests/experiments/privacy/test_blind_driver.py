@@ -47,8 +47,8 @@ class Canary(FedAvg):
     spoils: bool = False
     seen: ClassVar[list[torch.Tensor]] = []
 
-    def finish(self, update, got, memory, ends=None):
-        update, memory = super().finish(update, got, memory, ends)
+    def finish(self, update, broadcast, memory, ends=None):
+        update, memory = super().finish(update, broadcast, memory, ends)
         canary = torch.from_numpy(np.frombuffer(os.urandom(2 * WORDS), np.int16) / 2.0**17).float()
         np.save(Path(self.folder) / f"{update.client}.npy", canary.numpy())
         rest = update.delta[WORDS:].clone()
@@ -192,7 +192,7 @@ def test_the_driver_never_holds_an_unmasked_update(canaries, active, full, tmp_p
         for needle in forms(canary, encoded[client]):
             assert not seen.holds(needle[: WORDS // 2].tobytes())  # nor then the whole
     # What it does have is the sum of the two that could be used.
-    pairs = [(one, other) for one in planted for other in planted if one < other]
+    pairs = [(first, second) for first in planted for second in planted if first < second]
     totals = [sums.decode_part("delta", encoded[a] + encoded[b]).astype(np.float32) for a, b in pairs]
     assert sum(any(total.tobytes() in part for part in seen.memory) for total in totals) == 1
     # No model is ever in that process, nor are the libraries of models: they would double its memory.

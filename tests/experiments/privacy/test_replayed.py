@@ -28,12 +28,12 @@ class Dying(FedAvg):
 
     folder: str = ""
 
-    def finish(self, update, got, memory, ends):
+    def finish(self, update, broadcast, memory, ends):
         """As FedAvg's, but for the two that fail."""
         died = (Path(self.folder) / "died").exists()
-        if (update.client, got.round, died) in {(FIRST, 0, False), (SECOND, 1, True)}:
+        if (update.client, broadcast.round, died) in {(FIRST, 0, False), (SECOND, 1, True)}:
             raise ArithmeticError("its rows add up to nothing")
-        return super().finish(update, got, memory, ends)
+        return super().finish(update, broadcast, memory, ends)
 
     def apply(self, state, aggregate):
         """As FedAvg's, if the driver lives; the run's copy knows of the sum by then."""
@@ -57,11 +57,11 @@ def own_classes_travel():
 def test_rounds_played_again_give_the_server_no_second_sum(ray_session, small_recipe, tmp_path, monkeypatch):
     (tmp_path / "node").mkdir()
     monkeypatch.setattr(location.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
-    recipe, told = small_recipe(*SMALL), []
+    recipe, events = small_recipe(*SMALL), []
     recipe = replace(recipe, strategy=Dying(folder=str(tmp_path)), clients=replace(recipe.clients, retries=0))
-    run = experiments.run(recipe, out=(tmp_path / "there").as_uri(), on_event=told.append)
-    (lost,) = (place for place, event in enumerate(told) if isinstance(event, DriverLost))
-    rounds = {event.round: event for event in told[lost:] if isinstance(event, RoundDone)}
+    run = experiments.run(recipe, out=(tmp_path / "there").as_uri(), on_event=events.append)
+    (lost,) = (place for place, event in enumerate(events) if isinstance(event, DriverLost))
+    rounds = {event.round: event for event in events[lost:] if isinstance(event, RoundDone)}
     assert [event.clients for event in rounds.values()] == [7, 0, 8, 8]
     sums = {path.stem: np.load(path) for path in tmp_path.glob("*.npy")}
     assert sums.keys() == {"first-1", "first-2", "first-3", "second-1", "second-3", "second-4"}

@@ -64,8 +64,8 @@ def test_an_aborted_round_leaves_the_model_and_what_clients_know(ray_session, sm
     changes += ["clients.availability.dropout=0.95", "privacy.secagg.max_aborts=2", "rounds=5", "evaluate.every=1"]
     with pytest.raises(ValueError, match=r"3 rounds had no result, more than privacy\.secagg\.max_aborts = 2 allows"):
         experiments.run(small_recipe(*changes), out=tmp_path / "run", on_event=events.append)
-    done = [event for event in events if isinstance(event, RoundDone)]
-    assert [event.clients for event in done] == [0, 0] and all(event.aborted for event in done)
+    rounds = [event for event in events if isinstance(event, RoundDone)]
+    assert [event.clients for event in rounds] == [0, 0] and all(event.aborted for event in rounds)
     metrics = read_log(tmp_path / "run" / "metrics").to_pylist()
     held = [row for row in metrics if (row["name"], row["split"], row["client"]) == ("loss", "heldout", None)]
     assert len({row["value"] for row in held}) == 1 and len(held) == 3
@@ -76,8 +76,8 @@ def test_a_deadline_that_nobody_meets_moves_nothing(ray_session, small_recipe, t
     events = []
     changes = ("clients.availability.deadline_s=1e-6", "rounds=1")
     run = experiments.run(small_recipe(*changes), out=tmp_path / "run", on_event=events.append)
-    (done,) = (event for event in events if isinstance(event, RoundDone))
-    assert (done.clients, len(done.gone), done.failed) == (0, 5, {})
+    (round_,) = (event for event in events if isinstance(event, RoundDone))
+    assert (round_.clients, len(round_.gone), round_.failed) == (0, 5, {})
     assert run.losses["end"] == run.losses["round 0"]
 
 

@@ -29,12 +29,12 @@ class Wrong(FedAvg):
 
     folder: str = ""
 
-    def finish(self, update, got, memory, ends):
+    def finish(self, update, broadcast, memory, ends):
         """As FedAvg's, but for the first time that anybody comes here."""
         with suppress(FileExistsError):
             (Path(self.folder) / "raised").touch(exist_ok=False)
             raise ValueError("its rows have no value")
-        return super().finish(update, got, memory, ends)
+        return super().finish(update, broadcast, memory, ends)
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from engine.records.metrics import FAULTS, LEDGER, METRICS
 from experiments.report import charts
 from experiments.report.page import write_report
-from experiments.report.run_folder import FAULTS, LEDGER, METRICS, read_run
+from experiments.report.run_folder import read_run
 
 RECIPE = 'name = "{}"\nseed = 7\nrounds = 2\n[model]\nbase = "tiny"\n[strategy]\nkind = "fedavg"\n'
 Row = tuple[int, str, str | None, str, float]
@@ -20,18 +21,15 @@ def write_metrics(run: Path, rows: list[Row]) -> None:
     (run / "metrics").mkdir(exist_ok=True)
     for at in sorted({row[0] for row in rows}):
         columns = list(zip(*[row for row in rows if row[0] == at], strict=True))
-        arrays = [pa.array(values, kind) for values, kind in zip(columns, METRICS.values(), strict=True)]
-        table = pa.table(arrays, names=list(METRICS))
-        table = table.append_column("wall_s", pa.array([float(at)] * table.num_rows, pa.float64()))
-        pq.write_table(table, run / "metrics" / f"round-{at:05d}.parquet")
+        columns.append([float(at)] * len(columns[0]))
+        arrays = [pa.array(values, kind) for values, kind in zip(columns, METRICS.types, strict=True)]
+        pq.write_table(pa.table(arrays, schema=METRICS), run / "metrics" / f"round-{at:05d}.parquet")
 
 
 def write_ledger(run: Path, at: int, rows: list[tuple[str, str, int, int]]) -> None:
     (run / "ledger").mkdir(exist_ok=True)
     dicts = [{"round": at, **dict(zip(("party", "kind", "count", "bytes"), row, strict=True))} for row in rows]
-    pq.write_table(
-        pa.Table.from_pylist(dicts, pa.schema(list(LEDGER.items()))), run / "ledger" / f"round-{at:05d}.parquet"
-    )
+    pq.write_table(pa.Table.from_pylist(dicts, LEDGER), run / "ledger" / f"round-{at:05d}.parquet")
 
 
 def make_run(folder: Path, name: str = "small") -> Path:
@@ -110,7 +108,7 @@ def test_what_went_wrong_is_told_and_escaped(tmp_path: Path) -> None:
     (run / "faults").mkdir()
     rows = [{"round": 2, "kind": "slot", "who": "1", "why": "it was <killed>"}]
     rows += [{"round": 3, "kind": "client", "who": f"c{n}", "why": None} for n in range(60)]
-    table = pa.Table.from_pylist(rows, pa.schema(list(FAULTS.items())))
+    table = pa.Table.from_pylist(rows, FAULTS)
     pq.write_table(table, run / "faults" / "round-00002.parquet")
     page = page_of(tmp_path, run)
     assert "What went wrong" in page and "it was &lt;killed&gt;" in page and "And 21 more." in page

@@ -30,7 +30,7 @@ def lengths(rows, clients):
 
 def opened(pictures):
     """The pictures as images; each is read whole, fits a screen or two, and is not of one colour."""
-    found = {}
+    images = {}
     for name, content in pictures.items():
         image = Image.open(io.BytesIO(content))
         image.load()
@@ -38,8 +38,8 @@ def opened(pictures):
         assert 500 <= image.width <= 2600 and 250 <= image.height <= 2600, (name, image.size)
         assert len(content) < 400_000
         assert len(image.getcolors(2**24)) > 10
-        found[name] = image
-    return found
+        images[name] = image
+    return images
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +60,8 @@ def test_any_number_of_clients(clients, skewed):
 
 @pytest.mark.parametrize(("clients", "categories"), [(1, 1), (60, 30), (500, 200)])
 def test_any_number_of_categories(clients, categories):
-    found = opened(draw_skew(mixed(clients, categories), lambda client: f"client {client}"))
-    assert list(found) == ["rows_per_client.png", "categories.png"]
+    images = opened(draw_skew(mixed(clients, categories), lambda client: f"client {client}"))
+    assert list(images) == ["rows_per_client.png", "categories.png"]
 
 
 def test_of_many_clients_the_largest_the_smallest_and_some_between_are_named():

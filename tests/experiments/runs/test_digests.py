@@ -61,7 +61,7 @@ def test_a_run_is_not_resumed_on_another_base_rule_or_trace(begun, tmp_path, cha
     recipe, run = begun
     refuse_other_parts(run, _manifest(recipe, build_store(recipe)))
     change(tmp_path)
-    with pytest.raises(ValueError, match=rf"^{said} since the run in .*run was begun: bring back what it was"):
+    with pytest.raises(ValueError, match=rf"^{said} since the run in .*run was begun: restore what it was"):
         experiments.run(recipe, out=run, resume=True)
 
 
@@ -80,15 +80,15 @@ def test_of_large_files_a_part_is_read_and_small_ones_whole(tmp_path):
     before = digests._digest(small)
     small.write_bytes(bytes(digests.BLOCK * 2 + 5) + b"!" + bytes(digests.BLOCK - 6))
     assert digests._digest(small) != before
-    found = set()
+    seen = set()
     for changed in (0, 20 * 2**20, 64 * 2**20 - 1, None):  # the first byte, one between blocks, the last, none
         with large.open("wb") as file:
             file.truncate(64 * 2**20)
             if changed is not None:
                 file.seek(changed)
                 file.write(b"!")
-        found.add(digests._digest(large))
-    assert len(found) == 3
+        seen.add(digests._digest(large))
+    assert len(seen) == 3
 
 
 def test_a_base_of_the_hub_is_known_by_its_commit(small_recipe, tmp_path, monkeypatch):

@@ -42,14 +42,14 @@ def test_what_a_node_takes_with_it_ends_a_driver_and_not_the_run(ray_session, sm
     if not full:
         pytest.skip("a driver that is killed is tried")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    recipe, told = small_recipe("evaluate.every=0"), []
+    recipe, events = small_recipe("evaluate.every=0"), []
     undisturbed = experiments.run(recipe, out=tmp_path / "undisturbed")
     losing = replace(recipe, strategy=Losing(folder=str(tmp_path)))
-    run = experiments.run(losing, out=tmp_path / "run", on_event=told.append)
+    run = experiments.run(losing, out=tmp_path / "run", on_event=events.append)
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    assert sum(isinstance(event, DriverLost) for event in told) == 2
-    assert [event.resumed for event in told if isinstance(event, Started)] == [None, 2, 2]
-    assert [event.round for event in told if isinstance(event, RoundDone)] == [1, 2, 3, 4]
+    assert sum(isinstance(event, DriverLost) for event in events) == 2
+    assert [event.resumed for event in events if isinstance(event, Started)] == [None, 2, 2]
+    assert [event.round for event in events if isinstance(event, RoundDone)] == [1, 2, 3, 4]
     model = "adapter_model.safetensors"
     assert (run.model / model).read_bytes() == (undisturbed.model / model).read_bytes()
     (written,) = (run.folder / "faults").iterdir()
@@ -64,29 +64,29 @@ def kill_driver(others):
 
 def drivers():
     """The processes of all living drivers of this session's Ray."""
-    found = set()
+    processes = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if "ray::Driver" in "".join(process.cmdline()[:1]):
-                found.add(process)
-    return found
+                processes.add(process)
+    return processes
 
 
 def test_drivers_that_all_die_after_a_round_and_before_its_checkpoint_end_the_run(
     ray_session, small_recipe, tmp_path, monkeypatch, full
 ):
     monkeypatch.setattr(driving, "FUTILE", 3 if full else 1)
-    others, told = drivers(), []
+    others, events = drivers(), []
 
     def kill(event):
-        told.append(event)
-        assert not isinstance(event, Checkpointed) and len(told) < 60, "it would go on for ever"
+        events.append(event)
+        assert not isinstance(event, Checkpointed) and len(events) < 60, "it would go on for ever"
         if isinstance(event, RoundDone) and event.round == 2:
             kill_driver(others)  # held up by its next event, which is not asked for while this goes on
 
     with pytest.raises(ValueError, match=r"the driver ended \d times without getting further .*--resume"):
         experiments.run(small_recipe("evaluate.every=0", "checkpoint.every=4"), out=tmp_path / "run", on_event=kill)
-    assert [event.round for event in told if isinstance(event, RoundDone)] == [1, 2] * (driving.FUTILE + 1)
+    assert [event.round for event in events if isinstance(event, RoundDone)] == [1, 2] * (driving.FUTILE + 1)
 
 
 @pytest.mark.slow
@@ -96,15 +96,18 @@ def test_drivers_that_each_get_further_do_not_end_it_though_no_checkpoint_is_bet
     if not full:
         pytest.skip("drivers that get no further are tried")
     monkeypatch.setattr(driving, "FUTILE", 1)
-    others, told = drivers(), []
+    others, events = drivers(), []
 
     def kill(event):
-        told.append(event)
-        if isinstance(event, RoundDone) and event.round > sum(isinstance(one, DriverLost) for one in told) < 3:
+        events.append(event)
+        if (
+            isinstance(event, RoundDone)
+            and event.round > sum(isinstance(earlier, DriverLost) for earlier in events) < 3
+        ):
             kill_driver(others)
 
     experiments.run(small_recipe("evaluate.every=0", "checkpoint.every=9"), out=tmp_path / "run", on_event=kill)
-    assert [event.round for event in told if isinstance(event, RoundDone)] == [1, 1, 2, 1, 2, 3, 1, 2, 3, 4]
+    assert [event.round for event in events if isinstance(event, RoundDone)] == [1, 1, 2, 1, 2, 3, 1, 2, 3, 4]
 
 
 class DyingAtItsStart(ClientActor):
@@ -132,8 +135,8 @@ def test_a_slot_that_dies_while_it_is_given_the_base_does_not_end_the_run(
 ):
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr("engine.rounds.driver.Driver", DriverOfSuch)
-    told = []
-    run = experiments.run(small_recipe("evaluate.every=0", "rounds=1"), out=tmp_path / "run", on_event=told.append)
+    events = []
+    run = experiments.run(small_recipe("evaluate.every=0", "rounds=1"), out=tmp_path / "run", on_event=events.append)
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert (tmp_path / "run.mark").exists() and run.model.exists()
-    assert [type(event) for event in told if isinstance(event, DriverLost | Started)] == [DriverLost, Started]
+    assert [type(event) for event in events if isinstance(event, DriverLost | Started)] == [DriverLost, Started]

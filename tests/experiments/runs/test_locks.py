@@ -28,12 +28,12 @@ def test_a_second_start_is_refused_before_it_touches_anything(ray_session, small
         if (isinstance(event, Preparing) and not said) or (isinstance(event, RoundDone) and event.round == 2):
             resume = ["--resume"] if said else []
             before = None if said else contents(out)  # later the driver writes meanwhile
-            done = command("run", tmp_path / "recipe.toml", "--out", out, *resume)
-            assert done.returncode == 2 and before in (None, contents(out))
-            said.append(done.stderr + done.stdout)
+            ended = command("run", tmp_path / "recipe.toml", "--out", out, *resume)
+            assert ended.returncode == 2 and before in (None, contents(out))
+            said.append(ended.stderr + ended.stdout)
 
     run = experiments.run(recipe, out=out, on_event=second)
-    assert len(said) == 2 and all(f"another command on this machine is at work on {out}: wait" in one for one in said)
+    assert len(said) == 2 and all(f"another command on this machine is working on {out}: wait" in text for text in said)
     assert run.report.exists()
 
 
@@ -41,7 +41,7 @@ def test_a_killed_command_leaves_no_lock_and_a_refused_one_no_folder(tmp_path):
     out = tmp_path / "some" / "run"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "there\n"
-        with pytest.raises(ValueError, match="another command on this machine is at work on"), alone_in(out):
+        with pytest.raises(ValueError, match="another command on this machine is working on"), alone_in(out):
             pass
         holder.send_signal(signal.SIGKILL)
     with alone_in(out):

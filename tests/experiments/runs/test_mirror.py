@@ -123,22 +123,22 @@ def test_wherever_copying_is_cut_off_what_is_there_is_whole(tmp_path, machine, m
                 write(folder, later)
                 copy()
             except ValueError as error:
-                assert "what was copied there before is whole" in str(error)
+                assert "what was copied there before is complete" in str(error)
         ended = steps[0] >= 0
         machine()
         try:
-            found = read(working_folder(place, resume=True)[0])
+            copied = read(working_folder(place, resume=True)[0])
         except ValueError as error:
             assert "no recipe.toml" in str(error) and allowed < len(SEALED)
             continue
-        rounds = {name.split("/")[1] for name in found if name.startswith("checkpoints/")}
+        rounds = {name.split("/")[1] for name in copied if name.startswith("checkpoints/")}
         assert rounds
         for name in rounds:
-            assert f"checkpoints/{name}/state.safetensors" in found and f"checkpoints/{name}/facts.json" in found
-            assert f"metrics/round-{name}.parquet" in found
-        assert ("model/adapter.safetensors" in found) == ("report.html" in found)
+            assert f"checkpoints/{name}/state.safetensors" in copied and f"checkpoints/{name}/facts.json" in copied
+            assert f"metrics/round-{name}.parquet" in copied
+        assert ("model/adapter.safetensors" in copied) == ("report.html" in copied)
         if ended:
-            assert found == later | {"metrics/round-00001.parquet": "1"}
+            assert copied == later | {"metrics/round-00001.parquet": "1"}
             return
     raise AssertionError("copying never ended")
 
@@ -196,7 +196,7 @@ def test_a_second_start_is_refused_before_it_touches_what_the_first_works_in(tmp
     environment = {**os.environ, "TMPDIR": str(tmp_path / "node")}
     command = [sys.executable, "-c", START, place]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(said) == 2 and all(line.startswith("another command on this machine is at work on") for line in said)
+    assert len(said) == 2 and all(line.startswith("another command on this machine is working on") for line in said)
     copy()
     assert read(folder) == read(tmp_path / "there") == SEALED
     home = os.open(folder.parent, os.O_RDONLY)
@@ -210,7 +210,7 @@ def test_a_folder_that_a_cleaner_took_is_not_taken_for_one_that_the_run_emptied(
     write(folder, SEALED)
     copy()
     shutil.rmtree(folder)
-    with pytest.raises(ValueError, match=r"has been cleaned away: let TMPDIR name .* --resume; .* is whole$"):
+    with pytest.raises(ValueError, match=r"has been deleted: set TMPDIR to .* --resume; .* is complete$"):
         copy()
     assert read(tmp_path / "there") == SEALED
 
@@ -229,22 +229,22 @@ def test_noise_that_may_have_been_drawn_since_the_account_was_copied_is_charged(
 
     def charge(round_):
         simulated = recipe.privacy.simulated
-        spending = Spending.open(folder / "privacy.json", plan, simulated=simulated, round_=round_)
+        spending = Spending.open(folder / "privacy.json", plan, "", simulated=simulated, round_=round_)
         spending.charge(3)
         return spending.charged
 
-    for done in range(copied):
-        charge(done)
+    for round_ in range(copied):
+        charge(round_)
     copy()
-    found = 0
+    total = 0
     for again in (1, 2):  # of the second part nothing but its beginning is copied either
         machine()
         folder, copy = working_folder(there.as_uri(), resume=True)
         copy()
-        found = charge(min(2, copied))
-        assert found == charged + again * AHEAD if mode == "full" else found == charged
+        total = charge(min(2, copied))
+        assert total == charged + again * AHEAD if mode == "full" else total == charged
     copy()
-    assert json.loads((there / "privacy.json").read_text())["rounds"] == found
+    assert json.loads((there / "privacy.json").read_text())["rounds"] == total
 
 
 @pytest.mark.slow

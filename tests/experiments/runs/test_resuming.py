@@ -38,7 +38,7 @@ def test_a_run_that_was_to_go_on_and_was_killed_goes_on(left):
     assert again(20)[1].rounds == 20
     with pytest.raises(ValueError, match="has finished"):
         again(15)
-    with pytest.raises(ValueError, match="cannot go on with fewer"):
+    with pytest.raises(ValueError, match="cannot continue with fewer"):
         again(18)
 
 
@@ -61,6 +61,9 @@ def test_a_run_does_not_move_between_cpus_and_gpus(left, small_recipe, tmp_path)
 
 
 def test_a_secured_run_names_what_else_gives_sums_of_its_clients(small_recipe, tmp_path):
+    def secured(mode, *changes):
+        return small_recipe(f"privacy.secagg.mode={mode}", "privacy.rows_cap=4", *changes)
+
     manifest = {"seed": 5, "data": {"key": "rows"}}
     others = {
         "a": manifest,
@@ -74,12 +77,10 @@ def test_a_secured_run_names_what_else_gives_sums_of_its_clients(small_recipe, t
         (tmp_path / name / "manifest.json").write_text(json.dumps(other))
         if name != "e":  # which has unmasked nothing
             (tmp_path / name / "unmasked" / "round-00001.json").write_text("{}")
-    full = small_recipe("privacy.secagg.mode=full")
+    full = secured("full")
     (note,) = second_sums(tmp_path / "new", full, manifest)
-    assert note.startswith("beside this run, 'a' had sums of the same clients")
+    assert note.startswith("'a' had sums of the same clients")
     assert second_sums(tmp_path / "a", full, manifest) == ()  # a run that is resumed
-    (note,) = second_sums(
-        tmp_path / "a", small_recipe("privacy.secagg.mode=full", "evaluate.without_privacy=true"), manifest
-    )
+    (note,) = second_sums(tmp_path / "a", secured("full", "evaluate.without_privacy=true"), manifest)
     assert note.startswith("evaluate.without_privacy plays the same rounds again in the clear")
-    assert second_sums(tmp_path / "new", small_recipe("privacy.secagg.mode=ideal"), manifest) == ()
+    assert second_sums(tmp_path / "new", secured("ideal"), manifest) == ()

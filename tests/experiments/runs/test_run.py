@@ -94,11 +94,11 @@ def test_the_adapter_gives_the_same_loss_in_a_program_without_this_project(refer
     program = tmp_path / "plain.py"
     program.write_text(PLAIN_PROGRAM)
     rows = run.folder.parent.parent / "stores" / store
-    done = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-I", program, tiny_base, run.model, rows], capture_output=True, text=True, cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(run.losses["end"]["heldout"], abs=1e-5)
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout) == pytest.approx(run.losses["end"]["heldout"], abs=1e-5)
 
 
 PLAIN_PROGRAM = """

@@ -29,8 +29,8 @@ def weights(run, file=ADAPTER):
     return load_file(run.model / file)
 
 
-def apart(one, other):
-    ours, theirs = weights(one), weights(other)
+def apart(first, second):
+    ours, theirs = weights(first), weights(second)
     assert ours.keys() == theirs.keys()
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
@@ -50,11 +50,11 @@ def test_gangs_lead_where_plain_slots_do(reference, small_recipe, tmp_path):
 
 def test_a_dead_drivers_gangs_leave_their_places_to_the_next_ones(reference, small_recipe, tmp_path):
     """The two ranks take all of Ray's six CPUs: what the first driver's gang had is what there is."""
-    told = []
+    events = []
 
     def disturb(event):
-        told.append(type(event))
-        if isinstance(event, RoundDone) and DriverLost not in told:
+        events.append(type(event))
+        if isinstance(event, RoundDone) and DriverLost not in events:
             (driver,) = (
                 process
                 for process in psutil.Process().children(recursive=True)
@@ -63,7 +63,7 @@ def test_a_dead_drivers_gangs_leave_their_places_to_the_next_ones(reference, sma
             driver.kill()
 
     run = experiments.run(small_recipe(*SMALL, ZERO, "clients.num_cpus=3"), out=tmp_path / "run", on_event=disturb)
-    assert told.count(DriverLost) == 1
+    assert events.count(DriverLost) == 1
     assert (run.model / ADAPTER).read_bytes() == (reference.model / ADAPTER).read_bytes()
 
 
@@ -196,13 +196,13 @@ class Raising(FedAvg):
 
     folder: str = ""
 
-    def finish(self, update, got, memory, ends):
+    def finish(self, update, broadcast, memory, ends):
         """As FedAvg's, but for the first time that anybody comes here in the second round."""
-        if got.round == 1:
+        if broadcast.round == 1:
             with suppress(FileExistsError):
                 (Path(self.folder) / "raised").touch(exist_ok=False)
                 raise ArithmeticError("its rows add up to nothing")
-        return super().finish(update, got, memory, ends)
+        return super().finish(update, broadcast, memory, ends)
 
 
 @pytest.mark.slow
@@ -220,12 +220,12 @@ def test_what_a_client_raises_ends_its_gang_and_not_the_run(reference, small_rec
 
 def ranks(title):
     """The living ranks of that name: `Gang` is the first of a gang, `Rank` another one."""
-    found = []
+    processes = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if f"ray::{title}" in "".join(process.cmdline()):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 @pytest.mark.slow

@@ -29,10 +29,10 @@ OWN_FOLDER = {"PYTHONSAFEPATH": "1"}
 
 
 def free_ports(count):
-    found = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in found]
-    for one in found:
-        one.close()
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
     return ports
 
 
@@ -76,10 +76,10 @@ def answers(url):
 
 def wait_until(holds, seconds):
     deadline = time.monotonic() + seconds
-    while not (found := holds()):
+    while not (holder := holds()):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    return found
+    return holder
 
 
 @pytest.fixture
@@ -142,16 +142,16 @@ def test_a_job_is_stopped_in_its_rounds_and_gone_on_with(head, work, inside, com
     wait_until(lambda: any((folder / "checkpoints").glob("[0-9]*")), 120)
     if full:  # somebody does not see that it goes on
         run = ("run", work / "recipe.toml", "--set", rounds, "--out")
-        done = command(*run, folder, "--resume", cwd=work, **OWN_FOLDER)
-        assert done.returncode == 2 and "another command on this machine is at work on" in done.stderr
+        answer = command(*run, folder, "--resume", cwd=work, **OWN_FOLDER)
+        assert answer.returncode == 2 and "another command on this machine is working on" in answer.stderr
     stop(job, head)
     assert capsys.readouterr().out.startswith(f"{job}: STOPPED") and not (folder / "model").exists()
     if full:
         assert submit(Path("recipe.toml"), [rounds], head, "../run", resume=True) == 0
-        assert "going on from the checkpoint of round" in capsys.readouterr().out
+        assert "continuing from the checkpoint of round" in capsys.readouterr().out
         rows = f"data.source.path={work / 'rows.jsonl'}"
-        done = command(*run, work.parent / "whole", "--set", rows, cwd=work.parent)
-        assert done.returncode == 0, done.stderr
+        answer = command(*run, work.parent / "whole", "--set", rows, cwd=work.parent)
+        assert answer.returncode == 0, answer.stderr
         name = "model/adapter_model.safetensors"
         assert (folder / name).read_bytes() == (work.parent / "whole" / name).read_bytes()
 
@@ -159,9 +159,9 @@ def test_a_job_is_stopped_in_its_rounds_and_gone_on_with(head, work, inside, com
 @pytest.mark.slow
 def test_a_followed_run_shows_its_log_and_ends_with_its_exit_code(head, work, inside, command, capsys, full):
     missing = "data.source={kind='jsonl', path='/nowhere/rows.jsonl'}"
-    done = command("submit", DEMO, "--address", head, "--set", missing, "--out", work.parent / "none")
-    assert done.returncode == 2, done.stderr
-    assert "error: " in done.stdout and "/nowhere/rows.jsonl" in done.stdout
+    answer = command("submit", DEMO, "--address", head, "--set", missing, "--out", work.parent / "none")
+    assert answer.returncode == 2, answer.stderr
+    assert "error: " in answer.stdout and "/nowhere/rows.jsonl" in answer.stdout
     assert not (work.parent / "none").exists()
     if full:
         assert submit(Path("recipe.toml"), ["seed=6"], head) == 0
@@ -202,11 +202,15 @@ def test_a_run_that_is_followed_ends_with_the_command(head, work, how, full):
 
 def test_all_that_the_head_listens_on_is_loopback(head):
     port = int(head.rpartition(":")[2])
-    listening = [one for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.pid is not None]
-    [dashboard] = {one.pid for one in listening if one.laddr.port == port}
+    listening = [
+        connection
+        for connection in psutil.net_connections("tcp")
+        if connection.status == "LISTEN" and connection.pid is not None
+    ]
+    [dashboard] = {connection.pid for connection in listening if connection.laddr.port == port}
     family = {process.pid for process in psutil.Process(os.getpgid(dashboard)).children(recursive=True)}
-    found = {one.laddr.ip for one in listening if one.pid in family}
-    assert found and all(is_loopback(ip) for ip in found), found
+    addresses = {connection.laddr.ip for connection in listening if connection.pid in family}
+    assert addresses and all(is_loopback(ip) for ip in addresses), addresses
 
 
 def is_loopback(ip):
@@ -217,15 +221,15 @@ def is_loopback(ip):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"address": "127.0.0.1:6379"}, "is no address of a job server"),
+        ({"address": "127.0.0.1:6379"}, "is not the address of a job server"),
         ({"address": "http://127.0.0.1:1"}, "no job server answers at http://127.0.0.1:1"),
-        ({"recipe": Path("../recipe.toml")}, "is not in what the cluster is sent"),
+        ({"recipe": Path("../recipe.toml")}, "is not in what is sent to the cluster"),
         ({"changes": ["rounds=0"]}, "rounds"),
         ({"resume": True}, "--resume needs the --out"),
         ({"out": "s3://me:secret@bucket/run"}, "holds a password"),
         ({"runtime_env": Path("recipe.toml")}, "should hold keys of Ray's runtime environments"),
         ({"runtime_env": Path("none.yaml")}, "cannot be read"),
-        ({"runtime_env": Path("odd.yaml")}, "the job was not taken: .*pip"),
+        ({"runtime_env": Path("odd.yaml")}, "the job was not accepted: .*pip"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(head, work, inside, given, said):
@@ -239,16 +243,16 @@ def test_what_is_wrong_is_one_sentence(head, work, inside, given, said):
 
 def test_a_folder_that_is_too_large_is_said(head, work, inside):
     (work / ".rayignore").unlink()
-    with pytest.raises(ValueError, match=r"work is more than Ray uploads \(100 MiB\): name in a \.rayignore"):
+    with pytest.raises(ValueError, match=r"work is more than Ray uploads \(100 MiB\): list .* in a \.rayignore"):
         submit(Path("recipe.toml"), [], head, detach=True)
 
 
 def test_the_command_says_what_is_wrong_and_ends_with_2(head, command):
     for name in ("status", "stop"):
-        done = command(name, "nobody", "--address", head)
-        assert (done.returncode, done.stderr) == (2, f"error: there is no job nobody at {head}\n")
-    done = command("status", "nobody", "--address", head, RAY_AUTH_TOKEN="0" * 64)
-    assert done.returncode == 2 and f"error: the job server at {head} asks for a token" in done.stderr
+        answer = command(name, "nobody", "--address", head)
+        assert (answer.returncode, answer.stderr) == (2, "error: there is no job nobody on the job server\n")
+    answer = command("status", "nobody", "--address", head, RAY_AUTH_TOKEN="0" * 64)
+    assert answer.returncode == 2 and f"error: the job server at {head} asks for another token" in answer.stderr
 
 
 def test_what_is_sent_is_the_folder_and_fedpost_if_it_lies_elsewhere(tmp_path):
