@@ -1,4 +1,4 @@
-"""What is trained of a model, as one flat vector. Legend: P trained parameters."""
+"""The trained part of a model, as one flat vector. Legend: P trained parameters."""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ class LaneTrainer:
     batches = staticmethod(batches)
     updates = client_updates
 
-    def __init__(self, alone: LocalTrainer, lanes: int, train: Train) -> None:
-        self.alone, self.lanes = alone, lanes
-        self.trainable, self.device, self.mean_loss = alone.trainable, alone.device, alone.mean_loss
+    def __init__(self, plain: LocalTrainer, lanes: int, train: Train) -> None:
+        self.plain, self.lanes = plain, lanes
+        self.trainable, self.device, self.mean_loss = plain.trainable, plain.device, plain.mean_loss
         self.layers = adapted_layers(self.trainable)
         # Logits of all positions, if the head has adapters: its inputs must be those of whole lanes.
         self.every_logit = self.trainable.network.get_output_embeddings() in self.layers
@@ -53,7 +53,7 @@ class LaneTrainer:
 
     def train(self, trainings: Sequence[Training], train: Train) -> list[Trained]:
         """Does all trainings; a single one without lanes, which is faster."""
-        return take_steps(self.alone if len(trainings) == 1 else self, trainings, train)
+        return take_steps(self.plain if len(trainings) == 1 else self, trainings, train)
 
     @contextmanager
     def session(self, active: list[Progress]) -> Iterator[None]:
@@ -84,16 +84,16 @@ class LaneTrainer:
         layout, lanes = self.trainable.layout, len(active)
         self.scales = [layout.scale if c.training.rank is None else layout.scale_at(c.training.rank) for c in active]
         self.grad_KP[:lanes].zero_()
-        steps = [self.alone.cut(client.next_rows(), train.batch) for client in active]
-        counts_K = [counted(self.alone.objective, step) for step in steps]
+        steps = [self.plain.cut(client.next_rows(), train.batch) for client in active]
+        counts_K = [counted(self.plain.objective, step) for step in steps]
         for client, step, counts in zip(active, steps, counts_K, strict=True):
             client.count(counts, sum(piece.tokens for piece in step))
         share_K = {name: 1 / self._row([counts[name] for counts in counts_K]) for name in counts_K[0]}
         for turn in range(max(map(len, steps))):
             pieces = [step[turn] if turn < len(step) else None for step in steps]
             self.shapes = {lane: piece.ids_BT.shape for lane, piece in enumerate(pieces) if piece is not None}
-            together = Batch.side_by_side(pieces, self.alone.pad).to(self.device)
-            terms = self.alone.objective.terms(self.trainable.network, together, every_logit=self.every_logit)
+            together = Batch.side_by_side(pieces, self.plain.pad).to(self.device)
+            terms = self.plain.objective.terms(self.trainable.network, together, every_logit=self.every_logit)
             rows = len(together.ids_BT)
             totals_K = {name: term.by_row(rows).view(lanes, -1).sum(1) for name, term in terms.items()}
             torch.stack([(total_K * share_K[name]).sum() for name, total_K in totals_K.items()]).sum().backward()

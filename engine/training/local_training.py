@@ -55,15 +55,14 @@ def client_updates(
     are those of `Progress.metrics`, and `loss_before` if the strategy asks for it.
     """
     sent = [job.broadcast for job in jobs]  # on the CPU, where the strategy finishes updates
-    moved = {id(broadcast.params): _on(trainer.device, broadcast) for broadcast in sent}  # lanes share one broadcast
-    jobs = [
-        replace(job, broadcast=replace(moved[id(b.params)], rank=b.rank)) for job, b in zip(jobs, sent, strict=True)
-    ]
+    moved = {id(broadcast.params): _on(trainer.device, broadcast) for broadcast in sent}  # lanes share one vector
+    received = [replace(moved[id(broadcast.params)], rank=broadcast.rank) for broadcast in sent]
+    jobs = [replace(job, broadcast=broadcast) for job, broadcast in zip(jobs, received, strict=True)]
     ends, metrics, moments = ([dict[str, Any]() for _ in jobs] for _ in range(3))
     if federation.strategy.loss_before:
         for job, figures in zip(jobs, metrics, strict=True):
-            b = job.broadcast
-            figures["loss_before"] = trainer.mean_loss(job.rows, b.params, federation.train.batch, b.rank)
+            start, rank = job.broadcast.params, job.broadcast.rank
+            figures["loss_before"] = trainer.mean_loss(job.rows, start, federation.train.batch, rank)
     trainings = [_trainings(job, federation, trainer.device, lent=lent) for job in jobs]
     for run in dict.fromkeys(run for by_run in trainings for run in by_run):
         members = [place for place, by_run in enumerate(trainings) if run in by_run]
