@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from engine.messages.wire import borrow
+from engine.messages.shards import borrow
 from engine.models.base_model import Trainable, is_transposed
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from engine.messages.wire import ShardedState, WireState, borrow
+from engine.messages.shards import Shard, ShardedState, borrow, borrow_all
 from engine.system.atomic import write_folder
 from strategies.core.protocol import ServerState
 
@@ -109,9 +109,8 @@ def _tensor_files(state: State) -> Iterator[tuple[str, bytes]]:
         yield STATE, save({"params": state.params} | _named(state.moments) | residual)
         return
     for rank, part in enumerate(state.parts):
-        shard: WireState = ray.get(part)
-        moments = {name: borrow(moment) for name, moment in shard.moments.items()}
-        yield SHARD.format(rank), save({"params": borrow(shard.params)} | _named(moments))
+        shard: Shard = ray.get(part)
+        yield SHARD.format(rank), save({"params": borrow(shard.params)} | _named(borrow_all(shard.vectors)))
 
 
 def _named(moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -127,7 +126,7 @@ def _read(folder: Path, round_: int, digests: dict[str, str]) -> State:
     parts, nbytes = [], 0
     for name in sorted(digests):
         params, moments, _ = _tensors(folder / name, digests[name])
-        shard = WireState(params.numpy(), {name: moment.numpy() for name, moment in moments.items()})
+        shard = Shard.of(params, moments)
         parts.append(ray.put(shard))
         nbytes += shard.nbytes
     return ShardedState(round_, tuple(parts), nbytes)

@@ -13,14 +13,15 @@ from engine.aggregation.ring_encoding import Plan, ring_aggregate, ring_sums
 from engine.config.availability import DIED_WITH_SLOT, LEFT_OUT, Leaving, Trace, too_late
 from engine.config.federation import Federation, Lora
 from engine.config.privacy import SecAgg
+from engine.messages.broadcast import BroadcastMessage
 from engine.messages.events import Fault
+from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
+from engine.messages.shards import ShardSum, ShardTotals
 from engine.messages.tasks import Work
-from engine.messages.wire import DOWN, UP, Report, Sent, ShardSum, ShardTotals, WireBroadcast, update_from_wire
 from engine.records.journal import Journal
 from engine.rounds.secure_round import Message, Relay
 from engine.scheduling.dispatcher import Worked
-from engine.scheduling.slots import Slots
-from engine.workers.worker import FLOAT_BYTES
+from engine.scheduling.pool import Pool
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate
 from strategies.lora.hetlora import HetLora
@@ -72,10 +73,10 @@ class PlainCollector:
     """Clients send their updates, and the server may look at them: without secure aggregation."""
 
     federation: Federation
-    slots: Slots
+    slots: Pool
     trace: Trace | None = None
 
-    def collect(self, work: Work, wire: WireBroadcast) -> Collected:
+    def collect(self, work: Work, wire: BroadcastMessage) -> Collected:
         """The simulator adds up where the rule reads sums; the protocol's server would have had each update."""
         gone = self._gone(work, wire)
         done = self.slots.train(_without(work, gone), _shared(wire), wire.lanes)
@@ -84,10 +85,10 @@ class PlainCollector:
             aggregate = done.sums[0] if self.federation.strategy.reads == "sum" else _listed(done.each)
         counted, good = aggregate.count if aggregate else 0, sum(report.good for report in done.reports)
         assert counted == good, f"{counted} updates in the sum, and {good} clients that gave one"
-        moved = _bytes(wire) + len(done.each) * wire.params.nbytes
+        moved = wire.nbytes + len(done.each) * wire.shards[0].params.nbytes
         return self._told(gone, done, aggregate, moved + done.nbytes)
 
-    def _gone(self, work: Work, wire: WireBroadcast | Sent) -> dict[int, Leaving]:
+    def _gone(self, work: Work, wire: BroadcastMessage) -> dict[int, Leaving]:
         """Those who drop out on purpose."""
         availability = self.federation.clients.availability
         return availability.gone(work.clients, self.federation.seed, wire.round, self.trace)
@@ -116,7 +117,7 @@ class PlainCollector:
 class ShardCollector(PlainCollector):
     """Gangs' updates: the sums stay in the object store, in shards."""
 
-    def collect(self, work: Work, wire: Sent) -> Collected:  # type: ignore[override]
+    def collect(self, work: Work, wire: BroadcastMessage) -> Collected:
         """As in the clear; the aggregate is each gang's sum, in shards."""
         gone = self._gone(work, wire)
         done = self.slots.train(_without(work, gone), wire, wire.lanes)
@@ -140,7 +141,7 @@ class SecureCollector:
     too_few: Callable[[Sequence[Report], int, int], str | None]
     trace: Trace | None = None
 
-    def collect(self, work: Work, wire: WireBroadcast | Sent) -> Collected:
+    def collect(self, work: Work, wire: BroadcastMessage) -> Collected:
         """One secured round; aborted where the cohort, or what is left of it, is too small."""
         federation, secagg, cohort = self.federation, self.federation.privacy.secagg, work.clients
         assert secagg.mode != "off"
@@ -232,15 +233,11 @@ def _listed(each: dict[int, Any]) -> Aggregate:
     """The single updates in the order of clients, mapped from the object store; nobody has added them up."""
     found = {client: ray.get(each[client]) for client in sorted(each)}
     assert all(update is None or update.client == client for client, update in found.items())
-    updates = tuple(update_from_wire(update) for update in found.values() if update is not None)
+    updates = tuple(update.update() for update in found.values() if update is not None)
     nothing = torch.zeros_like(updates[0].delta)
     return Aggregate(sum(update.weight for update in updates), nothing, {}, len(updates), updates)
 
 
-def _shared(wire: WireBroadcast) -> Any:
+def _shared(wire: BroadcastMessage) -> Any:
     """What calls are given: a reference, or, of few bytes, all of it, since to look into the store takes longer."""
-    return wire if _bytes(wire) <= WITHIN_CALLS else ray.put(wire)
-
-
-def _bytes(wire: WireBroadcast) -> int:
-    return sum(vector.nbytes for vector in (wire.params, *wire.extras.values()))
+    return wire if wire.nbytes <= WITHIN_CALLS else ray.put(wire)

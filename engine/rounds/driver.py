@@ -19,20 +19,18 @@ from engine.config.compatibility import in_the_way_of_packs
 from engine.config.federation import Federation
 from engine.config.privacy import Privacy
 from engine.messages.events import Checkpointed, Evaluated, Event, Fault, Finished, Preparing, Sample, Started, Stopped
+from engine.messages.reports import FLOAT_BYTES
 from engine.models.model_card import model_card
 from engine.records.checkpoint import State, load_checkpoint, save_checkpoint
 from engine.records.metrics import Faults, Ledger, Logs, Metrics, loss_table
 from engine.rounds.evaluation import Begun, Scores
 from engine.rounds.round_loop import Rounds, few
 from engine.rounds.server import Server, ShardServer, WholeServer
-from engine.scheduling.gangs import Gangs
-from engine.scheduling.mixed import Mixed
-from engine.scheduling.slots import Slots
+from engine.scheduling.pool import Pool
 from engine.system.allocator import use_large_pages
 from engine.system.atomic import write_file
 from engine.system.failures import cause_of
 from engine.training.judging import as_text
-from engine.workers.worker import FLOAT_BYTES
 from strategies.core.protocol import ServerState, Strategy
 
 
@@ -92,9 +90,7 @@ class Driver:
         federation, plan = self.federation, self.plan
         yield Preparing("starting slots, reading the base, tokenizing rows")
         memory = plan.folder / "memory"
-        zero = federation.clients.zero
-        pool = Slots if zero is None else Mixed if zero.from_rows else Gangs
-        self.slots = pool(federation, memory)
+        self.slots = Pool(federation, memory)
         start = self.slots.start(plan.store, plan.shared)
         self.store, self.tokens = Store.open(plan.store), Tokens.open(start.tokens)
         self._refuse_empty_clients()
@@ -102,7 +98,7 @@ class Driver:
 
         saved = load_checkpoint(plan.folder / "checkpoints") if plan.resume else None
         population = self.store.num_training
-        if isinstance(self.slots, Gangs):
+        if self.slots.partition is not None:
             self.server: Server = ShardServer(self.slots, population)
         else:
             self.server = WholeServer(federation, self.slots, start, population)

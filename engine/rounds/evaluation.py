@@ -10,11 +10,12 @@ import ray
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
-from engine.messages.wire import WireBroadcast
+from engine.messages.broadcast import BroadcastMessage
+from engine.messages.shards import Shard
 from engine.records.metrics import Ledger, Metrics
 from engine.scheduling.dispatcher import Later
-from engine.scheduling.pool import Reference
-from engine.scheduling.slots import Slots
+from engine.scheduling.pool import Pool
+from engine.scheduling.worker_kinds import Reference
 from engine.training.judging import ClientLoss, Prompt, mean_loss
 from strategies.core.seeds import rng
 
@@ -43,7 +44,7 @@ class Scores:
     """
 
     federation: Federation
-    slots: Slots
+    slots: Pool
     store: Store
     tokens: Tokens
     metrics: Metrics
@@ -70,16 +71,16 @@ class Scores:
         for split, later in begun.parts:
             left = np.array([client for chunk in later.chunks for client in chunk], np.int64)
             later.chunks.clear()
-            later.found.extend(self.slots.map(left, self.tokens.counts("heldout")[left], later.call))
-            if later.found:
-                losses[split] = self._noted(later.found, begun.round, split, "loss", per_client=True)
+            later.results.extend(self.slots.map(left, self.tokens.counts("heldout")[left], later.call))
+            if later.results:
+                losses[split] = self._noted(later.results, begun.round, split, "loss", per_client=True)
         return losses
 
     def centralised(self, start: Any, round_: int, steps: int) -> Losses:
         """The loss (nats per token) after `steps` steps on the pooled rows: what could be had if that were allowed."""
         clients = list(range(self.store.num_training))
         trained_P = self.slots.ask(lambda actor: actor.centralised.remote(clients, start, steps), long=True)
-        return self._all_splits(ray.put(trained_P), round_, "loss_centralised")
+        return self._all_splits(ray.put(BroadcastMessage(round_, (Shard(trained_P, {}),))), round_, "loss_centralised")
 
     def not_private(self, sent: Any, round_: int) -> Losses:
         """The loss (nats per token) of what the same federation comes to without privacy: what privacy costs."""
@@ -97,7 +98,7 @@ class Scores:
         )
         return {split: self._note(found, round_, split, f"loss_{name}")}
 
-    def personal(self, wire: WireBroadcast, round_: int) -> Losses:
+    def personal(self, wire: BroadcastMessage, round_: int) -> Losses:
         """The loss where each client is judged by its own model; nothing where no client has one."""
         shared, (clients, rows), limit = ray.put(wire), self._judged("heldout"), self._limit("heldout")
         found = self.slots.map(clients, rows, lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit))

@@ -20,8 +20,8 @@ from engine.config.availability import Trace
 from engine.config.federation import Federation
 from engine.config.privacy import weights_of
 from engine.messages.events import DROPOUT, Fault, RoundDone
+from engine.messages.reports import Report
 from engine.messages.tasks import Work
-from engine.messages.wire import Report
 from engine.records.checkpoint import Saved
 from engine.records.client_state import every_memory
 from engine.records.journal import Journal
@@ -30,7 +30,7 @@ from engine.rounds.collectors import Collector, PlainCollector, SecureCollector,
 from engine.rounds.secure_round import Relay
 from engine.rounds.server import Server
 from engine.scheduling.cost_model import Costs
-from engine.scheduling.slots import Slots
+from engine.scheduling.pool import Pool
 from engine.training.batching import steps_of
 from strategies.core.layout import Layout
 from strategies.core.protocol import ServerState
@@ -43,7 +43,7 @@ class Rounds:
     def __init__(
         self,
         federation: Federation,
-        slots: Slots,
+        slots: Pool,
         server: Server,
         store: Store,
         tokens: Tokens,

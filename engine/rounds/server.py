@@ -9,12 +9,11 @@ import ray
 from engine.aggregation.privacy_account import noisy
 from engine.aggregation.ring_encoding import live_masks
 from engine.config.federation import Federation
-from engine.messages.wire import Sent, ShardedState, ShardSum, WireBroadcast, borrow, to_wire
-from engine.scheduling.gangs import Gangs
-from engine.scheduling.pool import Start
-from engine.scheduling.slots import Slots
-from engine.workers.worker_group import Served
-from strategies.core.protocol import Aggregate, ServerState
+from engine.messages.broadcast import BroadcastMessage
+from engine.messages.shards import ShardedState, ShardSum, borrow
+from engine.messages.tasks import Served
+from engine.scheduling.pool import Pool, Start
+from strategies.core.protocol import Aggregate, Broadcast, ServerState
 from strategies.privacy.central import CentralPlan
 from strategies.transforms.chain import decode
 
@@ -51,7 +50,7 @@ class WholeServer:
     """The state is in the driver."""
 
     federation: Federation
-    slots: Slots
+    slots: Pool
     start: Start
     population: int
 
@@ -67,13 +66,13 @@ class WholeServer:
             raise ValueError(f"the checkpoint holds {found} parameters, the recipe's model has {size}")
         return self._known(state)
 
-    def broadcast(self, state: ServerState) -> WireBroadcast:
+    def broadcast(self, state: ServerState) -> BroadcastMessage:
         """What the clients of the next round start from."""
-        return to_wire(self.federation.strategy.broadcast(state))
+        return BroadcastMessage.of(self.federation.strategy.broadcast(state))
 
     def sent(self, state: ServerState) -> Any:
         """A reference to the vector (P,)."""
-        return ray.put(state.params.numpy())
+        return ray.put(BroadcastMessage.of(Broadcast(state.round, state.params)))
 
     def apply(
         self, state: ServerState, aggregate: Aggregate | None, plan: CentralPlan | None, clip: float
@@ -99,7 +98,7 @@ class WholeServer:
 class ShardServer:
     """The state is in the object store, in shards; the driver knows references to them."""
 
-    slots: Gangs
+    slots: Pool
     population: int
 
     def initial(self) -> ShardedState:
@@ -108,18 +107,20 @@ class ShardServer:
 
     def loaded(self, state: ServerState | ShardedState) -> ShardedState:
         """A state from a checkpoint; ValueError where it is of another model."""
-        if not isinstance(state, ShardedState) or len(state.parts) != self.slots.zero.ranks:
+        assert self.slots.partition is not None
+        ranks = len(self.slots.partition.parts)
+        if not isinstance(state, ShardedState) or len(state.parts) != ranks:
             raise ValueError(
-                f"the checkpoint does not hold {self.slots.zero.ranks} shards, as clients.zero.ranks asks: "
+                f"the checkpoint does not hold {ranks} shards, as clients.zero.ranks asks: "
                 f"resume with the recipe that it was written with"
             )
         return state
 
-    def broadcast(self, state: ShardedState) -> Sent:
+    def broadcast(self, state: ShardedState) -> BroadcastMessage:
         """The shards; each rank makes of its own what a client receives."""
-        return Sent(state.round, state.parts, self.slots.partition, state.nbytes)
+        return BroadcastMessage(state.round, state.parts, state.nbytes, self.slots.partition)
 
-    def sent(self, state: ShardedState) -> Sent:
+    def sent(self, state: ShardedState) -> BroadcastMessage:
         """The shards."""
         return self.broadcast(state)
 

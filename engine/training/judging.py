@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from engine.config.federation import Evaluate
-from engine.training.local_training import LocalTrainer
 from strategies.core.seeds import rng
 
 if TYPE_CHECKING:
@@ -36,13 +35,21 @@ def drawn_rows(rows: int, client: int, evaluate: Evaluate, seed: int) -> np.ndar
     return np.sort(rng(seed, 0, client, "evaluate").choice(rows, evaluate.rows, replace=False))
 
 
-def client_loss(trainer: LocalTrainer, client: int, rows: pa.RecordBatch, evaluate: Evaluate, seed: int) -> ClientLoss:
+class Judged(Protocol):
+    """A model that can be judged: a trainer's, whole or in shards."""
+
+    def nll(self, rows: pa.RecordBatch, batch: int) -> tuple[float, int]:
+        """Returns the summed loss in nats of the present vector over all rows, and over how many tokens."""
+        ...
+
+
+def client_loss(judged: Judged, client: int, rows: pa.RecordBatch, evaluate: Evaluate, seed: int) -> ClientLoss:
     """The loss of the vector now in the model on a client's held-out rows.
 
     Batches hold rows of one client only, so that the bits do not depend on which clients a slot was given.
     """
     picked = drawn_rows(rows.num_rows, client, evaluate, seed)
-    nll, learnt = trainer.nll(rows.take(picked), evaluate.batch)
+    nll, learnt = judged.nll(rows.take(picked), evaluate.batch)
     return ClientLoss(client, nll, learnt, len(picked))
 
 

@@ -22,7 +22,7 @@ import experiments
 from datasets_partition.store.store import Store
 from engine.config.federation import Zero
 from engine.messages.events import Event, RoundDone
-from engine.messages.wire import ShardedState
+from engine.messages.shards import ShardedState
 from engine.records.checkpoint import load_checkpoint
 from experiments.bench.results import Figure, Steps
 from experiments.bench.scenarios.lora import CLIENTS
