@@ -45,6 +45,11 @@ class Trainer(Protocol):
     def train(self, trainings: Sequence[Training], train: Train) -> list[Trained]:
         """Does all trainings; returns their results in order."""
 
+    def updates(
+        self, jobs: list[Job], federation: Federation, *, lent: bool = False
+    ) -> list[tuple[Update, ClientState]]:
+        """Trains clients for a round: see `client_updates`."""
+
 
 def client_updates(
     trainer: Trainer, jobs: list[Job], federation: Federation, *, lent: bool = False

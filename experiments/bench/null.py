@@ -6,25 +6,27 @@ The slots are the engine's own but for their trainer, which gives the same chang
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
 from engine.messages.events import RoundDone
-from engine.messages.tasks import Unit
-from engine.messages.wire import WireBroadcast
+from engine.models.base_model import PackedBase
 from engine.records.metrics import Logs
 from engine.rounds.assembly import RunParts, round_loop
 from engine.rounds.server import DriverShards, Server
-from engine.scheduling.slots import Slots
+from engine.scheduling.pool import Pool
 from engine.training.local_training import Job, LocalTrainer
 from engine.workers.worker import ClientActor
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
 from experiments.bench.stored import stored_bytes
 from experiments.config.recipe import Recipe, located
 from experiments.runs.api import build_store, ray_session
+from strategies.core.layout import Layout
 from strategies.core.protocol import ClientState, Update
 
 CHANGE = 2.0**-7  # on the exact sum's grid: the mean over any number of clients is the same again
@@ -45,12 +47,16 @@ class NullTrainer(LocalTrainer):
 class NullClient(ClientActor):
     """A slot of null clients."""
 
-    def _trainer(self, pack: Unit, wire: WireBroadcast) -> LocalTrainer:
-        plain = self.trainer
-        return NullTrainer(plain.trainable, plain.objective, plain.pad, plain.max_length, plain.optimizer)
+    def attach(self, packed: PackedBase, base: Any, tokens: Path, first: bool) -> tuple[Layout, np.ndarray]:
+        """As any slot is given base and rows; then its runner gets a trainer that trains nothing."""
+        layout, initial = super().attach(packed, base, tokens, first)
+        plain = self.attached.trainer
+        null = NullTrainer(plain.trainable, plain.objective, plain.pad, plain.max_length, plain.optimizer)
+        self.attached.runner.trainer_of = lambda unit, message: null
+        return layout, initial
 
 
-class NullSlots(Slots):
+class NullPool(Pool):
     """Slots of null clients."""
 
     client = NullClient
@@ -102,7 +108,7 @@ def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
     store = build_store(work)
     with ray_session(None):
         began = time.monotonic()
-        slots = NullSlots(work, folder / "memory")
+        slots = NullPool(work, folder / "memory")
         try:
             start = slots.start(store)
             opened, tokens = Store.open(store), Tokens.open(start.tokens)

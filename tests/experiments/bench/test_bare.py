@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.scheduling.dispatcher import packs
+from engine.scheduling.dispatcher import units_of
 from experiments.bench import bare
 from experiments.bench.bases import write_llama, write_rows
 from experiments.bench.scenarios import big_update, lora, tiny
@@ -13,7 +13,7 @@ from experiments.bench.tree import held_by_command
 
 @pytest.fixture
 def work(tmp_path):
-    """Two rounds of a few clients of a very small model, in packs."""
+    """Two rounds of a few clients of a very small model, in units_of."""
     write_llama(tmp_path / "base", tiny.LLAMA, of_bytes=True)
     write_rows(tmp_path / "rows.parquet", 12, tiny.ROWS, tiny.WORDS)
     return tiny.recipe(tmp_path, tmp_path / "base", 6, 2, 3)
@@ -47,7 +47,7 @@ PACKED = [(lanes, cohort) for *_, lanes, cohort in lora.CASES if lanes > 1] + [(
 
 @pytest.mark.parametrize(("lanes", "cohort"), sorted({*PACKED}))
 def test_packs_have_as_many_clients_as_is_said_and_each_slot_as_many_packs(lanes, cohort):
-    found = packs(np.arange(cohort), np.ones(cohort), lanes)
+    found = units_of(np.arange(cohort), np.ones(cohort), lanes)
     assert {len(pack) for pack in found} == {lanes}
     assert len(found) % bare.PROCESSES == 0
 
