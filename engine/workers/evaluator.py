@@ -51,8 +51,7 @@ class Judge:
             got = self._received(client, wire)
             own = self.federation.strategy.personal(got, part(self._remembered(client, wire.round), STRATEGY))
             if own is not None:
-                self.trainer.trainable.set_rank(got.rank)
-                self.trainer.trainable.flat.data.copy_(own)
+                self.trainer.become(own, got.rank)
                 losses.append(self._loss(client, limit))
         return losses
 
@@ -95,8 +94,7 @@ class Judge:
         return self.memory.read(client, round_) if self.federation.keeps_state else {}
 
     def _become(self, params: np.ndarray) -> None:
-        self.trainer.trainable.set_rank(None)
-        self.trainer.trainable.flat.data.copy_(borrow(params))
+        self.trainer.become(borrow(params))
 
     def _loss(self, client: int, limit: int) -> ClientLoss:
         rows, evaluate = self.tokens.rows(client, "heldout"), replace(self.federation.evaluate, rows=limit)
