@@ -58,8 +58,7 @@ class OwnModels:
             received = self.runner.received_by(client, broadcast)
             personal = strategy.personal(received, part(self.runner.state_of(client, message.round), STRATEGY))
             if personal is not None:
-                self.trainer.trainable.set_rank(received.rank)
-                self.trainer.trainable.flat.data.copy_(personal)
+                self.trainer.become(personal, received.rank)
                 losses.append(self.evaluator.loss(client, limit))
         return losses
 

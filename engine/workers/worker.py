@@ -30,7 +30,6 @@ from engine.workers.mapped_base import MappedBase
 from engine.workers.process import WorkerProcess
 from engine.workers.secure_training import SecureTraining
 from strategies.core.layout import Layout
-from strategies.core.protocol import Vector
 from strategies.core.seeds import torch_seed
 from strategies.core.sharding import Partition
 from strategies.privacy.per_example import ExamplePlan
@@ -110,13 +109,9 @@ class ClientActor(WorkerProcess):
         if isinstance(federation.clients.lanes, int) and federation.clients.lanes > 1:
             adapted_layers(trainable)  # refuses models that lanes cannot train
 
-        def become(vector: Vector) -> None:
-            trainable.set_rank(None)
-            trainable.flat.data.copy_(vector)
-
         states, trainers = ClientMemory(self.folder), Trainers(federation, trainer)
         runner = ClientRunner(federation, Tokens.open(tokens), states, trainers.of, trainable.layout)
-        evaluator = Evaluator(runner, trainer, become)
+        evaluator = Evaluator(runner, trainer, trainer.become)
         own_models, secure = OwnModels(runner, evaluator, trainer), SecureTraining(runner, trainable.layout)
         self._attached = Attached(mapped, tokenizer, trainer, runner, evaluator, own_models, secure)
         initial = mapped.take_initial()

@@ -13,7 +13,7 @@ from experiments.bench.tree import held_by_command
 
 @pytest.fixture
 def work(tmp_path):
-    """Two rounds of a few clients of a very small model, in units_of."""
+    """Two rounds of a few clients of a very small model, in lanes."""
     write_llama(tmp_path / "base", tiny.LLAMA, of_bytes=True)
     write_rows(tmp_path / "rows.parquet", 12, tiny.ROWS, tiny.WORDS)
     return tiny.recipe(tmp_path, tmp_path / "base", 6, 2, 3)
@@ -47,9 +47,9 @@ PACKED = [(lanes, cohort) for *_, lanes, cohort in lora.CASES if lanes > 1] + [(
 
 @pytest.mark.parametrize(("lanes", "cohort"), sorted({*PACKED}))
 def test_packs_have_as_many_clients_as_is_said_and_each_slot_as_many_packs(lanes, cohort):
-    found = units_of(np.arange(cohort), np.ones(cohort), lanes)
-    assert {len(pack) for pack in found} == {lanes}
-    assert len(found) % bare.PROCESSES == 0
+    units = units_of(np.arange(cohort), np.ones(cohort), lanes)
+    assert {len(pack) for pack in units} == {lanes}
+    assert len(units) % bare.PROCESSES == 0
 
 
 @pytest.mark.slow
