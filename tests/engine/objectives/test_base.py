@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine.config.sections import Evaluate
 from engine.config.federation import Federation
+from engine.config.sections import Evaluate
 from engine.config.train import Sgd, Train
 from engine.messages.errors import RunError
 from engine.objectives.base import Need, Term, counted, step_loss, term_sums
