@@ -172,7 +172,7 @@ def run_recipe(name: str, inputs: Path, out: Path) -> None:
     try:
         from experiments.config.recipe import parse_recipe
     except ImportError:  # as it was called before the rooms
-        from experiments.config import parse_recipe
+        from experiments.config.recipe import parse_recipe
 
     def recipe(*more: str) -> object:
         try:

@@ -1,20 +1,18 @@
-"""Differential privacy in the driver: the plan of a run, its noise, and what has been spent of the budget, on disk."""
+"""The differential privacy of a run: which noise its rounds get, and what that has cost so far, on disk."""
 
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from engine.aggregation.ring_encoding import live_lengths, noise, travelling
+from engine.aggregation.ring_encoding import live_lengths
 from engine.config.federation import Federation
+from engine.messages.errors import RunError
 from engine.system.atomic import write_file
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Mask
 from strategies.privacy.accounting import Epsilon
-from strategies.privacy.adaptive import WITHIN, AdaptivePlan
 from strategies.privacy.central import CentralDp, CentralPlan
 from strategies.privacy.distributed import DistributedDp, DistributedPlan
 from strategies.privacy.per_example import ExampleDp, ExamplePlan
@@ -31,10 +29,10 @@ class Planned:
 
 
 def plan_noise(federation: Federation, layout: Layout, clients: int, fewest_rows: int, steps: int) -> Planned | None:
-    """The noise of a run with `clients` that may be drawn; None without differential privacy.
+    """Returns the noise of a run with `clients` that may be drawn; None without differential privacy.
 
     Example-level noise is for the client with the fewest rows, and for `steps` local steps in all its rounds. Takes
-    seconds where noise is to be found for an epsilon. ValueError where there is none.
+    seconds where the noise for an epsilon is searched. ValueError where there is none.
     """
     dp, rounds, cohort = federation.privacy.dp, federation.rounds, federation.cohort
     with warnings.catch_warnings(record=True) as caught:
@@ -50,17 +48,17 @@ def plan_noise(federation: Federation, layout: Layout, clients: int, fewest_rows
             plan = dp.plan(fewest_rows, federation.train.batch * federation.train.accumulate, steps)
         else:
             return None
-    said = tuple(str(one.message) for one in caught if issubclass(one.category, UserWarning))
-    return Planned(plan, tuple(dict.fromkeys(said)))
+    messages = tuple(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
+    return Planned(plan, tuple(dict.fromkeys(messages)))
 
 
 @dataclass
 class Spending:
-    """What noisy sums have cost so far, in `path`: written before a round's noise is drawn.
+    """What noisy sums have cost so far, in the file `path`, which is written before a round's noise is drawn.
 
     Fresh noise is charged again when a round is run again; noise from the seed is the same noise. `uncopied` in the
     file is how many more rounds may have been charged where it was copied from. `weights` says where clients' weights
-    come from.
+    come from, and `statement` is what all of it comes to, in words.
     """
 
     path: Path
@@ -68,51 +66,98 @@ class Spending:
     simulated: bool
     weights: str
     charged: int = 0
-    said: str | None = None
+    statement: str | None = None
 
     @classmethod
     def open(cls, path: Path, plan: Plan, weights: str, *, simulated: bool, round_: int) -> "Spending":
-        """Goes on from what is on disk, for a run that goes on from `round_`."""
+        """Continues from what is on disk, for a run that continues from `round_`; RunError if it cannot be read."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            fresh = max(round_, int(found.get("rounds", 0))) + int(found.get("uncopied", 0))
-            charged = round_ if simulated else fresh
+            facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            fresh = max(round_, int(facts.get("rounds", 0))) + int(facts.get("uncopied", 0))
+            charged, statement = round_ if simulated else fresh, facts.get("statement")
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise RunError(
                 f"{path}, which says what privacy has been spent, cannot be read ({error}): start anew in another --out"
             ) from error
-        return cls(path, plan, simulated, weights, charged, found.get("statement"))
+        return cls(path, plan, simulated, weights, charged, statement)
 
     def charge(self, steps: int) -> Epsilon:
-        """Counts one more round, in which a client takes `steps` noisy steps; what all cost, once it is on disk."""
+        """Counts one more round, in which a client takes `steps` noisy steps, on disk; returns the cost of all."""
         self.charged += 1
         total = self.charged * steps if isinstance(self.plan, ExamplePlan) else self.charged
-        # Cohorts and batches come from the seed even where noise does not: who knows it is told more.
+        # Cohorts and batches come from the seed even where noise does not: an adversary who knows it learns more.
         sampled = self.plan.scheme.sampling != "none"
         epsilon = self.plan.spent(total, simulated=self.simulated or sampled)
-        self.said = f"{epsilon}, {self.weights}"
-        said = {"rounds": self.charged, **vars(epsilon), "weights": self.weights, "statement": self.said}
+        self.statement = f"{epsilon}, {self.weights}"
+        facts = {"rounds": self.charged, **vars(epsilon), "weights": self.weights, "statement": self.statement}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(self.path, json.dumps(said, indent=1).encode())
+        write_file(self.path, json.dumps(facts, indent=1).encode())
         return epsilon
 
 
-def noisy(
-    aggregate: Aggregate | None,
-    plan: CentralPlan,
-    clip: float,
-    federation: Federation,
-    layout: Layout,
-    round_: int,
-    live: Mapping[str, Mask],
-    rank: int = 0,
-) -> tuple[Aggregate, float]:
-    """The sums with the server's noise, and the next clipping norm; a round without clients is noise alone.
+@dataclass
+class PrivacyAccount:
+    """The noise of a run's rounds and what they have cost; without differential privacy both are None.
 
-    Of a shard, `layout` and the masks `live` are what a shard's vectors have, and each `rank` has noise of its own.
+    `clip` is the next round's clipping norm, which an adaptive plan changes from round to round. A client takes `steps`
+    noisy steps a round. `warned` is what the user should know.
     """
-    if aggregate is None:
-        lengths = federation.strategy.beside(layout) | ({WITHIN: 1} if isinstance(plan, AdaptivePlan) else {})
-        extras = {name: torch.zeros(length) for name, length in lengths.items()}
-        aggregate = Aggregate(0.0, torch.zeros(travelling(federation, layout)), extras, 0)
-    return plan.decode(aggregate, clip, noise(federation, round_, -1 - rank), live)
+
+    plan: Plan | None = None
+    spending: Spending | None = None
+    clip: float = 0.0
+    steps: int = 0
+    warned: tuple[str, ...] = ()
+
+    @classmethod
+    def open(
+        cls,
+        federation: Federation,
+        layout: Layout,
+        folder: Path,
+        rows: np.ndarray,
+        steps: int,
+        round_: int = 0,
+        clip: float | None = None,
+    ) -> "PrivacyAccount":
+        """Plans the noise of a run in `folder` whose clients have `rows` (N,), and continues from `round_`.
+
+        ValueError where no noise gives what the recipe asks for.
+        """
+        dp = federation.privacy.dp
+        if clip is None:
+            clip = dp.clip if isinstance(dp, CentralDp) else 0.0
+        planned = plan_noise(federation, layout, len(rows), int(rows.min()), steps * federation.rounds)
+        if planned is None:
+            return cls(clip=clip, steps=steps)
+        path, simulated = folder / "privacy.json", federation.privacy.simulated
+        spending = Spending.open(
+            path,
+            planned.plan,
+            federation.privacy.describe_weights(federation.strategy),
+            simulated=simulated,
+            round_=round_,
+        )
+        return cls(planned.plan, spending, clip, steps, planned.warned)
+
+    @property
+    def central(self) -> CentralPlan | None:
+        """The noise that the server adds to the sums, where it does."""
+        return self.plan if isinstance(self.plan, CentralPlan) else None
+
+    @property
+    def statement(self) -> str | None:
+        """What the noise of all rounds has cost, in words."""
+        return self.spending.statement if self.spending else None
+
+    def charge(self) -> dict[str, float]:
+        """Charges one more round; returns what it has cost by the names of metrics, nothing without noise."""
+        if self.plan is None or self.spending is None:
+            return {}
+        epsilon, multiplier = self.spending.charge(self.steps), self.plan.noise_multiplier
+        return {
+            "epsilon": epsilon.epsilon,
+            "delta": epsilon.delta,
+            "noise_multiplier": multiplier,
+            "clip": self.clip,
+        }

@@ -19,9 +19,9 @@ from strategies.core.seeds import rng
 from strategies.privacy.adaptive import WITHIN, AdaptivePlan
 from strategies.privacy.central import CentralPlan
 from strategies.privacy.distributed import DistributedPlan
+from strategies.privacy.integers import signs
 from strategies.privacy.noise_source import Words, byte_words, seeded_words
 from strategies.privacy.per_example import ExamplePlan
-from strategies.privacy.rotation import signs
 from strategies.secagg.ring import Sum, Sums, Totals
 
 NOISY = "noisy"  # the sum of everything under distributed noise

@@ -1,4 +1,4 @@
-"""Clients that are not there: drawn by the seed, too slow for a deadline, or away by a trace."""
+"""Clients that are missing: drawn by the seed, too slow for a deadline, or away by a trace."""
 
 import math
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from strategies.core.seeds import rng
 from strategies.secagg.protocol import Phase
 
 LEAVES: tuple[Phase, ...] = ("keys", "shares", "masked input")
-# Why a client is not there: what stands before a colon is the same for all that it happens to.
+# Why a client is missing: the text before a colon is the same for all clients with that reason.
 AWAY = "away by clients.availability.trace"
 DRAWN = "dropped out by clients.availability.dropout"
 DIED_WITH_SLOT = 'dropped out with its slot, as privacy.secagg.on_slot_death = "dropout" asks'
@@ -27,9 +27,9 @@ COLUMNS = {"client": pa.string(), "first": pa.int64(), "last": pa.int64()}
 
 @dataclass(frozen=True)
 class Trace:
-    """In which rounds clients are there: `spans` (S, 2) of first and last rounds, those of client c from `starts[c]`.
+    """The rounds in which clients are there: `spans` (S, 2) of first and last ones, those of client c from `starts[c]`.
 
-    Clients without any span are always there.
+    Clients without a span are always there.
     """
 
     starts: np.ndarray
@@ -37,7 +37,7 @@ class Trace:
 
     @classmethod
     def open(cls, path: Path, names: list[str]) -> "Trace":
-        """Reads a Parquet or CSV file of client (its name), first, last; clients have the numbers of their `names`."""
+        """Reads a Parquet or CSV file of client (its name), first, last; `names` are in the order of client numbers."""
         try:
             table = pq.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
             table = table.select(list(COLUMNS)).cast(pa.schema(list(COLUMNS.items())))
@@ -59,18 +59,18 @@ class Trace:
         return cls(np.searchsorted(clients[order], np.arange(len(names) + 1)), spans)
 
     def away(self, client: int, round_: int) -> bool:
-        """Whether a client is not there in a round, counted from 1."""
-        own = self.spans[self.starts[client] : self.starts[client + 1]]
-        return len(own) > 0 and not ((own[:, 0] <= round_) & (round_ <= own[:, 1])).any()
+        """Whether a client is missing in a round, counted from 1."""
+        spans = self.spans[self.starts[client] : self.starts[client + 1]]
+        return len(spans) > 0 and not ((spans[:, 0] <= round_) & (round_ <= spans[:, 1])).any()
 
 
 def too_late(seconds: float) -> str:
-    """Why a client that comes so many seconds after the deadline is not there."""
+    """The reason of a client that is so many seconds late."""
     return f"too late: {seconds:.3g} s after clients.availability.deadline_s"
 
 
 class Leaving(NamedTuple):
-    """A client drops out before it answers a phase, and why."""
+    """A client drops out before it answers the phase `before`, and why."""
 
     before: Phase
     why: str
@@ -78,12 +78,12 @@ class Leaving(NamedTuple):
 
 @dataclass(frozen=True)
 class Availability:
-    """Clients that drop out on purpose: the share `dropout` of a cohort, and who takes longer than `deadline_s`.
+    """Simulated drop-outs: the share `dropout` of a cohort, and clients that take longer than `deadline_s`.
 
-    Who drops out is drawn by the seed; under secure aggregation it leaves before it offers keys, shares or its vector.
-    With `step_s`, the seconds of an optimizer step for the median client, time is simulated: each client is for good as
-    many times slower as a lognormal draw of sigma `slowness` says, and who is late need not train. Without it, the
-    clock decides, which is not the same from run to run.
+    The seed draws who drops out; under secure aggregation they leave before they offer keys, shares or their vector.
+    With `step_s`, the seconds of an optimizer step for the median client, time is simulated: each client has a fixed
+    slowdown, drawn lognormally with sigma `slowness`, and late clients need not train. Without it the clock decides,
+    which differs from run to run.
     `trace` is a Parquet or CSV file of `client` (its name), `first` and `last`: clients in it are there in these
     rounds, counted from 1, and in no others; a client may have several rows.
     """
@@ -104,32 +104,32 @@ class Availability:
             raise RunError(f"clients.availability.slowness is a sigma, and must be at least 0, not {self.slowness}")
         if self.step_s is not None and self.deadline_s is None:
             raise RunError(
-                "clients.availability.step_s says how long clients take, and nothing asks: set deadline_s too"
+                "clients.availability.step_s simulates the time of clients, which only a deadline uses: set deadline_s too"
             )
         if self.slowness and self.step_s is None:
-            raise RunError("clients.availability.slowness is how clients differ from step_s: set step_s too")
+            raise RunError("clients.availability.slowness is the spread of clients around step_s: set step_s too")
 
     @property
     def by_clock(self) -> bool:
-        """Whether who comes too late depends on the machine's own pace, and no bits are the same."""
+        """Whether lateness depends on the machine's own pace, so that runs are not the same bit by bit."""
         return self.deadline_s is not None and self.step_s is None
 
     def late_by_seed(self, client: int, steps: int, seed: int) -> float:
-        """How many simulated seconds after the deadline a client has taken its steps; 0 where it is in time."""
+        """The simulated seconds by which a client is late after so many steps; 0 where it is in time."""
         if self.deadline_s is None or self.step_s is None:
             return 0.0
-        # A client is as slow in one round as in another: of no round, which no other draw here is.
+        # A client has one slowdown for all rounds: it is drawn for round -1, for which nothing else is.
         slow = rng(seed, -1, client, "availability").lognormal(0.0, self.slowness)
         return max(0.0, steps * self.step_s * slow - self.deadline_s)
 
     def late_by_clock(self, trained_s: float) -> float:
-        """How many seconds after the deadline a client has trained; 0 where it is in time, or time is simulated."""
+        """The seconds by which a client is late on the clock; 0 where it is in time, or time is simulated."""
         return 0.0 if self.deadline_s is None or self.step_s is not None else max(0.0, trained_s - self.deadline_s)
 
     def gone(self, cohort: Iterable[int], seed: int, round_: int, trace: Trace | None = None) -> dict[int, Leaving]:
-        """Who of the cohort drops out in a round (counted from 0), and before which of its answers."""
+        """The clients of the cohort that drop out in a round (counted from 0), and before which answer."""
         gone: dict[int, Leaving] = {}
-        if not self.dropout and trace is None:  # nobody is drawn for nothing: cohorts are large
+        if not self.dropout and trace is None:  # no draws for a large cohort
             return gone
         for client in map(int, cohort):
             draw = rng(seed, round_, client, "availability")

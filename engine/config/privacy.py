@@ -1,4 +1,4 @@
-"""The privacy section of a recipe: what the server may not see, and what goes with it; importable without ray."""
+"""The privacy section of a recipe: what the server may see, and how little sums may say about one client or row."""
 
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -19,15 +19,14 @@ from strategies.secagg.ring import Sum, Sums
 
 @dataclass(frozen=True, kw_only=True)
 class SecAgg:
-    """Secure aggregation (SecAgg+): the server learns sums alone. "full" runs it, "ideal" gives its bits without masks.
+    """Secure aggregation (SecAgg+): the server learns only sums. "full" runs it, "ideal" gives its bits without masks.
 
     Values are integers in a ring of 2^`bits`: coordinates of the update are clipped to +-`bound`, and sums beside the
-    update to what `bounds` says of each by name. The graph bears the shares `corrupt`
-    and `dropout` of the cohort, and with `semi_malicious` a server that lies about who dropped out; `neighbours` and
-    `threshold` set k and t by hand. `active` signs keys and survivors, which holds against a server that lies in
-    everything. Coordinates that fewer than `min_contributors` clients give are not summed. A dead slot voids the
-    session, whose clients train again, or counts as their "dropout". More than `max_aborts` rounds without a result end
-    the run.
+    update to `bounds`, by name. The graph tolerates the shares `corrupt` and `dropout` of the cohort, and with
+    `semi_malicious` a server that lies about who dropped out; `neighbours` and `threshold` set k and t by hand.
+    `active` signs keys and survivors, which holds against a server that lies about anything. Coordinates from fewer
+    than `min_contributors` clients are not summed. A dead slot voids the session, whose clients train again, or its
+    clients count as "dropout". More than `max_aborts` rounds without a result end the run.
     """
 
     mode: Literal["off", "ideal", "full"] = "off"
@@ -54,7 +53,7 @@ class SecAgg:
                 raise RunError(f"privacy.secagg's bounds are numbers above 0, but {name} is {value}")
 
     def parameters(self, clients: int) -> Parameters:
-        """k and t for a cohort of so many; RunError where there are none that bear what is asked."""
+        """k and t for a cohort of so many; RunError where no graph tolerates what is asked."""
         try:
             if self.neighbours is None:
                 chosen = choose(clients, self.corrupt, self.dropout, self.semi_malicious, self.active)
@@ -84,11 +83,11 @@ Dp = NoDp | CentralDp | AdaptiveDp | DistributedDp | ExampleDp
 
 @dataclass(frozen=True)
 class Privacy:
-    """What the server may not see, and how little the sums may say about one client or one row.
+    """Secure aggregation and differential privacy, and the weights that go with them.
 
     `rows_cap` R is a number of rows that everybody may know. With it a client's weight is min(rows, R) / R, whatever
     the other clients have. Rules that weigh clients by their rows need it under secure aggregation and client-level
-    noise: rows over the largest client's, as without privacy, would tell each client of the largest one.
+    noise: rows over the largest client's, as without privacy, would tell each client the size of the largest.
     """
 
     secagg: SecAgg = field(default_factory=SecAgg)
@@ -107,16 +106,16 @@ class Privacy:
 
     @property
     def simulated(self) -> bool:
-        """Whether noise comes from the recipe's seed, so that its epsilon is what fresh noise would have given."""
+        """Whether noise comes from the recipe's seed, so that its epsilon holds only for fresh noise in its place."""
         return self.secagg.mode != "full"
 
     @property
     def public_weights(self) -> bool:
-        """Whether a client's weight may depend on nothing but its own rows and what everybody knows."""
+        """Whether a client's weight may depend only on its own rows and on what everybody knows."""
         return self.secure or not isinstance(self.dp, NoDp | ExampleDp)
 
     def weight(self, rows: int, most: int) -> float:
-        """The weight, from 0 to 1, that a client's update has before its strategy sees it; `most` rows has the largest.
+        """A client's weight, from 0 to 1, before its strategy sees it; the largest client has `most` rows.
 
         1 under privacy without `rows_cap`, where only rules that weigh all clients alike are accepted.
         """

@@ -19,7 +19,7 @@ from strategies.core.seeds import rng
 
 @dataclass(frozen=True)
 class RankShare:
-    """A `share` of the clients whose adapters have rank `r`."""
+    """Adapters of rank `r` for a `share` of the clients."""
 
     r: int
     share: float
@@ -33,7 +33,7 @@ class RankShare:
 class Lora:
     """Low-rank adapters on a frozen base, as PEFT's LoraConfig: the product of the matrices is scaled by alpha / r.
 
-    `targets` is "all-linear" or a list of module names (their last parts). `ranks` gives clients ranks of their own, by
+    `targets` is "all-linear" or a list of module names (their last parts). `ranks` gives clients different ranks, by
     shares that sum to 1, where the strategy allows it; the largest is `r`, and a client's scale is alpha / its rank.
     """
 
@@ -54,7 +54,7 @@ class Lora:
             raise RunError(f"model.peft.ranks must have shares that sum to 1, and {self.r} (model.peft.r) as largest r")
 
     def rank_of(self, client: int, seed: int) -> int | None:
-        """The rank of one client; None where all have the recipe's."""
+        """The rank of a client; None where all have the recipe's."""
         if not self.ranks:
             return None
         drawn = rng(seed, 0, client, "rank").random()
@@ -64,17 +64,17 @@ class Lora:
 
 @dataclass(frozen=True)
 class FullTuning:
-    """All parameters of the base are trained."""
+    """Training of all parameters of the base."""
 
     kind: Literal["none"] = "none"
 
 
 @dataclass(frozen=True)
 class Model:
-    """The open base model: the shipped "tiny", a Hugging Face name, or a folder; and what of it is trained.
+    """The base model ("tiny", which is shipped, a Hugging Face name, or a folder), and the part of it that is trained.
 
-    `attention` is transformers' name for the kernel. With `compile`, torch compiles the layers, which takes up to a
-    minute for each slot and pays for long runs. With `trust_remote_code`, Python code that comes with the base is run.
+    `attention` is transformers' name for the kernel. `compile` lets torch compile the layers, which takes up to a
+    minute for each slot and pays off in long runs. `trust_remote_code` runs Python code that comes with the base.
     """
 
     base: str = "tiny"
@@ -90,10 +90,10 @@ class Model:
 class Zero:
     """Slots that are gangs: `ranks` processes share one client by DeepSpeed ZeRO (arXiv 1910.02054) of a `stage`.
 
-    Each rank takes what a slot takes of Ray's resources. `offload` keeps the optimizer's state on the CPU,
-    `checkpointing` computes activations anew in the backward pass. A rank that is silent for `timeout_s` ends its gang.
-    With `from_rows`, `gangs` of them take the clients that have so many training rows or more, and plain slots, of
-    which there are clients.slots, the others; without it all slots are gangs.
+    Each rank takes a slot's share of Ray's resources. `offload` keeps the optimizer's state on the CPU, `checkpointing`
+    recomputes activations in the backward pass. A rank that is silent for `timeout_s` ends its gang. With `from_rows`,
+    so many `gangs` take the clients with at least that many training rows, and clients.slots plain slots take the
+    others; without it all slots are gangs.
     """
 
     stage: Literal[1, 2, 3] = 3
@@ -111,15 +111,15 @@ class Zero:
 
 @dataclass(frozen=True)
 class Clients:
-    """The slots that host clients: how many, and what each takes of Ray's resources; 0.25 of a GPU puts four on one.
+    """The slots that host clients: their number, and each slot's share of Ray's resources (0.25 of a GPU: four on one).
 
-    `threads` are torch's per slot, and part of the result's identity. So is `lanes`: a slot trains that many clients'
-    adapters at once over one base, or with "auto" as many as are fastest by a measurement at the start.
+    `threads` is the number of torch's threads in a slot, and part of the result's identity. So is `lanes`: a slot
+    trains that many clients' adapters at once over one base; "auto" measures at the start which number is fastest.
 
-    A client that raises, or whose slot dies of it, is tried `retries` times more before it counts as failed, as one
-    whose update is unusable (NaN) does. When more than `max_failed` of those who answer have failed, or fewer than
+    A client that raises, or kills its slot, is tried `retries` times more before it counts as failed; one with an
+    unusable update (NaN) fails too. When more than `max_failed` of the clients that answer have failed, or fewer than
     `min_share` of the cohort give an update, the run ends with an error, or with `on_too_few = "skip"` the model stays
-    as it was and the next round begins. A slot that does not answer for `timeout_s` is ended and made anew.
+    as it is and the next round begins. A slot that does not answer for `timeout_s` is ended and replaced.
     """
 
     slots: int | Literal["auto"] = "auto"
@@ -155,9 +155,9 @@ class Evaluate:
     """Held-out loss at round 0, after each `every` rounds, and at the end (0: only then).
 
     At most `rows` rows of each client count, and `server_rows` of the server's own, drawn once by the seed. With
-    `finetune`, each client trains the final model for so many steps on its own rows, and is judged once more. With
-    `without_privacy`, all rounds are played once more without noise and secure aggregation: what privacy costs. With
-    `overlap`, an evaluation is done by slots that have nothing else to do while the next round goes on.
+    `finetune`, each client trains the final model for so many steps on its own rows and is evaluated once more.
+    `without_privacy` plays all rounds once more without noise and secure aggregation, which shows what privacy costs.
+    With `overlap`, idle slots evaluate while the next round runs.
     """
 
     every: int = 5
@@ -175,7 +175,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State on disk after each `every` rounds and at the end; the last `keep` are kept."""
+    """Writes the state to disk after each `every` rounds and at the end, and keeps the last `keep`."""
 
     every: int = 1
     keep: int = 2

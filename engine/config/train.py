@@ -1,4 +1,4 @@
-"""The recipe's section on local training: optimizer, schedules, steps; importable without ray, transformers or peft."""
+"""The recipe's section on local training: optimizer, schedules, steps."""
 
 import difflib
 import inspect
@@ -11,8 +11,10 @@ from pydantic import Field
 
 from engine.messages.checks import at_least, below_one
 from engine.messages.errors import RunError
+from engine.objectives import Objectives
+from engine.objectives.sft import Sft
 
-NEEDS_MORE = {"LBFGS", "SparseAdam", "Muon"}  # a closure, sparse gradients, matrices: none of which a flat vector gives
+NEEDS_MORE = {"LBFGS", "SparseAdam", "Muon"}  # a closure, sparse gradients, matrices: a flat vector has none of them
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class TorchOptimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A factor on the learning rate: linear from 0 to 1 over `warmup`, then constant, or down to `end` at the last."""
+    """A factor on the learning rate: linear from 0 to 1 over `warmup`, then constant, or falling to `end`."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = 0
@@ -75,7 +77,7 @@ class Schedule:
         at_least("train schedule", 0, warmup=self.warmup, end=self.end)
 
     def factor(self, at: int, total: int) -> float:
-        """The factor at round or step `at` (from 0) of `total`; `end` would be reached at `total`."""
+        """The factor at round or step `at` (from 0) of `total`; `total` itself would have `end`."""
         if at < self.warmup:
             return (at + 1) / self.warmup
         progress = min(1.0, (at - self.warmup) / max(1, total - self.warmup))
@@ -85,15 +87,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Train:
-    """What a client does in a round: `steps` optimizer steps, or `epochs` passes over its rows.
+    """A client's work in a round: `steps` optimizer steps, or `epochs` passes over its rows.
 
     A step takes `batch` * `accumulate` rows, `batch` of them through the model at once; rows are cut to `max_length`
-    tokens. `clip` bounds the gradient's L2 norm; 0 leaves it alone. `over_rounds` and `over_steps` (of one round) are
-    factors on the learning rate. `state` says what becomes of the optimizer's state: "reset" for each client and round,
-    or each client's is kept from round to round.
+    tokens. `clip` bounds the gradient's L2 norm; 0 does not. `over_rounds` and `over_steps` (of one round) are factors
+    on the learning rate. `state`: the optimizer's state starts afresh for each client and round ("reset"), or each
+    client keeps its own from round to round ("keep").
     """
 
-    objective: Literal["sft"] = "sft"
+    objective: Objectives = field(default_factory=Sft)
     optimizer: Annotated[AdamW | Sgd | TorchOptimizer, Field(discriminator="kind")] = field(default_factory=AdamW)
     over_rounds: Schedule = field(default_factory=Schedule)
     over_steps: Schedule = field(default_factory=Schedule)

@@ -67,9 +67,10 @@ class ShardTotals:
 
 @dataclass(frozen=True)
 class ShardedState:
-    """The server's state as the driver knows it where clients are gangs: references to its shards (WireState).
+    """The server's state as the driver knows it: a tuple of shards. A whole vector is one shard.
 
-    `nbytes` is what they take in the object store.
+    A shard is a ServerState in this process, or a reference to a WireState; `nbytes` is what the references' shards
+    take in the object store.
     """
 
     round: int

@@ -1,7 +1,7 @@
-"""The base model as one shared buffer, and what is trained on it as one flat vector. Legend: P trained parameters.
+"""Reads a base model into one buffer that processes share, and maps a network onto that buffer.
 
-transformers and peft are imported where they are used: they take 220 MB and four seconds, which the command and the
-driver, who know this module too, never need.
+transformers is imported inside functions: it takes 220 MB and four seconds, and the command and the driver, which
+import this module too, never need it.
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from engine.config.sections import Lora, Model
-from strategies.core.layout import Layout
+from engine.config.sections import Model
+from engine.messages.errors import RunError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ALIGNMENT = 64  # bytes: what vector instructions want of a tensor's first element
+ALIGNMENT = 64  # bytes at which each tensor starts, as vector instructions need it
 CAUSAL = "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a packed base: its type and shape, and where in the buffer its bytes begin."""
+    """One tensor of a packed base: its type, its shape and the offset of its first byte in the buffer."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,10 +36,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class PackedBase:
-    """All that is needed beside the buffer to make the model again: its configuration and the index of its tensors.
+    """What `map_base` needs beside the buffer: the model's configuration and the index of its tensors.
 
-    A base with code of its own has no `config` here: to receive it, a process would have to know that code already, and
-    comes to know it where it reads the configuration of `model`.
+    `config` is None for a base that ships its own code: unpickling it would need that code, which a process imports
+    only when it reads the configuration of `model` itself.
     """
 
     model: Model
@@ -51,36 +49,36 @@ class PackedBase:
 
 
 def always_the_same_bits() -> None:
-    """Lets torch and CUDA choose kernels whose result does not depend on chance, where there are any."""
+    """Makes torch and CUDA use deterministic kernels wherever they exist."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Else all that is allocated would be written twice.
+    # The default would write all allocated memory twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The base's tokenizer; a missing pad token becomes its end token. ValueError without tokenizer or end token."""
+    """Loads the base's tokenizer, with its end token as pad token if it has none; RunError if it cannot be used."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except Exception as error:  # of the code that comes with it, any
+    except Exception as error:  # the base's own code may raise anything
         raise _refusal(model, "has no tokenizer that can be loaded", error) from error
     if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer of model.base {model.base!r} is no fast one: convert it to a tokenizer.json")
+        raise RunError(f"the tokenizer of model.base {model.base!r} is no fast one: convert it to a tokenizer.json")
     if tokenizer.eos_token is None:
-        raise ValueError(f"the tokenizer of model.base {model.base!r} has no end token, which fine-tuning needs")
+        raise RunError(f"the tokenizer of model.base {model.base!r} has no end token, which fine-tuning needs")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def causal_config(model: Model) -> Any:
-    """The base's transformers configuration; ValueError when it is none of a causal language model.
+    """Loads the base's transformers configuration; RunError if it is not a causal language model's.
 
-    Where the recipe trusts the code that comes with the base, transformers knows its class from then on.
+    If the recipe trusts the base's own code, its class is registered with transformers.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -91,7 +89,7 @@ def causal_config(model: Model) -> Any:
         )
         if model.trust_remote_code and CAUSAL in (vars(config).get("auto_map") or {}):
             _register(config, model)
-    except Exception as error:  # of the code that comes with it, any
+    except Exception as error:  # the base's own code may raise anything
         what = "is neither a folder with a config.json nor a model that the hub gives"
         raise _refusal(model, what, error) from error
     architectures = config.architectures or []
@@ -99,7 +97,7 @@ def causal_config(model: Model) -> Any:
         "CausalLM" not in a and "LMHead" not in a for a in architectures
     ):
         kind = ", ".join(architectures) or type(config).__name__
-        raise ValueError(
+        raise RunError(
             f"model.base {model.base!r} is a {kind}, not a causal language model: "
             f"choose one whose class ends in ForCausalLM"
         )
@@ -107,25 +105,25 @@ def causal_config(model: Model) -> Any:
 
 
 def _register(config: Any, model: Model) -> None:
-    """Makes transformers take the class that comes with a base, of the same revision, wherever it is asked for one."""
+    """Registers the class that the base ships, at the recipe's revision, with transformers' AutoModelForCausalLM."""
     from transformers import AutoModelForCausalLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
     from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
     kind: Any = get_class_from_dynamic_module(config.auto_map[CAUSAL], model.base, revision=model.revision)
-    kind.register_for_auto_class(CAUSAL)  # a whole model is exported with its code
+    kind.register_for_auto_class(CAUSAL)  # save_pretrained then copies its code too
     AutoModelForCausalLM.register(type(config), add_generation_mixin_to_remote_model(kind), exist_ok=True)
 
 
-def _refusal(model: Model, what: str, error: Exception) -> ValueError:
+def _refusal(model: Model, what: str, error: Exception) -> RunError:
     if "trust_remote_code=True" in str(error):
         what = "needs model.trust_remote_code = true, which runs code that comes with the model"
-        return ValueError(f"model.base {model.base!r} {what}")
-    return ValueError(f"model.base {model.base!r} {what}: {_first_line(error)}")
+        return RunError(f"model.base {model.base!r} {what}")
+    return RunError(f"model.base {model.base!r} {what}: {_first_line(error)}")
 
 
 def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
-    """Reads the base's weights from disk or the hub into one uint8 buffer; ValueError when it is no causal model."""
+    """Reads the base's weights from disk or the hub into one uint8 buffer; RunError if they cannot be used."""
     from transformers import AutoModelForCausalLM
 
     causal_config(model)
@@ -138,11 +136,11 @@ def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
             attn_implementation=model.attention,
             output_loading_info=True,
         )
-    except Exception as error:  # of the code that comes with it, any
-        raise ValueError(f"the weights of model.base {model.base!r} cannot be loaded: {_first_line(error)}") from error
-    if loaded["missing_keys"]:  # transformers would draw them at random
+    except Exception as error:  # the base's own code may raise anything
+        raise RunError(f"the weights of model.base {model.base!r} cannot be loaded: {_first_line(error)}") from error
+    if loaded["missing_keys"]:  # transformers initializes them at random
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
-        raise ValueError(f"the weights of model.base {model.base!r} are not whole: {missing} and others are missing")
+        raise RunError(f"the weights of model.base {model.base!r} are not whole: {missing} and others are missing")
     return _pack(network, model)
 
 
@@ -172,7 +170,7 @@ def _view(buffer: torch.Tensor, entry: Entry) -> torch.Tensor:
 
 
 def map_base(packed: PackedBase, buffer: torch.Tensor) -> PreTrainedModel:
-    """The model whose weights are views into `buffer` (uint8, on any device): no copy, no initialisation."""
+    """Makes the network with its weights as views into `buffer` (uint8, on any device), without a copy."""
     from transformers import AutoModelForCausalLM
 
     model, config = packed.model, packed.config if packed.config is not None else causal_config(packed.model)
@@ -183,106 +181,12 @@ def map_base(packed: PackedBase, buffer: torch.Tensor) -> PreTrainedModel:
     tensors = {name: _view(buffer, entry) for name, entry in packed.index.items()}
     network.load_state_dict({n: t for n, t in tensors.items() if packed.index[n].persistent}, assign=True)
     if len({entry.offset for entry in packed.index.values()}) < len(packed.index):
-        network.tie_weights()  # but not where a configuration says tied, and the weights are two
+        network.tie_weights()  # not if the configuration says tied but the file holds two tensors
     for name, entry in packed.index.items():
-        if not entry.persistent:  # the rotary tables and their like, which no state dict holds
+        if not entry.persistent:  # such as rotary tables, which a state dict leaves out
             owner, _, leaf = name.rpartition(".")
             network.get_submodule(owner).register_buffer(leaf, tensors[name], persistent=False)
     return network.requires_grad_(False)
-
-
-class Trainable:
-    """A model whose trained tensors are views into one flat float32 vector, and their gradients into another.
-
-    To become another client is one copy into `flat` (P,). `initial` is the vector the federation starts from.
-    """
-
-    def __init__(self, network: PreTrainedModel, model: Model, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.network = with_adapters(network, model) if isinstance(model.peft, Lora) else network.requires_grad_(True)
-        if model.compile:
-            from transformers.modeling_layers import GradientCheckpointingLayer
-
-            for layer in self.network.modules():
-                if isinstance(layer, GradientCheckpointingLayer):  # transformers' base of all that come in a row
-                    layer.compile(dynamic=True)
-        trained = [(name, p) for name, p in self.network.named_parameters() if p.requires_grad]
-        scale = model.peft.alpha / model.peft.r if isinstance(model.peft, Lora) else 1.0
-        self.layout = Layout.of(trained, scale)
-        device = trained[0][1].device
-        precision = torch.promote_types(trained[0][1].dtype, torch.float32)
-        self.flat = nn.Parameter(torch.cat([p.detach().reshape(-1).to(precision) for _, p in trained]).to(device))
-        self.grad = torch.zeros_like(self.flat)
-        self.flat.grad = self.grad
-        values, grads = self.layout.views(self.flat.data), self.layout.views(self.grad)
-        for name, parameter in trained:
-            parameter.data, parameter.grad = values[name], grads[name]
-        self.rank: int | None = None
-        self.originals: list[torch.Tensor] = []  # the adapted layers' first weights, once others have been used
-        self.initial = self.flat.detach().cpu().clone()
-
-    def adapted_layers(self) -> list[Any]:
-        """The base's layers that have LoRA adapters, in the order of `layout.lora_pairs`."""
-        pairs = self.layout.lora_pairs(self.flat.data)
-        return [self.network.get_submodule(pair.name).base_layer for pair in pairs]
-
-    def set_rank(self, rank: int | None) -> None:
-        """Scales the adapters as those of a client of `rank` are, None: as the recipe says; the rest is zeros."""
-        if rank == self.rank:  # as nearly always: a client costs no walk over the model
-            return
-        from peft.tuners.lora import LoraLayer
-
-        self.rank = rank
-        scale = self.layout.scale if rank is None else self.layout.scale_at(rank)
-        for layer in self.network.modules():
-            if isinstance(layer, LoraLayer):
-                layer.scaling["default"] = scale
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is a matrix and a bias: torch's own, or transformers' with its weights the other way round."""
-    return isinstance(layer, nn.Linear) or is_transposed(layer)
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether a linear layer keeps its weights as (I, O), as GPT-2's do."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(layer, Conv1D)
-
-
-def with_adapters(network: PreTrainedModel, model: Model) -> PeftModel:
-    """The network with the recipe's LoRA adapters, drawn from torch's present seed; ValueError for unknown layers."""
-    from peft import get_peft_model
-
-    assert isinstance(model.peft, Lora)
-    linear = sorted({name.rsplit(".")[-1] for name, module in network.named_modules() if is_linear(module)})
-    try:
-        return get_peft_model(network, lora_config(model))
-    except ValueError as error:
-        if "not found in the base model" not in str(error):
-            raise
-        raise ValueError(
-            f"model.peft.targets {model.peft.targets!r} matches no layer of {model.base!r}, "
-            f'whose linear layers are {", ".join(linear)} (or write "all-linear")'
-        ) from error
-
-
-def lora_config(model: Model) -> LoraConfig:
-    """The adapter's configuration as PEFT writes it beside the weights."""
-    from peft import LoraConfig
-
-    assert isinstance(model.peft, Lora)
-    targets = model.peft.targets
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=model.base,
-        revision=model.revision,
-        r=model.peft.r,
-        lora_alpha=model.peft.alpha,
-        lora_dropout=model.peft.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-    )
 
 
 def _first_line(error: BaseException) -> str:

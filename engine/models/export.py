@@ -1,4 +1,4 @@
-"""The trained model as the files that transformers and PEFT load: an adapter folder, or a whole model."""
+"""Exports the trained model as files that transformers and PEFT load: an adapter folder or a whole model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save, save_file
 
 from engine.config.sections import Model
-from engine.models.base_model import Trainable, is_transposed, lora_config
+from engine.models.adapters import is_transposed, lora_config
+from engine.models.trainable import Trainable
 from strategies.core.layout import Layout
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ FILE_BYTES = 2**30
 def export_files(
     trainable: Trainable, model: Model, tokenizer: PreTrainedTokenizerBase, card: str, *, merged: bool = False
 ) -> dict[str, bytes]:
-    """File name -> content of the model folder, for the vector now in `trainable`.
+    """Returns the model folder's files, name to content, for the vector now in `trainable`.
 
-    LoRA gives PEFT's adapter folder; full tuning, and LoRA on a base that the rule has changed (`merged`), a Hugging
-    Face model; each with the tokenizer and the model card `card`.
+    LoRA gives PEFT's adapter folder. Full tuning, and LoRA with a delta merged into the base (`merged`), give a Hugging
+    Face model. Both come with the tokenizer and the model card `card`.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ def export_files(
         if isinstance(network, PeftModel) and merged:
             network.get_base_model().save_pretrained(name, state_dict=_whole(trainable))
         elif isinstance(network, PeftModel):
-            # A parameter here is a view into the flat vector: safetensors wants tensors that own their bytes.
+            # Parameters are views into the flat vector, but safetensors saves only tensors that own their memory.
             state = {key: tensor.detach().cpu().clone() for key, tensor in get_peft_model_state_dict(network).items()}
             _save_adapter(folder, state, network, model)
         else:
@@ -55,13 +56,13 @@ def export_files(
 
 @dataclass(frozen=True)
 class Sharded:
-    """A vector (P,) that lies in shards, of which `read(first, last)` gives any part."""
+    """A vector (P,) in shards; `read(first, last)` returns any part of it."""
 
     layout: Layout
     read: Callable[[int, int], torch.Tensor]
 
     def tensors(self) -> Iterator[tuple[str, int, Callable[[], torch.Tensor]]]:
-        """Each tensor's name and number of elements, and what reads it."""
+        """Yields each tensor's name, its number of elements, and a function that reads it."""
         for name, shape, first, last in self.layout.places():
             yield name, last - first, partial(self._tensor, shape, first, last)
 
@@ -72,9 +73,9 @@ class Sharded:
 def sharded_files(
     network: Any, vector: Sharded, model: Model, tokenizer: PreTrainedTokenizerBase, card: str
 ) -> Iterator[tuple[str, bytes]]:
-    """As `export_files`, of a network whose own weights are in shards.
+    """Yields the same files as `export_files` for a network whose weights are in shards.
 
-    A whole model comes in files of FILE_BYTES or one tensor, so that no more than one is in memory at once.
+    A whole model is split into files of FILE_BYTES, or of one larger tensor; one of them is in memory at a time.
     """
     from peft import PeftModel
 
@@ -95,14 +96,14 @@ def sharded_files(
 
 
 def _written(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of all files; a tokenizer may write some into a folder of their own."""
+    """Yields the name and content of all files, also of those in subfolders, which some tokenizers write."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             yield path.relative_to(folder).as_posix(), path.read_bytes()
 
 
 def _weight_files(vector: Sharded, dtype: torch.dtype) -> Iterator[tuple[str, bytes]]:
-    """The tensors in as many safetensors files as it takes, then their index."""
+    """Yields safetensors files of the tensors, then their index."""
     groups: list[dict[str, Callable[[], torch.Tensor]]] = [{}]
     filled = total = 0
     for key, length, read in vector.tensors():
@@ -115,8 +116,8 @@ def _weight_files(vector: Sharded, dtype: torch.dtype) -> Iterator[tuple[str, by
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     for file, group in zip(names, groups, strict=True):
         yield file, save({key: read().to(dtype) for key, read in group.items()}, metadata={"format": "pt"})
-    where = {key: file for file, group in zip(names, groups, strict=True) for key in group}
-    index = {"metadata": {"total_size": total}, "weight_map": where}
+    files = {key: file for file, group in zip(names, groups, strict=True) for key in group}
+    index = {"metadata": {"total_size": total}, "weight_map": files}
     yield "model.safetensors.index.json", json.dumps(index, indent=1).encode()
 
 
@@ -129,7 +130,7 @@ def _save_adapter(folder: Path, state: dict[str, torch.Tensor], network: PeftMod
 
 
 def _whole(trainable: Trainable) -> dict[str, torch.Tensor]:
-    """The state of the model without adapters, their products added to the weights that they adapt."""
+    """Returns the state dict of the model without adapters, with their products added to the adapted weights."""
     base = trainable.network.get_base_model()
     state = {
         name.replace(".base_layer.", "."): tensor.detach().cpu().clone()

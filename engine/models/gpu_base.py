@@ -1,4 +1,4 @@
-"""One actor per GPU owns the base there; the slots on that GPU map its memory by CUDA IPC instead of copying it."""
+"""Shares the base on a GPU: one actor owns its memory, and the slots on that GPU map it by CUDA IPC."""
 
 from typing import Any
 
@@ -12,25 +12,25 @@ from engine.messages.wire import borrow
 
 
 class BaseHolder:
-    """Holds a uint8 buffer on the one GPU that its environment shows it."""
+    """Holds a uint8 buffer on the only GPU that is visible to its process."""
 
     def __init__(self, buffer: np.ndarray) -> None:
         self.buffer = borrow(buffer).to("cuda")
 
     def handle(self) -> tuple[Any, ...]:
-        """What another process on this GPU needs to map the buffer; valid as long as this actor lives."""
+        """Returns what another process on this GPU needs to map the buffer; valid while this actor lives."""
         arguments: tuple[Any, ...] = reduce_tensor(self.buffer)[1]
         return arguments
 
 
 def map_handle(handle: tuple[Any, ...]) -> torch.Tensor:
-    """The holder's buffer (uint8), mapped into this process; RuntimeError once the holder is gone."""
+    """Maps the holder's buffer (uint8) into this process; RuntimeError if the holder has died."""
     buffer: torch.Tensor = rebuild_cuda_tensor(*handle)
     return buffer
 
 
 def start_holder(node_id: str, gpu: str, buffer: ray.ObjectRef[Any]) -> Any:
-    """Starts the holder of GPU `gpu` on a node. It takes no share of Ray's GPU resource: the slots' shares cover it."""
+    """Starts the holder of GPU `gpu` on a node. It asks Ray for no GPU share: the slots' shares cover it."""
     environment = {"CUDA_VISIBLE_DEVICES": gpu, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
     actor = ray.remote(BaseHolder).options(
         num_cpus=0,

@@ -1,4 +1,4 @@
-"""The model card of what a run has trained."""
+"""The model card of the exported model."""
 
 from typing import Any
 
@@ -14,9 +14,10 @@ def model_card(
     merged: bool,
     spent: str | None = None,
 ) -> str:
-    """README.md of the model folder: base, how it was trained, what it scored, and how to load it.
+    """Writes README.md of the model folder: the base, the training, the losses by split, and how to load the model.
 
-    `merged`: the strategy has changed the base, so that the folder holds a whole model. `spent`: what noise has cost.
+    With `merged` the strategy has changed the base, so that the folder holds a whole model. `spent` is the privacy
+    budget that the run has spent, in words.
     """
     model, train = federation.model, federation.train
     adapter = isinstance(model.peft, Lora) and not merged
@@ -34,15 +35,15 @@ def model_card(
         for s, text in splits.items()
         if any(s in column for column in losses.values())
     ]
-    own = ", trust_remote_code=True" if model.trust_remote_code else ""
+    trust = ", trust_remote_code=True" if model.trust_remote_code else ""
     load = (
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{model.base}"{own})\n'
+        f'base = AutoModelForCausalLM.from_pretrained("{model.base}"{trust})\n'
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")  # .merge_and_unload() folds it into the base'
         if adapter
         else "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder"{own})'
+        f'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder"{trust})'
     )
     privacy = f"- Differential privacy: {spent}. The losses above are outside of it.\n" if spent else ""
     what = "A LoRA adapter for" if adapter else "A whole model: merged products and adapters on" if merged else "All of"

@@ -1,4 +1,4 @@
-"""What clients train for. The union below is the registry."""
+"""Training objectives. The union below is the registry: a new objective is one file and one entry here."""
 
 from engine.objectives.sft import Sft
 

@@ -1,4 +1,4 @@
-"""Conversations as tokens, by the tokenizer's chat template, and which of them the assistant said."""
+"""Tokenizes conversations by the tokenizer's chat template and marks the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
+
+from engine.messages.errors import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,14 +18,14 @@ Turns = list[dict[str, str]]
 def encode_conversations(
     conversations: list[Turns], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of each conversation, and a mask that is 1 on the assistant's.
+    """Returns each conversation's token ids, and a mask that is 1 on the assistant's tokens.
 
-    Where the template marks what the assistant generates, both are those of TRL's SFTTrainer with
-    `assistant_only_loss`; elsewhere an assistant's turn is what the template adds for it after its generation prompt.
-    Raises ValueError where there is no template, or one that does not suit.
+    If the template has {% generation %} marks, both equal those of TRL's SFTTrainer with `assistant_only_loss`.
+    Otherwise an assistant's turn is the text that the template adds for it after the generation prompt. RunError if
+    there is no template, or one that refuses a conversation or does not tell turns apart.
     """
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise RunError(
             "the rows are messages, but the tokenizer of model.base has no chat template: name a base that has one"
         )
     try:
@@ -34,7 +36,7 @@ def encode_conversations(
             return marked["input_ids"], marked["assistant_masks"]
         return _by_prefixes(conversations, tokenizer)
     except TemplateError as error:
-        raise ValueError(
+        raise RunError(
             f"the chat template of model.base refuses a conversation ({error}): leave it out of the source, or name "
             f"another base"
         ) from None
@@ -55,18 +57,18 @@ def _by_prefixes(
                 continue
             if number:
                 before = rendered(turns[:number], add_generation_prompt=True)
-            else:  # no template renders nothing
+            else:  # templates do not render an empty conversation
                 before = whole.partition(turn["content"].strip())[0]
             through = rendered(turns[: number + 1])
             if not (whole.startswith(through) and through.startswith(before)):
-                raise ValueError(
+                raise RunError(
                     "the chat template of model.base writes the beginning of a conversation otherwise when more "
                     "follows, so that it does not say which tokens are the assistant's: give it {% generation %} marks"
                 )
             spans.append((len(before), len(through)))
         tokens = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         ids.append(tokens["input_ids"])
-        # A token that begins before a turn belongs to the turn if it reaches into it, as it does in TRL's masks.
+        # As in TRL's masks, a token that starts before a turn and reaches into it belongs to the turn.
         masks.append(
             [int(any(start < to and end > since for since, to in spans)) for start, end in tokens["offset_mapping"]]
         )

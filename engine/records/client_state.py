@@ -1,59 +1,59 @@
-"""What clients remember from round to round, on disk: one small safetensors file per client and round.
+"""Client state on disk: what a client keeps from round to round, one small safetensors file per client and round.
 
-A memory becomes current with its round and is kept back to the oldest checkpoint, so that a client that is run again,
-and a run that is resumed, reads what was read before. Nothing is held in a process: the page cache is the cache.
-With several nodes the folder must lie where all of them see it.
+A state becomes current with its round, and states are kept back to the oldest checkpoint, so that a client that is run
+again, and a run that is resumed, read the same state as before. No process holds any: the page cache is the cache.
+With several nodes the folder must be on a disk that all of them see.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import ray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from engine.messages.errors import RunError
 from strategies.core.protocol import ClientState
 
-RANK = "shard-"  # what a gang's rank remembers of its shards lies in a folder with its number
+RANK = "shard-"  # each rank of a gang keeps its shards in a folder with its number
 SHELVES = 256  # folders, so that no single one holds all clients
-
-
-STRATEGY, OPTIMIZER = "strategy.", "optimizer."  # whose an entry is; a transform's begin with transform0. and so on
+STRATEGY, OPTIMIZER = "strategy.", "optimizer."  # owners of entries; a transform's begin with transform0. and so on
 
 
 def part(memory: ClientState, owner: str) -> ClientState:
-    """What belongs to one owner, under its own names."""
+    """Returns the entries of one owner, under its own names."""
     return {name.removeprefix(owner): tensor for name, tensor in memory.items() if name.startswith(owner)}
 
 
 def named(memory: ClientState, owner: str) -> ClientState:
-    """An owner's entries as they lie among others'."""
+    """Returns an owner's entries under the names that they have among all entries."""
     return {owner + name: tensor for name, tensor in memory.items()}
 
 
 class ClientMemory:
-    """Reads and writes memories under one folder, which is made when the first is written."""
+    """Reads and writes client states under one folder, which is made when the first is written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, client: int, round_: int) -> ClientState:
-        """The client's newest memory up to `round_`; empty if it has none. ValueError if it cannot be read."""
-        found = [number for number in self._rounds(client) if number <= round_]
-        if not found:
+        """Returns the client's newest state up to `round_`, empty if there is none; RunError if it cannot be read."""
+        rounds = [number for number in self._rounds(client) if number <= round_]
+        if not rounds:
             return {}
-        path = self._path(client, max(found))
+        path = self._path(client, max(rounds))
         try:
             return load(path.read_bytes())
         except SafetensorError as error:
-            raise ValueError(
-                f"the memory {path} cannot be read ({error}): start the run anew in another --out"
+            raise RunError(
+                f"the client state {path} cannot be read ({error}): start the run anew in another --out"
             ) from error
 
     def write(self, client: int, round_: int, memory: ClientState, oldest: int) -> None:
-        """Writes what the client knows after `round_`, whole or not at all (OSError).
+        """Writes the client's state after `round_`, whole or not at all (OSError).
 
-        What no round from `oldest` on can ask for is forgotten.
+        States that no round from `oldest` on can ask for are removed.
         """
         path = self._path(client, round_)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ class ClientMemory:
             self._path(client, number).unlink(missing_ok=True)
 
     def forget(self, client: int, round_: int) -> None:
-        """Removes what the client knew after `round_`, which came to nothing."""
+        """Removes the client's state after `round_`, whose update was not counted."""
         self._path(client, round_).unlink(missing_ok=True)
 
     def _rounds(self, client: int) -> list[int]:
@@ -82,15 +82,20 @@ class ClientMemory:
         return self.folder / f"{client % SHELVES:02x}" / str(client) / f"{round_:05d}.safetensors"
 
 
-def every_memory(folder: Path) -> list[ClientMemory]:
-    """The memory of plain slots, and those of the ranks of gangs."""
-    return [ClientMemory(folder), *map(ClientMemory, sorted(folder.glob(f"{RANK}*")))]
+def forget_round(folder: Path, clients: Iterable[int], round_: int) -> None:
+    """Removes the states that clients have written in a round whose sum they are not in.
+
+    Plain slots keep states in `folder`, the ranks of gangs in folders of their own in it.
+    """
+    for states in (ClientMemory(folder), *map(ClientMemory, sorted(folder.glob(f"{RANK}*")))):
+        for client in clients:
+            states.forget(int(client), round_)
 
 
 def refuse_unseen(folder: Path) -> None:
-    """Raises ValueError if this process's node does not see the folder where clients remember."""
+    """Raises RunError if this process's node does not see the folder of client states."""
     if not folder.is_dir():
-        raise ValueError(
-            f"clients remember from round to round in {folder}, which is not seen on the node "
+        raise RunError(
+            f"clients keep state from round to round in {folder}, which is not seen on the node "
             f"{ray.util.get_node_ip_address()}: put --out on a disk that all nodes share"
         )

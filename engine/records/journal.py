@@ -1,7 +1,7 @@
-"""Which sums secure aggregation has unmasked, on disk before any client is asked for shares.
+"""The sums that secure aggregation has unmasked, on disk before any client is asked for shares.
 
-Two sums of nearly the same clients from one model differ by what is between them, at worst by one client's update. A
-round that is played again, by a new driver or after --resume, may therefore unmask the same clients or nobody.
+The difference of two sums of nearly the same clients from one model may be a single client's update. A round that is
+played again, by a new driver or after --resume, may therefore unmask the same clients or nobody.
 """
 
 import json
@@ -16,9 +16,16 @@ from engine.system.atomic import make_folder, write_file
 JOURNAL = "unmasked"
 
 
+class SumRefused(ValueError):
+    """A sum must not be unmasked: it could tell what too few clients sent."""
+
+
 @dataclass(frozen=True)
 class Unmasked:
-    """Whose sum was asked for in a round, and from which models: each is named by the last round whose sum is in it."""
+    """The clients whose sum was asked for in a round, and from which models.
+
+    A model is named by the last round whose sum is in it.
+    """
 
     clients: tuple[int, ...]
     models: tuple[int, ...]
@@ -26,10 +33,10 @@ class Unmasked:
 
 @dataclass
 class Journal:
-    """A run's sums, one file a round in `folder`; `entries` are by round, None where a file cannot be read.
+    """A run's unmasked sums, one file a round in `folder`; `entries` are by round, None where a file cannot be read.
 
-    `elsewhere` is the URI of the run folder's copy, which gets each file at once: a run that goes on from there must
-    know of every sum. `model` names the present model as `Unmasked` does; whoever adds a sum to it sets it.
+    `elsewhere` is the URI of the run folder's copy, which gets each file at once: a run that continues from there must
+    know every sum. `model` names the present model as `Unmasked` does; whoever adds a sum to the model sets it.
     """
 
     folder: Path
@@ -39,48 +46,49 @@ class Journal:
 
     @classmethod
     def open(cls, run: Path, elsewhere: str | None, model: int) -> "Journal":
-        """Reads what there is of a run whose present model is `model`."""
+        """Reads the journal of a run whose present model is `model`."""
         folder = run / JOURNAL
         numbers = {path: path.stem.removeprefix("round-") for path in sorted(folder.glob("round-*.json"))}
         entries = {int(number): _read(path, int(number)) for path, number in numbers.items() if number.isdecimal()}
         return cls(folder, elsewhere, model, entries)
 
     def clients(self, round_: int) -> frozenset[int] | None:
-        """Whose sum of this round has been asked for; None where none has, or nobody can say."""
+        """Returns the clients whose sum of this round has been asked for; None if none, or its file is damaged."""
         entry = self.entries.get(round_)
         return None if entry is None else frozenset(entry.clients)
 
     def admit(self, round_: int, clients: Sequence[int], refuse_thin: Callable[[Sequence[int]], None]) -> None:
-        """Writes down that the sum of `clients` is about to be asked for; returns once it is on disk.
+        """Records that the sum of `clients` is about to be asked for; returns once that is on disk.
 
-        ValueError, and nothing is written, where that sum beside an earlier one could tell what too few clients sent:
-        `refuse_thin` raises it for the clients by which two sums of one model differ.
+        SumRefused, and nothing is written, if this sum and an earlier one together could tell what too few clients
+        sent: `refuse_thin` raises it for the clients by which two sums of one model differ.
         """
         asked, entry = tuple(sorted(clients)), self.entries.get(round_)
         if round_ in self.entries and entry is None:
-            raise ValueError(
+            raise SumRefused(
                 f"a sum of this round was asked for before, and {self._path(round_)}, which says of whom, cannot be "
                 f"read: another sum could tell one client's update"
             )
         if entry is not None and entry.clients != asked:
             changed = len(set(entry.clients) ^ set(asked))
-            raise ValueError(
+            raise SumRefused(
                 f"a sum of {len(entry.clients)} clients of this round was asked for before, and who is there now "
                 f"differs by {changed}: another sum could tell one client's update"
             )
         before = entry.models if entry else ()
-        for other, past in self.entries.items():
-            if other != round_ and self.model not in before:  # in which case this sum is no new one
-                self._refuse_beside(other, past, asked, refuse_thin)
-        # Written again where nothing is new: a driver may have died before the copy elsewhere had it.
+        if self.model not in before:  # otherwise this is the same sum, which tells nothing new
+            for other, past in self.entries.items():
+                if other != round_:
+                    self._refuse_beside(other, past, asked, refuse_thin)
+        # Written even if nothing is new: a driver may have died before the copy elsewhere had it.
         self._write(round_, Unmasked(asked, tuple(dict.fromkeys((*before, self.model)))))
 
     def _refuse_beside(
         self, other: int, past: Unmasked | None, asked: tuple[int, ...], refuse_thin: Callable[[Sequence[int]], None]
     ) -> None:
-        """ValueError where another round has had a sum from the present model that `asked` is too close to."""
+        """Raises SumRefused if another round had a sum from the present model that `asked` is too close to."""
         if past is None and other > self.model:
-            raise ValueError(
+            raise SumRefused(
                 f"round {other} may have had a sum of nearly the same clients from the same model, and "
                 f"{self._path(other)}, which says of whom, cannot be read: start the run anew with another seed"
             )
@@ -88,8 +96,8 @@ class Journal:
             return
         try:
             refuse_thin(sorted(set(past.clients) ^ set(asked)))
-        except ValueError as error:
-            raise ValueError(
+        except SumRefused as error:
+            raise SumRefused(
                 f"round {other} had a sum from the same model, and of the clients that are in one of the two sums "
                 f"alone {error}: the difference could tell one client's update"
             ) from None
@@ -108,7 +116,7 @@ class Journal:
 
 
 def _copy(content: bytes, place: str) -> None:
-    """Writes a file at a URI; OSError, which ends the run, where it cannot."""
+    """Writes a file at a URI; OSError, which ends the run, if it cannot be written."""
     try:
         system, path = located(place)
         system.create_dir(str(PurePosixPath(path).parent), recursive=True)

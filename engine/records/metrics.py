@@ -1,4 +1,4 @@
-"""A run's figures and its ledger, as one Parquet file a round, so that a round that is run again replaces its own."""
+"""A run's metrics, ledger and faults, in one Parquet file a round each: a round that is run again replaces its own."""
 
 import time
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from engine.messages.errors import RunError
 from engine.messages.events import DROPOUT, Fault
 from engine.system.atomic import write_file
 
@@ -33,8 +34,6 @@ LEDGER = pa.schema(
         ("mode", pa.string()),
     ]
 )
-
-
 FAULTS = pa.schema(
     [
         ("round", pa.int32()),
@@ -48,24 +47,26 @@ FAULTS = pa.schema(
 
 @dataclass
 class RoundLog:
-    """Collects one table's rows and writes them into `folder`, a file a round."""
+    """Collects the rows of one table and writes them into `folder`, a file a round."""
 
     folder: Path
     schema: pa.Schema
     blocks: list[pa.Table] = field(default_factory=list)
 
     def note(self, **columns: Any) -> None:
-        """Rows by column: lists of one length, or one value for all of these rows."""
+        """Adds rows by column: lists of one length, or one value for all of these rows."""
         length = next((len(values) for values in columns.values() if isinstance(values, list)), 1)
         arrays = []
         for name, type_ in zip(self.schema.names, self.schema.types, strict=True):
             values = columns[name]
-            whole = pa.array(values, type_) if isinstance(values, list) else pa.repeat(pa.scalar(values, type_), length)
-            arrays.append(whole)
+            column = (
+                pa.array(values, type_) if isinstance(values, list) else pa.repeat(pa.scalar(values, type_), length)
+            )
+            arrays.append(column)
         self.blocks.append(pa.Table.from_arrays(arrays, schema=self.schema))
 
     def flush(self, round_: int) -> None:
-        """Writes the round's file whole and forgets its rows."""
+        """Writes the round's file, whole or not at all, and drops its rows."""
         self.folder.mkdir(parents=True, exist_ok=True)
         sink = pa.BufferOutputStream()
         pq.write_table(pa.concat_tables(self.blocks or [self.schema.empty_table()]), sink)
@@ -80,7 +81,7 @@ class RoundLog:
 
 
 class Metrics(RoundLog):
-    """The long table of metrics: round, split, client (None = all), name, value, wall_s."""
+    """The long table of metrics: round, split, client (None: all of them), name, value, wall_s."""
 
     def __init__(self, folder: Path, wall_s: float = 0.0) -> None:
         super().__init__(folder, METRICS)
@@ -88,28 +89,28 @@ class Metrics(RoundLog):
 
     @property
     def wall_s(self) -> float:
-        """Seconds of this run, those before a resume included."""
+        """The seconds of this run, including those before it was resumed."""
         return time.monotonic() - self.started
 
     def add(self, round_: int, split: str, client: str | None, **values: float) -> None:
-        """One row per named value."""
-        names, found = list(values), list(values.values())
-        self.note(round=round_, split=split, client=client, name=names, value=found, wall_s=self.wall_s)
+        """Adds one row per named value."""
+        names, figures = list(values), list(values.values())
+        self.note(round=round_, split=split, client=client, name=names, value=figures, wall_s=self.wall_s)
 
     def judged(self, round_: int) -> bool:
-        """Whether the model after a round has been judged, as its file tells."""
+        """Returns whether the file of a round holds an evaluation of the model after it."""
         path = _file(self.folder, round_)
-        asked = [("round", "=", round_), ("name", "=", "loss"), ("split", "in", ("heldout", "unseen", "server"))]
-        return path.exists() and pq.read_table(path, filters=asked).num_rows > 0
+        losses = [("round", "=", round_), ("name", "=", "loss"), ("split", "in", ("heldout", "unseen", "server"))]
+        return path.exists() and pq.read_table(path, filters=losses).num_rows > 0
 
     def add_each(self, round_: int, split: str, clients: list[str], values: list[dict[str, float]]) -> None:
-        """The same for many clients at once."""
+        """Adds one row per named value of each client."""
         self.note(
             round=round_,
             split=split,
-            client=[client for client, own in zip(clients, values, strict=True) for _ in own],
-            name=[name for own in values for name in own],
-            value=[value for own in values for value in own.values()],
+            client=[client for client, figures in zip(clients, values, strict=True) for _ in figures],
+            name=[name for figures in values for name in figures],
+            value=[value for figures in values for value in figures.values()],
             wall_s=self.wall_s,
         )
 
@@ -122,43 +123,53 @@ class Ledger(RoundLog):
         self.mode = mode
 
     def received(self, round_: int, party: str, kind: str, count: int, nbytes: int) -> None:
-        """`party` received `count` messages of one kind, `nbytes` bytes together."""
+        """Adds that `party` received `count` messages of one kind, `nbytes` bytes in all."""
         self.note(round=round_, party=party, kind=kind, count=count, bytes=nbytes, mode=self.mode)
 
 
 class Faults(RoundLog):
-    """What went wrong: round, kind, who, why, wall_s. A round without any has no file; nothing is taken back."""
+    """What went wrong: round, kind, who, why, wall_s. A round without faults has no file; nothing is taken back."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, FAULTS)
 
     def happened(self, round_: int, faults: Sequence[Fault], wall_s: float) -> None:
-        """Notes what happened in a round; of thousands of clients at once, if need be."""
+        """Adds the faults of a round, which may be of thousands of clients."""
         if faults:
             columns = {key: [asdict(fault)[key] for fault in faults] for key in ("kind", "who", "why")}
             self.note(round=round_, **columns, wall_s=wall_s)
 
     def flush(self, round_: int) -> None:
-        """As of all logs, where there is anything to write; after what the round's file holds already.
+        """Appends to the round's file, if there is anything to write.
 
-        But for drop-outs: a round that is played again has the same, and by now they are noted once more.
+        Drop-outs of the file are replaced: a round that is played again has the same ones.
         """
         path = _file(self.folder, round_)
         if self.blocks:
-            held = [pq.read_table(path, schema=FAULTS, filters=pc.field("kind") != DROPOUT)] if path.exists() else []
-            self.blocks[:0] = held
+            before = [pq.read_table(path, schema=FAULTS, filters=pc.field("kind") != DROPOUT)] if path.exists() else []
+            self.blocks[:0] = before
             super().flush(round_)
 
     def forget_after(self, round_: int) -> None:
-        """Keeps all: a round that is played again went wrong nevertheless."""
+        """Keeps all: what went wrong before a round is played again did go wrong."""
 
 
 class Logs(NamedTuple):
-    """What a run writes down, round by round."""
+    """All that a run writes round by round."""
 
     metrics: Metrics
     ledger: Ledger
     faults: Faults
+
+    @classmethod
+    def under(cls, folder: Path, mode: str = "off", wall_s: float = 0.0) -> "Logs":
+        """The logs of the run in `folder`, which has taken `wall_s` seconds before; `mode` is secure aggregation's."""
+        return cls(Metrics(folder / "metrics", wall_s), Ledger(folder / "ledger", mode), Faults(folder / "faults"))
+
+    def flush(self, round_: int) -> None:
+        """Writes the round's files."""
+        for log in self:
+            log.flush(round_)
 
 
 def _file(folder: Path, round_: int) -> Path:
@@ -170,18 +181,18 @@ def _round(path: Path) -> int:
 
 
 def read_log(folder: Path) -> pa.Table:
-    """All rounds' rows of a run's `metrics` or `ledger` folder, in the order of rounds; ValueError without any."""
+    """Reads all rows of a run's `metrics`, `ledger` or `faults` folder in the order of rounds; RunError without any."""
     paths = sorted(folder.glob("round-*.parquet"), key=_round)
     if not paths:
-        raise ValueError(f"{folder} holds no rounds yet")
+        raise RunError(f"{folder} holds no rounds yet")
     return pa.concat_tables([pq.read_table(path) for path in paths])
 
 
 def loss_table(folder: Path, last: int) -> dict[str, dict[str, float]]:
-    """Aggregate losses by column (round 0, end, baselines) and split, from a run's `metrics` folder.
+    """Reads aggregate losses by column (round 0, end, baselines) and split from a run's `metrics` folder.
 
-    Arrow drops the rows of single clients while it reads, and only the rounds that the table names are read: of a
-    long run with many clients neither fits into memory as Python objects.
+    Arrow drops the rows of single clients while it reads, and only the first and the last round are read: the rows of
+    a long run with many clients do not fit into memory as Python objects.
     """
     columns = {("loss", 0): "round 0", ("loss_local_only", last): "local only"}
     columns |= {("loss_centralised", last): "centralised", ("loss", last): "end"}

@@ -1,7 +1,9 @@
-"""Evaluation over all slots: held-out losses, the baselines on the same rows, and samples. Legend: P parameters."""
+"""Evaluation on the pool: held-out losses during a run, and of other models on the same rows. Legend: P parameters."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,147 +12,103 @@ import ray
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
-from engine.messages.wire import WireBroadcast
+from engine.messages.events import Evaluated, Event
+from engine.messages.wire import ShardedState
 from engine.records.metrics import Ledger, Metrics
+from engine.rounds.server import Server
 from engine.scheduling.dispatcher import Later
 from engine.scheduling.pool import Reference
-from engine.scheduling.slots import Slots
-from engine.training.judging import ClientLoss, Prompt, mean_loss
-from strategies.core.seeds import rng
+from engine.scheduling.slots import Slots as Pool
+from engine.training.evaluation import ClientLoss, mean_loss
+from engine.workers.worker import FLOAT_BYTES
 
-SAMPLES, SAMPLE_TOKENS = 3, 40
-FLOAT_BYTES = 4
+SPLITS = ("heldout", "unseen", "server")
 Losses = dict[str, float]  # split -> nats per token
 
 
 @dataclass(frozen=True)
-class Begun:
-    """An evaluation of the model after `round` on its way, by split."""
+class Pending:
+    """An evaluation of the model after `round` that workers do beside the next round, by split."""
 
     round: int
     parts: list[tuple[str, Later]]
 
 
-def _evaluated(actor: Any, chunk: list[int], sent: Any, limit: int) -> Reference:
-    return actor.evaluate.remote(chunk, sent, limit)
+def _evaluate(actor: Any, chunk: list[int], vector: Any, limit: int) -> Reference:
+    return actor.evaluate.remote(chunk, vector, limit)
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Evaluates on the slots and writes what it finds to the metrics and the ledger.
+class Evaluator:
+    """Evaluates models on the pool and writes their losses to the metrics and the ledger.
 
-    What slots are sent stands for a vector (P,): see Server.sent. `vector_bytes` is its size.
+    A `vector` stands for a model: see Server.vector. `vector_bytes` is its size.
     """
 
     federation: Federation
-    slots: Slots
+    pool: Pool
     store: Store
     tokens: Tokens
     metrics: Metrics
     ledger: Ledger
     vector_bytes: int
 
-    def global_model(self, sent: Any, round_: int) -> Losses:
-        """The vector's loss on held-out rows, on clients that never train, and on the server's rows if it has any."""
-        return self._all_splits(sent, round_, "loss", per_client=True)
+    def global_model(self, vector: Any, round_: int) -> Losses:
+        """Returns the loss on held-out rows, on clients that never train, and on the server's rows if it has any."""
+        return self._every_split(vector, round_, "loss", protocol=True)
 
-    def begun(self, sent: Any, round_: int) -> Begun:
-        """An evaluation as `global_model` does it, which waits for slots with nothing else to do."""
+    def begin(self, vector: Any, round_: int) -> Pending:
+        """Begins an evaluation as `global_model` does it, for workers that have nothing else to do."""
         parts = []
-        for split in ("heldout", "unseen", "server"):
-            clients, _ = self._judged(split)
-            limit = self._limit(split)
-            call = partial(_evaluated, sent=sent, limit=limit)
-            parts.append((split, Later.of(clients, self.slots.size, call)))
-        return Begun(round_, parts)
+        for split in SPLITS:
+            clients, _ = self.judged(split)
+            call = partial(_evaluate, vector=vector, limit=self._limit(split))
+            parts.append((split, Later.of(clients, self.pool.size, call)))
+        return Pending(round_, parts)
 
-    def ended(self, begun: Begun) -> Losses:
-        """What came of it; what no slot has had time for yet is done now."""
+    def end(self, pending: Pending) -> Losses:
+        """Returns the losses of a pending evaluation; what no worker has had time for is done now."""
         losses = {}
-        for split, later in begun.parts:
+        for split, later in pending.parts:
             left = np.array([client for chunk in later.chunks for client in chunk], np.int64)
             later.chunks.clear()
-            later.found.extend(self.slots.map(left, self.tokens.counts("heldout")[left], later.call))
+            later.found.extend(self.pool.map(left, self.tokens.counts("heldout")[left], later.call))
             if later.found:
-                losses[split] = self._noted(later.found, begun.round, split, "loss", per_client=True)
+                losses[split] = self._record_protocol(later.found, pending.round, split, "loss")
         return losses
 
-    def centralised(self, start: Any, round_: int, steps: int) -> Losses:
-        """The loss (nats per token) after `steps` steps on the pooled rows: what could be had if that were allowed."""
+    def centralized(self, start: Any, round_: int, steps: int) -> Losses:
+        """Returns the loss after `steps` steps on the pooled rows: what could be had if that were allowed."""
         clients = list(range(self.store.num_training))
-        trained_P = self.slots.ask(lambda actor: actor.centralised.remote(clients, start, steps), long=True)
-        return self._all_splits(ray.put(trained_P), round_, "loss_centralised")
+        trained_P = self.pool.ask(lambda actor: actor.centralised.remote(clients, start, steps), long=True)
+        return self._every_split(ray.put(trained_P), round_, "loss_centralised")
 
-    def not_private(self, sent: Any, round_: int) -> Losses:
-        """The loss (nats per token) of what the same federation comes to without privacy: what privacy costs."""
-        return self._all_splits(sent, round_, "loss_not_private")
+    def not_private(self, vector: Any, round_: int) -> Losses:
+        """Returns the loss of what the same federation comes to without privacy."""
+        return self._every_split(vector, round_, "loss_not_private")
 
     def local_only(self, start: Any, round_: int, steps: np.ndarray, name: str) -> Losses:
-        """The loss where each client (by id) trains alone for its `steps` from `start`: written as loss_`name`.
+        """Returns the loss where each client (by id) trains alone for its `steps` (N,) from `start`, as loss_`name`.
 
-        Who has no held-out rows is not judged, and so not trained.
+        A client without held-out rows is not evaluated, and so not trained.
         """
-        split = "heldout"
-        clients, _ = self._judged(split)
-        found = self.slots.map(
+        clients, _ = self.judged("heldout")
+        losses = self.pool.map(
             clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, start, steps[chunk].tolist())
         )
-        return {split: self._note(found, round_, split, f"loss_{name}")}
+        return {"heldout": self._record(losses, round_, "heldout", f"loss_{name}")}
 
-    def personal(self, wire: WireBroadcast, round_: int) -> Losses:
-        """The loss where each client is judged by its own model; nothing where no client has one."""
-        shared, (clients, rows), limit = ray.put(wire), self._judged("heldout"), self._limit("heldout")
-        found = self.slots.map(clients, rows, lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit))
-        if not found:
+    def personal(self, broadcast: Any, round_: int) -> Losses:
+        """Returns the loss of each client's own model; nothing if no client has one."""
+        shared, (clients, rows), limit = ray.put(broadcast), self.judged("heldout"), self._limit("heldout")
+        losses = self.pool.map(clients, rows, lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit))
+        if not losses:
             return {}
-        self._told(round_, len(found))
-        return {"heldout": self._note(found, round_, "heldout", "loss_personal", per_client=True)}
+        self._report_to_server(round_, len(losses))
+        return {"heldout": self._record(losses, round_, "heldout", "loss_personal", protocol=True)}
 
-    @cached_property
-    def sample_rows(self) -> list[tuple[Prompt, str]]:
-        """Prompt and completion of a few rows of unseen (else training) clients, drawn by the seed.
-
-        Of a conversation these are the turns before the assistant's last one, and that.
-        """
-        clients, _ = self._judged("unseen")
-        if not len(clients):
-            clients, _ = self._judged("heldout")
-        chosen = rng(self.federation.seed, 0, -1, "sample").choice(clients, min(SAMPLES, len(clients)), replace=False)
-        rows = [self.store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]
-        return [_split(row["messages"]) if "messages" in row else (row["prompt"], row["completion"]) for row in rows]
-
-    def continued(self, sent: Any) -> list[str]:
-        """What the model writes after the prompts of `sample_rows`."""
-        prompts = [prompt for prompt, _ in self.sample_rows]
-        written: list[str] = self.slots.ask(lambda actor: actor.generate.remote(sent, prompts, SAMPLE_TOKENS))
-        return written
-
-    def _all_splits(self, sent: Any, round_: int, name: str, *, per_client: bool = False) -> Losses:
-        losses = {}
-        for split in ("heldout", "unseen", "server"):
-            clients, rows = self._judged(split)
-            if len(clients):
-                found = self._judge(clients, rows, sent, self._limit(split))
-                losses[split] = self._noted(found, round_, split, name, per_client=per_client)
-        return losses
-
-    def _noted(self, found: list[ClientLoss], round_: int, split: str, name: str, *, per_client: bool) -> float:
-        """As `_note`, and in the ledger what it takes; a baseline is no part of the federation's protocol."""
-        if per_client and split != "server":
-            self.ledger.received(round_, "client", "sum", len(found), len(found) * self.vector_bytes)
-            self._told(round_, len(found))
-        return self._note(found, round_, split, name, per_client=per_client)
-
-    def _told(self, round_: int, clients: int) -> None:
-        """Clients tell the server their losses; under secure aggregation they do not, and the simulator alone knows."""
-        if not self.federation.privacy.secure:
-            self.ledger.received(round_, "server", "metric", clients, clients * FLOAT_BYTES)
-
-    def _judge(self, clients: np.ndarray, rows: np.ndarray, shared: Reference, limit: int) -> list[ClientLoss]:
-        return self.slots.map(clients, rows, lambda actor, chunk: actor.evaluate.remote(chunk, shared, limit))
-
-    def _judged(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """The clients of a split that have rows to be judged on, and how many rows count of each."""
+    def judged(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the clients (N,) of a split that have rows to be evaluated on, and how many rows (N,) count."""
         training, clients = self.store.num_training, self.store.num_clients
         members = {"heldout": (0, training), "unseen": (training, clients), "server": (clients, None)}
         first, last = members[split]
@@ -161,20 +119,94 @@ class Scores:
         """How many rows of a client count; the server is none, and has a limit of its own."""
         return self.federation.evaluate.server_rows if split == "server" else self.federation.evaluate.rows
 
-    def _note(self, found: list[ClientLoss], round_: int, split: str, name: str, *, per_client: bool = False) -> float:
-        if per_client and split != "server" and not self.federation.privacy.secure:
-            ordered = sorted(found, key=lambda loss: loss.client)
+    def _every_split(self, vector: Any, round_: int, name: str, *, protocol: bool = False) -> Losses:
+        """The losses by split. A baseline is no part of the federation's `protocol`."""
+        losses, record = {}, self._record_protocol if protocol else self._record
+        for split in SPLITS:
+            clients, rows = self.judged(split)
+            if len(clients):
+                call = partial(_evaluate, vector=vector, limit=self._limit(split))
+                losses[split] = record(self.pool.map(clients, rows, call), round_, split, name)
+        return losses
+
+    def _record_protocol(self, losses: list[ClientLoss], round_: int, split: str, name: str) -> float:
+        """As `_record`, with what the clients receive and send for it, and each client's loss."""
+        if split != "server":
+            self.ledger.received(round_, "client", "sum", len(losses), len(losses) * self.vector_bytes)
+            self._report_to_server(round_, len(losses))
+        return self._record(losses, round_, split, name, protocol=True)
+
+    def _report_to_server(self, round_: int, clients: int) -> None:
+        """Clients send their losses; under secure aggregation they do not, and the simulator alone knows them."""
+        if not self.federation.privacy.secure:
+            self.ledger.received(round_, "server", "metric", clients, clients * FLOAT_BYTES)
+
+    def _record(self, losses: list[ClientLoss], round_: int, split: str, name: str, *, protocol: bool = False) -> float:
+        """Writes the mean loss in nats per token and returns it."""
+        if protocol and split != "server" and not self.federation.privacy.secure:
+            ordered = sorted(losses, key=lambda loss: loss.client)
             names = self.store.names([loss.client for loss in ordered])
-            told = [{name: loss.nll / loss.tokens, "tokens": loss.tokens} for loss in ordered]
-            self.metrics.add_each(round_, split, names, told)
-        mean = mean_loss(found)
-        counts = (
-            {"tokens": sum(one.tokens for one in found), "rows": sum(one.rows for one in found)} if per_client else {}
-        )
+            figures = [{name: loss.nll / loss.tokens, "tokens": loss.tokens} for loss in ordered]
+            self.metrics.add_each(round_, split, names, figures)
+        mean, counts = mean_loss(losses), dict[str, float]()
+        if protocol:
+            counts = {"tokens": sum(loss.tokens for loss in losses), "rows": sum(loss.rows for loss in losses)}
         self.metrics.add(round_, split, None, **{name: mean}, **counts)
         return mean
 
 
-def _split(turns: list[dict[str, str]]) -> tuple[Prompt, str]:
-    last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
-    return turns[:last], turns[last]["content"]
+@dataclass
+class Evaluation:
+    """Evaluates the model by `evaluate.every`, before the first round, and at the end.
+
+    With `evaluate.overlap` an evaluation goes on beside the next round, and is `pending` until that has ended.
+    """
+
+    federation: Federation
+    pool: Pool
+    server: Server
+    evaluator: Evaluator
+    pending: Pending | None = None
+
+    def before_rounds(self, state: ShardedState, *, resumed: bool) -> Iterator[Event]:
+        """Evaluates the state that the run starts from, unless a resumed run has done so."""
+        if not resumed or (self._is_due(state) and not self.evaluator.metrics.judged(state.round)):
+            yield from self._evaluate(state, overlap=resumed and self.federation.evaluate.overlap)
+
+    def after_round(self, state: ShardedState) -> Iterator[Event]:
+        """Ends the pending evaluation, and evaluates the state if it is its turn."""
+        if self.pending is not None:
+            pending, self.pending, self.pool.later = self.pending, None, []
+            yield Evaluated(pending.round, self.evaluator.end(pending))
+        last = state.round == self.federation.rounds
+        overlap = self.federation.evaluate.overlap and not last
+        if last or self._is_due(state):
+            yield from self._evaluate(state, overlap=overlap)
+            if not overlap:
+                yield from self._personal(state, last=last)
+
+    def _is_due(self, state: ShardedState) -> bool:
+        every = self.federation.evaluate.every
+        return every > 0 and state.round > 0 and state.round % every == 0
+
+    def _evaluate(self, state: ShardedState, *, overlap: bool) -> Iterator[Event]:
+        vector = self.server.vector(state)
+        if overlap:
+            self.pending = self.evaluator.begin(vector, state.round)
+            self.pool.later = [later for _, later in self.pending.parts]
+            return
+        began = time.monotonic()
+        losses = self.evaluator.global_model(vector, state.round)
+        self.evaluator.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
+        yield Evaluated(state.round, losses)
+
+    def _personal(self, state: ShardedState, *, last: bool) -> Iterator[Event]:
+        """The clients' own models, if they have any; at the end also the global one, trained a little by each."""
+        if self.federation.strategy.personalizes:
+            losses = self.evaluator.personal(self.server.broadcast(state), state.round)
+            if losses:
+                yield Evaluated(state.round, losses, "personal")
+        if last and self.federation.evaluate.finetune:
+            steps = np.full(self.evaluator.store.num_training, self.federation.evaluate.finetune)
+            losses = self.evaluator.local_only(self.server.vector(state), state.round, steps, "finetuned")
+            yield Evaluated(state.round, losses, "finetuned")

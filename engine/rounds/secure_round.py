@@ -1,7 +1,7 @@
-"""The server of secure aggregation in the driver: relays between slots, adds what is masked, and unmasks the sum.
+"""One secured round in the driver: relays messages between workers, adds masked vectors, and unmasks their sum.
 
-It never holds an unmasked update: secrets and vectors stay in the slots (see secure.py). Every message that it relays
-is counted for the ledger, by whom it reaches.
+It never holds an unmasked update: secrets and vectors stay in the workers (see secure_clients.py). Every message that
+it relays is counted for the ledger, by whom it reaches.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,8 +15,9 @@ from ray.exceptions import RayTaskError
 from engine.aggregation.secure_clients import Opening
 from engine.messages.tasks import Unit, Work
 from engine.messages.wire import Report, ShardTotals
+from engine.records.journal import SumRefused
 from engine.scheduling.pool import Reference
-from engine.scheduling.slots import Slots
+from engine.scheduling.slots import Slots as Pool
 from engine.system.failures import LOST, within
 from strategies.secagg.messages import KeyList, MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session
@@ -24,7 +25,8 @@ from strategies.secagg.ring import Totals
 from strategies.secagg.server import Server
 
 Gone = Mapping[int, Phase]  # who drops out, and before which answer
-Placed = dict[int, tuple[Unit, ...]]  # a slot's packs
+Placed = dict[int, tuple[Unit, ...]]  # the units of work of each slot
+Answers = dict[int, Any]  # by slot
 
 
 class _SlotLost(Exception):
@@ -32,11 +34,11 @@ class _SlotLost(Exception):
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What all sessions of a round have in common; `known` are the public identities in the active profile."""
+class _Request:
+    """What the sessions of a round have in common; `known` are the public identities in the active profile."""
 
     placed: Placed
-    wire: Reference
+    broadcast: Reference
     gone: Gone
     refuse: Callable[[Sequence[int], Sequence[Report]], None]
     admit: Callable[[Sequence[int]], None]
@@ -55,9 +57,9 @@ class Message:
 
 @dataclass
 class Relayed:
-    """What came of a secured round: reports, the sums, or why there are none; and all messages, void sessions' too.
+    """The result of a secured round: reports, sums or why there are none, and all messages, of void sessions too.
 
-    `lost` are clients whose slot died before it gave their masked sum, where that counts as dropping out.
+    `lost` are clients whose slot died before it gave their masked sum, if that counts as dropping out.
     """
 
     reports: list[Report] = field(default_factory=list)
@@ -69,17 +71,17 @@ class Relayed:
     messages: list[Message] = field(default_factory=list)
 
     def note(self, party: str, kind: str, sent: Iterable[Any]) -> None:
-        """Counts messages; whatever has `nbytes` is one."""
-        sizes = [one.nbytes for one in sent]
+        """Counts messages, which have `nbytes`."""
+        sizes = [message.nbytes for message in sent]
         if sizes:
             self.messages.append(Message(party, kind, len(sizes), sum(sizes)))
 
 
 @dataclass(frozen=True)
 class Relay:
-    """Plays secured rounds on a pool of slots. `authority` vouches for identities in the active profile."""
+    """Plays secured rounds on a pool. `authority` vouches for identities in the active profile."""
 
-    slots: Slots
+    pool: Pool
     authority: Any
     on_slot_death: str
 
@@ -87,121 +89,131 @@ class Relay:
         self,
         session: Session,
         work: Work,
-        wire: Any,
+        broadcast: Any,
         lanes: int,
         gone: Gone,
         refuse: Callable[[Sequence[int], Sequence[Report]], None],
         admit: Callable[[Sequence[int]], None],
     ) -> Relayed:
-        """One round of secured `work` from `wire`; survivors and reports must pass `refuse`, which may be asked again.
+        """Plays one round of secured `work` from `broadcast`.
 
-        `admit` is asked once, just before clients are asked for the shares that unmask the survivors' sum. Both refuse
-        by ValueError, and the round has no result.
+        `refuse` sees the survivors and the reports, of each session of the round; `admit` is called once, just before
+        clients are asked for the shares that unmask the survivors' sum. If one of them raises SumRefused the round has
+        no result.
 
-        A slot that dies before the sum is being unmasked voids the session, and the next one has new keys; ValueError
-        where too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
-        could tell what is between them.
+        A slot that dies before the sum is being unmasked voids the session, and the next one has new keys; RunError
+        if too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
+        could tell the difference between them.
         """
-        done = Relayed()
-        units, shared = self.slots.units(work, lanes), self._shared(wire)
+        relayed = Relayed()
+        units, shared = self.pool.units(work, lanes), self._share(broadcast)
         known = None
         if session.parameters.active:
-            everybody = tuple(work.clients.tolist())
-            known = self.slots.ask(lambda actor: actor.roster.remote(everybody, self.authority))
-        self.slots.deaths = 0
+            cohort = tuple(work.clients.tolist())
+            known = self.pool.ask(lambda actor: actor.roster.remote(cohort, self.authority))
+        self.pool.deaths = 0
         while True:
-            done.sessions += 1
-            placed = placement(units, [work.cost(unit) for unit in units], self.slots.alive)
-            asked = _Asked(placed, shared, gone, refuse, admit, known)
+            relayed.sessions += 1
+            placed = placement(units, [work.cost(unit) for unit in units], self.pool.alive)
             try:
-                done.totals = self._session(session, asked, done)
-                return done
+                relayed.totals = self._session(session, _Request(placed, shared, gone, refuse, admit, known), relayed)
+                return relayed
             except _SlotLost:
                 session = replace(session, attempt=session.attempt + 1)
             except SecAggAbort as abort:
-                done.aborted = str(abort)
-                return done
+                relayed.aborted = str(abort)
+                return relayed
 
-    def _session(self, session: Session, asked: _Asked, done: Relayed) -> Totals | ShardTotals:
-        placed = asked.placed
-        members = {slot: [client for pack in packs for client in pack] for slot, packs in placed.items()}
+    def _session(self, session: Session, request: _Request, relayed: Relayed) -> Totals | ShardTotals:
+        members = {slot: [client for unit in units for client in unit] for slot, units in request.placed.items()}
         cohort = tuple(sorted(client for clients in members.values() for client in clients))
-        server = Server(session, cohort, self.slots.held(session.sums), asked.known)
-        opened = {slot: Opening(session, cohort, packs, asked.gone) for slot, packs in placed.items()}
-        answered = self._trip("open", opened, self.authority)
-        keys = self._flat(answered)
-        done.note("server", "key", keys)
-        listed: KeyList = server.key_list(keys)
-        done.note("client", "key", [listed] * len(keys))
+        server = Server(session, cohort, self.pool.held(session.sums), request.known)
 
-        answered = self._trip("shares", dict.fromkeys(answered, self._shared(listed)))
-        shares = self._flat(answered)
-        done.note("server", "sealed share", shares)
+        openings = {slot: Opening(session, cohort, units, request.gone) for slot, units in request.placed.items()}
+        opened = self._trip("open", openings, self.authority)
+        keys = _flat(opened)
+        relayed.note("server", "key", keys)
+        key_list: KeyList = server.key_list(keys)
+        relayed.note("client", "key", [key_list] * len(keys))
+
+        shared = self._trip("shares", dict.fromkeys(opened, self._share(key_list)))
+        shares = _flat(shared)
+        relayed.note("server", "sealed share", shares)
         inboxes = server.inboxes(shares)
-        sealed = [len(inbox.boxes) for inbox in inboxes.values()], [inbox.nbytes for inbox in inboxes.values()]
-        done.messages.append(Message("other clients", "share", sum(sealed[0]), sum(sealed[1])))
+        boxes = sum(len(inbox.boxes) for inbox in inboxes.values())
+        relayed.messages.append(Message("other clients", "share", boxes, sum(i.nbytes for i in inboxes.values())))
 
-        boxes = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in answered}
-        found = self._trip("masked", {slot: box for slot, box in boxes.items() if box}, asked.wire)
-        done.reports = sorted((r for reports, _ in found.values() for r in reports), key=lambda report: report.client)
-        silent = [client for slot, clients in members.items() if slot not in found for client in clients]
-        done.lost = tuple(client for client in silent if client not in asked.gone)
-        done.busy = [0.0] * self.slots.size
-        for slot, (reports, _) in found.items():
-            done.busy[slot] = sum(report.seconds for report in reports)
-        masked: list[MaskedSum] = [one for _, one in found.values() if one.clients]
-        shards = self._shards([slot for slot, (_, one) in found.items() if one.clients])
-        for one in masked:
-            done.messages.append(Message("server", "masked update", len(one.clients), one.nbytes))
-            server.add(one)
+        of_slots = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in shared}
+        trained = self._trip("masked", {slot: inbox for slot, inbox in of_slots.items() if inbox}, request.broadcast)
+        self._note_reports(relayed, trained, members, request.gone)
+        masked: dict[int, MaskedSum] = {slot: answer for slot, (_, answer) in trained.items() if answer.clients}
+        shards = self._shards(masked)
+        for message in masked.values():
+            relayed.messages.append(Message("server", "masked update", len(message.clients), message.nbytes))
+            server.add(message)
         survivors = server.survivors()
         try:
-            asked.refuse(survivors.clients, done.reports)
-        except ValueError as error:
+            request.refuse(survivors.clients, relayed.reports)
+        except SumRefused as error:
             raise SecAggAbort("masked input", str(error)) from None
 
         agreements = []
         if session.parameters.active:
-            done.note("client", "survivors", [survivors] * len(survivors.clients))
-            agreements = self._flat(self._trip("agree", dict.fromkeys(found, survivors)))
-            done.note("server", "signature", agreements)
+            relayed.note("client", "survivors", [survivors] * len(survivors.clients))
+            agreements = _flat(self._trip("agree", dict.fromkeys(trained, survivors)))
+            relayed.note("server", "signature", agreements)
         requests = server.requests(agreements)
         try:
-            asked.admit(survivors.clients)
-        except ValueError as error:
+            request.admit(survivors.clients)
+        except SumRefused as error:
             raise SecAggAbort("unmask", str(error)) from None
-        done.note("client", "survivors", requests.values())
-        wanted = {slot: {c: requests[c] for c in members[slot] if c in requests} for slot in found}
-        wanted = {slot: mine for slot, mine in wanted.items() if mine}
-        answers = self._flat(self._trip("unmask", wanted, void=False))
-        done.note("server", "share", answers)
+        relayed.note("client", "survivors", requests.values())
+        wanted = {slot: {c: requests[c] for c in members[slot] if c in requests} for slot in trained}
+        wanted = {slot: clients for slot, clients in wanted.items() if clients}
+        answers = _flat(self._trip("unmask", wanted, void=False))
+        relayed.note("server", "share", answers)
         removals = server.unmask(answers)
         total_L = server.total()
-        done.messages.append(Message("server", "sum", 1, session.sums.nbytes))
-        return self.slots.unmasked(session, total_L, removals, shards)
+        relayed.messages.append(Message("server", "sum", 1, session.sums.nbytes))
+        return self.pool.unmasked(session, total_L, removals, shards)
+
+    def _note_reports(
+        self, relayed: Relayed, trained: Answers, members: Mapping[int, Sequence[int]], gone: Gone
+    ) -> None:
+        """Notes the reports of the slots that have answered, their seconds of work, and whose slots have not."""
+        reports = (report for of_slot, _ in trained.values() for report in of_slot)
+        relayed.reports = sorted(reports, key=lambda report: report.client)
+        silent = [client for slot, clients in members.items() if slot not in trained for client in clients]
+        relayed.lost = tuple(client for client in silent if client not in gone)
+        relayed.busy = [0.0] * self.pool.size
+        for slot, (of_slot, _) in trained.items():
+            relayed.busy[slot] = sum(report.seconds for report in of_slot)
 
     def _shards(self, slots: Iterable[int]) -> list[Any]:
-        """What of the masked vectors is not in the messages: the ranks' shards of each slot that is a gang."""
-        found, lost = [], False
+        """The shards of each slot's masked vector that its ranks hold beside the message; nothing of a plain slot."""
+        shards, lost = [], False
         for slot in slots:
             try:
-                found.append(self.slots.masked_shards(slot))
+                shards.append(self.pool.masked_shards(slot))
             except LOST as error:
-                self.slots.replace(slot, error)
+                self.pool.replace(slot, error)
                 lost = True
         if lost:
             raise _SlotLost
-        return found
+        return shards
 
-    def _trip(self, name: str, given: Mapping[int, Any], *rest: Any, void: bool = True) -> dict[int, Any]:
-        """What each slot answers to what it is given; of one that dies nothing, or _SlotLost once all have answered."""
-        asked = {slot: self._call(slot, name, mine, *rest) for slot, mine in given.items()}
-        found, lost = {}, False
-        for slot, reference in asked.items():
+    def _trip(self, name: str, given: Mapping[int, Any], *rest: Any, void: bool = True) -> Answers:
+        """Returns each slot's answer to what it is given; a slot that dies gives none.
+
+        With `void` and by the recipe it then raises _SlotLost, once all others have answered.
+        """
+        calls = {slot: self._call(slot, name, argument, *rest) for slot, argument in given.items()}
+        answers, lost = {}, False
+        for slot, reference in calls.items():
             try:
-                found[slot] = self._answer(reference)
+                answers[slot] = self._answer(reference)
             except LOST as error:
-                self.slots.replace(slot, error)
+                self.pool.replace(slot, error)
                 lost = True
             except RayTaskError as error:
                 if isinstance(error.cause, SecAggAbort):
@@ -209,30 +221,31 @@ class Relay:
                 raise
         if lost and void and self.on_slot_death == "void":
             raise _SlotLost
-        return found
+        return answers
 
-    def _shared(self, value: Any) -> Any:
-        """What slots are given in place of `value`, of which there is then one copy."""
+    def _share(self, value: Any) -> Any:
+        """Puts a value that all slots are given into the store once."""
         return ray.put(value)
 
     def _call(self, slot: int, name: str, *arguments: Any) -> Any:
-        """Begins a trip of one slot."""
-        return getattr(self.slots.actors[slot], name).remote(*arguments)
+        """Begins a slot's part of a trip."""
+        return getattr(self.pool.actors[slot], name).remote(*arguments)
 
     def _answer(self, reference: Any) -> Any:
-        """What the slot says."""
-        return within(self.slots.timeout_s, reference)
+        """Waits for a slot's answer."""
+        return within(self.pool.timeout_s, reference)
 
-    @staticmethod
-    def _flat(found: Mapping[int, list[Any]]) -> list[Any]:
-        return [one for answers in found.values() for one in answers]
+
+def _flat(answers: Mapping[int, list[Any]]) -> list[Any]:
+    """The messages of all slots."""
+    return [message for of_slot in answers.values() for message in of_slot]
 
 
 def placement(units: list[Unit], costs: list[float], slots: Sequence[int]) -> Placed:
-    """Each slot's packs: the longest work first, to the slot with the least; slots without any are left out."""
+    """Gives units to slots: the longest work first, to the slot with the least; slots without any are left out."""
     loads, placed = np.zeros(len(slots)), dict[int, list[Unit]]()
-    for place in np.argsort(-np.array(costs), kind="stable"):
+    for index in np.argsort(-np.array(costs), kind="stable"):
         least = int(np.argmin(loads))
-        loads[least] += costs[place]
-        placed.setdefault(slots[least], []).append(units[place])
-    return {slot: tuple(packs) for slot, packs in placed.items()}
+        loads[least] += costs[index]
+        placed.setdefault(slots[least], []).append(units[index])
+    return {slot: tuple(of_slot) for slot, of_slot in placed.items()}

@@ -1,1 +1,1 @@
-"""What one client does on its rows."""
+"""Local training: the step loop, its backends, and evaluation."""

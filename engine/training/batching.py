@@ -1,4 +1,4 @@
-"""Which rows form which step, and which of them go through the model at once. Legend: B rows of a step."""
+"""Which rows each step takes, and which of them go through the model at once. Legend: B rows of a step."""
 
 from collections.abc import Iterator
 
@@ -8,9 +8,9 @@ from engine.config.train import Train
 
 
 def batches(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Row numbers (B,) of each step: pass after pass in a new order, each pass ending in a smaller step if need be.
+    """Yields the row numbers (B,) of each step, for `train.steps` steps or `train.epochs` passes.
 
-    Ends after `train.steps` steps, or `train.epochs` passes; a step takes `train.batch` * `train.accumulate` rows.
+    A step takes `train.batch` * `train.accumulate` rows. Each pass shuffles all rows, and its last step takes the rest.
     """
     per_step = train.batch * train.accumulate
     per_pass = -(-rows // per_step)
@@ -23,9 +23,10 @@ def batches(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.nd
 
 
 def pieces(lengths_B: np.ndarray, most_tokens: int) -> list[np.ndarray]:
-    """Cuts rows of these lengths into pieces of at most `most_tokens` tokens with their padding, the longest first.
+    """Cuts rows of these lengths into pieces of at most `most_tokens` tokens with padding; returns their row numbers.
 
-    Rows of about one length come together; a piece has one row at least. Rows that fit at once stay in their order.
+    A piece has rows of similar length, and at least one row; the longest rows come first. If all rows fit into one
+    piece, they keep their order.
     """
     if len(lengths_B) * int(lengths_B.max()) <= most_tokens:
         return [np.arange(len(lengths_B))]
@@ -39,7 +40,7 @@ def pieces(lengths_B: np.ndarray, most_tokens: int) -> list[np.ndarray]:
 
 
 def steps_of(rows: int, train: Train) -> int:
-    """How many optimizer steps a client of `rows` rows takes in a round."""
+    """Returns the number of optimizer steps that a client of `rows` rows takes in a round."""
     if train.steps is not None:
         return train.steps
     assert train.epochs is not None

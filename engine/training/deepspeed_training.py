@@ -1,11 +1,16 @@
-"""A client's local training over the ranks of a gang: one DeepSpeed engine that becomes client after client, in place.
+"""Local training over the ranks of a gang, with one DeepSpeed engine that trains client after client.
 
-Making an engine anew for each client leaks and takes seconds (deepspeed issues 5143, 5674, 7204); resetting one takes
-milliseconds. The reset touches private fields of deepspeed, so its version is pinned, and a test compares each client
-with the same client in a fresh gang, bit for bit. Legend: S of a rank's shard, B rows, K of correct's clients (1).
+A new engine for each client leaks memory and takes seconds (deepspeed issues 5143, 5674, 7204); a reset takes
+milliseconds. The reset sets private fields of deepspeed, so its version is pinned, and a test compares each client with
+the same client in a fresh gang, bit for bit. Legend: S elements of a rank's shard.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from itertools import chain
+from operator import add
 from typing import Any
 
 import deepspeed
@@ -18,28 +23,37 @@ from transformers import PreTrainedTokenizerBase
 from engine.aggregation.exact_sum import NonFiniteUpdate
 from engine.config.sections import Model, Zero
 from engine.config.train import Train
-from engine.models.deepspeed_model import ds_config, shape_of, trained_layout
-from engine.objectives import Objectives
-from engine.training.batching import batches, steps_of
-from engine.training.judging import Prompt, continuations
-from engine.training.local_training import Correct, Trainer
+from engine.models.deepspeed_config import ds_config
+from engine.models.deepspeed_model import shape_of, trained_layout
+from engine.objectives.base import require_provided, term_sums
+from engine.objectives.token_batch import Batch
+from engine.training.batching import batches
+from engine.training.generation import Prompt, continuations
+from engine.training.local_training import client_updates
 from engine.training.optimizers import make_optimizer, reset
+from engine.training.step_loop import Correct, Progress, Training, take_steps
+from strategies.core.protocol import Vector
 from strategies.core.seeds import seed_torch
 from strategies.core.sharding import Partition
 
 
-class ZeroTrainer(Trainer):
-    """One rank of a gang. All ranks must call the same methods with the same arguments, but for their own shards.
+class ZeroTrainer:
+    """One rank of a gang. A backend of the step loop, and a Trainer, whose vectors are the rank's shards.
 
-    A step's rows are dealt to the ranks in turn; the gradient is that of the whole step.
+    All ranks must call the same methods with the same arguments, except for shards. A step's rows are dealt to the
+    ranks in turn; the gradient is that of the whole step.
     """
 
-    def __init__(
-        self, network: torch.nn.Module, objective: Objectives, pad: int, model: Model, zero: Zero, train: Train
-    ) -> None:
+    lanes = 1
+    batches = staticmethod(batches)
+    train = take_steps
+    updates = client_updates
+
+    def __init__(self, network: torch.nn.Module, pad: int, model: Model, zero: Zero, train: Train) -> None:
+        require_provided(train.objective)
         self.rank, self.ranks, self.stage = dist.get_rank(), dist.get_world_size(), zero.stage
         self.offload = zero.offload == "cpu"
-        self.network, self.objective, self.pad = network, objective, pad
+        self.network, self.objective, self.pad = network, train.objective, pad
         self.layout = trained_layout(network, model)
         self.nbytes = sum(math.prod(shape_of(p)) * p.element_size() for p in network.parameters())
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -49,10 +63,10 @@ class ZeroTrainer(Trainer):
             model=network, optimizer=optimizer, model_parameters=trained, config=ds_config(model, zero)
         )[0]
         for name, buffer in network.named_buffers():
-            buffer.data = buffers[name].to(buffer.device)  # deepspeed rounds rotary tables too where it trains in bf16
+            buffer.data = buffers[name].to(buffer.device)  # with bf16 deepspeed rounds rotary tables too
         self.zero: Any = self.engine.optimizer
         self.optimizer: torch.optim.Optimizer = self.zero.optimizer
-        self.optimizer.register_step_pre_hook(self._before_step)
+        self.optimizer.register_step_pre_hook(lambda *_: self._adjust())
         if self.stage == 3:
             (self.master,) = self.zero.fp32_partitioned_groups_flat
             self.partition = Partition.by_tensor(self.layout, self.ranks)
@@ -62,36 +76,31 @@ class ZeroTrainer(Trainer):
             unit = self.zero.nccl_start_alignment_factor
             self.partition = Partition.contiguous(self.layout.size, self.ranks, unit)
             padded = [int(self.zero.partition_size[0])]
-        own = [last - first for first, last in self.partition.parts[self.rank]]
+        lengths = [last - first for first, last in self.partition.parts[self.rank]]
         starts = np.cumsum([0, *padded[:-1]]).tolist()
-        self.pieces = [(start, length) for start, length in zip(starts, own, strict=True)]
-        assert sum(padded) == self.master.numel(), "deepspeed cuts parameters in another way"
-        self.correct: Correct | None = None
-        self.clip = 0.0
+        self.pieces = [(start, length) for start, length in zip(starts, lengths, strict=True)]
+        assert sum(padded) == self.master.numel(), "deepspeed partitions parameters in another way"
+        self._adjust: Callable[[], None] = lambda: None
 
     def shard(self, flat: torch.Tensor) -> torch.Tensor:
-        """A copy of this rank's shard (S,) of what lies in `flat` as deepspeed has it, padding between."""
+        """Returns a copy of this rank's shard (S,) in `flat`, without deepspeed's padding."""
         return torch.cat([flat[start : start + length] for start, length in self.pieces])
 
     @property
     def device(self) -> torch.device:
-        """Where the shard lies: on the CPU if that is where the optimizer is."""
-        found: torch.device = self.master.device
-        return found
+        """Where the shard lies: on the CPU if the optimizer is offloaded."""
+        device: torch.device = self.master.device
+        return device
 
     @property
     def works_on(self) -> torch.device:
-        """Where the network computes, and what batches and collectives must lie on."""
+        """Where the network computes; batches and the tensors of collectives must lie there."""
         return torch.device(deepspeed.get_accelerator().current_device_name())
 
     def weights(self, less: torch.Tensor | None = None) -> torch.Tensor:
-        """A copy of this rank's shard (S,) of the present vector, or what it is `less` another."""
+        """Returns a copy of this rank's shard (S,) of the present vector, minus `less` if given."""
         weights_S = self.shard(self.master.data)
         return weights_S if less is None else weights_S.sub_(less)
-
-    def set_rank(self, rank: int | None) -> None:
-        """All clients of a gang have the recipe's rank."""
-        assert rank is None
 
     def _put(self, flat: torch.Tensor, shard_S: torch.Tensor) -> None:
         lengths = [length for _, length in self.pieces]
@@ -100,7 +109,7 @@ class ZeroTrainer(Trainer):
 
     @torch.no_grad()
     def become(self, start_S: torch.Tensor) -> None:
-        """All ranks have the weights of their shards `start_S`, and nothing is left of what was before."""
+        """Sets the weights from all ranks' shards `start_S` (S,) and clears everything that earlier clients left."""
         self._reset()
         self._put(self.master.data, start_S.to(self.master.device))
         if self.stage == 3:
@@ -124,7 +133,7 @@ class ZeroTrainer(Trainer):
         engine._is_gradient_accumulation_boundary = None
         for parameter in engine.module.parameters():
             parameter.grad = None
-        if self.offload:  # deepspeed copies gradients into what it made for them once
+        if self.offload:  # deepspeed copies gradients into buffers that it makes once
             zero.reset_cpu_buffers()
             if self.master.grad is not None:
                 self.master.grad.zero_()
@@ -154,100 +163,98 @@ class ZeroTrainer(Trainer):
             zero.reset_partition_gradient_structures()
             zero.micro_step_id = -1
 
-    def _before_step(self, *_: Any) -> None:
-        """What comes between backward and step: the strategy's correction, then clipping by the norm over all ranks."""
-        grad = self.master.grad
-        assert grad is not None
-        if self.correct is not None:
-            grad_S = self.shard(grad)
-            self.correct(grad_S[None], self.weights()[None])
-            self._put(grad, grad_S)
-        if self.clip > 0:
-            own = [grad[start : start + length] for start, length in self.pieces]
-            squares = torch.stack([torch.linalg.vector_norm(one, dtype=torch.float64).square() for one in own]).sum()
-            grad *= min(1.0, self.clip / (math.sqrt(self.summed(squares.item())) + 1e-6))
+    def session(self, active: list[Progress]) -> AbstractContextManager[None]:
+        """Needs no preparation."""
+        return nullcontext()
 
-    def steps(
-        self,
-        rows: pa.RecordBatch,
-        start_S: torch.Tensor,
-        train: Train,
-        stream: np.random.Generator,
-        correct: Correct | None = None,
-        rate: float = 1.0,
-    ) -> dict[str, float]:
-        """Local optimizer steps from `start_S`; returns the metrics, of all ranks together: see LocalTrainer.steps.
-
-        NonFiniteUpdate on all ranks where deepspeed skipped a step because the gradient holds NaN or infinity.
-        """
-        self.become(start_S)
+    def begin(self, lane: int, training: Training) -> None:
+        """Puts the start into the model."""
+        assert training.rank is None, "all clients of a gang have the recipe's LoRA rank"
+        self.become(training.start)
         self.engine.train()
-        self.correct, self.clip = correct, train.clip
-        seed_torch(torch.initial_seed() + self.rank)  # each rank has rows of its own, and dropout too
-        nll_total, learnt_total, tokens, steps, rates = 0.0, 0, 0, 0, 0.0
-        total = steps_of(rows.num_rows, train)
-        for picked in batches(rows.num_rows, train, stream):
-            pieces = self._dealt(rows, picked, train.batch)
-            learnt = self.summed(sum(piece.learnt for piece, share in pieces if share))
-            for piece, share in pieces:
-                nll, _ = self.objective.loss(self.engine, piece)
-                # Deepspeed takes the mean over the ranks.
-                self.engine.backward(nll * (share * self.ranks / learnt), scale_wrt_gas=False)
-                nll_total += nll.item() * share
-                tokens += piece.tokens * share
-            lr = train.optimizer.lr * rate * train.over_steps.factor(steps, total)
-            self.optimizer.param_groups[0]["lr"] = lr
-            self.engine.step()
-            if self.zero.overflow:
-                raise NonFiniteUpdate("its gradient holds NaN or infinity")
-            learnt_total, steps, rates = learnt_total + int(learnt), steps + 1, rates + lr
-        return {
-            "loss": self.summed(nll_total) / learnt_total,
-            "rows": float(rows.num_rows),
-            "steps": float(steps),
-            "tokens": self.summed(tokens),
-            "learnt": float(learnt_total),
-            "rates": rates,
-        }
+        seed_torch(training.dropout + self.rank)  # each rank draws dropout for its own rows
 
-    def mean_loss(self, rows: pa.RecordBatch, vector: torch.Tensor, batch: int) -> float:
-        """The mean loss of the vector that `vector` (S,) is a shard of over all rows, in nats per token."""
+    def gradients(self, active: list[Progress], train: Train) -> None:
+        """Computes the gradient of the client's next step, which deepspeed averages over the ranks."""
+        (client,) = active
+        pieces = self._dealt(client.next_rows(), train.batch)
+        shares = [(self.objective.counts(piece), share) for piece, share in pieces]
+        counts = {name: self.summed(sum(units[name] * share for units, share in shares)) for name in shares[0][0]}
+        client.count({name: int(count) for name, count in counts.items()}, sum(p.tokens * share for p, share in pieces))
+        for piece, share in pieces:
+            terms = self.objective.terms(self.engine, piece)
+            totals = {name: term.total() for name, term in terms.items()}
+            loss = reduce(add, (total * (share * self.ranks / counts[name]) for name, total in totals.items()))
+            self.engine.backward(loss, scale_wrt_gas=False)
+            client.add({name: total * share for name, total in totals.items()})
+
+    def correct(self, lane: int, correct: Correct) -> None:
+        """Applies a correction to this rank's shard of the gradient."""
+        grad_S = self.shard(self.master.grad)
+        correct(grad_S[None], self.weights()[None])
+        self._put(self.master.grad, grad_S)
+
+    def clip(self, norm: float) -> None:
+        """Clips the gradient to an L2 norm over all ranks; 0 leaves it alone."""
+        if norm > 0:
+            grad = self.master.grad
+            parts = [grad[start : start + length] for start, length in self.pieces]
+            squares = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in parts]).sum()
+            grad *= min(1.0, norm / (math.sqrt(self.summed(squares.item())) + 1e-6))
+
+    def step(self, adjust: Callable[[], None]) -> None:
+        """Takes deepspeed's step; NonFiniteUpdate on all ranks if it skips the step for NaN or infinity."""
+        self._adjust = adjust  # deepspeed completes the gradient inside its step, then calls the optimizer
+        self.engine.step()
+        if self.zero.overflow:
+            raise NonFiniteUpdate("its gradient holds NaN or infinity")
+
+    def end(self, lane: int, training: Training) -> Vector:
+        """Returns this rank's shard of the vector, minus `training.less` if given."""
+        return self.weights(training.less)
+
+    def mean_loss(self, rows: pa.RecordBatch, vector: Vector, batch: int, rank: int | None = None) -> float:
+        """Returns the mean loss over all rows of the vector that `vector` (S,) is a shard of."""
+        assert rank is None, "all clients of a gang have the recipe's LoRA rank"
         self.become(vector)
-        nll, learnt = self.nll(rows, batch)
-        return nll / learnt
+        return sum(total / count for total, count in self.loss_terms(rows, batch).values())
 
-    @torch.no_grad()
-    def nll(self, rows: pa.RecordBatch, batch: int) -> tuple[float, int]:
-        """The summed loss in nats of the present weights over all rows, and over how many tokens."""
+    def heldout(self, rows: pa.RecordBatch, batch: int) -> tuple[float, int]:
+        """Returns the objective's held-out loss of the present weights: its sum over all rows, and its count."""
+        return self.loss_terms(rows, batch)[self.objective.heldout]
+
+    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
+        """Returns each term's sum and count over all rows, by the present weights; the same on all ranks."""
         self.engine.eval()
-        nll_total, learnt_total = 0.0, 0
-        for first in range(0, rows.num_rows, batch):
-            for piece, share in self._dealt(rows, np.arange(first, min(first + batch, rows.num_rows)), batch):
-                nll, learnt = self.objective.loss(self.engine, piece)
-                nll_total, learnt_total = nll_total + nll.item() * share, learnt_total + learnt * share
-        return self.summed(nll_total), int(self.summed(learnt_total))
+        parts = (rows.slice(first, batch) for first in range(0, rows.num_rows, batch))
+        sums = term_sums(self.objective, self.engine, chain.from_iterable(self._dealt(part, batch) for part in parts))
+        return {name: (self.summed(total), int(self.summed(count))) for name, (total, count) in sums.items()}
 
     @torch.no_grad()
     def generate(self, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], tokens: int) -> list[str]:
-        """Greedy continuations of at most `tokens` tokens by the present weights, the same in all ranks."""
+        """Returns greedy continuations of at most `tokens` tokens by the present weights, the same on all ranks."""
         self.engine.eval()
         return continuations(self.network, self.pad, self.works_on, tokenizer, prompts, tokens)
 
-    def _dealt(self, rows: pa.RecordBatch, picked: np.ndarray, batch: int) -> list[tuple[Any, int]]:
-        """What is this rank's of `batch` rows at once: batches with 1, or 0 where a rank without rows keeps step."""
+    def _dealt(self, rows: pa.RecordBatch, batch: int) -> list[tuple[Batch, int]]:
+        """Cuts this rank's part of the rows into batches, for `batch` rows on all ranks at a time.
+
+        A batch counts 1, or 0 where a rank without rows repeats one to take part in the collectives.
+        """
         micro = -(-batch // self.ranks)
-        mine, most = picked[self.rank :: self.ranks], -(-len(picked) // self.ranks)
+        numbers, most = np.arange(rows.num_rows), -(-rows.num_rows // self.ranks)
+        mine = numbers[self.rank :: self.ranks]
         chosen = [mine[first : first + micro] for first in range(0, most, micro)]
         return [
             (
-                self.objective.collate(rows.take(some if len(some) else picked[:1]), self.pad).to(self.works_on),
+                self.objective.collate(rows.take(some if len(some) else numbers[:1]), self.pad).to(self.works_on),
                 int(len(some) > 0),
             )
             for some in chosen
         ]
 
     def summed(self, value: float) -> float:
-        """The sum over all ranks, in float64."""
+        """Adds a figure up over all ranks, in float64."""
         total = torch.tensor(value, dtype=torch.float64, device=self.works_on)
         dist.all_reduce(total)
         return total.item()

@@ -1,4 +1,4 @@
-"""How many clients a pack should train at once: measured on the recipe's own clients for a few seconds."""
+"""Chooses how many clients train at once in lanes, by a few seconds of trials on the recipe's own clients."""
 
 import time
 from dataclasses import replace
@@ -9,17 +9,19 @@ import torch
 
 from datasets_partition.store.tokens import Tokens
 from engine.config.train import Train
+from engine.messages.errors import RunError
 from engine.system import allocator as heap
-from engine.training.lanes import PackTrainer
-from engine.training.local_training import LocalTrainer, Training
+from engine.training.lanes import LaneTrainer
+from engine.training.local_training import LocalTrainer
+from engine.training.step_loop import Training
 
-SECONDS = 6.0  # for all sizes together
+SECONDS = 6.0  # for all trials together
 STEPS = 2
-GAIN = 1.03  # less is noise, and a larger pack takes memory
-SPARE = 0.5  # of the free memory is left for what else there is
+GAIN = 1.03  # a smaller gain is noise, and more lanes take more memory
+SPARE = 0.5  # share of the free memory that the trials leave
 
 
-def best_pack(
+def best_lanes(
     trainer: LocalTrainer,
     tokens: Tokens,
     clients: int,
@@ -28,22 +30,22 @@ def best_pack(
     start: torch.Tensor,
     train: Train,
 ) -> int:
-    """The number of lanes, 1, 2, 4, ... up to `most`, that trains the most tokens a second from `start` (P,).
+    """Returns the number of lanes, 1, 2, 4, ... up to `most`, that trains the most tokens a second from `start` (P,).
 
-    The smallest of those that are about as fast. None is tried whose memory might not be there for all `neighbours`; 1
-    where the model does not pack at all.
+    Prefers the smallest of those that are about as fast. Tries none that might exceed the memory of all `neighbours`.
+    Returns 1 if lanes cannot train the model.
     """
     began, short = time.monotonic(), replace(train, steps=STEPS, epochs=None)
     held, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
-    best, speed, lanes = 1, _speed(trainer, tokens, clients, 1, start, short), 2
+    best, best_speed, lanes = 1, _speed(trainer, tokens, clients, 1, start, short), 2
     while lanes <= most and time.monotonic() - began < SECONDS:
         heap.forget_most()
         try:
-            reached = _speed(PackTrainer(trainer, lanes, train), tokens, clients, lanes, start, short)
-        except (torch.OutOfMemoryError, ValueError):
+            speed = _speed(LaneTrainer(trainer, lanes, train), tokens, clients, lanes, start, short)
+        except (torch.OutOfMemoryError, RunError):
             break
-        if reached > GAIN * speed:
-            best, speed = lanes, reached
+        if speed > GAIN * best_speed:
+            best, best_speed = lanes, speed
         elif lanes >= 4 * best:
             break
         if 2 * neighbours * (heap.most_held() - held) > SPARE * free or _half_full(trainer.device):
@@ -53,24 +55,30 @@ def best_pack(
 
 
 def _half_full(device: torch.device) -> bool:
-    """Whether twice as much would not fit this process's share of a GPU."""
+    """Whether twice the memory would exceed this process's share of a GPU."""
     if device.type != "cuda":
         return False
     share = torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory
     return torch.cuda.max_memory_allocated(device) > share / 2
 
 
-def _speed(trainer: LocalTrainer, tokens: Tokens, clients: int, lanes: int, start: torch.Tensor, train: Train) -> float:
-    """Tokens a second of so many clients at once, after a first step that loads what is loaded once."""
+def _speed(
+    trainer: LocalTrainer | LaneTrainer,
+    tokens: Tokens,
+    clients: int,
+    lanes: int,
+    start: torch.Tensor,
+    train: Train,
+) -> float:
+    """Returns the tokens a second of `lanes` clients at once, after a first step that warms up."""
     chosen = np.linspace(0, clients - 1, max(2, lanes)).astype(int).tolist()
 
     def trainings() -> list[Training]:
-        rows = [tokens.rows(client, "train") for client in chosen]
-        return [Training(own, start, np.random.default_rng(0), 0, None, None, 1.0, None, None) for own in rows]
+        return [Training(tokens.rows(client, "train"), start, np.random.default_rng(0), 0) for client in chosen]
 
     trainer.train(trainings(), replace(train, steps=1))
     began = time.monotonic()
-    done = trainer.train(trainings(), train)
+    results = trainer.train(trainings(), train)
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
-    return sum(one.metrics["tokens"] for one in done) / (time.monotonic() - began)
+    return sum(trained.metrics["tokens"] for trained in results) / (time.monotonic() - began)

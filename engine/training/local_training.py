@@ -1,291 +1,224 @@
-"""A client's local training, free of Ray: from the global vector to an update. Legend: P parameters."""
+"""A client's local training, free of Ray: from the broadcast to an update. Legend: P parameters."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from engine.config.federation import Federation
 from engine.config.train import Train
-from engine.models.base_model import Trainable
-from engine.objectives import Objectives
-from engine.objectives.sft import Batch, lengths
+from engine.models.trainable import Trainable
+from engine.objectives.base import Objective, counted, require_provided, step_loss, term_sums
+from engine.objectives.token_batch import Batch, lengths
 from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
-from engine.training.batching import batches, pieces, steps_of
-from engine.training.optimizers import clip, kept, make_optimizer, restore
-from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Mask, Strategy, Update, Vector
+from engine.training.batching import batches, pieces
+from engine.training.optimizers import clip, make_optimizer
+from engine.training.step_loop import Correct, Progress, Trained, Training, take_steps
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Strategy, Update, Vector
 from strategies.core.seeds import rng, seed_torch, torch_seed
-
-Correct = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A client's part of a round: its encoded rows, its weight in the sum, what it receives, and what it remembers."""
+    """A client's part of a round: its encoded rows, its weight in the sum, the broadcast, and its client state."""
 
     client: int
     rows: pa.RecordBatch
     weight: float
-    got: Broadcast
-    memory: ClientState
+    broadcast: Broadcast
+    state: ClientState
 
 
-@dataclass(frozen=True)
-class Training:
-    """One local training from the vector `start` (P,): what its `client` does of it is the same in any company.
-
-    `moments` are the optimizer's state that it goes on with, None: from nothing. `rate` is a factor on all learning
-    rates, `dropout` the seed of what torch draws. Its end is told as a copy; or as what it is `less` another vector,
-    perhaps in the trainer's own memory until the next training. Example-level privacy counts what is `live`; None: all.
-    """
-
-    rows: pa.RecordBatch
-    start: Vector
-    stream: np.random.Generator
-    dropout: int
-    rank: int | None
-    correct: Correct | None
-    rate: float
-    moments: ClientState | None
-    less: Vector | None
-    live: Mask | None = None
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Where a training has led: the vector (P,), its metrics, and the optimizer's state if it is kept."""
-
-    end: Vector
-    metrics: dict[str, float]
-    moments: ClientState
-
-
-class Trainer(ABC):
-    """One model and one optimizer that become client after client; of a gang's rank, vectors are its shards."""
-
-    optimizer: torch.optim.Optimizer
+class Trainer(Protocol):
+    """What `client_updates` needs of a trainer; a gang's rank has shards for vectors."""
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Where the vector lies."""
 
-    @abstractmethod
-    def weights(self, less: Vector | None = None) -> Vector:
-        """A copy of the present vector (P,); or what it is `less` another, perhaps in its place."""
+    def mean_loss(self, rows: pa.RecordBatch, vector: Vector, batch: int, rank: int | None) -> float:
+        """Returns the mean loss of the vector (P,) over all rows, for a client of this LoRA rank."""
 
-    @abstractmethod
-    def set_rank(self, rank: int | None) -> None:
-        """Becomes a client whose adapters have this rank; None: as the recipe says."""
+    def train(self, trainings: Sequence[Training], train: Train) -> list[Trained]:
+        """Does all trainings; returns their results in order."""
 
-    @abstractmethod
-    def steps(
-        self,
-        rows: pa.RecordBatch,
-        start: torch.Tensor,
-        train: Train,
-        stream: np.random.Generator,
-        correct: Correct | None = None,
-        rate: float = 1.0,
-    ) -> dict[str, float]:
-        """Local optimizer steps from the vector `start` (P,), which stay in the model; returns the metrics.
 
-        `correct` may change the gradient of each step, `rate` is a factor on all learning rates.
-        """
+def client_updates(
+    trainer: Trainer, jobs: list[Job], federation: Federation, *, lent: bool = False
+) -> list[tuple[Update, ClientState]]:
+    """Trains the clients; returns each one's update, as its strategy finishes it, and its new client state.
 
-    @abstractmethod
-    def mean_loss(self, rows: pa.RecordBatch, vector: torch.Tensor, batch: int) -> float:
-        """The mean loss of the vector (P,) over all of a client's encoded rows, in nats per token."""
+    With `lent` the update of a single job may lie in the trainer's memory, where it lasts until the next call. Metrics
+    are those of `Progress.metrics`, and `loss_before` if the strategy asks for it.
+    """
+    sent = [job.broadcast for job in jobs]  # on the CPU, where the strategy finishes updates
+    moved = {id(broadcast.params): _on(trainer.device, broadcast) for broadcast in sent}  # lanes share one vector
+    received = [replace(moved[id(broadcast.params)], rank=broadcast.rank) for broadcast in sent]
+    jobs = [replace(job, broadcast=broadcast) for job, broadcast in zip(jobs, received, strict=True)]
+    ends, metrics, moments = ([dict[str, Any]() for _ in jobs] for _ in range(3))
+    if federation.strategy.loss_before:
+        for job, figures in zip(jobs, metrics, strict=True):
+            start, rank = job.broadcast.params, job.broadcast.rank
+            figures["loss_before"] = trainer.mean_loss(job.rows, start, federation.train.batch, rank)
+    trainings = [_trainings(job, federation, trainer.device, lent=lent) for job in jobs]
+    for run in dict.fromkeys(run for by_run in trainings for run in by_run):
+        members = [place for place, by_run in enumerate(trainings) if run in by_run]
+        results = trainer.train([trainings[place][run] for place in members], federation.train)
+        for place, trained in zip(members, results, strict=True):
+            whole = run == GLOBAL and trainings[place][run].less is None
+            ends[place][run] = trained.end.sub_(jobs[place].broadcast.params) if whole else trained.end
+            moments[place] |= named(trained.moments, f"{OPTIMIZER}{run}.")
+            if run == GLOBAL:
+                metrics[place] |= trained.metrics
+    return [_finished(*parts, federation) for parts in zip(jobs, sent, ends, metrics, moments, strict=True)]
 
-    def train(self, trainings: list[Training], train: Train) -> list[Trained]:
-        """Does one training after the other."""
-        done = []
-        for one in trainings:
-            self.set_rank(one.rank)
-            seed_torch(one.dropout)
-            restore(self.optimizer, one.moments or {})
-            metrics = self.steps(one.rows, one.start, train, one.stream, one.correct, one.rate)
-            moments = {} if one.moments is None else kept(self.optimizer)
-            done.append(Trained(self.weights(one.less), metrics, moments))
-        return done
 
-    def updates(
-        self, jobs: list[Job], federation: Federation, *, lent: bool = False
-    ) -> list[tuple[Update, ClientState]]:
-        """Trains the clients, and returns of each what its strategy makes of it, and its memory.
+def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: bool) -> dict[str, Training]:
+    """Makes all trainings of a client in a round, by the strategy's name for each."""
+    strategy, train, seed, broadcast = federation.strategy, federation.train, federation.seed, job.broadcast
+    state = {name: tensor.to(device) for name, tensor in part(job.state, STRATEGY).items()}
+    starts = strategy.starts(broadcast, state)
+    by_row = federation.privacy.dp.kind == "example"
+    return {
+        run: Training(
+            job.rows,
+            start,
+            rng(seed, broadcast.round, job.client, "batches" if run == GLOBAL else "personal"),
+            torch_seed(seed, broadcast.round, job.client, "dropout"),
+            rank=broadcast.rank,
+            correct=_correction(strategy, broadcast, state, run),
+            rate=train.over_rounds.factor(broadcast.round, federation.rounds),
+            moments=part(job.state, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
+            less=broadcast.params if lent and len(starts) == 1 else None,
+            live=strategy.trained(broadcast, state, run) if by_row else None,
+        )
+        for run, start in starts.items()
+    }
 
-        With `lent`, the update of a job may lie in the trainer's own memory: it lasts until the next call.
-        Metrics: `loss` in nats is the mean over the `learnt` tokens, each judged before its step; `tokens` counts
-        prompts too, `rows` the client's rows, `steps` the optimizer's steps, `rates` their learning rates' sum.
-        """
-        sent = [job.got for job in jobs]  # which the rule's last part works with, on the CPU
-        there = {id(got.params): _on(self.device, got) for got in sent}  # a pack's clients receive the same
-        jobs = [replace(job, got=replace(there[id(job.got.params)], rank=job.got.rank)) for job in jobs]
-        ends, metrics, moments = ([dict[str, Any]() for _ in jobs] for _ in range(3))
-        if federation.strategy.loss_before:
-            for job, found in zip(jobs, metrics, strict=True):
-                self.set_rank(job.got.rank)
-                found["loss_before"] = self.mean_loss(job.rows, job.got.params, federation.train.batch)
-        trainings = [self._trainings(job, federation, lent=lent) for job in jobs]
-        for run in dict.fromkeys(run for own in trainings for run in own):
-            members = [place for place, own in enumerate(trainings) if run in own]
-            done = self.train([trainings[place][run] for place in members], federation.train)
-            for place, trained in zip(members, done, strict=True):
-                told = run != GLOBAL or trainings[place][run].less is not None
-                ends[place][run] = trained.end if told else trained.end.sub_(jobs[place].got.params)
-                moments[place] |= named(trained.moments, f"{OPTIMIZER}{run}.")
-                if run == GLOBAL:
-                    metrics[place] |= trained.metrics
-        return [self._finished(*one, federation) for one in zip(jobs, sent, ends, metrics, moments, strict=True)]
 
-    def _trainings(self, job: Job, federation: Federation, *, lent: bool) -> dict[str, Training]:
-        """All that a client trains in a round, by name."""
-        strategy, train, seed, got = federation.strategy, federation.train, federation.seed, job.got
-        own = {name: tensor.to(self.device) for name, tensor in part(job.memory, STRATEGY).items()}
-        starts = strategy.starts(got, own)
-        less = got.params if lent and len(starts) == 1 else None
-        by_row = federation.privacy.dp.kind == "example"
-        return {
-            run: Training(
-                job.rows,
-                start,
-                rng(seed, got.round, job.client, "batches" if run == GLOBAL else "personal"),
-                torch_seed(seed, got.round, job.client, "dropout"),
-                got.rank,
-                _corrected_by(strategy, got, own, run),
-                train.over_rounds.factor(got.round, federation.rounds),
-                part(job.memory, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
-                less,
-                strategy.trained(got, own, run) if by_row else None,
-            )
-            for run, start in starts.items()
-        }
+def _correction(strategy: Strategy, broadcast: Broadcast, state: ClientState, run: str) -> Correct | None:
+    """Returns the strategy's correction of gradients; None if it has none, which saves gangs copies."""
+    if not strategy.corrects:
+        return None
+    return lambda grad_KP, params_KP: strategy.correct(grad_KP, params_KP, broadcast, state, run)
 
-    @staticmethod
-    def _finished(
-        job: Job,
-        sent: Broadcast,
-        ends: dict[str, Vector],
-        metrics: dict[str, float],
-        moments: ClientState,
-        federation: Federation,
-    ) -> tuple[Update, ClientState]:
-        on_cpu = {name: end.cpu() for name, end in ends.items()}
-        delta = on_cpu.pop(GLOBAL)
-        update = Update(job.client, job.weight, delta, metrics=metrics)
-        update, own = federation.strategy.finish(update, sent, part(job.memory, STRATEGY), on_cpu)
-        return update, named(own, STRATEGY) | moments
+
+def _finished(
+    job: Job,
+    sent: Broadcast,
+    ends: dict[str, Vector],
+    metrics: dict[str, float],
+    moments: ClientState,
+    federation: Federation,
+) -> tuple[Update, ClientState]:
+    on_cpu = {name: end.cpu() for name, end in ends.items()}
+    delta = on_cpu.pop(GLOBAL)
+    update = Update(job.client, job.weight, delta, metrics=metrics)
+    update, state = federation.strategy.finish(update, sent, part(job.state, STRATEGY), on_cpu)
+    return update, named(state, STRATEGY) | moments
+
+
+def _on(device: torch.device, broadcast: Broadcast) -> Broadcast:
+    extras = {name: extra.to(device) for name, extra in broadcast.extras.items()}
+    return replace(broadcast, params=broadcast.params.to(device), extras=extras)
 
 
 @dataclass
-class LocalTrainer(Trainer):
-    """The whole model in one process."""
+class LocalTrainer:
+    """Trains one client at a time, on the whole model in one process. A backend of the step loop, and a Trainer."""
 
     trainable: Trainable
-    objective: Objectives
+    objective: Objective
     pad: int
+    max_length: int
     optimizer: torch.optim.Optimizer
+    lanes = 1
+    batches = staticmethod(batches)
+    train = take_steps
+    updates = client_updates
 
     @classmethod
-    def of(cls, trainable: Trainable, objective: Objectives, pad: int, train: Train) -> "LocalTrainer":
-        """The optimizer works on the flat vector, which is one tensor to it: fast, and reset by zeroing."""
-        return cls(trainable, objective, pad, make_optimizer([trainable.flat], train.optimizer))
+    def of(cls, trainable: Trainable, pad: int, train: Train) -> "LocalTrainer":
+        """Makes a trainer with the recipe's optimizer, which sees the flat vector as one tensor and so is fast."""
+        require_provided(train.objective)
+        optimizer = make_optimizer([trainable.flat], train.optimizer)
+        return cls(trainable, train.objective, pad, train.max_length, optimizer)
 
     @property
     def device(self) -> torch.device:
         """Where the vector lies."""
         return self.trainable.flat.device
 
-    def weights(self, less: Vector | None = None) -> Vector:
-        """A copy of the present vector (P,); or what it is `less` another, in its place: a fresh page is a dear one."""
+    def session(self, active: list[Progress]) -> AbstractContextManager[None]:
+        """Needs no preparation."""
+        return nullcontext()
+
+    def begin(self, lane: int, training: Training) -> None:
+        """Puts the start into the model."""
+        self.trainable.set_rank(training.rank)
+        seed_torch(training.dropout)
+        self.trainable.flat.data.copy_(training.start)
+        if not self.trainable.network.training:  # train() walks over all layers
+            self.trainable.network.train()
+
+    def gradients(self, active: list[Progress], train: Train) -> None:
+        """Computes the gradient of the client's next step."""
+        (client,) = active
+        self.trainable.grad.zero_()
+        step = self.cut(client.next_rows(), train.batch)
+        counts = counted(self.objective, step)
+        client.count(counts, sum(piece.tokens for piece in step))
+        for piece in step:
+            terms = self.objective.terms(self.trainable.network, piece.to(self.device))
+            totals = {name: term.total() for name, term in terms.items()}
+            step_loss(totals, counts).backward()
+            client.add(totals)
+
+    def correct(self, lane: int, correct: Correct) -> None:
+        """Applies a correction to the gradient."""
+        correct(self.trainable.grad[None], self.trainable.flat.data[None])
+
+    def clip(self, norm: float) -> None:
+        """Clips the gradient to an L2 norm; 0 leaves it alone."""
+        clip(self.trainable.grad[None], norm)
+
+    def step(self, adjust: Callable[[], None]) -> None:
+        """Takes the optimizer's step."""
+        adjust()
+        self.optimizer.step()
+
+    def end(self, lane: int, training: Training) -> Vector:
+        """Returns a copy of the vector, or the vector minus `training.less` in its place: new pages cost time."""
         flat = self.trainable.flat.detach()
-        return flat.clone() if less is None else flat.sub_(less)
+        return flat.clone() if training.less is None else flat.sub_(training.less)
 
-    def set_rank(self, rank: int | None) -> None:
-        """Becomes a client whose adapters have this rank; None: as the recipe says."""
+    def summed(self, value: float) -> float:
+        """There is one rank."""
+        return value
+
+    def mean_loss(self, rows: pa.RecordBatch, vector: Vector, batch: int, rank: int | None = None) -> float:
+        """Returns the mean loss of the vector (P,) over all rows, for a client of this LoRA rank."""
         self.trainable.set_rank(rank)
-
-    def steps(
-        self,
-        rows: pa.RecordBatch,
-        start: torch.Tensor,
-        train: Train,
-        stream: np.random.Generator,
-        correct: Correct | None = None,
-        rate: float = 1.0,
-    ) -> dict[str, float]:
-        """Local optimizer steps from the vector `start` (P,), left in `trainable.flat`; returns the metrics.
-
-        `correct` may change the gradient of each step, `rate` is a factor on all learning rates.
-        """
-        flat, grad, network = self.trainable.flat, self.trainable.grad, self.trainable.network
-        flat.data.copy_(start)
-        if not network.training:  # which looks at each layer
-            network.train()
-        nll_total = torch.zeros((), dtype=torch.float64, device=flat.device)  # there, so that no step waits for it
-        token_total, steps, trained_tokens, rates = 0, 0, 0, 0.0
-        total = steps_of(rows.num_rows, train)
-        for picked in batches(rows.num_rows, train, stream):
-            grad.zero_()
-            step = self.cut(rows.take(picked), train.batch)
-            learnt = sum(piece.learnt for piece in step)
-            for piece in step:
-                nll, _ = self.objective.loss(network, piece.to(self.device))
-                (nll / learnt).backward()
-                nll_total += nll.detach()
-                trained_tokens += piece.tokens
-            if correct is not None:
-                correct(grad[None], flat.data[None])
-            clip(grad[None], train.clip)
-            lr = train.optimizer.lr * rate * train.over_steps.factor(steps, total)
-            self.optimizer.param_groups[0]["lr"] = lr
-            self.optimizer.step()
-            token_total, steps, rates = token_total + learnt, steps + 1, rates + lr
-        return {
-            "loss": nll_total.item() / token_total,
-            "rows": float(rows.num_rows),
-            "steps": float(steps),
-            "tokens": float(trained_tokens),
-            "learnt": float(token_total),
-            "rates": rates,
-        }
-
-    def mean_loss(self, rows: pa.RecordBatch, vector: torch.Tensor, batch: int) -> float:
-        """The mean loss of the vector (P,) over all of a client's encoded rows, in nats per token."""
         self.trainable.flat.data.copy_(vector)
-        nll, learnt = self.nll(rows, batch)
-        return nll / learnt
+        return sum(total / count for total, count in self.loss_terms(rows, batch).values())
 
-    @torch.no_grad()
-    def nll(self, rows: pa.RecordBatch, batch: int) -> tuple[float, int]:
-        """The summed loss in nats of the present vector over all rows, and over how many tokens."""
+    def heldout(self, rows: pa.RecordBatch, batch: int) -> tuple[float, int]:
+        """Returns the held-out loss of the vector now in the model: its sum over all rows, and its count."""
+        return self.loss_terms(rows, batch)[self.objective.heldout]
+
+    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
+        """Returns each term's sum and count over all rows, by the vector now in the model."""
         if self.trainable.network.training:
             self.trainable.network.eval()
-        nll_total, token_total = 0.0, 0
-        for piece in self.cut(rows, batch):
-            nll, learnt = self.objective.loss(self.trainable.network, piece.to(self.device))
-            nll_total, token_total = nll_total + nll.item(), token_total + learnt
-        return nll_total, token_total
+        network, pieces = self.trainable.network, self.cut(rows, batch)
+        return term_sums(self.objective, network, ((piece.to(self.device), 1) for piece in pieces))
 
     def cut(self, rows: pa.RecordBatch, batch: int) -> list[Batch]:
-        """The rows as batches on the CPU, of no more tokens than `batch` rows of the longest kind have."""
+        """Cuts the rows into batches on the CPU, each of no more tokens than `batch` rows of the longest kind have."""
         if rows.num_rows <= batch:
             return [self.objective.collate(rows, self.pad)]
-        found = pieces(lengths(rows), batch * self.objective.max_length)
-        return [self.objective.collate(rows.take(piece), self.pad) for piece in found]
-
-
-def _corrected_by(strategy: Strategy, got: Broadcast, memory: ClientState, run: str) -> Correct | None:
-    """What the rule does to gradients; None where it leaves them as they are, which costs gangs no copies."""
-    if not strategy.corrects:
-        return None
-    return lambda grad_KP, params_KP: strategy.correct(grad_KP, params_KP, got, memory, run)
-
-
-def _on(device: torch.device | str, got: Broadcast) -> Broadcast:
-    extras = {name: extra.to(device) for name, extra in got.extras.items()}
-    return replace(got, params=got.params.to(device), extras=extras)
+        numbers = pieces(lengths(rows), batch * self.max_length)
+        return [self.objective.collate(rows.take(some), self.pad) for some in numbers]

@@ -1,172 +1,179 @@
-"""DP-SGD on a client's rows (Abadi et al. 2016, arXiv 1607.00133, algorithm 1), by the rows' gradients of Opacus.
+"""DP-SGD on a client's rows (Abadi et al. 2016, arXiv 1607.00133, algorithm 1), with Opacus' gradients of rows.
 
 Legend: B rows of a piece, P parameters.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import nn
 
 from engine.config.train import Train
-from engine.models.base_model import Trainable
-from engine.objectives import Objectives
-from engine.objectives.sft import IGNORED, Batch
+from engine.messages.errors import RunError
+from engine.objectives.base import Term, counted
 from engine.training.batching import steps_of
-from engine.training.local_training import Correct, LocalTrainer, Trained, Training
-from engine.training.optimizers import make_optimizer
-from strategies.core.protocol import Mask
+from engine.training.local_training import LocalTrainer, client_updates
+from engine.training.step_loop import Progress, Training, take_steps
+from strategies.core.protocol import Mask, Vector
 from strategies.privacy.noise_source import Words, normal
 from strategies.privacy.per_example import ExamplePlan
 
 KEY = 'privacy.dp.kind = "example"'
 ADAPTERS = 'train adapters instead (model.peft.kind = "lora")'
-ROUNDING = 1e-2  # of the rows' norms: above what TF32 rounds off, below what a parameter that was forgotten lacks
+ROUNDING = 1e-2  # share of the rows' norms: above the error of TF32, below the gradient of a missed parameter
 
 
-@dataclass
-class PrivateTrainer(LocalTrainer):
-    """A LocalTrainer whose vectors tell little about any one row: steps along clipped gradients, summed, plus noise.
+def samples(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yields the row numbers (B,) of each step: a Poisson sample, which takes each row with the same probability.
 
-    A step is on a Poisson sample of the rows. A row's gradient is that of its mean loss over its learnt tokens, over
-    the parameters that are `live` in the training (None: all P), and clipped to the L2 norm `plan.clip`. Their sum plus
-    N(0, (z clip)^2) in each of these is divided by the expected
-    size of the sample, since the true one is private; an empty sample is a step of noise alone. What follows works on a
-    gradient that is private already: the strategy's correction and the optimizer. `train.clip` is left out: it would do
-    no harm to privacy, but the mean's norm is mostly the noise's, and the step would shrink by it.
+    That is `train.batch` * `train.accumulate` / rows, at most 1. There are as many steps as in `batches`.
+    """
+    probability = expected_size(rows, train) / rows
+    for _ in range(steps_of(rows, train)):
+        yield np.flatnonzero(rng.random(rows) < probability)
 
-    The caller puts the source of noise into `words` before each client. Outside epsilon are the metrics (of the loss
-    and of numbers of tokens) and the number of rows. Rows' gradients take P floats for each of `train.batch` rows.
+
+def expected_size(rows: int, train: Train) -> int:
+    """Returns the mean number of rows of a sample."""
+    return min(rows, train.batch * train.accumulate)
+
+
+class PrivateTrainer:
+    """Trains one client at a time with example-level privacy. A backend of the step loop, and a Trainer.
+
+    A step takes a Poisson sample of the rows. A row's gradient is that of its mean loss over its learnt tokens, on the
+    parameters that are `live` in the training (None: all P), and is clipped to the L2 norm `plan.clip`. Their sum plus
+    N(0, (z clip)^2) on each live parameter is divided by the expected size of the sample, because the true size is
+    private; an empty sample is a step of noise alone. The correction and the optimizer work on this private gradient.
+    `train.clip` is ignored: it would not harm privacy, but the mean's norm is mostly noise, which would shrink steps.
+
+    The caller sets the source of noise, `words`, before each client. Epsilon does not cover the metrics (the loss and
+    numbers of tokens) and the number of rows. The rows' gradients take P floats for each of `train.batch` rows.
     """
 
-    plan: ExamplePlan
-    words: Words | None = None
-    live: Mask | None = None
+    lanes = 1
+    batches = staticmethod(samples)
+    train = take_steps
+    updates = client_updates
 
-    @classmethod
-    def with_plan(
-        cls, trainable: Trainable, objective: Objectives, pad: int, train: Train, plan: ExamplePlan
-    ) -> "PrivateTrainer":
-        """As `of`, under a plan; ValueError without Opacus, or where trained parameters are tied."""
-        _hooks()
-        _refuse_ties(trainable.network)
-        # Opacus tells rows apart by the first dimension of what goes into a layer.
-        objective = replace(objective, every_logit=True)
-        return cls(trainable, objective, pad, make_optimizer([trainable.flat], train.optimizer), plan)
+    def __init__(self, plain: LocalTrainer, plan: ExamplePlan) -> None:
+        """RunError if Opacus is missing or trained parameters are tied."""
+        _hook_class()
+        _refuse_ties(plain.trainable.network)
+        self.plain, self.plan = plain, plan
+        self.trainable, self.objective, self.optimizer = plain.trainable, plain.objective, plain.optimizer
+        self.device, self.mean_loss = plain.device, plain.mean_loss
+        self.correct, self.summed = plain.correct, plain.summed
+        self.words: Words | None = None
+        self.live: Mask | None = None
+        self._hooks: Any = None
+        self._steps, self._moving = 0, False
 
-    def train(self, trainings: list[Training], train: Train) -> list[Trained]:
-        """Does one training after the other, each with its own live coordinates."""
-        done = []
-        for training in trainings:
-            self.live = None if training.live is None else training.live.to(self.device)
-            done += super().train([training], train)
-        return done
+    @contextmanager
+    def session(self, active: list[Progress]) -> Iterator[None]:
+        """Makes backward leave each row's gradient."""
+        with row_gradients(self.trainable.network) as self._hooks:
+            yield
 
-    def steps(
-        self,
-        rows: pa.RecordBatch,
-        start: torch.Tensor,
-        train: Train,
-        stream: np.random.Generator,
-        correct: Correct | None = None,
-        rate: float = 1.0,
-    ) -> dict[str, float]:
-        """Private optimizer steps from the vector `start` (P,), left in `trainable.flat`; returns the metrics.
+    def begin(self, lane: int, training: Training) -> None:
+        """Puts the start into the model."""
+        self.live = None if training.live is None else training.live.to(self.device)
+        self._steps, self._moving = 0, False
+        self.plain.begin(lane, training)
 
-        As those of LocalTrainer; `loss` is over the sampled rows, and 0 beside `learnt` 0 where every sample was empty.
-        Raises ValueError where Opacus does not give every row's gradient of every parameter, RuntimeError where a
-        gradient moves nothing.
+    def gradients(self, active: list[Progress], train: Train) -> None:
+        """Computes the private gradient of the client's next step.
+
+        RunError if Opacus does not give every row's gradient of every parameter.
         """
-        flat, grad = self.trainable.flat, self.trainable.grad
-        flat.data.copy_(start)
-        self.trainable.network.train()
-        nll_total, token_total, steps, trained_tokens, rates, moving = 0.0, 0, 0, 0, 0.0, False
-        total = steps_of(rows.num_rows, train)
-        with row_gradients(self.trainable.network) as hooks:
-            for picked in samples(rows.num_rows, train, stream):
-                summed = torch.zeros_like(grad)
-                for first in range(0, len(picked), train.batch):
-                    piece = self.objective.collate(rows.take(picked[first : first + train.batch]), self.pad)
-                    nll_total += self._add_clipped(piece.to(flat.device), summed, hooks)
-                    token_total += piece.learnt
-                    trained_tokens += piece.tokens
-                self._add_noise(summed)
-                grad.copy_(summed / expected_size(rows.num_rows, train))
-                if correct is not None:
-                    correct(grad[None], flat.data[None])
-                lr = train.optimizer.lr * rate * train.over_steps.factor(steps, total)
-                self.optimizer.param_groups[0]["lr"] = lr
-                self.optimizer.step()
-                moving |= lr > 0 and bool(grad.any())
-                steps, rates = steps + 1, rates + lr
-        if moving and torch.equal(flat.data, start):
-            raise RuntimeError(
-                f"{steps} private steps moved no weight, although their gradients are not zero: the model is cut off "
-                f"from the vector that is trained, or train.optimizer.lr is too small for float32"
-            )
-        return {
-            "loss": nll_total / token_total if token_total else 0.0,
-            "rows": float(rows.num_rows),
-            "steps": float(steps),
-            "tokens": float(trained_tokens),
-            "learnt": float(token_total),
-            "rates": rates,
-        }
+        (client,) = active
+        rows, grad = client.next_rows(), self.trainable.grad
+        summed = torch.zeros_like(grad)
+        for first in range(0, rows.num_rows, train.batch):
+            piece = self.objective.collate(rows.slice(first, train.batch), self.plain.pad)
+            client.count(counted(self.objective, [piece]), piece.tokens)
+            # Opacus tells rows apart by the first dimension of a layer's input.
+            terms = self.objective.terms(self.trainable.network, piece.to(self.device), every_logit=True)
+            self._add_clipped(terms, len(piece.ids_BT), summed)
+            client.add({name: term.total() for name, term in terms.items()})
+        self._add_noise(summed)
+        grad.copy_(summed / expected_size(client.training.rows.num_rows, train))
 
-    def _add_clipped(self, piece: Batch, summed: torch.Tensor, hooks: Any) -> float:
-        """Adds the piece's clipped gradients to `summed` (P,); returns its summed loss in nats."""
+    def clip(self, norm: float) -> None:
+        """Ignores `train.clip`."""
+
+    def step(self, adjust: Callable[[], None]) -> None:
+        """Takes the optimizer's step."""
+        adjust()
+        self.optimizer.step()
+        self._steps += 1
+        self._moving |= self.optimizer.param_groups[0]["lr"] > 0 and bool(self.trainable.grad.any())
+
+    def end(self, lane: int, training: Training) -> Vector:
+        """Returns the vector as `LocalTrainer.end` does; RuntimeError if gradients have moved no weight."""
+        if self._moving and torch.equal(self.trainable.flat.data, training.start):
+            raise RuntimeError(
+                f"{self._steps} private steps moved no weight, although their gradients are not zero: the model is cut "
+                f"off from the vector that is trained, or train.optimizer.lr is too small for float32"
+            )
+        return self.plain.end(lane, training)
+
+    def _add_clipped(self, terms: dict[str, Term], rows: int, summed: torch.Tensor) -> None:
+        """Adds the piece's clipped gradients to `summed` (P,)."""
         grad, layout = self.trainable.grad, self.trainable.layout
         grad.zero_()
-        nll, _ = self.objective.loss(self.trainable.network, piece)
-        nll.backward()  # of the sum, so that no row's gradient depends on another's number of tokens
-        each = self._each_row(len(piece.ids_BT))
-        learnt_B = (piece.labels_BT[:, 1:] != IGNORED).sum(1).clamp(min=1)
+        # A row's loss is the sum of its terms' means. Clipping below divides by the first term's count, so that no
+        # row's gradient depends on another's count.
+        first, *others = terms.values()
+        count_B = first.counts_by_row(rows).clamp(min=1)
+        loss = first.total()
+        for term in others:
+            loss = loss + (term.by_row(rows) * count_B / term.counts_by_row(rows).clamp(min=1)).sum()
+        loss.backward()
+        each = self._each_row(rows)
         norms_B = _norms(each)
         finite_B = norms_B.isfinite()
         if finite_B.all():
-            # Autograd's own sum of the same gradients tells whether Opacus has seen every use of every parameter.
+            # Autograd's sum of the same gradients shows whether Opacus has seen every use of every parameter.
             ours, whole = each.items(), layout.views(grad)
-            missed = torch.stack([(rows.sum(0) - whole[name]).norm() for name, rows in ours]).norm()
+            missed = torch.stack([(per_row.sum(0) - whole[name]).norm() for name, per_row in ours]).norm()
             if missed > ROUNDING * norms_B.sum():
-                raise ValueError(
+                raise RunError(
                     f"{KEY} needs each row's own gradient, but those that Opacus gives for this model do not sum up "
                     f"to the gradient: {ADAPTERS}, or take another model.base"
                 )
-        else:  # such a row moves the sum by nothing, where infinity or NaN would tell of it
-            for rows in each.values():
-                rows[~finite_B] = 0
+        else:  # a row without a finite gradient adds nothing, because NaN or infinity would reveal it
+            for per_row in each.values():
+                per_row[~finite_B] = 0
         if self.live is not None:
             for name, view in layout.views(self.live).items():
                 each[name] *= view
             norms_B = _norms(each)
-        factor_B = torch.where(finite_B, (self.plan.clip * learnt_B / norms_B).clamp(max=1) / learnt_B, 0)
+        factor_B = torch.where(finite_B, (self.plan.clip * count_B / norms_B).clamp(max=1) / count_B, 0)
         for name, view in layout.views(summed).items():
             view += torch.tensordot(factor_B, each[name], 1)
-        hooks.set_grad_sample_to_none()
-        return nll.item()
+        self._hooks.set_grad_sample_to_none()
 
     def _each_row(self, count: int) -> dict[str, torch.Tensor]:
-        """Each trained tensor's gradients (B, ...) of the rows' summed losses, by the layout's names."""
+        """Returns each trained tensor's gradients (B, ...) of the rows' summed losses, by the layout's names."""
         each = {}
         for name, parameter in self.trainable.network.named_parameters():
             if parameter.requires_grad:
-                rows = vars(parameter)["grad_sample"]
-                if not isinstance(rows, torch.Tensor) or rows.shape != (count, *parameter.shape):
-                    raise ValueError(
+                per_row = vars(parameter)["grad_sample"]
+                if not isinstance(per_row, torch.Tensor) or per_row.shape != (count, *parameter.shape):
+                    raise RunError(
                         f"{KEY} needs each row's own gradient, which Opacus does not give for {name} of this model: "
                         f"{ADAPTERS}, or take another model.base"
                     )
-                each[name] = rows
+                each[name] = per_row
         return each
 
     def _add_noise(self, summed: torch.Tensor) -> None:
-        """Adds the plan's noise to the live coordinates of `summed` (P,) that a client of this rank has."""
+        """Adds the plan's noise to the live coordinates of `summed` (P,) that a client of this LoRA rank has."""
         z, rank = self.plan.noise_multiplier, self.trainable.rank
         if z > 0:
             assert self.words is not None, "the source of noise is set before each client"
@@ -183,59 +190,44 @@ class PrivateTrainer(LocalTrainer):
 
 
 def _norms(each: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The L2 norms (B,) of the rows' gradients."""
+    """Returns the L2 norms (B,) of the rows' gradients."""
     norms_NB = torch.stack([rows.flatten(1).norm(dim=1) for rows in each.values()])
     norms_B: torch.Tensor = torch.linalg.vector_norm(norms_NB, dim=0)
     return norms_B
 
 
-def samples(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Row numbers (B,) of each step: a Poisson sample, which has each row by itself with the same probability.
-
-    That is `train.batch` * `train.accumulate` / rows, at most 1. There are as many steps as in `batches`.
-    """
-    probability = expected_size(rows, train) / rows
-    for _ in range(steps_of(rows, train)):
-        yield np.flatnonzero(rng.random(rows) < probability)
-
-
-def expected_size(rows: int, train: Train) -> int:
-    """How many rows a sample has on average."""
-    return min(rows, train.batch * train.accumulate)
-
-
 @contextmanager
 def row_gradients(network: nn.Module) -> Iterator[Any]:
-    """Makes backward leave each row's gradient in `grad_sample` of the trained parameters; no trace of it stays."""
-    hooks = _hooks()(network, loss_reduction="sum")
+    """Makes backward leave each row's gradient in `grad_sample` of the trained parameters; cleans up afterwards."""
+    hooks = _hook_class()(network, loss_reduction="sum")
     try:
         with warnings.catch_warnings():
-            # Of the first layers, whose input needs no gradient; their rows' gradients are right all the same.
+            # About the first layers, whose input needs no gradient; their rows' gradients are right.
             warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
             yield hooks
     finally:
         hooks.cleanup()
-        for module in network.modules():  # which `cleanup` forgets: after an error they hold a batch
+        for module in network.modules():  # `cleanup` forgets these, which hold a batch after an error
             vars(module).pop("activations", None)
             vars(module).pop("max_batch_len", None)
 
 
-def _hooks() -> Any:
+def _hook_class() -> Any:
     try:
-        from opacus.grad_sample import GradSampleHooks  # here, since it is an extra and takes a second
+        from opacus.grad_sample import GradSampleHooks  # an extra, and the import takes a second
     except ImportError:
-        raise ValueError(
+        raise RunError(
             f'{KEY} needs the library Opacus, which is not installed: pip install "fedpost[opacus]"'
         ) from None
     return GradSampleHooks
 
 
 def _refuse_ties(network: nn.Module) -> None:
-    """Raises ValueError if a trained parameter has two names: its gradients come from two layers at once."""
+    """Raises RunError if a trained parameter has two names, because its gradient then comes from two layers."""
     first: dict[nn.Parameter, str] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         if parameter.requires_grad and first.setdefault(parameter, name) != name:
-            raise ValueError(
+            raise RunError(
                 f"{KEY} needs each row's own gradient, which is not supported for tied parameters, and {name} is "
                 f"{first[parameter]}: {ADAPTERS}, or take a model.base whose embeddings are not tied"
             )

@@ -15,11 +15,12 @@ from engine.config.federation import Federation
 from engine.config.sections import Lora
 from engine.messages.wire import Sent, WireBroadcast, borrow, from_wire, joined
 from engine.records.client_state import STRATEGY, ClientMemory, part
-from engine.training.judging import ClientLoss, Prompt, client_loss, continuations
+from engine.training.evaluation import ClientLoss, client_loss
+from engine.training.generation import Prompt, continuations
 from engine.training.local_training import LocalTrainer
-from engine.training.optimizers import reset
+from engine.training.step_loop import Training
 from strategies.core.protocol import Broadcast, ClientState
-from strategies.core.seeds import rng, seed_torch, torch_seed
+from strategies.core.seeds import rng, torch_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,12 +73,9 @@ class Judge:
 
     def _train_alone(self, rows: pa.RecordBatch, params: np.ndarray, steps: int, client: int) -> None:
         train = replace(self.federation.train, steps=steps, epochs=None)
-        start = borrow(params).to(self.device)
-        self.trainer.trainable.set_rank(None)
-        stream = rng(self.federation.seed, 0, client, "batches")
-        seed_torch(torch_seed(self.federation.seed, 0, client, "dropout"))
-        reset(self.trainer.optimizer)
-        self.trainer.steps(rows, start, train, stream)
+        start, seed = borrow(params).to(self.device), self.federation.seed
+        dropout = torch_seed(seed, 0, client, "dropout")
+        self.trainer.train([Training(rows, start, rng(seed, 0, client, "batches"), dropout)], train)
 
     def generate(self, params: np.ndarray, prompts: list[Prompt], tokens: int) -> list[str]:
         """Greedy continuations by the vector `params` (P,), one per prompt."""

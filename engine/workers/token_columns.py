@@ -1,6 +1,7 @@
 """A run's token columns: made once beside the driver, and brought to every node that does not see their folder."""
 
 import json
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from datasets_partition.store.store import Store, written_whole
 from datasets_partition.store.tokens import tokenize
 from engine.config.federation import Federation
 from engine.models.base_model import load_tokenizer
-from engine.objectives.sft import Sft
 
 Parts = dict[str, list[Any]]  # a file's name -> references to its pieces
 PIECE_BYTES = 64 * 2**20
@@ -28,11 +28,12 @@ def token_columns(store: Path, federation: Federation, shared: str | None = None
     many rows are done.
     """
     tokenizer, model = load_tokenizer(federation.model), federation.model
-    objective = Sft(federation.train.max_length)
+    objective, length = federation.train.objective, federation.train.max_length
     known = [tokenizer.get_vocab(), repr(tokenizer), tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()]
     words = sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-    key = f"{TOKENS_VERSION}/{model.base}@{model.revision}/{federation.train.objective}/{objective!r}/{words}"
-    return tokenize(Store.open(store), key, lambda rows: objective.encode(rows, tokenizer), shared, on_rows).folder
+    key = f"{TOKENS_VERSION}/{model.base}@{model.revision}/{objective!r}/{length}/{words}"
+    encode = partial(objective.encode, tokenizer=tokenizer, max_length=length)
+    return tokenize(Store.open(store), key, encode, shared, on_rows).folder
 
 
 def find_tokens(tokens: Path) -> Path | None:

@@ -29,17 +29,17 @@ from engine.messages.wire import (
     to_wire,
     update_to_wire,
 )
-from engine.models.base_model import PackedBase, Trainable, always_the_same_bits, load_tokenizer, map_base, read_base
+from engine.models.base_model import PackedBase, always_the_same_bits, load_tokenizer, map_base, read_base
 from engine.models.export import export_files
 from engine.models.gpu_base import map_handle
 from engine.models.merged_base import merged_weights, use_weights
-from engine.objectives.sft import Sft
+from engine.models.trainable import Trainable
 from engine.records.client_state import ClientMemory, refuse_unseen
 from engine.system.allocator import use_large_pages
 from engine.system.page_protection import look_away, protect, release
 from engine.training.batching import steps_of
-from engine.training.lane_count import best_pack
-from engine.training.lanes import PackTrainer, packable
+from engine.training.lane_count import best_lanes
+from engine.training.lanes import LaneTrainer, adapted_layers
 from engine.training.local_training import Job, LocalTrainer
 from engine.training.per_example import PrivateTrainer
 from engine.workers.evaluator import Judge
@@ -75,7 +75,7 @@ class ClientActor(SecureClients, Judge):
         self.sum = ExactSum()
         super().__init__()
         self.private: PrivateTrainer | None = None
-        self.packed: PackTrainer | None = None
+        self.packed: LaneTrainer | None = None
         self.merged: np.ndarray | None = None
         self.device = torch.device("cuda" if federation.clients.num_gpus > 0 and torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
@@ -126,11 +126,9 @@ class ClientActor(SecureClients, Judge):
         trainable = Trainable(map_base(packed, buffer), federation.model, seed)
         self.tokenizer = load_tokenizer(federation.model)
         assert isinstance(self.tokenizer.pad_token_id, int)
-        self.trainer = LocalTrainer.of(
-            trainable, Sft(federation.train.max_length), self.tokenizer.pad_token_id, federation.train
-        )
+        self.trainer = LocalTrainer.of(trainable, self.tokenizer.pad_token_id, federation.train)
         if isinstance(federation.clients.lanes, int) and federation.clients.lanes > 1:
-            packable(trainable)
+            adapted_layers(trainable)  # refuses models that lanes cannot train
         self.tokens = Tokens.open(tokens)
         self.largest = int(self.tokens.counts("train").max())
         initial = trainable.initial.numpy() if first else np.empty(0, np.float32)
@@ -183,7 +181,7 @@ class ClientActor(SecureClients, Judge):
         As many slots as `neighbours` share the node's memory, this one among them.
         """
         start = borrow(params).to(self.device)
-        return best_pack(self.trainer, self.tokens, clients, most, neighbours, start, self.federation.train)
+        return best_lanes(self.trainer, self.tokens, clients, most, neighbours, start, self.federation.train)
 
     def _pack(
         self, pack: Unit, wire: WireBroadcast, take: Callable[[Update], object]
@@ -240,8 +238,8 @@ class ClientActor(SecureClients, Judge):
     ) -> tuple[Report, Update | None]:
         """What becomes of a client's update and of its memory, after so many seconds of training."""
         job, update, after = done
-        federation, client, got = self.federation, job.client, job.got
-        update, squeezed = encode(federation.transforms, update, got, job.memory)
+        federation, client, got = self.federation, job.client, job.broadcast
+        update, squeezed = encode(federation.transforms, update, got, job.state)
         down, up = federation.strategy.floats(got)
         # Transforms shorten the update alone, and not what the rule sends beside it.
         beside = max(0, up - got.params.numel())
@@ -264,19 +262,16 @@ class ClientActor(SecureClients, Judge):
             self.memory.write(client, wire.round + 1, after, wire.oldest)
         return Report(client, update.metrics), update
 
-    def _trainer(self, pack: Unit, wire: WireBroadcast) -> LocalTrainer:
+    def _trainer(self, pack: Unit, wire: WireBroadcast) -> LocalTrainer | LaneTrainer | PrivateTrainer:
         """The trainer of clients; under example-level privacy one that adds noise, which baselines do without."""
         if len(pack) > 1:
             if self.packed is None:
-                self.packed = PackTrainer(self.trainer, wire.lanes, self.federation.train)
+                self.packed = LaneTrainer(self.trainer, wire.lanes, self.federation.train)
             return self.packed
         if not isinstance(wire.dp, ExamplePlan):
             return self.trainer
         if self.private is None:
-            plain = self.trainer
-            self.private = PrivateTrainer.with_plan(
-                plain.trainable, plain.objective, plain.pad, self.federation.train, wire.dp
-            )
+            self.private = PrivateTrainer(self.trainer, wire.dp)
         self.private.words = noise(self.federation, wire.round, pack[0])
         return self.private
 

@@ -22,8 +22,8 @@ from ray.exceptions import ObjectLostError
 
 from datasets_partition.store.tokens import Tokens
 from engine.aggregation.exact_sum import LIMIT, ExactSum, NonFiniteUpdate, PartialSum, finite_bound
-from engine.aggregation.privacy_account import noisy
 from engine.aggregation.ring_encoding import live_masks
+from engine.aggregation.server_step import noisy
 from engine.config.federation import Federation
 from engine.messages.tasks import Place, Unit
 from engine.messages.wire import (
@@ -39,13 +39,13 @@ from engine.messages.wire import (
 )
 from engine.models.base_model import always_the_same_bits, load_tokenizer
 from engine.models.export import Sharded, sharded_files
-from engine.objectives.sft import Sft
 from engine.records.client_state import RANK, ClientMemory, refuse_unseen
 from engine.system import allocator as heap
 from engine.system.failures import LOST, GangLost, ShardLost, last_line
 from engine.system.rendezvous import meet
 from engine.training.batching import steps_of
-from engine.training.judging import ClientLoss, Prompt, drawn_rows
+from engine.training.evaluation import ClientLoss, client_loss
+from engine.training.generation import Prompt
 from engine.training.local_training import Job
 from engine.workers.secure_group import SecureGang, SecureRank, aggregate_of
 from engine.workers.token_columns import Parts, find_tokens, receive_tokens, token_columns
@@ -120,10 +120,7 @@ class Rank(SecureRank):
         assert isinstance(self.tokenizer.pad_token_id, int)
         heap.give_back()
         network = zero_model(federation.model, self.zero, torch_seed(federation.seed, 0, -1, "initial"), self.rank)
-        objective = Sft(federation.train.max_length)
-        self.trainer = ZeroTrainer(
-            network, objective, self.tokenizer.pad_token_id, federation.model, self.zero, federation.train
-        )
+        self.trainer = ZeroTrainer(network, self.tokenizer.pad_token_id, federation.model, self.zero, federation.train)
         heap.keep(gathered=self.zero.stage == 3)
         self.tokens = Tokens.open(tokens)
         self.largest = int(self.tokens.counts("train").max())
@@ -227,9 +224,7 @@ class Rank(SecureRank):
         losses = []
         for client in chunk:
             rows, evaluate = self.tokens.rows(client, "heldout"), replace(self.federation.evaluate, rows=limit)
-            picked = drawn_rows(rows.num_rows, client, evaluate, self.federation.seed)
-            nll, learnt = self.trainer.nll(rows.take(picked), evaluate.batch)
-            losses.append(ClientLoss(client, nll, learnt, len(picked)))
+            losses.append(client_loss(self.trainer, client, rows, evaluate, self.federation.seed))
         return losses
 
     def generate(self, sent: Sent, prompts: list[Prompt], tokens: int) -> list[str]:

@@ -22,8 +22,8 @@ from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
 from engine.config.sections import Lora
 from engine.messages.events import Event, Finished, RoundDone
-from engine.models.base_model import lora_config
-from engine.objectives.sft import Sft
+from engine.models.adapters import lora_config
+from engine.objectives.token_batch import token_losses
 from engine.records.checkpoint import load_checkpoint
 from engine.system.allocator import use_large_pages
 from engine.training.batching import batches
@@ -31,7 +31,6 @@ from engine.training.optimizers import make_optimizer
 from engine.workers.token_columns import token_columns
 from experiments.config.recipe import Recipe, located
 from experiments.runs.api import build_store
-from strategies.core.protocol import ServerState
 from strategies.core.seeds import rng, torch_seed
 
 PROCESSES = 2
@@ -84,10 +83,10 @@ def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compare
     engine_s = [row["value"] for row in rows if row["name"] == "round_s"]
     tokens = [row["value"] for row in rows if row["name"] == "tokens" and row["split"] == "train"]
     first = load_checkpoint(run.folder / "checkpoints", 1)
-    assert first is not None and isinstance(first.state, ServerState)
-    (bare_P,) = states
-    apart = gate(first.state.params, bare_P, tolerance)
-    share = float((first.state.params - bare_P).norm() / (bare_P - start_P).norm())
+    assert first is not None
+    (bare_P,), first_P = states, first.state.parts[0].params
+    apart = gate(first_P, bare_P, tolerance)
+    share = float((first_P - bare_P).norm() / (bare_P - start_P).norm())
     return Compared(engine_s, seconds, statistics.mean(tokens), apart, share)
 
 
@@ -160,15 +159,15 @@ def _train(job: tuple[int, int, list[int]]) -> float:
     round_, part, clients = job
     work, network, trained = _bare["work"], _bare["network"], _bare["trained"]
     vector_P, own_P, total_P = _bare["vector_P"], _bare["own_P"], _bare["totals_KP"][part].zero_()
-    train, objective = work.train, Sft(work.train.max_length)
+    train, objective = work.train, work.train.objective
     largest, weights = int(_bare["tokens"].counts("train").max()), 0.0
     for client in clients:
         rows = _bare["tokens"].rows(client, "train")
         own_P.copy_(vector_P)
         optimizer = make_optimizer(trained, train.optimizer)
         for picked in batches(rows.num_rows, train, rng(work.seed, round_, client, "batches")):
-            nll, learnt = objective.loss(network, objective.collate(rows.take(picked), 0).to(own_P.device))
-            (nll / learnt).backward()
+            batch = objective.collate(rows.take(picked), 0).to(own_P.device)
+            (token_losses(network, batch).sum() / batch.learnt).backward()
             torch.nn.utils.clip_grad_norm_(trained, train.clip)
             optimizer.step()
             optimizer.zero_grad()

@@ -6,7 +6,6 @@ The slots are the engine's own but for their trainer, which gives the same chang
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,9 +15,9 @@ from engine.config.federation import Federation
 from engine.messages.events import RoundDone
 from engine.messages.tasks import Unit
 from engine.messages.wire import WireBroadcast
-from engine.records.metrics import Faults, Ledger, Logs, Metrics
-from engine.rounds.round_loop import Rounds
-from engine.rounds.server import WholeServer
+from engine.records.metrics import Logs
+from engine.rounds.assembly import RunParts, round_loop
+from engine.rounds.server import DriverShards, Server
 from engine.scheduling.slots import Slots
 from engine.training.local_training import Job, LocalTrainer
 from engine.workers.worker import ClientActor
@@ -48,7 +47,7 @@ class NullClient(ClientActor):
 
     def _trainer(self, pack: Unit, wire: WireBroadcast) -> LocalTrainer:
         plain = self.trainer
-        return NullTrainer(plain.trainable, plain.objective, plain.pad, plain.optimizer)
+        return NullTrainer(plain.trainable, plain.objective, plain.pad, plain.max_length, plain.optimizer)
 
 
 class NullSlots(Slots):
@@ -107,28 +106,26 @@ def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
         try:
             start = slots.start(store)
             opened, tokens = Store.open(store), Tokens.open(start.tokens)
-            server = WholeServer(work, slots, start, opened.num_training)
-            logs = Logs(Metrics(folder / "metrics"), Ledger(folder / "ledger"), Faults(folder / "faults"))
-            played = Rounds(work, slots, server, opened, tokens, start.layout, folder, logs)
-            state: Any = server.initial()
-            first = state.params
-            played.prepare(state, None, 1)
+            server = Server(DriverShards(work, start, opened.num_training), slots)
+            state = server.initial()
+            first = state.parts[0].params
+            parts, logs = RunParts(slots, server, state, opened, tokens, start.layout, folder), Logs.under(folder)
+            loop = round_loop(work, parts, logs)
             start_s, seconds, before = time.monotonic() - began, list[float](), stored_bytes()
             for round_ in range(1, rounds + 1):
                 began = time.monotonic()
-                state, done = played.play(state)
-                for log in logs:
-                    log.flush(round_)
+                state, played = loop.play(state)
+                logs.flush(round_)
                 seconds.append(time.monotonic() - began)
-                _refuse_other(state.params - first, round_, done)
+                _refuse_other(state.parts[0].params - first, round_, played)
             nbytes, rss = (stored_bytes() - before) / rounds, memory().get("VmRSS", 0.0)
         finally:
             slots.stop()
     return NullRounds(start_s, seconds, nbytes, start.layout.size, rss)
 
 
-def _refuse_other(moved: torch.Tensor, round_: int, done: RoundDone) -> None:
+def _refuse_other(moved: torch.Tensor, round_: int, played: RoundDone) -> None:
     """The gate: the mean of what all clients sent is what each sent."""
     wrong = float((moved - round_ * CHANGE).abs().max())
     if not wrong <= 1e-6:
-        raise ValueError(f"after round {round_} of {done.clients} null clients the model is {wrong:.2g} off")
+        raise ValueError(f"after round {round_} of {played.clients} null clients the model is {wrong:.2g} off")

@@ -20,10 +20,11 @@ from datasets_partition.store.tokens import Tokens
 from engine.config.sections import Model, Zero
 from engine.config.train import Train
 from engine.models.base_model import always_the_same_bits
-from engine.objectives.sft import Sft
+from engine.objectives.token_batch import token_losses
 from engine.system import allocator as heap
 from engine.system.rendezvous import meet
 from engine.training.batching import batches
+from engine.training.step_loop import Training
 from experiments.config.recipe import Recipe
 from experiments.preflight.processes import memory
 from strategies.core.seeds import rng, torch_seed
@@ -106,11 +107,11 @@ def bare(rank: int, work: Work) -> Bare:
     from engine.training.deepspeed_training import ZeroTrainer
 
     model, train, seed = work.recipe.model, work.recipe.train, work.recipe.seed
-    tokens, objective = Tokens.open(work.tokens), Sft(train.max_length)
+    tokens = Tokens.open(work.tokens)
 
     def fresh() -> ZeroTrainer:
         network = zero_model(model, work.zero, torch_seed(seed, 0, -1, "initial"), rank)
-        return ZeroTrainer(network, objective, 0, model, work.zero, train)
+        return ZeroTrainer(network, 0, model, work.zero, train)
 
     def stream(client: int) -> np.random.Generator:
         return rng(seed, 0, client, "batches")
@@ -148,7 +149,7 @@ def bare(rank: int, work: Work) -> Bare:
         resets.append(time.perf_counter() - began)
     for _ in range(work.tries):
         began = time.perf_counter()
-        trainer.steps(rows, start_S, train, stream(client))
+        trainer.train([Training(rows, start_S, stream(client), 0)], train)
         clients.append(time.perf_counter() - began)
     first_S = start_S.add_(total_S, alpha=1 / weights).cpu().numpy()
     fresh_s, reset_s, client_s = map(statistics.median, (made, resets, clients))
@@ -158,15 +159,14 @@ def bare(rank: int, work: Work) -> Bare:
 def _bare_loop(trainer: Any, rows: Any, train: Train, stream: np.random.Generator) -> float:
     """Deepspeed's own loop on the same batches, with what every loop must do: forward, backward, clip, step."""
     engine, rank, ranks = trainer.engine, trainer.rank, trainer.ranks
-    engine.training.local_training()
-    trainer.correct, trainer.clip = None, train.clip
+    engine.train()
     tokens = 0
     for picked in batches(rows.num_rows, train, stream):
         batch = trainer.objective.collate(rows.take(picked[rank::ranks]), trainer.pad).to(trainer.works_on)
         learnt = trainer.summed(batch.learnt)
-        nll, _ = trainer.objective.loss(engine, batch)
+        nll = token_losses(engine, batch).sum()
         engine.backward(nll * (ranks / learnt))
-        engine.step()
+        trainer.step(lambda: trainer.clip(train.clip))
         tokens += batch.tokens
     return float(trainer.summed(tokens))
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from engine.aggregation.exact_sum import ExactSum, merge
 from engine.messages.errors import RunError
+from engine.messages.wire import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint, save_checkpoint
 from experiments.config.user_code import imported
 from strategies.contract.case import FULL, LORA, Case, DoesNotApply
@@ -28,10 +29,11 @@ def engine_sum(updates: list[Update]) -> Aggregate:
 def engine_stored(state: ServerState) -> ServerState:
     """The state after it was saved to a checkpoint and loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(Path(folder), Saved(state, 1.5), keep=1)
+        save_checkpoint(Path(folder), Saved(ShardedState(state.round, (state,)), 1.5), keep=1)
         loaded = load_checkpoint(Path(folder))
-    assert loaded is not None and isinstance(loaded.state, ServerState)
-    return loaded.state
+    assert loaded is not None
+    stored: ServerState = loaded.state.parts[0]
+    return stored
 
 
 def cases(strategy: Strategy) -> list[Case]:

@@ -29,6 +29,7 @@ BY_KIND = (
     ("data", "partition"),
     ("model", "peft"),
     ("cohort",),
+    ("train", "objective"),
     ("train", "optimizer"),
     ("strategy",),
     ("privacy", "dp"),

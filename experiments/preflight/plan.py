@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from engine.config.sections import Clients, Lora, Model, Zero
 from engine.config.train import AdamW, Sgd
 from engine.messages.errors import RunError
-from engine.models.base_model import causal_config, with_adapters
-from engine.models.zero_limits import BUCKET, LIVE
+from engine.models.adapters import with_adapters
+from engine.models.base_model import causal_config
+from engine.models.deepspeed_config import BUCKET, LIVE
 from engine.scheduling.placement import asked_or_fitting, slots_that_fit
 from experiments.config.recipe import Recipe
 from experiments.preflight.processes import in_fresh_process, memory

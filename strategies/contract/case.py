@@ -1,6 +1,6 @@
-"""A strategy under test: a simulation of what the engine does with it, less the training. See contract.py.
+"""A strategy under test: a simulation of what the engine does with it, without the training.
 
-How updates are summed and how a state gets to disk and back is the engine's, so the caller brings both.
+The sum of updates and the way of a state to disk and back are the engine's, so the caller brings both.
 Legend: P parameters, K clients.
 """
 
@@ -30,13 +30,13 @@ METRICS = {"steps": 4.0, "rates": 0.4, "rows": 8.0, "tokens": 64.0, "loss": 1.0,
 
 
 def drawn(layout: Layout, first: int, second: int = 0) -> Vector:
-    """A vector (P,) of normal numbers that depends on two numbers alone."""
+    """A vector (P,) of normal numbers, the same for the same two numbers."""
     return torch.from_numpy(rng(0, first, second, "initial").standard_normal(layout.size).astype("float32"))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A strategy on a layout; `summed` and `stored` are the engine's exact sum and its way to disk and back."""
+    """A strategy on a layout; `summed` and `stored` are the engine's exact sum and a checkpoint written and read."""
 
     strategy: Strategy
     layout: Layout
@@ -45,16 +45,16 @@ class Case:
 
     @property
     def clients(self) -> range:
-        """The cohort, all of it in each round: as many as the rule needs."""
+        """The cohort, the same in each round: at least as many clients as the rule needs."""
         return range(max(COHORT, self.strategy.smallest_cohort()))
 
     @property
     def population(self) -> int:
-        """Some more than take part."""
+        """More clients than take part."""
         return len(self.clients) + 2
 
     def no_client_states(self) -> list[ClientState]:
-        """The clients' client_states before the first round."""
+        """The clients' states before the first round: empty."""
         return [{} for _ in self.clients]
 
     def start(self) -> ServerState:
@@ -70,7 +70,7 @@ class Case:
         change: Vector,
         personal: Vector | None = None,
     ) -> tuple[Update, ClientState]:
-        """`change` is what training makes of the vector, `personal` of those of other runs, if that is another."""
+        """A client's update and next state; training adds `change` to its vectors, `personal` to other runs'."""
         starts = self.strategy.starts(broadcast, client_state)
         ends = {run: start + (change if personal is None else personal) for run, start in starts.items()}
         delta = ends.pop(GLOBAL) - broadcast.params
@@ -82,14 +82,12 @@ class Case:
     def cohort(
         self, state: ServerState, client_states: list[ClientState], scale: float = 0.5
     ) -> tuple[list[Update], list[ClientState]]:
-        """A round's updates, and what the clients remember after it; `scale` 0: training changes nothing."""
+        """A round's updates and the clients' next states; `scale` 0: training changes nothing."""
         broadcast = self.strategy.broadcast(state)
         changes = [scale * drawn(self.layout, 1 + state.round, k) for k in self.clients]
-        done = [
-            self.client(broadcast, k, client_state, changes[k])
-            for k, client_state in zip(self.clients, client_states, strict=True)
-        ]
-        return [update for update, _ in done], [client_state for _, client_state in done]
+        pairs = zip(self.clients, client_states, strict=True)
+        results = [self.client(broadcast, k, client_state, changes[k]) for k, client_state in pairs]
+        return [update for update, _ in results], [client_state for _, client_state in results]
 
     def aggregate(self, updates: list[Update]) -> Aggregate:
         """What the server sees of the updates."""
@@ -97,7 +95,7 @@ class Case:
         return replace(self.summed(updates), each=None if self.strategy.reads == "sum" else each)
 
     def after(self, rounds: int) -> tuple[ServerState, list[ClientState]]:
-        """After rounds of all clients: moments and client_states, where there are any, are no longer zero."""
+        """The states after so many rounds: moments and client states, where there are any, are no longer zero."""
         state, client_states = self.start(), self.no_client_states()
         for _ in range(rounds):
             updates, client_states = self.cohort(state, client_states)
@@ -105,7 +103,7 @@ class Case:
         return state, client_states
 
     def effective(self, state: ServerState) -> list[torch.Tensor]:
-        """What the clients' model is made of: all that is no adapter, and merged_delta + scale * B A."""
+        """What the clients' model is made of: all tensors but adapters, and merged_delta + scale * B A."""
         rest = [view for name, view in self.layout.views(state.params).items() if ".lora_" not in name]
         products = [pair.scale * pair.b_OR @ pair.a_RI for pair in self.layout.lora_pairs(state.params)]
         if state.merged_delta is not None:
@@ -115,7 +113,7 @@ class Case:
 
 
 def tensors(value: object, name: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor inside, by a name such as "params" or "1.own"."""
+    """Every tensor inside, by a name such as "params" or "1.h"."""
     match value:
         case torch.Tensor():
             return {name: value}
@@ -127,7 +125,8 @@ def tensors(value: object, name: str = "") -> dict[str, torch.Tensor]:
             pairs = list(vars(value).items())
         case _:
             return {}
-    return {found: inner for key, one in pairs for found, inner in tensors(one, f"{name}.{key}".lstrip(".")).items()}
+    inner = (tensors(member, f"{name}.{key}".lstrip(".")) for key, member in pairs)
+    return {path: tensor for members in inner for path, tensor in members.items()}
 
 
 def copied(value: object) -> dict[str, torch.Tensor]:
@@ -135,9 +134,9 @@ def copied(value: object) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in tensors(value).items()}
 
 
-def difference(one: object, other: object) -> str | None:
+def difference(left: object, right: object) -> str | None:
     """The name of the first tensor in which two values differ in any bit; None if they are the same."""
-    ours, theirs = tensors(one), tensors(other)
+    ours, theirs = tensors(left), tensors(right)
     for name in [*ours, *theirs]:
         if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name]):
             return name
@@ -145,7 +144,7 @@ def difference(one: object, other: object) -> str | None:
 
 
 class DoesNotApply(Exception):
-    """The strategy does not promise what a check would hold it to."""
+    """The strategy does not make the promise that a check tests."""
 
 
 def hold(kept: bool, sentence: str) -> None:
@@ -154,7 +153,7 @@ def hold(kept: bool, sentence: str) -> None:
         raise AssertionError(sentence)
 
 
-def same(one: object, other: object, what: str) -> None:
+def same(left: object, right: object, what: str) -> None:
     """Raises AssertionError unless all tensors inside both are the same."""
-    name = difference(one, other)
+    name = difference(left, right)
     hold(name is None, f"{what}: {name!r} differs" if name else what)

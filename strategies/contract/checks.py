@@ -1,17 +1,17 @@
-"""What every strategy promises: one check a promise, held against every member of the union and against people's own.
+"""What every strategy promises, a check for each promise: shipped rules and users' own are held to all of them.
 
 A check is a function of a `Case`; its docstring is the promise. It raises AssertionError with a sentence where the
-promise is broken, and DoesNotApply where the strategy does not give it. Legend: P parameters, K clients.
+promise is broken, and DoesNotApply where the strategy does not make it. Legend: P parameters, K clients.
 """
 
-import pickle
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 
 import torch
 
-from strategies.contract import client as contract_client
+from strategies.contract import client, declarations
 from strategies.contract.case import SEED, Case, DoesNotApply, copied, difference, drawn, hold, same, tensors
+from strategies.core.lora_algebra import product_size
 from strategies.core.protocol import NO_LAYOUT, ServerState, Strategy, Vector
 
 Check = Callable[[Case], None]
@@ -19,18 +19,19 @@ CLOSE = 1e-5
 
 
 def lacks(kind: type) -> list[str]:
-    """What a class misses of a strategy, by name."""
-    asked = [*Strategy.__annotations__, *(name for name in vars(Strategy) if not name.startswith("_"))]
-    return [name for name in asked if name not in dir(kind)]
+    """The names of the members of `Strategy` that a class does not define."""
+    members = [*Strategy.__annotations__, *(name for name in vars(Strategy) if not name.startswith("_"))]
+    defined = set(dir(kind)) - getattr(kind, "__abstractmethods__", frozenset())
+    return [name for name in members if name not in defined]
 
 
-def _near(case: Case, one: ServerState, other: ServerState, what: str) -> None:
-    apart = [float((a - b).abs().max()) for a, b in zip(case.effective(one), case.effective(other), strict=True)]
+def _near(case: Case, left: ServerState, right: ServerState, what: str) -> None:
+    apart = [float((a - b).abs().max()) for a, b in zip(case.effective(left), case.effective(right), strict=True)]
     hold(max(apart) <= CLOSE, f"{what}: the effective weights are {max(apart):.2g} apart")
 
 
 def no_change_leaves_the_model_alone(case: Case) -> None:
-    """With zero deltas, moments and memory the effective weights W0 + s B A stay as they are."""
+    """With zero deltas, moments and client states the effective weights W0 + s B A stay as they are."""
     state = case.start()
     updates, _ = case.cohort(state, case.no_client_states(), scale=0.0)
     after = case.strategy.apply(state, case.aggregate(updates))
@@ -40,28 +41,26 @@ def no_change_leaves_the_model_alone(case: Case) -> None:
 
 
 def the_first_state_is_the_model_as_it_was_given(case: Case) -> None:
-    """init gives round 0, its layout, and the model that it broadcast."""
+    """init gives round 0, its layout, and the model that it is given."""
     first = case.start()
     hold(first.round == 0, f"init gives round {first.round}, not 0")
     hold(first.layout == case.layout, "init does not put its layout into the state")
     _near(case, first, ServerState(0, drawn(case.layout, 0), layout=case.layout), "init changes the model")
 
 
-def a_change_moves_the_model_or_what_clients_remember(case: Case) -> None:
+def a_change_moves_the_model_or_what_clients_keep(case: Case) -> None:
     """A round in which clients learn something leaves a trace."""
     before, (after, client_states) = case.start(), case.after(1)
     moved = difference((after.params, after.merged_delta), (before.params, before.merged_delta)) is not None
-    hold(
-        moved or any(client_states), "after a round of changes the model is as before and no client remembers anything"
-    )
+    hold(moved or any(client_states), "after a round of changes the model is as before and no client keeps anything")
 
 
 def the_order_of_clients_is_irrelevant(case: Case) -> None:
     """The same updates in another order give the same bits."""
     state, client_states = case.after(2)
     updates, _ = case.cohort(state, client_states)
-    one, other = (case.strategy.apply(state, case.aggregate(listed)) for listed in (updates, updates[::-1]))
-    same(one, other, "the order in which updates come changes the next state")
+    forward, backward = (case.strategy.apply(state, case.aggregate(listed)) for listed in (updates, updates[::-1]))
+    same(forward, backward, "the order in which updates come changes the next state")
 
 
 def rounds_count_up_by_one(case: Case) -> None:
@@ -85,7 +84,7 @@ def what_the_engine_sets_stays_and_the_layout_is_passed_on(case: Case) -> None:
 
 
 def a_round_is_the_same_when_it_is_run_again(case: Case) -> None:
-    """Two runs from the same start end in the same bits, states and client_states."""
+    """Two runs from the same start end in the same bits, states and client states."""
     same(case.after(2), case.after(2), "a run that is repeated ends elsewhere: draw by strategies.core.seeds alone")
 
 
@@ -106,7 +105,7 @@ def the_server_side_leaves_its_inputs_unmodified(case: Case) -> None:
 
 
 def what_travels_is_flat_contiguous_and_float32(case: Case) -> None:
-    """States, broadcasts, updates and client_states are vectors as one put, one sum and one mask need them."""
+    """States, broadcasts, updates and client states are vectors as one put, one sum and one mask need them."""
     state, client_states = case.after(2)
     broadcast = case.strategy.broadcast(state)
     updates, client_states = case.cohort(state, client_states)
@@ -119,11 +118,8 @@ def what_travels_is_flat_contiguous_and_float32(case: Case) -> None:
     whole = state.params.shape == broadcast.params.shape == updates[0].delta.shape == size
     hold(whole, f"params and delta must keep the layout's {case.layout.size} elements")
     if state.merged_delta is not None:
-        wanted, found = (
-            sum(outputs * inputs for outputs, inputs in case.layout.product_shapes),
-            state.merged_delta.numel(),
-        )
-        hold(found == wanted, f"the merged delta has {found} elements; the layout's products have {wanted}")
+        length, expected = state.merged_delta.numel(), product_size(case.layout)
+        hold(length == expected, f"the merged delta has {length} elements; the layout's products have {expected}")
 
 
 def the_state_survives_a_checkpoint(case: Case) -> None:
@@ -146,17 +142,17 @@ def shards_are_applied_as_the_whole(case: Case) -> None:
             replace(update, delta=update.delta[part], extras=_part(update.extras, part, size))
             for update in aggregate.each
         )
-        own = replace(state, params=state.params[part], moments=_part(state.moments, part, size))
+        shard_state = replace(state, params=state.params[part], moments=_part(state.moments, part, size))
         seen = replace(aggregate, total=aggregate.total[part], extras=_part(aggregate.extras, part, size), each=each)
-        return case.strategy.apply(own, seen)
+        return case.strategy.apply(shard_state, seen)
 
     first, second, whole = shard(slice(0, 4)), shard(slice(4, size)), case.strategy.apply(state, aggregate)
     joined = torch.cat([first.params, second.params])
     same(joined, whole.params, "elementwise is True, but apply on parts of the vector differs from apply on the whole")
     for name, moment in whole.moments.items():
         parts = [first.moments[name], second.moments[name]]
-        found = torch.cat(parts) if moment.numel() == size else parts[0]
-        same(found, moment, f"elementwise is True, but the moment {name!r} of the parts differs from the whole's")
+        joined = torch.cat(parts) if moment.numel() == size else parts[0]
+        same(joined, moment, f"elementwise is True, but the moment {name!r} of the parts differs from the whole's")
 
 
 def clients_work_on_shards_as_on_the_whole(case: Case) -> None:
@@ -167,11 +163,9 @@ def clients_work_on_shards_as_on_the_whole(case: Case) -> None:
     size, change, grad = case.layout.size, drawn(case.layout, 5), drawn(case.layout, 6)[None]
 
     def half(part: slice) -> list[dict[str, Vector]]:
-        own = replace(state, params=state.params[part], moments=_part(state.moments, part, size))
-        broadcast, client_state = (
-            case.strategy.broadcast(replace(own, layout=NO_LAYOUT)),
-            _part(client_states[0], part, size),
-        )
+        moments = _part(state.moments, part, size)
+        shard_state = replace(state, params=state.params[part], moments=moments, layout=NO_LAYOUT)
+        broadcast, client_state = case.strategy.broadcast(shard_state), _part(client_states[0], part, size)
         grads = {run: grad[:, part].clone() for run in case.strategy.starts(broadcast, client_state)}
         for run, grad_KP in grads.items():
             case.strategy.correct(grad_KP, broadcast.params[None] + change[part], broadcast, client_state, run)
@@ -181,64 +175,43 @@ def clients_work_on_shards_as_on_the_whole(case: Case) -> None:
     first, second, whole = half(slice(0, 4)), half(slice(4, size)), half(slice(0, size))
     for ours, theirs, both in zip(first, second, whole, strict=True):
         for name, vector in both.items():
-            found = torch.cat([ours[name], theirs[name]]) if vector.numel() == size else ours[name]
-            same(found, vector, f"elementwise is True, but a client that works on parts finds another {name!r}")
+            joined = torch.cat([ours[name], theirs[name]]) if vector.numel() == size else ours[name]
+            same(joined, vector, f"elementwise is True, but a client that works on parts has another {name!r}")
 
 
 def _part(named: dict[str, Vector], part: slice, size: int) -> dict[str, Vector]:
     return {name: tensor[part] if tensor.numel() == size else tensor for name, tensor in named.items()}
 
 
-def it_reads_no_more_than_it_says(case: Case) -> None:
-    """`reads` is honest: a rule that says "sum" gives the same from the sum alone as with each update beside it."""
-    if case.strategy.reads != "sum":
-        raise DoesNotApply(f'reads is "{case.strategy.reads}": it says that the sum is not enough')
-    state, client_states = case.after(2)
-    updates, _ = case.cohort(state, client_states)
-    blind = case.aggregate(updates)
-    seeing = replace(blind, each=tuple(updates))
-    one, other = case.strategy.apply(state, blind), case.strategy.apply(state, seeing)
-    same(one, other, 'reads is "sum", but the next state depends on the single updates')
-
-
-def it_travels_and_says_what_it_is(case: Case) -> None:
-    """It is a frozen dataclass that pickles, with a docstring, a paper, and declarations that go together."""
-    strategy = case.strategy
-    hold(pickle.loads(pickle.dumps(strategy)) == strategy, "it is another one after pickling")
-    hold(strategy.reads in ("sum", "passes", "each"), f'reads is {strategy.reads!r}, not "sum", "passes" or "each"')
-    hold(bool(strategy.paper and strategy.__doc__), "it has no docstring, or its paper is empty")
-    hold(strategy.needs_lora or not strategy.mixed_ranks, "mixed_ranks is True, which needs_lora must be too")
-    try:
-        strategy.kind = "other"  # type: ignore[attr-defined]  # the protocol leaves the tag to each member
-    except FrozenInstanceError:
-        return
-    raise AssertionError("its fields can be changed: write @dataclass(frozen=True)")
-
-
 CHECKS: tuple[Check, ...] = (
     no_change_leaves_the_model_alone,
     the_first_state_is_the_model_as_it_was_given,
-    a_change_moves_the_model_or_what_clients_remember,
+    a_change_moves_the_model_or_what_clients_keep,
     the_order_of_clients_is_irrelevant,
     rounds_count_up_by_one,
     what_the_engine_sets_stays_and_the_layout_is_passed_on,
     a_round_is_the_same_when_it_is_run_again,
     the_server_side_leaves_its_inputs_unmodified,
-    contract_client.the_client_side_writes_nothing_but_its_gradient,
-    contract_client.what_is_frozen_is_neither_sent_nor_trained,
-    contract_client.a_pack_is_corrected_as_its_clients_one_by_one,
+    client.the_client_side_writes_nothing_but_its_gradient,
+    client.what_is_frozen_is_neither_sent_nor_trained,
+    client.lanes_are_corrected_as_single_clients,
     what_travels_is_flat_contiguous_and_float32,
-    contract_client.the_global_training_comes_first,
-    contract_client.memory_is_kept_by_those_who_say_so_and_is_used,
-    contract_client.a_personal_vector_is_like_the_global_one,
-    contract_client.the_traffic_is_counted_in_whole_numbers,
-    contract_client.weights_stay_within_one_where_the_class_says_so,
+    client.the_global_training_comes_first,
+    client.a_personal_vector_is_like_the_global_one,
+    client.the_traffic_is_counted_in_whole_numbers,
     the_state_survives_a_checkpoint,
     shards_are_applied_as_the_whole,
     clients_work_on_shards_as_on_the_whole,
-    it_reads_no_more_than_it_says,
-    contract_client.a_client_of_a_lower_rank_trains_and_leaves_only_its_own,
-    contract_client.extras_that_are_changes_are_zero_without_training,
-    contract_client.an_untrained_client_of_a_lower_rank_sends_zeros,
-    it_travels_and_says_what_it_is,
+    declarations.it_reads_no_more_than_it_says,
+    declarations.client_state_is_kept_where_the_class_says_so_and_is_used,
+    declarations.gradients_are_corrected_only_where_the_class_says_so,
+    declarations.something_is_sent_where_the_class_says_so,
+    declarations.products_are_sent_where_the_class_says_so,
+    declarations.the_base_changes_where_the_class_says_so,
+    declarations.the_basis_stays_where_the_class_says_so,
+    declarations.weights_are_as_the_class_says,
+    declarations.a_client_of_a_lower_rank_trains_and_leaves_only_its_own,
+    declarations.extras_that_are_changes_are_zero_without_training,
+    declarations.an_untrained_client_of_a_lower_rank_sends_zeros,
+    declarations.it_travels_and_says_what_it_is,
 )

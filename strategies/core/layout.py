@@ -21,7 +21,7 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each trainable tensor lies in the flat vector: name, shape, and the scale (alpha / r) of LoRA pairs.
+    """The place of each trainable tensor in the flat vector: names, shapes, and the scale (alpha / r) of LoRA pairs.
 
     Tensors lie one after another in the order of `names`, without gaps; `size` is the vector's length P.
     """
@@ -42,13 +42,13 @@ class Layout:
         return sum(prod(shape) for shape in self.shapes)
 
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each tensor as a view into `flat` (P,) or (K, P), by name: it is the same memory. ValueError if P differs."""
+        """Views of `flat` (P,) or (K, P) as the named tensors, which share its memory. ValueError if P differs."""
         if not flat.ndim or flat.shape[-1] != self.size:
             raise ValueError(f"this layout describes {self.size} elements, the vector has shape {tuple(flat.shape)}")
         return {n: flat[..., first:last].view((*flat.shape[:-1], *shape)) for n, shape, first, last in self.places()}
 
     def places(self) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
-        """Each tensor's name and shape, and the interval of the flat vector that it lies in."""
+        """Each tensor's name, shape, and interval (start, end) in the flat vector."""
         offset = 0
         for name, shape in zip(self.names, self.shapes, strict=True):
             yield name, shape, offset, offset + prod(shape)
@@ -60,7 +60,7 @@ class Layout:
         return max((shape[0] for name, shape in zip(self.names, self.shapes, strict=True) if LORA_A in name), default=0)
 
     def scale_at(self, rank: int) -> float:
-        """alpha / rank: the scale in front of the product on a client that has another rank than the layout's."""
+        """alpha / rank: the scale of the product on a client that has another rank than the layout's."""
         return self.scale * self.rank / rank
 
     @property

@@ -28,7 +28,7 @@ Purpose = Literal[
 
 
 class _Key(np.random.bit_generator.ISeedSequence):
-    """What a generator's state is to be: with `key` given, NumPy would ask the system for entropy, and not use it."""
+    """A seed sequence that is the key itself; given a `key`, NumPy would ask the system for entropy and not use it."""
 
     def __init__(self, digest: bytes) -> None:
         self.words = np.frombuffer(digest[:16], "<u8").astype(np.uint64)
@@ -40,9 +40,9 @@ class _Key(np.random.bit_generator.ISeedSequence):
 
 
 def rng(seed: int, round_: int, client: int, purpose: Purpose) -> np.random.Generator:
-    """A counter-based generator (Philox) whose stream is the same on every machine; -1 where no client is meant."""
+    """A counter-based generator (Philox) with the same stream on every machine; client -1 means no client."""
     digest = sha256(f"fedpost/{seed}/{round_}/{client}/{purpose}".encode()).digest()
-    # NumPy takes any ISeedSequence, but its types know one kind alone.
+    # NumPy takes any ISeedSequence, but its type hints allow only one.
     return np.random.Generator(np.random.Philox(_Key(digest)))  # type: ignore[arg-type]
 
 
@@ -52,7 +52,7 @@ def torch_seed(seed: int, round_: int, client: int, purpose: Purpose) -> int:
 
 
 def seed_torch(seed: int) -> None:
-    """As `torch.manual_seed`, which keeps each call with its stack for every kind of device that is not in use."""
+    """As `torch.manual_seed`, which would also keep every call and its stack for devices that are not in use."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""How flat vectors are cut into shards, one for each rank of a gang, the same in all gangs. Legend: P, S of a shard."""
+"""The partition of flat vectors (P,) into shards (S,), one for each rank of a gang, the same in all gangs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from strategies.core.layout import Layout
 
 @dataclass(frozen=True)
 class Partition:
-    """Each rank's intervals (start, end) of the flat vector; its shard (S,) is what lies in them, one after another."""
+    """Each rank's intervals (start, end) of the flat vector; its shard (S,) is their content, one after another."""
 
     parts: tuple[tuple[tuple[int, int], ...], ...]
 
     @classmethod
     def contiguous(cls, size: int, ranks: int, unit: int = 1) -> "Partition":
-        """One slice per rank, all of the same length in multiples of `unit` but the last (ZeRO stages 1 and 2)."""
+        """One slice per rank, all but the last of the same multiple of `unit` (ZeRO stages 1 and 2)."""
         length = -(-size // (ranks * unit)) * unit
         edges = [min(rank * length, size) for rank in range(ranks + 1)]
         return cls(tuple(((first, last),) for first, last in pairwise(edges)))
@@ -32,7 +32,7 @@ class Partition:
         return cls(tuple(map(tuple, parts)))
 
     def of(self, live: torch.Tensor) -> "Partition":
-        """How the elements in a mask (P,) are cut, when they alone lie one after another."""
+        """The partition of the vector that holds only the elements of a mask (P,), one after another."""
         before = torch.cat([torch.zeros(1, dtype=torch.int64), live.cumsum(0)])
         return Partition(tuple(tuple((int(before[i]), int(before[j])) for i, j in part) for part in self.parts))
 
@@ -46,15 +46,15 @@ class Partition:
 
     def read(self, shards: Sequence[torch.Tensor], first: int, last: int) -> torch.Tensor:
         """The elements from `first` to `last` (excluded) of the vector (P,), from all ranks' shards."""
-        found = torch.empty(last - first, dtype=shards[0].dtype)
+        part = torch.empty(last - first, dtype=shards[0].dtype)
         for rank, shard_S in enumerate(shards):
             offset = 0
             for start, end in self.parts[rank]:
                 low, high = max(start, first), min(end, last)
                 if low < high:
-                    found[low - first : high - first] = shard_S[offset + low - start : offset + high - start]
+                    part[low - first : high - first] = shard_S[offset + low - start : offset + high - start]
                 offset += end - start
-        return found
+        return part
 
     def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         """The vector (P,) from all ranks' shards."""

@@ -1,4 +1,4 @@
-"""Epsilon: what noisy sums give away, as (epsilon, delta) with everything named that the number rests on.
+"""The privacy cost of noisy sums: (epsilon, delta), together with everything that the number rests on.
 
 `dp-accounting` does the numbers: privacy loss distributions for Poisson samples of Gaussian sums, Rényi differential
 privacy (RDP; Mironov 2017, arXiv 1702.07476) for the rest. z is the noise multiplier: the noise's standard deviation
@@ -13,6 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from strategies.core.errors import StrategyError
 from strategies.privacy.amplification import ORDERS, capped_epsilon, poisson_rdp
 
 Unit = Literal["client", "example"]
@@ -23,7 +24,7 @@ Accountant = Literal["exact", "PLD", "RDP"]
 RELATIONS: dict[Sampling, Relation] = {"none": "zero out one", "poisson": "add or remove one", "fixed": "replace one"}
 SHARE = 5e-4  # of epsilon: about what the grid of the privacy loss may add to it
 FINEST = 1e-4  # grid of the privacy loss: below it, a second and more for one epsilon
-LEAST, MOST = 1e-3, 1e6  # noise multipliers that are looked at
+LEAST, MOST = 1e-3, 1e6  # noise multipliers that are tried
 CLOSE = 1e-4  # of the noise multiplier: a search ends here
 
 
@@ -31,8 +32,8 @@ CLOSE = 1e-4  # of the noise multiplier: a search ends here
 class Scheme:
     """How the units of a sum are drawn from `population`: each by itself with `rate`, or round(rate * population).
 
-    "none": nothing is claimed from sampling, which holds also against those who know who takes part. The other two
-    hold only against those who do not. `cap`: a larger Poisson sample is cut to so many at random.
+    "none": epsilon does not count on sampling, so that it holds also against those who know who takes part. The other
+    two hold only against those who do not. `cap`: a larger Poisson sample is cut to so many at random.
     """
 
     sampling: Sampling = "none"
@@ -42,14 +43,14 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:
-            raise ValueError(f"a sampling rate is above 0 and at most 1, not {self.rate}")
+            raise StrategyError(f"a sampling rate is above 0 and at most 1, not {self.rate}")
         if (self.sampling == "fixed" or self.cap is not None) and self.population < 1:
-            raise ValueError("samples of fixed or capped size need to know the population")
+            raise StrategyError("samples of fixed or capped size need to know the population")
 
 
 @runtime_checkable
 class RingNoise(Protocol):
-    """Noise of whole numbers, added by several clients; hashable, like all that an epsilon depends on."""
+    """Noise of whole numbers that several clients add; hashable, like everything that an epsilon depends on."""
 
     def __hash__(self) -> int: ...
 
@@ -70,10 +71,10 @@ Noise = Gaussian | RingNoise
 
 @dataclass(frozen=True)
 class Epsilon:
-    """What `steps` noisy sums cost one unit, and under which reading it is true.
+    """What `steps` noisy sums cost one unit, and the reading under which it is true.
 
-    `relation` is what two neighbouring populations differ by. `simulated`: the noise came from a seed, so that who
-    knows the seed can take it out again; the number says what fresh noise would have given.
+    `relation` is the difference between two neighboring populations. `simulated`: the noise came from a seed, so that
+    whoever knows the seed can remove it; the number is what fresh noise would have given.
     """
 
     epsilon: float
@@ -99,9 +100,9 @@ class Epsilon:
 
 
 def spent(noise: Noise, scheme: Scheme, steps: int, delta: float, unit: Unit, *, simulated: bool) -> Epsilon:
-    """What so many steps cost. `steps` counts the sums that one unit may be in: without sampling, its own rounds.
+    """The cost of so many steps. `steps` counts the sums that one unit may be in: without sampling, its own rounds.
 
-    What is released beside the noisy sums (losses, who takes part) is not in it.
+    Whatever is released beside the noisy sums (losses, who takes part) is not covered.
     """
     check_delta(delta)
     value, accountant = _spent(noise, scheme, steps, delta)
@@ -121,7 +122,9 @@ def least_noise(epsilon: Callable[[float], float], target: float) -> float:
     while epsilon(high) > target:
         high *= 2
         if high > MOST:
-            raise ValueError(f"no noise multiplier up to {MOST:g} gives epsilon {target}: allow more, or fewer rounds")
+            raise StrategyError(
+                f"no noise multiplier up to {MOST:g} gives epsilon {target}: allow more, or fewer rounds"
+            )
     low = high / 2
     while epsilon(low) <= target:
         low, high = low / 2, low
@@ -134,15 +137,15 @@ def least_noise(epsilon: Callable[[float], float], target: float) -> float:
 
 
 def check_target(target: float) -> None:
-    """ValueError for an epsilon that cannot be asked for."""
+    """Raises StrategyError for an epsilon that is no number above 0."""
     if not 0 < target < math.inf:
-        raise ValueError(f"epsilon must be a number above 0, not {target}")
+        raise StrategyError(f"epsilon must be a number above 0, not {target}")
 
 
 def check_delta(delta: float) -> None:
-    """ValueError for a delta that is none."""
+    """Raises StrategyError for a delta outside (0, 1)."""
     if not 0 < delta < 1:
-        raise ValueError(f"delta must be above 0 and below 1, not {delta}")
+        raise StrategyError(f"delta must be above 0 and below 1, not {delta}")
 
 
 @lru_cache(maxsize=256)
@@ -166,7 +169,7 @@ def _spent(noise: Noise, scheme: Scheme, steps: int, delta: float) -> tuple[floa
     return _of_poisson(noise.multiplier, scheme, steps, delta), "PLD"
 
 
-# dp-accounting takes a second to import, for which only those wait that ask for an epsilon.
+# dp-accounting takes a second to import, so only a call that needs an epsilon imports it.
 
 
 def _of_all(z: float, steps: int, delta: float) -> float:
@@ -209,9 +212,9 @@ def _of_ring(noise: RingNoise, scheme: Scheme, steps: int, delta: float) -> floa
     from dp_accounting.rdp import compute_epsilon
 
     if scheme.sampling == "fixed":
-        raise ValueError(
-            "no bound is at hand for noise of whole numbers and samples of fixed size: "
-            'claim nothing from sampling (sampling = "none"), or draw Poisson cohorts'
+        raise StrategyError(
+            "there is no bound for noise of whole numbers and samples of fixed size: "
+            'set privacy.dp.sampling = "none", or draw Poisson cohorts'
         )
     if scheme.sampling == "none":
         return float(compute_epsilon(ORDERS, steps * noise.rdp(ORDERS), delta)[0])

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from strategies.core.errors import StrategyError
 from strategies.core.protocol import Aggregate, Mask, Update
 from strategies.privacy.budget import Cohort
 from strategies.privacy.central import CentralDp, CentralPlan, with_noise
@@ -17,16 +18,16 @@ from strategies.privacy.clipping import bounded
 from strategies.privacy.noise_source import Words
 
 WITHIN = "dp.within"  # the name of the sum of 1[norm <= clip] - 1/2
-LARGEST_STEP = 20.0  # of the norm's logarithm: what noise may do to it in one round at most
+LARGEST_STEP = 20.0  # of the norm's logarithm in one round, whatever the noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveDp(CentralDp):
     """clip <- clip exp(-rate (b - quantile)), b the noisy share of clients with |update| <= clip; `clip` is the first.
 
-    Each client sends 1[norm <= clip] - 1/2 beside its update, and the sum gets noise of `quantile_noise`, unset a
-    twentieth of the expected cohort m. The update's noise grows to z_delta = (z^-2 - (2 quantile_noise)^-2)^(-1/2) for
-    it, so that both sums together cost what one with z does (theorem 1).
+    Each client sends 1[norm <= clip] - 1/2 beside its update, and the sum gets noise of `quantile_noise`, by
+    default a twentieth of the expected cohort. In return the update's noise grows to
+    z_delta = (z^-2 - (2 quantile_noise)^-2)^(-1/2), so that both sums together cost as much as one with z (theorem 1).
     """
 
     kind: Literal["adaptive"] = "adaptive"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
@@ -38,18 +39,20 @@ class AdaptiveDp(CentralDp):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.quantile < 1:
-            raise ValueError(f"privacy.dp.quantile is a share of the clients, above 0 and below 1, not {self.quantile}")
+            raise StrategyError(
+                f"privacy.dp.quantile is a share of the clients, above 0 and below 1, not {self.quantile}"
+            )
         if not 0 < self.rate < math.inf:
-            raise ValueError(f"privacy.dp.rate must be a number above 0, not {self.rate}")
+            raise StrategyError(f"privacy.dp.rate must be a number above 0, not {self.rate}")
         if self.quantile_noise is not None and not 0 < self.quantile_noise < math.inf:
-            raise ValueError(f"privacy.dp.quantile_noise must be a number above 0, not {self.quantile_noise}")
+            raise StrategyError(f"privacy.dp.quantile_noise must be a number above 0, not {self.quantile_noise}")
 
     def plan(self, cohort: Cohort, clients: int, rounds: int) -> "AdaptivePlan":
-        """As for fixed clipping; ValueError where the noise of the quantile alone costs more than z allows."""
+        """As for fixed clipping; StrategyError where the quantile's noise alone costs more than z allows."""
         plan = super().plan(cohort, clients, rounds)
         noise = plan.divisor / 20 if self.quantile_noise is None else self.quantile_noise
         if plan.noise_multiplier >= 2 * noise:
-            raise ValueError(
+            raise StrategyError(
                 f"a noise multiplier of {plan.noise_multiplier:.4g} leaves nothing for the clipping norm's own noise "
                 f"of {noise:.4g}, which must be above half of it: raise cohort.size or privacy.dp.quantile_noise, or "
                 f'set privacy.dp.kind = "central"'
@@ -59,7 +62,7 @@ class AdaptiveDp(CentralDp):
 
 @dataclass(frozen=True)
 class AdaptivePlan(CentralPlan):
-    """What a plan of fixed clipping says, and how the norm follows the updates."""
+    """A plan of fixed clipping, and how the norm follows the updates."""
 
     quantile: float
     rate: float
@@ -72,7 +75,7 @@ class AdaptivePlan(CentralPlan):
         return z / math.sqrt(1 - (z / (2 * self.quantile_noise)) ** 2)
 
     def encode(self, update: Update, clip: float, whole_norm: Callable[[float], float] = float) -> Update:
-        """The clipped update, and whether it had to be clipped as one more sum."""
+        """The clipped update, and as one more sum whether it had to be clipped."""
         update, norm = bounded(update, clip, self.joint, whole_norm)
         within = torch.tensor([0.5 if norm <= clip else -0.5])
         return replace(update, extras=update.extras | {WITHIN: within})

@@ -1,11 +1,11 @@
-"""What Poisson sampling adds to the privacy of a sum, for any noise of which the Rényi divergences are known."""
+"""Privacy amplification by Poisson sampling, for any noise with known Rényi divergences."""
 
 import math
 from collections.abc import Callable
 
 import numpy as np
 
-# Whole ones, for which all bounds in use are proved.
+# Whole numbers, for which all bounds in use are proved.
 ORDERS: np.ndarray = np.array([*range(2, 65), *range(68, 129, 4), *range(144, 257, 16)])
 
 
@@ -24,15 +24,15 @@ def poisson_rdp(rdp: Callable[[np.ndarray], np.ndarray], rate: float) -> np.ndar
         return plain
     log_q, log_rest = math.log(rate), math.log1p(-rate)
     factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, largest + 1)))])
-    found = np.empty(len(ORDERS))
+    bound = np.empty(len(ORDERS))
     for index, order in enumerate(ORDERS.tolist()):
         l_L = np.arange(2, order + 1)
         logs_L = factorials[order] - factorials[l_L] - factorials[order - l_L]
         logs_L += l_L * log_q + (order - l_L) * log_rest + (l_L - 1) * whole[l_L - 2]
         logs_L[1:] += math.log(3)
         first = (order - 1) * log_rest + math.log1p((order - 1) * rate)
-        found[index] = np.logaddexp.reduce(np.append(logs_L, first)) / (order - 1)
-    least: np.ndarray = np.minimum(found, plain)
+        bound[index] = np.logaddexp.reduce(np.append(logs_L, first)) / (order - 1)
+    least: np.ndarray = np.minimum(bound, plain)
     return least
 
 
@@ -44,9 +44,9 @@ def capped_epsilon(
     A run is as without the cap unless a sample exceeds it. With p the probability that one of the steps' does, (e, d)
     becomes (e, d + (1 + e^e) p): half of delta goes to each. Infinite where the cap is hit too often for that.
     """
-    found = epsilon(delta / 2)
+    whole = epsilon(delta / 2)
     cut = steps * math.exp(log_exceeds(population, rate, cap))
-    return found if found < 700 and (1 + math.exp(found)) * cut <= delta / 2 else math.inf
+    return whole if whole < 700 and (1 + math.exp(whole)) * cut <= delta / 2 else math.inf
 
 
 def log_exceeds(population: int, rate: float, cap: int) -> float:

@@ -1,7 +1,7 @@
 """Central differential privacy: the server adds normal noise to the sum (McMahan et al. 2018, arXiv 1710.06963).
 
-Clients clip, the server (or who holds the sum) draws the noise and divides by a constant. Whoever sees the sum before
-the noise sees it bare. Legend: P parameters.
+Clients clip; the holder of the sum draws the noise and divides by a constant. Whoever sees the sum before the noise
+sees it unprotected. Legend: P parameters.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from strategies.core.errors import StrategyError
 from strategies.core.live import with_frozen, without_frozen
 from strategies.core.protocol import Aggregate, Mask, Update, Vector
 from strategies.privacy.accounting import Epsilon, Gaussian, Sampling, Scheme, noise_multiplier, spent
@@ -25,8 +26,8 @@ BLOCK = 2**20  # numbers of noise at a time
 class CentralDp(Contribution, Budget):
     """sum_k w_k clip(delta_k) + N(0, z^2 clip^2), over the expected number of clients in place of the sum of weights.
 
-    The divisor is a constant, or it would give away who took part; with weights below 1 the steps are shorter for it,
-    which the server's learning rate makes up for. `sampling` "auto": Poisson cohorts count, fixed ones do not.
+    The divisor is a constant, or it would tell how many took part. With weights below 1 this shortens the steps, for
+    which a larger server learning rate makes up. `sampling` "auto": epsilon counts on Poisson cohorts alone.
     """
 
     kind: Literal["central"] = "central"
@@ -35,10 +36,10 @@ class CentralDp(Contribution, Budget):
     def __post_init__(self) -> None:
         Budget.__post_init__(self)
         if not 0 < self.clip < math.inf:
-            raise ValueError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
+            raise StrategyError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
 
     def plan(self, cohort: Cohort, clients: int, rounds: int) -> "CentralPlan":
-        """What it comes to for so many rounds with cohorts of this population; takes seconds if z is to be found."""
+        """The noise of so many rounds with cohorts of this population; takes seconds where z follows from epsilon."""
         auto: Sampling = "poisson" if cohort.kind == "poisson" else "none"
         scheme = scheme_for(cohort, clients, auto if self.sampling == "auto" else self.sampling)
         delta = delta_for(self.delta, clients)
@@ -51,7 +52,7 @@ class CentralDp(Contribution, Budget):
 
 @dataclass(frozen=True)
 class CentralPlan:
-    """z, the first clipping norm, the divisor, and under which reading epsilon is true."""
+    """z, the first clipping norm, the divisor, and the scheme under which epsilon is true."""
 
     noise_multiplier: float
     clip: float
@@ -61,7 +62,7 @@ class CentralPlan:
     joint: bool
 
     def encode(self, update: Update, clip: float, whole_norm: Callable[[float], float] = float) -> Update:
-        """On the client, after all transforms: what it adds to the sums; `whole_norm` is that of Broadcast."""
+        """The client's half, after all transforms: its part in the sums; `whole_norm` is that of `Broadcast`."""
         return bounded(update, clip, self.joint, whole_norm)[0]
 
     def decode(
@@ -69,13 +70,13 @@ class CentralPlan:
     ) -> tuple[Aggregate, float]:
         """The noisy sums as if of `divisor` clients, and the next round's clipping norm; before transforms decode.
 
-        To be called once for each round, whether clients took part or not. `live` is the strategy's: what it freezes
-        gets no noise.
+        Call it once for each round, whether clients took part or not. `live` is the strategy's: frozen coordinates get
+        no noise.
         """
         return self._noisy(aggregate, self.noise_multiplier * clip, words, live or {}), clip
 
     def spent(self, rounds: int, *, simulated: bool) -> Epsilon:
-        """What so many rounds have cost a client."""
+        """The epsilon of so many rounds for a client."""
         return spent(Gaussian(self.noise_multiplier), self.scheme, rounds, self.delta, "client", simulated=simulated)
 
     def _noisy(self, aggregate: Aggregate, deviation: float, words: Words, live: Mapping[str, Mask]) -> Aggregate:
@@ -88,7 +89,7 @@ class CentralPlan:
 
 
 def with_noise(x_P: Vector, deviation: float, words: Words) -> Vector:
-    """The vector and independent normal noise."""
+    """The vector plus independent normal noise."""
     if deviation == 0:
         return x_P
     noisy_P = x_P.clone()

@@ -1,4 +1,4 @@
-"""Bounds one client's part in all sums of a round: a weight of at most 1 and one norm for everything it sends."""
+"""The bound on a client's part in all sums of a round: a weight of at most 1 and one norm for everything it sends."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from strategies.core.errors import StrategyError
 from strategies.core.protocol import Update, Vector
 
 MARGIN = 2.0**-22  # float32 rounds each product up by less: the clipped norm is at most the bound, not about it
@@ -13,10 +14,10 @@ MARGIN = 2.0**-22  # float32 rounds each product up by less: the clipped norm is
 
 @dataclass(frozen=True)
 class Contribution:
-    """How a client's part is bounded; recipe keys of the privacy section.
+    """The recipe keys on how a client's part is bounded.
 
-    `joint`: extras are clipped together with delta, as one long vector, and get the same noise; without it nothing but
-    delta may be sent.
+    `joint`: extras are clipped together with delta, as one long vector, and get the same noise; without it clients may
+    send delta only.
     """
 
     joint: bool = False
@@ -30,15 +31,20 @@ def bounded(
 ) -> tuple[Update, float]:
     """The update with |(delta, extras)| <= clip, and the norm that it had before.
 
-    `whole_norm` is that of Broadcast: the update may be a shard.
+    `whole_norm` is that of `Broadcast`, since the update may be a shard.
 
     With a weight from 0 to 1 the client moves the sums of weight * delta and of extras by at most `clip`, together.
-    ValueError for what would not be bounded. A weight above 1 is not cut here: the rule has built its extras with it.
+    StrategyError for extras that are not clipped and for other weights: to cut a weight would not cut the extras that
+    the rule has built with it. ValueError for NaN and infinity.
     """
     if update.extras and not joint:
-        raise ValueError(f"client {update.client} sends {sorted(update.extras)} beside its delta, which nothing clips")
+        raise StrategyError(
+            f"client {update.client} sends {sorted(update.extras)} beside its delta, which nothing clips"
+        )
     if not 0 <= update.weight <= 1:
-        raise ValueError(f"client {update.client} has the weight {update.weight}, and clipping needs one from 0 to 1")
+        raise StrategyError(
+            f"client {update.client} has the weight {update.weight}, and clipping needs one from 0 to 1"
+        )
     norm = whole_norm(norm_of(update.delta, update.extras))
     if not math.isfinite(norm):
         raise ValueError(f"the update of client {update.client} holds NaN or infinity")
@@ -50,6 +56,6 @@ def bounded(
 
 
 def norm_of(delta: Vector, extras: Mapping[str, Vector]) -> float:
-    """The L2 norm of all of it as one vector."""
+    """The L2 norm of delta and extras as one vector."""
     parts = [delta, *extras.values()]
     return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))

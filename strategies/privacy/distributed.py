@@ -13,27 +13,26 @@ from typing import Literal
 import numpy as np
 import torch
 
+from strategies.core.errors import StrategyError
 from strategies.core.protocol import Aggregate, Update
 from strategies.privacy.accounting import Epsilon, RingNoise, Scheme, least_noise, spent
 from strategies.privacy.budget import Budget, Cohort, delta_for, scheme_for
 from strategies.privacy.clipping import Contribution, bounded
-from strategies.privacy.discrete_gaussian import DiscreteGaussianSum, discrete_gaussian
+from strategies.privacy.integer_noise import DiscreteGaussianSum, SkellamSum, discrete_gaussian, skellam
+from strategies.privacy.integers import inflated, largest_l1, rotate, rotate_back, rounded
 from strategies.privacy.noise_source import Words
 from strategies.privacy.ring_noise import Ring, fit
-from strategies.privacy.rotation import rotate, rotate_back
-from strategies.privacy.rounding import inflated, largest_l1, rounded
-from strategies.privacy.skellam import SkellamSum, skellam
 
 NoiseKind = Literal["skellam", "discrete_gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedDp(Contribution, Budget):
-    """sum_k round(w_k clip(delta_k) s) + noise_k: what arrives of the noise is at least that of z clip.
+    """sum_k round(w_k clip(delta_k) s) + noise_k: the noise that arrives is at least that of z clip.
 
     At least the share `survivors` of the expected cohort must arrive, or the round is aborted; the share `corrupt` may
-    leave its noise out. The rest adds z clip / sqrt(survivors - corrupt) each. `sampling` "auto" claims nothing: the
-    server knows who takes part. With "poisson" epsilon is true for those alone who see no more than the model.
+    omit its noise. Each of the rest adds z clip / sqrt(survivors - corrupt). `sampling` "auto" claims nothing: the
+    server knows who takes part. With "poisson" epsilon is true only against those who see no more than the model.
     """
 
     kind: Literal["distributed"] = "distributed"
@@ -45,23 +44,23 @@ class DistributedDp(Contribution, Budget):
     def __post_init__(self) -> None:
         Budget.__post_init__(self)
         if not 0 < self.clip < math.inf:
-            raise ValueError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
+            raise StrategyError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
         if self.noise_multiplier == 0:
-            raise ValueError('distributed noise of 0 is none: set privacy.dp.kind = "none" and keep privacy.secagg')
+            raise StrategyError('distributed noise of 0 is none: set privacy.dp.kind = "none" and keep privacy.secagg')
         if not 0 < self.survivors <= 1 or not 0 <= self.corrupt < self.survivors:
-            raise ValueError(
+            raise StrategyError(
                 f"privacy.dp.survivors and .corrupt are shares of the cohort, 0 <= corrupt < survivors <= 1, not "
                 f"{self.corrupt} and {self.survivors}"
             )
 
     def plan(self, cohort: Cohort, clients: int, rounds: int, length: int, bits: int = 32) -> "DistributedPlan":
-        """What it comes to for sums of `length` numbers (extras included) in a ring of so many bits.
+        """The noise for sums of `length` numbers (extras included) in a ring of so many bits.
 
-        ValueError where the ring is too small, saying what fits.
+        StrategyError where the ring is too small, naming what fits.
         """
         if cohort.kind == "poisson" and cohort.cap is None:
             expected = cohort.expected(clients)
-            raise ValueError(
+            raise StrategyError(
                 f"a ring must know its largest cohort: set cohort.cap, such as to "
                 f"{math.ceil(expected + 6 * math.sqrt(expected))}"
             )
@@ -75,7 +74,7 @@ class DistributedDp(Contribution, Budget):
         least = math.ceil(self.survivors * expected - 1e-9)
         honest = least - math.floor(self.corrupt * expected + 1e-9)
         if honest < 1:
-            raise ValueError(f"of {least} survivors none is honest: expect fewer corrupt clients, or larger cohorts")
+            raise StrategyError(f"of {least} survivors none is honest: expect fewer corrupt clients, or larger cohorts")
         ring = fit(cohort.largest(clients), honest, self.clip, z, length, bits)
         norm = inflated(self.clip * ring.scale, ring.dimension)
         if self.noise == "skellam":
@@ -85,9 +84,9 @@ class DistributedDp(Contribution, Budget):
 
 @dataclass(frozen=True)
 class DistributedPlan:
-    """The ring, what each client adds, how many must arrive at least, and under which reading epsilon is true.
+    """The ring, each client's noise, the least number of survivors, and the scheme under which epsilon is true.
 
-    Fewer than `least` survivors bring too little noise: their sum must not be unmasked at all.
+    Fewer than `least` survivors bring too little noise: their sum must not be unmasked.
     """
 
     noise_multiplier: float
@@ -103,7 +102,7 @@ class DistributedPlan:
     length: int
 
     def encode(self, update: Update, signs_D: np.ndarray, words: Words) -> np.ndarray:
-        """On the client, after all transforms: its noisy whole numbers (D,) int64, still to be taken modulo 2^b."""
+        """The client's half, after all transforms: its noisy whole numbers (D,) int64, not yet modulo 2^b."""
         update, _ = bounded(update, self.clip, self.joint)
         parts = [update.delta * update.weight, *(update.extras[name] for name in sorted(update.extras))]
         x_P = torch.cat(parts).double().numpy()
@@ -120,18 +119,18 @@ class DistributedPlan:
     def decode(self, total_D: np.ndarray, survivors: int, extras: Mapping[str, int], signs_D: np.ndarray) -> Aggregate:
         """The noisy sums as if of `divisor` clients, from the sum as signed numbers; `extras` are lengths by name."""
         if survivors < self.least:
-            raise ValueError(
+            raise StrategyError(
                 f"{survivors} clients' noise is less than epsilon counts on, which is that of {self.least}: the round "
                 f"is void"
             )
         x_P = torch.from_numpy(rotate_back(total_D / self.ring.scale, signs_D, self.length)).float()
         names = sorted(extras)
         delta_P, *rest = x_P.split([self.length - sum(extras.values()), *(extras[name] for name in names)])
-        found = dict(zip(names, rest, strict=True))
-        return Aggregate(self.divisor, delta_P, found, max(1, round(self.divisor)))
+        sums = dict(zip(names, rest, strict=True))
+        return Aggregate(self.divisor, delta_P, sums, max(1, round(self.divisor)))
 
     def spent(self, rounds: int, *, simulated: bool) -> Epsilon:
-        """What so many rounds have cost a client; rounds in which it did not take part need not count ("none")."""
+        """The epsilon of so many rounds for a client; with sampling "none", rounds without it need not count."""
         return spent(self.noise, self.scheme, rounds, self.delta, "client", simulated=simulated)
 
 
@@ -151,12 +150,12 @@ def _planned(
         z = least_noise(epsilon, dp.epsilon)
     ring, noise, least = dp.at(z, cohort, clients, length, bits)
     if ring.deviation == 0:
-        raise ValueError(
+        raise StrategyError(
             f"a ring of {bits} bits is too small for {ring.clients} clients with a noise multiplier of {z:.4g}: "
             f"take more bits, fewer clients, or more noise"
         )
     if scheme.cap is not None and math.isinf(spent(noise, scheme, rounds, delta, "client", simulated=True).epsilon):
-        raise ValueError(
+        raise StrategyError(
             f"a cap of {scheme.cap} on Poisson cohorts of {cohort.expected(clients):g} is reached too often for a true "
             f'epsilon: raise cohort.cap, or set privacy.dp.sampling = "none"'
         )

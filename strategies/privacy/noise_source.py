@@ -1,14 +1,14 @@
-"""Where noise comes from: uniform words that the caller provides, and exact coin flips of them.
+"""The source of noise: uniform words that the caller provides, and exact coin flips made of them.
 
-Nothing here decides what the words are. In a simulation they come from a generator of `seeds`; where noise must be
-secret, from the operating system's bytes.
+The caller decides where the words come from: in a simulation from a generator of `seeds`; where noise must be secret,
+from the operating system's bytes.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-Words = Callable[[int], np.ndarray]  # so many uniform words, (N,) uint64
+Words = Callable[[int], np.ndarray]  # gives so many uniform words, (N,) uint64
 
 LARGEST = 2**50  # of the ranges to draw from: nearly every word can be used
 
@@ -48,15 +48,15 @@ def coin_exp(words: Words, above_N: np.ndarray, under: int) -> np.ndarray:
     Canonne, Kamath, Steinke 2020 (arXiv 2004.00010), algorithm 1.
     """
     ones_N, rest_N = np.divmod(above_N, under)
-    found = _coin_exp_below_one(words, rest_N, under)
-    index = np.flatnonzero(found & (ones_N > 0))
-    done = 0
+    coins_N = _coin_exp_below_one(words, rest_N, under)
+    index = np.flatnonzero(coins_N & (ones_N > 0))
+    flips = 0
     while len(index):  # exp(-k) is k coins of exp(-1)
-        done += 1
+        flips += 1
         heads = _coin_exp_below_one(words, np.ones(len(index), np.int64), 1)
-        found[index[~heads]] = False
-        index = index[heads & (ones_N[index] > done)]
-    return found
+        coins_N[index[~heads]] = False
+        index = index[heads & (ones_N[index] > flips)]
+    return coins_N
 
 
 def _coin_exp_below_one(words: Words, above_N: np.ndarray, under: int) -> np.ndarray:

@@ -1,23 +1,24 @@
 """Example-level privacy inside a client: what DP-SGD costs one row (Abadi et al. 2016, arXiv 1607.00133).
 
-The accounting alone; the training clips each row's gradient and adds the noise before the update leaves the client.
+This is only the accounting: the client itself clips each row's gradient and adds the noise.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
+from strategies.core.errors import StrategyError
 from strategies.privacy.accounting import Epsilon, Gaussian, Scheme, noise_multiplier, spent
 from strategies.privacy.budget import Budget, delta_for
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleDp(Budget):
-    """Each step: the sum of rows' gradients, each clipped to `clip`, and noise of z clip.
+    """Each step: the sum of the rows' gradients, each clipped to `clip`, plus noise of z clip.
 
-    The unit is a row of one client: who sees every update and every model learns little about any row, and may learn
-    much about the client. Noise is chosen for the client with the fewest rows, whose rows are drawn most often.
-    `sampling` "auto" is Poisson batches, "none" is for batches in any other order.
+    The unit is a row of one client: whoever sees every update and every model learns little about any row, and may
+    learn much about the client. The noise suits the client with the fewest rows, whose rows are drawn most often.
+    `sampling` "auto" means Poisson batches, "none" batches in any other order.
     """
 
     kind: Literal["example"] = "example"
@@ -26,14 +27,14 @@ class ExampleDp(Budget):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.clip < math.inf:
-            raise ValueError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
+            raise StrategyError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
         if self.sampling == "fixed":
-            raise ValueError('privacy.dp.sampling "fixed" is not for rows: draw Poisson batches, or claim "none"')
+            raise StrategyError('privacy.dp.sampling "fixed" is not for rows: draw Poisson batches, or claim "none"')
 
     def plan(self, fewest_rows: int, batch: int, steps: int) -> "ExamplePlan":
-        """For `steps` local steps over all rounds that a client may be in, of `batch` rows each on average."""
+        """The noise for `steps` local steps of `batch` rows on average, over all rounds that a client may be in."""
         if fewest_rows < 1 or batch < 1:
-            raise ValueError(f"clients need rows and batches need size, not {fewest_rows} and {batch}")
+            raise StrategyError(f"clients need rows and batches need size, not {fewest_rows} and {batch}")
         scheme = Scheme() if self.sampling == "none" else Scheme("poisson", min(1.0, batch / fewest_rows))
         delta = delta_for(self.delta, fewest_rows, "row")
         z = self.noise_multiplier
@@ -45,7 +46,7 @@ class ExampleDp(Budget):
 
 @dataclass(frozen=True)
 class ExamplePlan:
-    """z, the gradients' clipping norm, and under which reading epsilon is true."""
+    """z, the gradients' clipping norm, and the scheme under which epsilon is true."""
 
     noise_multiplier: float
     clip: float
@@ -53,5 +54,5 @@ class ExamplePlan:
     delta: float
 
     def spent(self, steps: int, *, simulated: bool) -> Epsilon:
-        """What so many local steps have cost a row of the client with the fewest rows; others' rows cost less."""
+        """The epsilon of so many local steps for a row of the client with the fewest rows; others' rows cost less."""
         return spent(Gaussian(self.noise_multiplier), self.scheme, steps, self.delta, "example", simulated=simulated)

@@ -1,20 +1,20 @@
-"""How finely a ring of integers modulo 2^b can hold noisy sums. Legend: D coordinates after the rotation."""
+"""The resolution of noisy sums in a ring of integers modulo 2^b. Legend: D coordinates after the rotation."""
 
 import math
 from dataclasses import dataclass
 
-from strategies.privacy.discrete_gaussian import LARGEST
-from strategies.privacy.rotation import padded
+from strategies.privacy.integer_noise import LARGEST
+from strategies.privacy.integers import padded
 
-WRAP = 1e-6  # of a round: the probability that the rotation leaves a coordinate larger than planned, or the noise does
+WRAP = 1e-6  # the probability, in a round, that rotation or noise makes a coordinate larger than planned
 
 
 @dataclass(frozen=True)
 class Ring:
-    """At most `clients` clients, `scale` ring steps for 1, noise of `deviation` steps from each of them.
+    """At most `clients` clients, `scale` ring steps for 1, noise of `deviation` steps from each client.
 
-    `signal`: what a coordinate of the sum reaches before the noise, but for a probability of WRAP. A deviation of 0
-    says that the ring is too small.
+    A coordinate of the sum stays within `signal` before the noise, except with a probability of WRAP. A deviation of 0
+    means that the ring is too small.
     """
 
     clients: int
@@ -36,12 +36,12 @@ class Ring:
 
     @property
     def bound(self) -> int:
-        """What a coordinate of the noisy sum stays within, but for `wrap_probability`; it fits the ring."""
+        """A coordinate of the noisy sum stays within it, except with `wrap_probability`; it fits the ring."""
         return math.ceil(self.signal + _widths(self.dimension) * self.noise)
 
     @property
     def wrap_probability(self) -> float:
-        """A bound on the probability that any coordinate of a round wraps, the noise taken for normal.
+        """A bound on the probability that any coordinate of a round wraps, with the noise taken as normal.
 
         A wrapped coordinate is wrong by the whole ring; the privacy is the same, since it needs no more than the
         noisy sum modulo 2^b.
@@ -51,7 +51,7 @@ class Ring:
 
 
 def fit(clients: int, honest: int, clip: float, noise_multiplier: float, length: int, bits: int) -> Ring:
-    """The finest ring steps for z clip of noise from `honest` clients, all `clients` adding their part.
+    """The finest ring steps for z clip of noise from `honest` clients, where all `clients` add their part.
 
     After a random rotation a coordinate of the sum, of norm n clip at most, exceeds t with a probability of at most
     2 exp(-t^2 D / (2 n^2 clip^2)) (Hoeffding), for D of them; rounding adds less than 1 for each client. Signal and
@@ -70,5 +70,5 @@ def fit(clients: int, honest: int, clip: float, noise_multiplier: float, length:
 
 
 def _widths(dimension: int) -> float:
-    """How many standard deviations hold all coordinates of a normal vector, but for a probability of WRAP."""
+    """The standard deviations that hold all coordinates of a normal vector, except with a probability of WRAP."""
     return max(6.0, math.sqrt(2 * math.log(2 * dimension / WRAP)))

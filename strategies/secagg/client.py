@@ -1,7 +1,7 @@
-"""A client of secure aggregation: a state machine that is asked once for each message and forgets its secrets early.
+"""A client of secure aggregation: a state machine that gives each message once and forgets its secrets early.
 
-Bell et al. 2020, algorithm 3; Bonawitz et al. 2017, figure 4, for the active profile. Whatever is out of turn or out of
-order aborts the session on this client's side: it forgets everything and answers nothing more.
+Bell et al. 2020, algorithm 3; Bonawitz et al. 2017, figure 4, for the active profile. Any message that is out of turn
+or malformed aborts the session for this client: it forgets everything and answers nothing more.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,23 +23,23 @@ from strategies.secagg.messages import (
     Unmasking,
     UnmaskRequest,
 )
-from strategies.secagg.parameters import neighbours
+from strategies.secagg.parameters import neighbors
 from strategies.secagg.primitives import KEY_BYTES, Tampered
 from strategies.secagg.protocol import BOX, Phase, SecAggAbort, Session, box_context, once, signed_survivors
 from strategies.secagg.shamir import SHARE_BYTES
 
 
 @dataclass(repr=False)
-class ClientState:
+class Secrets:
     """What a client keeps between messages: numbers, text and bytes only. It is never printed.
 
-    `done` is the last phase that it has been through. `shares` is by author: a share of the mask seed, then of the
-    private mask key. `box_keys` and `pair_keys` are shared with a neighbour each; the private keys that they come from
-    are gone by then.
+    `phase` is the last one that it completed. `shares` is by author: a share of the mask seed, then of the private mask
+    key. `box_keys` and `pair_keys` have one key for each neighbor; the private keys that they come from are erased
+    before.
     """
 
     client: int
-    done: str = ""
+    phase: str = ""
     identity: bytes = b""
     roster: dict[int, bytes] = field(default_factory=dict)
     cipher_key: bytes = b""
@@ -57,7 +57,7 @@ class ClientState:
 class Client:
     """Plays one session. In the active profile `identity` is its private Ed25519 key, `roster` everybody's public one.
 
-    Both come from outside of the session, since the server could lie about them.
+    Both come from outside the session, since the server could lie about them.
     """
 
     def __init__(
@@ -67,25 +67,25 @@ class Client:
             raise ValueError("the active profile needs the client's identity key and everybody's public ones")
         self.session = session
         self._primitives = session.primitives
-        self._state = ClientState(client, identity=identity, roster=dict(roster or {}))
+        self._state = Secrets(client, identity=identity, roster=dict(roster or {}))
 
     def plain(self) -> dict[str, Any]:
-        """The state as plain data, secrets included: for this client's own memory, and to no one else."""
+        """The state as plain data, secrets included: for this client alone."""
         return asdict(self._state)
 
     @classmethod
     def from_plain(cls, session: Session, plain: Mapping[str, Any]) -> "Client":
         """The client that `plain` was taken from."""
-        state = ClientState(**plain)
+        state = Secrets(**plain)
         client = cls(session, state.client, state.identity, state.roster)
         client._state = state
         return client
 
     def __repr__(self) -> str:
-        return f"Client({self._state.client}, done={self._state.done!r})"
+        return f"Client({self._state.client}, phase={self._state.phase!r})"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a client's secrets stay where they are; its own memory may keep plain()")
+        raise TypeError("a client's secrets stay where they are; only the client itself may keep plain()")
 
     def keys(self) -> Keys:
         """First trip: fresh keys, one to encrypt shares, one to agree on masks."""
@@ -106,7 +106,7 @@ class Client:
             self._check(listed)
             state.sid = self.session.identity(listed)
             order = [keys.client for keys in listed.keys]
-            around = neighbours(order, order.index(state.client), parameters)
+            around = neighbors(order, order.index(state.client), parameters)
             public = {keys.client: keys for keys in listed.keys}
             try:
                 cipher_keys = {v: public[v].cipher_key for v in around}
@@ -136,13 +136,13 @@ class Client:
         return MaskedSum((self._state.client,), values, self.session.sums.nbytes)
 
     def masks(self, inbox: Inbox) -> Masks:
-        """Third trip of a client that is several ranks: the masks, from which each rank applies its own slice once."""
+        """Third trip of a client that is several ranks: the masks, of which each rank applies its own slice once."""
         state = self._state
         with self._turn("masked input", after="shares"):
             if inbox.client != state.client or not set(inbox.boxes) <= set(state.box_keys):
-                raise SecAggAbort("masked input", "got boxes that are not from its neighbours to it")
-            own = 1 if self.session.parameters.complete else 0
-            self.session.enough(len(inbox.boxes) + own, "masked input", f"client {state.client}'s secrets")
+                raise SecAggAbort("masked input", "the boxes are not from its neighbors to it")
+            holders = len(inbox.boxes) + self.session.parameters.complete  # on a complete graph the client is one too
+            self.session.enough(holders, "masked input", f"client {state.client}'s secrets")
             for v, box in inbox.boxes.items():
                 try:
                     context = box_context(state.sid, v, state.client)
@@ -169,7 +169,7 @@ class Client:
             return Agreement(state.client, self._primitives.sign(state.identity, text))
 
     def unmask(self, request: UnmaskRequest) -> Unmasking:
-        """Last trip: a share of the seed of who is alive, of the mask key of who is dead, and never both of one."""
+        """Last trip: a share of each living client's seed or dead client's mask key, never both of the same client."""
         state, active = self._state, self.session.parameters.active
         with self._turn("unmask", after="agreement" if active else "masked input"):
             alive, dead = once(request.alive, "unmask"), once(request.dead, "unmask")
@@ -189,32 +189,32 @@ class Client:
 
     @contextmanager
     def _turn(self, phase: Phase, after: str) -> Iterator[None]:
-        """One phase, once, after the one before; whatever goes wrong ends the session for this client."""
+        """Runs one phase, once, after the phase `after`; any error ends the session for this client."""
         state = self._state
         try:
-            if state.done != after:
-                raise SecAggAbort(phase, f"asked out of turn, after {state.done!r} in place of {after!r}")
+            if state.phase != after:
+                raise SecAggAbort(phase, f"asked out of turn, after {state.phase!r} in place of {after!r}")
             yield
-            state.done = phase
+            state.phase = phase
         except Exception:
-            self._state = ClientState(state.client, done="aborted")
+            self._state = Secrets(state.client, phase="aborted")
             raise
 
     def _check(self, listed: KeyList) -> None:
-        """Aborts unless the server's list of keys can be what it should be."""
+        """Aborts unless the server's list of keys is consistent with the session and with this client's keys."""
         state, parameters = self._state, self.session.parameters
         if (listed.degree, listed.threshold) != (parameters.degree, parameters.threshold):
-            raise SecAggAbort("shares", "the server means to use another number of neighbours or another threshold")
+            raise SecAggAbort("shares", "the server means to use another number of neighbors or another threshold")
         clients = once([keys.client for keys in listed.keys], "shares")
         fewest = parameters.threshold if parameters.complete else parameters.degree + 1
         if not fewest <= len(clients) <= parameters.clients:
             raise SecAggAbort("shares", f"{len(clients)} clients offer keys; it takes {fewest} to {parameters.clients}")
-        own = [keys.cipher_key + keys.mask_key for keys in listed.keys if keys.client == state.client]
-        if own != [state.offered]:
+        echoed = [keys.cipher_key + keys.mask_key for keys in listed.keys if keys.client == state.client]
+        if echoed != [state.offered]:
             raise SecAggAbort("shares", "the keys that this client offered are missing or altered")
         everything = [key for keys in listed.keys for key in (keys.cipher_key, keys.mask_key)]
         if len(set(everything)) != len(everything) or any(len(key) != KEY_BYTES for key in everything):
-            raise SecAggAbort("shares", "a key is offered twice, or is none")
+            raise SecAggAbort("shares", "a key is offered twice, or is not a key")
         if parameters.active:
             for keys in listed.keys:
                 public = state.roster.get(keys.client, b"")

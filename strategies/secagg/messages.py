@@ -41,7 +41,7 @@ class KeyList:
 
 @dataclass(frozen=True)
 class Shares:
-    """Client to server, second trip: a commitment to its mask seed, and a sealed box for each neighbour."""
+    """Client to server, second trip: a commitment to its mask seed, and a sealed box for each neighbor."""
 
     client: int
     commitment: bytes
@@ -55,7 +55,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Inbox:
-    """Server to a client: the boxes for it by sender, which says too which of its neighbours are left."""
+    """Server to a client: the boxes for it by sender; the senders are the neighbors that are left."""
 
     client: int
     boxes: dict[int, bytes] = field(repr=False)
@@ -68,7 +68,7 @@ class Inbox:
 
 @dataclass(frozen=True)
 class MaskedSum:
-    """Clients to server, third trip: the sum of the masked vectors of one client, or of all those of a slot.
+    """Clients to server, third trip: the masked vector of one client, or the sum of those of a slot's clients.
 
     `vector_bytes` is one client's vector on the wire.
     """
@@ -78,20 +78,20 @@ class MaskedSum:
     vector_bytes: int
 
     def plus(self, other: "MaskedSum") -> "MaskedSum":
-        """Both together, in this one's memory."""
+        """The sum of both, which reuses this vector's memory."""
         values = self.values
         values += other.values
         return MaskedSum(self.clients + other.clients, values, self.vector_bytes)
 
     @property
     def nbytes(self) -> int:
-        """What its clients would send, each for itself."""
+        """The bytes of its clients' messages, each sent by itself."""
         return len(self.clients) * (CLIENT_BYTES + self.vector_bytes)
 
 
 @dataclass(frozen=True)
 class Survivors:
-    """Server to clients: whose masked input came. In the active profile they sign it."""
+    """Server to clients: the clients whose masked input arrived. In the active profile they sign it."""
 
     clients: tuple[int, ...]
 
@@ -116,7 +116,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class UnmaskRequest:
-    """Server to a client: which of its neighbours (and itself) gave their masked input, and which dropped out."""
+    """Server to a client: which of its neighbors (and itself) gave their masked input, and which dropped out."""
 
     client: int
     alive: tuple[int, ...]
@@ -139,7 +139,7 @@ class Unmasking:
 
     @property
     def nbytes(self) -> int:
-        """The shares and whose they are."""
+        """The shares and their owners."""
         return CLIENT_BYTES + boxes_bytes(self.seeds) + boxes_bytes(self.keys)
 
 

@@ -1,7 +1,7 @@
-"""The neighbour graph of a session: how many neighbours k, how many shares t, and who is whose neighbour.
+"""The neighbor graph of a session: the number of neighbors k, the threshold t, and everybody's neighbors.
 
 Bell et al. 2020 (CCS, "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead"), sections 3 and 4: clients
-stand in a random order on a ring and know the k/2 next ones on either side (a Harary graph). k and t are the smallest
+stand in a random order on a ring and know the next k/2 on either side (a Harary graph). k and t are the smallest
 that keep every client's mask with a probability of 1 - 2^-40 and recover every drop-out with 1 - 2^-20. With k = n - 1
 the graph is complete, which is Bonawitz et al. 2017 (CCS, "Practical Secure Aggregation").
 """
@@ -10,21 +10,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SECURITY = -41 * math.log(
-    2
-)  # half of 2^-40 each: the graph is not connected, or a client has too many corrupt neighbours
+from strategies.core.errors import StrategyError
+
+# Half of 2^-40 each: the graph is not connected, or a client has too many corrupt neighbors.
+SECURITY = -41 * math.log(2)
 FAILURE = -20 * math.log(2)
-SMALLEST_RING = 100  # below, a share of the clients is so few that the ring's probabilities say little
+SMALLEST_RING = 100  # below, shares of the clients are so few clients that probabilities say little
 LARGEST_ACTIVE = 200  # every client of a complete graph checks everybody's signature
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """n clients are invited, each has `degree` neighbours, and `threshold` shares recover a secret.
+    """n clients are invited, each has `degree` neighbors, and `threshold` shares recover a secret.
 
     `active`: clients sign their keys and agree on the survivors, which holds against a server that lies. It needs the
-    complete graph, since a server that lies would also draw the ring, and thresholds above n/2, since two different
-    lists of survivors must not both find enough signatures.
+    complete graph, since a lying server would also choose the ring, and thresholds above n/2, since two different lists
+    of survivors must not both get enough signatures.
     """
 
     clients: int
@@ -35,35 +36,35 @@ class Parameters:
     def __post_init__(self) -> None:
         n, k, t = self.clients, self.degree, self.threshold
         if n < 2:
-            raise ValueError(f"secure aggregation needs a cohort of at least 2 clients, not {n}")
+            raise StrategyError(f"secure aggregation needs a cohort of at least 2 clients, not {n}")
         if not (k == n - 1 or (2 <= k < n and k % 2 == 0)):
-            raise ValueError(f"the number of neighbours must be {n - 1} or an even number below, not {k}")
+            raise StrategyError(f"the number of neighbors must be {n - 1} or an even number below, not {k}")
         if not 2 <= t <= self.holders:
-            raise ValueError(f"the threshold must be 2 to {self.holders}, the number of who holds a share, not {t}")
+            raise StrategyError(f"the threshold must be 2 to {self.holders}, the number of holders of a share, not {t}")
         if self.active and (not self.complete or n > LARGEST_ACTIVE or 2 * t <= n):
-            raise ValueError(
+            raise StrategyError(
                 f"the active profile needs the complete graph, a cohort of at most {LARGEST_ACTIVE}, and a threshold "
-                f"above half of it: got {k} neighbours, a cohort of {n} and a threshold of {t}"
+                f"above half of it, not {k} neighbors, a cohort of {n} and a threshold of {t}"
             )
 
     @property
     def complete(self) -> bool:
-        """Whether everybody is everybody's neighbour."""
+        """Whether all clients are neighbors."""
         return self.degree == self.clients - 1
 
     @property
     def holders(self) -> int:
-        """How many hold a share of one client's secrets.
+        """The number of holders of a share of one client's secrets.
 
-        On the complete graph that is everybody, the client too, as in Bonawitz et al. On a ring it is the neighbours
-        alone: `choose` counts corrupt and surviving neighbours, and where t1 + k is odd, a share that the client held
-        of its own seed would be the one that completes a lying server's second set.
+        On the complete graph everybody holds one, the client too, as in Bonawitz et al. On a ring only the neighbors
+        do: `choose` counts corrupt and surviving neighbors, and where t1 + k is odd, the client's share of its own
+        secret would complete a lying server's second set.
         """
         return self.clients if self.complete else self.degree
 
 
-def neighbours(order: Sequence[int], place: int, parameters: Parameters) -> tuple[int, ...]:
-    """The neighbours of who stands at `place` if clients stand on the ring in this order."""
+def neighbors(order: Sequence[int], place: int, parameters: Parameters) -> tuple[int, ...]:
+    """The neighbors of the client at `place` if clients stand on the ring in this order."""
     if parameters.complete:
         return tuple(v for i, v in enumerate(order) if i != place)
     half = parameters.degree // 2
@@ -74,13 +75,13 @@ def neighbours(order: Sequence[int], place: int, parameters: Parameters) -> tupl
 def choose(
     clients: int, corrupt: float = 0.05, dropout: float = 0.05, semi_malicious: bool = False, active: bool = False
 ) -> Parameters:
-    """The smallest k, and the smallest t for it, that bear these shares of corrupt clients and of drop-outs.
+    """The smallest k, and the smallest t for it, that tolerate these shares of corrupt clients and of drop-outs.
 
     `semi_malicious`: the server sets the graph up honestly and lies afterwards about who dropped out. Small cohorts and
-    the active profile get the complete graph. ValueError where no t bears both shares.
+    the active profile get the complete graph. StrategyError where no t tolerates both shares.
     """
     if not (0 <= corrupt < 1 and 0 <= dropout < 1):
-        raise ValueError(f"shares of corrupt clients and drop-outs must be in [0, 1), not {corrupt} and {dropout}")
+        raise StrategyError(f"shares of corrupt clients and drop-outs must be in [0, 1), not {corrupt} and {dropout}")
     most_corrupt = math.floor(clients * corrupt + 1e-9)
     survivors = math.ceil(clients * (1 - dropout) - 1e-9)
     if clients >= SMALLEST_RING and not active:
@@ -88,7 +89,7 @@ def choose(
         for k in range(2, clients - 1, 2):
             if k > most_lost or _log_disconnected(clients, k, most_lost) < SECURITY:
                 t1 = _most_in_sample(clients, most_corrupt, k, SECURITY - math.log(clients))
-                # The others are the complement: fewer than x survivors is more than k - x who drop out.
+                # Survivors are the complement: fewer than x of them means that more than k - x drop out.
                 t2 = k - _most_in_sample(clients, clients - survivors, k, FAILURE - math.log(clients))
                 if semi_malicious:
                     t1 = math.ceil((t1 + k - 1.25) / 2)
@@ -100,15 +101,15 @@ def choose(
     # A majority costs nothing where so many survive.
     t = max(2, least, min(survivors, clients // 2 + 1))
     if t > max(survivors, 2):
-        raise ValueError(
-            f"no threshold bears {most_corrupt} corrupt clients and {clients - survivors} drop-outs of {clients}: "
+        raise StrategyError(
+            f"no threshold tolerates {most_corrupt} corrupt clients and {clients - survivors} drop-outs of {clients}: "
             f"{least} shares would be needed, and {survivors} clients survive; expect fewer of either"
         )
     return Parameters(clients, clients - 1, t, active)
 
 
 def _log_disconnected(n: int, k: int, lost: int) -> float:
-    """Log of the bound on the probability that the ring falls apart when `lost` random clients are taken out of it."""
+    """Log of a bound on the probability that the ring is disconnected when `lost` random clients are removed."""
     pairs = n * (n - k - 1) / 2
     return (
         math.log(pairs)
@@ -120,7 +121,7 @@ def _log_disconnected(n: int, k: int, lost: int) -> float:
 
 
 def _most_in_sample(n: int, marked: int, drawn: int, log_bound: float) -> int:
-    """The least x with P[X > x] <= exp(log_bound), X marked ones among `drawn` of n without replacement."""
+    """The least x with P[X > x] <= exp(log_bound), X the marked among `drawn` of n without replacement."""
     tail = 0.0
     for x in range(min(marked, drawn), max(0, drawn - (n - marked)), -1):
         tail += math.exp(_log_choose(marked, x) + _log_choose(n - marked, drawn - x) - _log_choose(n, drawn))

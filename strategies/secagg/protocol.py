@@ -1,4 +1,4 @@
-"""What all parties of a session know beforehand, what identifies it, and how it ends early.
+"""What all parties of a session know beforehand, its identity, and its early end.
 
 SecAgg+ (Bell et al. 2020, CCS, algorithms 2 and 3) on the complete graph is SecAgg (Bonawitz et al. 2017, CCS, figure
 4). The trips, as `client.py` and `server.py` play them: keys, shares, masked input, agreement (active profile), unmask.
@@ -34,7 +34,7 @@ class SecAggAbort(Exception):
 
 @dataclass(frozen=True)
 class Session:
-    """One aggregation: everybody was told these facts by the recipe, and nobody takes others from the server.
+    """One aggregation: everybody knows these facts from the recipe, and nobody accepts others from the server.
 
     `attempt` counts the sessions of a round, each with keys of its own.
     """
@@ -58,7 +58,7 @@ class Session:
 
     @property
     def facts(self) -> bytes:
-        """All of this as bytes."""
+        """All fields as bytes."""
         p = self.parameters
         numbers = f"{self.round}/{self.attempt}/{p.clients}/{p.degree}/{p.threshold}/{p.active}/{self.mode}"
         return TAG + numbers.encode() + self.sums.digest
@@ -70,11 +70,11 @@ class Session:
         return sha256(self.facts + _number(len(keys)) + order + b"".join(keys)).digest()
 
     def mask_purpose(self, kind: Literal["pair", "self"]) -> bytes:
-        """What a mask's key is for: keys of another vector have nothing to do with it."""
+        """The purpose of a mask's key, which makes it independent of the keys for other vectors."""
         return f"fedpost secagg mask/{kind}/sums/{self.sums.length}/{self.sums.bits}".encode()
 
     def signed_keys(self, keys: Keys) -> bytes:
-        """What a client signs when it offers its keys."""
+        """The text that a client signs when it offers its keys."""
         return (
             b"fedpost secagg keys"
             + sha256(self.facts).digest()
@@ -92,12 +92,12 @@ class Session:
 
 
 def box_context(sid: bytes, sender: int, recipient: int) -> bytes:
-    """What a box of shares is bound to."""
+    """The context that a box of shares is bound to."""
     return sid + _number(sender) + _number(recipient)
 
 
 def signed_survivors(sid: bytes, clients: Iterable[int]) -> bytes:
-    """What clients sign when they agree on who survived."""
+    """The text that clients sign when they agree on the survivors."""
     return b"fedpost secagg survivors" + sid + numbers(sorted(clients))
 
 
@@ -108,10 +108,10 @@ def numbers(clients: Iterable[int]) -> bytes:
 
 def once(clients: Sequence[int], phase: Phase) -> set[int]:
     """The clients as a set; aborts if one is named twice."""
-    found = set(clients)
-    if len(found) != len(clients):
+    distinct = set(clients)
+    if len(distinct) != len(clients):
         raise SecAggAbort(phase, "a client is named twice")
-    return found
+    return distinct
 
 
 def _number(client: int) -> bytes:

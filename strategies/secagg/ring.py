@@ -1,4 +1,4 @@
-"""Fixed point: clients' vectors as integers modulo 2^b whose sum cannot wrap. Legend: L coordinates, n invited clients.
+"""Fixed point: clients' vectors as integers modulo 2^b whose sum cannot wrap. Legend: L coordinates, n clients.
 
 Bonawitz et al. 2019 (arXiv 1912.00131) and Kairouz et al. 2021 (arXiv 2102.06387), section 4: clip, scale, round at
 random, reduce. All sums of a session are one ring vector: a coordinate that is 1 for each client, the weight if a sum
@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from strategies.core.errors import StrategyError
 from strategies.secagg.masks import wrap
 
 BLOCK = 16_384  # elements at a time: the float64 intermediate stays in the cache
@@ -28,7 +29,7 @@ class Sum:
 
     "weighted" and "plain" are numbers, clipped to +-bound; the first are multiplied by the client's weight. "count" is
     whole numbers of 0 to `bound`. "noisy" is whole numbers that the caller has scaled and added noise to: they are
-    reduced and not refused, and `bound` is what their sum stays within (see `wrap_probability`).
+    reduced and never refused, and `bound` is that of their sum (see `wrap_probability`).
     """
 
     name: str
@@ -38,16 +39,16 @@ class Sum:
 
     def __post_init__(self) -> None:
         if self.length < 0 or not 0 < self.bound < math.inf:
-            raise ValueError(
+            raise StrategyError(
                 f"the sum {self.name!r} needs a bound above 0 and a length, not {self.bound}, {self.length}"
             )
         if self.kind in ("count", "noisy") and self.bound != int(self.bound):
-            raise ValueError(f"the bound of the sum {self.name!r} is a whole number, not {self.bound}")
+            raise StrategyError(f"the bound of the sum {self.name!r} is a whole number, not {self.bound}")
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What the server learns: how many clients, the sum of their weights (their number without any), and the sums."""
+    """What the server learns: the number of clients, the sum of their weights (without any, their number), the sums."""
 
     count: int
     weight: float
@@ -60,7 +61,7 @@ class Sums:
 
     Weights, from 0 to 1, are rounded to steps of 1 / `levels` before anything is multiplied, so that a mean is exact
     for the weights that the sum of weights holds; by default there are as many levels as the ring can add up.
-    ValueError where the ring is too small, saying what fits.
+    StrategyError where the ring is too small, saying what fits.
     """
 
     sums: tuple[Sum, ...]
@@ -70,32 +71,32 @@ class Sums:
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 32:
-            raise ValueError(f"secure aggregation's ring has 2 to 32 bits, not {self.bits}")
+            raise StrategyError(f"secure aggregation's ring has 2 to 32 bits, not {self.bits}")
         if len({entry.name for entry in self.sums}) != len(self.sums):
             raise ValueError("two sums have the same name")
         if self.peak < 2:
-            raise ValueError(
+            raise StrategyError(
                 f"a cohort of {self.clients} does not fit a ring of {self.bits} bits: at most {self.half // 2} clients "
                 f"do; take more bits or a smaller cohort"
             )
         if self.levels is not None and not 1 <= self.levels <= self.room:
-            raise ValueError(f"weights may have 1 to {self.room} levels in this ring, not {self.levels}")
+            raise StrategyError(f"weights may have 1 to {self.room} levels in this ring, not {self.levels}")
         for entry in self.sums:
             if entry.kind == "count" and entry.bound > self.room:
-                raise ValueError(
+                raise StrategyError(
                     f"the sum {entry.name!r} counts up to {int(entry.bound)} for each client, and this ring adds "
                     f"{self.room} for each of {self.clients}"
                 )
             if entry.kind == "noisy" and entry.bound > self.half:
-                raise ValueError(
+                raise StrategyError(
                     f"the sum {entry.name!r} reaches {int(entry.bound)}, and this ring ends at {self.half}"
                 )
             if not math.isfinite(self.peak / entry.bound):
-                raise ValueError(f"the bound of the sum {entry.name!r} is too small: {entry.bound}")
+                raise StrategyError(f"the bound of the sum {entry.name!r} is too small: {entry.bound}")
 
     @property
     def half(self) -> int:
-        """The largest number that a sum may have: above are the negative ones."""
+        """The largest value of a sum: greater ring elements stand for negative values."""
         return int(2 ** (self.bits - 1)) - 1
 
     @property
@@ -110,7 +111,7 @@ class Sums:
 
     @property
     def weight_levels(self) -> int:
-        """How many steps a weight may have; 0 if no sum is weighted."""
+        """The number of steps of a weight; 0 if no sum is weighted."""
         if all(entry.kind != "weighted" for entry in self.sums):
             return 0
         return self.room if self.levels is None else self.levels
@@ -118,11 +119,11 @@ class Sums:
     @property
     def starts(self) -> dict[str, int]:
         """The first coordinate of each sum."""
-        found, at = {}, 2 if self.weight_levels else 1
+        starts, at = {}, 2 if self.weight_levels else 1
         for entry in self.sums:
-            found[entry.name] = at
+            starts[entry.name] = at
             at += entry.length
-        return found
+        return starts
 
     @property
     def length(self) -> int:
@@ -131,7 +132,7 @@ class Sums:
 
     @property
     def nbytes(self) -> int:
-        """What a client's vector takes on the wire, b bits a coordinate."""
+        """The size of a client's vector on the wire, at b bits a coordinate."""
         return -(-self.length * self.bits // 8)
 
     @property
@@ -142,18 +143,18 @@ class Sums:
         return sha256("\n".join(facts).encode()).digest()
 
     def scale(self, name: str) -> float:
-        """s: how many ring steps are 1 in this sum."""
+        """s: the number of ring steps for 1 in this sum."""
         entry = self._entry(name)
         return (self.peak - 1) / entry.bound if entry.kind in ("weighted", "plain") else 1.0
 
     def level(self, weight: float) -> int:
-        """A weight as a whole number of levels; ValueError above 1, where the rule's other sums would keep it whole."""
+        """A weight as a whole number of levels; StrategyError unless it is from 0 to 1."""
         if not 0 <= weight <= 1:
-            raise ValueError("a client's weight must be a number from 0 to 1")
+            raise StrategyError("a client's weight must be a number from 0 to 1")
         return round(weight * self.weight_levels)
 
     def encode(self, values: Mapping[str, np.ndarray], weight: float, rng: np.random.Generator) -> np.ndarray:
-        """A client's ring vector (L,) uint32; ValueError for NaN, infinity, and counts that are out of range."""
+        """A client's ring vector (L,) uint32; StrategyError for NaN, infinity, and counts that are out of range."""
         if set(values) != {entry.name for entry in self.sums}:
             raise ValueError(f"the sums are {[entry.name for entry in self.sums]}, not {sorted(values)}")
         encoded_L = np.empty(self.length, np.uint32)
@@ -209,7 +210,7 @@ class Sums:
         return Totals(*self.decode_head(total_L), sums)
 
     def decode_head(self, total_L: np.ndarray) -> tuple[int, float]:
-        """How many clients there are, and the sum of their weights, from the coordinates before the sums."""
+        """The number of clients and the sum of their weights, from the coordinates before the sums."""
         levels = self.weight_levels
         weight = int(total_L[1]) / levels if levels else float(total_L[0])
         return int(total_L[0]), weight
@@ -238,10 +239,10 @@ class Sums:
 def wrap_probability(sums: Sums, signal: float, sigma: float, length: int) -> float:
     """A bound on the probability that normal noise wraps any of `length` coordinates with sums up to `signal`.
 
-    ValueError unless signal + 6 sigma fits the ring.
+    StrategyError unless signal + 6 sigma fits the ring.
     """
     if signal + 6 * sigma > sums.half:
-        raise ValueError(
+        raise StrategyError(
             f"a sum of up to {signal:.3g} with noise of {sigma:.3g} does not fit a ring of {sums.bits} bits, which "
             f"ends at {sums.half}: take more bits or a coarser scale"
         )

@@ -23,7 +23,7 @@ from strategies.secagg.messages import (
     Unmasking,
     UnmaskRequest,
 )
-from strategies.secagg.parameters import neighbours
+from strategies.secagg.parameters import neighbors
 from strategies.secagg.primitives import BOX_BYTES, HASH_BYTES, Tampered
 from strategies.secagg.protocol import Phase, SecAggAbort, Session, once, signed_survivors
 from strategies.secagg.shamir import Reconstruction
@@ -34,7 +34,7 @@ class _Listed:
     """What the server knows after the first trip."""
 
     sid: bytes
-    around: dict[int, tuple[int, ...]]  # each client's neighbours
+    around: dict[int, tuple[int, ...]]  # each client's neighbors
     holders: dict[int, tuple[int, ...]]  # who holds shares of its secrets
     mask_keys: dict[int, bytes]
 
@@ -61,7 +61,7 @@ class Server:
             raise ValueError("the active profile needs everybody's public identity key")
         self.session = session
         self._primitives = session.primitives
-        self._done = ""
+        self._phase = ""
         self._invited = frozenset(invited)
         self._roster = dict(roster or {})
         self._hold = session.sums.length if hold is None else hold
@@ -73,10 +73,10 @@ class Server:
         self._removals = Masks(session.sums.bits)
 
     def __repr__(self) -> str:
-        return f"Server(round={self.session.round}, attempt={self.session.attempt}, done={self._done!r})"
+        return f"Server(round={self.session.round}, attempt={self.session.attempt}, phase={self._phase!r})"
 
     def key_list(self, keys: Iterable[Keys]) -> KeyList:
-        """First trip's end: everybody's keys, in a random order that places clients on the ring."""
+        """Ends the first trip: everybody's keys, in a random order that places clients on the ring."""
         parameters = self.session.parameters
         with self._turn("keys", after=""):
             offered = list(keys)
@@ -87,35 +87,37 @@ class Server:
             random.SystemRandom().shuffle(offered)
             listed = KeyList(tuple(offered), parameters.degree, parameters.threshold)
             order = [key.client for key in offered]
-            around = {u: neighbours(order, place, parameters) for place, u in enumerate(order)}
+            around = {u: neighbors(order, place, parameters) for place, u in enumerate(order)}
             holders = {u: (*near, u) if parameters.complete else near for u, near in around.items()}
             mask_keys = {key.client: key.mask_key for key in offered}
             self._listed = _Listed(self.session.identity(listed), around, holders, mask_keys)
             return listed
 
     def inboxes(self, shares: Iterable[Shares]) -> dict[int, Inbox]:
-        """Second trip's end: for everybody who shared, the boxes that others of them sealed for it."""
+        """Ends the second trip: for each client that shared, the boxes that the others sealed for it."""
         with self._turn("shares", after="keys"):
             sent = list(shares)
-            self._known([one.client for one in sent], self._listed.around.keys(), "shares")
-            for one in sent:
-                near = set(self._listed.around[one.client])
-                sizes = {len(box) for box in one.boxes.values()}
-                if set(one.boxes) != near or sizes != {BOX_BYTES} or len(one.commitment) != HASH_BYTES:
-                    raise SecAggAbort("shares", f"client {one.client} did not send a share to each of its neighbours")
-            self._commitments = {one.client: one.commitment for one in sent}
+            self._known([message.client for message in sent], self._listed.around.keys(), "shares")
+            for message in sent:
+                near = set(self._listed.around[message.client])
+                sizes = {len(box) for box in message.boxes.values()}
+                if set(message.boxes) != near or sizes != {BOX_BYTES} or len(message.commitment) != HASH_BYTES:
+                    raise SecAggAbort(
+                        "shares", f"client {message.client} did not send a share to each of its neighbors"
+                    )
+            self._commitments = {message.client: message.commitment for message in sent}
             self._recoverable(self._commitments.keys(), "shares")
             boxes: dict[int, dict[int, bytes]] = {u: {} for u in self._commitments}
-            for one in sent:
-                for v, box in one.boxes.items():
+            for message in sent:
+                for v, box in message.boxes.items():
                     if v in boxes:
-                        boxes[v][one.client] = box
+                        boxes[v][message.client] = box
             self._total = np.zeros(self._hold, np.uint32)
             return {u: Inbox(u, inbox) for u, inbox in boxes.items()}
 
     def add(self, masked: MaskedSum) -> None:
-        """Third trip: adds a masked vector, or a slot's sum of them, as they come."""
-        with self._turn("masked input", after="shares", done="shares"):
+        """Third trip: adds a masked vector, or a slot's sum of them."""
+        with self._turn("masked input", after="shares", reached="shares"):
             clients = self._known(masked.clients, self._commitments.keys(), "masked input")
             if clients & self._arrived:
                 raise SecAggAbort("masked input", f"client {min(clients & self._arrived)} gave a second masked input")
@@ -125,46 +127,46 @@ class Server:
             self._arrived |= clients
 
     def survivors(self) -> Survivors:
-        """Third trip's end: whose masked input came; aborts if some secret could not be recovered any more."""
+        """Ends the third trip: whose masked input arrived; aborts if a secret could not be recovered."""
         with self._turn("masked input", after="shares"):
             self._recoverable(self._arrived, "masked input")
             return Survivors(tuple(sorted(self._arrived)))
 
     def requests(self, agreements: Iterable[Agreement] = ()) -> dict[int, UnmaskRequest]:
-        """The last trip's questions, to all survivors; in the active profile, to those who agreed."""
+        """Begins the last trip: requests to all survivors, in the active profile to those who agreed."""
         signatures = {}
         after: Phase = "masked input"
         if self.session.parameters.active:
             signatures, after = self._agreed(list(agreements)), "agreement"
-        with self._turn("unmask", after, done="asked"):
+        with self._turn("unmask", after, reached="asked"):
             self._asked = set(signatures) if self.session.parameters.active else set(self._arrived)
-            found = {}
+            requests = {}
             for u in sorted(self._asked):
                 near = [v for v in (*self._listed.around[u], u) if v in self._commitments]
                 alive = tuple(v for v in near if v in self._arrived)
                 dead = tuple(v for v in near if v not in self._arrived)
-                found[u] = UnmaskRequest(u, alive, dead, signatures)
-            return found
+                requests[u] = UnmaskRequest(u, alive, dead, signatures)
+            return requests
 
     def unmask(self, answers: Iterable[Unmasking]) -> Masks:
-        """Last trip's end: recovers the masks that do not cancel, and gives what takes them out of the sum."""
+        """Ends the last trip: the masks that remove from the sum what does not cancel, from recovered secrets."""
         with self._turn("unmask", after="asked"):
             given = list(answers)
-            self._known([one.client for one in given], self._asked, "unmask")
+            self._known([answer.client for answer in given], self._asked, "unmask")
             seeds: dict[int, dict[int, bytes]] = {u: {} for u in self._arrived}
             keys: dict[int, dict[int, bytes]] = {u: {} for u in self._commitments if u not in self._arrived}
-            for one in given:
-                for shares, place in ((one.seeds, seeds), (one.keys, keys)):
+            for answer in given:
+                for shares, place in ((answer.seeds, seeds), (answer.keys, keys)):
                     for u, share in shares.items():
-                        if u not in place or one.client not in self._listed.holders[u]:
-                            raise SecAggAbort("unmask", f"client {one.client} gave shares that it was not asked for")
-                        place[u][one.client] = share
+                        if u not in place or answer.client not in self._listed.holders[u]:
+                            raise SecAggAbort("unmask", f"client {answer.client} gave shares that it was not asked for")
+                        place[u][answer.client] = share
             self._removals = self._masks_of(seeds, keys)
             return self._removals
 
     def total(self) -> np.ndarray:
         """The sum of the survivors' ring vectors (hold,) uint32, handed over."""
-        with self._turn("unmask", after="unmask", done="total"):
+        with self._turn("unmask", after="unmask", reached="total"):
             self._removals.apply(self._total)
             if len(self._total) and self._total[0] != len(self._arrived):
                 raise SecAggAbort("unmask", "the coordinate that counts clients is wrong: a vector was not as agreed")
@@ -172,7 +174,7 @@ class Server:
             return total
 
     def _masks_of(self, seeds: dict[int, dict[int, bytes]], keys: dict[int, dict[int, bytes]]) -> Masks:
-        """The opposite of the survivors' own masks and of those that they share with the dead."""
+        """The negation of the survivors' own masks and of those that they share with the dead."""
         listed, primitives, session = self._listed, self._primitives, self.session
         reconstruction = Reconstruction(session.parameters.threshold)
         added: list[bytes] = []
@@ -204,39 +206,39 @@ class Server:
     def _agreed(self, agreements: list[Agreement]) -> dict[int, bytes]:
         """The survivors' signatures."""
         with self._turn("agreement", after="masked input"):
-            self._known([one.client for one in agreements], self._arrived, "agreement")
+            self._known([agreement.client for agreement in agreements], self._arrived, "agreement")
             text = signed_survivors(self._listed.sid, self._arrived)
-            for one in agreements:
-                if not self._primitives.signed(self._roster.get(one.client, b""), one.signature, text):
-                    raise SecAggAbort("agreement", f"client {one.client} did not sign these survivors")
+            for agreement in agreements:
+                if not self._primitives.signed(self._roster.get(agreement.client, b""), agreement.signature, text):
+                    raise SecAggAbort("agreement", f"client {agreement.client} did not sign these survivors")
             self.session.enough(len(agreements), "agreement", "the survivors' secrets")
-            return {one.client: one.signature for one in agreements}
+            return {agreement.client: agreement.signature for agreement in agreements}
 
     def _recoverable(self, left: Iterable[int], phase: Phase) -> None:
-        """Aborts unless enough of those left hold shares of everybody's secrets who shared."""
+        """Aborts unless enough of those left hold shares of the secrets of each client that shared."""
         present = set(left)
         for u in sorted(self._commitments):
             self.session.enough(len(present.intersection(self._listed.holders[u])), phase, f"client {u}'s secrets")
         self.session.enough(len(present), phase, "anything")
 
     def _known(self, clients: Sequence[int], among: Iterable[int], phase: Phase) -> set[int]:
-        """The clients as a set; aborts if one is named twice or has no place here."""
-        found = once(clients, phase)
-        if strangers := found.difference(among):
+        """The clients as a set; aborts if a client is named twice or is not expected."""
+        known = once(clients, phase)
+        if strangers := known.difference(among):
             raise SecAggAbort(phase, f"client {min(strangers)} has no part in this")
-        return found
+        return known
 
     @contextmanager
-    def _turn(self, phase: Phase, after: str, done: str | None = None) -> Iterator[None]:
-        """One phase after the one before; whatever goes wrong wipes everything."""
+    def _turn(self, phase: Phase, after: str, reached: str | None = None) -> Iterator[None]:
+        """Runs one phase after the phase `after`; any error erases everything."""
         try:
-            if self._done != after:
-                raise SecAggAbort(phase, f"out of turn, after {self._done!r} in place of {after!r}")
+            if self._phase != after:
+                raise SecAggAbort(phase, f"out of turn, after {self._phase!r} in place of {after!r}")
             yield
-            self._done = done or phase
+            self._phase = reached or phase
         except Exception:
             self._total.fill(0)
             self._total = np.zeros(0, np.uint32)
             self._listed = _Listed(b"", {}, {}, {})
-            self._commitments, self._removals, self._done = {}, Masks(self.session.sums.bits), "aborted"
+            self._commitments, self._removals, self._phase = {}, Masks(self.session.sums.bits), "aborted"
             raise

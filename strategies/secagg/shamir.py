@@ -1,7 +1,7 @@
 """Shamir's secret sharing (1979) over the field of p = 2^256 + 297, the first prime above all 32-byte secrets.
 
 Plain Python integers: they are faster here than a general library's field elements. A share is the value of a random
-polynomial of degree t - 1 whose constant term is the secret; any t shares give it back, t - 1 say nothing about it.
+polynomial of degree t - 1 whose constant term is the secret; any t shares recover it, t - 1 say nothing about it.
 """
 
 import secrets
@@ -41,16 +41,16 @@ def at_zero(points: Sequence[int], prime: int = PRIME) -> list[int]:
 
 
 def _inverses(values: Sequence[int], prime: int) -> list[int]:
-    """All inverses for the price of one: products from the left, then divided out from the right (Montgomery 1987)."""
+    """All inverses by a single inversion: products from the left, then divided out from the right (Montgomery 1987)."""
     products = [1]
     for value in values:
         products.append(products[-1] * value % prime)
     rest = pow(products[-1], -1, prime)
-    found = []
+    inverses = []
     for i in range(len(values) - 1, -1, -1):
-        found.append(rest * products[i] % prime)
+        inverses.append(rest * products[i] % prime)
         rest = rest * values[i] % prime
-    return found[::-1]
+    return inverses[::-1]
 
 
 def combine(shares: Sequence[int], weights: Sequence[int], prime: int = PRIME) -> int:
@@ -66,7 +66,7 @@ def share(secret: bytes, threshold: int, clients: Sequence[int]) -> list[bytes]:
 
 
 def well_formed(text: bytes) -> bool:
-    """Whether these bytes can be a share at all."""
+    """Whether these bytes can be a share."""
     return len(text) == SHARE_BYTES and int.from_bytes(text, "big") < PRIME
 
 
@@ -83,5 +83,5 @@ class Reconstruction:
         holders = tuple(sorted(shares)[: self.threshold])
         if holders not in self._weights:
             self._weights[holders] = at_zero([holder + 1 for holder in holders])
-        found = combine([int.from_bytes(shares[holder], "big") for holder in holders], self._weights[holders])
-        return found.to_bytes(SECRET_BYTES, "big") if found < 2 ** (8 * SECRET_BYTES) else None
+        secret = combine([int.from_bytes(shares[holder], "big") for holder in holders], self._weights[holders])
+        return secret.to_bytes(SECRET_BYTES, "big") if secret < 2 ** (8 * SECRET_BYTES) else None

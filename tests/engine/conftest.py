@@ -16,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from engine.config.federation import Federation
 from engine.config.sections import FullTuning, Lora, Model
 from engine.config.train import Sgd, Train
-from engine.models.base_model import Trainable, map_base, read_base
+from engine.models.base_model import map_base, read_base
+from engine.models.trainable import Trainable
 from engine.objectives.sft import Sft
 from engine.training.local_training import LocalTrainer
 from engine.training.per_example import PrivateTrainer
@@ -73,7 +74,7 @@ def texts() -> pa.Table:
 @pytest.fixture(scope="session")
 def rows(texts: pa.Table, tokenizer: PreTrainedTokenizerFast) -> pa.RecordBatch:
     """Five encoded rows of different lengths."""
-    (batch,) = Sft(64).encode(texts, tokenizer).to_batches()
+    (batch,) = Sft().encode(texts, tokenizer, 64).to_batches()
     return batch
 
 
@@ -102,7 +103,7 @@ def make_trainer(make_trainable: Callable[..., Trainable]) -> Callable[[Federati
 
     def made(federation: Federation) -> LocalTrainer:
         trainable = make_trainable(federation.model.base, federation.model.peft)
-        return LocalTrainer.of(trainable, Sft(federation.train.max_length), 0, federation.train)
+        return LocalTrainer.of(trainable, 0, federation.train)
 
     return made
 
@@ -119,8 +120,9 @@ def make_private(make_trainable: Callable[..., Trainable], bases: dict[str, Path
             if isinstance(module, nn.Dropout):  # GPT-2 has it by default
                 module.p = 0.0
         plan = ExamplePlan(z, clip, Scheme("poisson", 1.0), 1e-5)
-        objective = options.get("objective", Sft(64))
-        trainer = PrivateTrainer.with_plan(trainable, objective, 0, train, plan)
+        plain = LocalTrainer.of(trainable, 0, train)
+        plain.objective = options.get("objective", plain.objective)
+        trainer = PrivateTrainer(plain, plan)
         trainer.words = seeded_words(np.random.default_rng(11))
         return trainer
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config.sections import Model
-from engine.models.base_model import with_adapters
+from engine.models.adapters import with_adapters
 from experiments.bench.bare import compare
 from experiments.bench.bases import bench_recipe, write_llama, write_rows
 from experiments.bench.results import Figure, Steps

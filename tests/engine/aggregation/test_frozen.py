@@ -1,14 +1,13 @@
 """What a rule freezes gets no noise and no place in secure sums. Legend: P parameters, S of a rank's shard."""
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from engine.aggregation.privacy_account import noisy, plan_noise
+from engine.aggregation.privacy_account import plan_noise
 from engine.aggregation.ring_encoding import (
     FIGURES,
     NOISY,
@@ -20,10 +19,10 @@ from engine.aggregation.ring_encoding import (
     rounding,
 )
 from engine.aggregation.ring_shard import RingShard
+from engine.aggregation.server_step import noisy, server_step
 from engine.config.privacy import Privacy, SecAgg
 from engine.config.train import Sgd, Train
 from engine.messages.wire import WireBroadcast, aggregate_from_wire
-from engine.rounds.server import WholeServer
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.scaffold import Scaffold
 from strategies.core.cohort import UniformCohort
@@ -122,17 +121,16 @@ def test_what_is_frozen_stays_bit_for_bit_and_all_else_gets_the_noise(federation
     """Clients change nothing, so that what moves is noise: of z clip / clients in each live coordinate."""
     recipe = federated(federation, strategy, KINDS[kind], "ideal" if kind == "distributed" else "off")
     plan = plan_noise(recipe, LAYOUT, 100, 4, 12).plan
-    server = WholeServer(recipe, None, SimpleNamespace(layout=LAYOUT), 100)
     state, clip = strategy.init(drawn(99), LAYOUT), CLIP
     for round_ in range(4):
-        before, frozen = state, frozen_in(strategy, round_)
+        before, frozen, live = state, frozen_in(strategy, round_), live_masks(recipe, LAYOUT, round_)
         if kind == "distributed":
             _, aggregate = secured(recipe, plan, state, updates_of(strategy, state, still=True))
-            state, _ = server.apply(state, aggregate, None, clip)
+            state, _ = server_step(state, aggregate, None, clip, recipe, LAYOUT, live)
             deviation = CLIP / CLIENTS
         else:
             deviation = (plan.update_noise if kind == "adaptive" else 1.0) * clip / CLIENTS
-            state, clip = server.apply(state, None, plan, clip)
+            state, clip = server_step(state, None, plan, clip, recipe, LAYOUT, live)
         moved = state.params - before.params
         assert torch.equal(state.params[frozen], before.params[frozen])
         assert moved[~frozen].all()

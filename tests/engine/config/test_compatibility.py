@@ -19,7 +19,7 @@ LIKE_RANKS = 'model.peft={kind="lora", r=8, ranks=[{r=4, share=0.5}, {r=8, share
         ([LIKE_RANKS], r"'fedavg' needs one rank .* use 'flora' or 'flexlora' or 'hetlora'", ["strategy=hetlora"]),
         (
             ["strategy=feddpa", "model.peft={kind='lora', r=3}"],
-            r"splits the rank into 2 equal parts, .* 3: set it to 4",
+            r"2 equal parts, .* 3: set it to 4",
             ["model.peft.r=4"],
         ),
         (["strategy={kind='krum', f=2}"], r"needs at least 7 clients .* is 5: raise it to 7", ["cohort.size=7"]),

@@ -43,7 +43,7 @@ def test_every_rule_that_reads_more_than_a_sum_is_refused(small_recipe, kind, mo
         (["privacy.secagg.threshold=9", FULL, CAPPED], "threshold must be 2 to 5", ["privacy.secagg.threshold=4"]),
         (
             ["privacy.secagg.neighbours=3", FULL, CAPPED],
-            "number of neighbours must be",
+            "number of neighbors must be",
             ["privacy.secagg.neighbours=4"],
         ),
         (

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from engine.config.sections import FullTuning, Lora, Model
-from engine.models.base_model import Trainable, load_tokenizer, map_base, read_base
+from engine.models.base_model import load_tokenizer, map_base, read_base
+from engine.models.trainable import Trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT sets it right for GPT-2
 NAMES = ["tied", "untied", "gpt2"]
@@ -86,8 +87,8 @@ def test_weights_that_a_configuration_calls_tied_and_that_are_two_stay_two(
 def test_two_models_share_one_buffer(bases: dict[str, Path]) -> None:
     packed, buffer = read_base(Model(base=str(bases["tied"])))
     shared = torch.from_numpy(buffer)
-    one, two = map_base(packed, shared), map_base(packed, shared)
-    for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
+    first, second = map_base(packed, shared), map_base(packed, shared)
+    for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
         assert ours.data_ptr() == theirs.data_ptr()
 
 
@@ -236,14 +237,14 @@ def test_the_initial_vector_depends_on_the_seed_alone(
     bases: dict[str, Path], make_trainable: Callable[..., Trainable]
 ) -> None:
     torch.manual_seed(1)
-    one = make_trainable(bases["tied"], seed=3)
+    first = make_trainable(bases["tied"], seed=3)
     torch.manual_seed(2)
-    two, other = make_trainable(bases["tied"], seed=3), make_trainable(bases["tied"], seed=4)
-    assert torch.equal(one.initial, two.initial)
-    assert not torch.equal(one.initial, other.initial)
+    same, other = make_trainable(bases["tied"], seed=3), make_trainable(bases["tied"], seed=4)
+    assert torch.equal(first.initial, same.initial)
+    assert not torch.equal(first.initial, other.initial)
     with torch.no_grad():
-        one.flat.zero_()
-    assert one.initial.any(), "the initial vector is a copy"
+        first.flat.zero_()
+    assert first.initial.any(), "the initial vector is a copy"
 
 
 def test_targets_may_be_named(bases: dict[str, Path], make_trainable: Callable[..., Trainable]) -> None:

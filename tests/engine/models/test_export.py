@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.config.sections import FullTuning, Lora, Model
-from engine.models.base_model import Trainable
 from engine.models.export import export_files
+from engine.models.trainable import Trainable
 from engine.system.atomic import write_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT sets it right for GPT-2

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from engine.config.sections import Lora, Model
-from engine.models.base_model import Trainable
 from engine.models.export import export_files
 from engine.models.merged_base import merged_weights, use_weights
+from engine.models.trainable import Trainable
 
 IDS_BT = torch.tensor([[5, 9, 11, 3, 7, 2]])
 

@@ -11,7 +11,8 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from engine.objectives.sft import IGNORED, Sft
+from engine.objectives.sft import Sft
+from engine.objectives.token_batch import IGNORED
 
 MAX_LENGTH = 100
 HEAD = "{% for message in messages %}<|{{ message.role }}|>\n"
@@ -47,8 +48,8 @@ def chatting(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 def encoded(conversations: list[Any], tokenizer: PreTrainedTokenizerBase, template: str) -> pa.Table:
     tokenizer.chat_template = template
-    return Sft(MAX_LENGTH).encode(
-        pa.table({"client": ["x"] * len(conversations), "messages": conversations}), tokenizer
+    return Sft().encode(
+        pa.table({"client": ["x"] * len(conversations), "messages": conversations}), tokenizer, MAX_LENGTH
     )
 
 
@@ -58,7 +59,7 @@ def batch_of(rows: pa.Table) -> pa.RecordBatch:
 
 
 def learnt(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    batch = Sft(MAX_LENGTH).collate(batch_of(rows), 0)
+    batch = Sft().collate(batch_of(rows), 0)
     return [tokenizer.decode(labels[labels != IGNORED]) for labels in batch.labels_BT]
 
 
@@ -103,7 +104,7 @@ def test_tokens_and_labels_are_trls(chatting: PreTrainedTokenizerBase, tmp_path:
     )
     theirs = trainer.data_collator([trainer.train_dataset[i] for i in range(len(CONVERSATIONS))])
     assert chatting.pad_token_id is not None
-    ours = Sft(MAX_LENGTH).collate(batch_of(rows), chatting.pad_token_id)
+    ours = Sft().collate(batch_of(rows), chatting.pad_token_id)
     assert torch.equal(ours.ids_BT, theirs["input_ids"])
     assert torch.equal(ours.labels_BT, theirs["labels"])
     assert torch.equal(ours.attention_BT, theirs["attention_mask"])
@@ -151,4 +152,4 @@ def test_rows_of_other_formats_are_refused(tokenizer: PreTrainedTokenizerBase, c
         f'^train.objective = "sft" learns from text, prompt and completion, or messages, but the rows are {kind}: '
     )
     with pytest.raises(ValueError, match=message):
-        Sft(MAX_LENGTH).encode(pa.table(columns), tokenizer)
+        Sft().encode(pa.table(columns), tokenizer, MAX_LENGTH)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from engine.objectives.sft import IGNORED, Batch, Sft
+from engine.objectives.sft import Sft
+from engine.objectives.token_batch import IGNORED, Batch, token_losses
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data" / "stories260k"
 MAX_LENGTH = 24
@@ -45,12 +46,19 @@ def table(*pairs: tuple[str, str]) -> pa.Table:
 
 
 def encoded(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int = MAX_LENGTH) -> Any:
-    return Sft(max_length).encode(table(*pairs), tokenizer)
+    return Sft().encode(table(*pairs), tokenizer, max_length)
 
 
 def kept(rows: pa.Table) -> pa.RecordBatch:
     (batch,) = rows.filter(rows["input_ids"].is_valid()).combine_chunks().to_batches()
     return batch
+
+
+def loss(network: Any, batch: Batch) -> tuple[torch.Tensor, int]:
+    """The sum and the count of the loss's only term."""
+    (term,), counts = Sft().terms(network, batch).values(), Sft().counts(batch)
+    assert counts == {"nll": len(term.values_N)}
+    return term.total(), counts["nll"]
 
 
 def llama(vocabulary: int) -> LlamaForCausalLM:
@@ -85,7 +93,7 @@ def test_tokens_and_labels_are_trls(any_tokenizer: PreTrainedTokenizerBase, tmp_
     )
     theirs = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
     assert any_tokenizer.pad_token_id is not None
-    ours = Sft(MAX_LENGTH).collate(kept(encoded(pairs, any_tokenizer)), any_tokenizer.pad_token_id)
+    ours = Sft().collate(kept(encoded(pairs, any_tokenizer)), any_tokenizer.pad_token_id)
     assert len(pairs) - 1 == len(ours.ids_BT), "the row whose completion is cut away is left out"
     assert torch.equal(ours.ids_BT, theirs["input_ids"])
     assert torch.equal(ours.labels_BT, theirs["labels"])
@@ -93,9 +101,9 @@ def test_tokens_and_labels_are_trls(any_tokenizer: PreTrainedTokenizerBase, tmp_
 
 
 def test_the_loss_is_the_models_own(any_tokenizer: PreTrainedTokenizerBase) -> None:
-    network, objective = llama(len(any_tokenizer)), Sft(MAX_LENGTH)
+    network, objective = llama(len(any_tokenizer)), Sft()
     batch = objective.collate(kept(encoded(PAIRS, any_tokenizer)), 0)
-    nll, learnt = objective.loss(network, batch)
+    nll, learnt = loss(network, batch)
     theirs = network(input_ids=batch.ids_BT, attention_mask=batch.attention_BT, labels=batch.labels_BT).loss
     assert learnt == int((batch.labels_BT[:, 1:] != IGNORED).sum())
     assert nll.item() / learnt == pytest.approx(theirs.item(), rel=1e-6)
@@ -121,7 +129,7 @@ def test_the_completion_begins_where_the_tokens_differ(tokenizer: PreTrainedToke
     ],
 )
 def test_what_is_learnt_by_hand(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, learnt: str) -> None:
-    objective = Sft(12)
+    objective = Sft()
     batch = objective.collate(kept(encoded([(prompt, completion)], tokenizer, 12)), 0)
     labels = batch.labels_BT[0, 1:]
     assert tokenizer.decode(labels[labels != IGNORED]) == learnt
@@ -154,7 +162,7 @@ def test_masks_are_a_prefix_of_zeros(tokenizer: PreTrainedTokenizerBase, pairs: 
 
 def test_collate_by_hand() -> None:
     (rows,) = pa.table({"input_ids": [[5, 6, 7], [8, 9]], "mask": [[0, 1, 1], [0, 1]]}).to_batches()
-    batch = Sft(8).collate(rows, 2)
+    batch = Sft().collate(rows, 2)
     assert batch.ids_BT.tolist() == [[5, 6, 7], [8, 9, 2]]
     assert batch.attention_BT.tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch.labels_BT.tolist() == [[-100, 6, 7], [-100, 9, -100]]
@@ -162,10 +170,10 @@ def test_collate_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["tied", "gpt2"])
 def test_padding_never_changes_a_loss(bases: dict[str, Path], rows: pa.RecordBatch, name: str) -> None:
-    network, objective = AutoModelForCausalLM.from_pretrained(bases[name]).eval(), Sft(64)
+    network, objective = AutoModelForCausalLM.from_pretrained(bases[name]).eval(), Sft()
 
     def losses(batch: Batch) -> tuple[float, int]:
-        nll, learnt = objective.loss(network, batch)
+        nll, learnt = loss(network, batch)
         return nll.item(), learnt
 
     alone = [losses(objective.collate(rows.slice(i, 1), 0)) for i in range(rows.num_rows)]
@@ -181,26 +189,27 @@ def test_padding_never_changes_a_loss(bases: dict[str, Path], rows: pa.RecordBat
 
 @pytest.mark.parametrize("name", ["tied", "untied", "gpt2"])
 def test_logits_are_computed_where_a_label_is(bases: dict[str, Path], rows: pa.RecordBatch, name: str) -> None:
-    network, objective = AutoModelForCausalLM.from_pretrained(bases[name]).eval(), Sft(64)
+    network, objective = AutoModelForCausalLM.from_pretrained(bases[name]).eval(), Sft()
     batch, seen = objective.collate(rows, 0), list[torch.Size]()
     head = network.get_output_embeddings()
     hook = head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.shape))
-    some, count = objective.loss(network, batch)
+    some, count = loss(network, batch)
     hook.remove()
     assert seen == [(1, count, 300)] and count == batch.learnt < batch.tokens
-    each = Sft(64, every_logit=True).losses(network, batch)
+    each, chosen = (
+        objective.terms(network, batch, every_logit=every)["nll"].by_row(len(batch.ids_BT)) for every in (True, False)
+    )
     assert some.item() == pytest.approx(each.sum().item(), rel=1e-6)
-    assert objective.losses(network, batch).tolist() == pytest.approx(each.tolist(), rel=1e-6)
+    assert chosen.tolist() == pytest.approx(each.tolist(), rel=1e-6)
 
 
 def test_gradients_come_from_the_learnt_tokens_alone(bases: dict[str, Path], rows: pa.RecordBatch) -> None:
     """The loss of a row does not move when what is not learnt is predicted better."""
-    network, objective = AutoModelForCausalLM.from_pretrained(bases["untied"]).eval(), Sft(64, every_logit=True)
+    network, objective = AutoModelForCausalLM.from_pretrained(bases["untied"]).eval(), Sft()
     batch = objective.collate(rows, 0)
     logits_BTV = network(input_ids=batch.ids_BT, attention_mask=batch.attention_BT).logits.detach().requires_grad_()
     network.forward = lambda **_: SimpleNamespace(logits=logits_BTV)
-    nll, _ = objective.loss(network, batch)
-    nll.backward()
+    token_losses(network, batch, every_logit=True).sum().backward()
     assert logits_BTV.grad is not None
     moved_BT = logits_BTV.grad.abs().sum(-1) > 0
     assert torch.equal(moved_BT[:, :-1], batch.labels_BT[:, 1:] != IGNORED)

@@ -6,30 +6,51 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.messages.wire import ShardedState
 from engine.records.checkpoint import FACTS, STATE, Saved, _digest, load_checkpoint, save_checkpoint
 from strategies.core.protocol import ServerState
 
 
 def saved(round_: int, value: float = 1.0) -> Saved:
     moments = {"m": torch.tensor([value, 0.5]), "v.slow": torch.tensor([-0.0, 1e-45])}
-    return Saved(ServerState(round_, torch.tensor([value, 2.0]), moments, torch.tensor([3.0])), 12.25)
+    state = ServerState(round_, torch.tensor([value, 2.0]), moments, torch.tensor([3.0]))
+    return Saved(ShardedState(round_, (state,)), 12.25)
 
 
 def loaded(folder: Path) -> Saved:
-    found = load_checkpoint(folder)
-    assert found is not None
-    return found
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def vector(checkpoint: Saved) -> ServerState:
+    (shard,) = checkpoint.state.parts
+    assert isinstance(shard, ServerState) and shard.round == checkpoint.state.round
+    return shard
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, saved(3, 0.1), keep=2)
-    ours, theirs = loaded(tmp_path), saved(3, 0.1)
-    assert (ours.wall_s, ours.state.round, ours.state.moments.keys()) == (12.25, 3, theirs.state.moments.keys())
-    pairs = [(ours.state.params, theirs.state.params), (ours.state.merged_delta, theirs.state.merged_delta)]
-    pairs += [(ours.state.moments[name], theirs.state.moments[name]) for name in theirs.state.moments]
-    for one, other in pairs:
-        assert one is not None and other is not None
-        assert one.numpy().tobytes() == other.numpy().tobytes()
+    assert loaded(tmp_path).wall_s == 12.25
+    ours, theirs = vector(loaded(tmp_path)), vector(saved(3, 0.1))
+    assert (ours.round, ours.moments.keys()) == (3, theirs.moments.keys())
+    pairs = [(ours.params, theirs.params), (ours.merged_delta, theirs.merged_delta)]
+    pairs += [(ours.moments[name], theirs.moments[name]) for name in theirs.moments]
+    for read, written in pairs:
+        assert read is not None and written is not None
+        assert read.numpy().tobytes() == written.numpy().tobytes()
+
+
+def test_shards_come_back_in_their_order_each_through_where_the_state_holds_it(tmp_path: Path) -> None:
+    """As the driver does it with references: `read` fetches a shard, `hold` gives what the state holds of it."""
+    store = {f"ref-{rank}": ServerState(4, torch.full((2 + rank,), float(rank))) for rank in range(12)}
+    save_checkpoint(tmp_path, Saved(ShardedState(4, tuple(store)), 1.0), keep=1, read=store.__getitem__)
+    names = sorted(path.name for path in (tmp_path / "00004").iterdir())
+    assert names == [FACTS, *(f"shard-{rank:05d}.safetensors" for rank in range(12))]
+    checkpoint = load_checkpoint(tmp_path, hold=lambda shard: shard.params.tolist())
+    assert checkpoint is not None
+    assert checkpoint.state.parts == tuple([float(rank)] * (2 + rank) for rank in range(12))
+    assert checkpoint.state.nbytes == 4 * sum(range(2, 14))
 
 
 def test_which_round_names_the_model_comes_back_and_older_checkpoints_name_their_own(tmp_path: Path) -> None:
@@ -42,8 +63,8 @@ def test_which_round_names_the_model_comes_back_and_older_checkpoints_name_their
 
 
 def test_without_moments_and_residual(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, Saved(ServerState(0, torch.zeros(2)), 0.0), keep=1)
-    assert (loaded(tmp_path).state.moments, loaded(tmp_path).state.merged_delta) == ({}, None)
+    save_checkpoint(tmp_path, Saved(ShardedState(0, (ServerState(0, torch.zeros(2)),)), 0.0), keep=1)
+    assert (vector(loaded(tmp_path)).moments, vector(loaded(tmp_path)).merged_delta) == ({}, None)
 
 
 def test_none_yet(tmp_path: Path) -> None:
@@ -54,7 +75,7 @@ def test_the_last_few_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
     for round_ in range(8, 13):
         save_checkpoint(tmp_path, saved(round_, round_), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00011", "00012"]
-    assert loaded(tmp_path).state.params[0] == 12
+    assert vector(loaded(tmp_path)).params[0] == 12
 
 
 def test_other_folders_beside_them_are_none(tmp_path: Path) -> None:
@@ -79,7 +100,7 @@ def test_what_privacy_needs_comes_back(tmp_path: Path) -> None:
 def test_the_same_round_again_replaces_its_own(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, saved(1, 1.0), keep=2)
     save_checkpoint(tmp_path, saved(1, 5.0), keep=2)
-    assert loaded(tmp_path).state.params[0] == 5
+    assert vector(loaded(tmp_path)).params[0] == 5
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -108,9 +129,9 @@ def test_where_the_newest_cannot_be_read_the_one_before_is_taken(tmp_path: Path)
     for round_ in (3, 4):
         save_checkpoint(tmp_path, saved(round_, round_), keep=2)
     (tmp_path / "00004" / STATE).unlink()
-    found = loaded(tmp_path)
-    assert found.state.round == 3 and len(found.passed_over) == 1
-    assert found.passed_over[0].startswith(f"the checkpoint {tmp_path / '00004'} cannot be read")
+    checkpoint = loaded(tmp_path)
+    assert checkpoint.state.round == 3 and len(checkpoint.passed_over) == 1
+    assert checkpoint.passed_over[0].startswith(f"the checkpoint {tmp_path / '00004'} cannot be read")
     (tmp_path / "00003" / FACTS).write_text("{}")
     with pytest.raises(ValueError, match=r"00004 cannot be read.*, nor can one before: start the run anew"):
         load_checkpoint(tmp_path)
@@ -178,6 +199,6 @@ def test_no_file_can_run_code_when_it_is_read(tmp_path: Path) -> None:
     files = sorted((tmp_path / "00001").iterdir())
     assert [path.suffix for path in files] == [".json", ".safetensors"]
     facts = {"round": 1, "wall_s": 12.25, "clip": 0.0, "aborts": 0, "lanes": 1, "costs": [], "last_sum": 0}
-    found = json.loads(files[0].read_bytes())
-    assert found.items() >= facts.items() and found.keys() - facts.keys() == {"files", "digest"}
+    written = json.loads(files[0].read_bytes())
+    assert written.items() >= facts.items() and written.keys() - facts.keys() == {"files", "digest"}
     assert b"{" in files[1].read_bytes()[:16]  # eight bytes of length, then the header: neither zip nor pickle

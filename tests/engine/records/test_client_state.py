@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.records.client_state import RANK, ClientMemory, every_memory, named, part
+from engine.records.client_state import RANK, ClientMemory, forget_round, named, part
 
 
 def value(memory: dict[str, torch.Tensor]) -> list[float]:
@@ -62,9 +62,10 @@ def test_owners_do_not_see_each_others_entries() -> None:
     assert part(both, "strategy.")["c"] == 1 and part(both, "optimizer.global.")["c"] == 0
 
 
-def test_what_ranks_remember_of_their_shards_is_found(tmp_path: Path) -> None:
+def test_a_round_is_forgotten_by_the_clients_that_are_named_in_plain_slots_and_in_ranks(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / f"{RANK}0", tmp_path / f"{RANK}1"):
-        ClientMemory(folder).write(1, 3, {"c": torch.ones(1)}, oldest=0)
-    for memory in every_memory(tmp_path):
-        memory.forget(1, 3)
-    assert list(tmp_path.rglob("*.safetensors")) == []
+        for client, round_ in ((1, 2), (1, 3), (2, 3)):
+            ClientMemory(folder).write(client, round_, {"c": torch.ones(1)}, oldest=0)
+    forget_round(tmp_path, [1, 5], 3)
+    left = sorted((path.parent.name, path.stem) for path in tmp_path.rglob("*.safetensors"))
+    assert left == [("1", "00002")] * 3 + [("2", "00003")] * 3

@@ -34,9 +34,9 @@ for here in (True, False):
 
 
 def test_a_full_store_on_a_full_disk_is_a_sentence_from_the_driver_and_from_a_slot() -> None:
-    done = subprocess.run([sys.executable, "-c", FILL], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
+    result = subprocess.run([sys.executable, "-c", FILL], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout.splitlines()
     assert len(said) == 2 and said[0] == said[1]
     assert said[0].startswith("Ray's object store is full, and so is the disk that it spills to (")
     assert said[0].endswith("free some space there and run again with --resume: what was written before is whole")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.records.journal import Journal, Unmasked
+from engine.records.journal import Journal, SumRefused, Unmasked
 
 
 def anybody(clients):
@@ -11,7 +11,7 @@ def anybody(clients):
 
 def fewer_than_two(clients):
     if len(clients) < 2:
-        raise ValueError(f"{len(clients)} is there")
+        raise SumRefused(f"{len(clients)} is there")
 
 
 def reopened(journal, model=0):
@@ -26,7 +26,7 @@ def test_a_round_has_one_set_of_survivors_whatever_the_model(tmp_path):
     again = reopened(journal, model=7)
     assert again.clients(1) == {1, 2, 3} and again.clients(2) is None
     for others in ([1, 2], [1, 2, 3, 4], [4, 5, 6]):
-        with pytest.raises(ValueError, match="a sum of 3 clients of this round was asked for before"):
+        with pytest.raises(SumRefused, match="a sum of 3 clients of this round was asked for before"):
             again.admit(1, others, anybody)
     again.admit(1, [1, 2, 3], anybody)
     assert reopened(again).entries == {1: Unmasked((1, 2, 3), (0, 7))}
@@ -35,7 +35,7 @@ def test_a_round_has_one_set_of_survivors_whatever_the_model(tmp_path):
 def test_sums_of_one_model_are_the_same_clients_or_differ_by_enough(tmp_path):
     journal = Journal.open(tmp_path, None, 4)
     journal.admit(5, [1, 2, 3], fewer_than_two)
-    with pytest.raises(ValueError, match=r"round 5 had a sum from the same model.* 1 is there"):
+    with pytest.raises(SumRefused, match=r"round 5 had a sum from the same model.* 1 is there"):
         journal.admit(6, [1, 2], fewer_than_two)
     assert journal.clients(6) is None
     journal.admit(6, [1, 2, 4], fewer_than_two)
@@ -51,7 +51,7 @@ def test_a_file_that_cannot_be_read_counts_as_asked(tmp_path):
     for damaged in (b"", whole.replace(b"[1, 2, 3]", b"[1, 2, 4]"), whole.replace(b'"round": 1', b'"round": 2'), b"[]"):
         file.write_bytes(damaged)
         for round_ in (1, 2):  # and nobody knows whether the next one's clients are nearly the same
-            with pytest.raises(ValueError, match=r"round-00001\.json, which says of whom, cannot be read"):
+            with pytest.raises(SumRefused, match=r"round-00001\.json, which says of whom, cannot be read"):
                 reopened(journal).admit(round_, [1, 2, 3], anybody)
     reopened(journal, model=1).admit(2, [1, 2, 3], anybody)
 

@@ -19,8 +19,10 @@ from engine.config.availability import DIED_WITH_SLOT, DRAWN, Availability
 from engine.messages.tasks import Work
 from engine.messages.wire import to_wire
 from engine.records.journal import Journal
-from engine.rounds.collectors import PlainCollector, SecureCollector
+from engine.rounds.collectors import ClearCollector
+from engine.rounds.secure_collector import SecureCollector
 from engine.rounds.secure_round import Relay, placement
+from engine.rounds.server import DriverShards
 from engine.scheduling.slots import Slots
 from engine.workers.worker import ClientActor
 from strategies.core.cohort import UniformCohort
@@ -103,24 +105,31 @@ def play(pool, small_recipe, tmp_path):
         recipe = small_recipe("clients.slots=3", UNIFORM, *changes, *([f"privacy.secagg.mode={mode}"] if mode else []))
         state = ServerState(round_, torch.from_numpy(start.initial), layout=start.layout, seed=recipe.seed)
         wire = replace(to_wire(recipe.strategy.broadcast(state)), dp=dp, clip=clip, lanes=lanes)
+        shards = DriverShards(recipe, start, len(COHORT))
         if mode is None:
-            return PlainCollector(recipe, slots).collect(work(cohort, costs), wire)
+            return ClearCollector(recipe, slots, shards).collect(work(cohort, costs), wire)
         for actor in slots.actors:  # a slot keeps its clients' sum for the sessions of one round
-            ray.get(actor.__ray_call__.remote(lambda own: SecureClients.__init__(own)))
+            ray.get(actor.__ray_call__.remote(lambda client_actor: SecureClients.__init__(client_actor)))
         relay = Relay(slots, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
-        arguments = recipe, relay, start.layout, MOST_TOKENS, Journal(tmp_path), lambda *_: None
+        arguments = recipe, relay, shards, start.layout, MOST_TOKENS, Journal(tmp_path), lambda *_: None
         return SecureCollector(*arguments).collect(work(cohort, costs), wire)
 
     return collect
 
 
-def same(one, other):
-    assert one.aggregate.weight == other.aggregate.weight and one.aggregate.count == other.aggregate.count
-    assert torch.equal(one.aggregate.total, other.aggregate.total) and one.figures == other.figures
+def total(collected):
+    """The sum of a round, which is whole."""
+    (aggregate,) = collected.sums
+    return aggregate
 
 
-def mean(done):
-    return done.aggregate.total / done.aggregate.weight
+def same(a, b):
+    assert total(a).weight == total(b).weight and total(a).count == total(b).count
+    assert torch.equal(total(a).total, total(b).total) and a.figures == b.figures
+
+
+def mean(collected):
+    return total(collected).total / total(collected).weight
 
 
 def test_the_secured_sum_is_the_plain_one_to_a_ring_step(play, pool, small_recipe):
@@ -130,8 +139,8 @@ def test_the_secured_sum_is_the_plain_one_to_a_ring_step(play, pool, small_recip
     sums = ring_sums(recipe, pool[1].layout, None, 0.0, len(COHORT), MOST_TOKENS, 0)
     step = 1 / sums.scale("delta")
     apart = (mean(full) - mean(plain)).abs().max().item()
-    assert 0 < apart < step + 2**-24 * plain.aggregate.total.abs().max().item()
-    assert full.aggregate.count == plain.aggregate.count == 7
+    assert 0 < apart < step + 2**-24 * total(plain).total.abs().max().item()
+    assert total(full).count == total(plain).count == 7
     for name in ("nll", "learnt", "tokens"):
         assert full.figures[name] == pytest.approx(plain.figures[name], rel=1e-4)
     assert full.figures["clipped"] == pytest.approx(0, abs=0.01)
@@ -142,9 +151,9 @@ def test_who_plays_a_client_does_not_matter(play):
 
 
 def test_reports_tell_no_figures(play):
-    done = play(mode="full")
-    assert not done.told and [report.client for report in done.reports] == list(range(7))
-    assert {name for report in done.reports for name in report.metrics} == {"protocol_bytes_down"}
+    collected = play(mode="full")
+    assert not collected.by_client and [report.client for report in collected.reports] == list(range(7))
+    assert {name for report in collected.reports for name in report.metrics} == {"protocol_bytes_down"}
 
 
 @pytest.mark.parametrize("seed", [2, 3])
@@ -153,7 +162,7 @@ def test_who_drops_out_is_left_out_of_the_sum(play, seed):
     plain, ideal, full = play(*changes), play(*changes, mode="ideal"), play(*changes, mode="full")
     same(ideal, full)
     away = Availability(dropout=0.3).gone(COHORT, seed, 0)
-    assert full.gone == plain.gone == dict.fromkeys(away, DRAWN) and full.aggregate.count == 7 - len(away) < 7
+    assert full.gone == plain.gone == dict.fromkeys(away, DRAWN) and total(full).count == 7 - len(away) < 7
     assert (mean(full) - mean(plain)).abs().max() < 1e-6
 
 
@@ -161,27 +170,27 @@ def test_who_comes_too_late_is_left_out_of_the_sum(play, pool):
     late = pool[2] / "late-4"
     late.touch()
     ray.get([actor.deadline.remote(DEADLINE_S) for actor in pool[0].actors])
-    done = play("privacy.secagg.dropout=0.3", mode="full")
+    collected = play("privacy.secagg.dropout=0.3", mode="full")
     late.unlink()
     ray.get([actor.deadline.remote(None) for actor in pool[0].actors])
-    assert done.aborted is None and done.aggregate.count == 6
-    assert done.gone.keys() == {4} and re.fullmatch(r"too late: [\d.]+ s after .*\.deadline_s", done.gone[4])
-    assert {report.client for report in done.reports if report.late} == {4}
+    assert collected.aborted is None and total(collected).count == 6
+    assert collected.gone.keys() == {4} and re.fullmatch(r"too late: [\d.]+ s after .*\.deadline_s", collected.gone[4])
+    assert {report.client for report in collected.reports if report.late} == {4}
     others = COHORT[COHORT != 4]
     expected = play("privacy.secagg.dropout=0.3", mode="full", cohort=others, costs=COSTS[COHORT != 4])
-    assert (mean(done) - mean(expected)).abs().max() < 1e-6
+    assert (mean(collected) - mean(expected)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_too_few_survivors_abort_the_round(play, mode):
-    done = play("clients.availability.dropout=0.9", mode=mode)
-    assert done.aggregate is None and done.figures == {}
-    assert "secure aggregation was aborted in the phase" in done.aborted
+    collected = play("clients.availability.dropout=0.9", mode=mode)
+    assert collected.sums == [] and collected.figures == {}
+    assert "secure aggregation was aborted in the phase" in collected.aborted
 
 
 def test_a_cohort_of_too_few_is_not_summed(play):
-    done = play("privacy.secagg.min_contributors=3", mode="full", cohort=COHORT[:2])
-    assert done.aborted == "2 clients are there, and it takes 3" and done.aggregate is None
+    collected = play("privacy.secagg.min_contributors=3", mode="full", cohort=COHORT[:2])
+    assert collected.aborted == "2 clients are there, and it takes 3" and collected.sums == []
     assert play(mode="full", cohort=COHORT[:0]).aborted is None
 
 
@@ -192,17 +201,17 @@ def test_a_slot_that_dies_voids_the_session_and_the_next_gives_the_same_sum(play
         pytest.skip("of three deaths two are tried unless all are asked for")
     expected = play(mode="full")
     (pool[2] / "die").write_text(phase)
-    done = play(mode="full")
-    assert not (pool[2] / "die").exists() and done.sessions == 2 and done.aborted is None
-    same(expected, done)
+    collected = play(mode="full")
+    assert not (pool[2] / "die").exists() and collected.sessions == 2 and collected.aborted is None
+    same(expected, collected)
 
 
 def test_once_shares_are_asked_for_nothing_is_void(play, pool):
     expected = play(mode="full")
     (pool[2] / "die").write_text("unmask")
-    done = play("privacy.secagg.threshold=2", mode="full")
-    assert not (pool[2] / "die").exists() and done.sessions == 1
-    same(expected, done)  # all had given their vectors
+    collected = play("privacy.secagg.threshold=2", mode="full")
+    assert not (pool[2] / "die").exists() and collected.sessions == 1
+    same(expected, collected)  # all had given their vectors
 
 
 @pytest.mark.slow
@@ -214,25 +223,24 @@ def test_a_slot_that_dies_may_count_as_its_clients_dropping_out(play, pool, full
     placed = placement([(client,) for client in COHORT.tolist()], COSTS.tolist(), range(3))
     (pool[2] / "die").write_text(phase)
     changes = [f"privacy.secagg.active={active}", "privacy.secagg.threshold=4", "privacy.secagg.dropout=0.3"]
-    done = play(*changes, mode="full", on_slot_death="dropout")
-    assert done.sessions == 1 and done.aborted is None
-    assert sorted(done.gone) in [sorted(client for (client,) in packs) for packs in placed.values()]
-    assert set(done.gone.values()) == {DIED_WITH_SLOT} and done.aggregate.count == 7 - len(done.gone)
+    collected = play(*changes, mode="full", on_slot_death="dropout")
+    assert collected.sessions == 1 and collected.aborted is None
+    assert sorted(collected.gone) in [sorted(client for (client,) in packs) for packs in placed.values()]
+    assert set(collected.gone.values()) == {DIED_WITH_SLOT} and total(collected).count == 7 - len(collected.gone)
 
 
 def test_the_active_profile_gives_the_same_sum_with_signatures(play):
-    done = play("privacy.secagg.active=true", mode="full")
-    same(play(mode="full"), done)
-    assert [m.count for m in done.messages if m.kind == "signature"] == [7]
+    collected = play("privacy.secagg.active=true", mode="full")
+    same(play(mode="full"), collected)
+    assert [m.count for m in collected.messages if m.kind == "signature"] == [7]
 
 
 def test_messages_are_counted_by_whom_they_reach(play):
-    found = {(m.party, m.kind): [] for m in play(mode="full").messages}
-    done = play(mode="full")
-    for message in done.messages:
-        found[message.party, message.kind].append(message)
-    total = {place: sum(m.count for m in messages) for place, messages in found.items()}
-    assert total == {
+    collected = play(mode="full")
+    counts = {(m.party, m.kind): 0 for m in collected.messages}
+    for message in collected.messages:
+        counts[message.party, message.kind] += message.count
+    assert counts == {
         ("client", "sum"): 7,
         ("server", "key"): 7,
         ("client", "key"): 7,
@@ -244,16 +252,16 @@ def test_messages_are_counted_by_whom_they_reach(play):
         ("server", "sum"): 1,
     }
     ideal = {(m.party, m.kind, m.count, m.nbytes) for m in play(mode="ideal").messages}
-    assert ideal == {(m.party, m.kind, m.count, m.nbytes) for m in done.messages}
+    assert ideal == {(m.party, m.kind, m.count, m.nbytes) for m in collected.messages}
 
 
 @pytest.mark.parametrize("mode", [None, "full"])
 def test_central_noise_comes_after_and_clipping_before_the_sum(play, mode):
     plan = CentralDp(noise_multiplier=1.0, clip=0.01).plan(*ASKED)
-    done = play(mode=mode, dp=plan, clip=0.01)
-    assert torch.linalg.vector_norm(done.aggregate.total) <= 7 * 0.01 * (1 + 1e-5)
-    one = play(mode=mode, dp=plan, clip=1e-4)
-    assert torch.linalg.vector_norm(one.aggregate.total) <= 7e-4 * (1 + 1e-3)
+    collected = play(mode=mode, dp=plan, clip=0.01)
+    assert torch.linalg.vector_norm(total(collected).total) <= 7 * 0.01 * (1 + 1e-5)
+    smaller = play(mode=mode, dp=plan, clip=1e-4)
+    assert torch.linalg.vector_norm(total(smaller).total) <= 7e-4 * (1 + 1e-3)
 
 
 ASKED = (UniformCohort(size=7), 10, 1)
@@ -265,22 +273,22 @@ def test_distributed_noise_is_in_the_sum_when_it_arrives(play, pool):
     plan = DistributedDp(noise_multiplier=0.1, clip=0.05).plan(*ASKED, length)
     plain, noisy = play(), play(*changes, mode="full", dp=plan)
     again = play(*changes, mode="full", dp=plan)
-    assert not torch.equal(noisy.aggregate.total, again.aggregate.total)  # fresh noise, which no seed gives again
-    assert noisy.aggregate.weight == 7
+    assert not torch.equal(total(noisy).total, total(again).total)  # fresh noise, which no seed gives again
+    assert total(noisy).weight == 7
     clipped = play(mode="ideal", dp=CentralDp(noise_multiplier=1.0, clip=0.05).plan(*ASKED), clip=0.05)
-    noise = (noisy.aggregate.total - clipped.aggregate.total).numpy()
+    noise = (total(noisy).total - total(clipped).total).numpy()
     assert np.std(noise) == pytest.approx(0.1 * 0.05 * np.sqrt(7 / plan.least), rel=0.1)
     assert abs(noise.mean()) < 4 * np.std(noise) / np.sqrt(length)
-    assert not torch.equal(plain.aggregate.total, noisy.aggregate.total)
+    assert not torch.equal(total(plain).total, total(noisy).total)
 
 
 def test_too_few_for_the_noise_are_not_unmasked(play, pool):
     changes = ['privacy.dp={kind="distributed", noise_multiplier=0.1, clip=0.05, survivors=1.0}', "seed=3"]
     plan = DistributedDp(noise_multiplier=0.1, clip=0.05, survivors=1.0).plan(*ASKED, pool[1].layout.size)
     dropping = [*changes, "clients.availability.dropout=0.3", "privacy.secagg.dropout=0.6"]
-    done = play(*dropping, mode="full", dp=plan)
-    assert done.aggregate is None and "clients are there, and it takes 7" in done.aborted
-    assert not [message for message in done.messages if message.kind == "sum" and message.party == "server"]
+    collected = play(*dropping, mode="full", dp=plan)
+    assert collected.sums == [] and "clients are there, and it takes 7" in collected.aborted
+    assert not [message for message in collected.messages if message.kind == "sum" and message.party == "server"]
 
 
 @pytest.mark.parametrize("changes", [(), ("clients.availability.dropout=0.3", "privacy.secagg.dropout=0.4")])
@@ -289,6 +297,6 @@ def test_packs_are_secured_as_clients_are(play, changes):
     alone, plain = play(*changes, mode="ideal"), play(*changes, lanes=3)
     ideal, full = (play(*changes, mode=mode, lanes=3) for mode in ("ideal", "full"))
     same(ideal, full)
-    assert ideal.aggregate.count == alone.aggregate.count == plain.aggregate.count
+    assert total(ideal).count == total(alone).count == total(plain).count
     torch.testing.assert_close(mean(ideal), mean(alone), rtol=0, atol=1e-4)
     torch.testing.assert_close(mean(ideal), mean(plain), rtol=0, atol=1e-4)

@@ -10,7 +10,8 @@ import torch
 from datasets_partition.store.build import build
 from engine.messages.tasks import Work
 from engine.messages.wire import to_wire
-from engine.rounds.collectors import PlainCollector
+from engine.rounds.collectors import ClearCollector
+from engine.rounds.server import DriverShards
 from engine.scheduling.slots import Slots
 from engine.workers.worker import ClientActor
 from strategies.core.protocol import ServerState
@@ -43,9 +44,10 @@ def test_a_client_that_is_added_twice_ends_the_round(ray_session, small_recipe, 
     start = slots.start(build(data.source, data.partition, data.splits, recipe.seed, data.cache))
     state = ServerState(0, torch.from_numpy(start.initial.copy()), layout=start.layout, seed=recipe.seed)
     work, wire = Work(CLIENTS, np.ones(3), np.ones(3)), to_wire(recipe.strategy.broadcast(state))
-    collector = PlainCollector(recipe, slots)
+    collector = ClearCollector(recipe, slots, DriverShards(recipe, start, len(CLIENTS)))
     try:
-        assert collector.collect(work, wire).aggregate.count == 3
+        (aggregate,) = collector.collect(work, wire).sums
+        assert aggregate.count == 3
         ray.get(slots.actors[0].deceive.remote())
         with pytest.raises(AssertionError, match="4 updates in the sum, and 3 clients"):
             collector.collect(work, wire)

@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from engine.config.availability import LEFT_OUT
 from engine.messages.tasks import Work
 from engine.messages.wire import DOWN, Report, WireBroadcast
 from engine.records.journal import Journal
-from engine.rounds.collectors import SecureCollector
+from engine.rounds.secure_collector import SecureCollector
 from engine.rounds.secure_round import Relay
+from engine.rounds.server import DriverShards
 from engine.scheduling.dispatcher import packs
 from engine.system.failures import SlotSilent
 from strategies.core.cohort import UniformCohort
@@ -79,7 +81,7 @@ class Slot(SecureClients):
                     delta = torch.zeros(POPULATION)
                     delta[client] = SHARE
                     update = Update(client, 1.0, delta, {}, {"loss": 1.0, "learnt": 1.0, "tokens": 1.0})
-                    yield Report(client, {DOWN: 0.0}), ring_vector(update, sums, wire, self.federation)
+                    yield Report(client, {DOWN: 0.0}), ring_vector(update, sums, wire, self.federation, LAYOUT)
 
         return self.mask(inboxes, train)
 
@@ -109,8 +111,8 @@ class Pool:
         """What is on disk when clients are asked for shares."""
         self.chance.written.append(Journal.open(self.folder, None, 0).clients(self.round))
 
-    def unmasked(self, sums, total_L, removals, shards):
-        totals = sums.decode(total_L)
+    def unmasked(self, session, total_L, removals, shards):
+        totals = session.sums.decode(total_L)
         clients = np.flatnonzero(np.rint(totals.sums["delta"] / SHARE))
         assert len(clients) == totals.count
         self.chance.known += self.chance.written[-1] == frozenset(clients.tolist())
@@ -123,18 +125,18 @@ class Pool:
 class HereRelay(Relay):
     """Slots are asked in this process; any may die of it, and so may the driver."""
 
-    def _shared(self, value):
+    def _share(self, value):
         return value
 
     def _call(self, slot, name, *arguments):
-        chance = self.slots.chance
+        chance = self.pool.chance
         if name == "unmask":
-            self.slots.before_shares()
+            self.pool.before_shares()
         if chance.strikes(0.01):
             raise DriverDied
         if chance.strikes(0.02):
             return SlotSilent("gone")
-        return getattr(self.slots.actors[slot], name)(*arguments)
+        return getattr(self.pool.actors[slot], name)(*arguments)
 
     def _answer(self, reference):
         if isinstance(reference, SlotSilent):
@@ -152,6 +154,11 @@ class NoJournal(Journal):
         pass
 
 
+def whole(federation):
+    """The model is whole in the driver."""
+    return DriverShards(federation, SimpleNamespace(layout=LAYOUT), POPULATION)
+
+
 def half_failed(reports, cohort, round_):
     return "too few" if sum(report.failed is not None for report in reports) > cohort / 2 else None
 
@@ -165,18 +172,19 @@ def play(federation, folder, seed, kind):
     while saved[0] < ROUNDS:
         round_, model, last_sum = saved
         journal, pool = kind.open(folder, None, last_sum), Pool(federation, chance, folder)
-        collector = SecureCollector(federation, HereRelay(pool, None, death), LAYOUT, 1000, journal, half_failed)
+        relay = HereRelay(pool, None, death)
+        collector = SecureCollector(federation, relay, whole(federation), LAYOUT, 1000, journal, half_failed)
         try:
             while round_ < ROUNDS:
                 pool.round, pool.model = round_ + 1, model
                 cohort = cohorts.sample(POPULATION, federation.seed, round_)
                 costs = np.ones(len(cohort))
                 wire = WireBroadcast(round_, np.zeros(POPULATION, np.float32), {})
-                done = collector.collect(Work(cohort, costs.astype(int), costs), wire)
+                collected = collector.collect(Work(cohort, costs.astype(int), costs), wire)
                 round_ += 1
-                chance.left_out += LEFT_OUT in done.gone.values()
-                if done.aggregate is not None:
-                    model = sha256(model + bytes([round_]) + done.aggregate.total.numpy().tobytes()).digest()
+                chance.left_out += LEFT_OUT in collected.gone.values()
+                for aggregate in collected.sums:
+                    model = sha256(model + bytes([round_]) + aggregate.total.numpy().tobytes()).digest()
                     journal.model = round_
                 if chance.strikes(0.15):
                     raise DriverDied
@@ -195,10 +203,10 @@ def play(federation, folder, seed, kind):
 def too_close(chance, least):
     """Pairs of sums of one model, or of one round, that differ by fewer than `least` clients."""
     return [
-        (one, other)
-        for one, other in combinations(chance.held, 2)
-        if (one.model == other.model and 0 < len(one.clients ^ other.clients) < least)
-        or (one.round == other.round and one.clients != other.clients)
+        (a, b)
+        for a, b in combinations(chance.held, 2)
+        if (a.model == b.model and 0 < len(a.clients ^ b.clients) < least)
+        or (a.round == b.round and a.clients != b.clients)
     ]
 
 
@@ -223,7 +231,7 @@ def histories(small_recipe, tmp_path, monkeypatch):
 def test_no_two_sums_of_one_model_are_nearly_of_the_same_clients(histories, mode, count, full):
     count = 10 * count if full else count
     played = list(histories(Journal, mode, count))
-    assert [found for chance, least in played for found in too_close(chance, least)] == []
+    assert [pair for chance, least in played for pair in too_close(chance, least)] == []
     assert sum(len(chance.held) for chance, _ in played) > 3 * count
     assert all(chance.known == len(chance.held) for chance, _ in played)  # on disk before anybody was asked for shares
     if mode == "ideal":  # all that the journal is for has come to pass
@@ -237,10 +245,11 @@ def test_a_round_with_too_few_updates_leaves_the_model_and_has_no_sum(small_reci
     federation, chance = small_recipe(UNIFORM, "privacy.secagg={mode='full', threshold=2}"), Chance(1)
     pool, journal = Pool(federation, chance, tmp_path), Journal.open(tmp_path, None, 0)
     relay, cohort = HereRelay(pool, None, "void"), np.arange(5)
-    collector = SecureCollector(federation, relay, LAYOUT, 1000, journal, lambda *_: "all are too few")
+    shards = whole(federation)
+    collector = SecureCollector(federation, relay, shards, LAYOUT, 1000, journal, lambda *_: "all are too few")
     wire = WireBroadcast(0, np.zeros(POPULATION, np.float32), {})
-    done = collector.collect(Work(cohort, np.ones(5, int), np.ones(5)), wire)
-    assert done.aggregate is None and done.too_few == "all are too few" and done.too_few in done.aborted
+    collected = collector.collect(Work(cohort, np.ones(5, int), np.ones(5)), wire)
+    assert collected.sums == [] and collected.too_few == "all are too few" and collected.too_few in collected.aborted
     assert chance.held == [] and not journal.folder.exists()
 
 

@@ -30,9 +30,9 @@ def test_sizes_by_hand(rows: int, train: Train, expected: list[int]) -> None:
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.booleans(), st.integers(0, 99))
 def test_each_pass_covers_every_row_once(rows: int, batch: int, amount: int, epochs: bool, seed: int) -> None:
     train = Train(epochs=amount, batch=batch) if epochs else Train(steps=amount * 3, batch=batch)
-    found = list(batches(rows, train, np.random.default_rng(seed)))
-    assert len(found) == steps_of(rows, train) == (amount * -(-rows // batch) if epochs else amount * 3)
-    seen = np.concatenate(found).tolist()
+    steps = list(batches(rows, train, np.random.default_rng(seed)))
+    assert len(steps) == steps_of(rows, train) == (amount * -(-rows // batch) if epochs else amount * 3)
+    seen = np.concatenate(steps).tolist()
     for start in range(0, len(seen), rows):
         one_pass = seen[start : start + rows]
         assert len(set(one_pass)) == len(one_pass)

@@ -9,7 +9,9 @@ import torch
 
 from engine.config.privacy import Privacy
 from engine.config.train import Sgd, Train
-from engine.training.local_training import Job
+from engine.objectives.base import Term
+from engine.objectives.token_batch import token_losses
+from engine.training.local_training import Job, _trainings
 from strategies.core.layout import LORA_A, LORA_B
 from strategies.core.lora_algebra import slices
 from strategies.core.protocol import Broadcast
@@ -25,17 +27,16 @@ from strategies.privacy.per_example import ExampleDp
 def rule_of_rows(federation, make_private, rows):
     """Trains one client with example-level noise; gives the start, where its training `run` ended, and its trainer."""
 
-    def trained(strategy, z, clip, run="global", memory=None, round_=0, rank=None):
+    def trained(strategy, z, clip, run="global", state=None, round_=0, rank=None):
         recipe = replace(federation, strategy=strategy, privacy=Privacy(dp=ExampleDp(noise_multiplier=1.0)))
         recipe = replace(recipe, train=Train(steps=1, batch=8, optimizer=Sgd(lr=1.0)))
         trainer = make_private(z, clip)
         layout = trainer.trainable.layout
         noise = torch.from_numpy(np.random.default_rng(5).standard_normal(layout.size)).float()
-        got = Broadcast(round_, trainer.trainable.initial + 0.02 * noise, layout=layout, rank=rank)
-        memory = memory or {}
-        training = trainer._trainings(Job(1, rows, 1.0, got, memory), recipe, lent=False)[run]
-        (done,) = trainer.train([training], recipe.train)
-        return training.start, done.end, trainer
+        broadcast = Broadcast(round_, trainer.trainable.initial + 0.02 * noise, layout=layout, rank=rank)
+        training = _trainings(Job(1, rows, 1.0, broadcast, state or {}), recipe, trainer.device, lent=False)[run]
+        (result,) = trainer.train([training], recipe.train)
+        return training.start, result.end, trainer
 
     return trained
 
@@ -46,8 +47,7 @@ def by_hand(trainer, start, rows, live):
     trainable.flat.data.copy_(start)
     for row in range(rows.num_rows):
         trainable.grad.zero_()
-        nll, learnt = trainer.objective.loss(trainable.network, trainer.objective.collate(rows.slice(row, 1), 0))
-        (nll / learnt).backward()
+        token_losses(trainable.network, trainer.objective.collate(rows.slice(row, 1), 0)).mean().backward()
         grad = trainable.grad * live
         total += grad * min(1.0, 0.01 / grad.norm().item())
     return total / rows.num_rows
@@ -101,13 +101,12 @@ def test_the_norm_by_hand(make_private):
     each = {name: view[None].clone() for name, view in layout.views(grad).items()}
     trainer._each_row = lambda count: each
     nll = sum((parameter * each[name][0]).sum() for name, parameter in _named(trainer, layout).items())
-    trainer.objective = SimpleNamespace(loss=lambda network, piece: (nll, 1))
     trainer.live = torch.ones(layout.size, dtype=torch.bool)
     for part in slices(layout, LORA_A):
         trainer.live[part] = False
-    piece = SimpleNamespace(ids_BT=torch.zeros(1, 2), labels_BT=torch.zeros(1, 2, dtype=torch.long))
+    trainer._hooks = SimpleNamespace(set_grad_sample_to_none=lambda: None)
     summed = torch.zeros(layout.size)
-    trainer._add_clipped(piece, summed, SimpleNamespace(set_grad_sample_to_none=lambda: None))
+    trainer._add_clipped({"nll": Term(nll[None], torch.zeros(1, dtype=torch.long))}, 1, summed)
     assert summed[live].item() == pytest.approx(2.0) and summed[frozen] == 0
 
 
@@ -130,8 +129,8 @@ def test_rounds_of_example_level_noise_leave_the_frozen_half_alone(rule_of_rows,
 
 
 def test_what_a_client_has_pruned_stays_pruned_under_noise(rule_of_rows):
-    memory = {"strategy.rank": torch.tensor([2.0])}
-    start, end, trainer = rule_of_rows(HetLora(), 1.0, 0.5, memory=memory, rank=3)
+    state = {"strategy.rank": torch.tensor([2.0])}
+    start, end, trainer = rule_of_rows(HetLora(), 1.0, 0.5, state=state, rank=3)
     for before, after in zip(
         trainer.trainable.layout.lora_pairs(start), trainer.trainable.layout.lora_pairs(end), strict=True
     ):

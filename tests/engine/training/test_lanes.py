@@ -1,4 +1,4 @@
-"""A client in a pack is the same client alone: in float64 to 1e-10, whoever else is there, however long they take."""
+"""A client in lanes is the same client alone: in float64 to 1e-10, whoever else is there, however long they take."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,21 +14,21 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from engine.config.federation import Federation
 from engine.config.sections import Lora, RankShare
 from engine.config.train import AdamW, Schedule, Sgd, TorchOptimizer, Train
-from engine.models.base_model import Trainable, map_base, read_base
-from engine.objectives.sft import Sft
-from engine.training.lanes import PackTrainer
+from engine.models.base_model import map_base, read_base
+from engine.models.trainable import Trainable
+from engine.training.lanes import LaneTrainer
 from engine.training.local_training import Job, LocalTrainer
 from strategies import Strategies
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.fedprox import FedProx
 from strategies.averaging.scaffold import Scaffold
-from strategies.core.protocol import Broadcast, ClientState, Update
+from strategies.core.protocol import ClientState, Update
 from strategies.lora.hetlora import HetLora
 
 LANES, CLIENTS = 3, 7
 EPOCHS = Train(epochs=2, batch=2, optimizer=AdamW(lr=1e-2, eps=1e-6))
 LORA = Lora(r=4, alpha=8)
-Made = tuple[LocalTrainer, PackTrainer]
+Made = tuple[LocalTrainer, LaneTrainer]
 Pair = Callable[..., Made]
 
 PLAIN = [rule for rule in get_args(Strategies)]
@@ -36,36 +36,36 @@ PLAIN = [rule for rule in get_args(Strategies)]
 
 @pytest.fixture
 def pair(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Pair:
-    """Two trainers of the same clients over one base: one by one, and in packs."""
+    """Two trainers of the same clients over one base: one client at a time, and in lanes."""
 
     def normed(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
     def made(federation: Federation, *, base: str = "tied", double: bool = True) -> Made:
         if double:
-            monkeypatch.setattr(LlamaRMSNorm, "forward", normed)  # transformers' own casts to float32
+            monkeypatch.setattr(LlamaRMSNorm, "forward", normed)  # transformers casts to float32
         packed, buffer = read_base(replace(federation.model, base=str(bases[base])))
         for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop") if base == "gpt2" else ():
             vars(packed.config)[name] = 0.0
         network = map_base(packed, torch.from_numpy(buffer))
         network = network.double() if double else network
         trainable = Trainable(network, federation.model, 3)
-        alone = LocalTrainer.of(trainable, Sft(64), 0, federation.train)
-        return alone, PackTrainer(alone, LANES, federation.train)
+        alone = LocalTrainer.of(trainable, 0, federation.train)
+        return alone, LaneTrainer(alone, LANES, federation.train)
 
     return made
 
 
 @pytest.fixture
-def packed(federation: Federation) -> Callable[..., Federation]:
+def lane_recipe(federation: Federation) -> Callable[..., Federation]:
     def made(train: Train = EPOCHS, peft: Lora = LORA, **sections: Any) -> Federation:
         return replace(federation, train=train, model=replace(federation.model, peft=peft), **sections)
 
     return made
 
 
-def jobs(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, **memory: ClientState) -> list[Job]:
-    """Clients of one to five rows, in no order, each with a vector of its own rank."""
+def jobs(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, **client_state: ClientState) -> list[Job]:
+    """Clients of one to five rows, in no order, each with a vector of the client's rank."""
     layout, peft = trainer.trainable.layout, federation.model.peft
     assert isinstance(peft, Lora)
     noise = torch.from_numpy(np.random.default_rng(5).standard_normal(layout.size)).to(trainer.trainable.flat.dtype)
@@ -76,9 +76,9 @@ def jobs(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, **
         for pair in layout.lora_pairs(start) if rank else ():
             pair.a_RI[rank:], pair.b_OR[:, rank:] = 0, 0
         state = federation.strategy.init(start, layout)
-        got = replace(federation.strategy.broadcast(state), round=2, layout=layout, rank=rank)
-        own = rows.slice(client % 3, 1 + (3 * client) % 5)
-        made.append(Job(client, own, 0.5, got, memory.get(f"of_{client}", {})))
+        broadcast = replace(federation.strategy.broadcast(state), round=2, layout=layout, rank=rank)
+        part = rows.slice(client % 3, 1 + (3 * client) % 5)
+        made.append(Job(client, part, 0.5, broadcast, client_state.get(f"of_{client}", {})))
     return made
 
 
@@ -87,13 +87,13 @@ def one_by_one(trainer: LocalTrainer, some: list[Job], federation: Federation) -
 
 
 def the_same(
-    found: list[tuple[Update, ClientState]], expected: list[tuple[Update, ClientState]], within: float
+    results: list[tuple[Update, ClientState]], expected: list[tuple[Update, ClientState]], within: float
 ) -> None:
-    for (update, memory), (other, remembered) in zip(found, expected, strict=True):
+    for (update, client_state), (other, remembered) in zip(results, expected, strict=True):
         assert update.client == other.client and other.delta.abs().max() > 1e-4
         assert (update.delta - other.delta).abs().max() <= within
-        assert update.extras.keys() == other.extras.keys() and memory.keys() == remembered.keys()
-        for name, tensor in (update.extras | memory).items():
+        assert update.extras.keys() == other.extras.keys() and client_state.keys() == remembered.keys()
+        for name, tensor in (update.extras | client_state).items():
             torch.testing.assert_close(tensor, (other.extras | remembered)[name], rtol=0, atol=within)
         assert update.metrics == pytest.approx(other.metrics, rel=max(within, 1e-9))
 
@@ -107,23 +107,23 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_client_is_the_same_as_alone(pair: Pair, packed: Any, rows: pa.RecordBatch, name: str) -> None:
-    federation = packed(replace(EPOCHS, optimizer=OPTIMIZERS[name], clip=0.5))
-    alone, pack = pair(federation)
+def test_a_client_is_the_same_as_alone(pair: Pair, lane_recipe: Any, rows: pa.RecordBatch, name: str) -> None:
+    federation = lane_recipe(replace(EPOCHS, optimizer=OPTIMIZERS[name], clip=0.5))
+    alone, lanes = pair(federation)
     some = jobs(alone, federation, rows)
     expected = one_by_one(alone, some, federation)
-    the_same(pack.updates(some, federation), expected, 1e-10)
-    the_same(pack.updates(some[::-1], federation), expected[::-1], 1e-10)  # no trace of the pack before
+    the_same(lanes.updates(some, federation), expected, 1e-10)
+    the_same(lanes.updates(some[::-1], federation), expected[::-1], 1e-10)  # no trace of earlier lanes
     the_same(one_by_one(alone, some, federation), expected, 0)
 
 
 def lent(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, ClientState]]:
     """Each client's update as a slot takes it, which copies it before the next client."""
-    found = []
+    results = []
     for job in some:
-        ((update, memory),) = trainer.updates([job], federation, lent=True)
-        found.append((replace(update, delta=update.delta.clone()), memory))
-    return found
+        ((update, client_state),) = trainer.updates([job], federation, lent=True)
+        results.append((replace(update, delta=update.delta.clone()), client_state))
+    return results
 
 
 @pytest.mark.parametrize(
@@ -138,132 +138,136 @@ def lent(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list
     ],
     ids=["accumulate", "steps of one row", "schedules", "dropout", "mixed ranks", "an adapter on the head"],
 )
-def test_whatever_the_recipe_says(pair: Pair, packed: Any, rows: pa.RecordBatch, train: Train, peft: Lora) -> None:
-    federation = packed(train, peft, strategy=HetLora() if peft.ranks else FedAvg())
-    alone, pack = pair(federation, base="untied")
+def test_whatever_the_recipe_says(pair: Pair, lane_recipe: Any, rows: pa.RecordBatch, train: Train, peft: Lora) -> None:
+    federation = lane_recipe(train, peft, strategy=HetLora() if peft.ranks else FedAvg())
+    alone, lanes = pair(federation, base="untied")
     some = jobs(alone, federation, rows)
-    the_same(pack.updates(some, federation), one_by_one(alone, some, federation), 1e-10)
+    the_same(lanes.updates(some, federation), one_by_one(alone, some, federation), 1e-10)
 
 
-def test_another_family_of_models(pair: Pair, packed: Any, rows: pa.RecordBatch) -> None:
-    federation = packed()
-    alone, pack = pair(federation, base="gpt2")
+def test_another_family_of_models(pair: Pair, lane_recipe: Any, rows: pa.RecordBatch) -> None:
+    federation = lane_recipe()
+    alone, lanes = pair(federation, base="gpt2")
     some = jobs(alone, federation, rows)
-    the_same(pack.updates(some, federation), one_by_one(alone, some, federation), 1e-10)
+    the_same(lanes.updates(some, federation), one_by_one(alone, some, federation), 1e-10)
 
 
 @pytest.mark.parametrize("rule", PLAIN, ids=[rule().kind for rule in PLAIN])
-def test_in_single_precision_it_is_nearly_the_same(pair: Pair, packed: Any, rows: pa.RecordBatch, rule: Any) -> None:
+def test_in_single_precision_it_is_nearly_the_same(
+    pair: Pair, lane_recipe: Any, rows: pa.RecordBatch, rule: Any
+) -> None:
     """What is sent beside a change may be the change over the learning rate (SCAFFOLD), and is so much further off."""
-    federation = packed()
+    federation = lane_recipe()
     object.__setattr__(federation, "strategy", rule())
-    alone, pack = pair(federation, double=False)
+    alone, lanes = pair(federation, double=False)
     some = jobs(alone, federation, rows)
-    found, expected = pack.updates(some, federation), one_by_one(alone, some, federation)
-    for (update, memory), (other, remembered) in zip(found, expected, strict=True):
+    results, expected = lanes.updates(some, federation), one_by_one(alone, some, federation)
+    for (update, client_state), (other, remembered) in zip(results, expected, strict=True):
         assert (update.delta - other.delta).abs().max() <= 1e-5
         for name, tensor in (other.extras | remembered).items():
-            torch.testing.assert_close((update.extras | memory)[name], tensor, rtol=0, atol=1e-5 / 1e-2)
+            torch.testing.assert_close((update.extras | client_state)[name], tensor, rtol=0, atol=1e-5 / 1e-2)
         assert update.metrics == pytest.approx(other.metrics, rel=1e-5)
 
 
 def test_on_a_base_in_half_precision_it_is_the_same_but_for_its_rounding(
-    pair: Pair, packed: Any, rows: pa.RecordBatch
+    pair: Pair, lane_recipe: Any, rows: pa.RecordBatch
 ) -> None:
     """One rounding of bfloat16 is 1/256; adapters and their steps are in single precision."""
-    federation = packed(replace(EPOCHS, optimizer=Sgd(lr=0.1)))
+    federation = lane_recipe(replace(EPOCHS, optimizer=Sgd(lr=0.1)))
     federation = replace(federation, model=replace(federation.model, dtype="bfloat16"))
-    alone, pack = pair(federation, double=False)
+    alone, lanes = pair(federation, double=False)
     assert alone.trainable.flat.dtype == torch.float32
     some = jobs(alone, federation, rows)
-    found = pack.updates(some, federation)
-    for (update, _), (other, _) in zip(found, one_by_one(alone, some, federation), strict=True):
+    results = lanes.updates(some, federation)
+    for (update, _), (other, _) in zip(results, one_by_one(alone, some, federation), strict=True):
         assert (update.delta - other.delta).norm() < 0.02 * other.delta.norm()
         assert update.metrics == pytest.approx(other.metrics, rel=1e-2)
 
 
 @pytest.mark.parametrize("rule", PLAIN, ids=[rule().kind for rule in PLAIN])
-def test_every_strategy_allows_packs(pair: Pair, packed: Any, rows: pa.RecordBatch, rule: Any) -> None:
+def test_every_strategy_allows_lanes(pair: Pair, lane_recipe: Any, rows: pa.RecordBatch, rule: Any) -> None:
     """Two rounds: in the second, clients remember the first."""
     train = replace(EPOCHS, optimizer=Sgd(lr=0.1))
-    federation = replace(packed(train), strategy=FedAvg())
+    federation = replace(lane_recipe(train), strategy=FedAvg())
     object.__setattr__(federation, "strategy", rule())
-    alone, pack = pair(federation)
+    alone, lanes = pair(federation)
     first = jobs(alone, federation, rows)
     expected = one_by_one(alone, first, federation)
-    for (update, memory), (other, remembered) in zip(lent(alone, first, federation), expected, strict=True):
+    for (update, client_state), (other, remembered) in zip(lent(alone, first, federation), expected, strict=True):
         assert torch.equal(update.delta, other.delta)
-        assert all(torch.equal((update.extras | memory)[name], it) for name, it in (other.extras | remembered).items())
-    assert not rule().keeps_state or any(memory for _, memory in expected)
-    second = jobs(alone, federation, rows, **{f"of_{update.client}": memory for update, memory in expected})
+        assert all(
+            torch.equal((update.extras | client_state)[name], it) for name, it in (other.extras | remembered).items()
+        )
+    assert not rule().keeps_state or any(client_state for _, client_state in expected)
+    second = jobs(alone, federation, rows, **{f"of_{update.client}": client_state for update, client_state in expected})
     for some in (first, second):
-        found, wanted = pack.updates(some, federation), one_by_one(alone, some, federation)
-        for (update, memory), (other, remembered) in zip(found, wanted, strict=True):
+        results, wanted = lanes.updates(some, federation), one_by_one(alone, some, federation)
+        for (update, client_state), (other, remembered) in zip(results, wanted, strict=True):
             torch.testing.assert_close(update.delta, other.delta, rtol=0, atol=1e-10)
             for name, tensor in (other.extras | remembered).items():
-                torch.testing.assert_close((update.extras | memory)[name], tensor, rtol=1e-8, atol=1e-10)
+                torch.testing.assert_close((update.extras | client_state)[name], tensor, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(lr=1e-2, eps=1e-6), Sgd(lr=0.1, momentum=0.9)], ids=["adamw", "momentum"])
 def test_an_optimizers_state_is_each_clients_own(
-    pair: Pair, packed: Any, rows: pa.RecordBatch, optimizer: AdamW | Sgd
+    pair: Pair, lane_recipe: Any, rows: pa.RecordBatch, optimizer: AdamW | Sgd
 ) -> None:
-    federation = packed(replace(EPOCHS, optimizer=optimizer, state="keep"))
-    alone, pack = pair(federation)
+    federation = lane_recipe(replace(EPOCHS, optimizer=optimizer, state="keep"))
+    alone, lanes = pair(federation)
     first = jobs(alone, federation, rows)
-    remembered = {f"of_{update.client}": memory for update, memory in one_by_one(alone, first, federation)}
+    remembered = {f"of_{update.client}": client_state for update, client_state in one_by_one(alone, first, federation)}
     second = jobs(alone, federation, rows, **remembered)
-    found, expected = pack.updates(second, federation), one_by_one(alone, second, federation)
-    the_same(found, expected, 1e-10)
-    fresh = pack.updates(first, federation)
-    assert not torch.allclose(fresh[0][0].delta, found[0][0].delta, atol=1e-6)
+    results, expected = lanes.updates(second, federation), one_by_one(alone, second, federation)
+    the_same(results, expected, 1e-10)
+    fresh = lanes.updates(first, federation)
+    assert not torch.allclose(fresh[0][0].delta, results[0][0].delta, atol=1e-6)
 
 
-def test_a_correction_is_each_clients_own(pair: Pair, packed: Any, rows: pa.RecordBatch) -> None:
+def test_a_correction_is_each_clients_own(pair: Pair, lane_recipe: Any, rows: pa.RecordBatch) -> None:
     for strategy in (FedProx(mu=1.0), Scaffold()):
-        federation = packed(replace(EPOCHS, optimizer=Sgd(lr=0.1)), strategy=strategy)
-        alone, pack = pair(federation)
+        federation = lane_recipe(replace(EPOCHS, optimizer=Sgd(lr=0.1)), strategy=strategy)
+        alone, lanes = pair(federation)
         some = jobs(alone, federation, rows)
-        corrected = pack.updates(some, federation)
+        corrected = lanes.updates(some, federation)
         the_same(corrected, one_by_one(alone, some, federation), 1e-10)
-    plain = packed(replace(EPOCHS, optimizer=Sgd(lr=0.1)))
-    prox = packed(replace(EPOCHS, optimizer=Sgd(lr=0.1)), strategy=FedProx(mu=1.0))
-    some = jobs(pack, plain, rows)
-    assert not torch.allclose(pack.updates(some, plain)[0][0].delta, pack.updates(some, prox)[0][0].delta, atol=1e-6)
+    plain = lane_recipe(replace(EPOCHS, optimizer=Sgd(lr=0.1)))
+    prox = lane_recipe(replace(EPOCHS, optimizer=Sgd(lr=0.1)), strategy=FedProx(mu=1.0))
+    some = jobs(lanes, plain, rows)
+    assert not torch.allclose(lanes.updates(some, plain)[0][0].delta, lanes.updates(some, prox)[0][0].delta, atol=1e-6)
 
 
-def test_a_pack_of_one_is_a_client_alone(pair: Pair, packed: Any, rows: pa.RecordBatch) -> None:
-    federation = packed()
-    alone, pack = pair(federation, double=False)
+def test_a_single_client_trains_as_alone(pair: Pair, lane_recipe: Any, rows: pa.RecordBatch) -> None:
+    federation = lane_recipe()
+    alone, lanes = pair(federation, double=False)
     some = jobs(alone, federation, rows)[:1]
-    the_same(pack.updates(some, federation), one_by_one(alone, some, federation), 0)
+    the_same(lanes.updates(some, federation), one_by_one(alone, some, federation), 0)
 
 
-def test_nothing_of_a_pack_stays_in_the_model(pair: Pair, packed: Any, rows: pa.RecordBatch) -> None:
-    federation = packed()
-    alone, pack = pair(federation)
+def test_lanes_leave_nothing_in_the_model(pair: Pair, lane_recipe: Any, rows: pa.RecordBatch) -> None:
+    federation = lane_recipe()
+    alone, lanes = pair(federation)
     some = jobs(alone, federation, rows)
-    before = alone.nll(rows, 4)
+    before = alone.heldout(rows, 4)
     broken = replace(
-        some[-1], got=Broadcast(2, torch.full_like(some[-1].got.params, float("nan")), layout=some[-1].got.layout)
+        some[-1], broadcast=replace(some[-1].broadcast, params=torch.full_like(some[-1].broadcast.params, float("nan")))
     )
-    found = pack.updates([*some[:-1], broken], federation)
-    the_same(found[:-1], one_by_one(alone, some[:-1], federation), 1e-10)  # NaN stays in its own lane
-    assert found[-1][0].delta.isnan().any()
+    results = lanes.updates([*some[:-1], broken], federation)
+    the_same(results[:-1], one_by_one(alone, some[:-1], federation), 1e-10)  # NaN stays in its lane
+    assert results[-1][0].delta.isnan().any()
     alone.trainable.flat.data.copy_(alone.trainable.initial)
-    assert alone.nll(rows, 4) == before
+    assert alone.heldout(rows, 4) == before
     assert not any("forward" in vars(module) for module in alone.trainable.network.modules())
 
 
-def test_a_base_that_drops_activations_is_refused(bases: dict[str, Path], packed: Any) -> None:
-    federation = packed()
-    packed_base, buffer = read_base(replace(federation.model, base=str(bases["gpt2"])))
-    trainable = Trainable(map_base(packed_base, torch.from_numpy(buffer)), federation.model, 3)
-    alone = LocalTrainer.of(trainable, Sft(64), 0, federation.train)
+def test_a_base_that_drops_activations_is_refused(bases: dict[str, Path], lane_recipe: Any) -> None:
+    federation = lane_recipe()
+    base_index, buffer = read_base(replace(federation.model, base=str(bases["gpt2"])))
+    trainable = Trainable(map_base(base_index, torch.from_numpy(buffer)), federation.model, 3)
+    alone = LocalTrainer.of(trainable, 0, federation.train)
     with pytest.raises(ValueError, match=r"pdrop = 0.1 in its config.json.*set clients.lanes = 1"):
-        PackTrainer(alone, LANES, federation.train)
+        LaneTrainer(alone, LANES, federation.train)
 
 
-def test_embeddings_do_not_pack(pair: Pair, packed: Any) -> None:
+def test_adapters_of_embeddings_are_refused(pair: Pair, lane_recipe: Any) -> None:
     with pytest.raises(ValueError, match="adapters of linear layers alone"):
-        pair(packed(peft=replace(LORA, targets=("embed_tokens", "q_proj"))))
+        pair(lane_recipe(peft=replace(LORA, targets=("embed_tokens", "q_proj"))))

@@ -9,8 +9,9 @@ import torch
 from engine.config.federation import Federation
 from engine.config.sections import FullTuning, Lora
 from engine.config.train import AdamW, Sgd, Train
-from engine.models.base_model import Trainable, map_base, read_base
-from engine.objectives.sft import Sft
+from engine.models.base_model import map_base, read_base
+from engine.models.trainable import Trainable
+from engine.objectives.token_batch import token_losses
 from engine.training.local_training import Job, LocalTrainer
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.fedprox import FedProx
@@ -23,8 +24,8 @@ NAMES = ["adamw", "sgd with momentum", "sgd"]
 
 
 def trained(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, client: int = 1) -> Update:
-    got = Broadcast(2, start_of(trainer))
-    return trainer.updates([Job(client, rows, 0.5, got, {})], federation)[0][0]
+    broadcast = Broadcast(2, start_of(trainer))
+    return trainer.updates([Job(client, rows, 0.5, broadcast, {})], federation)[0][0]
 
 
 def start_of(trainer: LocalTrainer) -> torch.Tensor:
@@ -83,9 +84,9 @@ def test_metrics_of_a_single_step_by_hand(training: Training, make_trainer: Make
     trainer = make_trainer(federation)
     update = trained(trainer, federation, rows)
     trainer.trainable.flat.data.copy_(start_of(trainer))
-    nll, learnt = trainer.objective.loss(trainer.trainable.network, trainer.objective.collate(rows, 0))
+    nll = token_losses(trainer.trainable.network, trainer.objective.collate(rows, 0)).mean()
     lengths = [len(ids) for ids in rows["input_ids"].to_pylist()]
-    assert update.metrics["loss"] == pytest.approx(nll.item() / learnt, rel=1e-6)
+    assert update.metrics["loss"] == pytest.approx(nll.item(), rel=1e-6)
     assert (update.metrics["rows"], update.metrics["steps"], update.metrics["tokens"]) == (5, 1, sum(lengths))
     assert (update.client, update.weight) == (1, 0.5)
 
@@ -127,7 +128,7 @@ def test_the_global_vector_of_the_proximal_term_is_on_the_clients_gpu(training: 
     federation = training(Train(steps=2, batch=5), strategy=FedProx(mu=0.1))
     packed, buffer = read_base(federation.model)
     trainable = Trainable(map_base(packed, torch.from_numpy(buffer).cuda()), federation.model, 3)
-    trainer = LocalTrainer.of(trainable, Sft(64), 0, federation.train)
+    trainer = LocalTrainer.of(trainable, 0, federation.train)
     assert trained(trainer, federation, rows).delta.any()
 
 
@@ -172,12 +173,12 @@ def test_training_leaves_the_broadcast_as_it_was(
 ) -> None:
     federation = training(Train(steps=3, batch=2))
     trainer = make_trainer(federation)
-    got = Broadcast(0, start_of(trainer))
-    before = got.params.clone()
-    update, _ = trainer.updates([Job(1, rows, 0.5, got, {})], federation)[0]
-    assert torch.equal(got.params, before)
+    broadcast = Broadcast(0, start_of(trainer))
+    before = broadcast.params.clone()
+    update, _ = trainer.updates([Job(1, rows, 0.5, broadcast, {})], federation)[0]
+    assert torch.equal(broadcast.params, before)
     kept = update.delta.clone()
-    trainer.updates([Job(2, rows, 0.5, got, {})], federation)[0]
+    trainer.updates([Job(2, rows, 0.5, broadcast, {})], federation)[0]
     assert torch.equal(update.delta, kept), "an update is its own memory"
 
 
@@ -195,7 +196,7 @@ def kernels(federation: Federation) -> LocalTrainer:
     """A trainer with the recipe's own kernels."""
     packed, buffer = read_base(federation.model)
     trainable = Trainable(map_base(packed, torch.from_numpy(buffer)), federation.model, 3)
-    return LocalTrainer.of(trainable, Sft(64), 0, federation.train)
+    return LocalTrainer.of(trainable, 0, federation.train)
 
 
 def test_attention_kernels_are_the_recipes(federation: Federation, rows: pa.RecordBatch) -> None:
@@ -203,7 +204,7 @@ def test_attention_kernels_are_the_recipes(federation: Federation, rows: pa.Reco
     for kernel in ("sdpa", "eager"):
         trainer = kernels(replace(federation, model=replace(federation.model, attention=kernel)))
         assert trainer.trainable.network.config._attn_implementation == kernel
-        losses[kernel], _ = trainer.nll(rows, 8)
+        losses[kernel], _ = trainer.heldout(rows, 8)
     assert losses["sdpa"] == pytest.approx(losses["eager"], rel=1e-5)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from engine.config.federation import Federation
 from engine.config.train import AdamW, Schedule, Sgd, Train
+from engine.objectives.token_batch import token_losses
 from engine.training.local_training import Job, LocalTrainer
 from strategies.averaging.qfedavg import QFedAvg
 from strategies.core.protocol import Broadcast, ClientState, Update
@@ -30,11 +31,13 @@ def trained(
     make_trainer: MakeTrainer,
     federation: Federation,
     rows: pa.RecordBatch,
-    got: Broadcast | None = None,
-    **memory: ClientState,
+    broadcast: Broadcast | None = None,
+    **client_state: ClientState,
 ) -> tuple[Update, ClientState]:
     trainer = make_trainer(federation)
-    return trainer.updates([Job(1, rows, 0.5, got or started(trainer), memory.get("memory", {}))], federation)[0]
+    return trainer.updates(
+        [Job(1, rows, 0.5, broadcast or started(trainer), client_state.get("client_state", {}))], federation
+    )[0]
 
 
 def test_rows_in_pieces_make_the_step_of_all_at_once(
@@ -54,10 +57,10 @@ def test_a_schedule_over_rounds_is_a_learning_rate_of_the_round(
     falling = Train(steps=2, batch=2, optimizer=Sgd(lr=0.1), over_rounds=Schedule(kind="linear"))
     federation = replace(training(falling), rounds=4)
     trainer = make_trainer(federation)
-    got = started(trainer, round_=3)  # a quarter of the rate is left
-    update, _ = trainer.updates([Job(1, rows, 0.5, got, {})], federation)[0]
+    broadcast = started(trainer, round_=3)  # a quarter of the rate is left
+    update, _ = trainer.updates([Job(1, rows, 0.5, broadcast, {})], federation)[0]
     quarter = replace(training(Train(steps=2, batch=2, optimizer=Sgd(lr=0.025))), rounds=4)
-    assert torch.equal(update.delta, trained(make_trainer, quarter, rows, got)[0].delta)
+    assert torch.equal(update.delta, trained(make_trainer, quarter, rows, broadcast)[0].delta)
     assert update.metrics["rates"] == pytest.approx(2 * 0.025)
 
 
@@ -72,11 +75,11 @@ def test_a_client_goes_on_with_its_optimizer(
 ) -> None:
     kept = training(Train(steps=2, batch=5, optimizer=AdamW(lr=1e-2), state="keep", clip=0))
     trainer = make_trainer(kept)
-    first, memory = trainer.updates([Job(1, rows, 0.5, started(trainer), {})], kept)[0]
-    assert {name.split(".")[2] for name in memory} == {"step", "exp_avg", "exp_avg_sq"}
+    first, client_state = trainer.updates([Job(1, rows, 0.5, started(trainer), {})], kept)[0]
+    assert {name.split(".")[2] for name in client_state} == {"step", "exp_avg", "exp_avg_sq"}
     trainer.updates([Job(2, rows.slice(0, 2), 0.5, started(trainer), {})], kept)[0]  # the slot becomes somebody else
     between = replace(started(trainer), params=started(trainer).params + first.delta)
-    second, _ = trainer.updates([Job(1, rows, 0.5, between, memory)], kept)[0]
+    second, _ = trainer.updates([Job(1, rows, 0.5, between, client_state)], kept)[0]
     # All five rows are in each step, so that only the order within a batch differs from four steps at a stretch.
     through, _ = trained(make_trainer, training(Train(steps=4, batch=5, optimizer=AdamW(lr=1e-2), clip=0)), rows)
     torch.testing.assert_close(first.delta + second.delta, through.delta, rtol=0, atol=1e-5)
@@ -93,7 +96,10 @@ def test_a_client_of_a_lower_rank_trains_with_its_own_scale(
     for pair in trainer.trainable.layout.lora_pairs(full.params):
         pair.a_RI[2:], pair.b_OR[:, 2:] = 0, 0
     low = replace(full, rank=2)
-    updates = {got.rank: trainer.updates([Job(1, rows, 0.5, got, {})], federation)[0][0] for got in (full, low, full)}
+    updates = {
+        broadcast.rank: trainer.updates([Job(1, rows, 0.5, broadcast, {})], federation)[0][0]
+        for broadcast in (full, low, full)
+    }
     for pair in trainer.trainable.layout.lora_pairs(updates[2].delta):
         assert not pair.a_RI[2:].any() and not pair.b_OR[:, 2:].any() and pair.b_OR[:, :2].any()
     assert updates[2].metrics["loss"] != updates[None].metrics["loss"]
@@ -105,13 +111,13 @@ def test_a_personal_run_is_trained_beside_the_global_one(
 ) -> None:
     train = Train(steps=3, batch=2, optimizer=Sgd(lr=0.1))
     plain, nothing = trained(make_trainer, training(train), rows)
-    ditto, memory = trained(make_trainer, training(train, strategy=Ditto(lam=0.5)), rows)
+    ditto, client_state = trained(make_trainer, training(train, strategy=Ditto(lam=0.5)), rows)
     assert torch.equal(ditto.delta, plain.delta) and ditto.metrics == plain.metrics
-    assert nothing == {} and set(memory) == {"strategy.personal"}
+    assert nothing == {} and set(client_state) == {"strategy.personal"}
     tighter = trained(make_trainer, training(train, strategy=Ditto(lam=5.0)), rows)[1]
-    assert not torch.equal(memory["strategy.personal"], tighter["strategy.personal"])
+    assert not torch.equal(client_state["strategy.personal"], tighter["strategy.personal"])
     trainer = make_trainer(training(train))
-    assert not torch.equal(memory["strategy.personal"], started(trainer).params + plain.delta)
+    assert not torch.equal(client_state["strategy.personal"], started(trainer).params + plain.delta)
 
 
 def test_the_loss_before_is_that_of_all_rows(
@@ -123,5 +129,6 @@ def test_the_loss_before_is_that_of_all_rows(
     trainer.trainable.flat.data.copy_(started(trainer).params)
     trainer.trainable.network.eval()
     with torch.no_grad():
-        nll, learnt = trainer.objective.loss(trainer.trainable.network, trainer.objective.collate(rows, 0))
-    assert update.metrics["loss_before"] == pytest.approx(nll.item() / learnt, rel=1e-5)
+        batch = trainer.objective.collate(rows, 0)
+        nll = token_losses(trainer.trainable.network, batch).mean()
+    assert update.metrics["loss_before"] == pytest.approx(nll.item(), rel=1e-5)

@@ -54,13 +54,13 @@ def test_a_client_goes_on_where_its_state_was_kept(settings: AdamW | Sgd | Torch
     through = stepped(make_optimizer([flat()], settings), flat().detach(), GRADS)
     slot = make_optimizer([flat()], settings)
     halfway = stepped(slot, flat().detach(), GRADS[:1])
-    memory = kept(slot)
+    client_state = kept(slot)
     reset(slot)
     stepped(slot, flat().detach(), GRADS[::-1])  # another client
-    before = {name: tensor.clone() for name, tensor in memory.items()}
-    restore(slot, memory)
+    before = {name: tensor.clone() for name, tensor in client_state.items()}
+    restore(slot, client_state)
     assert torch.equal(stepped(slot, halfway, GRADS[1:]), through)
-    assert all(torch.equal(memory[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(client_state[name], tensor) for name, tensor in before.items())
 
 
 def test_without_a_kept_state_a_client_starts_anew() -> None:

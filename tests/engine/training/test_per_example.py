@@ -11,11 +11,12 @@ import torch
 from engine.config.federation import Federation
 from engine.config.sections import FullTuning, Lora, Model
 from engine.config.train import Sgd, Train
-from engine.models.base_model import Trainable, map_base, read_base
-from engine.objectives.sft import Sft
-from engine.training import per_example as example_privacy
+from engine.models.base_model import map_base, read_base
+from engine.models.trainable import Trainable
+from engine.objectives.token_batch import token_losses
 from engine.training.local_training import Job, LocalTrainer
 from engine.training.per_example import PrivateTrainer, row_gradients, samples
+from engine.training.step_loop import Trained, Training
 from strategies.averaging.qfedavg import QFedAvg
 from strategies.core.protocol import Broadcast
 from strategies.privacy.noise_source import normal, seeded_words
@@ -25,28 +26,38 @@ ONE_STEP = Train(steps=1, batch=2, accumulate=3, optimizer=Sgd(lr=1.0))  # all f
 MakePrivate = Callable[..., PrivateTrainer]
 
 
-def start_of(trainer: LocalTrainer) -> torch.Tensor:
+def start_of(trainer: LocalTrainer | PrivateTrainer) -> torch.Tensor:
     """A vector whose LoRA B is not zero, so that every tensor has a gradient."""
     noise = torch.from_numpy(np.random.default_rng(5).standard_normal(trainer.trainable.layout.size)).float()
     return trainer.trainable.initial + 0.02 * noise
 
 
-def change(trainer: LocalTrainer, rows: pa.RecordBatch, train: Train = ONE_STEP, **options: Any) -> torch.Tensor:
+def steps(
+    trainer: LocalTrainer | PrivateTrainer,
+    rows: pa.RecordBatch,
+    start: torch.Tensor,
+    train: Train,
+    seed: int,
+    **options: Any,
+) -> Trained:
+    """Trains one client on these rows."""
+    return trainer.train([Training(rows, start, np.random.default_rng(seed), 0, **options)], train)[0]
+
+
+def change(trainer: PrivateTrainer, rows: pa.RecordBatch, train: Train = ONE_STEP, **options: Any) -> torch.Tensor:
     """What steps on these rows change of the vector (P,)."""
     start = start_of(trainer)
-    trainer.steps(rows, start, train, np.random.default_rng(9), **options)
-    return trainer.trainable.flat.detach() - start
+    return steps(trainer, rows, start, train, 9, **options).end - start
 
 
-def by_hand(trainer: LocalTrainer, rows: pa.RecordBatch) -> torch.Tensor:
+def by_hand(trainer: PrivateTrainer, rows: pa.RecordBatch) -> torch.Tensor:
     """Each row's gradient of its mean loss, by a backward pass of its own (B, P)."""
     trainable, each = trainer.trainable, []
     trainable.flat.data.copy_(start_of(trainer))
     trainable.network.train()
     for row in range(rows.num_rows):
         trainable.grad.zero_()
-        nll, learnt = trainer.objective.loss(trainable.network, trainer.objective.collate(rows.slice(row, 1), 0))
-        (nll / learnt).backward()
+        token_losses(trainable.network, trainer.objective.collate(rows.slice(row, 1), 0)).mean().backward()
         each.append(trainable.grad.clone())
     return torch.stack(each)
 
@@ -64,7 +75,7 @@ def test_rows_gradients_are_those_of_a_loop_over_rows(
     trainable.flat.data.copy_(start_of(trainer))
     trainable.network.train()
     with row_gradients(trainable.network):
-        trainer.objective.loss(trainable.network, piece)[0].backward()
+        token_losses(trainable.network, piece, every_logit=True).sum().backward()
         trained = [p for p in trainable.network.parameters() if p.requires_grad]
         summed_BP = torch.cat([p.grad_sample.flatten(1) for p in trained], dim=1)
     expected_BP = by_hand(trainer, rows)
@@ -104,8 +115,8 @@ def test_without_noise_and_clipping_it_is_sgd_on_the_mean_of_the_rows_means(
     for _ in range(3):
         reference.zero_grad(set_to_none=False)
         for row in range(5):
-            nll, learnt = other.objective.loss(other.trainable.network, other.objective.collate(rows.slice(row, 1), 0))
-            (nll / learnt / 5).backward()
+            batch = other.objective.collate(rows.slice(row, 1), 0)
+            (token_losses(other.trainable.network, batch).mean() / 5).backward()
         reference.step()
     assert delta.any()
     torch.testing.assert_close(delta, other.trainable.flat.detach() - start, rtol=1e-4, atol=1e-5)
@@ -125,11 +136,11 @@ def test_noise_comes_from_the_words_after_clipping_and_before_the_correction(
 def test_an_empty_sample_is_a_step_of_noise_of_the_right_size(
     make_private: MakePrivate, rows: pa.RecordBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(example_privacy, "samples", lambda rows, train, rng: [np.arange(0)])
+    monkeypatch.setattr(PrivateTrainer, "batches", lambda *_: iter([np.arange(0)]))
     trainer, train = make_private(z=2.0, clip=0.5), replace(ONE_STEP, batch=2, accumulate=1)
     start = start_of(trainer)
-    metrics = trainer.steps(rows, start, train, np.random.default_rng(0))
-    noise = trainer.trainable.flat.detach() - start
+    trained = steps(trainer, rows, start, train, 0)
+    metrics, noise = trained.metrics, trained.end - start
     count = len(noise)
     assert noise.var().item() == pytest.approx((2.0 * 0.5 / 2) ** 2, rel=5 * (2 / count) ** 0.5)
     assert abs(noise.mean().item()) < 5 * 0.5 / count**0.5
@@ -157,11 +168,10 @@ def test_no_more_rows_than_a_step_takes_are_all_drawn_each_time() -> None:
 
 def test_metrics_are_those_of_plain_training(make_private: MakePrivate, rows: pa.RecordBatch) -> None:
     train = replace(ONE_STEP, steps=2, optimizer=Sgd(lr=0.0))
-    private, plain = make_private(train=train), make_private(train=train)
+    private, plain = make_private(train=train), make_private(train=train).plain
     start = start_of(private)
-    found = private.steps(rows, start, train, np.random.default_rng(0), rate=0.5)
-    expected = LocalTrainer.steps(plain, rows, start, train, np.random.default_rng(0), rate=0.5)
-    assert found == pytest.approx(expected, rel=1e-5)
+    trained, expected = (steps(trainer, rows, start, train, 0, rate=0.5) for trainer in (private, plain))
+    assert trained.metrics == pytest.approx(expected.metrics, rel=1e-5)
 
 
 def test_the_loss_before_is_that_of_plain_training(
@@ -169,9 +179,8 @@ def test_the_loss_before_is_that_of_plain_training(
 ) -> None:
     federation = replace(federation, train=ONE_STEP, strategy=QFedAvg())
     private, other = make_private(1.0, 0.1), make_private()
-    plain = LocalTrainer(other.trainable, other.objective, other.pad, other.optimizer)
-    got = Broadcast(2, start_of(plain))
-    before, expected = (t.updates([Job(1, rows, 0.5, got, {})], federation)[0][0].metrics for t in (private, plain))
+    job = Job(1, rows, 0.5, Broadcast(2, start_of(other)), {})
+    before, expected = (t.updates([job], federation)[0][0].metrics for t in (private, other.plain))
     assert before["loss_before"] == expected["loss_before"] > 0
 
 
@@ -186,9 +195,7 @@ def test_what_a_lower_rank_does_not_have_stays_zero(make_private: MakePrivate, r
     for pair in layout.lora_pairs(start):
         pair.a_RI[2:] = 0
         pair.b_OR[:, 2:] = 0
-    trainer.trainable.set_rank(2)
-    trainer.steps(rows, start, replace(ONE_STEP, steps=3), np.random.default_rng(0))
-    for pair in layout.lora_pairs(trainer.trainable.flat.detach()):
+    for pair in layout.lora_pairs(steps(trainer, rows, start, replace(ONE_STEP, steps=3), 0, rank=2).end):
         assert pair.a_RI[:2].all() and pair.b_OR[:, :2].all()
         assert not pair.a_RI[2:].any() and not pair.b_OR[:, 2:].any()
 
@@ -199,8 +206,8 @@ def test_on_a_gpu(bases: dict[str, Path], rows: pa.RecordBatch, make_private: Ma
     packed, buffer = read_base(model)
     trainable = Trainable(map_base(packed, torch.from_numpy(buffer).cuda()), model, 3)
     on_cpu = make_private(1.0, 0.1)
-    trainer = PrivateTrainer.with_plan(trainable, Sft(64), 0, ONE_STEP, on_cpu.plan)
+    trainer = PrivateTrainer(LocalTrainer.of(trainable, 0, ONE_STEP), on_cpu.plan)
     trainer.words = seeded_words(np.random.default_rng(11))
     start = start_of(on_cpu)
-    trainer.steps(rows, start.cuda(), ONE_STEP, np.random.default_rng(9))
-    torch.testing.assert_close(trainable.flat.detach().cpu() - start, change(on_cpu, rows), rtol=1e-3, atol=1e-4)
+    end = steps(trainer, rows, start.cuda(), ONE_STEP, 9).end.cpu()
+    torch.testing.assert_close(end - start, change(on_cpu, rows), rtol=1e-3, atol=1e-4)

@@ -13,9 +13,12 @@ from torch import nn
 from engine.config.federation import Federation
 from engine.config.sections import FullTuning
 from engine.config.train import AdamW, Sgd, Train
-from engine.objectives.sft import Batch, Sft
+from engine.objectives.base import Term
+from engine.objectives.sft import Sft
+from engine.objectives.token_batch import Batch, token_losses
 from engine.training.local_training import Job
 from engine.training.per_example import PrivateTrainer
+from engine.training.step_loop import Training
 from strategies.averaging.fedprox import FedProx
 from strategies.core.protocol import Broadcast, Update
 from strategies.privacy.noise_source import seeded_words
@@ -34,8 +37,8 @@ def start_of(trainer: PrivateTrainer) -> torch.Tensor:
 def change(trainer: PrivateTrainer, rows: pa.RecordBatch, train: Train = ONE_STEP, **options: Any) -> torch.Tensor:
     """What steps on these rows change of the vector (P,)."""
     start = start_of(trainer)
-    trainer.steps(rows, start, train, np.random.default_rng(9), **options)
-    return trainer.trainable.flat.detach() - start
+    training = Training(rows, start, np.random.default_rng(9), 0, **options)
+    return trainer.train([training], train)[0].end - start
 
 
 def traces(network: nn.Module) -> list[str]:
@@ -72,7 +75,7 @@ def test_an_error_leaves_no_trace_either(make_private: MakePrivate, rows: pa.Rec
     trainer, fresh = make_private(1.0, 0.1), make_private(1.0, 0.1)
 
     def fails(grad_KP: torch.Tensor, params_KP: torch.Tensor) -> None:
-        trainer.objective.loss(trainer.trainable.network, trainer.objective.collate(rows, 0))  # as if backward failed
+        token_losses(trainer.trainable.network, trainer.objective.collate(rows, 0))  # as if backward failed
         raise MemoryError
 
     with pytest.raises(MemoryError):
@@ -85,33 +88,35 @@ def test_an_error_leaves_no_trace_either(make_private: MakePrivate, rows: pa.Rec
 class SometimesNan(Sft):
     """Rows with five learnt tokens are lost in NaN."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
-        logits_BTV = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT).logits[:, :-1]
+    def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
+        logits_BTV = network(input_ids=batch.ids_BT, attention_mask=batch.attention_BT).logits[:, :-1]
         labels_BT = batch.labels_BT[:, 1:]
         factor_B = torch.where((labels_BT != -100).sum(1) == 5, float("nan"), 1.0)
         logits_BTV = logits_BTV * factor_B[:, None, None]
-        return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="sum"), 1
+        nll_BT = F.cross_entropy(logits_BTV.mT, labels_BT, reduction="none")
+        return {"nll": Term(nll_BT[batch.row_N, batch.place_N], batch.row_N)}
 
 
 def test_a_row_without_a_finite_gradient_moves_nothing(make_private: MakePrivate, rows: pa.RecordBatch) -> None:
     learnt = [sum(mask[1:]) for mask in rows["mask"].to_pylist()]
     kept = rows.take([row for row, count in enumerate(learnt) if count != 5])
     assert 0 < kept.num_rows < 5
-    all_of_them = change(make_private(clip=0.1, objective=SometimesNan(64)), rows)
+    all_of_them = change(make_private(clip=0.1, objective=SometimesNan()), rows)
     torch.testing.assert_close(5 * all_of_them, kept.num_rows * change(make_private(clip=0.1), kept))
 
 
 class Forgetful(Sft):
     """Uses parameters past their layers, where no hook of a layer sees it."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
-        nll, learnt = super().loss(model, batch)
-        return nll + sum(p.sum() for p in model.parameters() if p.requires_grad), learnt
+    def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
+        term = super().terms(network, batch, every_logit=every_logit)["nll"]
+        unseen = torch.stack([p.sum() for p in network.parameters() if p.requires_grad]).sum()
+        return {"nll": Term(term.values_N + unseen, term.row_N)}
 
 
 def test_gradients_that_opacus_does_not_see_are_refused(make_private: MakePrivate, rows: pa.RecordBatch) -> None:
     with pytest.raises(ValueError, match=r"do not sum up to the gradient: train adapters"):
-        change(make_private(objective=Forgetful(64)), rows)
+        change(make_private(objective=Forgetful()), rows)
 
 
 def test_a_parameter_without_rows_gradients_is_refused(

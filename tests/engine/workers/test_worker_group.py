@@ -14,8 +14,8 @@ from datasets_partition.store.build import build
 from datasets_partition.store.tokens import Tokens
 from engine.aggregation.exact_sum import STEP
 from engine.messages.wire import Sent
-from engine.models.base_model import Trainable, map_base, read_base
-from engine.objectives.sft import Sft
+from engine.models.base_model import map_base, read_base
+from engine.models.trainable import Trainable
 from engine.scheduling.gangs import Gangs
 from engine.scheduling.slots import _is_lost
 from engine.system.failures import ShardLost, last_line
@@ -85,7 +85,7 @@ def alone(recipe, tokens, client):
     packed, buffer = read_base(recipe.model)
     seed = torch_seed(recipe.seed, 0, -1, "initial")
     trainable = Trainable(map_base(packed, torch.from_numpy(buffer)), recipe.model, seed)
-    trainer = LocalTrainer.of(trainable, Sft(recipe.train.max_length), 1, recipe.train)
+    trainer = LocalTrainer.of(trainable, 1, recipe.train)
     rows = Tokens.open(tokens).rows(client, "train")
     got = Broadcast(0, trainable.initial.clone(), layout=trainable.layout, seed=recipe.seed)
     return trainer.updates([Job(client, rows, 1.0, got, {})], recipe)[0][0]

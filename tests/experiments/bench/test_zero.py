@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from engine.config.sections import Zero
-from engine.messages.wire import ShardedState, WireState
+from engine.messages.wire import ShardedState
 from engine.records.checkpoint import Saved, save_checkpoint
 from experiments.bench.scenarios import zero as bench
+from strategies.core.protocol import ServerState
 
 
 @pytest.mark.slow
@@ -24,9 +24,9 @@ def test_a_small_run_gives_its_figures(ray_session, full):
 
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
-def test_a_first_round_that_leads_elsewhere_gives_no_figure(ray_session, tmp_path, wrong):
+def test_a_first_round_that_leads_elsewhere_gives_no_figure(tmp_path, wrong):
     shards = [np.ones(3, np.float32), np.ones(2, np.float32)]
-    state = ShardedState(1, tuple(ray.put(WireState(shard, {})) for shard in shards))
+    state = ShardedState(1, tuple(ServerState(1, torch.from_numpy(shard)) for shard in shards))
     save_checkpoint(tmp_path / "checkpoints", Saved(state, 1.0), keep=1)
     zero = Zero(stage=3, ranks=2)
     assert bench.gate(tmp_path, zero, shards) == 0

@@ -17,6 +17,7 @@ from datasets_partition.store import sealed
 from datasets_partition.store.sealed import key_of
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
+from engine.messages.wire import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint, save_checkpoint
 from engine.records.client_state import ClientMemory
 from engine.records.metrics import Ledger, Metrics, read_log
@@ -56,7 +57,8 @@ def run(tmp_path, small_recipe):
         metrics.add(round_, "heldout", None, loss=3.0 - round_)
         ledger.received(round_, "server", "update", 3, 100)
         metrics.flush(round_), ledger.flush(round_)
-        save_checkpoint(folder / "checkpoints", Saved(ServerState(round_, torch.zeros(3)), 1.0), 2)
+        state = ShardedState(round_, (ServerState(round_, torch.zeros(3)),))
+        save_checkpoint(folder / "checkpoints", Saved(state, 1.0), 2)
     ClientMemory(folder / "memory").write(3, 1, {"strategy.c": torch.zeros(3)}, 0)
     (folder / "privacy.json").write_text('{"rounds": 1, "statement": "epsilon 1"}')
     (folder / "recipe.toml").write_text(to_toml(small_recipe()))

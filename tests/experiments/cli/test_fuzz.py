@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from engine.messages.events import Fault
+from engine.messages.wire import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint, save_checkpoint
 from engine.records.metrics import Faults, Ledger, Metrics
 from strategies.core.protocol import ServerState
@@ -71,7 +72,8 @@ def _write_run(folder: Path) -> None:
 def test_any_other_bit_of_a_checkpoint_is_found(tmp_path: Path, full: bool) -> None:
     both, alone = tmp_path / "both", tmp_path / "alone"
     values = {round_: torch.linspace(-1, round_, 5) for round_ in (1, 2)}
-    whole = {round_: Saved(ServerState(round_, v, {"m": v * v}), 12.5) for round_, v in values.items()}
+    states = {round_: ServerState(round_, v, {"m": v * v}) for round_, v in values.items()}
+    whole = {round_: Saved(ShardedState(round_, (state,)), 12.5) for round_, state in states.items()}
     for saved in whole.values():
         save_checkpoint(both, saved, keep=2)
     shutil.copytree(both / "00002", alone / "00002")
@@ -95,6 +97,7 @@ def test_any_other_bit_of_a_checkpoint_is_found(tmp_path: Path, full: bool) -> N
 
 
 def _same(first: Saved, second: Saved) -> bool:
-    tensors = [[saved.state.params, *saved.state.moments.values()] for saved in (first, second)]  # type: ignore[union-attr]
+    states = [saved.state.parts[0] for saved in (first, second)]
+    tensors = [[state.params, *state.moments.values()] for state in states]
     facts = [(saved.wall_s, saved.clip, saved.aborts, saved.lanes, saved.costs) for saved in (first, second)]
     return facts[0] == facts[1] and all(torch.equal(*pair) for pair in zip(*tensors, strict=True))

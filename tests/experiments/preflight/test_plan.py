@@ -4,20 +4,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from engine.config.sections import Clients, Zero
+from engine.models.deepspeed_config import BUCKET
 from experiments.config.recipe import load_recipe, to_toml
 from experiments.preflight import plan
-from experiments.preflight.plan import (
-    BUCKET,
-    GIB,
-    SPARE,
-    Sizes,
-    counted,
-    on_fullest,
-    rank_need,
-    sizes,
-    slot_need,
-    smallest,
-)
+from experiments.preflight.plan import GIB, SPARE, Sizes, counted, on_fullest, rank_need, sizes, slot_need, smallest
 
 FOUND = Sizes(parameters=1000, trained=600, largest=100, itemsize=2, activations=8, logits=4)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.config.sections import Lora, Model
-from engine.models.base_model import with_adapters
+from engine.models.adapters import with_adapters
 from experiments.config.recipe import RECIPES, load_recipe
 from experiments.preflight.shrunk_base import FAMILIES, base_config, family_keys, shrunk, stand_in_tokenizer, write_base
 

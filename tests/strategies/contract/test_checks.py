@@ -11,6 +11,9 @@ from strategies import Strategies
 from strategies.averaging.fedavg import FedAvg
 from strategies.contract.case import FULL, LORA, Case, DoesNotApply
 from strategies.contract.checks import CHECKS, lacks
+from strategies.core.base import Rule
+from strategies.core.lora_algebra import products, put, svd
+from strategies.core.protocol import GLOBAL
 from strategies.lora.hetlora import HetLora
 
 MEMBERS = [kind() for kind in get_args(Strategies)]
@@ -44,9 +47,13 @@ def test_what_a_class_lacks_is_named() -> None:
 
     assert not any(lacks(kind) for kind in get_args(Strategies))
     missing = lacks(Nothing)
-    assert {"reads", "paper", "freezes", "bounded_weights", "broadcast", "finish"} <= set(
-        missing
-    ) and "apply" not in missing
+    assert {"reads", "paper", "freezes", "bounded_weights", "broadcast", "finish"} <= set(missing)
+    assert "apply" not in missing
+
+    class NoApply(Rule):
+        pass
+
+    assert lacks(NoApply) == ["apply"]
 
 
 @dataclass(frozen=True)
@@ -176,27 +183,107 @@ class Heavy(FedAvg):
         return replace(update, weight=float(update.delta.norm())), client_state
 
 
+@dataclass(frozen=True)
+class Alike(FedAvg):
+    """Takes the weights of rows for equal ones."""
+
+    weighs_alike: ClassVar[bool] = True
+
+    def finish(self, update, broadcast, client_state, ends=None):
+        return update, client_state
+
+
+@dataclass(frozen=True)
+class Merges(FedAvg):
+    """Changes the base, and does not say so."""
+
+    needs_lora: ClassVar[bool] = True
+
+    def apply(self, state, aggregate):
+        moved = super().apply(state, aggregate)
+        return replace(moved, merged_delta=torch.zeros_like(products(state.params, state.layout)))
+
+
+@dataclass(frozen=True)
+class Turns(FedAvg):
+    """Gives the adapters other factors, and does not say so."""
+
+    needs_lora: ClassVar[bool] = True
+
+    def apply(self, state, aggregate):
+        moved = super().apply(state, aggregate)
+        params = moved.params.clone()
+        for pair in state.layout.lora_pairs(params):
+            u_OR, s_R, v_RI = svd(pair)
+            put(pair, u_OR * s_R, v_RI)
+        return replace(moved, params=params)
+
+
+@dataclass(frozen=True)
+class Alternates(FedAvg):
+    """Freezes another coordinate in each round, and does not say so."""
+
+    def live(self, round_, layout):
+        return {"delta": torch.arange(layout.size) != round_}
+
+
+@dataclass(frozen=True)
+class SendsProducts(FedAvg):
+    """Sends products, and does not say so."""
+
+    needs_lora: ClassVar[bool] = True
+
+    def beside(self, layout):
+        return {"product": sum(outputs * inputs for outputs, inputs in layout.product_shapes)}
+
+
+@dataclass(frozen=True)
+class Silent(FedAvg):
+    """Sends nothing, and does not say so."""
+
+    def finish(self, update, broadcast, client_state, ends=None):
+        return replace(update, delta=torch.zeros_like(update.delta)), client_state | {"kept": update.delta}
+
+
+@dataclass(frozen=True)
+class Corrects(FedAvg):
+    """Corrects gradients, and denies it."""
+
+    def correct(self, grad_KP, params_KP, broadcast, client_state, run=GLOBAL):
+        grad_KP.mul_(2)
+
+
+Corrects.corrects = False
+
+
 @pytest.mark.parametrize(
     ("broken", "check", "sentence"),
     [
         (Drifts, "no_change_leaves_the_model_alone", "although no client changed it"),
-        (Stands, "a_change_moves_the_model_or_what_clients_remember", "the model is as before"),
+        (Stands, "a_change_moves_the_model_or_what_clients_keep", "the model is as before"),
         (First, "it_reads_no_more_than_it_says", 'reads is "sum", but'),
         (InPlace, "the_server_side_leaves_its_inputs_unmodified", "apply writes into the state"),
         (Whole, "shards_are_applied_as_the_whole", "elementwise is True, but"),
         (Writes, "the_client_side_writes_nothing_but_its_gradient", "correct writes into the parameters"),
-        (Forgets, "memory_is_kept_by_those_who_say_so_and_is_used", "changes nothing that they do"),
+        (Forgets, "client_state_is_kept_where_the_class_says_so_and_is_used", "changes nothing that they do"),
         (Doubles, "what_travels_is_flat_contiguous_and_float32", "'0.moments.m' is torch.float64"),
         (Counts, "extras_that_are_changes_are_zero_without_training", "have not trained send steps"),
-        (Cuts, "an_untrained_client_of_a_lower_rank_sends_zeros", "has not trained sends delta"),
+        (Cuts, "an_untrained_client_of_a_lower_rank_sends_zeros", "an untrained client of rank 1 sends delta"),
         (Leaks, "what_is_frozen_is_neither_sent_nor_trained", "coordinates of 'delta' that live calls frozen"),
         (Creeps, "what_is_frozen_is_neither_sent_nor_trained", "leaves a gradient where trained says"),
         (Stays, "rounds_count_up_by_one", "apply must add one to round"),
-        (Heavy, "weights_stay_within_one_where_the_class_says_so", "bounded_weights is True, but"),
+        (Heavy, "weights_are_as_the_class_says", "bounded_weights is True, but"),
         (Melts, "it_travels_and_says_what_it_is", "frozen=True"),
+        (Alike, "weights_are_as_the_class_says", "weighs_alike is True, but finish makes the weight 0.5"),
+        (Merges, "the_base_changes_where_the_class_says_so", "merges_into_base is False, but there is a merged delta"),
+        (Turns, "the_basis_stays_where_the_class_says_so", "keeps_basis is True, but a change of"),
+        (Alternates, "the_basis_stays_where_the_class_says_so", "keeps_basis is True, but rounds differ"),
+        (SendsProducts, "products_are_sent_where_the_class_says_so", "send products in product, but"),
+        (Silent, "something_is_sent_where_the_class_says_so", "sends_update is True, but clients send zeros"),
+        (Corrects, "gradients_are_corrected_only_where_the_class_says_so", "corrects is False, but"),
     ],
 )
-def test_a_broken_promise_is_found_and_said(broken, check, sentence) -> None:
+def test_a_broken_promise_is_detected_and_named(broken, check, sentence) -> None:
     case = Case(broken(), LORA if broken.needs_lora else FULL, engine_sum, engine_stored)
     with pytest.raises(AssertionError, match=sentence):
-        next(one for one in CHECKS if one.__name__ == check)(case)
+        next(held for held in CHECKS if held.__name__ == check)(case)

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from strategies.privacy import accounting
 from strategies.privacy.accounting import Gaussian, Scheme, least_noise, noise_multiplier, spent
 from strategies.privacy.amplification import ORDERS, capped_epsilon, log_exceeds, poisson_rdp
-from strategies.privacy.discrete_gaussian import DiscreteGaussianSum
-from strategies.privacy.skellam import SkellamSum
+from strategies.privacy.integer_noise import DiscreteGaussianSum, SkellamSum
 
 
 def epsilon(z: float, scheme: Scheme, steps: int, delta: float) -> float:

@@ -14,11 +14,10 @@ from strategies.core.protocol import Update
 from strategies.core.seeds import rng
 from strategies.privacy import distributed as dp_distributed
 from strategies.privacy.distributed import DistributedDp, DistributedPlan
+from strategies.privacy.integer_noise import SkellamSum
+from strategies.privacy.integers import inflated, largest_l1, padded, rotate, rotate_back, rounded, signs
 from strategies.privacy.noise_source import byte_words, seeded_words
 from strategies.privacy.ring_noise import fit
-from strategies.privacy.rotation import padded, rotate, rotate_back, signs
-from strategies.privacy.rounding import inflated, largest_l1, rounded
-from strategies.privacy.skellam import SkellamSum
 
 
 def words(seed: int = 1):

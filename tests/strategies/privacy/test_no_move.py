@@ -32,8 +32,8 @@ from strategies.privacy.adaptive import WITHIN, AdaptiveDp, AdaptivePlan
 from strategies.privacy.central import CentralDp, CentralPlan
 from strategies.privacy.checks import check_dp
 from strategies.privacy.distributed import DistributedDp
+from strategies.privacy.integers import signs
 from strategies.privacy.noise_source import Words, seeded_words
-from strategies.privacy.rotation import signs
 
 ROUNDS, CLIP, POPULATION = 20, 0.05, 9
 DPS = [CentralDp, AdaptiveDp]

@@ -8,9 +8,8 @@ import pytest
 from scipy import stats
 
 from strategies.core.seeds import rng
-from strategies.privacy.discrete_gaussian import discrete_gaussian
+from strategies.privacy.integer_noise import discrete_gaussian, log_poisson, poisson, skellam
 from strategies.privacy.noise_source import below, byte_words, coin_exp, normal, seeded_words, uniform
-from strategies.privacy.skellam import log_poisson, poisson, skellam
 
 LEAST_P = 1e-4  # seeds are fixed: what passes once passes always
 

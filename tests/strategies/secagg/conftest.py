@@ -135,7 +135,7 @@ def refused():
             act()
         assert caught.value.phase == phase
         for client in clients:
-            assert repr(client) == f"Client({client.plain()['client']}, done='aborted')"
-            assert not any(value for name, value in client.plain().items() if name not in ("client", "done"))
+            assert repr(client) == f"Client({client.plain()['client']}, phase='aborted')"
+            assert not any(value for name, value in client.plain().items() if name not in ("client", "phase"))
 
     return check

@@ -169,9 +169,9 @@ def test_boxes_of_another_session_are_refused(play, start, refused):
 def test_boxes_for_or_from_others_are_refused(play, refused):
     play.to_keys()
     inboxes = play.to_shares()
-    refused("masked input", "not from its neighbours", lambda: play.clients[2].masks(inboxes[3]), play.clients[2])
+    refused("masked input", "not from its neighbors", lambda: play.clients[2].masks(inboxes[3]), play.clients[2])
     inboxes[1].boxes[9] = inboxes[1].boxes[0]
-    refused("masked input", "not from its neighbours", lambda: play.clients[1].masks(inboxes[1]), play.clients[1])
+    refused("masked input", "not from its neighbors", lambda: play.clients[1].masks(inboxes[1]), play.clients[1])
 
 
 def test_an_inbox_of_too_few_is_refused(play, refused):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.secagg.parameters import Parameters, choose, neighbours
+from strategies.secagg.parameters import Parameters, choose, neighbors
 
 
 @pytest.mark.parametrize(
@@ -71,16 +71,16 @@ def test_parameters_out_of_range_are_refused(fields, message):
 
 def test_a_ring_by_hand():
     parameters = Parameters(6, 4, 2)
-    assert neighbours("abcdef", 0, parameters) == ("e", "f", "b", "c")
-    assert neighbours("abcdef", 4, parameters) == ("c", "d", "f", "a")
-    assert neighbours("abc", 1, Parameters(3, 2, 2)) == ("a", "c")
+    assert neighbors("abcdef", 0, parameters) == ("e", "f", "b", "c")
+    assert neighbors("abcdef", 4, parameters) == ("c", "d", "f", "a")
+    assert neighbors("abc", 1, Parameters(3, 2, 2)) == ("a", "c")
 
 
 @given(st.integers(5, 40), st.data())
 def test_neighbours_are_mutual_and_as_many_as_agreed(n, data):
     k = data.draw(st.sampled_from([*range(2, n - 1, 2), n - 1]))
     order = data.draw(st.permutations(range(n)))
-    near = {u: neighbours(order, place, Parameters(n, k, 2)) for place, u in enumerate(order)}
+    near = {u: neighbors(order, place, Parameters(n, k, 2)) for place, u in enumerate(order)}
     assert all(len(set(near[u])) == k and u not in near[u] for u in order)
     assert all(u in near[v] for u in order for v in near[u])
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.federation import Federation
 from engine.config.sections import Evaluate, Lora
-from engine.training.judging import ClientLoss, client_loss, continuations, drawn_rows, mean_loss
+from engine.training.evaluation import ClientLoss, client_loss, drawn_rows, mean_loss
+from engine.training.generation import continuations
 from engine.training.local_training import LocalTrainer
 
 MakeTrainer = Callable[[Federation], LocalTrainer]
@@ -21,10 +22,10 @@ MakeTrainer = Callable[[Federation], LocalTrainer]
 
 @given(st.integers(0, 60), st.integers(0, 1000), st.integers(1, 20), st.integers(0, 99))
 def test_the_rows_that_count_are_drawn_once(rows: int, client: int, most: int, seed: int) -> None:
-    found = drawn_rows(rows, client, Evaluate(rows=most), seed).tolist()
-    assert found == sorted(set(found)) == drawn_rows(rows, client, Evaluate(rows=most), seed).tolist()
-    assert len(found) == min(rows, most)
-    assert set(found) <= set(range(rows))
+    picked = drawn_rows(rows, client, Evaluate(rows=most), seed).tolist()
+    assert picked == sorted(set(picked)) == drawn_rows(rows, client, Evaluate(rows=most), seed).tolist()
+    assert len(picked) == min(rows, most)
+    assert set(picked) <= set(range(rows))
 
 
 def test_seed_and_client_decide_which() -> None:
@@ -62,23 +63,23 @@ def test_a_clients_loss_is_that_of_its_rows_one_by_one(
 ) -> None:
     trainer = make_trainer(federation)
     before = trainer.trainable.flat.detach().clone()
-    found = client_loss(trainer, 4, rows, evaluate, 7)
+    result = client_loss(trainer, 4, rows, evaluate, 7)
     picked = drawn_rows(rows.num_rows, 4, evaluate, 7).tolist()
     nll, tokens = by_row(trainer, rows, picked)
-    assert (found.client, found.tokens, found.rows) == (4, tokens, len(picked))
-    assert found.nll == pytest.approx(nll, rel=1e-5)
+    assert (result.client, result.tokens, result.rows) == (4, tokens, len(picked))
+    assert result.nll == pytest.approx(nll, rel=1e-5)
     assert torch.equal(trainer.trainable.flat, before)
 
 
 def test_nothing_is_dropped_out(federation: Federation, make_trainer: MakeTrainer, rows: pa.RecordBatch) -> None:
     model = replace(federation.model, peft=Lora(r=4, alpha=8, dropout=0.5))
-    found = []
+    losses = []
     for trainer in (make_trainer(federation), make_trainer(replace(federation, model=model))):
         noise = torch.randn(trainer.trainable.layout.size, generator=torch.Generator().manual_seed(1))
         trainer.trainable.flat.data.copy_(0.1 * noise)
         trainer.trainable.network.train()
-        found.append(client_loss(trainer, 4, rows, Evaluate(), 7))
-    assert found[0] == found[1]
+        losses.append(client_loss(trainer, 4, rows, Evaluate(), 7))
+    assert losses[0] == losses[1]
 
 
 def generate(trainer: LocalTrainer, tokenizer: Any, prompts: list[str], tokens: int) -> list[str]:

@@ -1,0 +1,115 @@
+"""The protocol of an objective: columns, batches, and a loss of named terms. Legend: B rows, N units of a term."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+import pyarrow as pa
+import torch
+from torch import nn
+
+from engine.messages.errors import RunError
+from engine.objectives.token_batch import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Need = Literal["reference", "generation", "head"]
+PROVIDED: frozenset[Need] = frozenset()  # what trainers can give an objective besides the network
+
+
+@dataclass(frozen=True)
+class Term:
+    """One named term of a loss: the values (N,) of its units, such as tokens, and the row (N,) of each.
+
+    The term's share of the loss is the sum of its values over their count, both over the whole step: so neither the
+    pieces of a step, nor lanes, nor ranks change it. A weight between terms is part of the values.
+    """
+
+    values_N: torch.Tensor
+    row_N: torch.Tensor
+
+    def total(self) -> torch.Tensor:
+        """Returns the sum over all units (a scalar)."""
+        return self.values_N.sum()
+
+    def by_row(self, rows: int) -> torch.Tensor:
+        """Returns the sum over each row's units (B,)."""
+        return self.values_N.new_zeros(rows).index_add(0, self.row_N, self.values_N)
+
+    def counts_by_row(self, rows: int) -> torch.Tensor:
+        """Returns the number of each row's units (B,), int64."""
+        return self.row_N.new_zeros(rows).index_add(0, self.row_N, torch.ones_like(self.row_N))
+
+
+class Objective(Protocol):
+    """What a client minimizes, and how its rows become token columns and batches.
+
+    An implementation is a frozen dataclass with the recipe's options of `train.objective` as fields, importable
+    without transformers. A row is one unit for weights, sampling and privacy, whatever its columns hold.
+    """
+
+    needs: ClassVar[frozenset[Need]]
+    heldout: ClassVar[str]  # the term whose mean over held-out rows is the evaluation's loss
+
+    @property
+    def kind(self) -> str:
+        """The objective's name in the recipe."""
+
+    def encode(self, rows: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> pa.Table:
+        """Makes the token columns, a row for each row: `input_ids`, null where a row teaches nothing, and others.
+
+        RunError if the rows' format does not suit the objective.
+        """
+
+    def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
+        """Makes a batch of encoded rows, padded with the token `pad`."""
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Returns the number of each term's units, which is known before the forward pass."""
+
+    def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
+        """Computes the loss's terms by the network's present weights.
+
+        With `every_logit` the head sees all positions of all rows, so that hooks can tell the rows apart.
+        """
+
+
+def counted(objective: Objective, batches: Iterable[Batch]) -> dict[str, int]:
+    """Returns the number of each term's units in all batches."""
+    counts: dict[str, int] = {}
+    for batch in batches:
+        for name, count in objective.counts(batch).items():
+            counts[name] = counts.get(name, 0) + count
+    return counts
+
+
+@torch.no_grad()
+def term_sums(
+    objective: Objective, network: nn.Module, pieces: Iterable[tuple[Batch, int]]
+) -> dict[str, tuple[float, int]]:
+    """Returns each term's sum and count over pieces on the network's device, each taken 1 or 0 times."""
+    sums: dict[str, tuple[float, int]] = {}
+    for piece, times in pieces:
+        counts = objective.counts(piece)
+        for name, term in objective.terms(network, piece).items():
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = total + term.total().item() * times, count + counts[name] * times
+    return sums
+
+
+def step_loss(totals: Mapping[str, torch.Tensor], counts: Mapping[str, float]) -> torch.Tensor:
+    """Returns the loss: each term's sum over its count in the whole step, added up."""
+    return reduce(add, (total / counts[name] for name, total in totals.items()))
+
+
+def require_provided(objective: Objective) -> None:
+    """Raises RunError if the objective needs what trainers cannot give."""
+    if missing := " and a ".join(sorted(objective.needs - PROVIDED)):
+        raise RunError(
+            f'train.objective = "{objective.kind}" needs a {missing}, which fedpost does not have yet: choose another'
+        )

@@ -1,0 +1,111 @@
+"""Padded batches of token rows, and the loss of their labels. Legend: K lanes, B rows, T tokens, N learnt tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows: token ids, 1 where a token is real, and labels (IGNORED where nothing is learnt).
+
+    `tokens` of them are real. The loss is over the N tokens that follow the positions `row_N, place_N`. These are
+    computed on the CPU, because asking a GPU for them would wait for it.
+    """
+
+    ids_BT: torch.Tensor
+    attention_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    tokens: int
+    row_N: torch.Tensor
+    place_N: torch.Tensor
+
+    @classmethod
+    def of(cls, ids_BT: torch.Tensor, attention_BT: torch.Tensor, labels_BT: torch.Tensor, tokens: int) -> Batch:
+        """Makes a batch on the CPU."""
+        # Nothing predicts the first token.
+        return cls(ids_BT, attention_BT, labels_BT, tokens, *(labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True))
+
+    @classmethod
+    def padded(cls, ids: np.ndarray, learnt: np.ndarray, lengths_B: np.ndarray, pad: int) -> Batch:
+        """Makes a batch (B, T) of rows whose token ids, and whether each is learnt, lie one after another."""
+        real_BT = np.arange(lengths_B.max()) < lengths_B[:, None]
+        ids_BT, labels_BT = np.full(real_BT.shape, pad, np.int64), np.full(real_BT.shape, IGNORED, np.int64)
+        ids_BT[real_BT] = ids
+        labels_BT[real_BT] = np.where(learnt, ids, IGNORED)
+        vectors = (torch.from_numpy(ids_BT), torch.from_numpy(real_BT.astype(np.int64)), torch.from_numpy(labels_BT))
+        return cls.of(*vectors, len(ids))
+
+    @classmethod
+    def side_by_side(cls, pieces: Sequence[Batch | None], pad: int) -> Batch:
+        """Makes one batch (K * B, T) of K lanes' pieces, where padding that teaches nothing fills what a lane lacks."""
+        present = [(lane, piece) for lane, piece in enumerate(pieces) if piece is not None]
+        rows, longest = np.max([piece.ids_BT.shape for _, piece in present], 0)
+        ids_KBT = torch.full((len(pieces), rows, longest), pad)
+        attention_KBT, labels_KBT = torch.zeros_like(ids_KBT), torch.full_like(ids_KBT, IGNORED)
+        attention_KBT[:, :, 0] = 1  # a row that attends to nothing would be NaN
+        for lane, piece in present:
+            place = (lane, slice(len(piece.ids_BT)), slice(piece.ids_BT.shape[1]))
+            ids_KBT[place], attention_KBT[place], labels_KBT[place] = piece.ids_BT, piece.attention_BT, piece.labels_BT
+        flat = [vectors.view(-1, int(longest)) for vectors in (ids_KBT, attention_KBT, labels_KBT)]
+        return cls.of(flat[0], flat[1], flat[2], sum(piece.tokens for _, piece in present))
+
+    @property
+    def learnt(self) -> int:
+        """How many tokens the loss is over."""
+        return len(self.row_N)
+
+    def to(self, device: torch.device) -> Batch:
+        """Returns the same batch on another device."""
+        vectors = (self.ids_BT.to(device), self.attention_BT.to(device), self.labels_BT.to(device))
+        return Batch(*vectors, self.tokens, self.row_N.to(device), self.place_N.to(device))
+
+
+def token_losses(network: nn.Module, batch: Batch, *, every_logit: bool = False) -> torch.Tensor:
+    """Computes the negative log-likelihood of each learnt token (N,) in nats.
+
+    The head computes logits for these tokens only, or for all positions with `every_logit`.
+    """
+    learnt, selected = (batch.row_N, batch.place_N), False
+
+    def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        nonlocal selected
+        selected = True
+        return inputs[0][learnt][None]
+
+    head: Any = None if every_logit else network.get_output_embeddings()  # type: ignore[operator]
+    hook = None if head is None else head.register_forward_pre_hook(select)
+    try:
+        # Without a mask, attention has a faster kernel.
+        mask_BT = None if batch.tokens == batch.ids_BT.numel() else batch.attention_BT
+        logits = network(input_ids=batch.ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    logits_NV = logits[0] if selected else logits[learnt]
+    # Half precision is too coarse for the softmax.
+    wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return F.cross_entropy(wide, batch.labels_BT[:, 1:][learnt], reduction="none")
+
+
+def lengths(rows: pa.RecordBatch) -> np.ndarray:
+    """Returns the number of tokens of each encoded row (B,)."""
+    lengths_B: np.ndarray = np.diff(rows["input_ids"].offsets.to_numpy())
+    return lengths_B
+
+
+def flattened(lists: pa.ListArray) -> np.ndarray:
+    """Returns the values of all lists one after another, as a view."""
+    offsets = lists.offsets
+    values: np.ndarray = lists.values.to_numpy()
+    return values[offsets[0].as_py() : offsets[-1].as_py()]

@@ -1,0 +1,78 @@
+"""The end of a run: the model as files, then what it writes before and after."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engine.config.federation import Federation
+from engine.messages.events import Event, Finished, Sample
+from engine.messages.wire import ShardedState
+from engine.models.model_card import model_card
+from engine.records.metrics import loss_table
+from engine.rounds.assembly import RunParts
+from engine.rounds.evaluation import Evaluator
+from engine.rounds.round_loop import RoundLoop
+from engine.system.atomic import write_file
+from engine.training.generation import Prompt, as_text
+from strategies.core.seeds import rng
+
+SAMPLES, SAMPLE_TOKENS = 3, 40
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Exports the model first, which is what the run is for, and then writes samples."""
+
+    federation: Federation
+    parts: RunParts
+    evaluator: Evaluator
+    loop: RoundLoop
+
+    def after_run(self, state: ShardedState) -> Iterator[Event]:
+        """Writes the folder `model` and the samples."""
+        parts, server = self.parts, self.parts.server
+        losses = loss_table(parts.folder / "metrics", state.round)
+        merged, spent = server.shards.merged(state) is not None, self.loop.privacy.statement
+        card = model_card(self.federation, losses, parts.store.manifest, merged=merged, spent=spent)
+        rows = self._rows()
+        prompts = [prompt for prompt, _ in rows]
+        vector = server.vector(state)
+        parts.pool.export(parts.folder / "model", vector, card)
+        after = self._continuations(vector, prompts)
+        del vector  # the object store need not hold two
+        server.move_base(state, None)
+        before = self._continuations(server.vector(parts.initial), prompts)
+        samples = [
+            Sample(as_text(prompt), completion, old, new)
+            for (prompt, completion), old, new in zip(rows, before, after, strict=True)
+        ]
+        content = json.dumps([asdict(sample) for sample in samples], indent=1)
+        write_file(parts.folder / "samples.json", content.encode())
+        yield Finished(parts.folder, losses, samples)
+
+    def _rows(self) -> list[tuple[Prompt, str]]:
+        """Prompt and completion of a few rows of unseen (else training) clients, drawn by the seed.
+
+        Of a conversation these are the turns before the assistant's last one, and that one.
+        """
+        clients, _ = self.evaluator.judged("unseen")
+        if not len(clients):
+            clients, _ = self.evaluator.judged("heldout")
+        draw = rng(self.federation.seed, 0, -1, "sample")
+        chosen = draw.choice(clients, min(SAMPLES, len(clients)), replace=False)
+        store = self.parts.store
+        rows = [store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]
+        return [
+            _last_turn(row["messages"]) if "messages" in row else (row["prompt"], row["completion"]) for row in rows
+        ]
+
+    def _continuations(self, vector: Any, prompts: list[Prompt]) -> list[str]:
+        """What the model writes after the prompts."""
+        texts: list[str] = self.parts.pool.ask(lambda actor: actor.generate.remote(vector, prompts, SAMPLE_TOKENS))
+        return texts
+
+
+def _last_turn(turns: list[dict[str, str]]) -> tuple[Prompt, str]:
+    last = max(index for index, turn in enumerate(turns) if turn["role"] == "assistant")
+    return turns[:last], turns[last]["content"]

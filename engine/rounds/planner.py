@@ -1,0 +1,82 @@
+"""Who trains in a round, on which version of the model, and how much work that is."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from datasets_partition.store.tokens import Tokens
+from engine.config.compatibility import excludes_lanes
+from engine.config.federation import Federation
+from engine.messages.tasks import Work
+from engine.messages.wire import Report, ShardedState
+from engine.rounds.server import Server
+from engine.scheduling.cost_model import Costs
+from engine.scheduling.slots import Slots as Pool
+from engine.training.batching import steps_of
+
+
+@dataclass
+class Planner:
+    """Plans the rounds of a federation of `population` clients. `costs` is what is known of how long clients take."""
+
+    federation: Federation
+    tokens: Tokens
+    population: int
+    costs: Costs = field(default_factory=Costs)
+
+    def work(self, round_: int) -> Work:
+        """Returns the cohort that starts from the model after `round_`, with each client's steps and seconds."""
+        cohort = self.federation.cohort.sample(self.population, self.federation.seed, round_)
+        steps = self.steps(cohort)
+        return Work(cohort, steps, self.costs.seconds(steps, self._tokens(cohort, steps)))
+
+    def learn(self, work: Work, reports: list[Report]) -> None:
+        """Improves the costs by how long clients took."""
+        seconds = {report.client: report.seconds for report in reports if report.good}
+        good = work.of(np.isin(work.clients, list(seconds)))
+        took = np.array([seconds[client] for client in good.clients.tolist()])
+        self.costs.learn(good.steps, self._tokens(good.clients, good.steps), took)
+
+    def steps(self, clients: np.ndarray) -> np.ndarray:
+        """Returns how many steps each of the clients (N,) takes in a round."""
+        return np.array([steps_of(int(rows), self.federation.train) for rows in self.tokens.counts("train")[clients]])
+
+    def total_steps(self) -> int:
+        """Returns how many steps all cohorts of the run take together."""
+        federation = self.federation
+        cohorts = (
+            federation.cohort.sample(self.population, federation.seed, round_) for round_ in range(federation.rounds)
+        )
+        return int(sum(self.steps(cohort).sum() for cohort in cohorts))
+
+    def most_steps(self) -> int:
+        """Returns how many steps a client takes at most in a round."""
+        return steps_of(int(self.tokens.counts("train")[: self.population].max()), self.federation.train)
+
+    def oldest(self, round_: int) -> int:
+        """Returns the round of the oldest checkpoint from which a run could be resumed after this one."""
+        every, keep = self.federation.checkpoint.every, self.federation.checkpoint.keep
+        return max(0, (round_ // every - keep) * every)
+
+    def _tokens(self, clients: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """About how many tokens each of the clients (N,) trains on in its steps (N,)."""
+        train = self.federation.train
+        passes = -(-self.tokens.counts("train")[clients] // (train.batch * train.accumulate))
+        tokens: np.ndarray = self.tokens.lengths()[clients] * steps / passes
+        return tokens
+
+
+def choose_lanes(federation: Federation, pool: Pool, server: Server, initial: ShardedState, population: int) -> int:
+    """Returns how many clients a slot trains at once; measured in the first slot if the recipe says "auto"."""
+    asked, cohort = federation.clients.lanes, federation.cohort
+    if asked != "auto":
+        return min(asked, max(1, cohort.largest(population)))
+    # Nothing is measured beside gangs. No number of lanes may leave slots without clients.
+    most = int(cohort.expected(population)) // pool.size
+    if excludes_lanes(federation) or federation.clients.zero or most < 2:
+        return 1
+    vector = server.vector(initial)
+    neighbours = max(Counter(pool.nodes.values()).values())
+    lanes: int = pool.ask(lambda actor: actor.best_pack.remote(vector, most, population, neighbours))
+    return lanes

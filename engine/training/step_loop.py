@@ -1,0 +1,193 @@
+"""The step loop: takes clients through their optimizer steps. Legend: K lanes, P parameters.
+
+A backend gives batches and gradients and takes the optimizer's step: one client at a time (local_training.py), several
+in lanes (lanes.py), with example-level privacy (per_example.py), or over the ranks of a gang (deepspeed_training.py).
+Learning rates, the strategy's correction, clipping and metrics are the same for all of them, and are here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from engine.config.train import Train
+from engine.training.batching import steps_of
+from engine.training.optimizers import kept, move, restore
+from strategies.core.protocol import ClientState, Mask, Vector
+
+Correct = Callable[[torch.Tensor, torch.Tensor], None]  # changes gradients (K, P), given the vectors (K, P)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One client's local training on encoded `rows` from the vector `start` (P,), or a rank's shard of it.
+
+    `stream` draws the batches, `dropout` is torch's seed. `rank` is the client's LoRA rank if ranks are mixed.
+    `correct` may change each step's gradient; `rate` is a factor on all learning rates. With `moments` the optimizer
+    continues from that state and the result has the new one; None starts from nothing. The result is a copy of the
+    vector, or with `less` the vector minus `less`, which may lie in the trainer's memory until the next training.
+    Example-level privacy clips and adds noise on the coordinates in `live`; None means all.
+    """
+
+    rows: pa.RecordBatch
+    start: Vector
+    stream: np.random.Generator
+    dropout: int
+    rank: int | None = None
+    correct: Correct | None = None
+    rate: float = 1.0
+    moments: ClientState | None = None
+    less: Vector | None = None
+    live: Mask | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of a training: the vector (P,), its metrics, and the optimizer's state if it is kept."""
+
+    end: Vector
+    metrics: dict[str, float]
+    moments: ClientState
+
+
+@dataclass
+class Progress:
+    """A client on its way through its steps. Sums and counts are of the loss's terms, over the steps taken."""
+
+    place: int  # among the trainings
+    training: Training
+    batches: Iterator[np.ndarray]
+    steps: int  # to take
+    taken: int = 0
+    tokens: int = 0
+    rates: float = 0.0
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def next_rows(self) -> pa.RecordBatch:
+        """Returns the rows of the next step."""
+        return self.training.rows.take(next(self.batches))
+
+    def count(self, counts: Mapping[str, int], tokens: int) -> None:
+        """Adds a step's units of each term, and its tokens."""
+        self.tokens += tokens
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def add(self, totals: Mapping[str, torch.Tensor]) -> None:
+        """Adds sums of terms (scalars) in float64, on their device, so that no step waits for a GPU."""
+        for name, total in totals.items():
+            value = total.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def metrics(self, summed: Callable[[float], float]) -> dict[str, float]:
+        """Returns the training's metrics; `summed` adds a figure up over all ranks.
+
+        `loss` is the sum of the terms' means, each unit judged before its step. `learnt` counts the units of the first
+        term and `tokens` all tokens; `rates` is the sum of the steps' learning rates.
+        """
+        means = [summed(total.item()) / self.counts[name] for name, total in self.sums.items()]
+        return {
+            "loss": sum(means, 0.0),
+            "rows": float(self.training.rows.num_rows),
+            "steps": float(self.taken),
+            "tokens": float(summed(self.tokens)),
+            "learnt": float(next(iter(self.counts.values()), 0)),
+            "rates": self.rates,
+        }
+
+
+class Backend(Protocol):
+    """A model and an optimizer that train up to `lanes` clients at once.
+
+    The optimizer has a parameter group for each lane, which holds the lane's vector.
+    """
+
+    optimizer: torch.optim.Optimizer
+    lanes: int
+
+    def batches(self, rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yields the row numbers of each step."""
+
+    def session(self, active: list[Progress]) -> AbstractContextManager[None]:
+        """Prepares the model for training; `active` are the clients in the lanes, and changes."""
+
+    def begin(self, lane: int, training: Training) -> None:
+        """Puts a client's start into a lane."""
+
+    def gradients(self, active: list[Progress], train: Train) -> None:
+        """Computes the gradients of the clients' next steps, `train.batch` rows of each at a time; counts the units."""
+
+    def correct(self, lane: int, correct: Correct) -> None:
+        """Applies a correction to a lane's gradient."""
+
+    def clip(self, norm: float) -> None:
+        """Clips each lane's gradient to an L2 norm; 0 leaves it alone."""
+
+    def step(self, adjust: Callable[[], None]) -> None:
+        """Takes the optimizer's step, and calls `adjust` before, as soon as the gradients are complete."""
+
+    def end(self, lane: int, training: Training) -> Vector:
+        """Returns the vector that a lane has reached, as `training.less` asks."""
+
+    def summed(self, value: float) -> float:
+        """Adds a figure up over all ranks."""
+
+
+def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) -> list[Trained]:
+    """Trains all clients, as many at once as the backend has lanes; returns the results in the clients' order.
+
+    A client that has taken its steps leaves its lane to the next. If none is waiting, the last lane moves up, so that
+    the lanes in use stay side by side.
+    """
+    waiting = iter(enumerate(trainings))
+    trained: dict[int, Trained] = {}
+    active: list[Progress] = []
+
+    def begun(lane: int, place: int, training: Training) -> Progress:
+        restore(backend.optimizer, training.moments or {}, lane)
+        backend.begin(lane, training)
+        rows = training.rows.num_rows
+        return Progress(place, training, backend.batches(rows, train, training.stream), steps_of(rows, train))
+
+    def adjust() -> None:
+        for lane, client in enumerate(active):
+            if client.training.correct is not None:
+                backend.correct(lane, client.training.correct)
+        backend.clip(train.clip)
+
+    with backend.session(active):
+        for lane, (place, training) in zip(range(backend.lanes), waiting, strict=False):
+            active.append(begun(lane, place, training))
+        while active:
+            backend.gradients(active, train)
+            for lane, client in enumerate(active):
+                lr = train.optimizer.lr * client.training.rate * train.over_steps.factor(client.taken, client.steps)
+                backend.optimizer.param_groups[lane]["lr"] = lr
+                client.taken, client.rates = client.taken + 1, client.rates + lr
+            backend.step(adjust)
+            for lane in reversed(range(len(active))):
+                client = active[lane]
+                if client.taken < client.steps:
+                    continue
+                trained[client.place] = _result(backend, lane, client)
+                following = next(waiting, None)
+                if following is not None:
+                    active[lane] = begun(lane, *following)
+                    continue
+                last = active.pop()
+                if lane < len(active):
+                    active[lane] = last
+                    move(backend.optimizer, len(active), lane)
+    return [trained[place] for place in range(len(trainings))]
+
+
+def _result(backend: Backend, lane: int, client: Progress) -> Trained:
+    training = client.training
+    metrics = client.metrics(backend.summed)
+    moments = {} if training.moments is None else kept(backend.optimizer, lane)
+    return Trained(backend.end(lane, training), metrics, moments)

@@ -1,0 +1,161 @@
+"""Noise of whole numbers that several clients add: Skellam or discrete Gaussian, with its Rényi divergences.
+
+Skellam: Agarwal et al. 2021, "The Skellam Mechanism for Differentially Private Federated Learning", arXiv 2110.04995.
+Each client adds the difference of two Poisson numbers; sums of them are Skellam again, so that the surviving clients
+add exactly their share. Discrete Gaussian: Kairouz et al. 2021, arXiv 2102.06387.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from strategies.privacy.noise_source import Words, below, coin_exp, uniform
+
+LARGEST = 2**24  # of the standard deviation: nothing below leaves int64
+SMALL = 10.0  # means below are drawn by inversion
+SERIES = 16  # Stirling's series is exact to the last digits from here on
+
+
+@dataclass(frozen=True)
+class SkellamSum:
+    """Skellam noise of this variance in each coordinate, and the largest norms of one client's integers."""
+
+    variance: float
+    norm: float
+    norm_l1: float
+
+    def rdp(self, orders: np.ndarray) -> np.ndarray:
+        """a D2^2 / (2 m) + min(((2a - 1) D2^2 + 6 D1) / (4 m^2), 3 D1 / (2 m)), m the variance (section 3)."""
+        m, square = self.variance, self.norm**2
+        tail = ((2 * orders - 1) * square + 6 * self.norm_l1) / (4 * m**2)
+        rdp: np.ndarray = orders * square / (2 * m) + np.minimum(tail, 3 * self.norm_l1 / (2 * m))
+        return rdp
+
+
+def skellam(words: Words, count: int, variance: float) -> np.ndarray:
+    """Whole numbers (N,) int64 of mean 0: the difference of two Poisson numbers of half the variance."""
+    drawn: np.ndarray = poisson(words, count, variance / 2) - poisson(words, count, variance / 2)
+    return drawn
+
+
+def poisson(words: Words, count: int, mean: float) -> np.ndarray:
+    """Poisson numbers (N,) int64; as exact as float64.
+
+    Large means by the transformed rejection PTRS of Hörmann 1993 ("The transformed rejection method for generating
+    Poisson random variables"), with a log-probability that does not cancel.
+    """
+    if mean < SMALL:
+        return _by_inversion(words, count, mean)
+    return _filled(count, lambda missing: _by_rejection(words, missing * 5 // 4 + 16, mean))
+
+
+def _by_inversion(words: Words, count: int, mean: float) -> np.ndarray:
+    drawn = uniform(words, count)
+    edges, probability, k = [], math.exp(-mean), 0
+    total = probability
+    while probability > 1e-18 or k < mean:
+        edges.append(total)
+        k += 1
+        probability *= mean / k
+        total += probability
+    return np.searchsorted(np.array(edges), drawn, side="right").astype(np.int64)
+
+
+def _by_rejection(words: Words, tries: int, mean: float) -> np.ndarray:
+    b = 0.931 + 2.53 * math.sqrt(mean)
+    a = -0.059 + 0.02483 * b
+    log_area = math.log(1.1239 + 1.1328 / (b - 3.4))
+    inner = 0.9277 - 3.6224 / (b - 2)
+    u_N, v_N = uniform(words, tries) - 0.5, uniform(words, tries)
+    s_N = 0.5 - np.abs(u_N)
+    whole = math.floor(mean)  # apart: a large mean would take the digits that decide between neighbors
+    never_N = (s_N < 0.013) & (v_N > s_N)
+    off_N = np.where(never_N, 0.0, np.floor((2 * a / s_N + b) * u_N + (mean - whole) + 0.43))
+    k_N: np.ndarray = off_N.astype(np.int64) + whole
+    sure_N = (s_N >= 0.07) & (v_N <= inner)
+    fits_N = np.log(v_N) + log_area - np.log(a / s_N**2 + b) <= log_poisson(k_N, mean)
+    kept: np.ndarray = k_N[(k_N >= 0) & ~never_N & (sure_N | fits_N)]
+    return kept
+
+
+def log_poisson(k_N: np.ndarray, mean: float) -> np.ndarray:
+    """Log-probabilities as in Loader 2000, "Fast and Accurate Computation of Binomial Probabilities"."""
+    k_N = np.maximum(k_N, 0)
+    x_N = k_N.astype(np.float64)
+    off_N = (x_N - mean) / mean
+    with np.errstate(divide="ignore", invalid="ignore"):
+        deviance_N = mean * ((1 + off_N) * np.log1p(off_N) - off_N)
+        inverse_N = 1 / x_N
+        series_N = inverse_N * (1 / 12 - inverse_N**2 * (1 / 360 - inverse_N**2 * (1 / 1260 - inverse_N**2 / 1680)))
+        log_N = -deviance_N - series_N - 0.5 * np.log(2 * np.pi * x_N)
+    for k in range(SERIES):
+        log_N[k_N == k] = k * math.log(mean) - mean - math.lgamma(k + 1)
+    return log_N
+
+
+@dataclass(frozen=True)
+class DiscreteGaussianSum:
+    """The sum of `clients` independent discrete Gaussians in each of `dimension` coordinates.
+
+    `deviation` is each client's, `norm` the largest L2 norm of one client's integers.
+    """
+
+    clients: int
+    deviation: int
+    norm: float
+    dimension: int
+
+    def rdp(self, orders: np.ndarray) -> np.ndarray:
+        """a e^2 / 2 with e = min(sqrt(D^2 / (n s^2) + t d / 2), D / (sqrt(n) s) + t sqrt(d)), theorem 1.
+
+        t = 10 sum_{k=1..n-1} exp(-2 pi^2 s^2 k / (k + 1)): a sum of discrete Gaussians is nearly one, but not quite.
+        """
+        k = np.arange(1, self.clients)
+        gap = 10 * float(np.exp(-2 * math.pi**2 * self.deviation**2 * k / (k + 1)).sum())
+        share = self.norm / (math.sqrt(self.clients) * self.deviation)
+        distance = min(math.sqrt(share**2 + gap * self.dimension / 2), share + gap * math.sqrt(self.dimension))
+        rdp: np.ndarray = orders * distance**2 / 2
+        return rdp
+
+
+def discrete_gaussian(words: Words, count: int, deviation: int) -> np.ndarray:
+    """Whole numbers (N,) int64 with probabilities in proportion to exp(-x^2 / (2 s^2)); exact.
+
+    Canonne, Kamath, Steinke 2020 (arXiv 2004.00010), algorithm 3, with whole s and the Laplace scale s: a discrete
+    Laplace number y is kept with probability exp(-(|y| - s)^2 / (2 s^2)).
+    """
+    assert 1 <= deviation <= LARGEST
+
+    def draw(missing: int) -> np.ndarray:
+        drawn = _discrete_laplace(words, 2 * missing + 16, deviation)
+        kept: np.ndarray = drawn[coin_exp(words, (np.abs(drawn) - deviation) ** 2, 2 * deviation**2)]
+        return kept
+
+    return _filled(count, draw)
+
+
+def _discrete_laplace(words: Words, tries: int, scale: int) -> np.ndarray:
+    """Numbers with probabilities in proportion to exp(-|y| / scale), the accepted of so many tries (algorithm 2)."""
+    rest = below(words, tries, scale)
+    rest = rest[coin_exp(words, rest, scale)]
+    wholes = np.zeros(len(rest), np.int64)
+    index = np.arange(len(rest))
+    while len(index):
+        index = index[coin_exp(words, np.ones(len(index), np.int64), 1)]
+        wholes[index] += 1
+    sizes = rest + scale * wholes
+    negative = below(words, len(sizes), 2) == 1
+    kept = ~(negative & (sizes == 0))  # or 0 would come twice as often
+    signed: np.ndarray = np.where(negative, -sizes, sizes)[kept]
+    return signed
+
+
+def _filled(count: int, draw: Callable[[int], np.ndarray]) -> np.ndarray:
+    """So many numbers (N,) int64 from a sampler that takes how many are missing and gives more or fewer."""
+    parts, missing = [np.empty(0, np.int64)], count
+    while missing > 0:
+        parts.append(draw(missing)[:missing])
+        missing -= len(parts[-1])
+    return np.concatenate(parts)

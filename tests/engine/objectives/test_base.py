@@ -1,0 +1,145 @@
+"""The door for objectives: a loss of two terms is the same in pieces, in lanes, and row by row under privacy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+
+from engine.config.federation import Federation
+from engine.config.train import Sgd, Train
+from engine.messages.errors import RunError
+from engine.objectives.base import Need, Term, counted, step_loss, term_sums
+from engine.objectives.sft import Sft
+from engine.objectives.token_batch import Batch
+from engine.training.lanes import LaneTrainer
+from engine.training.local_training import LocalTrainer
+from engine.training.per_example import PrivateTrainer
+from engine.training.step_loop import Trained, Training
+
+
+@dataclass(frozen=True)
+class TwoTerms(Sft):
+    """SFT, and a term that has one unit a row: half the square of the row's summed loss, over 100."""
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {**super().counts(batch), "square": len(torch.unique(batch.row_N))}
+
+    def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
+        terms = super().terms(network, batch, every_logit=every_logit)
+        row_U = torch.unique(batch.row_N)  # not the rows that only fill a lane
+        return {**terms, "square": Term(terms["nll"].by_row(len(batch.ids_BT))[row_U].square() / 200, row_U)}
+
+
+@pytest.fixture
+def make_two(make_trainer: Callable[..., LocalTrainer], federation: Federation) -> Callable[[Train], LocalTrainer]:
+    def made(train: Train) -> LocalTrainer:
+        trainer = make_trainer(replace(federation, train=train))
+        trainer.objective = TwoTerms()
+        return trainer
+
+    return made
+
+
+def start_of(trainer: LocalTrainer) -> torch.Tensor:
+    noise = torch.from_numpy(np.random.default_rng(5).standard_normal(trainer.trainable.layout.size)).float()
+    return trainer.trainable.initial + 0.02 * noise
+
+
+def step(trainer: Any, start: torch.Tensor, rows: pa.RecordBatch, train: Train) -> Trained:
+    return trainer.train([Training(rows, start, np.random.default_rng(1), 0)], train)[0]
+
+
+def by_hand(trainer: LocalTrainer, rows: pa.RecordBatch) -> tuple[torch.Tensor, float]:
+    """The loss and its gradient, from each row's summed loss alone."""
+    trainable = trainer.trainable
+    trainable.flat.data.copy_(start_of(trainer))
+    trainable.network.train()
+    trainable.grad.zero_()
+    batches = [Sft().collate(rows.slice(i, 1), 0) for i in range(rows.num_rows)]
+    sums = torch.stack([Sft().terms(trainable.network, batch)["nll"].total() for batch in batches])
+    loss = sums.sum() / sum(batch.learnt for batch in batches) + sums.square().mean() / 200
+    loss.backward()
+    return trainable.grad.clone(), loss.item()
+
+
+ONE_STEP = Train(steps=1, batch=5, optimizer=Sgd(lr=1.0), clip=0)
+
+
+@pytest.mark.parametrize("train", [ONE_STEP, replace(ONE_STEP, batch=1, accumulate=5, max_length=8)])
+def test_each_term_is_its_sum_over_its_count_in_the_whole_step(
+    make_two: Callable[[Train], LocalTrainer], rows: pa.RecordBatch, train: Train
+) -> None:
+    trainer = make_two(train)
+    gradient, loss = by_hand(trainer, rows)
+    start = start_of(trainer)
+    trained = step(trainer, start, rows, train)
+    torch.testing.assert_close(start - trained.end, gradient, rtol=1e-4, atol=1e-6)
+    assert trained.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert trained.metrics["learnt"] == Sft().collate(rows, 0).learnt
+    assert trainer.mean_loss(rows, start, 2) == pytest.approx(loss, rel=1e-5)
+
+
+def test_lanes_train_a_loss_of_several_terms(make_two: Callable[[Train], LocalTrainer], rows: pa.RecordBatch) -> None:
+    """Clients of one, two and five rows, in pieces, so that lanes have padding and turns without a piece."""
+    train = replace(ONE_STEP, batch=2, accumulate=3)
+    trainer = make_two(train)
+    lanes, start = LaneTrainer(trainer, 3, train), start_of(trainer)
+    parts = [rows.slice(0, 1), rows.slice(1, 2), rows]
+    alone = [step(trainer, start, part, train) for part in parts]
+    together = lanes.train([Training(part, start, np.random.default_rng(1), 0) for part in parts], train)
+    for ours, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours.end, expected.end, rtol=0, atol=1e-5)
+        assert ours.metrics == pytest.approx(expected.metrics, rel=1e-5)
+
+
+def test_privacy_clips_the_gradient_of_a_rows_own_terms(
+    make_private: Callable[..., PrivateTrainer], make_two: Callable[[Train], LocalTrainer], rows: pa.RecordBatch
+) -> None:
+    private = make_private(clip=0.05, train=ONE_STEP, objective=TwoTerms())
+    other = make_two(ONE_STEP)
+    gradients = [by_hand(other, rows.slice(i, 1))[0] for i in range(rows.num_rows)]
+    assert all(gradient.norm() > 0.05 for gradient in gradients)
+    expected = torch.stack([0.05 * gradient / gradient.norm() for gradient in gradients]).mean(0)
+    start = start_of(other)
+    moved = start - step(private, start, rows, ONE_STEP).end
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_terms_by_hand() -> None:
+    term = Term(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 2]))
+    assert (
+        term.total() == 7 and term.by_row(4).tolist() == [1, 0, 6, 0] and term.counts_by_row(4).tolist() == [1, 0, 2, 0]
+    )
+    totals = {"a": torch.tensor(6.0), "b": torch.tensor(-1.0)}
+    assert step_loss(totals, {"a": 3, "b": 4}).item() == 1.75
+
+
+def test_held_out_sums_are_those_of_any_pieces(make_two: Callable[[Train], LocalTrainer], rows: pa.RecordBatch) -> None:
+    trainer = make_two(ONE_STEP)
+    objective, network = trainer.objective, trainer.trainable.network.eval()
+    whole = term_sums(objective, network, [(objective.collate(rows, 0), 1)])
+    pieces = [(objective.collate(rows.slice(i, 1), 0), 1) for i in range(5)]
+    assert counted(objective, [piece for piece, _ in pieces]) == {name: count for name, (_, count) in whole.items()}
+    repeated = [*pieces, (pieces[0][0], 0)]  # what a rank without rows does to keep step
+    for name, (total, count) in term_sums(objective, network, repeated).items():
+        assert (total, count) == (pytest.approx(whole[name][0], rel=1e-5), whole[name][1])
+    assert trainer.heldout(rows, 2) == (pytest.approx(whole["nll"][0], rel=1e-5), whole["nll"][1])
+
+
+class Needy(Sft):
+    """Needs what no trainer provides."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"reference", "head"})
+
+
+def test_an_objective_whose_needs_are_not_met_is_refused(
+    federation: Federation, make_trainer: Callable[..., LocalTrainer]
+) -> None:
+    needy = replace(federation, train=replace(ONE_STEP, objective=Needy()))
+    with pytest.raises(RunError, match=r'train\.objective = "sft" needs a head and a reference, which'):
+        make_trainer(needy)
