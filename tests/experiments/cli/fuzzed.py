@@ -1,7 +1,7 @@
 """Tries damaged files, in a process of its own: python fuzzed.py KIND FOLDER FIRST COUNT.
 
-Case N is a function of N alone. Before each it prints N, and after it what came of it: a result, or the error of a
-user in one sentence. Anything else ends the process, as a crash would, and so does a case that needs more memory than there is.
+Case N is a function of N alone. Before each it prints N, and after it the outcome: a result, or a user's error of one
+sentence. Anything else ends the process, as a crash would, and so does a case that needs more memory than there is.
 """
 
 import json
