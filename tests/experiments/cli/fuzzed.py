@@ -1,6 +1,6 @@
 """Tries damaged files, in a process of its own: python fuzzed.py KIND FOLDER FIRST COUNT.
 
-Case N is a function of N alone. Before each it prints N, and after it what came of it: a result, or a ValueError of one
+Case N is a function of N alone. Before each it prints N, and after it the outcome: a result, or a user's error of one
 sentence. Anything else ends the process, as a crash would, and so does a case that needs more memory than there is.
 """
 
@@ -178,7 +178,7 @@ def main(kind: str, folder: str, first: str, count: str) -> None:
         try:
             attempt(number)
         except ValueError as error:
-            if type(error) is not ValueError or not str(error).strip():
+            if (type(error) is not ValueError and not hasattr(error, "exit_code")) or not str(error).strip():
                 raise
             results["refused"] += 1
         else:
