@@ -85,9 +85,9 @@ def test_rows_without_words_are_refused(rng):
         ([[1.0], [1.0, 2.0]], r"whose lists are null, empty or of different lengths: give each row one list"),
         ([[1.0], None], r"whose lists are null, empty or of different lengths"),
         ([[], []], r"whose lists are null, empty or of different lengths"),
-        ([[1.0], [None]], r"whose lists hold what is no finite number: mend them"),
-        ([[1.0], [float("nan")]], r"whose lists hold what is no finite number"),
-        ([["a"], ["b"]], r"whose lists hold what is no finite number"),
+        ([[1.0], [None]], r"whose lists hold values that are not finite numbers: correct them"),
+        ([[1.0], [float("nan")]], r"whose lists hold values that are not finite numbers"),
+        ([["a"], ["b"]], r"whose lists hold values that are not finite numbers"),
     ],
 )
 def test_what_is_no_embedding_is_refused(vectors, sentence, rng):

@@ -58,7 +58,7 @@ def test_partitioners_read_numbers_and_times_from_text(tmp_path: Path) -> None:
 
 def test_rows_that_do_not_match_the_header_keep_the_numbers_right(tmp_path: Path) -> None:
     content = b"client,text\nx,a\nb\nx,c,d\ny,e\n,f\n"
-    with pytest.raises(ValueError, match=r"rows\.csv line 3 has more or fewer values than the header: mend it"):
+    with pytest.raises(ValueError, match=r"rows\.csv line 3 has more or fewer values than the header: correct it"):
         written(tmp_path, content).load()
     table, skipped = written(tmp_path, content, on_bad_row="skip").load()
     assert table["completion"].to_pylist() == ["a", "e"]
@@ -68,7 +68,7 @@ def test_rows_that_do_not_match_the_header_keep_the_numbers_right(tmp_path: Path
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"rows\.csv line 3 is not UTF-8: mend it"):
+    with pytest.raises(ValueError, match=r"rows\.csv line 3 is not UTF-8: correct it"):
         written(tmp_path, b"text,topic\na,x\nb,\xff\n").load()
     assert written(tmp_path, b"text\na\n\xff\n", on_bad_row="skip").load().skipped == {"is not UTF-8": 1}
     for content in (b"te\xffxt\na\n", "text\na\n".encode("utf-16")):
