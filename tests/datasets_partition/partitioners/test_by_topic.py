@@ -31,18 +31,18 @@ def agree(category, topics):
     "given", [{}, {"columns": ("completion",)}, {"embedding": "vector"}], ids=["content", "columns", "embedding"]
 )
 def test_topics_that_are_apart_are_found(given, rng):
-    found = ByTopic(clients=4, topics=3, alpha=1.0, **given).assign(TABLE, rng())
-    assert agree(found.category, TOPICS)
+    assignment = ByTopic(clients=4, topics=3, alpha=1.0, **given).assign(TABLE, rng())
+    assert agree(assignment.category, TOPICS)
 
 
 def test_topics_are_named_by_the_words_that_set_them_apart(rng):
     table = TABLE.set_column(0, "prompt", [["the " + text for text in TABLE["prompt"].to_pylist()]])
     names = sorted(set(ByTopic(clients=4, topics=3, alpha=1.0).assign(table, rng()).category.to_pylist()))
     assert [name.split()[0] for name in names] == ["0", "1", "2"]
-    told = {frozenset(name.split()[1:]) for name in names}
-    assert all(any(words <= set(topic.split()) for topic in WORDS) and len(words) == 3 for words in told)
-    found = ByTopic(clients=4, topics=3, embedding="vector").assign(TABLE, rng())
-    assert sorted(set(found.category.to_pylist())) == ["0", "1", "2"]
+    topic_words = {frozenset(name.split()[1:]) for name in names}
+    assert all(any(words <= set(topic.split()) for topic in WORDS) and len(words) == 3 for words in topic_words)
+    assignment = ByTopic(clients=4, topics=3, embedding="vector").assign(TABLE, rng())
+    assert sorted(set(assignment.category.to_pylist())) == ["0", "1", "2"]
 
 
 def test_more_clients_than_rows_are_refused_before_topics_are_sought(rng, monkeypatch):
@@ -105,12 +105,12 @@ def test_without_scikit_learn_it_says_what_to_install(rng, monkeypatch):
 
 def largest(table, rng, seeds, topics=10):
     """The share of the largest topic and the number of topics, for each seed."""
-    found = []
+    shares = []
     for seed in range(seeds):
         category = ByTopic(clients=5, topics=topics).assign(table, rng(seed)).category.to_numpy(zero_copy_only=False)
         counts = np.unique(category, return_counts=True)[1]
-        found.append((counts.max() / len(category), len(counts)))
-    return found
+        shares.append((counts.max() / len(category), len(counts)))
+    return shares
 
 
 @pytest.mark.parametrize(("name", "share", "seeds"), [("shakespeare", 0.4, 12), ("tldr_en", 0.5, 5)])
@@ -134,9 +134,9 @@ def speeches(rows, topics=10, words=20):
     drawn = np.random.default_rng(4)
     topic = drawn.integers(0, topics, rows)
     common = np.minimum(drawn.zipf(1.3, (rows, words)), 5000)
-    own = drawn.integers(0, 12, (rows, 4))
+    letters = drawn.integers(0, 12, (rows, 4))
     texts = [
-        " ".join([*(f"any{word}" for word in common[row]), *(f"t{topic[row]}w{word}" for word in own[row])])
+        " ".join([*(f"any{word}" for word in common[row]), *(f"t{topic[row]}w{word}" for word in letters[row])])
         for row in range(rows)
     ]
     return pa.table({"prompt": [""] * rows, "completion": texts}), topic
@@ -152,22 +152,22 @@ def test_topics_of_a_sample_are_those_of_all_rows(rng, monkeypatch):
     monkeypatch.setattr(by_topic, "BLOCK", 700)
     table, topic = speeches(3000)
     partitioner = ByTopic(clients=5, topics=10)
-    found = partitioner.assign(table, rng())
-    codes = np.array([int(name.split()[0]) for name in found.category.to_pylist()])
-    assert found.category.equals(partitioner.assign(table, rng()).category)
+    assignment = partitioner.assign(table, rng())
+    codes = np.array([int(name.split()[0]) for name in assignment.category.to_pylist()])
+    assert assignment.category.equals(partitioner.assign(table, rng()).category)
     # Most rows of a found topic are of one topic.
     pairs = np.zeros((10, 10), int)
     np.add.at(pairs, (codes, topic), 1)
     assert pairs.max(axis=1).sum() > 0.6 * len(topic)
     vectors = pa.table({"vector": TABLE["vector"].take(pa.array(np.arange(3000) % 150))})
-    found = ByTopic(clients=4, topics=3, embedding="vector").assign(vectors, rng())
-    assert agree(found.category, np.arange(3000) % 150 % 3)
+    assignment = ByTopic(clients=4, topics=3, embedding="vector").assign(vectors, rng())
+    assert agree(assignment.category, np.arange(3000) % 150 % 3)
 
 
 def test_more_topics_than_a_sample_has_rows_may_be_asked_for(rng, monkeypatch):
     monkeypatch.setattr(by_topic, "SAMPLE", 20)
-    found = ByTopic(clients=4, topics=30, embedding="vector").assign(TABLE, rng())
-    assert len(found.category.unique()) == 30
+    assignment = ByTopic(clients=4, topics=30, embedding="vector").assign(TABLE, rng())
+    assert len(assignment.category.unique()) == 30
 
 
 @pytest.mark.parametrize("given", [{"columns": ("completion",)}, {"embedding": "vector"}], ids=["text", "embedding"])

@@ -51,9 +51,9 @@ def test_partitioners_read_numbers_and_times_from_text(tmp_path: Path) -> None:
     table, rng = written(tmp_path, content).load().table, np.random.default_rng(0)
     assert Continuous(column="n", clients=3).assign(table, rng).clients.tolist() == [2, 1, 0]
     assert ByLength(clients=3).assign(table, rng).clients.tolist() == [2, 0, 1]
-    for time, order in (("n", [2, 1, 0]), ("day", [1, 0, 2])):
-        found = ByTime(time=time).assign(table, rng).order
-        assert found is not None and found.tolist() == order
+    for time, expected in (("n", [2, 1, 0]), ("day", [1, 0, 2])):
+        order = ByTime(time=time).assign(table, rng).order
+        assert order is not None and order.tolist() == expected
 
 
 def test_rows_that_do_not_match_the_header_keep_the_numbers_right(tmp_path: Path) -> None:

@@ -176,8 +176,8 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows:
     for name in ("prompt", "completion"):
         assert table[name].to_pylist() == [row[name] for row in rows]
     for name in table.column_names[2:]:
-        found = table[name].to_pylist()
-        as_text = [value if value is None or isinstance(value, str) else json.dumps(value) for value in found]
+        read = table[name].to_pylist()
+        as_text = [value if value is None or isinstance(value, str) else json.dumps(value) for value in read]
         values = [row.get(name) for row in rows]
         assert as_text == [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
 

@@ -74,8 +74,8 @@ def test_the_fingerprint_is_of_names_and_bytes(tmp_path: Path) -> None:
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> fs.FileSystem:
     """A file system in memory, which is found under mock://."""
     system, _ = fs.FileSystem.from_uri("mock:///")
-    found = module.located
-    monkeypatch.setattr(module, "located", lambda uri: (system, uri[8:]) if uri.startswith("mock://") else found(uri))
+    located = module.located
+    monkeypatch.setattr(module, "located", lambda uri: (system, uri[8:]) if uri.startswith("mock://") else located(uri))
     return system
 
 

@@ -104,9 +104,9 @@ def test_rows_come_in_the_same_order_with_their_clients(
 def test_how_many_rows_are_read_is_told(kind: str, tmp_path: Path) -> None:
     write, make = FILES[kind]
     write(ROWS, tmp_path / "rows")
-    told: list[int] = []
-    make(str(tmp_path / "rows")).load(told.append)  # type: ignore[call-arg]
-    assert told == [9]
+    reported: list[int] = []
+    make(str(tmp_path / "rows")).load(reported.append)  # type: ignore[call-arg]
+    assert reported == [9]
 
 
 @pytest.mark.parametrize("kind", sorted(FILES.keys() - {"csv"}))  # in which nothing is null
