@@ -9,10 +9,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from datasets_partition.core.columns import Coded, column, texts
-from datasets_partition.core.dealing import above_zero, at_least, enough_rows, listed, numbered, text_columns
+from datasets_partition.core.dealing import above_zero, at_least, enough_rows, numbered, text_columns
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Assignment
-from datasets_partition.partitioners.dirichlet import divided
+from datasets_partition.partitioners.dirichlet import Dirichlet
 
 # Topics are computed from at most so many rows; the others go to the nearest topic, block by block.
 SAMPLE = 1 << 15
@@ -74,9 +74,10 @@ class ByTopic:
                 "no skew: name other columns in data.partition.columns, give an embedding, ask for another number of "
                 'topics, or use kind = "iid"'
             )
-        coded = Coded(codes, names)
-        owners = divided(coded, self.clients, self.alpha, self.min_rows, self.balanced, rng)
-        return Assignment(*listed(owners, numbered(self.clients)), category=coded.texts())
+        law = Dirichlet(
+            label="topic", clients=self.clients, alpha=self.alpha, min_rows=self.min_rows, balanced=self.balanced
+        )
+        return law.divide(Coded(codes, names), rng)
 
     def _clustered(self, table: pa.Table, rng: np.random.Generator) -> tuple[NDArray[np.int32], pa.StringArray]:
         """The topic of each row, and the topics' names."""

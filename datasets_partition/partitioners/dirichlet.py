@@ -56,51 +56,35 @@ class Dirichlet:
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Raises DataError if the column has no label in a row, or `min_rows` is not reached."""
-        coded = labels(table, "data.partition.label", self.label)
-        owners = divided(coded, self.clients, self.alpha, self.min_rows, self.balanced, rng)
-        return Assignment(*listed(owners, numbered(self.clients)), category=coded.texts())
+        return self.divide(labels(table, "data.partition.label", self.label), rng)
 
+    def divide(self, coded: Coded, rng: np.random.Generator) -> Assignment:
+        """Divides rows whose labels are known already. Raises DataError if `min_rows` is not reached."""
+        enough_rows(self.clients, len(coded.codes), self.min_rows)
+        order, label_rows = by_label(coded, rng)
+        best = -1
+        for _ in range(TRIES):
+            owners, smallest = self._draw(label_rows, rng)
+            if smallest >= self.min_rows:
+                return Assignment(*listed(placed(order, owners), numbered(self.clients)), category=coded.texts())
+            best = max(best, smallest)
+        leaves = "" if best else " (which leaves clients without rows out)"
+        raise DataError(
+            f"data.partition.min_rows is {self.min_rows}, but in {TRIES} tries with alpha = {self.alpha} the smallest "
+            f"of {self.clients} clients had {best} rows at best: lower min_rows to {best}{leaves}, raise alpha, or ask "
+            f"for fewer clients"
+        )
 
-def divided(
-    coded: Coded,
-    clients: int,
-    alpha: float | tuple[float, ...],
-    min_rows: int,
-    balanced: bool,
-    rng: np.random.Generator,
-) -> NDArray[np.int32]:
-    """The client of each row, by the rule of `Dirichlet`. Raises DataError if `min_rows` is not reached."""
-    enough_rows(clients, len(coded.codes), min_rows)
-    order, label_rows = by_label(coded, rng)
-    best = -1
-    for _ in range(TRIES):
-        owners, smallest = _tried(label_rows, clients, alpha, balanced, rng)
-        if smallest >= min_rows:
-            return placed(order, owners)
-        best = max(best, smallest)
-    leaves = "" if best else " (which leaves clients without rows out)"
-    raise DataError(
-        f"data.partition.min_rows is {min_rows}, but in {TRIES} tries with alpha = {alpha} the smallest of {clients} "
-        f"clients had {best} rows at best: lower min_rows to {best}{leaves}, raise alpha, or ask for fewer clients"
-    )
-
-
-def _tried(
-    label_rows: NDArray[np.int64],
-    clients: int,
-    alpha: float | tuple[float, ...],
-    balanced: bool,
-    rng: np.random.Generator,
-) -> tuple[NDArray[np.int32], int]:
-    """The owners of the rows, label after label, and the number of rows of the smallest client."""
-    everyone = np.arange(clients, dtype=np.int32)
-    totals = np.zeros(clients, np.int64)
-    parts = []
-    for rows in label_rows.tolist():
-        logs = draws.log_gamma(rng, alpha, clients)
-        if balanced:
-            logs[totals * clients > label_rows.sum()] = -np.inf
-        counts = shared_out(rows, draws.exp(logs - logs.max()), rng.random())
-        totals += counts
-        parts.append(np.repeat(everyone, counts))
-    return np.concatenate(parts), int(totals.min())
+    def _draw(self, label_rows: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray[np.int32], int]:
+        """The owners of the rows, label after label, and the number of rows of the smallest client."""
+        everyone = np.arange(self.clients, dtype=np.int32)
+        totals = np.zeros(self.clients, np.int64)
+        parts = []
+        for rows in label_rows.tolist():
+            logs = draws.log_gamma(rng, self.alpha, self.clients)
+            if self.balanced:
+                logs[totals * self.clients > label_rows.sum()] = -np.inf
+            counts = shared_out(rows, draws.exp(logs - logs.max()), rng.random())
+            totals += counts
+            parts.append(np.repeat(everyone, counts))
+        return np.concatenate(parts), int(totals.min())
