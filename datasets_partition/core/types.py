@@ -26,7 +26,7 @@ class Assignment(NamedTuple):
     """The client of each row, by number (-1: nobody's), and the clients' names by number.
 
     `category` is the label or topic that the partition used, if any: one string a row, for statistics. `order` ranks
-    the rows where a client's rows have an order of their own; otherwise they keep the source's.
+    the rows where the partition orders a client's rows; otherwise they keep the source's order.
     """
 
     clients: NDArray[np.int32]
@@ -55,7 +55,7 @@ def refuse_other_rows(given: object, source: object) -> None:
 
 
 def refuse_misfit(given: object, rows: int, partitioner: object) -> None:
-    """Raises DataError unless `given` is an Assignment of so many rows to clients with different names."""
+    """Raises DataError unless `given` is an Assignment of `rows` rows to clients with different names."""
     named = f"the partitioner {type(partitioner).__name__}"
     if not isinstance(given, Assignment) or not isinstance(given.names, pa.Array):
         raise DataError(f"{named} must give an Assignment whose names are an Arrow array, not {type(given).__name__}")
@@ -88,7 +88,7 @@ class Source(Protocol):
         ...
 
     def load(self) -> Rows:
-        """All rows, in a fixed order. Raises DataError for what a user can mend."""
+        """All rows, in a fixed order. Raises DataError for what a user can correct."""
         ...
 
 
@@ -98,6 +98,6 @@ class Partitioner(Protocol):
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """The client of each row of `table`; the same table and `rng` give the same assignment on any machine.
 
-        Raises DataError for what a user can mend.
+        Raises DataError for what a user can correct.
         """
         ...

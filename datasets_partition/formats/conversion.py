@@ -116,7 +116,7 @@ class Conversion:
             self._keep(_table(contents), pa.table(columns))
 
     def rows(self, location: str) -> Rows:
-        """All rows: client where there is one, the content, then the other columns by name.
+        """All rows: the client if there is one, the content, then the other columns by name.
 
         Raises DataError if there are none.
         """

@@ -14,10 +14,10 @@ from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Assignment
 from datasets_partition.partitioners.dirichlet import Dirichlet
 
-# Topics are computed from at most so many rows; the others go to the nearest topic, block by block.
+# Topics are computed from at most SAMPLE rows; the others go to the nearest topic, BLOCK rows at a time.
 SAMPLE = 1 << 15
 BLOCK = 1 << 16
-# Words are reduced to so many dimensions: among thousands, of which a short text has few, topics are less even.
+# Words are reduced to a few dimensions: among thousands, of which a short text has few, topics are less even.
 # (Mini-batch k-means sometimes leaves nearly all short texts in one topic.)
 DIMENSIONS = 64
 # With a larger share of the rows in one topic there is no skew to create.

@@ -1,4 +1,4 @@
-"""The partition of given sizes that is skewed in labels: each client draws its own mixture of labels."""
+"""The partition of given sizes that is skewed in labels: each client draws a mixture of labels."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -109,15 +109,15 @@ def _drawn(
 def _by_mixture(
     logs: NDArray[np.float64], is_open: NDArray[np.bool_], turns: NDArray[np.int32], rng: np.random.Generator
 ) -> NDArray[np.uint32]:
-    involved, who = np.unique(turns, return_inverse=True)
+    involved, rows = np.unique(turns, return_inverse=True)
     edges = np.empty((len(involved), len(is_open)))
     step = max(1, draws.BLOCK // len(is_open))  # clients in a block: the exponential takes several times their memory
     for first in range(0, len(involved), step):
         some = np.where(is_open, logs[involved[first : first + step]], -np.inf)
         weights = draws.exp((some - some.max(axis=1, keepdims=True)).ravel()).reshape(some.shape)
         np.cumsum(weights, axis=1, out=edges[first : first + step])
-    points = rng.random(len(turns)) * edges[who, -1]
+    points = rng.random(len(turns)) * edges[rows, -1]
     drawn = np.zeros(len(turns), np.uint32)
     for label in range(len(is_open) - 1):
-        drawn += points >= edges[who, label]
+        drawn += points >= edges[rows, label]
     return np.minimum(drawn, np.uint32(np.flatnonzero(is_open)[-1]))  # a product may round up to the last edge

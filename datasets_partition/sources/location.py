@@ -49,7 +49,7 @@ def is_local(location: str) -> bool:
 def node_cache() -> Path:
     """The folder of this machine that holds copies of remote files; it may be deleted at any time.
 
-    Only its owner may read it. Raises DataError if another user made it, who could write anything into it.
+    Only its owner may read it. Raises DataError if another user made it and could write anything into it.
     """
     folder = Path(tempfile.gettempdir()) / f"fedpost-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ class Categories:
 
         It is the Jensen-Shannon divergence to base 2 (Lin 1991, "Divergence measures based on the Shannon entropy"),
         (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2, as the mean over the clients, weighted by their rows. It is 0
-        where all clients have the same mixture and comes near 1 where each of many has categories of its own.
+        where all clients have the same mixture and comes near 1 where many clients share no category.
         """
         rows = np.bincount(self.clients, self.counts)[self.clients]
         p, q = self.counts / rows, (self.totals / self.totals.sum())[self.codes]
@@ -139,7 +139,7 @@ class Skew:
 
     @classmethod
     def of(cls, store: Store) -> "Skew":
-        """Counts what is in `store`."""
+        """Counts the rows and clients of `store`."""
         clients, training = slice(store.num_clients), slice(store.num_training)
         train, heldout = store.counts("train").astype(np.int64), store.counts("heldout").astype(np.int64)
         rows = (train + heldout)[clients]

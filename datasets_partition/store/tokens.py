@@ -25,9 +25,9 @@ from datasets_partition.store.remote import fetch, publish
 from datasets_partition.store.sealed import readable, refuse_another, seal
 from datasets_partition.store.store import SplitName, Store, column, sweep, write_arrow, written_whole
 
-# Rows encoded at once. Clients whose first rows lie in the same window of so many rows share a record batch.
+# Rows encoded at once. Clients whose first rows lie in the same window of this size share a record batch.
 ROWS_PER_BATCH = 4096
-# After so many reads of clients' rows their pages are released: each may keep a third of a megabyte mapped.
+# Reads of clients' rows after which their pages are released: each may keep a third of a megabyte mapped.
 READS_MAPPED = 16
 BATCHES_KNOWN = 256  # a few kilobytes each
 TOKENS_AT_ONCE = 32_768  # up to here the system reads all with the first page, faster than advice would be

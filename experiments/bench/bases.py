@@ -39,7 +39,7 @@ def _bytes_tokenizer() -> Any:
 
 
 def write_rows(folder: Path, clients: int, rows: int | np.ndarray, words: int) -> None:
-    """Writes rows.parquet: `rows` rows of so many random words a client, or each client's number of rows (N,)."""
+    """Writes rows.parquet: `rows` rows of `words` random words a client, or each client's number of rows (N,)."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(SHIPPED["tiny"])

@@ -75,7 +75,7 @@ class Played:
 
 
 def session_of(clients: int, coordinates: int, mode: Mode = "full", bits: int = 32) -> Session:
-    """A session for weighted vectors of so many coordinates, with the k and t that `choose` finds for the cohort."""
+    """A session for weighted vectors of `coordinates`, with the k and t that `choose` gives for the cohort."""
     sums = Sums((Sum("delta", coordinates, 1.0, "weighted"),), clients, bits)
     return Session(0, 0, choose(clients), sums, mode)
 

@@ -63,6 +63,6 @@ def _compare(bench: Bench, work: Recipe, name: str, title: str, need: Need) -> N
 
 
 def _private_mb(process: psutil.Process) -> float:
-    """Memory without the object store's: what is the process's alone, and the files that it maps."""
+    """The private memory of a process and the files that it maps, without the object store's pages."""
     status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in status if line.startswith(("RssAnon:", "RssFile:"))) / 1024

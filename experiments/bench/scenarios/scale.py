@@ -20,7 +20,7 @@ ROUNDS = 4
 
 
 class Scaled(NamedTuple):
-    """Tokens per second of whole rounds with so many slots, that over one slot's times their number; the balance."""
+    """Tokens per second of whole rounds on `slots` slots, that over `slots` times one slot's, and the balance."""
 
     slots: int
     tokens_per_s: float

@@ -69,7 +69,7 @@ class Rounds:
 
 
 CHANGES = ('name="bench-secagg"', "cohort.size=32", "evaluate.every=0", "evaluate.rows=1")
-# There and back, so that a machine that becomes slower or faster favours neither mode.
+# There and back, so that a machine that becomes slower or faster favors neither mode.
 FULL = Size(
     *((32, 100, 1000), (100_000, 1_000_000, COORDINATES), 2**18),
     *(("off", "full", "full", "off"), (*CHANGES, "rounds=4")),
