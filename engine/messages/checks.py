@@ -2,16 +2,18 @@
 
 import math
 
+from engine.messages.errors import RunError
+
 
 def at_least(section: str, lowest: float, **values: float | None) -> None:
-    """Raises ValueError for the first named value of a section below `lowest`; None is no value."""
+    """Raises RunError for the first named value of a section below `lowest`; None is no value."""
     for name, value in values.items():
         if value is not None and not lowest <= value < math.inf:
-            raise ValueError(f"{section}.{name} must be at least {lowest:g}, not {value:g}")
+            raise RunError(f"{section}.{name} must be at least {lowest:g}, not {value:g}")
 
 
 def below_one(section: str, **values: float) -> None:
-    """Raises ValueError for the first named value of a section outside [0, 1)."""
+    """Raises RunError for the first named value of a section outside [0, 1)."""
     for name, value in values.items():
         if not 0 <= value < 1:
-            raise ValueError(f"{section}.{name} must be at least 0 and below 1, not {value:g}")
+            raise RunError(f"{section}.{name} must be at least 0 and below 1, not {value:g}")
