@@ -1,4 +1,4 @@
-"""What clients send through secure aggregation: the update, the sums beside it, and their figures, in one ring vector.
+"""What a ring vector of secure aggregation holds: the update, the sums beside it, and the client's figures.
 
 Legend: P parameters, D coordinates after the rotation, L ring coordinates.
 """
@@ -26,14 +26,14 @@ from strategies.secagg.ring import Sum, Sums, Totals
 
 NOISY = "noisy"  # the sum of everything under distributed noise
 MOST_NATS = 64.0  # of one token's loss: e^-64 is less than any softmax of float32 gives
-FIGURES = ("nll", "learnt", "tokens", "clipped")  # what training tells, as sums over the clients
+FIGURES = ("nll", "learnt", "tokens", "clipped")  # sums over the clients of what training measures
 Plan = CentralPlan | DistributedPlan | ExamplePlan | None
 
 
 def ring_sums(
     federation: Federation, layout: Layout, plan: Plan, clip: float, clients: int, most_tokens: int, round_: int
 ) -> Sums:
-    """The sums of a round's session of so many clients, none of which trains on more than `most_tokens` tokens."""
+    """Returns the sums of a session of `clients`, none of which trains on more than `most_tokens` tokens."""
     secagg, lengths = federation.privacy.secagg, live_lengths(federation, layout, round_)
     if isinstance(plan, DistributedPlan):
         sums = [Sum(NOISY, plan.ring.dimension, plan.ring.bound, "noisy")]
@@ -49,7 +49,7 @@ def ring_sums(
 
 
 def rounding(sums: Sums) -> float:
-    """How much rounding may add to the L2 norm of what one client sends: less than a ring step for each coordinate."""
+    """Returns what rounding may add to the L2 norm of a client's vector: below one ring step for each coordinate."""
     vectors = (entry for entry in sums.sums if entry.name not in FIGURES)
     return math.sqrt(sum(entry.length / sums.scale(entry.name) ** 2 for entry in vectors))
 
@@ -79,7 +79,7 @@ def ring_values(
 
 
 def figures_of(update: Update, clipped: int) -> dict[str, float]:
-    """What a client's training tells, and how many of its coordinates a bound cut: see FIGURES."""
+    """Returns a client's FIGURES, of which `clipped` coordinates were cut by a bound."""
     metrics = update.metrics
     figures = (metrics["loss"] * metrics["learnt"], metrics["learnt"], metrics["tokens"], float(clipped))
     return dict(zip(FIGURES, figures, strict=True))
@@ -88,7 +88,7 @@ def figures_of(update: Update, clipped: int) -> dict[str, float]:
 def ring_aggregate(
     totals: Totals, federation: Federation, layout: Layout, plan: Plan, round_: int
 ) -> tuple[Aggregate, dict[str, float]]:
-    """What the server learns: the sums as floats, and the figures by name."""
+    """Returns what the server learns: the sums as floats, and the figures by name."""
     figures = {name: float(totals.sums[name][0]) for name in FIGURES}
     live = live_masks(federation, layout, round_)
     if isinstance(plan, DistributedPlan):
@@ -105,20 +105,20 @@ def ring_aggregate(
 
 
 def live_masks(federation: Federation, layout: Layout, round_: int) -> dict[str, Mask]:
-    """The strategy's masks of a round for updates as they travel: a delta that a transform shortens has none."""
+    """Returns the strategy's masks of a round for what travels: a delta that a transform shortens has none."""
     shortened = travelling(federation, layout) != layout.size
     live = federation.strategy.live(round_, layout)
     return {name: mask for name, mask in live.items() if name != "delta" or not shortened}
 
 
 def live_lengths(federation: Federation, layout: Layout, round_: int) -> dict[str, int]:
-    """How many numbers of the delta and of each sum beside it are live in a round."""
+    """Returns how many coordinates of the delta and of each sum beside it are live in a round."""
     lengths = {"delta": travelling(federation, layout), **federation.strategy.beside(layout)}
     return lengths | {name: int(mask.sum()) for name, mask in live_masks(federation, layout, round_).items()}
 
 
 def travelling(federation: Federation, layout: Layout) -> int:
-    """How many numbers a client's delta has when its transforms are through with it."""
+    """Returns the length of a client's delta after all transforms."""
     size = Size(layout.size, layout.size)
     for transform in federation.transforms:
         size = transform.size(size)
@@ -126,12 +126,12 @@ def travelling(federation: Federation, layout: Layout) -> int:
 
 
 def _signs(federation: Federation, plan: DistributedPlan, round_: int) -> np.ndarray:
-    """The round's random rotation (D,), the same for everybody."""
+    """Returns the round's random rotation (D,), the same for everybody."""
     return signs(rng(federation.seed, round_, -1, "rotation"), plan.ring.dimension)
 
 
 def noise(federation: Federation, round_: int, client: int = -1) -> Words:
-    """Where a client's (or the server's) noise comes from: the recipe's seed, or under "full" the operating system."""
+    """Returns the source of a client's (or the server's) noise: the seed, or under "full" the operating system."""
     if federation.privacy.simulated:
         return seeded_words(rng(federation.seed, round_, client, "noise"))
     return byte_words(os.urandom)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: the driver yields these, and whoever started it shows them."""
+"""The events of a run: the driver yields them, and whoever started the run shows them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +8,10 @@ DROPOUT = "dropout"
 
 @dataclass(frozen=True)
 class Fault:
-    """Something went wrong and was made good, or was not: a "slot", "client", "pack", "driver", "round"; which; why.
+    """What went wrong, whether or not it could be repaired: its kind, which one, and why.
 
-    A "dropout" is a client that is not there or came too late, as the recipe asks.
+    Kinds are "slot", "client", "pack" (clients in lanes), "driver", "round", and "dropout": a client that is absent or
+    late because the recipe asks for it.
     """
 
     kind: str
@@ -27,10 +28,10 @@ class Preparing:
 
 @dataclass(frozen=True)
 class Started:
-    """All is in place; `notes` are what the user should know beforehand, such as of a large delta.
+    """All is in place; `notes` are what the user should know beforehand, such as a large delta.
 
     `without_gpu` slots were to have a GPU, but torch sees none there, and they run on the CPU. `resumed` is the round
-    that a resumed run goes on from, or None. Packs have so many `lanes`.
+    that a resumed run goes on from, or None. Up to `lanes` clients train together in a slot.
     """
 
     slots: int
@@ -51,8 +52,8 @@ class RoundDone:
     """A round has ended: mean training loss, seconds, tokens per second, and who gave no usable update, and why.
 
     `gone` says why clients came too late or not at all. `aborted` says why there is no sum, and the model stays as it
-    was. `epsilon` is what all noisy rounds so far have cost, with all that it rests on. `faults` are what went wrong
-    since the round before, and was made good unless a client is among `failed`.
+    was. `epsilon` is what all noisy rounds so far have cost, with its assumptions. `faults` are what went wrong since
+    the round before; all was repaired but what is about clients in `failed`.
     """
 
     round: int

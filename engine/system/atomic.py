@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files that exist whole or not at all, whatever happens while they are written."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file beside its place, flushes it to disk, and moves it there; an OSError leaves what was before."""
+    """Writes a file under another name, flushes it to disk, and renames it; an OSError leaves the old file."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with scratch.open("wb") as file:
@@ -22,14 +22,14 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, if there is none, whose name is on disk when this returns."""
+    """Makes a folder, if there is none; its name is on disk when this returns."""
     if not path.is_dir():
         path.mkdir(parents=True, exist_ok=True)
         _sync(path.parent)
 
 
 def _sync(folder: Path) -> None:
-    """Flushes the names in a folder to disk: until then a crash of the machine may take a move back."""
+    """Flushes the names in a folder to disk: until then a crash of the machine may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,7 +38,7 @@ def _sync(folder: Path) -> None:
 
 
 def write_folder(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Writes a folder of files as `write_file` does one, asking for one at a time; OSError leaves what was before."""
+    """Writes a folder as `write_file` writes a file, one of its files at a time; an OSError leaves the old folder."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -48,7 +48,7 @@ def write_folder(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
             write_file(scratch / name, content)
         aside = path.with_name(f".{path.name}.old")
         if path.exists():
-            shutil.rmtree(aside, ignore_errors=True)  # what a kill has left; where it took `path`, all that there is
+            shutil.rmtree(aside, ignore_errors=True)  # left by a kill; without `path` it would be the only copy
             os.replace(path, aside)
         try:
             os.replace(scratch, path)

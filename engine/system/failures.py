@@ -1,4 +1,4 @@
-"""How a slot's end shows."""
+"""The errors by which the driver notices that a slot has ended."""
 
 import re
 from typing import Any
@@ -15,37 +15,37 @@ from ray.exceptions import (
 
 
 class GangLost(Exception):
-    """A rank died or fell silent: its gang has ended, though other ranks may live."""
+    """A rank died or fell silent, and so its gang has ended, though other ranks may live."""
 
 
 class ShardLost(GangLost):
-    """What a rank needs is gone with its node, and no gang can have it again: only the last checkpoint has it."""
+    """A shard that a rank needs was lost with its node: only the last checkpoint has it."""
 
 
 class SlotSilent(Exception):
-    """A slot has not answered for longer than the recipe allows, and has been ended for it."""
+    """A slot has not answered for longer than the recipe allows."""
 
 
 LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError, GangLost, SlotSilent)
 
 
-def within(seconds: float | None, given: Any) -> Any:
-    """What slots answer to `given` references; SlotSilent when that takes longer than `seconds`, if not None."""
+def within(seconds: float | None, references: Any) -> Any:
+    """Returns what references stand for; SlotSilent if that takes longer than `seconds` (None: no limit)."""
     try:
-        return ray.get(given, timeout=seconds)
+        return ray.get(references, timeout=seconds)
     except GetTimeoutError:
         raise SlotSilent(f"no answer for {seconds:g} s") from None
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What a task raised, without Ray's wrappings, of which there is one for each process that it has crossed."""
+    """Returns what a task raised, without Ray's wrappers, of which there is one for each process that it crossed."""
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
 
 
 def last_line(error: BaseException) -> str:
-    """What Ray says of a death, without its colours and its stack."""
+    """Returns the last line of what Ray says of a death, without colors and stack."""
     if isinstance(error, ObjectLostError):
         return "an object is gone from the store, with its node or with who put it there"
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).partition(" Some common causes include")[0].strip().splitlines()

@@ -1,4 +1,4 @@
-"""How the ranks of a gang find each other: nothing listens on more than the one address of the first rank's node."""
+"""How the ranks of a gang find each other: they listen on one address only, that of the first rank's node."""
 
 import socket
 import sys
@@ -10,23 +10,23 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 LOOPBACK = "127."
-PATIENCE = timedelta(hours=1)  # with a first rank that reads, or downloads, what the others need not
+PATIENCE = timedelta(hours=1)  # the first rank may read, or download, what the others need not
 
 
 def meet(
     rank: int, ranks: int, address: str, port: int, listening: socket.socket | None, *, timeout_s: float, gpu: bool
 ) -> None:
-    """Joins the process group; the first rank brings the socket that listens at `address`.
+    """Joins the process group; the first rank passes the socket that listens at `address`.
 
-    A silent rank makes the others' collectives fail after `timeout_s`.
+    If a rank falls silent, the others' collectives fail after `timeout_s`.
     """
     import deepspeed  # takes seconds, and chooses its accelerator then
 
     timeout = timedelta(seconds=timeout_s)
-    # Of its own the store would listen on all addresses.
-    own: dict[str, Any] = {} if listening is None else {"master_listen_fd": listening.detach()}
+    # Without a socket the store would listen on all addresses.
+    listener: dict[str, Any] = {} if listening is None else {"master_listen_fd": listening.detach()}
     store = dist.TCPStore(  # type: ignore[attr-defined]  # as torch's documentation names it
-        address, port, ranks, is_master=rank == 0, timeout=timeout, **own
+        address, port, ranks, is_master=rank == 0, timeout=timeout, **listener
     )
     backend = "nccl" if gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
@@ -35,11 +35,11 @@ def meet(
 
 
 def wait_for_the_first(rank: int) -> None:
-    """Lets the other ranks wait until the first one calls this too: for longer than a collective, but not if it dies.
+    """Makes the other ranks wait until the first one calls this too: longer than in a collective, unless it dies.
 
-    All ranks call it equally often.
+    All ranks must call it equally often.
     """
-    # Who waits keeps all others from a store, and NCCL's watchdog asks it.
+    # Waiting blocks a store for all other threads, and NCCL's watchdog needs it: wait on a copy.
     store = _get_default_store().clone()  # type: ignore[attr-defined]
     reached = f"reached {store.add(f'calls of {rank}', 1)}"
     if rank == 0:
@@ -49,11 +49,11 @@ def wait_for_the_first(rank: int) -> None:
 
 
 def rank_environment(*, gpu: bool) -> dict[str, str]:
-    """What a rank's process must find in its environment when it starts."""
-    found = {"LOCAL_RANK": "0"}  # Ray shows a rank its own devices alone
+    """Returns the environment variables that a rank's process needs when it starts."""
+    variables = {"LOCAL_RANK": "0"}  # Ray shows a rank its own devices alone
     if not gpu:
-        found["DS_ACCELERATOR"] = "cpu"
+        variables["DS_ACCELERATOR"] = "cpu"
     if ray.util.get_node_ip_address().startswith(LOOPBACK):
         name = "lo0" if sys.platform == "darwin" else "lo"
-        found |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
-    return found
+        variables |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+    return variables

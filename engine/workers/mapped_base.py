@@ -1,4 +1,4 @@
-"""The base that a slot maps from its neighbors' memory, and what a rule has merged into it. Legend: P parameters."""
+"""The base that a slot maps, with what a rule has merged into it. Legend: P parameters."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from engine.models.base_model import PackedBase, map_base
 from engine.models.gpu_base import map_handle
 from engine.models.merged_base import merged_weights, use_weights
 from engine.models.trainable import Trainable
-from engine.system.page_protection import look_away, protect, release
+from engine.system.page_protection import drop_pages, protect, release
 
 
 class MappedBase:
@@ -34,10 +34,10 @@ class MappedBase:
         del self.trainable.initial
         return initial
 
-    def let_go(self) -> None:
-        """Frees this process's pages of a base whose weights have all been copied, since all are trained."""
+    def drop_pages(self) -> None:
+        """Drops this process's pages of a base whose weights have all been copied, since all are trained."""
         if self.device.type == "cpu":
-            look_away(self.base)
+            drop_pages(self.base)
 
     def weights_with(self, merged_delta: np.ndarray) -> np.ndarray:
         """Returns the adapted layers' weights with the products of `merged_delta` (float32) in them (uint8)."""

@@ -1,4 +1,4 @@
-"""A run's token columns: made once beside the driver, and brought to every node that does not see their folder."""
+"""A run's token columns: made once beside the driver, and copied to every node that does not see their folder."""
 
 import json
 from functools import partial
@@ -18,14 +18,14 @@ from engine.models.base_model import load_tokenizer
 
 Parts = dict[str, list[Any]]  # a file's name -> references to its pieces
 PIECE_BYTES = 64 * 2**20
-TOKENS_VERSION = 2  # of what is made of the rows: raised where older columns would not do
+TOKENS_VERSION = 2  # raised whenever rows are encoded differently
 
 
 def token_columns(store: Path, federation: Federation, shared: str | None = None, on_rows: OnRows = ignore) -> Path:
-    """Makes or finds the store's token columns for the recipe's tokenizer and objective; returns their folder.
+    """Returns the folder of the store's token columns for the recipe's tokenizer and objective; makes them if need be.
 
-    `shared` is the location that the store was copied from, where other machines find them too; `on_rows` is told how
-    many rows are done.
+    `shared` is the location that the store was copied from, where other machines find them too; `on_rows` is called
+    with the number of rows so far.
     """
     tokenizer, model = load_tokenizer(federation.model), federation.model
     objective, length = federation.train.objective, federation.train.max_length
@@ -37,7 +37,7 @@ def token_columns(store: Path, federation: Federation, shared: str | None = None
 
 
 def find_tokens(tokens: Path) -> Path | None:
-    """Where this node sees the columns: in their own folder (the same machine, a shared disk) or as a copy."""
+    """Returns where this node sees the columns: in their own folder (the same machine, a shared disk) or as a copy."""
     return next((folder for folder in (tokens, _copy(tokens)) if folder.is_dir()), None)
 
 

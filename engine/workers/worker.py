@@ -116,7 +116,7 @@ class ClientActor(WorkerProcess):
         self._attached = Attached(mapped, tokenizer, trainer, runner, evaluator, own_models, secure)
         initial = mapped.take_initial()
         if federation.model.peft.kind == "none":
-            mapped.let_go()
+            mapped.drop_pages()
         return trainable.layout, initial if first else np.empty(0, np.float32)
 
     def run(self, chunk: list[Unit], message: BroadcastMessage) -> list[Report]:

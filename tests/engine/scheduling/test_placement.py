@@ -1,7 +1,8 @@
 import pytest
 
-from engine.config.sections import Clients
-from engine.scheduling.placement import refuse_shared_gpus, slots_that_fit
+from engine.config.sections import Clients, Zero
+from engine.messages.errors import RunError
+from engine.scheduling.placement import gangs_that_fit, refuse_shared_gpus, slots_beside_gangs, slots_that_fit
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,13 @@ def test_ranks_of_a_gang_have_a_gpu_each() -> None:
     refuse_shared_gpus([("a", "0"), ("a", "1"), ("b", "0"), ("b", None), ("b", None)])
     with pytest.raises(ValueError, match=r"3 ranks of a gang were given 2 GPUs.*set clients\.num_gpus = 1"):
         refuse_shared_gpus([("a", "0"), ("a", "1"), ("a", "0")])
+
+
+def test_gangs_and_the_slots_beside_them_by_hand() -> None:
+    clients, nodes = Clients(), [{"CPU": 5.0}, {"CPU": 2.0}]
+    assert gangs_that_fit(clients, Zero(ranks=3), nodes) == 2
+    assert slots_beside_gangs(clients, Zero(ranks=3, gangs=2), nodes) == 1
+    with pytest.raises(RunError, match="needs 8 ranks of 1 CPUs and 0 GPUs each, but all nodes together have 7 CPUs"):
+        gangs_that_fit(clients, Zero(ranks=8), nodes)
+    with pytest.raises(RunError, match="need 8 times 1 CPUs and 0 GPUs, and there is room for 7 of them"):
+        slots_beside_gangs(clients, Zero(ranks=7, gangs=1), nodes)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.system.page_protection import IN_STORE, look_away, protect, release
+from engine.system.page_protection import IN_STORE, drop_pages, protect, release
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
@@ -57,7 +57,7 @@ def test_what_is_looked_away_from_is_still_there_and_not_in_memory(tmp_path: Pat
     with path.open("r+b") as file, mmap.mmap(file.fileno(), length) as pages:
         buffer = np.frombuffer(pages, np.uint8)
         assert buffer.sum() == 7 * length and resident(path) >= length
-        look_away(buffer)
+        drop_pages(buffer)
         assert resident(path) == 0
         assert buffer.sum() == 7 * length
         del buffer
@@ -66,7 +66,7 @@ def test_what_is_looked_away_from_is_still_there_and_not_in_memory(tmp_path: Pat
 @linux
 def test_small_buffers_which_are_in_no_store_keep_their_bytes() -> None:
     buffer = np.full(25 * mmap.PAGESIZE, 7, np.uint8)  # as large as Ray's messages may be
-    look_away(buffer)
+    drop_pages(buffer)
     assert buffer.sum() == 7 * len(buffer)
 
 
