@@ -155,9 +155,4 @@ class PrivacyAccount:
         if self.plan is None or self.spending is None:
             return {}
         epsilon, multiplier = self.spending.charge(self.steps), self.plan.noise_multiplier
-        return {
-            "epsilon": epsilon.epsilon,
-            "delta": epsilon.delta,
-            "noise_multiplier": multiplier,
-            "clip": self.clip,
-        }
+        return {"epsilon": epsilon.epsilon, "delta": epsilon.delta, "noise_multiplier": multiplier, "clip": self.clip}

@@ -25,11 +25,12 @@ from strategies.core.layout import Layout
 
 @dataclass(frozen=True)
 class RunParts:
-    """What all of a run's rounds work with: the started pool, the server, the clients' rows, the run folder.
+    """What all of a run's rounds work with: the recipe, the started pool, the server, the rows, the run folder.
 
-    `initial` is the state before the first round. `elsewhere` is the URI that the folder is copied to, if it is.
+    `initial` is the state before the first round, `elsewhere` the URI that the folder is copied to, if it is.
     """
 
+    federation: Federation
     pool: Pool
     server: Server
     initial: ShardedState
@@ -45,14 +46,12 @@ class RunParts:
         return self.store.num_training
 
 
-def round_loop(
-    federation: Federation, parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None = None
-) -> RoundLoop:
+def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None = None) -> RoundLoop:
     """Returns the loop of a run's rounds, which starts anew or from what was `saved`.
 
     Plans the noise of all rounds and how updates come in; ValueError if the recipe asks for what cannot be had.
     """
-    population, server = parts.population, parts.server
+    federation, population, server = parts.federation, parts.population, parts.server
     planner = Planner(federation, parts.tokens, population, Costs.of(saved.costs if saved else []))
     rows = parts.tokens.counts("train")[:population]
     steps = planner.most_steps() * server.shards.trainings(parts.initial)  # all trainings of a client see its rows
@@ -64,8 +63,8 @@ def round_loop(
     trace = None if path is None else Trace.open(Path(path), parts.store.names(list(range(population))))
     collector: Collector
     if federation.privacy.secure:
-        collector = _secure_collector(federation, parts, planner, journal, quorum, trace)
-        _refuse_small_ring(federation, collector, privacy, round_, population)
+        collector = _secure_collector(parts, planner, journal, quorum, trace)
+        _refuse_small_ring(parts, collector, privacy, round_)
     else:
         collector = ClearCollector(federation, parts.pool, server.shards, trace)
     return RoundLoop(
@@ -84,19 +83,18 @@ def round_loop(
 
 
 def _secure_collector(
-    federation: Federation, parts: RunParts, planner: Planner, journal: Journal, quorum: Quorum, trace: Trace | None
+    parts: RunParts, planner: Planner, journal: Journal, quorum: Quorum, trace: Trace | None
 ) -> SecureCollector:
-    train, shards = federation.train, parts.server.shards
+    federation, train, shards = parts.federation, parts.federation.train, parts.server.shards
     most_tokens = planner.most_steps() * train.batch * train.accumulate * train.max_length
     relay = start_relay(parts.pool, federation.privacy.secagg.on_slot_death)
     return SecureCollector(federation, relay, shards, parts.layout, most_tokens, journal, quorum.shortfall, trace)
 
 
-def _refuse_small_ring(
-    federation: Federation, collector: SecureCollector, privacy: PrivacyAccount, round_: int, population: int
-) -> None:
+def _refuse_small_ring(parts: RunParts, collector: SecureCollector, privacy: PrivacyAccount, round_: int) -> None:
     """Raises an error, before anybody trains, if the largest cohort does not fit the graph or the ring of a round."""
-    largest = max(2, federation.cohort.largest(population))
+    federation = parts.federation
+    largest = max(2, federation.cohort.largest(parts.population))
     federation.privacy.secagg.parameters(largest)
     for later in range(round_, federation.rounds):
         collector.client_clip(privacy.plan, privacy.clip, largest, later)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from engine.config.federation import Federation
 from engine.config.privacy import Privacy
 from engine.messages.events import Evaluated, Event
 from engine.messages.shards import ShardedState
@@ -19,23 +18,22 @@ from engine.rounds.round_loop import RoundLoop
 class Baselines:
     """Spends the federation's steps otherwise: all of them in one model, or in equal parts in each client's."""
 
-    federation: Federation
     parts: RunParts
     evaluator: Evaluator
     loop: RoundLoop
 
     def after_round(self, state: ShardedState) -> Iterator[Event]:
         """Trains and evaluates both baselines after the last round."""
-        if state.round < self.federation.rounds:
+        if state.round < self.parts.federation.rounds:
             return
-        server, clients = self.parts.server, self.parts.population
+        server, clients, evaluator = self.parts.server, self.parts.population, self.evaluator
         server.move_base(state, None)
         total = self.loop.planner.total_steps()
         # The remainder goes to some clients, one step each; if there are fewer steps than clients, all take one.
         steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
         start = server.vector(self.parts.initial)
-        yield Evaluated(state.round, self.evaluator.local_only(start, state.round, steps, "local_only"), "local_only")
-        yield Evaluated(state.round, self.evaluator.centralized(start, state.round, total), "centralised")
+        yield Evaluated(state.round, evaluator.local_only(start, state.round, steps, "local_only"), "local_only")
+        yield Evaluated(state.round, evaluator.centralized(start, state.round, total), "centralised")
         server.move_base(None, state)
 
 
@@ -43,22 +41,20 @@ class Baselines:
 class WithoutPrivacy:
     """Shows what privacy costs: plays the rounds again without noise and without secure aggregation."""
 
-    federation: Federation
     parts: RunParts
     evaluator: Evaluator
     loop: RoundLoop
 
     def after_round(self, state: ShardedState) -> Iterator[Event]:
         """Plays and evaluates the other run after the last round; nothing of it is written but faults and losses."""
-        if state.round < self.federation.rounds:
+        if state.round < self.parts.federation.rounds:
             return
-        server, recorder = self.parts.server, self.loop.recorder
-        evaluate = replace(self.federation.evaluate, without_privacy=False)
-        federation = replace(self.federation, privacy=Privacy(), evaluate=evaluate)
-        # These logs are never flushed.
-        loop = round_loop(federation, self.parts, Logs.under(self.parts.folder), self.loop.lanes)
+        federation, server, recorder = self.parts.federation, self.parts.server, self.loop.recorder
+        evaluate = replace(federation.evaluate, without_privacy=False)
+        parts = replace(self.parts, federation=replace(federation, privacy=Privacy(), evaluate=evaluate))
+        loop = round_loop(parts, Logs.under(parts.folder), self.loop.lanes)  # these logs are never flushed
         server.move_base(state, None)
-        plain = self.parts.initial
+        plain = parts.initial
         while plain.round < federation.rounds:
             plain, played = loop.play(plain)
             recorder.logs.faults.happened(state.round, played.faults, recorder.logs.metrics.wall_s)

@@ -15,16 +15,14 @@ from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.messages.events import Event, Fault, Preparing, Started, Stopped
-from engine.messages.reports import FLOAT_BYTES
 from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint
 from engine.records.metrics import Logs
 from engine.rounds.assembly import RunParts, round_loop
 from engine.rounds.baselines import Baselines, WithoutPrivacy
-from engine.rounds.checkpoints import Checkpoints
 from engine.rounds.collectors import first_names
 from engine.rounds.evaluation import Evaluation, Evaluator
-from engine.rounds.finish import Finish
+from engine.rounds.outputs import Checkpoints, Finish
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
 from engine.rounds.server import DriverShards, RankShards, Server, Shards
@@ -103,21 +101,31 @@ class Driver:
         saved = self._saved(parts.server.shards)
         logs = Logs.under(plan.folder, federation.privacy.secagg.mode, saved.wall_s if saved else 0.0)
         lanes = saved.lanes if saved else choose_lanes(federation, pool, parts.server, parts.initial, parts.population)
-        loop = round_loop(federation, parts, logs, lanes, saved)
+        loop = round_loop(parts, logs, lanes, saved)
         at_end.callback(_record_last_faults, loop.recorder)
         self._begin_folder(pool, loop.recorder, saved)
         notes = plan.notes + loop.privacy.warned + (saved.passed_over if saved else ())
-        yield _started(start, parts, federation, saved, lanes, notes)
+        yield Started(
+            start.slots,
+            federation.clients.slots,
+            training=parts.population,
+            unseen=parts.store.num_clients - parts.population,
+            dropped_rows=int(sum(parts.tokens.dropped(split).sum() for split in ("train", "heldout"))),
+            parameters=start.layout.size,
+            base_bytes=start.base_bytes,
+            without_gpu=start.without_gpu,
+            resumed=saved.state.round if saved else None,
+            lanes=lanes,
+            notes=notes,
+        )
 
-        vector_bytes = start.layout.size * FLOAT_BYTES
-        evaluator = Evaluator(federation, pool, parts.store, parts.tokens, logs.metrics, logs.ledger, vector_bytes)
-        evaluation = Evaluation(federation, pool, parts.server, evaluator)
-        checkpoints = Checkpoints(federation, plan.folder, loop)
+        evaluator, checkpoints = Evaluator(parts, logs), Checkpoints(parts, loop)
+        evaluation = Evaluation(parts, evaluator)
         callbacks: list[Callback] = [evaluation]
         if plan.baselines:
-            callbacks.append(Baselines(federation, parts, evaluator, loop))
+            callbacks.append(Baselines(parts, evaluator, loop))
         if federation.evaluate.without_privacy:
-            callbacks.append(WithoutPrivacy(federation, parts, evaluator, loop))
+            callbacks.append(WithoutPrivacy(parts, evaluator, loop))
         callbacks += [loop.recorder, checkpoints]
 
         state = saved.state if saved else parts.initial
@@ -135,7 +143,7 @@ class Driver:
                 yield Stopped(state.round)
                 break
         else:
-            yield from Finish(federation, parts, evaluator, loop).after_run(state)
+            yield from Finish(parts, evaluator, loop).after_run(state)
         pool.stop()
 
     def _parts(self, pool: Pool, start: Start) -> RunParts:
@@ -150,8 +158,17 @@ class Driver:
             shards = DriverShards(federation, start, population)
         else:
             shards = RankShards(federation, pool, population)
-        server = Server(shards, pool)
-        return RunParts(pool, server, server.initial(), store, tokens, start.layout, plan.folder, plan.elsewhere)
+        return RunParts(
+            federation,
+            pool,
+            Server(shards, pool),
+            shards.initial(),
+            store,
+            tokens,
+            start.layout,
+            plan.folder,
+            plan.elsewhere,
+        )
 
     def _saved(self, shards: Shards) -> Saved | None:
         """The last checkpoint of a run that is resumed, if it has one."""
@@ -175,30 +192,6 @@ class Driver:
             log.forget_after(saved.state.round if saved else -1)
         recorder.faults(plan.lost)
         recorder.logs.faults.flush(recorder.round)
-
-
-def _started(
-    start: Start,
-    parts: RunParts,
-    federation: Federation,
-    saved: Saved | None,
-    lanes: int,
-    notes: tuple[str, ...],
-) -> Started:
-    store, tokens = parts.store, parts.tokens
-    return Started(
-        slots=start.slots,
-        asked=federation.clients.slots,
-        training=parts.population,
-        unseen=store.num_clients - store.num_training,
-        dropped_rows=int(tokens.dropped("train").sum() + tokens.dropped("heldout").sum()),
-        parameters=start.layout.size,
-        base_bytes=start.base_bytes,
-        without_gpu=start.without_gpu,
-        resumed=saved.state.round if saved else None,
-        lanes=lanes,
-        notes=notes,
-    )
 
 
 def _record_last_faults(recorder: Recorder) -> None:

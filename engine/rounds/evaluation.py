@@ -9,17 +9,13 @@ from typing import Any
 import numpy as np
 import ray
 
-from datasets_partition.store.store import Store
-from datasets_partition.store.tokens import Tokens
-from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.events import Evaluated, Event
 from engine.messages.reports import FLOAT_BYTES
 from engine.messages.shards import Shard, ShardedState
-from engine.records.metrics import Ledger, Metrics
-from engine.rounds.server import Server
+from engine.records.metrics import Logs
+from engine.rounds.assembly import RunParts
 from engine.scheduling.dispatcher import Later
-from engine.scheduling.pool import Pool
 from engine.scheduling.worker_kinds import Reference
 from engine.training.evaluation import ClientLoss, mean_loss
 
@@ -41,18 +37,10 @@ def _evaluate(actor: Any, chunk: list[int], vector: Any, limit: int) -> Referenc
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates models on the pool and writes their losses to the metrics and the ledger.
+    """Evaluates models on the pool and writes their losses. A `vector` stands for a model: see Server.vector."""
 
-    A `vector` stands for a model: see Server.vector. `vector_bytes` is its size.
-    """
-
-    federation: Federation
-    pool: Pool
-    store: Store
-    tokens: Tokens
-    metrics: Metrics
-    ledger: Ledger
-    vector_bytes: int
+    parts: RunParts
+    logs: Logs
 
     def global_model(self, vector: Any, round_: int) -> Losses:
         """Returns the loss on held-out rows, on clients that never train, and on the server's rows if it has any."""
@@ -64,7 +52,7 @@ class Evaluator:
         for split in SPLITS:
             clients, _ = self.judged(split)
             call = partial(_evaluate, vector=vector, limit=self._limit(split))
-            parts.append((split, Later.of(clients, self.pool.size, call)))
+            parts.append((split, Later.of(clients, self.parts.pool.size, call)))
         return Pending(round_, parts)
 
     def end(self, pending: Pending) -> Losses:
@@ -73,15 +61,15 @@ class Evaluator:
         for split, later in pending.parts:
             left = np.array([client for chunk in later.chunks for client in chunk], np.int64)
             later.chunks.clear()
-            later.results.extend(self.pool.map(left, self.tokens.counts("heldout")[left], later.call))
+            later.results.extend(self.parts.pool.map(left, self.parts.tokens.counts("heldout")[left], later.call))
             if later.results:
                 losses[split] = self._record_protocol(later.results, pending.round, split, "loss")
         return losses
 
     def centralized(self, start: Any, round_: int, steps: int) -> Losses:
         """Returns the loss after `steps` steps on the pooled rows: what could be had if that were allowed."""
-        clients = list(range(self.store.num_training))
-        trained_P = self.pool.ask(lambda actor: actor.centralised.remote(clients, start, steps), long=True)
+        clients = list(range(self.parts.store.num_training))
+        trained_P = self.parts.pool.ask(lambda actor: actor.centralised.remote(clients, start, steps), long=True)
         return self._every_split(ray.put(BroadcastMessage(round_, (Shard(trained_P, {}),))), round_, "loss_centralised")
 
     def not_private(self, vector: Any, round_: int) -> Losses:
@@ -94,7 +82,7 @@ class Evaluator:
         A client without held-out rows is not evaluated, and so not trained.
         """
         clients, _ = self.judged("heldout")
-        losses = self.pool.map(
+        losses = self.parts.pool.map(
             clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, start, steps[chunk].tolist())
         )
         return {"heldout": self._record(losses, round_, "heldout", f"loss_{name}")}
@@ -102,7 +90,9 @@ class Evaluator:
     def personal(self, broadcast: Any, round_: int) -> Losses:
         """Returns the loss of each client's own model; nothing if no client has one."""
         shared, (clients, rows), limit = ray.put(broadcast), self.judged("heldout"), self._limit("heldout")
-        losses = self.pool.map(clients, rows, lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit))
+        losses = self.parts.pool.map(
+            clients, rows, lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit)
+        )
         if not losses:
             return {}
         self._report_to_server(round_, len(losses))
@@ -110,15 +100,15 @@ class Evaluator:
 
     def judged(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the clients (N,) of a split that have rows to be evaluated on, and how many rows (N,) count."""
-        training, clients = self.store.num_training, self.store.num_clients
+        training, clients = self.parts.store.num_training, self.parts.store.num_clients
         members = {"heldout": (0, training), "unseen": (training, clients), "server": (clients, None)}
         first, last = members[split]
-        rows = np.minimum(self.tokens.counts("heldout")[first:last], self._limit(split))
+        rows = np.minimum(self.parts.tokens.counts("heldout")[first:last], self._limit(split))
         return first + np.flatnonzero(rows), rows[rows > 0]
 
     def _limit(self, split: str) -> int:
         """How many rows of a client count; the server is none, and has a limit of its own."""
-        return self.federation.evaluate.server_rows if split == "server" else self.federation.evaluate.rows
+        return self.parts.federation.evaluate.server_rows if split == "server" else self.parts.federation.evaluate.rows
 
     def _every_split(self, vector: Any, round_: int, name: str, *, protocol: bool = False) -> Losses:
         """The losses by split. A baseline is no part of the federation's `protocol`."""
@@ -127,32 +117,33 @@ class Evaluator:
             clients, rows = self.judged(split)
             if len(clients):
                 call = partial(_evaluate, vector=vector, limit=self._limit(split))
-                losses[split] = record(self.pool.map(clients, rows, call), round_, split, name)
+                losses[split] = record(self.parts.pool.map(clients, rows, call), round_, split, name)
         return losses
 
     def _record_protocol(self, losses: list[ClientLoss], round_: int, split: str, name: str) -> float:
         """As `_record`, with what the clients receive and send for it, and each client's loss."""
         if split != "server":
-            self.ledger.received(round_, "client", "sum", len(losses), len(losses) * self.vector_bytes)
+            vector_bytes = self.parts.layout.size * FLOAT_BYTES
+            self.logs.ledger.received(round_, "client", "sum", len(losses), len(losses) * vector_bytes)
             self._report_to_server(round_, len(losses))
         return self._record(losses, round_, split, name, protocol=True)
 
     def _report_to_server(self, round_: int, clients: int) -> None:
         """Clients send their losses; under secure aggregation they do not, and the simulator alone knows them."""
-        if not self.federation.privacy.secure:
-            self.ledger.received(round_, "server", "metric", clients, clients * FLOAT_BYTES)
+        if not self.parts.federation.privacy.secure:
+            self.logs.ledger.received(round_, "server", "metric", clients, clients * FLOAT_BYTES)
 
     def _record(self, losses: list[ClientLoss], round_: int, split: str, name: str, *, protocol: bool = False) -> float:
         """Writes the mean loss in nats per token and returns it."""
-        if protocol and split != "server" and not self.federation.privacy.secure:
+        if protocol and split != "server" and not self.parts.federation.privacy.secure:
             ordered = sorted(losses, key=lambda loss: loss.client)
-            names = self.store.names([loss.client for loss in ordered])
+            names = self.parts.store.names([loss.client for loss in ordered])
             figures = [{name: loss.nll / loss.tokens, "tokens": loss.tokens} for loss in ordered]
-            self.metrics.add_each(round_, split, names, figures)
+            self.logs.metrics.add_each(round_, split, names, figures)
         mean, counts = mean_loss(losses), dict[str, float]()
         if protocol:
             counts = {"tokens": sum(loss.tokens for loss in losses), "rows": sum(loss.rows for loss in losses)}
-        self.metrics.add(round_, split, None, **{name: mean}, **counts)
+        self.logs.metrics.add(round_, split, None, **{name: mean}, **counts)
         return mean
 
 
@@ -163,51 +154,48 @@ class Evaluation:
     With `evaluate.overlap` an evaluation goes on beside the next round, and is `pending` until that has ended.
     """
 
-    federation: Federation
-    pool: Pool
-    server: Server
+    parts: RunParts
     evaluator: Evaluator
     pending: Pending | None = None
 
     def before_rounds(self, state: ShardedState, *, resumed: bool) -> Iterator[Event]:
         """Evaluates the state that the run starts from, unless a resumed run has done so."""
-        if not resumed or (self._is_due(state) and not self.evaluator.metrics.judged(state.round)):
-            yield from self._evaluate(state, overlap=resumed and self.federation.evaluate.overlap)
+        if not resumed or (self._is_due(state) and not self.evaluator.logs.metrics.judged(state.round)):
+            yield from self._evaluate(state, overlap=resumed and self.parts.federation.evaluate.overlap)
 
     def after_round(self, state: ShardedState) -> Iterator[Event]:
         """Ends the pending evaluation, and evaluates the state if it is its turn."""
         if self.pending is not None:
-            pending, self.pending, self.pool.later = self.pending, None, []
+            pending, self.pending, self.parts.pool.later = self.pending, None, []
             yield Evaluated(pending.round, self.evaluator.end(pending))
-        last = state.round == self.federation.rounds
-        overlap = self.federation.evaluate.overlap and not last
+        last = state.round == self.parts.federation.rounds
+        overlap = self.parts.federation.evaluate.overlap and not last
         if last or self._is_due(state):
             yield from self._evaluate(state, overlap=overlap)
             if not overlap:
                 yield from self._personal(state, last=last)
 
     def _is_due(self, state: ShardedState) -> bool:
-        every = self.federation.evaluate.every
+        every = self.parts.federation.evaluate.every
         return every > 0 and state.round > 0 and state.round % every == 0
 
     def _evaluate(self, state: ShardedState, *, overlap: bool) -> Iterator[Event]:
-        vector = self.server.vector(state)
+        began, vector = time.monotonic(), self.parts.server.vector(state)
         if overlap:
             self.pending = self.evaluator.begin(vector, state.round)
-            self.pool.later = [later for _, later in self.pending.parts]
+            self.parts.pool.later = [later for _, later in self.pending.parts]
             return
-        began = time.monotonic()
         losses = self.evaluator.global_model(vector, state.round)
-        self.evaluator.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
+        self.evaluator.logs.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
         yield Evaluated(state.round, losses)
 
     def _personal(self, state: ShardedState, *, last: bool) -> Iterator[Event]:
         """The clients' own models, if they have any; at the end also the global one, trained a little by each."""
-        if self.federation.strategy.personalizes:
-            losses = self.evaluator.personal(self.server.broadcast(state), state.round)
+        if self.parts.federation.strategy.personalizes:
+            losses = self.evaluator.personal(self.parts.server.broadcast(state), state.round)
             if losses:
                 yield Evaluated(state.round, losses, "personal")
-        if last and self.federation.evaluate.finetune:
-            steps = np.full(self.evaluator.store.num_training, self.federation.evaluate.finetune)
-            losses = self.evaluator.local_only(self.server.vector(state), state.round, steps, "finetuned")
+        if last and self.parts.federation.evaluate.finetune:
+            steps = np.full(self.parts.population, self.parts.federation.evaluate.finetune)
+            losses = self.evaluator.local_only(self.parts.server.vector(state), state.round, steps, "finetuned")
             yield Evaluated(state.round, losses, "finetuned")

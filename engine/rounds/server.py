@@ -180,10 +180,6 @@ class Server:
     shards: Shards
     pool: Pool
 
-    def initial(self) -> ShardedState:
-        """Returns the state before the first round."""
-        return self.shards.initial()
-
     def broadcast(self, state: ShardedState) -> Any:
         """Returns what the clients of the next round start from."""
         return self.shards.broadcast(state)

@@ -103,11 +103,12 @@ def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
         try:
             start = slots.start(store)
             opened, tokens = Store.open(store), Tokens.open(start.tokens)
-            server = Server(DriverShards(work, start, opened.num_training), slots)
-            state = server.initial()
+            shards = DriverShards(work, start, opened.num_training)
+            state, logs = shards.initial(), Logs.under(folder)
             first = state.parts[0].params
-            parts, logs = RunParts(slots, server, state, opened, tokens, start.layout, folder), Logs.under(folder)
-            loop = round_loop(work, parts, logs)
+            loop = round_loop(
+                RunParts(work, slots, Server(shards, slots), state, opened, tokens, start.layout, folder), logs
+            )
             start_s, seconds, before = time.monotonic() - began, list[float](), stored_bytes()
             for round_ in range(1, rounds + 1):
                 began = time.monotonic()

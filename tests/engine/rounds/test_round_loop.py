@@ -20,8 +20,8 @@ from engine.records.checkpoint import load_checkpoint
 from engine.records.client_state import ClientMemory
 from engine.records.journal import Journal
 from engine.records.metrics import Logs, read_log
-from engine.rounds.checkpoints import Checkpoints
 from engine.rounds.collectors import Collected, Quorum
+from engine.rounds.outputs import Checkpoints
 from engine.rounds.planner import Planner
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import RoundLoop
@@ -117,7 +117,7 @@ def test_a_round_by_hand(tmp_path):
     """FedAvg: 1 + 0.5 / 0.5 and 2 - 1 / 0.5."""
     loop = loop_of(recipe(), tmp_path, good_round())
     loop.recorder.pool.faults.append(Fault("slot", "1", "killed"))
-    state, played = loop.play(loop.server.initial())
+    state, played = loop.play(loop.server.shards.initial())
     assert (state.round, params(state), loop.journal.model) == (1, [2.0, 0.0], 1)
     (broadcast,) = loop.collector.broadcasts
     assert broadcast.params.tolist() == [1.0, 2.0] and broadcast.round == 0
@@ -141,7 +141,7 @@ def test_without_sums_the_model_stays_as_it_was_and_too_many_such_rounds_end_the
     federation = recipe(privacy=Privacy(secagg=SecAgg(max_aborts=1)))
     aborted = Collected(by_client=False, aborted="nobody is left")
     loop = loop_of(federation, tmp_path, Collected(), aborted, aborted)
-    state, _ = loop.play(loop.server.initial())
+    state, _ = loop.play(loop.server.shards.initial())
     state, played = loop.play(state)
     assert (state.round, params(state), loop.journal.model, loop.aborts) == (2, [1.0, 2.0], 0, 1)
     assert (played.aborted, played.clients) == ("nobody is left", 0)
@@ -153,11 +153,11 @@ def test_a_round_with_too_few_updates_ends_the_run_or_is_skipped(tmp_path):
     failed = replace(good_round(), reports=[report(0), report(1, failed="NaN"), report(2, failed="NaN")])
     loop = loop_of(recipe(), tmp_path, failed)
     with pytest.raises(RunError, match=r"2 of 3 clients of round 1 gave no usable update.*'client-1', 'client-2': NaN"):
-        loop.play(loop.server.initial())
+        loop.play(loop.server.shards.initial())
     loop.recorder.logs.faults.flush(1)  # as when a run ends
     assert read_log(tmp_path / "faults")["who"].to_pylist() == ["client-1", "client-2", "client-3"]
     loop = loop_of(recipe(clients=Clients(on_too_few="skip")), tmp_path, failed)
-    state, played = loop.play(loop.server.initial())
+    state, played = loop.play(loop.server.shards.initial())
     assert (state.round, params(state), loop.aborts) == (1, [1.0, 2.0], 0)
     assert "2 of 3 clients" in played.aborted and played.failed == {"client-1": "NaN", "client-2": "NaN"}
 
@@ -176,7 +176,7 @@ def test_clients_that_are_not_in_the_sum_lose_the_state_of_the_round(tmp_path):
             states.write(client, round_, {"c": torch.full((1,), float(round_))}, oldest=0)
     sums = [Aggregate(1.0, torch.zeros(2), {"c": torch.zeros(2)}, 1)]
     loop = loop_of(federation, tmp_path, Collected([report(cohort[0]), report(cohort[1], late=1.0)], sums))
-    state, _ = loop.play(replace(loop.server.initial(), round=1))
+    state, _ = loop.play(replace(loop.server.shards.initial(), round=1))
     assert state.round == 2
     assert [states.read(client, 2)["c"].item() for client in cohort] == [2.0, 1.0, 1.0]
 
@@ -204,7 +204,8 @@ def test_a_checkpoint_of_another_model_is_refused():
 def test_checkpoints_are_written_in_their_turn_and_when_the_run_stops_but_once(tmp_path):
     federation = recipe(checkpoint=Checkpoint(every=2, keep=9))
     loop = loop_of(federation, tmp_path)
-    checkpoints, events = Checkpoints(federation, tmp_path, loop), []
+    parts = SimpleNamespace(federation=federation, folder=tmp_path, server=loop.server)
+    checkpoints, events = Checkpoints(parts, loop), []
     for round_ in (1, 2, 3):
         state = ShardedState(round_, (ServerState(round_, torch.zeros(2)),))
         events += [*checkpoints.after_round(state), *(checkpoints.write(state) if round_ > 1 else ())]

@@ -1,14 +1,14 @@
-"""The end of a run: the model as files, then what it writes before and after."""
+"""What a run leaves: checkpoints, and at its end the model as files, then what it writes before and after."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engine.config.federation import Federation
-from engine.messages.events import Event, Finished, Sample
+from engine.messages.events import Checkpointed, Event, Finished, Sample
 from engine.messages.shards import ShardedState
 from engine.models.model_card import model_card
+from engine.records.checkpoint import save_checkpoint
 from engine.records.metrics import loss_table
 from engine.rounds.assembly import RunParts
 from engine.rounds.evaluation import Evaluator
@@ -20,11 +20,37 @@ from strategies.core.seeds import rng
 SAMPLES, SAMPLE_TOKENS = 3, 40
 
 
+@dataclass
+class Checkpoints:
+    """Writes a checkpoint by `checkpoint.every`, after the last round, and before the run stops.
+
+    `written` is the last round that has one.
+    """
+
+    parts: RunParts
+    loop: RoundLoop
+    written: int = -1
+
+    def after_round(self, state: ShardedState) -> Iterator[Event]:
+        """Writes the round's checkpoint if it is its turn."""
+        federation = self.parts.federation
+        if state.round == federation.rounds or state.round % federation.checkpoint.every == 0:
+            yield from self.write(state)
+
+    def write(self, state: ShardedState) -> Iterator[Event]:
+        """Writes the round's checkpoint unless it is written."""
+        if state.round == self.written:
+            return
+        read, keep = self.parts.server.shards.read, self.parts.federation.checkpoint.keep
+        save_checkpoint(self.parts.folder / "checkpoints", self.loop.saved(state), keep, read)
+        self.written = state.round
+        yield Checkpointed(state.round)
+
+
 @dataclass(frozen=True)
 class Finish:
     """Exports the model first, which is what the run is for, and then writes samples."""
 
-    federation: Federation
     parts: RunParts
     evaluator: Evaluator
     loop: RoundLoop
@@ -34,7 +60,7 @@ class Finish:
         parts, server = self.parts, self.parts.server
         losses = loss_table(parts.folder / "metrics", state.round)
         merged, spent = server.shards.merged(state) is not None, self.loop.privacy.statement
-        card = model_card(self.federation, losses, parts.store.manifest, merged=merged, spent=spent)
+        card = model_card(self.parts.federation, losses, parts.store.manifest, merged=merged, spent=spent)
         rows = self._rows()
         prompts = [prompt for prompt, _ in rows]
         vector = server.vector(state)
@@ -59,7 +85,7 @@ class Finish:
         clients, _ = self.evaluator.judged("unseen")
         if not len(clients):
             clients, _ = self.evaluator.judged("heldout")
-        draw = rng(self.federation.seed, 0, -1, "sample")
+        draw = rng(self.parts.federation.seed, 0, -1, "sample")
         chosen = draw.choice(clients, min(SAMPLES, len(clients)), replace=False)
         store = self.parts.store
         rows = [store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]
