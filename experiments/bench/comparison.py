@@ -4,7 +4,7 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -114,17 +114,13 @@ def table(cells: Sequence[Cell]) -> str:
         text.append(HEAD)
         for rule, group in rules.items():
             against = [cell.heldout - baseline[cell.seed] for cell in group if cell.seed in baseline]
-            mean = {
-                field.name: statistics.fmean(getattr(cell, field.name) for cell in group)
-                for field in fields(Cell)
-                if field.type in (float, "float")
-            }
-            columns = [_spread([cell.heldout for cell in group])]
-            columns.append(f"{statistics.fmean(against):+.3f}" if against and rule != BASELINE else "")
-            losses = ("unseen", "worst_tenth", "personal", "personal_worst_tenth")
-            columns += [_spread([getattr(cell, name) for cell in group]) for name in losses]
-            columns += [f"{mean[name] / 1e3:,.0f}" for name in ("bytes_up", "bytes_down")]
-            columns += [_text(mean["round_s"], ".1f"), _text(1e3 * mean["server_s"], ".0f")]
+            heldout, *losses = (
+                _spread([getattr(cell, name) for cell in group])
+                for name in ("heldout", "unseen", "worst_tenth", "personal", "personal_worst_tenth")
+            )
+            columns = [heldout, f"{statistics.fmean(against):+.3f}" if against and rule != BASELINE else "", *losses]
+            columns += [f"{_mean(group, name) / 1e3:,.0f}" for name in ("bytes_up", "bytes_down")]
+            columns += [_text(_mean(group, "round_s"), ".1f"), _text(1e3 * _mean(group, "server_s"), ".0f")]
             text.append(f"| {rule} | {len(group)} | {' | '.join(columns)} |")
         text.append("")
     return "\n".join(text)
@@ -142,8 +138,7 @@ def plot(cells: Sequence[Cell]) -> bytes:
         _dots(losses, rules, "worst tenth", "worst_tenth", "^", VERMILION)
         _dots(losses, rules, "personal", "personal", "s", GREEN)
         for field in ("heldout", "worst_tenth") if BASELINE in rules else ():
-            level = statistics.fmean(getattr(cell, field) for cell in rules[BASELINE])
-            losses.axvline(level, color=GREY, linewidth=0.8, linestyle="--")
+            losses.axvline(_mean(rules[BASELINE], field), color=GREY, linewidth=0.8, linestyle="--")
         losses.set_yticks(range(len(rules)), list(rules))
         losses.invert_yaxis()
         losses.set_xlabel("loss at the end, nats per token (dashed: fedavg)")
@@ -180,6 +175,10 @@ def _grouped(cells: Sequence[Cell]) -> dict[str, dict[str, list[Cell]]]:
     for cell in cells:
         groups.setdefault(cell.partition, {}).setdefault(cell.rule, []).append(cell)
     return groups
+
+
+def _mean(cells: Sequence[Cell], field: str) -> float:
+    return statistics.fmean(getattr(cell, field) for cell in cells)
 
 
 def _text(value: float, form: str) -> str:

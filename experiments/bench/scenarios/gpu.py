@@ -83,9 +83,7 @@ def flops_per_token(model: Model, length: int) -> float:
         network: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.base))
         network = with_adapters(network.requires_grad_(False), model)
         ids = torch.zeros(1, length, dtype=torch.long)
-        mask = torch.zeros(
-            1, 1, length, length
-        )  # transformers would read one that it makes, and meta tensors hold no values
+        mask = torch.zeros(1, 1, length, length)  # transformers would read values of one that it makes
         network(input_ids=ids, attention_mask=mask, use_cache=False).logits.sum().backward()
     return float(counted.get_total_flops()) / length
 

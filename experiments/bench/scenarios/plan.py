@@ -50,7 +50,7 @@ def _compare(bench: Bench, work: Recipe, name: str, title: str, need: Need) -> N
         if isinstance(event, Started):
             counted.append(event.parameters)
 
-    with sampled(lambda: max(workers_mb((title,), _private_mb), default=0.0), EVERY_S) as peaks:
+    with sampled(lambda: max(workers_mb((title,), private_mb), default=0.0), EVERY_S) as peaks:
         experiments.run(work, out=bench.folder / name, on_event=note)
     trained = sizes(located(work).model, 8).trained
     if counted != [trained]:
@@ -62,7 +62,7 @@ def _compare(bench: Bench, work: Recipe, name: str, title: str, need: Need) -> N
     bench.add(f"{name}_plan_mb", need.total / MIB, "MB")
 
 
-def _private_mb(process: psutil.Process) -> float:
+def private_mb(process: psutil.Process) -> float:
     """The private memory of a process and the files that it maps, without the object store's pages."""
     status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in status if line.startswith(("RssAnon:", "RssFile:"))) / 1024

@@ -115,7 +115,7 @@ def _growth(bench: Bench, work: Recipe, zero: Zero, stage: str, name: str) -> tu
     short = replace(short, clients=replace(short.clients, zero=zero))
     cohort = work.cohort.expected(CLIENTS)
     bench.say(f"{stage}: {rounds * cohort:g} short clients in one gang")
-    _, held = bench.run(short, name, lambda: sum(workers_mb(("Gang", "Rank"), _anonymous_mb)))
+    _, held = bench.run(short, name, lambda: sum(workers_mb(("Gang", "Rank"), anonymous_mb)))
     if not all(held):
         return None, "not on this system"
     later = np.array(held[len(held) // 4 :])
@@ -123,6 +123,6 @@ def _growth(bench: Bench, work: Recipe, zero: Zero, stage: str, name: str) -> tu
     return slope, f"MB a client and rank, {len(later)} rounds"
 
 
-def _anonymous_mb(process: psutil.Process) -> float:
+def anonymous_mb(process: psutil.Process) -> float:
     """Memory that is the process's alone; pages of files and of the object store are not."""
     return memory(process.pid).get("RssAnon", 0.0)

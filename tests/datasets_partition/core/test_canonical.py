@@ -2,6 +2,7 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.canonical import COLUMNS, TURNS, content_columns, format_of
+from datasets_partition.core.errors import DataError
 
 TEXT = pa.array(["x"])
 LABELS = {"boolean": pa.array([True]), "category": pa.array(["a"])}
@@ -26,5 +27,5 @@ def test_turns_count_as_text_does() -> None:
 
 
 def test_other_columns_make_no_format() -> None:
-    with pytest.raises(ValueError, match=r"gives the columns client, text, which make no format: .*; messages; "):
+    with pytest.raises(DataError, match=r"gives the columns client, text, which make no format: .*; messages; "):
         format_of(pa.table({"client": TEXT, "text": TEXT}))

@@ -3,6 +3,7 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.columns import keys, labels, numbers, texts
+from datasets_partition.core.errors import DataError
 
 
 def test_keys_are_in_the_order_of_their_text_and_labels_of_their_values():
@@ -51,25 +52,25 @@ def test_chunks_and_dictionaries_are_read_as_one_column(read, column):
     ],
 )
 def test_rows_without_a_value_are_counted(read, column, nameless):
-    with pytest.raises(ValueError, match=rf"'k', which is null or empty in {nameless} of {len(column)} rows: fill it"):
+    with pytest.raises(DataError, match=rf"'k', which is null or empty in {nameless} of {len(column)} rows: fill it"):
         read(pa.table({"k": column}), "data.partition.key", "k")
 
 
-def test_a_row_without_a_value_is_shown_by_what_it_says():
+def test_a_row_without_a_value_is_shown_by_its_content():
     table = pa.table({"k": ["a", None, None], "completion": ["x", "the second " + "y" * 999, "z"]})
-    with pytest.raises(ValueError, match=r"; the first is \{'k': None, 'completion': 'the second y{50,140}$"):
+    with pytest.raises(DataError, match=r"; the first is \{'k': None, 'completion': 'the second y{50,140}$"):
         keys(table, "data.partition.key", "k")
 
 
 @pytest.mark.parametrize("read", [keys, labels])
 def test_bytes_that_are_no_text_are_no_keys(read):
     assert read(pa.table({"k": [b"a", b"b"]}), "data.partition.key", "k").values.to_pylist() == ["a", "b"]
-    with pytest.raises(ValueError, match=r"^data\.partition\.key names 'k', which holds binary that is not all text: "):
+    with pytest.raises(DataError, match=r"^data\.partition\.key names 'k', which holds binary that is not all text: "):
         read(pa.table({"k": [b"a", b"\xff"]}), "data.partition.key", "k")
 
 
 def test_lists_are_no_keys():
-    with pytest.raises(ValueError, match=r"data\.partition\.key names 'k', which holds list<.*>: name text or numbers"):
+    with pytest.raises(DataError, match=r"data\.partition\.key names 'k', which holds list<.*>: name text or numbers"):
         keys(pa.table({"k": [[1], [2]]}), "data.partition.key", "k")
 
 
@@ -85,13 +86,13 @@ def test_numbers_may_be_written_as_text():
 
 @pytest.mark.parametrize("column", [["1", "two"], [[1], [2]]])
 def test_what_is_no_number_is_refused(column):
-    with pytest.raises(ValueError, match=r"data\.partition\.column names 'x', which holds .* not all numbers: name a"):
+    with pytest.raises(DataError, match=r"data\.partition\.column names 'x', which holds .* not all numbers: name a"):
         numbers(pa.table({"x": column}), "data.partition.column", "x")
 
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
 def test_what_is_no_finite_number_is_counted(bad):
-    with pytest.raises(ValueError, match=r"'x', which is null or not finite in 2 of 3 rows: fill it in, or leave"):
+    with pytest.raises(DataError, match=r"'x', which is null or not finite in 2 of 3 rows: fill it in, or leave"):
         numbers(pa.table({"x": [bad, 1.0, bad]}), "data.partition.column", "x")
 
 
@@ -112,7 +113,7 @@ def test_without_names_all_content_is_text():
 
 @pytest.mark.parametrize("column", [[1], [[1]]])
 def test_what_is_no_text_is_refused(column):
-    with pytest.raises(ValueError, match=r"data\.partition\.columns names 'x', which holds .*: name columns of text"):
+    with pytest.raises(DataError, match=r"data\.partition\.columns names 'x', which holds .*: name columns of text"):
         texts(pa.table({"x": column}), ("x",))
 
 
@@ -124,13 +125,13 @@ def test_labels_may_be_booleans():
 @pytest.mark.parametrize(
     ("name", "kept"), [("text", "completion"), ("output", "completion"), ("instruction", "prompt"), ("input", "prompt")]
 )
-def test_a_column_of_the_source_that_has_another_name_here_is_said_so(name, kept):
+def test_an_error_names_the_canonical_column_of_a_sources_column(name, kept):
     table = pa.table({"client": ["x"], "prompt": [""], "completion": ["b"]})
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(DataError) as error:
         texts(table, (name,))
     assert str(error.value) == (
         f"data.partition.columns names '{name}', which the rows do not have (a source's {name} is kept in {kept}): "
         'name one of client, prompt, completion, or use kind = "iid"'
     )
-    with pytest.raises(ValueError, match=r"which the rows do not have: name one of messages, or use"):
+    with pytest.raises(DataError, match=r"which the rows do not have: name one of messages, or use"):
         texts(pa.table({"messages": TURNS[:1]}), (name,))

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from datasets_partition.core.columns import labels
 from datasets_partition.core.dealing import by_label, dealt, even, joined, listed, numbered, shared_out
+from datasets_partition.core.errors import DataError
 
 
 def test_numbers_are_padded_so_that_they_sort():
@@ -18,7 +19,7 @@ def test_even_parts_differ_by_one_at_most():
     assert even(8, 4).tolist() == [2, 2, 2, 2]
 
 
-def test_rows_are_dealt_in_turn_and_what_is_left_is_nobodys():
+def test_rows_are_dealt_in_turn_and_the_rest_belongs_to_nobody():
     assert dealt(np.array([3, 1, 0, 2]), np.array([1, 2])).tolist() == [1, 1, -1, 0]
 
 
@@ -31,7 +32,7 @@ def test_clients_without_rows_are_not_listed():
 def test_parts_are_named_after_what_they_are_parts_of():
     owners = np.array([0, 1, 1])
     assert joined(pa.array(["a", "b"]), owners, pa.array(["0", "0", "1"])).to_pylist() == ["a", "b/0", "b/1"]
-    with pytest.raises(ValueError, match=r"would name two clients 'b/0', .*: rename the key of either"):
+    with pytest.raises(DataError, match=r"would name two clients 'b/0', .*: rename the key of either"):
         joined(pa.array(["b/0", "b"]), owners, pa.array(["0", "0", "1"]))
 
 

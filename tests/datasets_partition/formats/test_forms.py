@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from trl import extract_prompt
 
 from datasets_partition.core.canonical import TURNS
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Rows
 from datasets_partition.formats.conversion import Conversion
 from datasets_partition.formats.turns import shared
@@ -132,9 +133,9 @@ def test_every_form_becomes_canonical(row: dict[str, Any], expected: dict[str, A
 @pytest.mark.parametrize(("row", "reason"), BAD)
 def test_bad_rows_are_named_and_counted(row: dict[str, Any], reason: str, convert: Any) -> None:
     way_out = r'correct it, or leave such rows out with data\.source\.on_bad_row = "skip"'
-    with pytest.raises(ValueError, match=f"^(rows )?row 1 {reason}.*: {way_out}$"):
+    with pytest.raises(DataError, match=f"^(rows )?row 1 {reason}.*: {way_out}$"):
         convert(row)
-    with pytest.raises(ValueError, match=rf"^rows has no rows that can be used \(2 {reason}.*\): give data\.source"):
+    with pytest.raises(DataError, match=rf"^rows has no rows that can be used \(2 {reason}.*\): give data\.source"):
         convert(row, row, skip=True)
 
 
@@ -152,25 +153,25 @@ def test_good_rows_stay_when_bad_ones_are_skipped(convert: Any) -> None:
 
 @pytest.mark.parametrize(("row", "reason"), BAD_JSON)
 def test_json_can_hold_anything(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=f"^row 2 {reason}"):
+    with pytest.raises(DataError, match=f"^row 2 {reason}"):
         from_json({"text": "a"}, row)
     assert sum(from_json({"text": "a"}, row, skip=True).skipped.values()) == 1
 
 
-def test_what_fits_no_format_is_told_its_columns() -> None:
+def test_an_error_for_an_unknown_format_names_the_columns() -> None:
     expected = (
         r"its columns are question \(str\), n \(null\); it needs text; messages; prompt and completion; .*alone\)"
     )
-    with pytest.raises(ValueError, match=rf"^row 1 fits no format \({expected}"):
+    with pytest.raises(DataError, match=rf"^row 1 fits no format \({expected}"):
         from_json({"question": "a", "n": None})
-    with pytest.raises(ValueError, match=r"^rows has the columns question, n, which fit no format: name yours in "):
+    with pytest.raises(DataError, match=r"^rows has the columns question, n, which fit no format: name yours in "):
         from_arrow({"question": "a", "n": 1})
 
 
 def test_a_column_that_can_hold_no_content_is_an_error_as_a_whole() -> None:
-    with pytest.raises(ValueError, match=r"^rows has int64 in its column text, which must hold text or turns: convert"):
+    with pytest.raises(DataError, match=r"^rows has int64 in its column text, which must hold text or turns: convert"):
         from_arrow({"text": 1}, skip=True)
-    with pytest.raises(ValueError, match=r"^rows has struct<a: int64> in its column client, which must hold text or n"):
+    with pytest.raises(DataError, match=r"^rows has struct<a: int64> in its column client, which must hold text or n"):
         from_arrow({"text": "a", "client": {"a": 1}}, skip=True)
 
 
@@ -204,11 +205,11 @@ def test_columns_rename_and_decide(columns: dict[str, str], row: Any, expected: 
 
 def test_columns_that_are_not_there() -> None:
     with pytest.raises(
-        ValueError, match=r"^data.source.columns.prompt names 'q', which rows does not have: name one of a, b"
+        DataError, match=r"^data.source.columns.prompt names 'q', which rows does not have: name one of a, b"
     ):
         from_arrow({"a": "x", "b": "y"}, prompt="q")
     with pytest.raises(
-        ValueError, match=r"^row 1 has no column 'q', which data.source.columns names \(its columns are a"
+        DataError, match=r"^row 1 has no column 'q', which data.source.columns names \(its columns are a"
     ):
         from_json({"a": "x"}, prompt="q")
 
@@ -217,7 +218,7 @@ def test_columns_that_are_not_there() -> None:
 @pytest.mark.parametrize("client", [None, ""])
 def test_a_row_without_a_client_among_others(convert: Any, client: Any) -> None:
     rows = ({"text": "a", "client": "x"}, {"text": "b", "client": client})
-    with pytest.raises(ValueError, match="row 2 has a null or empty client: correct it"):
+    with pytest.raises(DataError, match="row 2 has a null or empty client: correct it"):
         convert(*rows)
     table, skipped = convert(*rows, skip=True)
     assert (table["client"].to_pylist(), skipped) == (["x"], {"has a null or empty client": 1})
@@ -227,26 +228,26 @@ def test_json_rows_of_several_forms_but_one_format_mix() -> None:
     table, _ = from_json({"text": "a"}, {"prompt": "b", "completion": "c"}, {"instruction": "Add", "output": "3"})
     assert table["completion"].to_pylist() == ["a", "c", "3"]
     with pytest.raises(
-        ValueError, match=r"row 2 is of another format .* \(messages of turns, not prompt_completion of text\)"
+        DataError, match=r"row 2 is of another format .* \(messages of turns, not prompt_completion of text\)"
     ):
         from_json({"text": "a"}, {"messages": [SAY]})
     with pytest.raises(
-        ValueError, match=r"row 2 is of another format .* \(prompt_only of turns, not prompt_only of text\)"
+        DataError, match=r"row 2 is of another format .* \(prompt_only of turns, not prompt_only of text\)"
     ):
         from_json({"prompt": "a"}, {"prompt": [SAY]})
     for rows, has in (
         (({"text": "a"}, {"text": "b", "client": "x"}), "a"),
         (({"text": "b", "client": 1}, {"text": "a"}), "no"),
     ):
-        with pytest.raises(ValueError, match=f"row 2 has {has} client, unlike the rows before it"):
+        with pytest.raises(DataError, match=f"row 2 has {has} client, unlike the rows before it"):
             from_json(*rows)
 
 
 def test_no_rows_at_all() -> None:
-    with pytest.raises(ValueError, match=r"^rows has no rows: give data\.source something that has"):
+    with pytest.raises(DataError, match=r"^rows has no rows: give data\.source something that has"):
         from_json()
     with pytest.raises(
-        ValueError, match=r"^rows has no rows that can be used \(2 has a null text; 1 fits no format\): give"
+        DataError, match=r"^rows has no rows that can be used \(2 has a null text; 1 fits no format\): give"
     ):
         from_json({}, {"text": None}, {"text": None}, skip=True)
 

@@ -1,6 +1,7 @@
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.by_length import ByLength
 
 TABLE = pa.table({"prompt": ["aaaa", "éé", "", "a"], "completion": ["a", "", None, "aaa"], "note": ["", "", "abc", ""]})
@@ -21,5 +22,5 @@ def test_turns_are_as_long_as_what_they_say(rng):
 
 
 def test_rows_that_are_all_as_long_are_refused(rng):
-    with pytest.raises(ValueError, match=r"sorts rows by a number that is 0 in all of them"):
+    with pytest.raises(DataError, match=r"sorts rows by a number that is 0 in all of them"):
         ByLength(clients=2, columns=("note",)).assign(TABLE.slice(0, 2), rng())

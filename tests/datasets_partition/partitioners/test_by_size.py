@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.by_size import BySize
 
 
@@ -20,7 +21,7 @@ def test_laws_by_hand(rng):
     assert sizes(BySize(clients=3, law="exponential"), 1000, rng()) == [90, 244, 666]
 
 
-def test_given_sizes_are_kept_and_what_is_left_is_nobodys(rng):
+def test_given_sizes_are_kept_and_other_rows_belong_to_nobody(rng):
     clients, names, *_ = BySize(sizes=(5, 1, 2)).assign(table(11), rng())
     assert np.bincount(clients + 1).tolist() == [3, 5, 1, 2]
     assert names.to_pylist() == ["0", "1", "2"]
@@ -55,11 +56,11 @@ def test_lognormal_leaves_nobody_without_a_row(rng):
 @pytest.mark.parametrize(("law", "most"), [("linear", 13), ("square", 6), ("exponential", 5)])
 def test_too_many_clients_for_a_law_are_refused_with_how_many_there_may_be(law, most, rng):
     # With 100 rows: 13 * 14 / 2 is 91, 14 * 15 / 2 is 105; 6: 91, 7: 140; e^-4 to 1 gives 1.17%, e^-5 0.43%.
-    with pytest.raises(ValueError, match=rf'with law = "{law}" the first .* none of the 100 rows: ask for {most} clie'):
+    with pytest.raises(DataError, match=rf'with law = "{law}" the first .* none of the 100 rows: ask for {most} clie'):
         BySize(clients=90, law=law).assign(table(100), rng())
     assert min(sizes(BySize(clients=most, law=law), 100, rng())) >= 1
 
 
 def test_sizes_beyond_the_rows_are_refused(rng):
-    with pytest.raises(ValueError, match=r"sizes adds up to 12, but there are only 11 distinct rows: lower the sizes"):
+    with pytest.raises(DataError, match=r"sizes adds up to 12, but there are only 11 distinct rows: lower the sizes"):
         BySize(sizes=(6, 6)).assign(table(11), rng())

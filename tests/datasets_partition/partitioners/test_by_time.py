@@ -3,6 +3,7 @@ import datetime
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.by_time import ByTime
 
 
@@ -43,17 +44,17 @@ def test_large_numbers_written_as_text_are_not_rounded(rng):
 @pytest.mark.parametrize("times", [["2024-01-01", "yesterday"], ["2024-01-01", "3"], ["2024-01-01", "2024-01-01T00Z"]])
 def test_text_that_is_no_time_is_refused(times, rng):
     with pytest.raises(
-        ValueError, match=r"'t', whose text is not all numbers or all ISO dates \(.*\): write times such"
+        DataError, match=r"'t', whose text is not all numbers or all ISO dates \(.*\): write times such"
     ):
         assigned(times, rng())
 
 
 @pytest.mark.parametrize("times", [[1, None, None], ["2024-01-01", None, None], [1.0, None, float("nan")]])
 def test_rows_without_a_time_are_counted(times, rng):
-    with pytest.raises(ValueError, match=r"data\.partition\.time names 't', which is null in 2 of 3 rows: fill it in"):
+    with pytest.raises(DataError, match=r"data\.partition\.time names 't', which is null in 2 of 3 rows: fill it in"):
         assigned(times, rng())
 
 
 def test_what_cannot_be_a_time_is_refused(rng):
-    with pytest.raises(ValueError, match=r"names 't', which holds list<.*>: name a column of times"):
+    with pytest.raises(DataError, match=r"names 't', which holds list<.*>: name a column of times"):
         assigned([[1], [2]], rng())

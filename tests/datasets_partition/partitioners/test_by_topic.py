@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners import by_topic
 from datasets_partition.partitioners.by_topic import ByTopic
 
@@ -48,7 +49,7 @@ def test_topics_are_named_by_the_words_that_set_them_apart(rng):
 def test_more_clients_than_rows_are_refused_before_topics_are_sought(rng, monkeypatch):
     monkeypatch.setattr(ByTopic, "_clustered", lambda *_: pytest.fail("sought"))
     for given in ({"clients": 151}, {"clients": 10, "min_rows": 16}):
-        with pytest.raises(ValueError, match=r"but there are only 150 distinct rows"):
+        with pytest.raises(DataError, match=r"but there are only 150 distinct rows"):
             ByTopic(topics=3, **given).assign(TABLE, rng())
 
 
@@ -65,7 +66,7 @@ def test_clients_are_skewed_in_topics(rng):
 
 def test_more_topics_than_rows_are_refused(rng):
     with pytest.raises(
-        ValueError, match=r"topics is 151, but there are only 150 distinct rows: ask for 150 topics or f"
+        DataError, match=r"topics is 151, but there are only 150 distinct rows: ask for 150 topics or f"
     ):
         ByTopic(clients=2, topics=151).assign(TABLE, rng())
 
@@ -73,7 +74,7 @@ def test_more_topics_than_rows_are_refused(rng):
 def test_rows_without_words_are_refused(rng):
     table = pa.table({"prompt": ["?", "!"], "completion": [".", ""]})
     with pytest.raises(
-        ValueError, match=r"finds no words in the rows \(.*\): name columns of text in data\.partition\.col"
+        DataError, match=r"finds no words in the rows \(.*\): name columns of text in data\.partition\.col"
     ):
         ByTopic(clients=2, topics=2).assign(table, rng())
 
@@ -91,14 +92,14 @@ def test_rows_without_words_are_refused(rng):
     ],
 )
 def test_what_is_no_embedding_is_refused(vectors, sentence, rng):
-    with pytest.raises(ValueError, match=rf"data\.partition\.embedding names 'v', {sentence}"):
+    with pytest.raises(DataError, match=rf"data\.partition\.embedding names 'v', {sentence}"):
         ByTopic(clients=1, topics=1, embedding="v").assign(pa.table({"v": vectors}), rng())
 
 
 def test_without_scikit_learn_it_says_what_to_install(rng, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(
-        ValueError, match=r'"topic", which needs scikit-learn: pip install scikit-learn, or install fedpos'
+        DataError, match=r'"topic", which needs scikit-learn: pip install scikit-learn, or install fedpos'
     ):
         ByTopic(clients=2, topics=2).assign(TABLE, rng())
 
@@ -181,7 +182,7 @@ def test_a_topic_with_nearly_all_rows_is_refused(given, rng):
         }
     )
     with pytest.raises(
-        ValueError, match=r"finds one topic with 14\d of 150 rows among 3, which is no skew: name other columns"
+        DataError, match=r"finds one topic with 14\d of 150 rows among 3, which is no skew: name other columns"
     ):
         ByTopic(clients=2, topics=3, **given).assign(table, rng())
     only = ByTopic(clients=2, topics=1, **given).assign(table, rng())

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.by_time import ByTime
 from datasets_partition.partitioners.combined import Combined
 from datasets_partition.partitioners.dirichlet import Dirichlet
@@ -35,7 +36,7 @@ def test_a_cap_makes_what_grouped_natural_makes_at_once(rng):
         assert combined.clients.tolist() == at_once.clients.tolist() and combined.names.equals(at_once.names)
 
 
-def test_what_either_drops_is_nobodys(rng):
+def test_rows_that_either_partition_drops_belong_to_nobody(rng):
     drop = SizeCap(rows=3, surplus="drop")
     clients, names, *_ = Combined(first=Natural(), then=drop).assign(TABLE, rng())
     assert names.to_pylist() == ["a", "b", "c"] and np.bincount(clients + 1).tolist() == [2, 1, 3, 2]
@@ -69,7 +70,7 @@ def test_category_of_the_first_is_kept_where_the_second_has_none(rng):
 
 
 def test_an_error_of_the_second_names_the_client_and_the_key(rng):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(DataError) as error:
         Combined(first=Natural(), then=Iid(clients=2)).assign(TABLE, rng())
     assert str(error.value) == (
         "for the client 'a' of data.partition.first: data.partition.then.clients is 2, but there are only 1 distinct "
@@ -84,13 +85,13 @@ def test_an_error_names_the_key_where_it_stands_at_any_depth(rng):
         (Combined(first=within, then=SizeCap(rows=1)), "first.first"),
         (Combined(first=Iid(clients=1), then=within), "then.first"),
     ):
-        with pytest.raises(ValueError, match=rf"data\.partition\.{place}\.key names 'author', which the rows do not"):
+        with pytest.raises(DataError, match=rf"data\.partition\.{place}\.key names 'author', which the rows do not"):
             combined.assign(TABLE, rng())
 
 
 def test_names_that_would_be_the_same_are_refused(rng):
     table = pa.table({"client": ["a", "a", "a/0"]})
-    with pytest.raises(ValueError, match=r"would name two clients 'a/0', one a part of a larger one: rename the key"):
+    with pytest.raises(DataError, match=r"would name two clients 'a/0', one a part of a larger one: rename the key"):
         Combined(first=Natural(), then=SizeCap(rows=1)).assign(table, rng())
 
 

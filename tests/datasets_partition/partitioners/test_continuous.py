@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.continuous import Continuous
 
 VALUES = np.random.default_rng(3).permutation(2000) / 7
@@ -39,5 +40,5 @@ def test_equal_values_are_divided_at_random(rng):
 
 
 def test_a_column_of_one_value_is_refused(rng):
-    with pytest.raises(ValueError, match=r"by a number that is 2\.5 in all of them: choose another column, or use kin"):
+    with pytest.raises(DataError, match=r"by a number that is 2\.5 in all of them: choose another column, or use kin"):
         Continuous(column="x", clients=2, strictness=0.1).assign(pa.table({"x": [2.5, 2.5]}), rng())

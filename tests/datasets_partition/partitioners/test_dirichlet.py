@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.dirichlet import Dirichlet
 
 LABEL_ROWS = (600, 300, 100)
@@ -55,7 +56,7 @@ def test_each_client_has_its_least_rows(rng):
 
 
 def test_a_least_number_that_is_not_met_is_refused_with_what_was(rng):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(DataError) as error:
         Dirichlet(label="label", clients=50, alpha=0.05, min_rows=10).assign(TABLE, rng())
     assert str(error.value) == (
         "data.partition.min_rows is 10, but in 20 tries with alpha = 0.05 the smallest of 50 clients had 0 rows at "
@@ -64,7 +65,7 @@ def test_a_least_number_that_is_not_met_is_refused_with_what_was(rng):
 
 
 def test_what_was_met_at_best_can_be_asked_for(rng):
-    with pytest.raises(ValueError, match=r"had \d+ rows at best: lower min_rows to \d+, raise") as error:
+    with pytest.raises(DataError, match=r"had \d+ rows at best: lower min_rows to \d+, raise") as error:
         Dirichlet(label="label", clients=10, alpha=0.8, min_rows=90).assign(TABLE, rng())
     best = int(re.findall(r"lower min_rows to (\d+)", str(error.value))[0])
     assert 0 < best < 90
@@ -73,7 +74,7 @@ def test_what_was_met_at_best_can_be_asked_for(rng):
 
 def test_a_least_number_that_cannot_be_met_is_refused_untried(rng):
     with pytest.raises(
-        ValueError, match=r"is 11 for 100 clients, but there are only 1000 distinct rows: lower it to 10"
+        DataError, match=r"is 11 for 100 clients, but there are only 1000 distinct rows: lower it to 10"
     ):
         Dirichlet(label="label", clients=100, min_rows=11).assign(TABLE, rng())
 
@@ -89,9 +90,7 @@ def test_a_tiny_alpha_gives_each_label_to_one_client(rng):
 
 
 def test_rows_without_a_label_are_refused(rng):
-    with pytest.raises(
-        ValueError, match=r"data\.partition\.label names 'label', which is null or empty in 1 of 2 rows"
-    ):
+    with pytest.raises(DataError, match=r"data\.partition\.label names 'label', which is null or empty in 1 of 2 rows"):
         Dirichlet(label="label", clients=2).assign(pa.table({"label": ["a", None]}), rng())
 
 
@@ -103,7 +102,7 @@ def test_rows_without_a_label_are_refused(rng):
     ],
 )
 def test_an_alpha_for_each_client_is_checked(alpha, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(DataError, match=said):
         Dirichlet(label="label", clients=3, alpha=alpha)
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.distribution import Distribution
 
 LABELS = np.array(["news"] * 10 + ["law"] * 4)
@@ -24,15 +25,15 @@ def test_rows_are_drawn_at_random(rng):
 
 def test_labels_of_rows_and_of_shares_are_the_same(rng):
     with pytest.raises(
-        ValueError, match=r"shares has no 'law', which rows have as 'label': give shares for each of law, n"
+        DataError, match=r"shares has no 'law', which rows have as 'label': give shares for each of law, n"
     ):
         Distribution(label="label", shares={"news": (1, 1)}).assign(TABLE, rng())
     with pytest.raises(
-        ValueError, match=r"shares has 'art', which no row has as 'label': take it out, there are law, n"
+        DataError, match=r"shares has 'art', which no row has as 'label': take it out, there are law, n"
     ):
         Distribution(label="label", shares={"news": (1, 1), "law": (1, 1), "art": (1, 1)}).assign(TABLE, rng())
 
 
 def test_a_share_that_is_less_than_a_row_of_each_label_is_refused(rng):
-    with pytest.raises(ValueError, match=r"gives client 1 less than a row of each label: raise its shares"):
+    with pytest.raises(DataError, match=r"gives client 1 less than a row of each label: raise its shares"):
         Distribution(label="label", shares={"news": (99, 1), "law": (1, 0)}).assign(TABLE, rng())

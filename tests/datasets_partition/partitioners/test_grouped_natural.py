@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.grouped_natural import GroupedNatural
 
 TABLE = pa.table({"client": ["c", "a", "e", "b", "d", "a"]})
@@ -28,7 +29,7 @@ def test_keys_are_grouped_in_sorted_order(keys, rest, clients, rng):
 
 @pytest.mark.parametrize(("keys", "rest"), [(2, "refuse"), (9, "bigger"), (9, "drop"), (9, "refuse")])
 def test_keys_that_make_no_whole_groups_are_refused(keys, rest, rng):
-    with pytest.raises(ValueError, match=rf"keys is {keys}, but 'client' has 5 values, which make .* whole groups and"):
+    with pytest.raises(DataError, match=rf"keys is {keys}, but 'client' has 5 values, which make .* whole groups and"):
         GroupedNatural(keys=keys, rest=rest).assign(TABLE, rng())
 
 
@@ -52,5 +53,5 @@ def test_parts_are_as_few_and_as_even_as_can_be(rng, owners, max_rows):
 
 
 def test_names_that_would_be_the_same_are_refused(rng):
-    with pytest.raises(ValueError, match=r"would name two clients 'a/0'"):
+    with pytest.raises(DataError, match=r"would name two clients 'a/0'"):
         GroupedNatural(max_rows=1).assign(pa.table({"client": ["a", "a", "a/0"]}), rng())

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.inner_dirichlet import InnerDirichlet, _turns
 
 LABELS = np.repeat(range(3), (600, 300, 100))
@@ -49,15 +50,13 @@ def test_turns_fall_on_any_client_that_is_not_full(rng):
 
 
 def test_sizes_beyond_the_rows_are_refused(rng):
-    with pytest.raises(
-        ValueError, match=r"sizes adds up to 1001, but there are only 1000 distinct rows: lower the siz"
-    ):
+    with pytest.raises(DataError, match=r"sizes adds up to 1001, but there are only 1000 distinct rows: lower the siz"):
         InnerDirichlet(label="label", sizes=(1000, 1)).assign(TABLE, rng())
 
 
 def test_an_alpha_for_each_label_is_in_their_order(rng):
     partitioner = InnerDirichlet(label="label", clients=3, alpha=(1.0, 2.0))
-    with pytest.raises(ValueError, match=r"alpha has 2 numbers for 3 labels: give one number, or one for each"):
+    with pytest.raises(DataError, match=r"alpha has 2 numbers for 3 labels: give one number, or one for each"):
         partitioner.assign(TABLE, rng())
     clients = InnerDirichlet(label="label", sizes=(30, 30), alpha=(1.0, 1.0, 1e6)).assign(TABLE, rng()).clients
     assert (LABELS[clients >= 0] == 2).mean() > 0.9

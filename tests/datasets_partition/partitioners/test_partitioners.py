@@ -11,6 +11,7 @@ import pytest
 from pydantic import Field, TypeAdapter, ValidationError
 
 from datasets_partition import Partitioners
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.by_length import ByLength
 from datasets_partition.partitioners.by_size import BySize
 from datasets_partition.partitioners.by_time import ByTime
@@ -199,7 +200,7 @@ class TestRecipe:
     ],
 )
 def test_a_section_that_makes_no_sense_is_refused_at_once(make: Any, sentence: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(DataError) as error:
         make()
     assert sentence in str(error.value)
 
@@ -223,7 +224,7 @@ def test_a_section_that_makes_no_sense_is_refused_at_once(make: Any, sentence: s
     ],
 )
 def test_a_missing_column_is_named_with_those_there_are(partitioner: Any, field: str, rng: Any) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(DataError) as error:
         partitioner.assign(TABLE, rng())
     assert str(error.value).startswith(f"data.partition.{field} names 'gone', which the rows do not have: name one of ")
     assert "client, label, time, number, prompt, completion, vector" in str(error.value)
@@ -246,5 +247,5 @@ def test_a_missing_column_is_named_with_those_there_are(partitioner: Any, field:
     ids=repr,
 )
 def test_more_clients_than_rows_are_refused(partitioner: Any, rng: Any) -> None:
-    with pytest.raises(ValueError, match=r"clients is 121, but there are only 120 distinct rows: ask for 120 clients"):
+    with pytest.raises(DataError, match=r"clients is 121, but there are only 120 distinct rows: ask for 120 clients"):
         partitioner.assign(TABLE, rng())

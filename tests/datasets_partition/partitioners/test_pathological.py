@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners import pathological
 from datasets_partition.partitioners.pathological import Pathological
 
@@ -19,7 +20,7 @@ def test_deterministic_by_hand(rng):
     assert mixture.tolist() == [[4, 3, 0, 0], [0, 2, 2, 0], [0, 0, 2, 3], [3, 0, 0, 3]]
 
 
-def test_a_label_that_fell_to_nobody_is_nobodys(rng):
+def test_rows_of_a_label_that_no_client_has_belong_to_nobody(rng):
     clients = Pathological(label="label", clients=2, classes=1, mode="deterministic").assign(TABLE, rng()).clients
     assert clients.tolist() == [0] * 7 + [1] * 5 + [-1] * 10
 
@@ -57,12 +58,10 @@ def test_blocks_of_clients_are_one_draw_after_the_other(rng, monkeypatch):
 
 
 def test_more_classes_than_labels_are_refused(rng):
-    with pytest.raises(ValueError, match=r"classes is 5, but 'label' has only 4 values: ask for 4 or fewer"):
+    with pytest.raises(DataError, match=r"classes is 5, but 'label' has only 4 values: ask for 4 or fewer"):
         Pathological(label="label", clients=2, classes=5).assign(TABLE, rng())
 
 
 def test_a_label_with_fewer_rows_than_clients_is_refused(rng):
-    with pytest.raises(
-        ValueError, match=r"gives the label '2' to 5 clients, but it has only 4 rows: ask for fewer cli"
-    ):
+    with pytest.raises(DataError, match=r"gives the label '2' to 5 clients, but it has only 4 rows: ask for fewer cli"):
         Pathological(label="label", clients=5, classes=4).assign(TABLE, rng())

@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.shards import Shards
 
 LABELS = np.arange(100) % 10
@@ -53,10 +54,10 @@ def test_the_rest_can_be_a_shard(rng):
 
 def test_more_shards_than_rows_make_are_refused(rng):
     with pytest.raises(
-        ValueError, match=r"asks for 120 shards \(60 clients, 2 each or more\), but 100 .* only 100 of 1 r"
+        DataError, match=r"asks for 120 shards \(60 clients, 2 each or more\), but 100 .* only 100 of 1 r"
     ):
         Shards(label="label", clients=60, shards=2).assign(TABLE, rng())
     with pytest.raises(
-        ValueError, match=r"asks for 6 shards .* make only 5 of 20 rows: ask for fewer clients or shards"
+        DataError, match=r"asks for 6 shards .* make only 5 of 20 rows: ask for fewer clients or shards"
     ):
         Shards(label="label", clients=6, shard_rows=20).assign(TABLE, rng())

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.by_length import ByLength
 from datasets_partition.partitioners.by_time import ByTime
 from datasets_partition.partitioners.continuous import Continuous
@@ -58,21 +59,21 @@ def test_partitioners_read_numbers_and_times_from_text(tmp_path: Path) -> None:
 
 def test_rows_that_do_not_match_the_header_keep_the_numbers_right(tmp_path: Path) -> None:
     content = b"client,text\nx,a\nb\nx,c,d\ny,e\n,f\n"
-    with pytest.raises(ValueError, match=r"rows\.csv line 3 has more or fewer values than the header: correct it"):
+    with pytest.raises(DataError, match=r"rows\.csv line 3 has more or fewer values than the header: correct it"):
         written(tmp_path, content).load()
     table, skipped = written(tmp_path, content, on_bad_row="skip").load()
     assert table["completion"].to_pylist() == ["a", "e"]
     assert skipped == {"has more or fewer values than the header": 2, "has a null or empty client": 1}
-    with pytest.raises(ValueError, match=r"rows\.csv line 4 has a null or empty client"):
+    with pytest.raises(DataError, match=r"rows\.csv line 4 has a null or empty client"):
         written(tmp_path, b"client,text\nx,a\ny,e\n,f\n").load()
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"rows\.csv line 3 is not UTF-8: correct it"):
+    with pytest.raises(DataError, match=r"rows\.csv line 3 is not UTF-8: correct it"):
         written(tmp_path, b"text,topic\na,x\nb,\xff\n").load()
     assert written(tmp_path, b"text\na\n\xff\n", on_bad_row="skip").load().skipped == {"is not UTF-8": 1}
     for content in (b"te\xffxt\na\n", "text\na\n".encode("utf-16")):
-        with pytest.raises(ValueError, match=r"rows\.csv is not UTF-8: save it as UTF-8"):
+        with pytest.raises(DataError, match=r"rows\.csv is not UTF-8: save it as UTF-8"):
             written(tmp_path, content).load()
 
 
@@ -93,15 +94,15 @@ def test_what_is_no_table(tmp_path: Path, content: bytes, message: str) -> None:
             content.replace(b"question", b"q"),
             r"columns\.prompt names 'question', which .* name one of q, t",
         )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DataError, match=message):
         written(tmp_path, content, columns=columns).load()
 
 
 def test_the_first_bad_row_is_named_by_its_first_line(tmp_path: Path) -> None:
     content = b'client,text\r\n\r\nx,"a\r\nb"\r\n\r\n,c\r\ny\r\nz,"d"e\r\n'
-    with pytest.raises(ValueError, match=r"rows\.csv line 6 has a null or empty client"):
+    with pytest.raises(DataError, match=r"rows\.csv line 6 has a null or empty client"):
         written(tmp_path, content).load()
-    with pytest.raises(ValueError, match=r"rows\.csv line 7 has more or fewer values"):
+    with pytest.raises(DataError, match=r"rows\.csv line 7 has more or fewer values"):
         written(tmp_path, content.replace(b",c", b"x,c")).load()
     table, skipped = written(tmp_path, content, on_bad_row="skip").load()
     assert table["completion"].to_pylist() == ["a\r\nb"]
@@ -111,16 +112,16 @@ def test_the_first_bad_row_is_named_by_its_first_line(tmp_path: Path) -> None:
 
 def test_quotes_that_are_not_csv(tmp_path: Path) -> None:
     for line in (b'"c"d', b'"c\nd'):
-        with pytest.raises(ValueError, match=r"rows\.csv line 3 is not CSV \(.*; a quote within quotes is written"):
+        with pytest.raises(DataError, match=r"rows\.csv line 3 is not CSV \(.*; a quote within quotes is written"):
             written(tmp_path, b"text\na\n" + line).load()
-    with pytest.raises(ValueError, match=r"rows\.csv has a header that is not CSV \(.*\): correct it"):
+    with pytest.raises(DataError, match=r"rows\.csv has a header that is not CSV \(.*\): correct it"):
         written(tmp_path, b'"a"b\nc\n').load()
 
 
-def test_a_value_may_be_long_and_a_parquet_file_is_none(tmp_path: Path) -> None:
+def test_a_value_may_be_long_and_a_parquet_file_is_refused(tmp_path: Path) -> None:
     long = "a" * 200_000
     assert written(tmp_path, b"text\n" + long.encode()).load().table["completion"].to_pylist() == [long]
-    with pytest.raises(ValueError, match=r'rows\.csv is a Parquet file: read it with data\.source\.kind = "parquet"'):
+    with pytest.raises(DataError, match=r'rows\.csv is a Parquet file: read it with data\.source\.kind = "parquet"'):
         written(tmp_path, b"PAR1\x00").load()
 
 
@@ -128,5 +129,5 @@ def test_a_file_that_is_not_whole_gzip(tmp_path: Path) -> None:
     source = written(tmp_path, b"text\n" + b"a\n" * 999, "rows.csv.gz")
     path = Path(source.path)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"rows\.csv\.gz is not a whole gzip file .*: fetch or compress it again"):
+    with pytest.raises(DataError, match=r"rows\.csv\.gz is not a whole gzip file .*: fetch or compress it again"):
         source.load()

@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from datasets_partition.core.canonical import TURNS
+from datasets_partition.core.errors import DataError
 from datasets_partition.sources.hf_datasets import HfDatasets
 from datasets_partition.sources.parquet_files import ParquetFiles
 
@@ -48,18 +49,18 @@ def test_the_split_of_a_saved_dict(tmp_path: Path) -> None:
     assert HfDatasets(name=str(tmp_path / "both"), split="test").load().table.num_rows == 1
     for split, said in ((None, "not given"), ("dev", "dev")):
         message = rf"^data\.source\.split is {said}, but .*both has the splits train, test: name one of them"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(DataError, match=message):
             HfDatasets(name=str(tmp_path / "both"), split=split).load()
     DatasetDict(train=SAVED).save_to_disk(tmp_path / "one")
     assert HfDatasets(name=str(tmp_path / "one")).load().table.num_rows == 5
     SAVED.save_to_disk(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"none', a dataset without splits: leave out data\.source\.split"):
+    with pytest.raises(DataError, match=r"none', a dataset without splits: leave out data\.source\.split"):
         HfDatasets(name=str(tmp_path / "none"), split="train").load()
 
 
 def test_a_folder_that_is_no_saved_dataset_or_not_whole(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"^data\.source\.name is '.*', a folder without a file that ends in state\.json"
+        DataError, match=r"^data\.source\.name is '.*', a folder without a file that ends in state\.json"
     ):
         HfDatasets(name=str(tmp_path)).load()
     SAVED.save_to_disk(tmp_path / "saved")
@@ -67,17 +68,17 @@ def test_a_folder_that_is_no_saved_dataset_or_not_whole(tmp_path: Path) -> None:
     (data,) = (tmp_path / "saved").glob("*.arrow")
     content = data.read_bytes()
     data.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"\.arrow is not a whole Arrow file \(.*\): save it again"):
+    with pytest.raises(DataError, match=r"\.arrow is not a whole Arrow file \(.*\): save it again"):
         source.load()
     data.unlink()
     with pytest.raises(
-        ValueError, match=r"did not write, or not whole: 'data-.*\.arrow' is missing; .* kind = \"parquet\""
+        DataError, match=r"did not write, or not whole: 'data-.*\.arrow' is missing; .* kind = \"parquet\""
     ):
         source.load()
     (tmp_path / "saved" / "state.json").write_text("{")
-    with pytest.raises(ValueError, match=r"state\.json is not JSON: save the dataset again"):
+    with pytest.raises(DataError, match=r"state\.json is not JSON: save the dataset again"):
         source.load()
-    with pytest.raises(ValueError, match="which has no config or revision: leave them out"):
+    with pytest.raises(DataError, match="which has no config or revision: leave them out"):
         HfDatasets(name=str(tmp_path / "saved"), revision="main").load()
 
 
@@ -103,14 +104,14 @@ def test_no_network_is_one_sentence() -> None:
         message = (
             r"^data\.source\.name is 'some/name', which is no folder here and does not come from the hub .*: correct"
         )
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(DataError, match=message):
             method()
     assert logging.getLogger("huggingface_hub").level == logging.ERROR  # warnings tell of retries
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r'not installed: pip install "fedpost\[datasets\]"'):
+    with pytest.raises(DataError, match=r'not installed: pip install "fedpost\[datasets\]"'):
         HfDatasets(name="some/name").load()
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.formats import conversion
 from datasets_partition.sources.jsonl import Jsonl
 
@@ -72,7 +73,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     source = Jsonl(path=str(tmp_path))
     assert source.load().table["completion"].to_pylist() == ["4", "1", "0"]
     (tmp_path / "c.jsonl").write_text('{"text": "a"}\n{"text": 1}')
-    with pytest.raises(ValueError, match=r"/c\.jsonl line 2 has no text as its text \(it is int\): correct it"):
+    with pytest.raises(DataError, match=r"/c\.jsonl line 2 has no text as its text \(it is int\): correct it"):
         source.load()
 
 
@@ -104,14 +105,14 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
 def test_what_is_not_a_row_is_named_by_its_line(tmp_path: Path, text: bytes, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DataError, match=message):
         Jsonl(path=str(path)).load()
 
 
 def test_the_first_bad_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n{"foo": 1}\n{"text": "b"}\nnot json\n')
-    with pytest.raises(ValueError, match="line 2 fits no format"):
+    with pytest.raises(DataError, match="line 2 fits no format"):
         Jsonl(path=str(path)).load()
 
 
@@ -133,7 +134,7 @@ def test_a_whole_number_is_the_same_client_however_it_is_written(tmp_path: Path)
 def test_a_file_of_another_kind(tmp_path: Path, content: bytes, message: str, on_bad_row: Any) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DataError, match=message):
         Jsonl(path=str(path), on_bad_row=on_bad_row).load()
 
 
@@ -149,7 +150,7 @@ def test_bad_lines_can_be_skipped(tmp_path: Path) -> None:
 def test_a_file_that_is_not_whole_gzip_is_an_error(tmp_path: Path, spoil: Any) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(spoil(gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(999)))))
-    with pytest.raises(ValueError, match=r"not a whole gzip file .*: fetch or compress it again"):
+    with pytest.raises(DataError, match=r"not a whole gzip file .*: fetch or compress it again"):
         Jsonl(path=str(path), on_bad_row="skip").load()
 
 

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from datasets_partition.core.canonical import TURNS
+from datasets_partition.core.errors import DataError
 from datasets_partition.sources.parquet_files import ParquetFiles
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -55,7 +56,7 @@ def test_rows_are_numbered_over_batches_and_anew_in_each_file(tmp_path: Path) ->
     written(tmp_path / "a.parquet", pa.table({"text": texts}))
     texts[30_000] = None
     written(tmp_path / "b.parquet", pa.table({"text": texts}), on_bad_row="skip")
-    with pytest.raises(ValueError, match=r"/b\.parquet row 30001 has a null text: correct it"):
+    with pytest.raises(DataError, match=r"/b\.parquet row 30001 has a null text: correct it"):
         ParquetFiles(path=str(tmp_path)).load()
     table, skipped = ParquetFiles(path=str(tmp_path), on_bad_row="skip").load()
     assert (table.num_rows, skipped) == (79_999, {"has a null text": 1})
@@ -73,9 +74,7 @@ def test_files_of_a_folder_need_not_have_the_same_columns_but_one_format(tmp_pat
         "n": [1, 2],
     }
     written(tmp_path / "c.parquet", pa.table({"prompt": ["b", "c"], "chosen": ["c", "d"], "rejected": ["d", "e"]}))
-    with pytest.raises(
-        ValueError, match=r"c\.parquet row 1 is of another format .* \(preference of text, not prompt_c"
-    ):
+    with pytest.raises(DataError, match=r"c\.parquet row 1 is of another format .* \(preference of text, not prompt_c"):
         folder.load()
     table, skipped = ParquetFiles(path=str(tmp_path), on_bad_row="skip").load()
     assert (table.num_rows, skipped) == (2, {"is of another format than the rows before it": 2})
@@ -95,7 +94,7 @@ def test_the_keys_of_folders_are_columns(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     broken = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
     source = written(tmp_path / "rows.parquet", pa.table({"text": broken}))
-    with pytest.raises(ValueError, match=r"rows\.parquet row 2 is not UTF-8: correct it"):
+    with pytest.raises(DataError, match=r"rows\.parquet row 2 is not UTF-8: correct it"):
         source.load()
     skipping = ParquetFiles(path=source.path, on_bad_row="skip")
     assert skipping.load().table["completion"].to_pylist() == ["a", "c"]
@@ -114,7 +113,7 @@ def test_a_file_that_is_not_whole(tmp_path: Path, keep: slice) -> None:
     source = written(tmp_path / "rows.parquet", pa.table({"text": ["a" * 99, "b"]}))
     path = Path(source.path)
     path.write_bytes(path.read_bytes()[keep])
-    with pytest.raises(ValueError, match=r"rows\.parquet is not a whole Parquet file \(.*\): fetch or write it again$"):
+    with pytest.raises(DataError, match=r"rows\.parquet is not a whole Parquet file \(.*\): fetch or write it again$"):
         source.load()
 
 
@@ -124,7 +123,7 @@ def test_a_file_with_garbage_inside(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[10:5000] = bytes(4990)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"rows\.parquet is not a whole Parquet file"):
+    with pytest.raises(DataError, match=r"rows\.parquet is not a whole Parquet file"):
         source.load()
 
 
@@ -132,18 +131,18 @@ def test_a_columns_name_that_is_no_text(tmp_path: Path) -> None:
     source = written(tmp_path / "rows.parquet", pa.table({"text": ["a"], "other": ["b"]}))
     path = Path(source.path)
     path.write_bytes(path.read_bytes().replace(b"other", b"oth\xffr"))
-    with pytest.raises(ValueError, match=r"rows\.parquet is not a whole Parquet file \(.*utf-8"):
+    with pytest.raises(DataError, match=r"rows\.parquet is not a whole Parquet file \(.*utf-8"):
         source.load()
 
 
 def test_no_rows(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no rows: give"):
+    with pytest.raises(DataError, match="has no rows: give"):
         written(tmp_path / "rows.parquet", pa.table({"text": pa.array([], pa.string())})).load()
 
 
 def test_a_column_twice(tmp_path: Path) -> None:
     twice = pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"])
-    with pytest.raises(ValueError, match="has more than one column text: rename all but one of them"):
+    with pytest.raises(DataError, match="has more than one column text: rename all but one of them"):
         written(tmp_path / "rows.parquet", twice).load()
 
 

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.sources.python_docs import PROMPT_END, SCHEMA, PythonDocs, documented
 
 FILE = '''
@@ -93,5 +94,5 @@ def test_the_rows_of_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_fingerprint_names_versions_and_missing_packages() -> None:
     python, peft = PythonDocs(packages=("peft",)).fingerprint().split()
     assert python.startswith("python==") and peft.startswith("peft==")
-    with pytest.raises(ValueError, match=r"data\.source\.packages names 'no_such', which is not installed: install it"):
+    with pytest.raises(DataError, match=r"data\.source\.packages names 'no_such', which is not installed: install it"):
         PythonDocs(packages=("no_such",)).fingerprint()

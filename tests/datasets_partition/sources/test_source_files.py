@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.sources import source_files as module
 from datasets_partition.sources.jsonl import Jsonl
 from datasets_partition.sources.source_files import fingerprint, source_files
@@ -41,13 +42,13 @@ def test_a_path_may_start_at_home_or_here(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^data\.source\.path is '.*none', where there is no file or folder: correct"):
+    with pytest.raises(DataError, match=r"^data\.source\.path is '.*none', where there is no file or folder: correct"):
         names(str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=r"a folder without a file that ends in \.a or \.b: correct the path"):
+    with pytest.raises(DataError, match=r"a folder without a file that ends in \.a or \.b: correct the path"):
         names(str(tmp_path))
-    with pytest.raises(ValueError, match=r"^nothing://x is not a location that can be read: "):
+    with pytest.raises(DataError, match=r"^nothing://x is not a location that can be read: "):
         names("nothing://x")
-    with pytest.raises(ValueError, match=r"^data\.source\.name is"):
+    with pytest.raises(DataError, match=r"^data\.source\.name is"):
         source_files(str(tmp_path), (".a",), "data.source.name")
 
 
@@ -91,9 +92,9 @@ def test_another_file_system(elsewhere: fs.FileSystem) -> None:
     with elsewhere.open_output_stream("rows/2.jsonl") as file:
         file.write(b'{"text": "c"}\n{}')
     assert source.fingerprint() != before
-    with pytest.raises(ValueError, match=r"^mock:///rows/2\.jsonl line 2 fits no format"):
+    with pytest.raises(DataError, match=r"^mock:///rows/2\.jsonl line 2 fits no format"):
         source.load()
-    with pytest.raises(ValueError, match=r"is 'mock:///none', where there is no file or folder"):
+    with pytest.raises(DataError, match=r"is 'mock:///none', where there is no file or folder"):
         Jsonl(path="mock:///none").load()
 
 
@@ -101,5 +102,5 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     (tmp_path / "x.a").touch()
     (file,) = source_files(str(tmp_path), (".a",))
     (tmp_path / "x.a").unlink()
-    with pytest.raises(ValueError, match=r"x\.a cannot be read: .*No such file"), file.opened():
+    with pytest.raises(DataError, match=r"x\.a cannot be read: .*No such file"), file.opened():
         pass

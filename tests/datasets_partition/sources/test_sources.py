@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from datasets_partition import Sources
 from datasets_partition.core.canonical import content_columns
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Source
 from datasets_partition.sources.csv_files import CsvFiles
 from datasets_partition.sources.hf_datasets import HfDatasets
@@ -101,7 +102,7 @@ def test_rows_come_in_the_same_order_with_their_clients(
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_how_many_rows_are_read_is_told(kind: str, tmp_path: Path) -> None:
+def test_the_number_of_rows_read_is_reported(kind: str, tmp_path: Path) -> None:
     write, make = FILES[kind]
     write(ROWS, tmp_path / "rows")
     reported: list[int] = []
@@ -115,7 +116,7 @@ def test_no_row_is_lost(kind: str, tmp_path: Path) -> None:
     rows = [row | {"text": None if number in (2, 7) else row["text"]} for number, row in enumerate(ROWS)]
     write(rows, tmp_path / "rows")
     with pytest.raises(
-        ValueError, match=r'(row 3|line 3|7\.txt) .*: correct it, or .* data\.source\.on_bad_row = "skip"'
+        DataError, match=r'(row 3|line 3|7\.txt) .*: correct it, or .* data\.source\.on_bad_row = "skip"'
     ):
         make(str(tmp_path / "rows")).load()
     table, skipped = make(str(tmp_path / "rows"), on_bad_row="skip").load()
@@ -124,10 +125,10 @@ def test_no_row_is_lost(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "datasets"])
-def test_a_client_that_is_nan_is_none(kind: str, tmp_path: Path) -> None:
+def test_nan_is_no_client(kind: str, tmp_path: Path) -> None:
     write, make = FILES[kind]
     write([{"text": f"{client}", "client": client} for client in (1.0, float("nan"), 2.5)], tmp_path / "rows")
-    with pytest.raises(ValueError, match=r"(row|line) 2 has a null or empty client: correct it"):
+    with pytest.raises(DataError, match=r"(row|line) 2 has a null or empty client: correct it"):
         make(str(tmp_path / "rows")).load()
     table, skipped = make(str(tmp_path / "rows"), on_bad_row="skip").load()
     assert table["client"].to_pylist() == ["1", "2.5"] and skipped == {"has a null or empty client": 1}
@@ -142,13 +143,13 @@ def test_nan_among_text_is_null(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_error_of_both_methods(kind: str, tmp_path: Path) -> None:
     source = FILES[kind][1](str(tmp_path / "none"))
     for method in (source.load, source.fingerprint):
-        with pytest.raises(ValueError, match=r"^data\.source\.(path|name) is '.*none', .*: correct the"):
+        with pytest.raises(DataError, match=r"^data\.source\.(path|name) is '.*none', .*: correct the"):
             method()
 
 
 @pytest.mark.parametrize("kind", sorted(FILES.keys() - {"text", "datasets"}))
 def test_an_empty_folder_is_an_error(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a folder without a file that ends in \..*: correct the path"):
+    with pytest.raises(DataError, match=r"a folder without a file that ends in \..*: correct the path"):
         FILES[kind][1](str(tmp_path)).load()
 
 
@@ -156,11 +157,9 @@ def test_an_empty_folder_is_an_error(kind: str, tmp_path: Path) -> None:
 def test_columns_that_are_missing_name_those_that_exist(kind: str, tmp_path: Path) -> None:
     write, make = FILES[kind]
     write([{"question": "a", "answer": "b"}], tmp_path / "rows")
-    with pytest.raises(
-        ValueError, match=r"question.*answer.*(name yours in data\.source\.columns|it needs) .*messages"
-    ):
+    with pytest.raises(DataError, match=r"question.*answer.*(name yours in data\.source\.columns|it needs) .*messages"):
         make(str(tmp_path / "rows")).load()
-    with pytest.raises(ValueError, match=r"data\.source\.columns.*question.*answer"):
+    with pytest.raises(DataError, match=r"data\.source\.columns.*question.*answer"):
         make(str(tmp_path / "rows"), columns={"prompt": "q"}).load()
     columns = {"prompt": "question", "completion": "answer"}
     assert make(str(tmp_path / "rows"), columns=columns).load().table.to_pylist() == [
@@ -173,7 +172,7 @@ def test_columns_that_no_form_reads_are_refused(kind: str, tmp_path: Path) -> No
     write, make = FILES[kind]
     write(ROWS, tmp_path / "rows")
     with pytest.raises(
-        ValueError, match=r"data\.source\.columns has 'txet', .*: on the left .*prompt, .*text.* client;"
+        DataError, match=r"data\.source\.columns has 'txet', .*: on the left .*prompt, .*text.* client;"
     ):
         make(str(tmp_path / "rows"), columns={"txet": "text"}).load()
 

@@ -5,6 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Rows
 from datasets_partition.formats.conversion import Conversion
 
@@ -57,5 +58,5 @@ def test_it_may_have_another_name(convert: Any) -> None:
     ],
 )
 def test_what_would_be_lost_is_refused(row: dict[str, Any], said: str, convert: Any) -> None:
-    with pytest.raises(ValueError, match=f"^row(s row)? 1 {said}"):
+    with pytest.raises(DataError, match=f"^row(s row)? 1 {said}"):
         convert(row)

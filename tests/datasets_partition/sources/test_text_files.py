@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.sources.text_files import TextFiles
 
 FILES = {
@@ -46,16 +47,16 @@ def test_one_file_has_one_client(folder: Path) -> None:
 
 def test_a_file_that_is_no_text(folder: Path) -> None:
     (folder / "ann" / "0.txt").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"/ann/0\.txt is not UTF-8 \(invalid start byte\): correct it, or leave such"):
+    with pytest.raises(DataError, match=r"/ann/0\.txt is not UTF-8 \(invalid start byte\): correct it, or leave such"):
         TextFiles(path=str(folder)).load()
     table, skipped = TextFiles(path=str(folder), on_bad_row="skip").load()
     assert (table.num_rows, skipped) == (3, {"is not UTF-8": 1})
 
 
 def test_nothing_to_read(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"a folder without a file that ends in \.rst: correct the path"):
+    with pytest.raises(DataError, match=r"a folder without a file that ends in \.rst: correct the path"):
         TextFiles(path=str(folder), suffixes=(".rst",)).load()
-    with pytest.raises(ValueError, match=r"bob has no rows: give"):
+    with pytest.raises(DataError, match=r"bob has no rows: give"):
         TextFiles(path=str(folder / "bob")).load()
-    with pytest.raises(ValueError, match=r"data\.source\.suffixes names no endings"):
+    with pytest.raises(DataError, match=r"data\.source\.suffixes names no endings"):
         TextFiles(path=str(folder), suffixes=("",))

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Rows as Loaded
 from datasets_partition.partitioners.iid import Iid
 from datasets_partition.partitioners.natural import Natural
@@ -183,9 +184,9 @@ def test_something_else_in_the_place_of_a_store_is_an_error(tmp_path: Path) -> N
     folder = build(rows(a=4), Natural(), Splits(), 7, str(tmp_path))
     for damage in ('{"key', "{}"):
         (folder / "manifest.json").write_text(damage)
-        with pytest.raises(ValueError, match="or is damaged: move or delete it"):
+        with pytest.raises(DataError, match="or is damaged: move or delete it"):
             build(rows(a=4), Natural(), Splits(), 7, str(tmp_path))
-    with pytest.raises(ValueError, match="is not what belongs there, or is damaged: move or delete it, and"):
+    with pytest.raises(DataError, match="is not what belongs there, or is damaged: move or delete it, and"):
         build(rows(a=4), Natural(), Splits(), 7, str(tmp_path))
 
 
@@ -193,7 +194,7 @@ def test_something_else_in_the_place_of_a_store_is_an_error(tmp_path: Path) -> N
 def test_a_store_with_a_truncated_file_is_an_error(tmp_path: Path, name: str) -> None:
     folder = build(rows(a=4), Natural(), Splits(), 7, str(tmp_path))
     (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-    with pytest.raises(ValueError, match="or is damaged: move or delete it"):
+    with pytest.raises(DataError, match="or is damaged: move or delete it"):
         build(rows(a=4), Natural(), Splits(), 7, str(tmp_path))
 
 
@@ -212,17 +213,17 @@ def test_a_label_is_the_category_of_any_partition(tmp_path: Path) -> None:
             assert part["category"].to_pylist() == [prompt[0] for prompt in part["prompt"].to_pylist()]
 
 
-def test_a_label_that_is_missing_is_said(tmp_path: Path) -> None:
+def test_a_missing_label_is_named(tmp_path: Path) -> None:
     said = r"^data\.label names 'colour', which the rows do not have: name one of .*client.*, or leave it out$"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(DataError, match=said):
         build(rows(a=4), Natural(), Splits(), 7, str(tmp_path), label="colour")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="the source gives no rows"):
+    with pytest.raises(DataError, match="the source gives no rows"):
         build(Rows(rows=()), Natural(), Splits(), 7, str(tmp_path / "stores"))
-    with pytest.raises(ValueError, match="more than 4 rows"):
+    with pytest.raises(DataError, match="more than 4 rows"):
         build(rows(a=4), Natural(), Splits(min_rows=5), 7, str(tmp_path / "stores"))
     assert not (tmp_path / "stores").exists()
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Assignment
 from datasets_partition.core.types import Rows as Loaded
 from datasets_partition.partitioners.natural import Natural
@@ -82,12 +83,12 @@ def test_duplicates_may_be_kept_if_none_leaks(tmp_path: Path) -> None:
         return Store.open(build(twins, Natural(), Splits(duplicates="keep", **splits), 7, str(tmp_path)))
 
     assert owned(made(heldout=0, unseen=0)) == {"a": (["1", "2"], []), "b": (["1", "3"], [])}
-    with pytest.raises(ValueError, match=r"1 held-out rows have the content of training rows, such as '1 \| x'"):
+    with pytest.raises(DataError, match=r"1 held-out rows have the content of training rows, such as '1 \| x'"):
         made(heldout=0, unseen=0.5)
     assert made(heldout=0, unseen=0.5, leaks="allow").manifest["duplicate_rows"] == 0
 
 
-def test_a_change_of_own_code_makes_another_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_a_users_code_makes_another_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tmp_path / "own_rule.py"
     module.write_text(OWN_RULE.format(parts=2))
     monkeypatch.syspath_prepend(tmp_path)
@@ -154,8 +155,8 @@ NULL_CONTENT = pa.table({"messages": [[{"role": "user", "content": None}, {"role
         (Loaded(NULL_CONTENT, {}), "gives 1 nulls in its messages"),
     ],
 )
-def test_what_an_own_source_gives_is_checked(tmp_path: Path, given: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_the_rows_of_a_users_source_are_checked(tmp_path: Path, given: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
         build(WrongRows(given), Natural(), NONE_HELD, 7, str(tmp_path / "stores"))
     assert not (tmp_path / "stores").exists()
 
@@ -176,14 +177,14 @@ ONES = np.zeros(4, np.int32)
         (Assignment(ONES, pa.array(["a"]), None, np.arange(3)), "3 values of order for 4 rows"),
     ],
 )
-def test_what_an_own_partitioner_gives_is_checked(tmp_path: Path, given: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_the_assignment_of_a_users_partitioner_is_checked(tmp_path: Path, given: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
         build(rows(a=4), Wrong(given), NONE_HELD, 7, str(tmp_path / "stores"))
     assert not (tmp_path / "stores").exists()
 
 
 def test_a_server_that_takes_all_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.splits\.server is 0\.999, which leaves clients no row of 4"):
+    with pytest.raises(DataError, match=r"data\.splits\.server is 0\.999, which leaves clients no row of 4"):
         build(rows(a=4), Natural(), Splits(server=0.999), 7, str(tmp_path))
 
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.store.duplicates import content_numbers, first_of_each, refuse_leaks
 
 COLUMNS = ("prompt", "completion")
@@ -42,5 +43,5 @@ def test_a_leak_is_an_error_that_shows_one_and_the_ways_out() -> None:
     numbers = content_numbers(rows, COLUMNS)
     refuse_leaks(rows, numbers, np.array([True, False, True]), COLUMNS)
     said = r"1 held-out rows have the content of training rows, such as 'p \| q': remove them by .*\"drop\".*\"allow\""
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(DataError, match=said):
         refuse_leaks(rows, numbers, np.array([True, True, False]), COLUMNS)

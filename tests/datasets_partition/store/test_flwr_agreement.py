@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.by_size import BySize
 from datasets_partition.partitioners.continuous import Continuous
 from datasets_partition.partitioners.dirichlet import Dirichlet
@@ -88,9 +89,9 @@ def test_iid_sizes(clients, rng):
 def test_sizes_of_a_law(law, expected, clients, rng):
     for number in clients:
         assert sizes(ours(BySize(clients=number, law=law), rng())) == sizes(theirs(expected(number)))
-    with pytest.raises(ValueError):
+    with pytest.raises(DataError):
         theirs(expected(2 * clients[-1]))
-    with pytest.raises(ValueError):
+    with pytest.raises(DataError):
         ours(BySize(clients=2 * clients[-1], law=law), rng())
 
 

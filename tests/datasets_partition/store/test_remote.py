@@ -10,6 +10,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources import location
 from datasets_partition.sources.jsonl import Jsonl
@@ -77,21 +78,21 @@ def test_rows_and_stores_in_an_object_store(
         assert build(elsewhere, Natural(), Splits(), 7, cache) == first
     assert Store.open(first).read_rows(1, "train") == rows
     assert build(source, Natural(), Splits(), 7, cache) != first
-    with pytest.raises(ValueError, match=r"data\.source\.path is .*none.*, where there is no file or folder"):
+    with pytest.raises(DataError, match=r"data\.source\.path is .*none.*, where there is no file or folder"):
         build(Jsonl(path=within(bucket, "none")), Natural(), Splits(), 7, cache)
 
 
-def test_a_server_that_does_not_answer_is_said(source: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_is_named(source: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
         monkeypatch.setenv(name, "true")
     gone = "s3://bucket/stores?scheme=http&region=us-east-1&endpoint_override=127.0.0.1:1"
-    with pytest.raises(ValueError, match=r"data\.cache cannot be read at s3://bucket"):
+    with pytest.raises(DataError, match=r"data\.cache cannot be read at s3://bucket"):
         build(source, Natural(), Splits(), 7, gone)
 
 
 def test_a_password_in_a_location_is_refused_and_not_repeated(source: Jsonl) -> None:
     for cache, rows in (("s3://me:secret@bucket/x", source), ("x", Jsonl(path="s3://me:secret@bucket/rows.jsonl"))):
-        with pytest.raises(ValueError, match="holds a password") as error:
+        with pytest.raises(DataError, match="holds a password") as error:
             build(rows, Natural(), Splits(), 7, cache)
         assert "secret" not in str(error.value)
 
@@ -115,7 +116,7 @@ def test_a_damaged_location_is_named(source: Jsonl, tmp_path: Path) -> None:
     shutil.rmtree(folder)
     rows = tmp_path / "shared" / folder.name / "rows.parquet"
     rows.write_bytes(rows.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=rf"^{cache}/{folder.name} is damaged: delete it there, and it is made again$"):
+    with pytest.raises(DataError, match=rf"^{cache}/{folder.name} is damaged: delete it there, and it is made again$"):
         build(source, Natural(), Splits(), 7, cache)
     assert not folder.exists()
 
@@ -124,7 +125,7 @@ def test_a_copy_that_cannot_be_read_names_what_it_was_copied_from(source: Jsonl,
     folder = build(source, Natural(), Splits(), 7, (tmp_path / "shared").as_uri())
     (folder / "index.arrow").write_bytes(b"x")
     way_out = rf"move or delete it, and {folder.name} in data\.cache, from which it may be copied; then"
-    with pytest.raises(ValueError, match=rf"^{folder} is damaged \(.*\): {way_out}"):
+    with pytest.raises(DataError, match=rf"^{folder} is damaged \(.*\): {way_out}"):
         Store.open(folder)
 
 
@@ -133,7 +134,7 @@ def test_nobody_else_reads_or_makes_the_copies(tmp_path: Path, monkeypatch: pyte
     assert node_cache().stat().st_mode & 0o777 == 0o700
     node_cache().rename(tmp_path / "theirs")
     (tmp_path / f"fedpost-{os.getuid()}").symlink_to(tmp_path / "theirs")
-    with pytest.raises(ValueError, match="belongs to another user: let TMPDIR name another folder"):
+    with pytest.raises(DataError, match="belongs to another user: let TMPDIR name another folder"):
         node_cache()
 
 
@@ -161,8 +162,8 @@ def test_the_manifest_is_copied_last(source: Jsonl, tmp_path: Path, monkeypatch:
     assert copied[-1] == "manifest.json" and len(copied) == 3
 
 
-def test_a_location_that_is_none_is_one_sentence(source: Jsonl) -> None:
-    with pytest.raises(ValueError, match=r"nowhere://x is not a location that can be read"):
+def test_an_unknown_location_is_refused_in_one_sentence(source: Jsonl) -> None:
+    with pytest.raises(DataError, match=r"nowhere://x is not a location that can be read"):
         build(source, Natural(), Splits(), 7, "nowhere://x")
 
 
@@ -172,9 +173,9 @@ def test_a_copy_that_was_found_here_is_published_where_it_is_missing(source: Jso
     assert (tmp_path / "second" / folder.name / "manifest.json").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_tried_again(source: Jsonl, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named_and_tried_again(source: Jsonl, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for cache in ((tmp_path / "file").as_uri(), str(tmp_path / "file" / "below")):
         for _ in range(2):
-            with pytest.raises(ValueError, match=r"data\.cache (cannot be written|is .*, but .* is a file)"):
+            with pytest.raises(DataError, match=r"data\.cache (cannot be written|is .*, but .* is a file)"):
                 build(source, Natural(), Splits(), 7, cache)

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.store.splits import Splits
 
 
@@ -41,7 +42,7 @@ def test_small_clients_are_left_out_before_unseen_ones_are_drawn() -> None:
     held = Splits(unseen=0.5, min_rows=3).assign(owners(2, 3, 1, 9), 4, rng())
     assert held.kept.tolist() == [False, True, False, True]
     assert held.unseen.sum() == 1 and held.unseen[[1, 3]].any()
-    with pytest.raises(ValueError, match=r"data\.splits\.min_rows is 10, but no client has more than 9 rows: lower it"):
+    with pytest.raises(DataError, match=r"data\.splits\.min_rows is 10, but no client has more than 9 rows: lower it"):
         Splits(min_rows=10).assign(owners(2, 9), 2, rng())
 
 
@@ -61,7 +62,7 @@ def test_the_rng_alone_decides() -> None:
     ],
 )
 def test_ranges(wrong: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DataError, match=message):
         Splits(**wrong)  # type: ignore[arg-type]
 
 
@@ -100,5 +101,5 @@ def test_the_server_has_its_share_of_all_rows() -> None:
     drawn = Splits(server=0.25).server_rows(10, rng())
     assert drawn.sum() == 3 and drawn.tolist() != Splits(server=0.25).server_rows(10, rng(6)).tolist()
     assert not Splits().server_rows(10, rng()).any()
-    with pytest.raises(ValueError, match=r"data\.splits\.server is 1"):
+    with pytest.raises(DataError, match=r"data\.splits\.server is 1"):
         Splits(server=1)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.store.stats import Skew
 from datasets_partition.store.store import INDEX, ROWS_PER_GROUP, Store, write_arrow, written_whole
 
@@ -54,11 +55,11 @@ def test_files_that_cannot_be_read_name_the_store(tmp_path: Path) -> None:
     spoilt = r"^.*/store is damaged \(.+\): move or delete it; then it is made again$"
     (store.folder / "rows.parquet").write_bytes(bytes((store.folder / "rows.parquet").stat().st_size))
     for read in (lambda: store.read_rows(0, "train"), lambda: Skew.of(store)):
-        with pytest.raises(ValueError, match=spoilt):
+        with pytest.raises(DataError, match=spoilt):
             read()
     for name in ("index.arrow", "manifest.json"):
         (store.folder / name).write_bytes(b"x")
-        with pytest.raises(ValueError, match=spoilt):
+        with pytest.raises(DataError, match=spoilt):
             Store.open(store.folder)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.jsonl import Jsonl
 from datasets_partition.store import tokens as tokenizing
@@ -64,10 +65,10 @@ def test_damaged_columns_are_named(tmp_path: Path, name: str, left: int | None) 
     (folder / name).unlink()
     if left is not None:
         (folder / name).write_bytes(whole[:left])
-    with pytest.raises(ValueError, match=rf"^{folder} is not what belongs there, or is damaged: move or"):
+    with pytest.raises(DataError, match=rf"^{folder} is not what belongs there, or is damaged: move or"):
         tokenize(store, "bytes", encode)
     if name != "manifest.json":
-        with pytest.raises(ValueError, match=rf"^{folder} is damaged \(.+\): move or delete it; then it is"):
+        with pytest.raises(DataError, match=rf"^{folder} is damaged \(.+\): move or delete it; then it is"):
             Tokens.open(folder)
 
 
@@ -98,9 +99,7 @@ def test_dropped_rows_are_counted_by_client_and_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 4096])
-def test_every_client_has_its_own_rows_whatever_the_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
-) -> None:
+def test_every_client_has_its_rows_in_any_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     monkeypatch.setattr(tokenizing, "ROWS_PER_BATCH", window)
     texts = {f"c{i}": [f"{'-' * ((i + j) % 3 == 0)}{i}.{j}" for j in range(1 + 5 * i % 11)] for i in range(9)}
     texts["d"] = ["-only", "-dropped"]

@@ -1,0 +1,54 @@
+"""What all benchmarks share: timing, the memory of processes, and a folder that goes with its scenario."""
+
+import subprocess
+import sys
+import time
+from itertools import count
+
+import psutil
+import pytest
+
+from experiments.bench.harness import Bench, Figure, scenario, seconds_of
+from experiments.bench.sampling import pss_mb, sampled, workers_mb
+from experiments.bench.scenarios.plan import private_mb
+from experiments.bench.scenarios.zero import anonymous_mb
+
+
+def test_a_scenario_returns_its_figures_and_its_folder_is_removed():
+    folders = []
+
+    @scenario(ray=False)
+    def measure(bench: Bench) -> None:
+        folders.append(bench.folder)
+        (bench.folder / "rows").write_text("x")
+        bench.add("size", 1.0 if bench.small else 2.0, "x")
+        bench.add("gone", None, "times")
+
+    assert measure(small=True) == {"size": Figure(1.0, "x"), "gone": Figure(None, "times")}
+    assert not folders[0].exists()
+
+
+def test_each_call_is_timed_by_the_given_clock():
+    ticks, results = count(0, 5), iter("ab")
+    assert seconds_of(lambda: next(results), 2, lambda: next(ticks)) == ([5, 5], "b")
+
+
+def test_readings_are_taken_before_a_block_and_while_it_runs():
+    numbers = count()
+    with sampled(lambda: next(numbers), 0.001) as readings:
+        assert readings[0] == 0
+        while len(readings) < 3:
+            time.sleep(0.001)
+    taken = len(readings)
+    time.sleep(0.02)
+    assert len(readings) == taken and readings == list(range(taken))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("read", [pss_mb, private_mb, anonymous_mb])
+def test_the_memory_of_workers_is_read_by_their_titles(read):
+    with subprocess.Popen([sys.executable, "-c", "input()", "ray::Rank.steps"], stdin=subprocess.PIPE) as process:
+        assert workers_mb(("Gang",), read) == []
+        (held,) = workers_mb(("Gang", "Rank"), read)
+        assert 0 < held <= psutil.Process(process.pid).memory_info().rss / 2**20 + 1
+        process.communicate(b"\n")
