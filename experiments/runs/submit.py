@@ -40,7 +40,7 @@ def submit(
 ) -> int:
     """Submits a run of the recipe to the job server at `address` and follows it; its exit code, or 0 with `detach`.
 
-    Without `detach` the job ends when this process does. Raises RunError for what the caller can mend.
+    Without `detach` the job ends when this process does. Raises RunError for what the caller can fix.
     """
     from experiments.config.recipe import load_recipe
 
