@@ -1,6 +1,6 @@
 """Columns as partitioners read them: keys and labels as numbers, values, and texts.
 
-Each takes the recipe's key that names the column, for what it says when the column will not do.
+Each function takes the recipe's key that names the column, so that an error can name the key.
 """
 
 from typing import NamedTuple
@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from datasets_partition.core.canonical import content_columns
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.other_columns import nan_is_null
 
-# Where forms of rows (see forms.py) keep a column of the source that the rows no longer have.
+# The canonical column that a column of the source has become (see forms.py).
 KEPT_IN = {
     "text": "completion",
     "output": "completion",
@@ -21,8 +22,6 @@ KEPT_IN = {
     "input": "prompt",
     "conversations": "messages",
 }
-
-
 SHOWN = 160  # letters of a row that an error shows
 
 
@@ -38,12 +37,12 @@ class Coded(NamedTuple):
 
 
 def column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
-    """The column `name`. Raises ValueError, with the names that there are, if it is missing."""
+    """The column `name`. Raises DataError, with the names of all columns, if it is missing."""
     if name not in table.column_names:
         kept = KEPT_IN.get(name)
         kept_in = f" (a source's {name} is kept in {kept})" if kept in table.column_names else ""
         without = ', or use kind = "iid"' if key.startswith("data.partition.") else ", or leave it out"
-        raise ValueError(
+        raise DataError(
             f"{key} names {name!r}, which the rows do not have{kept_in}: "
             f"name one of {', '.join(table.column_names)}{without}"
         )
@@ -51,30 +50,30 @@ def column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
 
 
 def keys(table: pa.Table, key: str, name: str) -> Coded:
-    """A column of clients, in the order of their names. Raises ValueError where it is missing, null or empty."""
+    """A column of clients, in the order of their names. Raises DataError where it is missing, null or empty."""
     codes, values = _coded(table, key, name)
     names = values.cast(pa.string())
     return _in_order(codes, names, pc.array_sort_indices(names))
 
 
 def labels(table: pa.Table, key: str, name: str) -> Coded:
-    """A column of labels, in the order of their values: 2 before 10. Raises ValueError as `keys` does."""
+    """A column of labels, in the order of their values: 2 before 10. Raises DataError as `keys` does."""
     codes, values = _coded(table, key, name)
     return _in_order(codes, values.cast(pa.string()), pc.array_sort_indices(values))
 
 
 def numbers(table: pa.Table, key: str, name: str) -> NDArray[np.float64]:
-    """A column of finite numbers, or of text that is numbers. Raises ValueError where it is anything else."""
-    found = column(table, key, name)
+    """A column of finite numbers, or of text that is numbers. Raises DataError where it holds anything else."""
+    values = column(table, key, name)
     try:
-        values = found.cast(pa.float64())
+        floats = values.cast(pa.float64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise ValueError(
-            f"{key} names {name!r}, which holds {found.type} that are not all numbers: name a column of numbers"
+        raise DataError(
+            f"{key} names {name!r}, which holds {values.type} that are not all numbers: name a column of numbers"
         ) from None
-    array: NDArray[np.float64] = pc.fill_null(values, float("nan")).to_numpy()
+    array: NDArray[np.float64] = pc.fill_null(floats, float("nan")).to_numpy()
     if bad := int(np.count_nonzero(~np.isfinite(array))):
-        raise ValueError(
+        raise DataError(
             f"{key} names {name!r}, which is null or not finite in {bad} of {table.num_rows} rows: "
             "fill it in, or leave those rows out of the source"
         )
@@ -82,26 +81,26 @@ def numbers(table: pa.Table, key: str, name: str) -> NDArray[np.float64]:
 
 
 def texts(table: pa.Table, names: tuple[str, ...] | None) -> list[pa.ChunkedArray]:
-    """The text of columns of strings or of turns, or of all that is a row's content; null is no text.
+    """The text of columns of strings or of turns, or of a row's whole content; null is no text.
 
-    Raises ValueError where a column of `data.partition.columns` is missing or holds anything else.
+    Raises DataError where a column of `data.partition.columns` is missing or holds anything else.
     """
     if names is None:
         names = tuple(name for name in content_columns(table) if table.schema.field(name).type != pa.bool_())
-    found = []
+    columns = []
     for name in names:
         values = column(table, "data.partition.columns", name)
         kind = values.type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            found.append(pc.fill_null(values.cast(pa.large_string()), ""))
+            columns.append(pc.fill_null(values.cast(pa.large_string()), ""))
         elif (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type):
-            found.append(pa.chunked_array([_said(chunk) for chunk in values.chunks], pa.large_string()))
+            columns.append(pa.chunked_array([_contents(chunk) for chunk in values.chunks], pa.large_string()))
         else:
-            raise ValueError(f"data.partition.columns names {name!r}, which holds {kind}: name columns of text")
-    return found
+            raise DataError(f"data.partition.columns names {name!r}, which holds {kind}: name columns of text")
+    return columns
 
 
-def _said(turns: pa.Array) -> pa.Array:
+def _contents(turns: pa.Array) -> pa.Array:
     """The content of each row's turns, joined."""
     contents = pc.fill_null(pc.struct_field(pc.list_flatten(turns), "content").cast(pa.large_string()), "")
     lengths = pc.fill_null(pc.list_value_length(turns), 0).to_numpy(zero_copy_only=False)
@@ -111,14 +110,14 @@ def _said(turns: pa.Array) -> pa.Array:
 
 def _coded(table: pa.Table, key: str, name: str) -> tuple[NDArray[np.int32], pa.Array]:
     """The number of each row's value, and the values in the order of their first rows."""
-    found = column(table, key, name)
-    if pa.types.is_dictionary(found.type):
-        found = found.cast(found.type.value_type)
-    if pa.types.is_nested(found.type):
-        raise ValueError(f"{key} names {name!r}, which holds {found.type}: name text or numbers")
-    encoded = found.dictionary_encode().unify_dictionaries()
+    cells = column(table, key, name)
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.cast(cells.type.value_type)
+    if pa.types.is_nested(cells.type):
+        raise DataError(f"{key} names {name!r}, which holds {cells.type}: name text or numbers")
+    encoded = cells.dictionary_encode().unify_dictionaries()
     if not encoded.num_chunks:
-        return np.empty(0, np.int32), pa.array([], found.type)
+        return np.empty(0, np.int32), pa.array([], cells.type)
     values = encoded.chunk(0).dictionary
     codes: NDArray[np.int32] = np.concatenate(
         [pc.fill_null(chunk.indices, -1).to_numpy() for chunk in encoded.chunks], dtype=np.int32
@@ -126,15 +125,15 @@ def _coded(table: pa.Table, key: str, name: str) -> tuple[NDArray[np.int32], pa.
     try:
         names = nan_is_null(values).cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise ValueError(
-            f"{key} names {name!r}, which holds {found.type} that is not all text: "
+        raise DataError(
+            f"{key} names {name!r}, which holds {cells.type} that is not all text: "
             "save the column as UTF-8 text or as numbers, or name another one"
         ) from None
     is_empty = np.append(pc.fill_null(pc.equal(names, ""), True).to_numpy(zero_copy_only=False), True)
     if len(nameless := np.flatnonzero(is_empty[codes])):
-        # By its content: the rows of a file are counted with their duplicates, of which none are left here.
+        # Its content names the row: a number would count in the file, and duplicates have been dropped since.
         (first,) = table.slice(int(nameless[0]), 1).to_pylist()
-        raise ValueError(
+        raise DataError(
             f"{key} names {name!r}, which is null or empty in {len(nameless)} of {table.num_rows} rows: "
             f"fill it in, or leave those rows out of the source; the first is {str(first)[:SHOWN]}"
         )

@@ -1,4 +1,4 @@
-"""What partitioners share: clients that have numbers for names, rows handed out in turn, and checks of a section."""
+"""What partitioners share: checks of a section, clients named by numbers, and rows handed out in turn."""
 
 import numpy as np
 import pyarrow as pa
@@ -6,36 +6,58 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from datasets_partition.core.columns import Coded
+from datasets_partition.core.errors import DataError
 
 
-def at_least(field: str, value: int, least: int) -> None:
-    """Raises ValueError if the section's `field` is below `least`."""
-    if value < least:
-        raise ValueError(f"data.partition.{field} is {value}: ask for at least {least}")
+def at_least(least: int, **fields: int | None) -> None:
+    """Raises DataError if a field of the section is below `least`; None is a field that is not given."""
+    for field, value in fields.items():
+        if value is not None and value < least:
+            raise DataError(f"data.partition.{field} is {value}: ask for at least {least}")
 
 
-def above_zero(field: str, value: float | tuple[float, ...]) -> None:
-    """Raises ValueError if the section's `field` is not a finite number above 0, or several."""
-    for number in value if isinstance(value, tuple) else (value,):
-        if not 0 < number < float("inf"):
-            raise ValueError(f"data.partition.{field} is {value}: give a number above 0")
+def above_zero(**fields: float | tuple[float, ...]) -> None:
+    """Raises DataError if a field of the section is not a finite number above 0, or several of them."""
+    for field, value in fields.items():
+        if not all(0 < number < float("inf") for number in (value if isinstance(value, tuple) else (value,))):
+            raise DataError(f"data.partition.{field} is {value}: give a number above 0")
 
 
-def one_or_each(field: str, value: float | tuple[float, ...], each: int, what: str) -> None:
-    """Raises ValueError if the section's `field` is several numbers, but not `each`, one for each `what`."""
+def single_or_each(field: str, value: float | tuple[float, ...], each: int, what: str) -> None:
+    """Raises DataError if the section's `field` holds several numbers, but not `each`, one for each `what`."""
     if isinstance(value, tuple) and len(value) != each:
-        raise ValueError(
+        raise DataError(
             f"data.partition.{field} has {len(value)} numbers for {each} {what}s: give one number, or one for each"
         )
 
 
-def enough_rows(clients: int, rows: int) -> None:
-    """Raises ValueError if there are more clients than rows."""
+def text_columns(columns: tuple[str, ...] | None, purpose: str) -> None:
+    """Raises DataError if the section's `columns` are given, and are none."""
+    if columns == ():
+        raise DataError(f"data.partition.columns is empty: name the columns whose text {purpose}")
+
+
+def enough_rows(clients: int, rows: int, min_rows: int = 1) -> None:
+    """Raises DataError if there are more clients than rows, or than can have `min_rows` each."""
     if clients > rows:
-        raise ValueError(
+        raise DataError(
             f"data.partition.clients is {clients}, but there are only {rows} distinct rows: "
             f"ask for {rows} clients or fewer"
         )
+    if clients * min_rows > rows:
+        raise DataError(
+            f"data.partition.min_rows is {min_rows} for {clients} clients, but there are only {rows} distinct rows: "
+            f"lower it to {rows // clients}, or ask for fewer clients"
+        )
+
+
+def given_sizes(sizes: tuple[int, ...], rows: int) -> NDArray[np.int64]:
+    """The section's `sizes` as an array. Raises DataError if they add up to more than the rows."""
+    if sum(sizes) > rows:
+        raise DataError(
+            f"data.partition.sizes adds up to {sum(sizes)}, but there are only {rows} distinct rows: lower the sizes"
+        )
+    return np.array(sizes, dtype=np.int64)
 
 
 def numbered(clients: int) -> pa.StringArray:
@@ -45,9 +67,9 @@ def numbered(clients: int) -> pa.StringArray:
 
 
 def joined(first: pa.StringArray, owners: NDArray[np.int64], then: pa.StringArray) -> pa.StringArray:
-    """The names "first/then" of clients that are parts of others; just "first" where it is the only part.
+    """The names "first/then" of clients that are parts of others; just "first" where there is only one part.
 
-    `owners` holds the number in `first` of each part. Raises ValueError if two parts would have one name.
+    `owners` holds the number in `first` of each part. Raises DataError if two parts would have the same name.
     """
     parts = np.bincount(owners, minlength=len(first))
     whole = first.take(pa.array(owners))
@@ -55,14 +77,14 @@ def joined(first: pa.StringArray, owners: NDArray[np.int64], then: pa.StringArra
     counts = pc.value_counts(names)
     if len(counts) < len(names):
         twice = counts.field("values")[int(np.argmax(counts.field("counts").to_numpy()))].as_py()
-        raise ValueError(
+        raise DataError(
             f"data.partition would name two clients {twice!r}, one a part of a larger one: rename the key of either"
         )
     return names
 
 
 def even(rows: int, parts: int) -> NDArray[np.int64]:
-    """The sizes of `parts` parts of `rows` rows: the first ones have one more where it does not come out even."""
+    """The sizes of `parts` parts of `rows` rows; the first parts have one row more where it does not divide."""
     size, rest = divmod(rows, parts)
     return size + (np.arange(parts) < rest)
 
@@ -72,14 +94,23 @@ def dealt(order: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int
 
     Rows that are left over are nobody's.
     """
+    return placed(order, np.repeat(np.arange(len(counts), dtype=np.int32), counts))
+
+
+def placed(order: NDArray[np.int64], owners: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The client of each row, if the row `order[i]` belongs to `owners[i]`; rows after the last owner are nobody's."""
     clients = np.full(len(order), -1, np.int32)
-    owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     clients[order[: len(owners)]] = owners
     return clients
 
 
+def positions(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers from 0 up to each count, one count after the other: [2, 3] gives [0, 1, 0, 1, 2]."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def by_label(coded: Coded, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows label after label, at random within each; and how many rows each label has."""
+    """The rows label after label, at random within each; and the number of rows of each label."""
     order = rng.permutation(len(coded.codes))
     small = coded.codes.astype(np.min_scalar_type(len(coded.values)))  # NumPy sorts 8 and 16 bits by radix
     order = order[np.argsort(small[order], kind="stable")]
@@ -87,7 +118,7 @@ def by_label(coded: Coded, rng: np.random.Generator) -> tuple[NDArray[np.int64],
 
 
 def listed(clients: NDArray[np.int32], names: pa.StringArray) -> tuple[NDArray[np.int32], pa.StringArray]:
-    """The same clients without those that have no row, numbered anew in the same order."""
+    """The same clients without those that have no row, numbered again in the same order."""
     has_rows = np.bincount(clients[clients >= 0], minlength=len(names)) > 0
     if has_rows.all():
         return clients, names
@@ -98,8 +129,8 @@ def listed(clients: NDArray[np.int32], names: pa.StringArray) -> tuple[NDArray[n
 def shared_out(rows: int, weights: NDArray[np.float64], offset: float = 0.5) -> NDArray[np.int64]:
     """How many of `rows` rows each weight gets: its share, to less than a row, with nothing left over.
 
-    Rows lie `1 / rows` apart from `offset / rows` on, and whoever's stretch of the weights a row lies in gets it:
-    a fixed `offset` rounds, a random one from [0, 1) gives each its share exactly on average.
+    Rows lie `1 / rows` apart from `offset / rows` on, and a row goes to the weight in whose stretch it lies: a fixed
+    `offset` rounds, a random one from [0, 1) gives each weight its share exactly on average.
     """
     edges = np.cumsum(weights)
     # An offset just below 1 may be rounded up to 1.

@@ -1,8 +1,8 @@
 """Normal and gamma draws that have the same bits on any machine.
 
-NumPy's generator gives the same integers and uniform numbers everywhere. Its other draws, and its logarithm and
-exponential, follow the machine's C library and processor in the last bit, and one bit may hand a row to another client.
-What is here uses only sums, products, quotients and square roots, one array operation each: IEEE 754 fixes them.
+NumPy's generator gives the same integers and uniform numbers everywhere. The last bit of its other draws, and of its
+logarithm and exponential, depends on the C library and the processor, and one bit may give a row to another client.
+This module uses only sums, products, quotients and square roots, one array operation each: IEEE 754 fixes their bits.
 """
 
 import math
@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 LN2_HIGH, LN2_LOW = 0.693147180369123816490, 1.90821492927058770002e-10
 LOG_SERIES = [1 / (2 * power + 1) for power in range(12)]
 EXP_SERIES = [1 / math.factorial(power) for power in range(15)]
-# Draws at a time, so that the many small operations work in the cache.
+# Draws in one block, so that the many small operations stay in the cache.
 BLOCK = 1 << 15
 
 
@@ -44,24 +44,24 @@ def exp(x: Floats) -> Floats:
 def normal(rng: np.random.Generator, size: int) -> Floats:
     """Standard normal draws: Marsaglia's polar method."""
     draws = np.empty(size)
-    done = 0
-    while done < size:
-        wanted = (min(size - done, BLOCK) + 1) // 2
+    filled = 0
+    while filled < size:
+        wanted = (min(size - filled, BLOCK) + 1) // 2
         x, y = 2 * rng.random((2, wanted + wanted // 3 + 8)) - 1
         square = x * x + y * y
         inside = (square > 0) & (square < 1)
         x, y, square = x[inside][:wanted], y[inside][:wanted], square[inside][:wanted]
         factor = np.sqrt(-2 * log(square) / square)
-        some = np.concatenate([x * factor, y * factor])[: size - done]
-        draws[done : done + len(some)] = some
-        done += len(some)
+        some = np.concatenate([x * factor, y * factor])[: size - filled]
+        draws[filled : filled + len(some)] = some
+        filled += len(some)
     return draws
 
 
 def log_gamma(rng: np.random.Generator, alpha: float | Sequence[float], size: int) -> Floats:
-    """Logarithms of draws from Gamma(alpha, 1); as logarithms they do not vanish, however small alpha is.
+    """Logarithms of draws from Gamma(alpha, 1), since the draws themselves underflow to 0 for a small alpha.
 
-    Several alphas are taken in turn. Draws from Gamma(alpha + 1, 1) by Marsaglia and Tsang (2000), times U^(1 / alpha),
+    Several alphas are used in turn. Draws from Gamma(alpha + 1, 1) by Marsaglia and Tsang (2000), times U^(1 / alpha),
     which makes them Gamma(alpha, 1).
     """
     draws = np.empty(size)

@@ -1,4 +1,4 @@
-"""Columns beside the content, by which rows may be partitioned: values of any kind as Arrow columns."""
+"""Columns other than the content, by which rows may be partitioned: values of any kind as Arrow columns."""
 
 import json
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-WHOLE = 2**53  # below it a float is one whole number only
-# What Arrow raises for values or columns that have no type in common.
+WHOLE = 2**53  # up to here floats represent every whole number
+# Raised by Arrow for values or columns without a common type.
 NO_COMMON_TYPE = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
 
 
 def array_of(values: list[Any]) -> pa.Array | pa.ChunkedArray:
-    """Python values, as in JSON, in the Arrow type that they share; as text if they share none, or are objects."""
+    """Python values, as in JSON, in the Arrow type that they share; as text if they share none or are objects."""
     try:
         if not any(isinstance(value, dict) for value in values):
             return pa.array(values)
@@ -22,7 +22,7 @@ def array_of(values: list[Any]) -> pa.Array | pa.ChunkedArray:
 
 
 def as_text(value: Any) -> str | None:
-    """A string as it is, null and NaN as null, and anything else as JSON writes it; 1.0 is the same as 1."""
+    """A string unchanged, null and NaN as null, and anything else as JSON; 1.0 is written as 1."""
     if isinstance(value, float) and value.is_integer() and abs(value) < WHOLE:
         value = int(value)
     if value != value:
@@ -31,12 +31,12 @@ def as_text(value: Any) -> str | None:
 
 
 def nan_is_null(values: pa.Array) -> pa.Array:
-    """The same values, but null for what is no number among floats: pandas writes the one for the other."""
+    """The same values, with null for NaN among floats: pandas writes missing values as NaN."""
     return pc.if_else(pc.is_nan(values), None, values) if pa.types.is_floating(values.type) else values
 
 
 def joined(tables: list[pa.Table]) -> pa.Table:
-    """All rows, with nulls for the columns that a table lacks; columns that share no type become text."""
+    """All rows of all tables: null where a table lacks a column, text where columns share no type."""
     if all(table.schema.equals(tables[0].schema) for table in tables):
         return pa.concat_tables(tables)
     names = dict.fromkeys(name for table in tables for name in table.column_names)

@@ -1,1 +1,1 @@
-"""Rows as people have them, made canonical."""
+"""Conversion of users' rows to the canonical formats."""

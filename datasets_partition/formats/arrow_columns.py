@@ -1,4 +1,4 @@
-"""Columns of one Arrow batch on their way to the canonical ones: renamed, in plain types, and without bad rows."""
+"""Columns of one Arrow batch, made canonical: renamed, in plain types, and without bad rows."""
 
 import json
 
@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.other_columns import nan_is_null
 from datasets_partition.formats.bad_rows import BadRow
 from datasets_partition.formats.forms import Form
@@ -15,13 +16,13 @@ Faults = dict[int, BadRow]  # by the row's position in its batch
 
 
 def renamed(batch: pa.RecordBatch, columns: dict[str, str], file: str) -> pa.RecordBatch:
-    """The columns with their canonical names, in plain types. Raises ValueError where `columns` names none of them."""
+    """The columns with their canonical names, in plain types. Raises DataError where `columns` names a missing one."""
     has = batch.schema.names
     if twice := sorted({name for name in has if has.count(name) > 1}):
-        raise ValueError(f"{file} has more than one column {', '.join(twice)}: rename all but one of them")
+        raise DataError(f"{file} has more than one column {', '.join(twice)}: rename all but one of them")
     for name, theirs in columns.items():
         if theirs not in has:
-            raise ValueError(
+            raise DataError(
                 f"data.source.columns.{name} names {theirs!r}, which {file} does not have: name one of {', '.join(has)}"
             )
     gone = {*columns, *columns.values()}
@@ -32,7 +33,7 @@ def renamed(batch: pa.RecordBatch, columns: dict[str, str], file: str) -> pa.Rec
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """The names that Hugging Face's datasets keep beside the numbers of classes, by column."""
+    """The names of numbered classes by column, from the metadata of Hugging Face's datasets."""
     kept = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = kept.get("info", {}).get("features", {}).items()
     return {name: kind["names"] for name, kind in features if isinstance(kind, dict) and kind.get("_type") == CLASSES}
@@ -49,7 +50,7 @@ def _plain(values: pa.Array, classes: list[str] | None) -> pa.Array:
 
 
 def content_of(batch: pa.RecordBatch, form: Form, file: str) -> pa.RecordBatch:
-    """The columns that `form` reads. Raises ValueError if one can hold neither text nor turns."""
+    """The columns that `form` reads. Raises DataError if a type can hold neither text nor turns."""
     known = [name for name in form.needs + form.optional if name in batch.schema.names]
     if "label" in known and batch["label"].type != pa.bool_():
         known.remove("label")  # a category, by which rows can be partitioned
@@ -57,7 +58,7 @@ def content_of(batch: pa.RecordBatch, form: Form, file: str) -> pa.RecordBatch:
     for name in known:
         kind = batch[name].type
         if not (pa.types.is_string(kind) or pa.types.is_null(kind) or _is_list(kind) or name == "label"):
-            raise ValueError(
+            raise DataError(
                 f"{file} has {kind} in its column {name}, which must hold text or turns: convert it, or name another "
                 f"column in data.source.columns"
             )
@@ -75,21 +76,21 @@ def is_flat(content: pa.RecordBatch) -> bool:
 
 
 def with_owner(batch: pa.RecordBatch, file: str) -> pa.RecordBatch:
-    """The same columns with `client` as text, if there is one. Raises ValueError if it has no text."""
+    """The same columns with `client`, if there is one, as text. Raises DataError if its type has no text form."""
     if "client" not in batch.schema.names:
         return batch
     position, values = batch.schema.get_field_index("client"), batch["client"]
     try:
         return batch.set_column(position, "client", nan_is_null(values).cast(pa.string()))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise ValueError(
+        raise DataError(
             f"{file} has {values.type} in its column client, which must hold text or numbers: convert it, or name "
             f"another column in data.source.columns"
         ) from None
 
 
 def faults_of(batch: pa.RecordBatch, required: list[str]) -> Faults:
-    """The rows that are not UTF-8, have no client though there is a column of them, or lack what is required."""
+    """The rows that are not UTF-8, have no client in their column of clients, or are null in a required column."""
     faults: Faults = {}
     try:
         batch.validate(full=True)
@@ -106,7 +107,7 @@ def faults_of(batch: pa.RecordBatch, required: list[str]) -> Faults:
 
 def _is_valid(batch: pa.RecordBatch, row: int) -> bool:
     try:
-        batch.take(pa.array([row])).validate(full=True)  # a slice would still hold the turns of all rows
+        batch.take(pa.array([row])).validate(full=True)  # not a slice, which still holds the turns of all rows
     except pa.ArrowInvalid:
         return False
     return True

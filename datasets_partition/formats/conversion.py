@@ -1,12 +1,14 @@
-"""From people's rows to one canonical table: from Arrow batches, or from Python objects as JSON gives them."""
+"""From users' rows to one canonical table: from Arrow batches, or from Python objects as JSON gives them."""
 
 import json
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import pyarrow as pa
 
 from datasets_partition.core.canonical import COLUMNS, TURNS, UNPAIRED_PREFERENCE, content_columns, format_of
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.other_columns import array_of, as_text, joined
 from datasets_partition.core.types import OnRows, Rows, ignore
 from datasets_partition.formats.arrow_columns import (
@@ -18,10 +20,10 @@ from datasets_partition.formats.arrow_columns import (
     with_owner,
     without,
 )
-from datasets_partition.formats.bad_rows import BadRow, BadRows
+from datasets_partition.formats.bad_rows import BadRow, OnBadRow
 from datasets_partition.formats.forms import BESIDE_TURNS, EXPECTED, NAMES, Content, Form, Row, form_of
 
-# Rows converted at once: so few that their text stays below the 2 GiB of one Arrow array, so many that Arrow pays.
+# Rows converted at once: few enough for the 2 GiB of text in one Arrow array, many enough for Arrow to pay off.
 ROWS_PER_BATCH = 16384
 
 # Other columns of these names would make a table look like one of another format.
@@ -29,39 +31,41 @@ RESERVED = frozenset[str]().union(*COLUMNS.values()) - {"label"}
 
 
 class Conversion:
-    """Collects a source's rows, batch by batch; `rows` gives them as one table of one format, the first good row's.
+    """Collects a source's rows, batch by batch; `rows` returns them as one table of one format, the first good row's.
 
-    `columns` says what the file calls a column that some form has, or `client`: {"prompt": "question"}.
+    `columns` gives the file's name of a form's column, or of `client`: {"prompt": "question"}. Bad rows raise
+    DataError, or are left out and counted by their reasons, as `on_bad_row` says.
     """
 
-    def __init__(self, columns: dict[str, str], bad: BadRows, on_rows: OnRows = ignore) -> None:
-        """Raises ValueError where `columns` has another name, which no form would read."""
+    def __init__(self, columns: dict[str, str], on_bad_row: OnBadRow, on_rows: OnRows = ignore) -> None:
+        """Raises DataError where `columns` has another name, which no form would read."""
         if unknown := [name for name in columns if name not in NAMES]:
-            raise ValueError(
-                f"data.source.columns has {', '.join(map(repr, unknown))}, which names nothing that a row is read by: "
+            raise DataError(
+                f"data.source.columns has {', '.join(map(repr, unknown))}, which no form of rows reads: "
                 f"on the left stands one of {', '.join(NAMES)}; data.partition names other columns as they are"
             )
         self.columns = columns
+        self.on_bad_row = on_bad_row
         self.on_rows = on_rows
-        self.bad = bad
-        self.first: tuple[str, bool, bool] | None = None  # its format, whether it is of turns, whether it has a client
+        self.skipped: Counter[str] = Counter()
+        self.first: tuple[str, bool, bool] | None = None  # its format, whether it holds turns, whether it has a client
         self.tables: list[pa.Table] = []
         self.kept = 0
 
     def add_batch(
-        self, batch: pa.RecordBatch, file: str, where: Callable[[int], str], known: Faults | None = None
+        self, batch: pa.RecordBatch, file: str, numbers: Sequence[int], unit: str, known: Faults | None = None
     ) -> None:
-        """Converts Arrow columns of `file`; `where` names the row at a position of the batch.
+        """Converts Arrow columns of `file`; errors name a row by its number in units of `unit`, such as "line".
 
-        `known` are rows that the source has found to be none; the batch holds anything in their place.
+        `known` are rows that the source knows to be bad; the batch holds anything in their place.
 
-        Raises ValueError, with the columns that there are, if they fit no format.
+        Raises DataError, with the names of the columns, if they fit no format.
         """
         has = ", ".join(batch.schema.names) or "(none)"
         batch = with_owner(renamed(batch, self.columns, file), file)
         form = self._form(batch.schema.names)
         if form is None:
-            raise ValueError(
+            raise DataError(
                 f"{file} has the columns {has}, which fit no format: name yours in data.source.columns so that they "
                 f"make {EXPECTED}"
             )
@@ -79,7 +83,7 @@ class Conversion:
             faults = faults_of(batch, ["label"] if "label" in content.schema.names else []) | (known or {})
             table = self._row_by_row(content, form, owned, faults)
         for position, fault in sorted(faults.items()):
-            self.bad.add(where(position), fault)
+            self._refuse(f"{file} {unit} {numbers[position]}", fault)
         others = without(batch, faults)
         names = _others(batch.schema.names, form, content.schema.names)
         self._keep(table, pa.table({name: others[name] for name in names}))
@@ -88,43 +92,56 @@ class Conversion:
         """Converts all of a file's batches, whose rows are numbered from 1."""
         first = 1
         for batch in batches:
-            self.add_batch(batch, file, partial(_row_name, file, first))
+            self.add_batch(batch, file, range(first, first + len(batch)), "row")
             first += len(batch)
 
-    def add_objects(self, rows: list[tuple[str, Row | BadRow]]) -> None:
-        """Converts Python objects, or what the source has found to be none, each with its file and number."""
-        contents: list[Row] = []
-        others: list[Row] = []
-        for where, row in rows:
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                content, other = self._split(row)
-            except BadRow as bad:
-                self.bad.add(where, bad)
-            else:
-                contents.append(content)
-                others.append(other)
-        names = sorted(set[str]().union(*others))
-        self._keep(_table(contents), pa.table({name: array_of([row.get(name) for row in others]) for name in names}))
+    def add_objects(self, rows: Iterable[tuple[str, Row | BadRow]]) -> None:
+        """Converts Python objects, and bad rows in their places, each with the name of the row."""
+        rows = iter(rows)
+        while some := list(islice(rows, ROWS_PER_BATCH)):
+            contents: list[Row] = []
+            others: list[Row] = []
+            for where, row in some:
+                try:
+                    if isinstance(row, BadRow):
+                        raise row
+                    content, other = self._split(row)
+                except BadRow as bad:
+                    self._refuse(where, bad)
+                else:
+                    contents.append(content)
+                    others.append(other)
+            names = sorted(set[str]().union(*others))
+            columns = {name: array_of([row.get(name) for row in others]) for name in names}
+            self._keep(_table(contents), pa.table(columns))
 
     def rows(self, location: str) -> Rows:
-        """All rows: client where there is one, the content, then the other columns by name.
+        """All rows: the client if there is one, the content, then the other columns by name.
 
-        Raises ValueError if there are none.
+        Raises DataError if there are none.
         """
         if not self.tables:
-            skipped = f" that can be used ({self.bad})" if self.bad.skipped else ""
-            raise ValueError(f"{location} has no rows{skipped}: give data.source something that has")
+            reasons = "; ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+            skipped = f" that can be used ({reasons})" if reasons else ""
+            raise DataError(f"{location} has no rows{skipped}: give data.source something that has")
         table = joined(self.tables)
         first = [name for name in ("client", *content_columns(table)) if name in table.column_names]
-        return Rows(table.select([*first, *sorted(set(table.column_names) - set(first))]), dict(self.bad.skipped))
+        return Rows(table.select([*first, *sorted(set(table.column_names) - set(first))]), dict(self.skipped))
+
+    def _refuse(self, where: str, bad: BadRow) -> None:
+        """Counts the bad row at `where`, its file and number, or raises DataError for it."""
+        if self.on_bad_row == "error":
+            detail = f" ({bad.detail})" if bad.detail else ""
+            raise DataError(
+                f'{where} {bad.reason}{detail}: correct it, or leave such rows out with data.source.on_bad_row = "skip"'
+            )
+        self.skipped[bad.reason] += 1
 
     def _form(self, names: list[str]) -> Form | None:
         return form_of(frozenset(names), frozenset(self.columns))
 
     def _row_by_row(self, content: pa.RecordBatch, form: Form, owned: bool, faults: Faults) -> pa.Table:
-        """The content of the rows without faults, but for those in which it finds one and notes it."""
+        """The content of the rows without faults; a fault that this finds is added to `faults`."""
         good = [position for position in range(len(content)) if position not in faults]
         contents = []
         for position, row in zip(good, without(content, faults).to_pylist(), strict=True):
@@ -136,16 +153,16 @@ class Conversion:
 
     def _split(self, row: Row) -> tuple[Row, Row]:
         """A row's content, and its other columns."""
-        given = row
+        original = row
         if self.columns:
             if missing := [theirs for theirs in self.columns.values() if theirs not in row]:
-                raise BadRow(f"has no column {missing[0]!r}, which data.source.columns names", _has(given))
-            gone = {*self.columns, *self.columns.values()}
-            row = {name: value for name, value in row.items() if name not in gone}
-            row |= {name: given[theirs] for name, theirs in self.columns.items()}
+                raise BadRow(f"has no column {missing[0]!r}, which data.source.columns names", _has(original))
+            mapped = {*self.columns, *self.columns.values()}
+            row = {name: value for name, value in row.items() if name not in mapped}
+            row |= {name: original[theirs] for name, theirs in self.columns.items()}
         form = self._form(list(row))
         if form is None:
-            raise BadRow("fits no format", f"{_has(given)}; it needs {EXPECTED}")
+            raise BadRow("fits no format", f"{_has(original)}; it needs {EXPECTED}")
         if "client" in row:
             row["client"] = _client(row["client"])
         content = self._content(row, form, "client" in row)
@@ -159,7 +176,7 @@ class Conversion:
         return content.values
 
     def _other(self, format: str, nested: bool, owned: bool) -> BadRow | None:
-        """Why a row of this kind does not go with the rows before it, if it does not."""
+        """The reason why a row of this kind does not fit the rows before it; None if it does."""
         self.first = self.first or (format, nested, owned)
         if owned != self.first[2]:
             return BadRow(f"has {'a' if owned else 'no'} client, unlike the rows before it")
@@ -185,12 +202,8 @@ class Conversion:
         self.on_rows(self.kept)
 
 
-def _row_name(file: str, first: int, position: int) -> str:
-    return f"{file} row {first + position}"
-
-
 def _others(names: list[str], form: Form, content: list[str]) -> list[str]:
-    """The columns that are no part of a row's content, nor look like one."""
+    """The columns that are no part of a row's content and do not look like one."""
     taken = RESERVED | {*form.needs, *form.optional} - {*BESIDE_TURNS}
     if "label" not in content:
         taken -= {"label"}  # a category

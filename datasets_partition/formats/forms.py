@@ -1,7 +1,7 @@
-"""The forms in which people keep their rows, as TRL, Alpaca and ShareGPT name them, and what each becomes.
+"""The forms in which users keep rows, as TRL, Alpaca and ShareGPT name them, and the canonical format of each.
 
-Every form can convert one row of Python objects. Forms of plain text can also convert whole Arrow columns, so that
-millions of rows cost seconds; both ways give the same.
+Every form converts one row of Python objects. Forms of plain text also convert whole Arrow columns, so that millions
+of rows take seconds; both ways give the same rows.
 """
 
 from collections.abc import Callable
@@ -39,10 +39,10 @@ class Content(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A way to keep a row: the columns that it needs, those that it reads where they are, and the conversions.
+    """A way to keep a row: the columns that it needs, those that it may have, and the conversions.
 
-    `row` raises BadRow. `flat`, if there is one, takes columns of text without nulls. `without` are columns that would
-    leave it open what the row is.
+    `row` raises BadRow. `flat`, if there is one, takes columns of text without nulls. A row with one of the columns
+    `without` is ambiguous, and not of this form.
     """
 
     needs: tuple[str, ...]
@@ -89,16 +89,16 @@ def _prompt_completion_row(row: Row) -> Content:
 
 
 def _conversation_row(name: str, row: Row) -> Content:
-    """A conversation, after the system prompt that stands in a column of its own, as in many ShareGPT files."""
-    said = turns(row, name)
+    """A conversation, after the system prompt in its separate column, as in many ShareGPT files."""
+    conversation = turns(row, name)
     if row.get("tools") not in (None, "", "[]", []):
         raise BadRow(f"has tools beside its {name}, which would be lost")
     if row.get("system") not in (None, ""):
         first = {"role": "system", "content": text(row, "system")}
-        if said[0]["role"] == "system" and said[0] != first:
+        if conversation[0]["role"] == "system" and conversation[0] != first:
             raise BadRow(f"has one system prompt in its column system and another in its {name}")
-        said = [first, *said[said[0] == first :]]
-    return Content(MESSAGES, {"messages": said})
+        conversation = [first, *conversation[conversation[0] == first :]]
+    return Content(MESSAGES, {"messages": conversation})
 
 
 def _preference_row(row: Row) -> Content:
@@ -121,7 +121,7 @@ def _prompt_row(row: Row) -> Content:
 
 
 def _alike(row: Row, *names: str) -> list[Any]:
-    """Columns that are all text, or all turns."""
+    """The values of columns that are all text, or all turns."""
     nested = [isinstance(row[name], list) for name in names]
     if any(nested) and not all(nested):
         raise BadRow(f"has text and turns side by side in {', '.join(names)}")
@@ -132,11 +132,11 @@ def _same(columns: Arrays) -> Arrays:
     return columns
 
 
-# Beside a conversation; they stay as other columns too, by which rows can be partitioned.
+# Read together with a conversation, and kept as other columns too, by which rows can be partitioned.
 BESIDE_TURNS = ("system", "tools")
 PAIR = frozenset(["prompt", "completion"])
 ALPACA_COLUMNS = ("instruction", "output")
-# In the order in which a row's columns are compared with them.
+# A row's columns are compared with the forms in this order.
 FORMS = (
     Form(("prompt", "chosen", "rejected"), _preference_row, _same),
     Form(("chosen", "rejected"), _implicit_row),
@@ -148,7 +148,7 @@ FORMS = (
     Form(("prompt",), _prompt_row, _same, without=frozenset(["text", "chosen", "rejected", *ALPACA_COLUMNS])),
 )
 FORM_COLUMNS = frozenset[str]().union(*(form.needs for form in FORMS))
-# What data.source.columns can give a column of the file for.
+# The keys that data.source.columns takes.
 NAMES = (*dict.fromkeys(name for form in FORMS for name in (*form.needs, *form.optional)), "client")
 EXPECTED = (
     "text; messages; prompt and completion; prompt, chosen and rejected; "
@@ -158,9 +158,9 @@ EXPECTED = (
 
 @lru_cache(maxsize=1024)
 def form_of(names: frozenset[str], mapped: frozenset[str]) -> Form | None:
-    """The form of a row with the columns `names`; None if it fits none.
+    """The form of a row with the columns `names`; None if there is none.
 
-    `mapped`, those that a person has named in `data.source.columns`, decide where there are several.
+    The columns that a user has named in `data.source.columns`, `mapped`, decide between several forms.
     """
     decided = mapped & FORM_COLUMNS
     for form in FORMS:

@@ -1,4 +1,4 @@
-"""Texts and conversations inside a row: checked, and in one shape; and what two of them share."""
+"""Texts and conversations of a row, checked and in one shape; and the common beginning of two of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
 def text(row: dict[str, Any], name: str) -> str:
-    """The column `name` of a row. Raises BadRow if it is no text."""
+    """The column `name` of a row. Raises BadRow if it is not text."""
     value = row[name]
     if value is None:
         raise BadRow(f"has a null {name}")
@@ -20,7 +20,7 @@ def text(row: dict[str, Any], name: str) -> str:
 
 
 def turns(row: dict[str, Any], name: str) -> list[dict[str, str]]:
-    """The conversation in the column `name`: dicts of role and content. Raises BadRow if it is none."""
+    """The conversation in the column `name`: dicts of role and content. Raises BadRow if it is something else."""
     value = row[name]
     if value is None:
         raise BadRow(f"has null {name}")
@@ -50,13 +50,13 @@ def _kind(value: Any) -> str:
 
 
 def shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """How much of two answers is their implicit prompt: what TRL's `extract_prompt` takes.
+    """The length of the implicit prompt of two answers, as TRL's `extract_prompt` cuts it.
 
-    That is their longest common prefix, less a space at its end; something is left of each answer.
+    The prompt is their longest common prefix without a space at its end; something remains of each answer.
     """
     low, high = 0, min(len(chosen), len(rejected))
     shortest = high
-    while low < high:  # by halves: comparing slices is far quicker than comparing characters
+    while low < high:  # bisection: comparing slices is far faster than comparing characters
         middle = (low + high + 1) // 2
         if chosen[low:middle] == rejected[low:middle]:
             low = middle

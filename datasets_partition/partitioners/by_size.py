@@ -9,7 +9,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from datasets_partition.core import draws
-from datasets_partition.core.dealing import above_zero, at_least, dealt, enough_rows, numbered, shared_out
+from datasets_partition.core.dealing import (
+    above_zero,
+    at_least,
+    dealt,
+    enough_rows,
+    given_sizes,
+    numbered,
+    shared_out,
+)
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Assignment
 
 
@@ -18,7 +27,7 @@ class BySize:
     """Rows dealt at random to clients whose sizes follow `law`, or are `sizes`; rows beyond these are nobody's.
 
     Client i of 1, 2, ... has a share like i (linear), i^2 (square) or e^i (exponential), rounded down, and the last
-    client has what that leaves over: the sizes of flwr-datasets' LinearPartitioner, SquarePartitioner and
+    client has the rest as well: the sizes of flwr-datasets' LinearPartitioner, SquarePartitioner and
     ExponentialPartitioner, and with `sizes` of SizePartitioner. With lognormal, each client has one row and a share
     of the others like exp(`sigma` x), where x is a standard normal draw; with dirichlet, shares drawn from
     Dirichlet(`alpha`).
@@ -32,35 +41,28 @@ class BySize:
     sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what is not either a law with a number of clients, or sizes of at least 1."""
+        """Raises DataError unless there are either a law and a number of clients, or sizes of at least 1."""
         if self.sizes is not None:
             if self.clients is not None or self.law is not None:
-                raise ValueError("data.partition.sizes is given with clients or law: leave these out, or sizes")
+                raise DataError("data.partition.sizes is given with clients or law: leave these out, or sizes")
             if not self.sizes:
-                raise ValueError("data.partition.sizes is empty: give the number of rows of each client")
-            at_least("sizes", min(self.sizes), 1)
+                raise DataError("data.partition.sizes is empty: give the number of rows of each client")
+            at_least(1, sizes=min(self.sizes))
         elif self.clients is None or self.law is None:
-            raise ValueError("data.partition needs clients and law, or sizes: give the one or the other")
-        else:
-            at_least("clients", self.clients, 1)
-        above_zero("sigma", self.sigma)
-        above_zero("alpha", self.alpha)
+            raise DataError("data.partition needs clients and law, or sizes: give the one or the other")
+        at_least(1, clients=self.clients)
+        above_zero(sigma=self.sigma, alpha=self.alpha)
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
-        """Raises ValueError if there are too few rows for each client to have one, or for the given sizes."""
-        if self.sizes is None:
-            assert self.clients is not None
-            counts = self._lawful(self.clients, table.num_rows, rng)
-        else:
-            counts = np.array(self.sizes, dtype=np.int64)
-            if counts.sum() > table.num_rows:
-                raise ValueError(
-                    f"data.partition.sizes adds up to {counts.sum()}, but there are only {table.num_rows} distinct "
-                    "rows: lower the sizes"
-                )
-        return Assignment(dealt(rng.permutation(table.num_rows), counts), numbered(len(counts)))
+        """Raises DataError if there are too few rows for each client to have one, or for the given sizes."""
+        rows = table.num_rows
+        counts = given_sizes(self.sizes, rows) if self.sizes else self._counts(rows, rng)
+        return Assignment(dealt(rng.permutation(rows), counts), numbered(len(counts)))
 
-    def _lawful(self, clients: int, rows: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    def _counts(self, rows: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """The rows of each client by the law."""
+        assert self.clients is not None
+        clients = self.clients
         enough_rows(clients, rows)
         if self.law in ("lognormal", "dirichlet"):
             is_normal = self.law == "lognormal"
@@ -69,7 +71,7 @@ class BySize:
         counts = self._rising(clients, rows)
         if not counts[0]:
             most = bisect_left(range(1, clients), True, key=lambda fewer: not self._rising(fewer, rows)[0])
-            raise ValueError(
+            raise DataError(
                 f'data.partition.clients is {clients}, but with law = "{self.law}" the first of them would have none '
                 f"of the {rows} rows: ask for {most} clients or fewer"
             )

@@ -1,4 +1,4 @@
-"""The natural partition in time: each client's rows in the order in which they came, for drift."""
+"""The natural partition in time: each client's rows in the order of their times, for drift."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from datasets_partition.core.columns import column, keys
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Assignment
 
 # What a column of text may hold, tried in this order: numbers, or ISO dates and times, without or with a time zone.
@@ -19,7 +19,7 @@ FORMS = (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")
 class ByTime:
     """A client for each value of `key`, as in `Natural`, whose rows are in the order of the column `time`.
 
-    `time` holds numbers, dates or times, or text that is all numbers or all ISO 8601. Rows of the same time are in
+    `time` holds numbers, dates or times, or text that is all numbers or all ISO 8601. Rows of the same time stay in
     the source's order.
     """
 
@@ -28,39 +28,35 @@ class ByTime:
     time: str
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
-        """Uses no randomness. Raises ValueError if a column is missing, or does not hold what it should in each row."""
+        """Uses no randomness. Raises DataError if a column is missing, or does not hold what it should in each row."""
         clients, names = keys(table, "data.partition.key", self.key)
         times = column(table, "data.partition.time", self.time)
         kind = times.type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            times = _read(times, self.time)
+            times = _parsed(times, self.time)
         elif not (pa.types.is_temporal(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-            raise ValueError(f"data.partition.time names {self.time!r}, which holds {kind}: name a column of times")
+            raise DataError(f"data.partition.time names {self.time!r}, which holds {kind}: name a column of times")
         timeless = times.null_count
         if pa.types.is_floating(times.type):
             timeless += pc.sum(pc.is_nan(times), min_count=0).as_py()
         if timeless:
-            raise ValueError(
+            raise DataError(
                 f"data.partition.time names {self.time!r}, which is null in {timeless} of {table.num_rows} rows: "
                 "fill it in, or leave those rows out of the source"
             )
-        return Assignment(clients, names, order=_ranks(times))
+        ranks = np.empty(len(times), np.int64)
+        ranks[np.argsort(times.to_numpy(), kind="stable")] = np.arange(len(times))
+        return Assignment(clients, names, order=ranks)
 
 
-def _read(times: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+def _parsed(times: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     reasons = []
     for form in FORMS:
         try:
             return times.cast(form)
         except pa.ArrowInvalid as error:
             reasons.append(str(error))
-    raise ValueError(
+    raise DataError(
         f"data.partition.time names {name!r}, whose text is not all numbers or all ISO dates ({reasons[2]}): "
         "write times such as 2024-05-31T12:00:00, all with a time zone or all without"
     )
-
-
-def _ranks(times: pa.ChunkedArray) -> NDArray[np.int64]:
-    ranks = np.empty(len(times), np.int64)
-    ranks[np.argsort(times.to_numpy(), kind="stable")] = np.arange(len(times))
-    return ranks

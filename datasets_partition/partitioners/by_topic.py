@@ -9,31 +9,32 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from datasets_partition.core.columns import Coded, column, texts
-from datasets_partition.core.dealing import above_zero, at_least, listed, numbered
+from datasets_partition.core.dealing import above_zero, at_least, enough_rows, numbered, text_columns
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Assignment
-from datasets_partition.partitioners.dirichlet import divided, enough_rows_each
+from datasets_partition.partitioners.dirichlet import Dirichlet
 
-# Topics are sought among so many rows at most; the others go to the nearest topic, a block at a time.
+# Topics are computed from at most SAMPLE rows; the others go to the nearest topic, BLOCK rows at a time.
 SAMPLE = 1 << 15
 BLOCK = 1 << 16
-# Words are reduced to so many dimensions: among thousands, of which a short text has few, the topics are less even.
-# (Mini-batch k-means now and then leaves nearly all short texts in one topic.)
+# Words are reduced to a few dimensions: among thousands, of which a short text has few, topics are less even.
+# (Mini-batch k-means sometimes leaves nearly all short texts in one topic.)
 DIMENSIONS = 64
-# With a larger share of the rows in one topic there is no skew to deal out.
+# With a larger share of the rows in one topic there is no skew to create.
 LARGEST = 0.9
-WORDS, LETTERS = 3, 12  # of a topic's name: how many, and how much of each
+WORDS, LETTERS = 3, 12  # words in a topic's name, and letters of each
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByTopic:
-    """As `Dirichlet`, over `topics` clusters that k-means finds among the rows, instead of labels.
+    """Like `Dirichlet`, over `topics` clusters of the rows by k-means instead of labels.
 
-    Rows are the TF-IDF vectors of their text in `columns` (or in all that is their content, such as prompt and
-    completion) over the `features` most frequent words, reduced by a singular value decomposition to unit vectors of
-    64 dimensions; or what the column `embedding` holds, one list a row. Beyond 32,768 rows, topics are those of a
-    random sample. A topic's name is its number, and of words those that set it apart. Needs scikit-learn.
+    Rows are the TF-IDF vectors of their text in `columns` (or of their whole content, such as prompt and completion)
+    over the `features` most frequent words, reduced by a singular value decomposition to unit vectors of 64
+    dimensions; or the lists in the column `embedding`, one a row. Beyond 32,768 rows, topics are those of a random
+    sample. A topic's name is its number and the words that set it apart. Needs scikit-learn.
 
-    The same seed gives the same topics with the same versions on the same kind of processor. On another, sums of
+    The same seed gives the same topics with the same versions on the same kind of processor. On another kind, sums of
     floats may round differently, and a row between two topics may land in the other one.
     """
 
@@ -48,36 +49,35 @@ class ByTopic:
     balanced: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a number that is too small, or no columns."""
-        for field, value in (("clients", self.clients), ("topics", self.topics), ("features", self.features)):
-            at_least(field, value, 1)
-        above_zero("alpha", self.alpha)
-        at_least("min_rows", self.min_rows, 0)
-        if self.columns == ():
-            raise ValueError("data.partition.columns is empty: name the columns whose text has the topics")
+        """Raises DataError for a number that is too small, or no columns."""
+        at_least(1, clients=self.clients, topics=self.topics, features=self.features)
+        above_zero(alpha=self.alpha)
+        at_least(0, min_rows=self.min_rows)
+        text_columns(self.columns, "has the topics")
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
-        """Raises ValueError for want of scikit-learn, columns of the right kind, rows, or topics that differ.
+        """Raises DataError without scikit-learn, columns of the right kind, enough rows, or topics that differ.
 
-        Also as `Dirichlet` does.
+        Also where `Dirichlet` does.
         """
         if self.topics > table.num_rows:
-            raise ValueError(
+            raise DataError(
                 f"data.partition.topics is {self.topics}, but there are only {table.num_rows} distinct rows: "
                 f"ask for {table.num_rows} topics or fewer"
             )
-        enough_rows_each(self.clients, self.min_rows, table.num_rows)  # before topics are sought, which takes long
+        enough_rows(self.clients, table.num_rows, self.min_rows)  # before k-means, which takes long
         codes, names = self._clustered(table, rng)
         largest = int(np.bincount(codes).max(initial=0))
         if self.topics > 1 and largest > LARGEST * table.num_rows:
-            raise ValueError(
+            raise DataError(
                 f"data.partition finds one topic with {largest} of {table.num_rows} rows among {self.topics}, which is "
                 "no skew: name other columns in data.partition.columns, give an embedding, ask for another number of "
                 'topics, or use kind = "iid"'
             )
-        found = Coded(codes, names)
-        owners = divided(found, self.clients, self.alpha, self.min_rows, self.balanced, rng)
-        return Assignment(*listed(owners, numbered(self.clients)), category=found.texts())
+        law = Dirichlet(
+            label="topic", clients=self.clients, alpha=self.alpha, min_rows=self.min_rows, balanced=self.balanced
+        )
+        return law.divide(Coded(codes, names), rng)
 
     def _clustered(self, table: pa.Table, rng: np.random.Generator) -> tuple[NDArray[np.int32], pa.StringArray]:
         """The topic of each row, and the topics' names."""
@@ -87,7 +87,7 @@ class ByTopic:
             from sklearn.preprocessing import normalize
             from threadpoolctl import threadpool_limits
         except ImportError:
-            raise ValueError(
+            raise DataError(
                 'data.partition.kind is "topic", which needs scikit-learn: '
                 'pip install scikit-learn, or install fedpost with its extra "topics"'
             ) from None
@@ -100,7 +100,7 @@ class ByTopic:
         seed, rows = int(rng.integers(2**31)), table.num_rows
         size = max(SAMPLE, 4 * self.topics)
         sample = vectors if rows <= size else vectors[np.sort(rng.permutation(rows)[:size])]
-        # One thread: several would add up in the order in which they happen to finish.
+        # One thread: several would add numbers in the order in which they happen to finish.
         with threadpool_limits(limits=1):
             svd = None
             if is_text and min(sample.shape) > DIMENSIONS:
@@ -110,8 +110,8 @@ class ByTopic:
                 return some if svd is None else normalize(svd.transform(some))
 
             means = KMeans(self.topics, random_state=seed, n_init=3).fit(reduced(sample))
-            found = [means.predict(reduced(vectors[first : first + BLOCK])) for first in range(0, rows, BLOCK)]
-        clusters: NDArray[np.int32] = np.concatenate(found).astype(np.int32)
+            blocks = [means.predict(reduced(vectors[first : first + BLOCK])) for first in range(0, rows, BLOCK)]
+        clusters: NDArray[np.int32] = np.concatenate(blocks).astype(np.int32)
         names = numbered(self.topics)
         return clusters, _described(names, clusters, vectors, words) if is_text else names
 
@@ -125,13 +125,13 @@ class ByTopic:
         try:
             return vectorizer.fit_transform(documents), list(vectorizer.get_feature_names_out())
         except ValueError as error:
-            raise ValueError(
+            raise DataError(
                 f"data.partition finds no words in the rows ({error}): name columns of text in data.partition.columns"
             ) from None
 
 
 def _described(numbers: pa.StringArray, codes: NDArray[np.int32], vectors: Any, words: list[str]) -> pa.StringArray:
-    """The topics' numbers, each with the words whose mean weight in its rows is most above that in all rows."""
+    """The topics' numbers, each with the words whose mean weight in its rows is furthest above that in all rows."""
     names = []
     everywhere = np.asarray(vectors.sum(axis=0)).ravel() / len(codes)
     for topic, number in enumerate(numbers.to_pylist()):
@@ -143,16 +143,16 @@ def _described(numbers: pa.StringArray, codes: NDArray[np.int32], vectors: Any, 
 
 
 def embedded(table: pa.Table, name: str) -> NDArray[np.float32]:
-    """A column of lists of numbers, all of the same length, as a matrix. Raises ValueError where it is not that."""
+    """A column of lists of numbers of one length, as a matrix. Raises DataError where it holds anything else."""
     lists = column(table, "data.partition.embedding", name)
     kind = lists.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise ValueError(
+        raise DataError(
             f"data.partition.embedding names {name!r}, which holds {kind}: name a column of lists of numbers"
         )
     lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
     if len(lengths) != 1 or not lengths[0]:
-        raise ValueError(
+        raise DataError(
             f"data.partition.embedding names {name!r}, whose lists are null, empty or of different lengths: "
             "give each row one list of the same length"
         )
@@ -162,8 +162,8 @@ def embedded(table: pa.Table, name: str) -> NDArray[np.float32]:
         numbers = pa.chunked_array([[None]], pa.float32())
     matrix: NDArray[np.float32] = pc.fill_null(numbers, float("nan")).to_numpy()
     if not np.isfinite(matrix).all():
-        raise ValueError(
-            f"data.partition.embedding names {name!r}, whose lists hold what is no finite number: "
-            "mend them, or leave those rows out of the source"
+        raise DataError(
+            f"data.partition.embedding names {name!r}, whose lists hold values that are not finite numbers: "
+            "correct them, or leave those rows out of the source"
         )
     return matrix.reshape(table.num_rows, lengths[0])

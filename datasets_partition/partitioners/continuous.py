@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from datasets_partition.core import draws
 from datasets_partition.core.columns import numbers
 from datasets_partition.core.dealing import at_least, dealt, enough_rows, even, numbered
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Assignment
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continuous:
-    """Rows sorted by the number in `column`, with noise, and cut into `clients` parts that are equal but for a row.
+    """Rows sorted by the number in `column`, with noise, and cut into `clients` parts that differ by at most one row.
 
     They are sorted by s z + (1 - s) e, where s is `strictness`, z the number less its mean over its standard
     deviation, and e a standard normal draw: 1 sorts by the number alone, 0 gives an even partition.
@@ -29,30 +30,30 @@ class Continuous:
     strictness: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for fewer than one client, or a `strictness` outside [0, 1]."""
-        at_least("clients", self.clients, 1)
+        """Raises DataError for fewer than one client, or a `strictness` outside [0, 1]."""
+        at_least(1, clients=self.clients)
         check_strictness(self.strictness)
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
-        """Raises ValueError if the column is not of finite numbers or all the same, or for more clients than rows."""
+        """Raises DataError if the column holds no finite numbers, or the same in all rows, or for too few rows."""
         values = numbers(table, "data.partition.column", self.column)
         return Assignment(sorted_out(values, self.clients, self.strictness, rng), numbered(self.clients))
 
 
 def check_strictness(strictness: float) -> None:
-    """Raises ValueError for a `strictness` outside [0, 1]."""
+    """Raises DataError for a `strictness` outside [0, 1]."""
     if not 0 <= strictness <= 1:
-        raise ValueError(f"data.partition.strictness is {strictness}: give a number from 0 (even) to 1 (sorted)")
+        raise DataError(f"data.partition.strictness is {strictness}: give a number from 0 (even) to 1 (sorted)")
 
 
 def sorted_out(
     values: NDArray[np.float64], clients: int, strictness: float, rng: np.random.Generator
 ) -> NDArray[np.int32]:
-    """The client of each row by the rule of `Continuous`; equal rows are in a random order."""
+    """The client of each row by the rule of `Continuous`; rows with equal values are in a random order."""
     enough_rows(clients, len(values))
     spread = values.std()
     if strictness > 0 and spread == 0:
-        raise ValueError(
+        raise DataError(
             f"data.partition sorts rows by a number that is {values[0]:g} in all of them: "
             'choose another column, or use kind = "iid"'
         )

@@ -12,7 +12,7 @@ from datasets_partition.core.types import Assignment
 
 @dataclass(frozen=True, kw_only=True)
 class Iid:
-    """Rows dealt at random to `clients` clients, whose row counts differ by one at most.
+    """Rows dealt at random to `clients` clients, whose row counts differ by at most 1.
 
     The sizes are those of flwr-datasets' IidPartitioner, which leaves the rows in the source's order.
     """
@@ -21,11 +21,11 @@ class Iid:
     clients: int
 
     def __post_init__(self) -> None:
-        """Raises ValueError for fewer than one client."""
-        at_least("clients", self.clients, 1)
+        """Raises DataError for fewer than one client."""
+        at_least(1, clients=self.clients)
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
-        """Raises ValueError if there are more clients than rows."""
+        """Raises DataError if there are more clients than rows."""
         enough_rows(self.clients, table.num_rows)
         order = rng.permutation(table.num_rows)
         return Assignment(dealt(order, even(table.num_rows, self.clients)), numbered(self.clients))

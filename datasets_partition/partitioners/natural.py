@@ -1,4 +1,4 @@
-"""The natural partition: whoever wrote a row owns it."""
+"""The natural partition: the author of a row owns it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,5 +21,5 @@ class Natural:
     key: str = "client"
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
-        """Uses no randomness. Raises ValueError if the column is missing, or a value of it is null or empty."""
+        """Uses no randomness. Raises DataError if the column is missing, or a value of it is null or empty."""
         return Assignment(*keys(table, "data.partition.key", self.key))

@@ -1,4 +1,4 @@
-"""No client with more than so many rows: as it is for the whole table, and most of use as the second of `Combined`."""
+"""Clients with a limit on their rows: of the whole table, and most useful as the second partition of `Combined`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,9 +12,9 @@ from datasets_partition.core.types import Assignment
 
 @dataclass(frozen=True, kw_only=True)
 class SizeCap:
-    """Clients of at most `rows` rows: as few as can be in the source's order, equal but for a row (`split`).
+    """As few clients as can be with at most `rows` rows each, in the source's order and as even as can be (`split`).
 
-    With `surplus = "drop"`, one client with `rows` rows drawn at random; the others are nobody's.
+    With `surplus = "drop"`, one client with `rows` rows drawn at random; the other rows are nobody's.
     """
 
     kind: Literal["size_cap"] = "size_cap"
@@ -22,11 +22,11 @@ class SizeCap:
     surplus: Literal["split", "drop"] = "split"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for fewer than one row."""
-        at_least("rows", self.rows, 1)
+        """Raises DataError for fewer than one row."""
+        at_least(1, rows=self.rows)
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
-        """Raises nothing."""
+        """Cuts the table, or draws from it."""
         if self.surplus == "split":
             counts = even(table.num_rows, -(-table.num_rows // self.rows))
             return Assignment(dealt(np.arange(table.num_rows), counts), numbered(len(counts)))

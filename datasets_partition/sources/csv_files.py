@@ -1,4 +1,4 @@
-"""The source for rows in tables of text: CSV files with a header, plain or gzipped."""
+"""The source for tables of text: CSV files with a header, plain or gzipped."""
 
 import csv
 import io
@@ -10,14 +10,15 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows, Rows, ignore
 from datasets_partition.formats.arrow_columns import Faults
-from datasets_partition.formats.bad_rows import BadRow, BadRows, OnBadRow
+from datasets_partition.formats.bad_rows import BadRow, OnBadRow
 from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion
 from datasets_partition.sources.source_files import SourceFile, fingerprint, source_files
 
 SUFFIXES = (".csv", ".csv.gz")
-FIELD_BYTES = 2**31 - 1  # the csv module's own limit is 128 KiB, less than a long text
+FIELD_BYTES = 2**31 - 1  # the csv module's default is 128 KiB, less than a long text
 TRUE, FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 
 
@@ -27,7 +28,7 @@ class CsvFiles:
 
     All columns are text, so that the keys 007 and 7 stay apart; partitioners read numbers and times from it. Only a
     `label` that is true or false wherever it is not empty is boolean, as an unpaired preference needs it.
-    `columns` says what the file calls a column: {prompt = "question"}.
+    `columns` gives a column's name in the file: {prompt = "question"}.
     """
 
     kind: Literal["csv"] = "csv"
@@ -36,50 +37,39 @@ class CsvFiles:
     on_bad_row: OnBadRow = "error"
 
     def fingerprint(self) -> str:
-        """What the rows depend on beside this section: the files' content."""
+        """A hash of the files' content."""
         return fingerprint(source_files(self.path, SUFFIXES))
 
     def load(self, on_rows: OnRows = ignore) -> Rows:
-        """All rows in the files' order. Raises ValueError, with the number of its first line, for what is no row."""
-        conversion = Conversion(self.columns, BadRows(self.on_bad_row), on_rows)
+        """All rows in the files' order. Raises DataError, with the number of its first line, for a bad row."""
+        conversion = Conversion(self.columns, self.on_bad_row, on_rows)
         label = self.columns.get("label", "" if "label" in self.columns.values() else "label")
         for file in source_files(self.path, SUFFIXES):
             parts = list(_parts(file))
             is_boolean = _is_boolean([part.batch[label] for part in parts if part.batch.schema.names.count(label) == 1])
             for part in parts:
                 batch = _with_boolean(part.batch, label) if is_boolean else part.batch
-                conversion.add_batch(batch, file.name, _Names(file.name, part.lines), part.faults)
+                conversion.add_batch(batch, file.name, part.lines, "line", part.faults)
         return conversion.rows(self.path)
 
 
 class _Part(NamedTuple):
-    """Some rows of a file, the number of each one's first line, and those already known to be none."""
+    """Some rows of a file, the number of each row's first line, and the bad rows among them."""
 
     batch: pa.RecordBatch
     lines: list[int]
     faults: Faults
 
 
-@dataclass(frozen=True)
-class _Names:
-    """How people call the rows of a part."""
-
-    file: str
-    lines: list[int]
-
-    def __call__(self, position: int) -> str:
-        return f"{self.file} line {self.lines[position]}"
-
-
 def _parts(file: SourceFile) -> Iterator[_Part]:
     records = _records(file)
     _, header = next(records, (0, None))
     if header is None:
-        raise ValueError(f"{file.name} is empty: give it a header and rows")
+        raise DataError(f"{file.name} is empty: give it a header and rows")
     if isinstance(header, BadRow):
-        raise ValueError(f"{file.name} has a header that {header.reason} ({header.detail}): correct it")
+        raise DataError(f"{file.name} has a header that {header.reason} ({header.detail}): correct it")
     if not _is_text(header):
-        raise ValueError(f"{file.name} is not UTF-8: save it as UTF-8")
+        raise DataError(f"{file.name} is not UTF-8: save it as UTF-8")
     while some := list(islice(records, ROWS_PER_BATCH)):
         yield _part(header, some)
 
@@ -88,6 +78,7 @@ def _part(header: list[str], records: list[tuple[int, list[str] | BadRow]]) -> _
     faults: Faults = {}
     rows: list[list[str]] = []
     for position, (_, record) in enumerate(records):
+        rows.append([""] * len(header))  # a bad row keeps its place
         if isinstance(record, BadRow):
             faults[position] = record
         elif len(record) != len(header):
@@ -95,15 +86,13 @@ def _part(header: list[str], records: list[tuple[int, list[str] | BadRow]]) -> _
         elif not _is_text(record):
             faults[position] = BadRow("is not UTF-8")
         else:
-            rows.append(record)
-            continue
-        rows.append([""] * len(header))  # keeps the place of a row that is left out
+            rows[-1] = record
     arrays = [pa.array(values, pa.string()) for values in zip(*rows, strict=True)]
     return _Part(pa.RecordBatch.from_arrays(arrays, names=header), [line for line, _ in records], faults)
 
 
 def _records(file: SourceFile) -> Iterator[tuple[int, list[str] | BadRow]]:
-    """The header and the rows, each with the number of its first line as an editor counts; blank lines are none."""
+    """The header and the rows, each with the number of its first line as an editor counts; blank lines are skipped."""
     csv.field_size_limit(FIELD_BYTES)
     with file.buffered() as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
@@ -122,11 +111,9 @@ def _records(file: SourceFile) -> Iterator[tuple[int, list[str] | BadRow]]:
 
 
 def _is_text(values: list[str]) -> bool:
-    joined = "".join(values)
-    if joined.isascii():
-        return True
+    """Whether all bytes were UTF-8: others have been read as halves of surrogate pairs, which do not encode."""
     try:
-        joined.encode()  # bytes that are not UTF-8 were read as halves of surrogate pairs
+        "".join(values).encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows, Rows, ignore
-from datasets_partition.formats.bad_rows import BadRows, OnBadRow
+from datasets_partition.formats.bad_rows import OnBadRow
 from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion
 from datasets_partition.sources.location import is_local
 from datasets_partition.sources.source_files import SourceFile, fingerprint, first_line, source_files
@@ -22,9 +23,9 @@ KEY = "data.source.name"
 class HfDatasets:
     """One split of a dataset: `name` is a name on the hub, or where `save_to_disk` wrote it.
 
-    `split` may be left out where there is one only. `config` and `revision` are for the hub: a commit as `revision`
+    `split` may be left out where there is only one. `config` and `revision` are for the hub: a commit as `revision`
     keeps the rows from changing. Code that comes with a dataset is never run.
-    `columns` says what the dataset calls a column: {prompt = "question"}.
+    `columns` gives a column's name in the dataset: {prompt = "question"}.
     """
 
     kind: Literal["datasets"] = "datasets"
@@ -36,12 +37,12 @@ class HfDatasets:
     on_bad_row: OnBadRow = "error"
 
     def fingerprint(self) -> str:
-        """What the rows depend on beside this section: the files' content, or the fingerprint of the hub's data."""
+        """A hash of the files' content, or the fingerprint of the hub's data."""
         return fingerprint(self._files()) if self._is_folder() else str(self._from_hub()._fingerprint)
 
     def load(self, on_rows: OnRows = ignore) -> Rows:
-        """All rows in order. Raises ValueError, with the row's number, for what is no row."""
-        conversion = Conversion(self.columns, BadRows(self.on_bad_row), on_rows)
+        """All rows in order. Raises DataError, with the row's number, for a bad row."""
+        conversion = Conversion(self.columns, self.on_bad_row, on_rows)
         if self._is_folder():
             for file in self._files():
                 conversion.add_batches(_batches(file), file.name)
@@ -56,19 +57,18 @@ class HfDatasets:
     def _files(self) -> list[SourceFile]:
         """The Arrow files of the split, in order."""
         if self.config is not None or self.revision is not None:
-            raise ValueError(f"{KEY} is {self.name!r}, a folder, which has no config or revision: leave them out")
-        found = source_files(self.name, ("state.json", "dataset_dict.json", ".arrow"), KEY)
-        files = {file.relative: file for file in found}
-        folder = ""
+            raise DataError(f"{KEY} is {self.name!r}, a folder, which has no config or revision: leave them out")
+        suffixes, folder = ("state.json", "dataset_dict.json", ".arrow"), ""
+        files = {file.relative: file for file in source_files(self.name, suffixes, KEY)}
         if "dataset_dict.json" in files:
-            folder = self._one_of(_read_json(files["dataset_dict.json"])["splits"]) + "/"
+            folder = self._chosen(_read_json(files["dataset_dict.json"])["splits"]) + "/"
         elif self.split is not None:
-            raise ValueError(f"{KEY} is {self.name!r}, a dataset without splits: leave out data.source.split")
+            raise DataError(f"{KEY} is {self.name!r}, a dataset without splits: leave out data.source.split")
         try:
             state = _read_json(files[f"{folder}state.json"])
             return [files[folder + file["filename"]] for file in state["_data_files"]]
         except KeyError as error:
-            raise ValueError(
+            raise DataError(
                 f"{KEY} is {self.name!r}, a folder that save_to_disk did not write, or not whole: {error} is missing; "
                 f'for a folder of other files there are kind = "parquet", "jsonl" and "csv"'
             ) from None
@@ -77,25 +77,25 @@ class HfDatasets:
         try:
             import datasets
         except ImportError:
-            raise ValueError(
+            raise DataError(
                 'data.source.kind = "datasets" with a name on the hub needs the library datasets, which is not '
                 'installed: pip install "fedpost[datasets]"'
             ) from None
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no lines about retries
         try:
-            found = datasets.load_dataset(self.name, self.config, split=self.split, revision=self.revision)
+            dataset = datasets.load_dataset(self.name, self.config, split=self.split, revision=self.revision)
         except Exception as error:  # whatever the library, its HTTP client and its parsers raise
-            raise ValueError(
-                f"{KEY} is {self.name!r}, which is no folder here and cannot be had from the hub "
+            raise DataError(
+                f"{KEY} is {self.name!r}, which is no folder here and does not come from the hub "
                 f"({type(error).__name__}: {first_line(error)}): correct the name, connect to the network, or give a "
                 f"folder that save_to_disk wrote"
             ) from None
-        return found[self._one_of(list(found))] if isinstance(found, dict) else found
+        return dataset[self._chosen(list(dataset))] if isinstance(dataset, dict) else dataset
 
-    def _one_of(self, splits: list[str]) -> str:
+    def _chosen(self, splits: list[str]) -> str:
         split = splits[0] if self.split is None and len(splits) == 1 else self.split
         if split not in splits:
-            raise ValueError(
+            raise DataError(
                 f"data.source.split is {self.split or 'not given'}, but {self.name} has the splits "
                 f"{', '.join(splits)}: name one of them"
             )
@@ -108,14 +108,11 @@ def _read_json(file: SourceFile) -> Any:
     try:
         return json.loads(content)
     except ValueError:
-        raise ValueError(f"{file.name} is not JSON: save the dataset again") from None
+        raise DataError(f"{file.name} is not JSON: save the dataset again") from None
 
 
 def _batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
-    with file.opened() as stream:
-        try:
-            for batch in pa.ipc.open_stream(stream):
-                for first in range(0, len(batch), ROWS_PER_BATCH):
-                    yield batch.slice(first, ROWS_PER_BATCH)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{file.name} is not a whole Arrow file ({first_line(error)}): save it again") from None
+    with file.opened() as stream, file.whole("Arrow", "save it", pa.ArrowException, OSError):
+        for batch in pa.ipc.open_stream(stream):
+            for first in range(0, len(batch), ROWS_PER_BATCH):
+                yield batch.slice(first, ROWS_PER_BATCH)

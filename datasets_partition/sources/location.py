@@ -8,25 +8,27 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
+from datasets_partition.core.errors import DataError
+
 
 def located(location: str) -> tuple[fs.FileSystem, str]:
-    """The file system of `location` and the path within it; ValueError for a URI that no file system takes."""
+    """The file system of `location` and the path within it; DataError for a URI that no file system accepts."""
     if is_local(location):
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
     refuse_password(location)
     try:
         system, path = fs.FileSystem.from_uri(location)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise ValueError(f"{location} is no location that can be read: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{location} is not a location that can be read: {str(error).splitlines()[0]}") from None
     return system, path
 
 
 def refuse_password(location: str) -> None:
-    """Raises ValueError if `location` is a URI with a password or key in it."""
+    """Raises DataError if `location` is a URI with a password or key in it."""
     scheme, _, rest = location.partition("://")
     options = rest.partition("?")[2].lower()
     if ":" in rest.partition("/")[0].rpartition("@")[0] or re.search(r"(^|&)(sig|client_secret)=", options):
-        raise ValueError(
+        raise DataError(
             f"a location {scheme}://... holds a password, which manifests and messages would repeat: take it out, and "
             f"put it where that service's tools look for it, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in "
             f"the environment"
@@ -34,7 +36,7 @@ def refuse_password(location: str) -> None:
 
 
 def within(location: str, name: str) -> str:
-    """The location of `name` below the folder `location`; options of a URI (`?endpoint_override=...`) stay its end."""
+    """The location of `name` below the folder `location`; a URI's options (`?...`) stay at its end."""
     path, question, options = location.partition("?") if not is_local(location) else (location, "", "")
     return f"{path.rstrip('/')}/{name}{question}{options}"
 
@@ -45,12 +47,12 @@ def is_local(location: str) -> bool:
 
 
 def node_cache() -> Path:
-    """The folder of this machine that holds copies of what lies elsewhere; it may be deleted at any time.
+    """The folder of this machine that holds copies of remote files; it may be deleted at any time.
 
-    Nobody else may read it. Raises ValueError if somebody else has made it, who could put there what they like.
+    Only its owner may read it. Raises DataError if another user made it and could write anything into it.
     """
     folder = Path(tempfile.gettempdir()) / f"fedpost-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise ValueError(f"{folder} belongs to somebody else: let TMPDIR name another folder for temporary files")
+        raise DataError(f"{folder} belongs to another user: let TMPDIR name another folder for temporary files")
     return folder

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datasets_partition.core.types import OnRows, Rows, ignore
-from datasets_partition.formats.bad_rows import BadRows, OnBadRow
+from datasets_partition.formats.bad_rows import OnBadRow
 from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion
-from datasets_partition.sources.source_files import SourceFile, fingerprint, first_line, source_files
+from datasets_partition.sources.source_files import SourceFile, fingerprint, source_files
 
 SUFFIXES = (".parquet",)
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
@@ -22,7 +22,7 @@ NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 class ParquetFiles:
     """The rows of one Parquet file, or of a folder of them; a subfolder `x=1` is a column x of its rows, as text.
 
-    `columns` says what the file calls a column: {prompt = "question"}.
+    `columns` gives a column's name in the file: {prompt = "question"}.
     """
 
     kind: Literal["parquet"] = "parquet"
@@ -31,15 +31,22 @@ class ParquetFiles:
     on_bad_row: OnBadRow = "error"
 
     def fingerprint(self) -> str:
-        """What the rows depend on beside this section: the files' content."""
+        """A hash of the files' content."""
         return fingerprint(source_files(self.path, SUFFIXES))
 
     def load(self, on_rows: OnRows = ignore) -> Rows:
-        """All rows in the files' order. Raises ValueError, with the row's number, for what is no row."""
-        conversion = Conversion(self.columns, BadRows(self.on_bad_row), on_rows)
+        """All rows in the files' order. Raises DataError, with the row's number, for a bad row."""
+        conversion = Conversion(self.columns, self.on_bad_row, on_rows)
         for file in source_files(self.path, SUFFIXES):
-            conversion.add_batches((_with_keys(batch, file) for batch in _batches(file)), file.name)
+            conversion.add_batches(_batches(file), file.name)
         return conversion.rows(self.path)
+
+
+def _batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
+    errors = pa.ArrowException, OSError, UnicodeDecodeError  # the last is raised for a column's name
+    with file.opened() as stream, file.whole("Parquet", "fetch or write it", *errors):
+        for batch in pq.ParquetFile(stream).iter_batches(ROWS_PER_BATCH):
+            yield _with_keys(batch, file)
 
 
 def _with_keys(batch: pa.RecordBatch, file: SourceFile) -> pa.RecordBatch:
@@ -50,13 +57,3 @@ def _with_keys(batch: pa.RecordBatch, file: SourceFile) -> pa.RecordBatch:
             text = None if value == NO_VALUE else unquote(value)
             batch = batch.append_column(name, pa.repeat(pa.scalar(text, pa.string()), len(batch)))
     return batch
-
-
-def _batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
-    with file.opened() as stream:
-        try:
-            yield from pq.ParquetFile(stream).iter_batches(ROWS_PER_BATCH)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
-            raise ValueError(
-                f"{file.name} is not a whole Parquet file ({first_line(error)}): fetch or write it again"
-            ) from None

@@ -1,4 +1,4 @@
-"""The source that needs no download: documented Python code that every installation already holds."""
+"""The source that needs no download: the documented Python code of every installation."""
 
 import ast
 import importlib.util
@@ -14,11 +14,12 @@ from typing import Literal
 
 import pyarrow as pa
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows, Rows, ignore
 
 SCHEMA = pa.schema([("client", pa.string()), ("prompt", pa.string()), ("completion", pa.string())])
 
-# Test suites and vendored trees are nobody's documentation; lib2to3 keeps deliberately broken files.
+# Test suites and vendored trees document nothing of their package; lib2to3 keeps deliberately broken files.
 SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "__pycache__", "lib2to3", "_vendor", "thirdparty_files"}
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 PROMPT_END = '\n\n"""'
@@ -28,7 +29,7 @@ PROMPT_END = '\n\n"""'
 class PythonDocs:
     """Functions and classes with docstrings, from the standard library and installed packages.
 
-    A row's prompt is the signature and body without any docstring, its own or one within it, cut to `prompt_chars`
+    A row's prompt is the signature and body without any docstring, nested ones included, cut to `prompt_chars`
     characters at a line's end; its completion is the docstring's first paragraph; its client is the top-level module
     or package. Files are parsed with `ast` and never imported.
     """
@@ -38,13 +39,13 @@ class PythonDocs:
     prompt_chars: int = 500
 
     def fingerprint(self) -> str:
-        """What the rows depend on beside this section: the Python version and those of the packages."""
+        """The versions of Python and of the packages."""
         versions = [f"python=={platform.python_version()}"]
         for package in self.packages:
             try:
                 versions.append(f"{package}=={version(package)}")
             except PackageNotFoundError:
-                raise ValueError(
+                raise DataError(
                     f"data.source.packages names {package!r}, which is not installed: "
                     f"install it or take it out of the list"
                 ) from None
@@ -70,7 +71,7 @@ class PythonDocs:
         for package in self.packages:
             spec = importlib.util.find_spec(package)
             if spec is None or spec.origin is None:
-                raise ValueError(f"data.source.packages names {package!r}, which has no source files here")
+                raise DataError(f"data.source.packages names {package!r}, which has no source files here")
             roots.append(Path(spec.origin).parent)
         for root in roots:
             files = [root] if root.suffix == ".py" else sorted(root.rglob("*.py"))
@@ -87,15 +88,15 @@ def documented(path: Path, prompt_chars: int) -> Iterator[tuple[str, str]]:
     except (SyntaxError, ValueError):
         return  # broken on purpose, or not UTF-8: such files exist in installed packages
     lines = text.split("\n")  # as `ast` counts them: not at form feeds
-    found = [node for node in ast.walk(tree) if isinstance(node, Definition) and ast.get_docstring(node) is not None]
-    # In a prompt no docstring stays: one of a method is another row's completion. One on the signature's line cannot
-    # be cut out, and makes no row either.
+    nodes = [node for node in ast.walk(tree) if isinstance(node, Definition) and ast.get_docstring(node) is not None]
+    # A prompt holds no docstring: a method's is another row's completion. A docstring on the signature's line cannot be
+    # cut out, and makes no row either.
     hidden: set[int] = set()
-    for node in found:
+    for node in nodes:
         start, end = _lines(node.body[0])
         if start != node.lineno:
             hidden.update(range(start, end + 1))
-    for node in found:
+    for node in nodes:
         docstring = ast.get_docstring(node)
         start, end = _lines(node)
         if not docstring or not docstring.strip() or node.body[0].lineno == start:

@@ -1,4 +1,4 @@
-"""The files that a source reads: one, or all of a folder that end in the right way, wherever pyarrow.fs can reach."""
+"""The files that a source reads: one, or all of a folder with the right endings, wherever pyarrow.fs can reach."""
 
 import gzip
 import io
@@ -13,12 +13,13 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.sources.location import located, within
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file by its path in its file system; `name` is how people call it, `relative` its path in the folder."""
+    """A file by its path in its file system; `name` is what errors call it, `relative` its path in the folder."""
 
     system: fs.FileSystem
     path: str
@@ -27,65 +28,69 @@ class SourceFile:
 
     @contextmanager
     def opened(self) -> Iterator[pa.NativeFile]:
-        """The file's bytes. Raises ValueError if they cannot be read, here or in the block."""
+        """The file's bytes. Raises DataError if they cannot be read, here or in the block."""
         try:
             with self.system.open_input_file(self.path) as stream:
                 yield stream
         except OSError as error:
-            raise ValueError(f"{self.name} cannot be read: {first_line(error)}") from None
+            raise DataError(f"{self.name} cannot be read: {first_line(error)}") from None
+
+    @contextmanager
+    def whole(self, kind: str, remedy: str, *errors: type[Exception]) -> Iterator[None]:
+        """Raises DataError where one of these errors in the block shows that the file is damaged."""
+        try:
+            yield
+        except errors as error:
+            raise DataError(f"{self.name} is not a whole {kind} file ({first_line(error)}): {remedy} again") from None
 
     @contextmanager
     def unpacked(self) -> Iterator[Any]:
-        """As `opened`, and decompressed if the name ends in .gz, or the content is gzip's whatever the name."""
+        """Like `opened`, and decompressed if the name ends in .gz, or the content is gzip's whatever the name."""
         with self.opened() as stream:
             is_packed = stream.read(2) == b"\x1f\x8b" or self.path.lower().endswith(".gz")
             stream.seek(0)
-            try:
+            with self.whole("gzip", "fetch or compress it", gzip.BadGzipFile, EOFError, zlib.error):
                 yield gzip.GzipFile(fileobj=stream) if is_packed else stream
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise ValueError(
-                    f"{self.name} is not a whole gzip file ({first_line(error)}): fetch or compress it again"
-                ) from None
 
     @contextmanager
     def buffered(self) -> Iterator[io.BufferedReader]:
-        """As `unpacked`, for lines of text. Raises ValueError for a Parquet file."""
+        """Like `unpacked`, for lines of text. Raises DataError for a Parquet file."""
         with self.unpacked() as stream:
             lines = io.BufferedReader(stream, 2**20)
             if lines.peek(4).startswith(b"PAR1"):
-                raise ValueError(f'{self.name} is a Parquet file: read it with data.source.kind = "parquet"')
+                raise DataError(f'{self.name} is a Parquet file: read it with data.source.kind = "parquet"')
             yield lines
 
 
 def source_files(location: str, suffixes: tuple[str, ...], key: str = "data.source.path") -> list[SourceFile]:
     """The file at `location`, or those below that folder that end in one of `suffixes`, in the order of their paths.
 
-    Capitals in an ending do not matter; hidden files are left out. Raises ValueError, which names `key`, for none.
+    Capitals in an ending do not matter; hidden files are left out. Raises DataError, which names `key`, for none.
     """
     system, path = located(location)
     try:
         info = system.get_file_info(path)
         if info.type == fs.FileType.NotFound:
-            raise ValueError(f"{key} is {location!r}, where there is no file or folder: correct the path")
+            raise DataError(f"{key} is {location!r}, where there is no file or folder: correct the path")
         if info.type == fs.FileType.File:
             return [SourceFile(system, path, location, "")]
         below = system.get_file_info(fs.FileSelector(path, recursive=True))
     except OSError as error:
-        raise ValueError(f"{key} is {location!r}, which cannot be read: {first_line(error)}") from None
+        raise DataError(f"{key} is {location!r}, which cannot be read: {first_line(error)}") from None
     base = path.rstrip("/") + "/"
     names = sorted(file.path.removeprefix(base) for file in below if file.type == fs.FileType.File)
     endings = tuple(suffix.lower() for suffix in suffixes)
     shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
     wanted = [name for name in shown if name.lower().endswith(endings)]
     if not wanted:
-        raise ValueError(
+        raise DataError(
             f"{key} is {location!r}, a folder without a file that ends in {' or '.join(suffixes)}: correct the path"
         )
     return [SourceFile(system, base + name, within(location, name), name) for name in wanted]
 
 
 def fingerprint(files: list[SourceFile]) -> str:
-    """A hash over the files' bytes and relative names; of what is elsewhere, over sizes and times instead of bytes."""
+    """A hash over the files' bytes and relative names; for remote files, over sizes and times instead of bytes."""
     return sha256(json.dumps([[file.relative, _state(file)] for file in files]).encode()).hexdigest()
 
 
@@ -98,5 +103,5 @@ def _state(file: SourceFile) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says, without the rest of it."""
+    """The first line of a library's message."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -3,21 +3,19 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import PurePosixPath
 from typing import Literal
 
-import pyarrow as pa
-
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows, Rows, ignore
-from datasets_partition.formats.bad_rows import BadRow, BadRows, OnBadRow
-from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion
+from datasets_partition.formats.bad_rows import BadRow, OnBadRow
+from datasets_partition.formats.conversion import Conversion
 from datasets_partition.sources.source_files import SourceFile, fingerprint, source_files
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles:
-    """Text files below a folder: each a row, or each of its paragraphs; blank ones are passed over.
+    """Text files below a folder: each a row, or each of its paragraphs; blank ones are skipped.
 
     A row's client is the first subfolder on the way to its file, or the file's stem if there is none; its column
     `file` is the file's path in the folder.
@@ -30,34 +28,30 @@ class TextFiles:
     on_bad_row: OnBadRow = "error"
 
     def __post_init__(self) -> None:
-        """Raises ValueError if no file could match."""
+        """Raises DataError if no file could match."""
         if not self.suffixes or not all(self.suffixes):
-            raise ValueError('data.source.suffixes names no endings of files: give some, such as [".txt"]')
+            raise DataError('data.source.suffixes names no endings of files: give some, such as [".txt"]')
 
     def fingerprint(self) -> str:
-        """What the rows depend on beside this section: the files' names and content."""
+        """A hash of the files' names and content."""
         return fingerprint(source_files(self.path, self.suffixes))
 
     def load(self, on_rows: OnRows = ignore) -> Rows:
-        """All rows in the order of the files' paths. Raises ValueError for a file that is no text."""
-        bad = BadRows(self.on_bad_row)
-        conversion = Conversion({}, bad, on_rows)
-        rows = (row for file in source_files(self.path, self.suffixes) for row in self._rows(file, bad))
-        while some := list(islice(rows, ROWS_PER_BATCH)):
-            table = pa.table({name: [row[name] for row in some] for name in some[0]})
-            conversion.add_batches(table.to_batches(), self.path)
+        """All rows in the order of the files' paths. Raises DataError for a file that is not text."""
+        conversion = Conversion({}, self.on_bad_row, on_rows)
+        conversion.add_objects(row for file in source_files(self.path, self.suffixes) for row in self._rows(file))
         return conversion.rows(self.path)
 
-    def _rows(self, file: SourceFile, bad: BadRows) -> Iterator[dict[str, str]]:
+    def _rows(self, file: SourceFile) -> Iterator[tuple[str, dict[str, str] | BadRow]]:
         with file.opened() as stream:
             content = stream.read()
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            bad.add(file.name, BadRow("is not UTF-8", error.reason))
+            yield file.name, BadRow("is not UTF-8", error.reason)
             return
         path = PurePosixPath(file.relative or PurePosixPath(file.path).name)
         client = path.parts[0] if len(path.parts) > 1 else path.stem
         for part in [text] if self.split == "file" else map(str.strip, re.split(r"\n\s*\n", text)):
             if part.strip():
-                yield {"text": part, "client": client, "file": str(path)}
+                yield file.name, {"text": part, "client": client, "file": str(path)}

@@ -1,4 +1,4 @@
-"""Builds the client store of a source, a partition and splits; or finds the one that was built before."""
+"""Builds the client store of a source, a partition and splits, or reuses the one that was built before."""
 
 import json
 import sys
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from datasets_partition import Sources
 from datasets_partition.core.canonical import content_columns
 from datasets_partition.core.columns import labels
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Partitioner, Source, refuse_misfit, refuse_other_rows
 from datasets_partition.sources.location import is_local, node_cache, within
 from datasets_partition.store.duplicates import content_numbers, first_of_each, refuse_leaks
@@ -38,12 +39,13 @@ def build(
     on_step: Callable[[str], None] = lambda step: None,
     label: str | None = None,
 ) -> Path:
-    """The folder of the store, in `cache`, named after all that its rows depend on; tells `on_step` what it does.
+    """Returns the folder of the store in `cache`, whose name is a hash of everything that its rows depend on.
 
     The same arguments and the same data give the same store on any machine. It appears whole or not at all, however
-    many builders there are. A `cache` elsewhere gets the store too, and the folder is this machine's copy of it.
-    `label` names a column to be kept as the rows' category, in place of what the partition went by.
-    Raises ValueError where the source, the partition, the splits or the label cannot be had.
+    many builders there are. A remote `cache` gets the store too, and the folder is this machine's copy of it.
+    `on_step` is called with the name of each step. `label` names a column to keep as the rows' category, in place of
+    the partition's.
+    Raises DataError where the source, the partition, the splits or the label cannot be used.
     """
     origin = {
         "source": repr(source),
@@ -52,7 +54,7 @@ def build(
         "splits": repr(splits),
         "seed": seed,
         "store_version": STORE_VERSION,
-        "own_code": _own_code(source, partitioner),
+        "own_code": _user_code(source, partitioner),
         "label": label,
     }
     key = sha256(json.dumps(origin).encode()).hexdigest()
@@ -66,10 +68,10 @@ def build(
             publish(folder, within(cache, name))
         return folder
 
-    made = _Made.of(source, partitioner, splits, seed, on_step, label)
+    content = _Content.of(source, partitioner, splits, seed, on_step, label)
     with written_whole(folder) as scratch:
-        made.write(scratch, on_step)
-        seal(scratch, key, {**origin, "fedpost": _code_version(), **made.counts})
+        content.write(scratch, on_step)
+        seal(scratch, key, {**origin, "fedpost": _code_version(), **content.counts})
     if not is_local(cache):
         on_step(f"copying the store to {cache}")
         publish(folder, within(cache, name))
@@ -77,8 +79,8 @@ def build(
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What a store will hold: rows, the store's order of them, whose they are, and the index of the clients."""
+class _Content:
+    """What a store will hold: rows, the store's order of them, their owners, and the index of the clients."""
 
     table: pa.Table
     schema: pa.Schema
@@ -96,21 +98,21 @@ class _Made:
         seed: int,
         on_step: Callable[[str], None],
         label: str | None,
-    ) -> "_Made":
+    ) -> "_Content":
         on_step("reading the rows")
-        if isinstance(source, Sources) and type(source) in get_args(Sources):  # people's heirs may listen to nobody
-            given_rows = source.load(lambda rows: on_step(f"reading the rows: {rows:,} so far"))
+        if type(source) in get_args(Sources):  # a user's source takes no listener, not even one that extends ours
+            loaded_rows = source.load(lambda rows: on_step(f"reading the rows: {rows:,} so far"))  # type: ignore[call-arg]
         else:
-            given_rows = source.load()
-        refuse_other_rows(given_rows, source)
-        loaded, skipped = given_rows
+            loaded_rows = source.load()
+        refuse_other_rows(loaded_rows, source)
+        loaded, skipped = loaded_rows
         if not loaded.num_rows:
-            raise ValueError(f"the source gives no rows: {source!r}")
+            raise DataError(f"the source gives no rows: {source!r}")
         table, columns = _gatherable(loaded), content_columns(loaded)
         on_step(f"looking for duplicates among {table.num_rows:,} rows")
         numbers = content_numbers(table, columns)
         if splits.duplicates == "drop":
-            # A row and its twin could land on both sides of a split: what is held out would have been trained on.
+            # A row and its duplicate could land on both sides of a split: a held-out row would have been trained on.
             firsts = first_of_each(numbers)
             if len(firsts) < table.num_rows:
                 table, numbers = table.take(firsts).combine_chunks(), numbers[firsts]
@@ -118,43 +120,43 @@ class _Made:
         server = splits.server_rows(table.num_rows, rng(seed, "server"))
         owned = np.flatnonzero(~server)
         if not len(owned):
-            raise ValueError(
+            raise DataError(
                 f"data.splits.server is {splits.server}, which leaves clients no row of {table.num_rows}: lower it"
             )
         on_step(f"giving {len(owned):,} rows to clients")
         given = partitioner.assign(table.take(owned) if server.any() else table, rng(seed, "partition"))
         refuse_misfit(given, len(owned), partitioner)
-        # Everybody's rows in the partition's order; nobody's are left out.
+        # The clients' rows in the partition's order; nobody's rows are left out.
         by_client = np.lexsort((given.clients,) if given.order is None else (given.order, given.clients))
         by_client = by_client[given.clients[by_client] >= 0]
         clients, rows = given.clients[by_client], owned[by_client]
         held = splits.assign(clients, len(given.names), rng(seed, "splits"))
 
-        # New ids without gaps: first those that train, then those that never do.
+        # New ids without gaps: first the clients that train, then those that never do.
         kept = np.flatnonzero(held.kept)
         kept = kept[np.argsort(held.unseen[kept], kind="stable")]
         ids = np.full(len(given.names), -1)
         ids[kept] = np.arange(len(kept))
         stored = np.lexsort((held.heldout, ids[clients]))
         stored = stored[ids[clients[stored]] >= 0]
-        own = np.flatnonzero(server)
-        order = np.concatenate([rows[stored], own])
+        servers = np.flatnonzero(server)
+        order = np.concatenate([rows[stored], servers])
         if splits.duplicates == "keep" and splits.leaks == "error":
-            trained = np.concatenate([~held.heldout[stored], np.zeros(len(own), dtype=np.bool_)])
+            trained = np.concatenate([~held.heldout[stored], np.zeros(len(servers), dtype=np.bool_)])
             refuse_leaks(table.take(order), numbers[order], trained, columns)
-        owners = pa.concat_arrays([given.names.take(clients[stored]), pa.nulls(len(own), pa.string())])
+        owners = pa.concat_arrays([given.names.take(clients[stored]), pa.nulls(len(servers), pa.string())])
         category = {}
         if label is not None:
             category = {"category": labels(table, "data.label", label).texts()}
         elif given.category is not None:
-            found = np.zeros(table.num_rows, dtype=np.int64)
-            found[owned] = np.arange(len(owned))
-            category = {"category": given.category.take(pa.array(found, mask=server))}
+            place = np.zeros(table.num_rows, dtype=np.int64)
+            place[owned] = np.arange(len(owned))
+            category = {"category": given.category.take(pa.array(place, mask=server))}
         counts = {
             "rows": len(stored),
             "clients": len(kept),
             "unseen_clients": int(held.unseen.sum()),
-            "server_rows": len(own),
+            "server_rows": len(servers),
             "duplicate_rows": loaded.num_rows - table.num_rows,
             "duplicate_clients": _clients(loaded) - _clients(table),
             "left_out_clients": len(given.names) - len(kept),
@@ -167,7 +169,7 @@ class _Made:
         schema = pa.schema([("client", pa.string()), *stored_as])
         total = np.bincount(ids[clients[stored]], minlength=len(kept))
         heldout = np.bincount(ids[clients[stored]], held.heldout[stored], minlength=len(kept)).astype(np.int64)
-        return cls(content, schema, order, owners, _index(given.names.take(kept), total, heldout, len(own)), counts)
+        return cls(content, schema, order, owners, _index(given.names.take(kept), total, heldout, len(servers)), counts)
 
     def write(self, folder: Path, on_step: Callable[[str], None]) -> None:
         at_once = ROWS_PER_GROUP * GROUPS_AT_ONCE
@@ -182,18 +184,18 @@ class _Made:
 
 
 def rng(seed: int, purpose: str) -> np.random.Generator:
-    """The randomness of one step of a build."""
+    """The random numbers of one step of a build."""
     digest = sha256(f"{seed}/{purpose}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def _clients(table: pa.Table) -> int:
-    """How many natural clients there are; one whose rows are all others' too is gone with the duplicates."""
+    """The number of natural clients that still have rows; one whose rows are all duplicates has none."""
     return pc.count_distinct(table["client"]).as_py() if "client" in table.column_names else 0
 
 
 def _gatherable(table: pa.Table) -> pa.Table:
-    """The same rows with the types that can be gathered beyond 2 GiB."""
+    """The same rows in types that can be gathered beyond 2 GiB."""
     wide = pa.schema([field.with_type(_wide(field.type)) for field in table.schema])
     return table.cast(wide).combine_chunks()
 
@@ -216,15 +218,15 @@ def _index(names: pa.StringArray, rows: NDArray[np.int64], heldout: NDArray[np.i
     return pa.table([names, *(pa.array(column) for column in columns)], names=INDEX.names).cast(INDEX)
 
 
-def _own_code(*parts: object) -> str:
-    """A hash of the modules of people's own sources and partitioners: a change of their code makes another store."""
+def _user_code(*parts: object) -> str:
+    """A hash of the modules of users' sources and partitioners: a change of their code makes another store."""
     paths = {str(sys.modules[type(part).__module__].__file__) for part in _with_parts(*parts)}
-    own = sorted(path for path in paths if Path(__file__).parents[1] not in Path(path).parents)
-    return sha256(b"\0".join(Path(path).read_bytes() for path in own)).hexdigest() if own else ""
+    theirs = sorted(path for path in paths if Path(__file__).parents[1] not in Path(path).parents)
+    return sha256(b"\0".join(Path(path).read_bytes() for path in theirs)).hexdigest() if theirs else ""
 
 
 def _with_parts(*parts: Any) -> Iterator[Any]:
-    """The parts, and the dataclasses that they hold, such as the two of a combined partition."""
+    """The parts and the dataclasses inside them, such as the two of a combined partition."""
     for part in parts:
         if is_dataclass(part):
             yield part

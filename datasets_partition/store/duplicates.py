@@ -1,10 +1,12 @@
-"""Rows with the same content: which is the first of its kind, and which lie on both sides of a split."""
+"""Rows with the same content: the first of each, and those that lie on both sides of a split."""
 
 import json
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from datasets_partition.core.errors import DataError
 
 
 def content_numbers(table: pa.Table, columns: tuple[str, ...]) -> NDArray[np.int64]:
@@ -13,21 +15,21 @@ def content_numbers(table: pa.Table, columns: tuple[str, ...]) -> NDArray[np.int
     contents = 1
     for name in columns:
         if contents == len(numbers):
-            break  # each row is the only one of its content
+            break  # all rows differ already
         values = table[name].combine_chunks()
         if pa.types.is_nested(values.type):
             values = pa.array([json.dumps(value) for value in values.to_pylist()], pa.large_string())
-        codes, found = _coded(values)
-        if contents > 1 and found > 1:
-            # Below the number of rows each, so that the product does not overflow.
-            codes, found = _coded(pa.array(numbers * found + codes))
-        if found > 1:
-            numbers, contents = codes, found
+        codes, different = _coded(values)
+        if contents > 1 and different > 1:
+            # Both are at most the number of rows, so that the product does not overflow.
+            codes, different = _coded(pa.array(numbers * different + codes))
+        if different > 1:
+            numbers, contents = codes, different
     return numbers
 
 
 def _coded(values: pa.Array) -> tuple[NDArray[np.int64], int]:
-    """The number of each row's value, and how many there are."""
+    """The number of each row's value, and how many values differ."""
     encoded = values.dictionary_encode(null_encoding="encode")
     return encoded.indices.to_numpy().astype(np.int64), len(encoded.dictionary)
 
@@ -40,11 +42,11 @@ def first_of_each(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
 def refuse_leaks(
     table: pa.Table, numbers: NDArray[np.int64], trained: NDArray[np.bool_], columns: tuple[str, ...]
 ) -> None:
-    """Raises ValueError if a row that is not `trained` has the content of one that is."""
+    """Raises DataError if a row that is not `trained` has the content of a row that is."""
     leaking = np.flatnonzero(~trained & np.isin(numbers, numbers[trained]))
     if len(leaking):
         example = " | ".join(str(table[name][int(leaking[0])].as_py()) for name in columns)
-        raise ValueError(
+        raise DataError(
             f"{len(leaking)} held-out rows have the content of training rows, such as {example[:80]!r}: remove them by "
             f'data.splits.duplicates = "drop", or accept the leak by data.splits.leaks = "allow"'
         )

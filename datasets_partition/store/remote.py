@@ -1,10 +1,11 @@
-"""Stores in a location that is no local folder: brought to this machine whole, and left there whole."""
+"""Stores in remote locations: copied to this machine whole, and copied there whole."""
 
 import os
 from pathlib import Path
 
 from pyarrow import fs
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.sources.location import is_local, located
 from datasets_partition.sources.source_files import first_line
 from datasets_partition.store.sealed import MANIFEST, key_of
@@ -12,9 +13,9 @@ from datasets_partition.store.store import written_whole
 
 
 def fetch(location: str, folder: Path) -> bool:
-    """Copies the files of the folder at `location` to `folder`; False if there is none, or none that was copied whole.
+    """Copies the files of the folder at `location` to `folder`; False if no whole folder is there.
 
-    Raises ValueError where the location cannot be read, or is damaged.
+    Raises DataError where the location cannot be read, or is damaged.
     """
     system, path = located(location)
     try:
@@ -25,28 +26,28 @@ def fetch(location: str, folder: Path) -> bool:
                 if file.type == fs.FileType.File:
                     fs.copy_files(file.path, str(scratch / file.base_name), system, fs.LocalFileSystem())
             if key_of(scratch) is None:
-                raise ValueError(f"{location} is damaged: delete it there, and it is made again")
+                raise DataError(f"{location} is damaged: delete it there, and it is made again")
     except OSError as error:
-        raise ValueError(f"data.cache cannot be read at {location}: {first_line(error)}") from error
+        raise DataError(f"data.cache cannot be read at {location}: {first_line(error)}") from error
     return True
 
 
 def refuse_unwritable(cache: str) -> None:
-    """Raises ValueError, before anything is read, if `cache` can be no folder of stores."""
+    """Raises DataError, before anything is read, if `cache` cannot be a folder of stores."""
     if not is_local(cache):
         located(cache)
         return
     folder = Path(cache).absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        what = "is a file" if there.is_file() else "may not be written to"
-        raise ValueError(f"data.cache is {cache}, but {there} {what}: name another folder")
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = "is a file" if existing.is_file() else "may not be written to"
+        raise DataError(f"data.cache is {cache}, but {existing} {what}: name another folder")
 
 
 def publish(folder: Path, location: str) -> None:
-    """Copies the files of `folder` to `location` unless they are there; the manifest, without which none counts, last.
+    """Copies the files of `folder` to `location` unless they are there; the manifest comes last and makes it valid.
 
-    Raises ValueError where the location takes no files.
+    Raises DataError where the location takes no files.
     """
     files = sorted((file for file in folder.iterdir() if file.is_file()), key=lambda file: file.name == MANIFEST)
     put(files, location, unless=MANIFEST)
@@ -55,7 +56,7 @@ def publish(folder: Path, location: str) -> None:
 def put(files: list[Path], location: str, unless: str) -> None:
     """Copies files into the folder at `location`, unless it holds a file of the name `unless`.
 
-    Raises ValueError where the location takes no files.
+    Raises DataError where the location takes no files.
     """
     system, path = located(location)
     try:
@@ -65,4 +66,4 @@ def put(files: list[Path], location: str, unless: str) -> None:
         for file in files:
             fs.copy_files(str(file), f"{path}/{file.name}", fs.LocalFileSystem(), system)
     except OSError as error:
-        raise ValueError(f"data.cache cannot be written at {location}: {first_line(error)}") from error
+        raise DataError(f"data.cache cannot be written at {location}: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Which rows and which clients are kept from training, to measure what training did."""
+"""The rows and the clients that are kept from training, to evaluate it."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -6,9 +6,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from datasets_partition.core.dealing import positions
+from datasets_partition.core.errors import DataError
+
 
 class Held(NamedTuple):
-    """What `Splits.assign` decides: one array over the rows, two over the clients.
+    """The decisions of `Splits.assign`: one array over the rows, two over the clients.
 
     A client that is not `kept` takes part in nothing; all rows of an `unseen` client are `heldout`.
     """
@@ -22,10 +25,10 @@ class Held(NamedTuple):
 class Splits:
     """Shares kept from training: `heldout` of each training client's rows, and `unseen` of the clients, whole.
 
-    A share `server` of all rows belongs to no client but to the server itself. Clients with fewer than `min_rows` rows
-    are left out before clients are drawn. `draw` says which rows of a client are held out: random ones, or the last in
-    the partition's order. Of rows with the same content the first stays, unless `duplicates` keeps them all; a content
-    that is then both trained and held out is a leak, and an error unless `leaks` allows it.
+    A share `server` of all rows belongs to the server and to no client. Clients with fewer than `min_rows` rows are
+    left out before clients are drawn. `draw` says which rows of a client are held out: random ones, or the last in the
+    partition's order. Of rows with the same content the first stays, unless `duplicates` keeps them all; a content that
+    is then both trained and held out is a leak, and an error unless `leaks` allows it.
     """
 
     heldout: float = 0.1
@@ -37,29 +40,29 @@ class Splits:
     leaks: Literal["error", "allow"] = "error"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a share outside [0, 1) or a `min_rows` below 1."""
+        """Raises DataError for a share outside [0, 1) or a `min_rows` below 1."""
         for name, share in (("heldout", self.heldout), ("unseen", self.unseen), ("server", self.server)):
             if not 0 <= share < 1:
-                raise ValueError(f"data.splits.{name} is {share}: give a share from 0 up to, but not including, 1")
+                raise DataError(f"data.splits.{name} is {share}: give a share from 0 up to, but not including, 1")
         if self.min_rows < 1:
-            raise ValueError(f"data.splits.min_rows is {self.min_rows}: give 1 or more")
+            raise DataError(f"data.splits.min_rows is {self.min_rows}: give 1 or more")
 
     def server_rows(self, rows: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-        """Which of `rows` rows are the server's own: their share, rounded to the nearest count."""
+        """Draws the server's rows among `rows`: their share, rounded to the nearest count."""
         drawn = np.zeros(rows, dtype=np.bool_)
         drawn[rng.permutation(rows)[: _nearest(self.server * rows)]] = True
         return drawn
 
     def assign(self, clients: NDArray[np.int32], num_clients: int, rng: np.random.Generator) -> Held:
-        """Decide by `rng` for rows in the partition's order whose clients are `clients` (one int32 a row).
+        """Decides for rows in the partition's order, whose clients are `clients` (one int32 a row).
 
         Shares are rounded to the nearest count, halves up, but a client keeps at least one training row, and at
-        least one client trains. Raises ValueError if every client has fewer than `min_rows` rows.
+        least one client trains. Raises DataError if every client has fewer than `min_rows` rows.
         """
         rows = np.bincount(clients, minlength=num_clients)
         kept = rows >= self.min_rows
         if not kept.any():
-            raise ValueError(
+            raise DataError(
                 f"data.splits.min_rows is {self.min_rows}, but no client has more than {rows.max()} rows: lower it"
             )
         candidates = np.flatnonzero(kept)
@@ -70,11 +73,9 @@ class Splits:
         held = np.minimum(_nearest(self.heldout * rows), np.maximum(rows - 1, 0))
         held = np.where(kept, np.where(unseen, rows, held), 0)
         # Each client's rows in a random order, or from the last to the first: the first ones of each are held out.
-        position = np.arange(len(clients))
-        order = np.lexsort((rng.permutation(len(clients)) if self.draw == "random" else -position, clients))
-        rank = position - np.repeat(np.cumsum(rows) - rows, rows)
+        turn = rng.permutation(len(clients)) if self.draw == "random" else -np.arange(len(clients))
         heldout = np.empty(len(clients), dtype=np.bool_)
-        heldout[order] = rank < np.repeat(held, rows)
+        heldout[np.lexsort((turn, clients))] = positions(rows) < np.repeat(held, rows)
         return Held(heldout, unseen, kept)
 
 

@@ -1,13 +1,13 @@
-"""The client store: rows sorted by client in one Parquet file, and an index that says where each client's lie.
+"""The client store: rows sorted by client in one Parquet file, and an index of the clients.
 
 rows.parquet     client, content columns, category if any; a client's training rows, then its held-out rows;
-                 at the end the server's own rows, whose client is null
+                 at the end the server's rows, whose client is null
 index.arrow      a row for each client, in the order of their ids: name, start, train, heldout; unseen clients last,
                  and after them, without a name, the server if it has rows
-manifest.json    what the store was made from, and how many rows and clients went where
+manifest.json    what the store was made from, and the numbers of its rows and clients
 tokens-*/        token columns of these rows, see tokens.py
 
-The index is mapped, never read: opening a store costs the same for a hundred clients and for a million.
+The index is mapped, not read: opening a store takes as long for a hundred clients as for a million.
 """
 
 import json
@@ -30,10 +30,10 @@ from datasets_partition.store.sealed import MANIFEST, readable
 
 SplitName = Literal["train", "heldout"]
 
-# Part of a store's key: raise it when the layout of a store or of its token columns changes, or the way rows are drawn.
+# Part of a store's key: raise it when the layout of a store or of its token columns changes, or the drawing of rows.
 STORE_VERSION = 5
 
-# Rows in a row group, the least that Parquet reads: about the rows of one client.
+# Rows in a row group, the smallest unit that Parquet reads: about the rows of one client.
 ROWS_PER_GROUP = 1024
 
 DAY_S = 86_400
@@ -43,7 +43,7 @@ INDEX = pa.schema([("name", pa.string()), ("start", pa.int64()), ("train", pa.in
 
 @dataclass(frozen=True)
 class Store:
-    """A built store, opened for reading; ids 0 to `num_training - 1` train, those up to `num_clients - 1` never do."""
+    """A store, opened for reading; clients 0 to `num_training - 1` train, those up to `num_clients - 1` never do."""
 
     folder: Path
     index: pa.Table
@@ -51,28 +51,28 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
-        """The store that `build` left in `folder`. Raises ValueError if it is damaged."""
+        """Opens the store that `build` left in `folder`. Raises DataError if it is damaged."""
         with readable(folder):
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             return cls(folder, mapped(folder / "index.arrow"), manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels as its path."""
+        """Pickles the path alone."""
         return Store.open, (self.folder,)
 
     @property
     def num_clients(self) -> int:
-        """How many clients there are, unseen ones included."""
+        """The number of clients, unseen ones included."""
         return int(self.manifest["clients"])
 
     @property
     def num_training(self) -> int:
-        """How many clients may be sampled; all rows of the others are `heldout`."""
+        """The number of clients that may be sampled; all rows of the others are `heldout`."""
         return self.num_clients - int(self.manifest["unseen_clients"])
 
     @property
     def server(self) -> int | None:
-        """The id under which the rows are kept that belong to the server; they are all `heldout`."""
+        """The id of the server's rows, if it has any; they are all `heldout`."""
         return self.num_clients if self.index.num_rows > self.num_clients else None
 
     def name(self, client: int) -> str:
@@ -99,7 +99,7 @@ class Store:
         return column(self.index, "start")
 
     def read_span(self, first: int, count: int) -> pa.Table:
-        """`count` rows of the file from its row `first` on. Raises ValueError if the file is damaged."""
+        """`count` rows of the file from its row `first` on. Raises DataError if the file is damaged."""
         with readable(self.folder):
             if not count:
                 return self._rows.schema_arrow.empty_table()
@@ -129,7 +129,7 @@ def column(index: pa.Table, name: str) -> NDArray[Any]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what writers of `folder` left half-written who were killed a day or longer ago."""
+    """Removes scratch folders of `folder` whose writers were killed a day or longer ago."""
     for scratch in folder.parent.glob(f".{folder.name}-*"):
         if time.time() - scratch.stat().st_mtime > DAY_S:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -137,9 +137,9 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Gives a scratch folder to write into, which becomes `folder` when the block ends well, and goes when it does not.
+    """Yields a scratch folder, which becomes `folder` when the block succeeds and is removed when it fails.
 
-    Who comes second where `folder` is made twice at once gives its own up: both made the same.
+    Of two writers at once the second drops its scratch folder: both have written the same.
     """
     scratch = folder.with_name(f".{folder.name}-{uuid4().hex}")
     scratch.mkdir(parents=True)

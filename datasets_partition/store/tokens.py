@@ -1,8 +1,8 @@
-"""Token columns: what an objective makes of each row, computed once and mapped into the memory of every slot.
+"""Token columns: an objective's encoding of each row, computed once and mapped into the memory of every slot.
 
 tokens.arrow    the objective's columns; a record batch holds the rows of a few whole clients
-index.arrow     a row for each client: name, its batch and where in it, rows and dropped rows by split, training tokens
-manifest.json   the key that they were made under, and the sizes of the files
+index.arrow     a row for each client: name, batch, start in it, rows and dropped rows by split, training tokens
+manifest.json   the key of the columns, and the sizes of the files
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +25,12 @@ from datasets_partition.store.remote import fetch, publish
 from datasets_partition.store.sealed import readable, refuse_another, seal
 from datasets_partition.store.store import SplitName, Store, column, sweep, write_arrow, written_whole
 
-# Rows given to the objective at once. Clients whose first rows lie in the same window of as many share a record batch.
+# Rows encoded at once. Clients whose first rows lie in the same window of this size share a record batch.
 ROWS_PER_BATCH = 4096
-# After so many reads of clients' rows their pages are given back: each may keep a third of a megabyte mapped.
+# Reads of clients' rows after which their pages are released: each may keep a third of a megabyte mapped.
 READS_MAPPED = 16
 BATCHES_KNOWN = 256  # a few kilobytes each
-TOKENS_AT_ONCE = 32_768  # of so few the system reads all with the first: to be asked takes longer
+TOKENS_AT_ONCE = 32_768  # up to here the system reads all with the first page, faster than advice would be
 
 INDEX = pa.schema(
     [
@@ -61,21 +61,21 @@ class Tokens:
 
     @classmethod
     def open(cls, folder: Path) -> "Tokens":
-        """The token columns that `tokenize` left in `folder`. Raises ValueError if they are damaged."""
+        """Opens the token columns that `tokenize` left in `folder`. Raises DataError if they are damaged."""
         with readable(folder):
             pages = tuple(_mapped(folder / name) for name in ("index.arrow", "tokens.arrow"))
             index, batches = (pa.ipc.open_file(pa.BufferReader(pa.py_buffer(file))) for file in pages)
             return cls(folder, index.read_all(), batches, pages)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels as its path."""
+        """Pickles the path alone."""
         return Tokens.open, (self.folder,)
 
     def rows(self, client: int, split: SplitName) -> pa.RecordBatch:
         """The rows of one client in `split`, in the source's order: a view of the mapped file.
 
-        Now and then what was mapped for earlier clients goes back to the system, so that a slot that reads many stays
-        small; views of them still hold, and are mapped anew when they are read.
+        From time to time the pages of earlier clients are released, so that a slot that reads many clients stays
+        small; views of them stay valid, and their pages are mapped again when they are read.
         """
         assert 0 <= client < self.index.num_rows
         if next(self.reads) % READS_MAPPED == 0:
@@ -87,7 +87,7 @@ class Tokens:
         return self._batch(int(self._columns["batch"][client])).slice(first, int(self._columns[split][client]))
 
     def in_advance(self, units: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
-        """The units of clients in their order; while one is worked on, the system reads the next one's rows."""
+        """Yields the units of clients in order; while a unit is worked on, the system reads the next unit's rows."""
         for unit, following in zip_longest(units, units[1:], fillvalue=()):
             for client in following:
                 if self.lengths()[client] > TOKENS_AT_ONCE:
@@ -95,7 +95,7 @@ class Tokens:
             yield unit
 
     def _will_need(self, client: int) -> None:
-        """Has the system read the pages of a client's training rows, without waiting for them."""
+        """Lets the system read the pages of a client's training rows, without waiting for them."""
         _, file = self.pages
         begin = pa.py_buffer(file).address
         for values in self.rows(client, "train").columns:
@@ -107,13 +107,13 @@ class Tokens:
             file.madvise(MADV_WILLNEED, start, first + len(flat) * flat.type.bit_width // 8 - start)
 
     def _batch(self, number: int) -> pa.RecordBatch:
-        """A record batch of the file, which takes longer to look up than to read a client's rows in."""
+        """A record batch of the file; looking it up takes longer than reading a client's rows in it."""
         if number not in self.known:
             if len(self.known) == BATCHES_KNOWN:
                 self.known.clear()
             with readable(self.folder):
                 batch = self.batches.get_batch(number)
-                batch.validate(full=True)  # what Arrow reads from a file it takes on trust
+                batch.validate(full=True)  # Arrow does not check what it reads
                 self.known[number] = batch
         return self.known[number]
 
@@ -123,7 +123,7 @@ class Tokens:
         return {name: column(self.index, name) for name in self.index.column_names if name != "name"}
 
     def counts(self, split: SplitName) -> NDArray[np.int32]:
-        """Rows of each client in `split`, by id, dropped ones not counted."""
+        """Rows of each client in `split`, by id, without dropped ones."""
         return self._columns[split]
 
     def lengths(self) -> NDArray[np.int64]:
@@ -146,25 +146,25 @@ def _mapped(path: Path) -> mmap:
 
 
 def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None, on_rows: OnRows = ignore) -> Tokens:
-    """The token columns of all rows of `store`, made by `encode` unless they were made before under the same `key`.
+    """Returns the token columns of all rows of `store`, encoded now or reused from an earlier call with this `key`.
 
-    `encode` takes a table of canonical rows and gives one of as many rows and always the same columns, among them
-    `input_ids`, a list, null where a row is to be dropped. Name in `key` all that its result depends on. `shared` is
-    the location, if there is one, that the store was copied from: other machines find the columns there too.
-    `on_rows` is told how many rows are done. Raises ValueError if what was made before is damaged.
+    `encode` takes a table of canonical rows and returns one of as many rows and always the same columns, among them
+    `input_ids`, a list, null where a row is to be dropped. `key` names everything that its result depends on. `shared`
+    is the remote location, if any, that the store was copied from: the columns are copied there for other machines.
+    `on_rows` is called with the number of rows so far. Raises DataError if earlier columns are damaged.
     """
     digest = sha256(key.encode()).hexdigest()
     name = f"tokens-{digest[:16]}"
-    folder, there = store.folder / name, within(shared, name) if shared else None
+    folder, remote = store.folder / name, within(shared, name) if shared else None
     sweep(folder)
-    if folder.exists() or (there and fetch(there, folder)):
+    if folder.exists() or (remote and fetch(remote, folder)):
         refuse_another(folder, digest)
     else:
         with written_whole(folder) as scratch:
             _write(store, encode, scratch, on_rows)
             seal(scratch, digest, {})
-    if there:
-        publish(folder, there)
+    if remote:
+        publish(folder, remote)
     return Tokens.open(folder)
 
 
@@ -180,7 +180,7 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
             begin = store.starts[members] - store.starts[first]
             rows = store.read_span(int(store.starts[first]), int((train + heldout)[members].sum()))
             encoded = pa.concat_tables(_encoded(rows, encode))
-            # kept[i]: how many of the first i rows stay.
+            # kept[i]: the number of rows among the first i that stay.
             stays = encoded["input_ids"].is_valid()
             kept = np.concatenate([[0], np.cumsum(stays.to_numpy())])
             start[members] = kept[begin]

@@ -5,13 +5,13 @@ Legend: P parameters, D coordinates after the rotation, L ring coordinates.
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from engine.config.federation import Federation
-from engine.messages.wire import WireBroadcast
 from strategies.core.layout import Layout
 from strategies.core.live import with_frozen, without_frozen
 from strategies.core.protocol import Aggregate, Mask, Size, Update
@@ -54,28 +54,34 @@ def rounding(sums: Sums) -> float:
     return math.sqrt(sum(entry.length / sums.scale(entry.name) ** 2 for entry in vectors))
 
 
-def ring_vector(update: Update, sums: Sums, wire: WireBroadcast, federation: Federation, layout: Layout) -> np.ndarray:
-    """A client's ring vector (L,) uint32. Rounding is seeded, noise too unless secure aggregation is for real."""
-    seed, plan, live = federation.seed, wire.dp, live_masks(federation, layout, wire.round)
+def ring_values(
+    update: Update,
+    sums: Sums,
+    federation: Federation,
+    layout: Layout,
+    plan: Plan,
+    round_: int,
+    live: Mapping[str, Mask],
+) -> tuple[dict[str, np.ndarray], int]:
+    """Returns a client's values by sum, without its figures, and how many coordinates a sum's bound cuts.
+
+    `live` are the masks of the update at hand, which may be a shard. Noise is seeded unless secure aggregation is real.
+    """
     values = without_frozen({"delta": update.delta, **update.extras}, live)
-    clipped = 0
     if isinstance(plan, DistributedPlan):
-        words, extras = noise(federation, wire.round, update.client), {name: values[name] for name in update.extras}
+        words, extras = noise(federation, round_, update.client), {name: values[name] for name in update.extras}
         plan = replace(plan, length=sum(map(len, values.values())))
         short = replace(update, delta=values["delta"], extras=extras)
-        found = {NOISY: plan.encode(short, _signs(federation, plan, wire.round), words)}
-    else:
-        found = {name: value.numpy() for name, value in values.items()}
-        limits = {entry.name: entry.bound for entry in sums.sums}
-        clipped = sum(int((value.abs() > limits[name]).sum()) for name, value in values.items())
-    found |= {name: np.array([figure], np.float64) for name, figure in figures_of(update, clipped).items()}
-    return sums.encode(found, update.weight, rng(seed, wire.round, update.client, "rounding"))
+        return {NOISY: plan.encode(short, _signs(federation, plan, round_), words)}, 0
+    limits = {entry.name: entry.bound for entry in sums.sums}
+    clipped = sum(int((value.abs() > limits[name]).sum()) for name, value in values.items())
+    return {name: value.numpy() for name, value in values.items()}, clipped
 
 
 def figures_of(update: Update, clipped: int) -> dict[str, float]:
     """What a client's training tells, and how many of its coordinates a bound cut: see FIGURES."""
-    told = update.metrics
-    figures = (told["loss"] * told["learnt"], told["learnt"], told["tokens"], float(clipped))
+    metrics = update.metrics
+    figures = (metrics["loss"] * metrics["learnt"], metrics["learnt"], metrics["tokens"], float(clipped))
     return dict(zip(FIGURES, figures, strict=True))
 
 

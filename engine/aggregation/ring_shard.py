@@ -1,111 +1,144 @@
-"""A rank's shard of a ring vector: encoded, added up, masked and unmasked at its own place, never with the rest.
+"""Where a rank's coordinates lie in a session's ring vector: encoded, masked and unmasked there, never with the rest.
 
-The head (how many clients, and their weight) is the first rank's part and travels by itself; the clients' figures are
-in the first rank's shard. Legend: S ring coordinates of the shard.
+A whole vector is the only shard of its partition. Every shard begins with the ring vector's head (how many clients, and
+their weight), of which the first rank's counts; the clients' figures are in the first rank's shard too.
+Legend: H coordinates of the head, S of the shard, head included.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from engine.aggregation.ring_encoding import FIGURES
-from engine.config.federation import Federation
-from engine.messages.wire import WireAggregate
-from strategies.core.live import with_frozen, without_frozen
-from strategies.core.protocol import Mask, Update
-from strategies.core.seeds import rng
+from engine.messages.shards import AggregateShard
+from strategies.core.live import with_frozen
+from strategies.core.protocol import Mask
 from strategies.core.sharding import Partition
-from strategies.secagg.masks import Masks, wrap
+from strategies.secagg.masks import Masks
 from strategies.secagg.ring import Sums
 
 
 @dataclass(frozen=True)
-class RingShard:
-    """Which coordinates of a session's ring vector are a rank's, and what of its clients they sum to.
+class Piece:
+    """Coordinates `first` to `last` (excluded) of one sum of the ring vector."""
 
-    `live` are the strategy's masks (P,) of the whole vectors, which the ring has without their frozen coordinates.
+    name: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class RingShard:
+    """The coordinates of a session's ring vector that are a rank's; without a `partition` all are the only rank's.
+
+    `live` are the strategy's masks (P,) of whole vectors: the ring leaves frozen coordinates out.
     """
 
     sums: Sums
-    partition: Partition
-    rank: int
     live: Mapping[str, Mask]
-    pieces: tuple[tuple[str, int, int], ...] = field(init=False, repr=False)
-    live_S: dict[str, Mask] = field(init=False, repr=False)
-    total_S: np.ndarray = field(init=False, repr=False)
+    partition: Partition | None = None
+    rank: int = 0
 
-    def __post_init__(self) -> None:
-        pieces = tuple(self._pieces())
-        length = sum(last - first for _, first, last in pieces)
-        object.__setattr__(self, "pieces", pieces)
-        live_S = {name: self.partition.cut(mask, self.rank) for name, mask in self.live.items()}
-        object.__setattr__(self, "live_S", live_S)
-        object.__setattr__(self, "total_S", np.zeros(length, np.uint32))
+    @cached_property
+    def live_S(self) -> Mapping[str, Mask]:
+        """The masks of this shard of the vectors."""
+        if self.partition is None:
+            return self.live
+        return {name: self.partition.cut(mask, self.rank) for name, mask in self.live.items()}
 
-    def _pieces(self) -> Iterator[tuple[str, int, int]]:
-        """Each sum's intervals that are this rank's, within the sum."""
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What the shard consists of after its head, in order."""
+        return tuple(self._pieces())
+
+    def _pieces(self) -> Iterator[Piece]:
         for entry in self.sums.sums:
-            if entry.name not in FIGURES:
-                mask = self.live.get(entry.name)
-                partition = self.partition if mask is None else self.partition.of(mask)
-                yield from ((entry.name, first, last) for first, last in partition.parts[self.rank])
-            elif self.rank == 0:
-                yield entry.name, 0, entry.length
+            if entry.name in FIGURES or self.partition is None:
+                if self.rank == 0:
+                    yield Piece(entry.name, 0, entry.length)
+                continue
+            mask = self.live.get(entry.name)
+            partition = self.partition if mask is None else self.partition.of(mask)
+            yield from (Piece(entry.name, first, last) for first, last in partition.parts[self.rank])
 
-    def _places(self, values_S: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
-        """Each piece's sum and first coordinate in it, and its view into a vector of the shard."""
+    @cached_property
+    def head(self) -> int:
+        """H, the number of the head's coordinates."""
+        return len(self.sums.encode_head(0.0))
+
+    @cached_property
+    def length(self) -> int:
+        """S, the number of coordinates with the head's."""
+        return self.head + sum(piece.last - piece.first for piece in self.pieces)
+
+    @cached_property
+    def _stretches(self) -> list[tuple[int, int, int]]:
+        """Where neighboring coordinates begin and end in the shard, and where they begin in the ring vector."""
+        stretches, offset = [(0, self.head, 0)], self.head
+        for piece in self.pieces:
+            length, position = piece.last - piece.first, self.sums.starts[piece.name] + piece.first
+            start, end, first = stretches[-1]
+            if first + end - start == position:
+                stretches[-1] = (start, end + length, first)
+            else:
+                stretches.append((offset, offset + length, position))
+            offset += length
+        return stretches
+
+    def views(self, values: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
+        """Yields each piece with its view into what follows the head (S - H,)."""
         offset = 0
-        for name, first, last in self.pieces:
-            yield name, first, values_S[offset : offset + last - first]
-            offset += last - first
+        for piece in self.pieces:
+            yield piece, values[offset : offset + piece.last - piece.first]
+            offset += piece.last - piece.first
 
-    def add(self, update: Update, figures: Mapping[str, float], federation: Federation, round_: int) -> None:
-        """Adds a client's shard of its update, and its figures; rounding is that of the whole vector."""
-        values = without_frozen({"delta": update.delta, **update.extras}, self.live_S)
-        flat = {name: vector.numpy() for name, vector in values.items()}
-        flat |= {name: np.array([figure]) for name, figure in figures.items()}
-        draws, taken = rng(federation.seed, round_, update.client, "rounding"), dict.fromkeys(flat, 0)
-        for name, first, total in self._places(self.total_S):
-            own = flat[name][taken[name] : taken[name] + len(total)]
-            taken[name] += len(total)
-            total += self.sums.encode_part(name, own, update.weight, draws, first)
+    def encode_into(
+        self, total_S: np.ndarray, values: Mapping[str, np.ndarray], weight: float, draws: np.random.Generator
+    ) -> None:
+        """Adds a client's values, by sum, to a shard's total; rounding is that of the whole vector.
 
-    def beyond(self, update: Update) -> int:
-        """How many coordinates of the update a sum's bound cuts."""
-        limits = {entry.name: entry.bound for entry in self.sums.sums}
-        values = {"delta": update.delta, **update.extras}
-        return sum(int((value.abs() > limits[name]).sum()) for name, value in values.items())
+        Raises ValueError, and changes nothing, where the lengths are not those of the sums.
+        """
+        lengths = dict.fromkeys(values, 0)
+        for piece in self.pieces:
+            lengths[piece.name] = lengths.get(piece.name, 0) + piece.last - piece.first
+        given = {name: len(vector) for name, vector in values.items()}
+        if given != lengths:
+            raise ValueError(f"the sums have {lengths} coordinates here, and were given {given}")
+        total_S[: self.head] += self.sums.encode_head(weight)
+        used = dict.fromkeys(values, 0)
+        for piece, total in self.views(total_S[self.head :]):
+            part = values[piece.name][used[piece.name] : used[piece.name] + len(total)]
+            used[piece.name] += len(total)
+            total += self.sums.encode_part(piece.name, part, weight, draws, piece.first)
 
-    def masked(self, masks: list[Masks]) -> np.ndarray:
-        """The sum (S,) under all these masks."""
-        masked_S = self.total_S.copy()
-        wrap(masked_S, self.sums.bits)
-        for mask in masks:
-            self._apply(mask, masked_S)
-        return masked_S
+    def mask(self, values_S: np.ndarray, masks: Masks) -> None:
+        """Applies masks in place."""
+        for start, end, position in self._stretches:
+            masks.apply(values_S[start:end], position)
 
     def unmasked(
         self, masked: list[np.ndarray], removals: Masks, count: int, weight: float
-    ) -> tuple[dict[str, float], WireAggregate]:
-        """The server's part: the figures that are in this shard, and the shard of the sums, of all slots' vectors."""
-        total_S = masked[0].copy()  # what comes out of the object store is read-only
-        for other_S in masked[1:]:
-            total_S += other_S
-        self._apply(removals, total_S)
-        figures: dict[str, float] = {}
-        found: dict[str, list[np.ndarray]] = {}
-        for name, _, piece in self._places(total_S):
-            values = self.sums.decode_part(name, piece)
-            if name in FIGURES:
-                figures[name] = float(values[0])
-            else:
-                found.setdefault(name, []).append(values.astype(np.float32))
-        vectors = {name: torch.from_numpy(np.concatenate(parts)) for name, parts in found.items()}
-        whole = {name: vector.numpy() for name, vector in with_frozen(vectors, self.live_S).items()}
-        return figures, WireAggregate(weight, whole.pop("delta"), whole, count)
+    ) -> tuple[dict[str, float], AggregateShard]:
+        """Returns the figures in this shard, and the shard of the sums, from all slots' masked shards without heads.
 
-    def _apply(self, masks: Masks, values_S: np.ndarray) -> None:
-        for name, first, piece in self._places(values_S):
-            masks.apply(piece, self.sums.starts[name] + first)
+        This is the server's part, of `count` clients with the given sum of weights.
+        """
+        total_S = np.zeros(self.length, np.uint32)
+        for values in masked:
+            total_S[self.head :] += values
+        self.mask(total_S, removals)
+        figures: dict[str, float] = {}
+        parts: dict[str, list[np.ndarray]] = {}
+        for piece, total in self.views(total_S[self.head :]):
+            values = self.sums.decode_part(piece.name, total)
+            if piece.name in FIGURES:
+                figures[piece.name] = float(values[0])
+            else:
+                parts.setdefault(piece.name, []).append(values.astype(np.float32))
+        vectors = {name: torch.from_numpy(np.concatenate(vectors)) for name, vectors in parts.items()}
+        whole = {name: vector.numpy() for name, vector in with_frozen(vectors, self.live_S).items()}
+        return figures, AggregateShard(weight, whole.pop("delta"), whole, count)

@@ -1,11 +1,8 @@
-"""Secure aggregation in a slot: its clients' secrets, and the sum of their vectors, which leaves it masked alone.
-
-Legend: L ring coordinates.
-"""
+"""The clients' side of secure aggregation in a slot: keys, shares and masks. Their vectors are in a RingSum."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from hmac import digest
 from typing import Any
@@ -14,10 +11,10 @@ import numpy as np
 import ray
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from engine.messages.reports import DOWN, Report
 from engine.messages.tasks import Unit
-from engine.messages.wire import Report
 from strategies.secagg.client import Client
-from strategies.secagg.masks import Masks, wrap
+from strategies.secagg.masks import Masks
 from strategies.secagg.messages import (
     Agreement,
     Inbox,
@@ -30,22 +27,21 @@ from strategies.secagg.messages import (
     UnmaskRequest,
 )
 from strategies.secagg.protocol import Phase, Session
-from strategies.secagg.ring import Sums
 
 
 @dataclass(frozen=True)
 class Opening:
-    """A session of `cohort` begins, of which this slot has `packs`; `gone` drop out before they answer a phase."""
+    """A session of `cohort` begins, of which this slot has `units`; `gone` drop out before they answer a phase."""
 
     session: Session
     cohort: tuple[int, ...]
-    packs: tuple[Unit, ...]
+    units: tuple[Unit, ...]
     gone: Mapping[int, Phase]
 
     @property
     def clients(self) -> Unit:
         """The slot's clients."""
-        return tuple(client for pack in self.packs for client in pack)
+        return tuple(client for unit in self.units for client in unit)
 
 
 class Authority:
@@ -62,28 +58,36 @@ class Authority:
         return self._secret
 
 
-class SecureClients:
-    """The clients of one slot through the sessions of a round.
+@dataclass(frozen=True)
+class SecureWork:
+    """What a worker still has to train before it masks its sum; with `fresh` its ring sum begins at zero."""
 
-    Their vectors are made once a round and added up. When a session is void because another slot died, the next one
+    session: Session
+    units: tuple[Unit, ...]
+    fresh: bool
+
+
+class SecureClients:
+    """The clients of one slot through the sessions of a round: their keys and shares, and whom the slot's sum holds.
+
+    A round's vectors are made and added up once. When a session is void because another slot died, the next one
     masks the same sum with new keys: nothing of the first was revealed.
     """
 
     def __init__(self) -> None:
         self._opened: Opening | None = None
         self._members: dict[int, Client] = {}
-        self._made: tuple[int, bytes] = (-1, b"")  # the round and the sums that the total is of
-        self._tried: dict[int, Report] = {}
-        self._added: set[int] = set()
-        self._total_L = np.empty(0, np.uint32)
+        self._summed: tuple[int, bytes] = (-1, b"")  # the round and the sums that the ring sum is of
+        self._reports: dict[int, Report] = {}  # of clients that were trained for it, or could not be
+        self._fresh = True
 
     def open(self, opening: Opening, authority: Any) -> list[Keys]:
         """First trip. In the active profile clients have identities, which `authority` (an actor) vouches for."""
         session, self._opened = opening.session, opening
-        made = (session.round, session.sums.digest)
-        if made != self._made:
-            self._made, self._tried, self._added = made, {}, set()
-            self._clear(session.sums)
+        summed = (session.round, session.sums.digest)
+        if summed != self._summed:
+            self._summed = summed
+            self._start_over()
         secret = ray.get(authority.secret.remote()) if session.parameters.active else b""
         known = _roster(secret, opening.cohort) if secret else {}
         private = {client: _identity(secret, client) if secret else b"" for client in opening.clients}
@@ -94,40 +98,34 @@ class SecureClients:
         """Second trip."""
         return [member.shares(listed) for member in self._staying("shares").values()]
 
-    def mask(
-        self,
-        inboxes: Mapping[int, Inbox],
-        train: Callable[[Unit, Sums], Iterable[tuple[Report, np.ndarray | None]]],
-    ) -> tuple[list[Report], MaskedSum]:
-        """Third trip: the masked sum of the vectors (L,) that `train` gives for packs, each client's once a round."""
+    def pending(self, inboxes: Mapping[int, Inbox]) -> SecureWork:
+        """Third trip, first part: who of the clients that go on is still to be trained, each once a round."""
         assert self._opened is not None
-        members = {client: m for client, m in self._staying("masked input").items() if client in inboxes}
-        if not set(self._tried) <= set(members):  # who was added has dropped out since: no one is taken out of a sum
-            self._tried, self._added = {}, set()
-            self._clear(self._opened.session.sums)
-        sums = self._opened.session.sums
-        for pack in self._opened.packs:
-            there = tuple(client for client in pack if client in members and client not in self._tried)
-            for report, values_L in train(there, sums) if there else ():
-                if values_L is not None:
-                    self._total_L += values_L
-                    self._added.add(report.client)
-                self._tried[report.client] = report
-        added = tuple(sorted(self._added))
-        masked_L = self._masked([members[client].masks(inboxes[client]) for client in added], sums.bits)
-        return list(self._tried.values()), MaskedSum(added, masked_L, sums.nbytes)
+        staying = self._staying("masked input")
+        self._members = {client: member for client, member in staying.items() if client in inboxes}
+        if not set(self._reports) <= set(self._members):
+            self._start_over()  # a client in the sum has dropped out since, and nobody can be taken out of a sum
+        left = [[c for c in unit if c in self._members and c not in self._reports] for unit in self._opened.units]
+        work = SecureWork(self._opened.session, tuple(tuple(unit) for unit in left if unit), self._fresh)
+        self._fresh = False
+        return work
 
-    def _clear(self, sums: Sums) -> None:
-        """Nobody has been added yet."""
-        self._total_L = np.zeros(sums.length, np.uint32)
+    def masks(self, reports: Iterable[Report], inboxes: Mapping[int, Inbox]) -> list[Masks]:
+        """Third trip, second part: notes what became of the pending clients, and gives the masks of all in the sum."""
+        self._reports |= {report.client: report for report in reports}
+        return [self._members[client].masks(inboxes[client]) for client in self._added()]
 
-    def _masked(self, masks: list[Masks], bits: int) -> np.ndarray:
-        """The sum (L,) under all these masks; what of it ranks hold stays with them."""
-        masked_L = self._total_L.copy()
-        wrap(masked_L, bits)
-        for mask in masks:
-            mask.apply(masked_L)
-        return masked_L
+    def answer(self, masked: np.ndarray) -> tuple[list[Report], MaskedSum]:
+        """Third trip, last part: what the slot says. Reports tell no figures and no errors."""
+        assert self._opened is not None
+        reports = [replace(report, metrics={DOWN: report.metrics[DOWN]}, tried=()) for report in self._reports.values()]
+        return reports, MaskedSum(self._added(), masked, self._opened.session.sums.nbytes)
+
+    def _added(self) -> tuple[int, ...]:
+        return tuple(sorted(client for client, report in self._reports.items() if report.good))
+
+    def _start_over(self) -> None:
+        self._reports, self._fresh = {}, True
 
     def agree(self, survivors: Survivors) -> list[Agreement]:
         """The active profile's trip."""

@@ -104,7 +104,7 @@ class Availability:
             raise RunError(f"clients.availability.slowness is a sigma, and must be at least 0, not {self.slowness}")
         if self.step_s is not None and self.deadline_s is None:
             raise RunError(
-                "clients.availability.step_s simulates the time of clients, which only a deadline uses: set deadline_s too"
+                "clients.availability.step_s simulates clients' time, which only a deadline uses: set deadline_s too"
             )
         if self.slowness and self.step_s is None:
             raise RunError("clients.availability.slowness is the spread of clients around step_s: set step_s too")

@@ -7,12 +7,14 @@ from functools import cached_property
 
 import numpy as np
 
-Unit = tuple[int, ...]  # clients that train together, or one client
+from strategies.privacy.central import CentralPlan
+
+Unit = tuple[int, ...]  # clients that train together in lanes, or one client
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a slot runs: its Ray node, and the GPU that it shares (None on CPU)."""
+    """Where a worker's process runs: its Ray node, and its GPU (None on the CPU)."""
 
     node_id: str
     gpu: str | None
@@ -20,25 +22,34 @@ class Place:
 
 @dataclass(frozen=True)
 class Work:
-    """A round's clients (N,), the steps that each takes (N,), and the seconds that it is thought to take (N,)."""
+    """A round's clients (N,), the number of steps of each (N,), and the expected cost of each in seconds (N,)."""
 
     clients: np.ndarray
     steps: np.ndarray
     costs: np.ndarray
 
-    def of(self, some: np.ndarray) -> Work:
-        """The same of some of the clients: a mask (N,)."""
-        return Work(self.clients[some], self.steps[some], self.costs[some])
+    def of(self, chosen: np.ndarray) -> Work:
+        """Returns the work of the clients in a mask (N,)."""
+        return Work(self.clients[chosen], self.steps[chosen], self.costs[chosen])
 
     def cost(self, unit: Unit) -> float:
-        """How long a unit is thought to take."""
-        return sum(self._each[client] for client in unit)
+        """Returns the expected cost of a unit, in seconds."""
+        return sum(self._cost_by_client[client] for client in unit)
 
     @cached_property
-    def _each(self) -> dict[int, float]:
+    def _cost_by_client(self) -> dict[int, float]:
         return dict(zip(self.clients.tolist(), self.costs.tolist(), strict=True))
 
 
-def halves(pack: Unit) -> list[Unit]:
-    """A pack of two clients or more as two packs."""
-    return [pack[: len(pack) // 2], pack[len(pack) // 2 :]]
+@dataclass(frozen=True)
+class Served:
+    """What the server's part of a round needs beside the sums: the population, the noise, and the clipping norm."""
+
+    population: int
+    plan: CentralPlan | None
+    clip: float
+
+
+def halves(unit: Unit) -> list[Unit]:
+    """Splits a unit of two clients or more into two."""
+    return [unit[: len(unit) // 2], unit[len(unit) // 2 :]]

@@ -8,7 +8,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-from engine.messages.wire import borrow
+from engine.messages.shards import borrow
 
 
 class BaseHolder:

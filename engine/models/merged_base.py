@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from engine.messages.wire import borrow
+from engine.messages.shards import borrow
 from engine.models.adapters import is_transposed
 from engine.models.trainable import Trainable
 

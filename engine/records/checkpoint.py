@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from engine.messages.errors import RunError
-from engine.messages.wire import ShardedState
+from engine.messages.shards import ShardedState
 from engine.system.atomic import write_folder
 from strategies.core.protocol import ServerState
 
@@ -31,7 +31,7 @@ Hold = Callable[[ServerState], Any]  # puts a shard where the state is to hold i
 class Saved:
     """What a resumed run starts from: the model state, the seconds that the run had taken, and what privacy needs.
 
-    `clip` is the next round's clipping norm, `aborts` how many rounds of secure aggregation had no result. Slots train
+    `clip` is the next round's clipping norm, `aborts` how many rounds of secure aggregation had no result. Pool train
     in so many `lanes`; `costs` is what is known of how long clients take. `passed_over` says why newer checkpoints
     could not be read. `last_sum` is the last round whose sum is in the state, which names its model.
     """

@@ -8,7 +8,7 @@ from datasets_partition.store.tokens import Tokens
 from engine.aggregation.privacy_account import PrivacyAccount
 from engine.config.availability import Trace
 from engine.config.federation import Federation
-from engine.messages.wire import ShardedState
+from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved
 from engine.records.journal import Journal
 from engine.records.metrics import Logs
@@ -19,7 +19,7 @@ from engine.rounds.round_loop import RoundLoop
 from engine.rounds.secure_collector import SecureCollector, start_relay
 from engine.rounds.server import Server
 from engine.scheduling.cost_model import Costs
-from engine.scheduling.slots import Slots as Pool
+from engine.scheduling.pool import Pool
 from strategies.core.layout import Layout
 
 

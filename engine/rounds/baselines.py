@@ -8,7 +8,7 @@ import numpy as np
 from engine.config.federation import Federation
 from engine.config.privacy import Privacy
 from engine.messages.events import Evaluated, Event
-from engine.messages.wire import ShardedState
+from engine.messages.shards import ShardedState
 from engine.records.metrics import Logs
 from engine.rounds.assembly import RunParts, round_loop
 from engine.rounds.evaluation import Evaluator

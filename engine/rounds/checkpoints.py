@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine.config.federation import Federation
 from engine.messages.events import Checkpointed, Event
-from engine.messages.wire import ShardedState
+from engine.messages.shards import ShardedState
 from engine.records.checkpoint import save_checkpoint
 from engine.rounds.round_loop import RoundLoop
 

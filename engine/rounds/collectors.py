@@ -11,12 +11,11 @@ from datasets_partition.store.store import Store
 from engine.aggregation.ring_encoding import Plan
 from engine.config.availability import Leaving, Trace, too_late
 from engine.config.federation import Federation
+from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Work
-from engine.messages.wire import DOWN, UP, Report
 from engine.rounds.secure_round import Message
 from engine.rounds.server import Shards
-from engine.scheduling.slots import Slots as Pool
-from engine.workers.worker import FLOAT_BYTES
+from engine.scheduling.pool import Pool
 
 
 @dataclass(frozen=True)

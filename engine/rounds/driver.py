@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from ray.exceptions import OutOfDiskError
@@ -15,7 +15,8 @@ from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.messages.events import Event, Fault, Preparing, Started, Stopped
-from engine.messages.wire import ShardedState
+from engine.messages.reports import FLOAT_BYTES
+from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint
 from engine.records.metrics import Logs
 from engine.rounds.assembly import RunParts, round_loop
@@ -27,14 +28,10 @@ from engine.rounds.finish import Finish
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
 from engine.rounds.server import DriverShards, RankShards, Server, Shards
-from engine.scheduling.gangs import Gangs
-from engine.scheduling.mixed import Mixed
-from engine.scheduling.pool import Start
-from engine.scheduling.slots import Slots
+from engine.scheduling.pool import Pool, Start
 from engine.system.allocator import use_large_pages
 from engine.system.atomic import write_file
 from engine.system.failures import cause_of
-from engine.workers.worker import FLOAT_BYTES
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,7 @@ class Driver:
         federation, plan = self.federation, self.plan
 
         yield Preparing("starting slots, reading the base, tokenizing rows")
-        zero = federation.clients.zero
-        pool: Any = (Slots if zero is None else Mixed if zero.from_rows else Gangs)(federation, plan.folder / "memory")
+        pool = Pool(federation, plan.folder / "memory")
         start = pool.start(plan.store, plan.shared)
         parts = self._parts(pool, start)
         saved = self._saved(parts.server.shards)
@@ -142,7 +138,7 @@ class Driver:
             yield from Finish(federation, parts, evaluator, loop).after_run(state)
         pool.stop()
 
-    def _parts(self, pool: Any, start: Start) -> RunParts:
+    def _parts(self, pool: Pool, start: Start) -> RunParts:
         """What all rounds work with; RunError where the clients' rows are not good for training."""
         federation, plan = self.federation, self.plan
         store, tokens = Store.open(plan.store), Tokens.open(start.tokens)
@@ -150,7 +146,7 @@ class Driver:
         population = store.num_training
         federation.cohort.sample(population, federation.seed, 0)  # which raises an error if it cannot
         shards: Shards
-        if federation.clients.zero is None:
+        if pool.partition is None:
             shards = DriverShards(federation, start, population)
         else:
             shards = RankShards(federation, pool, population)
@@ -166,7 +162,7 @@ class Driver:
             shards.refuse_other(saved.state)
         return saved
 
-    def _begin_folder(self, pool: Any, recorder: Recorder, saved: Saved | None) -> None:
+    def _begin_folder(self, pool: Pool, recorder: Recorder, saved: Saved | None) -> None:
         """Writes the run folder's first files, now that model, data and resources have been found good."""
         plan = self.plan
         for name, content in plan.files.items():

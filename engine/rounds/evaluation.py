@@ -12,15 +12,16 @@ import ray
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
+from engine.messages.broadcast import BroadcastMessage
 from engine.messages.events import Evaluated, Event
-from engine.messages.wire import ShardedState
+from engine.messages.reports import FLOAT_BYTES
+from engine.messages.shards import Shard, ShardedState
 from engine.records.metrics import Ledger, Metrics
 from engine.rounds.server import Server
 from engine.scheduling.dispatcher import Later
-from engine.scheduling.pool import Reference
-from engine.scheduling.slots import Slots as Pool
+from engine.scheduling.pool import Pool
+from engine.scheduling.worker_kinds import Reference
 from engine.training.evaluation import ClientLoss, mean_loss
-from engine.workers.worker import FLOAT_BYTES
 
 SPLITS = ("heldout", "unseen", "server")
 Losses = dict[str, float]  # split -> nats per token
@@ -72,16 +73,16 @@ class Evaluator:
         for split, later in pending.parts:
             left = np.array([client for chunk in later.chunks for client in chunk], np.int64)
             later.chunks.clear()
-            later.found.extend(self.pool.map(left, self.tokens.counts("heldout")[left], later.call))
-            if later.found:
-                losses[split] = self._record_protocol(later.found, pending.round, split, "loss")
+            later.results.extend(self.pool.map(left, self.tokens.counts("heldout")[left], later.call))
+            if later.results:
+                losses[split] = self._record_protocol(later.results, pending.round, split, "loss")
         return losses
 
     def centralized(self, start: Any, round_: int, steps: int) -> Losses:
         """Returns the loss after `steps` steps on the pooled rows: what could be had if that were allowed."""
         clients = list(range(self.store.num_training))
         trained_P = self.pool.ask(lambda actor: actor.centralised.remote(clients, start, steps), long=True)
-        return self._every_split(ray.put(trained_P), round_, "loss_centralised")
+        return self._every_split(ray.put(BroadcastMessage(round_, (Shard(trained_P, {}),))), round_, "loss_centralised")
 
     def not_private(self, vector: Any, round_: int) -> Losses:
         """Returns the loss of what the same federation comes to without privacy."""

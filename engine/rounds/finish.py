@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.config.federation import Federation
 from engine.messages.events import Event, Finished, Sample
-from engine.messages.wire import ShardedState
+from engine.messages.shards import ShardedState
 from engine.models.model_card import model_card
 from engine.records.metrics import loss_table
 from engine.rounds.assembly import RunParts

@@ -8,11 +8,12 @@ import numpy as np
 from datasets_partition.store.tokens import Tokens
 from engine.config.compatibility import excludes_lanes
 from engine.config.federation import Federation
+from engine.messages.reports import Report
+from engine.messages.shards import ShardedState
 from engine.messages.tasks import Work
-from engine.messages.wire import Report, ShardedState
 from engine.rounds.server import Server
 from engine.scheduling.cost_model import Costs
-from engine.scheduling.slots import Slots as Pool
+from engine.scheduling.pool import Pool
 from engine.training.batching import steps_of
 
 
@@ -78,5 +79,5 @@ def choose_lanes(federation: Federation, pool: Pool, server: Server, initial: Sh
         return 1
     vector = server.vector(initial)
     neighbours = max(Counter(pool.nodes.values()).values())
-    lanes: int = pool.ask(lambda actor: actor.best_pack.remote(vector, most, population, neighbours))
+    lanes: int = pool.ask(lambda actor: actor.best_lanes.remote(vector, most, population, neighbours))
     return lanes

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from datasets_partition.store.store import Store
 from engine.messages.events import DROPOUT, Event, Fault, RoundDone
-from engine.messages.wire import ShardedState
+from engine.messages.shards import ShardedState
 from engine.records.metrics import Logs
 from engine.rounds.collectors import Collected
-from engine.scheduling.slots import Slots as Pool
+from engine.scheduling.pool import Pool
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from engine.aggregation.privacy_account import PrivacyAccount
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.messages.events import RoundDone
+from engine.messages.shards import ShardedState
 from engine.messages.tasks import Work
-from engine.messages.wire import ShardedState
 from engine.records.checkpoint import Saved
 from engine.records.client_state import forget_round
 from engine.records.journal import Journal

@@ -14,14 +14,13 @@ from engine.config.federation import Federation
 from engine.config.sections import Lora
 from engine.messages.errors import RunError
 from engine.messages.events import Fault
+from engine.messages.reports import DOWN, FLOAT_BYTES, Report
 from engine.messages.tasks import Work
-from engine.messages.wire import DOWN, Report
 from engine.records.journal import Journal, SumRefused
 from engine.rounds.collectors import Collected, reasons
 from engine.rounds.secure_round import Message, Relay
 from engine.rounds.server import Shards
-from engine.scheduling.slots import Slots as Pool
-from engine.workers.worker import FLOAT_BYTES
+from engine.scheduling.pool import Pool
 from strategies.core.layout import Layout
 from strategies.privacy.central import CentralPlan
 from strategies.privacy.distributed import DistributedPlan

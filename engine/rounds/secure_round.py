@@ -13,11 +13,12 @@ import ray
 from ray.exceptions import RayTaskError
 
 from engine.aggregation.secure_clients import Opening
+from engine.messages.reports import Report
+from engine.messages.shards import ShardTotals
 from engine.messages.tasks import Unit, Work
-from engine.messages.wire import Report, ShardTotals
 from engine.records.journal import SumRefused
-from engine.scheduling.pool import Reference
-from engine.scheduling.slots import Slots as Pool
+from engine.scheduling.pool import Pool
+from engine.scheduling.worker_kinds import Reference
 from engine.system.failures import LOST, within
 from strategies.secagg.messages import KeyList, MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session

@@ -15,24 +15,13 @@ import torch
 from engine.aggregation.ring_encoding import Plan, live_masks, ring_aggregate
 from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
+from engine.messages.broadcast import BroadcastMessage
 from engine.messages.errors import RunError
-from engine.messages.wire import (
-    Sent,
-    ShardedState,
-    ShardSum,
-    WireBroadcast,
-    borrow,
-    state_from_wire,
-    state_to_wire,
-    to_wire,
-    update_from_wire,
-)
+from engine.messages.shards import Shard, ShardedState, ShardSum, borrow
+from engine.messages.tasks import Served
 from engine.scheduling.dispatcher import Worked
-from engine.scheduling.gangs import Gangs
-from engine.scheduling.pool import Start
-from engine.scheduling.slots import Slots as Pool
-from engine.workers.worker_group import Served
-from strategies.core.protocol import Aggregate, ServerState
+from engine.scheduling.pool import Pool, Start
+from strategies.core.protocol import Aggregate, Broadcast, ServerState
 from strategies.privacy.central import CentralPlan
 
 WITHIN_CALLS = 65_536  # bytes, well below what Ray puts into the store by itself
@@ -74,18 +63,17 @@ class DriverShards:
         strategy = self.federation.strategy
         return len(strategy.starts(strategy.broadcast(_whole(state)), {}))
 
-    def broadcast(self, state: ShardedState) -> WireBroadcast:
+    def broadcast(self, state: ShardedState) -> BroadcastMessage:
         """Returns what the clients of the next round start from."""
-        return to_wire(self.federation.strategy.broadcast(_whole(state)))
+        return BroadcastMessage.of(self.federation.strategy.broadcast(_whole(state)))
 
     def vector(self, state: ShardedState) -> Any:
-        """Returns a reference to the vector (P,)."""
-        return ray.put(_whole(state).params.numpy())
+        """Returns a reference to a broadcast of the vector (P,) alone."""
+        return ray.put(BroadcastMessage.of(Broadcast(state.round, _whole(state).params)))
 
-    def share(self, broadcast: WireBroadcast) -> tuple[Any, int]:
+    def share(self, broadcast: BroadcastMessage) -> tuple[Any, int]:
         """Returns a reference, or a small broadcast itself, since a look into the store takes longer."""
-        nbytes = sum(vector.nbytes for vector in (broadcast.params, *broadcast.extras.values()))
-        return (broadcast if nbytes <= WITHIN_CALLS else ray.put(broadcast)), nbytes
+        return (broadcast if broadcast.nbytes <= WITHIN_CALLS else ray.put(broadcast)), broadcast.nbytes
 
     def sums(self, worked: Worked) -> tuple[list[Aggregate], int]:
         """Returns the sum over all workers, or the updates one by one where the rule reads each."""
@@ -122,7 +110,7 @@ class RankShards:
     """A shard in each rank of a gang. States and sums lie in the object store; the driver knows references."""
 
     federation: Federation
-    pool: Gangs
+    pool: Pool
     population: int
 
     def initial(self) -> ShardedState:
@@ -131,6 +119,7 @@ class RankShards:
 
     def refuse_other(self, state: ShardedState) -> None:
         """Raises RunError if a state from a checkpoint is of another number of ranks."""
+        assert self.pool.partition is not None
         ranks = len(self.pool.partition.parts)
         if len(state.parts) != ranks:
             raise RunError(
@@ -140,25 +129,26 @@ class RankShards:
 
     def read(self, part: Any) -> ServerState:
         """Returns the shard as it is mapped from the object store."""
-        return state_from_wire(ray.get(part), 0, self.federation.seed)
+        shard: Shard = ray.get(part)
+        return shard.state(0, self.federation.seed)
 
     def hold(self, shard: ServerState) -> Any:
         """Puts a shard into the object store."""
-        return ray.put(state_to_wire(shard))
+        return ray.put(Shard.of(shard.params, shard.moments))
 
     def trainings(self, state: ShardedState) -> int:
         """Returns 1: rules with personal models need whole vectors."""
         return 1
 
-    def broadcast(self, state: ShardedState) -> Sent:
+    def broadcast(self, state: ShardedState) -> BroadcastMessage:
         """Returns the shards; each rank computes from its own what a client receives."""
-        return Sent(state.round, state.parts, self.pool.partition, state.nbytes)
+        return BroadcastMessage(state.round, state.parts, state.nbytes, self.pool.partition)
 
-    def vector(self, state: ShardedState) -> Sent:
+    def vector(self, state: ShardedState) -> BroadcastMessage:
         """Returns the shards."""
         return self.broadcast(state)
 
-    def share(self, broadcast: Sent) -> tuple[Sent, int]:
+    def share(self, broadcast: BroadcastMessage) -> tuple[BroadcastMessage, int]:
         """Returns the broadcast: it holds references alone."""
         return broadcast, broadcast.nbytes
 
@@ -235,9 +225,9 @@ def _whole(state: ShardedState) -> ServerState:
 
 def _each(references: Mapping[int, Any]) -> tuple[Aggregate, int]:
     """Returns the updates one by one in the order of clients, mapped from the object store, and their bytes."""
-    wires = {client: ray.get(references[client]) for client in sorted(references)}
-    assert all(wire is None or wire.client == client for client, wire in wires.items())
-    updates = tuple(update_from_wire(wire) for wire in wires.values() if wire is not None)
+    messages = {client: ray.get(references[client]) for client in sorted(references)}
+    assert all(message is None or message.client == client for client, message in messages.items())
+    updates = tuple(message.update() for message in messages.values() if message is not None)
     nothing, weight = torch.zeros_like(updates[0].delta), sum(update.weight for update in updates)
     nbytes = sum(vector.nbytes for update in updates for vector in (update.delta, *update.extras.values()))
     return Aggregate(weight, nothing, {}, len(updates), updates), nbytes

@@ -1,4 +1,4 @@
-"""How long clients take, learnt from the run's own rounds: what the longest work is, and how large a chunk."""
+"""How long clients take, learnt from the run's own rounds: it decides the order of work and the size of chunks."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ FORGET = 0.9  # what is left of a round's weight after the next: other work come
 
 @dataclass
 class Costs:
-    """Seconds as a line through optimizer steps and tokens: the sums that its least squares need, over all rounds.
+    """Models seconds as linear in optimizer steps and tokens; it keeps the sums of its least squares over all rounds.
 
     Until there are any, each token is a millisecond. Only the order of work rests on it, and no result.
     """
@@ -20,7 +20,7 @@ class Costs:
 
     @classmethod
     def of(cls, sums: list[float]) -> "Costs":
-        """What `sums` has told of another."""
+        """Restores the model whose `sums` a checkpoint has kept."""
         return cls(np.array(sums[:4]).reshape(2, 2), np.array(sums[4:])) if sums else cls()
 
     @property
@@ -35,10 +35,10 @@ class Costs:
         self.products = FORGET * self.products + work_N2.T @ seconds
 
     def seconds(self, steps: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """How long clients (N,) will take."""
+        """Predicts how long clients (N,) will take."""
         work_N2 = np.stack([steps, tokens], 1)
         line = np.linalg.lstsq(self.squares, self.products, rcond=1e-9)[0] if self.squares.any() else np.zeros(2)
-        if (line < 0).any() or not line.any():  # too much alike to tell one from the other
+        if (line < 0).any() or not line.any():  # steps and tokens are too much alike to tell apart
             line = np.array([0.0, self.products[1] / self.squares[1, 1] if self.squares[1, 1] else TOKEN_S])
-        found: np.ndarray = work_N2 @ line
-        return found
+        seconds: np.ndarray = work_N2 @ line
+        return seconds

@@ -1,34 +1,30 @@
-"""Slots pull chunks of work: whoever is idle takes some, and what a dead slot had done is handed out again.
+"""Slots pull chunks of work: whoever is idle takes some, and what a dead slot has done is handed out again.
 
-A unit of work is a pack of clients, which train together, or one client.
+A unit of work is one client, or several that train together in lanes.
 """
-
-from __future__ import annotations
 
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError
 
+from engine.config.federation import Federation
 from engine.messages.events import Fault
+from engine.messages.reports import Report
 from engine.messages.tasks import Unit, halves
-from engine.messages.wire import Report
 from engine.system.failures import LOST, SlotSilent, last_line
 
-if TYPE_CHECKING:
-    from engine.scheduling.slots import Slots
-
-SHARES = 1.5  # of each slot in the work that is left: a third of it is always held back, for whoever is done first
-LATER_SHARES = 2  # of each slot in work that can wait
-LEAST_S = 0.005  # of work in a chunk, where there is so much: to hand one out takes about a tenth of that
+SHARES = 1.5  # chunks for each slot in the work that is left: a third of it is held back for whoever is done first
+LATER_SHARES = 2  # chunks for each slot in work that can wait
+LEAST_S = 0.005  # of work in a chunk, if there is as much: to hand one out takes about a tenth of that
 AHEAD = 2  # chunks that a slot has at once, so that it need not wait for the next
-REFILLED = 2  # packs hold so many clients a lane, where there are enough of them: who ends early is followed by another
-ENOUGH = 16  # packs of a cohort, so that slots stay in balance
+REFILLED = 2  # clients for each lane of a unit, if there are enough: when one ends early, another follows
+ENOUGH = 16  # units of a cohort, so that slots stay in balance
 
 
 @dataclass(frozen=True)
@@ -48,79 +44,110 @@ class Worked:
 
 @dataclass
 class Later:
-    """Work on clients that waits until slots have nothing else to do: its chunks, how to call, and what was found."""
+    """Work on clients that waits until slots have nothing else to do: its chunks, how to call, and the results."""
 
     chunks: deque[list[int]]
     call: Callable[[Any, list[int]], Any]
-    found: list[Any] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
 
     @classmethod
-    def of(cls, clients: np.ndarray, slots: int, call: Callable[[Any, list[int]], Any]) -> Later:
-        """The clients (N,) in a few chunks for each slot."""
+    def of(cls, clients: np.ndarray, slots: int, call: Callable[[Any, list[int]], Any]) -> "Later":
+        """Cuts the clients (N,) into a few chunks for each slot."""
         return cls(deque(part.tolist() for part in np.array_split(clients, LATER_SHARES * slots) if len(part)), call)
 
 
-def packs(clients: np.ndarray, steps: np.ndarray, lanes: int) -> list[Unit]:
-    """The clients (N,) in packs for so many lanes: by their numbers of steps (N,) and nothing else.
+def units_of(clients: np.ndarray, steps: np.ndarray, lanes: int) -> list[Unit]:
+    """Groups the clients (N,) into units for so many lanes, by their numbers of steps (N,) and nothing else.
 
-    Clients of about as many steps come together, and packs are of about one size.
+    Clients of about as many steps come together, and units are of about one size.
     """
     ordered = clients[np.argsort(-steps, kind="stable")]
     members = lanes if lanes == 1 or len(clients) < ENOUGH * REFILLED * lanes else REFILLED * lanes
-    cut = np.array_split(ordered, -(-len(ordered) // members)) if len(ordered) else []
-    return [tuple(pack.tolist()) for pack in cut]
+    units = np.array_split(ordered, -(-len(ordered) // members)) if len(ordered) else []
+    return [tuple(unit.tolist()) for unit in units]
 
 
 @dataclass
-class Done:
-    """What a slot has done that still lives: results, and of which units."""
+class SlotResults:
+    """What a slot that still lives has finished: results, and of which units."""
 
     results: list[Any] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
 
 
-class Pull:
-    """Slots pull `units` of work, the longest (by their `cost`, best in seconds) first, until all are done.
+class Slots(Protocol):
+    """What a dispatcher asks of a pool."""
+
+    federation: Federation
+    actors: list[Any]
+    alive: list[int]
+    faults: list[Fault]
+    deaths: int
+
+    @property
+    def timeout_s(self) -> float | None:
+        """How long a slot may work without an answer; None: without end."""
+        ...
+
+    def kind_of(self, slot: int) -> int:
+        """Returns which kind of clients a slot takes."""
+        ...
+
+    def kinds(self, clients: np.ndarray) -> np.ndarray:
+        """Returns the kinds of `clients` (N,)."""
+        ...
+
+    def lost_with_node(self, slot: int) -> bool:
+        """Whether the node that a slot was placed on is gone."""
+        ...
+
+    def replace(self, slot: int, error: Exception) -> None:
+        """Puts a new slot in the place of one that has ended, or takes it from `alive`."""
+        ...
+
+
+class Dispatcher:
+    """Hands out `units` of work, the longest (by their `cost`, best in seconds) first, until all are done.
 
     A chunk is a share of the work that is left, so that chunks shrink towards the end, but not to what is over at
-    once, and no more than what half of `clients.timeout_s` is thought to be enough for. Slots that have nothing else to
-    do take what is `later`. What a slot was working on when it died is handed out unit by unit: one that ends slots
-    again and again is halved if it is a pack, and a client alone gets the results of `give_up`, or ends the run. What
-    slots had `done` before is theirs still, and dies with them as well.
+    once, and they are not expected to take more than half of `clients.timeout_s`. Slots that have nothing else to do
+    take what is `later`. What a slot was working on when it died is handed out unit by unit. A unit that ends slots
+    again and again is halved if it has several clients; one client gets the results of `give_up`, or ends the run. What
+    slots have `finished` before is still theirs, and dies with them as well.
     """
 
     def __init__(
         self,
-        pool: Slots,
+        slots: Slots,
         units: list[Unit],
         cost: Callable[[Unit], float],
         call: Callable[[Any, list[Unit]], Any],
         later: list[Later] | None = None,
         give_up: Callable[[int, str], Any] | None = None,
-        done: dict[int, Done] | None = None,
+        finished: dict[int, SlotResults] | None = None,
     ) -> None:
-        self.pool, self.call, self.later, self.give_up = pool, call, later or [], give_up
-        self.done = done or {}
-        known = [*units, *(unit for own in self.done.values() for unit in own.units)]
+        self.slots, self.call, self.later, self.give_up = slots, call, later or [], give_up
+        self.finished = finished or {}
+        known = [*units, *(unit for part in self.finished.values() for unit in part.units)]
         self.cost = {unit: cost(unit) for unit in known}
-        kinds = pool.kinds(np.array([unit[0] for unit in known], np.int64))
+        kinds = slots.kinds(np.array([unit[0] for unit in known], np.int64))
         self.kind = dict(zip(known, kinds.tolist(), strict=True))
         self.queues: dict[int, deque[Unit]] = {kind: deque() for kind in self.kind.values()}
         self.left = dict.fromkeys(self.queues, 0.0)
         for place in np.argsort([-self.cost[unit] for unit in units], kind="stable"):
             self._queue(units[place])
-        self.slots = Counter(pool.kind_of(slot) for slot in pool.alive)
-        self.free = dict.fromkeys(pool.alive, AHEAD)
+        self.living = Counter(slots.kind_of(slot) for slot in slots.alive)  # slots by kind
+        self.free = dict.fromkeys(slots.alive, AHEAD)
         self.running: dict[Any, tuple[int, list[Unit]]] = {}
         self.beside: dict[Any, tuple[int, Later, list[int]]] = {}
         self.since: dict[int, float] = {}  # when a slot began to owe an answer
         self.suspects: Counter[Unit] = Counter()  # how many slots have died while they worked on a unit alone
-        self.most = self._finished()  # units that were done at once
-        self.slowest = 0.0  # seconds for what is thought to take one, of the chunks so far
+        self.most = self._count_finished()  # units that were finished at once
+        self.slowest = 0.0  # seconds for what was expected to take one, of the chunks so far
         self.given_up: list[Any] = []
 
-    def run(self) -> dict[int, Done]:
-        """What each slot that is still alive has done."""
+    def run(self) -> dict[int, SlotResults]:
+        """Returns what each slot that is still alive has finished."""
         while self._busy() or self.running or self.beside:
             self._hand_out()
             owed = [*self.running, *self.beside]
@@ -131,7 +158,7 @@ class Pull:
                 self._take(ready[0])
             else:
                 self._end_silent()  # and then take what others have answered meanwhile
-        return self.done
+        return self.finished
 
     def _busy(self) -> bool:
         return any(self.queues.values())
@@ -141,21 +168,21 @@ class Pull:
         self.left[self.kind[unit]] += self.cost[unit]
 
     def _hand_out(self) -> None:
-        # Behind a suspect nothing waits: what a slot has ended a moment before its death may not have been told.
+        # Nothing waits behind a suspect: the answer of a slot that dies a moment after it may be lost.
         for ahead in range(1 if self.suspects else AHEAD):
             for slot in [slot for slot, room in self.free.items() if room == AHEAD - ahead]:
-                kind = self.pool.kind_of(slot)
-                # The last units are for who has nothing else to do.
-                if len(self.queues.get(kind, ())) > ahead * AHEAD * self.slots[kind]:
+                kind = self.slots.kind_of(slot)
+                # The last units are for slots that have nothing else to do.
+                if len(self.queues.get(kind, ())) > ahead * AHEAD * self.living[kind]:
                     chunk = self._chunk(kind)
-                    self.running[self.call(self.pool.actors[slot], chunk)] = (slot, chunk)
+                    self.running[self.call(self.slots.actors[slot], chunk)] = (slot, chunk)
                     self._owes(slot)
         # Once the training is over, what is later is no part of the round.
         for slot in [slot for slot, room in self.free.items() if room == AHEAD and (self.running or self._busy())]:
-            waiting = next((one for one in self.later if one.chunks), None)
+            waiting = next((later for later in self.later if later.chunks), None)
             if waiting is not None:
                 part = waiting.chunks.popleft()
-                self.beside[waiting.call(self.pool.actors[slot], part)] = (slot, waiting, part)
+                self.beside[waiting.call(self.slots.actors[slot], part)] = (slot, waiting, part)
                 self._owes(slot)
 
     def _owes(self, slot: int) -> None:
@@ -163,27 +190,28 @@ class Pull:
         self.since.setdefault(slot, time.monotonic())
 
     def _chunk(self, kind: int) -> list[Unit]:
-        queue, share, chunk, took = self.queues[kind], self._share(kind), list[Unit](), 0.0
-        while queue and (not chunk or took + self.cost[queue[0]] <= share):
+        queue, share, chunk, cost = self.queues[kind], self._share(kind), list[Unit](), 0.0
+        while queue and (not chunk or cost + self.cost[queue[0]] <= share):
             if chunk and (queue[0] in self.suspects or chunk[0] in self.suspects):
                 break
             chunk.append(queue.popleft())
-            took += self.cost[chunk[-1]]
-        self.left[kind] -= took
+            cost += self.cost[chunk[-1]]
+        self.left[kind] -= cost
         return chunk
 
     def _share(self, kind: int) -> float:
-        share, allowed = self.left[kind] / (SHARES * self.slots[kind]), self.pool.timeout_s
+        share, allowed = self.left[kind] / (SHARES * self.living[kind]), self.slots.timeout_s
         share = max(LEAST_S, share)
-        # Half of it is for who takes longer than thought. In other units than seconds a first chunk is rather short.
+        # Half of it is left for work that takes longer than expected. If costs are not in seconds, a first chunk is
+        # rather short.
         return share if allowed is None else min(share, allowed / 2 / (self.slowest or 1.0))
 
     def _patience(self) -> float | None:
-        allowed = self.pool.timeout_s
+        allowed = self.slots.timeout_s
         return None if allowed is None else max(0.0, min(self.since.values()) + allowed - time.monotonic())
 
     def _end_silent(self) -> None:
-        allowed = self.pool.timeout_s
+        allowed = self.slots.timeout_s
         assert allowed is not None
         slot = min(self.since, key=self.since.__getitem__)
         self._lose(slot, SlotSilent(f"no answer for {allowed:g} s, which is clients.timeout_s"))
@@ -191,50 +219,50 @@ class Pull:
     def _take(self, ready: Any) -> None:
         slot = (self.beside.get(ready) or self.running[ready])[0]
         try:
-            found = ray.get(ready)
+            results = ray.get(ready)
         except LOST as error:
             self._lose(slot, error)
             return
         self.free[slot] += 1
         if ready in self.beside:
             _, waiting, _ = self.beside.pop(ready)
-            waiting.found.extend(found)
+            waiting.results.extend(results)
         else:
             _, chunk = self.running.pop(ready)
             took = time.monotonic() - self.since[slot]
-            # One that was slow is not for ever what others are measured by.
+            # A chunk that was slow is not the measure of the others for ever.
             self.slowest = max(self.slowest / 2, took / max(1e-9, sum(self.cost[unit] for unit in chunk)))
             for unit in chunk:
                 self.suspects.pop(unit, None)
-            done = self.done.setdefault(slot, Done())
-            done.results.extend(found)
-            done.units.extend(chunk)
-            self._count()
+            finished = self.finished.setdefault(slot, SlotResults())
+            finished.results.extend(results)
+            finished.units.extend(chunk)
+            self._forgive()
         if self.free[slot] == AHEAD:
             del self.since[slot]
         else:
             self.since[slot] = time.monotonic()
 
-    def _count(self) -> None:
-        """Forgives the deaths before where more is done than ever was, to which what always dies does not come."""
-        finished = self._finished()
+    def _forgive(self) -> None:
+        """Forgets deaths so far if more is finished than ever before: work that always dies does not get there."""
+        finished = self._count_finished()
         if finished > self.most:
-            self.most, self.pool.deaths = finished, 0
+            self.most, self.slots.deaths = finished, 0
 
-    def _finished(self) -> int:
-        return sum(len(own.units) for own in self.done.values())
+    def _count_finished(self) -> int:
+        return sum(len(part.units) for part in self.finished.values())
 
     def _lose(self, slot: int, error: Exception) -> None:
-        """All that a dead slot has done or begun is to be done again, but for what it has answered of `later`."""
+        """Queues again all that a dead slot has done or begun, but for what it has answered of `later`."""
         begun = [self.running.pop(reference)[1] for reference, (other, _) in [*self.running.items()] if other == slot]
         for reference in [reference for reference, (other, _, _) in self.beside.items() if other == slot]:
             _, waiting, part = self.beside.pop(reference)
             waiting.chunks.append(part)
-        for unit in self.done.pop(slot, Done()).units:
+        for unit in self.finished.pop(slot, SlotResults()).units:
             self._queue(unit)
-        # A slot answers in the order in which it is asked: the first is what it was working on when it ended, if it was
-        # that and not its node which did.
-        outside = isinstance(error, ActorUnavailableError) or self.pool.lost_with_node(slot)
+        # A slot answers in the order in which it is asked: it was working on the first chunk when it ended, and the
+        # chunk may be at fault unless the slot's node has ended.
+        outside = isinstance(error, ActorUnavailableError) or self.slots.lost_with_node(slot)
         suspected = [] if outside else begun[:1]
         for chunk in begun[len(suspected) :]:
             for unit in chunk:
@@ -242,11 +270,11 @@ class Pull:
         for chunk in suspected:
             self._suspect(chunk, error)
         self.since.pop(slot, None)
-        self.pool.replace(slot, error)
+        self.slots.replace(slot, error)
         self.free[slot] = AHEAD
-        for gone in [other for other in self.free if other not in self.pool.alive]:
+        for gone in [other for other in self.free if other not in self.slots.alive]:
             del self.free[gone]
-        self.slots = Counter(self.pool.kind_of(other) for other in self.pool.alive)
+        self.living = Counter(self.slots.kind_of(other) for other in self.slots.alive)
 
     def _suspect(self, chunk: list[Unit], error: Exception) -> None:
         if len(chunk) > 1:
@@ -256,10 +284,10 @@ class Pull:
             return
         (unit,) = chunk
         self.suspects[unit] += 1
-        again = self.suspects[unit] > self.pool.federation.clients.retries
+        again = self.suspects[unit] > self.slots.federation.clients.retries
         if len(unit) > 1 and (again or isinstance(error, OutOfMemoryError)):
             why = f"halved, since its slots died of it: {last_line(error)}"
-            self.pool.faults.append(Fault("pack", ", ".join(map(str, unit)), why))
+            self.slots.faults.append(Fault("pack", ", ".join(map(str, unit)), why))
             for half in halves(unit):
                 self.cost[half], self.kind[half] = self.cost[unit] * len(half) / len(unit), self.kind[unit]
                 self.suspects[half] = 0

@@ -1,12 +1,13 @@
-"""How many slots the resources of Ray's nodes hold, and which of them may be one gang's."""
+"""How many slots the resources of Ray's nodes hold, and which places may be one gang's."""
 
 import math
 
-from engine.config.sections import Clients
+from engine.config.sections import Clients, Zero
+from engine.messages.errors import RunError
 
 
 def slots_that_fit(clients: Clients, nodes: list[dict[str, float]]) -> int:
-    """How many slots the nodes' resources hold; ValueError, with what was asked and what exists, when not even one."""
+    """Returns how many slots the nodes' resources hold; RunError, with what was asked and what exists, if none."""
     fit = 0
     for node in nodes:
         shares = [node.get("CPU", 0.0) / clients.num_cpus if clients.num_cpus else math.inf]
@@ -21,7 +22,7 @@ def slots_that_fit(clients: Clients, nodes: list[dict[str, float]]) -> int:
         if nodes:
             node = max(nodes, key=lambda node: (node.get("GPU", 0.0), node.get("CPU", 0.0)))
             largest = f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs"
-        raise ValueError(
+        raise RunError(
             f"a slot needs {clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs on one node, but the largest of "
             f"{len(nodes)} has {largest}: lower clients.num_cpus or clients.num_gpus"
         )
@@ -29,18 +30,44 @@ def slots_that_fit(clients: Clients, nodes: list[dict[str, float]]) -> int:
 
 
 def asked_or_fitting(clients: Clients, fit: int) -> int:
-    """As many slots as the recipe asks for, and no more than fit."""
+    """Returns as many slots as the recipe asks for, and no more than fit."""
     return fit if clients.slots == "auto" else min(clients.slots, fit)
 
 
-def refuse_shared_gpus(places: list[tuple[str, str | None]]) -> None:
-    """ValueError where two ranks of a gang, given by node and GPU (None: on the CPU), are on one GPU.
+def gangs_that_fit(clients: Clients, zero: Zero, nodes: list[dict[str, float]]) -> int:
+    """Returns how many gangs the nodes' resources hold; RunError, with what was asked and what exists, if none."""
+    fit = slots_that_fit(clients, nodes) // zero.ranks
+    if fit == 0:
+        total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+        raise RunError(
+            f"a gang needs {zero.ranks} ranks of {clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs each, but all "
+            f"nodes together have {total['CPU']:g} CPUs and {total['GPU']:g} GPUs: lower clients.zero.ranks, "
+            f"clients.num_cpus or clients.num_gpus"
+        )
+    return fit
 
-    NCCL gives each rank a GPU of its own, and refuses with less to go by.
+
+def slots_beside_gangs(clients: Clients, zero: Zero, nodes: list[dict[str, float]]) -> int:
+    """Returns how many slots of one process fit beside `zero.gangs` gangs; RunError if none."""
+    taken = zero.gangs * zero.ranks
+    left = slots_that_fit(clients, nodes) - taken
+    if left < 1:
+        raise RunError(
+            f"{zero.gangs} gangs of {zero.ranks} ranks and one plain slot need {taken + 1} times "
+            f"{clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs, and there is room for {taken + left} of "
+            f"them: lower clients.zero.gangs or clients.zero.ranks"
+        )
+    return left
+
+
+def refuse_shared_gpus(places: list[tuple[str, str | None]]) -> None:
+    """RunError where two ranks of a gang, given by node and GPU (None: on the CPU), are on one GPU.
+
+    NCCL gives each rank a GPU of its own, and its own error says less.
     """
     gpus = [place for place in places if place[1] is not None]
     if len(set(gpus)) < len(gpus):
-        raise ValueError(
+        raise RunError(
             f"{len(gpus)} ranks of a gang were given {len(set(gpus))} GPUs, and NCCL lets no two of them share one: "
             f"set clients.num_gpus = 1, or clients.zero.ranks = 1 for a gang on a part of a GPU"
         )

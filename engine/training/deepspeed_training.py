@@ -7,7 +7,6 @@ the same client in a fresh gang, bit for bit. Legend: S elements of a rank's sha
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from itertools import chain
 from operator import add
@@ -31,7 +30,7 @@ from engine.training.batching import batches
 from engine.training.generation import Prompt, continuations
 from engine.training.local_training import client_updates
 from engine.training.optimizers import make_optimizer, reset
-from engine.training.step_loop import Correct, Progress, Training, take_steps
+from engine.training.step_loop import Correct, Progress, Training, no_session, take_steps
 from strategies.core.protocol import Vector
 from strategies.core.seeds import seed_torch
 from strategies.core.sharding import Partition
@@ -46,6 +45,7 @@ class ZeroTrainer:
 
     lanes = 1
     batches = staticmethod(batches)
+    session = staticmethod(no_session)
     train = take_steps
     updates = client_updates
 
@@ -108,10 +108,11 @@ class ZeroTrainer:
             flat[start : start + length] = values
 
     @torch.no_grad()
-    def become(self, start_S: torch.Tensor) -> None:
-        """Sets the weights from all ranks' shards `start_S` (S,) and clears everything that earlier clients left."""
+    def become(self, vector: Vector, rank: int | None = None) -> None:
+        """Sets the weights from all ranks' shards `vector` (S,) and clears everything that earlier clients left."""
+        assert rank is None, "all clients of a gang have the recipe's LoRA rank"
         self._reset()
-        self._put(self.master.data, start_S.to(self.master.device))
+        self._put(self.master.data, vector.to(self.master.device))
         if self.stage == 3:
             self.zero._partition_all_parameters()
             self.zero._reassign_or_swap_out_partitioned_parameters(0)
@@ -163,14 +164,9 @@ class ZeroTrainer:
             zero.reset_partition_gradient_structures()
             zero.micro_step_id = -1
 
-    def session(self, active: list[Progress]) -> AbstractContextManager[None]:
-        """Needs no preparation."""
-        return nullcontext()
-
     def begin(self, lane: int, training: Training) -> None:
         """Puts the start into the model."""
-        assert training.rank is None, "all clients of a gang have the recipe's LoRA rank"
-        self.become(training.start)
+        self.become(training.start, training.rank)
         self.engine.train()
         seed_torch(training.dropout + self.rank)  # each rank draws dropout for its own rows
 
@@ -212,16 +208,6 @@ class ZeroTrainer:
     def end(self, lane: int, training: Training) -> Vector:
         """Returns this rank's shard of the vector, minus `training.less` if given."""
         return self.weights(training.less)
-
-    def mean_loss(self, rows: pa.RecordBatch, vector: Vector, batch: int, rank: int | None = None) -> float:
-        """Returns the mean loss over all rows of the vector that `vector` (S,) is a shard of."""
-        assert rank is None, "all clients of a gang have the recipe's LoRA rank"
-        self.become(vector)
-        return sum(total / count for total, count in self.loss_terms(rows, batch).values())
-
-    def heldout(self, rows: pa.RecordBatch, batch: int) -> tuple[float, int]:
-        """Returns the objective's held-out loss of the present weights: its sum over all rows, and its count."""
-        return self.loss_terms(rows, batch)[self.objective.heldout]
 
     def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
         """Returns each term's sum and count over all rows, by the present weights; the same on all ranks."""

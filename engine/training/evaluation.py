@@ -7,14 +7,19 @@ import numpy as np
 import pyarrow as pa
 
 from engine.config.sections import Evaluate
+from engine.objectives.base import Objective
 from strategies.core.seeds import rng
 
 
 class Evaluator(Protocol):
     """A trainer that evaluates the vector now in its model."""
 
-    def heldout(self, rows: pa.RecordBatch, batch: int) -> tuple[float, int]:
-        """Returns the objective's held-out loss over all rows: its sum and its count."""
+    @property
+    def objective(self) -> Objective:
+        """Whose held-out term is the loss."""
+
+    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
+        """Returns each term's sum and count over all rows."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ def client_loss(trainer: Evaluator, client: int, rows: pa.RecordBatch, evaluate:
     A batch holds rows of one client only, so that the bits do not depend on which clients a slot evaluates.
     """
     picked = drawn_rows(rows.num_rows, client, evaluate, seed)
-    return ClientLoss(client, *trainer.heldout(rows.take(picked), evaluate.batch), len(picked))
+    terms = trainer.loss_terms(rows.take(picked), evaluate.batch)
+    return ClientLoss(client, *terms[trainer.objective.heldout], len(picked))
 
 
 def mean_loss(losses: list[ClientLoss]) -> float:

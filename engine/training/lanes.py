@@ -33,11 +33,13 @@ class LaneTrainer:
     """Trains up to `lanes` clients at once, which must all have LoRA on linear layers. A backend, and a Trainer."""
 
     batches = staticmethod(batches)
+    summed = staticmethod(float)  # there is one rank
     updates = client_updates
 
     def __init__(self, plain: LocalTrainer, lanes: int, train: Train) -> None:
         self.plain, self.lanes = plain, lanes
-        self.trainable, self.device, self.mean_loss = plain.trainable, plain.device, plain.mean_loss
+        self.trainable, self.device = plain.trainable, plain.device
+        self.become, self.loss_terms = plain.become, plain.loss_terms
         self.layers = adapted_layers(self.trainable)
         # Logits of all positions, if the head has adapters: its inputs must be those of whole lanes.
         self.every_logit = self.trainable.network.get_output_embeddings() in self.layers
@@ -122,10 +124,6 @@ class LaneTrainer:
         """Returns a copy of the lane's vector, or the vector minus `training.less`."""
         flat_P = self.flat_KP[lane]
         return flat_P.clone() if training.less is None else flat_P - training.less
-
-    def summed(self, value: float) -> float:
-        """There is one rank."""
-        return value
 
     def _forward(self, number: int, layer: Any, active: list[Progress]) -> Any:
         def forward(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """A client's local training, free of Ray: from the broadcast to an update. Legend: P parameters."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ from engine.objectives.token_batch import Batch, lengths
 from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
 from engine.training.batching import batches, pieces
 from engine.training.optimizers import clip, make_optimizer
-from engine.training.step_loop import Correct, Progress, Trained, Training, take_steps
+from engine.training.step_loop import Correct, Progress, Trained, Training, no_session, take_steps
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Strategy, Update, Vector
 from strategies.core.seeds import rng, seed_torch, torch_seed
 
@@ -39,11 +38,19 @@ class Trainer(Protocol):
     def device(self) -> torch.device:
         """Where the vector lies."""
 
-    def mean_loss(self, rows: pa.RecordBatch, vector: Vector, batch: int, rank: int | None) -> float:
-        """Returns the mean loss of the vector (P,) over all rows, for a client of this LoRA rank."""
+    def become(self, vector: Vector, rank: int | None) -> None:
+        """Puts the vector (P,) of a client of this LoRA rank into the model; None is the recipe's rank."""
+
+    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
+        """Returns each term's sum and count over all rows, by the vector now in the model."""
 
     def train(self, trainings: Sequence[Training], train: Train) -> list[Trained]:
         """Does all trainings; returns their results in order."""
+
+    def updates(
+        self, jobs: list[Job], federation: Federation, *, lent: bool = False
+    ) -> list[tuple[Update, ClientState]]:
+        """Trains clients for a round: see `client_updates`."""
 
 
 def client_updates(
@@ -61,8 +68,9 @@ def client_updates(
     ends, metrics, moments = ([dict[str, Any]() for _ in jobs] for _ in range(3))
     if federation.strategy.loss_before:
         for job, figures in zip(jobs, metrics, strict=True):
-            start, rank = job.broadcast.params, job.broadcast.rank
-            figures["loss_before"] = trainer.mean_loss(job.rows, start, federation.train.batch, rank)
+            trainer.become(job.broadcast.params, job.broadcast.rank)
+            terms = trainer.loss_terms(job.rows, federation.train.batch)
+            figures["loss_before"] = sum(total / count for total, count in terms.values())
     trainings = [_trainings(job, federation, trainer.device, lent=lent) for job in jobs]
     for run in dict.fromkeys(run for by_run in trainings for run in by_run):
         members = [place for place, by_run in enumerate(trainings) if run in by_run]
@@ -137,6 +145,8 @@ class LocalTrainer:
     optimizer: torch.optim.Optimizer
     lanes = 1
     batches = staticmethod(batches)
+    session = staticmethod(no_session)
+    summed = staticmethod(float)  # there is one rank
     train = take_steps
     updates = client_updates
 
@@ -152,15 +162,15 @@ class LocalTrainer:
         """Where the vector lies."""
         return self.trainable.flat.device
 
-    def session(self, active: list[Progress]) -> AbstractContextManager[None]:
-        """Needs no preparation."""
-        return nullcontext()
+    def become(self, vector: Vector, rank: int | None = None) -> None:
+        """Puts the vector (P,) of a client of this LoRA rank into the model; None is the recipe's rank."""
+        self.trainable.set_rank(rank)
+        self.trainable.flat.data.copy_(vector)
 
     def begin(self, lane: int, training: Training) -> None:
         """Puts the start into the model."""
-        self.trainable.set_rank(training.rank)
+        self.become(training.start, training.rank)
         seed_torch(training.dropout)
-        self.trainable.flat.data.copy_(training.start)
         if not self.trainable.network.training:  # train() walks over all layers
             self.trainable.network.train()
 
@@ -194,20 +204,6 @@ class LocalTrainer:
         """Returns a copy of the vector, or the vector minus `training.less` in its place: new pages cost time."""
         flat = self.trainable.flat.detach()
         return flat.clone() if training.less is None else flat.sub_(training.less)
-
-    def summed(self, value: float) -> float:
-        """There is one rank."""
-        return value
-
-    def mean_loss(self, rows: pa.RecordBatch, vector: Vector, batch: int, rank: int | None = None) -> float:
-        """Returns the mean loss of the vector (P,) over all rows, for a client of this LoRA rank."""
-        self.trainable.set_rank(rank)
-        self.trainable.flat.data.copy_(vector)
-        return sum(total / count for total, count in self.loss_terms(rows, batch).values())
-
-    def heldout(self, rows: pa.RecordBatch, batch: int) -> tuple[float, int]:
-        """Returns the held-out loss of the vector now in the model: its sum over all rows, and its count."""
-        return self.loss_terms(rows, batch)[self.objective.heldout]
 
     def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
         """Returns each term's sum and count over all rows, by the vector now in the model."""

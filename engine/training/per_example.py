@@ -57,6 +57,7 @@ class PrivateTrainer:
 
     lanes = 1
     batches = staticmethod(samples)
+    summed = staticmethod(float)  # there is one rank
     train = take_steps
     updates = client_updates
 
@@ -66,8 +67,8 @@ class PrivateTrainer:
         _refuse_ties(plain.trainable.network)
         self.plain, self.plan = plain, plan
         self.trainable, self.objective, self.optimizer = plain.trainable, plain.objective, plain.optimizer
-        self.device, self.mean_loss = plain.device, plain.mean_loss
-        self.correct, self.summed = plain.correct, plain.summed
+        self.device, self.correct = plain.device, plain.correct
+        self.become, self.loss_terms = plain.become, plain.loss_terms
         self.words: Words | None = None
         self.live: Mask | None = None
         self._hooks: Any = None

@@ -6,7 +6,7 @@ Learning rates, the strategy's correction, clipping and metrics are the same for
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -136,6 +136,11 @@ class Backend(Protocol):
 
     def summed(self, value: float) -> float:
         """Adds a figure up over all ranks."""
+
+
+def no_session(active: list[Progress]) -> AbstractContextManager[None]:
+    """The session of a backend that needs no preparation."""
+    return nullcontext()
 
 
 def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) -> list[Trained]:

@@ -1,18 +1,16 @@
-"""A gang: ranks that are one slot together, in one placement group, with one DeepSpeed engine for the gang's life.
+"""Ranks: processes that together are one slot, a gang, with one DeepSpeed engine for the gang's life.
 
-The driver talks to the first rank as it talks to a ClientActor; that rank lets the others do the same with their own
-shards, which it never sees. What follows from one rank's death or silence is the gang's end: collectives fail, or run
-into their timeout, and the pool makes a new gang.
+The driver talks to the first rank as it talks to a ClientActor, and asks the others to do the same at the same time
+with their own shards, which it never sees. A rank's death or silence ends its gang: collectives fail, or run into
+their timeout, and the pool makes a new one. Legend: P parameters, S of a rank's shard.
 """
 
-import math
 import socket
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -21,222 +19,188 @@ import torch.distributed as dist
 from ray.exceptions import ObjectLostError
 
 from datasets_partition.store.tokens import Tokens
-from engine.aggregation.exact_sum import LIMIT, ExactSum, NonFiniteUpdate, PartialSum, finite_bound
+from engine.aggregation.exact_sum import ExactSum, PartialSum, merge
 from engine.aggregation.ring_encoding import live_masks
-from engine.aggregation.server_step import noisy
+from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
-from engine.messages.tasks import Place, Unit
-from engine.messages.wire import (
-    DOWN,
-    UP,
-    Report,
-    Sent,
-    WireAggregate,
-    WireState,
-    borrow,
-    state_from_wire,
-    state_to_wire,
-)
-from engine.models.base_model import always_the_same_bits, load_tokenizer
+from engine.messages.broadcast import BroadcastMessage
+from engine.messages.reports import Report
+from engine.messages.shards import AggregateShard, Shard, borrow
+from engine.messages.tasks import Served, Unit
+from engine.models.base_model import load_tokenizer
 from engine.models.export import Sharded, sharded_files
-from engine.records.client_state import RANK, ClientMemory, refuse_unseen
+from engine.records.client_state import RANK, ClientMemory
 from engine.system import allocator as heap
 from engine.system.failures import LOST, GangLost, ShardLost, last_line
 from engine.system.rendezvous import meet
-from engine.training.batching import steps_of
-from engine.training.evaluation import ClientLoss, client_loss
+from engine.training.evaluation import ClientLoss
 from engine.training.generation import Prompt
-from engine.training.local_training import Job
-from engine.workers.secure_group import SecureGang, SecureRank, aggregate_of
-from engine.workers.token_columns import Parts, find_tokens, receive_tokens, token_columns
-from engine.workers.worker import FLOAT_BYTES
+from engine.workers.client_runner import ClientRunner
+from engine.workers.evaluator import Evaluator
+from engine.workers.peers import Peers
+from engine.workers.process import WorkerProcess
+from engine.workers.secure_training import SecureTraining
 from strategies.core.layout import Layout
-from strategies.core.protocol import Update
+from strategies.core.protocol import Aggregate, ServerState
 from strategies.core.seeds import torch_seed
 from strategies.core.sharding import Partition
-from strategies.privacy.central import CentralPlan
-from strategies.transforms.chain import encode
+from strategies.secagg.masks import Masks
+from strategies.secagg.messages import Inbox, MaskedSum
+from strategies.secagg.protocol import Session
+
+if TYPE_CHECKING:
+    from engine.training.deepspeed_training import ZeroTrainer
 
 
 @dataclass(frozen=True)
-class Served:
-    """What the server's part of a round needs beside the sums: how many clients there are, and its noise."""
+class Formed:
+    """What a rank has once its gang has met."""
 
-    population: int
-    plan: CentralPlan | None
-    clip: float
+    trainer: "ZeroTrainer"
+    tokenizer: Any
+    runner: ClientRunner
+    evaluator: Evaluator
+    secure: SecureTraining
 
 
-class Rank(SecureRank):
+class Rank(WorkerProcess):
     """One process of a gang."""
 
-    def __init__(self, federation: Federation, memory: Path, rank: int) -> None:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-        heap.use_large_pages()
-        torch.set_num_threads(federation.clients.threads)
-        always_the_same_bits()
+    def __init__(self, federation: Federation, folder: Path, rank: int) -> None:
+        super().__init__(federation, folder)
         assert federation.clients.zero is not None
-        self.federation, self.zero, self.rank = federation, federation.clients.zero, rank
-        self.memory_root, self.memory = memory, ClientMemory(memory / f"{RANK}{rank}")
+        self.zero, self.rank = federation.clients.zero, rank
         self.sum = ExactSum()
+        self.masked_S = np.empty(0, np.uint32)  # after the head
         self.failure: GangLost | None = None
         self.socket: socket.socket | None = None
-        self.on_gpu = federation.clients.num_gpus > 0 and torch.cuda.is_available()
-        if self.on_gpu:
-            torch.cuda.set_per_process_memory_fraction(min(federation.clients.num_gpus, 1.0))
+        self._formed: Formed | None = None
 
-    def place(self) -> Place:
-        """Where Ray put this rank."""
-        context = ray.get_runtime_context()
-        gpus = context.get_accelerator_ids().get("GPU", [])
-        return Place(context.get_node_id(), gpus[0] if self.on_gpu else None)
-
-    def find_tokens(self, tokens: Path) -> Path | None:
-        """Where this rank's node sees the token columns, if it does."""
-        return find_tokens(tokens)
-
-    def receive_tokens(self, tokens: Path, parts: Parts) -> Path:
-        """Keeps a copy of the token columns on this rank's node; returns its folder."""
-        return receive_tokens(tokens, parts)
-
-    def refuse_lost_memory(self) -> None:
-        """Raises ValueError if clients remember, and this rank's node does not see the folder where they do."""
-        if self.federation.keeps_state:
-            refuse_unseen(self.memory_root)
+    @property
+    def formed(self) -> Formed:
+        """What `form` has made."""
+        assert self._formed is not None
+        return self._formed
 
     def form(self, address: str, port: int, tokens: Path) -> tuple[Layout, Partition]:
         """Meets the other ranks at the first one's address and makes the model and its engine with them."""
+        federation, zero = self.federation, self.zero
         if not dist.is_initialized():
-            zero = self.zero
-            meet(self.rank, zero.ranks, address, port, self.socket, timeout_s=zero.timeout_s, gpu=self.on_gpu)
+            gpu = self.device.type == "cuda"
+            meet(self.rank, zero.ranks, address, port, self.socket, timeout_s=zero.timeout_s, gpu=gpu)
         # Deepspeed chooses its accelerator when it is imported, and takes seconds for it.
         from engine.models.deepspeed_model import zero_model
         from engine.training.deepspeed_training import ZeroTrainer
 
-        federation = self.federation
-        self.tokenizer = load_tokenizer(federation.model)
-        assert isinstance(self.tokenizer.pad_token_id, int)
+        tokenizer = load_tokenizer(federation.model)
+        assert isinstance(tokenizer.pad_token_id, int)
         heap.give_back()
-        network = zero_model(federation.model, self.zero, torch_seed(federation.seed, 0, -1, "initial"), self.rank)
-        self.trainer = ZeroTrainer(network, self.tokenizer.pad_token_id, federation.model, self.zero, federation.train)
-        heap.keep(gathered=self.zero.stage == 3)
-        self.tokens = Tokens.open(tokens)
-        self.largest = int(self.tokens.counts("train").max())
-        self.layout, self.partition = self.trainer.layout, self.trainer.partition
-        return self.layout, self.partition
+        network = zero_model(federation.model, zero, torch_seed(federation.seed, 0, -1, "initial"), self.rank)
+        trainer = ZeroTrainer(network, tokenizer.pad_token_id, federation.model, zero, federation.train)
+        heap.keep(gathered=zero.stage == 3)
+        peers = Peers(self.rank, trainer.summed, partial(_largest, trainer.works_on, zero.ranks))
+        states = ClientMemory(self.folder / f"{RANK}{self.rank}")
+        runner = ClientRunner(
+            federation, Tokens.open(tokens), states, lambda unit, message: trainer, trainer.layout, peers
+        )
+        evaluator = Evaluator(runner, trainer, trainer.become)
+        secure = SecureTraining(runner, trainer.layout, trainer.partition)
+        self._formed = Formed(trainer, tokenizer, runner, evaluator, secure)
+        return trainer.layout, trainer.partition
 
     def base_bytes(self) -> int:
-        """The size of the base's weights, of all ranks together."""
-        return self.trainer.nbytes
+        """Returns the size of the base's weights, of all ranks together."""
+        return self.formed.trainer.nbytes
 
-    def initial(self) -> tuple[int, WireState]:
-        """The bytes of the state's shard before the first round, and the shard, which stays in the store."""
-        start_S = self.trainer.weights().cpu()  # nobody has trained yet
-        state = state_to_wire(self.federation.strategy.init(start_S, self.trainer.layout))
-        return state.nbytes, state
+    def initial(self) -> tuple[int, Shard]:
+        """Returns the bytes of the state's shard before the first round, and the shard, which stays in the store."""
+        trainer = self.formed.trainer
+        return _stored(self.federation.strategy.init(trainer.weights().cpu(), trainer.layout))
 
-    def serve(
-        self, wire: WireState, round_: int, served: Served, *partials: PartialSum | WireAggregate
-    ) -> tuple[int, WireState]:
+    def serve(self, shard: Shard, round_: int, served: Served, *sums: PartialSum | AggregateShard) -> tuple[int, Shard]:
         """The server's part of a round for one shard: the sum over all slots, noise, then the rule; as `initial`."""
-        state = state_from_wire(wire, round_, self.federation.seed, served.population)
-        aggregate = aggregate_of(partials)
-        if served.plan is not None:
-            shard = Layout(("shard",), ((len(wire.params),),))
-            masks = live_masks(self.federation, self.layout, round_).items()
-            live = {name: self.partition.cut(mask, self.rank) for name, mask in masks}
-            aggregate, _ = noisy(aggregate, served.plan, served.clip, self.federation, shard, round_, live, self.rank)
-        assert aggregate is not None
-        after = state_to_wire(self.federation.strategy.apply(state, aggregate))
-        return after.nbytes, after
+        state = shard.state(round_, self.federation.seed, served.population)
+        trainer, layout = self.formed.trainer, Layout(("shard",), ((len(shard.params),),))
+        masks = live_masks(self.federation, trainer.layout, round_).items() if served.plan is not None else ()
+        live = {name: trainer.partition.cut(mask, self.rank) for name, mask in masks}
+        plan, clip = served.plan, served.clip
+        state, _ = server_step(state, aggregate_of(sums), plan, clip, self.federation, layout, live, self.rank)
+        return _stored(state)
 
-    def run(self, chunk: list[Unit], sent: Sent) -> list[Report]:
-        """What this rank does in training a chunk of clients one after another, and adding them up."""
-        reports = []
-        for (client,) in self.tokens.in_advance(chunk):
-            report, update = self.trained(client, sent)
-            if update is not None:
-                self.sum.add(update)
-            reports.append(report)
-        return reports
-
-    def trained(self, client: int, sent: Sent) -> tuple[Report, Update | None]:
-        """Trains a client: its report, the same in all ranks, and this rank's shard of its update."""
-        began = time.monotonic()
-        federation, rows = self.federation, self.tokens.rows(client, "train")
-        state = state_from_wire(ray.get(sent.parts[self.rank]), sent.round, federation.seed)
-        got = replace(federation.strategy.broadcast(state), whole_norm=self._whole_norm)
-        memory = self.memory.read(client, got.round) if federation.keeps_state else {}
-        down, up = (self.summed(floats * FLOAT_BYTES) for floats in federation.strategy.floats(got))
-        traffic = {DOWN: down, UP: up}
-        steps = steps_of(rows.num_rows, federation.train)
-        if late := federation.clients.availability.late_by_seed(client, steps, federation.seed):
-            return Report(client, traffic, late=late), None
-        try:
-            job = Job(client, rows, federation.privacy.weight(rows.num_rows, self.largest), got, memory)
-            ((update, after),) = self.trainer.updates([job], federation, lent=True)
-            self._refuse_useless(update, [*after.values()])
-        except NonFiniteUpdate as error:
-            return Report(client, traffic, failed=str(error), seconds=time.monotonic() - began), None
-        update, _ = encode(federation.transforms, update, got, {})
-        if sent.dp is not None:
-            update = sent.dp.encode(update, sent.clip, self._whole_norm)
-        if federation.keeps_state:
-            self.memory.write(client, got.round + 1, after, sent.oldest)
-        update = replace(update, metrics=update.metrics | traffic)
-        return Report(client, update.metrics, seconds=time.monotonic() - began), update
-
-    def _whole_norm(self, norm: float) -> float:
-        """The L2 norm of a vector from that of its shard here; all ranks ask at once."""
-        return math.sqrt(self.summed(norm * norm))
-
-    def summed(self, value: float) -> float:
-        """The sum over all ranks."""
-        return self.trainer.summed(value)
-
-    def _refuse_useless(self, update: Update, remembered: Sequence[torch.Tensor]) -> None:
-        """NonFiniteUpdate on all ranks if one of them has an update, or a memory, that no sum can use."""
-        try:
-            bound = finite_bound(update)
-            if not all(tensor.isfinite().all() for tensor in remembered):
-                bound = float("nan")
-        except NonFiniteUpdate:
-            bound = float("nan")
-        bounds = torch.tensor([bound], dtype=torch.float64, device=self.trainer.works_on)
-        gathered = [torch.empty_like(bounds) for _ in range(self.zero.ranks)]
-        dist.all_gather(gathered, bounds)
-        largest = torch.cat(gathered).max().item()
-        if not np.isfinite(largest):
-            raise NonFiniteUpdate("its update, or what it would remember, holds NaN or infinity")
-        if largest >= LIMIT:
-            raise NonFiniteUpdate(f"its update reaches {largest:.3g}, beyond the exact sum's range of {LIMIT:.3g}")
+    def run(self, chunk: list[Unit], message: BroadcastMessage) -> list[Report]:
+        """Trains clients one after another, and adds this rank's shards of their updates up."""
+        return self.formed.runner.run(chunk, message, self.sum)
 
     def close_round(self) -> tuple[int, PartialSum]:
-        """The bytes of this rank's shard of the sum since the last close, and the shard, which stays in the store."""
+        """Returns the bytes of this rank's shard of the sum since the last close, and the shard for the store."""
         partial = self.sum.close()
         return partial.nbytes, partial
 
-    def evaluate(self, chunk: list[int], sent: Sent, limit: int) -> list[ClientLoss]:
-        """What this rank does in judging at most `limit` held-out rows of each client; losses are of all ranks."""
-        self._become(sent)
-        losses = []
-        for client in chunk:
-            rows, evaluate = self.tokens.rows(client, "heldout"), replace(self.federation.evaluate, rows=limit)
-            losses.append(client_loss(self.trainer, client, rows, evaluate, self.federation.seed))
-        return losses
+    def masked(self, inboxes: dict[int, Inbox], message: BroadcastMessage) -> tuple[list[Report], MaskedSum] | None:
+        """Third trip: trains, keeps the masked shard. The first rank says who is left, and answers with the head."""
+        secure, leads = self.formed.secure, self.rank == 0
+        reports = secure.train(_from_first(self.secure.pending(inboxes) if leads else None), message)
+        masks: list[Masks] = _from_first(self.secure.masks(reports, inboxes) if leads else None)
+        masked, head = secure.masked(masks), secure.head
+        self.masked_S = masked[head:]
+        return self.secure.answer(masked[:head]) if leads else None
 
-    def generate(self, sent: Sent, prompts: list[Prompt], tokens: int) -> list[str]:
-        """Greedy continuations, one per prompt; all ranks generate the same."""
-        self._become(sent)
-        return self.trainer.generate(self.tokenizer, prompts, tokens)
+    def masked_shard(self) -> tuple[bool, np.ndarray]:
+        """Returns that the masked shard is there, and the shard for the store."""
+        return True, self.masked_S
 
-    def _become(self, sent: Sent) -> None:
-        self.trainer.become(borrow(ray.get(sent.parts[self.rank]).params))
+    def unmask_shard(
+        self, session: Session, removals: Masks, count: int, weight: float, *masked: np.ndarray
+    ) -> tuple[dict[str, float], AggregateShard]:
+        """The server's part for this rank's shard of all slots' masked vectors: figures, and the sums for the store."""
+        return self.formed.secure.shard(session).unmasked(list(masked), removals, count, weight)
+
+    def evaluate(self, chunk: list[int], message: BroadcastMessage, limit: int) -> list[ClientLoss]:
+        """See Evaluator.losses; losses are of all ranks together."""
+        return self.formed.evaluator.losses(chunk, message, limit)
+
+    def generate(self, message: BroadcastMessage, prompts: list[Prompt], tokens: int) -> list[str]:
+        """Returns greedy continuations, one for each prompt, the same in all ranks."""
+        self.formed.evaluator.become(message.vector(self.rank))
+        return self.formed.trainer.generate(self.formed.tokenizer, prompts, tokens)
+
+    def follow(self, leader: Any, method: str, *arguments: Any) -> None:
+        """Does what the first rank does at the same time; any error but the user's ends the first rank too.
+
+        It may be stopped, or wait for this rank in a collective, and then nobody else would tell the pool.
+        """
+        try:
+            getattr(self, method)(*arguments)
+        except Exception as error:
+            if self.failure is None:  # whatever comes after it fails because the first rank has ended
+                kind = ShardLost if isinstance(error, ObjectLostError) else GangLost
+                self.failure = kind(f"a rank of a gang failed: {type(error).__name__}: {last_line(error)}")
+            if not _is_users(error, method):
+                ray.kill(leader)
+            raise
+
+    def why(self) -> GangLost | None:
+        """Returns what made this rank fail first, if it did."""
+        return self.failure
+
+
+class Gang(Rank):
+    """The first rank, which speaks for all where the driver asks for something that is not in shards."""
+
+    def address(self) -> tuple[str, int]:
+        """Returns where the ranks meet: the first one listens there, and on this address alone."""
+        address = ray.util.get_node_ip_address()
+        self.socket = socket.create_server((address, 0))
+        return address, self.socket.getsockname()[1]
+
+    def export(self, message: BroadcastMessage, card: str) -> Iterator[tuple[str, bytes]]:
+        """Yields the files of the model folder, one after another; the shards stay mapped from the object store."""
+        trainer, shards = self.formed.trainer, [borrow(shard.params) for shard in ray.get(list(message.shards))]
+        vector = Sharded(trainer.layout, partial(trainer.partition.read, shards))
+        yield from sharded_files(trainer.network, vector, self.federation.model, self.formed.tokenizer, card)
 
     def lead(self, method: str, *arguments: Any) -> Any:
-        """What the first rank answers when all ranks do the same; GangLost when one of them cannot."""
+        """Returns what the first rank answers when all ranks do the same; GangLost when one of them cannot."""
         try:
             return getattr(self, method)(*arguments)
         except LOST:
@@ -246,50 +210,34 @@ class Rank(SecureRank):
                 raise
             raise GangLost(f"a rank of a gang failed: {type(error).__name__}: {last_line(error)}") from None
 
-    def follow(self, leader: Any, method: str, *arguments: Any) -> None:
-        """Does what the first rank does at the same time; what is not the recipe's fault ends the first rank too.
 
-        It may be stopped, or wait for this rank in a collective, and then nobody else would tell the pool.
-        """
-        try:
-            getattr(self, method)(*arguments)
-        except Exception as error:
-            if self.failure is None:  # what it is asked next fails for the first rank's end
-                kind = ShardLost if isinstance(error, ObjectLostError) else GangLost
-                self.failure = kind(f"a rank of a gang failed: {type(error).__name__}: {last_line(error)}")
-            if not _is_users(error, method):
-                ray.kill(leader)
-            raise
+def aggregate_of(sums: tuple[PartialSum | AggregateShard, ...]) -> Aggregate | None:
+    """Returns a shard of the sum over all slots: exact parts, or one that is unmasked already; None of nobody."""
+    parts = [entry for entry in sums if isinstance(entry, PartialSum)]
+    unmasked = [entry for entry in sums if isinstance(entry, AggregateShard)]
+    return unmasked[0].aggregate() if unmasked else merge(parts) if parts else None
 
-    def why(self) -> GangLost | None:
-        """What made this rank fail first, if it did."""
-        return self.failure
+
+def _stored(state: ServerState) -> tuple[int, Shard]:
+    shard = Shard.of(state.params, state.moments)
+    return shard.nbytes, shard
+
+
+def _largest(device: torch.device, ranks: int, value: float) -> float:
+    """Returns the largest value of all ranks, NaN if one has NaN."""
+    mine = torch.tensor([value], dtype=torch.float64, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(gathered, mine)
+    return torch.cat(gathered).max().item()
+
+
+def _from_first(value: Any) -> Any:
+    """Returns what the first rank has given as `value`, in all ranks."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _is_users(error: Exception, method: str) -> bool:
     """Whether the user can mend it, and all ranks meet it; what a client raises ends its gang, as it would a slot."""
     return isinstance(error, ValueError) and method not in ("run", "masked")
-
-
-class Gang(SecureGang, Rank):
-    """The first rank, which speaks for all where the driver asks for something that is not in shards."""
-
-    def __init__(self, federation: Federation, memory: Path, rank: int) -> None:
-        Rank.__init__(self, federation, memory, rank)
-        SecureGang.__init__(self)
-
-    def tokenize(self, store: Path, shared: str | None) -> Path:
-        """Makes or finds the store's token columns, in `shared` too; returns their folder."""
-        return token_columns(store, self.federation, shared)
-
-    def address(self) -> tuple[str, int]:
-        """Where the ranks meet: the first one listens there, and on this address alone."""
-        address = ray.util.get_node_ip_address()
-        self.socket = socket.create_server((address, 0))
-        return address, self.socket.getsockname()[1]
-
-    def export(self, sent: Sent, card: str) -> Iterator[tuple[str, bytes]]:
-        """The files of the model folder, one after another; the shards stay mapped from the object store."""
-        trainer, shards = self.trainer, [borrow(ray.get(part).params) for part in sent.parts]
-        vector = Sharded(trainer.layout, partial(trainer.partition.read, shards))
-        yield from sharded_files(trainer.network, vector, self.federation.model, self.tokenizer, card)

@@ -1,9 +1,10 @@
-"""The same partitions by flwr-datasets, timed beside ours on the same rows, once both have been found to agree."""
+"""The same partitions by flwr-datasets, timed beside ours on the same rows after both are seen to agree."""
 
 import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from datasets_partition.core.types import Partitioner
 from datasets_partition.partitioners.dirichlet import Dirichlet
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.store.build import rng
+from experiments.bench.harness import seconds_of
 
 ROWS_PER_CLIENT, LABELS, CLIENTS, ALPHA = 100, 10, 100, 0.5
 OUR_TRIES, THEIR_TRIES = 5, 3
@@ -24,7 +26,7 @@ FAR = 2.69
 
 
 class Times(NamedTuple):
-    """Median seconds of processor time to know the rows of every client: a busy machine favours neither library."""
+    """Median seconds of processor time to know the rows of every client: a busy machine favors neither library."""
 
     ours: float
     theirs: float
@@ -36,25 +38,25 @@ def is_there() -> bool:
 
 
 def compare(kind: str, rows: int) -> Times:
-    """Times of the natural or the Dirichlet partition of `rows` rows; ValueError when the two do not agree."""
-    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "TQDM_DISABLE": "1"}  # read when they are imported
+    """Times the natural or the Dirichlet partition of `rows` rows; ValueError when the two libraries disagree."""
+    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "TQDM_DISABLE": "1"}  # read at import
     table = labelled(rows)
     dataset = import_module("datasets").Dataset.from_dict(table.to_pydict())
     flwr = import_module("flwr_datasets.partitioner")
 
     if kind == "natural":
-        found, ours = _ours(Natural(), table)
-        made, theirs = _theirs(lambda seed: flwr.NaturalIdPartitioner("client"), dataset)
-        refuse_other_rows(_rows_of_each(found[0]), _their_rows(made[0]))
+        our_clients, ours = _ours(Natural(), table)
+        partitioners, theirs = _theirs(lambda seed: flwr.NaturalIdPartitioner("client"), dataset)
+        refuse_other_rows(_rows_of_each(our_clients[0]), _their_rows(partitioners[0]))
     else:
-        found, ours = _ours(Dirichlet(label="label", clients=CLIENTS, alpha=ALPHA), table)
-        made, theirs = _theirs(
+        our_clients, ours = _ours(Dirichlet(label="label", clients=CLIENTS, alpha=ALPHA), table)
+        partitioners, theirs = _theirs(
             lambda seed: flwr.DirichletPartitioner(CLIENTS, "label", ALPHA, min_partition_size=1, seed=seed), dataset
         )
         labels = table["label"].to_numpy().astype(np.int64)
         refuse_another_law(
-            [_counts(_rows_of_each(owners), labels) for owners in found],
-            [_counts(_their_rows(partitioner), labels) for partitioner in made],
+            [_counts(_rows_of_each(clients), labels) for clients in our_clients],
+            [_counts(_their_rows(partitioner), labels) for partitioner in partitioners],
         )
     return Times(ours, theirs)
 
@@ -62,13 +64,9 @@ def compare(kind: str, rows: int) -> Times:
 def labelled(rows: int) -> pa.Table:
     """Rows with their number, one of `rows / 100` clients, and one of ten labels, all at random."""
     random = np.random.default_rng(5)
-    return pa.table(
-        {
-            "row": np.arange(rows),
-            "client": pa.array(random.integers(0, rows // ROWS_PER_CLIENT, rows)).cast(pa.string()),
-            "label": pa.array(random.integers(0, LABELS, rows)).cast(pa.string()),
-        }
-    )
+    clients, labels = (random.integers(0, most, rows) for most in (rows // ROWS_PER_CLIENT, LABELS))
+    texts = {"client": pa.array(clients).cast(pa.string()), "label": pa.array(labels).cast(pa.string())}
+    return pa.table({"row": np.arange(rows), **texts})
 
 
 def refuse_other_rows(ours: list[NDArray[np.int64]], theirs: list[NDArray[np.int64]]) -> None:
@@ -85,26 +83,34 @@ def refuse_another_law(ours: list[NDArray[np.int64]], theirs: list[NDArray[np.in
     both = np.stack(ours), np.stack(theirs)
     shares = [np.sort((counts / counts.sum(axis=1, keepdims=True)).ravel()) for counts in both]
     sizes = [np.sort(counts.sum(axis=2).ravel()) for counts in both]
-    for one, other in (shares, sizes):
-        values = np.concatenate([one, other])
-        below = [np.searchsorted(sample, values, side="right") / len(sample) for sample in (one, other)]
-        if np.abs(below[0] - below[1]).max() > FAR * np.sqrt(1 / len(one) + 1 / len(other)):
+    for ours_sorted, theirs_sorted in (shares, sizes):
+        values = np.concatenate([ours_sorted, theirs_sorted])
+        ours_below, theirs_below = (
+            np.searchsorted(sample, values, side="right") / len(sample) for sample in (ours_sorted, theirs_sorted)
+        )
+        far = FAR * np.sqrt(1 / len(ours_sorted) + 1 / len(theirs_sorted))
+        if np.abs(ours_below - theirs_below).max() > far:
             raise ValueError("the Dirichlet partition is of another law than that of flwr-datasets")
 
 
 def _ours(partitioner: Partitioner, table: pa.Table) -> tuple[list[NDArray[np.int32]], float]:
-    """The owners of the rows by several seeds, and the median time."""
-    seeds = [rng(seed, "bench") for seed in range(OUR_TRIES)]
-    times, found = zip(*(_timed(partitioner.assign, table, seed) for seed in seeds), strict=True)
-    return [assignment.clients for assignment in found], statistics.median(times)
+    """The clients of the rows by several seeds, and the median time."""
+    timed = [_processor_s(partial(partitioner.assign, table, rng(seed, "bench"))) for seed in range(OUR_TRIES)]
+    return [assignment.clients for _, assignment in timed], statistics.median(seconds for seconds, _ in timed)
 
 
 def _theirs(make: Callable[[int], Any], dataset: Any) -> tuple[list[Any], float]:
     """Their partitioners by several seeds, and the median time: the first client asked for has all of them made."""
-    made = [make(seed) for seed in range(THEIR_TRIES)]
-    for partitioner in made:
+    partitioners = [make(seed) for seed in range(THEIR_TRIES)]
+    for partitioner in partitioners:
         partitioner.dataset = dataset
-    return made, statistics.median(_timed(partitioner.load_partition, 0)[0] for partitioner in made)
+    times = [_processor_s(partial(each.load_partition, 0))[0] for each in partitioners]
+    return partitioners, statistics.median(times)
+
+
+def _processor_s(work: Callable[[], Any]) -> tuple[float, Any]:
+    (seconds,), result = seconds_of(work, clock=time.process_time)
+    return seconds, result
 
 
 def _rows_of_each(owners: NDArray[np.int32]) -> list[NDArray[np.int64]]:
@@ -124,9 +130,3 @@ def _counts(rows_of_each: list[NDArray[np.int64]], labels: NDArray[np.int64]) ->
     if not np.array_equal(np.sort(np.concatenate(rows_of_each)), np.arange(len(labels))):
         raise ValueError("a Dirichlet partition does not give each row to one client: its time says nothing")
     return np.stack([np.bincount(labels[rows], minlength=LABELS) for rows in rows_of_each])
-
-
-def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    began = time.process_time()
-    result = work(*arguments)
-    return time.process_time() - began, result

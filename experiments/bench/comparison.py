@@ -3,8 +3,8 @@
 import io
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ from engine.system.atomic import write_file
 from experiments.config.recipe import Recipe
 
 BASELINE = "fedavg"
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # told apart by all (Okabe and Ito)
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # distinct for everybody (Okabe and Ito)
 HEAD = (
     "| rule | seeds | held-out | against fedavg | unseen | worst tenth | personal | its worst tenth | kB up | kB down "
     "| round, s | server, ms |\n|---|" + "--:|" * 11
@@ -28,8 +28,8 @@ HEAD = (
 class Cell:
     """A finished cell's figures: losses in nats per token at the end, bytes a client and round, medians of seconds.
 
-    `worst_tenth` is the mean loss of the tenth of the clients that has the highest. `personal` judges each client by
-    the model that it would use: its own once it has one, else the global one. NaN: there is no such figure.
+    `worst_tenth` is the mean loss of the tenth of the clients that has the highest. `personal` evaluates each client on
+    the model that it would use: a personal one once it has it, else the global one. NaN: there is no such figure.
     """
 
     partition: str
@@ -50,24 +50,24 @@ class Cell:
 
 def read_cell(folder: Path, rule: str, partition: str, recipe: Recipe) -> Cell:
     """The figures of a run folder."""
-    rows = read_log(folder / "metrics").to_pylist()
     last = recipe.rounds
+    values: dict[tuple[str, str], dict[int, float]] = {}  # (split, name) -> round -> value of all clients together
+    losses_of: dict[str, dict[str, float]] = {}  # name -> client -> value at the end
+    for row in read_log(folder / "metrics").to_pylist():
+        key = row["split"], row["name"]
+        if row["client"] is None:
+            values.setdefault(key, {})[row["round"]] = row["value"]
+        elif row["split"] == "heldout" and row["round"] == last:
+            losses_of.setdefault(row["name"], {})[row["client"]] = row["value"]
 
-    def one(split: str, name: str, round_: int = last) -> float:
-        found = [
-            r["value"] for r in rows if (r["split"], r["name"], r["round"], r["client"]) == (split, name, round_, None)
-        ]
-        return float(found[0]) if found else math.nan
-
-    def clients(name: str) -> dict[str, float]:
-        judged = (r for r in rows if (r["split"], r["name"], r["round"]) == ("heldout", name, last))
-        return {r["client"]: r["value"] for r in judged if r["client"] is not None}
+    def loss(split: str, round_: int = last) -> float:
+        return float(values.get((split, "loss"), {}).get(round_, math.nan))
 
     def engine(name: str) -> list[float]:
-        return [r["value"] for r in rows if (r["split"], r["name"]) == ("engine", name)]
+        return list(values.get(("engine", name), {}).values())
 
-    losses, own, tokens = clients("loss"), clients("loss_personal"), clients("tokens")
-    used = losses | own
+    losses, personal, tokens = (losses_of.get(name, {}) for name in ("loss", "loss_personal", "tokens"))
+    used = losses | personal
     mean = sum(used[client] * tokens[client] for client in used) / sum(tokens[client] for client in used)
     took_part = sum(engine("clients"))
     return Cell(
@@ -75,12 +75,12 @@ def read_cell(folder: Path, rule: str, partition: str, recipe: Recipe) -> Cell:
         rule=rule,
         seed=recipe.seed,
         rounds=last,
-        before=one("heldout", "loss", 0),
-        heldout=one("heldout", "loss"),
-        unseen=one("unseen", "loss"),
+        before=loss("heldout", 0),
+        heldout=loss("heldout"),
+        unseen=loss("unseen"),
         worst_tenth=worst_tenth(list(losses.values())),
-        personal=mean if own else math.nan,
-        personal_worst_tenth=worst_tenth(list(used.values())) if own else math.nan,
+        personal=mean if personal else math.nan,
+        personal_worst_tenth=worst_tenth(list(used.values())) if personal else math.nan,
         bytes_up=sum(engine("protocol_bytes_up")) / took_part,
         bytes_down=sum(engine("protocol_bytes_down")) / took_part,
         round_s=statistics.median(engine("round_s")),
@@ -90,8 +90,7 @@ def read_cell(folder: Path, rule: str, partition: str, recipe: Recipe) -> Cell:
 
 def worst_tenth(losses: Sequence[float]) -> float:
     """The mean of the highest tenth, of one at least."""
-    worst = sorted(losses)[-max(1, len(losses) // 10) :]
-    return statistics.fmean(worst)
+    return statistics.fmean(sorted(losses)[-max(1, len(losses) // 10) :])
 
 
 def compare(cells: Sequence[Cell], out: Path) -> None:
@@ -107,22 +106,25 @@ def compare(cells: Sequence[Cell], out: Path) -> None:
 def table(cells: Sequence[Cell]) -> str:
     """Markdown: a table a partition, a row a rule, means over the seeds with half their range."""
     text = []
-    for partition in dict.fromkeys(cell.partition for cell in cells):
-        inside = [cell for cell in cells if cell.partition == partition]
-        baseline = {cell.seed: cell.heldout for cell in inside if cell.rule == BASELINE}
-        before = statistics.fmean(cell.before for cell in inside)
-        text.append(f"Partition {partition}, {inside[0].rounds} rounds; held-out loss before training {before:.3f}.\n")
+    for partition, rules in _grouped(cells).items():
+        baseline = {cell.seed: cell.heldout for cell in rules.get(BASELINE, [])}
+        before = statistics.fmean(cell.before for group in rules.values() for cell in group)
+        rounds = next(iter(rules.values()))[0].rounds
+        text.append(f"Partition {partition}, {rounds} rounds; held-out loss before training {before:.3f}.\n")
         text.append(HEAD)
-        for rule, group in _by_rule(inside).items():
+        for rule, group in rules.items():
             against = [cell.heldout - baseline[cell.seed] for cell in group if cell.seed in baseline]
+            mean = {
+                field.name: statistics.fmean(getattr(cell, field.name) for cell in group)
+                for field in fields(Cell)
+                if field.type in (float, "float")
+            }
             columns = [_spread([cell.heldout for cell in group])]
             columns.append(f"{statistics.fmean(against):+.3f}" if against and rule != BASELINE else "")
             losses = ("unseen", "worst_tenth", "personal", "personal_worst_tenth")
             columns += [_spread([getattr(cell, name) for cell in group]) for name in losses]
-            columns += [f"{_mean(group, lambda cell: cell.bytes_up) / 1e3:,.0f}"]
-            columns += [f"{_mean(group, lambda cell: cell.bytes_down) / 1e3:,.0f}"]
-            columns += [_plain(_mean(group, lambda cell: cell.round_s), ".1f")]
-            columns += [_plain(1e3 * _mean(group, lambda cell: cell.server_s), ".0f")]
+            columns += [f"{mean[name] / 1e3:,.0f}" for name in ("bytes_up", "bytes_down")]
+            columns += [_text(mean["round_s"], ".1f"), _text(1e3 * mean["server_s"], ".0f")]
             text.append(f"| {rule} | {len(group)} | {' | '.join(columns)} |")
         text.append("")
     return "\n".join(text)
@@ -130,69 +132,60 @@ def table(cells: Sequence[Cell]) -> str:
 
 def plot(cells: Sequence[Cell]) -> bytes:
     """A row of panels a partition: losses, bytes and time of each rule, as a PNG file."""
-    partitions = list(dict.fromkeys(cell.partition for cell in cells))
-    most = max(len(_by_rule([cell for cell in cells if cell.partition == name])) for name in partitions)
-    figure = Figure(figsize=(12, (1.5 + 0.26 * most) * len(partitions)), layout="constrained", dpi=110)
+    partitions = _grouped(cells)
+    figure = Figure(
+        figsize=(12, (1.5 + 0.26 * max(map(len, partitions.values()))) * len(partitions)), layout="constrained", dpi=110
+    )
     rows = figure.subplots(len(partitions), 3, squeeze=False, sharey="row", width_ratios=(5, 3, 2))
-    for name, (losses, moved, time) in zip(partitions, rows, strict=True):
-        groups = _by_rule([cell for cell in cells if cell.partition == name])
-        _losses(losses, groups)
-        _dots(moved, groups, "up", lambda cell: cell.bytes_up / 1e3, "o", BLUE)
-        _dots(moved, groups, "down", lambda cell: cell.bytes_down / 1e3, "s", VERMILION)
-        moved.set_xscale("symlog", linthresh=10)
-        most_kb = max(max(cell.bytes_up, cell.bytes_down) for group in groups.values() for cell in group) / 1e3
-        moved.set(xlim=(0, 2 * most_kb), xlabel="kB a client and round")
-        moved.legend(fontsize="small")
-        _dots(time, groups, "round", lambda cell: cell.round_s, "o", BLUE)
-        _dots(time, groups, "server", lambda cell: cell.server_s, "^", VERMILION)
-        time.set(xlabel="seconds a round", xscale="log")
-        time.legend(fontsize="small")
+    for (name, rules), (losses, moved, time) in zip(partitions.items(), rows, strict=True):
+        _dots(losses, rules, "held-out", "heldout", "o", BLUE)
+        _dots(losses, rules, "worst tenth", "worst_tenth", "^", VERMILION)
+        _dots(losses, rules, "personal", "personal", "s", GREEN)
+        for field in ("heldout", "worst_tenth") if BASELINE in rules else ():
+            level = statistics.fmean(getattr(cell, field) for cell in rules[BASELINE])
+            losses.axvline(level, color=GREY, linewidth=0.8, linestyle="--")
+        losses.set_yticks(range(len(rules)), list(rules))
+        losses.invert_yaxis()
+        losses.set_xlabel("loss at the end, nats per token (dashed: fedavg)")
         losses.set_title(f"partition {name}", loc="left")
+        _dots(moved, rules, "up", "bytes_up", "o", BLUE, unit=1e3)
+        _dots(moved, rules, "down", "bytes_down", "s", VERMILION, unit=1e3)
+        moved.set_xscale("symlog", linthresh=10)
+        most_kb = max(max(cell.bytes_up, cell.bytes_down) for group in rules.values() for cell in group) / 1e3
+        moved.set(xlim=(0, 2 * most_kb), xlabel="kB a client and round")
+        _dots(time, rules, "round", "round_s", "o", BLUE)
+        _dots(time, rules, "server", "server_s", "^", VERMILION)
+        time.set(xlabel="seconds a round", xscale="log")
+        for axes in (losses, moved, time):
+            axes.legend(fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
 
 
-def _losses(axes: Axes, groups: dict[str, list[Cell]]) -> None:
-    _dots(axes, groups, "held-out", lambda cell: cell.heldout, "o", BLUE)
-    _dots(axes, groups, "worst tenth", lambda cell: cell.worst_tenth, "^", VERMILION)
-    _dots(axes, groups, "personal", lambda cell: cell.personal, "s", GREEN)
-    if BASELINE in groups:
-        for label in ("heldout", "worst_tenth"):
-            level = statistics.fmean(getattr(cell, label) for cell in groups[BASELINE])
-            axes.axvline(level, color=GREY, linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(groups)), list(groups))
-    axes.invert_yaxis()
-    axes.set_xlabel("loss at the end, nats per token (dashed: fedavg)")
-    axes.legend(fontsize="small")
-
-
 def _dots(
-    axes: Axes, groups: dict[str, list[Cell]], label: str, value: Callable[[Cell], float], mark: str, colour: str
+    axes: Axes, rules: dict[str, list[Cell]], label: str, field: str, mark: str, color: str, unit: float = 1.0
 ) -> None:
-    at = [(value(cell), row) for row, group in enumerate(groups.values()) for cell in group]
-    known = [point for point in at if math.isfinite(point[0])]
-    axes.plot(
-        *zip(*known, strict=True) if known else ([], []), mark, color=colour, label=label, markersize=5, alpha=0.8
-    )
+    """Draws a field of every cell, each rule in a row; a NaN is no dot."""
+    points = [(getattr(cell, field) / unit, row) for row, group in enumerate(rules.values()) for cell in group]
+    finite = [point for point in points if math.isfinite(point[0])]
+    x, y = zip(*finite, strict=True) if finite else ((), ())
+    axes.plot(x, y, mark, color=color, label=label, markersize=5, alpha=0.8)
     axes.grid(axis="x", linewidth=0.4)
 
 
-def _by_rule(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    groups: dict[str, list[Cell]] = {}
+def _grouped(cells: Sequence[Cell]) -> dict[str, dict[str, list[Cell]]]:
+    """Cells by partition and rule, in the order in which they come."""
+    groups: dict[str, dict[str, list[Cell]]] = {}
     for cell in cells:
-        groups.setdefault(cell.rule, []).append(cell)
+        groups.setdefault(cell.partition, {}).setdefault(cell.rule, []).append(cell)
     return groups
 
 
-def _mean(group: Sequence[Cell], value: Callable[[Cell], float]) -> float:
-    return statistics.fmean(value(cell) for cell in group)
-
-
-def _plain(value: float, form: str) -> str:
+def _text(value: float, form: str) -> str:
     return "" if math.isnan(value) else f"{value:{form}}"
 
 
 def _spread(values: Sequence[float]) -> str:
     half = (max(values) - min(values)) / 2
-    return _plain(statistics.fmean(values), ".3f") + (f" ± {half:.3f}" if half > 0 else "")
+    return _text(statistics.fmean(values), ".3f") + (f" ± {half:.3f}" if half > 0 else "")

@@ -1,4 +1,4 @@
-"""What all benchmarks share: figures with their units, steps shown while they work, and results kept as Parquet."""
+"""Results of benchmarks: printed, kept as Parquet, JSON and a page, with the machine that they were measured on."""
 
 import json
 import os
@@ -8,44 +8,18 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from experiments.bench.harness import Figure
+from experiments.bench.page import RESULTS, write_page
 from experiments.runs.api import PACKAGES
 from experiments.runs.resuming import RUNS
 
-EVERY_S = 2.0  # seconds between two lines about what goes on
-
-
-class Figure(NamedTuple):
-    """One result; its value is None where it could not be had on this machine."""
-
-    value: float | None
-    unit: str
-
-
-class Steps:
-    """Says on stderr what a benchmark does, and since when."""
-
-    def __init__(self) -> None:
-        self.began = time.monotonic()
-        self.said = self.began
-
-    def say(self, step: str) -> None:
-        """A line for a step."""
-        self.said = time.monotonic()
-        print(f"{self.said - self.began:6.1f} s  {step}", file=sys.stderr, flush=True)
-
-    def say_now_and_then(self, step: str) -> None:
-        """A line for one of many small steps, unless the last line is not old yet."""
-        if time.monotonic() - self.said >= EVERY_S:
-            self.say(step)
-
 
 def show_results(scenario: str, figures: dict[str, Figure], as_json: bool) -> Path:
-    """Prints the figures, keeps them, and says where; ends with one JSON object if that is asked for."""
+    """Prints the figures, keeps them, and prints where; ends with one JSON object if `as_json`."""
     width = max(map(len, figures))
     for name, (value, unit) in figures.items():
         print(f"{name:>{width}}  {'not measured' if value is None else f'{value:,.4g} {unit}'}")
@@ -61,8 +35,6 @@ def write_results(scenario: str, figures: dict[str, Figure]) -> Path:
 
     In the first, each figure is a row with the machine beside it; the second is one object, for scripts that compare.
     """
-    from experiments.bench.page import RESULTS, write_page
-
     facts = {"scenario": scenario, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine()}
     values, units = zip(*figures.values(), strict=True)
     columns = {
@@ -99,21 +71,19 @@ def machine() -> dict[str, str | int]:
 
 
 def _commit() -> str:
-    """The commit that this code is of, with a plus where it has been changed since."""
+    """The commit of this code, with a plus where files have changed since."""
     root = Path(__file__).resolve().parents[2]
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty=+"]
     try:
-        said = subprocess.run(
-            ["git", "-C", root, "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True
-        )
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no repository, or no git
         return "unknown commit"
-    return said.stdout.strip()
 
 
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
-        return platform.processor() or "unknown"
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or "unknown"
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or "unknown"

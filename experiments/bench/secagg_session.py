@@ -1,4 +1,4 @@
-"""One session of secure aggregation, all parties in this process, timed by who works and on what.
+"""One session of secure aggregation, all parties in this process, timed by party and step.
 
 Keys, shares, boxes, messages, checks and the server's sums are real for all clients. Only what a client does to each of
 its coordinates, encoding and masking, may be done to some of them ("sampled"), and its seconds be scaled to the whole.
@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from experiments.bench.harness import seconds_of
 from strategies.core.seeds import rng
 from strategies.secagg.client import Client
 from strategies.secagg.masks import wrap
@@ -38,11 +39,10 @@ class Clock:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def __call__(self, step: str, work: Callable[..., T], *arguments: object) -> T:
-        """What `work` gives; its time is added to the step's."""
-        began = time.thread_time()
-        done = work(*arguments)
-        self.seconds[step] += time.thread_time() - began
-        return done
+        """Returns what `work` returns, and adds its time to the step's."""
+        (seconds,), result = seconds_of(lambda: work(*arguments), clock=time.thread_time)
+        self.seconds[step] += seconds
+        return result  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Played:
 
     @property
     def core_s(self) -> float:
-        """Of all clients and the server."""
+        """Seconds of all clients and the server."""
         return self.parameters.clients * sum(self.client_s.values()) + sum(self.server_s.values())
 
     @property
@@ -75,13 +75,13 @@ class Played:
 
 
 def session_of(clients: int, coordinates: int, mode: Mode = "full", bits: int = 32) -> Session:
-    """A session for weighted vectors of so many coordinates, with the k and t that `choose` finds for the cohort."""
+    """A session for weighted vectors of `coordinates`, with the k and t that `choose` gives for the cohort."""
     sums = Sums((Sum("delta", coordinates, 1.0, "weighted"),), clients, bits)
     return Session(0, 0, choose(clients), sums, mode)
 
 
 def play(session: Session, sampled: int, gone: Mapping[int, Phase]) -> Played:
-    """Plays it with seeded updates. Who is `gone` in a phase has done its work, and it is lost: the dearest way."""
+    """Plays a session with seeded updates. A client that is `gone` in a phase did its work and the work is lost."""
     sums, everybody = session.sums, range(session.parameters.clients)
     sampled = min(sampled, sums.length)
     updates = rng(SEED, 0, -1, "sample").uniform(-1.1, 1.1, sampled + len(everybody)).astype(np.float32)
@@ -99,7 +99,7 @@ def play(session: Session, sampled: int, gone: Mapping[int, Phase]) -> Played:
                 yield answer
 
     def encode(u: int) -> np.ndarray:
-        """The client's ring vector, as far as it is sampled; everybody's update is another window of the same."""
+        """The sampled part of a client's ring vector; each client's update is another window of the same numbers."""
         weight = (1 + u % 7) / 7
         head = sums.encode_head(weight)
         part = sums.encode_part("delta", updates[u : u + sampled - len(head)], weight, rng(SEED, 0, u, "rounding"))
@@ -117,12 +117,12 @@ def play(session: Session, sampled: int, gone: Mapping[int, Phase]) -> Played:
     keys = list(answers("keys", everybody, lambda u: client("keys", members[u].keys)))
     listed = server("key_list", party.key_list, keys)
     traffic["down"] += len(keys) * listed.nbytes
-    there = sorted(one.client for one in keys)
-    shares = list(answers("shares", there, lambda u: client("shares", members[u].shares, listed)))
+    present = sorted(key.client for key in keys)
+    shares = list(answers("shares", present, lambda u: client("shares", members[u].shares, listed)))
     inboxes = server("inboxes", party.inboxes, shares)
     traffic["down"] += sum(inbox.nbytes for inbox in inboxes.values())
-    for one in answers("masked input", sorted(inboxes), masked):
-        server("add", party.add, one)
+    for masked_sum in answers("masked input", sorted(inboxes), masked):
+        server("add", party.add, masked_sum)
     server("recover", party.survivors)
     requests = server("recover", party.requests)
     traffic["down"] += sum(request.nbytes for request in requests.values())

@@ -1,11 +1,10 @@
-"""What `fedpost bench zero` measures within two bare processes, without Ray: resets, a bare loop, and loading."""
+"""What `fedpost bench zero` measures within bare processes, without Ray: resets, a bare loop, and loading."""
 
 import gc
 import multiprocessing
 import os
 import socket
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from engine.system import allocator as heap
 from engine.system.rendezvous import meet
 from engine.training.batching import batches
 from engine.training.step_loop import Training
+from experiments.bench.harness import seconds_of
+from experiments.bench.sampling import sampled
 from experiments.config.recipe import Recipe
 from experiments.preflight.processes import memory
 from strategies.core.seeds import rng, torch_seed
@@ -35,7 +36,7 @@ RESETS = 7
 
 @dataclass(frozen=True)
 class Work:
-    """A recipe, its rows, the clients of its first round, and how often the bare loop goes over the steps of one."""
+    """A recipe, its rows, the clients of its first round, and how often the bare loop repeats one client's steps."""
 
     recipe: Recipe
     zero: Zero
@@ -48,7 +49,7 @@ class Work:
 class Bare:
     """Seconds of a fresh engine, a reset, a client of the recipe's steps; tokens per second of the bare loop.
 
-    `first_S` is what the first round leads to: the mean of bare loops, each in a fresh engine. Legend: S of a shard.
+    `first_S` is where the first round leads: the mean of bare loops, each in a fresh engine. Legend: S of a shard.
     """
 
     fresh_s: float
@@ -59,12 +60,12 @@ class Bare:
 
 
 def in_ranks(zero: Zero, gpu: bool, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work(rank, *arguments)` gives in each of as many fresh processes as a gang has ranks, which have met.
+    """Calls `work(rank, *arguments)` in a fresh process for each rank of a gang, once they have met.
 
-    With `gpu` each has a GPU to itself.
+    With `gpu` each process has a GPU to itself.
     """
-    with socket.create_server((LOOPBACK, 0)) as found:
-        port = found.getsockname()[1]
+    with socket.create_server((LOOPBACK, 0)) as listening:
+        port = listening.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for rank in range(zero.ranks):
@@ -74,14 +75,13 @@ def in_ranks(zero: Zero, gpu: bool, work: Callable[..., Any], *arguments: Any) -
         processes[-1].start()
         sender.close()
     try:
-        answers = [pipe.recv() for pipe in pipes]
+        return [pipe.recv() for pipe in pipes]
     except EOFError:
-        raise ValueError("a rank ended before it had measured anything: its message stands above") from None
+        raise RuntimeError("a rank ended before it had measured anything: its message stands above") from None
     finally:
         for process in processes:
             process.join(timeout=30)
             process.kill()
-    return answers
 
 
 def _rank(
@@ -102,7 +102,7 @@ def _rank(
 
 
 def bare(rank: int, work: Work) -> Bare:
-    """A rank's times; all ranks do the same."""
+    """Measures one rank's times; all ranks do the same at the same time."""
     from engine.models.deepspeed_model import zero_model
     from engine.training.deepspeed_training import ZeroTrainer
 
@@ -116,16 +116,15 @@ def bare(rank: int, work: Work) -> Bare:
     def stream(client: int) -> np.random.Generator:
         return rng(seed, 0, client, "batches")
 
-    trainer = fresh()  # what loads at first use is no part of the time of one more
+    trainer = fresh()  # the first engine also loads libraries: it is not timed
     start_S = trainer.weights()
-    total_S, weights, made = torch.zeros_like(start_S), 0, []
+    total_S, weights, fresh_s = torch.zeros_like(start_S), 0, []
     for client in work.cohort:
         trainer.engine.destroy()
         del trainer
         gc.collect()  # an engine refers to itself
-        began = time.perf_counter()
-        trainer = fresh()
-        made.append(time.perf_counter() - began)
+        seconds, trainer = seconds_of(fresh)
+        fresh_s += seconds
         rows = tokens.rows(client, "train")
         _bare_loop(trainer, rows, train, stream(client))
         total_S.add_(trainer.weights().sub_(start_S), alpha=rows.num_rows)
@@ -135,29 +134,25 @@ def bare(rank: int, work: Work) -> Bare:
 
     def speed() -> float:
         began = time.perf_counter()
-        trained = _bare_loop(trainer, rows, train, stream(client))
-        return trained / (time.perf_counter() - began)
+        return _bare_loop(trainer, rows, train, stream(client)) / (time.perf_counter() - began)
 
     speeds = [statistics.median(speed() for _ in range(work.tries))]
-    heap.keep(gathered=work.zero.stage == 3)  # as a gang does; the bare loop has what is faster for it
+    heap.keep(gathered=work.zero.stage == 3)  # as a gang does; the bare loop counts with the faster setting
     speeds.append(statistics.median(speed() for _ in range(work.tries)))
-    resets, clients = [], []
-    for _ in range(RESETS):
-        began = time.perf_counter()
+
+    def reset() -> None:
         trainer.become(start_S)
-        trainer.summed(0.0)  # which a GPU has to be waited for
-        resets.append(time.perf_counter() - began)
-    for _ in range(work.tries):
-        began = time.perf_counter()
-        trainer.train([Training(rows, start_S, stream(client), 0)], train)
-        clients.append(time.perf_counter() - began)
+        trainer.summed(0.0)  # waits for a GPU
+
+    reset_s, _ = seconds_of(reset, RESETS)
+    client_s, _ = seconds_of(lambda: trainer.train([Training(rows, start_S, stream(client), 0)], train), work.tries)
     first_S = start_S.add_(total_S, alpha=1 / weights).cpu().numpy()
-    fresh_s, reset_s, client_s = map(statistics.median, (made, resets, clients))
-    return Bare(fresh_s, reset_s, client_s, max(speeds), first_S)
+    fresh_median, reset_median, client_median = map(statistics.median, (fresh_s, reset_s, client_s))
+    return Bare(fresh_median, reset_median, client_median, max(speeds), first_S)
 
 
 def _bare_loop(trainer: Any, rows: Any, train: Train, stream: np.random.Generator) -> float:
-    """Deepspeed's own loop on the same batches, with what every loop must do: forward, backward, clip, step."""
+    """DeepSpeed's loop on the same batches, with what every loop must do: forward, backward, clip, step."""
     engine, rank, ranks = trainer.engine, trainer.rank, trainer.ranks
     engine.train()
     tokens = 0
@@ -172,29 +167,17 @@ def _bare_loop(trainer: Any, rows: Any, train: Train, stream: np.random.Generato
 
 
 def loaded(rank: int, model: Model, zero: Zero) -> tuple[float, float] | None:
-    """MB by which a process has grown at the most while it loaded a model, and MB of its shard and the largest tensor.
+    """The most MB that loading a model adds to a process, and MB of its shard with the largest tensor.
 
-    The shard is the whole model in stages 1 and 2. Pages of the mapped file are not counted: they are the system's to
-    take back.
+    The shard is the whole model in stages 1 and 2. Pages of the mapped file do not count: they can be evicted.
     """
     from engine.models.deepspeed_model import shape_of, zero_model
 
     heap.give_back()
-    before = memory().get("RssAnon")
-    if before is None:
+    if "RssAnon" not in memory():
         return None
-    seen, ended = [before], threading.Event()
-
-    def look() -> None:
-        while not ended.wait(0.002):
-            seen.append(memory()["RssAnon"])
-
-    watch = threading.Thread(target=look)
-    watch.start()
-    network = zero_model(model, zero, 0, rank)
-    ended.set()
-    watch.join()
+    with sampled(lambda: memory()["RssAnon"], 0.002) as held:
+        network = zero_model(model, zero, 0, rank)
     sizes = {name: int(np.prod(shape_of(p))) * p.element_size() for name, p in network.named_parameters()}
-    ranks = zero.ranks if zero.stage == 3 else 1
-    shard = sum(sizes.values()) / ranks
-    return max(seen) - before, (shard + max(sizes.values())) / 2**20
+    shard = sum(sizes.values()) / (zero.ranks if zero.stage == 3 else 1)
+    return max(held) - held[0], (shard + max(sizes.values())) / 2**20

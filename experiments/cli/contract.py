@@ -10,7 +10,7 @@ from rich.console import Console
 
 from engine.aggregation.exact_sum import ExactSum, merge
 from engine.messages.errors import RunError
-from engine.messages.wire import ShardedState
+from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint, save_checkpoint
 from experiments.config.user_code import imported
 from strategies.contract.case import FULL, LORA, Case, DoesNotApply

@@ -16,13 +16,15 @@ from strategies.core.protocol import NO_LAYOUT, ServerState, Strategy, Vector
 
 Check = Callable[[Case], None]
 CLOSE = 1e-5
+RENAMED = {"remembers": "keeps_state", "personalises": "personalizes"}
 
 
 def lacks(kind: type) -> list[str]:
-    """The names of the members of `Strategy` that a class does not define."""
+    """The names of the members of `Strategy` that a class does not define, or defines under an old name."""
     members = [*Strategy.__annotations__, *(name for name in vars(Strategy) if not name.startswith("_"))]
     defined = set(dir(kind)) - getattr(kind, "__abstractmethods__", frozenset())
-    return [name for name in members if name not in defined]
+    renamed = [f"{name} (it defines the old {old})" for old, name in RENAMED.items() if old in defined]
+    return [name for name in members if name not in defined] + renamed
 
 
 def _near(case: Case, left: ServerState, right: ServerState, what: str) -> None:

@@ -1,47 +1,28 @@
 """`fedpost bench big_update`: an update of 25 million parameters and hardly any training, against the bare loop."""
 
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from experiments.bench.bare import PROCESSES, compare
-from experiments.bench.bases import bench_recipe, write_llama, write_rows
-from experiments.bench.results import Figure
-from experiments.bench.tree import held_by_command
-from experiments.runs.api import ray_session
+from experiments.bench.bases import write_llama, write_rows
+from experiments.bench.harness import Bench, scenario
+from experiments.bench.sampling import command_mb
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-VOCABULARY = 195_000  # twice times 64: 25 million parameters whose training is one short row
-CLIENTS, COHORT, LENGTH = 40, 20, 8
+VOCABULARY = 195_000  # twice times 64: 25 million parameters, and a step on one short row
 
 
-def measure(small: bool) -> dict[str, Figure]:
-    """Time and memory over the bare loop's; ValueError when they differ."""
-    with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
-        folder = Path(name)
-        write_llama(folder / "base", LLAMA, vocabulary=VOCABULARY // 10 if small else VOCABULARY)
-        write_rows(folder / "rows.parquet", CLIENTS, 1, LENGTH)
-        work = bench_recipe(
-            folder,
-            folder / "base",
-            f"""
-            rounds = {3 if small else 8}
-            clients = {{ slots = {PROCESSES} }}
-            cohort = {{ size = {COHORT} }}
-            [train]
-            steps = 1
-            batch = 1
-            max_length = {LENGTH}
-            optimizer = {{ kind = "sgd", lr = 0.1 }}
-            [model]
-            peft = {{ kind = "none" }}
-            """,
-        )
-        found = compare(work, folder / "run")
-        held = held_by_command(replace(work, rounds=3), folder / "held")
-        return {
-            "time_ratio": Figure(1 / found.ratio, "times the bare loop's time"),
-            "tree_rss_mb": Figure(held.rss, "MB, all processes but Ray's daemons"),
-            "tree_pss_mb": Figure(held.pss, "MB, shared pages counted once"),
-            "apart": Figure(found.apart, "largest difference"),
-        }
+@scenario()
+def measure(bench: Bench) -> None:
+    """Measures time and memory over the bare loop's; ValueError when the two disagree."""
+    write_llama(bench.folder / "base", LLAMA, vocabulary=VOCABULARY // 10 if bench.small else VOCABULARY)
+    write_rows(bench.folder, 40, 1, 8)
+    work = bench.recipe(
+        *(f"rounds={3 if bench.small else 8}", f"clients.slots={PROCESSES}", "cohort.size=20", "model.peft=none"),
+        'train={steps=1, batch=1, max_length=8, optimizer={kind="sgd", lr=0.1}}',
+    )
+    compared = compare(work, bench.folder / "run")
+    rss, pss = command_mb(replace(work, rounds=3), bench.folder / "command")
+    bench.add("time_ratio", 1 / compared.ratio, "times the bare loop's time")
+    bench.add("tree_rss_mb", rss, "MB, all processes but Ray's daemons")
+    bench.add("tree_pss_mb", pss, "MB, shared pages counted once")
+    bench.add("apart", compared.apart, "largest difference")

@@ -1,17 +1,16 @@
 """`fedpost bench partition`: stores of up to a million clients, and partitions against those of flwr-datasets.
 
-No figure is printed before the rows that are read back from each store are found to be those that were put in, and both
-libraries' partitions of the same rows to agree. All that it builds goes to the folder for temporary files and is
-deleted in the end: about 3 GB in full size.
+No figure is printed unless the rows that are read back from each store are those that were put in, and both libraries'
+partitions of the same rows agree. All that it builds goes to the folder for temporary files and is deleted in the end:
+about 3 GB in full size.
 """
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +24,7 @@ from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens, tokenize
 from experiments.bench import against_flwr
-from experiments.bench.results import Figure, Steps
+from experiments.bench.harness import Bench, power, scenario, seconds_of
 from experiments.preflight.processes import in_fresh_process, memory
 from strategies.core.cohort import UniformCohort
 
@@ -52,7 +51,7 @@ SMALL = Size((10**2, 10**4), cohort=100, compared=(10**4,), slots=1)
 
 
 class Built(NamedTuple):
-    """A store, the wall and processor time that it took, and the most memory of the process that built it."""
+    """A store, the wall and processor time of its build, and the most memory of the process that built it."""
 
     folder: Path
     wall_s: float
@@ -60,31 +59,36 @@ class Built(NamedTuple):
     peak_mb: float | None
 
 
-def measure(small: bool) -> dict[str, Figure]:
-    """All figures; ValueError when a store does not hold what was put in, or a partition is not what it should be."""
-    size, steps = SMALL if small else FULL, Steps()
-    figures: dict[str, Figure] = {}
-    slots: list[dict[str, float]] = []
+@scenario(ray=False)
+def measure(bench: Bench) -> None:
+    """Measures stores and partitions; ValueError when a store lacks rows, or a partition is not what it should be."""
+    size = SMALL if bench.small else FULL
+    smallest, largest = size.populations[0], size.populations[-1]
+    slots: dict[int, dict[str, float]] = {}
     for population in size.populations:
-        with TemporaryDirectory(prefix="fedpost-bench-") as name:
+        with TemporaryDirectory(dir=bench.folder) as name:
             source = Path(name) / "rows.parquet"
-            steps.say(f"{population:,} clients: making {population * ROWS:,} rows")
+            bench.say(f"{population:,} clients: making {population * ROWS:,} rows")
             write_rows(source, population)
-            steps.say(f"{population:,} clients: building the store")
-            built: Built = in_fresh_process(_build, source, Path(name) / "stores", steps)
-            steps.say(f"{population:,} clients: making token columns, reading rows back")
+            bench.say(f"{population:,} clients: building the store")
+            built: Built = in_fresh_process(_build, source, Path(name) / "stores", bench)
+            bench.add("build_rows_per_s", population * ROWS / built.wall_s, "rows/s")  # the largest population stays
+            bench.add("build_s", built.wall_s, "s")
+            bench.add("build_cpu_s", built.cpu_s, "s")
+            bench.add("build_peak_mb", built.peak_mb, "MB")
+            bench.say(f"{population:,} clients: making token columns, reading rows back")
             tokens = tokenize(Store.open(built.folder), "bytes", to_bytes)
             refuse_other_rows(source, population, Store.open(built.folder), tokens)
-            figures |= _quick(built.folder, tokens.folder, population, size.cohort)
-            if population in (size.populations[0], size.populations[-1]):
-                steps.say(f"{population:,} clients: reading as a slot does")
-                slots.append(_slot_memory(built.folder, tokens.folder, size.populations[0] // 2, size.slots))
-            if population == size.populations[-1]:
-                figures |= _built_figures(built, population * ROWS)
-    least, most = slots
+            _measure_reading(bench, built.folder, tokens.folder, population, size.cohort)
+            if population in (smallest, largest):
+                bench.say(f"{population:,} clients: reading as a slot does")
+                reading = (_read_as_slot, built.folder, tokens.folder, smallest // 2)
+                held = [in_fresh_process(*reading) for _ in range(size.slots)]
+                slots[population] = {kind: statistics.median(each[kind] for each in held) for kind in held[0]}
     for figure, kind in (("slot_rss_growth_mb", "VmRSS"), ("slot_private_growth_mb", "RssAnon")):
-        figures[figure] = Figure(most[kind] - least[kind] if most else None, "MB")
-    return figures | _against_flwr(size.compared, steps)
+        known = kind in slots[largest]  # not on every system
+        bench.add(figure, slots[largest][kind] - slots[smallest][kind] if known else None, "MB")
+    compare_with_flwr(bench, size.compared)
 
 
 def write_rows(path: Path, population: int) -> None:
@@ -104,7 +108,7 @@ def write_rows(path: Path, population: int) -> None:
 
 
 def to_bytes(rows: pa.Table) -> pa.Table:
-    """The stand-in for an objective's `encode`: the bytes of the completion. Tokenizing is not what is measured."""
+    """The bytes of the completion, in place of an objective's `encode`, since tokenizing is not measured."""
     texts = rows["completion"].combine_chunks().cast(pa.large_binary())
     ends = np.append(0, np.cumsum(pc.binary_length(texts).to_numpy())).astype(np.int32)
     content = np.frombuffer(b"".join(texts.to_pylist()), np.uint8).astype(np.int32)
@@ -130,25 +134,19 @@ def refuse_other_rows(source: Path, population: int, store: Store, tokens: Token
         raise ValueError(f"the store of {population:,} clients does not hold the rows that were put in")
 
 
-def _quick(folder: Path, tokens: Path, population: int, cohort: int) -> dict[str, Figure]:
+def _measure_reading(bench: Bench, folder: Path, tokens: Path, population: int, cohort: int) -> None:
     """Milliseconds to open a store with its token columns; and to draw a cohort and look its clients' rows up."""
     store, columns = Store.open(folder), Tokens.open(tokens)
-    opened = _median_ms(lambda _: (Store.open(folder).num_training, Tokens.open(tokens)))
-    figures = {f"open_ms_{power(population)}": Figure(opened, "ms")}
-    if store.num_training >= cohort:
-        kind = UniformCohort(size=cohort)
-        drawn = kind.sample(store.num_training, SEED, 0)
-        if len(np.unique(drawn)) != cohort or drawn.min() < 0 or drawn.max() >= store.num_training:
-            raise ValueError(f"a cohort of {cohort:,} is not one of different training clients")
-        took = _median_ms(lambda i: columns.counts("train")[kind.sample(store.num_training, SEED, i)])
-        figures[f"cohort_ms_{power(population)}"] = Figure(took, "ms")
-    return figures
-
-
-def _slot_memory(folder: Path, tokens: Path, cohort: int, slots: int) -> dict[str, float]:
-    """Median memory of fresh processes that read as a slot does; nothing where the system does not tell."""
-    found = [in_fresh_process(_read_as_slot, folder, tokens, cohort) for _ in range(slots)]
-    return {kind: statistics.median(one[kind] for one in found) for kind in found[0]}
+    opening, _ = seconds_of(lambda: (Store.open(folder).num_training, Tokens.open(tokens)), TRIES)
+    bench.add(f"open_ms_{power(population)}", statistics.median(opening) * 1e3, "ms")
+    if store.num_training < cohort:
+        return
+    kind, rounds = UniformCohort(size=cohort), iter(range(TRIES))
+    drawn = kind.sample(store.num_training, SEED, 0)
+    if len(np.unique(drawn)) != cohort or drawn.min() < 0 or drawn.max() >= store.num_training:
+        raise ValueError(f"a cohort of {cohort:,} is not one of different training clients")
+    drawing, _ = seconds_of(lambda: columns.counts("train")[kind.sample(store.num_training, SEED, next(rounds))], TRIES)
+    bench.add(f"cohort_ms_{power(population)}", statistics.median(drawing) * 1e3, "ms")
 
 
 def _read_as_slot(folder: Path, tokens: Path, cohort: int) -> dict[str, float]:
@@ -162,49 +160,24 @@ def _read_as_slot(folder: Path, tokens: Path, cohort: int) -> dict[str, float]:
     return memory()
 
 
-def _build(source: Path, cache: Path, steps: Steps) -> Built:
+def _build(source: Path, cache: Path, bench: Bench) -> Built:
     began, cpu = time.perf_counter(), time.process_time()
-    folder = build(ParquetFiles(path=str(source)), Natural(), Splits(), SEED, str(cache), steps.say_now_and_then)
+    folder = build(ParquetFiles(path=str(source)), Natural(), Splits(), SEED, str(cache), bench.say_now_and_then)
     return Built(folder, time.perf_counter() - began, time.process_time() - cpu, memory().get("VmHWM"))
 
 
-def _built_figures(built: Built, rows: int) -> dict[str, Figure]:
-    return {
-        "build_rows_per_s": Figure(rows / built.wall_s, "rows/s"),
-        "build_s": Figure(built.wall_s, "s"),
-        "build_cpu_s": Figure(built.cpu_s, "s"),
-        "build_peak_mb": Figure(built.peak_mb, "MB"),
-    }
-
-
-def _against_flwr(compared: tuple[int, ...], steps: Steps) -> dict[str, Figure]:
-    """Times of both libraries and their ratio; the ratio without a size is the smallest."""
-    if not against_flwr.is_there():
-        steps.say("flwr-datasets is not installed: no speedups")
-        return {f"speedup_{kind}": Figure(None, "times") for kind in ("natural", "dirichlet")}
-    figures: dict[str, Figure] = {}
+def compare_with_flwr(bench: Bench, compared: tuple[int, ...]) -> None:
+    """Adds times of both libraries and their ratio; the ratio without a size is the smallest."""
+    is_there = against_flwr.is_there()
+    if not is_there:
+        bench.say("flwr-datasets is not installed: no speedups")
     for kind in ("natural", "dirichlet"):
         ratios = []
-        for rows in compared:
-            steps.say(f"the {kind} partition of {rows:,} rows, by both libraries")
+        for rows in compared if is_there else ():
+            bench.say(f"the {kind} partition of {rows:,} rows, by both libraries")
             times: against_flwr.Times = in_fresh_process(against_flwr.compare, kind, rows)
             ratios.append(times.theirs / times.ours)
-            figures[f"{kind}_ms_{power(rows)}"] = Figure(times.ours * 1000, "ms")
-            figures[f"flwr_{kind}_ms_{power(rows)}"] = Figure(times.theirs * 1000, "ms")
-            figures[f"speedup_{kind}_{power(rows)}"] = Figure(ratios[-1], "times")
-        figures[f"speedup_{kind}"] = Figure(min(ratios), "times")
-    return figures
-
-
-def power(number: int) -> str:
-    """A power of ten as figures name it: 1e6."""
-    return f"1e{len(str(number)) - 1}"
-
-
-def _median_ms(work: Callable[[int], Any]) -> float:
-    times = []
-    for i in range(TRIES):
-        began = time.perf_counter()
-        work(i)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) * 1000
+            bench.add(f"{kind}_ms_{power(rows)}", times.ours * 1e3, "ms")
+            bench.add(f"flwr_{kind}_ms_{power(rows)}", times.theirs * 1e3, "ms")
+            bench.add(f"speedup_{kind}_{power(rows)}", ratios[-1], "times")
+        bench.add(f"speedup_{kind}", min(ratios, default=None), "times")

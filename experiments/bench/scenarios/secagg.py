@@ -11,19 +11,16 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
 
-import experiments
 from engine.records.metrics import read_log
-from experiments.bench.results import Figure, Steps
+from experiments.bench.harness import DEMO, SMALL_DEMO, Bench, largest_difference, metric, scenario, seconds_of
 from experiments.bench.secagg_session import SCALED, Played, play, session_of
-from experiments.config.recipe import RECIPES, parse_recipe
+from experiments.config.recipe import parse_recipe
 from experiments.preflight.processes import in_fresh_process, memory
-from experiments.runs.api import Run, ray_session
+from experiments.runs.api import Run
 from strategies.secagg.masks import Masks
 from strategies.secagg.protocol import Phase
 
@@ -61,35 +58,46 @@ class Rounds:
     mb_up: float
     mb_down: float
 
+    @classmethod
+    def of(cls, run: Run) -> "Rounds":
+        """Reads a run's metrics and ledger."""
+        losses = metric(run, "loss", "train")
+        received = [(row["party"], row["kind"]) for row in read_log(run.folder / "ledger").to_pylist()]
+        sessions = received.count(("server", "key")) / len(losses)  # each begins with its clients' keys
+        up, down = (statistics.mean(metric(run, f"protocol_bytes_{way}")) / 1e6 for way in ("up", "down"))
+        return cls(losses, metric(run, "round_s")[1:], sessions, up, down)
 
-DEMO = ('name="bench-secagg"', "cohort.size=32", "evaluate.every=0", "evaluate.rows=1")
-SMALL_DATA = 'data.source={kind="python_docs", packages=[], prompt_chars=60}'
-# There and back, so that a machine that becomes slower or faster favours neither.
+
+CHANGES = ('name="bench-secagg"', "cohort.size=32", "evaluate.every=0", "evaluate.rows=1")
+# There and back, so that a machine that becomes slower or faster favors neither mode.
 FULL = Size(
-    (32, 100, 1000), (100_000, 1_000_000, COORDINATES), 2**18, ("off", "full", "full", "off"), (*DEMO, "rounds=4")
+    *((32, 100, 1000), (100_000, 1_000_000, COORDINATES), 2**18),
+    *(("off", "full", "full", "off"), (*CHANGES, "rounds=4")),
 )
-SMALL = Size(
-    (8, 32), (20_000,), 2**14, ("off", "full"), (*DEMO, "rounds=2", "train.steps=1", "train.max_length=64", SMALL_DATA)
-)
+SMALL = Size((8, 32), (20_000,), 2**14, ("off", "full"), (*CHANGES, "rounds=2", *SMALL_DEMO))
 
 
-def measure(small: bool) -> dict[str, Figure]:
-    """All figures; ValueError where secure aggregation does not give what it should."""
-    size, steps = SMALL if small else FULL, Steps()
-    steps.say("the same bits with masks and without, with drop-outs in every phase")
+@scenario()
+def measure(bench: Bench) -> None:
+    """Measures masks, sessions and the demo's rounds; ValueError where secure aggregation gives other sums."""
+    size = SMALL if bench.small else FULL
+    bench.say("the same bits with masks and without, with drop-outs in every phase")
     refuse_other_bits()
-    figures = {"full_equals_ideal": Figure(1.0, "1: bit for bit")}
-    demo = demo_rounds(size, steps)
-    figures |= round_figures(demo["off"], demo["full"])
-    steps.say(f"the mask loop: {KEYS} keys, {COORDINATES:,} coordinates")
-    figures["mask_gb_per_s"] = Figure(mask_speed(), "GB/s of one core")
-    figures["core_s_1000x5m"] = Figure(None, "core-s")  # in the small size there is no such session
+    bench.add("full_equals_ideal", 1.0, "1: bit for bit")
+    rounds: dict[Mode, list[Rounds]] = {"off": [], "full": []}
+    for turn, mode in enumerate(size.modes, 1):
+        bench.say(f"the demo with secure aggregation {mode!r}, run {turn} of {len(size.modes)}")
+        recipe = parse_recipe(DEMO, [*size.changes, f'privacy.secagg.mode="{mode}"'])
+        rounds[mode].append(Rounds.of(bench.run(recipe, str(turn))[0]))
+    add_rounds(bench, rounds["off"], rounds["full"])
+    bench.say(f"the mask loop: {KEYS} keys, {COORDINATES:,} coordinates")
+    bench.add("mask_gb_per_s", mask_speed(), "GB/s of one core")
+    bench.add("core_s_1000x5m", None, "core-s")  # in the small size there is no such session
     for clients in size.cohorts:
         for coordinates in size.coordinates:
-            steps.say(f"a session of {clients:,} clients with {coordinates:,} coordinates")
-            played, growth = in_fresh_process(_cell, clients, coordinates, size.sampled)
-            figures |= _figures(played, growth, f"{clients}x{NAMES[coordinates]}")
-    return figures
+            bench.say(f"a session of {clients:,} clients with {coordinates:,} coordinates")
+            played, growth = in_fresh_process(play_session, clients, coordinates, size.sampled)
+            _add_session(bench, played, growth, f"{clients}x{NAMES[coordinates]}")
 
 
 def refuse_other_bits() -> None:
@@ -108,66 +116,34 @@ def mask_speed() -> float:
     """GB of keystream that one core adds to a vector in a second, the median of some tries."""
     keys = tuple(os.urandom(32) for _ in range(KEYS))
     masks, values_L = Masks(32, keys[::2], keys[1::2]), np.ones(COORDINATES, np.uint32)
-    seconds = []
-    for _ in range(TRIES):
-        began = time.thread_time()
-        masks.apply(values_L)
-        seconds.append(time.thread_time() - began)
+    seconds, _ = seconds_of(lambda: masks.apply(values_L), TRIES, time.thread_time)
     return KEYS * values_L.nbytes / statistics.median(seconds) / 1e9
 
 
-def demo_rounds(size: Size, steps: Steps) -> dict[Mode, list[Rounds]]:
-    """Runs the demo without and with secure aggregation."""
-    text = (RECIPES / "demo.toml").read_text(encoding="utf-8")
-    found: dict[Mode, list[Rounds]] = {"off": [], "full": []}
-    with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None):
-        for turn, mode in enumerate(size.modes, 1):
-            steps.say(f"the demo with secure aggregation {mode!r}, run {turn} of {len(size.modes)}")
-            recipe = parse_recipe(text, [*size.changes, f'privacy.secagg.mode="{mode}"'])
-            found[mode].append(read_rounds(experiments.run(recipe, out=Path(name) / str(turn))))
-    return found
-
-
-def read_rounds(run: Run) -> Rounds:
-    """What a run's metrics and ledger say of its rounds."""
-    rows = [row for row in run.metrics.to_pylist() if row["round"] > 0 and row["client"] is None]
-
-    def of(split: str, name: str) -> list[float]:
-        return [row["value"] for row in rows if (row["split"], row["name"]) == (split, name)]
-
-    losses, seconds = of("train", "loss"), of("engine", "round_s")
-    received = [(row["party"], row["kind"]) for row in read_log(run.folder / "ledger").to_pylist()]
-    sessions = received.count(("server", "key")) / len(losses)  # each begins with its clients' keys
-    up, down = (statistics.mean(of("engine", f"protocol_bytes_{way}")) / 1e6 for way in ("up", "down"))
-    return Rounds(losses, seconds[1:], sessions, up, down)
-
-
-def round_figures(plain: list[Rounds], secured: list[Rounds]) -> dict[str, Figure]:
-    """The times and messages of both kinds of runs; ValueError if their losses differ."""
-    apart = max(float(np.abs(np.subtract(p.losses, s.losses)).max()) for p in plain for s in secured)
-    if not apart <= LOSSES:
-        raise ValueError(f"the losses of the plain and the secured run are {apart:.2g} nats per token apart")
+def add_rounds(bench: Bench, plain: list[Rounds], secured: list[Rounds]) -> None:
+    """Adds the times and messages of both kinds of runs; ValueError if their losses differ."""
+    plain_losses, secured_losses = zip(*((p.losses, s.losses) for p in plain for s in secured), strict=True)
+    what = "the losses of the plain and the secured run, in nats per token,"
+    apart = largest_difference(what, plain_losses, secured_losses, LOSSES)
     before, after = (statistics.median(s for run in runs for s in run.seconds) for runs in (plain, secured))
     first, last = (statistics.median(run.seconds) for run in (plain[0], plain[-1]))
-    return {
-        "round_ratio_n32": Figure(after / before, "ratio"),
-        "plain_ratio_n32": Figure(last / first if len(plain) > 1 else None, "ratio of two plain runs: noise"),
-        "plain_round_s_n32": Figure(before, "s of wall time"),
-        "secured_round_s_n32": Figure(after, "s of wall time"),
-        "plain_round_mb_up_n32": Figure(plain[0].mb_up, "MB"),
-        "plain_round_mb_down_n32": Figure(plain[0].mb_down, "MB"),
-        "secured_round_mb_up_n32": Figure(secured[0].mb_up, "MB"),
-        "secured_round_mb_down_n32": Figure(secured[0].mb_down, "MB"),
-        "secured_round_sessions_n32": Figure(secured[0].sessions, "sessions"),
-        "losses_apart_n32": Figure(apart, "nats per token"),
-    }
+    bench.add("round_ratio_n32", after / before, "ratio")
+    noise = last / first if len(plain) > 1 else None
+    bench.add("plain_ratio_n32", noise, "ratio of two plain runs: noise")
+    bench.add("plain_round_s_n32", before, "s of wall time")
+    bench.add("secured_round_s_n32", after, "s of wall time")
+    for name, runs in (("plain", plain), ("secured", secured)):
+        bench.add(f"{name}_round_mb_up_n32", runs[0].mb_up, "MB")
+        bench.add(f"{name}_round_mb_down_n32", runs[0].mb_down, "MB")
+    bench.add("secured_round_sessions_n32", secured[0].sessions, "sessions")
+    bench.add("losses_apart_n32", apart, "nats per token")
 
 
-def _cell(clients: int, coordinates: int, sampled: int) -> tuple[Played, float | None]:
-    """A session, and by how many MB this process, the server's and all clients', has grown at the most."""
-    play(session_of(4, 10), sampled, {})  # what loads at first use is no part of a session
+def play_session(clients: int, coordinates: int, sampled: int) -> tuple[Played, float | None]:
+    """A session, and the most MB that this process, which is the server and all clients, has grown by."""
+    play(session_of(4, 10), sampled, {})  # loads what the session needs, which is not measured
     before = memory().get("VmRSS")
-    # In the phase where it costs most: the clients have masked, and the server must find their masks by itself.
+    # The phase where a drop-out costs most: the clients have masked, and the server must compute their masks itself.
     gone: Mapping[int, Phase] = {u: "masked input" for u in range(max(1, int(DROPPED * clients)))}
     played = play(session_of(clients, coordinates), sampled, gone)
     if not np.array_equal(played.total_S, played.expected_S):
@@ -175,22 +151,21 @@ def _cell(clients: int, coordinates: int, sampled: int) -> tuple[Played, float |
     return played, None if before is None else memory()["VmHWM"] - before
 
 
-def _figures(played: Played, growth: float | None, cell: str) -> dict[str, Figure]:
-    """All of a session's figures, each with the cell at its name's end."""
-    clients, scaled = played.parameters.clients, played.scale > 1
-    label = "extrapolated" if scaled else "measured"
-    found = {"neighbours": Figure(played.parameters.degree, "k")}
+def _add_session(bench: Bench, played: Played, growth: float | None, cell: str) -> None:
+    """Adds all figures of a session, each with the cell at its name's end."""
+    clients, label = played.parameters.clients, "extrapolated" if played.scale > 1 else "measured"
+    figures: dict[str, tuple[float | None, str]] = {"neighbours": (played.parameters.degree, "k")}
     for step, seconds in played.client_s.items():
-        found[f"client_{step}_s"] = Figure(seconds, f"s, {label if step in SCALED else 'measured'}")
-    found["client_s"] = Figure(sum(played.client_s.values()), f"s, {label}")
-    found["client_sent_bytes"] = Figure(played.up / clients, "bytes, measured")
-    found["client_received_bytes"] = Figure(played.down / clients, "bytes, measured")
-    for step, seconds in played.server_s.items():
-        found[f"server_{step}_s"] = Figure(seconds, "s, measured")
-    found["server_s"] = Figure(sum(played.server_s.values()), "s, measured")
-    found["server_received_mb"] = Figure(played.up / 1e6, "MB, measured")
-    found["server_sent_mb"] = Figure(played.down / 1e6, "MB, measured")
-    found["server_growth_mb"] = Figure(growth, "MB, with all clients")
-    found["core_s"] = Figure(played.core_s, f"core-s, {label}")
-    found["core_s_extrapolated"] = Figure(played.extrapolated, "share of it")
-    return {f"{name}_{cell}": figure for name, figure in found.items()}
+        figures[f"client_{step}_s"] = (seconds, f"s, {label if step in SCALED else 'measured'}")
+    figures["client_s"] = (sum(played.client_s.values()), f"s, {label}")
+    figures["client_sent_bytes"] = (played.up / clients, "bytes, measured")
+    figures["client_received_bytes"] = (played.down / clients, "bytes, measured")
+    figures |= {f"server_{step}_s": (seconds, "s, measured") for step, seconds in played.server_s.items()}
+    figures["server_s"] = (sum(played.server_s.values()), "s, measured")
+    figures["server_received_mb"] = (played.up / 1e6, "MB, measured")
+    figures["server_sent_mb"] = (played.down / 1e6, "MB, measured")
+    figures["server_growth_mb"] = (growth, "MB, with all clients")
+    figures["core_s"] = (played.core_s, f"core-s, {label}")
+    figures["core_s_extrapolated"] = (played.extrapolated, "share of it")
+    for name, (value, unit) in figures.items():
+        bench.add(f"{name}_{cell}", value, unit)

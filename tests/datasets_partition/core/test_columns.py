@@ -9,9 +9,9 @@ def test_keys_are_in_the_order_of_their_text_and_labels_of_their_values():
     table = pa.table({"n": [10, 2, 10, 1]})
     codes, names = keys(table, "key", "n")
     assert names.to_pylist() == ["1", "10", "2"] and codes.tolist() == [1, 2, 1, 0]
-    found = labels(table, "label", "n")
-    assert found.values.to_pylist() == ["1", "2", "10"] and found.codes.tolist() == [2, 1, 2, 0]
-    assert found.texts().to_pylist() == ["10", "2", "10", "1"]
+    coded = labels(table, "label", "n")
+    assert coded.values.to_pylist() == ["1", "2", "10"] and coded.codes.tolist() == [2, 1, 2, 0]
+    assert coded.texts().to_pylist() == ["10", "2", "10", "1"]
 
 
 def test_text_is_sorted_by_code_points():
@@ -117,8 +117,8 @@ def test_what_is_no_text_is_refused(column):
 
 
 def test_labels_may_be_booleans():
-    found = labels(pa.table({"label": [True, False, True]}), "label", "label")
-    assert found.values.to_pylist() == ["false", "true"] and found.codes.tolist() == [1, 0, 1]
+    coded = labels(pa.table({"label": [True, False, True]}), "label", "label")
+    assert coded.values.to_pylist() == ["false", "true"] and coded.codes.tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,13 @@ def test_what_is_too_small_for_a_float_is_0():
 def test_the_bits_are_the_same_on_any_machine(rng):
     # Made on x86-64 Linux. Draws change with NumPy only if its stream of uniform numbers does.
     draw = rng()
-    found = [
+    numbers = [
         *log(np.array([0.3, 0.75, 12345.678])),
         *exp(np.array([0.75, -33.3, 512.1])),
         *normal(draw, 3),
         *log_gamma(draw, 0.3, 3),
     ]
-    assert [float(number).hex() for number in found] == [
+    assert [float(number).hex() for number in numbers] == [
         "-0x1.34378fcbda721p+0",
         "-0x1.269621134db92p-2",
         "0x1.2d79559791e31p+3",

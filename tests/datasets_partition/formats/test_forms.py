@@ -10,7 +10,6 @@ from trl import extract_prompt
 
 from datasets_partition.core.canonical import TURNS
 from datasets_partition.core.types import Rows
-from datasets_partition.formats.bad_rows import BadRows
 from datasets_partition.formats.conversion import Conversion
 from datasets_partition.formats.turns import shared
 
@@ -106,13 +105,13 @@ BAD_JSON: list[tuple[dict[str, Any], str]] = [
 
 
 def from_json(*rows: dict[str, Any], skip: bool = False, **columns: str) -> Rows:
-    conversion = Conversion(columns, BadRows("skip" if skip else "error"))
+    conversion = Conversion(columns, "skip" if skip else "error")
     conversion.add_objects([(f"row {number}", row) for number, row in enumerate(rows, 1)])
     return conversion.rows("rows")
 
 
 def from_arrow(*rows: dict[str, Any], skip: bool = False, **columns: str) -> Rows:
-    conversion = Conversion(columns, BadRows("skip" if skip else "error"))
+    conversion = Conversion(columns, "skip" if skip else "error")
     table = pa.table({name: pa.array([row.get(name) for row in rows]) for name in rows[0]})
     conversion.add_batches(table.to_batches(), "rows")
     return conversion.rows("rows")
@@ -132,7 +131,7 @@ def test_every_form_becomes_canonical(row: dict[str, Any], expected: dict[str, A
 @pytest.mark.parametrize("convert", [from_json, from_arrow])
 @pytest.mark.parametrize(("row", "reason"), BAD)
 def test_bad_rows_are_named_and_counted(row: dict[str, Any], reason: str, convert: Any) -> None:
-    way_out = r'mend it, or leave such rows out with data\.source\.on_bad_row = "skip"'
+    way_out = r'correct it, or leave such rows out with data\.source\.on_bad_row = "skip"'
     with pytest.raises(ValueError, match=f"^(rows )?row 1 {reason}.*: {way_out}$"):
         convert(row)
     with pytest.raises(ValueError, match=rf"^rows has no rows that can be used \(2 {reason}.*\): give data\.source"):
@@ -218,7 +217,7 @@ def test_columns_that_are_not_there() -> None:
 @pytest.mark.parametrize("client", [None, ""])
 def test_a_row_without_a_client_among_others(convert: Any, client: Any) -> None:
     rows = ({"text": "a", "client": "x"}, {"text": "b", "client": client})
-    with pytest.raises(ValueError, match="row 2 has a null or empty client: mend it"):
+    with pytest.raises(ValueError, match="row 2 has a null or empty client: correct it"):
         convert(*rows)
     table, skipped = convert(*rows, skip=True)
     assert (table["client"].to_pylist(), skipped) == (["x"], {"has a null or empty client": 1})

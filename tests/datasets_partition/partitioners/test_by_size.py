@@ -28,8 +28,8 @@ def test_given_sizes_are_kept_and_what_is_left_is_nobodys(rng):
 
 def test_rows_are_drawn_at_random(rng):
     partitioner = BySize(sizes=(5, 5))
-    one, other = (partitioner.assign(table(10), rng(seed)).clients.tolist() for seed in (1, 2))
-    assert one != other and one != sorted(one)
+    first, other = (partitioner.assign(table(10), rng(seed)).clients.tolist() for seed in (1, 2))
+    assert first != other and first != sorted(first)
 
 
 def test_lognormal_sizes_follow_their_law(rng):

@@ -31,18 +31,18 @@ def agree(category, topics):
     "given", [{}, {"columns": ("completion",)}, {"embedding": "vector"}], ids=["content", "columns", "embedding"]
 )
 def test_topics_that_are_apart_are_found(given, rng):
-    found = ByTopic(clients=4, topics=3, alpha=1.0, **given).assign(TABLE, rng())
-    assert agree(found.category, TOPICS)
+    assignment = ByTopic(clients=4, topics=3, alpha=1.0, **given).assign(TABLE, rng())
+    assert agree(assignment.category, TOPICS)
 
 
 def test_topics_are_named_by_the_words_that_set_them_apart(rng):
     table = TABLE.set_column(0, "prompt", [["the " + text for text in TABLE["prompt"].to_pylist()]])
     names = sorted(set(ByTopic(clients=4, topics=3, alpha=1.0).assign(table, rng()).category.to_pylist()))
     assert [name.split()[0] for name in names] == ["0", "1", "2"]
-    told = {frozenset(name.split()[1:]) for name in names}
-    assert all(any(words <= set(topic.split()) for topic in WORDS) and len(words) == 3 for words in told)
-    found = ByTopic(clients=4, topics=3, embedding="vector").assign(TABLE, rng())
-    assert sorted(set(found.category.to_pylist())) == ["0", "1", "2"]
+    topic_words = {frozenset(name.split()[1:]) for name in names}
+    assert all(any(words <= set(topic.split()) for topic in WORDS) and len(words) == 3 for words in topic_words)
+    assignment = ByTopic(clients=4, topics=3, embedding="vector").assign(TABLE, rng())
+    assert sorted(set(assignment.category.to_pylist())) == ["0", "1", "2"]
 
 
 def test_more_clients_than_rows_are_refused_before_topics_are_sought(rng, monkeypatch):
@@ -85,9 +85,9 @@ def test_rows_without_words_are_refused(rng):
         ([[1.0], [1.0, 2.0]], r"whose lists are null, empty or of different lengths: give each row one list"),
         ([[1.0], None], r"whose lists are null, empty or of different lengths"),
         ([[], []], r"whose lists are null, empty or of different lengths"),
-        ([[1.0], [None]], r"whose lists hold what is no finite number: mend them"),
-        ([[1.0], [float("nan")]], r"whose lists hold what is no finite number"),
-        ([["a"], ["b"]], r"whose lists hold what is no finite number"),
+        ([[1.0], [None]], r"whose lists hold values that are not finite numbers: correct them"),
+        ([[1.0], [float("nan")]], r"whose lists hold values that are not finite numbers"),
+        ([["a"], ["b"]], r"whose lists hold values that are not finite numbers"),
     ],
 )
 def test_what_is_no_embedding_is_refused(vectors, sentence, rng):
@@ -105,16 +105,17 @@ def test_without_scikit_learn_it_says_what_to_install(rng, monkeypatch):
 
 def largest(table, rng, seeds, topics=10):
     """The share of the largest topic and the number of topics, for each seed."""
-    found = []
+    shares = []
     for seed in range(seeds):
         category = ByTopic(clients=5, topics=topics).assign(table, rng(seed)).category.to_numpy(zero_copy_only=False)
         counts = np.unique(category, return_counts=True)[1]
-        found.append((counts.max() / len(category), len(counts)))
-    return found
+        shares.append((counts.max() / len(category), len(counts)))
+    return shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "share", "seeds"), [("shakespeare", 0.4, 12), ("tldr_en", 0.5, 5)])
-def test_no_topic_of_real_rows_is_nearly_all(name, share, seeds, rng):
+def test_no_topic_of_real_rows_is_nearly_all(name, share, seeds, rng, full):
     path = SHARED_DATA / f"{name}.jsonl.gz"
     if not path.exists():
         pytest.skip("the shared data is not here")
@@ -126,7 +127,7 @@ def test_no_topic_of_real_rows_is_nearly_all(name, share, seeds, rng):
             "completion": [row.get("completion", row.get("text")) for row in rows],
         }
     )
-    assert all(most < share and count == 10 for most, count in largest(table, rng, seeds))
+    assert all(most < share and count == 10 for most, count in largest(table, rng, seeds if full else 2))
 
 
 def speeches(rows, topics=10, words=20):
@@ -134,9 +135,9 @@ def speeches(rows, topics=10, words=20):
     drawn = np.random.default_rng(4)
     topic = drawn.integers(0, topics, rows)
     common = np.minimum(drawn.zipf(1.3, (rows, words)), 5000)
-    own = drawn.integers(0, 12, (rows, 4))
+    letters = drawn.integers(0, 12, (rows, 4))
     texts = [
-        " ".join([*(f"any{word}" for word in common[row]), *(f"t{topic[row]}w{word}" for word in own[row])])
+        " ".join([*(f"any{word}" for word in common[row]), *(f"t{topic[row]}w{word}" for word in letters[row])])
         for row in range(rows)
     ]
     return pa.table({"prompt": [""] * rows, "completion": texts}), topic
@@ -152,22 +153,22 @@ def test_topics_of_a_sample_are_those_of_all_rows(rng, monkeypatch):
     monkeypatch.setattr(by_topic, "BLOCK", 700)
     table, topic = speeches(3000)
     partitioner = ByTopic(clients=5, topics=10)
-    found = partitioner.assign(table, rng())
-    codes = np.array([int(name.split()[0]) for name in found.category.to_pylist()])
-    assert found.category.equals(partitioner.assign(table, rng()).category)
+    assignment = partitioner.assign(table, rng())
+    codes = np.array([int(name.split()[0]) for name in assignment.category.to_pylist()])
+    assert assignment.category.equals(partitioner.assign(table, rng()).category)
     # Most rows of a found topic are of one topic.
     pairs = np.zeros((10, 10), int)
     np.add.at(pairs, (codes, topic), 1)
     assert pairs.max(axis=1).sum() > 0.6 * len(topic)
     vectors = pa.table({"vector": TABLE["vector"].take(pa.array(np.arange(3000) % 150))})
-    found = ByTopic(clients=4, topics=3, embedding="vector").assign(vectors, rng())
-    assert agree(found.category, np.arange(3000) % 150 % 3)
+    assignment = ByTopic(clients=4, topics=3, embedding="vector").assign(vectors, rng())
+    assert agree(assignment.category, np.arange(3000) % 150 % 3)
 
 
 def test_more_topics_than_a_sample_has_rows_may_be_asked_for(rng, monkeypatch):
     monkeypatch.setattr(by_topic, "SAMPLE", 20)
-    found = ByTopic(clients=4, topics=30, embedding="vector").assign(TABLE, rng())
-    assert len(found.category.unique()) == 30
+    assignment = ByTopic(clients=4, topics=30, embedding="vector").assign(TABLE, rng())
+    assert len(assignment.category.unique()) == 30
 
 
 @pytest.mark.parametrize("given", [{"columns": ("completion",)}, {"embedding": "vector"}], ids=["text", "embedding"])

@@ -28,8 +28,8 @@ def test_strictness_0_does_not_look(rng):
 def test_strictness_between_gives_the_correlation_of_its_law(strictness, rng):
     # The score s z + (1 - s) e has the correlation s / sqrt(s^2 + (1 - s)^2) with z; the client is the score's rank.
     clients = Continuous(column="x", clients=2000, strictness=strictness).assign(TABLE, rng()).clients
-    found = np.corrcoef(clients, VALUES)[0, 1]
-    assert found == pytest.approx(strictness / np.hypot(strictness, 1 - strictness), abs=0.04)
+    correlation = np.corrcoef(clients, VALUES)[0, 1]
+    assert correlation == pytest.approx(strictness / np.hypot(strictness, 1 - strictness), abs=0.04)
 
 
 def test_equal_values_are_divided_at_random(rng):

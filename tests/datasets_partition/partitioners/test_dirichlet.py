@@ -22,8 +22,8 @@ def test_the_category_is_the_label(rng):
 
 
 def test_every_row_has_a_client(rng):
-    found = counts(Dirichlet(label="label", clients=7), rng())
-    assert found.sum(axis=1).tolist() == list(LABEL_ROWS)
+    rows = counts(Dirichlet(label="label", clients=7), rng())
+    assert rows.sum(axis=1).tolist() == list(LABEL_ROWS)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 10.0])
@@ -33,8 +33,9 @@ def test_shares_have_the_mean_and_the_variance_of_the_law(alpha, rng):
     partitioner = Dirichlet(label="label", clients=clients, alpha=alpha, min_rows=0)
     shares = []
     for seed in range(600):
-        found = partitioner.assign(TABLE, rng(seed))
-        of_first = np.bincount([int(found.names[c].as_py()) for c in found.clients[LABELS == 0]], minlength=clients)
+        assignment = partitioner.assign(TABLE, rng(seed))
+        numbers = np.array(assignment.names.to_pylist(), int)  # clients without rows are left out
+        of_first = np.bincount(numbers[assignment.clients[LABELS == 0]], minlength=clients)
         shares.append(of_first / LABEL_ROWS[0])
     variance = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
     assert np.mean(shares, axis=0) == pytest.approx(1 / clients, abs=4 * np.sqrt(variance / 600))
@@ -43,9 +44,9 @@ def test_shares_have_the_mean_and_the_variance_of_the_law(alpha, rng):
 
 def test_balanced_gives_full_clients_no_further_labels(rng):
     for seed in range(50):
-        found = counts(Dirichlet(label="label", clients=5, alpha=0.5, balanced=True, min_rows=0), rng(seed))
-        before = np.cumsum(found, axis=0) - found
-        assert not found[before > 1000 / 5].any()
+        rows = counts(Dirichlet(label="label", clients=5, alpha=0.5, balanced=True, min_rows=0), rng(seed))
+        before = np.cumsum(rows, axis=0) - rows
+        assert not rows[before > 1000 / 5].any()
 
 
 def test_each_client_has_its_least_rows(rng):

@@ -21,9 +21,9 @@ TABLE = pa.table({"client": ["c", "a", "e", "b", "d", "a"]})
     ],
 )
 def test_keys_are_grouped_in_sorted_order(keys, rest, clients, rng):
-    found = GroupedNatural(keys=keys, rest=rest).assign(TABLE, rng())
-    assert found.clients.tolist() == clients
-    assert found.names.to_pylist() == [str(number) for number in range(max(clients) + 1)]
+    assignment = GroupedNatural(keys=keys, rest=rest).assign(TABLE, rng())
+    assert assignment.clients.tolist() == clients
+    assert assignment.names.to_pylist() == [str(number) for number in range(max(clients) + 1)]
 
 
 @pytest.mark.parametrize(("keys", "rest"), [(2, "refuse"), (9, "bigger"), (9, "drop"), (9, "refuse")])

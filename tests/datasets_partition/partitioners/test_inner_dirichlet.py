@@ -56,8 +56,8 @@ def test_sizes_beyond_the_rows_are_refused(rng):
 
 
 def test_an_alpha_for_each_label_is_in_their_order(rng):
-    found = InnerDirichlet(label="label", clients=3, alpha=(1.0, 2.0))
+    partitioner = InnerDirichlet(label="label", clients=3, alpha=(1.0, 2.0))
     with pytest.raises(ValueError, match=r"alpha has 2 numbers for 3 labels: give one number, or one for each"):
-        found.assign(TABLE, rng())
+        partitioner.assign(TABLE, rng())
     clients = InnerDirichlet(label="label", sizes=(30, 30), alpha=(1.0, 1.0, 1e6)).assign(TABLE, rng()).clients
     assert (LABELS[clients >= 0] == 2).mean() > 0.9

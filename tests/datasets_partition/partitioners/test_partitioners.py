@@ -105,13 +105,13 @@ def test_the_same_rows_and_seed_give_the_same_however_the_rows_lie_in_memory(par
     large = pa.schema([f.with_type(pa.large_string()) if f.type == pa.string() else f for f in TABLE.schema])
     padded = pa.concat_tables([TABLE.slice(0, 9), TABLE, TABLE.slice(0, 5)])
     for same in (TABLE, TABLE.cast(large), padded.slice(9, ROWS)):
-        found = partitioner.assign(same, rng())
-        assert found.clients.tolist() == expected.clients.tolist()
-        assert found.names.equals(expected.names)
-        assert (found.category is None) == (expected.category is None)
-        assert found.category is None or found.category.equals(expected.category)
-        assert (found.order is None) == (expected.order is None)
-        assert found.order is None or found.order.tolist() == expected.order.tolist()
+        assignment = partitioner.assign(same, rng())
+        assert assignment.clients.tolist() == expected.clients.tolist()
+        assert assignment.names.equals(expected.names)
+        assert (assignment.category is None) == (expected.category is None)
+        assert assignment.category is None or assignment.category.equals(expected.category)
+        assert (assignment.order is None) == (expected.order is None)
+        assert assignment.order is None or assignment.order.tolist() == expected.order.tolist()
 
 
 def test_the_same_on_any_machine(rng: Any) -> None:

@@ -15,8 +15,8 @@ def mixtures(partitioner, rng):
 
 
 def test_deterministic_by_hand(rng):
-    found = mixtures(Pathological(label="label", clients=4, classes=2, mode="deterministic"), rng())
-    assert found.tolist() == [[4, 3, 0, 0], [0, 2, 2, 0], [0, 0, 2, 3], [3, 0, 0, 3]]
+    mixture = mixtures(Pathological(label="label", clients=4, classes=2, mode="deterministic"), rng())
+    assert mixture.tolist() == [[4, 3, 0, 0], [0, 2, 2, 0], [0, 0, 2, 3], [3, 0, 0, 3]]
 
 
 def test_a_label_that_fell_to_nobody_is_nobodys(rng):
@@ -28,13 +28,13 @@ def test_a_label_that_fell_to_nobody_is_nobodys(rng):
 @pytest.mark.parametrize("classes", [1, 2, 4])
 def test_each_client_has_so_many_labels_and_shares_them_evenly(mode, classes, rng):
     for seed in range(30):
-        found = mixtures(Pathological(label="label", clients=4, classes=classes, mode=mode), rng(seed))
-        assert ((found > 0).sum(axis=1) == classes).all()
+        mixture = mixtures(Pathological(label="label", clients=4, classes=classes, mode=mode), rng(seed))
+        assert ((mixture > 0).sum(axis=1) == classes).all()
         for label, rows in enumerate((7, 5, 4, 6)):
-            held = found[:, label][found[:, label] > 0]
+            held = mixture[:, label][mixture[:, label] > 0]
             assert held.size == 0 or (held.sum() == rows and np.ptp(held) <= 1)
         if mode == "first_deterministic":
-            assert found.diagonal().all()
+            assert mixture.diagonal().all()
 
 
 def test_all_pairs_of_labels_are_as_likely(rng):

@@ -16,10 +16,10 @@ def mixtures(partitioner, rng, table=TABLE):
 
 
 def test_shards_that_fit_the_labels_give_each_client_whole_labels(rng):
-    found = mixtures(Shards(label="label", clients=5, shards=2), rng())
-    assert not found[0].any()
-    assert np.sort(found[1:], axis=1)[:, -2:].tolist() == [[10, 10]] * 5
-    assert found.sum(axis=0).tolist() == [10] * 10
+    mixture = mixtures(Shards(label="label", clients=5, shards=2), rng())
+    assert not mixture[0].any()
+    assert np.sort(mixture[1:], axis=1)[:, -2:].tolist() == [[10, 10]] * 5
+    assert mixture.sum(axis=0).tolist() == [10] * 10
 
 
 def test_shards_are_cut_across_labels_by_hand(rng):
@@ -46,9 +46,9 @@ def test_sizes_are_as_the_keys_say(shards, shard_rows, keep_rest, sizes, rng):
 
 
 def test_the_rest_can_be_a_shard(rng):
-    found = mixtures(Shards(label="label", clients=6, shard_rows=9, keep_rest=True), rng()).sum(axis=1)
-    assert found[0] == 0 and found.sum() == 100
-    assert sorted(found[1:].tolist()) in ([10, 18, 18, 18, 18, 18], [9, 10, 18, 18, 18, 18, 18])
+    sizes = mixtures(Shards(label="label", clients=6, shard_rows=9, keep_rest=True), rng()).sum(axis=1)
+    assert sizes[0] == 0 and sizes.sum() == 100
+    assert sorted(sizes[1:].tolist()) in ([10, 18, 18, 18, 18, 18], [9, 10, 18, 18, 18, 18, 18])
 
 
 def test_more_shards_than_rows_make_are_refused(rng):

@@ -51,14 +51,14 @@ def test_partitioners_read_numbers_and_times_from_text(tmp_path: Path) -> None:
     table, rng = written(tmp_path, content).load().table, np.random.default_rng(0)
     assert Continuous(column="n", clients=3).assign(table, rng).clients.tolist() == [2, 1, 0]
     assert ByLength(clients=3).assign(table, rng).clients.tolist() == [2, 0, 1]
-    for time, order in (("n", [2, 1, 0]), ("day", [1, 0, 2])):
-        found = ByTime(time=time).assign(table, rng).order
-        assert found is not None and found.tolist() == order
+    for time, expected in (("n", [2, 1, 0]), ("day", [1, 0, 2])):
+        order = ByTime(time=time).assign(table, rng).order
+        assert order is not None and order.tolist() == expected
 
 
 def test_rows_that_do_not_match_the_header_keep_the_numbers_right(tmp_path: Path) -> None:
     content = b"client,text\nx,a\nb\nx,c,d\ny,e\n,f\n"
-    with pytest.raises(ValueError, match=r"rows\.csv line 3 has more or fewer values than the header: mend it"):
+    with pytest.raises(ValueError, match=r"rows\.csv line 3 has more or fewer values than the header: correct it"):
         written(tmp_path, content).load()
     table, skipped = written(tmp_path, content, on_bad_row="skip").load()
     assert table["completion"].to_pylist() == ["a", "e"]
@@ -68,7 +68,7 @@ def test_rows_that_do_not_match_the_header_keep_the_numbers_right(tmp_path: Path
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"rows\.csv line 3 is not UTF-8: mend it"):
+    with pytest.raises(ValueError, match=r"rows\.csv line 3 is not UTF-8: correct it"):
         written(tmp_path, b"text,topic\na,x\nb,\xff\n").load()
     assert written(tmp_path, b"text\na\n\xff\n", on_bad_row="skip").load().skipped == {"is not UTF-8": 1}
     for content in (b"te\xffxt\na\n", "text\na\n".encode("utf-16")):

@@ -101,7 +101,7 @@ def test_no_network_is_one_sentence() -> None:
     assert datasets.config.HF_HUB_OFFLINE
     for method in (HfDatasets(name="some/name").load, HfDatasets(name="some/name").fingerprint):
         message = (
-            r"^data\.source\.name is 'some/name', which is no folder here and cannot be had from the hub .*: correct"
+            r"^data\.source\.name is 'some/name', which is no folder here and does not come from the hub .*: correct"
         )
         with pytest.raises(ValueError, match=message):
             method()

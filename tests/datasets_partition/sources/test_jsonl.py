@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets_partition.sources import jsonl
+from datasets_partition.formats import conversion
 from datasets_partition.sources.jsonl import Jsonl
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -47,7 +47,7 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path: Path) -> No
 
 
 def test_batches_of_rows_join_where_their_columns_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(conversion, "ROWS_PER_BATCH", 2)
     rows = [
         {"text": "a", "n": 1},
         {"text": "b", "n": 2},
@@ -72,7 +72,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     source = Jsonl(path=str(tmp_path))
     assert source.load().table["completion"].to_pylist() == ["4", "1", "0"]
     (tmp_path / "c.jsonl").write_text('{"text": "a"}\n{"text": 1}')
-    with pytest.raises(ValueError, match=r"/c\.jsonl line 2 has no text as its text \(it is int\): mend it"):
+    with pytest.raises(ValueError, match=r"/c\.jsonl line 2 has no text as its text \(it is int\): correct it"):
         source.load()
 
 
@@ -85,18 +85,18 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
         ),
         (b'{"text": "a" "b"}\n', r"line 1 is not JSON \(Expecting ',' delimiter at character 14; each line"),
         (b'{\n  "text": "a"\n}\n', r"line 1 is not JSON \(.* at its end; each line must be one whole row, as jq -c"),
-        (b'{"text": "a"}\n\n[1]\n', "line 3 is not a JSON object: mend it"),
-        (b'{"text": "\xff"}\n', r"line 1 is not UTF-8 \(.*; save the file as UTF-8\): mend"),
-        (b'{"text": "\\ud800"}\n', r"line 1 is not UTF-8 \(.*; save the file as UTF-8\): mend"),
+        (b'{"text": "a"}\n\n[1]\n', "line 3 is not a JSON object: correct it"),
+        (b'{"text": "\xff"}\n', r"line 1 is not UTF-8 \(.*; save the file as UTF-8\): correct"),
+        (b'{"text": "\\ud800"}\n', r"line 1 is not UTF-8 \(.*; save the file as UTF-8\): correct"),
         (b"[" * 100_000, r"line 1 is not JSON \("),
         (
             b'{"prompt": "a", "chosen": "b"}\n',
             r"line 1 fits no format \(its columns are prompt \(str\), chosen \(str\);",
         ),
-        (b'{"text": "a", "client": null}\n', "line 1 has a null or empty client: mend it"),
+        (b'{"text": "a", "client": null}\n', "line 1 has a null or empty client: correct it"),
         (
             b'{"text": "a", "client": ["b"]}\n',
-            r'line 1 has a client that is neither text nor a number \(\["b"\]\): mend',
+            r'line 1 has a client that is neither text nor a number \(\["b"\]\): correct',
         ),
         (b"\n \n", r"rows.jsonl has no rows: give data\.source something that has"),
     ],
@@ -176,8 +176,8 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows:
     for name in ("prompt", "completion"):
         assert table[name].to_pylist() == [row[name] for row in rows]
     for name in table.column_names[2:]:
-        found = table[name].to_pylist()
-        as_text = [value if value is None or isinstance(value, str) else json.dumps(value) for value in found]
+        read = table[name].to_pylist()
+        as_text = [value if value is None or isinstance(value, str) else json.dumps(value) for value in read]
         values = [row.get(name) for row in rows]
         assert as_text == [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
 

@@ -55,7 +55,7 @@ def test_rows_are_numbered_over_batches_and_anew_in_each_file(tmp_path: Path) ->
     written(tmp_path / "a.parquet", pa.table({"text": texts}))
     texts[30_000] = None
     written(tmp_path / "b.parquet", pa.table({"text": texts}), on_bad_row="skip")
-    with pytest.raises(ValueError, match=r"/b\.parquet row 30001 has a null text: mend it"):
+    with pytest.raises(ValueError, match=r"/b\.parquet row 30001 has a null text: correct it"):
         ParquetFiles(path=str(tmp_path)).load()
     table, skipped = ParquetFiles(path=str(tmp_path), on_bad_row="skip").load()
     assert (table.num_rows, skipped) == (79_999, {"has a null text": 1})
@@ -95,7 +95,7 @@ def test_the_keys_of_folders_are_columns(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     broken = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
     source = written(tmp_path / "rows.parquet", pa.table({"text": broken}))
-    with pytest.raises(ValueError, match=r"rows\.parquet row 2 is not UTF-8: mend it"):
+    with pytest.raises(ValueError, match=r"rows\.parquet row 2 is not UTF-8: correct it"):
         source.load()
     skipping = ParquetFiles(path=source.path, on_bad_row="skip")
     assert skipping.load().table["completion"].to_pylist() == ["a", "c"]

@@ -84,12 +84,12 @@ PARTITIONERS = [
 
 @pytest.mark.parametrize("partitioner", PARTITIONERS, ids=lambda p: f"{p.kind}-{PARTITIONERS.index(p)}")
 def test_shell_commands_under_every_partition(tmp_path, partitioner):
-    one, two = (
+    first, second = (
         Store.open(build(real("tldr_en"), partitioner, Splits(), 7, str(tmp_path / cache), label="platform"))
-        for cache in ("one", "two")
+        for cache in ("first", "second")
     )
-    assert (one.folder / "rows.parquet").read_bytes() == (two.folder / "rows.parquet").read_bytes()
-    skew = Skew.of(one)
+    assert (first.folder / "rows.parquet").read_bytes() == (second.folder / "rows.parquet").read_bytes()
+    skew = Skew.of(first)
     assert skew.rows.total + skew.duplicate_rows + skew.left_out_rows == 32136
     assert skew.rows.least >= 1 and skew.categories is not None
     assert skew.categories.totals.sum() == skew.rows.total

@@ -45,7 +45,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         names(str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"a folder without a file that ends in \.a or \.b: correct the path"):
         names(str(tmp_path))
-    with pytest.raises(ValueError, match=r"^nothing://x is no location that can be read: "):
+    with pytest.raises(ValueError, match=r"^nothing://x is not a location that can be read: "):
         names("nothing://x")
     with pytest.raises(ValueError, match=r"^data\.source\.name is"):
         source_files(str(tmp_path), (".a",), "data.source.name")
@@ -74,8 +74,8 @@ def test_the_fingerprint_is_of_names_and_bytes(tmp_path: Path) -> None:
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> fs.FileSystem:
     """A file system in memory, which is found under mock://."""
     system, _ = fs.FileSystem.from_uri("mock:///")
-    found = module.located
-    monkeypatch.setattr(module, "located", lambda uri: (system, uri[8:]) if uri.startswith("mock://") else found(uri))
+    located = module.located
+    monkeypatch.setattr(module, "located", lambda uri: (system, uri[8:]) if uri.startswith("mock://") else located(uri))
     return system
 
 

@@ -104,9 +104,9 @@ def test_rows_come_in_the_same_order_with_their_clients(
 def test_how_many_rows_are_read_is_told(kind: str, tmp_path: Path) -> None:
     write, make = FILES[kind]
     write(ROWS, tmp_path / "rows")
-    told: list[int] = []
-    make(str(tmp_path / "rows")).load(told.append)  # type: ignore[call-arg]
-    assert told == [9]
+    reported: list[int] = []
+    make(str(tmp_path / "rows")).load(reported.append)  # type: ignore[call-arg]
+    assert reported == [9]
 
 
 @pytest.mark.parametrize("kind", sorted(FILES.keys() - {"csv"}))  # in which nothing is null
@@ -114,7 +114,9 @@ def test_no_row_is_lost(kind: str, tmp_path: Path) -> None:
     write, make = FILES[kind]
     rows = [row | {"text": None if number in (2, 7) else row["text"]} for number, row in enumerate(ROWS)]
     write(rows, tmp_path / "rows")
-    with pytest.raises(ValueError, match=r'(row 3|line 3|7\.txt) .*: mend it, or .* data\.source\.on_bad_row = "skip"'):
+    with pytest.raises(
+        ValueError, match=r'(row 3|line 3|7\.txt) .*: correct it, or .* data\.source\.on_bad_row = "skip"'
+    ):
         make(str(tmp_path / "rows")).load()
     table, skipped = make(str(tmp_path / "rows"), on_bad_row="skip").load()
     assert table.num_rows + sum(skipped.values()) == len(rows)
@@ -125,7 +127,7 @@ def test_no_row_is_lost(kind: str, tmp_path: Path) -> None:
 def test_a_client_that_is_nan_is_none(kind: str, tmp_path: Path) -> None:
     write, make = FILES[kind]
     write([{"text": f"{client}", "client": client} for client in (1.0, float("nan"), 2.5)], tmp_path / "rows")
-    with pytest.raises(ValueError, match=r"(row|line) 2 has a null or empty client: mend it"):
+    with pytest.raises(ValueError, match=r"(row|line) 2 has a null or empty client: correct it"):
         make(str(tmp_path / "rows")).load()
     table, skipped = make(str(tmp_path / "rows"), on_bad_row="skip").load()
     assert table["client"].to_pylist() == ["1", "2.5"] and skipped == {"has a null or empty client": 1}

@@ -6,7 +6,6 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.types import Rows
-from datasets_partition.formats.bad_rows import BadRows
 from datasets_partition.formats.conversion import Conversion
 
 SAY = {"role": "user", "content": "Say a"}
@@ -14,13 +13,13 @@ SYSTEM = {"role": "system", "content": "Be brief"}
 
 
 def from_json(*rows: dict[str, Any], **columns: str) -> Rows:
-    conversion = Conversion(columns, BadRows("error"))
+    conversion = Conversion(columns, "error")
     conversion.add_objects([(f"row {number}", row) for number, row in enumerate(rows, 1)])
     return conversion.rows("rows")
 
 
 def from_arrow(*rows: dict[str, Any], **columns: str) -> Rows:
-    conversion = Conversion(columns, BadRows("error"))
+    conversion = Conversion(columns, "error")
     conversion.add_batches(pa.Table.from_pylist(list(rows)).to_batches(), "rows")
     return conversion.rows("rows")
 

@@ -46,7 +46,7 @@ def test_one_file_has_one_client(folder: Path) -> None:
 
 def test_a_file_that_is_no_text(folder: Path) -> None:
     (folder / "ann" / "0.txt").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"/ann/0\.txt is not UTF-8 \(invalid start byte\): mend it, or leave such"):
+    with pytest.raises(ValueError, match=r"/ann/0\.txt is not UTF-8 \(invalid start byte\): correct it, or leave such"):
         TextFiles(path=str(folder)).load()
     table, skipped = TextFiles(path=str(folder), on_bad_row="skip").load()
     assert (table.num_rows, skipped) == (3, {"is not UTF-8": 1})

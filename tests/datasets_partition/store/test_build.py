@@ -275,11 +275,11 @@ def test_every_row_is_used_exactly_once(
     source = rows(**{f"c{i}": count for i, count in enumerate(counts)})
     store = Store.open(build(source, Natural(), splits, seed, str(tmp_path_factory.mktemp("stores"))))
     expected = {f"c{i}": count for i, count in enumerate(counts) if count >= splits.min_rows}
-    found = owned(store)
-    assert {name: sorted(train + heldout) for name, (train, heldout) in found.items()} == {
+    rows_by_client = owned(store)
+    assert {name: sorted(train + heldout) for name, (train, heldout) in rows_by_client.items()} == {
         name: sorted(f"{name}{i}" for i in range(count)) for name, count in expected.items()
     }
-    assert [len(train) for train, _ in found.values()] == store.counts("train").tolist()
+    assert [len(train) for train, _ in rows_by_client.values()] == store.counts("train").tolist()
     assert store.manifest["rows"] + store.manifest["left_out_rows"] == sum(counts)
 
 

@@ -54,10 +54,10 @@ def owned(store: Store) -> dict[str, tuple[list[str], list[str]]]:
 def test_the_servers_rows_are_nobody_elses(tmp_path: Path) -> None:
     store = Store.open(build(rows(a=10, b=10), Natural(), Splits(server=0.2, heldout=0, unseen=0), 7, str(tmp_path)))
     assert store.server == 2 == store.num_clients
-    own = store.read_rows(store.server, "heldout")
-    assert own["client"].to_pylist() == [None] * 4
+    servers = store.read_rows(store.server, "heldout")
+    assert servers["client"].to_pylist() == [None] * 4
     everybodys = [prompt for train, _ in owned(store).values() for prompt in train]
-    assert sorted(everybodys + own["prompt"].to_pylist()) == sorted(f"{c}{i}" for c in "ab" for i in range(10))
+    assert sorted(everybodys + servers["prompt"].to_pylist()) == sorted(f"{c}{i}" for c in "ab" for i in range(10))
     assert store.manifest["rows"] == 16 and store.manifest["server_rows"] == 4
 
 

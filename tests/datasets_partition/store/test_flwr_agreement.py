@@ -121,10 +121,10 @@ def test_distribution(rng):
             taken[label] += 1
     expected = mixtures(theirs(flwr.DistributionPartitioner(compact, 10, 2, "label", 0)))
     shares = {str(label): tuple(row) for label, row in enumerate(full.tolist())}
-    found = mixtures(ours(Distribution(label="label", shares=shares), rng()))
-    assert ((found > 0) == (expected > 0)).all()
+    mixture = mixtures(ours(Distribution(label="label", shares=shares), rng()))
+    assert ((mixture > 0) == (expected > 0)).all()
     # They round all down and give one holder what that leaves over: no more than a row for each of the four.
-    apart = found - expected
+    apart = mixture - expected
     assert (np.sort(np.abs(apart), axis=0)[:-1] <= 1).all() and np.abs(apart).max() <= 4
 
 
@@ -134,15 +134,15 @@ def shapes(parts):
     return np.concatenate([np.sort(counts.sum(axis=1)), np.sort(counts, axis=0).ravel()])
 
 
-def apart(one, other, tolerance=0.0):
+def apart(left, other, tolerance=0.0):
     """By how many standard errors two samples are apart, at most, in their means and in how far they spread.
 
     What is within `tolerance` is not apart.
     """
-    one, other = np.stack(one).astype(float), np.stack(other).astype(float)
-    middle = (one.mean(axis=0) + other.mean(axis=0)) / 2
+    left, other = np.stack(left).astype(float), np.stack(other).astype(float)
+    middle = (left.mean(axis=0) + other.mean(axis=0)) / 2
     distances = []
-    for a, b in ((one, other), (np.abs(one - middle), np.abs(other - middle))):
+    for a, b in ((left, other), (np.abs(left - middle), np.abs(other - middle))):
         error = np.sqrt(a.var(axis=0) / len(a) + b.var(axis=0) / len(b))
         difference = np.maximum(np.abs(a.mean(axis=0) - b.mean(axis=0)) - tolerance, 0)
         distances.append(np.max(difference / np.maximum(error, 1e-9)))
@@ -228,9 +228,9 @@ def test_continuous_has_the_same_law(strictness, our_draws, their_draws):
     def moments(parts):
         return np.concatenate([[x[rows].mean() for rows in parts], [x[rows].std() for rows in parts]])
 
-    found = our_draws(Continuous(column="x", clients=5, strictness=strictness), moments)
+    drawn = our_draws(Continuous(column="x", clients=5, strictness=strictness), moments)
     expected = their_draws(lambda seed: flwr.ContinuousPartitioner(5, "x", strictness, seed=seed), moments)
-    assert apart(found, expected) < 4.5
+    assert apart(drawn, expected) < 4.5
 
 
 @pytest.mark.slow

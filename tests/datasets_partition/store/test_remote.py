@@ -40,7 +40,7 @@ def test_a_store_at_a_uri_is_made_once_and_fetched_by_other_machines(
     rows = Store.open(first).read_rows(1, "train")
 
     shutil.rmtree(first)
-    monkeypatch.setattr(building._Made, "of", None)  # building again would fail
+    monkeypatch.setattr(building._Content, "of", None)  # building again would fail
     assert build(source, Natural(), Splits(), 7, cache) == first
     assert Store.open(first).read_rows(1, "train") == rows
 
@@ -73,7 +73,7 @@ def test_rows_and_stores_in_an_object_store(
     assert rows["completion"].to_pylist()[0].startswith("text ")
     shutil.rmtree(first)
     with monkeypatch.context() as patched:
-        patched.setattr(building._Made, "of", None)  # building again would fail
+        patched.setattr(building._Content, "of", None)  # building again would fail
         assert build(elsewhere, Natural(), Splits(), 7, cache) == first
     assert Store.open(first).read_rows(1, "train") == rows
     assert build(source, Natural(), Splits(), 7, cache) != first
@@ -133,7 +133,7 @@ def test_nobody_else_reads_or_makes_the_copies(tmp_path: Path, monkeypatch: pyte
     assert node_cache().stat().st_mode & 0o777 == 0o700
     node_cache().rename(tmp_path / "theirs")
     (tmp_path / f"fedpost-{os.getuid()}").symlink_to(tmp_path / "theirs")
-    with pytest.raises(ValueError, match="belongs to somebody else: let TMPDIR name another folder"):
+    with pytest.raises(ValueError, match="belongs to another user: let TMPDIR name another folder"):
         node_cache()
 
 
@@ -162,7 +162,7 @@ def test_the_manifest_is_copied_last(source: Jsonl, tmp_path: Path, monkeypatch:
 
 
 def test_a_location_that_is_none_is_one_sentence(source: Jsonl) -> None:
-    with pytest.raises(ValueError, match=r"nowhere://x is no location that can be read"):
+    with pytest.raises(ValueError, match=r"nowhere://x is not a location that can be read"):
         build(source, Natural(), Splits(), 7, "nowhere://x")
 
 

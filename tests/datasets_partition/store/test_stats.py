@@ -28,18 +28,18 @@ def stored(
     folder: Path, train: list[int], heldout: list[int], categories: list[str | None] | None = None, server: int = 0
 ) -> Store:
     """A store written by hand: each row's text is as many letters as its position in the file, plus one."""
-    owned, own = np.add(train, heldout), [server] * bool(server)  # `own`: the server's line, if it has one
-    total = np.array([*owned, *own])
+    owned, servers = np.add(train, heldout), [server] * bool(server)  # the latter: the server's line, if it has rows
+    total = np.array([*owned, *servers])
     names = [f"c{client}" for client in range(len(train))]
     owners = [*np.repeat(names, owned).tolist(), *[None] * server]
     columns = {"client": pa.array(owners, pa.string()), "text": ["x" * (row + 1) for row in range(total.sum())]}
     if categories is not None:
         columns["category"] = pa.array(categories, pa.string())
     index = [
-        [*names, *[None] * len(own)],
+        [*names, *[None] * len(servers)],
         np.cumsum(total) - total,
-        np.array([*train, *[0] * len(own)], np.int32),
-        np.array([*heldout, *own], np.int32),
+        np.array([*train, *[0] * len(servers)], np.int32),
+        np.array([*heldout, *servers], np.int32),
     ]
     folder.mkdir()
     pq.write_table(pa.table(columns), folder / "rows.parquet", row_group_size=ROWS_PER_GROUP)
@@ -136,8 +136,8 @@ def test_label_divergence_is_its_definition_and_knows_no_order(table: list[list[
 
 
 def test_label_divergence_comes_near_1_where_each_of_many_clients_has_its_own_category() -> None:
-    found = [categories_of(np.eye(clients, dtype=int).tolist()).divergence for clients in (2, 10, 100, 1000)]
-    assert found == sorted(found) and 0.99 < found[-1] < 1
+    divergences = [categories_of(np.eye(clients, dtype=int).tolist()).divergence for clients in (2, 10, 100, 1000)]
+    assert divergences == sorted(divergences) and 0.99 < divergences[-1] < 1
 
 
 def test_what_a_store_holds(tmp_path: Path) -> None:
@@ -167,12 +167,12 @@ def test_categories_across_row_groups(tmp_path: Path) -> None:
     rows = 3 * ROWS_PER_GROUP
     # Other values first in each row group, so that each has its own dictionary.
     categories = [f"k{row * 7 // ROWS_PER_GROUP}" for row in range(rows)]
-    found = Skew.of(stored(tmp_path / "store", [rows - 10, 9], [1, 0], categories)).categories
-    assert found is not None
-    assert dict(zip(found.names, found.totals.tolist(), strict=True)) == {
+    categories_read = Skew.of(stored(tmp_path / "store", [rows - 10, 9], [1, 0], categories)).categories
+    assert categories_read is not None
+    assert dict(zip(categories_read.names, categories_read.totals.tolist(), strict=True)) == {
         name: categories.count(name) for name in categories
     }
-    assert found.counts[found.clients == 1].tolist() == [9]
+    assert categories_read.counts[categories_read.clients == 1].tolist() == [9]
 
 
 def test_token_lengths_of_rows_and_clients(tmp_path: Path) -> None:

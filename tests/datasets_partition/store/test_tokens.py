@@ -111,15 +111,14 @@ def test_every_client_has_its_own_rows_whatever_the_batches(
         sizes.append(rows.num_rows)
         return encode(rows)
 
-    done: list[int] = []
-    tokens = tokenize(store, "bytes", counted, on_rows=done.append)
-    assert done == sorted(done) and done[-1] == store.manifest["rows"]
+    reported: list[int] = []
+    tokens = tokenize(store, "bytes", counted, on_rows=reported.append)
+    assert reported == sorted(reported) and reported[-1] == store.manifest["rows"]
     assert max(sizes) <= window and sum(sizes) == store.manifest["rows"]
     for client in range(store.num_clients):
         for split in SPLITS:
             kept = encode(store.read_rows(client, split)).drop_null()
-            found = tokens.rows(client, split)
-            assert found.to_pydict() == kept.to_pydict()
+            assert tokens.rows(client, split).to_pydict() == kept.to_pydict()
             assert tokens.counts(split)[client] == kept.num_rows
     for split in SPLITS:
         both = np.add(tokens.counts(split), tokens.dropped(split))
@@ -156,9 +155,9 @@ def test_the_next_clients_rows_are_read_while_one_is_worked_on(tmp_path: Path) -
         first = ids[client].buffers()[1].address + 4 * ids[client].offset
         start = -(-first // PAGESIZE) * PAGESIZE
         pages = (first + 4 * len(ids[client]) - start) // PAGESIZE
-        found = (ctypes.c_ubyte * pages)()
-        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(pages * PAGESIZE), found)
-        return sum(page & 1 for page in found) / pages
+        resident = (ctypes.c_ubyte * pages)()
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(pages * PAGESIZE), resident)
+        return sum(page & 1 for page in resident) / pages
 
     def forget() -> None:
         file.madvise(MADV_DONTNEED)

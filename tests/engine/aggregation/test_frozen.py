@@ -7,22 +7,20 @@ import numpy as np
 import pytest
 import torch
 
+from engine.aggregation.accumulators import RingSum
 from engine.aggregation.privacy_account import plan_noise
 from engine.aggregation.ring_encoding import (
     FIGURES,
     NOISY,
-    figures_of,
     live_masks,
     ring_aggregate,
     ring_sums,
-    ring_vector,
     rounding,
 )
 from engine.aggregation.ring_shard import RingShard
 from engine.aggregation.server_step import noisy, server_step
 from engine.config.privacy import Privacy, SecAgg
 from engine.config.train import Sgd, Train
-from engine.messages.wire import WireBroadcast, aggregate_from_wire
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.scaffold import Scaffold
 from strategies.core.cohort import UniformCohort
@@ -107,9 +105,11 @@ def updates_of(strategy, state, still=False):
 def secured(recipe, plan, state, updates):
     """The sums of a round's clients through the ring, and what the server makes of them."""
     sums = ring_sums(recipe, LAYOUT, plan, CLIP, CLIENTS, MOST_TOKENS, state.round)
-    wire = WireBroadcast(state.round, state.params.numpy(), {}, dp=plan)
-    sent = [ring_vector(update, sums, wire, recipe, LAYOUT) for update in updates]
-    totals = sums.decode(np.sum(sent, axis=0, dtype=np.uint32))
+    live = live_masks(recipe, LAYOUT, state.round)
+    ring = RingSum(RingShard(sums, live), recipe, LAYOUT, plan, state.round)
+    for update in updates:
+        ring.add(update)
+    totals = sums.decode(ring.masked([]))
     return sums, ring_aggregate(totals, recipe, LAYOUT, plan, state.round)[0]
 
 
@@ -225,21 +225,21 @@ def test_shards_of_a_secured_sum_are_the_whole_bit_for_bit(federation, strategy,
     partition = Partition.contiguous(LAYOUT.size, 3, 2) if cut == "contiguous" else Partition.by_tensor(LAYOUT, 3)
     live, shards = live_masks(recipe, LAYOUT, 0), []
     for rank in range(3):
-        ring = RingShard(sums, partition, rank, live)
+        place = RingShard(sums, live, partition, rank)
+        ring = RingSum(place, recipe, LAYOUT, None, 0)
         for update in sent:
             extras = {name: partition.cut(extra, rank) for name, extra in update.extras.items()}
-            own = replace(update, delta=partition.cut(update.delta, rank), extras=extras)
-            ring.add(own, figures_of(update, 0), recipe, 0)
+            ring.add(replace(update, delta=partition.cut(update.delta, rank), extras=extras))
         masks = Masks(sums.bits, added=(bytes(32),))
         removals = Masks(sums.bits, subtracted=(bytes(32),))
-        _, shard = RingShard(sums, partition, rank, live).unmasked([ring.masked([masks])], removals, CLIENTS, 2.0)
-        shards.append(aggregate_from_wire(shard))
+        _, shard = place.unmasked([ring.masked([masks])[place.head :]], removals, CLIENTS, 2.0)
+        shards.append(shard.aggregate())
         assert len(shards[-1].total) == partition.length(rank)
     assert torch.equal(partition.join([shard.total for shard in shards]), whole.total)
     for name in beside:
         assert torch.equal(partition.join([shard.extras[name] for shard in shards]), whole.extras[name])
-    held = sum(len(RingShard(sums, partition, rank, live).total_S) for rank in range(3))
-    assert held == sums.length - 2  # the head travels by itself
+    held = sum(RingShard(sums, live, partition, rank).length for rank in range(3))
+    assert held == sums.length + 2 * 2  # each shard has the head of two coordinates, and the first one's counts
 
 
 @pytest.mark.parametrize("cut", ["contiguous", "by_tensor"])

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.aggregation.ring_encoding import ring_aggregate, ring_sums, ring_vector
+from engine.aggregation.accumulators import RingSum
+from engine.aggregation.ring_encoding import ring_aggregate, ring_sums
+from engine.aggregation.ring_shard import RingShard
 from engine.config.privacy import Privacy, SecAgg
-from engine.messages.wire import WireBroadcast
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
@@ -40,13 +41,10 @@ def test_an_attack_on_the_ring_stays_below_epsilon_and_would_notice_a_quarter_of
         sums = ring_sums(federation, LAYOUT, plan, 0.0, CLIENTS, MOST_TOKENS, 0)
 
         def seen(round_: int, delta: torch.Tensor) -> float:
-            wire = WireBroadcast(round_, np.zeros(LENGTH, np.float32), {}, dp=plan)
-            deltas = [delta, *[torch.full((LENGTH,), 0.1)] * (CLIENTS - 1)]
-            sent = [
-                ring_vector(Update(client, 1.0, one, metrics=TOLD), sums, wire, federation, LAYOUT)
-                for client, one in enumerate(deltas)
-            ]
-            total = sums.decode(np.sum(sent, axis=0, dtype=np.uint32))
+            ring = RingSum(RingShard(sums, {}), federation, LAYOUT, plan, round_)
+            for client, change in enumerate([delta, *[torch.full((LENGTH,), 0.1)] * (CLIENTS - 1)]):
+                ring.add(Update(client, 1.0, change, metrics=TOLD))
+            total = sums.decode(ring.masked([]))
             return float(ring_aggregate(total, federation, LAYOUT, plan, round_)[0].total[2])
 
         present = np.array([seen(round_, canary) for round_ in range(runs)])

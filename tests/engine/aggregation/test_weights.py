@@ -5,17 +5,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, get_args, get_type_hints
 
-import numpy as np
 import pytest
 import torch
 
 from datasets_partition.store.build import build
+from engine.aggregation.accumulators import RingSum
 from engine.aggregation.exact_sum import merge
-from engine.aggregation.ring_encoding import ring_aggregate, ring_sums, ring_vector
+from engine.aggregation.ring_encoding import live_masks, ring_aggregate, ring_sums
+from engine.aggregation.ring_shard import RingShard
 from engine.config.federation import Federation
 from engine.config.privacy import Privacy, SecAgg
 from engine.config.train import Sgd, Train
-from engine.messages.wire import to_wire
+from engine.messages.broadcast import BroadcastMessage
 from engine.system.page_protection import release
 from engine.workers.worker import ClientActor
 from experiments.cli.contract import engine_stored, engine_sum
@@ -61,9 +62,9 @@ def test_a_slot_weighs_its_clients_before_their_rule_sees_them(small_recipe, tmp
     _, packed, base = slot.load_base()
     layout, initial = slot.attach(packed, base, slot.tokenize(store, None), first=True)
     state = recipe.strategy.init(torch.from_numpy(initial), layout)
-    slot.run([(0,), (1,), (7,)], to_wire(recipe.strategy.broadcast(state)))
+    slot.run([(0,), (1,), (7,)], BroadcastMessage.of(recipe.strategy.broadcast(state)))
     release(base)
-    rows = slot.tokens.counts("train").tolist()
+    rows = slot.attached.runner.tokens.counts("train").tolist()
     expected = [rows[client] / max(rows) if cap is None else min(rows[client], cap) / cap for client in (0, 1, 7)]
     assert min(rows) < 6 < max(rows)
     assert merge([slot.sum.close()]).weight == pytest.approx(sum(expected), rel=1e-6)
@@ -163,13 +164,13 @@ def test_where_nobody_moves_the_model_stays_for_twenty_secured_rounds(federation
     metrics = {"steps": 1.0, "rates": 0.1, "loss": 1.0, "learnt": 10.0, "tokens": 12.0}
     for _ in range(20):
         got = rule.broadcast(state)
-        wire, vectors = to_wire(got), []
+        ring = RingSum(RingShard(sums, live_masks(federation, LORA, state.round)), federation, LORA, None, state.round)
         for client, number in rows.items():
             weight = federation.privacy.weight(number, max(rows.values()))
             still = rule.starts(got, {})[GLOBAL] - got.params
             update, _ = rule.finish(Update(client, weight, still, metrics=metrics), got, {})
-            vectors.append(ring_vector(update, sums, wire, federation, LORA))
-        totals = sums.decode(np.sum(vectors, axis=0, dtype=np.uint32))
+            ring.add(update)
+        totals = sums.decode(ring.masked([]))
         assert totals.weight == pytest.approx(0.1 + 0.4 + 1.0 + 1.0, abs=1e-6)
         state = rule.apply(state, ring_aggregate(totals, federation, LORA, None, state.round)[0])
     assert state.round == 20

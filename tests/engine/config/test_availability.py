@@ -14,14 +14,14 @@ THERE = {"a": {4, 5, 6, 7, 8, 9}, "b": {2, 3, 7}, "c": set(range(1, 11))}
 
 @pytest.fixture(params=["csv", "parquet"])
 def path(request, tmp_path: Path) -> Path:
-    found = tmp_path / f"trace.{request.param}"
+    path = tmp_path / f"trace.{request.param}"
     if request.param == "csv":
-        found.write_text(ROWS)
+        path.write_text(ROWS)
     else:
         rows = [line.split(",") for line in ROWS.splitlines()[1:]]
         table = {"client": [r[0] for r in rows], "first": [int(r[1]) for r in rows], "last": [int(r[2]) for r in rows]}
-        pq.write_table(pa.table(table), found)
-    return found
+        pq.write_table(pa.table(table), path)
+    return path
 
 
 def test_clients_are_there_in_their_spans_and_who_is_not_named_always(path: Path) -> None:
@@ -59,10 +59,10 @@ def test_time_is_simulated_from_steps_and_the_seed() -> None:
     alike = Availability(deadline_s=5.0, step_s=2.0)
     assert [alike.late_by_seed(4, steps, 7) for steps in (1, 2, 3, 4)] == [0.0, 0.0, 1.0, 3.0]
     # A late client's seconds are 10 * 2 * slowness: at sigma 1 exp(z), at sigma 2 exp(2 z), of the same z.
-    one, two = (Availability(deadline_s=1e-9, step_s=2.0, slowness=sigma) for sigma in (1.0, 2.0))
+    narrow, wide = (Availability(deadline_s=1e-9, step_s=2.0, slowness=sigma) for sigma in (1.0, 2.0))
     for client in range(5):
-        assert two.late_by_seed(client, 10, 7) / 20 == pytest.approx((one.late_by_seed(client, 10, 7) / 20) ** 2)
-    assert len({one.late_by_seed(0, 10, seed) for seed in range(5)}) == 5
+        assert wide.late_by_seed(client, 10, 7) / 20 == pytest.approx((narrow.late_by_seed(client, 10, 7) / 20) ** 2)
+    assert len({narrow.late_by_seed(0, 10, seed) for seed in range(5)}) == 5
 
 
 def test_half_of_the_clients_are_slower_than_the_median_and_few_much_slower() -> None:
@@ -87,8 +87,8 @@ def test_the_clock_counts_where_no_time_is_simulated() -> None:
         ({"step_s": 0.0, "deadline_s": 1.0}, "step_s must be above 0, not 0.0"),
         ({"step_s": float("nan"), "deadline_s": 1.0}, "step_s must be above 0, not nan"),
         ({"slowness": -0.1, "step_s": 1.0, "deadline_s": 1.0}, "slowness is a sigma, and must be at least 0, not -0.1"),
-        ({"step_s": 1.0}, "and nothing asks: set deadline_s too"),
-        ({"slowness": 1.0, "deadline_s": 1.0}, "how clients differ from step_s: set step_s too"),
+        ({"step_s": 1.0}, "which only a deadline uses: set deadline_s too"),
+        ({"slowness": 1.0, "deadline_s": 1.0}, "the spread of clients around step_s: set step_s too"),
     ],
 )
 def test_a_pace_that_means_nothing_is_refused(keys: dict[str, float], said: str) -> None:

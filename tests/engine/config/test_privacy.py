@@ -131,5 +131,5 @@ def test_who_drops_out_is_a_function_of_the_seed(small_recipe):
     availability = small_recipe("clients.availability.dropout=0.3").clients.availability
     gone = availability.gone(range(1000), 3, 7)
     assert gone == availability.gone(range(1000), 3, 7) != availability.gone(range(1000), 3, 8)
-    assert 250 < len(gone) < 350 and {one.before for one in gone.values()} == {"keys", "shares", "masked input"}
-    assert {c: one for c, one in gone.items() if c < 10} == availability.gone(range(10), 3, 7)
+    assert 250 < len(gone) < 350 and {leaving.before for leaving in gone.values()} == {"keys", "shares", "masked input"}
+    assert {c: leaving for c, leaving in gone.items() if c < 10} == availability.gone(range(10), 3, 7)

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from engine.config.federation import Federation
+from engine.config.sections import Evaluate
 from engine.config.train import Sgd, Train
 from engine.messages.errors import RunError
 from engine.objectives.base import Need, Term, counted, step_loss, term_sums
 from engine.objectives.sft import Sft
 from engine.objectives.token_batch import Batch
+from engine.training.evaluation import client_loss
 from engine.training.lanes import LaneTrainer
 from engine.training.local_training import LocalTrainer
 from engine.training.per_example import PrivateTrainer
@@ -81,7 +83,8 @@ def test_each_term_is_its_sum_over_its_count_in_the_whole_step(
     torch.testing.assert_close(start - trained.end, gradient, rtol=1e-4, atol=1e-6)
     assert trained.metrics["loss"] == pytest.approx(loss, rel=1e-5)
     assert trained.metrics["learnt"] == Sft().collate(rows, 0).learnt
-    assert trainer.mean_loss(rows, start, 2) == pytest.approx(loss, rel=1e-5)
+    trainer.become(start)
+    assert sum(total / count for total, count in trainer.loss_terms(rows, 2).values()) == pytest.approx(loss, rel=1e-5)
 
 
 def test_lanes_train_a_loss_of_several_terms(make_two: Callable[[Train], LocalTrainer], rows: pa.RecordBatch) -> None:
@@ -128,7 +131,8 @@ def test_held_out_sums_are_those_of_any_pieces(make_two: Callable[[Train], Local
     repeated = [*pieces, (pieces[0][0], 0)]  # what a rank without rows does to keep step
     for name, (total, count) in term_sums(objective, network, repeated).items():
         assert (total, count) == (pytest.approx(whole[name][0], rel=1e-5), whole[name][1])
-    assert trainer.heldout(rows, 2) == (pytest.approx(whole["nll"][0], rel=1e-5), whole["nll"][1])
+    judged = client_loss(trainer, 3, rows, Evaluate(batch=2), 0)
+    assert (judged.nll, judged.tokens, judged.rows) == (pytest.approx(whole["nll"][0], rel=1e-5), whole["nll"][1], 5)
 
 
 class Needy(Sft):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.messages.wire import ShardedState
+from engine.messages.shards import ShardedState
 from engine.records.checkpoint import FACTS, STATE, Saved, _digest, load_checkpoint, save_checkpoint
 from strategies.core.protocol import ServerState
 

@@ -16,14 +16,14 @@ from datasets_partition.store.build import build
 from engine.aggregation.ring_encoding import ring_sums
 from engine.aggregation.secure_clients import Authority, SecureClients
 from engine.config.availability import DIED_WITH_SLOT, DRAWN, Availability
+from engine.messages.broadcast import BroadcastMessage
 from engine.messages.tasks import Work
-from engine.messages.wire import to_wire
 from engine.records.journal import Journal
 from engine.rounds.collectors import ClearCollector
 from engine.rounds.secure_collector import SecureCollector
 from engine.rounds.secure_round import Relay, placement
 from engine.rounds.server import DriverShards
-from engine.scheduling.slots import Slots
+from engine.scheduling.pool import Pool
 from engine.workers.worker import ClientActor
 from strategies.core.cohort import UniformCohort
 from strategies.core.protocol import ServerState
@@ -42,20 +42,31 @@ class Mortal(ClientActor):
     """Dies, once, when it is asked for what the file `die` names; a client is slow that a file `late-` names."""
 
     def _die_at(self, name):
-        flag = self.memory.folder / "die"
+        flag = self.folder / "die"
         with suppress(FileNotFoundError):  # another slot may have died of it
             if flag.read_text() == name:
                 flag.unlink()
                 os._exit(1)
 
-    def _trainer(self, pack, wire):
-        if any((self.memory.folder / f"late-{client}").exists() for client in pack):
-            time.sleep(2 * DEADLINE_S)
-        return super()._trainer(pack, wire)
+    def attach(self, *arguments):
+        attached = super().attach(*arguments)
+        trainer_of = self.attached.runner.trainer_of
+
+        def slow(unit, message):
+            if any((self.folder / f"late-{client}").exists() for client in unit):
+                time.sleep(2 * DEADLINE_S)
+            return trainer_of(unit, message)
+
+        self.attached.runner.trainer_of = slow
+        return attached
 
     def deadline(self, seconds):
-        availability = replace(self.federation.clients.availability, deadline_s=seconds)
-        self.federation = replace(self.federation, clients=replace(self.federation.clients, availability=availability))
+        runner, clients = self.attached.runner, self.federation.clients
+        availability = replace(clients.availability, deadline_s=seconds)
+        runner.federation = replace(self.federation, clients=replace(clients, availability=availability))
+
+    def forget(self):
+        self.secure = SecureClients()
 
     def open(self, opening, authority):
         self._die_at("open")
@@ -65,9 +76,9 @@ class Mortal(ClientActor):
         self._die_at("shares")
         return super().shares(listed)
 
-    def masked(self, inboxes, wire):
+    def masked(self, inboxes, message):
         self._die_at("masked")
-        return super().masked(inboxes, wire)
+        return super().masked(inboxes, message)
 
     def unmask(self, requests):
         self._die_at("unmask")
@@ -79,10 +90,10 @@ def pool(ray_session, small_recipe, tmp_path_factory):
     """Three slots of mortal clients, their start, and the recipe that they know."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     patch = pytest.MonkeyPatch()
-    patch.setattr(Slots, "client", Mortal)
+    patch.setattr(Pool, "client", Mortal)
     recipe = small_recipe("clients.slots=3", "privacy.secagg.mode=full", UNIFORM)
     data, memory = recipe.data, tmp_path_factory.mktemp("memory")
-    slots = Slots(recipe, memory)
+    slots = Pool(recipe, memory)
     start = slots.start(build(data.source, data.partition, data.splits, recipe.seed, data.cache))
     yield slots, start, memory
     slots.stop()
@@ -104,12 +115,12 @@ def play(pool, small_recipe, tmp_path):
     ):
         recipe = small_recipe("clients.slots=3", UNIFORM, *changes, *([f"privacy.secagg.mode={mode}"] if mode else []))
         state = ServerState(round_, torch.from_numpy(start.initial), layout=start.layout, seed=recipe.seed)
-        wire = replace(to_wire(recipe.strategy.broadcast(state)), dp=dp, clip=clip, lanes=lanes)
+        wire = replace(BroadcastMessage.of(recipe.strategy.broadcast(state)), dp=dp, clip=clip, lanes=lanes)
         shards = DriverShards(recipe, start, len(COHORT))
         if mode is None:
             return ClearCollector(recipe, slots, shards).collect(work(cohort, costs), wire)
         for actor in slots.actors:  # a slot keeps its clients' sum for the sessions of one round
-            ray.get(actor.__ray_call__.remote(lambda client_actor: SecureClients.__init__(client_actor)))
+            ray.get(actor.forget.remote())
         relay = Relay(slots, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
         arguments = recipe, relay, shards, start.layout, MOST_TOKENS, Journal(tmp_path), lambda *_: None
         return SecureCollector(*arguments).collect(work(cohort, costs), wire)

@@ -8,42 +8,42 @@ import ray.cloudpickle
 import torch
 
 from datasets_partition.store.build import build
+from engine.aggregation.exact_sum import ExactSum
+from engine.messages.broadcast import BroadcastMessage
 from engine.messages.tasks import Work
-from engine.messages.wire import to_wire
 from engine.rounds.collectors import ClearCollector
 from engine.rounds.server import DriverShards
-from engine.scheduling.slots import Slots
+from engine.scheduling.pool import Pool
 from engine.workers.worker import ClientActor
 from strategies.core.protocol import ServerState
 
 CLIENTS = np.arange(3)
 
 
-class Twice(ClientActor):
-    """Adds the first client that it is given to its sum twice, where it was asked to."""
+class SumOfTwice(ExactSum):
+    """Adds the first client twice."""
 
-    twice = 0
+    def add(self, update):
+        if not self.count:
+            super().add(update)
+        super().add(update)
+
+
+class Twice(ClientActor):
+    """Adds the first client that it is given to its sum twice, once it was asked to."""
 
     def deceive(self):
-        self.twice = 1
-
-    def _trained(self, pack, shared, wire, take):
-        def twice(update):
-            for _ in range(1 + self.twice):
-                take(update)
-            self.twice = 0
-
-        return super()._trained(pack, shared, wire, twice)
+        self.sum = SumOfTwice()
 
 
 def test_a_client_that_is_added_twice_ends_the_round(ray_session, small_recipe, tmp_path, monkeypatch):
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(Slots, "client", Twice)
+    monkeypatch.setattr(Pool, "client", Twice)
     recipe = small_recipe()
-    data, slots = recipe.data, Slots(recipe, tmp_path)
+    data, slots = recipe.data, Pool(recipe, tmp_path)
     start = slots.start(build(data.source, data.partition, data.splits, recipe.seed, data.cache))
     state = ServerState(0, torch.from_numpy(start.initial.copy()), layout=start.layout, seed=recipe.seed)
-    work, wire = Work(CLIENTS, np.ones(3), np.ones(3)), to_wire(recipe.strategy.broadcast(state))
+    work, wire = Work(CLIENTS, np.ones(3), np.ones(3)), BroadcastMessage.of(recipe.strategy.broadcast(state))
     collector = ClearCollector(recipe, slots, DriverShards(recipe, start, len(CLIENTS)))
     try:
         (aggregate,) = collector.collect(work, wire).sums

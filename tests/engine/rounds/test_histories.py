@@ -11,20 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-from engine.aggregation.ring_encoding import ring_vector
+from engine.aggregation.accumulators import RingSum
+from engine.aggregation.ring_shard import RingShard
 from engine.aggregation.secure_clients import SecureClients
 from engine.config.availability import LEFT_OUT
+from engine.messages.broadcast import BroadcastMessage
+from engine.messages.reports import DOWN, Report
 from engine.messages.tasks import Work
-from engine.messages.wire import DOWN, Report, WireBroadcast
 from engine.records.journal import Journal
 from engine.rounds.secure_collector import SecureCollector
 from engine.rounds.secure_round import Relay
 from engine.rounds.server import DriverShards
-from engine.scheduling.dispatcher import packs
+from engine.scheduling.dispatcher import units_of
 from engine.system.failures import SlotSilent
 from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
-from strategies.core.protocol import Update
+from strategies.core.protocol import Broadcast, Update
 
 POPULATION, ROUNDS, SHARE = 7, 6, 0.5
 LAYOUT = Layout(("w",), ((POPULATION,),))
@@ -70,20 +72,22 @@ class Slot(SecureClients):
         super().__init__()
         self.federation, self.chance = federation, chance
 
-    def masked(self, inboxes, wire):
-        def train(pack, sums):
-            for client in pack:
-                if self.chance.strikes(0.1):
-                    yield Report(client, {DOWN: 0.0}, "it failed"), None
-                elif self.chance.strikes(0.05):  # a deadline by the clock
-                    yield Report(client, {DOWN: 0.0}, late=1.0), None
-                else:
-                    delta = torch.zeros(POPULATION)
-                    delta[client] = SHARE
-                    update = Update(client, 1.0, delta, {}, {"loss": 1.0, "learnt": 1.0, "tokens": 1.0})
-                    yield Report(client, {DOWN: 0.0}), ring_vector(update, sums, wire, self.federation, LAYOUT)
+    def masked(self, inboxes, message):
+        work = self.pending(inboxes)
+        if work.fresh:
+            self.ring = RingSum(RingShard(work.session.sums, {}), self.federation, LAYOUT, None, message.round)
+        reports = [self.trained(client) for unit in work.units for client in unit]
+        return self.answer(self.ring.masked(self.masks(reports, inboxes)))
 
-        return self.mask(inboxes, train)
+    def trained(self, client):
+        if self.chance.strikes(0.1):
+            return Report(client, {DOWN: 0.0}, "it failed")
+        if self.chance.strikes(0.05):  # a deadline by the clock
+            return Report(client, {DOWN: 0.0}, late=1.0)
+        delta = torch.zeros(POPULATION)
+        delta[client] = SHARE
+        self.ring.add(Update(client, 1.0, delta, {}, {"loss": 1.0, "learnt": 1.0, "tokens": 1.0}))
+        return Report(client, {DOWN: 0.0})
 
 
 class Pool:
@@ -96,7 +100,7 @@ class Pool:
         self.actors = [Slot(federation, chance) for _ in self.alive]
 
     def units(self, work, lanes):
-        return packs(work.clients, work.steps, lanes)
+        return units_of(work.clients, work.steps, lanes)
 
     def held(self, sums):
         return sums.length
@@ -179,7 +183,7 @@ def play(federation, folder, seed, kind):
                 pool.round, pool.model = round_ + 1, model
                 cohort = cohorts.sample(POPULATION, federation.seed, round_)
                 costs = np.ones(len(cohort))
-                wire = WireBroadcast(round_, np.zeros(POPULATION, np.float32), {})
+                wire = BroadcastMessage.of(Broadcast(round_, torch.zeros(POPULATION)))
                 collected = collector.collect(Work(cohort, costs.astype(int), costs), wire)
                 round_ += 1
                 chance.left_out += LEFT_OUT in collected.gone.values()
@@ -247,7 +251,7 @@ def test_a_round_with_too_few_updates_leaves_the_model_and_has_no_sum(small_reci
     relay, cohort = HereRelay(pool, None, "void"), np.arange(5)
     shards = whole(federation)
     collector = SecureCollector(federation, relay, shards, LAYOUT, 1000, journal, lambda *_: "all are too few")
-    wire = WireBroadcast(0, np.zeros(POPULATION, np.float32), {})
+    wire = BroadcastMessage.of(Broadcast(0, torch.zeros(POPULATION)))
     collected = collector.collect(Work(cohort, np.ones(5, int), np.ones(5)), wire)
     assert collected.sums == [] and collected.too_few == "all are too few" and collected.too_few in collected.aborted
     assert chance.held == [] and not journal.folder.exists()

@@ -14,7 +14,8 @@ from engine.config.sections import Checkpoint, Clients, Model
 from engine.config.train import Sgd, Train
 from engine.messages.errors import RunError
 from engine.messages.events import Checkpointed, Fault
-from engine.messages.wire import DOWN, UP, Report, ShardedState
+from engine.messages.reports import DOWN, UP, Report
+from engine.messages.shards import ShardedState
 from engine.records.checkpoint import load_checkpoint
 from engine.records.client_state import ClientMemory
 from engine.records.journal import Journal

@@ -11,31 +11,30 @@ import ray
 
 from engine.aggregation.exact_sum import ExactSum, PartialSum
 from engine.messages.events import Fault
+from engine.messages.reports import Report
 from engine.messages.tasks import Work
-from engine.messages.wire import Report
 from engine.rounds.secure_round import placement
 from engine.scheduling.cost_model import Costs
-from engine.scheduling.dispatcher import ENOUGH, REFILLED, Pull, packs
-from engine.scheduling.pool import MAX_DEATHS
-from engine.scheduling.slots import Slots
+from engine.scheduling.dispatcher import ENOUGH, REFILLED, Dispatcher, units_of
+from engine.scheduling.pool import MAX_DEATHS, Pool
 
 
-def test_packs_are_a_function_of_the_cohort_and_its_steps() -> None:
+def test_units_are_a_function_of_the_cohort_and_its_steps() -> None:
     clients, steps = np.array([5, 3, 9, 1, 7]), np.array([2, 8, 2, 9, 4])
-    assert packs(clients, steps, 2) == [(1, 3), (7, 5), (9,)]
-    assert packs(clients, steps, 1) == [(1,), (3,), (7,), (5,), (9,)]
-    assert packs(clients, steps, 8) == [(1, 3, 7, 5, 9)]
-    assert packs(clients[:0], steps[:0], 8) == []
-    many = packs(np.arange(1000), np.ones(1000), 4)
-    assert {len(pack) for pack in many} <= {REFILLED * 4 - 1, REFILLED * 4} and len(many) >= ENOUGH
-    assert sorted(client for pack in many for client in pack) == list(range(1000))
+    assert units_of(clients, steps, 2) == [(1, 3), (7, 5), (9,)]
+    assert units_of(clients, steps, 1) == [(1,), (3,), (7,), (5,), (9,)]
+    assert units_of(clients, steps, 8) == [(1, 3, 7, 5, 9)]
+    assert units_of(clients[:0], steps[:0], 8) == []
+    many = units_of(np.arange(1000), np.ones(1000), 4)
+    assert {len(unit) for unit in many} <= {REFILLED * 4 - 1, REFILLED * 4} and len(many) >= ENOUGH
+    assert sorted(client for unit in many for client in unit) == list(range(1000))
 
 
 def test_placement_gives_each_client_one_slot_and_balances() -> None:
     costs = [3.0, 1, 4, 1, 5, 9, 2]
     placed = placement([(client,) for client in range(7)], costs, range(3))
-    assert sorted(client for packs in placed.values() for (client,) in packs) == list(range(7))
-    loads = [sum(costs[client] for (client,) in packs) for packs in placed.values()]
+    assert sorted(client for units in placed.values() for (client,) in units) == list(range(7))
+    loads = [sum(costs[client] for (client,) in units) for units in placed.values()]
     assert max(loads) - min(loads) <= 2
     assert set(placement([(0,)], [1.0], [1, 2])) == {1}
     assert placement([(0, 1), (2,), (3, 4)], [5.0, 1, 3], range(2)) == {0: ((0, 1),), 1: ((3, 4), (2,))}
@@ -47,8 +46,8 @@ def test_seconds_are_learnt_as_a_line_through_steps_and_tokens() -> None:
     assert costs.seconds(steps, tokens).tolist() == (tokens / 1000).tolist()  # nothing is known yet
     for _ in range(3):
         costs.learn(steps, tokens, 0.02 * steps + 0.001 * tokens)
-    found = Costs.of(costs.sums).seconds(np.array([3.0]), np.array([10.0]))
-    np.testing.assert_allclose(found, [0.02 * 3 + 0.001 * 10], rtol=1e-6)
+    seconds = Costs.of(costs.sums).seconds(np.array([3.0]), np.array([10.0]))
+    np.testing.assert_allclose(seconds, [0.02 * 3 + 0.001 * 10], rtol=1e-6)
     costs.learn(steps, tokens, np.array([1.0, 0, 0, 0]))  # nonsense gives no negative costs
     assert (costs.seconds(steps, tokens) >= 0).all()
 
@@ -67,7 +66,7 @@ def test_clients_that_are_all_alike_teach_no_order() -> None:
 
 
 class Light:
-    """A slot that only answers, dies of packs of which `fatal` clients are members, and hangs on `slow` ones.
+    """A slot that only answers, dies of units that have `fatal` clients, and hangs on `slow` ones.
 
     If there are `marks` to make, it dies no more often than there are.
     """
@@ -86,7 +85,7 @@ class Light:
             time.sleep(60 if self.slow in unit else self.pace)
         return [client for unit in chunk for client in unit]
 
-    def run_each(self, chunk: list[tuple[int, ...]], wire: str) -> list[object]:
+    def run_each(self, chunk: list[tuple[int, ...]], message: str) -> list[object]:
         clients = self.run(chunk)
         return [[Report(client, {}) for client in clients], *(f"update of {client}" for client in clients)]
 
@@ -137,42 +136,46 @@ class LightPool:
 
 
 def pulled(pool: LightPool, units: list[tuple[int, ...]]) -> tuple[list[int], list[tuple[int, ...]], list[int]]:
-    """Who has been done and in which units, and who has been given up."""
-    pull = Pull(
+    """Returns the finished clients, the units that they were in, and the clients that were given up."""
+    dispatcher = Dispatcher(
         pool,  # type: ignore[arg-type]
         units,
         lambda unit: 1.0,
         lambda actor, chunk: actor.run.remote(chunk),
         give_up=lambda client, why: client,
     )
-    done = pull.run().values()
+    finished = dispatcher.run().values()
     for actor in pool.actors:
         ray.kill(actor)
     return (
-        sorted(client for own in done for client in own.results),
-        sorted(unit for own in done for unit in own.units),
-        pull.given_up,
+        sorted(client for part in finished for client in part.results),
+        sorted(unit for part in finished for unit in part.units),
+        dispatcher.given_up,
     )
 
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.slow
-def test_a_client_that_ends_its_slots_is_found_and_given_up(full: bool) -> None:
+def test_a_client_that_ends_its_slots_is_given_up(full: bool) -> None:
     if not full:
         pytest.skip("one under a rule that reads each update is tried")
     pool = LightPool({7: 0})
-    done, _, given_up = pulled(pool, [(client,) for client in range(20)])
-    assert given_up == [7] and done == [client for client in range(20) if client != 7]
+    clients, _, given_up = pulled(pool, [(client,) for client in range(20)])
+    assert given_up == [7] and clients == [client for client in range(20) if client != 7]
     assert 2 <= pool.died <= 3
 
 
-class LightSlots(LightPool, Slots):
+class LightSlots(LightPool, Pool):
     """Such slots under a rule that reads each update."""
+
+    timeout_s = None
 
     def __init__(self, fatal: dict[int, int]) -> None:
         super().__init__(fatal)
         self.federation.strategy = SimpleNamespace(reads="each")
-        self.size, self.later = 2, []
+        self.size, self.later, self.partition = 2, [], None
+        self.worker_kinds = (SimpleNamespace(lanes=False),)
+        self.patience = SimpleNamespace(answer_s=None)
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -194,27 +197,27 @@ def test_more_such_clients_than_deaths_are_forgiven_in_a_row(full: bool) -> None
         pytest.skip("one such client is tried")
     fatal = [3, 8, 15, 16, 30]
     pool = LightPool(dict.fromkeys(fatal, 0))
-    done, _, given_up = pulled(pool, [(client,) for client in range(40)])
-    assert sorted(given_up) == fatal and len(done) == 35 and pool.died > MAX_DEATHS
+    clients, _, given_up = pulled(pool, [(client,) for client in range(40)])
+    assert sorted(given_up) == fatal and len(clients) == 35 and pool.died > MAX_DEATHS
 
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.slow
-def test_a_pack_that_ends_its_slots_is_halved_until_it_does_not(full: bool) -> None:
+def test_a_unit_that_ends_its_slots_is_halved_until_it_does_not(full: bool) -> None:
     if not full:
         pytest.skip("a quarter of a minute")
     pool = LightPool({5: 2})
-    done, units, given_up = pulled(pool, [(0, 1), (2, 3, 4, 5, 6, 7), (8, 9)])
-    assert given_up == [] and done == list(range(10))
+    clients, units, given_up = pulled(pool, [(0, 1), (2, 3, 4, 5, 6, 7), (8, 9)])
+    assert given_up == [] and clients == list(range(10))
     assert units == [(0, 1), (2, 3, 4), (5,), (6, 7), (8, 9)]
     assert [(fault.kind, fault.who) for fault in pool.faults] == [("pack", "2, 3, 4, 5, 6, 7"), ("pack", "5, 6, 7")]
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_pack_whose_slots_die_no_more_often_than_is_tried_again_stays_whole(tmp_path: Path) -> None:
+def test_a_unit_whose_slots_die_no_more_often_than_is_tried_again_stays_whole(tmp_path: Path) -> None:
     pool = LightPool({5: 2}, marks=[tmp_path / name for name in ("one", "two", "three")], retries=3)
-    done, units, given_up = pulled(pool, [(2, 3, 4, 5, 6, 7)])
-    assert pool.died == 3 and done == [2, 3, 4, 5, 6, 7] and given_up == []
+    clients, units, given_up = pulled(pool, [(2, 3, 4, 5, 6, 7)])
+    assert pool.died == 3 and clients == [2, 3, 4, 5, 6, 7] and given_up == []
     assert units == [(2, 3, 4, 5, 6, 7)] and pool.faults == []
 
 
@@ -231,8 +234,8 @@ def test_a_silent_slot_is_replaced(full: bool) -> None:
         replace(slot, error)
 
     pool.replace = long  # type: ignore[method-assign]
-    done, _, given_up = pulled(pool, [(client,) for client in range(12)])
-    assert done == list(range(12)) and given_up == [] and pool.died == 1
+    clients, _, given_up = pulled(pool, [(client,) for client in range(12)])
+    assert clients == list(range(12)) and given_up == [] and pool.died == 1
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -241,5 +244,5 @@ def test_a_large_cohort_is_no_reason_to_end_slots_that_work(full: bool) -> None:
     if not full:
         pytest.skip("a quarter of a minute")
     pool = LightPool({}, timeout_s=3.0, pace=0.22)  # a quarter of the work takes longer
-    done, _, given_up = pulled(pool, [(client,) for client in range(60)])
-    assert done == list(range(60)) and given_up == [] and pool.died == 0
+    clients, _, given_up = pulled(pool, [(client,) for client in range(60)])
+    assert clients == list(range(60)) and given_up == [] and pool.died == 0

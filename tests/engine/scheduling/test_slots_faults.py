@@ -7,13 +7,16 @@ import sys
 import numpy as np
 import pytest
 import ray.cloudpickle
+import torch
 
 from datasets_partition.store.build import build
 from engine.aggregation import exact_sum as sums
+from engine.messages.broadcast import BroadcastMessage
+from engine.messages.shards import borrow
 from engine.messages.tasks import Work
-from engine.messages.wire import WireBroadcast
-from engine.scheduling.slots import Slots
+from engine.scheduling.pool import Pool
 from engine.workers.worker import ClientActor
+from strategies.core.protocol import Broadcast
 
 BLOCK = 256  # of the sums of these slots, so that small ones have several
 
@@ -21,51 +24,51 @@ BLOCK = 256  # of the sums of these slots, so that small ones have several
 class Dying(ClientActor):
     """Dies of the first merge and of the first second part of a sum, and is stopped by the first texts and export.
 
-    So it is by the first two merges, and by that which gives it its base anew, where a file `stops` says so.
+    If there is a file `stops`, it is stopped by the first two merges too, and when it is given its base again.
     """
 
-    def __init__(self, *given):
+    def __init__(self, *arguments):
         sums.BLOCK = BLOCK
-        super().__init__(*given)
+        super().__init__(*arguments)
 
     def part_of_sum(self, first, size):
         if first and self.first("died of a sum"):
             os._exit(1)
         return super().part_of_sum(first, size)
 
-    def run(self, chunk, wire):
+    def run(self, chunk, message):
         for unit in chunk:
-            with (self.memory.folder.parent / "trained").open("a") as file:
+            with (self.folder.parent / "trained").open("a") as file:
                 file.write("".join(f"{client} " for client in unit))
-        return super().run(chunk, wire)
+        return super().run(chunk, message)
 
     def attach(self, packed, base, tokens, first):
-        if (self.memory.folder.parent / "stops").exists() and self.first("silent in attach"):
+        if (self.folder.parent / "stops").exists() and self.first("silent in attach"):
             os.kill(os.getpid(), signal.SIGSTOP)
         return super().attach(packed, base, tokens, first)
 
-    def merged_weights(self, residual):
-        if (self.memory.folder.parent / "stops").exists():
+    def merged_weights(self, merged_delta):
+        if (self.folder.parent / "stops").exists():
             if self.first("silent in merge") or self.first("silent in its stead"):
                 os.kill(os.getpid(), signal.SIGSTOP)
         elif self.first("died"):
             os._exit(1)
-        return super().merged_weights(residual)
+        return super().merged_weights(merged_delta)
 
-    def generate(self, params, prompts, tokens):
+    def generate(self, message, prompts, tokens):
         if self.first("silent in generate"):
             os.kill(os.getpid(), signal.SIGSTOP)
-        return super().generate(params, prompts, tokens)
+        return super().generate(message, prompts, tokens)
 
-    def export(self, params, card):
-        for number, file in enumerate(super().export(params, card)):
+    def export(self, message, card):
+        for number, file in enumerate(super().export(message, card)):
             if number and self.first("silent in export"):
                 os.kill(os.getpid(), signal.SIGSTOP)
             yield file
 
     def first(self, flag):
         try:
-            (self.memory.folder.parent / flag).touch(exist_ok=False)
+            (self.folder.parent / flag).touch(exist_ok=False)
             return True
         except FileExistsError:
             return False
@@ -74,14 +77,14 @@ class Dying(ClientActor):
 @pytest.fixture
 def started(ray_session, small_recipe, tmp_path, monkeypatch):
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(Slots, "client", Dying)
+    monkeypatch.setattr(Pool, "client", Dying)
     begun = []
 
     def make(*changes):
         recipe = small_recipe(*changes)
         data = recipe.data
         store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
-        slots = Slots(recipe, tmp_path / "memory")
+        slots = Pool(recipe, tmp_path / "memory")
         begun.append(slots)
         return slots, slots.start(store)
 
@@ -92,17 +95,17 @@ def started(ray_session, small_recipe, tmp_path, monkeypatch):
 
 
 def test_a_slot_that_dies_of_handing_over_its_sum_costs_its_own_clients_alone(started, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.scheduling.slots.PART", 2 * BLOCK)
+    monkeypatch.setattr("engine.scheduling.sums.PART", 2 * BLOCK)
     slots, start = started("clients.slots=2")
     clients = np.arange(6)
-    wire = WireBroadcast(0, start.initial, {})
+    message = initial(start)
 
     def train():
         (tmp_path / "trained").write_text("")
-        done = slots.train(Work(clients, np.ones(6), np.ones(6)), wire, 1)
-        (total,) = done.sums
+        worked = slots.train(Work(clients, np.ones(6), np.ones(6)), message, 1)
+        (total,) = worked.sums
         trained = sorted(map(int, (tmp_path / "trained").read_text().split()))
-        assert [report.client for report in done.reports] == clients.tolist() and total.count == 6
+        assert [report.client for report in worked.reports] == clients.tolist() and total.count == 6
         return total.total.numpy().tobytes(), total.weight, trained
 
     *first, trained = train()
@@ -114,16 +117,21 @@ def test_a_slot_that_dies_of_handing_over_its_sum_costs_its_own_clients_alone(st
 
 def test_a_death_while_merging_costs_one_slot_and_not_the_run(started, tmp_path):
     slots, start = started("strategy=flora", "clients.slots=2")
-    before = slots.ask(lambda actor: actor.evaluate.remote([0], start.initial, 4))
-    slots.rebase(random_residual(start.layout))
+    before = slots.ask(lambda actor: actor.evaluate.remote([0], initial(start), 4))
+    slots.rebase(random_delta(start.layout))
     assert (tmp_path / "died").exists() and slots.deaths == 1
-    after = [ray.get(actor.evaluate.remote([0], start.initial, 4)) for actor in slots.actors]
+    after = [ray.get(actor.evaluate.remote([0], initial(start), 4)) for actor in slots.actors]
     assert after[0] == after[1] != before
     slots.rebase(None)
-    assert slots.ask(lambda actor: actor.evaluate.remote([0], start.initial, 4)) == before
+    assert slots.ask(lambda actor: actor.evaluate.remote([0], initial(start), 4)) == before
 
 
-def random_residual(layout):
+def initial(start):
+    """The initial vector as slots are sent it."""
+    return BroadcastMessage.of(Broadcast(0, borrow(start.initial)))
+
+
+def random_delta(layout):
     size = sum(outputs * inputs for outputs, inputs in layout.product_shapes)
     return np.random.default_rng(0).standard_normal(size).astype(np.float32) * 0.1
 
@@ -133,18 +141,18 @@ def test_slots_that_fall_silent_while_merging_or_being_made_anew_are_replaced(st
     if not full:
         pytest.skip("half a minute")
     slots, start = started("strategy=flora", "clients.slots=1", "clients.timeout_s=5")
-    slots.start_s = 15.0
+    slots.patience.start_s = 15.0
     (tmp_path / "stops").touch()
-    slots.rebase(random_residual(start.layout))
+    slots.rebase(random_delta(start.layout))
     assert sorted(path.name for path in tmp_path.glob("silent in *")) == [
         "silent in attach",
         "silent in its stead",
         "silent in merge",
     ]
     assert [fault.why for fault in slots.faults] == ["no answer for 5 s", "no answer for 15 s", "no answer for 5 s"]
-    evaluated = slots.ask(lambda actor: actor.evaluate.remote([0], start.initial, 4))
+    evaluated = slots.ask(lambda actor: actor.evaluate.remote([0], initial(start), 4))
     slots.rebase(None)
-    assert slots.ask(lambda actor: actor.evaluate.remote([0], start.initial, 4)) != evaluated
+    assert slots.ask(lambda actor: actor.evaluate.remote([0], initial(start), 4)) != evaluated
 
 
 @pytest.mark.slow
@@ -152,7 +160,7 @@ def test_a_slot_that_falls_silent_over_texts_or_an_export_is_replaced(started, t
     if not full:
         pytest.skip("a quarter of a minute")
     slots, start = started("clients.timeout_s=4", "clients.slots=1")
-    sent = ray.put(start.initial)
+    sent = ray.put(initial(start))
     assert len(slots.ask(lambda actor: actor.generate.remote(sent, ["say "], 3))) == 1
     slots.export(tmp_path / "model", sent, "a card")
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()
@@ -162,10 +170,12 @@ def test_a_slot_that_falls_silent_over_texts_or_an_export_is_replaced(started, t
 def test_a_few_steps_on_the_pooled_rows_are_better_for_all(started):
     slots, start = started("clients.slots=1")
     everybody = list(range(8))
-    trained = slots.ask(lambda actor: actor.centralised.remote(everybody, start.initial, 8), long=True)
+    trained = slots.ask(lambda actor: actor.centralised.remote(everybody, initial(start), 8), long=True)
     before, after = (
-        sum(loss.nll for loss in slots.ask(lambda actor, vector=vector: actor.evaluate.remote(everybody, vector, 99)))
-        for vector in (start.initial, trained)
+        sum(
+            loss.nll for loss in slots.ask(lambda actor, message=message: actor.evaluate.remote(everybody, message, 99))
+        )
+        for message in (initial(start), BroadcastMessage.of(Broadcast(0, torch.from_numpy(trained))))
     )
     assert after < 0.99 * before
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from datasets_partition.store.build import build
-from engine.scheduling.slots import Slots
+from engine.scheduling.pool import Pool
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -42,14 +42,14 @@ def grown(ray_session, small_recipe, slot_processes, tiny_base, folder, layers, 
     data = recipe.data
     store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
     others = slot_processes()
-    slots = Slots(recipe, folder / "memory")
+    slots = Pool(recipe, folder / "memory")
     try:
         ray_session.get([actor.place.remote() for actor in slots.actors])
-        own = slot_processes() - others
-        assert len(own) == count
-        before = proportional_memory(own)
+        processes = slot_processes() - others
+        assert len(processes) == count
+        before = proportional_memory(processes)
         start = slots.start(store)
-        return start.base_bytes, proportional_memory(own) - before
+        return start.base_bytes, proportional_memory(processes) - before
     finally:
         slots.stop()
 

@@ -247,7 +247,7 @@ def test_lanes_leave_nothing_in_the_model(pair: Pair, lane_recipe: Any, rows: pa
     federation = lane_recipe()
     alone, lanes = pair(federation)
     some = jobs(alone, federation, rows)
-    before = alone.heldout(rows, 4)
+    before = alone.loss_terms(rows, 4)
     broken = replace(
         some[-1], broadcast=replace(some[-1].broadcast, params=torch.full_like(some[-1].broadcast.params, float("nan")))
     )
@@ -255,7 +255,7 @@ def test_lanes_leave_nothing_in_the_model(pair: Pair, lane_recipe: Any, rows: pa
     the_same(results[:-1], one_by_one(alone, some[:-1], federation), 1e-10)  # NaN stays in its lane
     assert results[-1][0].delta.isnan().any()
     alone.trainable.flat.data.copy_(alone.trainable.initial)
-    assert alone.heldout(rows, 4) == before
+    assert alone.loss_terms(rows, 4) == before
     assert not any("forward" in vars(module) for module in alone.trainable.network.modules())
 
 

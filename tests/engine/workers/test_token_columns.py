@@ -6,7 +6,9 @@ import pytest
 
 from datasets_partition.store.build import build
 from datasets_partition.store.tokens import Tokens
-from engine.scheduling.slots import Slots
+from engine.messages.broadcast import BroadcastMessage
+from engine.messages.shards import Shard
+from engine.scheduling.pool import Pool
 from engine.workers import token_columns as rows
 from engine.workers.token_columns import find_tokens, put_tokens, receive_tokens, token_columns
 from experiments.config.recipe import located
@@ -48,23 +50,17 @@ def test_a_node_without_the_folder_gets_a_copy(made, ray_session, tmp_path, monk
 
 def test_a_slot_that_does_not_see_them_works_on_its_copy(made, ray_session, monkeypatch, tmp_path):
     store, recipe = made
-    slots = Slots(recipe, tmp_path / "memory")
+    slots = Pool(recipe, tmp_path / "memory")
     try:
-        tokens = slots.start(store).tokens
-        slots.parts = put_tokens(tokens)
+        start = slots.start(store)
+        tokens, initial = start.tokens, BroadcastMessage(0, (Shard(start.initial, {}),))
+        slots.rows.parts = put_tokens(tokens)
         tokens.rename(tmp_path / "aside")
         ray_session.kill(slots.actors[0])
-        losses = slots.ask(lambda actor: actor.evaluate.remote([0, 1], slots_initial(slots), 4))
+        losses = slots.ask(lambda actor: actor.evaluate.remote([0, 1], initial, 4))
         assert [loss.client for loss in losses] == [0, 1]
         copy = ray_session.get(slots.actors[0].find_tokens.remote(tokens))
         assert copy is not None and copy != tokens
         shutil.rmtree(copy)
     finally:
         slots.stop()
-
-
-def slots_initial(slots):
-    """The vector that the federation starts from."""
-    import ray
-
-    return ray.get(slots._attach(0))[1]

@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from datasets_partition.store.build import build
 from datasets_partition.store.tokens import Tokens
 from engine.aggregation.exact_sum import STEP
-from engine.messages.wire import Sent
+from engine.messages.broadcast import BroadcastMessage
 from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable
-from engine.scheduling.gangs import Gangs
-from engine.scheduling.slots import _is_lost
+from engine.scheduling.pool import Pool, is_lost
 from engine.system.failures import ShardLost, last_line
 from engine.training.local_training import Job, LocalTrainer
 from strategies.core.protocol import Broadcast
@@ -46,7 +45,7 @@ def gangs(ray_session, tmp_path):
     pools = []
 
     def started(recipe):
-        pools.append(Gangs(recipe, tmp_path / "memory"))
+        pools.append(Pool(recipe, tmp_path / "memory"))
         data = recipe.data
         store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
         return pools[-1], pools[-1].start(store)
@@ -72,11 +71,9 @@ def doubled(tiny_base, tmp_path_factory):
 
 def trained(pool, slot, chunk, state):
     """The reports of a chunk, and the sum of its clients as a vector on the grid."""
-    reports = ray.get(
-        pool.actors[slot].run.remote([(client,) for client in chunk], Sent(state.round, state.parts, pool.partition))
-    )
-    (closed,) = pool._take_sums([slot]).sums
-    shards = ray.get(list(closed.parts))
+    message = BroadcastMessage(state.round, state.parts, partition=pool.partition)
+    reports = ray.get(pool.actors[slot].run.remote([(client,) for client in chunk], message))
+    shards = ray.get([shard for _, shard in pool.close(slot)])
     return reports, pool.partition.join([torch.from_numpy(shard.vectors["delta"].copy()) for shard in shards])
 
 
@@ -152,7 +149,7 @@ def test_a_gang_that_fits_nowhere_says_what_it_asked_for(ray_session, small_reci
     with pytest.raises(
         ValueError, match=r"needs 40 ranks of 1 CPUs and 0 GPUs each, but all nodes together have 6 CPUs"
     ):
-        Gangs(recipe, tmp_path)
+        Pool(recipe, tmp_path)
 
 
 class Keeper:
@@ -175,9 +172,9 @@ def test_a_shard_that_is_lost_is_looked_for_in_the_last_checkpoint(gangs, small_
     keeper = ray.remote(num_cpus=0)(Keeper).remote()
     (parts[rank],) = ray.get(keeper.keep.remote(parts[rank]))
     ray.kill(keeper)
-    while ray.wait([parts[rank]], timeout=0.1)[0] and not _is_lost(parts[rank]):
+    while ray.wait([parts[rank]], timeout=0.1)[0] and not is_lost(parts[rank]):
         time.sleep(0.1)
-    sent = Sent(state.round, tuple(parts), pool.partition)
+    sent = BroadcastMessage(state.round, tuple(parts), partition=pool.partition)
     with pytest.raises((ShardLost, ObjectLostError)) as raised:
         pool.map(np.array([3]), np.ones(1), lambda actor, chunk: actor.run.remote([(c,) for c in chunk], sent))
     assert not pool.faults

@@ -4,52 +4,53 @@ import numpy as np
 import pytest
 import torch
 
-from engine.scheduling.dispatcher import packs
+from engine.scheduling.dispatcher import units_of
 from experiments.bench import bare
 from experiments.bench.bases import write_llama, write_rows
+from experiments.bench.harness import Bench, largest_difference
+from experiments.bench.sampling import command_mb
 from experiments.bench.scenarios import big_update, lora, tiny
-from experiments.bench.tree import held_by_command
 
 
 @pytest.fixture
 def work(tmp_path):
-    """Two rounds of a few clients of a very small model, in packs."""
+    """Two rounds of a few clients of a very small model, in lanes."""
     write_llama(tmp_path / "base", tiny.LLAMA, of_bytes=True)
-    write_rows(tmp_path / "rows.parquet", 12, tiny.ROWS, tiny.WORDS)
-    return tiny.recipe(tmp_path, tmp_path / "base", 6, 2, 3)
+    write_rows(tmp_path, 12, tiny.ROWS, tiny.WORDS)
+    return tiny.recipe(Bench(tmp_path, small=True), 6, 2, 3)
 
 
 def test_both_loops_have_one_vector_after_the_first_round(ray_session, work, tmp_path):
-    found = bare.compare(work, tmp_path / "run")
-    assert found.apart <= bare.TOLERANCE and found.ratio > 0
-    assert len(found.engine_s) == len(found.bare_s) == 2
-    assert found.tokens == 6 * 8 * 16
+    compared = bare.compare(work, tmp_path / "run")
+    assert compared.apart <= bare.TOLERANCE and compared.ratio > 0
+    assert len(compared.engine_s) == len(compared.bare_s) == 2
+    assert compared.tokens == 6 * 8 * 16
 
 
 @pytest.mark.slow
-def test_all_processes_of_the_command_are_looked_at(work, tmp_path, full):
+def test_the_memory_of_all_processes_of_the_command_is_measured(work, tmp_path, full):
     if not full:
         pytest.skip("half a minute")
-    held = held_by_command(work, tmp_path / "held")
-    assert 4 * 100 < held.pss < held.rss  # the command, the driver and two slots
-    assert (tmp_path / "held" / "run" / "model").is_dir()
+    rss, pss = command_mb(work, tmp_path / "command")
+    assert 4 * 100 < pss < rss  # the command, the driver and two slots
+    assert (tmp_path / "command" / "run" / "model").is_dir()
 
 
 @pytest.mark.parametrize("wrong", [1e-4, float("nan")])
 def test_loops_that_disagree_give_no_figure(wrong):
-    assert bare.gate(torch.ones(3), torch.ones(3)) == 0
-    with pytest.raises(ValueError, match=r"engine's and the bare loop's vectors are .* apart"):
-        bare.gate(torch.ones(3), torch.tensor([1, 1 + wrong, 1]))
+    assert largest_difference("the vectors", torch.ones(3), torch.ones(3), bare.TOLERANCE) == 0
+    with pytest.raises(ValueError, match=r"the vectors are .* apart, more than 2e-05: no figure"):
+        largest_difference("the vectors", torch.ones(3), torch.tensor([1, 1 + wrong, 1]), bare.TOLERANCE)
 
 
 PACKED = [(lanes, cohort) for *_, lanes, cohort in lora.CASES if lanes > 1] + [(tiny.LANES, tiny.SIZES["1e3"][1])]
 
 
 @pytest.mark.parametrize(("lanes", "cohort"), sorted({*PACKED}))
-def test_packs_have_as_many_clients_as_is_said_and_each_slot_as_many_packs(lanes, cohort):
-    found = packs(np.arange(cohort), np.ones(cohort), lanes)
-    assert {len(pack) for pack in found} == {lanes}
-    assert len(found) % bare.PROCESSES == 0
+def test_a_cohort_fills_the_lanes_of_each_slot_equally_often(lanes, cohort):
+    units = units_of(np.arange(cohort), np.ones(cohort), lanes)
+    assert {len(unit) for unit in units} == {lanes}
+    assert len(units) % bare.PROCESSES == 0
 
 
 @pytest.mark.slow

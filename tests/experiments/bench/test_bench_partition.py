@@ -14,7 +14,8 @@ from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import tokenize
 from experiments.bench import against_flwr, results
-from experiments.bench.results import Figure, Steps, write_results
+from experiments.bench.harness import Bench, Figure, power
+from experiments.bench.results import write_results
 from experiments.bench.scenarios import partition
 from experiments.cli.results import SCENARIOS
 
@@ -28,10 +29,10 @@ def test_a_small_run_gives_its_figures_and_leaves_only_them(command, tmp_path, f
         pytest.skip("half a minute")
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    done = command("bench", "partition", "--small", "--json", cwd=tmp_path, TMPDIR=str(temporary))
-    assert done.returncode == 0, done.stderr
-    assert "10,000 clients: building the store" in done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
+    ended = command("bench", "partition", "--small", "--json", cwd=tmp_path, TMPDIR=str(temporary))
+    assert ended.returncode == 0, ended.stderr
+    assert "10,000 clients: building the store" in ended.stderr
+    figures = json.loads(ended.stdout.splitlines()[-1])
     assert {"open_ms_1e4", "cohort_ms_1e4", "build_rows_per_s", "speedup_natural", "speedup_dirichlet"} <= set(figures)
     assert "slot_rss_growth_mb" in figures and "cohort_ms_1e2" not in figures
     assert all(figures[name] > 0 for name in figures if not name.startswith("slot_"))
@@ -46,13 +47,13 @@ def test_a_small_run_gives_its_figures_and_leaves_only_them(command, tmp_path, f
 
 def test_the_full_size_has_the_figures_that_are_asked_for():
     assert partition.FULL.populations[-1] == 10**6 and partition.FULL.cohort == 10_000
-    assert [partition.power(number) for number in (1, 10**5, 10**6)] == ["1e0", "1e5", "1e6"]
+    assert [power(number) for number in (1, 10**5, 10**6)] == ["1e0", "1e5", "1e6"]
 
 
 def test_a_scenario_that_there_is_not_names_those_that_there_are(command):
-    done = command("bench", "x")
-    assert done.returncode == 2
-    assert done.stderr == f"error: there is no benchmark 'x'; there is {', '.join(SCENARIOS)}\n"
+    ended = command("bench", "x")
+    assert ended.returncode == 2
+    assert ended.stderr == f"error: there is no benchmark 'x'; there is {', '.join(SCENARIOS)}\n"
     for name in SCENARIOS.keys() - {"scale"}:  # which takes a recipe
         assert callable(import_module(f"experiments.bench.scenarios.{name}").measure)
 
@@ -99,10 +100,11 @@ def test_another_law_than_theirs_is_refused():
             against_flwr.refuse_another_law(ours, drawn(alpha, range(5, 8)))
 
 
-def test_without_flwr_datasets_there_are_no_speedups(monkeypatch, capsys):
+def test_without_flwr_datasets_there_are_no_speedups(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(against_flwr, "is_there", lambda: False)
-    found = partition._against_flwr((10**5,), Steps())
-    assert found == {"speedup_natural": Figure(None, "times"), "speedup_dirichlet": Figure(None, "times")}
+    bench = Bench(tmp_path, small=True)
+    partition.compare_with_flwr(bench, (10**5,))
+    assert bench.figures == {"speedup_natural": Figure(None, "times"), "speedup_dirichlet": Figure(None, "times")}
     assert "flwr-datasets is not installed: no speedups" in capsys.readouterr().err
 
 

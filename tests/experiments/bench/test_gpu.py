@@ -19,14 +19,14 @@ def test_operations_are_counted_as_by_hand(tmp_path):
     # Inputs' gradients, but not those of the first layer's queries, keys and values; adapters have weights' as well.
     first = 3 * (64 * 64 + r * 64)
     backward = 2 * (3 * (layer + adapters) + head - first) + 2 * 3 * adapters + 2 * 3 * attention
-    found = gpu.flops_per_token(Model(base=str(tmp_path), peft=Lora(r=r, targets="all-linear")), length)
-    assert found == pytest.approx(forward + backward, rel=0.02)  # attention's kernels differ in what they do again
+    flops = gpu.flops_per_token(Model(base=str(tmp_path), peft=Lora(r=r, targets="all-linear")), length)
+    assert flops == pytest.approx(forward + backward, rel=0.02)  # attention's kernels differ in what they do again
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(command):
-    done = command("bench", "gpu")
-    assert done.returncode == 2 and "needs a GPU that torch can use; without one, --small" in done.stderr
+    ended = command("bench", "gpu")
+    assert ended.returncode == 2 and "needs a GPU that torch can use; without one, --small" in ended.stderr
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments.bench import results
+from experiments.bench.harness import Figure
 from experiments.bench.page import is_results, write_page
-from experiments.bench.results import Figure, write_results
+from experiments.bench.results import write_results
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
 
 
 def test_the_command_writes_it(two, command, tmp_path):
-    done = command("report", *two, "--out", tmp_path / "page.html")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "page.html").is_file() and str(tmp_path / "page.html") in done.stdout
+    ended = command("report", *two, "--out", tmp_path / "page.html")
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "page.html").is_file() and str(tmp_path / "page.html") in ended.stdout
     assert pq.read_table(two[0] / "results.parquet").num_rows == 2

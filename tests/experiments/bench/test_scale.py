@@ -7,28 +7,28 @@ from experiments.bench.scenarios.scale import Scaled, as_figures, draw, study
 
 
 @pytest.mark.slow
-def test_a_study_of_ones_own_recipe(ray_session, small_recipe, tmp_path, full):
+def test_a_study_of_a_recipe(ray_session, small_recipe, tmp_path, full):
     if not full:
         pytest.skip("half a minute")
-    found = study(small_recipe(), [1, 2], rounds=2)
-    assert [one.slots for one in found] == [1, 2]
-    assert found[0].efficiency == pytest.approx(1.0)
-    assert found[1].efficiency == pytest.approx(found[1].tokens_per_s / found[0].tokens_per_s / 2)
-    assert all(0 < one.balance <= 1 for one in found)
-    assert {"tokens_per_s_2", "efficiency_2", "balance_1"} < set(as_figures(found))
-    draw(found, tmp_path / "plot.png")
+    alone, two = results = study(small_recipe(), [1, 2], rounds=2)
+    assert (alone.slots, two.slots) == (1, 2)
+    assert alone.efficiency == pytest.approx(1.0)
+    assert two.efficiency == pytest.approx(two.tokens_per_s / alone.tokens_per_s / 2)
+    assert all(0 < result.balance <= 1 for result in results)
+    assert {"tokens_per_s_2", "efficiency_2", "balance_1"} < set(as_figures(results))
+    draw(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_other_bits_give_no_figure(monkeypatch, small_recipe):
-    monkeypatch.setattr(scaling, "_rounds", lambda work, slots, address: (10.0, 1.0, bytes(slots), 1))
+    monkeypatch.setattr(scaling, "_play", lambda work, folder, slots, address: (10.0, 1.0, bytes(slots), 1))
     with pytest.raises(ValueError, match="2 slots lead to other bits than 1"):
         study(small_recipe(), [1, 2])
     assert study(small_recipe(), [1, 2], weak=True)[1] == Scaled(2, 10.0, 0.5, 1.0)
 
 
 @pytest.mark.slow
-def test_slots_that_do_not_fit_are_said(ray_session, small_recipe, full):
+def test_slots_that_do_not_fit_are_refused(ray_session, small_recipe, full):
     if not full:
         pytest.skip("a quarter of a minute")
     with pytest.raises(ValueError, match="3 slots were asked for, and 1 fit"):
@@ -36,17 +36,17 @@ def test_slots_that_do_not_fit_are_said(ray_session, small_recipe, full):
 
 
 def test_a_cohort_without_a_size_does_not_grow(small_recipe):
-    with pytest.raises(ValueError, match=r"a cohort that grows with the slots .* cohort\.kind"):
+    with pytest.raises(ValueError, match=r"a cohort grows with the slots .* cohort\.kind"):
         study(small_recipe('cohort={kind="poisson", rate=0.5}'), [1, 2], weak=True)
 
 
 @pytest.mark.parametrize("slots", ["", "two", "0,1"])
 def test_slots_that_are_none_are_refused(command, small_recipe, tmp_path, slots):
     (tmp_path / "recipe.toml").write_text("name = 1")
-    done = command("bench", "scale", tmp_path / "recipe.toml", "--slots", slots)
-    assert done.returncode == 2 and f"--slots is {slots!r}: give numbers of slots such as 1,2,4" in done.stderr
+    ended = command("bench", "scale", tmp_path / "recipe.toml", "--slots", slots)
+    assert ended.returncode == 2 and f"--slots is {slots!r}: give numbers of slots such as 1,2,4" in ended.stderr
 
 
 def test_scale_needs_a_recipe(command):
-    done = command("bench", "scale")
-    assert done.returncode == 2 and "fedpost bench scale takes a recipe" in done.stderr
+    ended = command("bench", "scale")
+    assert ended.returncode == 2 and "fedpost bench scale takes a recipe" in ended.stderr

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.bench.results import Figure
+from experiments.bench.harness import Bench, Figure
 from experiments.bench.scenarios import secagg as bench
-from experiments.bench.scenarios.secagg import Rounds, round_figures
+from experiments.bench.scenarios.secagg import Rounds, add_rounds
 from experiments.bench.secagg_session import play, session_of
 from strategies.secagg.client import Client
 from strategies.secagg.parameters import choose
@@ -80,15 +80,15 @@ def test_other_bits_are_refused(monkeypatch):
     total = Server.total
 
     def wrong(server):
-        found = total(server)
-        found[-1] ^= server.session.mode == "full"
-        return found
+        vector = total(server)
+        vector[-1] ^= server.session.mode == "full"
+        return vector
 
     monkeypatch.setattr(Server, "total", wrong)
     with pytest.raises(ValueError, match="16 clients gives other bits"):
         bench.measure(small=True)
     with pytest.raises(ValueError, match="4 clients gives another sum"):
-        bench._cell(4, 100, 102)
+        bench.play_session(4, 100, 102)
 
 
 def test_masks_that_do_not_cancel_end_the_benchmark(monkeypatch):
@@ -98,12 +98,13 @@ def test_masks_that_do_not_cancel_end_the_benchmark(monkeypatch):
         bench.measure(small=True)
 
 
-def test_other_losses_are_refused():
+def test_other_losses_are_refused(tmp_path):
+    harness = Bench(tmp_path, small=True)
     plain = Rounds([3.0, 2.0], [10.0], 0.0, 1.0, 1.0)
     secured = Rounds([3.0, 2.0005], [11.0], 1.0, 1.1, 1.2)
-    figures = round_figures([plain, replace(plain, seconds=[12.0])], [secured])
-    assert figures["round_ratio_n32"] == Figure(1.0, "ratio")
-    assert figures["plain_ratio_n32"].value == 1.2
+    add_rounds(harness, [plain, replace(plain, seconds=[12.0])], [secured])
+    assert harness.figures["round_ratio_n32"] == Figure(1.0, "ratio")
+    assert harness.figures["plain_ratio_n32"].value == 1.2
     for loss in (2.01, math.nan):  # the latter of a round that was aborted
         with pytest.raises(ValueError, match="losses of the plain and the secured run"):
-            round_figures([plain], [replace(secured, losses=[3.0, loss])])
+            add_rounds(harness, [plain], [replace(secured, losses=[3.0, loss])])

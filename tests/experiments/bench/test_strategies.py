@@ -84,7 +84,7 @@ def test_a_cell_of_another_recipe_is_refused(ray_session, tiny_cells, tmp_path):
         bench.measure(True, tmp_path)
 
 
-def test_a_cell_that_fails_is_told_of_and_left_out(ray_session, tiny_cells, tmp_path, monkeypatch, capsys):
+def test_a_cell_that_fails_is_named_and_left_out(ray_session, tiny_cells, tmp_path, monkeypatch, capsys):
     def fails(recipe, *, out: Path, resume: bool):
         raise ValueError("it diverged")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.config.sections import Zero
-from engine.messages.wire import ShardedState
+from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, save_checkpoint
 from experiments.bench.scenarios import zero as bench
 from strategies.core.protocol import ServerState

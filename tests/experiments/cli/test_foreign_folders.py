@@ -17,7 +17,7 @@ from datasets_partition.store import sealed
 from datasets_partition.store.sealed import key_of
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
-from engine.messages.wire import ShardedState
+from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint, save_checkpoint
 from engine.records.client_state import ClientMemory
 from engine.records.metrics import Ledger, Metrics, read_log

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.messages.events import Fault
-from engine.messages.wire import ShardedState
+from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint, save_checkpoint
 from engine.records.metrics import Faults, Ledger, Metrics
 from strategies.core.protocol import ServerState

@@ -64,7 +64,7 @@ from ray.cluster_utils import Cluster
 import engine.rounds.driver
 import experiments
 from engine.workers.worker import ClientActor
-from engine.scheduling.slots import Slots
+from engine.scheduling.pool import Pool
 
 FOLDER, AT = Path(sys.argv[2]).parent, sys.argv[3]
 STRIKE = FOLDER / "strike"
@@ -78,29 +78,39 @@ def wait_for_strike():
 class Struck(ClientActor):
     '''In the second round it waits for the end of its node, or, on the other node, until that is near.'''
 
-    done = ()  # of its clients
+    clients = ()  # of the second round
 
     def _there(self):
         return (FOLDER / "node").read_text() == ray.get_runtime_context().get_node_id()
 
-    def _pack(self, pack, wire, take):
-        self.done = (*self.done, *pack) if wire.round == 1 else ()
-        if wire.round == 1 and STRIKE.exists():
+    def attach(self, *arguments):
+        attached = super().attach(*arguments)
+        trainer_of = self.attached.runner.trainer_of
+
+        def struck(unit, message):
+            self.strike(unit, message.round)
+            return trainer_of(unit, message)
+
+        self.attached.runner.trainer_of = struck
+        return attached
+
+    def strike(self, unit, round_):
+        self.clients = (*self.clients, *unit) if round_ == 1 else ()
+        if round_ == 1 and STRIKE.exists():
             with (FOLDER / "again").open("a") as file:
-                file.write(f"{pack[0]}\\n")
-        if self.done and AT == "work":
+                file.write(f"{unit[0]}\\n")
+        if self.clients and AT == "work":
             if not self._there():
                 wait_for_strike()
-            elif len(self.done) == 2:
+            elif len(self.clients) == 2:
                 STRIKE.touch()
                 time.sleep(60)
-        return super()._pack(pack, wire, take)
 
     def part_of_sum(self, first, size):
-        if self.done and AT == "close" and self._there():
+        if self.clients and AT == "close" and self._there():
             try:
                 with (FOLDER / "first").open("x") as file:
-                    file.write(" ".join(map(str, self.done)))
+                    file.write(" ".join(map(str, self.clients)))
             except FileExistsError:
                 time.sleep(1)  # until the first one's answer is there
                 STRIKE.touch()
@@ -110,7 +120,7 @@ class Struck(ClientActor):
 
 class Driver(engine.rounds.driver.Driver):
     def _run(self, at_end):
-        Slots.client = Struck
+        Pool.client = Struck
         return super()._run(at_end)
 
 

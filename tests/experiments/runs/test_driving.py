@@ -15,7 +15,7 @@ from ray.exceptions import ObjectLostError
 import experiments
 from engine.messages.events import Checkpointed, DriverLost, RoundDone, Started
 from engine.rounds.driver import Driver
-from engine.scheduling.slots import Slots
+from engine.scheduling.pool import Pool
 from engine.workers.worker import ClientActor
 from experiments.runs import driving
 from strategies.averaging.fedavg import FedAvg
@@ -115,7 +115,7 @@ class DyingAtItsStart(ClientActor):
 
     def attach(self, packed, base, tokens, first):
         """As any slot's, or not at all."""
-        mark = self.memory.folder.parent.with_suffix(".mark")
+        mark = self.folder.parent.with_suffix(".mark")
         if not mark.exists():
             mark.touch()
             os._exit(1)
@@ -126,7 +126,7 @@ class DriverOfSuch(Driver):
     """A driver whose slots die at their start."""
 
     def _run(self, at_end):
-        Slots.client = DyingAtItsStart
+        Pool.client = DyingAtItsStart
         return super()._run(at_end)
 
 

@@ -35,20 +35,20 @@ def test_a_round(first_state: Any, play_round: Any) -> None:
 
 def test_a_higher_q(first_state: Any, play_round: Any) -> None:
     # q = 2, L = 2: D = 4 * 2 [1, 0, 2], h = 2 * 2 * 20 + 2 * 4 = 88; D = 0.25 * 2 [0, 2, 0], h = 2 * 0.5 * 16 + 0.5
-    found = moved(play_round, first_state, QFedAvg(q=2.0, lipschitz=2.0))
-    torch.testing.assert_close(found, torch.tensor([8.0, 1.0, 16.0]) / 104.5, rtol=1e-4, atol=1e-5)
+    change = moved(play_round, first_state, QFedAvg(q=2.0, lipschitz=2.0))
+    torch.testing.assert_close(change, torch.tensor([8.0, 1.0, 16.0]) / 104.5, rtol=1e-4, atol=1e-5)
 
 
 def test_l_is_one_over_the_local_learning_rate_unless_given(first_state: Any, play_round: Any) -> None:
     # L = 4 / 0.4 = 10: D = [20, 0, 40], h = 500 + 20; D = [0, 10, 0], h = 400 + 5
-    found = moved(play_round, first_state, QFedAvg())
-    torch.testing.assert_close(found, torch.tensor([20.0, 10.0, 40.0]) / 925, rtol=1e-4, atol=1e-5)
+    change = moved(play_round, first_state, QFedAvg())
+    torch.testing.assert_close(change, torch.tensor([20.0, 10.0, 40.0]) / 925, rtol=1e-4, atol=1e-5)
 
 
 def test_weighted_by_examples(first_state: Any, play_round: Any) -> None:
     # the second client's D and h, of q = 1 and L = 2, count half: [0, 1, 0] and 8.5
-    found = moved(play_round, first_state, QFedAvg(lipschitz=2.0, weighting="examples"))
-    torch.testing.assert_close(found, torch.tensor([4.0, 1.0, 8.0]) / 32.5, rtol=1e-4, atol=1e-5)
+    change = moved(play_round, first_state, QFedAvg(lipschitz=2.0, weighting="examples"))
+    torch.testing.assert_close(change, torch.tensor([4.0, 1.0, 8.0]) / 32.5, rtol=1e-4, atol=1e-5)
 
 
 @settings(deadline=None)

@@ -55,6 +55,11 @@ def test_what_a_class_lacks_is_named() -> None:
 
     assert lacks(NoApply) == ["apply"]
 
+    class Old(FedAvg):
+        remembers = True
+
+    assert lacks(Old) == ["keeps_state (it defines the old remembers)"]
+
 
 @dataclass(frozen=True)
 class Drifts(FedAvg):

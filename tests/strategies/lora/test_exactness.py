@@ -82,20 +82,20 @@ def a_round(
         weights += weight
         running.add(strategy.finish(Update(client, weight, end - broadcast.params), broadcast, ClientState())[0])
     after = strategy.apply(state, merge([running.close()]))
-    found = dense(after.params, after.merged_delta, after.layout, after.layout.scale)
-    return after, float((found - wanted / weights).abs().max())
+    after_OI = dense(after.params, after.merged_delta, after.layout, after.layout.scale)
+    return after, float((after_OI - wanted / weights).abs().max())
 
 
 def errors(strategy: Any, seed: int, rank: int, ranks: list[int]) -> list[float]:
     """The largest difference of each round."""
     draw, layout = np.random.default_rng(seed), layout_of(rank)
-    state, found = replace(strategy.init(initial(layout, draw), layout), seed=seed), []
+    state, errors = replace(strategy.init(initial(layout, draw), layout), seed=seed), []
     for _ in range(ROUNDS):
         state, error = a_round(strategy, state, draw, ranks)
-        found.append(error)
+        errors.append(error)
     moved = dense(state.params, state.merged_delta, layout, layout.scale)
     assert float(moved.abs().max()) > 0.05  # or it would be easy to be exact
-    return found
+    return errors
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -14,23 +14,23 @@ def test_two_rounds_of_two_clients() -> None:
     broadcast = strategy.broadcast(state)
     assert strategy.starts(broadcast, {})[GLOBAL].tolist() == [1, 3, 4, 0, 0]
     assert strategy.personal(broadcast, {}) is None
-    one, memory_one = strategy.finish(Update(0, 1.0, torch.tensor([1.0, 1, 2, 5, 6])), broadcast, {})
+    first, first_state = strategy.finish(Update(0, 1.0, torch.tensor([1.0, 1, 2, 5, 6])), broadcast, {})
     other, memory_other = strategy.finish(Update(1, 1.0, torch.tensor([3.0, 3, 0, -5, -6])), broadcast, {})
-    assert memory_one["b"].tolist() == [5, 6]
+    assert first_state["b"].tolist() == [5, 6]
     assert memory_other["b"].tolist() == [-5, -6]
-    assert one.delta.tolist() == [1, 1, 2, 0, 0]
+    assert first.delta.tolist() == [1, 1, 2, 0, 0]
     # norm: (1 + 3) / 2 = 2;  A: (1 + 3) / 2 = 2, (2 + 0) / 2 = 1;  B is no one's business
-    state = strategy.apply(state, Aggregate(2.0, one.delta + other.delta, {}, 2))
+    state = strategy.apply(state, Aggregate(2.0, first.delta + other.delta, {}, 2))
     assert state.params.tolist() == [3, 5, 5, 0, 0]
 
     broadcast = strategy.broadcast(state)
-    start = strategy.starts(broadcast, memory_one)[GLOBAL]
+    start = strategy.starts(broadcast, first_state)[GLOBAL]
     assert start.tolist() == [3, 5, 5, 5, 6]
     end = start + torch.tensor([0.0, 1, -1, 1, 1])
-    sent, client_state = strategy.finish(Update(0, 1.0, end - broadcast.params), broadcast, memory_one)
+    sent, client_state = strategy.finish(Update(0, 1.0, end - broadcast.params), broadcast, first_state)
     assert sent.delta.tolist() == [0, 1, -1, 0, 0]
     assert client_state["b"].tolist() == [6, 7]
-    assert memory_one["b"].tolist() == [5, 6]
+    assert first_state["b"].tolist() == [5, 6]
 
 
 def test_the_personal_vector_is_the_global_a_with_the_own_b() -> None:

@@ -63,7 +63,7 @@ def test_the_adapters_themselves_do_not_reach_the_server() -> None:
 WIDE = Layout(LAYOUT.names[1:], ((2, 30), (20, 2)))
 
 
-def found_from(strategy: FlexLora, clients: int) -> tuple[torch.Tensor, torch.Tensor]:
+def product_from(strategy: FlexLora, clients: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The product that the server finds at rank 2, and the clients' mean product, of twice as many ranks as clients."""
     draw = torch.Generator().manual_seed(0)
     state = replace(strategy.init(torch.zeros(100), WIDE), seed=5)
@@ -82,16 +82,16 @@ def found_from(strategy: FlexLora, clients: int) -> tuple[torch.Tensor, torch.Te
 
 @pytest.mark.parametrize("sketch", [0, 1, 3])
 def test_where_the_rank_suffices_nothing_is_lost(sketch: int) -> None:
-    found, mean = found_from(FlexLora(sketch=sketch), clients=1)
-    torch.testing.assert_close(found, mean, rtol=0, atol=1e-4)
+    product, mean = product_from(FlexLora(sketch=sketch), clients=1)
+    torch.testing.assert_close(product, mean, rtol=0, atol=1e-4)
 
 
 def test_the_dense_rule_is_the_best_approximation_and_a_wider_sketch_comes_nearer() -> None:
-    dense, mean = found_from(FlexLora(), clients=4)
+    dense, mean = product_from(FlexLora(), clients=4)
     beyond = torch.linalg.svdvals(mean)[2:]
     assert float((dense - mean).norm()) == pytest.approx(float(beyond.norm()), rel=1e-4)
-    narrow, some, enough = (found_from(FlexLora(sketch=sketch), clients=4)[0] for sketch in (1, 4, 6))
-    distances = [float((found - dense).norm()) for found in (narrow, some, enough)]
+    narrow, some, enough = (product_from(FlexLora(sketch=sketch), clients=4)[0] for sketch in (1, 4, 6))
+    distances = [float((product - dense).norm()) for product in (narrow, some, enough)]
     assert distances[0] > distances[1] > distances[2]
     assert distances[2] < 1e-3 < distances[1]
 

@@ -22,13 +22,13 @@ def test_two_trainings_start_each_from_its_own_vector(first_state: Any) -> None:
 def test_lambda_pulls_the_personal_training_alone(first_state: Any) -> None:
     strategy = Ditto(lam=0.5)
     broadcast = strategy.broadcast(first_state(strategy))
-    found = {}
+    gradients = {}
     for run in (GLOBAL, PERSONAL):
         grad = torch.ones(1, 3)
         strategy.correct(grad, OWN[None], broadcast, {PERSONAL: torch.zeros(3)}, run)
-        found[run] = grad.tolist()
+        gradients[run] = grad.tolist()
     # 1 + 0.5 (v - theta_t) = 1 + 0.5 [2, 0, -4]: theta_t is what was received, not what is remembered
-    assert found == {GLOBAL: [[1, 1, 1]], PERSONAL: [[2, 1, -1]]}
+    assert gradients == {GLOBAL: [[1, 1, 1]], PERSONAL: [[2, 1, -1]]}
 
 
 def test_the_personal_model_is_remembered_and_the_global_change_sent(first_state: Any) -> None:
@@ -38,8 +38,8 @@ def test_the_personal_model_is_remembered_and_the_global_change_sent(first_state
     sent, client_state = strategy.finish(update, broadcast, {PERSONAL: torch.zeros(3)}, {PERSONAL: OWN})
     assert sent == update
     assert list(client_state) == [PERSONAL]
-    own = strategy.personal(broadcast, client_state)
-    assert own is not None and own.tolist() == [12, 20, 26]
+    personal = strategy.personal(broadcast, client_state)
+    assert personal is not None and personal.tolist() == [12, 20, 26]
     assert strategy.personal(broadcast, {}) is None
 
 

@@ -22,18 +22,18 @@ def test_two_rounds_of_two_clients() -> None:
     assert starts[PERSONAL].tolist() == [3, 7, 3, 0, 4.5, 0]  # B's first column by 1 - mix
     assert strategy.personal(broadcast, {}) is None
     ends = {PERSONAL: torch.tensor([3.0, 8, 3, 1, 4.5, 2])}
-    one, client_state = strategy.finish(Update(0, 1.0, torch.tensor([1.0, 0, 2, 0, 4, 0])), broadcast, {}, ends)
+    update, client_state = strategy.finish(Update(0, 1.0, torch.tensor([1.0, 0, 2, 0, 4, 0])), broadcast, {}, ends)
     other, _ = strategy.finish(Update(1, 3.0, torch.tensor([1.0, 0, -2, 0, 0, 0])), broadcast, {}, ends)
     assert client_state["local"].tolist() == [8, 1, 2]
     # A: (1 + 3) / 4 = 1;  B: (2 - 6) / 4 = -1, (4 + 0) / 4 = 1; of the local adapter nothing
-    state = strategy.apply(state, Aggregate(4.0, one.delta + 3 * other.delta, {}, 2))
+    state = strategy.apply(state, Aggregate(4.0, update.delta + 3 * other.delta, {}, 2))
     assert state.params.tolist() == [4, 7, 3, 0, 7, 0]
 
     broadcast = strategy.broadcast(state)
-    own = [4, 8, 2.25, 1, 5.25, 2]
-    assert strategy.starts(broadcast, client_state)[PERSONAL].tolist() == own
+    expected = [4, 8, 2.25, 1, 5.25, 2]
+    assert strategy.starts(broadcast, client_state)[PERSONAL].tolist() == expected
     personal = strategy.personal(broadcast, client_state)
-    assert personal is not None and personal.tolist() == own
+    assert personal is not None and personal.tolist() == expected
     assert state.params.tolist() == [4, 7, 3, 0, 7, 0]
 
 

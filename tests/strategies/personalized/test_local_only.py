@@ -23,8 +23,8 @@ def test_each_client_goes_on_from_where_it_was(first_state: Any, play_round: Any
 
     # The engine's delta is against the global vector: from [11, 20, 28] by the same change, [2, 0, -4] in all.
     state, _, client_states = play_round(strategy, state, [Update(0, 0.5, 2 * CHANGE)], client_states)
-    own = strategy.personal(strategy.broadcast(state), client_states[0])
-    assert own is not None and own.tolist() == [12, 20, 26]
+    personal = strategy.personal(strategy.broadcast(state), client_states[0])
+    assert personal is not None and personal.tolist() == [12, 20, 26]
     assert (state.round, state.params.tolist()) == (2, [10, 20, 30])
 
 

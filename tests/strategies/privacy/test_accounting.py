@@ -51,14 +51,14 @@ def test_published_bounds_are_met_and_improved_on(
 @settings(deadline=None, max_examples=40)
 def test_without_sampling_delta_is_the_closed_form(z: float, steps: int, delta: float) -> None:
     # Balle and Wang 2018, theorem 8: delta = Phi(m/2 - e/m) - exp(e) Phi(-m/2 - e/m), m = sqrt(steps) / z
-    found, m = epsilon(z, Scheme(), steps, delta), math.sqrt(steps) / z
-    if found == 0 or found > 600:
+    cost, m = epsilon(z, Scheme(), steps, delta), math.sqrt(steps) / z
+    if cost == 0 or cost > 600:
         return
 
     def phi(x: float) -> float:
         return math.erfc(-x / math.sqrt(2)) / 2
 
-    assert phi(m / 2 - found / m) - math.exp(found) * phi(-m / 2 - found / m) == pytest.approx(delta, rel=1e-6)
+    assert phi(m / 2 - cost / m) - math.exp(cost) * phi(-m / 2 - cost / m) == pytest.approx(delta, rel=1e-6)
 
 
 def test_fixed_cohorts_of_everybody_gain_nothing_and_replace() -> None:
@@ -72,10 +72,10 @@ def test_fixed_cohorts_of_everybody_gain_nothing_and_replace() -> None:
 
 
 def test_every_epsilon_says_what_it_means() -> None:
-    found = spent(Gaussian(1), poisson(0.01), 10, 1e-6, "example", simulated=True)
-    assert (found.unit, found.sampling, found.relation) == ("example", "poisson", "add or remove one")
-    assert (found.accountant, found.delta, found.steps, found.simulated) == ("PLD", 1e-6, 10, True)
-    text = str(found)
+    cost = spent(Gaussian(1), poisson(0.01), 10, 1e-6, "example", simulated=True)
+    assert (cost.unit, cost.sampling, cost.relation) == ("example", "poisson", "add or remove one")
+    assert (cost.accountant, cost.delta, cost.steps, cost.simulated) == ("PLD", 1e-6, 10, True)
+    text = str(cost)
     for part in ("delta 1e-06", "one example", "add or remove one", "Poisson sampling", "10 steps", "PLD", "simulated"):
         assert part in text
     real = spent(Gaussian(1), Scheme(), 10, 1e-6, "client", simulated=False)
@@ -156,10 +156,10 @@ def test_amplification_for_any_noise_bounds_the_exact_one_for_normal_noise(rate:
 def test_ring_noise_costs_what_normal_noise_does_where_steps_are_fine() -> None:
     normal = epsilon(2.0, Scheme(), 20, 1e-5)
     for noise in (SkellamSum(4e12, 1e6, 1e9), DiscreteGaussianSum(100, 200_000, 1e6, 2**20)):
-        found = spent(noise, Scheme(), 20, 1e-5, "client", simulated=False)
-        assert found.accountant == "RDP"
-        assert normal < found.epsilon < 1.12 * normal
-        assert spent(noise, poisson(0.05), 20, 1e-5, "client", simulated=False).epsilon < 0.3 * found.epsilon
+        cost = spent(noise, Scheme(), 20, 1e-5, "client", simulated=False)
+        assert cost.accountant == "RDP"
+        assert normal < cost.epsilon < 1.12 * normal
+        assert spent(noise, poisson(0.05), 20, 1e-5, "client", simulated=False).epsilon < 0.3 * cost.epsilon
         with pytest.raises(ValueError, match="samples of fixed size"):
             spent(noise, Scheme("fixed", 0.1, 100), 20, 1e-5, "client", simulated=False)
 
@@ -188,10 +188,10 @@ def test_the_skellam_bound_is_above_the_exact_divergence() -> None:
 def test_the_bound_on_sums_of_discrete_gaussians_is_above_the_exact_divergence() -> None:
     for clients, deviation, shift in [(2, 1, 1), (5, 1, 2), (3, 2, 3)]:
         x = np.arange(-60, 61)
-        one = np.exp(-(x**2) / (2.0 * deviation**2))
-        total = one = one / one.sum()
+        single = np.exp(-(x**2) / (2.0 * deviation**2))
+        total = single = single / single.sum()
         for _ in range(clients - 1):
-            total = np.convolve(total, one)
+            total = np.convolve(total, single)
         total = total[total > 1e-280]
         for order in (2, 3, 8):
             here, there = np.log(total[shift:]), np.log(total[:-shift])

@@ -66,10 +66,10 @@ def test_one_client_moves_the_sums_by_the_clipping_norm_at_most() -> None:
         size, clip = 10 ** draw.uniform(-3, 6), 10 ** draw.uniform(-2, 2)
         values = torch.from_numpy(draw.normal(size=50) * size).float()
         sent = Update(0, 10 ** draw.uniform(-3, 0), values[:40], {"c": values[40:]})
-        got, _ = bounded(sent, clip, joint=True)
+        clipped, _ = bounded(sent, clip, joint=True)
         moved = math.hypot(
-            float(torch.linalg.vector_norm(got.delta.double() * got.weight)),
-            float(torch.linalg.vector_norm(got.extras["c"].double())),
+            float(torch.linalg.vector_norm(clipped.delta.double() * clipped.weight)),
+            float(torch.linalg.vector_norm(clipped.extras["c"].double())),
         )
         assert moved <= clip * (1 + 1e-12)
 
@@ -79,15 +79,15 @@ def plan(z: float = 2.0, clip: float = 0.5, joint: bool = False) -> CentralPlan:
 
 
 def test_the_server_adds_noise_of_z_clip_and_divides_by_a_constant() -> None:
-    got = Aggregate(7.0, torch.full((10**6,), 3.0), {"c": torch.zeros(1000)}, 9)
-    noisy, clip = plan(joint=True).decode(got, 0.5, words())
+    aggregate = Aggregate(7.0, torch.full((10**6,), 3.0), {"c": torch.zeros(1000)}, 9)
+    noisy, clip = plan(joint=True).decode(aggregate, 0.5, words())
     assert (noisy.weight, noisy.count, clip) == (20.0, 20, 0.5)
     noise = noisy.total.double() - 3
     assert float(noise.std()) == pytest.approx(1.0, rel=0.003)
     assert abs(float(noise.mean())) < 4e-3
     assert float(noisy.extras["c"].std()) == pytest.approx(1.0, rel=0.1)
     assert not torch.equal(noisy.extras["c"], noise[:1000].float())
-    assert torch.equal(got.total, torch.full((10**6,), 3.0))
+    assert torch.equal(aggregate.total, torch.full((10**6,), 3.0))
 
 
 def test_seeds_decide_the_noise_and_none_leaves_the_sum() -> None:
@@ -99,21 +99,21 @@ def test_seeds_decide_the_noise_and_none_leaves_the_sum() -> None:
 
 
 def test_a_plan_names_what_its_epsilon_rests_on() -> None:
-    found = plan().spent(10, simulated=True)
-    assert (found.unit, found.sampling, found.simulated, found.steps) == ("client", "poisson", True, 10)
-    assert found.delta == pytest.approx(1000**-1.1)
+    cost = plan().spent(10, simulated=True)
+    assert (cost.unit, cost.sampling, cost.simulated, cost.steps) == ("client", "poisson", True, 10)
+    assert cost.delta == pytest.approx(1000**-1.1)
     fixed = CentralDp(noise_multiplier=2.0).plan(UniformCohort(size=20), 1000, 10)
     assert fixed.spent(10, simulated=False).sampling == "none"
-    assert fixed.spent(10, simulated=False).epsilon > found.epsilon
+    assert fixed.spent(10, simulated=False).epsilon > cost.epsilon
     replaced = CentralDp(noise_multiplier=2.0, sampling="fixed").plan(UniformCohort(size=20), 1000, 10)
     assert replaced.spent(10, simulated=False).relation == "replace one"
 
 
 def test_epsilon_in_noise_out() -> None:
-    found = CentralDp(epsilon=4.0, delta=1e-4).plan(UniformCohort(size=20), 1000, 10)
-    assert found.spent(10, simulated=False).epsilon == pytest.approx(4.0, rel=1e-3)
-    assert found.spent(10, simulated=False).epsilon <= 4.0
-    assert found.spent(5, simulated=False).epsilon < 3.0
+    derived = CentralDp(epsilon=4.0, delta=1e-4).plan(UniformCohort(size=20), 1000, 10)
+    assert derived.spent(10, simulated=False).epsilon == pytest.approx(4.0, rel=1e-3)
+    assert derived.spent(10, simulated=False).epsilon <= 4.0
+    assert derived.spent(5, simulated=False).epsilon < 3.0
 
 
 def test_no_noise_is_an_infinite_epsilon() -> None:
@@ -157,8 +157,8 @@ def follow(dp: AdaptiveDp, rounds: int = 100, cohort: int = 100) -> float:
     for round_ in range(rounds):
         norms = np.exp(rng(1, round_, 0, "sample").normal(0, 0.3, cohort))
         sent = [plan.encode(Update(k, 1.0, torch.tensor([norm])), clip) for k, norm in enumerate(norms.tolist())]
-        extras = {WITHIN: sum((one.extras[WITHIN] for one in sent), torch.zeros(1))}
-        total = sum((one.delta for one in sent), torch.zeros(1))
+        extras = {WITHIN: sum((update.extras[WITHIN] for update in sent), torch.zeros(1))}
+        total = sum((update.delta for update in sent), torch.zeros(1))
         noisy, clip = plan.decode(Aggregate(cohort, total, extras, cohort), clip, words(round_))
         assert noisy.extras == {}
     return clip
@@ -187,8 +187,8 @@ def test_both_sums_together_cost_what_one_does() -> None:
     plan = AdaptiveDp(noise_multiplier=1.0).plan(PoissonCohort(size=100), 10_000, 10)
     # z^-2 = z_delta^-2 + (2 sigma_b)^-2, with sigma_b = 100 / 20
     assert plan.update_noise**-2 + (2 * 5.0) ** -2 == pytest.approx(1.0)
-    got = Aggregate(100.0, torch.zeros(10**6), {WITHIN: torch.zeros(1)}, 100)
-    noise = plan.decode(got, 0.5, words())[0].total
+    aggregate = Aggregate(100.0, torch.zeros(10**6), {WITHIN: torch.zeros(1)}, 100)
+    noise = plan.decode(aggregate, 0.5, words())[0].total
     assert float(noise.std()) == pytest.approx(0.5 * plan.update_noise, rel=0.003)
 
 
@@ -226,12 +226,12 @@ def test_an_attack_stays_below_epsilon_and_would_notice_a_quarter_of_the_noise(l
 
 def test_rows_within_a_client() -> None:
     plan = ExampleDp(epsilon=3.0, delta=1e-4).plan(fewest_rows=500, batch=5, steps=100)
-    found = plan.spent(100, simulated=False)
-    assert (found.unit, found.sampling) == ("example", "poisson")
-    assert found.epsilon == pytest.approx(3.0, rel=1e-3) and found.epsilon <= 3.0
+    cost = plan.spent(100, simulated=False)
+    assert (cost.unit, cost.sampling) == ("example", "poisson")
+    assert cost.epsilon == pytest.approx(3.0, rel=1e-3) and cost.epsilon <= 3.0
     assert plan.scheme.rate == 0.01
     ordered = ExampleDp(noise_multiplier=plan.noise_multiplier, sampling="none", delta=1e-4).plan(500, 5, 100)
-    assert ordered.spent(100, simulated=False).epsilon > 10 * found.epsilon
+    assert ordered.spent(100, simulated=False).epsilon > 10 * cost.epsilon
 
 
 def test_faults_of_rows_within_a_client() -> None:

@@ -51,9 +51,9 @@ def test_the_rotation_by_hand() -> None:
 
 
 def test_the_rotation_spreads_a_single_coordinate() -> None:
-    one = np.zeros(1000)
-    one[17] = 5
-    assert np.abs(rotate(one, signs(rng(1, 0, 0, "projection"), 1024))).max() == pytest.approx(5 / 32)
+    single = np.zeros(1000)
+    single[17] = 5
+    assert np.abs(rotate(single, signs(rng(1, 0, 0, "projection"), 1024))).max() == pytest.approx(5 / 32)
 
 
 @given(st.floats(0.1, 1000), st.integers(1, 200), st.integers(0, 99))
@@ -109,11 +109,11 @@ def test_the_mean_through_the_ring(kind: str, bits: int) -> None:
         sent = Update(client, 0.5, values[:260], {"b": values[260:270], "a": values[270:]})
         total += plan.encode(sent, flips, words(client))
         exact += np.concatenate([values[:260].numpy() / 2, values[270:].numpy(), values[260:270].numpy()])
-    got = plan.decode(wrapped(total, bits), 10, {"a": 30, "b": 10}, flips)
-    assert (got.weight, got.count) == (10.0, 10)
-    found = torch.cat([got.total, got.extras["a"], got.extras["b"]]).double().numpy()
+    aggregate = plan.decode(wrapped(total, bits), 10, {"a": 30, "b": 10}, flips)
+    assert (aggregate.weight, aggregate.count) == (10.0, 10)
+    sums = torch.cat([aggregate.total, aggregate.extras["a"], aggregate.extras["b"]]).double().numpy()
     # ten clients' noise, where eight give z clip = 1
-    assert (found - exact).std() == pytest.approx(math.sqrt(10 / 8), rel=0.15)
+    assert (sums - exact).std() == pytest.approx(math.sqrt(10 / 8), rel=0.15)
 
 
 @pytest.mark.parametrize("kind", ["skellam", "discrete_gaussian"])
@@ -123,8 +123,8 @@ def test_what_survives_dropouts_is_at_least_the_noise_promised(kind: str) -> Non
     assert plan.least == 10
     flips, nothing = drawn_signs(plan), torch.zeros(2**14)
     total = sum(plan.encode(Update(k, 1.0, nothing), flips, words(k)) for k in range(8))  # 2 of 10 add none
-    got = plan.decode(total, 10, {}, flips)
-    assert float(got.total.std()) == pytest.approx(1.5 * 0.7, rel=0.03)
+    aggregate = plan.decode(total, 10, {}, flips)
+    assert float(aggregate.total.std()) == pytest.approx(1.5 * 0.7, rel=0.03)
     with pytest.raises(ValueError, match="9 clients' noise is less than epsilon counts on, which is that of 10"):
         plan.decode(total, 9, {}, flips)
 
@@ -132,9 +132,9 @@ def test_what_survives_dropouts_is_at_least_the_noise_promised(kind: str) -> Non
 @pytest.mark.parametrize("kind", ["skellam", "discrete_gaussian"])
 def test_epsilon_of_the_ring_is_near_that_of_central_noise(kind: str) -> None:
     plan = DistributedDp(epsilon=5.0, delta=1e-5, noise=kind).plan(UniformCohort(size=50), 5000, 20, 10_000)
-    found = plan.spent(20, simulated=True)
-    assert found.epsilon == pytest.approx(5.0, rel=1e-3) and found.epsilon <= 5.0
-    assert (found.unit, found.sampling, found.relation, found.accountant) == ("client", "none", "zero out one", "RDP")
+    cost = plan.spent(20, simulated=True)
+    assert cost.epsilon == pytest.approx(5.0, rel=1e-3) and cost.epsilon <= 5.0
+    assert (cost.unit, cost.sampling, cost.relation, cost.accountant) == ("client", "none", "zero out one", "RDP")
     # the ring pays for its rounding, 20 bits more than 32
     coarse = DistributedDp(epsilon=5.0, delta=1e-5, noise=kind).plan(UniformCohort(size=50), 5000, 20, 10_000, 18)
     assert coarse.noise_multiplier > plan.noise_multiplier

@@ -47,7 +47,7 @@ COHORTS = {  # the expected cohort, and how many clients come, round after round
 
 def accepted(dp: CentralDp | DistributedDp, *, mixed_ranks: bool = False) -> list[Strategy]:
     """The strategies that go with it, and FlexLoRA's sketches."""
-    found: list[Strategy] = []
+    members: list[Strategy] = []
     for strategy in [*(kind() for kind in get_args(Strategies)), FlexLora(sketch=1), HetLora(weighting="uniform")]:
         layout = LORA if strategy.needs_lora else FULL
         try:
@@ -55,8 +55,8 @@ def accepted(dp: CentralDp | DistributedDp, *, mixed_ranks: bool = False) -> lis
         except ValueError:
             continue
         if strategy.bounded_weights and (strategy.mixed_ranks or not mixed_ranks):
-            found.append(strategy)
-    return found
+            members.append(strategy)
+    return members
 
 
 def no_words(count: int) -> np.ndarray:
@@ -96,7 +96,7 @@ def begin(case: Case, plan: CentralPlan) -> ServerState:
 
 def hold_still(case: Case, before: ServerState, after: ServerState) -> None:
     pairs = zip(case.effective(before), case.effective(after), strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
+    assert all(torch.equal(left, right) for left, right in pairs)
 
 
 @pytest.mark.parametrize("cohort", COHORTS)
@@ -146,7 +146,7 @@ def test_without_training_clients_add_noise_alone_to_the_ring(strategy: Strategy
         for client in range(clients):
             update, _ = case.client(broadcast, client, {}, torch.zeros(case.layout.size))
             nothing = Update(client, 1.0, torch.zeros(case.layout.size), zeros)
-            sent_D, noise_D = (plan.encode(one, flips_D, words(client)) for one in (update, nothing))
+            sent_D, noise_D = (plan.encode(sent, flips_D, words(client)) for sent in (update, nothing))
             total_D += sent_D - noise_D
         state = strategy.apply(state, plan.decode(total_D, clients, beside, flips_D))
     hold_still(case, before, state)
@@ -210,8 +210,8 @@ def test_the_sum_of_changes_goes_onto_the_product(strategy: Strategy, clients: i
 def test_a_clipped_change_of_the_product_is_a_shorter_step() -> None:
     # FlexLoRA and FLoRA send the change 1 alone: clipped to 0.25, and two clients for an expected four give half.
     for strategy in (FlexLora(weighting="uniform"), Flora(weighting="uniform")):
-        one = small_round(strategy, [MOVED], clip=0.25)
-        torch.testing.assert_close(product_of(one), torch.tensor([[2.25, 0], [0, 0]]), rtol=0, atol=1e-5)
+        state = small_round(strategy, [MOVED], clip=0.25)
+        torch.testing.assert_close(product_of(state), torch.tensor([[2.25, 0], [0, 0]]), rtol=0, atol=1e-5)
         half = small_round(strategy, [MOVED] * 2, clip=0.25, expected=4)
         torch.testing.assert_close(product_of(half), torch.tensor([[2.125, 0], [0, 0]]), rtol=0, atol=1e-5)
     # FedEx sends the change of B, 0.5, and of the product, 1, with a norm of sqrt(1.25): clipped to half of that.

@@ -11,9 +11,9 @@ A, B, C, D, E = (
 
 
 def test_krum_takes_the_update_with_the_closest_neighbours() -> None:
-    # 5 - 1 - 2 = 2 neighbours: a 1 + 2, b 1 + 1, c 2 + 4, d 1 + 2
+    # 5 - 1 - 2 = 2 neighbors: a 1 + 2, b 1 + 1, c 2 + 4, d 1 + 2
     assert Krum(f=1).combine([A, B, C, D, E]).tolist() == B.tolist()
-    # 5 - 0 - 2 = 3 neighbours: a 1 + 2 + 4, b 1 + 1 + 5, c 2 + 4 + 5, d 1 + 2 + 2
+    # 5 - 0 - 2 = 3 neighbors: a 1 + 2 + 4, b 1 + 1 + 5, c 2 + 4 + 5, d 1 + 2 + 2
     assert Krum(f=0).combine([A, B, C, D, E]).tolist() == D.tolist()
 
 
@@ -47,8 +47,8 @@ def on_a_line(*first: float) -> list[torch.Tensor]:
 
 def test_bulyan_selects_by_krum_and_averages_around_the_median() -> None:
     # K = 7, f = 1: five are selected, three values averaged. Scores to one decimal, of the first coordinate:
-    # 4 neighbours: 0: 41.3, 1: 23.3, 2.5: 15, 3: 17.3, 5: 30.3, 7: 76.3               -> 2.5
-    # 3 neighbours of those left: 0: 35, 1: 21, 3: 17, 5: 24, 7: 56                    -> 3
+    # 4 neighbors: 0: 41.3, 1: 23.3, 2.5: 15, 3: 17.3, 5: 30.3, 7: 76.3               -> 2.5
+    # 3 neighbors of those left: 0: 35, 1: 21, 3: 17, 5: 24, 7: 56                    -> 3
     # 2: 0: 26, 1: 17, 5: 20, 7: 40                                                    -> 1
     # 1: 0: 25, 5: 4, 7: 4                                                             -> 5, the first of two equal ones
     # 1 (3 - f - 2 would be 0): 0: 49, 7: 49                                           -> 0

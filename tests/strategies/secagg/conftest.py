@@ -34,11 +34,11 @@ class Play:
         self.clients = {u: Client(self.session, u, private.get(u, b""), self.roster) for u in self.ids}
         self.server = Server(self.session, self.ids, roster=self.roster)
 
-    def shuffled(self, found):
-        found = list(found)
-        self.random.shuffle(found)
-        self.messages += found
-        return found
+    def shuffled(self, messages):
+        messages = list(messages)
+        self.random.shuffle(messages)
+        self.messages += messages
+        return messages
 
     def to_keys(self, gone=()):
         self.listed = self.server.key_list(self.shuffled(self.clients[u].keys() for u in self.ids if u not in gone))
@@ -70,7 +70,8 @@ class Play:
         return self.asked
 
     def to_total(self, gone=()):
-        self.server.unmask(self.shuffled(self.clients[u].unmask(one) for u, one in self.asked.items() if u not in gone))
+        answers = (self.clients[u].unmask(request) for u, request in self.asked.items() if u not in gone)
+        self.server.unmask(self.shuffled(answers))
         return self.server.total()
 
     def through(self, vectors, gone=((), (), (), ())):
@@ -100,11 +101,11 @@ def drawn():
     def make(play, seed=0):
         rng = np.random.default_rng(seed)
         sums = play.session.sums
-        found = {}
+        vectors = {}
         for u in play.ids:
-            found[u] = rng.integers(0, 2**sums.bits, sums.length, np.uint64).astype(np.uint32)
-            found[u][0] = 1
-        return found
+            vectors[u] = rng.integers(0, 2**sums.bits, sums.length, np.uint64).astype(np.uint32)
+            vectors[u][0] = 1
+        return vectors
 
     return make
 

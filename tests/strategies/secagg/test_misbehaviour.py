@@ -18,36 +18,36 @@ OTHER = Full().public_key(Full().private_key())
 
 
 def own_altered(keys):
-    return tuple(replace(one, mask_key=OTHER) if one.client == 2 else one for one in keys)
+    return tuple(replace(offer, mask_key=OTHER) if offer.client == 2 else offer for offer in keys)
 
 
 def own_missing(keys):
-    return tuple(one for one in keys if one.client != 2)
+    return tuple(offer for offer in keys if offer.client != 2)
 
 
 def own_twice(keys):
-    return (*keys, next(one for one in keys if one.client == 2))
+    return (*keys, next(offer for offer in keys if offer.client == 2))
 
 
 def same_key_of_two(keys):
-    taken = next(one for one in keys if one.client == 1)
-    return tuple(replace(one, cipher_key=taken.cipher_key) if one.client == 3 else one for one in keys)
+    taken = next(offer for offer in keys if offer.client == 1)
+    return tuple(replace(offer, cipher_key=taken.cipher_key) if offer.client == 3 else offer for offer in keys)
 
 
 def same_key_for_both(keys):
-    return tuple(replace(one, mask_key=one.cipher_key) if one.client == 3 else one for one in keys)
+    return tuple(replace(offer, mask_key=offer.cipher_key) if offer.client == 3 else offer for offer in keys)
 
 
 def low_order_cipher_key(keys):
-    return tuple(replace(one, cipher_key=LOW_ORDER) if one.client == 3 else one for one in keys)
+    return tuple(replace(offer, cipher_key=LOW_ORDER) if offer.client == 3 else offer for offer in keys)
 
 
 def low_order_mask_key(keys):
-    return tuple(replace(one, mask_key=LOW_ORDER) if one.client == 3 else one for one in keys)
+    return tuple(replace(offer, mask_key=LOW_ORDER) if offer.client == 3 else offer for offer in keys)
 
 
 def short_key(keys):
-    return tuple(replace(one, mask_key=OTHER[:31]) if one.client == 3 else one for one in keys)
+    return tuple(replace(offer, mask_key=OTHER[:31]) if offer.client == 3 else offer for offer in keys)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def short_key(keys):
         (same_key_for_both, "offered twice"),
         (low_order_cipher_key, "client 3 offers a key of low order"),
         (low_order_mask_key, "client 3 offers a key of low order"),
-        (short_key, "or is none"),
+        (short_key, "or is not a key"),
         (lambda keys: keys[:3], "3 clients offer keys; it takes 4 to 6"),
         (lambda keys: (*keys, Keys(9, OTHER, bytes(32))), "7 clients offer keys"),
     ],
@@ -98,21 +98,21 @@ def test_every_fact_of_a_session_is_in_its_identity(play, start):
     sessions = [play.session, *(start(6, t=4, **change).session for change in ({"round": 1}, {"attempt": 1}))]
     sessions += [start(6, t=5).session, start(6, k=4, t=4).session, start(6, t=4, mode="ideal").session]
     sessions += [start(6, t=4, length=8).session, start(6, t=4, bits=31).session, start(6, t=4, active=True).session]
-    found = [session.identity(listed) for session in sessions]
-    found += [play.session.identity(replace(listed, keys=keys)) for keys in (listed.keys[1:], listed.keys[::-1])]
-    found.append(play.session.identity(replace(listed, keys=own_altered(listed.keys))))
-    assert len(set(found)) == len(found)
+    identities = [session.identity(listed) for session in sessions]
+    identities += [play.session.identity(replace(listed, keys=keys)) for keys in (listed.keys[1:], listed.keys[::-1])]
+    identities.append(play.session.identity(replace(listed, keys=own_altered(listed.keys))))
+    assert len(set(identities)) == len(identities)
 
 
 def test_unsigned_keys_are_refused(start, refused):
     play = start(6, t=4, active=True)
     listed = play.to_keys()
     for change in (
-        lambda one: replace(one, signature=bytes(64)),
-        lambda one: replace(one, mask_key=OTHER),
-        lambda one: replace(one, client=4),
+        lambda offer: replace(offer, signature=bytes(64)),
+        lambda offer: replace(offer, mask_key=OTHER),
+        lambda offer: replace(offer, client=4),
     ):
-        keys = tuple(change(one) if one.client == 3 else one for one in listed.keys if one.client != 4)
+        keys = tuple(change(offer) if offer.client == 3 else offer for offer in listed.keys if offer.client != 4)
         client = Client.from_plain(play.session, play.clients[2].plain())
         refused("shares", "not signed by it", lambda: client.shares(replace(listed, keys=keys)), client)  # noqa: B023
 
@@ -123,8 +123,8 @@ def test_signed_keys_of_another_round_are_refused(start, refused):
     later = Session(1, 0, play.session.parameters, play.session.sums)
     plain = play.clients[2].plain()
     client = Client(later, 2, plain["identity"], play.roster)
-    own = client.keys()
-    keys = tuple(own if one.client == 2 else one for one in listed.keys)
+    offered = client.keys()
+    keys = tuple(offered if offer.client == 2 else offer for offer in listed.keys)
     refused("shares", "not signed by it", lambda: client.shares(replace(listed, keys=keys)), client)
 
 
@@ -184,9 +184,9 @@ def test_an_inbox_of_too_few_is_refused(play, refused):
 
 def test_the_server_refuses_incomplete_shares(play, start, refused):
     for change in (
-        lambda one: one.boxes.pop(3),
-        lambda one: one.boxes.update({9: one.boxes[3]}),
-        lambda one: one.boxes.update({3: b""}),
+        lambda shares: shares.boxes.pop(3),
+        lambda shares: shares.boxes.update({9: shares.boxes[3]}),
+        lambda shares: shares.boxes.update({3: b""}),
     ):
         play = start(6, t=4)
         listed = play.to_keys()

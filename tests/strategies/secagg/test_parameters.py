@@ -39,7 +39,10 @@ def test_a_lying_server_asks_for_more_shares():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((20, 0.4, 0.4, True), "no threshold bears 8 corrupt clients and 8 drop-outs of 20: 15 shares would be needed"),
+        (
+            (20, 0.4, 0.4, True),
+            "no threshold tolerates 8 corrupt clients and 8 drop-outs of 20: 15 shares would be needed",
+        ),
         ((20, -0.1), "must be in"),
         ((20, 0.1, 1.0), "must be in"),
         ((1,), "at least 2 clients"),
@@ -89,8 +92,8 @@ def test_neighbours_are_mutual_and_as_many_as_agreed(n, data):
 @given(st.integers(100, 300), st.sampled_from([(0.05, 0.05), (0.1, 0.1)]))
 def test_the_chosen_threshold_holds_in_exact_arithmetic(n, rates):
     corrupt, dropout = rates
-    found = choose(n, corrupt, dropout)
-    k, t = found.degree, found.threshold
+    parameters = choose(n, corrupt, dropout)
+    k, t = parameters.degree, parameters.threshold
 
     def chances(marked):
         return [Fraction(math.comb(marked, x) * math.comb(n - marked, k - x), math.comb(n, k)) for x in range(k + 1)]

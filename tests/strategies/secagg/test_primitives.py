@@ -108,19 +108,18 @@ def test_no_two_pairs_get_seeds_with_the_same_beginning(full):
 
 def test_the_ideal_ones_have_the_same_sizes():
     ideal = Ideal()
-    for one in (FULL, ideal):
-        private = one.private_key()
-        assert len(private) == len(one.public_key(private)) == 32
-        assert one.owns(private, one.public_key(private))
-        assert [len(key) for key in one.agree(private, {7: one.public_key(one.private_key())}, b"", b"").values()] == [
-            32
-        ]
-        assert len(one.derive(private, b"", b"")) == 32
-        box = one.seal(private, TEXT, b"")
-        assert len(box) == BOX_BYTES and len(one.open(private, box, b"")) == 66
-        shares = one.share(private, 2, [3, 4, 5])
+    for primitives in (FULL, ideal):
+        private = primitives.private_key()
+        assert len(private) == len(primitives.public_key(private)) == 32
+        assert primitives.owns(private, primitives.public_key(private))
+        public = primitives.public_key(primitives.private_key())
+        assert [len(key) for key in primitives.agree(private, {7: public}, b"", b"").values()] == [32]
+        assert len(primitives.derive(private, b"", b"")) == 32
+        box = primitives.seal(private, TEXT, b"")
+        assert len(box) == BOX_BYTES and len(primitives.open(private, box, b"")) == 66
+        shares = primitives.share(private, 2, [3, 4, 5])
         assert [len(share) for share in shares] == [33] * 3
-        assert len(one.recover(Reconstruction(2), dict(zip([3, 4, 5], shares, strict=True)))) == 32
-        assert len(one.commit(b"", 3, private)) == 32
-        assert len(one.sign(private, b"")) == 64
+        assert len(primitives.recover(Reconstruction(2), dict(zip([3, 4, 5], shares, strict=True)))) == 32
+        assert len(primitives.commit(b"", 3, private)) == 32
+        assert len(primitives.sign(private, b"")) == 64
     assert ideal.signed(b"", b"", b"") and ideal.masks(32, [b""], [b""]).added == ()

@@ -19,8 +19,8 @@ FITS = [(n, b) for n in (2, 3, 10, 50, 200) for b in (8, 16, 20, 24, 32) if (2 *
 
 def graph(n):
     """k and t: a ring for the large cohort, as 200 clients of a complete graph take minutes."""
-    found = choose(n)
-    return found.degree, found.threshold
+    parameters = choose(n)
+    return parameters.degree, parameters.threshold
 
 
 def test_a_sum_in_real_numbers():
@@ -37,11 +37,11 @@ def test_a_sum_in_real_numbers():
         server.add(client.masked(inboxes[u], encoded))
     assert server.survivors().clients == (2, 30, 31, 44, 500)
     server.unmask(clients[u].unmask(request) for u, request in server.requests().items())
-    found = sums.decode(server.total())
-    assert found.count == 5 and found.sums["rows"].tolist() == [100]
-    assert found.weight == pytest.approx(3.0, abs=1e-7)
+    totals = sums.decode(server.total())
+    assert totals.count == 5 and totals.sums["rows"].tolist() == [100]
+    assert totals.weight == pytest.approx(3.0, abs=1e-7)
     expected = sum((i + 1) / 5 * x[u].clip(-2, 2).astype(float) for i, u in enumerate(clients))
-    np.testing.assert_allclose(found.sums["delta"], expected, atol=5 / sums.scale("delta"))
+    np.testing.assert_allclose(totals.sums["delta"], expected, atol=5 / sums.scale("delta"))
 
 
 @pytest.mark.slow
@@ -191,16 +191,16 @@ def test_ranks_mask_their_own_shards(bits, start, drawn, ring_sum):
 
 def test_a_client_can_be_put_away_between_messages(start, drawn, ring_sum):
     def stored(client):
-        def plain(value):
+        def is_plain(value):
             if isinstance(value, dict):
-                return all(type(key) in (int, str) and plain(inner) for key, inner in value.items())
+                return all(type(key) in (int, str) and is_plain(inner) for key, inner in value.items())
             if isinstance(value, tuple | list):
-                return all(map(plain, value))
+                return all(map(is_plain, value))
             return type(value) in (int, str, bytes)
 
-        found = client.plain()
-        assert plain(found)
-        return Client.from_plain(client.session, found)
+        plain = client.plain()
+        assert is_plain(plain)
+        return Client.from_plain(client.session, plain)
 
     for active in (False, True):
         play = start(5, t=3, active=active)

@@ -19,8 +19,8 @@ def delta(clients, length=3, bits=32, kind="plain", bound=1.0, **options):
 
 def total(encoded, bits):
     added = encoded[0].copy()
-    for one in encoded[1:]:
-        added += one
+    for vector_L in encoded[1:]:
+        added += vector_L
     return added & np.uint32(2**bits - 1)
 
 
@@ -30,33 +30,33 @@ def test_by_hand():
     assert (sums.half, sums.peak, sums.scale("delta"), sums.length, sums.nbytes) == (127, 63, 62, 4, 4)
     encoded = sums.encode({"delta": np.array([-1, 0.5, 2])}, 1.0, fresh())
     assert encoded.tolist() == [1, 256 - 62, 31, 62]
-    found = sums.decode(total([encoded, encoded], 8))
-    assert found.count == 2 and found.weight == 2
-    assert found.sums["delta"].tolist() == [-2, 1, 2]
+    totals = sums.decode(total([encoded, encoded], 8))
+    assert totals.count == 2 and totals.weight == 2
+    assert totals.sums["delta"].tolist() == [-2, 1, 2]
 
 
 def test_weights_by_hand():
     # at most floor(255 / 2) = 127 levels; 100 asked for: a quarter is 25 levels
     sums = delta(2, bits=8, kind="weighted", levels=100)
     encoded = [sums.encode({"delta": np.array([-1, 0, 1.0])}, weight, fresh()) for weight in (0.25, 1.0)]
-    assert [one[:2].tolist() for one in encoded] == [[1, 25], [1, 100]]
+    assert [vector_L[:2].tolist() for vector_L in encoded] == [[1, 25], [1, 100]]
     # 62 / 4 is rounded to 15 or 16
     assert encoded[0][2:].tolist() in [[256 - 16, 0, 15], [256 - 15, 0, 15], [256 - 16, 0, 16], [256 - 15, 0, 16]]
     assert encoded[1][2:].tolist() == [256 - 62, 0, 62]
-    found = sums.decode(total(encoded, 8))
-    assert found.weight == 1.25
-    np.testing.assert_allclose(found.sums["delta"], [-1.25, 0, 1.25], atol=1 / 62)
+    totals = sums.decode(total(encoded, 8))
+    assert totals.weight == 1.25
+    np.testing.assert_allclose(totals.sums["delta"], [-1.25, 0, 1.25], atol=1 / 62)
 
 
 def test_kinds_lie_side_by_side():
     sums = Sums((Sum("a", 2, 1.0, "weighted"), Sum("rows", 1, 50, "count"), Sum("z", 2, 500, "noisy")), 3, 20)
     assert sums.starts == {"a": 2, "rows": 4, "z": 5} and sums.length == 7 and sums.nbytes == 18
     values = {"a": np.array([0.5, -0.5]), "rows": np.array([40]), "z": np.array([-300, 2**20 + 5])}
-    found = sums.decode(total([sums.encode(values, 1.0, fresh(u)) for u in range(3)], 20))
-    np.testing.assert_allclose(found.sums["a"], [1.5, -1.5], atol=3 / sums.scale("a"))
-    assert found.sums["rows"].tolist() == [120]
-    assert found.sums["z"].tolist() == [-900, 15]  # noise beyond the ring wraps
-    assert (found.count, found.weight) == (3, 3)
+    totals = sums.decode(total([sums.encode(values, 1.0, fresh(u)) for u in range(3)], 20))
+    np.testing.assert_allclose(totals.sums["a"], [1.5, -1.5], atol=3 / sums.scale("a"))
+    assert totals.sums["rows"].tolist() == [120]
+    assert totals.sums["z"].tolist() == [-900, 15]  # noise beyond the ring wraps
+    assert (totals.count, totals.weight) == (3, 3)
 
 
 @pytest.mark.parametrize("bits", [8, 16, 20, 24, 32])
@@ -76,8 +76,8 @@ def test_all_clients_at_any_bound_are_within_a_step(n, bits, sign):
     for bound in (1e-3, 0.3, 7.0, 1e6):
         sums = delta(n, bits=bits, bound=bound)
         encoded = [sums.encode({"delta": np.full(3, 2 * sign * bound)}, 1.0, fresh(u)) for u in range(n)]
-        found = sums.decode(total(encoded, bits)).sums["delta"]
-        np.testing.assert_allclose(found, n * sign * bound, atol=n / sums.scale("delta"))
+        decoded = sums.decode(total(encoded, bits)).sums["delta"]
+        np.testing.assert_allclose(decoded, n * sign * bound, atol=n / sums.scale("delta"))
 
 
 @settings(deadline=None)
@@ -90,13 +90,13 @@ def test_the_mean_is_within_a_step_of_the_clipped_mean(data):
     weights = np.array(data.draw(st.lists(st.floats(0.25, 1), min_size=n, max_size=n)))
     sums = Sums((Sum("a", length, 2.0, "weighted"), Sum("b", length, 1.0)), max(n, 2), bits)
     encoded = [sums.encode({"a": x[u], "b": x[u]}, weights[u], fresh(u)) for u in range(n)]
-    found = sums.decode(total(encoded, bits))
-    assert found.count == n
+    totals = sums.decode(total(encoded, bits))
+    assert totals.count == n
     exact = np.array([sums.level(w) for w in weights]) / sums.weight_levels
-    np.testing.assert_allclose(found.weight, exact.sum(), rtol=1e-12)
+    np.testing.assert_allclose(totals.weight, exact.sum(), rtol=1e-12)
     slack = 1e-9
-    assert np.all(abs(found.sums["a"] - exact @ x.clip(-2, 2)) < n / sums.scale("a") + slack)
-    assert np.all(abs(found.sums["b"] - x.clip(-1, 1).sum(0)) < n / sums.scale("b") + slack)
+    assert np.all(abs(totals.sums["a"] - exact @ x.clip(-2, 2)) < n / sums.scale("a") + slack)
+    assert np.all(abs(totals.sums["b"] - x.clip(-1, 1).sum(0)) < n / sums.scale("b") + slack)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, -0.7])
@@ -104,12 +104,12 @@ def test_rounding_is_unbiased(value):
     draws, n, bits = 1_000_000, 50, 16
     sums = delta(n, draws, bits)
     x = np.full(draws, value)
-    found = sums.decode(sums.encode({"delta": x}, 1.0, fresh())).sums["delta"]
+    totals = sums.decode(sums.encode({"delta": x}, 1.0, fresh())).sums["delta"]
     step = 1 / sums.scale("delta")
-    assert abs(found - x).max() < step
-    assert abs((found - x).mean()) < 5 * step / 2 / math.sqrt(draws)
+    assert abs(totals - x).max() < step
+    assert abs((totals - x).mean()) < 5 * step / 2 / math.sqrt(draws)
     if value == 0:
-        assert not found.any()
+        assert not totals.any()
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
@@ -191,7 +191,7 @@ def test_the_digest_covers_everything():
         delta(4, kind="weighted"),
     ]
     variants += [delta(4, kind="weighted", levels=9), Sums((), 4)]
-    assert len({one.digest for one in variants}) == len(variants)
+    assert len({sums.digest for sums in variants}) == len(variants)
 
 
 def test_noise_that_may_wrap():

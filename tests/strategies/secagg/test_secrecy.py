@@ -16,7 +16,7 @@ from strategies.secagg.protocol import SecAggAbort
 
 def answers_to_any_view(play, u):
     """For each set of living and dead that u answers at all: of whom it gives shares of the seed, and of the key."""
-    plain, found = play.clients[u].plain(), []
+    plain, answered = play.clients[u].plain(), []
     present = plain["present"]
     for dead in itertools.chain.from_iterable(itertools.combinations(present, size) for size in range(len(present))):
         client = Client.from_plain(play.session, plain)
@@ -25,8 +25,8 @@ def answers_to_any_view(play, u):
             answer = client.unmask(replace(play.asked[u], alive=alive, dead=dead))
         except SecAggAbort:
             continue
-        found.append((set(answer.seeds), set(answer.keys)))
-    return found
+        answered.append((set(answer.seeds), set(answer.keys)))
+    return answered
 
 
 def most_shares(play, corrupt, target):
@@ -59,8 +59,8 @@ def test_no_lies_bring_both_secrets_of_a_client_together(k, share_corrupt, start
         for target in play.ids[bad:]:
             if k < 7 and not any(u in play.clients[target].plain()["shares"] for u in range(bad)):
                 continue  # the ring's order is random, and no neighbour is corrupt
-            found = most_shares(play, range(bad), target)
-            assert all(seed < threshold or key < threshold for seed, key in found) == safe
+            pairs = most_shares(play, range(bad), target)
+            assert all(seed < threshold or key < threshold for seed, key in pairs) == safe
 
 
 def parts(thing, seen):
@@ -87,8 +87,8 @@ def test_a_canary_in_an_update_never_reaches_the_server(mode, start):
     masked = play.clients[1].masked(play.inboxes[1], vectors[1])
     play.server.add(masked)
     known = [play.server, play.messages, masked]
-    found = any(canary.tobytes() in part for part in parts(known, {}))
-    assert found == (mode == "ideal")  # where nothing is masked, the search finds it
+    seen = any(canary.tobytes() in part for part in parts(known, {}))
+    assert seen == (mode == "ideal")  # where nothing is masked, the search finds it
 
 
 def test_no_secret_is_printed(start, drawn):
@@ -168,7 +168,7 @@ def test_secrets_do_not_come_from_a_seed(start):
         play = start(4, t=2, seed=0)
         listed = play.to_keys()
         play.to_shares()
-        keys += [one.cipher_key for one in listed.keys] + [one.mask_key for one in listed.keys]
+        keys += [offer.cipher_key for offer in listed.keys] + [offer.mask_key for offer in listed.keys]
         keys += [client.plain()["seed"] for client in play.clients.values()]
     assert len(set(keys)) == 24
 
@@ -182,5 +182,5 @@ def test_masked_vectors_of_equal_updates_have_nothing_in_common(start):
     for a, b in itertools.combinations(masked, 2):
         assert (a == b).sum() < 3
     # without a dropped client's masks the rest stays hidden
-    partial = sum(one.astype(np.uint64) for one in masked[:3]) % 2**32
+    partial = sum(vector.astype(np.uint64) for vector in masked[:3]) % 2**32
     assert (partial == 3).sum() < 3

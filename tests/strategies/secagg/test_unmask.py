@@ -83,7 +83,7 @@ def test_a_split_view_from_the_agreement_on_finds_no_signatures(start, drawn, re
     truth = Survivors((0, 1, 2, 3, 6))
     honest = {u: play.clients[u].agree(truth) for u in (0, 1, 3, 6)}
     asked = play.server.requests(honest.values())
-    signatures = {2: lied.signature} | {u: one.signature for u, one in honest.items() if u != 3}
+    signatures = {2: lied.signature} | {u: agreement.signature for u, agreement in honest.items() if u != 3}
     client = play.clients[2]
     lie = replace(asked[0], client=2, alive=(0, 1, 2, 6), dead=(3, 4, 5), signatures=signatures)
     refused("unmask", "signature is not under the same survivors", lambda: client.unmask(lie), client)
@@ -144,10 +144,10 @@ def test_a_corrupt_share_is_found(asked, which, whose, reason, how, refused):
 
 def test_answers_to_what_was_not_asked_are_refused(start, drawn, refused):
     for change, reason in (
-        (lambda one: replace(one, seeds=one.seeds | {4: bytes(33)}), "not asked for"),
-        (lambda one: replace(one, keys=one.keys | {1: bytes(33)}), "not asked for"),
-        (lambda one: replace(one, client=4), "client 4 has no part"),
-        (lambda one: replace(one, client=1), "named twice"),
+        (lambda answer: replace(answer, seeds=answer.seeds | {4: bytes(33)}), "not asked for"),
+        (lambda answer: replace(answer, keys=answer.keys | {1: bytes(33)}), "not asked for"),
+        (lambda answer: replace(answer, client=4), "client 4 has no part"),
+        (lambda answer: replace(answer, client=1), "named twice"),
     ):
         play = start(6, t=4)
         play.to_keys()

@@ -1,0 +1,66 @@
+"""What the clients of a round start from, as it crosses Ray. Legend: P parameters, S of a rank's shard."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+
+from engine.messages.shards import Shard, borrow, borrow_all
+from strategies.core.layout import Layout
+from strategies.core.protocol import Broadcast, ServerState, Strategy, Vector
+from strategies.core.sharding import Partition
+from strategies.privacy.central import CentralPlan
+from strategies.privacy.distributed import DistributedPlan
+from strategies.privacy.per_example import ExamplePlan
+
+
+@dataclass(frozen=True)
+class BroadcastMessage:
+    """A broadcast whose only shard is whole, or references to all shards of the server's state, cut by `partition`.
+
+    Of whole vectors the server makes the broadcast, of shards the workers do, since the driver does not hold them.
+    Client state from before round `oldest` may be deleted. `dp` says how clients bound what they send and what noise
+    they add, `clip` is the round's clipping norm. Up to `lanes` clients train together. `nbytes` are those of the
+    shards in the object store.
+    """
+
+    round: int
+    shards: tuple[Any, ...]
+    nbytes: int = 0
+    partition: Partition | None = None
+    oldest: int = 0
+    dp: CentralPlan | DistributedPlan | ExamplePlan | None = None
+    clip: float = 0.0
+    lanes: int = 1
+
+    @classmethod
+    def of(cls, broadcast: Broadcast) -> "BroadcastMessage":
+        """Shares the memory of the broadcast's vectors."""
+        shard = Shard.of(broadcast.params, broadcast.extras)
+        return cls(broadcast.round, (shard,), shard.nbytes)
+
+    def vector(self, rank: int | None = None) -> Vector:
+        """Returns the vector (P,), or a rank's shard of it (S,), over the store's own memory where it lies whole."""
+        if self.partition is None:
+            return borrow(self.shards[0].params)
+        if rank is not None:
+            return borrow(ray.get(self.shards[rank]).params)
+        return self._joined([shard.params for shard in ray.get(list(self.shards))])
+
+    def received(self, strategy: Strategy, layout: Layout, seed: int, rank: int | None = None) -> Broadcast:
+        """Returns what the clients of a worker receive: whole vectors, or those of a rank's shard."""
+        if self.partition is None:
+            (shard,) = self.shards
+            return Broadcast(self.round, borrow(shard.params), borrow_all(shard.vectors), layout=layout, seed=seed)
+        if rank is not None:
+            return strategy.broadcast(ray.get(self.shards[rank]).state(self.round, seed))
+        shards: list[Shard] = ray.get(list(self.shards))
+        vectors = {name: self._joined([shard.vectors[name] for shard in shards]) for name in shards[0].vectors}
+        params = self._joined([shard.params for shard in shards])
+        return replace(strategy.broadcast(ServerState(self.round, params, vectors, seed=seed)), layout=layout)
+
+    def _joined(self, shards: Sequence[np.ndarray]) -> Vector:
+        assert self.partition is not None
+        return self.partition.join([borrow(shard) for shard in shards])

@@ -1,0 +1,100 @@
+"""What processes hold while a benchmark runs, and what Ray's object store has taken in."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import ray
+
+from engine.messages.errors import RunError
+from experiments.config.recipe import Recipe, to_toml
+
+DAEMONS = ("raylet", "gcs_server", "log_monitor", "monitor.py", "dashboard", "Agent", "runtime_env", "ray::IDLE")
+EVERY_S = 0.25
+T = TypeVar("T")
+
+
+@contextmanager
+def sampled(read: Callable[[], T], every_s: float) -> Iterator[list[T]]:
+    """Reads again and again in another thread while the block runs; the first reading is from before the block."""
+    readings, ended = [read()], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(every_s):
+            readings.append(read())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield readings
+    finally:
+        ended.set()
+        thread.join()
+
+
+def workers_mb(titles: tuple[str, ...], read: Callable[[psutil.Process], float]) -> list[float]:
+    """What `read` gives for each process below this one that is a Ray actor with one of these titles."""
+    readings = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess, OSError):
+            line = "".join(process.cmdline())
+            if any(f"ray::{title}" in line for title in titles):
+                readings.append(read(process))
+    return readings
+
+
+def pss_mb(process: psutil.Process) -> float:
+    """Memory of a process in MB; a page that n processes share counts as 1/n of a page."""
+    return float(process.memory_full_info().pss) / 2**20
+
+
+def command_mb(work: Recipe, folder: Path) -> tuple[float, float]:
+    """Runs a recipe by `fedpost run`, as a user does: the most MB that its processes held, as RSS and as PSS.
+
+    Ray's daemons are left out. What the run leaves is in `folder`.
+    """
+    folder.mkdir()
+    recipe = folder / "recipe.toml"
+    recipe.write_text(to_toml(work), encoding="utf-8")
+    command = [sys.executable, "-m", "experiments", "run", str(recipe), "--out", str(folder / "run")]
+    with (
+        (folder / "output").open("wb") as output,
+        subprocess.Popen(command, stdout=output, stderr=output) as process,
+        sampled(lambda: _tree_mb(process.pid), EVERY_S) as readings,
+    ):
+        process.wait()
+    if process.returncode:
+        raise RuntimeError(f"the command ended with {process.returncode}: {(folder / 'output').read_text()[-500:]}")
+    rss, pss = map(max, zip(*readings, strict=True))
+    return rss, pss
+
+
+def _tree_mb(command: int) -> tuple[float, float]:
+    rss = pss = 0.0
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(command)
+        for process in [root, *root.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                if not any(name in " ".join(process.cmdline()[:4]) for name in DAEMONS):
+                    used = process.memory_full_info()
+                    rss, pss = rss + used.rss / 2**20, pss + used.pss / 2**20
+    return rss, pss
+
+
+def stored_bytes() -> float:
+    """The bytes of all objects that the stores of all nodes have taken in since they started, by Ray's own count.
+
+    Small objects, which Ray sends inside its messages, are not among them. RunError without the extra `bench`.
+    """
+    if find_spec("grpc") is None:
+        raise RunError('this benchmark asks Ray by grpcio: pip install "fedpost[bench]"')
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    return float(get_memory_info_reply(state).store_stats.cumulative_created_bytes)
