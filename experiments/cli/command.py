@@ -25,7 +25,7 @@ P = ParamSpec("P")
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
     """The command, with errors turned into a message on stderr and an exit code; `debug` adds the traceback.
 
-    2 stands for what the user can mend, 1 for a bug of ours, 130 for Ctrl-C.
+    2 stands for what the user can fix, 1 for a bug of ours, 130 for Ctrl-C.
     """
 
     @wraps(command)

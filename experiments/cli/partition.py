@@ -15,11 +15,13 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows
 from datasets_partition.sources.location import within
 from datasets_partition.store.remote import put
 from datasets_partition.store.stats import Sizes, Skew, TokenLengths
 from datasets_partition.store.store import Store
+from engine.messages.errors import RunError
 from engine.system.atomic import write_file
 from experiments.config.recipe import Recipe, located
 from experiments.runs.api import build_store, shared_store
@@ -81,7 +83,7 @@ def _token_lengths(
     try:
         tokens = token_columns(store.folder, located(recipe), shared, on_rows)
         return tokens, TokenLengths.of(store, Tokens.open(tokens))
-    except ValueError as error:
+    except (DataError, RunError) as error:
         return str(error)
 
 

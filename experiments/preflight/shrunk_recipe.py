@@ -10,9 +10,11 @@ from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.parquet_files import ParquetFiles
 from datasets_partition.store.splits import Splits
 from engine.config.sections import Clients
+from engine.messages.errors import RunError
 from experiments.config.recipe import Data, Recipe
 from strategies import Cohorts
 from strategies.core.cohort import PoissonCohort, UniformCohort
+from strategies.core.errors import StrategyError
 from strategies.privacy.central import CentralDp
 from strategies.privacy.distributed import DistributedDp
 
@@ -35,7 +37,7 @@ def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
     while True:
         try:
             return _of_cohort(recipe, base, folder, cohort)
-        except ValueError:
+        except (RunError, StrategyError):
             if cohort == last:
                 raise
             cohort = min(2 * cohort, last)
@@ -115,7 +117,7 @@ def bearable(recipe: Recipe, population: int) -> Recipe:
         try:
             with warnings.catch_warnings(action="ignore"):
                 dp.plan(cohort, population, ROUNDS)
-        except ValueError:
+        except StrategyError:
             dp = replace(dp, epsilon=None, noise_multiplier=LITTLE_NOISE)
             recipe = replace(recipe, privacy=replace(recipe.privacy, dp=dp))
     left = recipe.clients.availability

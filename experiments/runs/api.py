@@ -70,7 +70,7 @@ def run(
     continues the run in `out`, by default the newest run of that name. `baselines` adds local-only and centralized
     training. `address` joins a Ray cluster; by default Ray is started here and ends with the run. Once another thread
     sets `stop`, the current round is finished and RunStopped is raised. Raises RunError with one sentence for what the
-    caller can mend.
+    caller can fix.
     """
     from datasets_partition.sources.location import is_local
     from engine.messages.events import Finished, Preparing, Started, Stopped

@@ -26,7 +26,7 @@ class RunStopped(Exception):
 def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> Iterator["Event"]:
     """Yields a driver's events; if it dies, or a slot dies while it starts, a new one resumes from the last checkpoint.
 
-    Once `stop` is set, the current round is the last. Raises RunError for what the user can mend.
+    Once `stop` is set, the current round is the last. Raises RunError for what the user can fix.
     """
     import ray
     from ray.exceptions import RayTaskError

@@ -1,4 +1,4 @@
-"""Which errors a user can mend, and what the command says about them."""
+"""Which errors a user can fix, and what the command says about them."""
 
 import errno
 import sys
@@ -15,7 +15,7 @@ FILES = FULL | {
 
 
 def explanation(error: BaseException) -> str | None:
-    """What the user should read about an error that the user can mend; None for any other, which is a bug of ours.
+    """What the user should read about an error that the user can fix; None for any other, which is a bug of ours.
 
     The user's errors are those whose class has `exit_code = 2`, those of files and disks, and those of a module that
     the recipe names. An error that Ray brings from another process is judged by what was raised there.

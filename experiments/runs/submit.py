@@ -40,7 +40,7 @@ def submit(
 ) -> int:
     """Submits a run of the recipe to the job server at `address` and follows it; its exit code, or 0 with `detach`.
 
-    Without `detach` the job ends when this process does. Raises RunError for what the caller can mend.
+    Without `detach` the job ends when this process does. Raises RunError for what the caller can fix.
     """
     from experiments.config.recipe import load_recipe
 
@@ -143,7 +143,8 @@ def environment_of(here: Path, given: Path | None) -> dict[str, Any]:
         **keys,
         **packages,
         "working_dir": str(here),
-        "excludes": [f"/{RUNS}/", "__pycache__/", *keys.get("excludes", [])],
+        # Ray applies these to each package too, and experiments has a room `runs`, which holds files but no folders.
+        "excludes": [f"/{RUNS}/*/", "__pycache__/", *keys.get("excludes", [])],
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **keys.get("env_vars", {})},
     }
 

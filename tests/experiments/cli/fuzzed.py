@@ -178,7 +178,7 @@ def main(kind: str, folder: str, first: str, count: str) -> None:
         try:
             attempt(number)
         except ValueError as error:
-            if (type(error) is not ValueError and not hasattr(error, "exit_code")) or not str(error).strip():
+            if not hasattr(error, "exit_code") or not str(error).strip():
                 raise
             results["refused"] += 1
         else:

@@ -1,6 +1,12 @@
 """`fedpost strategies --check`: what it prints, its exit code, and what it refuses."""
 
+import importlib
+import sys
+
 import pytest
+
+from engine.messages.errors import RunError
+from experiments.cli.contract import show_check
 
 OWN = '''
 from dataclasses import dataclass, replace
@@ -62,10 +68,20 @@ def test_a_rule_that_breaks_it_is_told_how(check):
     assert "promises are broken" in ended.stdout.splitlines()[-1]
 
 
-def test_what_its_own_code_raises_is_a_finding_with_its_line(check):
-    ended = check("own_checked:Breaks")
-    assert ended.returncode == 1
-    assert "TypeError: 'NoneType' object is not subscriptable (own_checked.py, line" in ended.stdout
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The same module, for checks in this process."""
+    (tmp_path / "own_checked.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield
+    sys.modules.pop("own_checked", None)
+
+
+def test_what_its_own_code_raises_is_a_finding_with_its_line(here, capsys):
+    assert not show_check("own_checked:Breaks")
+    assert "TypeError: 'NoneType' object is not subscriptable (own_checked.py, line" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -78,7 +94,6 @@ def test_what_its_own_code_raises_is_a_finding_with_its_line(check):
         ("own_checked:Asks", "these keys have none: strength"),
     ],
 )
-def test_what_is_no_strategy_is_refused(check, named, said):
-    ended = check(named)
-    assert ended.returncode == 2
-    assert said in ended.stderr and "Traceback" not in ended.stderr
+def test_what_is_no_strategy_is_refused(here, named, said):
+    with pytest.raises(RunError, match=said):
+        show_check(named)

@@ -1,4 +1,4 @@
-"""Who can mend an error decides how a command ends: the user (exit code 2) or we (1)."""
+"""Who can fix an error decides how a command ends: the user (exit code 2) or we (1)."""
 
 import errno
 import importlib
@@ -65,7 +65,7 @@ def ended(error, capsys, **options):
         (PermissionError(errno.EACCES, "Permission denied", "a"), "error: [Errno 13] Permission denied: 'a'\n"),
     ],
 )
-def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(error, text, capsys):
+def test_what_a_user_can_fix_is_one_sentence_and_exit_code_2(error, text, capsys):
     assert ended(error, capsys) == (2, text)
 
 

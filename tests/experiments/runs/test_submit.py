@@ -121,7 +121,7 @@ def test_a_detached_run_goes_on_and_leaves_its_folder(head, work, inside, capsys
     said = capsys.readouterr().out
     job = job_in(said)
     assert f"fedpost status {job} --address {head}" in said and f"fedpost stop {job} --address {head}" in said
-    assert wait_until(lambda: ended(job, head), 120) == "SUCCEEDED"
+    assert wait_until(lambda: ended(job, head), 120) == "SUCCEEDED", job_client(head).get_job_logs(job)
     show_status(job, head)
     said = capsys.readouterr().out
     assert said.startswith(f"{job}: SUCCEEDED\n") and "the trained model" in said
@@ -261,7 +261,7 @@ def test_what_is_sent_is_the_folder_and_fedpost_if_it_lies_elsewhere(tmp_path):
     sent = environment_of(tmp_path, given)
     assert sent["working_dir"] == str(tmp_path) and sent["pip"] == ["einops"]
     assert {Path(module).name for module in sent["py_modules"]} >= {"engine", "experiments"}
-    assert {"/runs/", "*.bin"} <= set(sent["excludes"]) and sent["env_vars"]["A"] == "b"
+    assert {"/runs/*/", "*.bin"} <= set(sent["excludes"]) and sent["env_vars"]["A"] == "b"
     assert "py_modules" not in environment_of(ROOT, None)
     assert run_command(ROOT / DEMO, ROOT)[-2:] == ["run", DEMO]
     given.write_text("working_dir: .")
