@@ -1,0 +1,97 @@
+"""Every example of docs/extending.md, taken from the page and run."""
+
+import importlib.util
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from engine.objectives.sft import Sft
+from experiments.cli.contract import show_check
+from strategies import FedAvg
+from strategies.core.protocol import Aggregate, Broadcast, ServerState, Size, Update
+from strategies.transforms.chain import bits, decode, encode
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
+EXAMPLES = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL))
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """Imports an example of the page from a folder that is the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def load(file):
+        path = tmp_path / Path(file).name
+        path.write_text(EXAMPLES[file])
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, path.stem, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_the_page_has_the_doors_that_there_are():
+    assert set(EXAMPLES) == {
+        "my_rules.py",
+        "my_data.py",
+        "strategies/transforms/half.py",
+        "engine/objectives/focal.py",
+    }
+
+
+def test_the_strategy_keeps_the_contract_and_takes_half_a_step(example):
+    rule = example("my_rules.py").Halved(strength=0.5)
+    assert show_check("my_rules:Halved")
+    state = ServerState(3, torch.tensor([1.0, 2.0]))
+    after = rule.apply(state, Aggregate(2.0, torch.tensor([4.0, -8.0]), {}, 2))
+    assert after.round == 4 and after.params.tolist() == [2.0, 0.0]
+
+
+def test_the_source_and_the_partition_make_a_store(example, small_recipe):
+    from datasets_partition.store.store import Store
+    from experiments.runs.api import build_store
+
+    example("my_data.py")
+    kinds = (
+        'data.source={kind="my_data:Spelling", letters="abcd"}',
+        'data.partition={kind="my_data:InTurns", clients=6}',
+    )
+    store = Store.open(build_store(small_recipe(*kinds, "data.splits.unseen=0", "cohort.size=2")))
+    assert store.num_clients == 6
+    rows = store.read_rows(0, "train").to_pylist() + store.read_rows(0, "heldout").to_pylist()
+    assert len(rows) == 8 and all(row["prompt"].split()[0][::-1] == row["completion"] for row in rows)
+
+
+def test_the_transform_sends_sixteen_bits_and_the_rest_later(example):
+    half = example("strategies/transforms/half.py").Half()
+    delta, broadcast = torch.tensor([1 + 2**-12, 0.0]), Broadcast(0, torch.zeros(2))
+    update, state = encode((half,), Update(0, 1.0, delta), broadcast, {})
+    assert update.delta.tolist() == [1.0, 0.0]
+    assert next(iter(state.values())).tolist() == [2**-12, 0.0]
+    total = Aggregate(1.0, update.delta, {}, 1)
+    assert decode((half,), total, ServerState(0, torch.zeros(2)))[0].total.tolist() == [1.0, 0.0]
+    assert bits((half,), 10) == 160 and half.size(Size(10, 10)).bits == 16
+
+
+def test_the_objective_is_the_focal_loss_and_sft_without_focus(example, tiny_base):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    focal = example("engine/objectives/focal.py").Focal
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
+    rows = pa.table({"prompt": ["ab is ", "c is "], "completion": ["ba", "c"]})
+    columns = focal().encode(rows, tokenizer, 32).combine_chunks().to_batches()[0]
+    batch = focal().collate(columns, tokenizer.pad_token_id)
+    plain = Sft().terms(network, batch)["nll"].values_N.detach().double().numpy()
+    weighted = focal(gamma=2.0).terms(network, batch)["nll"].values_N.detach().double().numpy()
+    np.testing.assert_allclose(weighted, plain * (1 - np.exp(-plain)) ** 2, rtol=1e-5)
+    np.testing.assert_array_equal(focal(gamma=0.0).terms(network, batch)["nll"].values_N.detach().numpy(), plain)
+    assert replace(focal(), gamma=1.0).kind == "focal" and FedAvg().kind == "fedavg"
