@@ -51,9 +51,9 @@ def test_fresh_noise_of_a_round_that_is_run_again_is_charged_again(plan, tmp_pat
 def test_example_level_noise_counts_local_steps(small_recipe, tmp_path):
     recipe = small_recipe("privacy.dp={kind='example', noise_multiplier=1.0, delta=1e-3}")
     plan = plan_noise(recipe, LAYOUT, 100, 40, 12).plan
-    one = Spending.open(tmp_path / "a.json", plan, WEIGHTS, simulated=True, round_=0).charge(6)
+    simulated = Spending.open(tmp_path / "a.json", plan, WEIGHTS, simulated=True, round_=0).charge(6)
     many = Spending.open(tmp_path / "b.json", plan, WEIGHTS, simulated=True, round_=0)
-    assert (one.unit, one.steps) == ("example", 6)
+    assert (simulated.unit, simulated.steps) == ("example", 6)
     assert [many.charge(3).steps for _ in range(2)] == [3, 6]
 
 
