@@ -1,11 +1,10 @@
 """The kinds of workers: single processes, and gangs of ranks. Each kind places its slots, equips and ends them."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import ray
@@ -66,101 +65,52 @@ class Rows:
         return received
 
 
-class WorkerKind(ABC):
-    """The slots of one kind, by number. A slot's loss is the pool's business: methods raise one of LOST."""
-
-    may_shrink: ClassVar[bool]  # whether the run can go on with fewer slots
-    lanes: ClassVar[bool]  # whether clients may train together in a slot
-    reads_base: ClassVar[bool]  # whether the base is read once, into the object store
+class Slots:
+    """What kinds of slots have in common; a slot's loss is the pool's business: their methods raise one of LOST."""
 
     def __init__(self, federation: Federation, folder: Path, patience: Patience) -> None:
         self.federation, self.folder, self.patience = federation, folder, patience
 
-    @abstractmethod
-    def spawn(self, slot: int) -> Any:
-        """Starts a slot and returns its actor; what was in its place before is gone."""
-
-    @abstractmethod
-    def end(self, slot: int) -> None:
-        """Ends what is left of a slot, which may be silent and not dead."""
-
-    @abstractmethod
     def ranks(self, slot: int) -> Sequence[Any]:
         """Returns the actors of a slot's processes, the one that speaks for it first."""
-
-    @abstractmethod
-    def reader(self, places: Sequence[Place]) -> Any:
-        """Returns an actor that makes the token columns, and reads the base; slots lie at `places` by number."""
-
-    @abstractmethod
-    def load_base(self, reader: Any) -> None:
-        """Lets the base be read, where that is done once for all slots."""
-
-    @abstractmethod
-    def base_bytes(self) -> int:
-        """Returns the bytes of the base."""
-
-    @abstractmethod
-    def attach(self, slot: int, rows: Rows) -> Reference:
-        """Gives a slot base and rows; the answer is the layout, and the initial vector or how vectors are cut."""
-
-    @abstractmethod
-    def restore(self, slot: int) -> None:
-        """Gives a new slot what the others have been given since the start."""
-
-    @abstractmethod
-    def close(self, slot: int, partition: Partition) -> list[tuple[Reference, Reference]]:
-        """Returns references to the bytes of each shard of a slot's sum, and to the shard."""
-
-    @abstractmethod
-    def cause(self, error: Exception, slots: Iterable[int]) -> Exception:
-        """Returns what ended one of these slots, where that is known better than by `error`."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """Ends all slots, and what they share."""
-
-    @abstractmethod
-    def use_merged(self, merged_delta: np.ndarray | None) -> None:
-        """Remembers what is to be merged into the base of all slots; `restore` gives it to them."""
+        raise NotImplementedError
 
     def refuse_lost_memory(self, slots: Iterable[int]) -> None:
         """Raises RunError if clients keep state in a folder that a process of these slots does not see."""
         ray.get([rank.refuse_lost_memory.remote() for slot in slots for rank in self.ranks(slot)])
 
 
-class Processes(WorkerKind):
+class Processes(Slots):
     """Slots of one process each, which share a base that is in the object store or in a GPU holder's memory."""
 
-    may_shrink, lanes, reads_base = True, True, True
+    may_shrink, lanes, reads_base = True, True, True  # it goes on with fewer; clients train together; one reads for all
 
     def __init__(
         self, federation: Federation, folder: Path, patience: Patience, actor: type[ClientActor] = ClientActor
     ) -> None:
         super().__init__(federation, folder, patience)
         self.actor, self.actors = actor, dict[int, Any]()
-        self.first: int | None = None  # the slot that is asked for the initial vector
         self.holders: dict[tuple[str, str], Any] = {}
         self.merged_delta: Reference | None = None
         self.merged: dict[str, Reference] = {}  # the merged weights by node
 
     def spawn(self, slot: int) -> Any:
-        """As the base class says."""
+        """Starts a slot and returns its actor."""
         clients = self.federation.clients
         options = ray.remote(self.actor).options(num_cpus=clients.num_cpus, num_gpus=clients.num_gpus)
         self.actors[slot] = options.remote(self.federation, self.folder)
         return self.actors[slot]
 
     def end(self, slot: int) -> None:
-        """As the base class says."""
+        """Ends what is left of a slot, which may be silent and not dead."""
         ray.kill(self.actors[slot])
 
     def ranks(self, slot: int) -> Sequence[Any]:
-        """The only one."""
+        """Returns the only one."""
         return [self.actors[slot]]
 
     def reader(self, places: Sequence[Place]) -> Any:
-        """A slot on the driver's node, where store and base lie; if there is none, an actor that takes no resources."""
+        """Returns a slot on the driver's node, where store and base lie, else an actor that takes no resources."""
         here = ray.get_runtime_context().get_node_id()
         for slot, actor in self.actors.items():
             if places[slot].node_id == here:
@@ -170,16 +120,16 @@ class Processes(WorkerKind):
         return options.remote(self.federation, self.folder)
 
     def load_base(self, reader: Any) -> None:
-        """As the base class says."""
+        """Lets the base be read into the object store, once for all slots."""
         nbytes, self.packed, self.base = reader.load_base.options(num_returns=3).remote()
         self.nbytes: int = ray.get(nbytes)
 
     def base_bytes(self) -> int:
-        """As the base class says."""
+        """Returns the bytes of the base."""
         return self.nbytes
 
     def attach(self, slot: int, rows: Rows) -> Reference:
-        """As the base class says."""
+        """Gives a slot base and rows; the answer is the layout, and the initial vector if it is the first slot."""
         actor = self.actors[slot]
         tokens = rows.seen_by(actor, self.patience.answer_s, self.patience.start_s)
         place = self._answer(actor.place.remote())
@@ -199,11 +149,11 @@ class Processes(WorkerKind):
         return within(self.patience.start_s, self.holders[key].handle.remote())
 
     def use_merged(self, merged_delta: np.ndarray | None) -> None:
-        """As the base class says; None: back to the first base."""
+        """Sets the merged delta that `restore` gives to slots; None: back to the first base."""
         self.merged_delta, self.merged = (None if merged_delta is None else ray.put(merged_delta)), {}
 
     def restore(self, slot: int) -> None:
-        """Gives the slot its node's weights, made once for each node."""
+        """Gives a new slot its node's weights with the merged delta, made once for each node."""
         actor = self.actors[slot]
         if self.merged_delta is None:
             self._answer(actor.use_weights.remote(None))
@@ -218,18 +168,18 @@ class Processes(WorkerKind):
         self._answer(actor.use_weights.remote(self.merged[node]))
 
     def close(self, slot: int, partition: Partition) -> list[tuple[Reference, Reference]]:
-        """As the base class says; the slot cuts its whole sum."""
+        """Returns references to the bytes of each shard of a slot's sum, and to the shard; the slot cuts its sum."""
         ranks = len(partition.parts)
         nbytes, *shards = self.actors[slot].close_in_shards.options(num_returns=1 + ranks).remote(partition)
         nothing = ray.put(0)
         return [(nbytes if rank == 0 else nothing, shard) for rank, shard in enumerate(shards)]
 
     def cause(self, error: Exception, slots: Iterable[int]) -> Exception:
-        """What the slot itself says."""
+        """Returns what ended one of these slots: nobody knows more than the error itself."""
         return error
 
     def stop(self) -> None:
-        """As the base class says."""
+        """Ends all slots, and what they share."""
         for actor in (*self.actors.values(), *self.holders.values()):
             ray.kill(actor)
 
@@ -264,7 +214,7 @@ class Together:
         return self.gang.leader.lead.remote(self.method, *arguments)
 
 
-class Gangs(WorkerKind):
+class Gangs(Slots):
     """Slots of several ranks each: placed all or nothing, and made again as a whole when a rank is lost.
 
     Each gang reads the base by itself.
@@ -280,7 +230,7 @@ class Gangs(WorkerKind):
         self.handles: dict[int, GangHandle] = {}
 
     def spawn(self, slot: int) -> Any:
-        """As the base class says."""
+        """Starts a gang and returns its handle; what was in its place before is gone."""
         clients = self.federation.clients
         name = f"{self.folder} gang {slot}"  # by which a driver finds what one before it has left
         with suppress(ValueError):  # there is none
@@ -306,23 +256,23 @@ class Gangs(WorkerKind):
         """What a gang leaves goes with its placement group, when another takes its place."""
 
     def ranks(self, slot: int) -> Sequence[Any]:
-        """As the base class says."""
+        """Returns all ranks, the first one first."""
         return [self.handles[slot].leader, *self.handles[slot].followers]
 
     def reader(self, places: Sequence[Place]) -> Any:
-        """The first gang, which makes the token columns alone."""
+        """Returns the first gang, which makes the token columns alone."""
         return self.handles[0]
 
     def load_base(self, reader: Any) -> None:
         """Nothing is read for all."""
 
     def base_bytes(self) -> int:
-        """What the ranks of the first gang hold together."""
+        """Returns the bytes of the base, which the ranks of the first gang hold together."""
         nbytes: int = ray.get(self.handles[0].leader.base_bytes.remote())
         return nbytes
 
     def attach(self, slot: int, rows: Rows) -> Reference:
-        """As the base class says; the ranks meet."""
+        """Lets the ranks meet and read base and rows; the answer is the layout, and how vectors are cut."""
         leader, *followers = ranks = self.ranks(slot)
         leader_tokens, *tokens = [rows.seen_by(rank, None, None) for rank in ranks]
         places: list[Place] = ray.get([rank.place.remote() for rank in ranks])
@@ -341,11 +291,11 @@ class Gangs(WorkerKind):
         self.refuse_lost_memory([slot])
 
     def close(self, slot: int, partition: Partition) -> list[tuple[Reference, Reference]]:
-        """As the base class says."""
+        """Returns references to the bytes of each rank's shard of a gang's sum, and to the shard."""
         return [rank.close_round.options(num_returns=2).remote() for rank in self.ranks(slot)]
 
     def cause(self, error: Exception, slots: Iterable[int]) -> Exception:
-        """As the base class says: where another rank than the first has failed, its error says more."""
+        """Returns what ended one of these gangs: where another rank than the first has failed, its error says more."""
         asked = [rank.why.remote() for slot in slots for rank in self.handles[slot].followers]
         for answer in ray.wait(asked, num_returns=len(asked), timeout=WHY_S)[0] if asked else ():
             with suppress(RayActorError):
@@ -355,6 +305,9 @@ class Gangs(WorkerKind):
         return error
 
     def stop(self) -> None:
-        """As the base class says."""
+        """Ends all gangs."""
         for group in self.groups.values():
             remove_placement_group(group)
+
+
+WorkerKind = Processes | Gangs

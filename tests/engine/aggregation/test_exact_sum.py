@@ -79,9 +79,9 @@ def test_small_and_large_values_are_rounded_alike(values: list[float], weight: f
 
 
 def test_by_hand() -> None:
-    one = Update(0, 0.5, torch.tensor([2.0, -4.0]), {"c": torch.tensor([1.0])})
+    update = Update(0, 0.5, torch.tensor([2.0, -4.0]), {"c": torch.tensor([1.0])})
     two = Update(1, 0.25, torch.tensor([8.0, 0.0]), {"c": torch.tensor([3.0])})
-    aggregate = merge([partial(one), partial(two)])
+    aggregate = merge([partial(update), partial(two)])
     assert aggregate.total.tolist() == [3, -2]
     assert aggregate.extras["c"].tolist() == [4], "extras are not weighted"
     assert (aggregate.weight, aggregate.count, aggregate.each) == (0.75, 2, None)
@@ -102,11 +102,13 @@ def test_parts_of_sums_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     for client in range(5):
         delta, extra = torch.arange(21.0) / (client + 3), torch.full((6,), 0.1 * client)
         running[client % 2].add(Update(client, 0.3, delta, {"c": extra}))
-    parts = [[one.part(first, 8) for one in running] for first in (0, 8, 16)]
+    parts = [[total.part(first, 8) for total in running] for first in (0, 8, 16)]
     assert [len(part[0].vectors["c"]) for part in parts] == [6, 0, 0]
-    copied = [[replace(one, vectors={n: v.copy() for n, v in one.vectors.items()}) for one in part] for part in parts]
-    found = merge_parts(copied)
-    assert found is not None and bits(found) == bits(merge([one.close() for one in running]))
+    copied = [
+        [replace(taken, vectors={n: v.copy() for n, v in taken.vectors.items()}) for taken in part] for part in parts
+    ]
+    merged = merge_parts(copied)
+    assert merged is not None and bits(merged) == bits(merge([total.close() for total in running]))
     assert copied == [[], [], []], "what has been merged is let go"
 
 
@@ -212,11 +214,11 @@ def test_partial_sums_may_be_read_only_and_stay_as_they_are() -> None:
     """What comes out of Ray's object store cannot be written."""
     given = [partial(Update(k, 1.0, torch.full((3,), k + 1.0))) for k in range(3)]
     frozen = []
-    for one in given:
-        vectors = {name: sums.copy() for name, sums in one.vectors.items()}
+    for closed in given:
+        vectors = {name: sums.copy() for name, sums in closed.vectors.items()}
         for sums in vectors.values():
             sums.flags.writeable = False
-        frozen.append(replace(one, vectors=vectors))
+        frozen.append(replace(closed, vectors=vectors))
     aggregate = merge(frozen)
     assert aggregate.total.tolist() == [6, 6, 6]
     aggregate.total.add_(1)  # the aggregate is the caller's own

@@ -97,9 +97,9 @@ def drawn(seed):
 
 def updates_of(strategy, state, still=False):
     """What four clients send in a round."""
-    got = strategy.broadcast(state)
+    broadcast = strategy.broadcast(state)
     deltas = [torch.zeros(LAYOUT.size) if still else drawn(10 * state.round + k) for k in range(CLIENTS)]
-    return [strategy.finish(Update(k, 1.0, x, metrics=TOLD), got, {})[0] for k, x in enumerate(deltas)]
+    return [strategy.finish(Update(k, 1.0, x, metrics=TOLD), broadcast, {})[0] for k, x in enumerate(deltas)]
 
 
 def secured(recipe, plan, state, updates):
@@ -185,8 +185,8 @@ def test_the_ring_holds_live_coordinates_alone(federation):
     whole, half = length(FedAvg()), length(FfaLora())
     assert rounding(half) ** 2 / rounding(whole) ** 2 == pytest.approx(3300 / 5300)
     # The rotation is over the live coordinates, filled up to a power of two: 4096 in place of 8192.
-    found = [length(strategy, 1, KINDS["distributed"]) for strategy in (FedAvg(**UNIFORM), FfaLora(**UNIFORM))]
-    assert [sums.sums[0].length for sums in found] == [8192, 4096]
+    rings = [length(strategy, 1, KINDS["distributed"]) for strategy in (FedAvg(**UNIFORM), FfaLora(**UNIFORM))]
+    assert [sums.sums[0].length for sums in rings] == [8192, 4096]
     # One ring for all rounds of RoLoRA, whose halves are not as long.
     both = [length(RoLora(**UNIFORM), round_, KINDS["distributed"]).sums[0] for round_ in (0, 1)]
     assert both[0] == both[1] and (both[0].name, both[0].length) == (NOISY, 4096)
@@ -249,7 +249,7 @@ def test_a_shards_noise_is_on_its_live_coordinates(federation, cut):
     partition = Partition.contiguous(LAYOUT.size, 2) if cut == "contiguous" else Partition.by_tensor(LAYOUT, 2)
     mask, totals = recipe.strategy.live(0, LAYOUT)["delta"], []
     for rank in range(2):
-        live = {name: partition.cut(one, rank) for name, one in live_masks(recipe, LAYOUT, 0).items()}
+        live = {name: partition.cut(mask, rank) for name, mask in live_masks(recipe, LAYOUT, 0).items()}
         shard = Layout(("shard",), ((partition.length(rank),),))
         totals.append(noisy(None, plan, CLIP, recipe, shard, 0, live, rank)[0].total)
     total = partition.join(totals)

@@ -24,11 +24,10 @@ def test_what_is_spent_is_on_disk_before_noise_is_drawn(plan, tmp_path):
     assert not path.exists()
     first, second = spending.charge(3), spending.charge(3)
     assert 0 < first.epsilon < second.epsilon
-    written = json.loads(path.read_text())
-    assert (written["rounds"], written["epsilon"]) == (2, second.epsilon)
-    assert written["statement"] == spending.statement == f"{second}, {WEIGHTS}"
-    assert written["weights"] == WEIGHTS
-    assert (written["unit"], written["sampling"], written["simulated"]) == ("client", "none", False)
+    said = json.loads(path.read_text())
+    assert said["rounds"] == 2 and said["epsilon"] == second.epsilon and said["statement"] == f"{second}, {WEIGHTS}"
+    assert said["weights"] == WEIGHTS
+    assert (said["unit"], said["sampling"], said["simulated"]) == ("client", "none", False)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"rounds": "many"}'])
@@ -52,9 +51,9 @@ def test_fresh_noise_of_a_round_that_is_run_again_is_charged_again(plan, tmp_pat
 def test_example_level_noise_counts_local_steps(small_recipe, tmp_path):
     recipe = small_recipe("privacy.dp={kind='example', noise_multiplier=1.0, delta=1e-3}")
     plan = plan_noise(recipe, LAYOUT, 100, 40, 12).plan
-    once = Spending.open(tmp_path / "a.json", plan, WEIGHTS, simulated=True, round_=0).charge(6)
+    simulated = Spending.open(tmp_path / "a.json", plan, WEIGHTS, simulated=True, round_=0).charge(6)
     many = Spending.open(tmp_path / "b.json", plan, WEIGHTS, simulated=True, round_=0)
-    assert (once.unit, once.steps) == ("example", 6)
+    assert (simulated.unit, simulated.steps) == ("example", 6)
     assert [many.charge(3).steps for _ in range(2)] == [3, 6]
 
 

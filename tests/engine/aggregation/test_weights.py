@@ -116,12 +116,12 @@ RULES = [kind(weighting=weighting) for kind in SUMMED for weighting in get_args(
 def sent(federation: Federation, client: int, rows: int, most: int) -> Update:
     """What a client adds to the sums; its training is its own, far longer than the clip, and of a step for ten rows."""
     strategy, plan = federation.strategy, CENTRAL.plan(federation.cohort, 100, 1)
-    got = strategy.broadcast(replace(strategy.init(drawn(LORA, 0), LORA), population=len(ROWS)))
+    broadcast = strategy.broadcast(replace(strategy.init(drawn(LORA, 0), LORA), population=len(ROWS)))
     steps = math.ceil(rows / 10)
     metrics = {"steps": float(steps), "rates": 0.1 * steps, "loss_before": 1.0}
     update = Update(client, federation.privacy.weight(rows, most), 10 * drawn(LORA, 1, client), metrics=metrics)
-    ends = {run: start for run, start in strategy.starts(got, {}).items() if run != GLOBAL}
-    return plan.encode(strategy.finish(update, got, {}, ends)[0], CLIP)
+    ends = {run: start for run, start in strategy.starts(broadcast, {}).items() if run != GLOBAL}
+    return plan.encode(strategy.finish(update, broadcast, {}, ends)[0], CLIP)
 
 
 def summed(federation: Federation, rows: dict[int, int]) -> torch.Tensor:
@@ -163,12 +163,12 @@ def test_where_nobody_moves_the_model_stays_for_twenty_secured_rounds(federation
     sums = ring_sums(federation, LORA, None, 0.0, len(rows), 100, 0)
     metrics = {"steps": 1.0, "rates": 0.1, "loss": 1.0, "learnt": 10.0, "tokens": 12.0}
     for _ in range(20):
-        got = rule.broadcast(state)
+        broadcast = rule.broadcast(state)
         ring = RingSum(RingShard(sums, live_masks(federation, LORA, state.round)), federation, LORA, None, state.round)
         for client, number in rows.items():
             weight = federation.privacy.weight(number, max(rows.values()))
-            still = rule.starts(got, {})[GLOBAL] - got.params
-            update, _ = rule.finish(Update(client, weight, still, metrics=metrics), got, {})
+            still = rule.starts(broadcast, {})[GLOBAL] - broadcast.params
+            update, _ = rule.finish(Update(client, weight, still, metrics=metrics), broadcast, {})
             ring.add(update)
         totals = sums.decode(ring.masked([]))
         assert totals.weight == pytest.approx(0.1 + 0.4 + 1.0 + 1.0, abs=1e-6)

@@ -36,9 +36,9 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotec
 @linux
 @pytest.mark.parametrize("at", [mmap.PAGESIZE // 2, 3 * mmap.PAGESIZE])
 def test_a_write_ends_the_process_and_reading_goes_on(at: int) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(at)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGSEGV, done.stderr
-    assert done.stdout.split("\n") == ["read", "neighbours written", ""]
+    completed = subprocess.run([sys.executable, "-c", SCRIPT, str(at)], cwd=ROOT, capture_output=True, text=True)
+    assert completed.returncode == -signal.SIGSEGV, completed.stderr
+    assert completed.stdout.split("\n") == ["read", "neighbours written", ""]
 
 
 @linux

@@ -37,8 +37,8 @@ def rank(rank: int, port: int) -> tuple[float, float, str]:
 def test_the_first_may_take_longer_than_a_collective_but_nobody_waits_when_it_has_died(ray_session, full):
     if not full:
         pytest.skip("seconds of waiting")
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = found.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     remote = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": ALONE})(rank)
     _, other = remote.remote(0, port), remote.remote(1, port)
     first_s, second_s, why = ray.get(other, timeout=60)

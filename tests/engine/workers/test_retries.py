@@ -10,23 +10,27 @@ from engine.workers.retries import attempted
 
 def test_what_works_is_done_once():
     asked = []
-    found = attempted((3, 1, 2), lambda pack: asked.append(pack) or [10 * client for client in pack], 2)
-    assert [(one.client, one.result, one.why) for one in found] == [(3, 30, ()), (1, 10, ()), (2, 20, ())]
+    attempts = attempted((3, 1, 2), lambda pack: asked.append(pack) or [10 * client for client in pack], 2)
+    assert [(attempt.client, attempt.result, attempt.why) for attempt in attempts] == [
+        (3, 30, ()),
+        (1, 10, ()),
+        (2, 20, ()),
+    ]
     assert asked == [(3, 1, 2)]
 
 
 def test_a_pack_that_is_too_large_is_halved_until_it_fits():
-    done = []
+    trained = []
 
     def train(pack):
         if len(pack) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        done.append(pack)
+        trained.append(pack)
         return list(pack)
 
-    found = attempted((0, 1, 2, 3, 4), train, 0)
-    assert done == [(0, 1), (2,), (3, 4)] and [one.result for one in found] == [0, 1, 2, 3, 4]
-    first, *_, last = found
+    attempts = attempted((0, 1, 2, 3, 4), train, 0)
+    assert trained == [(0, 1), (2,), (3, 4)] and [attempt.result for attempt in attempts] == [0, 1, 2, 3, 4]
+    first, *_, last = attempts
     assert [why.partition(": OutOfMemoryError: ")[0] for why in first.why] == ["in a pack with clients 0, 1, 2, 3, 4"]
     assert len(last.why) == 2 and last.why[1].startswith("in a pack with clients 2, 3, 4: ")
 
@@ -53,10 +57,10 @@ def test_a_client_that_raises_is_left_alone_and_named():
             raise KeyError("no such column")
         return list(pack)
 
-    found = attempted((0, 1, 2), train, 2)
+    attempts = attempted((0, 1, 2), train, 2)
     assert asked == [(0, 1, 2)] * 3 + [(0,), (1,), (2,)]  # a pack apart gives other bits: only where it must be
-    assert [one.result for one in found] == [0, None, 2]
-    assert found[1].why[3:] == ("KeyError: 'no such column'",) and len(found[0].why) == 3
+    assert [attempt.result for attempt in attempts] == [0, None, 2]
+    assert attempts[1].why[3:] == ("KeyError: 'no such column'",) and len(attempts[0].why) == 3
     asked.clear()
     assert attempted((1,), train, 2)[0].why == ("KeyError: 'no such column'",) * 3 and len(asked) == 3
 
@@ -70,8 +74,8 @@ def test_a_client_that_raises_once_is_as_good_as_the_others():
             raise OSError("the disk was gone for a moment")
         return list(pack)
 
-    (found,) = attempted((7,), train, 1)
-    assert found.result == 7 and found.why == ("OSError: the disk was gone for a moment",)
+    (attempt,) = attempted((7,), train, 1)
+    assert attempt.result == 7 and attempt.why == ("OSError: the disk was gone for a moment",)
 
 
 def test_a_process_that_has_lost_its_gpu_ends():

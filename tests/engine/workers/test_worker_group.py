@@ -58,15 +58,15 @@ def gangs(ray_session, tmp_path):
 @pytest.fixture(scope="module")
 def doubled(tiny_base, tmp_path_factory):
     """Changes of a recipe to bases that are called tied and have both matrices: as one, or as two."""
-    found = {}
+    changes = {}
     for name in ("one", "two"):
         folder = copytree(tiny_base, tmp_path_factory.mktemp("doubled") / name)
         weights = load_file(folder / "model.safetensors")
         embedded = weights["model.embed_tokens.weight"]
         weights["lm_head.weight"] = embedded.clone() if name == "one" else embedded.flip(0).contiguous()
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        found[name] = f"model.base={folder}"
-    return found
+        changes[name] = f"model.base={folder}"
+    return changes
 
 
 def trained(pool, slot, chunk, state):
@@ -84,8 +84,8 @@ def alone(recipe, tokens, client):
     trainable = Trainable(map_base(packed, torch.from_numpy(buffer)), recipe.model, seed)
     trainer = LocalTrainer.of(trainable, 1, recipe.train)
     rows = Tokens.open(tokens).rows(client, "train")
-    got = Broadcast(0, trainable.initial.clone(), layout=trainable.layout, seed=recipe.seed)
-    return trainer.updates([Job(client, rows, 1.0, got, {})], recipe)[0][0]
+    broadcast = Broadcast(0, trainable.initial.clone(), layout=trainable.layout, seed=recipe.seed)
+    return trainer.updates([Job(client, rows, 1.0, broadcast, {})], recipe)[0][0]
 
 
 @pytest.mark.slow
@@ -107,23 +107,23 @@ def test_a_client_after_another_is_the_client_in_a_fresh_gang_and_in_one_process
     assert torch.equal(after, fresh) and reports == fresh_reports
     rows = Tokens.open(start.tokens).counts("train")
     expected = alone(recipe, start.tokens, SECOND)
-    found = after.double() / STEP * rows.max() / rows[SECOND]
-    assert (found - expected.delta).abs().max() < 1e-5 < expected.delta.abs().max()
+    change = after.double() / STEP * rows.max() / rows[SECOND]
+    assert (change - expected.delta).abs().max() < 1e-5 < expected.delta.abs().max()
     assert reports[0].metrics["loss"] == pytest.approx(expected.metrics["loss"], abs=1e-5)
     for name in ("tokens", "learnt", "steps", "rows", "rates"):
         assert reports[0].metrics[name] == expected.metrics[name]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("own", ["checkpointing = true", 'offload = "cpu"'])
+@pytest.mark.parametrize("saving", ["checkpointing = true", 'offload = "cpu"'])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("gpus", [0, pytest.param(1, marks=ON_A_GPU)])
-def test_what_saves_memory_trains_the_same(gangs, small_recipe, doubled, full, own, stage, gpus):
+def test_what_saves_memory_trains_the_same(gangs, small_recipe, doubled, full, saving, stage, gpus):
     if not full:
         pytest.skip("half a minute for each")
-    own = own.replace(" = ", "=")
+    saving = saving.replace(" = ", "=")
     zero, *others = changes(stage, ranks=1 if gpus else 2)
-    recipe = small_recipe(zero.replace("{", f"{{{own}, "), *others, doubled["two"], f"clients.num_gpus={gpus}")
+    recipe = small_recipe(zero.replace("{", f"{{{saving}, "), *others, doubled["two"], f"clients.num_gpus={gpus}")
     pool, start = gangs(recipe)
     state = pool.initial()
     trained(pool, 0, [FIRST], state)
