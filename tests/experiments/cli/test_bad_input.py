@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def refused(recipe, out, match, **options):
-    """The run is refused with a ValueError that matches, and leaves no folder."""
-    with pytest.raises(ValueError, match=match):
+    """The run is refused with a user's error that matches, and leaves no folder."""
+    with pytest.raises(ValueError, match=match) as caught:
         experiments.run(recipe, out=out, **options)
-    assert not out.exists()
+    assert caught.value.exit_code == 2 and not out.exists()
 
 
 # What else is wrong with a base, its adapters or a cohort is tried where it is noticed, and comes here the same way.
