@@ -136,8 +136,7 @@ class Pool:
             layout, first = self._attach_all(store, shared, places)
         except LOST as error:
             raise self._cause(error, self.alive) from error
-        in_shards = isinstance(first, Partition)
-        if in_shards:
+        if self.worker_kinds[0].in_shards:
             self.partition, first = first, np.empty(0, np.float32)
         self.rows_by_client = Tokens.open(self.rows.folder).counts("train")
         without_gpu = sum(place.gpu is None for place in places) if clients.num_gpus else 0

@@ -83,7 +83,8 @@ class Slots:
 class Processes(Slots):
     """Slots of one process each, which share a base that is in the object store or in a GPU holder's memory."""
 
-    may_shrink, lanes, reads_base = True, True, True  # it goes on with fewer; clients train together; one reads for all
+    # The run can go on with fewer; clients train together; one reads the base for all; vectors are cut.
+    may_shrink, lanes, reads_base, in_shards = True, True, True, False
 
     def __init__(
         self, federation: Federation, folder: Path, patience: Patience, actor: type[ClientActor] = ClientActor
@@ -220,7 +221,7 @@ class Gangs(Slots):
     Each gang reads the base by itself.
     """
 
-    may_shrink, lanes, reads_base = False, False, False
+    may_shrink, lanes, reads_base, in_shards = False, False, False, True
 
     def __init__(self, federation: Federation, folder: Path, patience: Patience) -> None:
         super().__init__(federation, folder, patience)

@@ -11,11 +11,7 @@ from engine.workers.retries import attempted
 def test_what_works_is_done_once():
     asked = []
     attempts = attempted((3, 1, 2), lambda pack: asked.append(pack) or [10 * client for client in pack], 2)
-    assert [(attempt.client, attempt.result, attempt.why) for attempt in attempts] == [
-        (3, 30, ()),
-        (1, 10, ()),
-        (2, 20, ()),
-    ]
+    assert attempts == [Attempted(3, 30), Attempted(1, 10), Attempted(2, 20)]
     assert asked == [(3, 1, 2)]
 
 
