@@ -52,6 +52,7 @@ SGD = 'train.optimizer={kind="sgd", lr=0.05}'
 RANKS = "model.peft.ranks=[{r=2, share=0.5}, {r=4, share=0.5}]"
 RECIPES: dict[str, tuple[str, ...]] = {
     "plain": (),
+    "two_slots": ("clients.slots=2",),
     "three_slots": ("clients.slots=3",),
     "resumed": (),
     "full_tuning": ("model.peft=none", 'train.optimizer={kind="adamw", lr=1e-3}'),
@@ -206,6 +207,21 @@ def metrics(run: Path) -> list[str]:
     return sorted(lines)
 
 
+def keep(name: str, inputs: Path, out: Path) -> None:
+    """Runs a recipe and keeps what it has led to."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(scratch) / "run"
+        run_recipe(name, inputs, run)
+        write_result(out, name, vectors(run), metrics(run))
+
+
+def write_result(out: Path, name: str, arrays: dict[str, np.ndarray], lines: list[str]) -> None:
+    """Writes a recipe's vectors and metrics."""
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez(out / f"{name}.npz", **arrays)
+    (out / f"{name}.txt").write_text("\n".join(lines))
+
+
 def measure(out: Path, inputs: Path, names: Sequence[str]) -> None:
     """Runs the named recipes on the tree that Python imports from; keeps vectors and metrics, prints their digests."""
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -216,14 +232,8 @@ def measure(out: Path, inputs: Path, names: Sequence[str]) -> None:
     import ray
 
     ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="error")
-    out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        with tempfile.TemporaryDirectory() as scratch:
-            run = Path(scratch) / "run"
-            run_recipe(name, inputs, run)
-            arrays, lines = vectors(run), metrics(run)
-        np.savez(out / f"{name}.npz", **arrays)
-        (out / f"{name}.txt").write_text("\n".join(lines))
+        keep(name, inputs, out)
         print(f"{name:16} {digest_of(out, name)}", flush=True)
     ray.shutdown()
 

@@ -21,6 +21,7 @@ from engine.messages.shards import Shard, ShardedState, ShardSum, borrow
 from engine.messages.tasks import Served
 from engine.scheduling.dispatcher import Worked
 from engine.scheduling.pool import Pool, Start
+from strategies.core.errors import StrategyError
 from strategies.core.protocol import Aggregate, Broadcast, ServerState
 from strategies.privacy.central import CentralPlan
 
@@ -98,6 +99,9 @@ class DriverShards:
         live = {} if plan is None else live_masks(self.federation, layout, state.round)
         aggregate = sums[0] if sums else None
         after, clip = server_step(_whole(state), aggregate, plan, clip, self.federation, layout, live)
+        if after.merged_delta is not None and not self.federation.strategy.merges_into_base:
+            named = type(self.federation.strategy).__name__
+            raise StrategyError(f"{named} changes the base: declare merges_into_base = True in its class")
         return ShardedState(after.round, (after,)), clip
 
     def merged(self, state: ShardedState) -> torch.Tensor | None:

@@ -89,7 +89,7 @@ def test_iid_sizes(clients, rng):
 def test_sizes_of_a_law(law, expected, clients, rng):
     for number in clients:
         assert sizes(ours(BySize(clients=number, law=law), rng())) == sizes(theirs(expected(number)))
-    with pytest.raises(DataError):
+    with pytest.raises(ValueError, match="sizes"):
         theirs(expected(2 * clients[-1]))
     with pytest.raises(DataError):
         ours(BySize(clients=2 * clients[-1], law=law), rng())
