@@ -1,5 +1,6 @@
 """`fedpost report` and `bench`: pages about runs, and measurements."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -64,11 +65,13 @@ def bench(
 
     from engine.messages.errors import RunError
     from experiments.bench.results import show_results
+    from experiments.runs.api import settle_ray
 
     if scenario not in SCENARIOS:
         raise RunError(f"there is no benchmark {scenario!r}; there is {', '.join(SCENARIOS)}")
     if (scenario == "scale") != (recipe is not None):
         raise RunError("fedpost bench scale takes a recipe, and no other benchmark does")
+    settle_ray(address or os.environ.get("RAY_ADDRESS"))  # the scenarios import ray
     if recipe is not None:
         from experiments.bench.scenarios.scale import scale
 

@@ -150,6 +150,23 @@ def shared_store(recipe: Recipe, store: Path) -> str | None:
     return None if is_local(recipe.data.cache) else within(recipe.data.cache, store.name)
 
 
+def settle_ray(address: str | None) -> None:
+    """Sets what Ray reads from the environment, part of it as soon as it is imported: so call this before that.
+
+    A Ray that is to be started here, without an `address`, stays on loopback and asks for a token.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Unused objects leave the store at once and not once a second: a round may be shorter than that.
+    os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
+    if address is None and "ray" not in sys.modules:
+        # The first keeps Ray on loopback, despite its name. The token is known to this process alone; Ray would leave
+        # one in the home folder.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 @contextmanager
 def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
     """Joins the Ray at `address` (or the one of the Ray job that this is), or starts one on loopback and ends it again.
@@ -157,17 +174,8 @@ def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
     A Ray that is started here has `resources` (num_cpus, num_gpus), by default those of the machine. Raises RunError if
     Ray does not answer or start.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Unused objects leave the store at once and not once a second: a round may be shorter than that.
-    os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
     address = address or os.environ.get("RAY_ADDRESS")
-    if address is None and "ray" not in sys.modules:
-        # Read when ray is imported. The first keeps Ray on loopback, despite its name. The token is known to this
-        # process alone; Ray would leave one in the home folder.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    settle_ray(address)
     import ray
 
     if ray.is_initialized():

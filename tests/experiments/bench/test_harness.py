@@ -1,5 +1,6 @@
 """What all benchmarks share: timing, the memory of processes, and a folder that goes with its scenario."""
 
+import os
 import subprocess
 import sys
 import time
@@ -52,3 +53,25 @@ def test_the_memory_of_workers_is_read_by_their_titles(read):
         (held,) = workers_mb(("Gang", "Rank"), read)
         assert 0 < held <= psutil.Process(process.pid).memory_info().rss / 2**20 + 1
         process.communicate(b"\n")
+
+
+def test_a_scenario_is_imported_once_the_environment_of_its_ray_is_set():
+    """Ray reads it as soon as it is imported, which scenarios do: without a token anybody here could join."""
+    script = """
+import importlib, os, sys
+
+def look(name):
+    assert name == "experiments.bench.scenarios.tiny" and "ray" not in sys.modules
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    print(*map(os.environ.get, names), flush=True)
+    os._exit(0)
+
+from experiments.__main__ import main
+importlib.import_module = look
+sys.argv = ["fedpost", "bench", "tiny", "--small"]
+main()
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    mode, token, elsewhere = process.stdout.split() or pytest.fail(process.stderr)
+    assert (mode, len(token), elsewhere) == ("token", 64, "0")
