@@ -120,7 +120,7 @@ def test_a_round_by_hand(tmp_path):
     state, played = loop.play(loop.server.shards.initial())
     assert (state.round, params(state), loop.journal.model) == (1, [2.0, 0.0], 1)
     (broadcast,) = loop.collector.broadcasts
-    assert broadcast.params.tolist() == [1.0, 2.0] and broadcast.round == 0
+    assert broadcast.vector().tolist() == [1.0, 2.0] and broadcast.round == 0
     assert (played.round, played.loss, played.clients) == (1, 2.0, 2)
     assert (played.gone, played.faults) == ({"client-3": "asleep"}, (Fault("slot", "1", "killed"),))
     loop.recorder.logs.flush(1)
@@ -184,7 +184,7 @@ def test_clients_that_are_not_in_the_sum_lose_the_state_of_the_round(tmp_path):
 def test_the_base_follows_what_a_state_has_merged_and_only_that():
     server = Server(DriverShards(recipe(), None, POPULATION), Bases())
     plain, merged = (
-        ShardedState(0, (ServerState(0, torch.zeros(2), residual=delta),)) for delta in (None, torch.ones(3))
+        ShardedState(0, (ServerState(0, torch.zeros(2), merged_delta=delta),)) for delta in (None, torch.ones(3))
     )
     for before, after in ((None, plain), (plain, plain), (None, merged), (merged, merged), (merged, None)):
         server.move_base(before, after)
