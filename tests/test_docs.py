@@ -61,8 +61,9 @@ def leads(page: str, text: str, target: str) -> bool:
     """Whether the target of a page's link, `file`, `file#heading` or `#heading`, is there."""
     name, _, anchor = target.partition("#")
     path = ((ROOT / page).parent / name).resolve()
-    linked = path.read_text("utf-8") if path.is_file() else text
-    return (not name or path.exists()) and (not anchor or anchor in anchors(linked))
+    if not anchor:
+        return path.exists()
+    return anchor in anchors(path.read_text("utf-8") if path.is_file() else text)
 
 
 def is_module_or_name(dotted: str) -> bool:
