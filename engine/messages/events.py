@@ -10,7 +10,7 @@ DROPOUT = "dropout"
 class Fault:
     """What went wrong, whether or not it could be repaired: its kind, which one, and why.
 
-    Kinds are "slot", "client", "pack" (clients in lanes), "driver", "round", and "dropout": a client that is absent or
+    Kinds are "slot", "client", "lanes" (clients that train together), "driver", "round", and "dropout": a client that is absent or
     late because the recipe asks for it.
     """
 

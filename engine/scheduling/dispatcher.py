@@ -287,7 +287,7 @@ class Dispatcher:
         again = self.suspects[unit] > self.slots.federation.clients.retries
         if len(unit) > 1 and (again or isinstance(error, OutOfMemoryError)):
             why = f"halved, since its slots died of it: {last_line(error)}"
-            self.slots.faults.append(Fault("pack", ", ".join(map(str, unit)), why))
+            self.slots.faults.append(Fault("lanes", ", ".join(map(str, unit)), why))
             for half in halves(unit):
                 self.cost[half], self.kind[half] = self.cost[unit] * len(half) / len(unit), self.kind[unit]
                 self.suspects[half] = 0

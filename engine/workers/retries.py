@@ -42,7 +42,7 @@ def attempted(
     # Only here does nothing refer to the error's frames any more, and to the tensors in them.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    why = (*why, cause if len(unit) == 1 else f"in a pack with clients {', '.join(map(str, unit))}: {cause}")
+    why = (*why, cause if len(unit) == 1 else f"in lanes with clients {', '.join(map(str, unit))}: {cause}")
     if len(unit) > 1 and short:
         return [attempt for part in halves(unit) for attempt in attempted(part, train, retries, why)]
     if retries:

@@ -210,7 +210,7 @@ def test_a_unit_that_ends_its_slots_is_halved_until_it_does_not(full: bool) -> N
     clients, units, given_up = pulled(pool, [(0, 1), (2, 3, 4, 5, 6, 7), (8, 9)])
     assert given_up == [] and clients == list(range(10))
     assert units == [(0, 1), (2, 3, 4), (5,), (6, 7), (8, 9)]
-    assert [(fault.kind, fault.who) for fault in pool.faults] == [("pack", "2, 3, 4, 5, 6, 7"), ("pack", "5, 6, 7")]
+    assert [(fault.kind, fault.who) for fault in pool.faults] == [("lanes", "2, 3, 4, 5, 6, 7"), ("lanes", "5, 6, 7")]
 
 
 @pytest.mark.usefixtures("ray_session")

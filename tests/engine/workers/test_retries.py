@@ -27,8 +27,8 @@ def test_a_pack_that_is_too_large_is_halved_until_it_fits():
     attempts = attempted((0, 1, 2, 3, 4), train, 0)
     assert trained == [(0, 1), (2,), (3, 4)] and [attempt.result for attempt in attempts] == [0, 1, 2, 3, 4]
     first, *_, last = attempts
-    assert [why.partition(": OutOfMemoryError: ")[0] for why in first.why] == ["in a pack with clients 0, 1, 2, 3, 4"]
-    assert len(last.why) == 2 and last.why[1].startswith("in a pack with clients 2, 3, 4: ")
+    assert [why.partition(": OutOfMemoryError: ")[0] for why in first.why] == ["in lanes with clients 0, 1, 2, 3, 4"]
+    assert len(last.why) == 2 and last.why[1].startswith("in lanes with clients 2, 3, 4: ")
 
 
 def test_the_cpus_allocator_is_understood():

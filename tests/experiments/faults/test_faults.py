@@ -192,7 +192,7 @@ def test_a_pack_that_is_too_large_gives_the_bits_of_its_parts(ray_session, small
     run = experiments.run(recipe, out=tmp_path / "run")
     assert bits(run) == bits(parts)
     rows = faults(run)
-    assert len(rows) == 3 * 4 * tries and all(why.startswith("in a pack with clients ") for _, _, why in rows)
+    assert len(rows) == 3 * 4 * tries and all(why.startswith("in lanes with clients ") for _, _, why in rows)
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ def test_a_client_whose_memory_is_never_there_is_tried_in_smaller_packs_and_alon
     run = experiments.run(replace(small_recipe(*changes), strategy=OneTooLarge()), out=tmp_path / "run")
     rows = faults(run)
     assert all("can't allocate memory" in why for _, _, why in rows)
-    sizes = {why.count(", ") + 1 for _, _, why in rows if why.startswith("in a pack with clients ")}
-    alone = {who for _, who, why in rows if not why.startswith("in a pack with clients ")}
+    sizes = {why.count(", ") + 1 for _, _, why in rows if why.startswith("in lanes with clients ")}
+    alone = {who for _, who, why in rows if not why.startswith("in lanes with clients ")}
     assert sizes >= {2, 4} and len(alone) == 1
     (clients,) = [row["value"] for row in run.metrics.to_pylist() if row["name"] == "clients"]
     assert clients == 7
