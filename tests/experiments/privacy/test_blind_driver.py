@@ -31,7 +31,7 @@ CHANGES = (
     "model.peft={kind='lora', r=16}",
     "clients.max_failed=0.5",
 )
-FULL = ("privacy.secagg.mode=full", "privacy.secagg.dropout=0.34", "privacy.secagg.threshold=2")
+FULL = ("privacy.secagg.mode=full", "privacy.secagg.dropout=0.34", "privacy.secagg.threshold=2", "privacy.rows_cap=1")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from engine.messages.events import DriverLost, RoundDone
 from engine.records.metrics import read_log
 from strategies.averaging.fedavg import FedAvg
 
-SECURED = "privacy.secagg={mode='full', dropout=0.34, threshold=2}"
+SECURED = "privacy={rows_cap=1, secagg={mode='full', dropout=0.34, threshold=2}}"
 SMALL = ("cohort.size=8", "rounds=4", "checkpoint.every=4", "evaluate.every=0", "clients.max_failed=0.5", SECURED)
 FIRST, SECOND = 2, 5  # who fails in round 1 of the first play, and in round 2 of the second
 
