@@ -1,7 +1,9 @@
 """Every example of docs/extending.md, taken from the page and run."""
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,8 @@ from strategies import FedAvg
 from strategies.core.protocol import Aggregate, Broadcast, ServerState, Size, Update
 from strategies.transforms.chain import bits, decode, encode
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "extending.md"
 EXAMPLES = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL))
 
 
@@ -95,3 +98,26 @@ def test_the_objective_is_the_focal_loss_and_sft_without_focus(example, tiny_bas
     np.testing.assert_allclose(weighted, plain * (1 - np.exp(-plain)) ** 2, rtol=1e-5)
     np.testing.assert_array_equal(focal(gamma=0.0).terms(network, batch)["nll"].values_N.detach().numpy(), plain)
     assert replace(focal(), gamma=1.0).kind == "focal" and FedAvg().kind == "fedavg"
+
+
+def test_an_objective_in_the_union_is_a_kind_of_the_recipe(example, tmp_path):
+    example("engine/objectives/focal.py")
+    script = """
+import engine.objectives, focal
+focal.Focal.__module__ = "engine.objectives.focal"  # where its file would be
+engine.objectives.Objectives = engine.objectives.Sft | focal.Focal  # as its line in the union would
+from engine.messages.errors import RunError
+from experiments.config.recipe import parse_recipe, to_toml
+text = open(REPLACE).read()
+recipe = parse_recipe(text, ['train.objective={kind="focal", gamma=1.0}'])
+assert recipe.train.objective == focal.Focal(gamma=1.0) and parse_recipe(to_toml(recipe), []) == recipe
+assert parse_recipe(text, ["train.objective=sft"]).train.objective == engine.objectives.Sft()
+try:
+    parse_recipe(text, ["train.objective=foca"])
+except RunError as error:
+    assert "did you mean 'focal'? There is 'sft', 'focal'" in str(error), error
+"""
+    script = script.replace("REPLACE", repr(str(ROOT / "experiments" / "recipes" / "demo.toml")))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    process = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

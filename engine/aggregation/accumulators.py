@@ -15,6 +15,7 @@ from engine.aggregation.ring_encoding import Plan, figures_of, ring_values
 from engine.aggregation.ring_shard import RingShard
 from engine.config.federation import Federation
 from engine.messages.reports import UpdateMessage
+from strategies.core.errors import StrategyError
 from strategies.core.layout import Layout
 from strategies.core.protocol import Update
 from strategies.core.seeds import rng
@@ -70,7 +71,7 @@ class RingSum:
             raise NonFiniteUpdate("its training loss is no number")
         try:
             self.shard.sums.encode_head(update.weight)
-        except ValueError as error:
+        except StrategyError as error:
             raise NonFiniteUpdate(str(error)) from error
         shard = self.shard
         values, clipped = ring_values(

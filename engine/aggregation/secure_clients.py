@@ -47,7 +47,7 @@ class Opening:
 class Authority:
     """An actor that holds the secret behind all identities, as a registry outside of the session would.
 
-    Slots ask it. The driver holds its handle and never its answers: those of a task of its own it would store itself.
+    Slots ask it. The driver never does: the answer would lie in its own object store.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class SecureClients:
         return _roster(ray.get(authority.secret.remote()), cohort)
 
     def _staying(self, phase: Phase) -> dict[int, Client]:
-        """Those who answer; who does not is forgotten, with its secrets."""
+        """Returns the clients that answer this phase; forgets the others and their secrets."""
         assert self._opened is not None
         gone = self._opened.gone
         self._members = {client: member for client, member in self._members.items() if gone.get(client) != phase}

@@ -11,7 +11,7 @@ from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
 from strategies.core.protocol import NeedsSgd, Strategy
 
-SOME = Layout(("any",), ((10_007,),))  # a length that no sum has by chance: an extra as long as it follows the layout
+SOME = Layout(("any",), ((10_007,),))  # an odd length: an extra of this length follows the vector's
 
 
 def check_together(recipe: Sections) -> None:

@@ -4,7 +4,7 @@ import difflib
 import inspect
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from engine.messages.errors import RunError
 from engine.objectives import Objectives
 from engine.objectives.sft import Sft
 
+BY_KIND = Field(discriminator="kind") if get_args(Objectives) else Field()  # a union of one has no members
 NEEDS_MORE = {"LBFGS", "SparseAdam", "Muon"}  # a closure, sparse gradients, matrices: a flat vector has none of them
 
 
@@ -95,7 +96,7 @@ class Train:
     client keeps its own from round to round ("keep").
     """
 
-    objective: Objectives = field(default_factory=Sft)
+    objective: Annotated[Objectives, BY_KIND] = field(default_factory=Sft)
     optimizer: Annotated[AdamW | Sgd | TorchOptimizer, Field(discriminator="kind")] = field(default_factory=AdamW)
     over_rounds: Schedule = field(default_factory=Schedule)
     over_steps: Schedule = field(default_factory=Schedule)

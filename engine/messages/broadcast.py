@@ -20,7 +20,7 @@ from strategies.privacy.per_example import ExamplePlan
 class BroadcastMessage:
     """A broadcast whose only shard is whole, or references to all shards of the server's state, cut by `partition`.
 
-    Of whole vectors the server makes the broadcast, of shards the workers do, since the driver does not hold them.
+    The server makes the broadcast of a whole vector; with shards each worker makes its own from the state.
     Client state from before round `oldest` may be deleted. `dp` says how clients bound what they send and what noise
     they add, `clip` is the round's clipping norm. Up to `lanes` clients train together. `nbytes` are those of the
     shards in the object store.

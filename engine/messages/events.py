@@ -10,8 +10,8 @@ DROPOUT = "dropout"
 class Fault:
     """What went wrong, whether or not it could be repaired: its kind, which one, and why.
 
-    Kinds are "slot", "client", "lanes" (clients that train together), "driver", "round", and "dropout": a client that is absent or
-    late because the recipe asks for it.
+    Kinds are "slot", "client", "lanes" (clients that train together), "driver", "round", and "dropout": a client that
+    is absent or late because the recipe asks for it.
     """
 
     kind: str

@@ -76,7 +76,7 @@ class ShardTotals:
 
 @dataclass(frozen=True)
 class ShardedState:
-    """The server's state where the driver holds only references to its shards (Shard), of `nbytes` in the store."""
+    """The server's state in shards: the whole ServerState itself, or references to Shards, of `nbytes` in the store."""
 
     round: int
     parts: tuple[Any, ...]

@@ -31,9 +31,9 @@ Hold = Callable[[ServerState], Any]  # puts a shard where the state is to hold i
 class Saved:
     """What a resumed run starts from: the model state, the seconds that the run had taken, and what privacy needs.
 
-    `clip` is the next round's clipping norm, `aborts` how many rounds of secure aggregation had no result. Pool train
-    in so many `lanes`; `costs` is what is known of how long clients take. `passed_over` says why newer checkpoints
-    could not be read. `last_sum` is the last round whose sum is in the state, which names its model.
+    `clip` is the next round's clipping norm, `aborts` how many rounds of secure aggregation had no result. Up to
+    `lanes` clients train together in a slot; `costs` is what is known of how long clients take. `passed_over` says why
+    newer checkpoints could not be read. `last_sum` is the last round whose sum is in the state, which names its model.
     """
 
     state: ShardedState
@@ -47,7 +47,7 @@ class Saved:
 
 
 def as_it_is(shard: Any) -> Any:
-    """Returns the shard: a state that this process holds holds its tensors."""
+    """Returns the shard unchanged: its tensors are in this process."""
     return shard
 
 

@@ -151,7 +151,7 @@ class Faults(RoundLog):
             super().flush(round_)
 
     def forget_after(self, round_: int) -> None:
-        """Keeps all: what went wrong before a round is played again did go wrong."""
+        """Keeps all: the faults of a round that is played again did happen."""
 
 
 class Logs(NamedTuple):

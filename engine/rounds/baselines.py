@@ -16,7 +16,7 @@ from engine.rounds.round_loop import RoundLoop
 
 @dataclass(frozen=True)
 class Baselines:
-    """Spends the federation's steps otherwise: all of them in one model, or in equal parts in each client's."""
+    """Spends the federation's steps on one pooled model, and in equal parts on each client's own."""
 
     parts: RunParts
     evaluator: Evaluator

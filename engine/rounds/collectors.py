@@ -139,7 +139,7 @@ def reasons(gone: Mapping[int, Leaving], reports: Iterable[Report]) -> dict[int,
 
 
 def _figures(good: list[Report]) -> dict[str, float]:
-    """The sums over all clients of what their training tells."""
+    """The sums over all clients of their training's figures."""
     return {
         "nll": sum(report.metrics["loss"] * report.metrics["learnt"] for report in good),
         "learnt": sum(report.metrics["learnt"] for report in good),

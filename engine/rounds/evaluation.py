@@ -67,7 +67,7 @@ class Evaluator:
         return losses
 
     def centralized(self, start: Any, round_: int, steps: int) -> Losses:
-        """Returns the loss after `steps` steps on the pooled rows: what could be had if that were allowed."""
+        """Returns the loss after `steps` steps on the pooled rows of all clients: an upper bound."""
         clients = list(range(self.parts.store.num_training))
         trained_P = self.parts.pool.ask(lambda actor: actor.centralised.remote(clients, start, steps), long=True)
         return self._every_split(ray.put(BroadcastMessage(round_, (Shard(trained_P, {}),))), round_, "loss_centralised")
@@ -107,7 +107,7 @@ class Evaluator:
         return first + np.flatnonzero(rows), rows[rows > 0]
 
     def _limit(self, split: str) -> int:
-        """How many rows of a client count; the server is none, and has a limit of its own."""
+        """The most rows that count: `server_rows` of the server's rows, `rows` of a client's."""
         return self.parts.federation.evaluate.server_rows if split == "server" else self.parts.federation.evaluate.rows
 
     def _every_split(self, vector: Any, round_: int, name: str, *, protocol: bool = False) -> Losses:

@@ -21,6 +21,7 @@ from engine.rounds.collectors import Collected, reasons
 from engine.rounds.secure_round import Message, Relay
 from engine.rounds.server import Shards
 from engine.scheduling.pool import Pool
+from strategies.core.errors import StrategyError
 from strategies.core.layout import Layout
 from strategies.privacy.central import CentralPlan
 from strategies.privacy.distributed import DistributedPlan
@@ -74,7 +75,7 @@ class SecureCollector:
         try:
             self._refuse_thin(cohort.tolist(), least)
             parameters = secagg.parameters(len(cohort))
-        except ValueError as error:
+        except (SumRefused, StrategyError) as error:
             return Collected(by_client=False, aborted=str(error))
         sums = self.sums(plan, broadcast.clip, len(cohort), broadcast.round)
         gone = self._gone(work, broadcast.round)

@@ -1,7 +1,7 @@
 """The server's half of a strategy: a model state, which is a tuple of shards, and the rule that makes the next one.
 
 A whole vector is one shard, and `DriverShards` holds it in this process. With `RankShards` each rank of the first gang
-works on a shard of its own, and the driver knows references. Nothing else in this room asks which of the two it is.
+works on a shard of its own, and the driver knows references. Rules, checkpoints and callbacks never ask which it is.
 """
 
 from collections.abc import Mapping

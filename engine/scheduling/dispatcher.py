@@ -19,7 +19,7 @@ from engine.messages.reports import Report
 from engine.messages.tasks import Unit, halves
 from engine.system.failures import LOST, SlotSilent, last_line
 
-SHARES = 1.5  # chunks for each slot in the work that is left: a third of it is held back for whoever is done first
+SHARES = 1.5  # chunks for each slot in the work that is left: a first chunk is 2/3 of an even share
 LATER_SHARES = 2  # chunks for each slot in work that can wait
 LEAST_S = 0.005  # of work in a chunk, if there is as much: to hand one out takes about a tenth of that
 AHEAD = 2  # chunks that a slot has at once, so that it need not wait for the next
@@ -168,7 +168,7 @@ class Dispatcher:
         self.left[self.kind[unit]] += self.cost[unit]
 
     def _hand_out(self) -> None:
-        # Nothing waits behind a suspect: the answer of a slot that dies a moment after it may be lost.
+        # While units are suspects, a slot gets one chunk at a time: a dying slot may lose its last answer.
         for ahead in range(1 if self.suspects else AHEAD):
             for slot in [slot for slot, room in self.free.items() if room == AHEAD - ahead]:
                 kind = self.slots.kind_of(slot)

@@ -119,7 +119,7 @@ class Pool:
     def start(self, store: Path, shared: str | None = None) -> Start:
         """Reads base and rows beside the driver, then attaches all slots; RunError if that is impossible.
 
-        The death of a slot here is raised as it is: nothing has begun, and whoever asked begins again.
+        A slot's death is raised unchanged: no round has run, so the caller starts again.
         `shared` is the location that the store was copied from, if it was: its token columns lie there too.
         """
         clients = self.federation.clients
@@ -177,7 +177,7 @@ class Pool:
 
         Where the cluster has no place for it any more, the others go on without it. RunError when too many have died
         while their nodes lived, with nothing done between. A shard of state or sums that is lost with its node is lost
-        for all slots: then the error goes on, to whoever goes back to the last checkpoint.
+        for all slots: the error is raised, and the caller resumes from the last checkpoint.
         """
         kind = self._worker_kind(slot)
         error = kind.cause(error, [slot])
@@ -342,7 +342,7 @@ class Pool:
     def ask(self, call: Callable[[Any], Reference], *, long: bool = False) -> Any:
         """Returns the result of `call(actor)` in the first slot; one that dies is replaced, RunError when too many do.
 
-        So is one that does not answer for the recipe's deadline, unless the answer may take `long`.
+        A slot that exceeds clients.timeout_s is replaced too, unless the answer may take `long`.
         """
         self.deaths = 0
         while True:

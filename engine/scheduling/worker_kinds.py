@@ -31,9 +31,9 @@ TOGETHER = ("run", "evaluate", "generate", "masked")
 
 @dataclass
 class Patience:
-    """How many seconds to wait for a slot, None: without end. `work_s` for work, `answer_s` for what takes no time.
+    """How many seconds to wait for a slot; None is without end.
 
-    `start_s` is for a base or rows that a slot is given.
+    `work_s` is for work, `answer_s` for calls that return at once, `start_s` for a base or rows that a slot is given.
     """
 
     work_s: float | None
@@ -66,7 +66,7 @@ class Rows:
 
 
 class Slots:
-    """What kinds of slots have in common; a slot's loss is the pool's business: their methods raise one of LOST."""
+    """What kinds of slots share. Their methods raise one of LOST when a slot dies; the pool replaces it."""
 
     def __init__(self, federation: Federation, folder: Path, patience: Patience) -> None:
         self.federation, self.folder, self.patience = federation, folder, patience
@@ -83,8 +83,10 @@ class Slots:
 class Processes(Slots):
     """Slots of one process each, which share a base that is in the object store or in a GPU holder's memory."""
 
-    # The run can go on with fewer; clients train together; one reads the base for all; vectors are cut.
-    may_shrink, lanes, reads_base, in_shards = True, True, True, False
+    may_shrink = True  # the run can continue with fewer of them
+    lanes = True  # several clients may train together
+    reads_base = True  # one of them reads the base for all
+    in_shards = False  # vectors are whole
 
     def __init__(
         self, federation: Federation, folder: Path, patience: Patience, actor: type[ClientActor] = ClientActor
@@ -163,7 +165,7 @@ class Processes(Slots):
         if node not in self.merged:
             merged = actor.merged_weights.remote(self.merged_delta)
             ray.wait([merged], fetch_local=False, timeout=self.patience.answer_s)
-            # A slot that died of it, or has not ended it, must not leave a reference to nothing.
+            # If the slot died while merging, do not keep a reference to weights that never come.
             self._answer(actor.place.remote())
             self.merged[node] = merged
         self._answer(actor.use_weights.remote(self.merged[node]))
@@ -189,7 +191,7 @@ class Processes(Slots):
 
 
 class GangHandle:
-    """What the pool calls as it calls a single process: the first rank answers, and all do together what is for all.
+    """Stands in for an actor: calls in TOGETHER go to all ranks, others to the first, which answers.
 
     Each is asked by itself, and none through the first: if that one is stopped, the others must run into their timeout.
     """
@@ -254,7 +256,7 @@ class Gangs(Slots):
         return self.handles[slot]
 
     def end(self, slot: int) -> None:
-        """What a gang leaves goes with its placement group, when another takes its place."""
+        """Does nothing: `spawn` removes the old placement group and all that runs in it."""
 
     def ranks(self, slot: int) -> Sequence[Any]:
         """Returns all ranks, the first one first."""

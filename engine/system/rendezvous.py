@@ -35,7 +35,7 @@ def meet(
 
 
 def wait_for_the_first(rank: int) -> None:
-    """Makes the other ranks wait until the first one calls this too: longer than in a collective, unless it dies.
+    """Blocks the other ranks until the first one calls this too, for longer than a collective would wait.
 
     All ranks must call it equally often.
     """

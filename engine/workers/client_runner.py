@@ -1,4 +1,4 @@
-"""Becomes one client after another: makes its job, trains it, and hands its update to an accumulator.
+"""Trains a worker's clients one after another: makes a job, trains it, hands its update to an accumulator.
 
 The same in a single process and in each rank of a group, where vectors are shards. Legend: P parameters.
 """
@@ -40,9 +40,9 @@ class Trained:
 
 @dataclass
 class ClientRunner:
-    """A worker's clients. `trainer_of` gives the trainer of a unit, `layout` is that of the vectors at hand.
+    """A worker's clients. `trainer_of` gives the trainer of a unit; `layout` is of whole vectors, or of a rank's shard.
 
-    In a group of ranks nothing is tried again here: what a rank raises ends its group.
+    There are no retries in a gang: an exception in one rank ends it.
     """
 
     federation: Federation
@@ -182,7 +182,7 @@ class ClientRunner:
         finite = all(tensor.isfinite().all() for tensor in after.values())
         if self.peers.rank is None:
             if not finite:
-                raise NonFiniteUpdate("what it would remember holds NaN or infinity")
+                raise NonFiniteUpdate("its new client state holds NaN or infinity")
             return
         try:
             bound = finite_bound(update) if finite else float("nan")
@@ -190,6 +190,6 @@ class ClientRunner:
             bound = float("nan")
         largest = self.peers.largest(bound)
         if not np.isfinite(largest):
-            raise NonFiniteUpdate("its update, or what it would remember, holds NaN or infinity")
+            raise NonFiniteUpdate("its update, or its new client state, holds NaN or infinity")
         if largest >= LIMIT:
             raise NonFiniteUpdate(f"its update reaches {largest:.3g}, beyond the exact sum's range of {LIMIT:.3g}")

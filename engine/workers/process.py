@@ -1,4 +1,4 @@
-"""What every process of a worker does: it tells where it is, sees to the rows, and answers for its secured clients."""
+"""The base of worker processes: placement, token columns, and the clients' part of secure aggregation."""
 
 import logging
 from pathlib import Path

@@ -72,7 +72,7 @@ class Attached:
 
 
 class ClientActor(WorkerProcess):
-    """One slot. `attach` gives it base and rows; then chunks of clients come, and `forget_sum` ends a round."""
+    """One slot: `attach` gives it base and rows, `run` trains chunks, `forget_sum` resets the sum after a round."""
 
     def __init__(self, federation: Federation, folder: Path) -> None:
         import peft  # noqa: F401  # takes seconds: here all slots take them at the same time

@@ -240,4 +240,4 @@ def _from_first(value: Any) -> Any:
 
 def _is_users(error: Exception, method: str) -> bool:
     """Whether the user can mend it, and all ranks meet it; what a client raises ends its gang, as it would a slot."""
-    return isinstance(error, ValueError) and method not in ("run", "masked")
+    return hasattr(error, "exit_code") and method not in ("run", "masked")

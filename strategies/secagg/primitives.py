@@ -78,7 +78,7 @@ class Primitives(Protocol):
         ...
 
     def commit(self, sid: bytes, client: int, seed: bytes) -> bytes:
-        """What tells a client's seed from any other without saying it."""
+        """A commitment to a client's seed."""
         ...
 
     def sign(self, private: bytes, text: bytes) -> bytes:
@@ -165,7 +165,7 @@ class Full:
 
 
 class Ideal:
-    """Stand-ins of the same sizes that hide nothing: who drops out aborts a session just so, and messages cost as much.
+    """Stand-ins that hide nothing: messages have the same sizes, and drop-outs abort a session under the same rules.
 
     Public keys are random, since a session refuses two that are the same.
     """
