@@ -80,7 +80,7 @@ def test_auto_is_settled_once_and_honoured(small_recipe, tmp_path):
 
 def test_a_model_that_does_not_pack_is_refused_at_the_start(ray_session, small_recipe, tmp_path):
     recipe = small_recipe("clients.lanes=2", "model.peft={kind='lora', r=4, targets=['embed_tokens', 'q_proj']}")
-    with pytest.raises(ValueError, match=r"clients\.pack works with adapters of linear layers alone"):
+    with pytest.raises(ValueError, match=r"clients\.lanes works with adapters of linear layers alone"):
         experiments.run(recipe, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
