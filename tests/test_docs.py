@@ -12,7 +12,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-STILL_OLD: tuple[str, ...] = ()
 PLANTED = ("engine/objectives/focal.py", "strategies/transforms/half.py")  # files that extending.md lets readers add
 UNLIMITED = ("docs/extending.md",)  # holds complete examples
 
@@ -109,18 +108,12 @@ def read(page: str) -> str:
     return (ROOT / page).read_text("utf-8")
 
 
-def pages(*without: str) -> list[object]:
-    """All pages; those of STILL_OLD may fail."""
-    old = pytest.mark.xfail(reason="still to be rewritten", strict=False)
-    return [pytest.param(page, marks=old if page in STILL_OLD else ()) for page in PAGES if page not in without]
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     assert broken_links(page, read(page)) == []
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", PAGES)
 def test_paths_and_modules_exist(page: str) -> None:
     assert missing(read(page)) == []
 
@@ -134,12 +127,12 @@ def test_recipes_are_toml(page: str) -> None:
             pytest.fail(f"{page}:{line}: {error}")
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", PAGES)
 def test_running_text_is_narrow(page: str) -> None:
     assert long_lines(read(page)) == []
 
 
-@pytest.mark.parametrize("page", pages(*UNLIMITED))
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in (*UNLIMITED,)])
 def test_pages_are_short(page: str) -> None:
     assert len(read(page).splitlines()) <= MAX_LINES
 
