@@ -27,7 +27,7 @@ from experiments.preflight.processes import environment, hidden_gpus
 from experiments.preflight.shrunk_recipe import ROUNDS, bearable, clients_of, shrunk_recipe
 from experiments.preflight.shrunk_rows import Drawn, draw_rows
 from experiments.runs.api import Run, build_store, ray_session, run
-from experiments.runs.resuming import leaves
+from experiments.runs.resuming import FINISHED, leaves
 
 # No process may use a real GPU, the hub, or a cluster.
 ALONE = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": None}
@@ -118,6 +118,7 @@ def _gpus(clients: Clients) -> int:
 def _interrupted(work: Recipe, first: Run, folder: Path) -> tuple[Run, int | None]:
     """A copy of the run, cut off after its first checkpoint and resumed; and the round that it resumed from."""
     shutil.copytree(first.folder, folder)
+    (folder / FINISHED).unlink()
     for later in (folder / "model", folder / "checkpoints" / f"{ROUNDS:05d}"):
         shutil.rmtree(later)
     events: list[Event] = []

@@ -18,11 +18,12 @@ from datasets_partition.sources.source_files import first_line
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
 from experiments.runs.locks import locked
-from experiments.runs.resuming import leaves
+from experiments.runs.resuming import FINISHED, leaves
 
-# The seals, which make other files count: a checkpoint's facts, a run's recipe, a finished run's report. They are
+# The seals, which make other files count: a checkpoint's facts, a run's recipe, that a run has finished. They are
 # copied after all others, in this order, and removed before all others, so that the copy can always be resumed.
-FACTS, RECIPE, REPORT = SEALS = ("facts.json", "recipe.toml", "report.html")
+FACTS, RECIPE = "facts.json", "recipe.toml"
+SEALS = (FACTS, RECIPE, FINISHED)
 CHECKPOINTS, MODEL, ACCOUNT = "checkpoints", "model", "privacy.json"
 # The most rounds whose noise may have been drawn since the account was copied: while the command copies the files of a
 # round, the driver may finish the next one and begin the one after it.
@@ -155,7 +156,7 @@ def _seal(name: str) -> str:
     path = PurePosixPath(name)
     if path.parts[0] == CHECKPOINTS:
         return f"{path.parent}/{FACTS}"
-    return REPORT if path.parts[0] == MODEL else RECIPE
+    return FINISHED if path.parts[0] == MODEL else RECIPE
 
 
 def _turn(name: str) -> int:

@@ -30,6 +30,7 @@ SEALED = {
     "recipe.toml": "r",
     "model/adapter.safetensors": "a",
     "report.html": "h",
+    "finished.json": "e",
 }
 
 
@@ -136,7 +137,8 @@ def test_wherever_copying_is_cut_off_what_is_there_is_whole(tmp_path, machine, m
         for name in rounds:
             assert f"checkpoints/{name}/state.safetensors" in copied and f"checkpoints/{name}/facts.json" in copied
             assert f"metrics/round-{name}.parquet" in copied
-        assert ("model/adapter.safetensors" in copied) == ("report.html" in copied)
+        assert ("model/adapter.safetensors" in copied) == ("finished.json" in copied)
+        assert "finished.json" not in copied or "report.html" in copied
         if ended:
             assert copied == later | {"metrics/round-00001.parquet": "1"}
             return
