@@ -145,6 +145,32 @@ def test_wherever_copying_is_cut_off_what_is_there_is_whole(tmp_path, machine, m
     raise AssertionError("copying never ended")
 
 
+def test_what_the_run_has_not_written_is_neither_fetched_nor_removed(tmp_path, machine):
+    place, foreign = tmp_path / "there", {".notes": "n", "model/.cache/x": "c", "checkpoints/00001/.keep": "k"}
+    foreign |= {".ipynb_checkpoints/a.ipynb": "a", "checkpoints/.ipynb_checkpoints/b.ipynb": "b"}
+    seen = {"checkpoints/read-me.txt": "r", "checkpoints/old/facts": "o", "thoughts.txt": "t", "checkpoints/7": "s"}
+    folder, copy = working_folder(place.as_uri(), resume=False)
+    write(folder, SEALED)
+    copy()
+    write(place, foreign | seen)
+    (place / "finished.json").unlink()  # as a copy is left that was cut off
+    machine()
+    folder, copy = working_folder(place.as_uri(), resume=True)
+    assert read(folder).keys() == (SEALED | seen).keys() - {"model/adapter.safetensors", "finished.json"}
+    shutil.rmtree(folder / "checkpoints" / "00001")
+    copy()
+    rest = {name: text for name, text in SEALED.items() if name in read(folder)}
+    assert read(place) == rest | foreign | seen
+    with pytest.raises(ValueError, match="already holds a run"):
+        working_folder(place.as_uri(), resume=False)
+
+
+def test_a_folder_that_holds_no_more_than_hidden_files_is_not_empty(tmp_path, machine):
+    write(tmp_path / "there", {".notes": "n"})
+    with pytest.raises(ValueError, match="is not empty: choose another --out"):
+        working_folder((tmp_path / "there").as_uri(), resume=False)
+
+
 def test_what_the_run_removes_meanwhile_is_no_fault_and_nothing_older_goes(tmp_path, machine, monkeypatch):
     place = (tmp_path / "there").as_uri()
     folder, copy = working_folder(place, resume=False)
