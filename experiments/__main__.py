@@ -1,5 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that `fedpost --help` answers at once."""
 
+import io
 import signal
 import sys
 
@@ -25,6 +26,8 @@ for command in (
 def main() -> None:
     """The command `fedpost`. SIGTERM ends it as an error does, with cleanup."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -75,7 +75,7 @@ class RoundLog:
 
     def forget_after(self, round_: int) -> None:
         """Removes the files of rounds after `round_`, which a resumed run will write again."""
-        for path in self.folder.glob("round-*.parquet"):
+        for path in round_files(self.folder):
             if _round(path) > round_:
                 path.unlink()
 
@@ -180,9 +180,15 @@ def _round(path: Path) -> int:
     return int(path.stem.removeprefix("round-"))
 
 
+def round_files(folder: Path) -> list[Path]:
+    """Returns a log's files in the order of rounds, without what others have put beside them, such as copies."""
+    paths = (path for path in folder.glob("round-*.parquet") if path.stem.removeprefix("round-").isdecimal())
+    return sorted(paths, key=_round)
+
+
 def read_log(folder: Path) -> pa.Table:
     """Reads all rows of a run's `metrics`, `ledger` or `faults` folder in the order of rounds; RunError without any."""
-    paths = sorted(folder.glob("round-*.parquet"), key=_round)
+    paths = round_files(folder)
     if not paths:
         raise RunError(f"{folder} holds no rounds yet")
     return pa.concat_tables([pq.read_table(path) for path in paths])

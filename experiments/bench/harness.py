@@ -4,7 +4,6 @@ A scenario is a file of `scenarios/` whose `measure(bench)` adds figures to a `B
 """
 
 import functools
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ import numpy as np
 import experiments
 from engine.messages.events import Event, RoundDone
 from experiments.config.recipe import RECIPES, Recipe, parse_recipe
+from experiments.report.terminal import say
 from experiments.runs.api import Run, ray_session
 
 EVERY_S = 2.0  # seconds between two progress lines of a step that reports often
@@ -46,7 +46,7 @@ class Bench:
     def say(self, step: str) -> None:
         """Prints the step that begins, and the seconds since the start."""
         self.last_line = time.monotonic()
-        print(f"{self.last_line - self.began:6.1f} s  {step}", file=sys.stderr, flush=True)
+        say(f"{self.last_line - self.began:6.1f} s  {step}", error=True)
 
     def say_now_and_then(self, step: str) -> None:
         """Prints one of many small steps, unless the last line is still recent."""

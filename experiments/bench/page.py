@@ -9,10 +9,12 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
+from experiments.report.terminal import inert, inert_lines
 
 RESULTS = "results.parquet"
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
@@ -40,12 +42,13 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
     picture = base64.b64encode(draw(results, heads)).decode()
     page = pages.get_template("bench.html").render(heads=heads, lines=lines, places=places, picture=picture)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, page.encode("utf-8", "replace"))
+    write_file(out, inert_lines(page).encode())
     return out
 
 
+@rc_context({"text.parse_math": False})
 def draw(results: Sequence[Results], labels: Sequence[str]) -> bytes:
-    """Bars of all figures, one panel for each unit, as a PNG."""
+    """Bars of all figures, one panel for each unit, as a PNG; nothing in a name is markup."""
     units: dict[str, dict[str, None]] = {}  # names in the order in which they come
     for each in results:
         for name, row in each.items():
@@ -61,9 +64,9 @@ def draw(results: Sequence[Results], labels: Sequence[str]) -> bytes:
                 for row, name in enumerate(names)
                 if name in each and each[name]["value"] is not None
             }
-            drawn = panel.barh(list(bars), list(bars.values()), 0.75 / len(results), label=labels[place])
+            drawn = panel.barh(list(bars), list(bars.values()), 0.75 / len(results), label=inert(labels[place]))
             panel.bar_label(drawn, [f" {value:,.4g}" for value in bars.values()], fontsize=8)
-        panel.set(yticks=range(len(names)), yticklabels=list(names), title=unit)
+        panel.set(yticks=range(len(names)), yticklabels=list(map(inert, names)), title=inert(unit))
         panel.margins(x=0.12)
         panel.invert_yaxis()
         panel.spines[["top", "right"]].set_visible(False)

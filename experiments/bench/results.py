@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from experiments.bench.harness import Figure
 from experiments.bench.page import RESULTS, write_page
+from experiments.report.terminal import say
 from experiments.runs.api import PACKAGES
 from experiments.runs.resuming import RUNS
 
@@ -22,11 +23,11 @@ def show_results(scenario: str, figures: dict[str, Figure], as_json: bool) -> Pa
     """Prints the figures, keeps them, and prints where; ends with one JSON object if `as_json`."""
     width = max(map(len, figures))
     for name, (value, unit) in figures.items():
-        print(f"{name:>{width}}  {'not measured' if value is None else f'{value:,.4g} {unit}'}")
+        say(f"{name:>{width}}  {'not measured' if value is None else f'{value:,.4g} {unit}'}")
     kept = write_results(scenario, figures)
-    print(f"{'kept as':>{width}}  {kept}")
+    say(f"{'kept as':>{width}}  {kept}")
     if as_json:
-        print(json.dumps({name: figure.value for name, figure in figures.items()}))
+        say(json.dumps({name: figure.value for name, figure in figures.items()}))
     return kept
 
 

@@ -1,6 +1,5 @@
 """What all commands share: their common options, and how an error ends them."""
 
-import sys
 import traceback
 from collections.abc import Callable
 from functools import wraps
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, ParamSpec
 
 import typer
+
+from experiments.report.terminal import say
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")]
 Changes = Annotated[
@@ -33,27 +34,27 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*arguments, **options)
         except KeyboardInterrupt:
-            print("stopped; all files written so far are complete (--resume continues a run)", file=sys.stderr)
+            say("stopped; all files written so far are complete (--resume continues a run)", error=True)
             raise SystemExit(130) from None
         except Exception as error:
             from experiments.runs.driving import RunStopped
             from experiments.runs.errors import explanation, origin
 
             if isinstance(error, RunStopped):
-                print(error, file=sys.stderr)
+                say(error, error=True)
                 raise SystemExit(130) from None
             if options.get("debug"):
-                traceback.print_exc()
+                say(traceback.format_exc(), error=True)
             text = explanation(error)
             if text is not None:
-                print(f"error: {text}", file=sys.stderr)
+                say(f"error: {text}", error=True)
                 raise SystemExit(2) from None
             cause = origin(error)
-            print(
+            say(
                 f"error: {type(cause).__name__}: {cause}\n"
                 f"This is a bug in fedpost. Please report it in the issue tracker of the project, with the recipe, the "
                 f"command, and the traceback that --debug shows.",
-                file=sys.stderr,
+                error=True,
             )
             raise SystemExit(1) from None
 

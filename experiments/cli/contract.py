@@ -6,13 +6,14 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.text import Text
 
 from engine.aggregation.exact_sum import ExactSum, merge
 from engine.messages.errors import RunError
 from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint, save_checkpoint
 from experiments.config.user_code import imported
+from experiments.report.terminal import console, plain
 from strategies.contract.case import FULL, LORA, Case, DoesNotApply
 from strategies.contract.checks import CHECKS, Check, lacks
 from strategies.core.protocol import Aggregate, ServerState, Strategy, Update
@@ -44,7 +45,7 @@ def cases(strategy: Strategy) -> list[Case]:
 
 def show_check(named: str) -> bool:
     """Prints the result of each check of the class MODULE:CLASS; returns whether it passes all."""
-    strategy, console = _made(named), Console(highlight=False, soft_wrap=True)
+    strategy, screen = _made(named), console()
     listed = cases(strategy)
     broken = 0
     for check in CHECKS:
@@ -54,16 +55,16 @@ def show_check(named: str) -> bool:
         name = check.__name__.replace("_", " ")
         if failures:
             broken += 1
-            console.print(f"[red]failed[/red]  {name}")
-            for failure in failures:
-                console.print(f"        {failure}", markup=False)
+            screen.print(Text.assemble(plain("failed", "red"), plain(f"  {name}")))
+            for line in "\n".join(failures).split("\n"):
+                screen.print(plain(f"        {line}"))
         elif len(skipped) == len(listed):
-            console.print(f"[dim]-       {name} (does not apply: {skipped[0]})[/dim]")
+            screen.print(plain(f"-       {name} (does not apply: {skipped[0]})", "dim"))
         else:
-            console.print(f"[green]ok[/green]      {name}")
+            screen.print(Text.assemble(plain("ok", "green"), plain(f"      {name}")))
     kept = f"{broken} of {len(CHECKS)} promises are broken" if broken else "the contract is kept"
     layouts = "on adapters" if strategy.needs_lora else "on adapters and in full"
-    console.print(f"{named}, with its defaults, {layouts}: {kept}")
+    screen.print(plain(f"{named}, with its defaults, {layouts}: {kept}"))
     return not broken
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import get_args
 
-from rich.console import Console
 from rich.text import Text
 
 from engine.config.compatibility import works_in_gangs
+from experiments.report.terminal import console, plain
 from strategies import Strategies, Transforms
 
 WIDTH = 100
@@ -36,9 +36,9 @@ LEGEND = (
 
 def show_strategies() -> None:
     """Prints each strategy with what it reads, needs and allows, its summary and its keys; then the transforms."""
-    console = Console(highlight=False, soft_wrap=True)
+    screen = console()
     for line in listing():
-        console.print(line)
+        screen.print(line)
 
 
 def listing() -> Iterator[Text]:
@@ -72,7 +72,7 @@ def first_sentence(docstring: str) -> str:
 def _row(*cells: str, style: str = "") -> Text:
     """The first cells in columns, the last as it is; the first in bold."""
     padded = [f"{cell:<{width}}" for cell, width in zip(cells, COLUMNS, strict=False)]
-    row = Text("".join([*padded, *cells[len(COLUMNS) :]]).rstrip(), style=style)
+    row = plain("".join([*padded, *cells[len(COLUMNS) :]]).rstrip(), style)
     row.stylize("bold", 0, len(cells[0]))
     return row
 
@@ -88,4 +88,4 @@ def _about(member: object) -> Iterator[Text]:
 def _wrapped(text: str, indent: str, style: str = "") -> Iterator[Text]:
     """Lines that fit, the second and later ones indented; a key stays with its value."""
     lines = textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
-    return (Text(line, style=style) for line in lines)
+    return (plain(line, style) for line in lines)

@@ -13,7 +13,6 @@ import numpy as np
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
-from rich.text import Text
 
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows
@@ -24,6 +23,7 @@ from datasets_partition.store.store import Store
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
 from experiments.config.recipe import Recipe, located
+from experiments.report.terminal import console, plain
 from experiments.runs.api import build_store, shared_store
 
 LARGEST = 3  # how many clients are named
@@ -33,24 +33,24 @@ DIGITS = str.maketrans("", "", "0123456789,")
 
 def show_partition(recipe: Recipe) -> None:
     """Builds and tokenizes the recipe's store as a run would, shows it, and puts pictures into its folder."""
-    console = Console(highlight=False)
-    with _steps(console) as show:
+    screen = console(soft_wrap=False)
+    with _steps(screen) as show:
         store = Store.open(build_store(recipe, show))
         show("counting rows")
         skew = Skew.of(store)
-    console.print(Text(str(store.folder), style="bold"), soft_wrap=True)
-    console.print(_table(_rows(store, skew, vars(recipe.data.partition).get("clients"))))
+    screen.print(plain(store.folder, "bold"), soft_wrap=True)
+    screen.print(_table(_rows(store, skew, vars(recipe.data.partition).get("clients"))))
 
     rows, shared = skew.rows.total + skew.server_rows, shared_store(recipe, store.folder)
-    with _steps(console) as show:
+    with _steps(screen) as show:
         step = "tokenizing rows (once: runs of this recipe reuse them)"
         show(step)
         tokens = _token_lengths(recipe, store, shared, lambda row: show(f"{step}: {row:,} of {rows:,}"))
     max_length = recipe.train.max_length
     lines = {"tokens": f"not counted: {tokens}"} if isinstance(tokens, str) else _tokens(tokens[1], max_length)
-    console.print(_table(lines))
+    screen.print(_table(lines))
 
-    with _steps(console) as show:
+    with _steps(screen) as show:
         show("drawing pictures")
         # Imported here, since the first import of matplotlib on a machine takes long.
         from experiments.report.pictures import draw_skew, draw_tokens
@@ -64,9 +64,9 @@ def show_partition(recipe: Recipe) -> None:
                 below = file.parent.relative_to(store.folder)
                 put([file], within(shared, below.name) if below.name else shared, unless=file.name)
     for file in pictures:
-        console.print(Text(f"{'picture':<{NAME_WIDTH}} {file}"), soft_wrap=True)
+        screen.print(plain(f"{'picture':<{NAME_WIDTH}} {file}"), soft_wrap=True)
     if shared:
-        console.print(Text(f"{'also in':<{NAME_WIDTH}} {shared}"), soft_wrap=True)
+        screen.print(plain(f"{'also in':<{NAME_WIDTH}} {shared}"), soft_wrap=True)
 
 
 def _token_lengths(
@@ -147,22 +147,22 @@ def _table(lines: dict[str, str]) -> Table:
     table.add_column(width=NAME_WIDTH)
     table.add_column()
     for name, value in lines.items():
-        table.add_row(Text(name), Text(value))  # Text, since a client's name may look like markup
+        table.add_row(plain(name), plain(value))
     return table
 
 
 @contextmanager
-def _steps(console: Console) -> Iterator[Any]:
+def _steps(screen: Console) -> Iterator[Any]:
     """Yields a function that shows a step: on a terminal in a line that changes, elsewhere in a line for each kind."""
     shown = ""
-    with Status("", console=console) as status:
+    with Status("", console=screen) as status:
 
         def show(step: str) -> None:
             nonlocal shown
             kind = step.partition(":")[0].translate(DIGITS)  # without the progress
-            status.update(Text(f"{step} ..."))
-            if not console.is_terminal and kind != shown:
-                console.print(Text(f"{step} ..."), soft_wrap=True)
+            status.update(plain(f"{step} ..."))
+            if not screen.is_terminal and kind != shown:
+                screen.print(plain(f"{step} ..."), soft_wrap=True)
             shown = kind
 
         yield show

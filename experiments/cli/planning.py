@@ -59,5 +59,6 @@ def schema() -> None:
     import json
 
     from experiments.config.recipe import schema as recipe_schema
+    from experiments.report.terminal import say
 
-    print(json.dumps(recipe_schema(), indent=1))
+    say(json.dumps(recipe_schema(), indent=1))

@@ -39,9 +39,10 @@ def report(
     """Write one self-contained HTML page about one or several runs."""
     from experiments.bench.page import is_results, write_page
     from experiments.report.page import write_report
+    from experiments.report.terminal import say
 
     write = write_page if all(map(is_results, folders)) else write_report
-    print(write(folders, out or folders[0] / "report.html"))
+    say(write(folders, out or folders[0] / "report.html"))
 
 
 @guarded

@@ -3,14 +3,13 @@
 import textwrap
 from typing import Self
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from datasets_partition.sources.location import is_local, within
 from engine.messages.events import DriverLost, Evaluated, Event, Finished, Preparing, RoundDone, Sample, Started
+from experiments.report.terminal import console, inert, plain
 
 SPLITS = {"heldout": "held-out rows", "unseen": "unseen clients", "server": "the server's rows"}
 FEW = 5
@@ -21,11 +20,11 @@ class Screen:
 
     def __init__(self, rounds: int, out: str | None = None) -> None:
         self.elsewhere = None if out is None or is_local(out) else out
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = console()
         self.rounds, self.started = rounds, False
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -46,23 +45,27 @@ class Screen:
             case DriverLost(why):
                 self.say(f"the driver ended ({why}); a new one continues")
             case Preparing(step):
-                self.progress.update(self.task, description=step)
-                self.console.print(f"[dim]{step} ...[/dim]")
+                self.progress.update(self.task, description=inert(step))
+                self._line(f"{step} ...", "dim")
             case Started():
                 self._started(event)
             case RoundDone():
                 self._round(event)
             case Evaluated(round_, losses, None):
-                self.console.print(f"round {round_:>3}/{self.rounds}  [bold]{_losses(losses)}[/bold]")
+                line = Text.assemble(plain(f"round {round_:>3}/{self.rounds}  "), plain(_losses(losses), "bold"))
+                self.console.print(line)
             case Evaluated(_, losses, baseline):
-                self.console.print(f"{str(baseline).replace('_', ' '):>13}  {_losses(losses)}")
+                self._line(f"{str(baseline).replace('_', ' '):>13}  {_losses(losses)}")
             case Finished():
                 self.progress.stop()
                 self._finished(event)
 
     def say(self, what: str) -> None:
         """Shows a sentence that stands out."""
-        self.console.print(f"[yellow]{escape(what)}[/yellow]")
+        self._line(what, "yellow")
+
+    def _line(self, text: str, style: str = "") -> None:
+        self.console.print(plain(text, style))
 
     def begun(self) -> bool:
         """Whether the first round has begun."""
@@ -72,16 +75,14 @@ class Screen:
         self.started = True
         slots = f"{event.slots} slots" if event.slots > 1 else "1 slot"
         fewer = f" ({event.asked} were asked for, no more fit)" if event.asked not in ("auto", event.slots) else ""
-        self.console.print(
+        self._line(
             f"{event.training} training clients and {event.unseen} unseen ones on {slots}{fewer}; "
             f"{event.parameters:,} trained parameters on a shared base of {event.base_bytes / 1e6:.1f} MB"
         )
         if event.lanes > 1:
-            self.console.print(f"clients train in {event.lanes} lanes of each slot")
+            self._line(f"clients train in {event.lanes} lanes of each slot")
         if event.dropped_rows:
-            self.console.print(
-                f"{event.dropped_rows:,} rows dropped: train.max_length cuts away their whole completion"
-            )
+            self._line(f"{event.dropped_rows:,} rows dropped: train.max_length cuts away their whole completion")
         if event.without_gpu:
             self.say(
                 f"torch sees no GPU in {event.without_gpu} of {slots}, although clients.num_gpus asks for one: "
@@ -90,14 +91,14 @@ class Screen:
         for note in event.notes:
             self.say(note)
         if event.resumed is not None:
-            self.console.print(f"continuing from the checkpoint of round {event.resumed}")
+            self._line(f"continuing from the checkpoint of round {event.resumed}")
         self.progress.update(self.task, description="round", completed=event.resumed or 0)
 
     def _round(self, event: RoundDone) -> None:
         self.progress.update(self.task, description="round", completed=event.round)
         loss = f"train loss {event.loss:.3f}" if event.clients else "nobody trained  "
         dropped = f" ({len(event.gone)} dropped out)" if event.gone else ""
-        self.console.print(
+        self._line(
             f"round {event.round:>3}/{self.rounds}  {loss}  {event.clients} clients{dropped}  "
             f"{event.seconds:5.1f} s  {event.tokens_per_s:,.0f} tokens/s"
         )
@@ -111,10 +112,10 @@ class Screen:
         for why, clients in _by_reason(event.gone).items():
             few = ", ".join(map(repr, clients[:FEW])) + (", ..." if len(clients) > FEW else "")
             many = "1 client" if len(clients) == 1 else f"{len(clients):,} clients"
-            self.console.print(f"  [dim]{many} {escape(why)}: {escape(few)}[/dim]")
+            self._line(f"  {many} {why}: {few}", "dim")
         if event.round == self.rounds:
             if event.epsilon is not None:
-                self.console.print(f"privacy: {event.epsilon}")
+                self._line(f"privacy: {event.epsilon}")
             self.progress.update(self.task, description="evaluating, exporting")
 
     def _finished(self, event: Finished) -> None:
@@ -123,7 +124,7 @@ class Screen:
         table = Table(title="loss in nats per token", title_justify="left")
         table.add_column("rows of")
         for column in event.losses:
-            table.add_column(column, justify="right")
+            table.add_column(plain(column), justify="right")
         table.add_column("change", justify="right")
         for split, title in SPLITS.items():
             values = {column: losses.get(split) for column, losses in event.losses.items()}
@@ -132,14 +133,14 @@ class Screen:
                 cells = ["" if value is None else f"{value:.3f}" for value in values.values()]
                 table.add_row(title, *cells, f"{100 * (last / first - 1):+.1f}%")
         self.console.print(table)
-        plain, private = (event.losses.get(column, {}).get("heldout") for column in ("not private", "end"))
-        if plain is not None and private is not None:
-            self.console.print(
-                f"the cost of privacy: {private - plain:+.3f} nats per token on held-out rows, {private:.3f} instead "
-                f"of {plain:.3f}"
+        clear, private = (event.losses.get(column, {}).get("heldout") for column in ("not private", "end"))
+        if clear is not None and private is not None:
+            self._line(
+                f"the cost of privacy: {private - clear:+.3f} nats per token on held-out rows, {private:.3f} instead "
+                f"of {clear:.3f}"
             )
         for name, what in (("model", "the trained model"), ("report.html", "the report"), ("metrics", "all figures")):
-            self.console.print(f"{what:>17}: {within(self.elsewhere or str(event.folder), name)}", soft_wrap=True)
+            self._line(f"{what:>17}: {within(self.elsewhere or str(event.folder), name)}")
 
 
 def _by_reason(gone: dict[str, str]) -> dict[str, list[str]]:
@@ -157,8 +158,8 @@ def _losses(losses: dict[str, float]) -> str:
 def _sample(number: int, sample: Sample) -> Table:
     """A prompt's signature, and below it what the author and the model wrote."""
     signature = next((line for line in sample.prompt.splitlines() if line.startswith(("def ", "class ", "async "))), "")
-    table = Table(title=f"sample {number}: {signature[:90]}", title_justify="left", show_header=False, box=None)
+    title = plain(f"sample {number}: {signature[:90]}")
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
     for name, text in (("author", sample.reference), ("before", sample.before), ("after", sample.after)):
-        # Text, since what a model writes may look like markup.
-        table.add_row(f"[dim]{name}[/dim]", Text(textwrap.shorten(text, 200, placeholder=" ...")))
+        table.add_row(plain(name, "dim"), plain(textwrap.shorten(text, 200, placeholder=" ...")))
     return table

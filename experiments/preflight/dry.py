@@ -14,8 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from datasets_partition.store.store import Store
@@ -26,8 +24,9 @@ from experiments.config.recipe import Recipe, located, to_toml
 from experiments.preflight.processes import environment, hidden_gpus
 from experiments.preflight.shrunk_recipe import ROUNDS, bearable, clients_of, shrunk_recipe
 from experiments.preflight.shrunk_rows import Drawn, draw_rows
+from experiments.report.terminal import console, plain
 from experiments.runs.api import Run, build_store, ray_session, run
-from experiments.runs.resuming import leaves
+from experiments.runs.resuming import FINISHED, leaves
 
 # No process may use a real GPU, the hub, or a cluster.
 ALONE = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": None}
@@ -118,6 +117,7 @@ def _gpus(clients: Clients) -> int:
 def _interrupted(work: Recipe, first: Run, folder: Path) -> tuple[Run, int | None]:
     """A copy of the run, cut off after its first checkpoint and resumed; and the round that it resumed from."""
     shutil.copytree(first.folder, folder)
+    (folder / FINISHED).unlink()
     for later in (folder / "model", folder / "checkpoints" / f"{ROUNDS:05d}"):
         shutil.rmtree(later)
     events: list[Event] = []
@@ -239,19 +239,19 @@ def _left(recipe: Recipe, rows: Drawn) -> list[str]:
 
 def show_dry(recipe: Recipe) -> bool:
     """Dry-runs a recipe and prints the result; returns whether everything was proved."""
-    console = Console(highlight=False, soft_wrap=True)
-    result = dry_run(recipe, lambda step: console.print(f"[dim]{step} ...[/dim]"))
-    console.print()
+    screen = console()
+    result = dry_run(recipe, lambda step: screen.print(plain(f"{step} ...", "dim")))
+    screen.print()
     changed = Table("changed", "real", "dry", box=None)
     for key, values in result.changed.items():
-        changed.add_row(key, *map(escape, values))
+        changed.add_row(plain(key), *map(plain, values))
     proofs = Table("proved", "", "by", box=None)
     for proof in result.proofs:
-        proofs.add_row(proof.name, "yes" if proof.holds else "[red]no[/red]", escape(proof.said))
+        proofs.add_row(plain(proof.name), "yes" if proof.holds else plain("no", "red"), plain(proof.said))
     for table in (changed, proofs):
-        console.print(table, soft_wrap=False)
-        console.print()
-    console.print("[bold]only the real run can show[/bold]")
+        screen.print(table, soft_wrap=False)
+        screen.print()
+    screen.print(plain("only the real run can show", "bold"))
     for line in result.left:
-        console.print(f"  {escape(line)}")
+        screen.print(plain(f"  {line}"))
     return all(proof.holds for proof in result.proofs)

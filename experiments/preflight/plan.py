@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
@@ -24,6 +23,7 @@ from engine.models.deepspeed_config import BUCKET, LIVE
 from engine.scheduling.placement import asked_or_fitting, slots_that_fit
 from experiments.config.recipe import Recipe
 from experiments.preflight.processes import in_fresh_process, memory
+from experiments.report.terminal import console
 
 GIB, FLOAT, GRID = 2**30, 4, 8
 SPARE = 0.9  # the share of a device's memory that is planned with
@@ -222,12 +222,12 @@ def _imported() -> tuple[float, float]:
 
 def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     """Prints the plan for devices of `device_gib` GiB; returns whether the recipe fits."""
-    console = Console(highlight=False)
+    screen = console(soft_wrap=False)
     counts = sizes(recipe.model, recipe.train.max_length)
     clients, zero = recipe.clients, recipe.clients.zero or Zero()
     device = (device_gib or _this_machine()) * GIB
     plain, gang = process_bytes()
-    console.print(
+    screen.print(
         f"{counts.parameters:,} parameters of {counts.itemsize} bytes, {counts.trained:,} of them trained; "
         f"devices of {device / GIB:,.1f} GiB, {SPARE:.0%} of which may be used"
     )
@@ -241,9 +241,9 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     for name, need in needs.items():
         amounts = [f"{value / GIB:,.2f}" for value in (*vars(need).values(), need.total)]
         table.add_row(name, *amounts, "yes" if need.total <= SPARE * device else "no")
-    console.print(table)
+    screen.print(table)
     least = smallest(counts, recipe, device, gang)
-    console.print(
+    screen.print(
         "no gang of up to 1,024 ranks fits such a device"
         if least is None
         else f"smallest gang with a device for each rank: stage = {least.stage}, ranks = {least.ranks} in clients.zero"
@@ -251,7 +251,7 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     slots, gangs = counted(clients, devices, os.cpu_count() or 1)
     base = counts.parameters * counts.itemsize
     moved = counts.trained * (FLOAT + GRID * (slots + gangs))
-    console.print(
+    screen.print(
         f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots)"
         + (f", and the base's {base / GIB:,.3f} GiB once" if slots else "")
     )
@@ -259,7 +259,7 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     whole = on_fullest(clients, slots, gangs * zero.ranks, devices, slot, rank, base)
     fits = whole <= SPARE * device
     verdict = "it fits" if fits else "it does not fit"
-    console.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")
+    screen.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")
     return fits
 
 

@@ -19,6 +19,7 @@ from engine.system.atomic import write_file
 from experiments.report import charts
 from experiments.report.charts import Series, change, duration, loss, number, size
 from experiments.report.run_folder import Run, read_run
+from experiments.report.terminal import inert_lines
 
 SPLITS = {"heldout": "held-out", "unseen": "unseen clients", "train": "train", "server": "the server's rows"}
 OF_SOME_RUNS = {
@@ -45,7 +46,7 @@ def write_report(run_folders: Sequence[Path], out: Path) -> Path:
     for run, folder in zip(runs, run_folders, strict=True):
         if names.count(run.name) > 1:
             run.name = f"{run.name} ({folder.resolve().name})"
-    page = render(runs).encode("utf-8", "replace")  # JSON may contain lone surrogates, which UTF-8 cannot encode
+    page = render(runs).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, page)
     return out
@@ -201,4 +202,5 @@ def render(runs: Sequence[Run]) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates")
     env = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     shown = {name: label for name, label in OF_SOME_RUNS.items() if any(run.points("heldout", name) for run in runs)}
-    return env.get_template("report.html").render(runs=view, overlay=overlay, baselines=shown | BASELINES)
+    page = env.get_template("report.html").render(runs=view, overlay=overlay, baselines=shown | BASELINES)
+    return inert_lines(page)  # JSON may hold lone surrogates, and a name may turn the direction of writing

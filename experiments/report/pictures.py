@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from datasets_partition.store.stats import Categories, Sizes, Skew, TokenLengths
+from experiments.report.terminal import inert
 
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
 MOST_BARS, MOST_POINTS = 60, 2000  # clients with a bar each; points of the outline that replaces more bars
@@ -164,7 +165,7 @@ def _thinned(count: int, most: int = MOST_POINTS) -> NDArray[np.int64]:
 
 def _short(name: str) -> str:
     """A line that fits beside the heat map; of a long name the beginning and the end."""
-    line = "".join(letter if letter.isprintable() else " " for letter in name)
+    line = inert(name)
     half = MOST_LETTERS // 2
     return line if len(line) <= MOST_LETTERS else f"{line[:half]}…{line[-half + 1 :]}"
 

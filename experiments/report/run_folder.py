@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from engine.messages.errors import RunError
-from engine.records.metrics import FAULTS, LEDGER, METRICS
+from engine.records.metrics import FAULTS, LEDGER, METRICS, round_files
 from experiments.report import charts
 
 UNUSED = {"wall_s", "mode"}  # columns that a report does not need
@@ -60,15 +60,15 @@ def read_run(folder: Path) -> Run:
     manifest, privacy = _json(folder / "manifest.json"), _json(folder / "privacy.json")
     statement = str(privacy.get("statement", "")) if isinstance(privacy, dict) else ""
     run = Run(name, recipe, text, list(_flat("", manifest)) if manifest else [], statement)
-    for file in sorted((folder / "metrics").glob("round-*.parquet")):
+    for file in round_files(folder / "metrics"):
         _add_metrics(run, _read(file, METRICS))
-    for file in sorted((folder / "ledger").glob("round-*.parquet")):
+    for file in round_files(folder / "ledger"):
         table = _read(file, LEDGER).group_by(["party", "kind"]).aggregate([("count", "sum"), ("bytes", "sum")])
         for row in table.to_pylist():
             key = str(row["party"]), str(row["kind"])
             count, total = run.ledger.get(key, (0, 0))
             run.ledger[key] = count + (row["count_sum"] or 0), total + (row["bytes_sum"] or 0)
-    for file in sorted((folder / "faults").glob("round-*.parquet")):
+    for file in round_files(folder / "faults"):
         for row in _read(file, FAULTS).to_pylist():
             run.faults.append((row["round"] or 0, str(row["kind"]), str(row["who"]), str(row["why"])))
     return run

@@ -81,7 +81,7 @@ def run(
     from experiments.runs.driving import RunStopped, drive
     from experiments.runs.locks import alone_in
     from experiments.runs.mirror import working_folder
-    from experiments.runs.resuming import refuse_other_parts, run_folder, second_sums
+    from experiments.runs.resuming import mark_finished, refuse_other_parts, run_folder, second_sums
 
     if isinstance(recipe, Path | str):
         recipe = load_recipe(Path(recipe))
@@ -128,6 +128,7 @@ def run(
         assert finished is not None
         finished = replace(finished, folder=folder)
         write_report([folder], folder / "report.html")
+        mark_finished(folder, recipe.rounds)  # from here on --resume has nothing to do
         copy()
         on_event(finished)
         return Run(folder, finished.losses, finished.samples)

@@ -18,11 +18,12 @@ from datasets_partition.sources.source_files import first_line
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
 from experiments.runs.locks import locked
-from experiments.runs.resuming import leaves
+from experiments.runs.resuming import FINISHED, leaves
 
-# The seals, which make other files count: a checkpoint's facts, a run's recipe, a finished run's report. They are
+# The seals, which make other files count: a checkpoint's facts, a run's recipe, that a run has finished. They are
 # copied after all others, in this order, and removed before all others, so that the copy can always be resumed.
-FACTS, RECIPE, REPORT = SEALS = ("facts.json", "recipe.toml", "report.html")
+FACTS, RECIPE = "facts.json", "recipe.toml"
+SEALS = (FACTS, RECIPE, FINISHED)
 CHECKPOINTS, MODEL, ACCOUNT = "checkpoints", "model", "privacy.json"
 # The most rounds whose noise may have been drawn since the account was copied: while the command copies the files of a
 # round, the driver may finish the next one and begin the one after it.
@@ -60,12 +61,13 @@ class Mirror:
         self.home.mkdir(parents=True, exist_ok=True)
         self.lock = locked(self.home, self.location)
         try:
-            self.copied = dict.fromkeys(self._listed())
+            listed = self._listed("")
+            self.copied = dict.fromkeys(name for name in listed if not _is_hidden(name))
             if resume and RECIPE not in self.copied:
                 raise RunError(
                     f"{self.location} holds no run to resume (no {RECIPE}): leave --resume out to start one there"
                 )
-            if self.copied and not resume:
+            if listed and not resume:
                 what = "already holds a run" if RECIPE in self.copied else "is not empty"
                 raise RunError(f"{self.location} {what}: choose another --out, or continue that run with --resume")
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -111,7 +113,7 @@ class Mirror:
         for name in sorted(gone, key=_turn, reverse=True):
             self._remove(name)
         for folder in {PurePosixPath(name).parent for name in gone}:
-            if not (self.folder / folder).exists():
+            if not (self.folder / folder).exists() and not self._listed(folder.as_posix()):
                 with suppress(FileNotFoundError):  # object stores have no folders
                     self.system.delete_dir(f"{self.path}/{folder}")
 
@@ -119,14 +121,15 @@ class Mirror:
         self.system.delete_file(f"{self.path}/{name}")
         del self.copied[name]
 
-    def _listed(self) -> list[str]:
-        selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
+    def _listed(self, below: str) -> list[str]:
+        """The files at the URI below a folder, also those that others have put there."""
+        selector = fs.FileSelector(f"{self.path}/{below}".rstrip("/"), allow_not_found=True, recursive=True)
         files = [info.path for info in self.system.get_file_info(selector) if info.type == fs.FileType.File]
         return [PurePosixPath(file).relative_to(PurePosixPath(self.path)).as_posix() for file in files]
 
     def _fetch(self) -> None:
         for name in self.copied:
-            if _seal(name) in self.copied and ".." not in PurePosixPath(name).parts:
+            if _seal(name) in self.copied:
                 file = self.folder / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 fs.copy_files(f"{self.path}/{name}", str(file), self.system, fs.LocalFileSystem())
@@ -150,12 +153,17 @@ def _charge_uncopied(folder: Path) -> None:
     write_file(account, json.dumps(charged, indent=1).encode())
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a file is hidden, or in a hidden folder: the run keeps nothing there. So is a path that leads up."""
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)
+
+
 def _seal(name: str) -> str:
     """The seal without which a file does not count."""
     path = PurePosixPath(name)
-    if path.parts[0] == CHECKPOINTS:
-        return f"{path.parent}/{FACTS}"
-    return REPORT if path.parts[0] == MODEL else RECIPE
+    if path.parts[0] == CHECKPOINTS and len(path.parts) > 2 and path.parts[1].isdigit():
+        return f"{CHECKPOINTS}/{path.parts[1]}/{FACTS}"
+    return FINISHED if path.parts[0] == MODEL else RECIPE
 
 
 def _turn(name: str) -> int:

@@ -9,10 +9,12 @@ from typing import Any
 
 from engine.messages.errors import RunError
 from engine.records.journal import JOURNAL
+from engine.system.atomic import write_file
 from experiments.config.recipe import Recipe, parse_recipe, to_toml
 from experiments.report.run_folder import refuse_ways_out
 
 RUNS = Path("runs")
+FINISHED = "finished.json"  # written last: the rounds that the model, the samples and the report are of
 # Keys that may change when a run is resumed: no bit of the result depends on them, unless clients fail.
 FREE = {
     "clients.max_failed",
@@ -47,9 +49,8 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
         raise RunError(f"{out} holds no run to resume (no recipe.toml): leave --resume out to start one there")
     refuse_ways_out(out)
     before = _begun_with(old, recipe)
-    if (out / "model").exists() and recipe.rounds <= _reached(out, before):
-        hint = "" if (out / "report.html").exists() else f"; `fedpost report {out}` writes the report that it lacks"
-        raise RunError(f"the run in {out} has finished; raise rounds, or choose another --out for a new one{hint}")
+    if recipe.rounds <= before.rounds == finished_rounds(out):
+        raise RunError(f"the run in {out} has finished; raise rounds, or choose another --out for a new one")
     if recipe.clients.lanes == "auto":  # has been measured
         recipe = replace(recipe, clients=replace(recipe.clients, lanes=before.clients.lanes))
     changed = _differences(before, recipe)
@@ -65,9 +66,21 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
     return out, recipe
 
 
-def _reached(out: Path, before: Recipe) -> int:
-    """The last round whose checkpoint a run has kept; without checkpoints the rounds of its recipe."""
-    return max((int(path.name) for path in (out / "checkpoints").glob("[0-9]*")), default=before.rounds)
+def mark_finished(folder: Path, rounds: int) -> None:
+    """Writes that a run has all that its end leaves, after `rounds` rounds: the last file that a run writes."""
+    write_file(folder / FINISHED, json.dumps({"rounds": rounds}).encode())
+
+
+def finished_rounds(folder: Path) -> int | None:
+    """The rounds after which a run has finished, as it says itself; None if it has not, or the file is damaged.
+
+    It may have gone on since: it has finished only if these are the rounds of its recipe.
+    """
+    try:
+        rounds = json.loads((folder / FINISHED).read_text(encoding="utf-8"))["rounds"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return rounds if isinstance(rounds, int) else None
 
 
 def refuse_other_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:

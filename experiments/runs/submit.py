@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from datasets_partition.sources.location import is_local, refuse_password
 from datasets_partition.sources.source_files import first_line
 from engine.messages.errors import RunError
+from experiments.report.terminal import say
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -51,11 +52,11 @@ def submit(
     environment = environment_of(here, runtime_env)
     client = job_client(address)
     job = f"fedpost-{secrets.token_hex(6)}"
-    print(f"job {job} at {address}, run folder {out}", flush=True)
+    say(f"job {job} at {address}, run folder {out}")
     if detach:
         _send(client, job, command, environment)
-        print(f"to see its progress:  fedpost status {job} --address {address}")
-        print(f"to stop it:           fedpost stop {job} --address {address}")
+        say(f"to see its progress:  fedpost status {job} --address {address}")
+        say(f"to stop it:           fedpost stop {job} --address {address}")
         return 0
     with _stopped_with_us(job, address):
         _send(client, job, command, environment)
@@ -65,9 +66,9 @@ def submit(
 def show_status(job: str, address: str) -> None:
     """Prints a job's state and the end of its log; RunError if there is no such job."""
     client = job_client(address)
-    print(f"{job}: {_state(_ask(client.get_job_info, job))}")
+    say(f"{job}: {_state(_ask(client.get_job_info, job))}")
     for line in _ask(client.get_job_logs, job).splitlines()[-TAIL:]:
-        print(f"  {line}")
+        say(f"  {line}")
 
 
 def stop(job: str, address: str) -> None:
@@ -79,7 +80,7 @@ def stop(job: str, address: str) -> None:
             raise RunError(f"job {job} has not ended: see `fedpost status {job} --address {address}`")
         _ask(client.stop_job, job)
         time.sleep(0.5)
-    print(f"{job}: {_state(info)}")
+    say(f"{job}: {_state(info)}")
 
 
 def job_client(address: str) -> "JobSubmissionClient":
@@ -197,14 +198,14 @@ def _follow(client: "JobSubmissionClient", job: str) -> int:
     while True:
         # In this order: once the job has ended, its log is complete.
         info, log = _ask(client.get_job_info, job, PATIENCE_S), _ask(client.get_job_logs, job, PATIENCE_S)
-        print(log[shown:], end="", flush=True)
+        say(log[shown:], end="")
         shown = len(log)
         if info.status.is_terminal():
             break
         time.sleep(1)
     code = info.driver_exit_code
     if code is None:
-        print(f"{job}: {_state(info)}", file=sys.stderr)
+        say(f"{job}: {_state(info)}", error=True)
         return 143 if info.status == "STOPPED" else 1
     return code if code >= 0 else 128 - code
 

@@ -15,7 +15,7 @@ from experiments.bench.harness import DEMO, SMALL_DEMO, Bench, Figure
 from experiments.bench.rules import RULES, Rule
 from experiments.config.recipe import Recipe, parse_recipe, to_toml
 from experiments.runs.api import ray_session
-from experiments.runs.resuming import RUNS
+from experiments.runs.resuming import RUNS, finished_rounds
 
 PARTITIONS = {
     "natural": (),
@@ -76,7 +76,7 @@ def measure(small: bool, out: Path | None = None) -> dict[str, Figure]:
     with ray_session(None):
         for number, plan in enumerate(planned, 1):
             folder = out / plan.name
-            if not (folder / "model").exists():
+            if finished_rounds(folder) is None:
                 bench.say(f"cell {number} of {len(planned)}: {plan.name}")
                 try:
                     experiments.run(plan.recipe, out=folder, resume=(folder / "recipe.toml").exists())

@@ -72,6 +72,17 @@ def test_rounds_are_read_in_their_order_whatever_their_digits(tmp_path: Path) ->
     assert read_log(tmp_path)["round"].to_pylist() == [99_999, 100_000]
 
 
+def test_a_copy_that_somebody_has_put_beside_is_neither_read_nor_removed(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path)
+    metrics.add(1, "heldout", None, loss=1.5)
+    metrics.flush(1)
+    copy = tmp_path / "round-00001 (copy).parquet"
+    copy.write_bytes((tmp_path / "round-00001.parquet").read_bytes())
+    assert read_log(tmp_path).num_rows == 1
+    metrics.forget_after(0)
+    assert rounds(tmp_path) == [copy.name]
+
+
 def test_seconds_go_on_where_the_run_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 500.0
     monkeypatch.setattr(log.time, "monotonic", lambda: now)

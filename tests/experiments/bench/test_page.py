@@ -46,7 +46,7 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
 
 
 def test_the_command_writes_it(two, command, tmp_path):
-    ended = command("report", *two, "--out", tmp_path / "page.html")
+    ended = command("report", *two, "--out", tmp_path / "é.html", PYTHONIOENCODING="ascii")
     assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "page.html").is_file() and str(tmp_path / "page.html") in ended.stdout
+    assert (tmp_path / "é.html").is_file() and str(tmp_path / "\\xe9.html") in ended.stdout
     assert pq.read_table(two[0] / "results.parquet").num_rows == 2

@@ -9,6 +9,7 @@ import pytest
 
 from experiments.bench.rules import RULES
 from experiments.bench.scenarios import strategies as bench
+from experiments.runs.resuming import mark_finished
 from strategies import Strategies
 
 
@@ -66,6 +67,7 @@ def test_cells_are_run_kept_and_resumed(ray_session, tiny_cells, tmp_path, monke
 
     # One cell as a kill leaves it: its last round is lost, its model was not written.
     killed = out / "natural" / "ditto-seed7"
+    (killed / "finished.json").unlink()
     shutil.rmtree(killed / "model")
     shutil.rmtree(killed / "checkpoints" / "00002")
     began = []
@@ -78,7 +80,8 @@ def test_cells_are_run_kept_and_resumed(ray_session, tiny_cells, tmp_path, monke
 
 def test_a_cell_of_another_recipe_is_refused(ray_session, tiny_cells, tmp_path):
     folder = tmp_path / "natural" / "fedavg-seed7"
-    (folder / "model").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    mark_finished(folder, 2)
     (folder / "recipe.toml").write_text('name = "other"')
     with pytest.raises(ValueError, match="was run with another recipe"):
         bench.measure(True, tmp_path)

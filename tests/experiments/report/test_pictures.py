@@ -86,8 +86,9 @@ def test_shortened_names_stay_apart():
 
 def test_names_are_drawn_as_they_are_written():
     names = ["$x_1$", "unbalanced $", r"\frac", "two\nlines", "名前", "[b]no[/b]", "n" * 500, "", "\x00", "é"]
-    counts = np.arange(1, 11)
-    categories = Categories(names, np.arange(10), np.arange(10), counts)
+    names += ["\ud800", "\u202eevil", "\x1b[2J"]
+    counts = np.arange(1, 14)
+    categories = Categories(names, np.arange(13), np.arange(13), counts)
     opened(draw_skew(skew(counts, categories), names.__getitem__))
 
 

@@ -30,6 +30,7 @@ SEALED = {
     "recipe.toml": "r",
     "model/adapter.safetensors": "a",
     "report.html": "h",
+    "finished.json": "e",
 }
 
 
@@ -136,11 +137,38 @@ def test_wherever_copying_is_cut_off_what_is_there_is_whole(tmp_path, machine, m
         for name in rounds:
             assert f"checkpoints/{name}/state.safetensors" in copied and f"checkpoints/{name}/facts.json" in copied
             assert f"metrics/round-{name}.parquet" in copied
-        assert ("model/adapter.safetensors" in copied) == ("report.html" in copied)
+        assert ("model/adapter.safetensors" in copied) == ("finished.json" in copied)
+        assert "finished.json" not in copied or "report.html" in copied
         if ended:
             assert copied == later | {"metrics/round-00001.parquet": "1"}
             return
     raise AssertionError("copying never ended")
+
+
+def test_what_the_run_has_not_written_is_neither_fetched_nor_removed(tmp_path, machine):
+    place, foreign = tmp_path / "there", {".notes": "n", "model/.cache/x": "c", "checkpoints/00001/.keep": "k"}
+    foreign |= {".ipynb_checkpoints/a.ipynb": "a", "checkpoints/.ipynb_checkpoints/b.ipynb": "b"}
+    seen = {"checkpoints/read-me.txt": "r", "checkpoints/old/facts": "o", "thoughts.txt": "t", "checkpoints/7": "s"}
+    folder, copy = working_folder(place.as_uri(), resume=False)
+    write(folder, SEALED)
+    copy()
+    write(place, foreign | seen)
+    (place / "finished.json").unlink()  # as a copy is left that was cut off
+    machine()
+    folder, copy = working_folder(place.as_uri(), resume=True)
+    assert read(folder).keys() == (SEALED | seen).keys() - {"model/adapter.safetensors", "finished.json"}
+    shutil.rmtree(folder / "checkpoints" / "00001")
+    copy()
+    rest = {name: text for name, text in SEALED.items() if name in read(folder)}
+    assert read(place) == rest | foreign | seen
+    with pytest.raises(ValueError, match="already holds a run"):
+        working_folder(place.as_uri(), resume=False)
+
+
+def test_a_folder_that_holds_no_more_than_hidden_files_is_not_empty(tmp_path, machine):
+    write(tmp_path / "there", {".notes": "n"})
+    with pytest.raises(ValueError, match="is not empty: choose another --out"):
+        working_folder((tmp_path / "there").as_uri(), resume=False)
 
 
 def test_what_the_run_removes_meanwhile_is_no_fault_and_nothing_older_goes(tmp_path, machine, monkeypatch):

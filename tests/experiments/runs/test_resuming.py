@@ -6,50 +6,60 @@ from dataclasses import replace
 import pytest
 
 from experiments.config.recipe import to_toml
-from experiments.runs.resuming import run_folder, second_sums
+from experiments.runs.resuming import mark_finished, run_folder, second_sums
 
 
 @pytest.fixture
 def left(small_recipe, tmp_path):
-    """Makes a run folder of so many rounds, of which some were done, and once all of fewer rounds."""
+    """Makes the folder of a run of so many rounds, which reached some, and says that it has finished after others."""
     recipe = small_recipe()
 
-    def make(rounds, reached, *, model):
+    def make(rounds, reached, *, finished):
         for name in range(1, reached + 1):
             (tmp_path / "checkpoints" / f"{name:05d}").mkdir(parents=True, exist_ok=True)
-        if model:
-            (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "report.html").touch()
         (tmp_path / "recipe.toml").write_text(to_toml(replace(recipe, rounds=rounds)))
+        if finished is not None:
+            mark_finished(tmp_path, finished)
         return lambda rounds: run_folder(replace(recipe, rounds=rounds), tmp_path, True)
 
     return make
 
 
 def test_a_finished_run_goes_on_with_more_rounds_alone(left):
-    again = left(10, 10, model=True)
-    with pytest.raises(ValueError, match="has finished; raise rounds"):
-        again(10)
+    again = left(10, 10, finished=10)
+    for rounds in (5, 10):
+        with pytest.raises(ValueError, match="has finished; raise rounds"):
+            again(rounds)
     assert again(20)[1].rounds == 20
 
 
 def test_a_run_that_was_to_go_on_and_was_killed_goes_on(left):
-    """Its model is that of its first rounds."""
-    again = left(20, 15, model=True)
+    """Its model is that of its first ten rounds."""
+    again = left(20, 15, finished=10)
     assert again(20)[1].rounds == 20
-    with pytest.raises(ValueError, match="has finished"):
-        again(15)
-    with pytest.raises(ValueError, match="cannot continue with fewer"):
-        again(18)
+    for rounds in (10, 15, 18):
+        with pytest.raises(ValueError, match="cannot continue with fewer"):
+            again(rounds)
 
 
 def test_a_finished_run_without_its_checkpoints_is_finished(left):
     with pytest.raises(ValueError, match="has finished"):
-        left(10, 0, model=True)(10)
+        left(10, 0, finished=10)(10)
+
+
+@pytest.mark.parametrize("damaged", [None, "", "[]", '{"rounds": "10"}'])
+def test_a_run_with_a_model_and_a_report_goes_on_unless_it_says_that_it_has_finished(left, tmp_path, damaged):
+    again = left(10, 10, finished=None)
+    if damaged is not None:
+        (tmp_path / "finished.json").write_text(damaged)
+    assert again(10)[1].rounds == 10
 
 
 def test_a_run_does_not_move_between_cpus_and_gpus(left, small_recipe, tmp_path):
     def resumed(before, now):
-        left(4, 2, model=False)
+        left(4, 2, finished=None)
         recipes = [small_recipe(f"clients.num_gpus={share}", "rounds=4") for share in (before, now)]
         (tmp_path / "recipe.toml").write_text(to_toml(recipes[0]))
         return run_folder(recipes[1], tmp_path, True)

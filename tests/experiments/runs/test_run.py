@@ -67,6 +67,7 @@ def test_the_run_folder_holds_what_the_design_names(reference):
         "model",
         "samples.json",
         "report.html",
+        "finished.json",
     }
     assert {path.name for path in run.model.iterdir()} >= {
         ADAPTER,

@@ -1,0 +1,45 @@
+"""What the commands write to a terminal: all text is shown as text, wherever it comes from.
+
+Names, rows, generations and errors come from outside. Rich would take part of them for markup, and the terminal for
+commands: to clear the screen, to fill the clipboard, to write from right to left.
+"""
+
+import sys
+import unicodedata
+
+from rich.console import Console
+from rich.text import Text
+
+
+def inert(text: object) -> str:
+    r"""The text in one line, with escapes such as `\x1b` for all that Python does not call printable, except spaces.
+
+    That is control characters, invisible ones (among them those that turn the direction of writing), separators of
+    lines, lone surrogates, and what Unicode has not assigned.
+    """
+    return "".join(
+        character
+        if character.isprintable() or unicodedata.category(character) == "Zs"
+        else character.encode("unicode_escape").decode()
+        for character in str(text)
+    )
+
+
+def inert_lines(text: object) -> str:
+    """Like `inert`, but newlines stay."""
+    return "\n".join(map(inert, str(text).split("\n")))
+
+
+def plain(text: object, style: str = "") -> Text:
+    """The text in one line, for rich: inert, and no markup."""
+    return Text(inert(text), style)
+
+
+def say(text: object, *, error: bool = False, end: str = "\n") -> None:
+    """Prints lines of text, inert, on stdout or as an `error` on stderr."""
+    print(inert_lines(text), file=sys.stderr if error else sys.stdout, end=end, flush=True)
+
+
+def console(*, soft_wrap: bool = True) -> Console:
+    """Rich's console on stdout, where a string is no markup either; it leaves long lines to the terminal to wrap."""
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap)
