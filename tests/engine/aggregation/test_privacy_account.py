@@ -1,8 +1,9 @@
 import json
 
+import numpy as np
 import pytest
 
-from engine.aggregation.privacy_account import Spending, plan_noise
+from engine.aggregation.privacy_account import PrivacyAccount, Spending, plan_noise
 from strategies.core.layout import Layout
 from strategies.privacy.central import CentralDp
 
@@ -66,3 +67,18 @@ def test_a_large_delta_is_said(small_recipe):
 
 def test_without_privacy_there_is_no_plan(small_recipe):
     assert plan_noise(small_recipe(), LAYOUT, 100, 4, 12) is None
+
+
+SHOWN = "2 held-out rows are shown word for word (evaluate.samples)"
+
+
+def test_rows_that_are_shown_are_in_the_statement_and_said_at_the_start(small_recipe, tmp_path):
+    def account(*changes):
+        recipe = small_recipe("strategy={kind='fedavg', weighting='uniform'}", *changes)
+        return PrivacyAccount.open(recipe, LAYOUT, tmp_path, np.array([4, 20]), 3)
+
+    noisy = account(DP, "evaluate.samples=2")
+    noisy.charge()
+    assert noisy.statement.endswith(f", outside of epsilon: {SHOWN}") and SHOWN in " ".join(noisy.warned)
+    assert SHOWN in " ".join(account("privacy.secagg.mode=full", "evaluate.samples=2").warned)
+    assert account(DP).warned == account("privacy.secagg.mode=full").warned == account("evaluate.samples=2").warned == ()
