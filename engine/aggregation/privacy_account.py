@@ -28,13 +28,14 @@ class Planned:
     warned: tuple[str, ...]
 
 
-def plan_noise(federation: Federation, layout: Layout, clients: int, fewest_rows: int, steps: int) -> Planned | None:
-    """Returns the noise of a run with `clients` that may be drawn; None without differential privacy.
+def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: int) -> Planned | None:
+    """Returns the noise of a run whose clients have `rows` (N,); None without differential privacy.
 
-    Example-level noise is for the client with the fewest rows, and for `steps` local steps in all its rounds. Takes
-    seconds where the noise for an epsilon is searched. ValueError where there is none.
+    Example-level noise is for the client with the fewest rows, and for `steps` local steps in all its rounds; its delta
+    is for the rows of all clients. Takes seconds where the noise for an epsilon is searched. ValueError where there is
+    none.
     """
-    dp, rounds, cohort = federation.privacy.dp, federation.rounds, federation.cohort
+    dp, rounds, cohort, clients = federation.privacy.dp, federation.rounds, federation.cohort, len(rows)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         plan: Plan
@@ -45,7 +46,8 @@ def plan_noise(federation: Federation, layout: Layout, clients: int, fewest_rows
             length = max(sum(live_lengths(federation, layout, round_).values()) for round_ in range(rounds))
             plan = dp.plan(cohort, clients, rounds, length, federation.privacy.secagg.bits)
         elif isinstance(dp, ExampleDp):
-            plan = dp.plan(fewest_rows, federation.train.batch * federation.train.accumulate, steps)
+            batch = federation.train.batch * federation.train.accumulate
+            plan = dp.plan(int(rows.min()), int(rows.sum()), batch, steps)
         else:
             return None
     messages = tuple(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
@@ -133,7 +135,7 @@ class PrivacyAccount:
         dp, shown = federation.privacy.dp, federation.shown_rows
         if clip is None:
             clip = dp.clip if isinstance(dp, CentralDp) else 0.0
-        planned = plan_noise(federation, layout, len(rows), int(rows.min()), steps * federation.rounds)
+        planned = plan_noise(federation, layout, rows, steps * federation.rounds)
         warned = () if shown is None else (f"{shown}, which privacy would have kept with their clients",)
         if planned is None:
             return cls(clip=clip, steps=steps, warned=warned)
