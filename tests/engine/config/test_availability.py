@@ -82,7 +82,7 @@ def test_a_row_that_is_no_span_of_a_client_is_refused(tmp_path: Path, row: str, 
 
 def test_a_null_in_parquet_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"client": ["a", None], "first": [1, 1], "last": [2, 2]}), tmp_path / "trace.parquet")
-    with pytest.raises(ValueError, match="row 2 .* has an empty value"):
+    with pytest.raises(ValueError, match=r"row 2 .* has an empty value"):
         Trace.open(tmp_path / "trace.parquet", ["a"])
 
 

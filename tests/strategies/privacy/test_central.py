@@ -242,4 +242,4 @@ def test_faults_of_rows_within_a_client() -> None:
     with pytest.raises(ValueError, match="clients need rows"):
         ExampleDp(noise_multiplier=1.0).plan(0, 100, 4, 10)
     with pytest.warns(UserWarning, match="to publish one row at random"):
-        ExampleDp(noise_multiplier=1.0, delta=0.1).plan(20, 4, 10)
+        ExampleDp(noise_multiplier=1.0, delta=0.1).plan(2, 20, 4, 10)
