@@ -3,7 +3,7 @@
 from typing import get_args
 
 from engine.config.sections import Sections
-from engine.config.train import Sgd, Train
+from engine.config.train import DECAYS, Sgd, Train
 from engine.messages.errors import RunError
 from strategies import Strategies
 from strategies.core.base import named
@@ -64,10 +64,8 @@ def _optimizer(recipe: Sections) -> None:
             f"{name} gives the vector another meaning from round to round, which an optimizer's kept state does not "
             f'follow: set train.state = "reset"'
         )
-    if strategy.freezes and _decays(train):
-        raise RunError(
-            f"{name} keeps tensors as they are, which weight decay would shrink: set train.optimizer.weight_decay = 0"
-        )
+    if strategy.freezes and (key := _decay(train)):
+        raise RunError(f"{name} keeps tensors as they are, which weight decay would shrink: set {key} = 0")
 
 
 def _sgd(name: str, needs: NeedsSgd, train: Train) -> None:
@@ -83,11 +81,12 @@ def _sgd(name: str, needs: NeedsSgd, train: Train) -> None:
         raise RunError(f"{name} needs one learning rate within a round: leave train.over_steps out")
 
 
-def _decays(train: Train) -> bool:
+def _decay(train: Train) -> str | None:
+    """The key by which the optimizer shrinks parameters whatever their gradients are; None if there is none."""
     optimizer = train.optimizer
-    if optimizer.kind == "torch":
-        return bool(optimizer.options.get("weight_decay", 0.0))
-    return optimizer.weight_decay != 0
+    if optimizer.kind != "torch":
+        return "train.optimizer.weight_decay" if optimizer.weight_decay else None
+    return next((f"train.optimizer.options.{option}" for option in DECAYS if optimizer.option(option)), None)
 
 
 def _transforms(recipe: Sections) -> None:

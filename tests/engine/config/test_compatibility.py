@@ -31,6 +31,16 @@ LIKE_RANKS = 'model.peft={kind="lora", r=8, ranks=[{r=4, share=0.5}, {r=8, share
         (["strategy=rolora", "train.state=keep"], r"another meaning", ["train.state=reset"]),
         (["strategy=ffa", "train.optimizer={kind='adamw', weight_decay=0.1}"], "weight decay would shrink", [SGD]),
         (["strategy=ffa", "train.optimizer={kind='torch', name='Adam', options={weight_decay=0.1}}"], "shrink", [SGD]),
+        (
+            ["strategy=ffa", "train.optimizer={kind='torch', name='AdamW'}"],  # 0.01 without a word
+            r"shrink: set train\.optimizer\.options\.weight_decay = 0",
+            ["train.optimizer.options.weight_decay=0"],
+        ),
+        (
+            ["strategy=ffa", "train.optimizer={kind='torch', name='ASGD'}"],
+            r"shrink: set train\.optimizer\.options\.lambd = 0",
+            ["train.optimizer.options.lambd=0"],
+        ),
         (["strategy=local", "transforms=[{kind='int8'}]"], "sends nothing that could be", ["strategy=fedavg"]),
         (["transforms=[{kind='projection'}, {kind='projection'}]"], "has several projections", ["transforms=[]"]),
         (["strategy=fedex", "transforms=[{kind='int8'}]"], "sends products beside its update", ["strategy=fedavg"]),
