@@ -1,6 +1,7 @@
 """The differential privacy of a run: which noise its rounds get, and what that has cost so far, on disk."""
 
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,8 @@ class Spending:
         if self.outside is not None:
             self.statement += f", outside of epsilon: {self.outside}"
         facts = {"rounds": self.charged, **vars(epsilon), "weights": self.weights, "statement": self.statement}
+        if math.isinf(epsilon.epsilon):  # which JSON does not have
+            facts["epsilon"] = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.path, json.dumps(facts, indent=1).encode())
         return epsilon

@@ -58,6 +58,18 @@ def test_example_level_noise_counts_local_steps(small_recipe, tmp_path):
     assert [many.charge(3).steps for _ in range(2)] == [3, 6]
 
 
+def test_an_account_without_noise_is_json_for_everybody(small_recipe, tmp_path):
+    """JSON has no Infinity."""
+    recipe = small_recipe(DP.replace("1.0", "0.0"), "strategy={kind='fedavg', weighting='uniform'}")
+    plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12).plan
+    spending = Spending.open(tmp_path / "privacy.json", plan, WEIGHTS, simulated=False, round_=0)
+    assert spending.charge(3).epsilon == float("inf")
+    said = json.loads((tmp_path / "privacy.json").read_text(), parse_constant=pytest.fail)
+    assert said["epsilon"] is None and said["statement"].startswith("epsilon inf at delta 0.001 ")
+    again = Spending.open(tmp_path / "privacy.json", plan, WEIGHTS, simulated=False, round_=1)
+    assert (again.charged, again.statement) == (1, said["statement"])
+
+
 def test_a_large_delta_is_said(small_recipe):
     recipe = small_recipe(DP.replace("1e-3", "0.1"), "strategy={kind='fedavg', weighting='uniform'}")
     planned = plan_noise(recipe, LAYOUT, np.full(100, 4), 12)
