@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -84,6 +85,11 @@ class Model:
     compile: bool = False
     trust_remote_code: bool = False
     peft: Annotated[Lora | FullTuning, Field(discriminator="kind")] = field(default_factory=Lora)
+
+    @property
+    def public_base(self) -> str:
+        """The base's name for what is published with the model: of a local folder its last name alone."""
+        return Path(self.base).name if Path(self.base).is_absolute() else self.base
 
 
 @dataclass(frozen=True)
