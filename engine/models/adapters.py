@@ -51,7 +51,7 @@ def lora_config(model: Model) -> LoraConfig:
     targets = model.peft.targets
     return LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=model.public_base,
+        base_model_name_or_path=model.base,
         revision=model.revision,
         r=model.peft.r,
         lora_alpha=model.peft.alpha,

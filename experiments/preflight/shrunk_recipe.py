@@ -68,7 +68,7 @@ def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
 def _train(train: Train) -> Train:
     """Few steps of few rows, with warm-ups that are no longer than they."""
     rounds, steps = _capped(train.over_rounds, warmup=ROUNDS), _capped(train.over_steps, warmup=2)
-    few = _capped(train, steps=2, epochs=1, batch=2, accumulate=2, max_length=LENGTH)
+    few: Train = _capped(train, steps=2, epochs=1, batch=2, accumulate=2, max_length=LENGTH)
     return replace(few, over_rounds=rounds, over_steps=steps)
 
 

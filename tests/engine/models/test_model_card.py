@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from engine.models.adapters import lora_config
 from engine.models.model_card import model_card
 
 HOME = "/home/somebody/secret project"
@@ -20,7 +19,6 @@ def test_local_paths_are_not_published(small_recipe, source):
     card = model_card(recipe, {"end": {"heldout": 1.5}}, STORE | {"source": source}, merged=False)
     assert "secret" not in card and "base_model: my-base\n" in card and 'from_pretrained("my-base")' in card
     assert "rows.jsonl" in card and "| 1.5000 |" in card
-    assert lora_config(recipe.model).base_model_name_or_path == "my-base"
 
 
 def test_names_of_a_hub_stay_as_they_are(small_recipe):
@@ -29,4 +27,3 @@ def test_names_of_a_hub_stay_as_they_are(small_recipe):
     source = "HfDataset(path='org/rows', file='train/part.parquet')"
     card = model_card(recipe, {}, STORE | {"source": source}, merged=False)
     assert "base_model: org/base\n" in card and f"Data: {source}." in card
-    assert lora_config(recipe.model).base_model_name_or_path == "org/base"
