@@ -1,6 +1,7 @@
 """The differential privacy of a run: which noise its rounds get, and what that has cost so far, on disk."""
 
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,14 @@ class Planned:
     warned: tuple[str, ...]
 
 
-def plan_noise(federation: Federation, layout: Layout, clients: int, fewest_rows: int, steps: int) -> Planned | None:
-    """Returns the noise of a run with `clients` that may be drawn; None without differential privacy.
+def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: int) -> Planned | None:
+    """Returns the noise of a run whose clients have `rows` (N,); None without differential privacy.
 
-    Example-level noise is for the client with the fewest rows, and for `steps` local steps in all its rounds. Takes
-    seconds where the noise for an epsilon is searched. ValueError where there is none.
+    Example-level noise is for the client with the fewest rows, and for `steps` local steps in all its rounds; its delta
+    is for the rows of all clients. Takes seconds where the noise for an epsilon is searched. ValueError where there is
+    none.
     """
-    dp, rounds, cohort = federation.privacy.dp, federation.rounds, federation.cohort
+    dp, rounds, cohort, clients = federation.privacy.dp, federation.rounds, federation.cohort, len(rows)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         plan: Plan
@@ -45,7 +47,8 @@ def plan_noise(federation: Federation, layout: Layout, clients: int, fewest_rows
             length = max(sum(live_lengths(federation, layout, round_).values()) for round_ in range(rounds))
             plan = dp.plan(cohort, clients, rounds, length, federation.privacy.secagg.bits)
         elif isinstance(dp, ExampleDp):
-            plan = dp.plan(fewest_rows, federation.train.batch * federation.train.accumulate, steps)
+            batch = federation.train.batch * federation.train.accumulate
+            plan = dp.plan(int(rows.min()), int(rows.sum()), batch, steps)
         else:
             return None
     messages = tuple(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
@@ -58,7 +61,8 @@ class Spending:
 
     Fresh noise is charged again when a round is run again; noise from the seed is the same noise. `uncopied` in the
     file is how many more rounds may have been charged where it was copied from. `weights` says where clients' weights
-    come from, and `statement` is what all of it comes to, in words.
+    come from, `outside` what the run shows beside the noisy sums (None: nothing), and `statement` is what all of it
+    comes to, in words.
     """
 
     path: Path
@@ -67,9 +71,12 @@ class Spending:
     weights: str
     charged: int = 0
     statement: str | None = None
+    outside: str | None = None
 
     @classmethod
-    def open(cls, path: Path, plan: Plan, weights: str, *, simulated: bool, round_: int) -> "Spending":
+    def open(
+        cls, path: Path, plan: Plan, weights: str, *, simulated: bool, round_: int, outside: str | None = None
+    ) -> "Spending":
         """Continues from what is on disk, for a run that continues from `round_`; RunError if it cannot be read."""
         try:
             facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -79,7 +86,7 @@ class Spending:
             raise RunError(
                 f"{path}, which says what privacy has been spent, cannot be read ({error}): start anew in another --out"
             ) from error
-        return cls(path, plan, simulated, weights, charged, statement)
+        return cls(path, plan, simulated, weights, charged, statement, outside)
 
     def charge(self, steps: int) -> Epsilon:
         """Counts one more round, in which a client takes `steps` noisy steps, on disk; returns the cost of all."""
@@ -89,7 +96,11 @@ class Spending:
         sampled = self.plan.scheme.sampling != "none"
         epsilon = self.plan.spent(total, simulated=self.simulated or sampled)
         self.statement = f"{epsilon}, {self.weights}"
+        if self.outside is not None:
+            self.statement += f", outside of epsilon: {self.outside}"
         facts = {"rounds": self.charged, **vars(epsilon), "weights": self.weights, "statement": self.statement}
+        if math.isinf(epsilon.epsilon):  # which JSON does not have
+            facts["epsilon"] = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.path, json.dumps(facts, indent=1).encode())
         return epsilon
@@ -124,12 +135,13 @@ class PrivacyAccount:
 
         ValueError where no noise gives what the recipe asks for.
         """
-        dp = federation.privacy.dp
+        dp, shown = federation.privacy.dp, federation.shown_rows
         if clip is None:
             clip = dp.clip if isinstance(dp, CentralDp) else 0.0
-        planned = plan_noise(federation, layout, len(rows), int(rows.min()), steps * federation.rounds)
+        planned = plan_noise(federation, layout, rows, steps * federation.rounds)
+        warned = () if shown is None else (f"{shown}, which privacy would have kept with their clients",)
         if planned is None:
-            return cls(clip=clip, steps=steps)
+            return cls(clip=clip, steps=steps, warned=warned)
         path, simulated = folder / "privacy.json", federation.privacy.simulated
         spending = Spending.open(
             path,
@@ -137,8 +149,9 @@ class PrivacyAccount:
             federation.privacy.describe_weights(federation.strategy),
             simulated=simulated,
             round_=round_,
+            outside=shown,
         )
-        return cls(planned.plan, spending, clip, steps, planned.warned)
+        return cls(planned.plan, spending, clip, steps, planned.warned + warned)
 
     @property
     def central(self) -> CentralPlan | None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
@@ -37,31 +38,56 @@ class Trace:
 
     @classmethod
     def open(cls, path: Path, names: list[str]) -> "Trace":
-        """Reads a Parquet or CSV file of client (its name), first, last; `names` are in the order of client numbers."""
-        try:
-            table = pq.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
-            table = table.select(list(COLUMNS)).cast(pa.schema(list(COLUMNS.items())))
-        except (OSError, pa.ArrowException, KeyError) as error:
-            raise RunError(
-                f"the trace {path} (clients.availability.trace) cannot be read as Parquet or CSV with the columns "
-                f"client, first and last: {str(error).splitlines()[0]}"
-            ) from error
-        numbers = {name: number for number, name in enumerate(names)}
-        clients = np.array([numbers.get(name, -1) for name in table["client"].to_pylist()], np.int64)
-        if not (clients >= 0).any():
-            raise RunError(
-                f"the trace {path} (clients.availability.trace) names none of the training clients, which are called "
-                f"{', '.join(map(repr, names[:3]))} and so on"
-            )
+        """Reads a Parquet or CSV file of client (its name), first, last; `names` are in the order of client numbers.
+
+        Names are text, also in a CSV file: "007" is not client "7". RunError for a file that cannot be read, a client
+        that is not in `names`, and rows that are no span of rounds.
+        """
+        table = _read(path)
+        numbers = pc.index_in(table["client"], pa.array(names, pa.string()))
+        first, last = table["first"], table["last"]
+        # A comparison with null is null, and a null here is refused before.
+        faults = {
+            "has an empty value": pc.or_(pc.or_(pc.is_null(table["client"]), pc.is_null(first)), pc.is_null(last)),
+            f"names no client of the data, whose clients are {', '.join(map(repr, names[:3]))} and so on": pc.is_null(
+                numbers
+            ),
+            "ends before it begins": pc.less(last, first),
+            "begins before round 1, which is the first": pc.less(first, 1),
+        }
+        for fault, rows in faults.items():
+            if (row := pc.index(rows, True).as_py()) >= 0:
+                said = ", ".join(f"{name} = {table[name][row].as_py()!r}" for name in COLUMNS)
+                raise RunError(
+                    f"row {row + 1} of the trace {path} (clients.availability.trace) {fault}: correct it ({said})"
+                )
+        clients = numbers.to_numpy()
         order = np.argsort(clients, kind="stable")
-        order = order[clients[order] >= 0]
-        spans = np.stack([table["first"].to_numpy(), table["last"].to_numpy()], axis=1)[order]
+        spans = np.stack([first.to_numpy(), last.to_numpy()], axis=1)[order]
         return cls(np.searchsorted(clients[order], np.arange(len(names) + 1)), spans)
 
     def away(self, client: int, round_: int) -> bool:
         """Whether a client is missing in a round, counted from 1."""
         spans = self.spans[self.starts[client] : self.starts[client + 1]]
         return len(spans) > 0 and not ((spans[:, 0] <= round_) & (round_ <= spans[:, 1])).any()
+
+
+def _read(path: Path) -> pa.Table:
+    """The columns of a trace, with names as they are written."""
+    try:
+        if path.suffix == ".parquet":
+            table = pq.read_table(path, columns=list(COLUMNS))
+            if pa.types.is_integer(table["client"].type) or pa.types.is_floating(table["client"].type):
+                raise pa.ArrowInvalid("its client column holds numbers, and names are text")
+        else:
+            kinds = csv.ConvertOptions(column_types=COLUMNS, include_columns=list(COLUMNS))
+            table = csv.read_csv(path, convert_options=kinds)
+        return table.cast(pa.schema(list(COLUMNS.items())))
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise RunError(
+            f"the trace {path} (clients.availability.trace) cannot be read as Parquet or CSV with the columns "
+            f"client, first and last: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def too_late(seconds: float) -> str:

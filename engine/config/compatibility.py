@@ -3,7 +3,7 @@
 from typing import get_args
 
 from engine.config.sections import Sections
-from engine.config.train import Sgd, Train
+from engine.config.train import DECAYS, Sgd, Train
 from engine.messages.errors import RunError
 from strategies import Strategies
 from strategies.core.base import named
@@ -16,7 +16,7 @@ SOME = Layout(("any",), ((10_007,),))  # an odd length: an extra of this length 
 
 def check_together(recipe: Sections) -> None:
     """Raises RunError for the first two sections that do not go together, with the nearest that works."""
-    for check in (_adapters, _cohort, _optimizer, _transforms, _lanes, _overlap, _gangs):
+    for check in (_adapters, _cohort, _optimizer, _schedules, _transforms, _lanes, _overlap, _gangs):
         check(recipe)
 
 
@@ -64,10 +64,8 @@ def _optimizer(recipe: Sections) -> None:
             f"{name} gives the vector another meaning from round to round, which an optimizer's kept state does not "
             f'follow: set train.state = "reset"'
         )
-    if strategy.freezes and _decays(train):
-        raise RunError(
-            f"{name} keeps tensors as they are, which weight decay would shrink: set train.optimizer.weight_decay = 0"
-        )
+    if strategy.freezes and (key := _decay(train)):
+        raise RunError(f"{name} keeps tensors as they are, which weight decay would shrink: set {key} = 0")
 
 
 def _sgd(name: str, needs: NeedsSgd, train: Train) -> None:
@@ -77,17 +75,37 @@ def _sgd(name: str, needs: NeedsSgd, train: Train) -> None:
         raise RunError(
             f'{name} {needs.why}: set train.optimizer = {{ kind = "sgd"{momentum} }} with its lr, or {needs.instead}'
         )
+    if needs.momentum and train.state == "keep":
+        raise RunError(
+            f"{name} counts on a momentum that starts at zero in each round: "
+            f'set train.state = "reset", or {needs.instead}'
+        )
     if needs.divides and optimizer.lr == 0:
         raise RunError(f"{name} divides by the learning rate: set train.optimizer.lr above 0")
     if needs.constant and (schedule.kind != "constant" or schedule.warmup):
         raise RunError(f"{name} needs one learning rate within a round: leave train.over_steps out")
 
 
-def _decays(train: Train) -> bool:
+def _schedules(recipe: Sections) -> None:
+    """A warm-up that is longer than what it is part of never reaches the learning rate."""
+    train = recipe.train
+    parts = [("over_rounds", train.over_rounds, recipe.rounds, "the run", "rounds")]
+    if train.steps is not None:  # epochs are of as many steps as a client's rows give
+        parts.append(("over_steps", train.over_steps, train.steps, "a round", "steps"))
+    for key, schedule, length, what, unit in parts:
+        if schedule.warmup > length:
+            raise RunError(
+                f"train.{key}.warmup is {schedule.warmup}, and {what} has {length} {unit}: set it to {length} or less, "
+                f"or the learning rate is never reached"
+            )
+
+
+def _decay(train: Train) -> str | None:
+    """The key by which the optimizer shrinks parameters whatever their gradients are; None if there is none."""
     optimizer = train.optimizer
-    if optimizer.kind == "torch":
-        return bool(optimizer.options.get("weight_decay", 0.0))
-    return optimizer.weight_decay != 0
+    if optimizer.kind != "torch":
+        return "train.optimizer.weight_decay" if optimizer.weight_decay else None
+    return next((f"train.optimizer.options.{option}" for option in DECAYS if optimizer.option(option)), None)
 
 
 def _transforms(recipe: Sections) -> None:

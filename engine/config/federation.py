@@ -19,4 +19,5 @@ class Federation(Sections):
         check_together(self)
         check_privacy(self)
         at_least("recipe", 1, rounds=self.rounds)
-        at_least("recipe", 0, seed=self.seed)
+        if self.seed < 0:
+            raise RunError(f"recipe.seed must be at least 0, not {self.seed}")

@@ -100,6 +100,11 @@ class Privacy:
             at_least("privacy", 1, rows_cap=self.rows_cap)
 
     @property
+    def on(self) -> bool:
+        """Whether there is secure aggregation or differential privacy."""
+        return self.secure or not isinstance(self.dp, NoDp)
+
+    @property
     def secure(self) -> bool:
         """Whether sums go through secure aggregation."""
         return self.secagg.mode != "off"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -85,6 +86,11 @@ class Model:
     trust_remote_code: bool = False
     peft: Annotated[Lora | FullTuning, Field(discriminator="kind")] = field(default_factory=Lora)
 
+    @property
+    def public_base(self) -> str:
+        """The base's name for what is published with the model: of a local folder its last name alone."""
+        return Path(self.base).name if Path(self.base).is_absolute() else self.base
+
 
 @dataclass(frozen=True)
 class Zero:
@@ -157,7 +163,8 @@ class Evaluate:
     At most `rows` rows of each client count, and `server_rows` of the server's own, drawn once by the seed. With
     `finetune`, each client trains the final model for so many steps on its own rows and is evaluated once more.
     `without_privacy` plays all rounds once more without noise and secure aggregation, which shows what privacy costs.
-    With `overlap`, idle slots evaluate while the next round runs.
+    With `overlap`, idle slots evaluate while the next round runs. At the end `samples` held-out rows are shown with
+    what the model writes in their place; without the key 3, and none under `privacy`.
     """
 
     every: int = 5
@@ -167,9 +174,10 @@ class Evaluate:
     without_privacy: bool = False
     server_rows: int = 256
     batch: int = 16
+    samples: int | None = None
 
     def __post_init__(self) -> None:
-        at_least("evaluate", 0, every=self.every, finetune=self.finetune)
+        at_least("evaluate", 0, every=self.every, finetune=self.finetune, samples=self.samples)
         at_least("evaluate", 1, rows=self.rows, server_rows=self.server_rows, batch=self.batch)
 
 
@@ -206,3 +214,17 @@ class Sections:
         """Whether clients keep anything from round to round."""
         kept = self.train.state == "keep" or any(transform.keeps_state for transform in self.transforms)
         return kept or self.strategy.keeps_state
+
+    @property
+    def samples(self) -> int:
+        """How many held-out rows the run shows at its end: under privacy none, unless the recipe asks for them."""
+        if self.evaluate.samples is not None:
+            return self.evaluate.samples
+        return 0 if self.privacy.on else 3
+
+    @property
+    def shown_rows(self) -> str | None:
+        """What the run shows of rows although it has privacy, in words; None if nothing."""
+        if not (self.privacy.on and self.samples):
+            return None
+        return f"{self.samples} held-out rows are shown word for word (evaluate.samples)"

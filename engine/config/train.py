@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
@@ -16,6 +17,13 @@ from engine.objectives.sft import Sft
 
 BY_KIND = Field(discriminator="kind") if get_args(Objectives) else Field()  # a union of one has no members
 NEEDS_MORE = {"LBFGS", "SparseAdam", "Muon"}  # a closure, sparse gradients, matrices: a flat vector has none of them
+# `torch.optim` holds modules and functions too.
+OPTIMIZERS = tuple(
+    name
+    for name in sorted(set(torch.optim.__all__) - {"Optimizer", *NEEDS_MORE})
+    if isinstance(vars(torch.optim)[name], type)
+)
+DECAYS = ("weight_decay", "lambd")  # options that shrink parameters whatever their gradients are
 
 
 @dataclass(frozen=True)
@@ -57,13 +65,24 @@ class TorchOptimizer:
 
     def __post_init__(self) -> None:
         at_least("train.optimizer", 0, lr=self.lr)
-        known = sorted(set(torch.optim.__all__) - {"Optimizer", *NEEDS_MORE})
-        if self.name not in known:
-            near = difflib.get_close_matches(self.name, known, 1, 0.0)[0]
-            raise RunError(f"train.optimizer.name is {self.name!r}; did you mean {near!r}? There is {', '.join(known)}")
-        taken = inspect.signature(getattr(torch.optim, self.name)).parameters.keys() - {"params", "lr"}
+        if self.name not in OPTIMIZERS:
+            near = difflib.get_close_matches(self.name, OPTIMIZERS, 1, 0.0)[0]
+            raise RunError(
+                f"train.optimizer.name is {self.name!r}; did you mean {near!r}? There is {', '.join(OPTIMIZERS)}"
+            )
+        taken = self._parameters.keys() - {"params", "lr"}
         for option in self.options.keys() - taken:
             raise RunError(f"torch.optim.{self.name} has no option {option!r}; it takes {', '.join(sorted(taken))}")
+
+    @property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(getattr(torch.optim, self.name)).parameters
+
+    def option(self, name: str) -> float | bool:
+        """The value of an option, torch's own where the recipe gives none; 0 if the optimizer does not have it."""
+        default = self._parameters[name].default if name in self._parameters else 0.0
+        value: float | bool = self.options.get(name, default)
+        return value
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ def _save_adapter(folder: Path, state: dict[str, torch.Tensor], network: PeftMod
     config = lora_config(model)
     config.target_modules = network.peft_config["default"].target_modules
     config.inference_mode = True
+    config.base_model_name_or_path = model.public_base
     config.save_pretrained(str(folder))
 
 

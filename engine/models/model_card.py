@@ -1,5 +1,6 @@
 """The model card of the exported model."""
 
+import re
 from typing import Any
 
 from engine.config.federation import Federation
@@ -39,7 +40,7 @@ def model_card(
     load = (
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{model.base}"{trust})\n'
+        f'base = AutoModelForCausalLM.from_pretrained("{model.public_base}"{trust})\n'
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")  # .merge_and_unload() folds it into the base'
         if adapter
         else "from transformers import AutoModelForCausalLM\n\n"
@@ -48,18 +49,18 @@ def model_card(
     privacy = f"- Differential privacy: {spent}. The losses above are outside of it.\n" if spent else ""
     what = "A LoRA adapter for" if adapter else "A whole model: merged products and adapters on" if merged else "All of"
     return f"""---
-base_model: {model.base}
+base_model: {model.public_base}
 library_name: {"peft" if adapter else "transformers"}
 pipeline_tag: text-generation
 tags: [fedpost, federated]
 ---
 # {federation.name}
 
-{what} `{model.base}`{revision}, trained by federated fine-tuning.
+{what} `{model.public_base}`{revision}, trained by federated fine-tuning.
 
 - Strategy `{federation.strategy!r}`, {federation.rounds} rounds, seed {federation.seed}.
 - {federation.cohort.expected(training):g} of {training} clients a round, {amount} of batch {train.batch} each.
-- Data: {store["source"]}.
+- Data: {_without_folders(store["source"])}.
 {privacy}
 {header}{chr(10).join(lines)}
 
@@ -69,3 +70,8 @@ tags: [fedpost, federated]
 
 The base model's licence holds for what is derived from it.
 """
+
+
+def _without_folders(source: str) -> str:
+    """A source as it is written in Python, with the last names of absolute paths alone."""
+    return re.sub(r"(?<=['\"])(file://)?/([^'\"]*/)?", "", source)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Turns = list[dict[str, str]]
+PLACEHOLDER = "\ue000"  # for private use: no template writes it
 
 
 def encode_conversations(
@@ -58,7 +59,7 @@ def _by_prefixes(
             if number:
                 before = rendered(turns[:number], add_generation_prompt=True)
             else:  # templates do not render an empty conversation
-                before = whole.partition(turn["content"].strip())[0]
+                before = rendered([turn | {"content": PLACEHOLDER}]).partition(PLACEHOLDER)[0]
             through = rendered(turns[: number + 1])
             if not (whole.startswith(through) and through.startswith(before)):
                 raise RunError(

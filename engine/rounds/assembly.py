@@ -60,7 +60,7 @@ def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None 
     journal = Journal.open(parts.folder, parts.elsewhere, saved.last_sum if saved else 0)
     quorum = Quorum(federation, parts.store)
     path = federation.clients.availability.trace
-    trace = None if path is None else Trace.open(Path(path), parts.store.names(list(range(population))))
+    trace = None if path is None else Trace.open(Path(path), parts.store.names(list(range(parts.store.num_clients))))
     collector: Collector
     if federation.privacy.secure:
         collector = _secure_collector(parts, planner, journal, quorum, trace)

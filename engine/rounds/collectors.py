@@ -22,8 +22,9 @@ from engine.scheduling.pool import Pool
 class Collected:
     """What the server gets of a round: reports by client, the sums (none: nobody took part, or aborted), figures.
 
-    `figures` are sums over the clients: `nll` in nats, `learnt` and `tokens`. With `by_client` the reports hold each
-    client's own metrics. `gone` says why clients came too late or not at all, `aborted` why there are no sums,
+    `figures` are sums over the clients: `nll` in nats, `learnt` and `tokens`. `clipped` is the share of the coordinates
+    that the bounds of secure aggregation have cut (None without it). With `by_client` the reports hold each client's
+    own metrics. `gone` says why clients came too late or not at all, `aborted` why there are no sums,
     `too_few` the same if too few clients gave an update. `busy` are the workers' seconds of work.
     """
 
@@ -38,6 +39,7 @@ class Collected:
     store_bytes: int = 0
     busy: list[float] = field(default_factory=list)
     too_few: str | None = None
+    clipped: float | None = None
 
     @property
     def good(self) -> list[Report]:

@@ -17,7 +17,7 @@ from engine.system.atomic import write_file
 from engine.training.generation import Prompt, as_text
 from strategies.core.seeds import rng
 
-SAMPLES, SAMPLE_TOKENS = 3, 40
+SAMPLE_TOKENS = 40
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Finish:
         if not len(clients):
             clients, _ = self.evaluator.judged("heldout")
         draw = rng(self.parts.federation.seed, 0, -1, "sample")
-        chosen = draw.choice(clients, min(SAMPLES, len(clients)), replace=False)
+        chosen = draw.choice(clients, min(self.parts.federation.samples, len(clients)), replace=False)
         store = self.parts.store
         rows = [store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]
         return [

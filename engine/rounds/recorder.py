@@ -83,6 +83,8 @@ class Recorder:
             balance=self._balance(collected.busy),
             faults=len(played.faults),
         )
+        if collected.clipped is not None:
+            metrics.add(played.round, "engine", None, clipped=collected.clipped)
         if played.privacy:
             metrics.add(played.round, "privacy", None, **played.privacy)
         for sent in collected.messages:

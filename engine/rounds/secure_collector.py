@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.aggregation.ring_encoding import Plan, ring_sums, rounding
+from engine.aggregation.ring_encoding import Plan, live_lengths, ring_sums, rounding
 from engine.aggregation.secure_clients import Authority
 from engine.config.availability import DIED_WITH_SLOT, LEFT_OUT, Leaving, Trace
 from engine.config.federation import Federation
@@ -29,6 +29,8 @@ from strategies.secagg.protocol import Session
 from strategies.secagg.ring import Sums
 
 Shortfall = Callable[[Sequence[Report], int, int], str | None]  # see Quorum
+
+MOST_CLIPPED = 0.01  # a share of coordinates: more is warned about
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class SecureCollector:
         if totals is not None and totals.weight == 0:
             totals, aborted = None, "all weights are less than the ring's steps: raise privacy.secagg.bits"
         unmasked, figures = ([], {}) if totals is None else self.shards.unmasked(totals, plan, broadcast.round)
+        clipped = None if totals is None else self._clipped(figures, totals.count, broadcast.round)
         down = round(sum(report.metrics[DOWN] for report in reports))
         sessions_bytes = relayed.sessions * self.relay.pool.size * FLOAT_BYTES * sums.length
         return Collected(
@@ -101,6 +104,7 @@ class SecureCollector:
             store_bytes=FLOAT_BYTES * self.layout.size + sessions_bytes,
             busy=relayed.busy,
             too_few=too_few if relayed.totals is None else None,
+            clipped=clipped,
         )
 
     def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
@@ -119,6 +123,16 @@ class SecureCollector:
     def sums(self, plan: Plan, clip: float, clients: int, round_: int) -> Sums:
         """Returns what a round's session of so many clients adds up; ValueError if the ring is too small."""
         return ring_sums(self.federation, self.layout, plan, clip, clients, self.most_tokens, round_)
+
+    def _clipped(self, figures: dict[str, float], clients: int, round_: int) -> float:
+        """Returns the share of the clients' coordinates that bounds have cut, and warns of a large one."""
+        lengths = live_lengths(self.federation, self.layout, round_)
+        share = max(0.0, figures["clipped"]) / (clients * max(1, sum(lengths.values())))
+        if share > MOST_CLIPPED:
+            bounds = "privacy.secagg.bound" + (" or bounds" if len(lengths) > 1 else "")
+            why = f"{share:.1%} of the coordinates that clients sent are beyond what the ring takes, and were cut"
+            self.relay.pool.faults.append(Fault("round", str(round_ + 1), f"{why}: raise {bounds}"))
+        return share
 
     def _gone(self, work: Work, round_: int) -> dict[int, Leaving]:
         """Who drops out; of a round whose sum was asked for before, everybody who was not in it."""

@@ -192,4 +192,4 @@ class ClientRunner:
         if not np.isfinite(largest):
             raise NonFiniteUpdate("its update, or its new client state, holds NaN or infinity")
         if largest >= LIMIT:
-            raise NonFiniteUpdate(f"its update reaches {largest:.3g}, beyond the exact sum's range of {LIMIT:.3g}")
+            raise NonFiniteUpdate(f"its update reaches beyond the exact sum's range of {LIMIT:.3g}")

@@ -173,11 +173,11 @@ class Rank(WorkerProcess):
             getattr(self, method)(*arguments)
         except Exception as error:
             if self.failure is None:  # whatever comes after it fails because the first rank has ended
-                kind = ShardLost if isinstance(error, ObjectLostError) else GangLost
-                self.failure = kind(f"a rank of a gang failed: {type(error).__name__}: {last_line(error)}")
-            if not _is_users(error, method):
-                ray.kill(leader)
-            raise
+                self.failure = _lost(error, method)
+            if _is_users(error, method):
+                raise
+            ray.kill(leader)
+            raise _lost(error, method) from None
 
     def why(self) -> GangLost | None:
         """Returns what made this rank fail first, if it did."""
@@ -208,7 +208,7 @@ class Gang(Rank):
         except Exception as error:
             if _is_users(error, method):
                 raise
-            raise GangLost(f"a rank of a gang failed: {type(error).__name__}: {last_line(error)}") from None
+            raise _lost(error, method) from None
 
 
 def aggregate_of(sums: tuple[PartialSum | AggregateShard, ...]) -> Aggregate | None:
@@ -236,6 +236,16 @@ def _from_first(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def _lost(error: Exception, method: str) -> GangLost:
+    """Returns what ends a gang in which a rank raised `error`.
+
+    What a client raises may quote its rows, and under secure aggregation nobody else reads that.
+    """
+    kind = ShardLost if isinstance(error, ObjectLostError) else GangLost
+    text = "" if method == "masked" else f": {last_line(error)}"
+    return kind(f"a rank of a gang failed: {type(error).__name__}{text}")
 
 
 def _is_users(error: Exception, method: str) -> bool:

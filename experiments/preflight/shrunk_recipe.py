@@ -10,6 +10,7 @@ from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.parquet_files import ParquetFiles
 from datasets_partition.store.splits import Splits
 from engine.config.sections import Clients
+from engine.config.train import Train
 from engine.messages.errors import RunError
 from experiments.config.recipe import Data, Recipe
 from strategies import Cohorts
@@ -58,10 +59,17 @@ def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
         data=Data(rows, Natural(), splits, None, str(folder)),
         clients=_clients(recipe.clients),
         cohort=drawn,
-        train=_capped(recipe.train, steps=2, epochs=1, batch=2, accumulate=2, max_length=LENGTH),
+        train=_train(recipe.train),
         evaluate=_capped(recipe.evaluate, every=1, rows=2, finetune=1, server_rows=4, batch=2),
         checkpoint=replace(recipe.checkpoint, every=1, keep=ROUNDS),
     )
+
+
+def _train(train: Train) -> Train:
+    """Few steps of few rows, with warm-ups that are no longer than they."""
+    rounds, steps = _capped(train.over_rounds, warmup=ROUNDS), _capped(train.over_steps, warmup=2)
+    few: Train = _capped(train, steps=2, epochs=1, batch=2, accumulate=2, max_length=LENGTH)
+    return replace(few, over_rounds=rounds, over_steps=steps)
 
 
 def _capped(section: Any, **most: float) -> Any:

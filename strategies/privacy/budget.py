@@ -16,7 +16,8 @@ Cohort = UniformCohort | PoissonCohort
 class Budget:
     """`noise_multiplier`, or the `epsilon` that all rounds together may cost; keys of the privacy section.
 
-    The default of `delta` is 1 / population^1.1. A noise multiplier of 0 clips and adds nothing: epsilon is infinite.
+    The default of `delta` is 1 / population^1.1, of clients or of all their rows. A noise multiplier of 0 clips and
+    adds nothing: epsilon is infinite.
     `sampling` is what epsilon may count on; the meaning of "auto" depends on the kind.
     """
 

@@ -18,6 +18,7 @@ class ExampleDp(Budget):
 
     The unit is a row of one client: whoever sees every update and every model learns little about any row, and may
     learn much about the client. The noise suits the client with the fewest rows, whose rows are drawn most often.
+    Delta is for the rows of all clients: the default is 1 / rows^1.1, and a warning names one above 1 / rows.
     `sampling` "auto" means Poisson batches, "none" batches in any other order.
     """
 
@@ -31,12 +32,15 @@ class ExampleDp(Budget):
         if self.sampling == "fixed":
             raise StrategyError('privacy.dp.sampling "fixed" is not for rows: draw Poisson batches, or claim "none"')
 
-    def plan(self, fewest_rows: int, batch: int, steps: int) -> "ExamplePlan":
-        """The noise for `steps` local steps of `batch` rows on average, over all rounds that a client may be in."""
+    def plan(self, fewest_rows: int, all_rows: int, batch: int, steps: int) -> "ExamplePlan":
+        """The noise for `steps` local steps of `batch` rows on average, over all rounds that a client may be in.
+
+        The client with the fewest rows has `fewest_rows`, and all clients together have `all_rows`.
+        """
         if fewest_rows < 1 or batch < 1:
             raise StrategyError(f"clients need rows and batches need size, not {fewest_rows} and {batch}")
         scheme = Scheme() if self.sampling == "none" else Scheme("poisson", min(1.0, batch / fewest_rows))
-        delta = delta_for(self.delta, fewest_rows, "row")
+        delta = delta_for(self.delta, all_rows, "row")
         z = self.noise_multiplier
         if z is None:
             assert self.epsilon is not None

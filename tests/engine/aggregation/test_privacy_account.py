@@ -1,8 +1,9 @@
 import json
 
+import numpy as np
 import pytest
 
-from engine.aggregation.privacy_account import Spending, plan_noise
+from engine.aggregation.privacy_account import PrivacyAccount, Spending, plan_noise
 from strategies.core.layout import Layout
 from strategies.privacy.central import CentralDp
 
@@ -13,7 +14,7 @@ DP = "privacy.dp={kind='central', noise_multiplier=1.0, delta=1e-3}"
 
 @pytest.fixture
 def plan(small_recipe):
-    planned = plan_noise(small_recipe(DP, "strategy={kind='fedavg', weighting='uniform'}"), LAYOUT, 100, 4, 12)
+    planned = plan_noise(small_recipe(DP, "strategy={kind='fedavg', weighting='uniform'}"), LAYOUT, np.full(100, 4), 12)
     assert planned.warned == ()
     return planned.plan
 
@@ -50,19 +51,62 @@ def test_fresh_noise_of_a_round_that_is_run_again_is_charged_again(plan, tmp_pat
 
 def test_example_level_noise_counts_local_steps(small_recipe, tmp_path):
     recipe = small_recipe("privacy.dp={kind='example', noise_multiplier=1.0, delta=1e-3}")
-    plan = plan_noise(recipe, LAYOUT, 100, 40, 12).plan
+    plan = plan_noise(recipe, LAYOUT, np.full(100, 40), 12).plan
     simulated = Spending.open(tmp_path / "a.json", plan, WEIGHTS, simulated=True, round_=0).charge(6)
     many = Spending.open(tmp_path / "b.json", plan, WEIGHTS, simulated=True, round_=0)
     assert (simulated.unit, simulated.steps) == ("example", 6)
     assert [many.charge(3).steps for _ in range(2)] == [3, 6]
 
 
+def test_an_account_without_noise_is_json_for_everybody(small_recipe, tmp_path):
+    """JSON has no Infinity."""
+    recipe = small_recipe(DP.replace("1.0", "0.0"), "strategy={kind='fedavg', weighting='uniform'}")
+    plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12).plan
+    spending = Spending.open(tmp_path / "privacy.json", plan, WEIGHTS, simulated=False, round_=0)
+    assert spending.charge(3).epsilon == float("inf")
+    said = json.loads((tmp_path / "privacy.json").read_text(), parse_constant=pytest.fail)
+    assert said["epsilon"] is None and said["statement"].startswith("epsilon inf at delta 0.001 ")
+    again = Spending.open(tmp_path / "privacy.json", plan, WEIGHTS, simulated=False, round_=1)
+    assert (again.charged, again.statement) == (1, said["statement"])
+
+
 def test_a_large_delta_is_said(small_recipe):
     recipe = small_recipe(DP.replace("1e-3", "0.1"), "strategy={kind='fedavg', weighting='uniform'}")
-    planned = plan_noise(recipe, LAYOUT, 100, 4, 12)
+    planned = plan_noise(recipe, LAYOUT, np.full(100, 4), 12)
     assert planned.warned == ("delta = 0.1 is above 1 / 100: to publish one client at random would count as private",)
     assert isinstance(recipe.privacy.dp, CentralDp)
 
 
 def test_without_privacy_there_is_no_plan(small_recipe):
-    assert plan_noise(small_recipe(), LAYOUT, 100, 4, 12) is None
+    assert plan_noise(small_recipe(), LAYOUT, np.full(100, 4), 12) is None
+
+
+SHOWN = "2 held-out rows are shown word for word (evaluate.samples)"
+
+
+def test_rows_that_are_shown_are_in_the_statement_and_said_at_the_start(small_recipe, tmp_path):
+    def account(*changes):
+        recipe = small_recipe("strategy={kind='fedavg', weighting='uniform'}", *changes)
+        return PrivacyAccount.open(recipe, LAYOUT, tmp_path, np.array([4, 20]), 3)
+
+    noisy = account(DP, "evaluate.samples=2")
+    noisy.charge()
+    assert noisy.statement.endswith(f", outside of epsilon: {SHOWN}") and SHOWN in " ".join(noisy.warned)
+    assert SHOWN in " ".join(account("privacy.secagg.mode=full", "evaluate.samples=2").warned)
+    assert (
+        account(DP).warned == account("privacy.secagg.mode=full").warned == account("evaluate.samples=2").warned == ()
+    )
+
+
+def test_delta_for_a_row_follows_the_number_of_all_rows(small_recipe):
+    """The smallest client has one row: a delta of 1 / 1^1.1 would let any client publish its rows."""
+    rows = np.array([1, 3, 96])
+    example = small_recipe("privacy.dp={kind='example', noise_multiplier=1.0}")
+    planned = plan_noise(example, LAYOUT, rows, 12)
+    assert planned.plan.delta == pytest.approx(100**-1.1) and planned.warned == ()
+    # The noise is still for the client whose rows are drawn most often: all of one in each batch of four.
+    assert planned.plan.scheme.rate == 1.0
+
+    given = plan_noise(small_recipe("privacy.dp={kind='example', noise_multiplier=1.0, delta=0.02}"), LAYOUT, rows, 12)
+    assert given.plan.delta == 0.02
+    assert given.warned == ("delta = 0.02 is above 1 / 100: to publish one row at random would count as private",)

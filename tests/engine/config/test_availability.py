@@ -8,7 +8,7 @@ import pytest
 
 from engine.config.availability import AWAY, Availability, Leaving, Trace
 
-ROWS = "client,first,last\nb,2,3\nb,7,7\nsomebody else,1,1\na,4,9\n"
+ROWS = "client,first,last\nb,2,3\nb,7,7\na,4,9\n"
 THERE = {"a": {4, 5, 6, 7, 8, 9}, "b": {2, 3, 7}, "c": set(range(1, 11))}
 
 
@@ -50,9 +50,40 @@ def test_what_is_no_trace_is_named(tmp_path: Path, content: str | None) -> None:
         Trace.open(path, ["a"])
 
 
-def test_a_trace_of_other_clients_is_named(path: Path) -> None:
-    with pytest.raises(ValueError, match="names none of the training clients, which are called 'x', 'y' and so on"):
-        Trace.open(path, ["x", "y"])
+def opened(tmp_path: Path, *rows: str, names: list[str]) -> Trace:
+    path = tmp_path / "trace.csv"
+    path.write_text("\n".join(["client,first,last", *rows, ""]))
+    return Trace.open(path, names)
+
+
+def test_names_are_text(tmp_path: Path) -> None:
+    trace = opened(tmp_path, "007,2,2", "NA,2,2", "true,2,2", "1e3,2,2", names=["7", "007", "NA", "true", "1e3"])
+    assert [trace.away(client, 1) for client in range(5)] == [False, True, True, True, True]
+    pq.write_table(pa.table({"client": [7], "first": [2], "last": [2]}), tmp_path / "trace.parquet")
+    with pytest.raises(ValueError, match="holds numbers, and names are text"):
+        Trace.open(tmp_path / "trace.parquet", ["7", "007"])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("x,1,2", r"row 2 of the trace .* names no client of the data, whose clients are 'a', 'b' and so on"),
+        ("a,3,", r"row 2 .* has an empty value: correct it \(client = 'a', first = 3, last = None\)"),
+        ("a,,3", "row 2 .* has an empty value"),
+        (",1,3", "row 2 .* names no client of the data"),
+        ("a,4,3", "row 2 .* ends before it begins"),
+        ("a,0,3", "row 2 .* begins before round 1, which is the first"),
+    ],
+)
+def test_a_row_that_is_no_span_of_a_client_is_refused(tmp_path: Path, row: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        opened(tmp_path, "a,4,9", row, names=["a", "b"])
+
+
+def test_a_null_in_parquet_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"client": ["a", None], "first": [1, 1], "last": [2, 2]}), tmp_path / "trace.parquet")
+    with pytest.raises(ValueError, match=r"row 2 .* has an empty value"):
+        Trace.open(tmp_path / "trace.parquet", ["a"])
 
 
 def test_time_is_simulated_from_steps_and_the_seed() -> None:

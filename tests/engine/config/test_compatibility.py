@@ -26,11 +26,31 @@ LIKE_RANKS = 'model.peft={kind="lora", r=8, ranks=[{r=4, share=0.5}, {r=8, share
         (["strategy=scaffold"], r"counts on what plain SGD does: .*momentum = 0 }", [SGD]),
         (["strategy={kind='fednova', momentum=0.5}", SGD], r"momentum = 0.5 }", ["strategy.momentum=0.0"]),
         (["strategy=fednova", SGD, "train.over_steps={kind='linear'}"], "leave train.over_steps", ["strategy=fedavg"]),
+        (
+            [
+                "strategy={kind='fednova', momentum=0.5}",
+                "train={steps=3, state='keep', optimizer={kind='sgd', momentum=0.5}}",
+            ],
+            "'fednova' counts on a momentum that starts at zero in each round",
+            ["train.state=reset"],
+        ),
+        (["train.over_steps.warmup=4"], "warmup is 4, and a round has 3 steps: set it to 3 or", ["train.steps=4"]),
+        (["train.over_rounds.warmup=5"], "warmup is 5, and the run has 4 rounds: set it to 4 or", ["rounds=5"]),
         (["strategy=qfedavg"], r"holds for SGD alone", ["strategy.lipschitz=10.0"]),
         (["strategy=fedsb"], r"span of its basis.*\"ffa\"", [SGD]),
         (["strategy=rolora", "train.state=keep"], r"another meaning", ["train.state=reset"]),
         (["strategy=ffa", "train.optimizer={kind='adamw', weight_decay=0.1}"], "weight decay would shrink", [SGD]),
         (["strategy=ffa", "train.optimizer={kind='torch', name='Adam', options={weight_decay=0.1}}"], "shrink", [SGD]),
+        (
+            ["strategy=ffa", "train.optimizer={kind='torch', name='AdamW'}"],  # 0.01 without a word
+            r"shrink: set train\.optimizer\.options\.weight_decay = 0",
+            ["train.optimizer.options.weight_decay=0"],
+        ),
+        (
+            ["strategy=ffa", "train.optimizer={kind='torch', name='ASGD'}"],
+            r"shrink: set train\.optimizer\.options\.lambd = 0",
+            ["train.optimizer.options.lambd=0"],
+        ),
         (["strategy=local", "transforms=[{kind='int8'}]"], "sends nothing that could be", ["strategy=fedavg"]),
         (["transforms=[{kind='projection'}, {kind='projection'}]"], "has several projections", ["transforms=[]"]),
         (["strategy=fedex", "transforms=[{kind='int8'}]"], "sends products beside its update", ["strategy=fedavg"]),

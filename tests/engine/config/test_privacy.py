@@ -133,3 +133,23 @@ def test_who_drops_out_is_a_function_of_the_seed(small_recipe):
     assert gone == availability.gone(range(1000), 3, 7) != availability.gone(range(1000), 3, 8)
     assert 250 < len(gone) < 350 and {leaving.before for leaving in gone.values()} == {"keys", "shares", "masked input"}
     assert {c: leaving for c, leaving in gone.items() if c < 10} == availability.gone(range(10), 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ((), 3),
+        (("evaluate.samples=1",), 1),
+        (("evaluate.samples=0",), 0),
+        (("privacy.secagg.mode=ideal",), 0),
+        (("privacy.secagg.mode=full",), 0),
+        (("privacy.dp={kind='central', noise_multiplier=1.0}",), 0),
+        (("privacy.dp={kind='example', noise_multiplier=1.0}",), 0),
+        (("privacy.secagg.mode=full", "evaluate.samples=2"), 2),
+    ],
+)
+def test_rows_leave_a_private_run_only_where_the_recipe_asks_for_them(small_recipe, changes, shown):
+    recipe = small_recipe("strategy={kind='fedavg', weighting='uniform'}", *changes)
+    assert recipe.samples == shown
+    private = any("privacy" in change for change in changes)
+    assert (recipe.shown_rows is not None) == (private and shown > 0)

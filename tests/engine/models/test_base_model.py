@@ -1,6 +1,8 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +121,30 @@ def test_weights_that_cannot_be_read(bases: dict[str, Path], tmp_path: Path, con
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(ValueError, match=r"the weights of model\.base .*broken' cannot be loaded"):
         read_base(Model(base=str(folder)))
+
+
+class Runs:
+    """Makes a folder as soon as it is read from a pickle."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pickled_base_is_read_as_weights_alone(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = copytree(bases["untied"], tmp_path / "pickled")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    packed, buffer = read_base(Model(base=str(folder)))
+    assert torch.equal(logits(map_base(packed, torch.from_numpy(buffer))), logits(plain(bases["untied"])))
+
+    torch.save(weights | {"other": Runs(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"the weights of model\.base .*pickled' cannot be loaded"):
+        read_base(Model(base=str(folder)))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_that_lack_a_tensor_are_not_drawn_at_random(bases: dict[str, Path], tmp_path: Path) -> None:

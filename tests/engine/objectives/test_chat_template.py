@@ -76,6 +76,16 @@ def test_only_the_assistants_turns_are_learnt(chatting: PreTrainedTokenizerBase,
     assert texts[5] == "the assistant begins<end>\n"
 
 
+@pytest.mark.parametrize("template", [MARKED, PLAIN])
+@pytest.mark.parametrize("content", ["", "assistant", "a"])
+def test_an_assistant_may_begin_with_nothing_or_with_what_the_template_writes(
+    chatting: PreTrainedTokenizerBase, template: str, content: str
+) -> None:
+    """The turn begins after its header, which holds the word "assistant" too."""
+    conversation = [{"role": "assistant", "content": content}, *said("name a colour", "green")]
+    assert learnt(encoded([conversation], chatting, template), chatting) == [f"{content}<end>\ngreen<end>\n"]
+
+
 def test_tokens_and_labels_are_trls(chatting: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     rows = encoded(CONVERSATIONS, chatting, MARKED)
     torch.manual_seed(0)

@@ -157,6 +157,18 @@ def test_the_secured_sum_is_the_plain_one_to_a_ring_step(play, pool, small_recip
     assert full.figures["clipped"] == pytest.approx(0, abs=0.01)
 
 
+def test_a_bound_that_cuts_updates_says_so(play, pool):
+    assert play(mode="ideal").clipped == 0 and pool[0].faults == []
+    cut, plain = play("privacy.secagg.bound=1e-7", mode="ideal"), play()
+    assert 0.5 < cut.clipped <= 1 and plain.clipped is None
+    (fault,) = pool[0].faults
+    pool[0].faults.clear()
+    assert (fault.kind, fault.who) == ("round", "1")
+    assert re.fullmatch(
+        r"[\d.]+% of the coordinates that clients sent are beyond .*: raise privacy\.secagg\.bound.*", fault.why
+    )
+
+
 def test_who_plays_a_client_does_not_matter(play):
     same(play(mode="full"), play(mode="full", costs=COSTS[::-1].copy()))
 

@@ -137,6 +137,15 @@ def test_a_round_by_hand(tmp_path):
     assert [tuple(row.values()) for row in faults] == [("slot", "1", "killed"), ("dropout", "client-3", "asleep")]
 
 
+def test_the_share_that_secure_aggregation_clips_is_a_metric(tmp_path):
+    loop = loop_of(recipe(), tmp_path, replace(good_round(), clipped=0.25), good_round())
+    state, _ = loop.play(loop.server.shards.initial())
+    loop.play(state)
+    loop.recorder.logs.flush(1)
+    rows = read_log(tmp_path / "metrics").to_pylist()
+    assert [(row["round"], row["value"]) for row in rows if row["name"] == "clipped"] == [(1, 0.25)]
+
+
 def test_without_sums_the_model_stays_as_it_was_and_too_many_such_rounds_end_the_run(tmp_path):
     federation = recipe(privacy=Privacy(secagg=SecAgg(max_aborts=1)))
     aborted = Collected(by_client=False, aborted="nobody is left")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.config.train import AdamW, Sgd, TorchOptimizer
+from engine.config.train import DECAYS, AdamW, Sgd, TorchOptimizer
 from engine.training.optimizers import clip, kept, make_optimizer, reset, restore
 
 TORCH = {
@@ -87,3 +87,15 @@ def test_each_gradient_is_clipped_as_torch_clips_it_alone(most: float) -> None:
         expected.append(alone.grad)
     clip(grad_KP, most)
     assert torch.equal(grad_KP, torch.stack(expected))
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_what_decays_without_a_gradient_is_known(name: str) -> None:
+    """Torch's own defaults shrink parameters under some rules: as a step with a gradient of zeros shows."""
+    settings = TorchOptimizer(name=name, lr=0.1)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = make_optimizer([parameter], settings)
+    parameter.grad = torch.zeros(3)
+    optimizer.step()
+    moved = not torch.equal(parameter.detach(), torch.ones(3))
+    assert moved == any(settings.option(option) for option in DECAYS)

@@ -17,8 +17,9 @@ from engine.messages.broadcast import BroadcastMessage
 from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable
 from engine.scheduling.pool import Pool, is_lost
-from engine.system.failures import ShardLost, last_line
+from engine.system.failures import GangLost, ShardLost, last_line
 from engine.training.local_training import Job, LocalTrainer
+from engine.workers.worker_group import Gang
 from strategies.core.protocol import Broadcast
 from strategies.core.seeds import torch_seed
 
@@ -179,3 +180,23 @@ def test_a_shard_that_is_lost_is_looked_for_in_the_last_checkpoint(gangs, small_
         pool.map(np.array([3]), np.ones(1), lambda actor, chunk: actor.run.remote([(c,) for c in chunk], sent))
     assert not pool.faults
     assert "an object is gone from the store" in last_line(raised.value)
+
+
+class Failing(Gang):
+    """A first rank whose clients raise what quotes a row of theirs."""
+
+    def __init__(self):
+        pass
+
+    def run(self):
+        """In the clear, faults say why."""
+        raise TypeError("no number: my telephone number is 1234")
+
+    masked = run
+
+
+def test_what_a_client_raises_stays_with_it_under_secure_aggregation():
+    with pytest.raises(GangLost, match=r"^a rank of a gang failed: TypeError: no number: .* 1234$"):
+        Failing().lead("run")
+    with pytest.raises(GangLost, match=r"^a rank of a gang failed: TypeError$"):
+        Failing().lead("masked")

@@ -114,6 +114,12 @@ def test_shipped_recipes_are_proved(command, tmp_path, full, recipe):
     dry(command, path)
 
 
+def test_warm_ups_are_shortened_with_what_they_are_part_of(tmp_path):
+    warm = "train={steps=9, over_steps={warmup=9}, over_rounds={warmup=500}}"
+    train = shrunk_recipe(parse_recipe(LARGE, [warm]), tmp_path, tmp_path).train
+    assert (train.steps, train.over_steps.warmup, train.over_rounds.warmup) == (2, 2, 2)
+
+
 def test_own_rows_are_drawn_through_the_recipes_partition(small_recipe, rows_file, tmp_path):
     recipe = small_recipe("data.partition={kind='iid', clients=9}", "cohort.size=6")
     work = shrunk_recipe(recipe, tmp_path, tmp_path)

@@ -9,6 +9,7 @@ import sys
 import time
 from hashlib import sha256
 
+import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -250,7 +251,7 @@ def test_noise_that_may_have_been_drawn_since_the_account_was_copied_is_charged(
     """The last checkpoint is of round 2, if there is any, and one more round is played."""
     dp = "privacy.dp={kind='distributed', noise_multiplier=2.0, delta=1e-3}"
     recipe = small_recipe(dp, f"privacy.secagg.mode='{mode}'", "strategy={kind='fedavg', weighting='uniform'}")
-    plan = plan_noise(recipe, Layout(("w",), ((3,),)), 100, 4, 12).plan
+    plan = plan_noise(recipe, Layout(("w",), ((3,),)), np.full(100, 4), 12).plan
     there = tmp_path / "there"
     folder, copy = working_folder(there.as_uri(), resume=False)
     write(folder, SEALED | {"recipe.toml": to_toml(recipe)})

@@ -225,12 +225,12 @@ def test_an_attack_stays_below_epsilon_and_would_notice_a_quarter_of_the_noise(l
 
 
 def test_rows_within_a_client() -> None:
-    plan = ExampleDp(epsilon=3.0, delta=1e-4).plan(fewest_rows=500, batch=5, steps=100)
+    plan = ExampleDp(epsilon=3.0, delta=1e-4).plan(fewest_rows=500, all_rows=5000, batch=5, steps=100)
     cost = plan.spent(100, simulated=False)
     assert (cost.unit, cost.sampling) == ("example", "poisson")
     assert cost.epsilon == pytest.approx(3.0, rel=1e-3) and cost.epsilon <= 3.0
     assert plan.scheme.rate == 0.01
-    ordered = ExampleDp(noise_multiplier=plan.noise_multiplier, sampling="none", delta=1e-4).plan(500, 5, 100)
+    ordered = ExampleDp(noise_multiplier=plan.noise_multiplier, sampling="none", delta=1e-4).plan(500, 5000, 5, 100)
     assert ordered.spent(100, simulated=False).epsilon > 10 * cost.epsilon
 
 
@@ -240,6 +240,6 @@ def test_faults_of_rows_within_a_client() -> None:
     with pytest.raises(ValueError, match=r"privacy\.dp\.clip"):
         ExampleDp(noise_multiplier=1.0, clip=-1.0)
     with pytest.raises(ValueError, match="clients need rows"):
-        ExampleDp(noise_multiplier=1.0).plan(0, 4, 10)
+        ExampleDp(noise_multiplier=1.0).plan(0, 100, 4, 10)
     with pytest.warns(UserWarning, match="to publish one row at random"):
-        ExampleDp(noise_multiplier=1.0, delta=0.1).plan(20, 4, 10)
+        ExampleDp(noise_multiplier=1.0, delta=0.1).plan(2, 20, 4, 10)
