@@ -20,6 +20,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
+from tests import golden
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
@@ -86,12 +88,12 @@ def slot_processes(ray_session):
     import psutil
 
     def listed():
-        found = set()
+        slots = set()
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):  # gone, or a zombie
                 if "ClientActor" in "".join(process.cmdline()):
-                    found.add(process)
-        return found
+                    slots.add(process)
+        return slots
 
     return listed
 
@@ -99,35 +101,8 @@ def slot_processes(ray_session):
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A random Llama of a few thousand parameters with a byte-level tokenizer, as a Hugging Face folder."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("tiny_base")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=258, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", pad_token="<pad>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    golden.make_base(folder)
     return folder
 
 
@@ -135,13 +110,7 @@ def tiny_base(tmp_path_factory):
 def rows_file(tmp_path_factory):
     """A JSONL file of ten clients with 4 to 22 rows: spell a short word backwards."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    letters = "abcdefgh"
-    with path.open("w") as file:
-        for client in range(10):
-            for row in range(4 + 2 * client):
-                word = "".join(letters[(client * 3 + row * (k + 1)) % 8] for k in range(3 + row % 3)) + str(row)
-                line = {"client": f"client-{client}", "prompt": f"{word} backwards is ", "completion": word[::-1]}
-                file.write(json.dumps(line) + "\n")
+    path.write_text("".join(json.dumps(row) + "\n" for row in golden.make_rows()))
     return path
 
 

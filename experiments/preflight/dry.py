@@ -83,7 +83,7 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
             _placement(work.clients, events),
             *_rounds(work, events),
             _resume(work, first, again, resumed),
-            _export(first),
+            _export(first, work.model.base),
         ]
         return Dry(changed, proofs, _left(recipe, rows))
 
@@ -199,16 +199,21 @@ def _resume(work: Recipe, first: Run, again: Run, resumed: int | None) -> Proof:
     return Proof("checkpoint and resume", same and resumed == 1, f"from the checkpoint of round {resumed}, {ended}")
 
 
-def _export(finished: Run) -> Proof:
-    """Loads the model with transformers alone and runs it on a few tokens."""
+def _export(finished: Run, base: str) -> Proof:
+    """Loads the model, or the adapter onto its base, without fedpost and runs it on a few tokens."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(finished.model)
-    network = AutoModelForCausalLM.from_pretrained(finished.model)
+    adapter = (finished.model / "adapter_config.json").exists()
+    network: Any = AutoModelForCausalLM.from_pretrained(base if adapter else finished.model)
+    if adapter:
+        from peft import PeftModel
+
+        network = PeftModel.from_pretrained(network, finished.model)
     with torch.no_grad():
         logits = network(torch.tensor([tokenizer("the end")["input_ids"]])).logits
-    kind = "a PEFT adapter" if (finished.model / "adapter_config.json").exists() else "a model"
+    kind = "a PEFT adapter" if adapter else "a model"
     return Proof("export", bool(logits.isfinite().all()), f"{kind}, which transformers loads and runs")
 
 
