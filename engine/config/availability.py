@@ -91,7 +91,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def too_late(seconds: float) -> str:
-    """The reason of a client that is so many seconds late."""
+    """Says why a client that is this many seconds late does not count."""
     return f"too late: {seconds:.3g} s after clients.availability.deadline_s"
 
 
@@ -141,7 +141,7 @@ class Availability:
         return self.deadline_s is not None and self.step_s is None
 
     def late_by_seed(self, client: int, steps: int, seed: int) -> float:
-        """The simulated seconds by which a client is late after so many steps; 0 where it is in time."""
+        """The simulated seconds by which a client is late after its steps; 0 if it is in time."""
         if self.deadline_s is None or self.step_s is None:
             return 0.0
         # A client has one slowdown for all rounds: it is drawn for round -1, for which nothing else is.

@@ -53,7 +53,7 @@ class SecAgg:
                 raise RunError(f"privacy.secagg's bounds are numbers above 0, but {name} is {value}")
 
     def parameters(self, clients: int) -> Parameters:
-        """k and t for a cohort of so many; RunError where no graph tolerates what is asked."""
+        """k and t for a cohort of this size; RunError if no graph tolerates what is asked."""
         try:
             if self.neighbours is None:
                 chosen = choose(clients, self.corrupt, self.dropout, self.semi_malicious, self.active)

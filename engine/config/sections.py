@@ -161,7 +161,7 @@ class Evaluate:
     """Held-out loss at round 0, after each `every` rounds, and at the end (0: only then).
 
     At most `rows` rows of each client count, and `server_rows` of the server's own, drawn once by the seed. With
-    `finetune`, each client trains the final model for so many steps on its own rows and is evaluated once more.
+    `finetune`, each client trains the final model for that many steps on its own rows and is evaluated once more.
     `without_privacy` plays all rounds once more without noise and secure aggregation, which shows what privacy costs.
     With `overlap`, idle slots evaluate while the next round runs. At the end `samples` held-out rows are shown with
     what the model writes in their place; without the key 3, and none under `privacy`.

@@ -47,7 +47,7 @@ class RunParts:
 
 
 def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None = None) -> RoundLoop:
-    """Returns the loop of a run's rounds, which starts anew or from what was `saved`.
+    """Returns the loop of a run's rounds, from the start or from what was `saved`.
 
     Plans the noise of all rounds and how updates come in; ValueError if the recipe asks for what cannot be had.
     """
