@@ -121,7 +121,7 @@ class SecureCollector:
         return room
 
     def sums(self, plan: Plan, clip: float, clients: int, round_: int) -> Sums:
-        """Returns what a round's session with this number of clients adds up; StrategyError if the ring is too small."""
+        """Returns what a round's session with `clients` clients adds up; StrategyError if the ring is too small."""
         return ring_sums(self.federation, self.layout, plan, clip, clients, self.most_tokens, round_)
 
     def _clipped(self, figures: dict[str, float], clients: int, round_: int) -> float:
