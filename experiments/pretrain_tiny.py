@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from datasets_partition.sources.python_docs import PythonDocs, documented
 
-CORPUS = {  # wheel: its sha256; every package's metadata declare a BSD, MIT or Apache licence
+CORPUS = {  # wheel: its sha256; every package's metadata declare a BSD, MIT or Apache license
     "bokeh==3.9.2": "448e07d5ee78231f5bdece3be020024bb98696c0d6b127e0e2df0b8ba8fa9765",
     "celery==5.7.0": "18310a9c919f9029e4735367484d93e6a25cdfd30afdc474622cc263d9b35f6e",
     "cirq-core==1.7.0": "9d2e9610b06e2b2b2195184f44c0df4e94f31485831f8e1c6a96c858b7897bce",
@@ -183,7 +183,7 @@ A Llama-architecture causal language model of 3.4 million parameters (width 192,
 - Held-out loss: {figures["held_out_loss"]} nats a token.
 - Licence of the weights: Apache-2.0.
 - The corpus is the `.py` files, without tests, of the packages below from the Python Package Index (BSD, MIT or
-  Apache-2.0 licences, as their metadata declare; single files in them may carry others, such as Python's own), at these
+  Apache-2.0 licenses, as their metadata declare; single files in them may carry others, such as Python's own), at these
   versions and at the hashes in `experiments/pretrain_tiny.py`. Files that share a function with the standard library or
   the demo's client packages were left out.
 

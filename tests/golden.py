@@ -193,9 +193,10 @@ def vectors(run: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     (*_, last) = sorted((run / "checkpoints").iterdir())
-    places = ((last, "*"), (run / "model", "*"), (run / "memory", "**/*"))
+    places = ((last, "*"), (run / "model", "*"), (run / "client_state", "**/*"), (run / "memory", "**/*"))
     files = sorted(file for folder, name in places for file in folder.glob(f"{name}.safetensors"))
-    return {f"{file.relative_to(run)}:{name}": x for file in files for name, x in sorted(load_file(file).items())}
+    places = {file: str(file.relative_to(run)).replace("memory/", "client_state/") for file in files}  # an older name
+    return {f"{place}:{name}": x for file, place in places.items() for name, x in sorted(load_file(file).items())}
 
 
 def metrics(run: Path) -> list[str]:

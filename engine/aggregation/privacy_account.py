@@ -84,7 +84,7 @@ class Spending:
             charged, statement = round_ if simulated else fresh, facts.get("statement")
         except (ValueError, TypeError, AttributeError) as error:
             raise RunError(
-                f"{path}, which says what privacy has been spent, cannot be read ({error}): start anew in another --out"
+                f"{path}, the record of privacy spent, cannot be read ({error}): start again in another --out"
             ) from error
         return cls(path, plan, simulated, weights, charged, statement, outside)
 

@@ -26,7 +26,7 @@ from strategies.secagg.ring import Sum, Sums, Totals
 
 NOISY = "noisy"  # the sum of everything under distributed noise
 MOST_NATS = 64.0  # of one token's loss: e^-64 is less than any softmax of float32 gives
-FIGURES = ("nll", "learnt", "tokens", "clipped")  # sums over the clients of what training measures
+FIGURES = ("nll", "learned", "tokens", "clipped")  # sums over the clients of what training measures
 Plan = CentralPlan | DistributedPlan | ExamplePlan | None
 
 
@@ -81,7 +81,7 @@ def ring_values(
 def figures_of(update: Update, clipped: int) -> dict[str, float]:
     """Returns a client's FIGURES, of which `clipped` coordinates were cut by a bound."""
     metrics = update.metrics
-    figures = (metrics["loss"] * metrics["learnt"], metrics["learnt"], metrics["tokens"], float(clipped))
+    figures = (metrics["loss"] * metrics["learned"], metrics["learned"], metrics["tokens"], float(clipped))
     return dict(zip(FIGURES, figures, strict=True))
 
 

@@ -23,7 +23,7 @@ class SecAgg:
 
     Values are integers in a ring of 2^`bits`: coordinates of the update are clipped to +-`bound`, and sums beside the
     update to `bounds`, by name. The graph tolerates the shares `corrupt` and `dropout` of the cohort, and with
-    `semi_malicious` a server that lies about who dropped out; `neighbours` and `threshold` set k and t by hand.
+    `semi_malicious` a server that lies about who dropped out; `neighbors` and `threshold` set k and t by hand.
     `active` signs keys and survivors, which holds against a server that lies about anything. Coordinates from fewer
     than `min_contributors` clients are not summed. A dead slot voids the session, whose clients train again, or its
     clients count as "dropout". More than `max_aborts` rounds without a result end the run.
@@ -36,7 +36,7 @@ class SecAgg:
     corrupt: float = 0.05
     dropout: float = 0.05
     semi_malicious: bool = False
-    neighbours: int | None = None
+    neighbors: int | None = None
     threshold: int | None = None
     active: bool = False
     min_contributors: int = 2
@@ -55,11 +55,11 @@ class SecAgg:
     def parameters(self, clients: int) -> Parameters:
         """k and t for a cohort of this size; RunError if no graph tolerates what is asked."""
         try:
-            if self.neighbours is None:
+            if self.neighbors is None:
                 chosen = choose(clients, self.corrupt, self.dropout, self.semi_malicious, self.active)
                 return chosen if self.threshold is None else replace(chosen, threshold=self.threshold)
-            threshold = self.neighbours // 2 + 1 if self.threshold is None else self.threshold
-            return Parameters(clients, self.neighbours, threshold, self.active)
+            threshold = self.neighbors // 2 + 1 if self.threshold is None else self.threshold
+            return Parameters(clients, self.neighbors, threshold, self.active)
         except StrategyError as error:
             raise RunError(f"privacy.secagg: {error}") from None
 

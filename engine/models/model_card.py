@@ -68,7 +68,7 @@ tags: [fedpost, federated]
 {load}
 ```
 
-The base model's licence holds for what is derived from it.
+The base model's license holds for what is derived from it.
 """
 
 

@@ -45,7 +45,7 @@ class Sft:
     heldout: ClassVar[str] = NLL
 
     def encode(self, rows: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> pa.Table:
-        """Makes `input_ids` and `mask` (1 = learnt) per row; null if the cut at `max_length` leaves nothing to learn.
+        """Makes `input_ids` and `mask` (1 = learned) per row; null if the cut at `max_length` leaves nothing to learn.
 
         RunError if the rows' format is not text, prompt and completion, or messages.
         """
@@ -73,11 +73,11 @@ class Sft:
         return Batch.padded(flattened(rows["input_ids"]), flattened(rows["mask"]) != 0, lengths(rows), pad)
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """Returns the number of learnt tokens."""
-        return {NLL: batch.learnt}
+        """Returns the number of learned tokens."""
+        return {NLL: batch.learned}
 
     def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
-        """Computes the learnt tokens' negative log-likelihood in nats."""
+        """Computes the learned tokens' negative log-likelihood in nats."""
         return {NLL: Term(token_losses(network, batch, every_logit=every_logit), batch.row_N)}
 
 

@@ -1,4 +1,4 @@
-"""Padded batches of token rows, and the loss of their labels. Legend: K lanes, B rows, T tokens, N learnt tokens."""
+"""Padded batches of token rows, and the loss of their labels. Legend: K lanes, B rows, T tokens, N learned tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: token ids, 1 where a token is real, and labels (IGNORED where nothing is learnt).
+    """Right-padded rows: token ids, 1 where a token is real, and labels (IGNORED where nothing is learned).
 
     `tokens` of them are real. The loss is over the N tokens that follow the positions `row_N, place_N`. These are
     computed on the CPU, because asking a GPU for them would wait for it.
@@ -37,12 +37,12 @@ class Batch:
         return cls(ids_BT, attention_BT, labels_BT, tokens, *(labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True))
 
     @classmethod
-    def padded(cls, ids: np.ndarray, learnt: np.ndarray, lengths_B: np.ndarray, pad: int) -> Batch:
-        """Makes a batch (B, T) of rows whose token ids, and whether each is learnt, lie one after another."""
+    def padded(cls, ids: np.ndarray, learned: np.ndarray, lengths_B: np.ndarray, pad: int) -> Batch:
+        """Makes a batch (B, T) of rows whose token ids, and whether each is learned, lie one after another."""
         real_BT = np.arange(lengths_B.max()) < lengths_B[:, None]
         ids_BT, labels_BT = np.full(real_BT.shape, pad, np.int64), np.full(real_BT.shape, IGNORED, np.int64)
         ids_BT[real_BT] = ids
-        labels_BT[real_BT] = np.where(learnt, ids, IGNORED)
+        labels_BT[real_BT] = np.where(learned, ids, IGNORED)
         vectors = (torch.from_numpy(ids_BT), torch.from_numpy(real_BT.astype(np.int64)), torch.from_numpy(labels_BT))
         return cls.of(*vectors, len(ids))
 
@@ -61,7 +61,7 @@ class Batch:
         return cls.of(flat[0], flat[1], flat[2], sum(piece.tokens for _, piece in present))
 
     @property
-    def learnt(self) -> int:
+    def learned(self) -> int:
         """How many tokens the loss is over."""
         return len(self.row_N)
 
@@ -72,16 +72,16 @@ class Batch:
 
 
 def token_losses(network: nn.Module, batch: Batch, *, every_logit: bool = False) -> torch.Tensor:
-    """Computes the negative log-likelihood of each learnt token (N,) in nats.
+    """Computes the negative log-likelihood of each learned token (N,) in nats.
 
     The head computes logits for these tokens only, or for all positions with `every_logit`.
     """
-    learnt, selected = (batch.row_N, batch.place_N), False
+    learned, selected = (batch.row_N, batch.place_N), False
 
     def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         nonlocal selected
         selected = True
-        return inputs[0][learnt][None]
+        return inputs[0][learned][None]
 
     head: Any = None if every_logit else network.get_output_embeddings()  # type: ignore[operator]
     hook = None if head is None else head.register_forward_pre_hook(select)
@@ -92,10 +92,10 @@ def token_losses(network: nn.Module, batch: Batch, *, every_logit: bool = False)
     finally:
         if hook is not None:
             hook.remove()
-    logits_NV = logits[0] if selected else logits[learnt]
+    logits_NV = logits[0] if selected else logits[learned]
     # Half precision is too coarse for the softmax.
     wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    return F.cross_entropy(wide, batch.labels_BT[:, 1:][learnt], reduction="none")
+    return F.cross_entropy(wide, batch.labels_BT[:, 1:][learned], reduction="none")
 
 
 def lengths(rows: pa.RecordBatch) -> np.ndarray:

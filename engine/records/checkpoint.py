@@ -84,7 +84,7 @@ def load_checkpoint(folder: Path, last: int | None = None, hold: Hold = as_it_is
     if not passed_over:
         return None
     others = ", nor can one before" if len(checkpoints) > 1 else ""
-    raise RunError(f"{passed_over[0]}{others}: start the run anew in another --out")
+    raise RunError(f"{passed_over[0]}{others}: start again in another --out")
 
 
 def _load(folder: Path, passed_over: tuple[str, ...], hold: Hold) -> Saved:

@@ -31,7 +31,7 @@ def named(memory: ClientState, owner: str) -> ClientState:
     return {owner + name: tensor for name, tensor in memory.items()}
 
 
-class ClientMemory:
+class ClientStates:
     """Reads and writes client states under one folder, which is made when the first is written."""
 
     def __init__(self, folder: Path) -> None:
@@ -46,9 +46,7 @@ class ClientMemory:
         try:
             return load(path.read_bytes())
         except SafetensorError as error:
-            raise RunError(
-                f"the client state {path} cannot be read ({error}): start the run anew in another --out"
-            ) from error
+            raise RunError(f"the client state {path} cannot be read ({error}): start again in another --out") from error
 
     def write(self, client: int, round_: int, memory: ClientState, oldest: int) -> None:
         """Writes the client's state after `round_`, whole or not at all (OSError).
@@ -87,7 +85,7 @@ def forget_round(folder: Path, clients: Iterable[int], round_: int) -> None:
 
     Plain slots keep states in `folder`, the ranks of gangs in folders of their own in it.
     """
-    for states in (ClientMemory(folder), *map(ClientMemory, sorted(folder.glob(f"{RANK}*")))):
+    for states in (ClientStates(folder), *map(ClientStates, sorted(folder.glob(f"{RANK}*")))):
         for client in clients:
             states.forget(int(client), round_)
 

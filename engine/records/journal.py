@@ -90,7 +90,7 @@ class Journal:
         if past is None and other > self.model:
             raise SumRefused(
                 f"round {other} may have had a sum of nearly the same clients from the same model, and "
-                f"{self._path(other)}, which says of whom, cannot be read: start the run anew with another seed"
+                f"{self._path(other)}, which says of whom, cannot be read: start again with another seed"
             )
         if past is None or self.model not in past.models or past.clients == asked:
             return

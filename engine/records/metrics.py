@@ -201,7 +201,7 @@ def loss_table(folder: Path, last: int) -> dict[str, dict[str, float]]:
     a long run with many clients do not fit into memory as Python objects.
     """
     columns = {("loss", 0): "round 0", ("loss_local_only", last): "local only"}
-    columns |= {("loss_centralised", last): "centralised", ("loss", last): "end"}
+    columns |= {("loss_centralized", last): "centralized", ("loss", last): "end"}
     columns |= {("loss_not_private", last): "not private"}
     columns |= {("loss_personal", last): "personal", ("loss_finetuned", last): "fine-tuned"}
     field = pc.field

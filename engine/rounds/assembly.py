@@ -76,7 +76,7 @@ def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None 
         privacy,
         journal,
         Recorder(parts.store, parts.pool, logs, round_),
-        client_states=parts.folder / "memory",
+        client_states=parts.folder / "client_state",
         lanes=lanes,
         aborts=saved.aborts if saved else 0,
     )

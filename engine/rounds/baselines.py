@@ -33,7 +33,7 @@ class Baselines:
         steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
         start = server.vector(self.parts.initial)
         yield Evaluated(state.round, evaluator.local_only(start, state.round, steps, "local_only"), "local_only")
-        yield Evaluated(state.round, evaluator.centralized(start, state.round, total), "centralised")
+        yield Evaluated(state.round, evaluator.centralized(start, state.round, total), "centralized")
         server.move_base(None, state)
 
 

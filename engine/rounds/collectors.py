@@ -22,7 +22,7 @@ from engine.scheduling.pool import Pool
 class Collected:
     """What the server gets of a round: reports by client, the sums (none: nobody took part, or aborted), figures.
 
-    `figures` are sums over the clients: `nll` in nats, `learnt` and `tokens`. `clipped` is the share of the coordinates
+    `figures` are sums over clients: `nll` in nats, `learned` and `tokens`. `clipped` is the share of the coordinates
     that the bounds of secure aggregation have cut (None without it). With `by_client` the reports hold each client's
     own metrics. `gone` says why clients came too late or not at all, `aborted` why there are no sums,
     `too_few` the same if too few clients gave an update. `busy` are the workers' seconds of work.
@@ -49,8 +49,8 @@ class Collected:
     @property
     def loss(self) -> float:
         """The mean training loss in nats per token; NaN if nothing was trained."""
-        learnt = self.figures.get("learnt", 0.0)
-        return self.figures["nll"] / learnt if learnt else math.nan
+        learned = self.figures.get("learned", 0.0)
+        return self.figures["nll"] / learned if learned else math.nan
 
 
 class Collector(Protocol):
@@ -143,8 +143,8 @@ def reasons(gone: Mapping[int, Leaving], reports: Iterable[Report]) -> dict[int,
 def _figures(good: list[Report]) -> dict[str, float]:
     """The sums over all clients of their training's figures."""
     return {
-        "nll": sum(report.metrics["loss"] * report.metrics["learnt"] for report in good),
-        "learnt": sum(report.metrics["learnt"] for report in good),
+        "nll": sum(report.metrics["loss"] * report.metrics["learned"] for report in good),
+        "learned": sum(report.metrics["learned"] for report in good),
         "tokens": sum(report.metrics["tokens"] for report in good),
     }
 

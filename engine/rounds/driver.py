@@ -95,7 +95,7 @@ class Driver:
         federation, plan = self.federation, self.plan
 
         yield Preparing("starting slots, reading the base, tokenizing rows")
-        pool = Pool(federation, plan.folder / "memory")
+        pool = Pool(federation, plan.folder / "client_state")
         start = pool.start(plan.store, plan.shared)
         parts = self._parts(pool, start)
         saved = self._saved(parts.server.shards)
@@ -186,7 +186,7 @@ class Driver:
             plan.folder.mkdir(parents=True, exist_ok=True)
             write_file(plan.folder / name, content)
         if self.federation.keeps_state:
-            (plan.folder / "memory").mkdir(exist_ok=True)
+            (plan.folder / "client_state").mkdir(exist_ok=True)
             pool.refuse_lost_memory()
         for log in recorder.logs:
             log.forget_after(saved.state.round if saved else -1)

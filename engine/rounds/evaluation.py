@@ -69,8 +69,8 @@ class Evaluator:
     def centralized(self, start: Any, round_: int, steps: int) -> Losses:
         """Returns the loss after `steps` steps on the pooled rows of all clients: an upper bound."""
         clients = list(range(self.parts.store.num_training))
-        trained_P = self.parts.pool.ask(lambda actor: actor.centralised.remote(clients, start, steps), long=True)
-        return self._every_split(ray.put(BroadcastMessage(round_, (Shard(trained_P, {}),))), round_, "loss_centralised")
+        trained_P = self.parts.pool.ask(lambda actor: actor.centralized.remote(clients, start, steps), long=True)
+        return self._every_split(ray.put(BroadcastMessage(round_, (Shard(trained_P, {}),))), round_, "loss_centralized")
 
     def not_private(self, vector: Any, round_: int) -> Losses:
         """Returns the loss of what the same federation comes to without privacy."""

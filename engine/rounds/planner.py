@@ -78,6 +78,6 @@ def choose_lanes(federation: Federation, pool: Pool, server: Server, initial: Sh
     if excludes_lanes(federation) or federation.clients.zero or most < 2:
         return 1
     vector = server.vector(initial)
-    neighbours = max(Counter(pool.nodes.values()).values())
-    lanes: int = pool.ask(lambda actor: actor.best_lanes.remote(vector, most, population, neighbours))
+    neighbors = max(Counter(pool.nodes.values()).values())
+    lanes: int = pool.ask(lambda actor: actor.best_lanes.remote(vector, most, population, neighbors))
     return lanes

@@ -1,4 +1,4 @@
-"""How long clients take, learnt from the run's own rounds: it decides the order of work and the size of chunks."""
+"""How long clients take, learned from the run's own rounds: it decides the order of work and the size of chunks."""
 
 from dataclasses import dataclass, field
 

@@ -26,13 +26,13 @@ def best_lanes(
     tokens: Tokens,
     clients: int,
     most: int,
-    neighbours: int,
+    neighbors: int,
     start: torch.Tensor,
     train: Train,
 ) -> int:
     """Returns the number of lanes, 1, 2, 4, ... up to `most`, that trains the most tokens a second from `start` (P,).
 
-    Prefers the smallest of those that are about as fast. Tries none that might exceed the memory of all `neighbours`.
+    Prefers the smallest of those that are about as fast. Tries none that might exceed the memory of all `neighbors`.
     Returns 1 if lanes cannot train the model.
     """
     began, short = time.monotonic(), replace(train, steps=STEPS, epochs=None)
@@ -48,7 +48,7 @@ def best_lanes(
             best, best_speed = lanes, speed
         elif lanes >= 4 * best:
             break
-        if 2 * neighbours * (heap.most_held() - held) > SPARE * free or _half_full(trainer.device):
+        if 2 * neighbors * (heap.most_held() - held) > SPARE * free or _half_full(trainer.device):
             break
         lanes *= 2
     return best

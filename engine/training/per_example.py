@@ -45,7 +45,7 @@ def expected_size(rows: int, train: Train) -> int:
 class PrivateTrainer:
     """Trains one client at a time with example-level privacy. A backend of the step loop, and a Trainer.
 
-    A step takes a Poisson sample of the rows. A row's gradient is that of its mean loss over its learnt tokens, on the
+    A step takes a Poisson sample of the rows. A row's gradient is that of its mean loss over its learned tokens, on the
     parameters that are `live` in the training (None: all P), and is clipped to the L2 norm `plan.clip`. Their sum plus
     N(0, (z clip)^2) on each live parameter is divided by the expected size of the sample, because the true size is
     private; an empty sample is a step of noise alone. The correction and the optimizer work on this private gradient.

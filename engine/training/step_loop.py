@@ -87,7 +87,7 @@ class Progress:
     def metrics(self, summed: Callable[[float], float]) -> dict[str, float]:
         """Returns the training's metrics; `summed` adds a figure up over all ranks.
 
-        `loss` is the sum of the terms' means, each unit judged before its step. `learnt` counts the units of the first
+        `loss` is the sum of the terms' means, each unit judged before its step. `learned` counts the units of the first
         term and `tokens` all tokens; `rates` is the sum of the steps' learning rates.
         """
         means = [summed(total.item()) / self.counts[name] for name, total in self.sums.items()]
@@ -96,7 +96,7 @@ class Progress:
             "rows": float(self.training.rows.num_rows),
             "steps": float(self.taken),
             "tokens": float(summed(self.tokens)),
-            "learnt": float(next(iter(self.counts.values()), 0)),
+            "learned": float(next(iter(self.counts.values()), 0)),
             "rates": self.rates,
         }
 

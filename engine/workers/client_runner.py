@@ -18,7 +18,7 @@ from engine.config.sections import Lora
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Unit
-from engine.records.client_state import ClientMemory
+from engine.records.client_state import ClientStates
 from engine.training.batching import steps_of
 from engine.training.local_training import Job, Trainer
 from engine.workers.peers import ALONE, Peers
@@ -47,7 +47,7 @@ class ClientRunner:
 
     federation: Federation
     tokens: Tokens
-    states: ClientMemory
+    states: ClientStates
     trainer_of: Callable[[Unit, BroadcastMessage], Trainer]
     layout: Layout
     peers: Peers = ALONE

@@ -70,7 +70,7 @@ class OwnModels:
             losses.append(self.evaluator.loss(client, limit))
         return losses
 
-    def centralised(self, clients: list[int], message: BroadcastMessage, steps: int) -> np.ndarray:
+    def centralized(self, clients: list[int], message: BroadcastMessage, steps: int) -> np.ndarray:
         """Returns the vector (P,) after `steps` steps from that of the message on the pooled rows of all clients."""
         rows = pa.concat_batches([self.runner.tokens.rows(client, "train") for client in clients])
         self._train(rows, message.vector(), steps, POOLED)

@@ -17,7 +17,7 @@ from engine.messages.reports import Report
 from engine.messages.tasks import Unit
 from engine.models.base_model import PackedBase, load_tokenizer, read_base
 from engine.models.export import export_files
-from engine.records.client_state import ClientMemory
+from engine.records.client_state import ClientStates
 from engine.training.evaluation import ClientLoss
 from engine.training.generation import Prompt, continuations
 from engine.training.lane_count import best_lanes
@@ -109,7 +109,7 @@ class ClientActor(WorkerProcess):
         if isinstance(federation.clients.lanes, int) and federation.clients.lanes > 1:
             adapted_layers(trainable)  # refuses models that lanes cannot train
 
-        states, trainers = ClientMemory(self.folder), Trainers(federation, trainer)
+        states, trainers = ClientStates(self.folder), Trainers(federation, trainer)
         runner = ClientRunner(federation, Tokens.open(tokens), states, trainers.of, trainable.layout)
         evaluator = Evaluator(runner, trainer, trainer.become)
         own_models, secure = OwnModels(runner, evaluator, trainer), SecureTraining(runner, trainable.layout)
@@ -135,13 +135,13 @@ class ClientActor(WorkerProcess):
         reports = training.train(self.secure.pending(inboxes), message)
         return self.secure.answer(training.masked(self.secure.masks(reports, inboxes)))
 
-    def best_lanes(self, message: BroadcastMessage, most: int, clients: int, neighbours: int) -> int:
+    def best_lanes(self, message: BroadcastMessage, most: int, clients: int, neighbors: int) -> int:
         """Returns how many lanes are fastest, up to `most`, measured on some of the first `clients`.
 
-        As many slots as `neighbours` share the node's memory, this one among them.
+        As many slots as `neighbors` share the node's memory, this one among them.
         """
         trainer, tokens, start = self.attached.trainer, self.attached.runner.tokens, message.vector().to(self.device)
-        return best_lanes(trainer, tokens, clients, most, neighbours, start, self.federation.train)
+        return best_lanes(trainer, tokens, clients, most, neighbors, start, self.federation.train)
 
     def merged_weights(self, merged_delta: np.ndarray) -> np.ndarray:
         """See MappedBase.weights_with."""
@@ -176,9 +176,9 @@ class ClientActor(WorkerProcess):
         """See OwnModels.local_only."""
         return self.attached.own_models.local_only(chunk, message, steps)
 
-    def centralised(self, clients: list[int], message: BroadcastMessage, steps: int) -> np.ndarray:
-        """See OwnModels.centralised."""
-        return self.attached.own_models.centralised(clients, message, steps)
+    def centralized(self, clients: list[int], message: BroadcastMessage, steps: int) -> np.ndarray:
+        """See OwnModels.centralized."""
+        return self.attached.own_models.centralized(clients, message, steps)
 
     def generate(self, message: BroadcastMessage, prompts: list[Prompt], tokens: int) -> list[str]:
         """Returns greedy continuations, one for each prompt."""

@@ -29,7 +29,7 @@ from engine.messages.shards import AggregateShard, Shard, borrow
 from engine.messages.tasks import Served, Unit
 from engine.models.base_model import load_tokenizer
 from engine.models.export import Sharded, sharded_files
-from engine.records.client_state import RANK, ClientMemory
+from engine.records.client_state import RANK, ClientStates
 from engine.system import allocator as heap
 from engine.system.failures import LOST, GangLost, ShardLost, last_line
 from engine.system.rendezvous import meet
@@ -99,7 +99,7 @@ class Rank(WorkerProcess):
         trainer = ZeroTrainer(network, tokenizer.pad_token_id, federation.model, zero, federation.train)
         heap.keep(gathered=zero.stage == 3)
         peers = Peers(self.rank, trainer.summed, partial(_largest, trainer.works_on, zero.ranks))
-        states = ClientMemory(self.folder / f"{RANK}{self.rank}")
+        states = ClientStates(self.folder / f"{RANK}{self.rank}")
         runner = ClientRunner(
             federation, Tokens.open(tokens), states, lambda unit, message: trainer, trainer.layout, peers
         )

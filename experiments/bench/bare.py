@@ -161,7 +161,7 @@ def _train(job: tuple[int, int, list[int]]) -> float:
         optimizer = make_optimizer(trained, train.optimizer)
         for picked in batches(rows.num_rows, train, rng(work.seed, round_, client, "batches")):
             batch = objective.collate(rows.take(picked), 0).to(local_P.device)
-            (token_losses(network, batch).sum() / batch.learnt).backward()
+            (token_losses(network, batch).sum() / batch.learned).backward()
             torch.nn.utils.clip_grad_norm_(trained, train.clip)
             optimizer.step()
             optimizer.zero_grad()

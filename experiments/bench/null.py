@@ -31,7 +31,7 @@ from strategies.core.layout import Layout
 from strategies.core.protocol import ClientState, Update
 
 CHANGE = 2.0**-7  # on the exact sum's grid: the mean over any number of clients is the same number
-FIGURES = {"loss": 1.0, "rows": 1.0, "steps": 1.0, "tokens": 8.0, "learnt": 7.0, "rates": 0.0}
+FIGURES = {"loss": 1.0, "rows": 1.0, "steps": 1.0, "tokens": 8.0, "learned": 7.0, "rates": 0.0}
 
 
 class NullTrainer(LocalTrainer):
@@ -99,7 +99,7 @@ def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
     store = build_store(work)
     with ray_session(None):
         began = time.monotonic()
-        slots = NullPool(work, folder / "memory")
+        slots = NullPool(work, folder / "client_state")
         try:
             start = slots.start(store)
             opened, tokens = Store.open(store), Tokens.open(start.tokens)

@@ -158,9 +158,9 @@ def _bare_loop(trainer: Any, rows: Any, train: Train, stream: np.random.Generato
     tokens = 0
     for picked in batches(rows.num_rows, train, stream):
         batch = trainer.objective.collate(rows.take(picked[rank::ranks]), trainer.pad).to(trainer.works_on)
-        learnt = trainer.summed(batch.learnt)
+        learned = trainer.summed(batch.learned)
         nll = token_losses(engine, batch).sum()
-        engine.backward(nll * (ranks / learnt))
+        engine.backward(nll * (ranks / learned))
         trainer.step(lambda: trainer.clip(train.clip))
         tokens += batch.tokens
     return float(trainer.summed(tokens))

@@ -38,6 +38,7 @@ CAPPED = "a client's weight is min(rows, rows_cap) / rows_cap: set privacy.rows_
 GONE = {
     "privacy.secagg.weight_cap": CAPPED,
     "privacy.dp.weight_cap": CAPPED,
+    "privacy.secagg.neighbours": "the number of neighbors in the graph is privacy.secagg.neighbors now",
     "clients.pack": "how many clients train at once in a slot is clients.lanes now",
 }
 

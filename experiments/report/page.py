@@ -27,7 +27,7 @@ OF_SOME_RUNS = {
     "loss_finetuned": ("fine-tuned", "9 3"),
     "loss_not_private": ("not private", "5 2 1 2"),
 }
-BASELINES = {"loss_local_only": ("local only", "7 4"), "loss_centralised": ("centralized", "2 3")}
+BASELINES = {"loss_local_only": ("local only", "7 4"), "loss_centralized": ("centralized", "2 3")}
 PARTIES = ("client", "other clients", "server", "base-model owner")  # listed even if they saw nothing
 MAX_LISTED = 40  # parties, kinds and failed rounds that a table lists
 

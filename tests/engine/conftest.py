@@ -26,7 +26,7 @@ from strategies.privacy.noise_source import seeded_words
 from strategies.privacy.per_example import ExamplePlan
 
 VOCABULARY = 300
-PROMPTS = ["", "say th", "name a colour: ", "one and two are ", "count to ten: "]
+PROMPTS = ["", "say th", "name a color: ", "one and two are ", "count to ten: "]
 COMPLETIONS = ["the cat and the hat", "e end", "green", "three", "one two three four five six seven"]
 PLAIN_SGD = Train(steps=1, optimizer=Sgd(lr=1.0))  # a step is the gradient, turned round
 

@@ -67,7 +67,7 @@ def measure(bench: Bench) -> None:
         bench.add(f"tokens_per_s_{case}", speed, "tokens/s of whole rounds")
         used = None if peak is None else speed * flops_per_token(work.model, length) / peak
         bench.add(f"mfu_{case}", used, "of the rate of a large bfloat16 matrix product")
-    bench.figures["packed_speedup"] = bench.figures["speedup_1x128_packed_16"]
+    bench.figures["lanes_speedup"] = bench.figures["speedup_1x128_lanes_16"]
     if peak is not None:
         bench.add("peak_tflops", peak / 1e12, "TFLOP/s of that product")
 

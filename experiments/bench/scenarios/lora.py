@@ -25,8 +25,8 @@ CASES = (
 
 
 def case_name(batch: int, length: int, lanes: int) -> str:
-    """A case as figures name it: 1x128_packed_8."""
-    return f"{batch}x{length}" + (f"_packed_{lanes}" if lanes > 1 else "")
+    """A case as figures name it: 1x128_lanes_8."""
+    return f"{batch}x{length}" + (f"_lanes_{lanes}" if lanes > 1 else "")
 
 
 def recipe(bench: Bench, rounds: int, batch: int, length: int, *changes: str) -> Recipe:
@@ -59,4 +59,4 @@ def measure(bench: Bench) -> None:
             rss, pss = command_mb(replace(work, rounds=min(3, rounds)), bench.folder / "command")
             bench.add("tree_rss_mb", rss, "MB, all processes but Ray's daemons")
             bench.add("tree_pss_mb", pss, "MB, shared pages counted once")
-    bench.figures["packed_speedup"] = bench.figures["efficiency_1x32_packed_8"]
+    bench.figures["lanes_speedup"] = bench.figures["efficiency_1x32_lanes_8"]

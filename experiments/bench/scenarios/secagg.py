@@ -24,7 +24,7 @@ from experiments.runs.api import Run
 from strategies.secagg.masks import Masks
 from strategies.secagg.protocol import Phase
 
-COORDINATES, KEYS, TRIES = 5_000_000, 31, 7  # of the mask loop: a client's vector, and its masks with 30 neighbours
+COORDINATES, KEYS, TRIES = 5_000_000, 31, 7  # of the mask loop: a client's vector, and its masks with 30 neighbors
 # Cohort, coordinates, bits. Complete graphs, and a ring; vectors that end within a piece of the mask loop.
 GATES = ((16, 70_001, 32), (32, 5_000, 20), (100, 1_000, 32))
 DROPPED = 0.05  # of each cohort, which is what k and t are chosen for
@@ -154,7 +154,7 @@ def play_session(clients: int, coordinates: int, sampled: int) -> tuple[Played, 
 def _add_session(bench: Bench, played: Played, growth: float | None, cell: str) -> None:
     """Adds all figures of a session, each with the cell at its name's end."""
     clients, label = played.parameters.clients, "extrapolated" if played.scale > 1 else "measured"
-    figures: dict[str, tuple[float | None, str]] = {"neighbours": (played.parameters.degree, "k")}
+    figures: dict[str, tuple[float | None, str]] = {"neighbors": (played.parameters.degree, "k")}
     for step, seconds in played.client_s.items():
         figures[f"client_{step}_s"] = (seconds, f"s, {label if step in SCALED else 'measured'}")
     figures["client_s"] = (sum(played.client_s.values()), f"s, {label}")

@@ -37,7 +37,7 @@ def measure(bench: Bench) -> None:
             clients, cohort = (2_000, 200) if size == "1e5" else (clients, cohort)
         bench.say(f"rows of {clients:,} clients")
         write_rows(rows, clients, ROWS, WORDS)
-        for key, lanes in ((f"clients_ratio_{size}", 1), ("packed_ratio", LANES))[: 2 if size == "1e3" else 1]:
+        for key, lanes in ((f"clients_ratio_{size}", 1), ("lanes_ratio", LANES))[: 2 if size == "1e3" else 1]:
             bench.say(f"{rounds} rounds of {cohort:,} of them, {lanes} at once")
             compared = compare(recipe(bench, cohort, rounds, lanes, rows), rows / key)
             bench.add(key, compared.ratio, "of the bare loop's clients/s")

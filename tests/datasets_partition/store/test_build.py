@@ -214,9 +214,9 @@ def test_a_label_is_the_category_of_any_partition(tmp_path: Path) -> None:
 
 
 def test_a_missing_label_is_named(tmp_path: Path) -> None:
-    said = r"^data\.label names 'colour', which the rows do not have: name one of .*client.*, or leave it out$"
+    said = r"^data\.label names 'color', which the rows do not have: name one of .*client.*, or leave it out$"
     with pytest.raises(DataError, match=said):
-        build(rows(a=4), Natural(), Splits(), 7, str(tmp_path), label="colour")
+        build(rows(a=4), Natural(), Splits(), 7, str(tmp_path), label="color")
     assert not list(tmp_path.iterdir())
 
 

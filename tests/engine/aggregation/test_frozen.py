@@ -51,7 +51,7 @@ LAYOUT = Layout(
     scale=2.0,
 )
 CLIENTS, MOST_TOKENS, CLIP, DELTA = 4, 100, 0.5, 1e-3
-TOLD = {"loss": 1.0, "learnt": 10.0, "tokens": 12.0, "steps": 2.0, "rates": 0.2}
+TOLD = {"loss": 1.0, "learned": 10.0, "tokens": 12.0, "steps": 2.0, "rates": 0.2}
 UNIFORM = {"weighting": "uniform"}
 KINDS = {
     "central": CentralDp(noise_multiplier=1.0, clip=CLIP, delta=DELTA, joint=True),

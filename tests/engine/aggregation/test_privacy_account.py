@@ -34,7 +34,7 @@ def test_what_is_spent_is_on_disk_before_noise_is_drawn(plan, tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", '{"rounds": "many"}'])
 def test_a_damaged_account_of_what_is_spent_is_named(plan, tmp_path, content):
     (tmp_path / "privacy.json").write_text(content)
-    with pytest.raises(ValueError, match=r"privacy\.json, which says what privacy has been spent, cannot be read"):
+    with pytest.raises(ValueError, match=r"privacy\.json, the record of privacy spent, cannot be read"):
         Spending.open(tmp_path / "privacy.json", plan, WEIGHTS, simulated=False, round_=3)
 
 

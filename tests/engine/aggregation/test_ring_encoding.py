@@ -18,7 +18,7 @@ from strategies.privacy.distributed import DistributedDp, DistributedPlan
 
 LENGTH, CLIENTS, MOST_TOKENS, DELTA = 8, 3, 100, 1e-2
 LAYOUT = Layout(("w",), ((LENGTH,),))
-TOLD = {"loss": 1.0, "learnt": 10.0, "tokens": 12.0}
+TOLD = {"loss": 1.0, "learned": 10.0, "tokens": 12.0}
 
 
 def planned(kind: str, z: float) -> DistributedPlan:

@@ -161,7 +161,7 @@ def test_where_nobody_moves_the_model_stays_for_twenty_secured_rounds(federation
     case = Case(rule, LORA, engine_sum, engine_stored)
     state = start = case.start()
     sums = ring_sums(federation, LORA, None, 0.0, len(rows), 100, 0)
-    metrics = {"steps": 1.0, "rates": 0.1, "loss": 1.0, "learnt": 10.0, "tokens": 12.0}
+    metrics = {"steps": 1.0, "rates": 0.1, "loss": 1.0, "learned": 10.0, "tokens": 12.0}
     for _ in range(20):
         broadcast = rule.broadcast(state)
         ring = RingSum(RingShard(sums, live_masks(federation, LORA, state.round)), federation, LORA, None, state.round)

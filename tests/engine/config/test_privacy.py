@@ -42,9 +42,9 @@ def test_every_rule_that_reads_more_than_a_sum_is_refused(small_recipe, kind, mo
         ),
         (["privacy.secagg.threshold=9", FULL, CAPPED], "threshold must be 2 to 5", ["privacy.secagg.threshold=4"]),
         (
-            ["privacy.secagg.neighbours=3", FULL, CAPPED],
+            ["privacy.secagg.neighbors=3", FULL, CAPPED],
             "number of neighbors must be",
-            ["privacy.secagg.neighbours=4"],
+            ["privacy.secagg.neighbors=4"],
         ),
         (
             ["privacy.secagg.active=true", "privacy.secagg.threshold=2", FULL, CAPPED],

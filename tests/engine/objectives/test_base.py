@@ -64,7 +64,7 @@ def by_hand(trainer: LocalTrainer, rows: pa.RecordBatch) -> tuple[torch.Tensor, 
     trainable.grad.zero_()
     batches = [Sft().collate(rows.slice(i, 1), 0) for i in range(rows.num_rows)]
     sums = torch.stack([Sft().terms(trainable.network, batch)["nll"].total() for batch in batches])
-    loss = sums.sum() / sum(batch.learnt for batch in batches) + sums.square().mean() / 200
+    loss = sums.sum() / sum(batch.learned for batch in batches) + sums.square().mean() / 200
     loss.backward()
     return trainable.grad.clone(), loss.item()
 
@@ -82,7 +82,7 @@ def test_each_term_is_its_sum_over_its_count_in_the_whole_step(
     trained = step(trainer, start, rows, train)
     torch.testing.assert_close(start - trained.end, gradient, rtol=1e-4, atol=1e-6)
     assert trained.metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    assert trained.metrics["learnt"] == Sft().collate(rows, 0).learnt
+    assert trained.metrics["learned"] == Sft().collate(rows, 0).learned
     trainer.become(start)
     assert sum(total / count for total, count in trainer.loss_terms(rows, 2).values()) == pytest.approx(loss, rel=1e-5)
 

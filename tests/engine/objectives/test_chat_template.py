@@ -31,7 +31,7 @@ def said(*contents: str, system: str | None = None) -> list[dict[str, str]]:
 
 
 CONVERSATIONS = [
-    said("name a colour", "green"),
+    said("name a color", "green"),
     said("one", "two", "three", "four", system="count"),
     said("the cat", "and the hat", "in the end"),  # the user has the last word
     said("über", "naïve 🙂\n\ttabs"),
@@ -58,19 +58,19 @@ def batch_of(rows: pa.Table) -> pa.RecordBatch:
     return batch
 
 
-def learnt(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def learned(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     batch = Sft().collate(batch_of(rows), 0)
     return [tokenizer.decode(labels[labels != IGNORED]) for labels in batch.labels_BT]
 
 
 @pytest.mark.parametrize("template", [MARKED, PLAIN])
-def test_only_the_assistants_turns_are_learnt(chatting: PreTrainedTokenizerBase, template: str) -> None:
+def test_only_the_assistants_turns_are_learned(chatting: PreTrainedTokenizerBase, template: str) -> None:
     rows = encoded(CONVERSATIONS, chatting, template)
     assert chatting.decode(rows["input_ids"][1].as_py()) == (
         "<|system|>\ncount<end>\n<|user|>\none<end>\n<|assistant|>\ntwo<end>\n"
         "<|user|>\nthree<end>\n<|assistant|>\nfour<end>\n"
     )
-    texts = learnt(rows, chatting)
+    texts = learned(rows, chatting)
     assert texts[:4] == ["green<end>\n", "two<end>\nfour<end>\n", "and the hat<end>\n", "naïve 🙂\n\ttabs<end>\n"]
     assert texts[4].startswith("and one and two and") and "<end>" not in texts[4]
     assert texts[5] == "the assistant begins<end>\n"
@@ -82,8 +82,8 @@ def test_an_assistant_may_begin_with_nothing_or_with_what_the_template_writes(
     chatting: PreTrainedTokenizerBase, template: str, content: str
 ) -> None:
     """The turn begins after its header, which holds the word "assistant" too."""
-    conversation = [{"role": "assistant", "content": content}, *said("name a colour", "green")]
-    assert learnt(encoded([conversation], chatting, template), chatting) == [f"{content}<end>\ngreen<end>\n"]
+    conversation = [{"role": "assistant", "content": content}, *said("name a color", "green")]
+    assert learned(encoded([conversation], chatting, template), chatting) == [f"{content}<end>\ngreen<end>\n"]
 
 
 def test_tokens_and_labels_are_trls(chatting: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ SHARED = Path(__file__).resolve().parents[4] / "shared" / "data" / "stories260k"
 MAX_LENGTH = 24
 PAIRS = [
     ("say th", "e end"),  # "the" is one token: the completion begins within the prompt's last word
-    ("name a colour: ", "green"),
+    ("name a color: ", "green"),
     ("", "a plain text, trained whole and long enough to be cut somewhere near its end"),
     ("", "short"),
     ("a prompt that alone fills all of the tokens there are, and then some: ", "cut away entirely"),
@@ -103,22 +103,22 @@ def test_tokens_and_labels_are_trls(any_tokenizer: PreTrainedTokenizerBase, tmp_
 def test_the_loss_is_the_models_own(any_tokenizer: PreTrainedTokenizerBase) -> None:
     network, objective = llama(len(any_tokenizer)), Sft()
     batch = objective.collate(kept(encoded(PAIRS, any_tokenizer)), 0)
-    nll, learnt = loss(network, batch)
+    nll, learned = loss(network, batch)
     theirs = network(input_ids=batch.ids_BT, attention_mask=batch.attention_BT, labels=batch.labels_BT).loss
-    assert learnt == int((batch.labels_BT[:, 1:] != IGNORED).sum())
-    assert nll.item() / learnt == pytest.approx(theirs.item(), rel=1e-6)
+    assert learned == int((batch.labels_BT[:, 1:] != IGNORED).sum())
+    assert nll.item() / learned == pytest.approx(theirs.item(), rel=1e-6)
 
 
 def test_the_completion_begins_where_the_tokens_differ(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = encoded([("say th", "e end")], tokenizer, 64)
     ids, mask = rows["input_ids"][0].as_py(), rows["mask"][0].as_py()
-    learnt = [token for token, bit in zip(ids, mask, strict=True) if bit]
+    learned = [token for token, bit in zip(ids, mask, strict=True) if bit]
     assert ids == tokenizer("say the end<end>")["input_ids"]
-    assert tokenizer.decode(learnt) == " the end<end>"
+    assert tokenizer.decode(learned) == " the end<end>"
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion", "learnt"),
+    ("prompt", "completion", "learned"),
     [
         ("ab: ", "xyz", "xyz<end>"),
         ("ab: ", "xyz<end>", "xyz<end>"),
@@ -128,11 +128,13 @@ def test_the_completion_begins_where_the_tokens_differ(tokenizer: PreTrainedToke
         ("ab: ", "0123456", "0123456<end>"),
     ],
 )
-def test_what_is_learnt_by_hand(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, learnt: str) -> None:
+def test_what_is_learned_by_hand(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, learned: str
+) -> None:
     objective = Sft()
     batch = objective.collate(kept(encoded([(prompt, completion)], tokenizer, 12)), 0)
     labels = batch.labels_BT[0, 1:]
-    assert tokenizer.decode(labels[labels != IGNORED]) == learnt
+    assert tokenizer.decode(labels[labels != IGNORED]) == learned
 
 
 @pytest.mark.parametrize(
@@ -173,18 +175,18 @@ def test_padding_never_changes_a_loss(bases: dict[str, Path], rows: pa.RecordBat
     network, objective = AutoModelForCausalLM.from_pretrained(bases[name]).eval(), Sft()
 
     def losses(batch: Batch) -> tuple[float, int]:
-        nll, learnt = loss(network, batch)
-        return nll.item(), learnt
+        nll, learned = loss(network, batch)
+        return nll.item(), learned
 
     alone = [losses(objective.collate(rows.slice(i, 1), 0)) for i in range(rows.num_rows)]
     together = objective.collate(rows, 0)
-    nll, learnt = sum(nll for nll, _ in alone), sum(learnt for _, learnt in alone)
+    nll, learned = sum(nll for nll, _ in alone), sum(learned for _, learned in alone)
     fills = (7, 0, IGNORED)
     vectors = [together.ids_BT, together.attention_BT, together.labels_BT]
     padded = [F.pad(x, (0, 9), value=v) for x, v in zip(vectors, fills, strict=True)]
     wider = Batch.of(padded[0], padded[1], padded[2], together.tokens)
     for batch in (together, wider, objective.collate(rows, 255)):
-        assert losses(batch) == (pytest.approx(nll, rel=1e-5), learnt)
+        assert losses(batch) == (pytest.approx(nll, rel=1e-5), learned)
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "gpt2"])
@@ -195,7 +197,7 @@ def test_logits_are_computed_where_a_label_is(bases: dict[str, Path], rows: pa.R
     hook = head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.shape))
     some, count = loss(network, batch)
     hook.remove()
-    assert seen == [(1, count, 300)] and count == batch.learnt < batch.tokens
+    assert seen == [(1, count, 300)] and count == batch.learned < batch.tokens
     each, chosen = (
         objective.terms(network, batch, every_logit=every)["nll"].by_row(len(batch.ids_BT)) for every in (True, False)
     )
@@ -203,8 +205,8 @@ def test_logits_are_computed_where_a_label_is(bases: dict[str, Path], rows: pa.R
     assert chosen.tolist() == pytest.approx(each.tolist(), rel=1e-6)
 
 
-def test_gradients_come_from_the_learnt_tokens_alone(bases: dict[str, Path], rows: pa.RecordBatch) -> None:
-    """The loss of a row does not move when what is not learnt is predicted better."""
+def test_gradients_come_from_the_learned_tokens_alone(bases: dict[str, Path], rows: pa.RecordBatch) -> None:
+    """The loss of a row does not move when what is not learned is predicted better."""
     network, objective = AutoModelForCausalLM.from_pretrained(bases["untied"]).eval(), Sft()
     batch = objective.collate(rows, 0)
     logits_BTV = network(input_ids=batch.ids_BT, attention_mask=batch.attention_BT).logits.detach().requires_grad_()

@@ -133,7 +133,7 @@ def test_where_the_newest_cannot_be_read_the_one_before_is_taken(tmp_path: Path)
     assert checkpoint.state.round == 3 and len(checkpoint.passed_over) == 1
     assert checkpoint.passed_over[0].startswith(f"the checkpoint {tmp_path / '00004'} cannot be read")
     (tmp_path / "00003" / FACTS).write_text("{}")
-    with pytest.raises(ValueError, match=r"00004 cannot be read.*, nor can one before: start the run anew"):
+    with pytest.raises(ValueError, match=r"00004 cannot be read.*, nor can one before: start again"):
         load_checkpoint(tmp_path)
 
 

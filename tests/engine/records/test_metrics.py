@@ -135,7 +135,7 @@ def test_losses_are_read_without_the_rows_of_single_clients(tmp_path: Path) -> N
         metrics.add(round_, "train", None, loss=9.0)
         metrics.flush(round_)
     metrics.add(2, "unseen", None, loss=2.5)
-    metrics.add(2, "heldout", None, loss_centralised=1.5, loss_local_only=3.5, loss_personal=1.75)
+    metrics.add(2, "heldout", None, loss_centralized=1.5, loss_local_only=3.5, loss_personal=1.75)
     metrics.blocks.insert(0, read_log(tmp_path).filter(pc.field("round") == 2))
     metrics.flush(2)
     tracemalloc.start()
@@ -145,7 +145,7 @@ def test_losses_are_read_without_the_rows_of_single_clients(tmp_path: Path) -> N
     assert table == {
         "round 0": {"heldout": 4.0},
         "end": {"heldout": 2.0, "unseen": 2.5},
-        "centralised": {"heldout": 1.5},
+        "centralized": {"heldout": 1.5},
         "local only": {"heldout": 3.5},
         "personal": {"heldout": 1.75},
     }

@@ -152,7 +152,7 @@ def test_the_secured_sum_is_the_plain_one_to_a_ring_step(play, pool, small_recip
     apart = (mean(full) - mean(plain)).abs().max().item()
     assert 0 < apart < step + 2**-24 * total(plain).total.abs().max().item()
     assert total(full).count == total(plain).count == 7
-    for name in ("nll", "learnt", "tokens"):
+    for name in ("nll", "learned", "tokens"):
         assert full.figures[name] == pytest.approx(plain.figures[name], rel=1e-4)
     assert full.figures["clipped"] == pytest.approx(0, abs=0.01)
 

@@ -86,7 +86,7 @@ class Slot(SecureClients):
             return Report(client, {DOWN: 0.0}, late=1.0)
         delta = torch.zeros(POPULATION)
         delta[client] = SHARE
-        self.ring.add(Update(client, 1.0, delta, {}, {"loss": 1.0, "learnt": 1.0, "tokens": 1.0}))
+        self.ring.add(Update(client, 1.0, delta, {}, {"loss": 1.0, "learned": 1.0, "tokens": 1.0}))
         return Report(client, {DOWN: 0.0})
 
 

@@ -17,7 +17,7 @@ from engine.messages.events import Checkpointed, Fault
 from engine.messages.reports import DOWN, UP, Report
 from engine.messages.shards import ShardedState
 from engine.records.checkpoint import load_checkpoint
-from engine.records.client_state import ClientMemory
+from engine.records.client_state import ClientStates
 from engine.records.journal import Journal
 from engine.records.metrics import Logs, read_log
 from engine.rounds.collectors import Collected, Quorum
@@ -75,7 +75,7 @@ class Bases:
 
 
 def report(client, **changes):
-    metrics = {"loss": 2.0, "learnt": 10.0, "tokens": 12.0, DOWN: 8.0, UP: 8.0}
+    metrics = {"loss": 2.0, "learned": 10.0, "tokens": 12.0, DOWN: 8.0, UP: 8.0}
     return Report(client, metrics, seconds=1.0, **changes)
 
 
@@ -98,13 +98,13 @@ def loop_of(federation, folder, *collected):
         PrivacyAccount(),
         Journal.open(folder, None, 0),
         Recorder(store, pool, Logs.under(folder)),
-        folder / "memory",
+        folder / "client_state",
     )
 
 
 def good_round():
     reports, messages = [report(0), report(2)], [Message("client", "sum", 2, 16), Message("server", "update", 2, 16)]
-    figures = {"nll": 40.0, "learnt": 20.0, "tokens": 24.0}
+    figures = {"nll": 40.0, "learned": 20.0, "tokens": 24.0}
     return Collected(reports, [AGGREGATE], figures, messages, {3: "asleep"}, busy=[1.0, 3.0])
 
 
@@ -179,7 +179,7 @@ def test_the_quorum_is_a_share_of_the_cohort():
 
 def test_clients_that_are_not_in_the_sum_lose_the_state_of_the_round(tmp_path):
     federation = recipe(strategy=Scaffold(), train=Train(steps=1, batch=2, optimizer=Sgd(lr=0.1)))
-    cohort, states = federation.cohort.sample(POPULATION, 1, 1).tolist(), ClientMemory(tmp_path / "memory")
+    cohort, states = federation.cohort.sample(POPULATION, 1, 1).tolist(), ClientStates(tmp_path / "client_state")
     for client in cohort:
         for round_ in (1, 2):
             states.write(client, round_, {"c": torch.full((1,), float(round_))}, oldest=0)

@@ -40,7 +40,7 @@ def test_placement_gives_each_client_one_slot_and_balances() -> None:
     assert placement([(0, 1), (2,), (3, 4)], [5.0, 1, 3], range(2)) == {0: ((0, 1),), 1: ((3, 4), (2,))}
 
 
-def test_seconds_are_learnt_as_a_line_through_steps_and_tokens() -> None:
+def test_seconds_are_learned_as_a_line_through_steps_and_tokens() -> None:
     costs = Costs()
     steps, tokens = np.array([1.0, 2, 5, 9]), np.array([100.0, 900, 50, 400])
     assert costs.seconds(steps, tokens).tolist() == (tokens / 1000).tolist()  # nothing is known yet

@@ -84,7 +84,7 @@ def started(ray_session, small_recipe, tmp_path, monkeypatch):
         recipe = small_recipe(*changes)
         data = recipe.data
         store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
-        slots = Pool(recipe, tmp_path / "memory")
+        slots = Pool(recipe, tmp_path / "client_state")
         begun.append(slots)
         return slots, slots.start(store)
 
@@ -170,7 +170,7 @@ def test_a_slot_that_falls_silent_over_texts_or_an_export_is_replaced(started, t
 def test_a_few_steps_on_the_pooled_rows_are_better_for_all(started):
     slots, start = started("clients.slots=1")
     everybody = list(range(8))
-    trained = slots.ask(lambda actor: actor.centralised.remote(everybody, initial(start), 8), long=True)
+    trained = slots.ask(lambda actor: actor.centralized.remote(everybody, initial(start), 8), long=True)
     before, after = (
         sum(
             loss.nll for loss in slots.ask(lambda actor, message=message: actor.evaluate.remote(everybody, message, 99))
@@ -184,7 +184,7 @@ def test_memory_in_a_folder_that_a_slot_does_not_see_is_refused(started, tmp_pat
     slots, _ = started("strategy=ditto")
     with pytest.raises(ValueError, match=r"which is not seen on the node .*: put --out on a disk that all nodes share"):
         slots.refuse_lost_memory()
-    (tmp_path / "memory").mkdir()
+    (tmp_path / "client_state").mkdir()
     slots.refuse_lost_memory()
 
 

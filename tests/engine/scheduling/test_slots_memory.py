@@ -42,7 +42,7 @@ def grown(ray_session, small_recipe, slot_processes, tiny_base, folder, layers, 
     data = recipe.data
     store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
     others = slot_processes()
-    slots = Pool(recipe, folder / "memory")
+    slots = Pool(recipe, folder / "client_state")
     try:
         ray_session.get([actor.place.remote() for actor in slots.actors])
         processes = slot_processes() - others

@@ -25,7 +25,7 @@ protect(buffer)
 assert buffer.sum() == 7 * len(buffer)
 print("read", flush=True)
 room[start - 1] = room[start + len(buffer)] = 1
-print("neighbours written", flush=True)
+print("neighbors written", flush=True)
 buffer[int(sys.argv[1])] = 1
 print("written", flush=True)
 """
@@ -38,7 +38,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotec
 def test_a_write_ends_the_process_and_reading_goes_on(at: int) -> None:
     completed = subprocess.run([sys.executable, "-c", SCRIPT, str(at)], cwd=ROOT, capture_output=True, text=True)
     assert completed.returncode == -signal.SIGSEGV, completed.stderr
-    assert completed.stdout.split("\n") == ["read", "neighbours written", ""]
+    assert completed.stdout.split("\n") == ["read", "neighbors written", ""]
 
 
 @linux

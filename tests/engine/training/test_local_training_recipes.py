@@ -46,7 +46,7 @@ def test_rows_in_pieces_make_the_step_of_all_at_once(
     whole, _ = trained(make_trainer, training(Train(steps=3, batch=4, optimizer=Sgd(lr=0.1))), rows)
     pieces, _ = trained(make_trainer, training(Train(steps=3, batch=2, accumulate=2, optimizer=Sgd(lr=0.1))), rows)
     torch.testing.assert_close(pieces.delta, whole.delta, rtol=0, atol=1e-6)
-    same = ("rows", "steps", "tokens", "learnt")
+    same = ("rows", "steps", "tokens", "learned")
     assert [pieces.metrics[name] for name in same] == [whole.metrics[name] for name in same]
     assert pieces.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
 

@@ -79,9 +79,9 @@ def test_rows_gradients_are_those_of_a_loop_over_rows(
         trained = [p for p in trainable.network.parameters() if p.requires_grad]
         summed_BP = torch.cat([p.grad_sample.flatten(1) for p in trained], dim=1)
     expected_BP = by_hand(trainer, rows)
-    learnt_B = (piece.labels_BT[:, 1:] != -100).sum(1)
+    learned_B = (piece.labels_BT[:, 1:] != -100).sum(1)
     assert all(expected_BP.any(dim=1))
-    torch.testing.assert_close(summed_BP / learnt_B[:, None], expected_BP, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(summed_BP / learned_B[:, None], expected_BP, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [2, 6])
@@ -144,7 +144,7 @@ def test_an_empty_sample_is_a_step_of_noise_of_the_right_size(
     count = len(noise)
     assert noise.var().item() == pytest.approx((2.0 * 0.5 / 2) ** 2, rel=5 * (2 / count) ** 0.5)
     assert abs(noise.mean().item()) < 5 * 0.5 / count**0.5
-    assert (metrics["loss"], metrics["tokens"], metrics["learnt"], metrics["steps"]) == (0, 0, 0, 1)
+    assert (metrics["loss"], metrics["tokens"], metrics["learned"], metrics["steps"]) == (0, 0, 0, 1)
 
 
 def test_each_row_is_drawn_by_itself_with_the_rate() -> None:

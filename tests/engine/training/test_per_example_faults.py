@@ -86,7 +86,7 @@ def test_an_error_leaves_no_trace_either(make_private: MakePrivate, rows: pa.Rec
 
 
 class SometimesNan(Sft):
-    """Rows with five learnt tokens are lost in NaN."""
+    """Rows with five learned tokens are lost in NaN."""
 
     def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
         logits_BTV = network(input_ids=batch.ids_BT, attention_mask=batch.attention_BT).logits[:, :-1]
@@ -98,8 +98,8 @@ class SometimesNan(Sft):
 
 
 def test_a_row_without_a_finite_gradient_moves_nothing(make_private: MakePrivate, rows: pa.RecordBatch) -> None:
-    learnt = [sum(mask[1:]) for mask in rows["mask"].to_pylist()]
-    kept = rows.take([row for row, count in enumerate(learnt) if count != 5])
+    learned = [sum(mask[1:]) for mask in rows["mask"].to_pylist()]
+    kept = rows.take([row for row, count in enumerate(learned) if count != 5])
     assert 0 < kept.num_rows < 5
     all_of_them = change(make_private(clip=0.1, objective=SometimesNan()), rows)
     torch.testing.assert_close(5 * all_of_them, kept.num_rows * change(make_private(clip=0.1), kept))

@@ -91,7 +91,7 @@ def test_metrics_and_rates_by_hand() -> None:
     train = Train(steps=2, batch=2, optimizer=Sgd(lr=1.0), clip=0, over_steps=Schedule(warmup=2))
     (trained,) = take_steps(Line(1, train), [client(2, 8, rate=0.5)], train)
     assert trained.end.item() == 2 + 0.5 * 6
-    assert trained.metrics == {"loss": 2 * 25, "rows": 2, "steps": 2, "tokens": 2 * 40, "learnt": 4, "rates": 0.75}
+    assert trained.metrics == {"loss": 2 * 25, "rows": 2, "steps": 2, "tokens": 2 * 40, "learned": 4, "rates": 0.75}
 
 
 def test_the_optimizers_state_is_kept_if_asked_and_else_starts_from_nothing() -> None:

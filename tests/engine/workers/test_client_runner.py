@@ -12,7 +12,7 @@ from engine.aggregation.exact_sum import ExactSum
 from engine.config.availability import Availability
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.reports import DOWN, UP
-from engine.records.client_state import ClientMemory
+from engine.records.client_state import ClientStates
 from engine.workers.client_runner import ClientRunner
 from engine.workers.peers import ALONE, Peers
 from strategies.core.layout import Layout
@@ -20,7 +20,7 @@ from strategies.core.protocol import Broadcast, Update
 
 LAYOUT = Layout(("w",), ((4,),))
 MESSAGE = BroadcastMessage.of(Broadcast(0, torch.zeros(4)))
-METRICS = {"loss": 1.0, "learnt": 2.0, "tokens": 3.0}
+METRICS = {"loss": 1.0, "learned": 2.0, "tokens": 3.0}
 
 
 class Tokens:
@@ -55,7 +55,7 @@ def runner(federation, tmp_path: Path):
     def make(delta, peers=ALONE, **clients):
         trainer = Trainer(torch.tensor(delta), [])
         changed = replace(federation, clients=replace(federation.clients, **clients))
-        return ClientRunner(changed, Tokens(), ClientMemory(tmp_path), lambda unit, message: trainer, LAYOUT, peers)
+        return ClientRunner(changed, Tokens(), ClientStates(tmp_path), lambda unit, message: trainer, LAYOUT, peers)
 
     return make
 

@@ -10,7 +10,7 @@ from engine.workers.retries import Attempted, attempted
 
 def test_what_works_is_done_once():
     asked = []
-    attempts = attempted((3, 1, 2), lambda pack: asked.append(pack) or [10 * client for client in pack], 2)
+    attempts = attempted((3, 1, 2), lambda lanes: asked.append(lanes) or [10 * client for client in lanes], 2)
     assert attempts == [Attempted(3, 30), Attempted(1, 10), Attempted(2, 20)]
     assert asked == [(3, 1, 2)]
 
@@ -18,11 +18,11 @@ def test_what_works_is_done_once():
 def test_a_pack_that_is_too_large_is_halved_until_it_fits():
     trained = []
 
-    def train(pack):
-        if len(pack) > 2:
+    def train(lanes):
+        if len(lanes) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        trained.append(pack)
-        return list(pack)
+        trained.append(lanes)
+        return list(lanes)
 
     attempts = attempted((0, 1, 2, 3, 4), train, 0)
     assert trained == [(0, 1), (2,), (3, 4)] and [attempt.result for attempt in attempts] == [0, 1, 2, 3, 4]
@@ -34,11 +34,11 @@ def test_a_pack_that_is_too_large_is_halved_until_it_fits():
 def test_the_cpus_allocator_is_understood():
     sizes = []
 
-    def train(pack):
-        sizes.append(len(pack))
-        if len(pack) == 4:
+    def train(lanes):
+        sizes.append(len(lanes))
+        if len(lanes) == 4:
             torch.empty(2**62, dtype=torch.uint8)
-        return list(pack)
+        return list(lanes)
 
     attempted((0, 1, 2, 3), train, 0)
     assert sizes == [4, 2, 2]
@@ -47,14 +47,14 @@ def test_the_cpus_allocator_is_understood():
 def test_a_client_that_raises_is_left_alone_and_named():
     asked = []
 
-    def train(pack):
-        asked.append(pack)
-        if 1 in pack:
+    def train(lanes):
+        asked.append(lanes)
+        if 1 in lanes:
             raise KeyError("no such column")
-        return list(pack)
+        return list(lanes)
 
     attempts = attempted((0, 1, 2), train, 2)
-    assert asked == [(0, 1, 2)] * 3 + [(0,), (1,), (2,)]  # a pack apart gives other bits: only where it must be
+    assert asked == [(0, 1, 2)] * 3 + [(0,), (1,), (2,)]  # a lanes apart gives other bits: only where it must be
     assert [attempt.result for attempt in attempts] == [0, None, 2]
     assert attempts[1].why[3:] == ("KeyError: 'no such column'",) and len(attempts[0].why) == 3
     asked.clear()
@@ -64,11 +64,11 @@ def test_a_client_that_raises_is_left_alone_and_named():
 def test_a_client_that_raises_once_is_as_good_as_the_others():
     raised = []
 
-    def train(pack):
+    def train(lanes):
         if not raised:
-            raised.append(pack)
+            raised.append(lanes)
             raise OSError("the disk was gone for a moment")
-        return list(pack)
+        return list(lanes)
 
     (attempt,) = attempted((7,), train, 1)
     assert attempt.result == 7 and attempt.why == ("OSError: the disk was gone for a moment",)
@@ -80,7 +80,7 @@ def test_a_process_that_has_lost_its_gpu_ends():
 import torch
 from engine.workers.retries import Attempted, attempted
 
-def train(pack):
+def train(lanes):
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 attempted((0, 1), train, 5)

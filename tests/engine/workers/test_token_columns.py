@@ -50,7 +50,7 @@ def test_a_node_without_the_folder_gets_a_copy(made, ray_session, tmp_path, monk
 
 def test_a_slot_that_does_not_see_them_works_on_its_copy(made, ray_session, monkeypatch, tmp_path):
     store, recipe = made
-    slots = Pool(recipe, tmp_path / "memory")
+    slots = Pool(recipe, tmp_path / "client_state")
     try:
         start = slots.start(store)
         tokens, initial = start.tokens, BroadcastMessage(0, (Shard(start.initial, {}),))

@@ -46,7 +46,7 @@ def gangs(ray_session, tmp_path):
     pools = []
 
     def started(recipe):
-        pools.append(Pool(recipe, tmp_path / "memory"))
+        pools.append(Pool(recipe, tmp_path / "client_state"))
         data = recipe.data
         store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
         return pools[-1], pools[-1].start(store)
@@ -111,7 +111,7 @@ def test_a_client_after_another_is_the_client_in_a_fresh_gang_and_in_one_process
     change = after.double() / STEP * rows.max() / rows[SECOND]
     assert (change - expected.delta).abs().max() < 1e-5 < expected.delta.abs().max()
     assert reports[0].metrics["loss"] == pytest.approx(expected.metrics["loss"], abs=1e-5)
-    for name in ("tokens", "learnt", "steps", "rows", "rates"):
+    for name in ("tokens", "learned", "steps", "rows", "rates"):
         assert reports[0].metrics[name] == expected.metrics[name]
 
 

@@ -57,6 +57,6 @@ def test_a_cohort_fills_the_lanes_of_each_slot_equally_often(lanes, cohort):
 def test_a_small_run_has_the_promised_keys(ray_session, full):
     if not full:
         pytest.skip("minutes")
-    assert {"efficiency", "packed_speedup", "tree_rss_mb"} < set(lora.measure(small=True))
-    assert {"clients_ratio_1e3", "clients_ratio_1e5", "packed_ratio"} < set(tiny.measure(small=True))
+    assert {"efficiency", "lanes_speedup", "tree_rss_mb"} < set(lora.measure(small=True))
+    assert {"clients_ratio_1e3", "clients_ratio_1e5", "lanes_ratio"} < set(tiny.measure(small=True))
     assert {"time_ratio", "tree_rss_mb"} < set(big_update.measure(small=True))

@@ -33,4 +33,4 @@ def test_without_a_gpu_it_says_so(command):
 def test_a_small_run_has_the_promised_keys(ray_session, full):
     if not full:
         pytest.skip("a minute")
-    assert {"packed_speedup", "speedup_1x128", "mfu_1x128", "apart_1x128"} < set(gpu.measure(small=True))
+    assert {"lanes_speedup", "speedup_1x128", "mfu_1x128", "apart_1x128"} < set(gpu.measure(small=True))

@@ -19,7 +19,7 @@ from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
 from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint, save_checkpoint
-from engine.records.client_state import ClientMemory
+from engine.records.client_state import ClientStates
 from engine.records.metrics import Ledger, Metrics, read_log
 from engine.workers.token_columns import token_columns
 from experiments.config.recipe import load_recipe, located, to_toml
@@ -59,7 +59,7 @@ def run(tmp_path, small_recipe):
         metrics.flush(round_), ledger.flush(round_)
         state = ShardedState(round_, (ServerState(round_, torch.zeros(3)),))
         save_checkpoint(folder / "checkpoints", Saved(state, 1.0), 2)
-    ClientMemory(folder / "memory").write(3, 1, {"strategy.c": torch.zeros(3)}, 0)
+    ClientStates(folder / "client_state").write(3, 1, {"strategy.c": torch.zeros(3)}, 0)
     (folder / "privacy.json").write_text('{"rounds": 1, "statement": "epsilon 1"}')
     (folder / "recipe.toml").write_text(to_toml(small_recipe()))
     (folder / "manifest.json").write_text('{"data": {"key": "x"}, "versions": {}}')
@@ -71,7 +71,7 @@ READERS = {
     "recipe.toml": lambda run, recipe: experiments.run(recipe, out=run, resume=True),
     "manifest.json": lambda run, recipe: experiments.run(recipe, out=run, resume=True),
     "checkpoints": lambda run, recipe: load_checkpoint(run / "checkpoints"),
-    "memory": lambda run, recipe: ClientMemory(run / "memory").read(3, 1),
+    "client_state": lambda run, recipe: ClientStates(run / "client_state").read(3, 1),
     "metrics": lambda run, recipe: read_log(run / "metrics"),
     "ledger": lambda run, recipe: read_log(run / "ledger"),
 }

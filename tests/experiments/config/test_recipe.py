@@ -137,6 +137,10 @@ def test_malformed_changes(change: str, said: str) -> None:
         ({"data": {"source": {"kind": "jsonl", "path": "x", "pth": "y"}}}, "'data.source.pth'; did you mean 'path'?"),
         ({"privacy": {"secagg": {"mod": "off"}}}, "no key 'privacy.secagg.mod'; did you mean 'mode'?"),
         (
+            {"privacy": {"secagg": {"neighbours": 4}}},
+            "no key 'privacy.secagg.neighbours' any more; the number of neighbors in the graph",
+        ),
+        (
             {"clients": {"pack": 4}},
             "no key 'clients.pack' any more; how many clients train at once in a slot is clients.lanes now",
         ),

@@ -52,10 +52,10 @@ def test_the_same_are_late_on_more_slots_and_after_a_resume_and_the_bits_are_the
 def test_the_same_are_late_in_packs_under_secure_aggregation_and_in_gangs(play, full):
     if not full:
         pytest.skip("five runs; slots of single clients are tried")
-    packs = "clients.lanes=3"
+    lanes = "clients.lanes=3"
     changes = (
-        (packs,),
-        (packs, "strategy=median"),
+        (lanes,),
+        (lanes, "strategy=median"),
         (SECURED,),
         ("clients.zero={stage=2}",),
         ("clients.zero={stage=3}",),

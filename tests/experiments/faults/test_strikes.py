@@ -140,4 +140,6 @@ def test_who_drops_out_with_its_slot_remembers_nothing_of_the_round(ray_session,
     run = experiments.run(recipe, out=tmp_path / "run", on_event=events.append)
     (round_,) = (event for event in events if isinstance(event, RoundDone))
     assert 0 < len(round_.gone) < 8 and round_.aborted is None
-    assert len(list((run.folder / "memory").glob("*/*/00001.safetensors"))) == round_.clients == 8 - len(round_.gone)
+    assert (
+        len(list((run.folder / "client_state").glob("*/*/00001.safetensors"))) == round_.clients == 8 - len(round_.gone)
+    )

@@ -162,7 +162,7 @@ def test_a_cohort_is_as_large_as_its_rule_and_its_privacy_need(tmp_path):
     assert cohort(*plain, "cohort.size=2") == 2
     assert cohort(*plain, "strategy={kind='bulyan', f=3}") >= 15
     assert cohort("privacy.secagg.min_contributors=20") >= 20
-    assert cohort("privacy.secagg.neighbours=30") > 30
+    assert cohort("privacy.secagg.neighbors=30") > 30
 
 
 def test_what_few_clients_cannot_bear_is_left_out(tmp_path):

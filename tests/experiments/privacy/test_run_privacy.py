@@ -69,7 +69,7 @@ def test_an_aborted_round_leaves_the_model_and_what_clients_know(ray_session, sm
     metrics = read_log(tmp_path / "run" / "metrics").to_pylist()
     held = [row for row in metrics if (row["name"], row["split"], row["client"]) == ("loss", "heldout", None)]
     assert len({row["value"] for row in held}) == 1 and len(held) == 3
-    assert not list((tmp_path / "run" / "memory").rglob("*.safetensors"))
+    assert not list((tmp_path / "run" / "client_state").rglob("*.safetensors"))
 
 
 def test_a_deadline_that_nobody_meets_moves_nothing(ray_session, small_recipe, tmp_path):

@@ -42,7 +42,7 @@ def make_run(folder: Path, name: str = "small") -> Path:
         (0, "unseen", None, "loss", 5.0),
         (2, "unseen", None, "loss", 5.5),
         (2, "heldout", None, "loss_local_only", 3.456),
-        (2, "unseen", None, "loss_centralised", 2.987),
+        (2, "unseen", None, "loss_centralized", 2.987),
         (0, "heldout", "<script>alert(1)</script>", "loss", 2.0),
         (2, "heldout", "<script>alert(1)</script>", "loss", 2.5),
         (0, "heldout", "b", "loss", 6.0),

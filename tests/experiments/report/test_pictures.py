@@ -29,7 +29,7 @@ def lengths(rows, clients):
 
 
 def opened(pictures):
-    """The pictures as images; each is read whole, fits a screen or two, and is not of one colour."""
+    """The pictures as images; each is read whole, fits a screen or two, and is not of one color."""
     images = {}
     for name, content in pictures.items():
         image = Image.open(io.BytesIO(content))

@@ -49,9 +49,9 @@ def test_a_run_reports_its_progress_and_learns(reference):
     assert [event.round for event in evaluated if event.baseline is None] == [0, 2, 4]
     assert run.losses["end"]["heldout"] < run.losses["round 0"]["heldout"]
     assert run.losses["end"]["unseen"] < run.losses["round 0"]["unseen"]
-    assert set(run.losses) == {"round 0", "local only", "centralised", "end"}
-    # Sixty steps on so few rows: how much is learnt by heart differs from one processor to another.
-    assert run.losses["centralised"]["heldout"] != pytest.approx(run.losses["round 0"]["heldout"], abs=1e-3)
+    assert set(run.losses) == {"round 0", "local only", "centralized", "end"}
+    # Sixty steps on so few rows: how much is learned by heart differs from one processor to another.
+    assert run.losses["centralized"]["heldout"] != pytest.approx(run.losses["round 0"]["heldout"], abs=1e-3)
     assert "unseen" not in run.losses["local only"]
 
 

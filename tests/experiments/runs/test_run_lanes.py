@@ -1,4 +1,4 @@
-"""Whole runs whose clients train in packs: the same bits on any number of slots, and nearly those of single clients."""
+"""Whole runs whose clients train in lanes: the same bits on any number of slots, and nearly those of single clients."""
 
 import os
 import signal
@@ -22,13 +22,13 @@ def weights(run):
 
 @pytest.fixture(scope="module")
 def packed(ray_session, small_recipe, tmp_path_factory):
-    """A finished run in packs of two lanes, by two slots."""
+    """A finished run in two lanes, by two slots."""
     return experiments.run(
         small_recipe("clients.lanes=2", "clients.slots=2", *CHANGES), out=tmp_path_factory.mktemp("packed") / "run"
     )
 
 
-def test_packs_lead_to_what_single_clients_lead_to(packed, small_recipe, tmp_path):
+def test_lanes_lead_to_what_single_clients_lead_to(packed, small_recipe, tmp_path):
     alone = experiments.run(small_recipe(*CHANGES), out=tmp_path / "alone")
     for name, values in weights(alone).items():
         np.testing.assert_allclose(weights(packed)[name], values, rtol=0, atol=1e-5)
@@ -37,9 +37,9 @@ def test_packs_lead_to_what_single_clients_lead_to(packed, small_recipe, tmp_pat
 
 
 @pytest.mark.slow
-def test_neither_slots_nor_a_death_change_a_bit_of_packs(packed, small_recipe, slot_processes, tmp_path, full):
+def test_neither_slots_nor_a_death_change_a_bit_of_lanes(packed, small_recipe, slot_processes, tmp_path, full):
     if not full:
-        pytest.skip("a quarter of a minute: other slots and deaths are tried without packs")
+        pytest.skip("a quarter of a minute: other slots and deaths are tried without lanes")
     before, killed = slot_processes(), []
 
     def kill(event):

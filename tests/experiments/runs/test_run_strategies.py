@@ -92,7 +92,7 @@ def test_personal_models_are_judged_beside_the_global_one(ray_session, small_rec
     assert run.losses["fine-tuned"]["heldout"] != run.losses["end"]["heldout"]
     personal = run.metrics.filter(pc.equal(run.metrics["name"], "loss_personal")).to_pylist()
     assert {row["client"] for row in personal if row["round"] == 2} > {None}
-    memories = list((run.folder / "memory").rglob("*.safetensors"))
+    memories = list((run.folder / "client_state").rglob("*.safetensors"))
     assert len({path.parent for path in memories}) == 8
 
 

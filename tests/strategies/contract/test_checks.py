@@ -182,7 +182,7 @@ class Melts(FedAvg):
 
 @dataclass(frozen=True)
 class Heavy(FedAvg):
-    """Weighs clients by what they have learnt, and does not say that this has no bound."""
+    """Weighs clients by what they have learned, and does not say that this has no bound."""
 
     def finish(self, update, broadcast, client_state, ends=None):
         return replace(update, weight=float(update.delta.norm())), client_state

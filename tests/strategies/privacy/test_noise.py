@@ -19,7 +19,7 @@ def words(seed: int = 1):
 
 
 def fits(drawn: np.ndarray, values: np.ndarray, probabilities: np.ndarray) -> bool:
-    """Chi-square of the counts of neighbouring values, in bins of at least 25 expected; the rest is the last bin."""
+    """Chi-square of the counts of neighboring values, in bins of at least 25 expected; the rest is the last bin."""
     counts = np.array([np.count_nonzero(drawn == value) for value in values])
     order, observed, expected, seen, wanted = np.argsort(values), [], [], 0.0, 0.0
     for index in order:

@@ -10,7 +10,7 @@ A, B, C, D, E = (
 )
 
 
-def test_krum_takes_the_update_with_the_closest_neighbours() -> None:
+def test_krum_takes_the_update_with_the_closest_neighbors() -> None:
     # 5 - 1 - 2 = 2 neighbors: a 1 + 2, b 1 + 1, c 2 + 4, d 1 + 2
     assert Krum(f=1).combine([A, B, C, D, E]).tolist() == B.tolist()
     # 5 - 0 - 2 = 3 neighbors: a 1 + 2 + 4, b 1 + 1 + 5, c 2 + 4 + 5, d 1 + 2 + 2

@@ -77,7 +77,7 @@ def test_other_parameters_than_agreed_are_refused(play, change, refused):
     refused("shares", "another number", lambda: play.clients[2].shares(listed), play.clients[2])
 
 
-def test_a_ring_needs_its_neighbours(start):
+def test_a_ring_needs_its_neighbors(start):
     play = start(9, 6, 4)
     with pytest.raises(SecAggAbort, match="6 clients offered keys, and it takes 7"):
         play.to_keys(gone=[0, 1, 2])

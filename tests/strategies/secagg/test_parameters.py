@@ -80,7 +80,7 @@ def test_a_ring_by_hand():
 
 
 @given(st.integers(5, 40), st.data())
-def test_neighbours_are_mutual_and_as_many_as_agreed(n, data):
+def test_neighbors_are_mutual_and_as_many_as_agreed(n, data):
     k = data.draw(st.sampled_from([*range(2, n - 1, 2), n - 1]))
     order = data.draw(st.permutations(range(n)))
     near = {u: neighbors(order, place, Parameters(n, k, 2)) for place, u in enumerate(order)}

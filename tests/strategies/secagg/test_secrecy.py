@@ -48,7 +48,7 @@ def most_shares(play, corrupt, target):
 @pytest.mark.parametrize(("k", "share_corrupt"), [(7, 0.0), (7, 0.125), (7, 0.25), (4, 0.125)])
 def test_no_lies_bring_both_secrets_of_a_client_together(k, share_corrupt, start, drawn):
     n, bad = 8, int(8 * share_corrupt)
-    # on the ring: one corrupt neighbour of four, so t = ceil((1 + 4 - 1.25) / 2) + 1
+    # on the ring: one corrupt neighbor of four, so t = ceil((1 + 4 - 1.25) / 2) + 1
     t = choose(n, share_corrupt, 0.05, semi_malicious=True).threshold if k == 7 else 3
     for threshold, safe in ((t, True), (t - 1, False)):
         play = start(n, k, threshold)
@@ -58,7 +58,7 @@ def test_no_lies_bring_both_secrets_of_a_client_together(k, share_corrupt, start
         play.to_requests()
         for target in play.ids[bad:]:
             if k < 7 and not any(u in play.clients[target].plain()["shares"] for u in range(bad)):
-                continue  # the ring's order is random, and no neighbour is corrupt
+                continue  # the ring's order is random, and no neighbor is corrupt
             pairs = most_shares(play, range(bad), target)
             assert all(seed < threshold or key < threshold for seed, key in pairs) == safe
 

@@ -159,7 +159,7 @@ def test_answers_to_what_was_not_asked_are_refused(start, drawn, refused):
         refused("unmask", reason, lambda: play.server.unmask(answers))  # noqa: B023
 
 
-def test_on_a_ring_only_neighbours_hold_shares(start, drawn, refused):
+def test_on_a_ring_only_neighbors_hold_shares(start, drawn, refused):
     play = start(9, 4, 3)
     play.to_keys()
     play.to_shares()
@@ -172,7 +172,7 @@ def test_on_a_ring_only_neighbours_hold_shares(start, drawn, refused):
     refused("unmask", f"client {stranger} gave shares", lambda: play.server.unmask(answers.values()))
 
 
-def test_on_a_ring_every_client_needs_t_neighbours(start, refused):
+def test_on_a_ring_every_client_needs_t_neighbors(start, refused):
     play = start(9, 4, 4)
     play.to_keys()
     refused("shares", "3 clients are left to recover client", lambda: play.to_shares(gone=[5]))

@@ -123,12 +123,12 @@ def test_kinds_are_distinct() -> None:
 
 @pytest.mark.parametrize("kind", LOSSY)
 @given(rounds=st.integers(1, 12), scale=st.floats(1e-3, 1e3))
-def test_what_arrives_is_what_was_learnt_less_the_residual(kind: Any, rounds: int, scale: float) -> None:
+def test_what_arrives_is_what_was_learned_less_the_residual(kind: Any, rounds: int, scale: float) -> None:
     deltas = [scale * drawn(5, round_) for round_ in range(rounds)]
     arrived, client_state = over_rounds([kind()], deltas)
     (error,) = client_state.values()
-    learnt = torch.stack(deltas).sum(dim=0)
-    torch.testing.assert_close(arrived + error, learnt, rtol=1e-4, atol=1e-4 * scale)
+    learned = torch.stack(deltas).sum(dim=0)
+    torch.testing.assert_close(arrived + error, learned, rtol=1e-4, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize(

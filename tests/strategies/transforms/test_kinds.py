@@ -72,7 +72,7 @@ def test_int8_leaves_its_own_grid_alone() -> None:
     assert sent(Int8(block=2), [254, -4, -127, 33]) == ([254, -4, -127, 33], [0, 0, 0, 0])
 
 
-def test_int8_rounds_to_a_neighbour_and_remembers_the_rest() -> None:
+def test_int8_rounds_to_a_neighbor_and_remembers_the_rest() -> None:
     # s = 1: 0.25 becomes 0 or 1, -2.5 becomes -3 or -2
     for client in range(20):
         (top, low, middle), error = sent(Int8(), [127, 0.25, -2.5], client=client)
