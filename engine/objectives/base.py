@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -54,6 +55,10 @@ class Objective(Protocol):
     """
 
     needs: ClassVar[frozenset[Need]]
+    # The loss's terms, and terms that are only measured. The value is the largest magnitude of one unit: secure
+    # aggregation makes its ring for that, and cuts what is larger. A row has at most one unit of a term for each token.
+    losses: ClassVar[Mapping[str, float]]
+    figures: ClassVar[Mapping[str, float]]
     heldout: ClassVar[str]  # the term whose mean over held-out rows is the evaluation's loss
 
     @property
@@ -73,7 +78,7 @@ class Objective(Protocol):
         """Returns the number of each term's units, which is known before the forward pass."""
 
     def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
-        """Computes the loss's terms by the network's present weights.
+        """Computes all terms, of `losses` and `figures`, by the network's present weights.
 
         With `every_logit` the head sees all positions of all rows, so that hooks can tell the rows apart.
         """
@@ -102,9 +107,50 @@ def term_sums(
     return sums
 
 
-def step_loss(totals: Mapping[str, torch.Tensor], counts: Mapping[str, float]) -> torch.Tensor:
-    """Returns the loss: each term's sum over its count in the whole step, added up."""
-    return reduce(add, (total / counts[name] for name, total in totals.items()))
+def step_loss(objective: Objective, totals: Mapping[str, torch.Tensor], counts: Mapping[str, float]) -> torch.Tensor:
+    """Returns the loss: each of its terms' sum over its count in the whole step, added up; 0 without units."""
+    return reduce(add, (totals[name] / max(1, counts[name]) for name in objective.losses))
+
+
+def terms_of(objective: Objective) -> dict[str, float]:
+    """Returns all terms, those of the loss first, and the largest magnitude of a unit of each."""
+    return {**objective.losses, **objective.figures}
+
+
+def term_metrics(objective: Objective) -> dict[str, tuple[str, str]]:
+    """Returns which metrics hold each term's mean and number of units: `loss` and `learned` those of an only term."""
+    terms = [*terms_of(objective)]
+    return {name: (name, f"{name}_units") for name in terms} if len(terms) > 1 else {terms[0]: ("loss", "learned")}
+
+
+def client_figures(objective: Objective, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Returns what is summed over clients, from a client's metrics: each term's sum and its units, and the tokens."""
+    figures = {}
+    for name, (mean, units) in term_metrics(objective).items():
+        figures |= {name: metrics[mean] * metrics[units], f"{name}_units": metrics[units]}
+    return {**figures, "tokens": metrics["tokens"]}
+
+
+def figure_bounds(objective: Objective, tokens: int) -> dict[str, float]:
+    """Returns the largest magnitude of each figure of a client that trains on at most this number of tokens."""
+    bounds = {}
+    for name, bound in terms_of(objective).items():
+        bounds |= {name: tokens * bound, f"{name}_units": float(tokens)}
+    return {**bounds, "tokens": float(tokens)}
+
+
+def figure_metrics(objective: Objective, figures: Mapping[str, float]) -> dict[str, float]:
+    """Returns the metrics that sums of figures give: `loss`, `tokens`, and each term's mean if there are several.
+
+    A mean is NaN without units, and so is the loss if none of its terms has any.
+    """
+    means = {name: figures[name] / (figures[f"{name}_units"] or math.nan) for name in terms_of(objective)}
+    losses = [means[name] for name in objective.losses if not math.isnan(means[name])]
+    return {
+        "loss": sum(losses) if losses else math.nan,
+        "tokens": figures["tokens"],
+        **(means if len(means) > 1 else {}),
+    }
 
 
 def require_provided(objective: Objective) -> None:

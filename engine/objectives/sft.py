@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -42,6 +43,8 @@ class Sft:
 
     kind: Literal["sft"] = "sft"
     needs: ClassVar[frozenset[Need]] = frozenset()
+    losses: ClassVar[Mapping[str, float]] = {NLL: 64.0}  # e^-64 is less than any softmax of float32 gives
+    figures: ClassVar[Mapping[str, float]] = {}
     heldout: ClassVar[str] = NLL
 
     def encode(self, rows: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> pa.Table:

@@ -180,7 +180,8 @@ class ZeroTrainer:
         for piece, share in pieces:
             terms = self.objective.terms(self.engine, piece)
             totals = {name: term.total() for name, term in terms.items()}
-            loss = reduce(add, (total * (share * self.ranks / counts[name]) for name, total in totals.items()))
+            losses = self.objective.losses
+            loss = reduce(add, (totals[name] * (share * self.ranks / max(1, counts[name])) for name in losses))
             self.engine.backward(loss, scale_wrt_gas=False)
             client.add({name: total * share for name, total in totals.items()})
 

@@ -1,5 +1,6 @@
 """Held-out losses, client by client."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -7,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from engine.config.sections import Evaluate
-from engine.objectives.base import Objective
+from engine.objectives.base import Objective, terms_of
 from strategies.core.seeds import rng
 
 
@@ -24,12 +25,20 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class ClientLoss:
-    """One client's held-out loss: the sum `nll` in nats over `tokens` tokens of `rows` rows."""
+    """One client's held-out losses: each term's sum and number of units, such as tokens, over `rows` rows."""
 
     client: int
-    nll: float
-    tokens: int
+    terms: dict[str, tuple[float, int]]
     rows: int
+
+    def metrics(self, name: str, objective: Objective) -> dict[str, float]:
+        """Returns the mean of the objective's held-out term as `name`, and each term's mean if there are several.
+
+        A mean is NaN without units. `tokens` are the units of the held-out term.
+        """
+        means = {term: total / count if count else math.nan for term, (total, count) in self.terms.items()}
+        each = {f"{name}_{term}": mean for term, mean in means.items()} if len(means) > 1 else {}
+        return {name: means[objective.heldout], "tokens": self.terms[objective.heldout][1], **each}
 
 
 def drawn_rows(rows: int, client: int, evaluate: Evaluate, seed: int) -> np.ndarray:
@@ -45,12 +54,14 @@ def client_loss(trainer: Evaluator, client: int, rows: pa.RecordBatch, evaluate:
     A batch holds rows of one client only, so that the bits do not depend on which clients a slot evaluates.
     """
     picked = drawn_rows(rows.num_rows, client, evaluate, seed)
-    terms = trainer.loss_terms(rows.take(picked), evaluate.batch)
-    return ClientLoss(client, *terms[trainer.objective.heldout], len(picked))
+    return ClientLoss(client, trainer.loss_terms(rows.take(picked), evaluate.batch), len(picked))
 
 
-def mean_loss(losses: list[ClientLoss]) -> float:
-    """Returns the mean loss over all clients' tokens, summed in the order of clients so that the bits are fixed."""
+def pooled(losses: list[ClientLoss], objective: Objective) -> ClientLoss:
+    """Returns the losses over all clients' units, summed in the order of clients so that the bits are fixed."""
     ordered = sorted(losses, key=lambda loss: loss.client)
-    tokens = sum(loss.tokens for loss in ordered)
-    return sum(loss.nll for loss in ordered) / tokens if tokens else float("nan")
+    terms = {}
+    for name in terms_of(objective):
+        totals, counts = zip(*(loss.terms[name] for loss in ordered), strict=True) if ordered else ((0.0,), (0,))
+        terms[name] = sum(totals), sum(counts)
+    return ClientLoss(-1, terms, sum(loss.rows for loss in ordered))

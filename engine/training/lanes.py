@@ -38,7 +38,7 @@ class LaneTrainer:
 
     def __init__(self, plain: LocalTrainer, lanes: int, train: Train) -> None:
         self.plain, self.lanes = plain, lanes
-        self.trainable, self.device = plain.trainable, plain.device
+        self.trainable, self.device, self.objective = plain.trainable, plain.device, plain.objective
         self.become, self.loss_terms = plain.become, plain.loss_terms
         self.layers = adapted_layers(self.trainable)
         # Logits of all positions, if the head has adapters: its inputs must be those of whole lanes.
@@ -87,18 +87,19 @@ class LaneTrainer:
         self.scales = [layout.scale if c.training.rank is None else layout.scale_at(c.training.rank) for c in active]
         self.grad_KP[:lanes].zero_()
         steps = [self.plain.cut(client.next_rows(), train.batch) for client in active]
-        counts_K = [counted(self.plain.objective, step) for step in steps]
+        counts_K = [counted(self.objective, step) for step in steps]
         for client, step, counts in zip(active, steps, counts_K, strict=True):
             client.count(counts, sum(piece.tokens for piece in step))
-        share_K = {name: 1 / self._row([counts[name] for counts in counts_K]) for name in counts_K[0]}
+        losses = self.objective.losses
+        share_K = {name: 1 / self._row([max(1, counts[name]) for counts in counts_K]) for name in losses}
         for turn in range(max(map(len, steps))):
             pieces = [step[turn] if turn < len(step) else None for step in steps]
             self.shapes = {lane: piece.ids_BT.shape for lane, piece in enumerate(pieces) if piece is not None}
             together = Batch.side_by_side(pieces, self.plain.pad).to(self.device)
-            terms = self.plain.objective.terms(self.trainable.network, together, every_logit=self.every_logit)
+            terms = self.objective.terms(self.trainable.network, together, every_logit=self.every_logit)
             rows = len(together.ids_BT)
             totals_K = {name: term.by_row(rows).view(lanes, -1).sum(1) for name, term in terms.items()}
-            torch.stack([(total_K * share_K[name]).sum() for name, total_K in totals_K.items()]).sum().backward()
+            torch.stack([(totals_K[name] * share_K[name]).sum() for name in losses]).sum().backward()
             for lane, client in enumerate(active):
                 client.add({name: total_K[lane] for name, total_K in totals_K.items()})
         for lane, row in enumerate(self.rows):

@@ -70,7 +70,8 @@ def client_updates(
         for job, figures in zip(jobs, metrics, strict=True):
             trainer.become(job.broadcast.params, job.broadcast.rank)
             terms = trainer.loss_terms(job.rows, federation.train.batch)
-            figures["loss_before"] = sum(total / count for total, count in terms.values())
+            counted_terms = (terms[name] for name in federation.train.objective.losses)
+            figures["loss_before"] = sum(total / max(1, count) for total, count in counted_terms)
     trainings = [_trainings(job, federation, trainer.device, lent=lent) for job in jobs]
     for run in dict.fromkeys(run for by_run in trainings for run in by_run):
         members = [place for place, by_run in enumerate(trainings) if run in by_run]
@@ -184,7 +185,7 @@ class LocalTrainer:
         for piece in step:
             terms = self.objective.terms(self.trainable.network, piece.to(self.device))
             totals = {name: term.total() for name, term in terms.items()}
-            step_loss(totals, counts).backward()
+            step_loss(self.objective, totals, counts).backward()
             client.add(totals)
 
     def correct(self, lane: int, correct: Correct) -> None:

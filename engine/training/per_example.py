@@ -129,7 +129,7 @@ class PrivateTrainer:
         grad.zero_()
         # A row's loss is the sum of its terms' means. Clipping below divides by the first term's count, so that no
         # row's gradient depends on another's count.
-        first, *others = terms.values()
+        first, *others = (terms[name] for name in self.objective.losses)
         count_B = first.counts_by_row(rows).clamp(min=1)
         loss = first.total()
         for term in others:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 
 from engine.config.train import Train
+from engine.objectives.base import Objective, term_metrics
 from engine.training.batching import steps_of
 from engine.training.optimizers import kept, move, restore
 from strategies.core.protocol import ClientState, Mask, Vector
@@ -84,21 +85,28 @@ class Progress:
             value = total.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def metrics(self, summed: Callable[[float], float]) -> dict[str, float]:
+    def metrics(self, objective: Objective, summed: Callable[[float], float]) -> dict[str, float]:
         """Returns the training's metrics; `summed` adds a figure up over all ranks.
 
-        `loss` is the sum of the terms' means, each unit judged before its step. `learned` counts the units of the first
-        term and `tokens` all tokens; `rates` is the sum of the steps' learning rates.
+        `loss` is the sum of its terms' means, each unit judged before its step. `learned` counts the units of the first
+        term and `tokens` all tokens; `rates` is the sum of the steps' learning rates. If the objective has several
+        terms, each one's mean and number of units follow.
         """
-        means = [summed(total.item()) / self.counts[name] for name, total in self.sums.items()]
-        return {
-            "loss": sum(means, 0.0),
+        terms = term_metrics(objective)
+        totals = {name: summed(total.item()) for name, total in self.sums.items()}  # none after empty samples alone
+        units = {name: self.counts.get(name, 0) for name in terms}
+        means = {name: totals.get(name, 0.0) / max(1, units[name]) for name in terms}
+        metrics = {
+            "loss": sum((means[name] for name in objective.losses), 0.0),
             "rows": float(self.training.rows.num_rows),
             "steps": float(self.taken),
             "tokens": float(summed(self.tokens)),
-            "learned": float(next(iter(self.counts.values()), 0)),
+            "learned": float(units[next(iter(terms))]),
             "rates": self.rates,
         }
+        for name, (mean_key, units_key) in terms.items():
+            metrics |= {mean_key: means[name], units_key: float(units[name])}
+        return metrics
 
 
 class Backend(Protocol):
@@ -107,6 +115,7 @@ class Backend(Protocol):
     The optimizer has a parameter group for each lane, which holds the lane's vector.
     """
 
+    objective: Objective
     optimizer: torch.optim.Optimizer
     lanes: int
 
@@ -193,6 +202,6 @@ def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) ->
 
 def _result(backend: Backend, lane: int, client: Progress) -> Trained:
     training = client.training
-    metrics = client.metrics(backend.summed)
+    metrics = client.metrics(backend.objective, backend.summed)
     moments = {} if training.moments is None else kept(backend.optimizer, lane)
     return Trained(backend.end(lane, training), metrics, moments)
