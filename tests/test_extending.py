@@ -121,7 +121,7 @@ def test_both_terms_of_the_objective_arrive_at_the_server(example, tiny_base, se
     privacy = Privacy(rows_cap=2, secagg=SecAgg(mode="ideal" if secure else "off"))
     federation = Federation(name="x", seed=1, rounds=1, model=model, train=train, privacy=privacy)
     packed, buffer = read_base(model)
-    trainer = LocalTrainer.of(Trainable(map_base(packed, torch.from_numpy(buffer)), model, 0), 0, train)
+    trainer = LocalTrainer(Trainable(map_base(packed, torch.from_numpy(buffer)), model, 0), 0, train)
     tokenizer, layout, start = load_tokenizer(model), trainer.trainable.layout, trainer.trainable.initial
     texts = [
         pa.table({"prompt": ["ab is ", "c is "], "completion": ["ba", "c"]}),

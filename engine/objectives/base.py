@@ -1,13 +1,11 @@
 """The protocol of an objective: columns, batches, and a loss of named terms. Legend: B rows, N units of a term."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import pyarrow as pa
 import torch
@@ -16,9 +14,7 @@ from torch import nn
 from engine.messages.errors import RunError
 from engine.objectives.token_batch import Batch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
 Need = Literal["reference", "generation", "head"]
 PROVIDED: frozenset[Need] = frozenset()  # what trainers can give an objective besides the network
 
@@ -65,11 +61,8 @@ class Objective(Protocol):
     def kind(self) -> str:
         """The objective's name in the recipe."""
 
-    def encode(self, rows: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> pa.Table:
-        """Makes the token columns, a row for each row: `input_ids`, null where a row teaches nothing, and others.
-
-        RunError if the rows' format does not suit the objective.
-        """
+    def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
+        """Makes `input_ids`, null where a row teaches nothing, and other columns; RunError for other formats."""
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded with the token `pad`."""
@@ -78,10 +71,7 @@ class Objective(Protocol):
         """Returns the number of each term's units, which is known before the forward pass."""
 
     def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
-        """Computes all terms, of `losses` and `figures`, by the network's present weights.
-
-        With `every_logit` the head sees all positions of all rows, so that hooks can tell the rows apart.
-        """
+        """Computes all terms by the present weights; with `every_logit` the head sees all positions."""
 
 
 def counted(objective: Objective, batches: Iterable[Batch]) -> dict[str, int]:
@@ -125,7 +115,7 @@ def term_metrics(objective: Objective) -> dict[str, tuple[str, str]]:
 
 def client_figures(objective: Objective, metrics: Mapping[str, float]) -> dict[str, float]:
     """Returns what is summed over clients, from a client's metrics: each term's sum and its units, and the tokens."""
-    figures = {}
+    figures: dict[str, float] = {}
     for name, (mean, units) in term_metrics(objective).items():
         figures |= {name: metrics[mean] * metrics[units], f"{name}_units": metrics[units]}
     return {**figures, "tokens": metrics["tokens"]}
@@ -133,17 +123,14 @@ def client_figures(objective: Objective, metrics: Mapping[str, float]) -> dict[s
 
 def figure_bounds(objective: Objective, tokens: int) -> dict[str, float]:
     """Returns the largest magnitude of each figure of a client that trains on at most this number of tokens."""
-    bounds = {}
+    bounds: dict[str, float] = {}
     for name, bound in terms_of(objective).items():
         bounds |= {name: tokens * bound, f"{name}_units": float(tokens)}
     return {**bounds, "tokens": float(tokens)}
 
 
 def figure_metrics(objective: Objective, figures: Mapping[str, float]) -> dict[str, float]:
-    """Returns the metrics that sums of figures give: `loss`, `tokens`, and each term's mean if there are several.
-
-    A mean is NaN without units, and so is the loss if none of its terms has any.
-    """
+    """Returns the cohort's `loss` and `tokens`, and of several terms each mean; a mean is NaN without units."""
     means = {name: figures[name] / (figures[f"{name}_units"] or math.nan) for name in terms_of(objective)}
     losses = [means[name] for name in objective.losses if not math.isnan(means[name])]
     return {

@@ -17,7 +17,7 @@ from engine.records.metrics import Logs
 from engine.rounds.assembly import RunParts
 from engine.scheduling.dispatcher import Later
 from engine.scheduling.worker_kinds import Reference
-from engine.training.evaluation import ClientLoss, pooled
+from engine.workers.evaluator import ClientLoss, pooled
 
 SPLITS = ("heldout", "unseen", "server")
 Losses = dict[str, float]  # split -> nats per token

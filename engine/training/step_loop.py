@@ -6,9 +6,9 @@ Learning rates, the strategy's correction, clipping and metrics are the same for
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +16,49 @@ import torch
 
 from engine.config.train import Train
 from engine.objectives.base import Objective, term_metrics
-from engine.training.batching import steps_of
 from engine.training.optimizers import kept, move, restore
 from strategies.core.protocol import ClientState, Mask, Vector
+
+
+def batches(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yields the row numbers (B,) of each step, for `train.steps` steps or `train.epochs` passes.
+
+    A step takes `train.batch` * `train.accumulate` rows. Each pass shuffles all rows, and its last step takes the rest.
+    """
+    per_step = train.batch * train.accumulate
+    per_pass = -(-rows // per_step)
+    order = np.arange(0)
+    for step in range(steps_of(rows, train)):
+        if step % per_pass == 0:
+            order = rng.permutation(rows)
+        start = step % per_pass * per_step
+        yield order[start : start + per_step]
+
+
+def pieces(lengths_B: np.ndarray, most_tokens: int) -> list[np.ndarray]:
+    """Cuts rows of these lengths into pieces of at most `most_tokens` tokens with padding; returns their row numbers.
+
+    A piece has rows of similar length, and at least one row; the longest rows come first. If all rows fit into one
+    piece, they keep their order.
+    """
+    if len(lengths_B) * int(lengths_B.max()) <= most_tokens:
+        return [np.arange(len(lengths_B))]
+    order, cut = np.argsort(-lengths_B, kind="stable"), list[np.ndarray]()
+    first = 0
+    while first < len(order):
+        rows = max(1, most_tokens // int(lengths_B[order[first]]))
+        cut.append(order[first : first + rows])
+        first += rows
+    return cut
+
+
+def steps_of(rows: int, train: Train) -> int:
+    """Returns the number of optimizer steps that a client of `rows` rows takes in a round."""
+    if train.steps is not None:
+        return train.steps
+    assert train.epochs is not None
+    return train.epochs * -(-rows // (train.batch * train.accumulate))
+
 
 Correct = Callable[[torch.Tensor, torch.Tensor], None]  # changes gradients (K, P), given the vectors (K, P)
 
@@ -89,8 +129,7 @@ class Progress:
         """Returns the training's metrics; `summed` adds a figure up over all ranks.
 
         `loss` is the sum of its terms' means, each unit judged before its step. `learned` counts the units of the first
-        term and `tokens` all tokens; `rates` is the sum of the steps' learning rates. If the objective has several
-        terms, each one's mean and number of units follow.
+        term, `rates` sums the steps' learning rates. Of several terms each one's mean and units follow.
         """
         terms = term_metrics(objective)
         totals = {name: summed(total.item()) for name, total in self.sums.items()}  # none after empty samples alone
@@ -110,10 +149,7 @@ class Progress:
 
 
 class Backend(Protocol):
-    """A model and an optimizer that train up to `lanes` clients at once.
-
-    The optimizer has a parameter group for each lane, which holds the lane's vector.
-    """
+    """A model and an optimizer, with a parameter group for each lane, that train up to `lanes` clients at once."""
 
     objective: Objective
     optimizer: torch.optim.Optimizer
@@ -122,7 +158,7 @@ class Backend(Protocol):
     def batches(self, rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """Yields the row numbers of each step."""
 
-    def session(self, active: list[Progress]) -> AbstractContextManager[None]:
+    def session(self, active: list[Progress], /) -> AbstractContextManager[Any]:
         """Prepares the model for training; `active` are the clients in the lanes, and changes."""
 
     def begin(self, lane: int, training: Training) -> None:
@@ -134,7 +170,7 @@ class Backend(Protocol):
     def correct(self, lane: int, correct: Correct) -> None:
         """Applies a correction to a lane's gradient."""
 
-    def clip(self, norm: float) -> None:
+    def clip(self, norm: float, /) -> None:
         """Clips each lane's gradient to an L2 norm; 0 leaves it alone."""
 
     def step(self, adjust: Callable[[], None]) -> None:
@@ -147,9 +183,10 @@ class Backend(Protocol):
         """Adds a figure up over all ranks."""
 
 
-def no_session(active: list[Progress]) -> AbstractContextManager[None]:
-    """The session of a backend that needs no preparation."""
-    return nullcontext()
+def optimizer_step(backend: Backend, adjust: Callable[[], None]) -> None:
+    """Takes the step of a backend whose gradients are complete."""
+    adjust()
+    backend.optimizer.step()
 
 
 def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) -> list[Trained]:
@@ -188,7 +225,9 @@ def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) ->
                 client = active[lane]
                 if client.taken < client.steps:
                     continue
-                trained[client.place] = _result(backend, lane, client)
+                metrics = client.metrics(backend.objective, backend.summed)
+                moments = {} if client.training.moments is None else kept(backend.optimizer, lane)
+                trained[client.place] = Trained(backend.end(lane, client.training), metrics, moments)
                 following = next(waiting, None)
                 if following is not None:
                     active[lane] = begun(lane, *following)
@@ -198,10 +237,3 @@ def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) ->
                     active[lane] = last
                     move(backend.optimizer, len(active), lane)
     return [trained[place] for place in range(len(trainings))]
-
-
-def _result(backend: Backend, lane: int, client: Progress) -> Trained:
-    training = client.training
-    metrics = client.metrics(backend.objective, backend.summed)
-    moments = {} if training.moments is None else kept(backend.optimizer, lane)
-    return Trained(backend.end(lane, training), metrics, moments)

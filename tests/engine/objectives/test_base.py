@@ -28,11 +28,11 @@ from engine.objectives.base import (
 )
 from engine.objectives.sft import Sft
 from engine.objectives.token_batch import Batch
-from engine.training.evaluation import ClientLoss, client_loss, pooled
 from engine.training.lanes import LaneTrainer
 from engine.training.local_training import LocalTrainer
 from engine.training.per_example import PrivateTrainer
 from engine.training.step_loop import Trained, Training
+from engine.workers.evaluator import ClientLoss, client_loss, pooled
 
 
 @dataclass(frozen=True)

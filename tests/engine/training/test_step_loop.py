@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from engine.config.train import Schedule, Sgd, Train
-from engine.training.batching import batches
 from engine.training.optimizers import clip, make_optimizer, move
-from engine.training.step_loop import Correct, Progress, Training, take_steps
+from engine.training.step_loop import Correct, Progress, Training, batches, take_steps
 from strategies.core.protocol import Vector
 
 TRAIN = Train(epochs=1, batch=1, optimizer=Sgd(lr=0.5), clip=0)

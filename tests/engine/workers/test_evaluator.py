@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.federation import Federation
 from engine.config.sections import Evaluate, Lora
 from engine.objectives.sft import Sft
-from engine.training.evaluation import ClientLoss, client_loss, drawn_rows, pooled
 from engine.training.generation import continuations
 from engine.training.local_training import LocalTrainer
+from engine.workers.evaluator import ClientLoss, client_loss, drawn_rows, pooled
 
 MakeTrainer = Callable[[Federation], LocalTrainer]
 
