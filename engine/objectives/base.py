@@ -1,6 +1,7 @@
 """The protocol of an objective: columns, batches, and a loss of named terms. Legend: B rows, N units of a term."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -74,12 +75,11 @@ class Objective(Protocol):
         """Computes all terms by the present weights; with `every_logit` the head sees all positions."""
 
 
-def counted(objective: Objective, batches: Iterable[Batch]) -> dict[str, int]:
+def counted(objective: Objective, batches: Iterable[Batch]) -> Counter[str]:
     """Returns the number of each term's units in all batches."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for batch in batches:
-        for name, count in objective.counts(batch).items():
-            counts[name] = counts.get(name, 0) + count
+        counts.update(objective.counts(batch))
     return counts
 
 

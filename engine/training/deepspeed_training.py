@@ -44,7 +44,7 @@ class ZeroTrainer:
 
     lanes = 1
     batches = staticmethod(batches)
-    session = staticmethod(nullcontext)
+    session: Any = staticmethod(nullcontext)
     train = take_steps
     updates = client_updates
 

@@ -132,7 +132,7 @@ class LocalTrainer:
 
     lanes = 1
     batches = staticmethod(batches)
-    session = staticmethod(nullcontext)
+    session: Any = staticmethod(nullcontext)
     summed = staticmethod(float)  # there is one rank
     train = take_steps
     updates = client_updates

@@ -5,6 +5,7 @@ in lanes (lanes.py), with example-level privacy (per_example.py), or over the ra
 Learning rates, the strategy's correction, clipping and metrics are the same for all of them, and are here.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ class Progress:
     tokens: int = 0
     rates: float = 0.0
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def next_rows(self) -> pa.RecordBatch:
         """Returns the rows of the next step."""
@@ -116,8 +117,7 @@ class Progress:
     def count(self, counts: Mapping[str, int], tokens: int) -> None:
         """Adds a step's units of each term, and its tokens."""
         self.tokens += tokens
-        for name, count in counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
+        self.counts.update(counts)
 
     def add(self, totals: Mapping[str, torch.Tensor]) -> None:
         """Adds sums of terms (scalars) in float64, on their device, so that no step waits for a GPU."""
@@ -133,18 +133,17 @@ class Progress:
         """
         terms = term_metrics(objective)
         totals = {name: summed(total.item()) for name, total in self.sums.items()}  # none after empty samples alone
-        units = {name: self.counts.get(name, 0) for name in terms}
-        means = {name: totals.get(name, 0.0) / max(1, units[name]) for name in terms}
+        means = {name: totals.get(name, 0.0) / max(1, self.counts[name]) for name in terms}
         metrics = {
             "loss": sum((means[name] for name in objective.losses), 0.0),
             "rows": float(self.training.rows.num_rows),
             "steps": float(self.taken),
             "tokens": float(summed(self.tokens)),
-            "learned": float(units[next(iter(terms))]),
+            "learned": float(self.counts[next(iter(terms))]),
             "rates": self.rates,
         }
         for name, (mean_key, units_key) in terms.items():
-            metrics |= {mean_key: means[name], units_key: float(units[name])}
+            metrics |= {mean_key: means[name], units_key: float(self.counts[name])}
         return metrics
 
 

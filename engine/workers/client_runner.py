@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -72,6 +71,7 @@ def attempted(
     return [Attempted(unit[0], None, why)]
 
 
+Trained = tuple[Job, Update, ClientState]  # a client's job, its update, and its state after the round
 TrainerOf = Callable[[Unit, BroadcastMessage], Trainer]
 
 
@@ -106,15 +106,9 @@ class ClientRunner:
     layout: Layout
     peers: Peers = ALONE
 
-    @cached_property
-    def rows(self) -> np.ndarray:
-        """The number of training rows of each client (N,)."""
-        return self.tokens.counts("train")
-
-    @cached_property
-    def largest(self) -> int:
-        """The most training rows that a client has."""
-        return int(self.rows.max())
+    def __post_init__(self) -> None:
+        self.rows: np.ndarray = self.tokens.counts("train")  # training rows of each client (N,)
+        self.largest = int(self.rows.max())
 
     def run(self, chunk: Sequence[Unit], message: BroadcastMessage, accumulator: Accumulator) -> list[Report]:
         """Trains units one after another; `accumulator` takes each update that counts."""
@@ -149,7 +143,7 @@ class ClientRunner:
                 reports[client] = Report(client, {DOWN: down, UP: 0.0}, late=late)
         present, began = tuple(client for client in unit if client not in reports), time.monotonic()
 
-        def train(clients: Unit) -> list[tuple[Job, Update, ClientState]]:
+        def train(clients: Unit) -> list[Trained]:
             jobs = [self._job(client, broadcast) for client in clients]
             # Updates may be lent from the trainer's memory if nothing else is trained before they are handed over.
             results = self.trainer_of(clients, message).updates(jobs, federation, lent=len(present) == 1)
@@ -172,7 +166,7 @@ class ClientRunner:
                 traffic = self._traffic(self.received_by(client, broadcast))
                 reports[client] = Report(client, traffic, failed=str(result))
             else:
-                report = self._hand_over(*result, message, accumulator, trained_s)
+                report = self._hand_over(result, message, accumulator, trained_s)
                 reports[client] = replace(report, tried=attempt.why)
         seconds = (time.monotonic() - began) / max(1, len(present))  # adding up large updates takes its time too
         reports |= {client: replace(reports[client], seconds=seconds) for client in present}
@@ -185,16 +179,10 @@ class ClientRunner:
         return Job(client, rows, weight, received, self.state_of(client, broadcast.round))
 
     def _hand_over(
-        self,
-        job: Job,
-        update: Update,
-        after: ClientState,
-        message: BroadcastMessage,
-        accumulator: Accumulator,
-        trained_s: float,
+        self, trained: Trained, message: BroadcastMessage, accumulator: Accumulator, trained_s: float
     ) -> Report:
         """Encodes a client's update and lets the accumulator take it; then its state is written."""
-        federation = self.federation
+        federation, (job, update, after) = self.federation, trained
         update, kept = encode(federation.transforms, update, job.broadcast, job.state)
         traffic = self._traffic(job.broadcast)
         update, after = replace(update, metrics=update.metrics | traffic), after | kept
