@@ -107,8 +107,7 @@ class ZeroTrainer:
         if self.stage == 3:
             self.zero._partition_all_parameters()
             self.zero._reassign_or_swap_out_partitioned_parameters(0)
-            persistent = self.zero.persistent_parameters
-            if persistent:
+            if persistent := self.zero.persistent_parameters:
                 persistent[0].all_gather(persistent)
         else:
             self.zero.update_lp_params()
@@ -145,10 +144,8 @@ class ZeroTrainer:
                 zero.accumulated_grads_in_cpu = {}
                 zero._offload_accumulated_param_ids = set()
             zero._release_preflattened_grad_buffers()
-            for group in zero.averaged_gradients:
-                zero.averaged_gradients[group] = None
-            for group in zero.all_grad_tensors:
-                zero.all_grad_tensors[group] = None
+            for gradients in (zero.averaged_gradients, zero.all_grad_tensors):
+                gradients.update(dict.fromkeys(gradients))
             zero.previous_reduced_grads.clear()
             zero.extra_large_param_to_reduce.clear()
             zero.params_already_reduced = [False] * len(zero.params_already_reduced)
@@ -219,14 +216,12 @@ class ZeroTrainer:
         micro = -(-batch // self.ranks)
         numbers, most = np.arange(rows.num_rows), -(-rows.num_rows // self.ranks)
         mine = numbers[self.rank :: self.ranks]
-        chosen = [mine[first : first + micro] for first in range(0, most, micro)]
-        return [
-            (
-                self.objective.collate(rows.take(some if len(some) else numbers[:1]), self.pad).to(self.works_on),
-                int(len(some) > 0),
-            )
-            for some in chosen
-        ]
+        dealt = []
+        for first in range(0, most, micro):
+            some = mine[first : first + micro]
+            piece = self.objective.collate(rows.take(some if len(some) else numbers[:1]), self.pad)
+            dealt.append((piece.to(self.works_on), int(len(some) > 0)))
+        return dealt
 
     def summed(self, value: float) -> float:
         """Adds a figure up over all ranks, in float64."""

@@ -12,7 +12,7 @@ import torch
 from engine.config.federation import Federation
 from engine.config.train import Train
 from engine.models.trainable import Trainable
-from engine.objectives.base import Tokenizer, counted, require_provided, step_loss, term_sums
+from engine.objectives.base import Objective, Tokenizer, counted, require_provided, step_loss, term_sums
 from engine.objectives.token_batch import Batch, lengths
 from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
 from engine.training.generation import Prompt, continuations
@@ -141,7 +141,8 @@ class LocalTrainer:
     def __init__(self, trainable: Trainable, pad: int, train: Train) -> None:
         require_provided(train.objective)
         self.trainable, self.device, self.pad = trainable, trainable.flat.device, pad
-        self.objective, self.max_length = train.objective, train.max_length
+        self.objective: Objective = train.objective
+        self.max_length = train.max_length
         self.optimizer = make_optimizer([trainable.flat], train.optimizer)  # it sees one tensor, and so is fast
 
     def become(self, vector: Vector, rank: int | None = None) -> None:

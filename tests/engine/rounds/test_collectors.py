@@ -67,7 +67,7 @@ class Mortal(ClientActor):
         runner.federation = replace(self.federation, clients=replace(clients, availability=availability))
 
     def forget(self):
-        self.secure = SecureClients()
+        self.secure = self.attached.secure.clients = SecureClients()
 
     def open(self, opening, authority):
         self._die_at("open")
