@@ -143,7 +143,8 @@ def test_both_terms_of_the_objective_arrive_at_the_server(example, tiny_base, se
         figures = {name: each[0][name] + each[1][name] for name in each[0]}
     metrics = figure_metrics(focal, figures)
     assert 0 < expected["focal"] < expected["nll"]
-    assert metrics == pytest.approx({"loss": expected["focal"], "tokens": figures["tokens"], **expected}, rel=1e-3)
+    means = {f"term.{name}": mean for name, mean in expected.items()}
+    assert metrics == pytest.approx({"loss": expected["focal"], "tokens": figures["tokens"], **means}, rel=1e-3)
 
 
 def test_an_objective_in_the_union_is_a_kind_of_the_recipe(example, tmp_path):

@@ -110,14 +110,14 @@ def terms_of(objective: Objective) -> dict[str, float]:
 def term_metrics(objective: Objective) -> dict[str, tuple[str, str]]:
     """Returns which metrics hold each term's mean and number of units: `loss` and `learned` those of an only term."""
     terms = [*terms_of(objective)]
-    return {name: (name, f"{name}_units") for name in terms} if len(terms) > 1 else {terms[0]: ("loss", "learned")}
+    return {t: (f"term.{t}", f"units.{t}") for t in terms} if len(terms) > 1 else {terms[0]: ("loss", "learned")}
 
 
 def client_figures(objective: Objective, metrics: Mapping[str, float]) -> dict[str, float]:
     """Returns what is summed over clients, from a client's metrics: each term's sum and its units, and the tokens."""
     figures: dict[str, float] = {}
     for name, (mean, units) in term_metrics(objective).items():
-        figures |= {name: metrics[mean] * metrics[units], f"{name}_units": metrics[units]}
+        figures |= {f"term.{name}": metrics[mean] * metrics[units], f"units.{name}": metrics[units]}
     return {**figures, "tokens": metrics["tokens"]}
 
 
@@ -125,19 +125,16 @@ def figure_bounds(objective: Objective, tokens: int) -> dict[str, float]:
     """Returns the largest magnitude of each figure of a client that trains on at most this number of tokens."""
     bounds: dict[str, float] = {}
     for name, bound in terms_of(objective).items():
-        bounds |= {name: tokens * bound, f"{name}_units": float(tokens)}
+        bounds |= {f"term.{name}": tokens * bound, f"units.{name}": float(tokens)}
     return {**bounds, "tokens": float(tokens)}
 
 
 def figure_metrics(objective: Objective, figures: Mapping[str, float]) -> dict[str, float]:
     """Returns the cohort's `loss` and `tokens`, and of several terms each mean; a mean is NaN without units."""
-    means = {name: figures[name] / (figures[f"{name}_units"] or math.nan) for name in terms_of(objective)}
+    means = {name: figures[f"term.{name}"] / (figures[f"units.{name}"] or math.nan) for name in terms_of(objective)}
     losses = [means[name] for name in objective.losses if not math.isnan(means[name])]
-    return {
-        "loss": sum(losses) if losses else math.nan,
-        "tokens": figures["tokens"],
-        **(means if len(means) > 1 else {}),
-    }
+    each = {f"term.{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
+    return {"loss": sum(losses) if losses else math.nan, "tokens": figures["tokens"], **each}
 
 
 def require_provided(objective: Objective) -> None:

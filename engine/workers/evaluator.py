@@ -33,7 +33,7 @@ class ClientLoss:
     def metrics(self, name: str, objective: Objective) -> dict[str, float]:
         """Returns the held-out term's mean as `name`, NaN without units, its units as `tokens`, and each mean."""
         means = {term: total / count if count else math.nan for term, (total, count) in self.terms.items()}
-        each = {f"{name}_{term}": mean for term, mean in means.items()} if len(means) > 1 else {}
+        each = {f"{name}.{term}": mean for term, mean in means.items()} if len(means) > 1 else {}
         return {name: means[objective.heldout], "tokens": self.terms[objective.heldout][1], **each}
 
 

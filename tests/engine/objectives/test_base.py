@@ -95,9 +95,9 @@ def test_each_term_is_its_sum_over_its_count_in_the_whole_step(
     trained = step(trainer, start, rows, train)
     torch.testing.assert_close(start - trained.end, gradient, rtol=1e-4, atol=1e-6)
     assert trained.metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    assert trained.metrics["learned"] == trained.metrics["nll_units"] == Sft().collate(rows, 0).learned
-    assert trained.metrics["square_units"] == 5
-    assert trained.metrics["nll"] + trained.metrics["square"] == pytest.approx(loss, rel=1e-5)
+    assert trained.metrics["learned"] == trained.metrics["units.nll"] == Sft().collate(rows, 0).learned
+    assert trained.metrics["units.square"] == 5
+    assert trained.metrics["term.nll"] + trained.metrics["term.square"] == pytest.approx(loss, rel=1e-5)
     trainer.become(start)
     assert sum(total / count for total, count in trainer.loss_terms(rows, 2).values()) == pytest.approx(loss, rel=1e-5)
 
@@ -152,7 +152,7 @@ def test_held_out_sums_are_those_of_any_pieces(make_two: Callable[[Train], Local
     assert judged.rows == 5 and judged.terms["nll"] == (pytest.approx(whole["nll"][0], rel=1e-5), whole["nll"][1])
     other = ClientLoss(2, {"nll": (6.0, 3), "square": (1.0, 2)}, 1)
     both = pooled([ClientLoss(3, {"nll": (1.0, 4), "square": (2.0, 1)}, 2), other], objective)
-    assert both.metrics("loss", objective) == {"loss": 1.0, "tokens": 7, "loss_nll": 1.0, "loss_square": 1.0}
+    assert both.metrics("loss", objective) == {"loss": 1.0, "tokens": 7, "loss.nll": 1.0, "loss.square": 1.0}
     assert math.isnan(pooled([], objective).metrics("loss", objective)["loss"])
 
 
@@ -198,9 +198,9 @@ def test_a_term_without_units_in_a_step_counts_nothing_and_a_figure_never_trains
         trained = step(trainer, start, short, ONE_STEP)
     expected = step(sft, start, short, ONE_STEP)
     torch.testing.assert_close(trained.end, expected.end, rtol=0, atol=1e-6)
-    assert (trained.metrics["long"], trained.metrics["long_units"]) == (0, 0)
+    assert (trained.metrics["term.long"], trained.metrics["units.long"]) == (0, 0)
     assert trained.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=1e-5)
-    assert trained.metrics["nll"] == pytest.approx(trained.metrics["short"])
+    assert trained.metrics["term.nll"] == pytest.approx(trained.metrics["term.short"])
 
 
 def test_sums_over_clients_give_each_terms_mean() -> None:
@@ -208,26 +208,29 @@ def test_sums_over_clients_give_each_terms_mean() -> None:
     first = {
         "loss": 3.0,
         "learned": 3.0,
-        "nll": 2.0,
-        "nll_units": 3.0,
-        "square": 1.0,
-        "square_units": 2.0,
+        "term.nll": 2.0,
+        "units.nll": 3.0,
+        "term.square": 1.0,
+        "units.square": 2.0,
         "tokens": 5.0,
     }
-    second = {**first, "nll": 1.0, "nll_units": 6.0, "square": 0.0, "square_units": 0.0, "tokens": 7.0}
+    second = {**first, "term.nll": 1.0, "units.nll": 6.0, "term.square": 0.0, "units.square": 0.0, "tokens": 7.0}
     figures = [client_figures(TwoTerms(), metrics) for metrics in (first, second)]
-    assert figures[0] == {"nll": 6, "nll_units": 3, "square": 2, "square_units": 2, "tokens": 5}
+    assert figures[0] == {"term.nll": 6, "units.nll": 3, "term.square": 2, "units.square": 2, "tokens": 5}
     sums = {name: figures[0][name] + figures[1][name] for name in figures[0]}
-    assert figure_metrics(TwoTerms(), sums) == {"loss": 12 / 9 + 1, "tokens": 12, "nll": 12 / 9, "square": 1}
+    assert figure_metrics(TwoTerms(), sums) == {"loss": 12 / 9 + 1, "tokens": 12, "term.nll": 12 / 9, "term.square": 1}
     assert figure_bounds(TwoTerms(), 10) == {
-        "nll": 640,
-        "nll_units": 10,
-        "square": 1e4,
-        "square_units": 10,
+        "term.nll": 640,
+        "units.nll": 10,
+        "term.square": 1e4,
+        "units.square": 10,
         "tokens": 10,
     }
     alone = client_figures(Sft(), {"loss": 2.0, "learned": 4.0, "tokens": 6.0})
-    assert alone == {"nll": 8, "nll_units": 4, "tokens": 6} and figure_metrics(Sft(), alone) == {"loss": 2, "tokens": 6}
+    assert alone == {"term.nll": 8, "units.nll": 4, "tokens": 6} and figure_metrics(Sft(), alone) == {
+        "loss": 2,
+        "tokens": 6,
+    }
 
 
 class Needy(Sft):
