@@ -13,6 +13,7 @@ from engine.config.availability import Leaving, Trace, too_late
 from engine.config.federation import Federation
 from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Work
+from engine.objectives.base import Objective, client_figures, figure_bounds, figure_metrics
 from engine.rounds.secure_round import Message
 from engine.rounds.server import Shards
 from engine.scheduling.pool import Pool
@@ -20,9 +21,10 @@ from engine.scheduling.pool import Pool
 
 @dataclass(frozen=True)
 class Collected:
-    """What the server gets of a round: reports by client, the sums (none: nobody took part, or aborted), figures.
+    """What the server gets of a round: reports by client, the sums (none: nobody took part, or aborted), metrics.
 
-    `figures` are sums over clients: `nll` in nats, `learned` and `tokens`. `clipped` is the share of the coordinates
+    `metrics` are the cohort's: the mean `loss`, NaN if nothing was trained, the `tokens`, and the means of the
+    objective's terms if it has several. `clipped` is the share of the coordinates
     that the bounds of secure aggregation have cut (None without it). With `by_client` the reports hold each client's
     own metrics. `gone` says why clients came too late or not at all, `aborted` why there are no sums,
     `too_few` the same if too few clients gave an update. `busy` are the workers' seconds of work.
@@ -30,7 +32,7 @@ class Collected:
 
     reports: list[Report] = field(default_factory=list)
     sums: list[Any] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=lambda: {"loss": math.nan, "tokens": 0.0})
     messages: list[Message] = field(default_factory=list)
     gone: dict[int, str] = field(default_factory=dict)
     by_client: bool = True
@@ -45,12 +47,6 @@ class Collected:
     def good(self) -> list[Report]:
         """The reports of clients whose updates count."""
         return [report for report in self.reports if report.good]
-
-    @property
-    def loss(self) -> float:
-        """The mean training loss in nats per token; NaN if nothing was trained."""
-        learned = self.figures.get("learned", 0.0)
-        return self.figures["nll"] / learned if learned else math.nan
 
 
 class Collector(Protocol):
@@ -90,7 +86,7 @@ class ClearCollector:
         return Collected(
             reports,
             sums,
-            figures=_figures(good),
+            metrics=_metrics(good, self.federation.train.objective),
             messages=_messages(reports, good),
             gone=reasons(gone, reports),
             store_bytes=sent + read + worked.nbytes,
@@ -140,13 +136,13 @@ def reasons(gone: Mapping[int, Leaving], reports: Iterable[Report]) -> dict[int,
     return {client: leaving.why for client, leaving in gone.items()} | late
 
 
-def _figures(good: list[Report]) -> dict[str, float]:
-    """The sums over all clients of their training's figures."""
-    return {
-        "nll": sum(report.metrics["loss"] * report.metrics["learned"] for report in good),
-        "learned": sum(report.metrics["learned"] for report in good),
-        "tokens": sum(report.metrics["tokens"] for report in good),
-    }
+def _metrics(good: list[Report], objective: Objective) -> dict[str, float]:
+    """The cohort's metrics, from the sums of all clients' figures."""
+    figures = dict.fromkeys(figure_bounds(objective, 0), 0.0)
+    for report in good:
+        for name, value in client_figures(objective, report.metrics).items():
+            figures[name] += value
+    return figure_metrics(objective, figures)
 
 
 def _messages(reports: list[Report], good: list[Report]) -> list[Message]:

@@ -17,7 +17,7 @@ from engine.records.metrics import Logs
 from engine.rounds.assembly import RunParts
 from engine.scheduling.dispatcher import Later
 from engine.scheduling.worker_kinds import Reference
-from engine.training.evaluation import ClientLoss, mean_loss
+from engine.workers.evaluator import ClientLoss, pooled
 
 SPLITS = ("heldout", "unseen", "server")
 Losses = dict[str, float]  # split -> nats per token
@@ -134,17 +134,17 @@ class Evaluator:
             self.logs.ledger.received(round_, "server", "metric", clients, clients * FLOAT_BYTES)
 
     def _record(self, losses: list[ClientLoss], round_: int, split: str, name: str, *, protocol: bool = False) -> float:
-        """Writes the mean loss in nats per token and returns it."""
+        """Writes the mean losses and returns that of the held-out term, such as nats per token."""
+        objective = self.parts.federation.train.objective
         if protocol and split != "server" and not self.parts.federation.privacy.secure:
             ordered = sorted(losses, key=lambda loss: loss.client)
             names = self.parts.store.names([loss.client for loss in ordered])
-            figures = [{name: loss.nll / loss.tokens, "tokens": loss.tokens} for loss in ordered]
-            self.logs.metrics.add_each(round_, split, names, figures)
-        mean, counts = mean_loss(losses), dict[str, float]()
-        if protocol:
-            counts = {"tokens": sum(loss.tokens for loss in losses), "rows": sum(loss.rows for loss in losses)}
-        self.logs.metrics.add(round_, split, None, **{name: mean}, **counts)
-        return mean
+            self.logs.metrics.add_each(round_, split, names, [loss.metrics(name, objective) for loss in ordered])
+        whole = pooled(losses, objective)
+        metrics = whole.metrics(name, objective)
+        counts = {"tokens": metrics.pop("tokens"), "rows": float(whole.rows)}
+        self.logs.metrics.add(round_, split, None, **metrics, **(counts if protocol else {}))
+        return metrics[name]
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.messages.events import Checkpointed, Event, Finished, Sample
 from engine.messages.shards import ShardedState
-from engine.models.model_card import model_card
+from engine.models.export import model_card
 from engine.records.checkpoint import save_checkpoint
 from engine.records.metrics import loss_table
 from engine.rounds.assembly import RunParts

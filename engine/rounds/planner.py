@@ -14,7 +14,7 @@ from engine.messages.tasks import Work
 from engine.rounds.server import Server
 from engine.scheduling.cost_model import Costs
 from engine.scheduling.pool import Pool
-from engine.training.batching import steps_of
+from engine.training.step_loop import steps_of
 
 
 @dataclass

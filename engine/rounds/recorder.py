@@ -64,9 +64,8 @@ class Recorder:
             names = self.store.names([report.client for report in good])
             metrics.add_each(played.round, "train", names, [report.metrics for report in good])
         clients = 0 if collected.aborted else len(good)
-        tokens = collected.figures.get("tokens", 0.0)
-        rate = tokens / played.seconds
-        metrics.add(played.round, "train", None, loss=collected.loss, tokens=tokens)
+        rate, loss = collected.metrics["tokens"] / played.seconds, collected.metrics["loss"]
+        metrics.add(played.round, "train", None, **collected.metrics)
         metrics.add(
             played.round,
             "engine",
@@ -90,9 +89,7 @@ class Recorder:
         for sent in collected.messages:
             self.logs.ledger.received(played.round, sent.party, sent.kind, sent.count, sent.nbytes)
         aborted, statement, faults = collected.aborted, played.statement, played.faults
-        return RoundDone(
-            played.round, collected.loss, played.seconds, rate, clients, failed, gone, aborted, statement, faults
-        )
+        return RoundDone(played.round, loss, played.seconds, rate, clients, failed, gone, aborted, statement, faults)
 
     def after_round(self, state: ShardedState) -> Iterator[Event]:
         """Writes the files of the round."""

@@ -16,6 +16,7 @@ from engine.messages.errors import RunError
 from engine.messages.events import Fault
 from engine.messages.reports import DOWN, FLOAT_BYTES, Report
 from engine.messages.tasks import Work
+from engine.objectives.base import figure_metrics
 from engine.records.journal import Journal, SumRefused
 from engine.rounds.collectors import Collected, reasons
 from engine.rounds.secure_round import Message, Relay
@@ -90,12 +91,13 @@ class SecureCollector:
             totals, aborted = None, "all weights are less than the ring's steps: raise privacy.secagg.bits"
         unmasked, figures = ([], {}) if totals is None else self.shards.unmasked(totals, plan, broadcast.round)
         clipped = None if totals is None else self._clipped(figures, totals.count, broadcast.round)
+        metrics = figure_metrics(self.federation.train.objective, figures) if figures else Collected().metrics
         down = round(sum(report.metrics[DOWN] for report in reports))
         sessions_bytes = relayed.sessions * self.relay.pool.size * FLOAT_BYTES * sums.length
         return Collected(
             reports,
             unmasked,
-            figures,
+            metrics,
             messages=[Message("client", "sum", len(reports) if down else 0, down), *relayed.messages],
             gone=reasons(gone, reports) | dict.fromkeys(relayed.lost, DIED_WITH_SLOT),
             by_client=False,

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from engine.config.federation import Federation
 from engine.messages.tasks import Place
-from engine.models.gpu_base import start_holder
+from engine.models.mapped_base import start_holder
 from engine.scheduling.placement import refuse_shared_gpus
 from engine.system.failures import LOST, ShardLost, within
 from engine.system.rendezvous import rank_environment

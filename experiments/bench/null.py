@@ -52,7 +52,7 @@ class NullClient(ClientActor):
         """Attaches as any slot does; then its runner gets a trainer that trains nothing."""
         layout, initial = super().attach(packed, base, tokens, first)
         plain = self.attached.trainer
-        null = NullTrainer(plain.trainable, plain.objective, plain.pad, plain.max_length, plain.optimizer)
+        null = NullTrainer(plain.trainable, plain.pad, self.federation.train)
         self.attached.runner.trainer_of = lambda unit, message: null
         return layout, initial
 

@@ -1,5 +1,6 @@
 """Secured rounds on real slots: the same sum as in the clear, whoever drops out, and whichever slot dies."""
 
+import math
 import os
 import re
 import sys
@@ -66,7 +67,7 @@ class Mortal(ClientActor):
         runner.federation = replace(self.federation, clients=replace(clients, availability=availability))
 
     def forget(self):
-        self.secure = SecureClients()
+        self.secure = self.attached.secure.clients = SecureClients()
 
     def open(self, opening, authority):
         self._die_at("open")
@@ -136,7 +137,7 @@ def total(collected):
 
 def same(a, b):
     assert total(a).weight == total(b).weight and total(a).count == total(b).count
-    assert torch.equal(total(a).total, total(b).total) and a.figures == b.figures
+    assert torch.equal(total(a).total, total(b).total) and a.metrics == b.metrics
 
 
 def mean(collected):
@@ -152,9 +153,9 @@ def test_the_secured_sum_is_the_plain_one_to_a_ring_step(play, pool, small_recip
     apart = (mean(full) - mean(plain)).abs().max().item()
     assert 0 < apart < step + 2**-24 * total(plain).total.abs().max().item()
     assert total(full).count == total(plain).count == 7
-    for name in ("nll", "learned", "tokens"):
-        assert full.figures[name] == pytest.approx(plain.figures[name], rel=1e-4)
-    assert full.figures["clipped"] == pytest.approx(0, abs=0.01)
+    for name in ("loss", "tokens"):
+        assert full.metrics[name] == pytest.approx(plain.metrics[name], rel=1e-4)
+    assert full.clipped == pytest.approx(0, abs=0.01)
 
 
 def test_a_bound_that_cuts_updates_says_so(play, pool):
@@ -207,7 +208,7 @@ def test_who_comes_too_late_is_left_out_of_the_sum(play, pool):
 @pytest.mark.parametrize("mode", MODES)
 def test_too_few_survivors_abort_the_round(play, mode):
     collected = play("clients.availability.dropout=0.9", mode=mode)
-    assert collected.sums == [] and collected.figures == {}
+    assert collected.sums == [] and collected.metrics == pytest.approx({"loss": math.nan, "tokens": 0}, nan_ok=True)
     assert "secure aggregation was aborted in the phase" in collected.aborted
 
 

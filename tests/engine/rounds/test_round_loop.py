@@ -104,8 +104,8 @@ def loop_of(federation, folder, *collected):
 
 def good_round():
     reports, messages = [report(0), report(2)], [Message("client", "sum", 2, 16), Message("server", "update", 2, 16)]
-    figures = {"nll": 40.0, "learned": 20.0, "tokens": 24.0}
-    return Collected(reports, [AGGREGATE], figures, messages, {3: "asleep"}, busy=[1.0, 3.0])
+    metrics = {"loss": 2.0, "tokens": 24.0}
+    return Collected(reports, [AGGREGATE], metrics, messages, {3: "asleep"}, busy=[1.0, 3.0])
 
 
 def params(state):

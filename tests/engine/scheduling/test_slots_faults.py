@@ -173,7 +173,8 @@ def test_a_few_steps_on_the_pooled_rows_are_better_for_all(started):
     trained = slots.ask(lambda actor: actor.centralized.remote(everybody, initial(start), 8), long=True)
     before, after = (
         sum(
-            loss.nll for loss in slots.ask(lambda actor, message=message: actor.evaluate.remote(everybody, message, 99))
+            loss.terms["nll"][0]
+            for loss in slots.ask(lambda actor, message=message: actor.evaluate.remote(everybody, message, 99))
         )
         for message in (initial(start), BroadcastMessage.of(Broadcast(0, torch.from_numpy(trained))))
     )

@@ -83,7 +83,7 @@ def alone(recipe, tokens, client):
     packed, buffer = read_base(recipe.model)
     seed = torch_seed(recipe.seed, 0, -1, "initial")
     trainable = Trainable(map_base(packed, torch.from_numpy(buffer)), recipe.model, seed)
-    trainer = LocalTrainer.of(trainable, 1, recipe.train)
+    trainer = LocalTrainer(trainable, 1, recipe.train)
     rows = Tokens.open(tokens).rows(client, "train")
     broadcast = Broadcast(0, trainable.initial.clone(), layout=trainable.layout, seed=recipe.seed)
     return trainer.updates([Job(client, rows, 1.0, broadcast, {})], recipe)[0][0]
