@@ -15,6 +15,16 @@ from strategies.privacy.central import CentralPlan
 from strategies.privacy.distributed import DistributedPlan
 from strategies.privacy.per_example import ExamplePlan
 
+WITHIN_CALLS = 65_536  # bytes, well below what Ray puts into the store by itself
+
+
+def share(message: Any) -> Any:
+    """Returns what calls to many slots carry of a message, which has `nbytes`.
+
+    That is a reference, or a small message itself, since a look into the store takes longer.
+    """
+    return message if message.nbytes <= WITHIN_CALLS else ray.put(message)
+
 
 @dataclass(frozen=True)
 class BroadcastMessage:

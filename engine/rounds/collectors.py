@@ -11,11 +11,11 @@ from datasets_partition.store.store import Store
 from engine.aggregation.ring_encoding import Plan
 from engine.config.availability import Leaving, Trace, too_late
 from engine.config.federation import Federation
+from engine.messages.broadcast import share
 from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Work
 from engine.rounds.secure_round import Message
 from engine.rounds.server import Shards
-from engine.scheduling.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,6 @@ class ClearCollector:
     """
 
     federation: Federation
-    pool: Pool
     shards: Shards
     trace: Trace | None = None
 
@@ -82,8 +81,7 @@ class ClearCollector:
         availability = self.federation.clients.availability
         gone = availability.gone(work.clients, self.federation.seed, broadcast.round, self.trace)
         there = work.of(~np.isin(work.clients, list(gone))) if gone else work
-        given, sent = self.shards.share(broadcast)
-        worked = self.pool.train(there, given, broadcast.lanes)
+        worked = self.shards.pool.train(there, share(broadcast), broadcast.lanes)
         reports = worked.reports
         good = [report for report in reports if report.good]
         sums, read = self.shards.sums(worked) if good else ([], 0)
@@ -93,7 +91,7 @@ class ClearCollector:
             figures=_figures(good),
             messages=_messages(reports, good),
             gone=reasons(gone, reports),
-            store_bytes=sent + read + worked.nbytes,
+            store_bytes=broadcast.nbytes + read + worked.nbytes,
             busy=worked.busy,
         )
 

@@ -21,12 +21,12 @@ from engine.records.metrics import Logs
 from engine.rounds.assembly import RunParts, round_loop
 from engine.rounds.baselines import Baselines, WithoutPrivacy
 from engine.rounds.collectors import first_names
-from engine.rounds.evaluation import Evaluation, Evaluator
+from engine.rounds.evaluation import Evaluation, PoolEvaluator
 from engine.rounds.outputs import Checkpoints, Finish
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
-from engine.rounds.server import DriverShards, RankShards, Server, Shards
-from engine.scheduling.pool import Pool, Start
+from engine.rounds.server import DriverShards, RankShards, Shards, move_base
+from engine.scheduling.pool import Pool
 from engine.system.allocator import use_large_pages
 from engine.system.atomic import write_file
 from engine.system.failures import cause_of
@@ -95,31 +95,30 @@ class Driver:
         federation, plan = self.federation, self.plan
 
         yield Preparing("starting slots, reading the base, tokenizing rows")
-        pool = Pool(federation, plan.folder / "client_state")
-        start = pool.start(plan.store, plan.shared)
-        parts = self._parts(pool, start)
-        saved = self._saved(parts.server.shards)
+        pool = Pool.start(federation, plan.folder / "client_state", plan.store, plan.shared)
+        parts = self._parts(pool)
+        saved = self._saved(parts.shards)
         logs = Logs.under(plan.folder, federation.privacy.secagg.mode, saved.wall_s if saved else 0.0)
-        lanes = saved.lanes if saved else choose_lanes(federation, pool, parts.server, parts.initial, parts.population)
+        lanes = saved.lanes if saved else choose_lanes(federation, parts.shards, parts.initial, parts.population)
         loop = round_loop(parts, logs, lanes, saved)
         at_end.callback(_record_last_faults, loop.recorder)
         self._begin_folder(pool, loop.recorder, saved)
         notes = plan.notes + loop.privacy.warned + (saved.passed_over if saved else ())
         yield Started(
-            start.slots,
+            pool.size,
             federation.clients.slots,
             training=parts.population,
             unseen=parts.store.num_clients - parts.population,
             dropped_rows=int(sum(parts.tokens.dropped(split).sum() for split in ("train", "heldout"))),
-            parameters=start.layout.size,
-            base_bytes=start.base_bytes,
-            without_gpu=start.without_gpu,
+            parameters=pool.layout.size,
+            base_bytes=pool.base_bytes,
+            without_gpu=pool.without_gpu,
             resumed=saved.state.round if saved else None,
             lanes=lanes,
             notes=notes,
         )
 
-        evaluator, checkpoints = Evaluator(parts, logs), Checkpoints(parts, loop)
+        evaluator, checkpoints = PoolEvaluator(parts, logs), Checkpoints(parts, loop)
         evaluation = Evaluation(parts, evaluator)
         callbacks: list[Callback] = [evaluation]
         if plan.baselines:
@@ -129,7 +128,7 @@ class Driver:
         callbacks += [loop.recorder, checkpoints]
 
         state = saved.state if saved else parts.initial
-        parts.server.move_base(None, state)
+        move_base(parts.shards, None, state)
         yield from evaluation.before_rounds(state, resumed=saved is not None)
         if saved is None:
             logs.flush(state.round)
@@ -146,29 +145,15 @@ class Driver:
             yield from Finish(parts, evaluator, loop).after_run(state)
         pool.stop()
 
-    def _parts(self, pool: Pool, start: Start) -> RunParts:
+    def _parts(self, pool: Pool) -> RunParts:
         """What all rounds work with; RunError where the clients' rows are not good for training."""
         federation, plan = self.federation, self.plan
-        store, tokens = Store.open(plan.store), Tokens.open(start.tokens)
+        store, tokens = Store.open(plan.store), Tokens.open(pool.columns.folder)
         _refuse_empty_clients(tokens, federation)
         population = store.num_training
         federation.cohort.sample(population, federation.seed, 0)  # which raises an error if it cannot
-        shards: Shards
-        if pool.partition is None:
-            shards = DriverShards(federation, start, population)
-        else:
-            shards = RankShards(federation, pool, population)
-        return RunParts(
-            federation,
-            pool,
-            Server(shards, pool),
-            shards.initial(),
-            store,
-            tokens,
-            start.layout,
-            plan.folder,
-            plan.elsewhere,
-        )
+        shards = (DriverShards if pool.partition is None else RankShards)(federation, pool, population)
+        return RunParts(federation, pool, shards, shards.initial(), store, tokens, plan.folder, plan.elsewhere)
 
     def _saved(self, shards: Shards) -> Saved | None:
         """The last checkpoint of a run that is resumed, if it has one."""

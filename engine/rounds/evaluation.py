@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import ray
 
-from engine.messages.broadcast import BroadcastMessage
+from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.events import Evaluated, Event
 from engine.messages.reports import FLOAT_BYTES
-from engine.messages.shards import Shard, ShardedState
+from engine.messages.shards import ShardedState
 from engine.records.metrics import Logs
 from engine.rounds.assembly import RunParts
 from engine.scheduling.dispatcher import Later
@@ -36,45 +35,44 @@ def _evaluate(actor: Any, chunk: list[int], vector: Any, limit: int) -> Referenc
 
 
 @dataclass(frozen=True)
-class Evaluator:
-    """Evaluates models on the pool and writes their losses. A `vector` stands for a model: see Server.vector."""
+class PoolEvaluator:
+    """Evaluates models on the pool and writes their losses. A `vector` stands for a model: see DriverShards.vector."""
 
     parts: RunParts
     logs: Logs
 
-    def global_model(self, vector: Any, round_: int) -> Losses:
-        """Returns the loss on held-out rows, on clients that never train, and on the server's rows if it has any."""
-        return self._every_split(vector, round_, "loss", protocol=True)
+    def losses(self, vector: Any, round_: int, name: str = "loss", *, protocol: bool = False) -> Losses:
+        """Returns the loss on held-out rows, on clients that never train, and on the server's rows if it has any.
+
+        A baseline is no part of the federation's `protocol`.
+        """
+        losses = {}
+        for split in SPLITS:
+            clients, rows = self.judged(split)
+            if len(clients):
+                call = partial(_evaluate, vector=vector, limit=self._limit(split))
+                results = self.parts.pool.map(clients, rows, call)
+                losses[split] = self._record(results, round_, split, name, protocol=protocol)
+        return losses
 
     def begin(self, vector: Any, round_: int) -> Pending:
-        """Begins an evaluation as `global_model` does it, for workers that have nothing else to do."""
+        """Begins an evaluation of the global model, for workers that have nothing else to do."""
         parts = []
         for split in SPLITS:
-            clients, _ = self.judged(split)
             call = partial(_evaluate, vector=vector, limit=self._limit(split))
-            parts.append((split, Later.of(clients, self.parts.pool.size, call)))
+            parts.append((split, Later.of(self.judged(split)[0], self.parts.pool.size, call)))
         return Pending(round_, parts)
 
     def end(self, pending: Pending) -> Losses:
-        """Returns the losses of a pending evaluation; what no worker has had time for is done now."""
+        """Returns the losses of a pending evaluation; evaluates now what no worker has had time for."""
         losses = {}
         for split, later in pending.parts:
             left = np.array([client for chunk in later.chunks for client in chunk], np.int64)
             later.chunks.clear()
             later.results.extend(self.parts.pool.map(left, self.parts.tokens.counts("heldout")[left], later.call))
             if later.results:
-                losses[split] = self._record_protocol(later.results, pending.round, split, "loss")
+                losses[split] = self._record(later.results, pending.round, split, "loss", protocol=True)
         return losses
-
-    def centralized(self, start: Any, round_: int, steps: int) -> Losses:
-        """Returns the loss after `steps` steps on the pooled rows of all clients: an upper bound."""
-        clients = list(range(self.parts.store.num_training))
-        trained_P = self.parts.pool.ask(lambda actor: actor.centralized.remote(clients, start, steps), long=True)
-        return self._every_split(ray.put(BroadcastMessage(round_, (Shard(trained_P, {}),))), round_, "loss_centralized")
-
-    def not_private(self, vector: Any, round_: int) -> Losses:
-        """Returns the loss of what the same federation comes to without privacy."""
-        return self._every_split(vector, round_, "loss_not_private")
 
     def local_only(self, start: Any, round_: int, steps: np.ndarray, name: str) -> Losses:
         """Returns the loss where each client (by id) trains alone for its `steps` (N,) from `start`, as loss_`name`.
@@ -87,16 +85,13 @@ class Evaluator:
         )
         return {"heldout": self._record(losses, round_, "heldout", f"loss_{name}")}
 
-    def personal(self, broadcast: Any, round_: int) -> Losses:
+    def personal(self, broadcast: BroadcastMessage, round_: int) -> Losses:
         """Returns the loss of each client's own model; nothing if no client has one."""
-        shared, (clients, rows), limit = ray.put(broadcast), self.judged("heldout"), self._limit("heldout")
+        shared, (clients, rows), limit = share(broadcast), self.judged("heldout"), self._limit("heldout")
         losses = self.parts.pool.map(
             clients, rows, lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit)
         )
-        if not losses:
-            return {}
-        self._report_to_server(round_, len(losses))
-        return {"heldout": self._record(losses, round_, "heldout", "loss_personal", protocol=True)}
+        return {"heldout": self._record(losses, round_, "heldout", "loss_personal", protocol=True)} if losses else {}
 
     def judged(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the clients (N,) of a split that have rows to be evaluated on, and how many rows (N,) count."""
@@ -110,41 +105,26 @@ class Evaluator:
         """The most rows that count: `server_rows` of the server's rows, `rows` of a client's."""
         return self.parts.federation.evaluate.server_rows if split == "server" else self.parts.federation.evaluate.rows
 
-    def _every_split(self, vector: Any, round_: int, name: str, *, protocol: bool = False) -> Losses:
-        """The losses by split. A baseline is no part of the federation's `protocol`."""
-        losses, record = {}, self._record_protocol if protocol else self._record
-        for split in SPLITS:
-            clients, rows = self.judged(split)
-            if len(clients):
-                call = partial(_evaluate, vector=vector, limit=self._limit(split))
-                losses[split] = record(self.parts.pool.map(clients, rows, call), round_, split, name)
-        return losses
-
-    def _record_protocol(self, losses: list[ClientLoss], round_: int, split: str, name: str) -> float:
-        """As `_record`, with what the clients receive and send for it, and each client's loss."""
-        if split != "server":
-            vector_bytes = self.parts.layout.size * FLOAT_BYTES
-            self.logs.ledger.received(round_, "client", "sum", len(losses), len(losses) * vector_bytes)
-            self._report_to_server(round_, len(losses))
-        return self._record(losses, round_, split, name, protocol=True)
-
-    def _report_to_server(self, round_: int, clients: int) -> None:
-        """Clients send their losses; under secure aggregation they do not, and the simulator alone knows them."""
-        if not self.parts.federation.privacy.secure:
-            self.logs.ledger.received(round_, "server", "metric", clients, clients * FLOAT_BYTES)
-
     def _record(self, losses: list[ClientLoss], round_: int, split: str, name: str, *, protocol: bool = False) -> float:
-        """Writes the mean loss in nats per token and returns it."""
-        if protocol and split != "server" and not self.parts.federation.privacy.secure:
-            ordered = sorted(losses, key=lambda loss: loss.client)
-            names = self.parts.store.names([loss.client for loss in ordered])
-            figures = [{name: loss.nll / loss.tokens, "tokens": loss.tokens} for loss in ordered]
-            self.logs.metrics.add_each(round_, split, names, figures)
-        mean, counts = mean_loss(losses), dict[str, float]()
+        """Writes the mean loss in nats per token and returns it.
+
+        In the `protocol` clients receive the global model for it and send their losses. Under secure aggregation they
+        do not send them, and the simulator alone knows them.
+        """
+        logs, count, figures = self.logs, len(losses), {name: mean_loss(losses)}
         if protocol:
-            counts = {"tokens": sum(loss.tokens for loss in losses), "rows": sum(loss.rows for loss in losses)}
-        self.logs.metrics.add(round_, split, None, **{name: mean}, **counts)
-        return mean
+            figures |= {"tokens": sum(loss.tokens for loss in losses), "rows": sum(loss.rows for loss in losses)}
+        if protocol and split != "server":
+            if name == "loss":
+                logs.ledger.received(round_, "client", "sum", count, count * self.parts.pool.layout.size * FLOAT_BYTES)
+            if not self.parts.federation.privacy.secure:
+                logs.ledger.received(round_, "server", "metric", count, count * FLOAT_BYTES)
+                ordered = sorted(losses, key=lambda loss: loss.client)
+                names = self.parts.store.names([loss.client for loss in ordered])
+                each = [{name: loss.nll / loss.tokens, "tokens": loss.tokens} for loss in ordered]
+                logs.metrics.add_each(round_, split, names, each)
+        logs.metrics.add(round_, split, None, **figures)
+        return figures[name]
 
 
 @dataclass
@@ -155,7 +135,7 @@ class Evaluation:
     """
 
     parts: RunParts
-    evaluator: Evaluator
+    evaluator: PoolEvaluator
     pending: Pending | None = None
 
     def before_rounds(self, state: ShardedState, *, resumed: bool) -> Iterator[Event]:
@@ -180,22 +160,22 @@ class Evaluation:
         return every > 0 and state.round > 0 and state.round % every == 0
 
     def _evaluate(self, state: ShardedState, *, overlap: bool) -> Iterator[Event]:
-        began, vector = time.monotonic(), self.parts.server.vector(state)
+        began, vector = time.monotonic(), self.parts.shards.vector(state)
         if overlap:
             self.pending = self.evaluator.begin(vector, state.round)
             self.parts.pool.later = [later for _, later in self.pending.parts]
             return
-        losses = self.evaluator.global_model(vector, state.round)
+        losses = self.evaluator.losses(vector, state.round, protocol=True)
         self.evaluator.logs.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
         yield Evaluated(state.round, losses)
 
     def _personal(self, state: ShardedState, *, last: bool) -> Iterator[Event]:
         """The clients' own models, if they have any; at the end also the global one, trained a little by each."""
         if self.parts.federation.strategy.personalizes:
-            losses = self.evaluator.personal(self.parts.server.broadcast(state), state.round)
+            losses = self.evaluator.personal(self.parts.shards.broadcast(state), state.round)
             if losses:
                 yield Evaluated(state.round, losses, "personal")
         if last and self.parts.federation.evaluate.finetune:
             steps = np.full(self.parts.population, self.parts.federation.evaluate.finetune)
-            losses = self.evaluator.local_only(self.parts.server.vector(state), state.round, steps, "finetuned")
+            losses = self.evaluator.local_only(self.parts.shards.vector(state), state.round, steps, "finetuned")
             yield Evaluated(state.round, losses, "finetuned")

@@ -11,8 +11,9 @@ from engine.models.model_card import model_card
 from engine.records.checkpoint import save_checkpoint
 from engine.records.metrics import loss_table
 from engine.rounds.assembly import RunParts
-from engine.rounds.evaluation import Evaluator
+from engine.rounds.evaluation import PoolEvaluator
 from engine.rounds.round_loop import RoundLoop
+from engine.rounds.server import move_base
 from engine.system.atomic import write_file
 from engine.training.generation import Prompt, as_text
 from strategies.core.seeds import rng
@@ -41,7 +42,7 @@ class Checkpoints:
         """Writes the round's checkpoint unless it is written."""
         if state.round == self.written:
             return
-        read, keep = self.parts.server.shards.read, self.parts.federation.checkpoint.keep
+        read, keep = self.parts.shards.read, self.parts.federation.checkpoint.keep
         save_checkpoint(self.parts.folder / "checkpoints", self.loop.saved(state), keep, read)
         self.written = state.round
         yield Checkpointed(state.round)
@@ -52,23 +53,23 @@ class Finish:
     """Exports the model first, which is what the run is for, and then writes samples."""
 
     parts: RunParts
-    evaluator: Evaluator
+    evaluator: PoolEvaluator
     loop: RoundLoop
 
     def after_run(self, state: ShardedState) -> Iterator[Event]:
         """Writes the folder `model` and the samples."""
-        parts, server = self.parts, self.parts.server
+        parts, shards = self.parts, self.parts.shards
         losses = loss_table(parts.folder / "metrics", state.round)
-        merged, spent = server.shards.merged(state) is not None, self.loop.privacy.statement
+        merged, spent = shards.merged(state) is not None, self.loop.privacy.statement
         card = model_card(self.parts.federation, losses, parts.store.manifest, merged=merged, spent=spent)
         rows = self._rows()
         prompts = [prompt for prompt, _ in rows]
-        vector = server.vector(state)
+        vector = shards.vector(state)
         parts.pool.export(parts.folder / "model", vector, card)
         after = self._continuations(vector, prompts)
         del vector  # the object store need not hold two
-        server.move_base(state, None)
-        before = self._continuations(server.vector(parts.initial), prompts)
+        move_base(shards, state, None)
+        before = self._continuations(shards.vector(parts.initial), prompts)
         samples = [
             Sample(as_text(prompt), completion, old, new)
             for (prompt, completion), old, new in zip(rows, before, after, strict=True)

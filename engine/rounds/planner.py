@@ -11,9 +11,8 @@ from engine.config.federation import Federation
 from engine.messages.reports import Report
 from engine.messages.shards import ShardedState
 from engine.messages.tasks import Work
-from engine.rounds.server import Server
+from engine.rounds.server import Shards
 from engine.scheduling.cost_model import Costs
-from engine.scheduling.pool import Pool
 from engine.training.batching import steps_of
 
 
@@ -68,16 +67,16 @@ class Planner:
         return tokens
 
 
-def choose_lanes(federation: Federation, pool: Pool, server: Server, initial: ShardedState, population: int) -> int:
+def choose_lanes(federation: Federation, shards: Shards, initial: ShardedState, population: int) -> int:
     """Returns how many clients a slot trains at once; measured in the first slot if the recipe says "auto"."""
     asked, cohort = federation.clients.lanes, federation.cohort
     if asked != "auto":
         return min(asked, max(1, cohort.largest(population)))
     # Nothing is measured beside gangs. No number of lanes may leave slots without clients.
-    most = int(cohort.expected(population)) // pool.size
+    most = int(cohort.expected(population)) // shards.pool.size
     if excludes_lanes(federation) or federation.clients.zero or most < 2:
         return 1
-    vector = server.vector(initial)
-    neighbors = max(Counter(pool.nodes.values()).values())
-    lanes: int = pool.ask(lambda actor: actor.best_lanes.remote(vector, most, population, neighbors))
+    vector = shards.vector(initial)
+    neighbors = max(Counter(shards.pool.nodes.values()).values())
+    lanes: int = shards.pool.ask(lambda actor: actor.best_lanes.remote(vector, most, population, neighbors))
     return lanes

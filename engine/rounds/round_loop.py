@@ -19,7 +19,7 @@ from engine.records.journal import Journal
 from engine.rounds.collectors import Collected, Collector, Quorum
 from engine.rounds.planner import Planner
 from engine.rounds.recorder import Played, Recorder
-from engine.rounds.server import Server
+from engine.rounds.server import Shards, apply
 
 
 @dataclass
@@ -31,7 +31,7 @@ class RoundLoop:
 
     federation: Federation
     planner: Planner
-    server: Server
+    shards: Shards
     collector: Collector
     quorum: Quorum
     privacy: PrivacyAccount
@@ -60,7 +60,7 @@ class RoundLoop:
         # Decode the sums (noise, then the clients' transforms in reverse) and apply the rule to them.
         applying = time.monotonic()
         noise = None if collected.aborted is not None else self.privacy.central
-        state, self.privacy.clip = self.server.apply(state, collected.sums, noise, clip)
+        state, self.privacy.clip = apply(self.shards, state, collected.sums, noise, clip)
         if collected.sums:
             self.journal.model = round_
         ended = time.monotonic()
@@ -82,7 +82,7 @@ class RoundLoop:
         if plan is not None:
             clip = self.collector.client_clip(plan, self.privacy.clip, clients, state.round)
         oldest = self.planner.oldest(state.round)
-        return replace(self.server.broadcast(state), oldest=oldest, lanes=self.lanes, dp=plan, clip=clip)
+        return replace(self.shards.broadcast(state), oldest=oldest, lanes=self.lanes, dp=plan, clip=clip)
 
     def _counted(self, collected: Collected, cohort: int, round_: int) -> Collected:
         """The same, aborted if too few clients gave an update; RunError if that is to end the run."""

@@ -20,7 +20,6 @@ from engine.records.journal import Journal, SumRefused
 from engine.rounds.collectors import Collected, reasons
 from engine.rounds.secure_round import Message, Relay
 from engine.rounds.server import Shards
-from engine.scheduling.pool import Pool
 from strategies.core.errors import StrategyError
 from strategies.core.layout import Layout
 from strategies.privacy.central import CentralPlan
@@ -43,12 +42,14 @@ class SecureCollector:
 
     federation: Federation
     relay: Relay
-    shards: Shards
-    layout: Layout
     most_tokens: int
     journal: Journal
     shortfall: Shortfall
     trace: Trace | None = None
+
+    @property
+    def _layout(self) -> Layout:
+        return self.relay.pool.layout
 
     def collect(self, work: Work, broadcast: Any) -> Collected:
         """Plays one secured round; it is aborted if the cohort, or what is left of it, is too small."""
@@ -83,27 +84,27 @@ class SecureCollector:
         gone = self._gone(work, broadcast.round)
         session = Session(broadcast.round, 0, parameters, sums, secagg.mode)
         leaving = {client: leaves.before for client, leaves in gone.items()}
-        relayed = self.relay.play(session, work, broadcast, broadcast.lanes, leaving, refuse, admit)
+        relayed = self.relay.play(session, work, broadcast, leaving, refuse, admit)
 
-        reports, totals, aborted = relayed.reports, relayed.totals, relayed.aborted
-        if totals is not None and totals.weight == 0:
-            totals, aborted = None, "all weights are less than the ring's steps: raise privacy.secagg.bits"
-        unmasked, figures = ([], {}) if totals is None else self.shards.unmasked(totals, plan, broadcast.round)
-        clipped = None if totals is None else self._clipped(figures, totals.count, broadcast.round)
+        reports, aborted = relayed.reports, relayed.aborted
+        learned = None if relayed.total is None else self.relay.shards.unmasked(relayed.total, plan)
+        if learned is not None and learned.weight == 0:
+            learned, aborted = None, "all weights are less than the ring's steps: raise privacy.secagg.bits"
+        clipped = None if learned is None else self._clipped(learned.figures, learned.count, broadcast.round)
         down = round(sum(report.metrics[DOWN] for report in reports))
         sessions_bytes = relayed.sessions * self.relay.pool.size * FLOAT_BYTES * sums.length
         return Collected(
             reports,
-            unmasked,
-            figures,
+            [] if learned is None else learned.sums,
+            {} if learned is None else learned.figures,
             messages=[Message("client", "sum", len(reports) if down else 0, down), *relayed.messages],
             gone=reasons(gone, reports) | dict.fromkeys(relayed.lost, DIED_WITH_SLOT),
             by_client=False,
             aborted=aborted,
             sessions=relayed.sessions,
-            store_bytes=FLOAT_BYTES * self.layout.size + sessions_bytes,
+            store_bytes=FLOAT_BYTES * self._layout.size + sessions_bytes,
             busy=relayed.busy,
-            too_few=too_few if relayed.totals is None else None,
+            too_few=too_few if relayed.total is None else None,
             clipped=clipped,
         )
 
@@ -120,13 +121,20 @@ class SecureCollector:
             )
         return room
 
+    def refuse_small_ring(self, plan: Plan, clip: float, clients: int, round_: int) -> None:
+        """Raises an error if a cohort of `clients` does not fit the graph or the ring of a round from `round_` on."""
+        clients = max(2, clients)
+        self.federation.privacy.secagg.parameters(clients)
+        for later in range(round_, self.federation.rounds):
+            self.client_clip(plan, clip, clients, later)
+
     def sums(self, plan: Plan, clip: float, clients: int, round_: int) -> Sums:
         """Returns what a round's session with `clients` clients adds up; StrategyError if the ring is too small."""
-        return ring_sums(self.federation, self.layout, plan, clip, clients, self.most_tokens, round_)
+        return ring_sums(self.federation, self._layout, plan, clip, clients, self.most_tokens, round_)
 
     def _clipped(self, figures: dict[str, float], clients: int, round_: int) -> float:
         """Returns the share of the clients' coordinates that bounds have cut, and warns of a large one."""
-        lengths = live_lengths(self.federation, self.layout, round_)
+        lengths = live_lengths(self.federation, self._layout, round_)
         share = max(0.0, figures["clipped"]) / (clients * max(1, sum(lengths.values())))
         if share > MOST_CLIPPED:
             bounds = "privacy.secagg.bound" + (" or bounds" if len(lengths) > 1 else "")
@@ -161,7 +169,7 @@ class SecureCollector:
                 )
 
 
-def start_relay(pool: Pool, on_slot_death: str) -> Relay:
+def start_relay(shards: Shards, on_slot_death: str) -> Relay:
     """Returns a relay with an authority of its own.
 
     The authority runs beside the driver: elsewhere the end of its node would look like the death of each slot that
@@ -169,4 +177,4 @@ def start_relay(pool: Pool, on_slot_death: str) -> Relay:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     authority = ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote()
-    return Relay(pool, authority, on_slot_death)
+    return Relay(shards, authority, on_slot_death)

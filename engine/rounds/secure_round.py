@@ -9,20 +9,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import ray
 from ray.exceptions import RayTaskError
 
 from engine.aggregation.secure_clients import Opening
+from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.reports import Report
-from engine.messages.shards import ShardTotals
 from engine.messages.tasks import Unit, Work
 from engine.records.journal import SumRefused
+from engine.rounds.server import MaskedTotal, Shards
 from engine.scheduling.pool import Pool
-from engine.scheduling.worker_kinds import Reference
 from engine.system.failures import LOST, within
 from strategies.secagg.messages import KeyList, MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session
-from strategies.secagg.ring import Totals
 from strategies.secagg.server import Server
 
 Gone = Mapping[int, Phase]  # who drops out, and before which answer
@@ -39,7 +37,7 @@ class _Request:
     """What the sessions of a round have in common; `known` are the public identities in the active profile."""
 
     placed: Placed
-    broadcast: Reference
+    broadcast: Any
     gone: Gone
     refuse: Callable[[Sequence[int], Sequence[Report]], None]
     admit: Callable[[Sequence[int]], None]
@@ -58,14 +56,14 @@ class Message:
 
 @dataclass
 class Relayed:
-    """The result of a secured round: reports, sums or why there are none, and all messages, of void sessions too.
+    """The result of a secured round: reports, a sum or why there is none, and all messages, of void sessions too.
 
     `lost` are clients whose slot died before it gave their masked sum, if that counts as dropping out.
     """
 
     reports: list[Report] = field(default_factory=list)
     lost: tuple[int, ...] = ()
-    totals: Totals | ShardTotals | None = None
+    total: MaskedTotal | None = None
     aborted: str | None = None
     sessions: int = 0
     busy: list[float] = field(default_factory=list)
@@ -80,18 +78,22 @@ class Relayed:
 
 @dataclass(frozen=True)
 class Relay:
-    """Plays secured rounds on a pool. `authority` vouches for identities in the active profile."""
+    """Plays secured rounds on the pool of `shards`. `authority` vouches for identities in the active profile."""
 
-    pool: Pool
+    shards: Shards
     authority: Any
     on_slot_death: str
+
+    @property
+    def pool(self) -> Pool:
+        """The slots that play the clients."""
+        return self.shards.pool
 
     def play(
         self,
         session: Session,
         work: Work,
-        broadcast: Any,
-        lanes: int,
+        broadcast: BroadcastMessage,
         gone: Gone,
         refuse: Callable[[Sequence[int], Sequence[Report]], None],
         admit: Callable[[Sequence[int]], None],
@@ -107,7 +109,7 @@ class Relay:
         could tell the difference between them.
         """
         relayed = Relayed()
-        units, shared = self.pool.units(work, lanes), self._share(broadcast)
+        units, shared = self.pool.units(work, broadcast.lanes), share(broadcast)
         known = None
         if session.parameters.active:
             cohort = tuple(work.clients.tolist())
@@ -117,7 +119,7 @@ class Relay:
             relayed.sessions += 1
             placed = placement(units, [work.cost(unit) for unit in units], self.pool.alive)
             try:
-                relayed.totals = self._session(session, _Request(placed, shared, gone, refuse, admit, known), relayed)
+                relayed.total = self._session(session, _Request(placed, shared, gone, refuse, admit, known), relayed)
                 return relayed
             except _SlotLost:
                 session = replace(session, attempt=session.attempt + 1)
@@ -125,10 +127,10 @@ class Relay:
                 relayed.aborted = str(abort)
                 return relayed
 
-    def _session(self, session: Session, request: _Request, relayed: Relayed) -> Totals | ShardTotals:
+    def _session(self, session: Session, request: _Request, relayed: Relayed) -> MaskedTotal:
         members = {slot: [client for unit in units for client in unit] for slot, units in request.placed.items()}
         cohort = tuple(sorted(client for clients in members.values() for client in clients))
-        server = Server(session, cohort, self.pool.held(session.sums), request.known)
+        server = Server(session, cohort, self.shards.held(session.sums), request.known)
 
         openings = {slot: Opening(session, cohort, units, request.gone) for slot, units in request.placed.items()}
         opened = self._trip("open", openings, self.authority)
@@ -137,7 +139,7 @@ class Relay:
         key_list: KeyList = server.key_list(keys)
         relayed.note("client", "key", [key_list] * len(keys))
 
-        shared = self._trip("shares", dict.fromkeys(opened, self._share(key_list)))
+        shared = self._trip("shares", dict.fromkeys(opened, share(key_list)))
         shares = _flat(shared)
         relayed.note("server", "sealed share", shares)
         inboxes = server.inboxes(shares)
@@ -174,9 +176,8 @@ class Relay:
         answers = _flat(self._trip("unmask", wanted, void=False))
         relayed.note("server", "share", answers)
         removals = server.unmask(answers)
-        total_L = server.total()
         relayed.messages.append(Message("server", "sum", 1, session.sums.nbytes))
-        return self.pool.unmasked(session, total_L, removals, shards)
+        return MaskedTotal(session, server.total(), removals, shards)
 
     def _note_reports(
         self, relayed: Relayed, trained: Answers, members: Mapping[int, Sequence[int]], gone: Gone
@@ -195,7 +196,7 @@ class Relay:
         shards, lost = [], False
         for slot in slots:
             try:
-                shards.append(self.pool.masked_shards(slot))
+                shards.append(self.shards.masked_shards(slot))
             except LOST as error:
                 self.pool.replace(slot, error)
                 lost = True
@@ -223,10 +224,6 @@ class Relay:
         if lost and void and self.on_slot_death == "void":
             raise _SlotLost
         return answers
-
-    def _share(self, value: Any) -> Any:
-        """Puts a value that all slots are given into the store once."""
-        return ray.put(value)
 
     def _call(self, slot: int, name: str, *arguments: Any) -> Any:
         """Begins a slot's part of a trip."""

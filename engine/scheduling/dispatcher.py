@@ -79,6 +79,7 @@ class Slots(Protocol):
     """What a dispatcher asks of a pool."""
 
     federation: Federation
+    kind_of: list[int]
     actors: list[Any]
     alive: list[int]
     faults: list[Fault]
@@ -86,24 +87,16 @@ class Slots(Protocol):
 
     @property
     def timeout_s(self) -> float | None:
-        """How long a slot may work without an answer; None: without end."""
-        ...
+        """See Pool."""
 
-    def kind_of(self, slot: int) -> int:
-        """Returns which kind of clients a slot takes."""
-        ...
-
-    def kinds(self, clients: np.ndarray) -> np.ndarray:
-        """Returns the kinds of `clients` (N,)."""
-        ...
+    def kinds_for(self, clients: np.ndarray) -> np.ndarray:
+        """See Pool."""
 
     def lost_with_node(self, slot: int) -> bool:
-        """Whether the node that a slot was placed on is gone."""
-        ...
+        """See Pool."""
 
     def replace(self, slot: int, error: Exception) -> None:
-        """Puts a new slot in the place of one that has ended, or takes it from `alive`."""
-        ...
+        """See Pool."""
 
 
 class Dispatcher:
@@ -130,13 +123,13 @@ class Dispatcher:
         self.finished = finished or {}
         known = [*units, *(unit for part in self.finished.values() for unit in part.units)]
         self.cost = {unit: cost(unit) for unit in known}
-        kinds = slots.kinds(np.array([unit[0] for unit in known], np.int64))
+        kinds = slots.kinds_for(np.array([unit[0] for unit in known], np.int64))
         self.kind = dict(zip(known, kinds.tolist(), strict=True))
         self.queues: dict[int, deque[Unit]] = {kind: deque() for kind in self.kind.values()}
         self.left = dict.fromkeys(self.queues, 0.0)
         for place in np.argsort([-self.cost[unit] for unit in units], kind="stable"):
             self._queue(units[place])
-        self.living = Counter(slots.kind_of(slot) for slot in slots.alive)  # slots by kind
+        self.living = Counter(slots.kind_of[slot] for slot in slots.alive)  # slots by kind
         self.free = dict.fromkeys(slots.alive, AHEAD)
         self.running: dict[Any, tuple[int, list[Unit]]] = {}
         self.beside: dict[Any, tuple[int, Later, list[int]]] = {}
@@ -171,7 +164,7 @@ class Dispatcher:
         # While units are suspects, a slot gets one chunk at a time: a dying slot may lose its last answer.
         for ahead in range(1 if self.suspects else AHEAD):
             for slot in [slot for slot, room in self.free.items() if room == AHEAD - ahead]:
-                kind = self.slots.kind_of(slot)
+                kind = self.slots.kind_of[slot]
                 # The last units are for slots that have nothing else to do.
                 if len(self.queues.get(kind, ())) > ahead * AHEAD * self.living[kind]:
                     chunk = self._chunk(kind)
@@ -274,7 +267,7 @@ class Dispatcher:
         self.free[slot] = AHEAD
         for gone in [other for other in self.free if other not in self.slots.alive]:
             del self.free[gone]
-        self.living = Counter(self.slots.kind_of(other) for other in self.slots.alive)
+        self.living = Counter(self.slots.kind_of[other] for other in self.slots.alive)
 
     def _suspect(self, chunk: list[Unit], error: Exception) -> None:
         if len(chunk) > 1:

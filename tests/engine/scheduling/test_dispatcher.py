@@ -111,6 +111,7 @@ class LightPool:
         self.fatal, self.timeout_s, self.patience_s, self.alive = fatal, timeout_s, None, [0, 1]
         self.pace, self.marks = pace, marks or []
         self.died, self.deaths, self.faults = 0, 0, list[Fault]()
+        self.kind_of = [0, 0]
         self.federation = SimpleNamespace(clients=SimpleNamespace(retries=retries))
         self.actors = [self._spawn(slow), self._spawn(-1)]
 
@@ -119,10 +120,7 @@ class LightPool:
         ray.get(actor.run.remote([]))
         return actor
 
-    def kind_of(self, slot: int) -> int:
-        return 0
-
-    def kinds(self, clients: np.ndarray) -> np.ndarray:
+    def kinds_for(self, clients: np.ndarray) -> np.ndarray:
         return np.zeros(len(clients), np.int64)
 
     def lost_with_node(self, slot: int) -> bool:
@@ -173,7 +171,7 @@ class LightSlots(LightPool, Pool):
     def __init__(self, fatal: dict[int, int]) -> None:
         super().__init__(fatal)
         self.federation.strategy = SimpleNamespace(reads="each")
-        self.size, self.later, self.partition = 2, [], None
+        self.later, self.partition = [], None
         self.worker_kinds = (SimpleNamespace(lanes=False),)
         self.patience = SimpleNamespace(answer_s=None)
 
