@@ -6,6 +6,7 @@ it relays is counted for the ledger, by whom it reaches.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -193,27 +194,23 @@ class Relay:
 
     def _shards(self, slots: Iterable[int]) -> list[Any]:
         """The shards of each slot's masked vector that its ranks hold beside the message; nothing of a plain slot."""
-        shards, lost = [], False
-        for slot in slots:
-            try:
-                shards.append(self.shards.masked_shards(slot))
-            except LOST as error:
-                self.pool.replace(slot, error)
-                lost = True
-        if lost:
-            raise _SlotLost
-        return shards
+        return [*self._answers({slot: partial(self.shards.masked_shards, slot) for slot in slots}, void=True).values()]
 
     def _trip(self, name: str, given: Mapping[int, Any], *rest: Any, void: bool = True) -> Answers:
-        """Returns each slot's answer to what it is given; a slot that dies gives none.
-
-        With `void` and by the recipe it then raises _SlotLost, once all others have answered.
-        """
+        """Returns each slot's answer to what it is given; whether a death is `void`, the recipe says."""
         calls = {slot: self._call(slot, name, argument, *rest) for slot, argument in given.items()}
+        waits = {slot: partial(self._answer, reference) for slot, reference in calls.items()}
+        return self._answers(waits, void=void and self.on_slot_death == "void")
+
+    def _answers(self, waits: Mapping[int, Callable[[], Any]], *, void: bool) -> Answers:
+        """Returns what each slot answers; one that dies is replaced, and gives nothing.
+
+        With `void` a death raises _SlotLost, once all others have answered.
+        """
         answers, lost = {}, False
-        for slot, reference in calls.items():
+        for slot, wait in waits.items():
             try:
-                answers[slot] = self._answer(reference)
+                answers[slot] = wait()
             except LOST as error:
                 self.pool.replace(slot, error)
                 lost = True
@@ -221,7 +218,7 @@ class Relay:
                 if isinstance(error.cause, SecAggAbort):
                     raise error.cause from error
                 raise
-        if lost and void and self.on_slot_death == "void":
+        if lost and void:
             raise _SlotLost
         return answers
 
