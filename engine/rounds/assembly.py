@@ -16,7 +16,7 @@ from engine.rounds.collectors import ClearCollector, Collector, Quorum
 from engine.rounds.planner import Planner
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import RoundLoop
-from engine.rounds.secure_collector import SecureCollector, start_relay
+from engine.rounds.secure_round import SecureCollector, start_relay
 from engine.rounds.server import Shards
 from engine.scheduling.cost_model import Costs
 from engine.scheduling.pool import Pool

@@ -1,4 +1,4 @@
-"""A round's local work: what the server gets of it, here in the clear; secure_collector.py has it as secured sums."""
+"""A round's local work: what the server gets of it, here in the clear; secure_round.py has it as secured sums."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +14,20 @@ from engine.config.federation import Federation
 from engine.messages.broadcast import share
 from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Work
-from engine.rounds.secure_round import Message
 from engine.rounds.server import Shards
 
 
 @dataclass(frozen=True)
+class Message:
+    """`count` messages of a kind that reached a party, of `nbytes` together."""
+
+    party: str
+    kind: str
+    count: int
+    nbytes: int
+
+
+@dataclass
 class Collected:
     """What the server gets of a round: reports by client, the sums (none: nobody took part, or aborted), figures.
 
@@ -40,6 +49,12 @@ class Collected:
     busy: list[float] = field(default_factory=list)
     too_few: str | None = None
     clipped: float | None = None
+
+    def note(self, party: str, kind: str, sent: Iterable[Any]) -> None:
+        """Counts messages, which have `nbytes`."""
+        sizes = [message.nbytes for message in sent]
+        if sizes:
+            self.messages.append(Message(party, kind, len(sizes), sum(sizes)))
 
     @property
     def good(self) -> list[Report]:

@@ -20,8 +20,7 @@ from engine.messages.broadcast import BroadcastMessage
 from engine.messages.tasks import Work
 from engine.records.journal import Journal
 from engine.rounds.collectors import ClearCollector
-from engine.rounds.secure_collector import SecureCollector
-from engine.rounds.secure_round import Relay, placement
+from engine.rounds.secure_round import Relay, SecureCollector, placement
 from engine.rounds.server import DriverShards
 from engine.scheduling.pool import Pool
 from engine.workers.worker import ClientActor

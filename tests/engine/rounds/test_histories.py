@@ -18,8 +18,7 @@ from engine.messages.broadcast import BroadcastMessage
 from engine.messages.reports import DOWN, Report
 from engine.messages.tasks import Work
 from engine.records.journal import Journal
-from engine.rounds.secure_collector import SecureCollector
-from engine.rounds.secure_round import Relay
+from engine.rounds.secure_round import Relay, SecureCollector
 from engine.rounds.server import DriverShards
 from engine.scheduling.dispatcher import units_of
 from engine.system.failures import SlotSilent

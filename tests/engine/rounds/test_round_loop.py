@@ -20,12 +20,11 @@ from engine.records.checkpoint import load_checkpoint
 from engine.records.client_state import ClientStates
 from engine.records.journal import Journal
 from engine.records.metrics import Logs, read_log
-from engine.rounds.collectors import Collected, Quorum
+from engine.rounds.collectors import Collected, Message, Quorum
 from engine.rounds.outputs import Checkpoints
 from engine.rounds.planner import Planner
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import RoundLoop
-from engine.rounds.secure_round import Message
 from engine.rounds.server import DriverShards, move_base
 from strategies.averaging.scaffold import Scaffold
 from strategies.core.cohort import UniformCohort
