@@ -1,11 +1,10 @@
 """The driver actor: the lifecycle of a run. It sees sums and metrics, and no weights of the base."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from ray.exceptions import OutOfDiskError
@@ -18,13 +17,12 @@ from engine.messages.events import Event, Fault, Preparing, Started, Stopped
 from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint
 from engine.records.metrics import Logs
-from engine.rounds.assembly import RunParts, round_loop
-from engine.rounds.baselines import Baselines, WithoutPrivacy
 from engine.rounds.collectors import first_names
-from engine.rounds.evaluation import Evaluation, PoolEvaluator
+from engine.rounds.evaluation import Baselines, Evaluation, PoolEvaluator, WithoutPrivacy
 from engine.rounds.outputs import Checkpoints, Finish
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
+from engine.rounds.round_loop import RunParts, round_loop
 from engine.rounds.server import DriverShards, RankShards, Shards, move_base
 from engine.scheduling.pool import Pool
 from engine.system.allocator import use_large_pages
@@ -49,14 +47,6 @@ class RunPlan:
     lost: tuple[Fault, ...] = ()
     elsewhere: str | None = None
     notes: tuple[str, ...] = ()
-
-
-class Callback(Protocol):
-    """What a run does beside its rounds."""
-
-    def after_round(self, state: ShardedState) -> Iterator[Event]:
-        """Sees the state after a round; yields what there is to show."""
-        ...
 
 
 class Driver:
@@ -120,12 +110,12 @@ class Driver:
 
         evaluator, checkpoints = PoolEvaluator(parts, logs), Checkpoints(parts, loop)
         evaluation = Evaluation(parts, evaluator)
-        callbacks: list[Callback] = [evaluation]
+        callbacks: list[Callable[[ShardedState], Iterator[Event]]] = [evaluation.after_round]
         if plan.baselines:
-            callbacks.append(Baselines(parts, evaluator, loop))
+            callbacks.append(Baselines(parts, evaluator, loop).after_round)
         if federation.evaluate.without_privacy:
-            callbacks.append(WithoutPrivacy(parts, evaluator, loop))
-        callbacks += [loop.recorder, checkpoints]
+            callbacks.append(WithoutPrivacy(parts, evaluator, loop).after_round)
+        callbacks += [loop.recorder.after_round, checkpoints.after_round]
 
         state = saved.state if saved else parts.initial
         move_base(parts.shards, None, state)
@@ -136,7 +126,7 @@ class Driver:
             state, played = loop.play(state)
             yield played
             for callback in callbacks:
-                yield from callback.after_round(state)
+                yield from callback(state)
             if self.stopping and state.round < federation.rounds:
                 yield from checkpoints.write(state)
                 yield Stopped(state.round)

@@ -10,9 +10,8 @@ from engine.messages.shards import ShardedState
 from engine.models.model_card import model_card
 from engine.records.checkpoint import save_checkpoint
 from engine.records.metrics import loss_table
-from engine.rounds.assembly import RunParts
 from engine.rounds.evaluation import PoolEvaluator
-from engine.rounds.round_loop import RoundLoop
+from engine.rounds.round_loop import RoundLoop, RunParts
 from engine.rounds.server import move_base
 from engine.system.atomic import write_file
 from engine.training.generation import Prompt, as_text

@@ -12,22 +12,6 @@ from engine.rounds.collectors import Collected
 from engine.scheduling.pool import Pool
 
 
-@dataclass(frozen=True)
-class Played:
-    """A round that has ended: what was collected, and how long all of it and the server's part took.
-
-    `privacy` is what noise has cost by the names of metrics, `statement` the same in words.
-    """
-
-    round: int
-    collected: Collected
-    faults: tuple[Fault, ...]
-    seconds: float
-    apply_s: float
-    privacy: dict[str, float]
-    statement: str | None
-
-
 @dataclass
 class Recorder:
     """Writes down rounds. `round` is the one that is being played, to which faults belong."""
@@ -55,25 +39,33 @@ class Recorder:
         self.logs.faults.happened(self.round, dropouts, self.logs.metrics.wall_s)
         return faults
 
-    def played(self, played: Played) -> RoundDone:
-        """Writes down a round; returns what is shown of it."""
-        metrics, collected = self.logs.metrics, played.collected
-        good, gone = collected.good, self._gone(collected)
+    def played(
+        self,
+        collected: Collected,
+        faults: tuple[Fault, ...],
+        round_s: float,
+        apply_s: float,
+        privacy: dict[str, float],
+        statement: str | None,
+    ) -> RoundDone:
+        """Writes down a round that took `round_s`, the server's part of it `apply_s`; returns what is shown of it.
+
+        `privacy` is what noise has cost by the names of metrics, `statement` the same in words.
+        """
+        round_, metrics, good, gone = self.round, self.logs.metrics, collected.good, self._gone(collected)
         failed = {self.store.name(report.client): report.why for report in collected.reports if report.why is not None}
         if collected.by_client:
             names = self.store.names([report.client for report in good])
-            metrics.add_each(played.round, "train", names, [report.metrics for report in good])
-        clients = 0 if collected.aborted else len(good)
-        tokens = collected.figures.get("tokens", 0.0)
-        rate = tokens / played.seconds
-        metrics.add(played.round, "train", None, loss=collected.loss, tokens=tokens)
+            metrics.add_each(round_, "train", names, [report.metrics for report in good])
+        clients, tokens = 0 if collected.aborted else len(good), collected.figures.get("tokens", 0.0)
+        metrics.add(round_, "train", None, loss=collected.loss, tokens=tokens)
         metrics.add(
-            played.round,
+            round_,
             "engine",
             None,
-            round_s=played.seconds,
-            apply_s=played.apply_s,
-            tokens_per_s=rate,
+            round_s=round_s,
+            apply_s=apply_s,
+            tokens_per_s=tokens / round_s,
             clients=clients,
             failed=len(failed),
             dropped=len(gone),
@@ -81,18 +73,15 @@ class Recorder:
             **_protocol_bytes(collected),
             store_bytes=collected.store_bytes,
             balance=self._balance(collected.busy),
-            faults=len(played.faults),
+            faults=len(faults),
+            **({} if collected.clipped is None else {"clipped": collected.clipped}),
         )
-        if collected.clipped is not None:
-            metrics.add(played.round, "engine", None, clipped=collected.clipped)
-        if played.privacy:
-            metrics.add(played.round, "privacy", None, **played.privacy)
+        if privacy:
+            metrics.add(round_, "privacy", None, **privacy)
         for sent in collected.messages:
-            self.logs.ledger.received(played.round, sent.party, sent.kind, sent.count, sent.nbytes)
-        aborted, statement, faults = collected.aborted, played.statement, played.faults
-        return RoundDone(
-            played.round, collected.loss, played.seconds, rate, clients, failed, gone, aborted, statement, faults
-        )
+            self.logs.ledger.received(round_, sent.party, sent.kind, sent.count, sent.nbytes)
+        shown = collected.loss, round_s, tokens / round_s, clients, failed, gone, collected.aborted
+        return RoundDone(round_, *shown, statement, faults)
 
     def after_round(self, state: ShardedState) -> Iterator[Event]:
         """Writes the files of the round."""
@@ -101,8 +90,7 @@ class Recorder:
 
     def _gone(self, collected: Collected) -> dict[str, str]:
         """Why clients came too late or not at all, by their names."""
-        gone = collected.gone
-        return dict(zip(self.store.names([*gone]), gone.values(), strict=True))
+        return dict(zip(self.store.names([*collected.gone]), collected.gone.values(), strict=True))
 
     def _balance(self, busy: list[float]) -> float:
         """The mean over the longest of the slots' working times, without slots that no longer exist."""

@@ -231,9 +231,9 @@ class Pool:
         return within(self.patience.answer_s, references)
 
     def stop(self) -> None:
-        """Ends all slots."""
-        for number, kind in enumerate(self.worker_kinds):
-            kind.stop({slot: actor for slot, actor in enumerate(self.actors) if self.kind_of[slot] == number})
+        """Ends all slots; what they share ends with the last reference to it."""
+        for slot, actor in enumerate(self.actors):
+            self._kind(slot).end(slot, actor)
 
     def units(self, work: Work, lanes: int) -> list[Unit]:
         """Groups the clients of a round by kind, and into units that train together where their kind has lanes."""

@@ -3,10 +3,12 @@
 Their methods raise one of LOST when a slot dies; the pool replaces it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -189,11 +191,6 @@ class Processes:
         """Returns what ended a slot: nobody knows more than the error itself."""
         return error
 
-    def stop(self, actors: Mapping[int, Any]) -> None:
-        """Ends all slots, and what they share."""
-        for actor in (*actors.values(), *self.holders.values()):
-            ray.kill(actor)
-
 
 class GangHandle:
     """Stands in for an actor: calls in TOGETHER go to all ranks, others to the first, which answers.
@@ -205,21 +202,14 @@ class GangHandle:
         self.leader, self.followers = leader, followers
 
     def __getattr__(self, method: str) -> Any:
-        return Together(self, method) if method in TOGETHER else getattr(self.leader, method)
+        return (
+            SimpleNamespace(remote=partial(self._all, method)) if method in TOGETHER else getattr(self.leader, method)
+        )
 
-
-@dataclass(frozen=True)
-class Together:
-    """A method of all ranks."""
-
-    gang: GangHandle
-    method: str
-
-    def remote(self, *arguments: Any) -> Reference:
-        """Returns a reference to what the first rank answers."""
-        for follower in self.gang.followers:
-            follower.follow.remote(self.gang.leader, self.method, *arguments)
-        return self.gang.leader.lead.remote(self.method, *arguments)
+    def _all(self, method: str, *arguments: Any) -> Reference:
+        for follower in self.followers:
+            follower.follow.remote(self.leader, method, *arguments)
+        return self.leader.lead.remote(method, *arguments)
 
 
 def spawn_gang(federation: Federation, folder: Path, slot: int) -> GangHandle:
@@ -306,11 +296,6 @@ class Gangs:
                 if why is not None and not isinstance(error, ObjectLostError | ShardLost):
                     error = why
         return error
-
-    def stop(self, gangs: Mapping[int, GangHandle]) -> None:
-        """Ends all gangs."""
-        for slot in gangs:
-            end_gang(self.folder, slot)
 
 
 WorkerKind = Processes | Gangs

@@ -16,7 +16,7 @@ from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
 from engine.models.base_model import PackedBase
 from engine.records.metrics import Logs
-from engine.rounds.assembly import RunParts, round_loop
+from engine.rounds.round_loop import RunParts, round_loop
 from engine.rounds.server import DriverShards
 from engine.scheduling.pool import Pool
 from engine.training.local_training import Job, LocalTrainer

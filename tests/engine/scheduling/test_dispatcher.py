@@ -13,8 +13,8 @@ from engine.aggregation.exact_sum import ExactSum, PartialSum
 from engine.messages.events import Fault
 from engine.messages.reports import Report
 from engine.messages.tasks import Work
+from engine.rounds.planner import Costs
 from engine.rounds.secure_round import placement
-from engine.scheduling.cost_model import Costs
 from engine.scheduling.dispatcher import ENOUGH, REFILLED, Dispatcher, units_of
 from engine.scheduling.pool import MAX_DEATHS, Pool
 
