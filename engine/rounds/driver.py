@@ -1,7 +1,7 @@
 """The driver actor: the lifecycle of a run. It sees sums and metrics, and no weights of the base."""
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,11 @@ from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.messages.events import Event, Fault, Preparing, Started, Stopped
-from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint
 from engine.records.metrics import Logs
 from engine.rounds.collectors import first_names
-from engine.rounds.evaluation import Baselines, Evaluation, PoolEvaluator, WithoutPrivacy
-from engine.rounds.outputs import Checkpoints, Finish
+from engine.rounds.evaluation import Evaluation, PoolEvaluator, baselines, without_privacy
+from engine.rounds.outputs import Checkpoints, finish
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import RunParts, round_loop
@@ -109,14 +108,7 @@ class Driver:
         )
 
         evaluator, checkpoints = PoolEvaluator(parts, logs), Checkpoints(parts, loop)
-        evaluation = Evaluation(parts, evaluator)
-        callbacks: list[Callable[[ShardedState], Iterator[Event]]] = [evaluation.after_round]
-        if plan.baselines:
-            callbacks.append(Baselines(parts, evaluator, loop).after_round)
-        if federation.evaluate.without_privacy:
-            callbacks.append(WithoutPrivacy(parts, evaluator, loop).after_round)
-        callbacks += [loop.recorder.after_round, checkpoints.after_round]
-
+        evaluation = Evaluation(evaluator)
         state = saved.state if saved else parts.initial
         move_base(parts.shards, None, state)
         yield from evaluation.before_rounds(state, resumed=saved is not None)
@@ -125,14 +117,20 @@ class Driver:
         while state.round < federation.rounds:
             state, played = loop.play(state)
             yield played
-            for callback in callbacks:
-                yield from callback(state)
-            if self.stopping and state.round < federation.rounds:
+            yield from evaluation.after_round(state)
+            last = state.round == federation.rounds
+            if last and plan.baselines:
+                yield from baselines(evaluator, loop, state)
+            if last and federation.evaluate.without_privacy:
+                yield from without_privacy(evaluator, loop, state)
+            logs.flush(state.round)
+            yield from checkpoints.after_round(state)
+            if self.stopping and not last:
                 yield from checkpoints.write(state)
                 yield Stopped(state.round)
                 break
         else:
-            yield from Finish(parts, evaluator, loop).after_run(state)
+            yield from finish(evaluator, loop, state)
         pool.stop()
 
     def _parts(self, pool: Pool) -> RunParts:

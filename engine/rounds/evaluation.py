@@ -137,103 +137,88 @@ class Evaluation:
     With `evaluate.overlap` an evaluation goes on beside the next round, and is `pending` until that has ended.
     """
 
-    parts: RunParts
     evaluator: PoolEvaluator
     pending: Pending | None = None
 
     def before_rounds(self, state: ShardedState, *, resumed: bool) -> Iterator[Event]:
         """Evaluates the state that the run starts from, unless a resumed run has done so."""
         if not resumed or (self._is_due(state) and not self.evaluator.logs.metrics.judged(state.round)):
-            yield from self._evaluate(state, overlap=resumed and self.parts.federation.evaluate.overlap)
+            yield from self._evaluate(state, overlap=resumed and self.evaluator.parts.federation.evaluate.overlap)
 
     def after_round(self, state: ShardedState) -> Iterator[Event]:
         """Ends the pending evaluation, and evaluates the state if it is its turn."""
+        federation, pool = self.evaluator.parts.federation, self.evaluator.parts.pool
         if self.pending is not None:
-            pending, self.pending, self.parts.pool.later = self.pending, None, []
+            pending, self.pending, pool.later = self.pending, None, []
             yield Evaluated(pending.round, self.evaluator.end(pending))
-        last = state.round == self.parts.federation.rounds
-        overlap = self.parts.federation.evaluate.overlap and not last
+        last = state.round == federation.rounds
+        overlap = federation.evaluate.overlap and not last
         if last or self._is_due(state):
             yield from self._evaluate(state, overlap=overlap)
             if not overlap:
                 yield from self._personal(state, last=last)
 
     def _is_due(self, state: ShardedState) -> bool:
-        every = self.parts.federation.evaluate.every
+        every = self.evaluator.parts.federation.evaluate.every
         return every > 0 and state.round > 0 and state.round % every == 0
 
     def _evaluate(self, state: ShardedState, *, overlap: bool) -> Iterator[Event]:
-        began, vector = time.monotonic(), self.parts.shards.vector(state)
+        evaluator, parts = self.evaluator, self.evaluator.parts
+        began, vector = time.monotonic(), parts.shards.vector(state)
         if overlap:
-            self.pending = self.evaluator.begin(vector, state.round)
-            self.parts.pool.later = [later for _, later in self.pending.parts]
+            self.pending = evaluator.begin(vector, state.round)
+            parts.pool.later = [later for _, later in self.pending.parts]
             return
-        losses = self.evaluator.losses(vector, state.round, protocol=True)
-        self.evaluator.logs.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
+        losses = evaluator.losses(vector, state.round, protocol=True)
+        evaluator.logs.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
         yield Evaluated(state.round, losses)
 
     def _personal(self, state: ShardedState, *, last: bool) -> Iterator[Event]:
         """The clients' own models, if they have any; at the end also the global one, trained a little by each."""
-        if self.parts.federation.strategy.personalizes:
-            losses = self.evaluator.personal(self.parts.shards.broadcast(state), state.round)
+        evaluator, parts = self.evaluator, self.evaluator.parts
+        if parts.federation.strategy.personalizes:
+            losses = evaluator.personal(parts.shards.broadcast(state), state.round)
             if losses:
                 yield Evaluated(state.round, losses, "personal")
-        if last and self.parts.federation.evaluate.finetune:
-            steps = np.full(self.parts.population, self.parts.federation.evaluate.finetune)
-            losses = self.evaluator.local_only(self.parts.shards.vector(state), state.round, steps, "finetuned")
+        if last and parts.federation.evaluate.finetune:
+            steps = np.full(parts.population, parts.federation.evaluate.finetune)
+            losses = evaluator.local_only(parts.shards.vector(state), state.round, steps, "finetuned")
             yield Evaluated(state.round, losses, "finetuned")
 
 
-@dataclass(frozen=True)
-class Baselines:
-    """Spends the federation's steps on one pooled model, and in equal parts on each client's own.
+def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
+    """Spends the federation's steps on one pooled model, and in equal parts on each client's own; evaluates both.
 
     Every round has an equal part of a model's steps, with the learning rates of `train.over_rounds` and `over_steps`.
     """
-
-    parts: RunParts
-    evaluator: PoolEvaluator
-    loop: RoundLoop
-
-    def after_round(self, state: ShardedState) -> Iterator[Event]:
-        """Trains and evaluates both baselines after the last round."""
-        if state.round < self.parts.federation.rounds:
-            return
-        parts, shards, clients, evaluator = self.parts, self.parts.shards, self.parts.population, self.evaluator
-        move_base(shards, state, None)
-        total = self.loop.planner.total_steps()
-        # The remainder goes to some clients, one step each; if there are fewer steps than clients, all take one.
-        steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
-        start = shards.vector(parts.initial)
-        yield Evaluated(state.round, evaluator.local_only(start, state.round, steps, "local_only"), "local_only")
-        everybody = list(range(clients))
-        trained_P = parts.pool.ask(lambda actor: actor.centralized.remote(everybody, start, total), long=True)
-        pooled = share(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))))
-        yield Evaluated(state.round, evaluator.losses(pooled, state.round, "loss_centralized"), "centralized")
-        move_base(shards, None, state)
+    parts, shards, clients = evaluator.parts, evaluator.parts.shards, evaluator.parts.population
+    move_base(shards, state, None)
+    total = loop.planner.total_steps()
+    # The remainder goes to some clients, one step each; if there are fewer steps than clients, all take one.
+    steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
+    start = shards.vector(parts.initial)
+    yield Evaluated(state.round, evaluator.local_only(start, state.round, steps, "local_only"), "local_only")
+    everybody = list(range(clients))
+    trained_P = parts.pool.ask(lambda actor: actor.centralized.remote(everybody, start, total), long=True)
+    pooled = share(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))))
+    yield Evaluated(state.round, evaluator.losses(pooled, state.round, "loss_centralized"), "centralized")
+    move_base(shards, None, state)
 
 
-@dataclass(frozen=True)
-class WithoutPrivacy:
-    """Shows what privacy costs: plays the rounds again without noise and without secure aggregation."""
+def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
+    """Shows what privacy costs: plays the rounds again without noise and secure aggregation, and evaluates the model.
 
-    parts: RunParts
-    evaluator: PoolEvaluator
-    loop: RoundLoop
-
-    def after_round(self, state: ShardedState) -> Iterator[Event]:
-        """Plays and evaluates the other run after the last round; nothing of it is written but faults and losses."""
-        if state.round < self.parts.federation.rounds:
-            return
-        federation, shards, recorder = self.parts.federation, self.parts.shards, self.loop.recorder
-        evaluate = replace(federation.evaluate, without_privacy=False)
-        parts = replace(self.parts, federation=replace(federation, privacy=Privacy(), evaluate=evaluate))
-        loop = round_loop(parts, Logs.under(parts.folder), self.loop.lanes)  # these logs are never flushed
-        move_base(shards, state, None)
-        plain = parts.initial
-        while plain.round < federation.rounds:
-            plain, played = loop.play(plain)
-            recorder.logs.faults.happened(state.round, played.faults, recorder.logs.metrics.wall_s)
-        losses = self.evaluator.losses(shards.vector(plain), state.round, "loss_not_private")
-        move_base(shards, plain, state)
-        yield Evaluated(state.round, losses, "not_private")
+    Of the other run only faults and losses are written.
+    """
+    parts, federation, recorder = evaluator.parts, evaluator.parts.federation, loop.recorder
+    evaluate = replace(federation.evaluate, without_privacy=False)
+    parts = replace(parts, federation=replace(federation, privacy=Privacy(), evaluate=evaluate))
+    plain_loop = round_loop(parts, Logs.under(parts.folder), loop.lanes)  # these logs are never flushed
+    move_base(parts.shards, state, None)
+    plain = parts.initial
+    while plain.round < federation.rounds:
+        plain, played = plain_loop.play(plain)
+        recorder.logs.faults.happened(state.round, played.faults, recorder.logs.metrics.wall_s)
+    losses = evaluator.losses(parts.shards.vector(plain), state.round, "loss_not_private")
+    move_base(parts.shards, plain, state)
+    yield Evaluated(state.round, losses, "not_private")

@@ -47,56 +47,47 @@ class Checkpoints:
         yield Checkpointed(state.round)
 
 
-@dataclass(frozen=True)
-class Finish:
-    """Exports the model first, which is what the run is for, and then writes samples."""
+def finish(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
+    """Exports the folder `model` first, which is what the run is for, and then writes samples."""
+    parts, shards = evaluator.parts, evaluator.parts.shards
+    losses = loss_table(parts.folder / "metrics", state.round)
+    merged, spent = shards.merged(state) is not None, loop.privacy.statement
+    card = model_card(parts.federation, losses, parts.store.manifest, merged=merged, spent=spent)
+    rows = _sampled_rows(evaluator)
+    prompts = [prompt for prompt, _ in rows]
+    vector = shards.vector(state)
+    parts.pool.export(parts.folder / "model", vector, card)
 
-    parts: RunParts
-    evaluator: PoolEvaluator
-    loop: RoundLoop
-
-    def after_run(self, state: ShardedState) -> Iterator[Event]:
-        """Writes the folder `model` and the samples."""
-        parts, shards = self.parts, self.parts.shards
-        losses = loss_table(parts.folder / "metrics", state.round)
-        merged, spent = shards.merged(state) is not None, self.loop.privacy.statement
-        card = model_card(self.parts.federation, losses, parts.store.manifest, merged=merged, spent=spent)
-        rows = self._rows()
-        prompts = [prompt for prompt, _ in rows]
-        vector = shards.vector(state)
-        parts.pool.export(parts.folder / "model", vector, card)
-        after = self._continuations(vector, prompts)
-        del vector  # the object store need not hold two
-        move_base(shards, state, None)
-        before = self._continuations(shards.vector(parts.initial), prompts)
-        samples = [
-            Sample(as_text(prompt), completion, old, new)
-            for (prompt, completion), old, new in zip(rows, before, after, strict=True)
-        ]
-        content = json.dumps([asdict(sample) for sample in samples], indent=1)
-        write_file(parts.folder / "samples.json", content.encode())
-        yield Finished(parts.folder, losses, samples)
-
-    def _rows(self) -> list[tuple[Prompt, str]]:
-        """Prompt and completion of a few rows of unseen (else training) clients, drawn by the seed.
-
-        Of a conversation these are the turns before the assistant's last one, and that one.
-        """
-        clients, _ = self.evaluator.judged("unseen")
-        if not len(clients):
-            clients, _ = self.evaluator.judged("heldout")
-        draw = rng(self.parts.federation.seed, 0, -1, "sample")
-        chosen = draw.choice(clients, min(self.parts.federation.samples, len(clients)), replace=False)
-        store = self.parts.store
-        rows = [store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]
-        return [
-            _last_turn(row["messages"]) if "messages" in row else (row["prompt"], row["completion"]) for row in rows
-        ]
-
-    def _continuations(self, vector: Any, prompts: list[Prompt]) -> list[str]:
-        """What the model writes after the prompts."""
-        texts: list[str] = self.parts.pool.ask(lambda actor: actor.generate.remote(vector, prompts, SAMPLE_TOKENS))
+    def continuations(vector: Any) -> list[str]:
+        texts: list[str] = parts.pool.ask(lambda actor: actor.generate.remote(vector, prompts, SAMPLE_TOKENS))
         return texts
+
+    after = continuations(vector)
+    del vector  # the object store need not hold two
+    move_base(shards, state, None)
+    before = continuations(shards.vector(parts.initial))
+    samples = [
+        Sample(as_text(prompt), completion, old, new)
+        for (prompt, completion), old, new in zip(rows, before, after, strict=True)
+    ]
+    content = json.dumps([asdict(sample) for sample in samples], indent=1)
+    write_file(parts.folder / "samples.json", content.encode())
+    yield Finished(parts.folder, losses, samples)
+
+
+def _sampled_rows(evaluator: PoolEvaluator) -> list[tuple[Prompt, str]]:
+    """Prompt and completion of a few rows of unseen (else training) clients, drawn by the seed.
+
+    Of a conversation these are the turns before the assistant's last one, and that one.
+    """
+    federation, store = evaluator.parts.federation, evaluator.parts.store
+    clients, _ = evaluator.judged("unseen")
+    if not len(clients):
+        clients, _ = evaluator.judged("heldout")
+    draw = rng(federation.seed, 0, -1, "sample")
+    chosen = draw.choice(clients, min(federation.samples, len(clients)), replace=False)
+    rows = [store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]
+    return [_last_turn(row["messages"]) if "messages" in row else (row["prompt"], row["completion"]) for row in rows]
 
 
 def _last_turn(turns: list[dict[str, str]]) -> tuple[Prompt, str]:

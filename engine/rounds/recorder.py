@@ -1,12 +1,11 @@
 """What a run writes about a round: metrics, ledger and faults, from what was collected."""
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from datasets_partition.store.store import Store
-from engine.messages.events import DROPOUT, Event, Fault, RoundDone
-from engine.messages.shards import ShardedState
+from engine.messages.events import DROPOUT, Fault, RoundDone
 from engine.records.metrics import Logs
 from engine.rounds.collectors import Collected
 from engine.scheduling.pool import Pool
@@ -82,11 +81,6 @@ class Recorder:
             self.logs.ledger.received(round_, sent.party, sent.kind, sent.count, sent.nbytes)
         shown = collected.loss, round_s, tokens / round_s, clients, failed, gone, collected.aborted
         return RoundDone(round_, *shown, statement, faults)
-
-    def after_round(self, state: ShardedState) -> Iterator[Event]:
-        """Writes the files of the round."""
-        self.logs.flush(state.round)
-        yield from ()
 
     def _gone(self, collected: Collected) -> dict[str, str]:
         """Why clients came too late or not at all, by their names."""

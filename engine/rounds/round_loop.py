@@ -61,7 +61,7 @@ class RoundLoop:
         collected = self.collector.collect(work, broadcast)
         self.planner.learn(work, collected.reports)
         faults = self.recorder.collected(collected)
-        collected = self._counted(collected, len(work.clients), round_)
+        self._abort_if_too_few(collected, len(work.clients), round_)
 
         # Decode the sums (noise, then the clients' transforms in reverse) and apply the rule to them.
         applying = time.monotonic()
@@ -89,16 +89,14 @@ class RoundLoop:
         oldest = self.planner.oldest(state.round)
         return replace(self.shards.broadcast(state), oldest=oldest, lanes=self.lanes, dp=plan, clip=clip)
 
-    def _counted(self, collected: Collected, cohort: int, round_: int) -> Collected:
-        """The same, aborted if too few clients gave an update; RunError if that is to end the run."""
-        too_few = collected.too_few
+    def _abort_if_too_few(self, collected: Collected, cohort: int, round_: int) -> None:
+        """Takes the sums out of a round in which too few clients gave an update; RunError if that ends the run."""
         if collected.aborted is None:
-            too_few = self.quorum.shortfall(collected.reports, cohort, round_)
-        if too_few is None:
-            return collected
-        if self.federation.clients.on_too_few == "end":
-            raise RunError(f'{too_few}, or take clients.on_too_few = "skip"')
-        return replace(collected, sums=[], aborted=too_few, too_few=too_few)
+            collected.too_few = self.quorum.shortfall(collected.reports, cohort, round_)
+        if collected.too_few is not None:
+            if self.federation.clients.on_too_few == "end":
+                raise RunError(f'{collected.too_few}, or take clients.on_too_few = "skip"')
+            collected.sums, collected.aborted = [], collected.too_few
 
     def _settle(self, work: Work, collected: Collected, round_: int) -> None:
         """Removes the states of clients that are not in the sum, and counts a round without a result."""

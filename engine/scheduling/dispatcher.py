@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -102,11 +103,10 @@ class Slots(Protocol):
 class Dispatcher:
     """Hands out `units` of work, the longest (by their `cost`, best in seconds) first, until all are done.
 
-    A chunk is a share of the work that is left, so that chunks shrink towards the end, but not to what is over at
-    once, and they are not expected to take more than half of `clients.timeout_s`. Slots that have nothing else to do
-    take what is `later`. What a slot was working on when it died is handed out unit by unit. A unit that ends slots
-    again and again is halved if it has several clients; one client gets the results of `give_up`, or ends the run. What
-    slots have `finished` before is still theirs, and dies with them as well.
+    A chunk is a share of the work that is left, so that chunks shrink towards the end. Idle slots take work of `later`.
+    What a slot was working on when it died is handed out unit by unit. A unit that ends slots again and again is halved
+    if it has several clients; a single client gets the result of `give_up`. What slots have `finished` before is lost
+    with them as well.
     """
 
     def __init__(
@@ -141,16 +141,19 @@ class Dispatcher:
 
     def run(self) -> dict[int, SlotResults]:
         """Returns what each slot that is still alive has finished."""
+        allowed = self.slots.timeout_s
         while self._busy() or self.running or self.beside:
             self._hand_out()
             owed = [*self.running, *self.beside]
             if not owed:
                 continue
-            ready, _ = ray.wait(owed, num_returns=1, timeout=self._patience())
+            patience = allowed and max(0.0, min(self.since.values()) + allowed - time.monotonic())
+            ready, _ = ray.wait(owed, num_returns=1, timeout=patience)
             if ready:
                 self._take(ready[0])
-            else:
-                self._end_silent()  # and then take what others have answered meanwhile
+            else:  # end a silent slot, and then take what others have answered meanwhile
+                why = f"no answer for {allowed:g} s, which is clients.timeout_s"
+                self._lose(min(self.since, key=self.since.__getitem__), SlotSilent(why))
         return self.finished
 
     def _busy(self) -> bool:
@@ -193,21 +196,10 @@ class Dispatcher:
         return chunk
 
     def _share(self, kind: int) -> float:
-        share, allowed = self.left[kind] / (SHARES * self.living[kind]), self.slots.timeout_s
-        share = max(LEAST_S, share)
+        share, allowed = max(LEAST_S, self.left[kind] / (SHARES * self.living[kind])), self.slots.timeout_s
         # Half of it is left for work that takes longer than expected. If costs are not in seconds, a first chunk is
         # rather short.
         return share if allowed is None else min(share, allowed / 2 / (self.slowest or 1.0))
-
-    def _patience(self) -> float | None:
-        allowed = self.slots.timeout_s
-        return None if allowed is None else max(0.0, min(self.since.values()) + allowed - time.monotonic())
-
-    def _end_silent(self) -> None:
-        allowed = self.slots.timeout_s
-        assert allowed is not None
-        slot = min(self.since, key=self.since.__getitem__)
-        self._lose(slot, SlotSilent(f"no answer for {allowed:g} s, which is clients.timeout_s"))
 
     def _take(self, ready: Any) -> None:
         slot = (self.beside.get(ready) or self.running[ready])[0]
@@ -230,17 +222,13 @@ class Dispatcher:
             finished = self.finished.setdefault(slot, SlotResults())
             finished.results.extend(results)
             finished.units.extend(chunk)
-            self._forgive()
+            # Work that always dies does not get beyond what was finished before.
+            if (count := self._count_finished()) > self.most:
+                self.most, self.slots.deaths = count, 0
         if self.free[slot] == AHEAD:
             del self.since[slot]
         else:
             self.since[slot] = time.monotonic()
-
-    def _forgive(self) -> None:
-        """Forgets deaths so far if more is finished than ever before: work that always dies does not get there."""
-        finished = self._count_finished()
-        if finished > self.most:
-            self.most, self.slots.deaths = finished, 0
 
     def _count_finished(self) -> int:
         return sum(len(part.units) for part in self.finished.values())
@@ -257,9 +245,8 @@ class Dispatcher:
         # chunk may be at fault unless the slot's node has ended.
         outside = isinstance(error, ActorUnavailableError) or self.slots.lost_with_node(slot)
         suspected = [] if outside else begun[:1]
-        for chunk in begun[len(suspected) :]:
-            for unit in chunk:
-                self._queue(unit)
+        for unit in chain.from_iterable(begun[len(suspected) :]):
+            self._queue(unit)
         for chunk in suspected:
             self._suspect(chunk, error)
         self.since.pop(slot, None)
