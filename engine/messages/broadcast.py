@@ -19,10 +19,7 @@ WITHIN_CALLS = 65_536  # bytes, well below what Ray puts into the store by itsel
 
 
 def share(message: Any) -> Any:
-    """Returns what calls to many slots carry of a message, which has `nbytes`.
-
-    That is a reference, or a small message itself, since a look into the store takes longer.
-    """
+    """Returns what many calls carry of a message: a reference, or the message itself if its `nbytes` are few."""
     return message if message.nbytes <= WITHIN_CALLS else ray.put(message)
 
 

@@ -1,8 +1,4 @@
-"""Model states, sums and aggregates as they cross Ray: flat NumPy arrays, which the object store maps without a copy.
-
-A torch tensor would be pickled instead. A vector (P,) travels whole, as its only shard, or in the shards (S,) of a
-partition.
-"""
+"""Model states and aggregates as they cross Ray: flat NumPy arrays, which the object store maps without a copy."""
 
 import warnings
 from collections.abc import Mapping
@@ -29,10 +25,7 @@ def borrow_all(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of a model state or of a broadcast: the parameters, and the vectors beside them by name.
-
-    `merged_delta` is that of a whole ServerState.
-    """
+    """One shard of a model state or of a broadcast, its vectors by name; a whole state may have a `merged_delta`."""
 
     params: np.ndarray
     vectors: dict[str, np.ndarray]

@@ -82,10 +82,7 @@ class Collector(Protocol):
 
 @dataclass(frozen=True)
 class ClearCollector:
-    """Clients send their updates in the clear: without secure aggregation.
-
-    The workers add them up where the rule reads sums; the server of the simulated protocol would have had each update.
-    """
+    """Clients send their updates in the clear, and workers add them up where the rule reads sums."""
 
     federation: Federation
     shards: Shards

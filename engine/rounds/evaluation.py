@@ -45,10 +45,7 @@ class PoolEvaluator:
     logs: Logs
 
     def losses(self, vector: Any, round_: int, name: str = "loss", *, protocol: bool = False) -> Losses:
-        """Returns the loss on held-out rows, on clients that never train, and on the server's rows if it has any.
-
-        A baseline is no part of the federation's `protocol`.
-        """
+        """Returns the loss of each split that has rows; a baseline is no part of the federation's `protocol`."""
         losses = {}
         for split in SPLITS:
             clients, rows = self.judged(split)
@@ -78,10 +75,7 @@ class PoolEvaluator:
         return losses
 
     def local_only(self, start: Any, round_: int, steps: np.ndarray, name: str) -> Losses:
-        """Returns the loss where each client (by id) trains alone for its `steps` (N,) from `start`, as loss_`name`.
-
-        A client without held-out rows is not evaluated, and so not trained.
-        """
+        """Returns the loss where each client that is evaluated trains alone for its `steps` (N,), as loss_`name`."""
         clients, _ = self.judged("heldout")
         losses = self.parts.pool.map(
             clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, start, steps[chunk].tolist())
@@ -111,8 +105,7 @@ class PoolEvaluator:
     def _record(self, losses: list[ClientLoss], round_: int, split: str, name: str, *, protocol: bool = False) -> float:
         """Writes the mean loss in nats per token and returns it.
 
-        In the `protocol` clients receive the global model for it and send their losses. Under secure aggregation they
-        do not send them, and the simulator alone knows them.
+        In the `protocol` clients receive the global model and send their losses, but not under secure aggregation.
         """
         logs, count, figures = self.logs, len(losses), {name: mean_loss(losses)}
         if protocol:
@@ -206,10 +199,7 @@ def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) ->
 
 
 def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
-    """Shows what privacy costs: plays the rounds again without noise and secure aggregation, and evaluates the model.
-
-    Of the other run only faults and losses are written.
-    """
+    """Shows what privacy costs: plays the rounds again without it, of which only faults and losses are written."""
     parts, federation, recorder = evaluator.parts, evaluator.parts.federation, loop.recorder
     evaluate = replace(federation.evaluate, without_privacy=False)
     parts = replace(parts, federation=replace(federation, privacy=Privacy(), evaluate=evaluate))

@@ -22,10 +22,7 @@ SAMPLE_TOKENS = 40
 
 @dataclass
 class Checkpoints:
-    """Writes a checkpoint by `checkpoint.every`, after the last round, and before the run stops.
-
-    `written` is the last round that has one.
-    """
+    """Writes checkpoints by `checkpoint.every`, at the end, and before a stop; round `written` has the last one."""
 
     parts: RunParts
     loop: RoundLoop
@@ -76,10 +73,7 @@ def finish(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> It
 
 
 def _sampled_rows(evaluator: PoolEvaluator) -> list[tuple[Prompt, str]]:
-    """Prompt and completion of a few rows of unseen (else training) clients, drawn by the seed.
-
-    Of a conversation these are the turns before the assistant's last one, and that one.
-    """
+    """Prompt and completion (or last turn) of a few rows of unseen (else training) clients, drawn by the seed."""
     federation, store = evaluator.parts.federation, evaluator.parts.store
     clients, _ = evaluator.judged("unseen")
     if not len(clients):

@@ -47,10 +47,7 @@ class Recorder:
         privacy: dict[str, float],
         statement: str | None,
     ) -> RoundDone:
-        """Writes down a round that took `round_s`, the server's part of it `apply_s`; returns what is shown of it.
-
-        `privacy` is what noise has cost by the names of metrics, `statement` the same in words.
-        """
+        """Writes down a round; `privacy` is what noise has cost as metrics, `statement` the same in words."""
         round_, metrics, good, gone = self.round, self.logs.metrics, collected.good, self._gone(collected)
         failed = {self.store.name(report.client): report.why for report in collected.reports if report.why is not None}
         if collected.by_client:

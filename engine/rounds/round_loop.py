@@ -30,10 +30,7 @@ from engine.scheduling.pool import Pool
 
 @dataclass
 class RoundLoop:
-    """Plays the rounds of a federation. `aborts` counts rounds of secure aggregation without a result.
-
-    `round_loop` puts its parts together. What it keeps from round to round beside the model is in `saved`.
-    """
+    """Plays the rounds of a federation. `aborts` counts rounds of secure aggregation without a result."""
 
     federation: Federation
     planner: Planner
@@ -137,10 +134,7 @@ class RunParts:
 
 
 def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None = None) -> RoundLoop:
-    """Returns the loop of a run's rounds, from the start or from what was `saved`.
-
-    Plans the noise of all rounds and how updates come in; ValueError if the recipe asks for what cannot be had.
-    """
+    """Returns the loop of a run's rounds, from the start or from what was `saved`; ValueError if it cannot be."""
     federation, store, shards = parts.federation, parts.store, parts.shards
     planner = Planner(federation, parts.tokens, parts.population, Costs.of(saved.costs if saved else []))
     round_, clip = (saved.state.round, saved.clip) if saved else (0, None)

@@ -4,7 +4,7 @@ The driver never holds an unmasked update: secrets and vectors stay in the worke
 messages between them, adds masked vectors up, and counts every message for the ledger by whom it reaches.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from strategies.core.errors import StrategyError
 from strategies.core.layout import Layout
 from strategies.privacy.central import CentralPlan
 from strategies.privacy.distributed import DistributedPlan
-from strategies.secagg.messages import KeyList, MaskedSum
+from strategies.secagg.messages import MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session
 from strategies.secagg.ring import Sums
 from strategies.secagg.server import Server
@@ -50,15 +50,19 @@ class _SlotLost(Exception):
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What the sessions of a round have in common; `known` are the public identities in the active profile."""
+class Request:
+    """A round of secured `work` from `broadcast`, all of whose sessions write into `collected`.
 
-    placed: Placed
-    broadcast: Any
+    `refuse` sees the survivors and the reports of each session; `admit` is called once, just before clients are asked
+    for the shares that unmask the survivors' sum. If one of them raises SumRefused, the round has no result.
+    """
+
+    work: Work
+    broadcast: BroadcastMessage
     gone: Gone
     refuse: Callable[[Sequence[int], Sequence[Report]], None]
     admit: Callable[[Sequence[int]], None]
-    known: dict[int, bytes] | None
+    collected: Collected
 
 
 @dataclass(frozen=True)
@@ -74,30 +78,15 @@ class Relay:
         """The slots that play the clients."""
         return self.shards.pool
 
-    def play(
-        self,
-        session: Session,
-        work: Work,
-        broadcast: BroadcastMessage,
-        gone: Gone,
-        refuse: Callable[[Sequence[int], Sequence[Report]], None],
-        admit: Callable[[Sequence[int]], None],
-        collected: Collected,
-    ) -> MaskedTotal | None:
-        """Plays one round of secured `work` from `broadcast`; returns the sum, None if the round is aborted.
-
-        All messages, of void sessions too, and what the server learns beside the sum come into `collected`.
-
-        `refuse` sees the survivors and the reports, of each session of the round; `admit` is called once, just before
-        clients are asked for the shares that unmask the survivors' sum. If one of them raises SumRefused the round has
-        no result.
+    def play(self, session: Session, request: Request) -> MaskedTotal | None:
+        """Plays a round; returns the sum, None if the round is aborted.
 
         A slot that dies before the sum is being unmasked voids the session, and the next one has new keys; RunError
         if too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
         could tell the difference between them.
         """
-        units, shared = self.pool.units(work, broadcast.lanes), share(broadcast)
-        known = None
+        work, collected = request.work, request.collected
+        units, broadcast, known = self.pool.units(work, request.broadcast.lanes), share(request.broadcast), None
         if session.parameters.active:
             cohort = tuple(work.clients.tolist())
             known = self.pool.ask(lambda actor: actor.roster.remote(cohort, self.authority))
@@ -106,23 +95,27 @@ class Relay:
             collected.sessions += 1
             placed = placement(units, [work.cost(unit) for unit in units], self.pool.alive)
             try:
-                return self._session(session, _Request(placed, shared, gone, refuse, admit, known), collected)
+                return self._session(session, request, placed, broadcast, known)
             except _SlotLost:
                 session = replace(session, attempt=session.attempt + 1)
             except SecAggAbort as abort:
                 collected.aborted = str(abort)
                 return None
 
-    def _session(self, session: Session, request: _Request, collected: Collected) -> MaskedTotal:
-        members = {slot: [client for unit in units for client in unit] for slot, units in request.placed.items()}
+    def _session(
+        self, session: Session, request: Request, placed: Placed, broadcast: Any, known: dict[int, bytes] | None
+    ) -> MaskedTotal:
+        """Plays one session; `known` are the public identities in the active profile."""
+        collected = request.collected
+        members = {slot: [client for unit in units for client in unit] for slot, units in placed.items()}
         cohort = tuple(sorted(client for clients in members.values() for client in clients))
-        server = Server(session, cohort, self.shards.held(session.sums), request.known)
+        server = Server(session, cohort, self.shards.held(session.sums), known)
 
-        openings = {slot: Opening(session, cohort, units, request.gone) for slot, units in request.placed.items()}
+        openings = {slot: Opening(session, cohort, units, request.gone) for slot, units in placed.items()}
         opened = self._trip("open", openings, self.authority)
         keys = _flat(opened)
         collected.note("server", "key", keys)
-        key_list: KeyList = server.key_list(keys)
+        key_list = server.key_list(keys)
         collected.note("client", "key", [key_list] * len(keys))
 
         shared = self._trip("shares", dict.fromkeys(opened, share(key_list)))
@@ -133,10 +126,12 @@ class Relay:
         collected.messages.append(Message("other clients", "share", boxes, sum(i.nbytes for i in inboxes.values())))
 
         of_slots = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in shared}
-        trained = self._trip("masked", {slot: inbox for slot, inbox in of_slots.items() if inbox}, request.broadcast)
+        trained = self._trip("masked", {slot: inbox for slot, inbox in of_slots.items() if inbox}, broadcast)
         self._note_reports(collected, trained, members, request.gone)
         masked: dict[int, MaskedSum] = {slot: answer for slot, (_, answer) in trained.items() if answer.clients}
-        shards = self._shards(masked)
+        # What ranks of a gang hold beside their message; a slot that has lost it has lost its clients.
+        waits = {slot: partial(self.shards.masked_shards, slot) for slot in masked}
+        shards = [*self._answers(waits, void=True).values()]
         for message in masked.values():
             collected.messages.append(Message("server", "masked update", len(message.clients), message.nbytes))
             server.add(message)
@@ -177,10 +172,6 @@ class Relay:
         for slot, (of_slot, _) in trained.items():
             collected.busy[slot] = sum(report.seconds for report in of_slot)
 
-    def _shards(self, slots: Iterable[int]) -> list[Any]:
-        """The shards of each slot's masked vector that its ranks hold beside the message; nothing of a plain slot."""
-        return [*self._answers({slot: partial(self.shards.masked_shards, slot) for slot in slots}, void=True).values()]
-
     def _trip(self, name: str, given: Mapping[int, Any], *rest: Any, void: bool = True) -> Answers:
         """Returns each slot's answer to what it is given; whether a death is `void`, the recipe says."""
         calls = {slot: self._call(slot, name, argument, *rest) for slot, argument in given.items()}
@@ -188,10 +179,7 @@ class Relay:
         return self._answers(waits, void=void and self.on_slot_death == "void")
 
     def _answers(self, waits: Mapping[int, Callable[[], Any]], *, void: bool) -> Answers:
-        """Returns what each slot answers; one that dies is replaced, and gives nothing.
-
-        With `void` a death raises _SlotLost, once all others have answered.
-        """
+        """Returns what slots answer; replaces those that die, and then with `void` raises _SlotLost."""
         answers, lost = {}, False
         for slot, wait in waits.items():
             try:
@@ -283,7 +271,7 @@ class SecureCollector:
         gone = self._gone(work, broadcast.round)
         session = Session(broadcast.round, 0, parameters, sums, secagg.mode)
         leaving = {client: leaves.before for client, leaves in gone.items()}
-        total = self.relay.play(session, work, broadcast, leaving, refuse, admit, collected)
+        total = self.relay.play(session, Request(work, broadcast, leaving, refuse, admit, collected))
 
         if total is not None:
             learned = self.relay.shards.unmasked(total, plan)
@@ -361,11 +349,7 @@ class SecureCollector:
 
 
 def start_relay(shards: Shards, on_slot_death: str) -> Relay:
-    """Returns a relay with an authority of its own.
-
-    The authority runs beside the driver: elsewhere the end of its node would look like the death of each slot that
-    asks it.
-    """
+    """Returns a relay with an authority of its own, beside the driver: no other node's end is the authority's."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     authority = ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote()
     return Relay(shards, authority, on_slot_death)

@@ -258,10 +258,7 @@ def apply(
 
 
 def move_base(shards: Shards, before: ShardedState | None, after: ShardedState | None) -> None:
-    """Gives all workers the base with what state `after` has merged into it, in place of that of `before`.
-
-    None stands for the base of the recipe.
-    """
+    """Gives workers the base with what `after` has merged into it in place of `before`; None is the recipe's base."""
     old, new = (None if state is None else shards.merged(state) for state in (before, after))
     unchanged = old is new if old is None or new is None else np.may_share_memory(old, new)
     if not unchanged:

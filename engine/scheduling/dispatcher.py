@@ -1,7 +1,4 @@
-"""Slots pull chunks of work: whoever is idle takes some, and what a dead slot has done is handed out again.
-
-A unit of work is one client, or several that train together in lanes.
-"""
+"""Slots pull chunks of work: units of one client or of several in lanes; a dead slot's work is done again."""
 
 import time
 from collections import Counter, deque
@@ -58,10 +55,7 @@ class Later:
 
 
 def units_of(clients: np.ndarray, steps: np.ndarray, lanes: int) -> list[Unit]:
-    """Groups the clients (N,) into units for so many lanes, by their numbers of steps (N,) and nothing else.
-
-    Clients of about as many steps come together, and units are of about one size.
-    """
+    """Groups the clients (N,) into units of about one size, by their numbers of steps (N,) and nothing else."""
     ordered = clients[np.argsort(-steps, kind="stable")]
     members = lanes if lanes == 1 or len(clients) < ENOUGH * REFILLED * lanes else REFILLED * lanes
     units = np.array_split(ordered, -(-len(ordered) // members)) if len(ordered) else []

@@ -59,10 +59,7 @@ def slot_counts(clients: Clients, nodes: list[dict[str, float]]) -> tuple[int, i
 
 
 def refuse_shared_gpus(places: list[tuple[str, str | None]]) -> None:
-    """RunError where two ranks of a gang, given by node and GPU (None: on the CPU), are on one GPU.
-
-    NCCL gives each rank a GPU of its own, and its own error says less.
-    """
+    """RunError where two ranks of a gang, given by node and GPU (None: CPU), share a GPU, which NCCL cannot use."""
     gpus = [place for place in places if place[1] is not None]
     if len(set(gpus)) < len(gpus):
         raise RunError(

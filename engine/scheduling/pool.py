@@ -288,7 +288,7 @@ class Pool:
     def _whole_sum(self, slots: list[int]) -> Taken:
         """Returns one sum over all these slots, taken part by part, so that nobody holds the slots' wide integers.
 
-        All slots keep theirs until it is whole: if a slot dies meanwhile, the others still have them. If the rule reads
+        All slots keep theirs until it is whole: if one dies meanwhile, the others still have them. If the rule reads
         single updates, there is no sum, and this shows who is still alive.
         """
         if not slots:
@@ -334,10 +334,7 @@ class Pool:
         return self._kind(slot).close(self.actors[slot], self.partition)
 
     def map(self, clients: np.ndarray, costs: np.ndarray, call: Callable[[Any, list[int]], Reference]) -> list[Any]:
-        """Returns the results of `call(actor, chunk)` for all `clients` (N,), flat; RunError when too many slots die.
-
-        `costs` (N,) are in any unit of a second or more: the longest work is handed out first.
-        """
+        """Returns the results of `call(actor, chunk)` for `clients` (N,), flat; the largest `costs` (N,) come first."""
         self.deaths = 0
         units: list[Unit] = [(client,) for client in clients.tolist()]
         cost = dict(zip(units, costs.tolist(), strict=True)).__getitem__
@@ -345,10 +342,7 @@ class Pool:
         return [result for part in dispatcher.run().values() for result in part.results]
 
     def ask(self, call: Callable[[Any], Reference], *, long: bool = False) -> Any:
-        """Returns the result of `call(actor)` in the first slot; one that dies is replaced, RunError when too many do.
-
-        A slot that exceeds clients.timeout_s is replaced too, unless the answer may take `long`.
-        """
+        """Returns the result of `call(actor)` in the first slot, without a time limit if it may take `long`."""
         return self._retried(lambda actor: within(None if long else self.timeout_s, call(actor)))
 
     def export(self, folder: Path, message: Any, card: str) -> None:
