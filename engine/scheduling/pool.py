@@ -81,33 +81,32 @@ class Pool:
         """
         gangs, processes = slot_counts(federation.clients, _resources())
         kind_of = [0] * gangs + [int(gangs > 0)] * processes
-        actors: list[Any] = [kinds.spawn_gang(federation, folder, slot) for slot in range(gangs)]
+        worker_kinds: tuple[WorkerKind, ...] = (kinds.Gangs(federation, folder),) if gangs else ()
+        actors: list[Any] = [worker_kinds[0].spawn(slot) for slot in range(gangs)]
         actors += [kinds.spawn_process(federation, folder, cls.client) for _ in range(processes)]
         places = kinds.wait_for_places(actors, federation)
 
-        spawned = actors[gangs:], places[gangs:]
-        reader = kinds.process_beside_driver(federation, folder, cls.client, *spawned) if processes else actors[0]
-        # The base comes first, since a base that is none has no tokenizer either.
-        base = kinds.StoredBase.read_by(reader) if processes else None
+        reader, patience = actors[0], Patience.of(federation)
+        if processes:
+            reader = kinds.process_beside_driver(federation, folder, cls.client, actors[gangs:], places[gangs:])
+            stored, *base = reader.load_base.options(num_returns=3).remote()
+            base_bytes = ray.get(stored)  # first, since a base that is none has no tokenizer either
+            worker_kinds += (kinds.Processes(federation, folder, patience, cls.client, *base),)
         columns = TokenColumns(Path(ray.get(reader.tokenize.remote(store, shared))))
         if all(reader is not actor for actor in actors):
             ray.kill(reader)  # what it has read stays in the store, owned by the driver
-        patience = Patience.of(federation)
-        worker_kinds: tuple[WorkerKind, ...] = (kinds.Gangs(federation, folder, columns),) if gangs else ()
-        if base is not None:
-            worker_kinds += (kinds.Processes(federation, folder, patience, columns, cls.client, base),)
 
         members = [(worker_kinds[kind], actor) for kind, actor in zip(kind_of, actors, strict=True)]
         try:
-            layout, vector = ray.get(
-                [kind.attach(actor, first=not slot) for slot, (kind, actor) in enumerate(members)]
-            )[0]
+            attached = [kind.attach(actor, columns, first=not slot) for slot, (kind, actor) in enumerate(members)]
+            layout, vector = ray.get(attached)[0]
         except LOST as error:
             cause: Exception = error
             for kind, actor in members:
                 cause = kind.cause(cause, actor)
             raise cause from error
-        nbytes = ray.get(actors[0].base_bytes.remote()) if gangs or base is None else base.nbytes
+        if gangs:
+            base_bytes = ray.get(actors[0].base_bytes.remote())
         return cls(
             federation,
             patience,
@@ -119,7 +118,7 @@ class Pool:
             layout,
             initial=None if gangs else vector,
             partition=vector if gangs else None,
-            base_bytes=nbytes,
+            base_bytes=base_bytes,
             without_gpu=sum(place.gpu is None for place in places) if federation.clients.num_gpus else 0,
         )
 
@@ -191,7 +190,7 @@ class Pool:
                     self.alive.remove(slot)
                     self.faults.append(Fault("slot", str(slot), "the cluster has no place for another in its stead"))
                     return
-                within(self.patience.start_s, kind.attach(actor, first=False))
+                within(self.patience.start_s, kind.attach(actor, self.columns, first=False))
                 self.answer([rank.refuse_lost_memory.remote() for rank in kind.ranks(actor)])
                 kind.restore(actor)
                 return

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import ray
@@ -71,20 +71,6 @@ class TokenColumns:
         return received
 
 
-class StoredBase(NamedTuple):
-    """The base in the object store, read once for all slots: references to its index and its bytes."""
-
-    packed: Reference
-    buffer: Reference
-    nbytes: int
-
-    @classmethod
-    def read_by(cls, actor: Any) -> "StoredBase":
-        """Lets a process read the base; it is owned by the driver, and stays when the process ends."""
-        nbytes, packed, buffer = actor.load_base.options(num_returns=3).remote()
-        return cls(packed, buffer, ray.get(nbytes))
-
-
 def spawn_process(federation: Federation, folder: Path, client: type[ClientActor], **options: Any) -> Any:
     """Starts a slot of one process, with the recipe's resources or other `options` of Ray; returns its actor."""
     resources = {"num_cpus": federation.clients.num_cpus, "num_gpus": federation.clients.num_gpus}
@@ -124,9 +110,9 @@ class Processes:
     federation: Federation
     folder: Path
     patience: Patience
-    columns: TokenColumns
     client: type[ClientActor]
-    base: StoredBase
+    packed: Reference  # the base's index
+    buffer: Reference  # and its bytes, read once for all slots
     holders: dict[tuple[str, str], Any] = field(default_factory=dict)  # by node and GPU
     merged_delta: Reference | None = None
     merged: dict[str, Reference] = field(default_factory=dict)  # the merged weights by node
@@ -145,13 +131,13 @@ class Processes:
         """Returns the only one."""
         return [actor]
 
-    def attach(self, actor: Any, *, first: bool) -> Reference:
+    def attach(self, actor: Any, columns: TokenColumns, *, first: bool) -> Reference:
         """Gives a slot base and rows; the answer is the layout, and of the `first` slot the initial vector."""
-        tokens = self.columns.seen_by(actor, self.patience.answer_s, self.patience.start_s)
+        tokens = columns.seen_by(actor, self.patience.answer_s, self.patience.start_s)
         place: Place = within(self.patience.answer_s, actor.place.remote())
         shares_gpu = place.gpu is not None and self.federation.clients.num_gpus < 1
-        buffer = self._held(place.node_id, str(place.gpu)) if shares_gpu else self.base.buffer
-        return actor.attach.remote(self.base.packed, buffer, tokens, first)
+        buffer = self._held(place.node_id, str(place.gpu)) if shares_gpu else self.buffer
+        return actor.attach.remote(self.packed, buffer, tokens, first)
 
     def _held(self, node_id: str, gpu: str) -> Any:
         """Returns where the base lies on a GPU that slots share; its holder is made again if need be."""
@@ -159,7 +145,7 @@ class Processes:
         if key in self.holders:
             with suppress(*LOST):
                 return within(self.patience.answer_s, self.holders[key].handle.remote())
-        self.holders[key] = start_holder(node_id, gpu, self.base.buffer)
+        self.holders[key] = start_holder(node_id, gpu, self.buffer)
         return within(self.patience.start_s, self.holders[key].handle.remote())
 
     def use_merged(self, merged_delta: np.ndarray | None) -> None:
@@ -212,63 +198,48 @@ class GangHandle:
         return self.leader.lead.remote(method, *arguments)
 
 
-def spawn_gang(federation: Federation, folder: Path, slot: int) -> GangHandle:
-    """Starts a gang, placed all or nothing, and returns its handle; what was in its place before is removed."""
-    clients, zero = federation.clients, federation.clients.zero
-    assert zero is not None
-    end_gang(folder, slot)  # a driver before this one may have left it
-    bundle = {"CPU": clients.num_cpus, "GPU": clients.num_gpus}
-    bundle = {name: share for name, share in bundle.items() if share}
-    group = placement_group([bundle] * zero.ranks, strategy="PACK", name=_group_name(folder, slot))
-    ranks = [
-        ray.remote(Rank if rank else Gang)
-        .options(
-            num_cpus=clients.num_cpus,
-            num_gpus=clients.num_gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
-            runtime_env={"env_vars": rank_environment(gpu=clients.num_gpus > 0)},
-        )
-        .remote(federation, folder, rank)
-        for rank in range(zero.ranks)
-    ]
-    return GangHandle(*ranks)
-
-
-def end_gang(folder: Path, slot: int) -> None:
-    """Removes a gang's placement group: Ray ends what runs in it, stopped or not."""
-    with suppress(ValueError):  # there is none
-        remove_placement_group(get_placement_group(_group_name(folder, slot)))
-
-
-def _group_name(folder: Path, slot: int) -> str:
-    return f"{folder} gang {slot}"
-
-
 @dataclass(frozen=True)
 class Gangs:
     """Slots of several ranks each, made again as a whole when a rank is lost. Each gang reads the base by itself."""
 
     federation: Federation
     folder: Path
-    columns: TokenColumns
     may_shrink = lanes = False
 
     def spawn(self, slot: int) -> GangHandle:
-        """Starts a gang and returns its handle."""
-        return spawn_gang(self.federation, self.folder, slot)
+        """Starts a gang, placed all or nothing, and returns its handle; what was in its place before is removed."""
+        clients, zero = self.federation.clients, self.federation.clients.zero
+        assert zero is not None
+        self.end(slot, None)  # a driver before this one may have left it
+        bundle = {"CPU": clients.num_cpus, "GPU": clients.num_gpus}
+        bundle = {name: share for name, share in bundle.items() if share}
+        group = placement_group([bundle] * zero.ranks, strategy="PACK", name=f"{self.folder} gang {slot}")
+        ranks = [
+            ray.remote(Rank if rank else Gang)
+            .options(
+                num_cpus=clients.num_cpus,
+                num_gpus=clients.num_gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
+                runtime_env={"env_vars": rank_environment(gpu=clients.num_gpus > 0)},
+            )
+            .remote(self.federation, self.folder, rank)
+            for rank in range(zero.ranks)
+        ]
+        return GangHandle(*ranks)
 
-    def end(self, slot: int, gang: GangHandle) -> None:
-        """Ends all ranks of a gang."""
-        end_gang(self.folder, slot)
+    def end(self, slot: int, gang: GangHandle | None) -> None:
+        """Removes a gang's placement group: Ray ends what runs in it, stopped or not."""
+        with suppress(ValueError):  # there is none
+            remove_placement_group(get_placement_group(f"{self.folder} gang {slot}"))
 
     def ranks(self, gang: GangHandle) -> Sequence[Any]:
         """Returns all ranks, the first one first."""
         return [gang.leader, *gang.followers]
 
-    def attach(self, gang: GangHandle, *, first: bool) -> Reference:
+    def attach(self, gang: GangHandle, columns: TokenColumns, *, first: bool) -> Reference:
         """Lets the ranks meet and read base and rows; the answer is the layout, and how vectors are cut."""
         leader, *followers = ranks = self.ranks(gang)
-        leader_tokens, *tokens = [self.columns.seen_by(rank, None, None) for rank in ranks]
+        leader_tokens, *tokens = [columns.seen_by(rank, None, None) for rank in ranks]
         places: list[Place] = ray.get([rank.place.remote() for rank in ranks])
         refuse_shared_gpus([(place.node_id, place.gpu) for place in places])
         address, port = ray.get(leader.address.remote())
