@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from datasets_partition.store.store import Store
 from engine.aggregation.ring_encoding import Plan
 from engine.config.availability import Leaving, Trace, too_late
 from engine.config.federation import Federation
-from engine.messages.broadcast import share
+from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Work
 from engine.rounds.server import Shards
@@ -68,18 +68,6 @@ class Collected:
         return self.figures["nll"] / learned if learned else math.nan
 
 
-class Collector(Protocol):
-    """Lets a cohort train, and collects what the server may learn of it."""
-
-    def collect(self, work: Work, broadcast: Any) -> Collected:
-        """Dispatches the work of a round, which starts from `broadcast`, and collects its sums."""
-        ...
-
-    def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
-        """Returns the norm to which clients clip where the server counts on `clip`; RunError if there is none."""
-        ...
-
-
 @dataclass(frozen=True)
 class ClearCollector:
     """Clients send their updates in the clear, and workers add them up where the rule reads sums."""
@@ -88,7 +76,7 @@ class ClearCollector:
     shards: Shards
     trace: Trace | None = None
 
-    def collect(self, work: Work, broadcast: Any) -> Collected:
+    def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
         """Dispatches the work of a round, which starts from `broadcast`, and collects its sums."""
         availability = self.federation.clients.availability
         gone = availability.gone(work.clients, self.federation.seed, broadcast.round, self.trace)
@@ -108,7 +96,7 @@ class ClearCollector:
         )
 
     def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
-        """Returns `clip`: nothing is rounded on the way."""
+        """Returns the norm to which clients clip where the server counts on `clip`: nothing is rounded on the way."""
         return clip
 
 

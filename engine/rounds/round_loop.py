@@ -20,12 +20,14 @@ from engine.records.checkpoint import Saved
 from engine.records.client_state import forget_round
 from engine.records.journal import Journal
 from engine.records.metrics import Logs
-from engine.rounds.collectors import ClearCollector, Collected, Collector, Quorum
+from engine.rounds.collectors import ClearCollector, Collected, Quorum
 from engine.rounds.planner import Costs, Planner
 from engine.rounds.recorder import Recorder
 from engine.rounds.secure_round import SecureCollector, start_relay
 from engine.rounds.server import Shards, apply
 from engine.scheduling.pool import Pool
+
+Collector = ClearCollector | SecureCollector
 
 
 @dataclass

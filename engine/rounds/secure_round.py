@@ -50,24 +50,8 @@ class _SlotLost(Exception):
 
 
 @dataclass(frozen=True)
-class Request:
-    """A round of secured `work` from `broadcast`, all of whose sessions write into `collected`.
-
-    `refuse` sees the survivors and the reports of each session; `admit` is called once, just before clients are asked
-    for the shares that unmask the survivors' sum. If one of them raises SumRefused, the round has no result.
-    """
-
-    work: Work
-    broadcast: BroadcastMessage
-    gone: Gone
-    refuse: Callable[[Sequence[int], Sequence[Report]], None]
-    admit: Callable[[Sequence[int]], None]
-    collected: Collected
-
-
-@dataclass(frozen=True)
 class Relay:
-    """Plays secured rounds on the pool of `shards`. `authority` vouches for identities in the active profile."""
+    """Takes messages to slots and back. `authority` vouches for identities in the active profile."""
 
     shards: Shards
     authority: Any
@@ -78,107 +62,13 @@ class Relay:
         """The slots that play the clients."""
         return self.shards.pool
 
-    def play(self, session: Session, request: Request) -> MaskedTotal | None:
-        """Plays a round; returns the sum, None if the round is aborted.
-
-        A slot that dies before the sum is being unmasked voids the session, and the next one has new keys; RunError
-        if too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
-        could tell the difference between them.
-        """
-        work, collected = request.work, request.collected
-        units, broadcast, known = self.pool.units(work, request.broadcast.lanes), share(request.broadcast), None
-        if session.parameters.active:
-            cohort = tuple(work.clients.tolist())
-            known = self.pool.ask(lambda actor: actor.roster.remote(cohort, self.authority))
-        self.pool.deaths = 0
-        while True:
-            collected.sessions += 1
-            placed = placement(units, [work.cost(unit) for unit in units], self.pool.alive)
-            try:
-                return self._session(session, request, placed, broadcast, known)
-            except _SlotLost:
-                session = replace(session, attempt=session.attempt + 1)
-            except SecAggAbort as abort:
-                collected.aborted = str(abort)
-                return None
-
-    def _session(
-        self, session: Session, request: Request, placed: Placed, broadcast: Any, known: dict[int, bytes] | None
-    ) -> MaskedTotal:
-        """Plays one session; `known` are the public identities in the active profile."""
-        collected = request.collected
-        members = {slot: [client for unit in units for client in unit] for slot, units in placed.items()}
-        cohort = tuple(sorted(client for clients in members.values() for client in clients))
-        server = Server(session, cohort, self.shards.held(session.sums), known)
-
-        openings = {slot: Opening(session, cohort, units, request.gone) for slot, units in placed.items()}
-        opened = self._trip("open", openings, self.authority)
-        keys = _flat(opened)
-        collected.note("server", "key", keys)
-        key_list = server.key_list(keys)
-        collected.note("client", "key", [key_list] * len(keys))
-
-        shared = self._trip("shares", dict.fromkeys(opened, share(key_list)))
-        shares = _flat(shared)
-        collected.note("server", "sealed share", shares)
-        inboxes = server.inboxes(shares)
-        boxes = sum(len(inbox.boxes) for inbox in inboxes.values())
-        collected.messages.append(Message("other clients", "share", boxes, sum(i.nbytes for i in inboxes.values())))
-
-        of_slots = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in shared}
-        trained = self._trip("masked", {slot: inbox for slot, inbox in of_slots.items() if inbox}, broadcast)
-        self._note_reports(collected, trained, members, request.gone)
-        masked: dict[int, MaskedSum] = {slot: answer for slot, (_, answer) in trained.items() if answer.clients}
-        # What ranks of a gang hold beside their message; a slot that has lost it has lost its clients.
-        waits = {slot: partial(self.shards.masked_shards, slot) for slot in masked}
-        shards = [*self._answers(waits, void=True).values()]
-        for message in masked.values():
-            collected.messages.append(Message("server", "masked update", len(message.clients), message.nbytes))
-            server.add(message)
-        survivors = server.survivors()
-        try:
-            request.refuse(survivors.clients, collected.reports)
-        except SumRefused as error:
-            raise SecAggAbort("masked input", str(error)) from None
-
-        agreements = []
-        if session.parameters.active:
-            collected.note("client", "survivors", [survivors] * len(survivors.clients))
-            agreements = _flat(self._trip("agree", dict.fromkeys(trained, survivors)))
-            collected.note("server", "signature", agreements)
-        requests = server.requests(agreements)
-        try:
-            request.admit(survivors.clients)
-        except SumRefused as error:
-            raise SecAggAbort("unmask", str(error)) from None
-        collected.note("client", "survivors", requests.values())
-        wanted = {slot: {c: requests[c] for c in members[slot] if c in requests} for slot in trained}
-        wanted = {slot: clients for slot, clients in wanted.items() if clients}
-        answers = _flat(self._trip("unmask", wanted, void=False))
-        collected.note("server", "share", answers)
-        removals = server.unmask(answers)
-        collected.messages.append(Message("server", "sum", 1, session.sums.nbytes))
-        return MaskedTotal(session, server.total(), removals, shards)
-
-    def _note_reports(
-        self, collected: Collected, trained: Answers, members: Mapping[int, Sequence[int]], gone: Gone
-    ) -> None:
-        """Notes the reports of the slots that have answered, their seconds of work, and whose slots have not."""
-        reports = (report for of_slot, _ in trained.values() for report in of_slot)
-        collected.reports = sorted(reports, key=lambda report: report.client)
-        silent = [client for slot, clients in members.items() if slot not in trained for client in clients]
-        collected.gone = {client: DIED_WITH_SLOT for client in silent if client not in gone}
-        collected.busy = [0.0] * self.pool.size
-        for slot, (of_slot, _) in trained.items():
-            collected.busy[slot] = sum(report.seconds for report in of_slot)
-
-    def _trip(self, name: str, given: Mapping[int, Any], *rest: Any, void: bool = True) -> Answers:
+    def trip(self, name: str, given: Mapping[int, Any], *rest: Any, void: bool = True) -> Answers:
         """Returns each slot's answer to what it is given; whether a death is `void`, the recipe says."""
         calls = {slot: self._call(slot, name, argument, *rest) for slot, argument in given.items()}
         waits = {slot: partial(self._answer, reference) for slot, reference in calls.items()}
-        return self._answers(waits, void=void and self.on_slot_death == "void")
+        return self.answers(waits, void=void and self.on_slot_death == "void")
 
-    def _answers(self, waits: Mapping[int, Callable[[], Any]], *, void: bool) -> Answers:
+    def answers(self, waits: Mapping[int, Callable[[], Any]], *, void: bool) -> Answers:
         """Returns what slots answer; replaces those that die, and then with `void` raises _SlotLost."""
         answers, lost = {}, False
         for slot, wait in waits.items():
@@ -238,43 +128,27 @@ class SecureCollector:
     def _layout(self) -> Layout:
         return self.relay.pool.layout
 
-    def collect(self, work: Work, broadcast: Any) -> Collected:
+    def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
         """Plays one secured round; it is aborted if the cohort, or what is left of it, is too small."""
-        secagg, cohort = self.federation.privacy.secagg, work.clients
+        secagg, cohort, collected = self.federation.privacy.secagg, work.clients, Collected(by_client=False)
         assert secagg.mode != "off"
-        collected = Collected(by_client=False)
         if not len(cohort):
             return collected
-        plan, round_ = broadcast.dp, broadcast.round + 1
-        least = max(secagg.min_contributors, plan.least if isinstance(plan, DistributedPlan) else 0)
-
-        def refuse(clients: Sequence[int], reports: Sequence[Report]) -> None:
-            self._refuse_thin(clients, least)
-            collected.too_few = self.shortfall(reports, len(cohort), round_)
-            if collected.too_few is not None:
-                raise SumRefused(collected.too_few)
-
-        def admit(clients: Sequence[int]) -> None:
-            try:
-                self.journal.admit(round_, clients, lambda apart: self._refuse_thin(apart, secagg.min_contributors))
-            except SumRefused as error:
-                self.relay.pool.faults.append(Fault("round", str(round_), str(error)))
-                raise
-
         try:
-            self._refuse_thin(cohort.tolist(), least)
+            self._refuse_thin(cohort.tolist(), self._least(broadcast))
             parameters = secagg.parameters(len(cohort))
         except (SumRefused, StrategyError) as error:
             collected.aborted = str(error)
             return collected
-        sums = self.sums(plan, broadcast.clip, len(cohort), broadcast.round)
-        gone = self._gone(work, broadcast.round)
+        sums = self.sums(broadcast.dp, broadcast.clip, len(cohort), broadcast.round)
         session = Session(broadcast.round, 0, parameters, sums, secagg.mode)
-        leaving = {client: leaves.before for client, leaves in gone.items()}
-        total = self.relay.play(session, Request(work, broadcast, leaving, refuse, admit, collected))
+        gone = self._gone(work, broadcast.round)
+        total = self._play(
+            session, work, broadcast, {client: leaves.before for client, leaves in gone.items()}, collected
+        )
 
         if total is not None:
-            learned = self.relay.shards.unmasked(total, plan)
+            learned = self.relay.shards.unmasked(total, broadcast.dp)
             if learned.weight == 0:
                 collected.aborted = "all weights are less than the ring's steps: raise privacy.secagg.bits"
             else:
@@ -286,6 +160,126 @@ class SecureCollector:
         sessions_length = collected.sessions * self.relay.pool.size * sums.length
         collected.store_bytes = FLOAT_BYTES * (self._layout.size + sessions_length)
         return collected
+
+    def _play(
+        self, session: Session, work: Work, broadcast: BroadcastMessage, gone: Gone, collected: Collected
+    ) -> MaskedTotal | None:
+        """Plays sessions until one ends; returns the sum, None if it is aborted.
+
+        A slot that dies before the sum is being unmasked voids the session, and the next one has new keys; RunError
+        if too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
+        could tell the difference between them.
+        """
+        pool, shared, known = self.relay.pool, share(broadcast), None
+        units = pool.units(work, broadcast.lanes)
+        if session.parameters.active:
+            cohort = tuple(work.clients.tolist())
+            known = pool.ask(lambda actor: actor.roster.remote(cohort, self.relay.authority))
+        pool.deaths = 0
+        while True:
+            collected.sessions += 1
+            placed = placement(units, [work.cost(unit) for unit in units], pool.alive)
+            try:
+                return self._session(session, placed, known, broadcast, shared, gone, collected)
+            except _SlotLost:
+                session = replace(session, attempt=session.attempt + 1)
+            except SecAggAbort as abort:
+                collected.aborted = str(abort)
+                return None
+
+    def _session(
+        self,
+        session: Session,
+        placed: Placed,
+        known: dict[int, bytes] | None,
+        broadcast: BroadcastMessage,
+        shared: Any,
+        gone: Gone,
+        collected: Collected,
+    ) -> MaskedTotal:
+        """Plays one session; `known` are the public identities in the active profile."""
+        relay = self.relay
+        members = {slot: [client for unit in units for client in unit] for slot, units in placed.items()}
+        cohort = tuple(sorted(client for clients in members.values() for client in clients))
+        server = Server(session, cohort, relay.shards.held(session.sums), known)
+
+        openings = {slot: Opening(session, cohort, units, gone) for slot, units in placed.items()}
+        opened = relay.trip("open", openings, relay.authority)
+        keys = _flat(opened)
+        collected.note("server", "key", keys)
+        key_list = server.key_list(keys)
+        collected.note("client", "key", [key_list] * len(keys))
+
+        sealed = relay.trip("shares", dict.fromkeys(opened, share(key_list)))
+        shares = _flat(sealed)
+        collected.note("server", "sealed share", shares)
+        inboxes = server.inboxes(shares)
+        boxes = sum(len(inbox.boxes) for inbox in inboxes.values())
+        collected.messages.append(Message("other clients", "share", boxes, sum(i.nbytes for i in inboxes.values())))
+
+        of_slots = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in sealed}
+        trained = relay.trip("masked", {slot: inbox for slot, inbox in of_slots.items() if inbox}, shared)
+        self._note_reports(collected, trained, members, gone)
+        masked: dict[int, MaskedSum] = {slot: answer for slot, (_, answer) in trained.items() if answer.clients}
+        # What ranks of a gang hold beside their message; a slot that has lost it has lost its clients.
+        waits = {slot: partial(relay.shards.masked_shards, slot) for slot in masked}
+        shards = [*relay.answers(waits, void=True).values()]
+        for message in masked.values():
+            collected.messages.append(Message("server", "masked update", len(message.clients), message.nbytes))
+            server.add(message)
+        survivors = server.survivors()
+        self._refuse(survivors.clients, broadcast, collected, len(cohort))
+        agreements = []
+        if session.parameters.active:
+            collected.note("client", "survivors", [survivors] * len(survivors.clients))
+            agreements = _flat(relay.trip("agree", dict.fromkeys(trained, survivors)))
+            collected.note("server", "signature", agreements)
+        requests = server.requests(agreements)
+        self._admit(survivors.clients, broadcast.round + 1)
+        collected.note("client", "survivors", requests.values())
+        wanted = {slot: {c: requests[c] for c in members[slot] if c in requests} for slot in trained}
+        wanted = {slot: clients for slot, clients in wanted.items() if clients}
+        answers = _flat(relay.trip("unmask", wanted, void=False))
+        collected.note("server", "share", answers)
+        removals = server.unmask(answers)
+        collected.messages.append(Message("server", "sum", 1, session.sums.nbytes))
+        return MaskedTotal(session, server.total(), removals, shards)
+
+    def _note_reports(
+        self, collected: Collected, trained: Answers, members: Mapping[int, Sequence[int]], gone: Gone
+    ) -> None:
+        """Notes the reports of the slots that have answered, their seconds of work, and whose slots have not."""
+        reports = (report for of_slot, _ in trained.values() for report in of_slot)
+        collected.reports = sorted(reports, key=lambda report: report.client)
+        silent = [client for slot, clients in members.items() if slot not in trained for client in clients]
+        collected.gone = {client: DIED_WITH_SLOT for client in silent if client not in gone}
+        collected.busy = [0.0] * self.relay.pool.size
+        for slot, (of_slot, _) in trained.items():
+            collected.busy[slot] = sum(report.seconds for report in of_slot)
+
+    def _refuse(self, clients: Sequence[int], broadcast: BroadcastMessage, collected: Collected, cohort: int) -> None:
+        """Raises SecAggAbort if the survivors, or the clients that gave an update, are too few."""
+        try:
+            self._refuse_thin(clients, self._least(broadcast))
+            collected.too_few = self.shortfall(collected.reports, cohort, broadcast.round + 1)
+            if collected.too_few is not None:
+                raise SumRefused(collected.too_few)
+        except SumRefused as error:
+            raise SecAggAbort("masked input", str(error)) from None
+
+    def _admit(self, clients: Sequence[int], round_: int) -> None:
+        """Writes down whose sum is about to be unmasked; SecAggAbort if it must not be."""
+        contributors = self.federation.privacy.secagg.min_contributors
+        try:
+            self.journal.admit(round_, clients, lambda apart: self._refuse_thin(apart, contributors))
+        except SumRefused as error:
+            self.relay.pool.faults.append(Fault("round", str(round_), str(error)))
+            raise SecAggAbort("unmask", str(error)) from None
+
+    def _least(self, broadcast: BroadcastMessage) -> int:
+        """The fewest clients whose sum may be unmasked."""
+        plan, contributors = broadcast.dp, self.federation.privacy.secagg.min_contributors
+        return max(contributors, plan.least if isinstance(plan, DistributedPlan) else 0)
 
     def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
         """Returns the norm to which clients clip: less than the server counts on, by what a ring's rounding may add."""

@@ -45,7 +45,7 @@ class MaskedTotal:
 
 
 @dataclass(frozen=True)
-class Unmasked:
+class UnmaskedSums:
     """What the server learns of a secured round: count and weights of the clients, sums, and their figures by name."""
 
     count: int
@@ -116,11 +116,11 @@ class DriverShards:
         """Returns references to what of a slot's masked vector is not in its message: nothing."""
         return None
 
-    def unmasked(self, masked: MaskedTotal, plan: Plan) -> Unmasked:
+    def unmasked(self, masked: MaskedTotal, plan: Plan) -> UnmaskedSums:
         """Returns the sums as floats, and the figures."""
         totals, round_ = masked.session.sums.decode(masked.total_L), masked.session.round
         aggregate, figures = ring_aggregate(totals, self.federation, self.pool.layout, plan, round_)
-        return Unmasked(totals.count, totals.weight, [aggregate], figures)
+        return UnmaskedSums(totals.count, totals.weight, [aggregate], figures)
 
     def step(
         self, state: ShardedState, sums: list[Aggregate], plan: CentralPlan | None, clip: float
@@ -200,7 +200,7 @@ class RankShards:
         self.pool.answer([there for there, _ in shards])
         return [shard for _, shard in shards]
 
-    def unmasked(self, masked: MaskedTotal, plan: Plan) -> Unmasked:
+    def unmasked(self, masked: MaskedTotal, plan: Plan) -> UnmaskedSums:
         """Lets the ranks of the first gang unmask their shards, which stay in the store; returns the figures."""
         totals = masked.session.sums.decode_head(masked.total_L)
         while True:
@@ -211,7 +211,7 @@ class RankShards:
             try:
                 figures: dict[str, float] = self.pool.answer(unmasked[0][0])
                 self.pool.answer([there for there, _ in unmasked[1:]])
-                return Unmasked(*totals, [tuple(shard for _, shard in unmasked)], figures)
+                return UnmaskedSums(*totals, [tuple(shard for _, shard in unmasked)], figures)
             except LOST as error:
                 self.pool.replace(0, error)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,16 +31,8 @@ from strategies.core.sharding import Partition
 MAX_DEATHS = 10  # and one for each slot, with nothing done between: beyond, the machine and not chance is at fault
 LOOK_S = 5.0  # between looks at what the cluster has, while a slot waits for a place
 PART = 64 * BLOCK  # elements of a sum that are handed over at once, so that no store needs to hold all of it
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Sums that slots have handed over, their bytes in the store, of which slots, and how the other slots ended."""
-
-    sums: list[Any]
-    nbytes: int
-    slots: list[int]
-    lost: dict[int, Exception]
+# Sums by the slots that have handed them over, their bytes in the store, and how other slots ended meanwhile.
+Taken = tuple[dict[tuple[int, ...], Any], int, dict[int, Exception]]
 
 
 @dataclass(eq=False)
@@ -83,15 +76,16 @@ class Pool:
         kind_of = [0] * gangs + [int(gangs > 0)] * processes
         worker_kinds: tuple[WorkerKind, ...] = (kinds.Gangs(federation, folder),) if gangs else ()
         actors: list[Any] = [worker_kinds[0].spawn(slot) for slot in range(gangs)]
-        actors += [kinds.spawn_process(federation, folder, cls.client) for _ in range(processes)]
+        spawn = partial(kinds.spawn_process, federation, folder, cls.client)
+        actors += [spawn() for _ in range(processes)]
         places = kinds.wait_for_places(actors, federation)
 
-        reader, patience = actors[0], Patience.of(federation)
+        reader, base_bytes, patience = actors[0], 0, Patience.of(federation)
         if processes:
-            reader = kinds.process_beside_driver(federation, folder, cls.client, actors[gangs:], places[gangs:])
+            reader = kinds.process_beside_driver(spawn, actors[gangs:], places[gangs:])
             stored, *base = reader.load_base.options(num_returns=3).remote()
             base_bytes = ray.get(stored)  # first, since a base that is none has no tokenizer either
-            worker_kinds += (kinds.Processes(federation, folder, patience, cls.client, *base),)
+            worker_kinds += (kinds.Processes(federation, patience, spawn, *base),)
         columns = TokenColumns(Path(ray.get(reader.tokenize.remote(store, shared))))
         if all(reader is not actor for actor in actors):
             ray.kill(reader)  # what it has read stays in the store, owned by the driver
@@ -267,14 +261,17 @@ class Pool:
             for report in dispatcher.given_up:
                 reports[report.client] = report
                 each.pop(report.client, None)  # what it leaves is the error of a dead slot
-            taken = self._whole_sum(list(finished)) if self.partition is None else self._cut_sums(list(finished))
-            sums, nbytes = [*sums, *taken.sums], nbytes + taken.nbytes
-            for slot in taken.slots:
-                part = finished.pop(slot)
-                reports |= {report.client: report for report in part.results}
-                busy[slot] += sum(report.seconds for report in part.results)
-                ended |= dict.fromkeys(part.units)
-            for slot, error in taken.lost.items():
+            take = self._whole_sum if self.partition is None else self._cut_sums
+            taken, size, died = take(tuple(finished))
+            nbytes += size
+            for slots, total in taken.items():
+                sums += [] if total is None else [total]
+                for slot in slots:
+                    part = finished.pop(slot)
+                    reports |= {report.client: report for report in part.results}
+                    busy[slot] += sum(report.seconds for report in part.results)
+                    ended |= dict.fromkeys(part.units)
+            for slot, error in died.items():
                 todo += finished.pop(slot).units
                 lost_sums += 1
                 self.deaths = max(self.deaths, lost_sums)  # whatever was done between is lost with them
@@ -284,14 +281,14 @@ class Pool:
                 todo += [unit for unit in ended if lost & {*unit} and unit not in todo]
         return Worked([reports[client] for client in sorted(reports)], sums, nbytes, each, busy)
 
-    def _whole_sum(self, slots: list[int]) -> Taken:
+    def _whole_sum(self, slots: tuple[int, ...]) -> Taken:
         """Returns one sum over all these slots, taken part by part, so that nobody holds the slots' wide integers.
 
         All slots keep theirs until it is whole: if one dies meanwhile, the others still have them. If the rule reads
         single updates, there is no sum, and this shows who is still alive.
         """
         if not slots:
-            return Taken([], 0, [], {})
+            return {}, 0, {}
         asked, nbytes = slots[0], 0
 
         def parts() -> Iterator[list[PartialSum]]:
@@ -310,22 +307,22 @@ class Pool:
         try:
             whole = merge_parts(parts())
         except LOST as error:
-            return Taken([], nbytes, [], {asked: error})
+            return {}, nbytes, {asked: error}
         for slot in slots:
             self.actors[slot].forget_sum.remote()
-        return Taken([whole] if whole else [], nbytes, slots, {})
+        return {slots: whole}, nbytes, {}
 
-    def _cut_sums(self, slots: list[int]) -> Taken:
+    def _cut_sums(self, slots: tuple[int, ...]) -> Taken:
         """Returns each slot's sum as references to its shards, which stay in the store."""
         closing = {slot: self.close(slot) for slot in slots}
-        sums, nbytes, lost = dict[int, tuple[Reference, ...]](), 0, dict[int, Exception]()
+        sums, nbytes, lost = dict[tuple[int, ...], Any](), 0, dict[int, Exception]()
         for slot, shards in closing.items():
             try:
                 nbytes += sum(self.answer([nbytes for nbytes, _ in shards]))
-                sums[slot] = tuple(shard for _, shard in shards)
+                sums[slot,] = tuple(shard for _, shard in shards)
             except LOST as error:
                 lost[slot] = error
-        return Taken([*sums.values()], nbytes, [*sums], lost)
+        return sums, nbytes, lost
 
     def close(self, slot: int) -> list[tuple[Reference, Reference]]:
         """Returns references to the bytes of each shard of a slot's sum, and to the shard, where vectors are cut."""

@@ -3,7 +3,7 @@
 Their methods raise one of LOST when a slot dies; the pool replaces it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,16 +91,13 @@ def wait_for_places(actors: list[Any], federation: Federation) -> list[Place]:
     return places
 
 
-def process_beside_driver(
-    federation: Federation, folder: Path, client: type[ClientActor], actors: list[Any], places: list[Place]
-) -> Any:
+def process_beside_driver(spawn: Callable[..., Any], actors: list[Any], places: list[Place]) -> Any:
     """Returns a slot on the driver's node, where store and base lie, else an actor that takes no resources."""
     here = ray.get_runtime_context().get_node_id()
     for actor, place in zip(actors, places, strict=True):
         if place.node_id == here:
             return actor
-    pinned = NodeAffinitySchedulingStrategy(here, soft=False)
-    return spawn_process(federation, folder, client, num_cpus=0, num_gpus=0, scheduling_strategy=pinned)
+    return spawn(num_cpus=0, num_gpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
 
 
 @dataclass
@@ -108,9 +105,8 @@ class Processes:
     """Slots of one process each, which share a base that is in the object store or in a GPU holder's memory."""
 
     federation: Federation
-    folder: Path
     patience: Patience
-    client: type[ClientActor]
+    spawn_one: Callable[[], Any]
     packed: Reference  # the base's index
     buffer: Reference  # and its bytes, read once for all slots
     holders: dict[tuple[str, str], Any] = field(default_factory=dict)  # by node and GPU
@@ -121,7 +117,7 @@ class Processes:
 
     def spawn(self, slot: int) -> Any:
         """Starts a slot and returns its actor."""
-        return spawn_process(self.federation, self.folder, self.client)
+        return self.spawn_one()
 
     def end(self, slot: int, actor: Any) -> None:
         """Ends what is left of a slot, which may be silent and not dead."""
