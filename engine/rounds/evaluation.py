@@ -46,24 +46,17 @@ class PoolEvaluator:
 
     def losses(self, vector: Any, round_: int, name: str = "loss", *, protocol: bool = False) -> Losses:
         """Returns the loss of each split that has rows; a baseline is no part of the federation's `protocol`."""
-        losses = {}
-        for split in SPLITS:
-            clients, rows = self.judged(split)
-            if len(clients):
-                call = partial(_evaluate, vector=vector, limit=self._limit(split))
-                results = self.parts.pool.map(clients, rows, call)
-                losses[split] = self._record(results, round_, split, name, protocol=protocol)
-        return losses
+        return self.end(self.begin(vector, round_), name, protocol=protocol)
 
     def begin(self, vector: Any, round_: int) -> Pending:
-        """Begins an evaluation of the global model, for workers that have nothing else to do."""
+        """Begins an evaluation, for workers that have nothing else to do."""
         parts = []
         for split in SPLITS:
             call = partial(_evaluate, vector=vector, limit=self._limit(split))
             parts.append((split, Later.of(self.judged(split)[0], self.parts.pool.size, call)))
         return Pending(round_, parts)
 
-    def end(self, pending: Pending) -> Losses:
+    def end(self, pending: Pending, name: str = "loss", *, protocol: bool = True) -> Losses:
         """Returns the losses of a pending evaluation; evaluates now what no worker has had time for."""
         losses = {}
         for split, later in pending.parts:
@@ -71,7 +64,7 @@ class PoolEvaluator:
             later.chunks.clear()
             later.results.extend(self.parts.pool.map(left, self.parts.tokens.counts("heldout")[left], later.call))
             if later.results:
-                losses[split] = self._record(later.results, pending.round, split, "loss", protocol=True)
+                losses[split] = self._record(later.results, pending.round, split, name, protocol=protocol)
         return losses
 
     def local_only(self, start: Any, round_: int, steps: np.ndarray, name: str) -> Losses:

@@ -10,6 +10,8 @@ from engine.records.metrics import Logs
 from engine.rounds.collectors import Collected
 from engine.scheduling.pool import Pool
 
+NO_UPDATE = ("sum", "metric")  # kinds of messages to the server that no protocol of updates counts
+
 
 @dataclass
 class Recorder:
@@ -54,6 +56,10 @@ class Recorder:
             names = self.store.names([report.client for report in good])
             metrics.add_each(round_, "train", names, [report.metrics for report in good])
         clients, tokens = 0 if collected.aborted else len(good), collected.figures.get("tokens", 0.0)
+        sent_down = sum(sent.nbytes for sent in collected.messages if sent.party != "server")
+        sent_up = sum(
+            sent.nbytes for sent in collected.messages if sent.party == "server" and sent.kind not in NO_UPDATE
+        )
         metrics.add(round_, "train", None, loss=collected.loss, tokens=tokens)
         metrics.add(
             round_,
@@ -66,7 +72,8 @@ class Recorder:
             failed=len(failed),
             dropped=len(gone),
             aborted=float(collected.aborted is not None),
-            **_protocol_bytes(collected),
+            protocol_bytes_down=sent_down,
+            protocol_bytes_up=sent_up,
             store_bytes=collected.store_bytes,
             balance=self._balance(collected.busy),
             faults=len(faults),
@@ -87,14 +94,3 @@ class Recorder:
         """The mean over the longest of the slots' working times, without slots that no longer exist."""
         present = [seconds for slot, seconds in enumerate(busy) if seconds or slot in self.pool.alive]
         return statistics.mean(present) / max(present) if any(present) else 1.0
-
-
-def _protocol_bytes(collected: Collected) -> dict[str, int]:
-    """What the simulated protocol sends to clients, and to the server of what they send it."""
-    messages, no_update = collected.messages, ("sum", "metric")
-    return {
-        "protocol_bytes_down": sum(sent.nbytes for sent in messages if sent.party != "server"),
-        "protocol_bytes_up": sum(
-            sent.nbytes for sent in messages if sent.party == "server" and sent.kind not in no_update
-        ),
-    }
