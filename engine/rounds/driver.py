@@ -92,7 +92,6 @@ class Driver:
         loop = round_loop(parts, logs, lanes, saved)
         at_end.callback(_record_last_faults, loop.recorder)
         self._begin_folder(pool, loop.recorder, saved)
-        notes = plan.notes + loop.privacy.warned + (saved.passed_over if saved else ())
         yield Started(
             pool.size,
             federation.clients.slots,
@@ -104,7 +103,7 @@ class Driver:
             without_gpu=pool.without_gpu,
             resumed=saved.state.round if saved else None,
             lanes=lanes,
-            notes=notes,
+            notes=plan.notes + loop.privacy.warned + (saved.passed_over if saved else ()),
         )
 
         evaluator, checkpoints = PoolEvaluator(parts, logs), Checkpoints(parts, loop)
@@ -144,10 +143,8 @@ class Driver:
         return RunParts(federation, pool, shards, shards.initial(), store, tokens, plan.folder, plan.elsewhere)
 
     def _saved(self, shards: Shards) -> Saved | None:
-        """The last checkpoint of a run that is resumed, if it has one."""
-        if not self.plan.resume:
-            return None
-        saved = load_checkpoint(self.plan.folder / "checkpoints", hold=shards.hold)
+        checkpoints = self.plan.folder / "checkpoints"
+        saved = load_checkpoint(checkpoints, hold=shards.hold) if self.plan.resume else None
         if saved is not None:
             shards.refuse_other(saved.state)
         return saved

@@ -87,7 +87,6 @@ class Recorder:
         return RoundDone(round_, *shown, statement, faults)
 
     def _gone(self, collected: Collected) -> dict[str, str]:
-        """Why clients came too late or not at all, by their names."""
         return dict(zip(self.store.names([*collected.gone]), collected.gone.values(), strict=True))
 
     def _balance(self, busy: list[float]) -> float:

@@ -81,7 +81,6 @@ class RoundLoop:
         return Saved(state, wall_s, self.privacy.clip, self.aborts, self.lanes, costs, last_sum=self.journal.model)
 
     def _broadcast(self, state: ShardedState, clients: int) -> Any:
-        """What the cohort starts from, and the terms on which it trains."""
         plan, clip = self.privacy.plan, 0.0
         if plan is not None:
             clip = self.collector.client_clip(plan, self.privacy.clip, clients, state.round)

@@ -86,16 +86,13 @@ class Relay:
         return answers
 
     def _call(self, slot: int, name: str, *arguments: Any) -> Any:
-        """Begins a slot's part of a trip."""
         return getattr(self.pool.actors[slot], name).remote(*arguments)
 
     def _answer(self, reference: Any) -> Any:
-        """Waits for a slot's answer."""
         return within(self.pool.timeout_s, reference)
 
 
 def _flat(answers: Mapping[int, list[Any]]) -> list[Any]:
-    """The messages of all slots."""
     return [message for of_slot in answers.values() for message in of_slot]
 
 
@@ -277,7 +274,6 @@ class SecureCollector:
             raise SecAggAbort("unmask", str(error)) from None
 
     def _least(self, broadcast: BroadcastMessage) -> int:
-        """The fewest clients whose sum may be unmasked."""
         plan, contributors = broadcast.dp, self.federation.privacy.secagg.min_contributors
         return max(contributors, plan.least if isinstance(plan, DistributedPlan) else 0)
 

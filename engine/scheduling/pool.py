@@ -213,7 +213,6 @@ class Pool:
         return True
 
     def _fits(self) -> bool:
-        """Whether the nodes that there are could hold all slots."""
         try:
             return slots_that_fit(self.federation.clients, _resources()) >= len(self.alive)
         except RunError:
@@ -367,7 +366,6 @@ class Pool:
 
 
 def _resources() -> list[dict[str, float]]:
-    """The resources of each node that there is."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 

@@ -34,7 +34,6 @@ def drop_pages(buffer: np.ndarray) -> None:
 
 
 def _call(name: str, buffer: np.ndarray, argument: int, failed: str) -> None:
-    """Makes a system call on the whole pages inside a buffer."""
     if not sys.platform.startswith("linux"):
         return
     page = mmap.PAGESIZE
