@@ -100,31 +100,24 @@ class ClearCollector:
         return clip
 
 
-@dataclass(frozen=True)
-class Quorum:
-    """Judges whether a round has enough updates to count, by `clients.max_failed` and `clients.min_share`."""
-
-    federation: Federation
-    store: Store
-
-    def shortfall(self, reports: Sequence[Report], cohort: int, round_: int) -> str | None:
-        """Returns why a round has too few updates and what helps; None if it has enough."""
-        clients = self.federation.clients
-        failed = [report for report in reports if report.failed is not None]
-        if len(failed) > clients.max_failed * len(reports) or (failed and len(failed) == len(reports)):
-            names = self.store.names([report.client for report in failed])
-            return (
-                f"{len(failed)} of {len(reports)} clients of round {round_} gave no usable update, more than "
-                f"clients.max_failed = {clients.max_failed:g} allows: {first_names(names)}: {failed[0].why}; "
-                f"lower train.optimizer.lr, raise clients.max_failed"
-            )
-        good = sum(report.good for report in reports)
-        if good < clients.min_share * cohort:
-            return (
-                f"{good} of {cohort} clients of round {round_} gave an update, fewer than clients.min_share = "
-                f"{clients.min_share:g} asks for: allow more time or lower clients.min_share"
-            )
-        return None
+def shortfall(federation: Federation, store: Store, reports: Sequence[Report], cohort: int, round_: int) -> str | None:
+    """Returns why a round has too few updates for clients.max_failed or clients.min_share; None if it has enough."""
+    clients = federation.clients
+    failed = [report for report in reports if report.failed is not None]
+    if len(failed) > clients.max_failed * len(reports) or (failed and len(failed) == len(reports)):
+        names = store.names([report.client for report in failed])
+        return (
+            f"{len(failed)} of {len(reports)} clients of round {round_} gave no usable update, more than "
+            f"clients.max_failed = {clients.max_failed:g} allows: {first_names(names)}: {failed[0].why}; "
+            f"lower train.optimizer.lr, raise clients.max_failed"
+        )
+    good = sum(report.good for report in reports)
+    if good < clients.min_share * cohort:
+        return (
+            f"{good} of {cohort} clients of round {round_} gave an update, fewer than clients.min_share = "
+            f"{clients.min_share:g} asks for: allow more time or lower clients.min_share"
+        )
+    return None
 
 
 def first_names(names: list[str]) -> str:

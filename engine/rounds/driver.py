@@ -18,7 +18,7 @@ from engine.records.checkpoint import Saved, load_checkpoint
 from engine.records.metrics import Logs
 from engine.rounds.collectors import first_names
 from engine.rounds.evaluation import Evaluation, PoolEvaluator, baselines, without_privacy
-from engine.rounds.outputs import Checkpoints, finish
+from engine.rounds.outputs import finish, write_checkpoint
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import RunParts, round_loop
@@ -106,7 +106,7 @@ class Driver:
             notes=plan.notes + loop.privacy.warned + (saved.passed_over if saved else ()),
         )
 
-        evaluator, checkpoints = PoolEvaluator(parts, logs), Checkpoints(parts, loop)
+        evaluator = PoolEvaluator(parts, logs)
         evaluation = Evaluation(evaluator)
         state = saved.state if saved else parts.initial
         move_base(parts.shards, None, state)
@@ -123,9 +123,9 @@ class Driver:
             if last and federation.evaluate.without_privacy:
                 yield from without_privacy(evaluator, loop, state)
             logs.flush(state.round)
-            yield from checkpoints.after_round(state)
-            if self.stopping and not last:
-                yield from checkpoints.write(state)
+            stopping = self.stopping and not last
+            yield from write_checkpoint(parts, loop, state, stopping=stopping)
+            if stopping:
                 yield Stopped(state.round)
                 break
         else:

@@ -1,6 +1,7 @@
 """Evaluation on the pool: held-out losses during a run, and of other models on the same rows. Legend: P parameters."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from engine.scheduling.worker_kinds import Reference
 from engine.training.evaluation import ClientLoss, mean_loss
 from strategies.core.protocol import Broadcast
 
+CHUNKS = 2  # of clients for each slot
 SPLITS = ("heldout", "unseen", "server")
 Losses = dict[str, float]  # split -> nats per token
 
@@ -53,7 +55,8 @@ class PoolEvaluator:
         parts = []
         for split in SPLITS:
             call = partial(_evaluate, vector=vector, limit=self._limit(split))
-            parts.append((split, Later.of(self.judged(split)[0], self.parts.pool.size, call)))
+            chunks = np.array_split(self.judged(split)[0], CHUNKS * self.parts.pool.size)
+            parts.append((split, Later(deque(chunk.tolist() for chunk in chunks if len(chunk)), call)))
         return Pending(round_, parts)
 
     def end(self, pending: Pending, name: str = "loss", *, protocol: bool = True) -> Losses:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from engine.messages.events import Checkpointed, Event, Finished, Sample
@@ -20,27 +20,11 @@ from strategies.core.seeds import rng
 SAMPLE_TOKENS = 40
 
 
-@dataclass
-class Checkpoints:
-    """Writes checkpoints by `checkpoint.every`, at the end, and before a stop; round `written` has the last one."""
-
-    parts: RunParts
-    loop: RoundLoop
-    written: int = -1
-
-    def after_round(self, state: ShardedState) -> Iterator[Event]:
-        """Writes the round's checkpoint if it is its turn."""
-        federation = self.parts.federation
-        if state.round == federation.rounds or state.round % federation.checkpoint.every == 0:
-            yield from self.write(state)
-
-    def write(self, state: ShardedState) -> Iterator[Event]:
-        """Writes the round's checkpoint unless it is written."""
-        if state.round == self.written:
-            return
-        read, keep = self.parts.shards.read, self.parts.federation.checkpoint.keep
-        save_checkpoint(self.parts.folder / "checkpoints", self.loop.saved(state), keep, read)
-        self.written = state.round
+def write_checkpoint(parts: RunParts, loop: RoundLoop, state: ShardedState, *, stopping: bool) -> Iterator[Event]:
+    """Writes a checkpoint if it is the round's turn by `checkpoint.every`, or the last one, or the run is stopping."""
+    every, keep = parts.federation.checkpoint.every, parts.federation.checkpoint.keep
+    if stopping or state.round == parts.federation.rounds or state.round % every == 0:
+        save_checkpoint(parts.folder / "checkpoints", loop.saved(state), keep, parts.shards.read)
         yield Checkpointed(state.round)
 
 

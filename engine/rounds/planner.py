@@ -82,11 +82,8 @@ class Planner:
 
     def total_steps(self) -> int:
         """Returns how many steps all cohorts of the run take together."""
-        federation = self.federation
-        cohorts = (
-            federation.cohort.sample(self.population, federation.seed, round_) for round_ in range(federation.rounds)
-        )
-        return int(sum(self.steps(cohort).sum() for cohort in cohorts))
+        cohort, seed, rounds = self.federation.cohort, self.federation.seed, range(self.federation.rounds)
+        return int(sum(self.steps(cohort.sample(self.population, seed, round_)).sum() for round_ in rounds))
 
     def most_steps(self) -> int:
         """Returns how many steps a client takes at most in a round."""

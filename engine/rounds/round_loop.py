@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from engine.records.checkpoint import Saved
 from engine.records.client_state import forget_round
 from engine.records.journal import Journal
 from engine.records.metrics import Logs
-from engine.rounds.collectors import ClearCollector, Collected, Quorum
+from engine.rounds.collectors import ClearCollector, Collected, shortfall
 from engine.rounds.planner import Costs, Planner
 from engine.rounds.recorder import Recorder
-from engine.rounds.secure_round import SecureCollector, start_relay
+from engine.rounds.secure_round import SecureCollector, Shortfall, start_relay
 from engine.rounds.server import Shards, apply
 from engine.scheduling.pool import Pool
 
@@ -38,7 +39,7 @@ class RoundLoop:
     planner: Planner
     shards: Shards
     collector: Collector
-    quorum: Quorum
+    shortfall: Shortfall
     privacy: PrivacyAccount
     journal: Journal
     recorder: Recorder
@@ -90,7 +91,7 @@ class RoundLoop:
     def _abort_if_too_few(self, collected: Collected, cohort: int, round_: int) -> None:
         """Takes the sums out of a round in which too few clients gave an update; RunError if that ends the run."""
         if collected.aborted is None:
-            collected.too_few = self.quorum.shortfall(collected.reports, cohort, round_)
+            collected.too_few = self.shortfall(collected.reports, cohort, round_)
         if collected.too_few is not None:
             if self.federation.clients.on_too_few == "end":
                 raise RunError(f'{collected.too_few}, or take clients.on_too_few = "skip"')
@@ -143,7 +144,7 @@ def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None 
     steps = planner.most_steps() * shards.trainings(parts.initial)  # all trainings of a client see its rows
     privacy = PrivacyAccount.open(federation, parts.pool.layout, parts.folder, rows, steps, round_, clip)
     journal = Journal.open(parts.folder, parts.elsewhere, saved.last_sum if saved else 0)
-    quorum = Quorum(federation, store)
+    too_few = partial(shortfall, federation, store)
     path = federation.clients.availability.trace
     trace = None if path is None else Trace.open(Path(path), store.names(list(range(store.num_clients))))
     collector: Collector
@@ -151,7 +152,7 @@ def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None 
         train = federation.train
         most_tokens = planner.most_steps() * train.batch * train.accumulate * train.max_length
         relay = start_relay(shards, federation.privacy.secagg.on_slot_death)
-        collector = SecureCollector(federation, relay, most_tokens, journal, quorum.shortfall, trace)
+        collector = SecureCollector(federation, relay, most_tokens, journal, too_few, trace)
         collector.refuse_small_ring(privacy.plan, privacy.clip, federation.cohort.largest(parts.population), round_)
     else:
         collector = ClearCollector(federation, shards, trace)
@@ -160,7 +161,7 @@ def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None 
         planner,
         shards,
         collector,
-        quorum,
+        too_few,
         privacy,
         journal,
         Recorder(store, parts.pool, logs, round_),

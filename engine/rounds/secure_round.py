@@ -39,7 +39,7 @@ from strategies.secagg.ring import Sums
 from strategies.secagg.server import Server
 
 MOST_CLIPPED = 0.01  # a share of coordinates: more is warned about
-Shortfall = Callable[[Sequence[Report], int, int], str | None]  # see Quorum
+Shortfall = Callable[[Sequence[Report], int, int], str | None]
 Gone = Mapping[int, Phase]  # who drops out, and before which answer
 Placed = dict[int, tuple[Unit, ...]]  # the units of work of each slot
 Answers = dict[int, Any]  # by slot
@@ -240,7 +240,7 @@ class SecureCollector:
         collected.note("server", "share", answers)
         removals = server.unmask(answers)
         collected.messages.append(Message("server", "sum", 1, session.sums.nbytes))
-        return MaskedTotal(session, server.total(), removals, shards)
+        return session, server.total(), removals, shards
 
     def _note_reports(
         self, collected: Collected, trained: Answers, members: Mapping[int, Sequence[int]], gone: Gone

@@ -30,18 +30,8 @@ from strategies.secagg.masks import Masks
 from strategies.secagg.protocol import Session
 from strategies.secagg.ring import Sums
 
-
-@dataclass(frozen=True)
-class MaskedTotal:
-    """The sum of a session's masked vectors (L,), and the masks that it still holds.
-
-    `total_L` is unmasked as far as it came in messages; `shards` are references to what ranks hold beside them.
-    """
-
-    session: Session
-    total_L: np.ndarray
-    removals: Masks
-    shards: list[Any]
+# A session, its sum (L,) from the slots' messages, the masks that it still holds, what ranks hold beside each message.
+MaskedTotal = tuple[Session, np.ndarray, Masks, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -117,9 +107,10 @@ class DriverShards:
         return None
 
     def unmasked(self, masked: MaskedTotal, plan: Plan) -> UnmaskedSums:
-        """Returns the sums as floats, and the figures."""
-        totals, round_ = masked.session.sums.decode(masked.total_L), masked.session.round
-        aggregate, figures = ring_aggregate(totals, self.federation, self.pool.layout, plan, round_)
+        """Returns the sums as floats, and the figures; messages come without masks."""
+        session, total_L, _, _ = masked
+        totals = session.sums.decode(total_L)
+        aggregate, figures = ring_aggregate(totals, self.federation, self.pool.layout, plan, session.round)
         return UnmaskedSums(totals.count, totals.weight, [aggregate], figures)
 
     def step(
@@ -202,11 +193,12 @@ class RankShards:
 
     def unmasked(self, masked: MaskedTotal, plan: Plan) -> UnmaskedSums:
         """Lets the ranks of the first gang unmask their shards, which stay in the store; returns the figures."""
-        totals = masked.session.sums.decode_head(masked.total_L)
+        session, total_L, removals, shards_by_slot = masked
+        totals = session.sums.decode_head(total_L)
         while True:
             unmasked = [
-                rank.unmask_shard.options(num_returns=2).remote(masked.session, masked.removals, *totals, *shards)
-                for rank, *shards in zip(self.pool.ranks(0), *masked.shards, strict=True)
+                rank.unmask_shard.options(num_returns=2).remote(session, removals, *totals, *shards)
+                for rank, *shards in zip(self.pool.ranks(0), *shards_by_slot, strict=True)
             ]
             try:
                 figures: dict[str, float] = self.pool.answer(unmasked[0][0])

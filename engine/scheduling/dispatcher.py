@@ -18,7 +18,6 @@ from engine.messages.tasks import Unit, halves
 from engine.system.failures import LOST, SlotSilent, last_line
 
 SHARES = 1.5  # chunks for each slot in the work that is left: a first chunk is 2/3 of an even share
-LATER_SHARES = 2  # chunks for each slot in work that can wait
 LEAST_S = 0.005  # of work in a chunk, if there is as much: to hand one out takes about a tenth of that
 AHEAD = 2  # chunks that a slot has at once, so that it need not wait for the next
 REFILLED = 2  # clients for each lane of a unit, if there are enough: when one ends early, another follows
@@ -47,11 +46,6 @@ class Later:
     chunks: deque[list[int]]
     call: Callable[[Any, list[int]], Any]
     results: list[Any] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, clients: np.ndarray, slots: int, call: Callable[[Any, list[int]], Any]) -> "Later":
-        """Cuts the clients (N,) into a few chunks for each slot."""
-        return cls(deque(part.tolist() for part in np.array_split(clients, LATER_SHARES * slots) if len(part)), call)
 
 
 def units_of(clients: np.ndarray, steps: np.ndarray, lanes: int) -> list[Unit]:

@@ -1,6 +1,7 @@
 """The round loop and what hangs on it, with hand-computed rounds: the clients' work is given, nothing runs on Ray."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,8 +21,8 @@ from engine.records.checkpoint import load_checkpoint
 from engine.records.client_state import ClientStates
 from engine.records.journal import Journal
 from engine.records.metrics import Logs, read_log
-from engine.rounds.collectors import Collected, Message, Quorum
-from engine.rounds.outputs import Checkpoints
+from engine.rounds.collectors import Collected, Message, shortfall
+from engine.rounds.outputs import write_checkpoint
 from engine.rounds.planner import Planner
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import RoundLoop
@@ -94,7 +95,7 @@ def loop_of(federation, folder, *collected):
         Planner(federation, tokens, POPULATION),
         DriverShards(federation, pool, POPULATION),
         Given(list(collected)),
-        Quorum(federation, store),
+        partial(shortfall, federation, store),
         PrivacyAccount(),
         Journal.open(folder, None, 0),
         Recorder(store, pool, Logs.under(folder)),
@@ -172,9 +173,9 @@ def test_a_round_with_too_few_updates_ends_the_run_or_is_skipped(tmp_path):
 
 
 def test_the_quorum_is_a_share_of_the_cohort():
-    quorum = Quorum(recipe(clients=Clients(min_share=0.5)), Store())
-    assert quorum.shortfall([report(0), report(1)], 4, 1) is None
-    assert quorum.shortfall([report(0), report(1, late=2.0)], 4, 1).startswith("1 of 4 clients of round 1 gave an")
+    judge = partial(shortfall, recipe(clients=Clients(min_share=0.5)), Store())
+    assert judge([report(0), report(1)], 4, 1) is None
+    assert judge([report(0), report(1, late=2.0)], 4, 1).startswith("1 of 4 clients of round 1 gave an")
 
 
 def test_clients_that_are_not_in_the_sum_lose_the_state_of_the_round(tmp_path):
@@ -215,10 +216,10 @@ def test_checkpoints_are_written_in_their_turn_and_when_the_run_stops_but_once(t
     federation = recipe(checkpoint=Checkpoint(every=2, keep=9))
     loop = loop_of(federation, tmp_path)
     parts = SimpleNamespace(federation=federation, folder=tmp_path, shards=loop.shards)
-    checkpoints, events = Checkpoints(parts, loop), []
+    events = []
     for round_ in (1, 2, 3):
         state = replace(loop.shards.initial(), round=round_)
-        events += [*checkpoints.after_round(state), *(checkpoints.write(state) if round_ > 1 else ())]
+        events += [*write_checkpoint(parts, loop, state, stopping=round_ > 1)]
     assert events == [Checkpointed(2), Checkpointed(3)]
     assert load_checkpoint(tmp_path / "checkpoints").state.round == 3
 
