@@ -25,32 +25,20 @@ class Costs:
     Until there are any, each token is a millisecond. Only the order of work rests on it, and no result.
     """
 
-    squares: np.ndarray = field(default_factory=lambda: np.zeros((2, 2)))
-    products: np.ndarray = field(default_factory=lambda: np.zeros(2))
-
-    @classmethod
-    def of(cls, sums: list[float]) -> "Costs":
-        """Restores the model whose `sums` a checkpoint has kept."""
-        return cls(np.array(sums[:4]).reshape(2, 2), np.array(sums[4:])) if sums else cls()
-
-    @property
-    def sums(self) -> list[float]:
-        """All that is known, as a checkpoint keeps it."""
-        return [*self.squares.ravel().tolist(), *self.products.tolist()]
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(6))  # squares (2, 2), then products (2,)
 
     def learn(self, steps: np.ndarray, tokens: np.ndarray, seconds: np.ndarray) -> None:
         """Takes in a round: what its clients (N,) did, and how long they took."""
         work_N2 = np.stack([steps, tokens], 1)
-        self.squares = FORGET * self.squares + work_N2.T @ work_N2
-        self.products = FORGET * self.products + work_N2.T @ seconds
+        self.sums = FORGET * self.sums + np.append(work_N2.T @ work_N2, work_N2.T @ seconds)
 
     def seconds(self, steps: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Predicts how long clients (N,) will take."""
-        work_N2 = np.stack([steps, tokens], 1)
-        line = np.linalg.lstsq(self.squares, self.products, rcond=1e-9)[0] if self.squares.any() else np.zeros(2)
+        squares, products = self.sums[:4].reshape(2, 2), self.sums[4:]
+        line = np.linalg.lstsq(squares, products, rcond=1e-9)[0] if squares.any() else np.zeros(2)
         if (line < 0).any() or not line.any():  # steps and tokens are too much alike to tell apart
-            line = np.array([0.0, self.products[1] / self.squares[1, 1] if self.squares[1, 1] else TOKEN_S])
-        seconds: np.ndarray = work_N2 @ line
+            line = np.array([0.0, products[1] / squares[1, 1] if squares[1, 1] else TOKEN_S])
+        seconds: np.ndarray = np.stack([steps, tokens], 1) @ line
         return seconds
 
 

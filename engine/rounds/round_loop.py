@@ -78,7 +78,7 @@ class RoundLoop:
 
     def saved(self, state: ShardedState) -> Saved:
         """Returns all that a resumed run starts from."""
-        wall_s, costs = self.recorder.logs.metrics.wall_s, self.planner.costs.sums
+        wall_s, costs = self.recorder.logs.metrics.wall_s, self.planner.costs.sums.tolist()
         return Saved(state, wall_s, self.privacy.clip, self.aborts, self.lanes, costs, last_sum=self.journal.model)
 
     def _broadcast(self, state: ShardedState, clients: int) -> Any:
@@ -138,7 +138,8 @@ class RunParts:
 def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None = None) -> RoundLoop:
     """Returns the loop of a run's rounds, from the start or from what was `saved`; ValueError if it cannot be."""
     federation, store, shards = parts.federation, parts.store, parts.shards
-    planner = Planner(federation, parts.tokens, parts.population, Costs.of(saved.costs if saved else []))
+    costs = Costs(np.array(saved.costs)) if saved and saved.costs else Costs()
+    planner = Planner(federation, parts.tokens, parts.population, costs)
     round_, clip = (saved.state.round, saved.clip) if saved else (0, None)
     rows = parts.tokens.counts("train")[: parts.population]
     steps = planner.most_steps() * shards.trainings(parts.initial)  # all trainings of a client see its rows

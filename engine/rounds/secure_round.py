@@ -145,12 +145,12 @@ class SecureCollector:
         )
 
         if total is not None:
-            learned = self.relay.shards.unmasked(total, broadcast.dp)
-            if learned.weight == 0:
+            count, weight, unmasked, figures = self.relay.shards.unmasked(total, broadcast.dp)
+            if weight == 0:
                 collected.aborted = "all weights are less than the ring's steps: raise privacy.secagg.bits"
             else:
-                collected.sums, collected.figures = learned.sums, learned.figures
-                collected.clipped = self._clipped(learned.figures, learned.count, broadcast.round)
+                collected.sums, collected.figures = unmasked, figures
+                collected.clipped = self._clipped(figures, count, broadcast.round)
         down = round(sum(report.metrics[DOWN] for report in collected.reports))
         collected.messages.insert(0, Message("client", "sum", len(collected.reports) if down else 0, down))
         collected.gone = reasons(gone, collected.reports) | collected.gone

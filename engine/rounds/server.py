@@ -32,16 +32,8 @@ from strategies.secagg.ring import Sums
 
 # A session, its sum (L,) from the slots' messages, the masks that it still holds, what ranks hold beside each message.
 MaskedTotal = tuple[Session, np.ndarray, Masks, list[Any]]
-
-
-@dataclass(frozen=True)
-class UnmaskedSums:
-    """What the server learns of a secured round: count and weights of the clients, sums, and their figures by name."""
-
-    count: int
-    weight: float
-    sums: list[Any]
-    figures: dict[str, float]
+# What the server learns of it: the number of clients, their weight, the sums as the rule reads them, figures by name.
+UnmaskedSums = tuple[int, float, list[Any], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ class DriverShards:
         session, total_L, _, _ = masked
         totals = session.sums.decode(total_L)
         aggregate, figures = ring_aggregate(totals, self.federation, self.pool.layout, plan, session.round)
-        return UnmaskedSums(totals.count, totals.weight, [aggregate], figures)
+        return totals.count, totals.weight, [aggregate], figures
 
     def step(
         self, state: ShardedState, sums: list[Aggregate], plan: CentralPlan | None, clip: float
@@ -203,7 +195,7 @@ class RankShards:
             try:
                 figures: dict[str, float] = self.pool.answer(unmasked[0][0])
                 self.pool.answer([there for there, _ in unmasked[1:]])
-                return UnmaskedSums(*totals, [tuple(shard for _, shard in unmasked)], figures)
+                return *totals, [tuple(shard for _, shard in unmasked)], figures
             except LOST as error:
                 self.pool.replace(0, error)
 

@@ -113,8 +113,9 @@ class Whole(DriverShards):
 
     def unmasked(self, masked, plan):
         unmasked, pool = super().unmasked(masked, plan), self.pool
-        clients = np.flatnonzero(np.rint(unmasked.sums[0].total.numpy() / SHARE))
-        assert len(clients) == unmasked.count
+        count, _, (aggregate,), _ = unmasked
+        clients = np.flatnonzero(np.rint(aggregate.total.numpy() / SHARE))
+        assert len(clients) == count
         pool.chance.known += pool.chance.written[-1] == frozenset(clients.tolist())
         pool.chance.held.append(Held(pool.round, pool.model, frozenset(clients.tolist())))
         if pool.chance.strikes(0.05):
