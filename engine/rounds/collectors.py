@@ -85,15 +85,12 @@ class ClearCollector:
         reports = worked.reports
         good = [report for report in reports if report.good]
         sums, read = self.shards.sums(worked) if good else ([], 0)
-        return Collected(
-            reports,
-            sums,
-            figures=_figures(good),
-            messages=_messages(reports, good),
-            gone=reasons(gone, reports),
-            store_bytes=broadcast.nbytes + read + worked.nbytes,
-            busy=worked.busy,
+        nbytes, messages, why = (
+            broadcast.nbytes + read + worked.nbytes,
+            _messages(reports, good),
+            reasons(gone, reports),
         )
+        return Collected(reports, sums, _figures(good), messages, why, store_bytes=nbytes, busy=worked.busy)
 
     def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
         """Returns the norm to which clients clip where the server counts on `clip`: nothing is rounded on the way."""

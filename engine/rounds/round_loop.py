@@ -157,16 +157,6 @@ def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None 
         collector.refuse_small_ring(privacy.plan, privacy.clip, federation.cohort.largest(parts.population), round_)
     else:
         collector = ClearCollector(federation, shards, trace)
-    return RoundLoop(
-        federation,
-        planner,
-        shards,
-        collector,
-        too_few,
-        privacy,
-        journal,
-        Recorder(store, parts.pool, logs, round_),
-        client_states=parts.folder / "client_state",
-        lanes=lanes,
-        aborts=saved.aborts if saved else 0,
-    )
+    recorder, states = Recorder(store, parts.pool, logs, round_), parts.folder / "client_state"
+    kept = (lanes, saved.aborts if saved else 0)
+    return RoundLoop(federation, planner, shards, collector, too_few, privacy, journal, recorder, states, *kept)

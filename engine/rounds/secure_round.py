@@ -27,7 +27,6 @@ from engine.messages.tasks import Unit, Work
 from engine.records.journal import Journal, SumRefused
 from engine.rounds.collectors import Collected, Message, reasons
 from engine.rounds.server import MaskedTotal, Shards
-from engine.scheduling.pool import Pool
 from engine.system.failures import LOST, within
 from strategies.core.errors import StrategyError
 from strategies.core.layout import Layout
@@ -43,6 +42,7 @@ Shortfall = Callable[[Sequence[Report], int, int], str | None]
 Gone = Mapping[int, Phase]  # who drops out, and before which answer
 Placed = dict[int, tuple[Unit, ...]]  # the units of work of each slot
 Answers = dict[int, Any]  # by slot
+Known = dict[int, bytes] | None  # the public identities in the active profile
 
 
 class _SlotLost(Exception):
@@ -57,11 +57,6 @@ class Relay:
     authority: Any
     on_slot_death: str
 
-    @property
-    def pool(self) -> Pool:
-        """The slots that play the clients."""
-        return self.shards.pool
-
     def trip(self, name: str, given: Mapping[int, Any], *rest: Any, void: bool = True) -> Answers:
         """Returns each slot's answer to what it is given; whether a death is `void`, the recipe says."""
         calls = {slot: self._call(slot, name, argument, *rest) for slot, argument in given.items()}
@@ -75,7 +70,7 @@ class Relay:
             try:
                 answers[slot] = wait()
             except LOST as error:
-                self.pool.replace(slot, error)
+                self.shards.pool.replace(slot, error)
                 lost = True
             except RayTaskError as error:
                 if isinstance(error.cause, SecAggAbort):
@@ -86,10 +81,10 @@ class Relay:
         return answers
 
     def _call(self, slot: int, name: str, *arguments: Any) -> Any:
-        return getattr(self.pool.actors[slot], name).remote(*arguments)
+        return getattr(self.shards.pool.actors[slot], name).remote(*arguments)
 
     def _answer(self, reference: Any) -> Any:
-        return within(self.pool.timeout_s, reference)
+        return within(self.shards.pool.timeout_s, reference)
 
 
 def _flat(answers: Mapping[int, list[Any]]) -> list[Any]:
@@ -123,7 +118,7 @@ class SecureCollector:
 
     @property
     def _layout(self) -> Layout:
-        return self.relay.pool.layout
+        return self.relay.shards.pool.layout
 
     def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
         """Plays one secured round; it is aborted if the cohort, or what is left of it, is too small."""
@@ -131,21 +126,22 @@ class SecureCollector:
         assert secagg.mode != "off"
         if not len(cohort):
             return collected
+        plan = broadcast.dp
+        least = max(secagg.min_contributors, plan.least if isinstance(plan, DistributedPlan) else 0)
         try:
-            self._refuse_thin(cohort.tolist(), self._least(broadcast))
+            self._refuse_thin(cohort.tolist(), least)
             parameters = secagg.parameters(len(cohort))
         except (SumRefused, StrategyError) as error:
             collected.aborted = str(error)
             return collected
-        sums = self.sums(broadcast.dp, broadcast.clip, len(cohort), broadcast.round)
+        sums = self.sums(plan, broadcast.clip, len(cohort), broadcast.round)
         session = Session(broadcast.round, 0, parameters, sums, secagg.mode)
         gone = self._gone(work, broadcast.round)
-        total = self._play(
-            session, work, broadcast, {client: leaves.before for client, leaves in gone.items()}, collected
-        )
+        leaving = {client: leaves.before for client, leaves in gone.items()}
+        total = self._play(session, work, broadcast, leaving, least, collected)
 
         if total is not None:
-            count, weight, unmasked, figures = self.relay.shards.unmasked(total, broadcast.dp)
+            count, weight, unmasked, figures = self.relay.shards.unmasked(total, plan)
             if weight == 0:
                 collected.aborted = "all weights are less than the ring's steps: raise privacy.secagg.bits"
             else:
@@ -154,12 +150,12 @@ class SecureCollector:
         down = round(sum(report.metrics[DOWN] for report in collected.reports))
         collected.messages.insert(0, Message("client", "sum", len(collected.reports) if down else 0, down))
         collected.gone = reasons(gone, collected.reports) | collected.gone
-        sessions_length = collected.sessions * self.relay.pool.size * sums.length
+        sessions_length = collected.sessions * self.relay.shards.pool.size * sums.length
         collected.store_bytes = FLOAT_BYTES * (self._layout.size + sessions_length)
         return collected
 
     def _play(
-        self, session: Session, work: Work, broadcast: BroadcastMessage, gone: Gone, collected: Collected
+        self, session: Session, work: Work, broadcast: BroadcastMessage, gone: Gone, least: int, collected: Collected
     ) -> MaskedTotal | None:
         """Plays sessions until one ends; returns the sum, None if it is aborted.
 
@@ -167,7 +163,7 @@ class SecureCollector:
         if too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
         could tell the difference between them.
         """
-        pool, shared, known = self.relay.pool, share(broadcast), None
+        pool, shared, known = self.relay.shards.pool, share(broadcast), None
         units = pool.units(work, broadcast.lanes)
         if session.parameters.active:
             cohort = tuple(work.clients.tolist())
@@ -177,7 +173,7 @@ class SecureCollector:
             collected.sessions += 1
             placed = placement(units, [work.cost(unit) for unit in units], pool.alive)
             try:
-                return self._session(session, placed, known, broadcast, shared, gone, collected)
+                return self._session(session, placed, known, shared, gone, least, collected)
             except _SlotLost:
                 session = replace(session, attempt=session.attempt + 1)
             except SecAggAbort as abort:
@@ -185,16 +181,9 @@ class SecureCollector:
                 return None
 
     def _session(
-        self,
-        session: Session,
-        placed: Placed,
-        known: dict[int, bytes] | None,
-        broadcast: BroadcastMessage,
-        shared: Any,
-        gone: Gone,
-        collected: Collected,
+        self, session: Session, placed: Placed, known: Known, shared: Any, gone: Gone, least: int, collected: Collected
     ) -> MaskedTotal:
-        """Plays one session; `known` are the public identities in the active profile."""
+        """Plays one session."""
         relay = self.relay
         members = {slot: [client for unit in units for client in unit] for slot, units in placed.items()}
         cohort = tuple(sorted(client for clients in members.values() for client in clients))
@@ -225,14 +214,14 @@ class SecureCollector:
             collected.messages.append(Message("server", "masked update", len(message.clients), message.nbytes))
             server.add(message)
         survivors = server.survivors()
-        self._refuse(survivors.clients, broadcast, collected, len(cohort))
+        self._refuse(survivors.clients, least, len(cohort), session.round + 1, collected)
         agreements = []
         if session.parameters.active:
             collected.note("client", "survivors", [survivors] * len(survivors.clients))
             agreements = _flat(relay.trip("agree", dict.fromkeys(trained, survivors)))
             collected.note("server", "signature", agreements)
         requests = server.requests(agreements)
-        self._admit(survivors.clients, broadcast.round + 1)
+        self._admit(survivors.clients, session.round + 1)
         collected.note("client", "survivors", requests.values())
         wanted = {slot: {c: requests[c] for c in members[slot] if c in requests} for slot in trained}
         wanted = {slot: clients for slot, clients in wanted.items() if clients}
@@ -250,15 +239,15 @@ class SecureCollector:
         collected.reports = sorted(reports, key=lambda report: report.client)
         silent = [client for slot, clients in members.items() if slot not in trained for client in clients]
         collected.gone = {client: DIED_WITH_SLOT for client in silent if client not in gone}
-        collected.busy = [0.0] * self.relay.pool.size
+        collected.busy = [0.0] * self.relay.shards.pool.size
         for slot, (of_slot, _) in trained.items():
             collected.busy[slot] = sum(report.seconds for report in of_slot)
 
-    def _refuse(self, clients: Sequence[int], broadcast: BroadcastMessage, collected: Collected, cohort: int) -> None:
+    def _refuse(self, clients: Sequence[int], least: int, cohort: int, round_: int, collected: Collected) -> None:
         """Raises SecAggAbort if the survivors, or the clients that gave an update, are too few."""
         try:
-            self._refuse_thin(clients, self._least(broadcast))
-            collected.too_few = self.shortfall(collected.reports, cohort, broadcast.round + 1)
+            self._refuse_thin(clients, least)
+            collected.too_few = self.shortfall(collected.reports, cohort, round_)
             if collected.too_few is not None:
                 raise SumRefused(collected.too_few)
         except SumRefused as error:
@@ -270,12 +259,8 @@ class SecureCollector:
         try:
             self.journal.admit(round_, clients, lambda apart: self._refuse_thin(apart, contributors))
         except SumRefused as error:
-            self.relay.pool.faults.append(Fault("round", str(round_), str(error)))
+            self.relay.shards.pool.faults.append(Fault("round", str(round_), str(error)))
             raise SecAggAbort("unmask", str(error)) from None
-
-    def _least(self, broadcast: BroadcastMessage) -> int:
-        plan, contributors = broadcast.dp, self.federation.privacy.secagg.min_contributors
-        return max(contributors, plan.least if isinstance(plan, DistributedPlan) else 0)
 
     def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
         """Returns the norm to which clients clip: less than the server counts on, by what a ring's rounding may add."""
@@ -308,7 +293,7 @@ class SecureCollector:
         if share > MOST_CLIPPED:
             bounds = "privacy.secagg.bound" + (" or bounds" if len(lengths) > 1 else "")
             why = f"{share:.1%} of the coordinates that clients sent are beyond what the ring takes, and were cut"
-            self.relay.pool.faults.append(Fault("round", str(round_ + 1), f"{why}: raise {bounds}"))
+            self.relay.shards.pool.faults.append(Fault("round", str(round_ + 1), f"{why}: raise {bounds}"))
         return share
 
     def _gone(self, work: Work, round_: int) -> dict[int, Leaving]:

@@ -99,22 +99,13 @@ class Pool:
             for kind, actor in members:
                 cause = kind.cause(cause, actor)
             raise cause from error
+        whole, cut, without_gpu = vector, None, 0
         if gangs:
-            base_bytes = ray.get(actors[0].base_bytes.remote())
-        return cls(
-            federation,
-            patience,
-            tuple(worker_kinds),
-            kind_of,
-            actors,
-            {slot: place.node_id for slot, place in enumerate(places)},
-            columns,
-            layout,
-            initial=None if gangs else vector,
-            partition=vector if gangs else None,
-            base_bytes=base_bytes,
-            without_gpu=sum(place.gpu is None for place in places) if federation.clients.num_gpus else 0,
-        )
+            whole, cut, base_bytes = None, vector, ray.get(actors[0].base_bytes.remote())
+        if federation.clients.num_gpus:
+            without_gpu = sum(place.gpu is None for place in places)
+        nodes, facts = {slot: place.node_id for slot, place in enumerate(places)}, (layout, whole, cut, base_bytes)
+        return cls(federation, patience, worker_kinds, kind_of, actors, nodes, columns, *facts, without_gpu)
 
     @property
     def size(self) -> int:

@@ -127,14 +127,15 @@ class HereRelay(Relay):
     """Slots are asked in this process; any may die of it, and so may the driver."""
 
     def _call(self, slot, name, *arguments):
-        chance = self.pool.chance
+        pool = self.shards.pool
+        chance = pool.chance
         if name == "unmask":
-            self.pool.before_shares()
+            pool.before_shares()
         if chance.strikes(0.01):
             raise DriverDied
         if chance.strikes(0.02):
             return SlotSilent("gone")
-        return getattr(self.pool.actors[slot], name)(*arguments)
+        return getattr(pool.actors[slot], name)(*arguments)
 
     def _answer(self, reference):
         if isinstance(reference, SlotSilent):

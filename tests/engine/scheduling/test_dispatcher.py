@@ -46,7 +46,7 @@ def test_seconds_are_learned_as_a_line_through_steps_and_tokens() -> None:
     assert costs.seconds(steps, tokens).tolist() == (tokens / 1000).tolist()  # nothing is known yet
     for _ in range(3):
         costs.learn(steps, tokens, 0.02 * steps + 0.001 * tokens)
-    seconds = costs.seconds(np.array([3.0]), np.array([10.0]))
+    seconds = Costs(np.array(costs.sums.tolist())).seconds(np.array([3.0]), np.array([10.0]))
     np.testing.assert_allclose(seconds, [0.02 * 3 + 0.001 * 10], rtol=1e-6)
     costs.learn(steps, tokens, np.array([1.0, 0, 0, 0]))  # nonsense gives no negative costs
     assert (costs.seconds(steps, tokens) >= 0).all()
