@@ -85,11 +85,8 @@ class ClearCollector:
         reports = worked.reports
         good = [report for report in reports if report.good]
         sums, read = self.shards.sums(worked) if good else ([], 0)
-        nbytes, messages, why = (
-            broadcast.nbytes + read + worked.nbytes,
-            _messages(reports, good),
-            reasons(gone, reports),
-        )
+        messages, nbytes = _messages(reports, good), broadcast.nbytes + read + worked.nbytes
+        why = reasons(gone, reports)
         return Collected(reports, sums, _figures(good), messages, why, store_bytes=nbytes, busy=worked.busy)
 
     def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:

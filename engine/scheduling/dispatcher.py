@@ -26,22 +26,18 @@ ENOUGH = 16  # units of a cohort, so that slots stay in balance
 
 @dataclass(frozen=True)
 class Worked:
-    """A round's local work: reports, sorted, sums that hold each client once, and references to updates by client.
-
-    There are such references only where the strategy reads more than sums. `nbytes` is what the sums took in the
-    object store, `busy` are the slots' seconds of work.
-    """
+    """A round's local work: reports, sorted, and sums that hold each client once."""
 
     reports: list[Report]
     sums: list[Any]
-    nbytes: int
-    each: dict[int, Any]
-    busy: list[float]
+    nbytes: int  # that the sums took in the object store
+    each: dict[int, Any]  # references to updates by client, where the strategy reads more than sums
+    busy: list[float]  # seconds of work by slot
 
 
 @dataclass
 class Later:
-    """Work on clients that waits until slots have nothing else to do: its chunks, how to call, and the results."""
+    """Work on clients that waits until slots have nothing else to do."""
 
     chunks: deque[list[int]]
     call: Callable[[Any, list[int]], Any]

@@ -99,13 +99,12 @@ class Pool:
             for kind, actor in members:
                 cause = kind.cause(cause, actor)
             raise cause from error
-        whole, cut, without_gpu = vector, None, 0
         if gangs:
-            whole, cut, base_bytes = None, vector, ray.get(actors[0].base_bytes.remote())
-        if federation.clients.num_gpus:
-            without_gpu = sum(place.gpu is None for place in places)
-        nodes, facts = {slot: place.node_id for slot, place in enumerate(places)}, (layout, whole, cut, base_bytes)
-        return cls(federation, patience, worker_kinds, kind_of, actors, nodes, columns, *facts, without_gpu)
+            base_bytes = ray.get(actors[0].base_bytes.remote())
+        nodes = {slot: place.node_id for slot, place in enumerate(places)}
+        without_gpu = sum(place.gpu is None for place in places) if federation.clients.num_gpus else 0
+        facts = (layout, *((None, vector) if gangs else (vector, None)), base_bytes, without_gpu)
+        return cls(federation, patience, worker_kinds, kind_of, actors, nodes, columns, *facts)
 
     @property
     def size(self) -> int:

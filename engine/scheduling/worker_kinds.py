@@ -82,13 +82,13 @@ def wait_for_places(actors: list[Any], federation: Federation) -> list[Place]:
     clients = federation.clients
     try:
         places: list[Place] = ray.get([actor.place.remote() for actor in actors], timeout=START_TIMEOUT_S)
+        return places
     except GetTimeoutError:
         raise RunError(
             f"{len(actors)} slots of {clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs "
             f"could not be placed within {START_TIMEOUT_S:g} s; Ray has {ray.available_resources()} free: "
             f"wait for other work to end, or lower clients.slots"
         ) from None
-    return places
 
 
 def process_beside_driver(spawn: Callable[..., Any], actors: list[Any], places: list[Place]) -> Any:
