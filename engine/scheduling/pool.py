@@ -305,16 +305,16 @@ class Pool:
         """Returns each slot's sum as references to its shards, which stay in the store."""
         closing = {slot: self.close(slot) for slot in slots}
         sums, nbytes, lost = dict[tuple[int, ...], Any](), 0, dict[int, Exception]()
-        for slot, shards in closing.items():
+        for slot, (sizes, shards) in closing.items():
             try:
-                nbytes += sum(self.answer([nbytes for nbytes, _ in shards]))
-                sums[slot,] = tuple(shard for _, shard in shards)
+                nbytes += sum(self.answer(sizes))
+                sums[slot,] = tuple(shards)
             except LOST as error:
                 lost[slot] = error
         return sums, nbytes, lost
 
-    def close(self, slot: int) -> list[tuple[Reference, Reference]]:
-        """Returns references to the bytes of each shard of a slot's sum, and to the shard, where vectors are cut."""
+    def close(self, slot: int) -> tuple[list[Reference], list[Reference]]:
+        """Returns references to the bytes of a slot's sum and to its shards, where vectors are cut."""
         assert self.partition is not None
         return self._kind(slot).close(self.actors[slot], self.partition)
 

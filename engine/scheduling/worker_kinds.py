@@ -162,12 +162,10 @@ class Processes:
             weights = self.merged[node]
         within(answer_s, actor.use_weights.remote(weights))
 
-    def close(self, actor: Any, partition: Partition) -> list[tuple[Reference, Reference]]:
-        """Returns references to the bytes of each shard of a slot's sum, and to the shard; the slot cuts its sum."""
-        ranks = len(partition.parts)
-        nbytes, *shards = actor.close_in_shards.options(num_returns=1 + ranks).remote(partition)
-        nothing = ray.put(0)
-        return [(nbytes if rank == 0 else nothing, shard) for rank, shard in enumerate(shards)]
+    def close(self, actor: Any, partition: Partition) -> tuple[list[Reference], list[Reference]]:
+        """Returns references to the bytes of a slot's sum and to its shards; the slot cuts the sum."""
+        nbytes, *shards = actor.close_in_shards.options(num_returns=1 + len(partition.parts)).remote(partition)
+        return [nbytes], shards
 
     def cause(self, error: Exception, actor: Any) -> Exception:
         """Returns what ended a slot: nobody knows more than the error itself."""
@@ -250,9 +248,10 @@ class Gangs:
     def restore(self, gang: GangHandle) -> None:
         """Does nothing: a gang holds no weights that a rule would have changed."""
 
-    def close(self, gang: GangHandle, partition: Partition) -> list[tuple[Reference, Reference]]:
-        """Returns references to the bytes of each rank's shard of a gang's sum, and to the shard."""
-        return [rank.close_round.options(num_returns=2).remote() for rank in self.ranks(gang)]
+    def close(self, gang: GangHandle, partition: Partition) -> tuple[list[Reference], list[Reference]]:
+        """Returns references to the bytes of each rank's shard of a gang's sum, and to the shards."""
+        closing = [rank.close_round.options(num_returns=2).remote() for rank in self.ranks(gang)]
+        return [nbytes for nbytes, _ in closing], [shard for _, shard in closing]
 
     def cause(self, error: Exception, gang: GangHandle) -> Exception:
         """Returns what ended a gang: where another rank than the first has failed, its error says more."""
