@@ -24,10 +24,7 @@ class Preparing:
 
 @dataclass(frozen=True)
 class Started:
-    """All is in place; `notes` are what the user should know beforehand, such as a large delta.
-
-    `without_gpu` slots were to have a GPU and run on the CPU. `resumed` is the round that a resumed run goes on from.
-    """
+    """All is in place; `notes` are what the user should know beforehand, such as a large delta."""
 
     slots: int
     asked: int | str
@@ -36,8 +33,8 @@ class Started:
     dropped_rows: int
     parameters: int
     base_bytes: int
-    without_gpu: int
-    resumed: int | None
+    without_gpu: int  # slots that were to have a GPU and run on the CPU
+    resumed: int | None  # the round that a resumed run goes on from
     lanes: int
     notes: tuple[str, ...] = ()
 

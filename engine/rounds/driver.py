@@ -31,21 +31,17 @@ from engine.system.failures import cause_of
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Where a run reads and writes, what is written at its start, and what it does beside the recipe's rounds.
-
-    `shared` is the location elsewhere that `store` is a copy of, if it is one. `lost` says why drivers before this one
-    have ended. `elsewhere` is the URI that `folder` is copied to, if it is; `notes` are for the user, before it begins.
-    """
+    """Where a run reads and writes, and what it does beside the recipe's rounds."""
 
     store: Path
     folder: Path
-    files: dict[str, bytes]
-    shared: str | None = None
+    files: dict[str, bytes]  # written into the folder at the start
+    shared: str | None = None  # the location elsewhere that the store is a copy of
     resume: bool = False
     baselines: bool = False
-    lost: tuple[Fault, ...] = ()
-    elsewhere: str | None = None
-    notes: tuple[str, ...] = ()
+    lost: tuple[Fault, ...] = ()  # why drivers before this one have ended
+    elsewhere: str | None = None  # the URI that the folder is copied to
+    notes: tuple[str, ...] = ()  # for the user, before the first round
 
 
 class Driver:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -55,7 +55,7 @@ class PoolEvaluator:
         parts = []
         for split in SPLITS:
             call = partial(_evaluate, vector=vector, limit=self._limit(split))
-            chunks = np.array_split(self.judged(split)[0], CHUNKS * self.parts.pool.size)
+            chunks = np.array_split(self.judged(split), CHUNKS * self.parts.pool.size)
             parts.append((split, Later(deque(chunk.tolist() for chunk in chunks if len(chunk)), call)))
         return Pending(round_, parts)
 
@@ -65,14 +65,14 @@ class PoolEvaluator:
         for split, later in pending.parts:
             left = np.array([client for chunk in later.chunks for client in chunk], np.int64)
             later.chunks.clear()
-            later.results.extend(self.parts.pool.map(left, self.parts.tokens.counts("heldout")[left], later.call))
+            later.results.extend(self._map(left, split, later.call))
             if later.results:
                 losses[split] = self._record(later.results, pending.round, split, name, protocol=protocol)
         return losses
 
     def local_only(self, start: Any, round_: int, steps: np.ndarray, name: str) -> Losses:
         """Returns the loss where each client that is evaluated trains alone for its `steps` (N,), as loss_`name`."""
-        clients, _ = self.judged("heldout")
+        clients = self.judged("heldout")
         losses = self.parts.pool.map(
             clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, start, steps[chunk].tolist())
         )
@@ -80,19 +80,21 @@ class PoolEvaluator:
 
     def personal(self, broadcast: BroadcastMessage, round_: int) -> Losses:
         """Returns the loss of each client's own model; nothing if no client has one."""
-        shared, (clients, rows), limit = share(broadcast), self.judged("heldout"), self._limit("heldout")
-        losses = self.parts.pool.map(
-            clients, rows, lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit)
+        shared, clients, limit = share(broadcast), self.judged("heldout"), self._limit("heldout")
+        losses = self._map(
+            clients, "heldout", lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit)
         )
         return {"heldout": self._record(losses, round_, "heldout", "loss_personal", protocol=True)} if losses else {}
 
-    def judged(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the clients (N,) of a split that have rows to be evaluated on, and how many rows (N,) count."""
+    def judged(self, split: str) -> np.ndarray:
+        """Returns the clients (N,) of a split that have rows to be evaluated on."""
         training, clients = self.parts.store.num_training, self.parts.store.num_clients
-        members = {"heldout": (0, training), "unseen": (training, clients), "server": (clients, None)}
-        first, last = members[split]
-        rows = np.minimum(self.parts.tokens.counts("heldout")[first:last], self._limit(split))
-        return first + np.flatnonzero(rows), rows[rows > 0]
+        first, last = {"heldout": (0, training), "unseen": (training, clients), "server": (clients, None)}[split]
+        return first + np.flatnonzero(self.parts.tokens.counts("heldout")[first:last])
+
+    def _map(self, clients: np.ndarray, split: str, call: Callable[[Any, list[int]], Reference]) -> list[Any]:
+        costs = np.minimum(self.parts.tokens.counts("heldout")[clients], self._limit(split))
+        return self.parts.pool.map(clients, costs, call)
 
     def _limit(self, split: str) -> int:
         """The most rows that count: `server_rows` of the server's rows, `rows` of a client's."""

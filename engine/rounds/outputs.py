@@ -59,9 +59,8 @@ def finish(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> It
 def _sampled_rows(evaluator: PoolEvaluator) -> list[tuple[Prompt, str]]:
     """Prompt and completion (or last turn) of a few rows of unseen (else training) clients, drawn by the seed."""
     federation, store = evaluator.parts.federation, evaluator.parts.store
-    clients, _ = evaluator.judged("unseen")
-    if not len(clients):
-        clients, _ = evaluator.judged("heldout")
+    unseen = evaluator.judged("unseen")
+    clients = unseen if len(unseen) else evaluator.judged("heldout")
     draw = rng(federation.seed, 0, -1, "sample")
     chosen = draw.choice(clients, min(federation.samples, len(clients)), replace=False)
     rows = [store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]

@@ -115,19 +115,16 @@ class RoundLoop:
 
 @dataclass(frozen=True)
 class RunParts:
-    """What all of a run's rounds work with: the recipe, the pool, the model's shards, the rows, the run folder.
-
-    `initial` is the state before the first round, `elsewhere` the URI that the folder is copied to, if it is.
-    """
+    """What all of a run's rounds work with."""
 
     federation: Federation
     pool: Pool
     shards: Shards
-    initial: ShardedState
+    initial: ShardedState  # before the first round
     store: Store
     tokens: Tokens
     folder: Path
-    elsewhere: str | None = None
+    elsewhere: str | None = None  # the URI that the folder is copied to
 
     @property
     def population(self) -> int:

@@ -37,14 +37,11 @@ TOGETHER = ("run", "evaluate", "generate", "masked")
 
 @dataclass
 class Patience:
-    """How many seconds to wait for a slot; None is without end.
-
-    `work_s` is for work, `answer_s` for calls that return at once, `start_s` for a base or rows that a slot is given.
-    """
+    """How many seconds to wait for a slot; None is without end."""
 
     work_s: float | None
-    answer_s: float | None
-    start_s: float | None
+    answer_s: float | None  # for calls that return at once
+    start_s: float | None  # for a base or rows that a slot is given
 
     @classmethod
     def of(cls, federation: Federation) -> "Patience":
