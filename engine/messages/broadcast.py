@@ -37,7 +37,7 @@ class BroadcastMessage:
     oldest: int = 0  # client state from before this round may be deleted
     dp: CentralPlan | DistributedPlan | ExamplePlan | None = None  # how clients bound what they send, and their noise
     clip: float = 0.0  # the round's clipping norm
-    lanes: int = 1  # so many clients train together at most
+    lanes: int = 1  # the most clients that train together
 
     @classmethod
     def of(cls, broadcast: Broadcast) -> "BroadcastMessage":

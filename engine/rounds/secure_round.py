@@ -289,12 +289,12 @@ class SecureCollector:
     def _clipped(self, figures: dict[str, float], clients: int, round_: int) -> float:
         """Returns the share of the clients' coordinates that bounds have cut, and warns of a large one."""
         lengths = live_lengths(self.federation, self._layout, round_)
-        share = max(0.0, figures["clipped"]) / (clients * max(1, sum(lengths.values())))
-        if share > MOST_CLIPPED:
+        cut = max(0.0, figures["clipped"]) / (clients * max(1, sum(lengths.values())))
+        if cut > MOST_CLIPPED:
             bounds = "privacy.secagg.bound" + (" or bounds" if len(lengths) > 1 else "")
-            why = f"{share:.1%} of the coordinates that clients sent are beyond what the ring takes, and were cut"
+            why = f"{cut:.1%} of the coordinates that clients sent are beyond what the ring takes, and were cut"
             self.relay.shards.pool.faults.append(Fault("round", str(round_ + 1), f"{why}: raise {bounds}"))
-        return share
+        return cut
 
     def _gone(self, work: Work, round_: int) -> dict[int, Leaving]:
         """Who drops out; of a round whose sum was asked for before, everybody who was not in it."""
