@@ -72,7 +72,8 @@ class Training:
     `correct` may change each step's gradient; `rate` is a factor on all learning rates. With `moments` the optimizer
     continues from that state and the result has the new one; None starts from nothing. The result is a copy of the
     vector, or with `less` the vector minus `less`, which may lie in the trainer's memory until the next training.
-    Example-level privacy clips and adds noise on the coordinates in `live`; None means all.
+    Example-level privacy clips and adds noise on the coordinates in `live`; None means all. `factor` stands in for
+    `train.over_steps`: of a step's number and all steps it makes the factor on the learning rate.
     """
 
     rows: pa.RecordBatch
@@ -85,6 +86,7 @@ class Training:
     moments: ClientState | None = None
     less: Vector | None = None
     live: Mask | None = None
+    factor: Callable[[int, int], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,8 @@ def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) ->
         while active:
             backend.gradients(active, train)
             for lane, client in enumerate(active):
-                lr = train.optimizer.lr * client.training.rate * train.over_steps.factor(client.taken, client.steps)
+                factor = client.training.factor or train.over_steps.factor
+                lr = train.optimizer.lr * client.training.rate * factor(client.taken, client.steps)
                 backend.optimizer.param_groups[lane]["lr"] = lr
                 client.taken, client.rates = client.taken + 1, client.rates + lr
             backend.step(adjust)

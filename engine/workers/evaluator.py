@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from engine.config.sections import Evaluate
+from engine.config.train import Train
 from engine.messages.broadcast import BroadcastMessage
 from engine.objectives.base import Objective, terms_of
 from engine.records.client_state import STRATEGY, part
@@ -16,7 +18,6 @@ from engine.training.generation import Prompt
 from engine.training.local_training import Trainer
 from engine.training.step_loop import Trained, Training
 from engine.workers.client_runner import ClientRunner
-from strategies.core.protocol import Vector
 from strategies.core.seeds import rng, torch_seed
 
 POOLED = -2  # the client number under which training on all clients' rows draws its batches
@@ -92,16 +93,16 @@ class Evaluator:
 
     def local_only(self, chunk: list[int], message: BroadcastMessage, steps: list[int]) -> list[ClientLoss]:
         """Returns the losses of models that clients trained alone, each for its number of steps from the vector."""
-        losses, start, limit = [], message.vector(), self.runner.federation.evaluate.rows
+        losses, limit = [], self.runner.federation.evaluate.rows
         for client, client_steps in zip(chunk, steps, strict=True):
-            self._train(self.runner.tokens.rows(client, "train"), start, client_steps, client)
+            self._train(self.runner.tokens.rows(client, "train"), message, client_steps, client)
             losses.append(self._loss(client, limit))
         return losses
 
     def centralized(self, clients: list[int], message: BroadcastMessage, steps: int) -> np.ndarray:
         """Returns the vector (P,) after `steps` steps from that of the message on the pooled rows of all clients."""
         rows = pa.concat_batches([self.runner.tokens.rows(client, "train") for client in clients])
-        (trained,) = self._train(rows, message.vector(), steps, POOLED)
+        (trained,) = self._train(rows, message, steps, POOLED)
         end: np.ndarray = trained.end.cpu().numpy()
         return end
 
@@ -110,8 +111,24 @@ class Evaluator:
         rows, evaluate = self.runner.tokens.rows(client, "heldout"), replace(federation.evaluate, rows=limit)
         return client_loss(self.trainer, client, rows, evaluate, federation.seed)
 
-    def _train(self, rows: pa.RecordBatch, start: Vector, steps: int, client: int) -> Sequence[Trained]:
-        federation = self.runner.federation
+    def _train(self, rows: pa.RecordBatch, message: BroadcastMessage, steps: int, client: int) -> Sequence[Trained]:
+        """Trains on rows with the learning rates of all rounds after the message's, which share the steps equally."""
+        federation, start = self.runner.federation, message.vector()
         train, seed = replace(federation.train, steps=steps, epochs=None), federation.seed
         stream, dropout = rng(seed, 0, client, "batches"), torch_seed(seed, 0, client, "dropout")
-        return self.trainer.train([Training(rows, start.to(self.trainer.device), stream, dropout)], train)
+        factor = partial(_factor, federation.train, message.round, federation.rounds)
+        training = Training(rows, start.to(self.trainer.device), stream, dropout, factor=factor)
+        return self.trainer.train([training], train)
+
+
+def _factor(train: Train, begun: int, rounds: int, at: int, total: int) -> float:
+    """Returns the factor on the learning rate of step `at` of `total`, which stand for the rounds that are left.
+
+    After the last round only the schedule over the steps of one training is left.
+    """
+    left = rounds - begun
+    if not left:
+        return train.over_steps.factor(at, total)
+    round_ = at * left // total
+    first, end = (-(-number * total // left) for number in (round_, round_ + 1))
+    return train.over_rounds.factor(begun + round_, rounds) * train.over_steps.factor(at - first, end - first)
