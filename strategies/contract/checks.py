@@ -211,6 +211,7 @@ CHECKS: tuple[Check, ...] = (
     declarations.products_are_sent_where_the_class_says_so,
     declarations.the_base_changes_where_the_class_says_so,
     declarations.the_basis_stays_where_the_class_says_so,
+    declarations.coordinates_are_picked_only_where_the_class_says_so,
     declarations.weights_are_as_the_class_says,
     declarations.a_client_of_a_lower_rank_trains_and_leaves_only_its_own,
     declarations.extras_that_are_changes_are_zero_without_training,

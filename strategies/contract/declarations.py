@@ -126,6 +126,20 @@ def _tiny(case: Case, aggregate: Aggregate) -> Aggregate:
     return replace(aggregate, total=TINY * aggregate.total, extras=extras, each=each)
 
 
+def coordinates_are_picked_only_where_the_class_says_so(case: Case) -> None:
+    """`picks_coordinates` is honest: two trainings that differ everywhere send different numbers wherever it is live."""
+    if case.strategy.picks_coordinates:
+        raise DoesNotApply("picks_coordinates is True: clients may leave out coordinates by their data")
+    state, client_states = case.after(1)
+    broadcast = case.strategy.broadcast(state)
+    changes = [0.01 * drawn(case.layout, 7, k) - broadcast.params / 2 for k in range(2)]
+    first, second = (case.client(broadcast, 0, client_states[0], change)[0].delta for change in changes)
+    alike = first == second
+    if mask := case.strategy.live(state.round, case.layout):
+        alike &= mask["delta"]
+    hold(not alike.any(), "picks_coordinates is False, but clients whose training differs send the same numbers")
+
+
 def weights_are_as_the_class_says(case: Case) -> None:
     """`bounded_weights` and `weighs_alike` are honest: weights of at most 1 stay from 0 to 1, or become 1."""
     strategy = case.strategy

@@ -64,6 +64,11 @@ class Rule(ABC):
         return False
 
     @property
+    def picks_coordinates(self) -> bool:
+        """All clients of a round send the same coordinates, or as many as their public ranks say."""
+        return False
+
+    @property
     def needs_optimizer(self) -> NeedsSgd | None:
         """Any optimizer will do."""
         return None

@@ -140,6 +140,11 @@ class Strategy(Protocol):
         ...
 
     @property
+    def picks_coordinates(self) -> bool:
+        """Whether clients choose by their data which coordinates they send, so that a sum may hold one client's."""
+        ...
+
+    @property
     def needs_optimizer(self) -> NeedsSgd | None:
         """What the rule counts on in the clients' optimizer; None: any optimizer will do."""
         ...
@@ -229,6 +234,7 @@ class Transform(Protocol):
 
     keeps_zeros: ClassVar[bool]  # zeros of the update arrive as zeros, in a vector of the same length
     works_on_shards: ClassVar[bool]  # each rank of a gang may encode its own shard
+    picks_coordinates: ClassVar[bool]  # each client chooses by its data which coordinates it sends
 
     @property
     def kind(self) -> str:

@@ -66,6 +66,11 @@ class HetLora(Rule):
         return self.weighting != "norm"
 
     @property
+    def picks_coordinates(self) -> bool:
+        """Whether clients prune: a pruned row is a known number in the sum, and the other clients' changes the rest."""
+        return self.gamma < 1
+
+    @property
     def weighs_alike(self) -> bool:
         """Whether the recipe asks for it."""
         return self.weighting == "uniform"

@@ -65,6 +65,7 @@ class Lossy(ABC):
 
     keeps_zeros: ClassVar[bool] = True
     works_on_shards: ClassVar[bool] = False
+    picks_coordinates: ClassVar[bool] = False
     error_feedback: bool = True
 
     @abstractmethod

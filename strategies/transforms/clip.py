@@ -23,6 +23,7 @@ class Clip:
     bound: float = 1.0
     keeps_zeros: ClassVar[bool] = True
     works_on_shards: ClassVar[bool] = True
+    picks_coordinates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         norm = "clip's bound is the largest L2 norm and must be a number above 0"

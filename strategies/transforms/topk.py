@@ -1,7 +1,7 @@
 """Top-k: only the largest coordinates travel (Stich et al. 2018, arXiv 1809.07599, algorithm 1)."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -15,12 +15,13 @@ class TopK(Lossy):
 
     Client state: the residual. The share is of the coordinates that are not zero: a frozen tensor takes no room. The
     client sends the values and their positions, as numbers or as a bit map, whichever is shorter. Traps: biased, so
-    that without error feedback small coordinates are never learned; clients keep different coordinates, so secure sums
-    gain nothing.
+    that without error feedback small coordinates are never learned; clients keep different coordinates, so that a secure
+    sum would be no shorter and might show a coordinate of one client alone: it is refused there.
     """
 
     kind: Literal["topk"] = "topk"
     share: float = 0.1
+    picks_coordinates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("topk", self.share)

@@ -261,6 +261,13 @@ class Corrects(FedAvg):
 Corrects.corrects = False
 
 
+@dataclass(frozen=True)
+class Prunes(HetLora):
+    """Leaves out rows by a client's data, and denies it."""
+
+    picks_coordinates: ClassVar[bool] = False
+
+
 @pytest.mark.parametrize(
     ("broken", "check", "sentence"),
     [
@@ -286,6 +293,7 @@ Corrects.corrects = False
         (SendsProducts, "products_are_sent_where_the_class_says_so", "send products in product, but"),
         (Silent, "something_is_sent_where_the_class_says_so", "sends_update is True, but clients send zeros"),
         (Corrects, "gradients_are_corrected_only_where_the_class_says_so", "corrects is False, but"),
+        (Prunes, "coordinates_are_picked_only_where_the_class_says_so", "picks_coordinates is False, but"),
     ],
 )
 def test_a_broken_promise_is_detected_and_named(broken, check, sentence) -> None:
