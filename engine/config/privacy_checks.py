@@ -97,8 +97,8 @@ def _check_coordinates(recipe: Sections) -> None:
     picking = next((transform.kind for transform in recipe.transforms if transform.picks_coordinates), None)
     if secure and picking is not None:
         raise RunError(
-            f"{picking!r} sends the coordinates that each client picks by its own data, so that a sum may show what one "
-            f'client alone sends: take "projection", whose choice all clients share, or leave privacy.secagg out'
+            f"{picking!r} sends the coordinates that each client picks by its own data, so that a sum may show what "
+            f'one client alone sends: take "projection", whose choice all clients share, or leave privacy.secagg out'
         )
 
 

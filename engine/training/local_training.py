@@ -16,7 +16,8 @@ from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
 from engine.training.batching import batches, pieces
 from engine.training.optimizers import clip, make_optimizer
 from engine.training.step_loop import Correct, Progress, Trained, Training, no_session, take_steps
-from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Strategy, Update, Vector
+from strategies.core.base import Rule
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Update, Vector
 from strategies.core.seeds import rng, seed_torch, torch_seed
 
 
@@ -107,7 +108,7 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
     }
 
 
-def _correction(strategy: Strategy, broadcast: Broadcast, state: ClientState, run: str) -> Correct | None:
+def _correction(strategy: Rule, broadcast: Broadcast, state: ClientState, run: str) -> Correct | None:
     """Returns the strategy's correction of gradients; None if it has none, which saves gangs copies."""
     if not strategy.corrects:
         return None

@@ -4,12 +4,19 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
-
 from strategies.core.base import AveragingRule
 from strategies.core.errors import require
-from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update, Vector, Vectors
+from strategies.core.protocol import (
+    GLOBAL,
+    Aggregate,
+    Broadcast,
+    ClientState,
+    Ends,
+    Finished,
+    ServerState,
+    Update,
+    Vectors,
+)
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,13 @@ class FedDyn(AveragingRule):
     weighting: Literal["uniform"] = "uniform"
     alpha: float = 0.01
     keeps_state: ClassVar[bool] = True
+    zero_moments: ClassVar[tuple[str, ...]] = ("h",)
     paper: ClassVar[str] = "arXiv 2111.04263"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        pull = "strategy.alpha pulls clients to the global model and must be a number above 0"
-        require(0 < self.alpha < math.inf, f"{pull}, not {self.alpha}")
-
-    def init(self, params: Vector, layout: Layout) -> ServerState:
-        """The initial vector, and h = 0."""
-        return replace(super().init(params, layout), moments={"h": torch.zeros_like(params)})
+        sentence = "strategy.alpha pulls clients to the global model and must be a number above 0"
+        require(0 < self.alpha < math.inf, sentence, self.alpha)
 
     def correct(
         self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
@@ -49,9 +53,7 @@ class FedDyn(AveragingRule):
         if "h" in client_state:
             grad_KP.sub_(client_state["h"])
 
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Keeps h_k - alpha delta."""
         update, client_state = super().finish(update, broadcast, client_state, ends)
         h = -self.alpha * update.delta

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule, check_decay
+from strategies.core.base import AveragingRule, NeedsSgd, check_decay
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, NeedsSgd, ServerState, Update, Vector
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, Ends, Finished, ServerState, Update
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class FedNova(AveragingRule):
         """SGD with the same momentum and one learning rate a round."""
         return NeedsSgd("counts on what plain SGD does", momentum=self.momentum, constant=True)
 
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """The weight w / tau, and w and w tau beside delta."""
         update, client_state = super().finish(update, broadcast, client_state, ends)
         tau, weight = accumulated(update.metrics["steps"], self.momentum), update.weight
@@ -47,11 +45,6 @@ class FedNova(AveragingRule):
     def beside(self, layout: Layout) -> dict[str, int]:
         """w and w tau."""
         return {"weights": 2}
-
-    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
-        """As FedAvg, and two numbers up."""
-        down, up = super().floats(broadcast)
-        return down, up + 2
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """theta += lr (sum w tau / sum w) (sum (w / tau) delta / sum w)."""

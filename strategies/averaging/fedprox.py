@@ -22,8 +22,9 @@ class FedProx(AveragingRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        pull = "strategy.mu pulls clients to the global model and must be at least 0"
-        require(0 <= self.mu < math.inf, f"{pull}, not {self.mu}")
+        require(
+            0 <= self.mu < math.inf, "strategy.mu pulls clients to the global model and must be at least 0", self.mu
+        )
 
     def correct(
         self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule
+from strategies.core.base import AveragingRule, NeedsSgd
 from strategies.core.errors import require
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, NeedsSgd, ServerState, Update, Vector
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, Ends, Finished, ServerState, Update
 
 LEAST = 1e-10  # of a loss: F^(q - 1) has no value at 0; about what the authors' code adds to every loss
 
@@ -38,10 +38,9 @@ class QFedAvg(AveragingRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fair = "strategy.q is the weight of unfairness and must be at least 0"
-        require(0 <= self.q < math.inf, f"{fair}, not {self.q}")
-        bound = "strategy.lipschitz is the gradients' Lipschitz constant and must be a number above 0"
-        require(self.lipschitz is None or 0 < self.lipschitz < math.inf, f"{bound}, not {self.lipschitz}")
+        require(0 <= self.q < math.inf, "strategy.q is the weight of unfairness and must be at least 0", self.q)
+        sentence = "strategy.lipschitz is the gradients' Lipschitz constant and must be a number above 0"
+        require(self.lipschitz is None or 0 < self.lipschitz < math.inf, sentence, self.lipschitz)
 
     @property
     def bounded_weights(self) -> bool:
@@ -59,15 +58,11 @@ class QFedAvg(AveragingRule):
         why = "takes 1 / lr for the loss's curvature, which holds for SGD alone"
         return NeedsSgd(why, "set strategy.lipschitz") if self.lipschitz is None else None
 
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """The weight w F^q, and the rest of w h / L beside delta."""
         weight = 1.0 if self.weighting == "uniform" else update.weight
         loss = max(update.metrics["loss_before"], LEAST)
-        lipschitz = self.lipschitz
-        if lipschitz is None:
-            lipschitz = update.metrics["steps"] / update.metrics["rates"]
+        lipschitz = self.lipschitz or update.metrics["steps"] / update.metrics["rates"]
         square = torch.linalg.vector_norm(update.delta, dtype=torch.float64).item() ** 2
         bend = torch.tensor([weight * self.q * loss ** (self.q - 1) * lipschitz * square])
         return replace(update, weight=weight * loss**self.q, extras={"bend": bend}), client_state
@@ -75,11 +70,6 @@ class QFedAvg(AveragingRule):
     def beside(self, layout: Layout) -> dict[str, int]:
         """w h / L."""
         return {"bend": 1}
-
-    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
-        """As FedAvg, and one number up."""
-        down, up = super().floats(broadcast)
-        return down, up + 1
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """theta += lr sum w F^q delta / sum w h / L."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from strategies.core.base import Rule
 from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Strategy, Update, Vector
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update, Vector
 from strategies.core.seeds import rng
 
 LORA = Layout(
@@ -38,7 +39,7 @@ def drawn(layout: Layout, first: int, second: int = 0) -> Vector:
 class Case:
     """A strategy on a layout; `summed` and `stored` are the engine's exact sum and a checkpoint written and read."""
 
-    strategy: Strategy
+    strategy: Rule
     layout: Layout
     summed: Callable[[list[Update]], Aggregate]
     stored: Callable[[ServerState], ServerState]

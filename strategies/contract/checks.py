@@ -11,8 +11,8 @@ import torch
 
 from strategies.contract import client, declarations
 from strategies.contract.case import SEED, Case, DoesNotApply, copied, difference, drawn, hold, same, tensors
-from strategies.core.lora_algebra import product_size
-from strategies.core.protocol import NO_LAYOUT, ServerState, Strategy, Vector
+from strategies.core.base import Rule
+from strategies.core.protocol import NO_LAYOUT, ServerState, Vector
 
 Check = Callable[[Case], None]
 CLOSE = 1e-5
@@ -20,8 +20,8 @@ RENAMED = {"remembers": "keeps_state", "personalises": "personalizes"}
 
 
 def lacks(kind: type) -> list[str]:
-    """The names of the members of `Strategy` that a class does not define, or defines under an old name."""
-    members = [*Strategy.__annotations__, *(name for name in vars(Strategy) if not name.startswith("_"))]
+    """The names of the members of `Rule` that a class does not define, or defines under an old name."""
+    members = [name for name in vars(Rule) if not name.startswith("_")]
     defined = set(dir(kind)) - getattr(kind, "__abstractmethods__", frozenset())
     renamed = [f"{name} (it defines the old {old})" for old, name in RENAMED.items() if old in defined]
     return [name for name in members if name not in defined] + renamed
@@ -120,7 +120,7 @@ def what_travels_is_flat_contiguous_and_float32(case: Case) -> None:
     whole = state.params.shape == broadcast.params.shape == updates[0].delta.shape == size
     hold(whole, f"params and delta must keep the layout's {case.layout.size} elements")
     if state.merged_delta is not None:
-        length, expected = state.merged_delta.numel(), product_size(case.layout)
+        length, expected = state.merged_delta.numel(), case.layout.product_size
         hold(length == expected, f"the merged delta has {length} elements; the layout's products have {expected}")
 
 

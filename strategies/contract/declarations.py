@@ -9,7 +9,6 @@ from dataclasses import FrozenInstanceError, replace
 import torch
 
 from strategies.contract.case import LORA, Case, DoesNotApply, difference, drawn, hold, same
-from strategies.core.lora_algebra import product_size
 from strategies.core.protocol import Aggregate, ClientState
 
 CLOSE = 1e-5
@@ -92,7 +91,7 @@ def products_are_sent_where_the_class_says_so(case: Case) -> None:
     if declared:
         hold(bool(beside), "sends_products is True, but clients send nothing beside the update")
     elif case.layout is LORA:
-        products = [name for name, length in beside.items() if length == product_size(LORA)]
+        products = [name for name, length in beside.items() if length == LORA.product_size]
         hold(not products, f"clients send products in {', '.join(products)}, but sends_products is False")
 
 
@@ -127,7 +126,7 @@ def _tiny(case: Case, aggregate: Aggregate) -> Aggregate:
 
 
 def coordinates_are_picked_only_where_the_class_says_so(case: Case) -> None:
-    """`picks_coordinates` is honest: two trainings that differ everywhere send different numbers wherever it is live."""
+    """`picks_coordinates` is honest: trainings that differ everywhere send other numbers in all that is live."""
     if case.strategy.picks_coordinates:
         raise DoesNotApply("picks_coordinates is True: clients may leave out coordinates by their data")
     state, client_states = case.after(1)

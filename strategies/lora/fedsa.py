@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 import torch
 
 from strategies.core.base import AveragingRule
-from strategies.core.layout import LORA_B, Layout
-from strategies.core.lora_algebra import count, slices, unmarked, without
-from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Mask, Update, Vector
+from strategies.core.layout import LORA_B, Layout, unpacked
+from strategies.core.lora_algebra import unmarked, zeroed
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Ends, Finished, Mask, Update, Vector
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,21 @@ class FedSaLora(AveragingRule):
         personal = self.personal(broadcast, client_state)
         return {GLOBAL: broadcast.params if personal is None else personal}
 
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Keeps B and sends no change of it."""
         update, client_state = super().finish(update, broadcast, client_state, ends)
-        end = broadcast.params + update.delta
-        b = torch.cat([end[part] for part in slices(broadcast.layout, LORA_B)])
-        return replace(update, delta=without(update.delta, broadcast.layout, LORA_B)), client_state | {"b": b}
+        end, delta = broadcast.params + update.delta, zeroed(update.delta.clone(), broadcast.layout, LORA_B)
+        b = torch.cat([pair.b_OR.flatten() for pair in broadcast.layout.lora_pairs(end)])
+        return replace(update, delta=delta), client_state | {"b": b}
 
     def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
         """The global A with the client's own B, once it has one."""
         if "b" not in client_state:
             return None
-        vector, parts = broadcast.params.clone(), slices(broadcast.layout, LORA_B)
-        pieces = client_state["b"].split([part.stop - part.start for part in parts])
-        for part, b in zip(parts, pieces, strict=True):
-            vector[part] = b
+        vector = broadcast.params.clone()
+        parts = [pair.b_OR for pair in broadcast.layout.lora_pairs(vector)]
+        for part, b_OR in zip(parts, unpacked(client_state["b"], [part.shape for part in parts]), strict=True):
+            part.copy_(b_OR)
         return vector
 
     def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
@@ -61,5 +59,5 @@ class FedSaLora(AveragingRule):
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """All but B, both ways."""
-        sent = broadcast.layout.size - count(broadcast.layout, LORA_B)
+        _, sent = super().floats(broadcast)
         return sent, sent

@@ -18,6 +18,8 @@ from strategies.core.protocol import (
     Aggregate,
     Broadcast,
     ClientState,
+    Ends,
+    Finished,
     Mask,
     ServerState,
     Update,
@@ -94,9 +96,7 @@ class HetLora(Rule):
                 grad.a_RI[tail] += self.penalty * b_norm / a_norm.clamp(min=TINY) * pair.a_RI[tail]
                 grad.b_OR[:, tail] += self.penalty * a_norm / b_norm.clamp(min=TINY) * pair.b_OR[:, tail]
 
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Prunes, folds the client's scale into B, and sets the weight."""
         (rank,) = ranks(broadcast, client_state)
         kept, end = self._kept(rank), broadcast.params + update.delta

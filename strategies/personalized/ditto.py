@@ -1,12 +1,27 @@
-"""Ditto: a personal model held near the global one (Li et al. 2021, arXiv 2012.04221, algorithm 1)."""
+"""Whole models of clients: Ditto's, held near the global one (Li et al. 2021, arXiv 2012.04221), and local ones."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from strategies.core.base import AveragingRule
+import torch
+
+from strategies.core.base import AveragingRule, Rule
 from strategies.core.errors import require
-from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Update, Vector, Vectors
+from strategies.core.layout import Layout
+from strategies.core.protocol import (
+    GLOBAL,
+    Aggregate,
+    Broadcast,
+    ClientState,
+    Ends,
+    Finished,
+    Mask,
+    ServerState,
+    Update,
+    Vector,
+    Vectors,
+)
 
 PERSONAL = "personal"  # the name of the second training, and of its result in the client's state
 
@@ -15,7 +30,7 @@ PERSONAL = "personal"  # the name of the second training, and of its result in t
 class Ditto(AveragingRule):
     """FedAvg on theta; beside it each client minimizes F_k(v_k) + (lam / 2) |v_k - theta_t|^2 for its own v_k.
 
-    The global training is plain; the personal one, from the client's last v_k, has the gradient
+    Algorithm 1. The global training is plain; the personal one, from the client's last v_k, has the gradient
     g + lam (v_k - theta_t). Reads the sum, of the global changes. Client state: "personal", the client's v_k; a client
     that takes part for the first time starts from theta_t. Traps: clients train twice; `lam` pulls to the global model
     that was received, not to the one of the round before; with lam = 0 it is local training alone.
@@ -29,8 +44,8 @@ class Ditto(AveragingRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        pull = "strategy.lam pulls personal models to the global one and must be at least 0"
-        require(0 <= self.lam < math.inf, f"{pull}, not {self.lam}")
+        sentence = "strategy.lam pulls personal models to the global one and must be at least 0"
+        require(0 <= self.lam < math.inf, sentence, self.lam)
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector, then the client's own."""
@@ -43,9 +58,7 @@ class Ditto(AveragingRule):
         if run == PERSONAL:
             grad_KP.add_(params_KP - broadcast.params, alpha=self.lam)
 
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Keeps the end of the personal training."""
         assert ends is not None
         update, client_state = super().finish(update, broadcast, client_state, ends)
@@ -54,3 +67,47 @@ class Ditto(AveragingRule):
     def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
         """v_k, once there is one."""
         return client_state.get(PERSONAL)
+
+
+@dataclass(frozen=True)
+class LocalOnly(Rule):
+    """theta_k += delta_k on its client; theta stays: local training, the baseline. Nothing is received or sent.
+
+    Client state: "own", the client's theta_k; at first the initial vector. Traps: evaluated as "global" it is the
+    initial model in every round, look at "personal"; clients that are sampled more often have trained more.
+    """
+
+    kind: Literal["local"] = "local"
+    sends_update: ClassVar[bool] = False
+    keeps_state: ClassVar[bool] = True
+    personalizes: ClassVar[bool] = True
+    paper: ClassVar[str] = "baseline"
+
+    def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
+        """The client's own vector."""
+        return {GLOBAL: client_state.get("own", broadcast.params)}
+
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
+        """Keeps the client's vector and sends no change."""
+        kept = client_state | {"own": broadcast.params + update.delta}
+        return replace(update, delta=torch.zeros_like(update.delta)), kept
+
+    def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
+        """The client's own vector, once it has one."""
+        return client_state.get("own")
+
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """Nothing of the delta."""
+        return {"delta": torch.zeros(layout.size, dtype=torch.bool)}
+
+    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
+        """Every coordinate."""
+        return None
+
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
+        """Nothing travels: every client had the initial vector before the first round."""
+        return 0, 0
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """theta stays."""
+        return replace(state, round=state.round + 1)

@@ -8,9 +8,9 @@ import torch
 
 from strategies.core.base import AveragingRule
 from strategies.core.errors import require
-from strategies.core.layout import Layout
-from strategies.core.lora_algebra import all_but, floats_at
-from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Mask, Update, Vector, Vectors
+from strategies.core.layout import Layout, unpacked
+from strategies.core.lora_algebra import all_but
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Ends, Finished, Mask, Update, Vector, Vectors
 from strategies.personalized.ditto import PERSONAL
 
 
@@ -40,8 +40,8 @@ class FedDpa(AveragingRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share = "strategy.mix is the share of the global adapter that gives way to the local one"
-        require(0 <= self.mix <= 1, f"{share} and must be between 0 and 1, not {self.mix}")
+        sentence = "strategy.mix is what the global adapter loses to the local one and must be between 0 and 1"
+        require(0 <= self.mix <= 1, sentence, self.mix)
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector, then the sum of the client's two adapters."""
@@ -57,9 +57,7 @@ class FedDpa(AveragingRule):
                 pair.a_RI[frozen] = 0
                 pair.b_OR[:, frozen] = 0
 
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Keeps the local adapter and sends no change of it."""
         assert ends is not None
         update, client_state = super().finish(update, broadcast, client_state, ends)
@@ -83,7 +81,7 @@ class FedDpa(AveragingRule):
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """The global adapter, both ways."""
-        sent = floats_at(broadcast.layout, broadcast.layout.rank // 2)
+        _, sent = super().floats(broadcast)
         return sent, sent
 
     def _mixed(self, broadcast: Broadcast, client_state: ClientState) -> Vector:
@@ -92,9 +90,8 @@ class FedDpa(AveragingRule):
             pair.b_OR[:, :half] *= 1 - self.mix
         if "local" in client_state:
             parts = _local(mixed, broadcast.layout)
-            pieces = client_state["local"].split([part.numel() for part in parts])
-            for part, piece in zip(parts, pieces, strict=True):
-                part.copy_(piece.view(part.shape))
+            for part, kept in zip(parts, unpacked(client_state["local"], [part.shape for part in parts]), strict=True):
+                part.copy_(kept)
         return mixed
 
 

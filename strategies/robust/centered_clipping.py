@@ -8,8 +8,7 @@ import torch
 
 from strategies.core.base import AveragingRule
 from strategies.core.errors import require
-from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update, Vector
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, Ends, Finished, ServerState, Update
 
 
 @dataclass(frozen=True)
@@ -29,24 +28,16 @@ class CenteredClipping(AveragingRule):
     weighting: Literal["uniform"] = "uniform"
     tau: float = 1.0
     elementwise: ClassVar[bool] = False
+    zero_moments: ClassVar[tuple[str, ...]] = ("v",)
+    sends_moments: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2012.10333"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        norm = "strategy.tau is the norm that is clipped to and must be a number above 0"
-        require(0 < self.tau < math.inf, f"{norm}, not {self.tau}")
+        sentence = "strategy.tau is the norm that is clipped to and must be a number above 0"
+        require(0 < self.tau < math.inf, sentence, self.tau)
 
-    def init(self, params: Vector, layout: Layout) -> ServerState:
-        """The initial vector, and v = 0."""
-        return replace(super().init(params, layout), moments={"v": torch.zeros_like(params)})
-
-    def broadcast(self, state: ServerState) -> Broadcast:
-        """The global vector and v."""
-        return replace(super().broadcast(state), extras={"v": state.moments["v"]})
-
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Sends clip(delta - v, tau)."""
         update, client_state = super().finish(update, broadcast, client_state, ends)
         apart = update.delta - broadcast.extras["v"]

@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from strategies.core.base import AveragingRule, named
+from strategies.core.base import AveragingRule, Reads, named
 from strategies.core.errors import StrategyError, require
-from strategies.core.protocol import Aggregate, Reads, ServerState, Update, Vector
+from strategies.core.protocol import Aggregate, ServerState, Update, Vector
 
 ELEMENTS = 2**21  # of a block, over all clients: what is in memory at once does not grow with K or P
 

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule
+from strategies.core.base import AveragingRule, Reads
 from strategies.core.errors import require
-from strategies.core.protocol import Aggregate, Broadcast, Reads, ServerState, Vector
+from strategies.core.protocol import Aggregate, Broadcast, ServerState, Vector
 from strategies.robust.reading_each import blocks, by_coordinate
 
 
@@ -36,10 +36,9 @@ class Rfa(AveragingRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sums = "strategy.passes is the number of sums over the updates and must be at least 1"
-        require(self.passes >= 1, f"{sums}, not {self.passes}")
-        away = "strategy.nu keeps distances away from 0 and must be a number above 0"
-        require(0 < self.nu < math.inf, f"{away}, not {self.nu}")
+        sentence = "strategy.passes is the number of sums over the updates and must be at least 1"
+        require(self.passes >= 1, sentence, self.passes)
+        require(0 < self.nu < math.inf, "strategy.nu keeps distances away from 0 and must be a number above 0", self.nu)
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """A vector down and a vector up for each pass; the first z is the global vector's own zero."""

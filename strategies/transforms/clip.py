@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 import torch
 
 from strategies.core.errors import require
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Update
+from strategies.core.protocol import Broadcast, ClientState, Finished, Update
+from strategies.transforms.chain import Transform
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(Transform):
     """delta <- delta * min(1, bound / |delta|), the L2 norm of the whole vector.
 
     It bounds what one client can do to a sum, so it goes with rules that read the sum alone. Extras are left as they
@@ -21,30 +22,13 @@ class Clip:
 
     kind: Literal["clip"] = "clip"
     bound: float = 1.0
-    keeps_zeros: ClassVar[bool] = True
     works_on_shards: ClassVar[bool] = True
-    picks_coordinates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        norm = "clip's bound is the largest L2 norm and must be a number above 0"
-        require(0 < self.bound < math.inf, f"{norm}, not {self.bound}")
+        sentence = "clip's bound is the largest L2 norm and must be a number above 0"
+        require(0 < self.bound < math.inf, sentence, self.bound)
 
-    @property
-    def keeps_state(self) -> bool:
-        """Nothing."""
-        return False
-
-    def encode(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator
-    ) -> tuple[Update, ClientState]:
+    def encode(self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator) -> Finished:
         """The delta, shortened if it is too long."""
         norm = broadcast.whole_norm(float(torch.linalg.vector_norm(update.delta, dtype=torch.float64)))
         return (update if norm <= self.bound else replace(update, delta=update.delta * (self.bound / norm))), {}
-
-    def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:
-        """Nothing is undone."""
-        return aggregate, state
-
-    def size(self, size: Size) -> Size:
-        """As before."""
-        return size

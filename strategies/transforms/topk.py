@@ -15,8 +15,8 @@ class TopK(Lossy):
 
     Client state: the residual. The share is of the coordinates that are not zero: a frozen tensor takes no room. The
     client sends the values and their positions, as numbers or as a bit map, whichever is shorter. Traps: biased, so
-    that without error feedback small coordinates are never learned; clients keep different coordinates, so that a secure
-    sum would be no shorter and might show a coordinate of one client alone: it is refused there.
+    that without error feedback small coordinates are never learned; clients keep different coordinates, so that
+    secure sums are refused: they would be no shorter, and might show a coordinate of one client alone.
     """
 
     kind: Literal["topk"] = "topk"

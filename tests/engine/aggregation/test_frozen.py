@@ -29,10 +29,8 @@ from strategies.core.lora_algebra import count, slices
 from strategies.core.protocol import Update
 from strategies.core.sharding import Partition
 from strategies.lora.fedsa import FedSaLora
-from strategies.lora.fedsvd import FedSvd
-from strategies.lora.ffa import FfaLora
-from strategies.lora.flora import Flora
-from strategies.lora.rolora import RoLora
+from strategies.lora.frozen_half import FedSvd, FfaLora, RoLora
+from strategies.lora.products import Flora
 from strategies.personalized.feddpa import FedDpa
 from strategies.privacy.adaptive import AdaptiveDp
 from strategies.privacy.central import CentralDp

@@ -8,10 +8,9 @@ from typing import ClassVar
 import pytest
 
 from engine.messages.errors import RunError
-from strategies.core.base import AveragingRule, Rule
+from strategies.core.base import AveragingRule, NeedsSgd, Rule
 from strategies.core.errors import StrategyError
-from strategies.core.protocol import NeedsSgd
-from strategies.lora.fedex import FedExLora
+from strategies.lora.products import FedExLora
 
 ROOT = Path(__file__).resolve().parents[3]
 CONCRETE = tuple(f"strategies.{room}." for room in ("averaging", "lora", "personalized", "robust"))

@@ -14,15 +14,14 @@ from strategies import Transforms
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.fedprox import FedProx
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Transform, Update
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update
+from strategies.robust.by_coordinate import Median
 from strategies.robust.krum import Krum
-from strategies.robust.median import Median
 from strategies.robust.rfa import Rfa
-from strategies.transforms.chain import bits, decode, encode
+from strategies.transforms.chain import Transform, bits, decode, encode
 from strategies.transforms.clip import Clip
-from strategies.transforms.int8 import Int8
 from strategies.transforms.projection import Projection
-from strategies.transforms.sign import Sign
+from strategies.transforms.quantization import Int8, Sign
 from strategies.transforms.topk import TopK
 
 SIZE = 40
