@@ -1,11 +1,9 @@
 """FedDyn: a correction that makes the clients' optima agree (Acar et al. 2021, arXiv 2111.04263)."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from strategies.core.base import AveragingRule
-from strategies.core.errors import require
 from strategies.core.protocol import (
     GLOBAL,
     Aggregate,
@@ -17,6 +15,7 @@ from strategies.core.protocol import (
     Update,
     Vectors,
 )
+from strategies.core.ranges import ABOVE_0, Range
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,10 @@ class FedDyn(AveragingRule):
 
     kind: Literal["feddyn"] = "feddyn"
     weighting: Literal["uniform"] = "uniform"
-    alpha: float = 0.01
+    alpha: Annotated[float, Range("pulls clients to the global model", ABOVE_0)] = 0.01
     keeps_state: ClassVar[bool] = True
     zero_moments: ClassVar[tuple[str, ...]] = ("h",)
     paper: ClassVar[str] = "arXiv 2111.04263"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sentence = "strategy.alpha pulls clients to the global model and must be a number above 0"
-        require(0 < self.alpha < math.inf, sentence, self.alpha)
 
     def correct(
         self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule, NeedsSgd, check_decay
+from strategies.core.base import AveragingRule, Decay, NeedsSgd
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, Ends, Finished, ServerState, Update
 
@@ -23,12 +23,8 @@ class FedNova(AveragingRule):
     """
 
     kind: Literal["fednova"] = "fednova"
-    momentum: float = 0.0
+    momentum: Decay = 0.0
     paper: ClassVar[str] = "arXiv 2007.07481"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_decay("momentum", self.momentum)
 
     @property
     def needs_optimizer(self) -> NeedsSgd:

@@ -4,30 +4,25 @@ FedAvgM is momentum (Hsu et al. 2019, arXiv 1909.06335); DiLoCo is Nesterov's (D
 FedAdagrad, FedAdam and FedYogi are algorithm 2 of FedOpt (Reddi et al. 2021, arXiv 2003.00295).
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule, check_decay
-from strategies.core.errors import require
+from strategies.core.base import AveragingRule, Decay, ServerLr
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, ServerState, Vector
+from strategies.core.ranges import ABOVE_0, Range
 
 
 @dataclass(frozen=True)
 class MomentumRule(AveragingRule, ABC):
     """m = momentum m + D, and a step along m or, with `nesterov`, along D + momentum m."""
 
-    momentum: float = 0.9
+    momentum: Decay = 0.9
     nesterov: ClassVar[bool] = False
     zero_moments: ClassVar[tuple[str, ...]] = ("m",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_decay("momentum", self.momentum)
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """m = momentum m + D, theta += lr m, or lr (D + momentum m)."""
@@ -59,7 +54,7 @@ class DiLoCo(MomentumRule):
     """
 
     kind: Literal["diloco"] = "diloco"
-    lr: float = 0.7
+    lr: ServerLr = 0.7
     weighting: Literal["examples", "uniform"] = "uniform"
     nesterov: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2311.08105"
@@ -74,17 +69,10 @@ class AdaptiveRule(AveragingRule, ABC):
     FedAvg's 1 is far too much; with tau well above |D| the rule is momentum with lr / tau.
     """
 
-    lr: float = 1e-3
-    beta1: float = 0.9
-    tau: float = 1e-3
+    lr: ServerLr = 1e-3
+    beta1: Decay = 0.9
+    tau: Annotated[float, Range("keeps steps finite", ABOVE_0)] = 1e-3
     paper: ClassVar[str] = "arXiv 2003.00295"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("beta1", "beta2") if "beta2" in vars(self) else ("beta1",):
-            check_decay(name, vars(self)[name])
-        finite = 0 < self.tau < math.inf
-        require(finite, f"strategy.tau keeps steps finite and must be a number above 0, not {self.tau}")
 
     @abstractmethod
     def second(self, v: Vector, square: Vector) -> Vector:
@@ -112,7 +100,7 @@ class FedAdagrad(AdaptiveRule):
     """
 
     kind: Literal["fedadagrad"] = "fedadagrad"
-    beta1: float = 0.0
+    beta1: Decay = 0.0
 
     def second(self, v: Vector, square: Vector) -> Vector:
         """v + D^2."""
@@ -124,7 +112,7 @@ class FedAdam(AdaptiveRule):
     """v = beta2 v + (1 - beta2) D^2; m and theta as in `AdaptiveRule`."""
 
     kind: Literal["fedadam"] = "fedadam"
-    beta2: float = 0.99
+    beta2: Decay = 0.99
 
     def second(self, v: Vector, square: Vector) -> Vector:
         """beta2 v + (1 - beta2) D^2."""
@@ -139,7 +127,7 @@ class FedYogi(AdaptiveRule):
     """
 
     kind: Literal["fedyogi"] = "fedyogi"
-    beta2: float = 0.99
+    beta2: Decay = 0.99
 
     def second(self, v: Vector, square: Vector) -> Vector:
         """v - (1 - beta2) D^2 sign(v - D^2)."""

@@ -1,12 +1,11 @@
 """FedProx: FedAvg with clients held near the global model (Li et al. 2020, arXiv 1812.06127, algorithm 2)."""
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from strategies.core.base import AveragingRule
-from strategies.core.errors import require
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Vectors
+from strategies.core.ranges import Range
 
 
 @dataclass(frozen=True)
@@ -17,14 +16,8 @@ class FedProx(AveragingRule):
     """
 
     kind: Literal["fedprox"] = "fedprox"
-    mu: float = 0.01
+    mu: Annotated[float, Range("pulls clients to the global model")] = 0.01
     paper: ClassVar[str] = "arXiv 1812.06127"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            0 <= self.mu < math.inf, "strategy.mu pulls clients to the global model and must be at least 0", self.mu
-        )
 
     def correct(
         self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL

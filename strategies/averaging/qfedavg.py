@@ -1,15 +1,14 @@
 """q-FedAvg: clients with a higher loss weigh more (Li et al. 2020, arXiv 1905.10497, algorithm 2)."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from strategies.core.base import AveragingRule, NeedsSgd
-from strategies.core.errors import require
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, Ends, Finished, ServerState, Update
+from strategies.core.ranges import ABOVE_0, Range
 
 LEAST = 1e-10  # of a loss: F^(q - 1) has no value at 0; about what the authors' code adds to every loss
 
@@ -30,17 +29,11 @@ class QFedAvg(AveragingRule):
 
     kind: Literal["qfedavg"] = "qfedavg"
     weighting: Literal["examples", "uniform"] = "uniform"
-    q: float = 1.0
-    lipschitz: float | None = None
+    q: Annotated[float, Range("is the weight of unfairness")] = 1.0
+    lipschitz: Annotated[float | None, Range("is the gradients' Lipschitz constant", ABOVE_0)] = None
     elementwise: ClassVar[bool] = False
     loss_before: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 1905.10497"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.q < math.inf, "strategy.q is the weight of unfairness and must be at least 0", self.q)
-        sentence = "strategy.lipschitz is the gradients' Lipschitz constant and must be a number above 0"
-        require(self.lipschitz is None or 0 < self.lipschitz < math.inf, sentence, self.lipschitz)
 
     @property
     def bounded_weights(self) -> bool:

@@ -1,13 +1,11 @@
 """What a strategy is, with a default for everything but the rule itself. Legend: P parameters, K clients."""
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.errors import require
 from strategies.core.layout import Layout
 from strategies.core.protocol import (
     GLOBAL,
@@ -22,8 +20,11 @@ from strategies.core.protocol import (
     Vector,
     Vectors,
 )
+from strategies.core.ranges import ABOVE_0, BELOW_1, Range, check_ranges
 
 Reads = Literal["sum", "passes", "each"]
+ServerLr = Annotated[float, Range("is the server's learning rate", ABOVE_0)]
+Decay = Annotated[float, Range("is what a moment keeps", BELOW_1)]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class Rule(ABC):
     zero_moments: ClassVar[tuple[str, ...]] = ()  # the names of the moments (P,) that `init` sets to zero
     sends_moments: ClassVar[bool] = False  # `broadcast` sends all moments as extras
     paper: ClassVar[str] = "unpublished"
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "strategy.")
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -171,11 +175,8 @@ class AveragingRule(Rule):
     min(rows, R) / R with privacy.rows_cap = R; "uniform" is 1.
     """
 
-    lr: float = 1.0
+    lr: ServerLr = 1.0
     weighting: Literal["examples", "uniform"] = "examples"
-
-    def __post_init__(self) -> None:
-        check_lr(self.lr)
 
     @property
     def weighs_alike(self) -> bool:
@@ -195,16 +196,6 @@ def step(state: ServerState, aggregate: Aggregate, lr: float) -> ServerState:
     """The next state after theta += lr * total / weight, with the same moments."""
     change = aggregate.total * (lr / aggregate.weight)
     return replace(state, round=state.round + 1, params=change.add_(state.params))
-
-
-def check_lr(lr: float) -> None:
-    """Raises StrategyError for a server learning rate that is no number above 0."""
-    require(0 < lr < math.inf, f"strategy.lr is the server's learning rate and must be a number above 0, not {lr}")
-
-
-def check_decay(name: str, value: float) -> None:
-    """Raises StrategyError for a moment's decay factor outside [0, 1)."""
-    require(0 <= value < 1, f"strategy.{name} is what a moment keeps and must be at least 0 and below 1, not {value}")
 
 
 def named(strategy: object) -> str:

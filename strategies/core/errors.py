@@ -7,7 +7,7 @@ class StrategyError(ValueError):
     exit_code = 2  # of the command, as for wrong usage
 
 
-def require(condition: bool, sentence: str, *value: float | None) -> None:
-    """Raises StrategyError with the sentence, and the value that breaks it, unless the condition holds."""
+def require(condition: bool, sentence: str) -> None:
+    """Raises StrategyError with the sentence unless the condition holds."""
     if not condition:
-        raise StrategyError(", not ".join([sentence, *map(str, value)]))
+        raise StrategyError(sentence)

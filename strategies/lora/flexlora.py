@@ -5,14 +5,14 @@ Legend: P parameters, R rank, I inputs and O outputs of a layer, S and L columns
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.errors import require
 from strategies.core.layout import Layout, unpacked
 from strategies.core.lora_algebra import floats_at, products, put
 from strategies.core.protocol import Aggregate, Broadcast, ServerState, Vector
+from strategies.core.ranges import Range
 from strategies.core.seeds import torch_rng
 from strategies.lora.products import ProductRule
 
@@ -37,13 +37,8 @@ class FlexLora(ProductRule):
     """
 
     kind: Literal["flexlora"] = "flexlora"
-    sketch: int = 0
+    sketch: Annotated[int, Range("is the number of columns beyond the rank")] = 0
     paper: ClassVar[str] = "arXiv 2402.11505"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sentence = "strategy.sketch is the number of columns beyond the rank and must be at least 0"
-        require(self.sketch >= 0, sentence, self.sketch)
 
     def broadcast(self, state: ServerState) -> Broadcast:
         """The global vector, and the round's random matrices for sketches, although the seed determines them."""

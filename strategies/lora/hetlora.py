@@ -5,12 +5,11 @@ Legend: P parameters, K clients.
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.base import Rule, check_lr, step
-from strategies.core.errors import require
+from strategies.core.base import Rule, ServerLr, step
 from strategies.core.layout import Layout, LoraPair
 from strategies.core.lora_algebra import all_but, floats_at, folded, start_at
 from strategies.core.protocol import (
@@ -26,6 +25,7 @@ from strategies.core.protocol import (
     Vector,
     Vectors,
 )
+from strategies.core.ranges import SHARE, Range
 
 TINY = 1e-12  # below this a norm has no direction
 
@@ -45,22 +45,15 @@ class HetLora(Rule):
     """
 
     kind: Literal["hetlora"] = "hetlora"
-    lr: float = 1.0
+    lr: ServerLr = 1.0
     weighting: Literal["norm", "examples", "uniform"] = "norm"
-    gamma: float = 0.99
-    penalty: float = 1e-3
+    gamma: Annotated[float, Range("is the part of its rank that a client keeps when it prunes", SHARE)] = 0.99
+    penalty: Annotated[float, Range("shrinks a rank's tail")] = 1e-3
     needs_lora: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2401.06432"
-
-    def __post_init__(self) -> None:
-        check_lr(self.lr)
-        part = "strategy.gamma is the part of its rank that a client keeps when it prunes"
-        require(0 < self.gamma <= 1, f"{part} and must be above 0 and at most 1, not {self.gamma}")
-        shrinks = "strategy.penalty shrinks a rank's tail and must be at least 0"
-        require(0 <= self.penalty < math.inf, f"{shrinks}, not {self.penalty}")
 
     @property
     def bounded_weights(self) -> bool:

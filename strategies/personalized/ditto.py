@@ -1,13 +1,11 @@
 """Whole models of clients: Ditto's, held near the global one (Li et al. 2021, arXiv 2012.04221), and local ones."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from strategies.core.base import AveragingRule, Rule
-from strategies.core.errors import require
 from strategies.core.layout import Layout
 from strategies.core.protocol import (
     GLOBAL,
@@ -22,6 +20,7 @@ from strategies.core.protocol import (
     Vector,
     Vectors,
 )
+from strategies.core.ranges import Range
 
 PERSONAL = "personal"  # the name of the second training, and of its result in the client's state
 
@@ -37,15 +36,10 @@ class Ditto(AveragingRule):
     """
 
     kind: Literal["ditto"] = "ditto"
-    lam: float = 0.1
+    lam: Annotated[float, Range("pulls personal models to the global one")] = 0.1
     keeps_state: ClassVar[bool] = True
     personalizes: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2012.04221"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sentence = "strategy.lam pulls personal models to the global one and must be at least 0"
-        require(0 <= self.lam < math.inf, sentence, self.lam)
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector, then the client's own."""

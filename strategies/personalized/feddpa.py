@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from strategies.core.base import AveragingRule
-from strategies.core.errors import require
 from strategies.core.layout import Layout, unpacked
 from strategies.core.lora_algebra import all_but
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Ends, Finished, Mask, Update, Vector, Vectors
+from strategies.core.ranges import Bounds, Range
 from strategies.personalized.ditto import PERSONAL
+
+MIX: Bounds = ("between 0 and 1", lambda x: 0 <= x <= 1)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class FedDpa(AveragingRule):
     """
 
     kind: Literal["feddpa"] = "feddpa"
-    mix: float = 0.5
+    mix: Annotated[float, Range("is what the global adapter loses to the local one", MIX)] = 0.5
     needs_lora: ClassVar[bool] = True
     rank_parts: ClassVar[int] = 2
     keeps_state: ClassVar[bool] = True
@@ -37,11 +39,6 @@ class FedDpa(AveragingRule):
     elementwise: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2403.19211"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sentence = "strategy.mix is what the global adapter loses to the local one and must be between 0 and 1"
-        require(0 <= self.mix <= 1, sentence, self.mix)
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector, then the sum of the client's two adapters."""

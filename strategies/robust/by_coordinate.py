@@ -6,13 +6,15 @@ Legend: K clients, B the coordinates of a block.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.errors import require
 from strategies.core.protocol import Vector
+from strategies.core.ranges import Bounds, Range
 from strategies.robust.reading_each import RobustRule, by_coordinate, mean_of_rows, sorted_rows
+
+BELOW_HALF: Bounds = ("at least 0 and below 0.5", lambda x: 0 <= x < 0.5)
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,9 @@ class TrimmedMean(RobustRule):
     """
 
     kind: Literal["trimmed_mean"] = "trimmed_mean"
-    trim: float = 0.2
+    trim: Annotated[float, Range("is the share cut on each side", BELOW_HALF)] = 0.2
     elementwise: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 1803.01498"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sentence = "strategy.trim is the share cut on each side and must be at least 0 and below 0.5"
-        require(0 <= self.trim < 0.5, sentence, self.trim)
 
     def cut(self, count: int) -> int:
         """The number of values cut on each side of `count` values, safe from the rounding of trim K."""

@@ -1,14 +1,13 @@
 """Centered clipping: changes are clipped around the last one (Karimireddy et al. 2021, arXiv 2012.10333)."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from strategies.core.base import AveragingRule
-from strategies.core.errors import require
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, Ends, Finished, ServerState, Update
+from strategies.core.ranges import ABOVE_0, Range
 
 
 @dataclass(frozen=True)
@@ -26,16 +25,11 @@ class CenteredClipping(AveragingRule):
 
     kind: Literal["centred_clipping"] = "centred_clipping"
     weighting: Literal["uniform"] = "uniform"
-    tau: float = 1.0
+    tau: Annotated[float, Range("is the norm that is clipped to", ABOVE_0)] = 1.0
     elementwise: ClassVar[bool] = False
     zero_moments: ClassVar[tuple[str, ...]] = ("v",)
     sends_moments: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2012.10333"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sentence = "strategy.tau is the norm that is clipped to and must be a number above 0"
-        require(0 < self.tau < math.inf, sentence, self.tau)
 
     def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Sends clip(delta - v, tau)."""

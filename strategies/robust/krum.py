@@ -6,12 +6,12 @@ K clients, S selected ones, B the coordinates of a block.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.errors import require
 from strategies.core.protocol import Vector
+from strategies.core.ranges import AT_LEAST_1, Range
 from strategies.robust.reading_each import ByzantineRule, by_coordinate, mean_of_rows, sorted_rows, squared_distances
 
 
@@ -44,13 +44,8 @@ class MultiKrum(ByzantineRule):
     """
 
     kind: Literal["multi_krum"] = "multi_krum"
-    m: int | None = None
+    m: Annotated[int | None, Range("is the number of updates that are averaged", AT_LEAST_1)] = None
     paper: ClassVar[str] = "arXiv 1703.02757"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sentence = "strategy.m is the number of updates that are averaged and must be at least 1"
-        require(self.m is None or self.m >= 1, sentence, self.m)
 
     def smallest_cohort(self) -> int:
         """Krum's, or m if that is more."""

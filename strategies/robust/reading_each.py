@@ -6,14 +6,15 @@ Legend: K clients, P parameters, B the coordinates of a block.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from strategies.core.base import AveragingRule, Reads, named
-from strategies.core.errors import StrategyError, require
+from strategies.core.errors import StrategyError
 from strategies.core.protocol import Aggregate, ServerState, Update, Vector
+from strategies.core.ranges import Range
 
 ELEMENTS = 2**21  # of a block, over all clients: what is in memory at once does not grow with K or P
 
@@ -48,11 +49,7 @@ class RobustRule(AveragingRule, ABC):
 class ByzantineRule(RobustRule, ABC):
     """A robust rule that holds against any `f` of the cohort's clients, whatever they send."""
 
-    f: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.f >= 0, f"strategy.f is the number of clients that may lie and must be at least 0, not {self.f}")
+    f: Annotated[int, Range("is the number of clients that may lie")] = 1
 
     def way_out(self, count: int) -> str:
         """The largest f that the rule allows for so many updates."""

@@ -3,16 +3,15 @@
 Legend: K clients, P parameters, B the coordinates of a block.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from strategies.core.base import AveragingRule, Reads
-from strategies.core.errors import require
 from strategies.core.protocol import Aggregate, Broadcast, ServerState, Vector
+from strategies.core.ranges import ABOVE_0, AT_LEAST_1, Range
 from strategies.robust.reading_each import blocks, by_coordinate
 
 
@@ -28,17 +27,11 @@ class Rfa(AveragingRule):
     """
 
     kind: Literal["rfa"] = "rfa"
-    passes: int = 3
-    nu: float = 1e-6
+    passes: Annotated[int, Range("is the number of sums over the updates", AT_LEAST_1)] = 3
+    nu: Annotated[float, Range("keeps distances away from 0", ABOVE_0)] = 1e-6
     reads: ClassVar[Reads] = "passes"
     elementwise: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 1912.13445"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sentence = "strategy.passes is the number of sums over the updates and must be at least 1"
-        require(self.passes >= 1, sentence, self.passes)
-        require(0 < self.nu < math.inf, "strategy.nu keeps distances away from 0 and must be a number above 0", self.nu)
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """A vector down and a vector up for each pass; the first z is the global vector's own zero."""

@@ -6,14 +6,15 @@ Legend: P parameters, N blocks of B neighboring coordinates.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
-from strategies.core.errors import require
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, Finished, ServerState, Size, Update, Vector
+from strategies.core.ranges import SHARE, Range, check_ranges
 from strategies.core.seeds import torch_rng
 
+Share = Annotated[float, Range("is what is kept of the update", SHARE)]
 ERROR = "error"  # the name of the residual in a transform's part of the client's state
 
 
@@ -29,6 +30,9 @@ class Transform(ABC):
     keeps_zeros: ClassVar[bool] = True  # zeros of the update arrive as zeros, in a vector of the same length
     works_on_shards: ClassVar[bool] = False  # each rank of a gang may encode its own shard
     picks_coordinates: ClassVar[bool] = False  # each client chooses by its data which coordinates it sends
+
+    def __post_init__(self) -> None:
+        check_ranges(self, f"{self.kind}'s ")
 
     @property
     def keeps_state(self) -> bool:
@@ -117,9 +121,3 @@ class Lossy(Transform, ABC):
 def share_of(share: float, values: int) -> int:
     """That share of so many values, at least one."""
     return max(1, round(share * values))
-
-
-def check_share(kind: str, share: float) -> None:
-    """Raises StrategyError for a share outside (0, 1]."""
-    sentence = f"{kind}'s share is what is kept of the update and must be above 0 and at most 1"
-    require(0 < share <= 1, sentence, share)

@@ -1,13 +1,12 @@
 """Norm clipping: no update is longer than a bound (Sun et al. 2019, arXiv 1911.07963)."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.errors import require
 from strategies.core.protocol import Broadcast, ClientState, Finished, Update
+from strategies.core.ranges import ABOVE_0, Range
 from strategies.transforms.chain import Transform
 
 
@@ -21,12 +20,8 @@ class Clip(Transform):
     """
 
     kind: Literal["clip"] = "clip"
-    bound: float = 1.0
+    bound: Annotated[float, Range("is the largest L2 norm", ABOVE_0)] = 1.0
     works_on_shards: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        sentence = "clip's bound is the largest L2 norm and must be a number above 0"
-        require(0 < self.bound < math.inf, sentence, self.bound)
 
     def encode(self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator) -> Finished:
         """The delta, shortened if it is too long."""

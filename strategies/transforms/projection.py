@@ -13,7 +13,7 @@ import torch
 from strategies.core.errors import require
 from strategies.core.protocol import Aggregate, Broadcast, ServerState, Size, Vector
 from strategies.core.seeds import rng as stream
-from strategies.transforms.chain import Lossy, check_share, share_of
+from strategies.transforms.chain import Lossy, Share, share_of
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,7 @@ class Projection(Lossy):
 
     keeps_zeros: ClassVar[bool] = False
     kind: Literal["projection"] = "projection"
-    share: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_share("projection", self.share)
+    share: Share = 0.1
 
     def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
         """The buckets (M,), and their way back (P,)."""

@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
-from strategies.core.errors import require
 from strategies.core.protocol import Broadcast, Size, Vector
+from strategies.core.ranges import AT_LEAST_1, Range
 from strategies.transforms.chain import Lossy
 
 
@@ -16,12 +16,8 @@ from strategies.transforms.chain import Lossy
 class Blockwise(Lossy, ABC):
     """A quantization of blocks of `block` neighboring coordinates, each with a float32 scale. Zeros stay zeros."""
 
-    block: int = 1024
+    block: Annotated[int, Range("is the number of coordinates that share a scale", AT_LEAST_1)] = 1024
     bits: ClassVar[int]  # of a value
-
-    def __post_init__(self) -> None:
-        sentence = f"{self.kind}'s block is the number of coordinates that share a scale and must be at least 1"
-        require(self.block >= 1, sentence, self.block)
 
     @abstractmethod
     def quantized(self, x_NB: torch.Tensor, rng: torch.Generator) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 
 from strategies.core.protocol import Broadcast, Size, Vector
-from strategies.transforms.chain import Lossy, check_share, share_of
+from strategies.transforms.chain import Lossy, Share, share_of
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,8 @@ class TopK(Lossy):
     """
 
     kind: Literal["topk"] = "topk"
-    share: float = 0.1
+    share: Share = 0.1
     picks_coordinates: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_share("topk", self.share)
 
     def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
         """The vector with zeros except for the largest coordinates."""
