@@ -3,18 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
-from strategies.core.base import AveragingRule
-from strategies.core.protocol import (
-    GLOBAL,
-    Aggregate,
-    Broadcast,
-    ClientState,
-    Ends,
-    Finished,
-    ServerState,
-    Update,
-    Vectors,
-)
+from strategies.core.base import AveragingRule, Ends, Finished, Vectors
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update
 from strategies.core.ranges import ABOVE_0, Range
 
 

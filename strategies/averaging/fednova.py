@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule, Decay, NeedsSgd
+from strategies.core.base import AveragingRule, Decay, Ends, Finished, NeedsSgd
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, Ends, Finished, ServerState, Update
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update
 
 
 @dataclass(frozen=True)

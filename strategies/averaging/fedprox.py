@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from strategies.core.base import AveragingRule
-from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Vectors
+from strategies.core.base import AveragingRule, Vectors
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState
 from strategies.core.ranges import Range
 
 

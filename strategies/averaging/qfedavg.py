@@ -5,9 +5,9 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule, NeedsSgd
+from strategies.core.base import AveragingRule, Ends, Finished, NeedsSgd
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, Ends, Finished, ServerState, Update
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update
 from strategies.core.ranges import ABOVE_0, Range
 
 LEAST = 1e-10  # of a loss: F^(q - 1) has no value at 0; about what the authors' code adds to every loss

@@ -3,19 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from strategies.core.base import AveragingRule, NeedsSgd
+from strategies.core.base import AveragingRule, Ends, Finished, NeedsSgd, Vectors
 from strategies.core.layout import Layout
-from strategies.core.protocol import (
-    GLOBAL,
-    Aggregate,
-    Broadcast,
-    ClientState,
-    Ends,
-    Finished,
-    ServerState,
-    Update,
-    Vectors,
-)
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from strategies.core.base import Rule
+from strategies.core.base import Finished, Rule
 from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Finished, ServerState, Update, Vector
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update, Vector
 from strategies.core.seeds import rng
 
 TENSORS = {"norm": (3,), "q.lora_A.w": (2, 4), "q.lora_B.w": (5, 2), "v.lora_A.w": (2, 3), "v.lora_B.w": (3, 2)}

@@ -7,22 +7,13 @@ from typing import Annotated, ClassVar, Literal
 import torch
 
 from strategies.core.layout import Layout
-from strategies.core.protocol import (
-    GLOBAL,
-    Aggregate,
-    Broadcast,
-    ClientState,
-    Ends,
-    Finished,
-    Mask,
-    ServerState,
-    Update,
-    Vector,
-    Vectors,
-)
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
 from strategies.core.ranges import ABOVE_0, BELOW_1, Range, check_ranges
 
 Reads = Literal["sum", "passes", "each"]
+Vectors = torch.Tensor  # (K, P): the vectors of K clients
+Ends = dict[str, Vector] | None  # the final vectors of a client's personal trainings, by name
+Finished = tuple[Update, ClientState]  # what a client sends and what it keeps
 ServerLr = Annotated[float, Range("is the server's learning rate", ABOVE_0)]
 Decay = Annotated[float, Range("is what a moment keeps", BELOW_1)]
 

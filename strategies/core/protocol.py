@@ -8,10 +8,8 @@ import torch
 from strategies.core.layout import Layout
 
 Vector = torch.Tensor  # (P,) float32, contiguous, on the CPU: it is put, summed and masked as a whole
-Vectors = torch.Tensor  # (K, P): the vectors of K clients
 Mask = torch.Tensor  # (P,) bool: a choice of coordinates
 ClientState = dict[str, Vector]  # what a client keeps from one of its rounds to the next
-Ends = dict[str, Vector] | None  # the final vectors of a client's personal trainings, by name
 
 GLOBAL = "global"  # the name of the local training whose change is the update
 NO_LAYOUT = Layout((), ())
@@ -68,9 +66,6 @@ class Update:
     delta: Vector
     extras: dict[str, Vector] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-
-
-Finished = tuple[Update, ClientState]  # what a client sends and what it keeps
 
 
 @dataclass(frozen=True)

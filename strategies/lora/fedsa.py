@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule
+from strategies.core.base import AveragingRule, Ends, Finished
 from strategies.core.layout import LORA_B, Layout, unpacked
 from strategies.core.lora_algebra import unmarked, zeroed
-from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Ends, Finished, Mask, Update, Vector
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Mask, Update, Vector
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.core.base import NeedsSgd
+from strategies.core.base import Ends, Finished, NeedsSgd, Vectors
 from strategies.core.layout import LORA_A, LORA_B, Layout
 from strategies.core.lora_algebra import put, svd, unmarked
-from strategies.core.protocol import (
-    GLOBAL,
-    Aggregate,
-    Broadcast,
-    ClientState,
-    Ends,
-    Finished,
-    Mask,
-    ServerState,
-    Update,
-    Vector,
-    Vectors,
-)
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
 from strategies.core.seeds import torch_rng
 from strategies.lora.frozen_half import FrozenHalf
 

@@ -4,21 +4,10 @@ from abc import ABC
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from strategies.core.base import AveragingRule
+from strategies.core.base import AveragingRule, Ends, Finished, Vectors
 from strategies.core.layout import LORA_A, LORA_B, Layout
 from strategies.core.lora_algebra import put, svd, unmarked, zeroed
-from strategies.core.protocol import (
-    GLOBAL,
-    Aggregate,
-    Broadcast,
-    ClientState,
-    Ends,
-    Finished,
-    Mask,
-    ServerState,
-    Update,
-    Vectors,
-)
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,10 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.base import Rule, ServerLr, step
+from strategies.core.base import Ends, Finished, Rule, ServerLr, Vectors, step
 from strategies.core.layout import Layout, LoraPair
 from strategies.core.lora_algebra import all_but, floats_at, folded, start_at
-from strategies.core.protocol import (
-    GLOBAL,
-    Aggregate,
-    Broadcast,
-    ClientState,
-    Ends,
-    Finished,
-    Mask,
-    ServerState,
-    Update,
-    Vector,
-    Vectors,
-)
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
 from strategies.core.ranges import SHARE, Range
 
 TINY = 1e-12  # below this a norm has no direction

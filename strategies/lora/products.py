@@ -6,21 +6,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule
+from strategies.core.base import AveragingRule, Ends, Finished
 from strategies.core.layout import LORA_A, LORA_B, Layout
 from strategies.core.lora_algebra import count, floats_at, folded, product_change, products, start_at, unmarked, zeroed
-from strategies.core.protocol import (
-    GLOBAL,
-    Aggregate,
-    Broadcast,
-    ClientState,
-    Ends,
-    Finished,
-    Mask,
-    ServerState,
-    Update,
-    Vector,
-)
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
 from strategies.core.seeds import torch_rng
 
 

@@ -5,21 +5,9 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule, Rule
+from strategies.core.base import AveragingRule, Ends, Finished, Rule, Vectors
 from strategies.core.layout import Layout
-from strategies.core.protocol import (
-    GLOBAL,
-    Aggregate,
-    Broadcast,
-    ClientState,
-    Ends,
-    Finished,
-    Mask,
-    ServerState,
-    Update,
-    Vector,
-    Vectors,
-)
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
 from strategies.core.ranges import Range
 
 PERSONAL = "personal"  # the name of the second training, and of its result in the client's state

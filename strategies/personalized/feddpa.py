@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule
+from strategies.core.base import AveragingRule, Ends, Finished, Vectors
 from strategies.core.layout import Layout, unpacked
 from strategies.core.lora_algebra import all_but
-from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Ends, Finished, Mask, Update, Vector, Vectors
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Mask, Update, Vector
 from strategies.core.ranges import Bounds, Range
 from strategies.personalized.ditto import PERSONAL
 

@@ -5,8 +5,8 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, Ends, Finished, ServerState, Update
+from strategies.core.base import AveragingRule, Ends, Finished
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update
 from strategies.core.ranges import ABOVE_0, Range
 
 

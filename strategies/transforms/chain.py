@@ -10,7 +10,8 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, Finished, ServerState, Size, Update, Vector
+from strategies.core.base import Finished
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Update, Vector
 from strategies.core.ranges import SHARE, Range, check_ranges
 from strategies.core.seeds import torch_rng
 

@@ -5,7 +5,8 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.protocol import Broadcast, ClientState, Finished, Update
+from strategies.core.base import Finished
+from strategies.core.protocol import Broadcast, ClientState, Update
 from strategies.core.ranges import ABOVE_0, Range
 from strategies.transforms.chain import Transform
 
