@@ -1,10 +1,9 @@
 """The federated algorithms: pure functions on tensors. The unions below are the registry, the same in every process."""
 
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.feddyn import FedDyn
 from strategies.averaging.fednova import FedNova
 from strategies.averaging.fedopt import DiLoCo, FedAdagrad, FedAdam, FedAvgM, FedYogi
-from strategies.averaging.fedprox import FedProx
+from strategies.averaging.proximal import FedDyn, FedProx
 from strategies.averaging.qfedavg import QFedAvg
 from strategies.averaging.scaffold import Scaffold
 from strategies.core.cohort import PoissonCohort, UniformCohort
@@ -17,9 +16,8 @@ from strategies.lora.products import FedExLora, Flora
 from strategies.personalized.ditto import Ditto, LocalOnly
 from strategies.personalized.feddpa import FedDpa
 from strategies.robust.by_coordinate import Median, TrimmedMean
-from strategies.robust.centered_clipping import CenteredClipping
 from strategies.robust.krum import Bulyan, Krum, MultiKrum
-from strategies.robust.rfa import Rfa
+from strategies.robust.sums import CenteredClipping, Rfa
 from strategies.transforms.clip import Clip
 from strategies.transforms.projection import Projection
 from strategies.transforms.quantization import Int8, Sign

@@ -60,8 +60,11 @@ class Rule(ABC):
     # each sum is of the client's weight times a change, zero without training, and `apply` divides it by the weight.
     extras_are_changes: ClassVar[bool] = False
     keeps_higher_ranks: ClassVar[bool] = False  # an untrained client of a low rank sends zeros beyond its rank too
+    # What follows is for the defaults below alone:
     zero_moments: ClassVar[tuple[str, ...]] = ()  # the names of the moments (P,) that `init` sets to zero
     sends_moments: ClassVar[bool] = False  # `broadcast` sends all moments as extras
+    sends_all_it_trains: ClassVar[bool] = True  # `live` also says what is trained; otherwise that is everything
+    receives_live: ClassVar[bool] = False  # only what is live comes down: clients have the rest
     paper: ClassVar[str] = "unpublished"
 
     def __post_init__(self) -> None:
@@ -138,7 +141,7 @@ class Rule(ABC):
         Example-level privacy clips and adds noise to these alone, so `correct` must zero all other gradients, unless
         they are zero by themselves.
         """
-        return self.live(broadcast.round, broadcast.layout).get("delta")
+        return self.live(broadcast.round, broadcast.layout).get("delta") if self.sends_all_it_trains else None
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """How many float32 numbers a real client would receive and send in a round."""
@@ -147,7 +150,7 @@ class Rule(ABC):
         live = self.live(broadcast.round, layout)
         lengths = {"delta": size, **self.beside(layout)}
         sent = sum(int(live[name].sum()) if name in live else length for name, length in lengths.items())
-        return size + sum(extra.numel() for extra in broadcast.extras.values()), sent
+        return sent if self.receives_live else size + sum(map(torch.numel, broadcast.extras.values())), sent
 
     def smallest_cohort(self) -> int:
         """The smallest number of updates in a round with which the rule makes sense."""

@@ -25,6 +25,8 @@ class FedSaLora(AveragingRule):
     personalizes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
+    sends_all_it_trains: ClassVar[bool] = False
+    receives_live: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2410.01463"
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
@@ -52,12 +54,3 @@ class FedSaLora(AveragingRule):
     def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but B."""
         return {"delta": unmarked(layout, LORA_B)}
-
-    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
-        """Both."""
-        return None
-
-    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
-        """All but B, both ways."""
-        _, sent = super().floats(broadcast)
-        return sent, sent

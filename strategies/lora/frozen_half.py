@@ -52,12 +52,8 @@ class FfaLora(FrozenHalf):
     """
 
     kind: Literal["ffa"] = "ffa"
+    receives_live: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2403.12313"
-
-    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
-        """All but A, both ways."""
-        _, sent = super().floats(broadcast)
-        return sent, sent
 
 
 @dataclass(frozen=True)

@@ -80,19 +80,13 @@ class HetLora(Rule):
     def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Prunes, folds the client's scale into B, and sets the weight."""
         (rank,) = ranks(broadcast, client_state)
-        kept, end = self._kept(rank), broadcast.params + update.delta
-        tail = slice(kept, rank)
-        start = start_at(broadcast, rank)
-        if self._tail(end, broadcast, tail) < self._tail(start, broadcast, tail):
-            rank = kept
-            for pair in broadcast.layout.lora_pairs(end):
-                pair.a_RI[tail] = 0
-                pair.b_OR[:, tail] = 0
+        start, end, tail = start_at(broadcast, rank), broadcast.params + update.delta, slice(self._kept(rank), rank)
+        if tail_product(end, broadcast.layout, tail) < tail_product(start, broadcast.layout, tail):
+            rank = tail.start
+            end[~all_but(broadcast.layout, tail)] = 0
         end = folded(end, broadcast)
-        weight = update.weight if self.weighting == "examples" else 1.0
-        if self.weighting == "norm":
-            weight = norm_of_products(end, broadcast.layout)
-        update = replace(update, delta=end - broadcast.params, weight=weight)
+        weights = {"norm": norm_of_products(end, broadcast.layout), "examples": update.weight, "uniform": 1.0}
+        update = replace(update, delta=end - broadcast.params, weight=weights[self.weighting])
         return update, client_state | {"rank": torch.tensor([float(rank)])}
 
     def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
@@ -114,10 +108,6 @@ class HetLora(Rule):
     def _kept(self, rank: int) -> int:
         return max(1, math.floor(self.gamma * rank))
 
-    def _tail(self, vector: Vector, broadcast: Broadcast, tail: slice) -> float:
-        norms = [tail_norms(pair, tail) for pair in broadcast.layout.lora_pairs(vector)]
-        return sum(float(a_norm * b_norm) for a_norm, b_norm in norms)
-
 
 def ranks(broadcast: Broadcast, client_state: ClientState) -> list[int]:
     """The rank of the client, or of each client that trains in a lane, if their states say it."""
@@ -129,6 +119,12 @@ def ranks(broadcast: Broadcast, client_state: ClientState) -> list[int]:
 def tail_norms(pair: LoraPair, tail: slice) -> tuple[torch.Tensor, torch.Tensor]:
     """|A_tail| and |B_tail|."""
     return pair.a_RI[tail].norm(), pair.b_OR[:, tail].norm()
+
+
+def tail_product(vector: Vector, layout: Layout, tail: slice) -> float:
+    """|A_tail| |B_tail|, summed over the layers."""
+    norms = (tail_norms(pair, tail) for pair in layout.lora_pairs(vector))
+    return sum(float(a_norm * b_norm) for a_norm, b_norm in norms)
 
 
 def norm_of_products(vector: Vector, layout: Layout) -> float:

@@ -26,6 +26,7 @@ class ProductRule(AveragingRule, ABC):
     keeps_basis: ClassVar[bool] = False
     sends_products: ClassVar[bool] = True
     extras_are_changes: ClassVar[bool] = True
+    sends_all_it_trains: ClassVar[bool] = False
 
     @abstractmethod
     def changes(self, end: Vector, broadcast: Broadcast) -> dict[str, Vector]:
@@ -50,10 +51,6 @@ class ProductRule(AveragingRule, ABC):
     def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but the adapters, whose products travel beside."""
         return {"delta": unmarked(layout, LORA_A, LORA_B)}
-
-    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
-        """Every coordinate."""
-        return None
 
 
 @dataclass(frozen=True)

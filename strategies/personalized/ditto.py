@@ -61,6 +61,8 @@ class LocalOnly(Rule):
 
     kind: Literal["local"] = "local"
     sends_update: ClassVar[bool] = False
+    sends_all_it_trains: ClassVar[bool] = False
+    receives_live: ClassVar[bool] = True  # nothing: every client had the initial vector before the first round
     keeps_state: ClassVar[bool] = True
     personalizes: ClassVar[bool] = True
     paper: ClassVar[str] = "baseline"
@@ -81,14 +83,6 @@ class LocalOnly(Rule):
     def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """Nothing of the delta."""
         return {"delta": torch.zeros(layout.size, dtype=torch.bool)}
-
-    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
-        """Every coordinate."""
-        return None
-
-    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
-        """Nothing travels: every client had the initial vector before the first round."""
-        return 0, 0
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """theta stays."""

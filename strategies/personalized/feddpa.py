@@ -38,6 +38,7 @@ class FedDpa(AveragingRule):
     personalizes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
+    receives_live: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2403.19211"
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
@@ -75,11 +76,6 @@ class FedDpa(AveragingRule):
     def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """All but the other training's adapter."""
         return all_but(broadcast.layout, _frozen(broadcast.layout, run))
-
-    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
-        """The global adapter, both ways."""
-        _, sent = super().floats(broadcast)
-        return sent, sent
 
     def _mixed(self, broadcast: Broadcast, client_state: ClientState) -> Vector:
         mixed, half = broadcast.params.clone(), broadcast.layout.rank // 2

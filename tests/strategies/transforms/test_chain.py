@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from engine.aggregation.exact_sum import ExactSum, merge
 from strategies import Transforms
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.fedprox import FedProx
+from strategies.averaging.proximal import FedProx
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update
 from strategies.robust.by_coordinate import Median
 from strategies.robust.krum import Krum
-from strategies.robust.rfa import Rfa
+from strategies.robust.sums import Rfa
 from strategies.transforms.chain import Transform, bits, decode, encode
 from strategies.transforms.clip import Clip
 from strategies.transforms.projection import Projection

@@ -1,4 +1,4 @@
-"""FedDyn: a correction that makes the clients' optima agree (Acar et al. 2021, arXiv 2111.04263)."""
+"""Clients that are pulled to the global model: FedProx (Li et al. 2020) and FedDyn (Acar et al. 2021)."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
@@ -6,6 +6,24 @@ from typing import Annotated, ClassVar, Literal
 from strategies.core.base import AveragingRule, Ends, Finished, Vectors
 from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update
 from strategies.core.ranges import ABOVE_0, Range
+
+
+@dataclass(frozen=True)
+class FedProx(AveragingRule):
+    """Each client minimizes F_k(theta) + (mu/2) |theta - theta_t|^2; the server averages as FedAvg. Reads the sum.
+
+    Algorithm 2. The client's gradient is g + mu (theta - theta_t). A mu on the server alone would do nothing.
+    """
+
+    kind: Literal["fedprox"] = "fedprox"
+    mu: Annotated[float, Range("pulls clients to the global model")] = 0.01
+    paper: ClassVar[str] = "arXiv 1812.06127"
+
+    def correct(
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
+    ) -> None:
+        """grad += mu (theta - theta_t)."""
+        grad_KP.add_(params_KP - broadcast.params, alpha=self.mu)
 
 
 @dataclass(frozen=True)
