@@ -6,16 +6,15 @@ Legend: P parameters, N blocks of B neighboring coordinates.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 
 from strategies.core.base import Finished
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Update, Vector
-from strategies.core.ranges import SHARE, Range, check_ranges
+from strategies.core.ranges import check_ranges
 from strategies.core.seeds import torch_rng
 
-Share = Annotated[float, Range("is what is kept of the update", SHARE)]
 ERROR = "error"  # the name of the residual in a transform's part of the client's state
 
 
@@ -117,8 +116,3 @@ class Lossy(Transform, ABC):
         error_P = client_state.get(ERROR, torch.zeros_like(delta_P))
         sent, seen_P = self.squeeze(torch.where(delta_P == 0, 0, delta_P + error_P), broadcast, rng)
         return replace(update, delta=sent), {ERROR: delta_P + error_P - seen_P}
-
-
-def share_of(share: float, values: int) -> int:
-    """That share of so many values, at least one."""
-    return max(1, round(share * values))

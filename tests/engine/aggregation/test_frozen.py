@@ -28,10 +28,9 @@ from strategies.core.layout import LORA_A, LORA_B, Layout
 from strategies.core.lora_algebra import count, slices
 from strategies.core.protocol import Update
 from strategies.core.sharding import Partition
-from strategies.lora.fedsa import FedSaLora
 from strategies.lora.frozen_half import FedSvd, FfaLora, RoLora
 from strategies.lora.products import Flora
-from strategies.personalized.feddpa import FedDpa
+from strategies.personalized.personal_models import FedDpa, FedSaLora
 from strategies.privacy.adaptive import AdaptiveDp
 from strategies.privacy.central import CentralDp
 from strategies.privacy.distributed import DistributedDp

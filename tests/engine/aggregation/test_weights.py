@@ -22,7 +22,7 @@ from engine.workers.worker import ClientActor
 from experiments.cli.contract import engine_stored, engine_sum
 from strategies import Strategies
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.fednova import FedNova
+from strategies.averaging.reweighting import FedNova
 from strategies.contract.case import LORA, Case, drawn
 from strategies.core.base import Rule
 from strategies.core.protocol import GLOBAL, Update

@@ -4,7 +4,7 @@ import torch
 
 from strategies.core.base import Rule
 from strategies.core.protocol import GLOBAL, Update
-from strategies.personalized.ditto import LocalOnly
+from strategies.personalized.personal_models import LocalOnly
 
 CHANGE = torch.tensor([1.0, 0.0, -2.0])
 

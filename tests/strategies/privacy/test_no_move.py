@@ -15,8 +15,7 @@ from engine.aggregation.exact_sum import ExactSum, merge
 from experiments.cli.contract import engine_stored, engine_sum
 from strategies import Strategies
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.fednova import FedNova
-from strategies.averaging.qfedavg import QFedAvg
+from strategies.averaging.reweighting import FedNova, QFedAvg
 from strategies.averaging.scaffold import Scaffold
 from strategies.contract.case import FULL, LORA, Case
 from strategies.core.base import Rule, named

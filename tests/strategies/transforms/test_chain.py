@@ -15,14 +15,12 @@ from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.proximal import FedProx
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update
-from strategies.robust.by_coordinate import Median
-from strategies.robust.krum import Krum
+from strategies.robust.reading_each import Krum, Median
 from strategies.robust.sums import Rfa
 from strategies.transforms.chain import Transform, bits, decode, encode
 from strategies.transforms.clip import Clip
-from strategies.transforms.projection import Projection
 from strategies.transforms.quantization import Int8, Sign
-from strategies.transforms.topk import TopK
+from strategies.transforms.shortening import Projection, TopK
 
 SIZE = 40
 LOSSY = [TopK, Int8, Sign, Projection]
