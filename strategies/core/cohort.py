@@ -91,4 +91,4 @@ class PoissonCohort:
 
 def check_enough(clients: int, size: float) -> None:
     """Raises StrategyError for a cohort of more clients than there are."""
-    require(clients >= size, f"cohort.size is {size:g}, but only {clients} clients can train: lower cohort.size")
+    require(clients >= size, f"cohort.size is {size:.12g}, but only {clients} clients can train: lower cohort.size")
