@@ -80,11 +80,6 @@ class QFedAvg(AveragingRule):
         return False
 
     @property
-    def weighs_alike(self) -> bool:
-        """Clients weigh by their losses."""
-        return False
-
-    @property
     def needs_optimizer(self) -> NeedsSgd | None:
         """SGD, unless the curvature is given."""
         why = "takes 1 / lr for the loss's curvature, which holds for SGD alone"

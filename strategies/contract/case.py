@@ -40,15 +40,10 @@ class Case:
         """The cohort, the same in each round: at least as many clients as the rule needs."""
         return range(max(COHORT, self.strategy.smallest_cohort()))
 
-    @property
-    def population(self) -> int:
-        """More clients than take part."""
-        return len(self.clients) + 2
-
     def start(self) -> ServerState:
         """The state before the first round, as the engine completes it."""
         first = self.strategy.init(drawn(self.layout, 0), self.layout)
-        return replace(first, seed=SEED, population=self.population)
+        return replace(first, seed=SEED, population=len(self.clients) + 2)  # more than take part
 
     def client(self, broadcast: Broadcast, client: int, client_state: ClientState, change: Vector) -> Finished:
         """A client's update and next state; training adds `change` to its vectors."""
@@ -137,10 +132,8 @@ def copied(value: object) -> dict[str, torch.Tensor]:
 def difference(left: object, right: object) -> str | None:
     """The name of the first tensor in which two values differ in any bit; None if they are the same."""
     ours, theirs = tensors(left), tensors(right)
-    for name in [*ours, *theirs]:
-        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name]):
-            return name
-    return None
+    both = ours.keys() & theirs.keys()
+    return next((n for n in [*ours, *theirs] if n not in both or not torch.equal(ours[n], theirs[n])), None)
 
 
 class DoesNotApply(Exception):

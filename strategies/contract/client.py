@@ -65,8 +65,7 @@ def lanes_are_corrected_as_single_clients(case: Case) -> None:
         broadcast, pair = now.broadcast, now.client_states[:2]
         stacked = {name: torch.stack([client_state[name] for client_state in pair]) for name in pair[0]}
         for run in case.strategy.starts(broadcast, pair[0]):
-            params_KP = torch.stack([drawn(case.layout, 1), drawn(case.layout, 2)])
-            grad_KP = torch.stack([drawn(case.layout, 3), drawn(case.layout, 4)])
+            params_KP, grad_KP = (torch.stack([drawn(case.layout, n), drawn(case.layout, n + 1)]) for n in (1, 3))
             alone = [grad_KP[k : k + 1].clone() for k in range(2)]
             for k, grad_1P in enumerate(alone):
                 case.strategy.correct(grad_1P, params_KP[k : k + 1], broadcast, pair[k], run)

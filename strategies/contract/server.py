@@ -58,8 +58,8 @@ def rounds_count_up_by_one(case: Case) -> None:
 
 def what_the_engine_sets_stays_and_the_layout_is_passed_on(case: Case) -> None:
     """apply keeps layout, seed and population; broadcast carries the layout and the seed."""
-    now = case.after(2)
-    kept = (now.state.layout, now.state.seed, now.state.population) == (case.layout, SEED, case.population)
+    first, now = case.start(), case.after(2)
+    kept = (now.state.layout, now.state.seed, now.state.population) == (case.layout, SEED, first.population)
     hold(kept, "apply loses the state's layout, seed or population: use dataclasses.replace(state, ...)")
     passed_on = (now.broadcast.layout, now.broadcast.seed) == (case.layout, SEED)
     hold(passed_on, "broadcast does not pass on the state's layout and seed")

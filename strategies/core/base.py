@@ -174,8 +174,8 @@ class AveragingRule(Rule):
 
     @property
     def weighs_alike(self) -> bool:
-        """Whether the recipe asks for it."""
-        return self.weighting == "uniform"
+        """Whether the recipe asks for it, unless clients weigh by something without a bound."""
+        return self.weighting == "uniform" and self.bounded_weights
 
     def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Sets the weight."""

@@ -96,8 +96,7 @@ class HetLora(Rule):
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """A vector of the client's rank both ways, as given: only the client knows what it has pruned since."""
-        sent = floats_at(broadcast.layout, broadcast.rank)
-        return sent, sent
+        return (floats_at(broadcast.layout, broadcast.rank),) * 2
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """FedAvg's step; none while all products are zero."""
