@@ -16,7 +16,8 @@ from experiments.config.user_code import imported
 from experiments.report.terminal import console, plain
 from strategies.contract.case import FULL, LORA, Case, DoesNotApply
 from strategies.contract.checks import CHECKS, Check, lacks
-from strategies.core.protocol import Aggregate, ServerState, Strategy, Update
+from strategies.core.base import Rule
+from strategies.core.protocol import Aggregate, ServerState, Update
 
 
 def engine_sum(updates: list[Update]) -> Aggregate:
@@ -37,7 +38,7 @@ def engine_stored(state: ServerState) -> ServerState:
     return stored
 
 
-def cases(strategy: Strategy) -> list[Case]:
+def cases(strategy: Rule) -> list[Case]:
     """The strategy on adapters and, unless it needs adapters, on a fully tuned model."""
     layouts = (LORA,) if strategy.needs_lora else (LORA, FULL)
     return [Case(strategy, layout, engine_sum, engine_stored) for layout in layouts]

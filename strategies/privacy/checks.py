@@ -3,9 +3,8 @@
 from collections.abc import Collection
 from typing import Literal
 
-from strategies.core.base import named
+from strategies.core.base import Rule, named
 from strategies.core.errors import StrategyError
-from strategies.core.protocol import Strategy
 from strategies.privacy.adaptive import WITHIN, AdaptiveDp
 from strategies.privacy.central import CentralDp
 from strategies.privacy.distributed import DistributedDp
@@ -16,7 +15,7 @@ Dp = CentralDp | AdaptiveDp | DistributedDp | ExampleDp
 
 def check_dp(
     dp: Dp,
-    strategy: Strategy,
+    strategy: Rule,
     extras: Collection[str],
     secagg: Literal["off", "ideal", "full"],
     *,

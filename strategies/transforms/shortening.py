@@ -1,19 +1,52 @@
-"""A random projection that all clients of a round share: the count sketch (Weinberger et al. 2009, arXiv 0902.2206).
+"""Fewer numbers: the largest coordinates, or a random projection that all clients of a round share.
 
-Used on federated updates by FetchSGD (arXiv 2007.07682). Legend: P parameters, M coordinates that travel.
+Top-k (Stich et al. 2018, arXiv 1809.07599, algorithm 1); the count sketch (Weinberger et al. 2009, arXiv 0902.2206),
+used on federated updates by FetchSGD (arXiv 2007.07682). Legend: P parameters, M coordinates that travel.
 """
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from strategies.core.errors import require
 from strategies.core.protocol import Aggregate, Broadcast, ServerState, Size, Vector
+from strategies.core.ranges import SHARE, Range
 from strategies.core.seeds import rng as stream
-from strategies.transforms.chain import Lossy, check_share, share_of
+from strategies.transforms.chain import Lossy
+
+Share = Annotated[float, Range("is what is kept of the update", SHARE)]
+
+
+@dataclass(frozen=True)
+class TopK(Lossy):
+    """C(x) keeps the `share` of the coordinates that are largest in magnitude, the others are zero.
+
+    Client state: the residual. The share is of the coordinates that are not zero: a frozen tensor takes no room. The
+    client sends the values and their positions, as numbers or as a bit map, whichever is shorter. Traps: biased, so
+    that without error feedback small coordinates are never learned; clients keep different coordinates, so that
+    secure sums are refused: they would be no shorter, and might show a coordinate of one client alone.
+    """
+
+    kind: Literal["topk"] = "topk"
+    share: Share = 0.1
+    picks_coordinates: ClassVar[bool] = True
+
+    def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
+        """The vector with zeros except for the largest coordinates."""
+        kept = share_of(self.share, int(x_P.count_nonzero()))
+        where = x_P.abs().topk(kept, sorted=False).indices
+        sent = torch.zeros_like(x_P)
+        sent[where] = x_P[where]
+        return sent, sent
+
+    def size(self, size: Size) -> Size:
+        """The kept values and their positions."""
+        kept = share_of(self.share, size.values)
+        positions = min(kept * (size.length - 1).bit_length(), size.length) if kept < size.values else 0
+        return replace(size, values=kept, extra=size.extra + positions)
 
 
 @dataclass(frozen=True)
@@ -33,10 +66,7 @@ class Projection(Lossy):
 
     keeps_zeros: ClassVar[bool] = False
     kind: Literal["projection"] = "projection"
-    share: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_share("projection", self.share)
+    share: Share = 0.1
 
     def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
         """The buckets (M,), and their way back (P,)."""
@@ -67,6 +97,11 @@ class Projection(Lossy):
         """M float32 numbers."""
         kept = share_of(self.share, size.length)
         return Size(kept, kept)
+
+
+def share_of(share: float, values: int) -> int:
+    """That share of so many values, at least one."""
+    return max(1, round(share * values))
 
 
 @lru_cache(maxsize=1)

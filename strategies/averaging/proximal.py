@@ -1,15 +1,29 @@
-"""FedDyn: a correction that makes the clients' optima agree (Acar et al. 2021, arXiv 2111.04263)."""
+"""Clients that are pulled to the global model: FedProx (Li et al. 2020) and FedDyn (Acar et al. 2021)."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-import torch
+from strategies.core.base import AveragingRule, Ends, Finished, Vectors
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update
+from strategies.core.ranges import ABOVE_0, Range
 
-from strategies.core.base import AveragingRule
-from strategies.core.errors import require
-from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update, Vector, Vectors
+
+@dataclass(frozen=True)
+class FedProx(AveragingRule):
+    """Each client minimizes F_k(theta) + (mu/2) |theta - theta_t|^2; the server averages as FedAvg. Reads the sum.
+
+    Algorithm 2. The client's gradient is g + mu (theta - theta_t). A mu on the server alone would do nothing.
+    """
+
+    kind: Literal["fedprox"] = "fedprox"
+    mu: Annotated[float, Range("pulls clients to the global model")] = 0.01
+    paper: ClassVar[str] = "arXiv 1812.06127"
+
+    def correct(
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
+    ) -> None:
+        """grad += mu (theta - theta_t)."""
+        grad_KP.add_(params_KP - broadcast.params, alpha=self.mu)
 
 
 @dataclass(frozen=True)
@@ -28,18 +42,10 @@ class FedDyn(AveragingRule):
 
     kind: Literal["feddyn"] = "feddyn"
     weighting: Literal["uniform"] = "uniform"
-    alpha: float = 0.01
+    alpha: Annotated[float, Range("pulls clients to the global model", ABOVE_0)] = 0.01
     keeps_state: ClassVar[bool] = True
+    zero_moments: ClassVar[tuple[str, ...]] = ("h",)
     paper: ClassVar[str] = "arXiv 2111.04263"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        pull = "strategy.alpha pulls clients to the global model and must be a number above 0"
-        require(0 < self.alpha < math.inf, f"{pull}, not {self.alpha}")
-
-    def init(self, params: Vector, layout: Layout) -> ServerState:
-        """The initial vector, and h = 0."""
-        return replace(super().init(params, layout), moments={"h": torch.zeros_like(params)})
 
     def correct(
         self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
@@ -49,9 +55,7 @@ class FedDyn(AveragingRule):
         if "h" in client_state:
             grad_KP.sub_(client_state["h"])
 
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Keeps h_k - alpha delta."""
         update, client_state = super().finish(update, broadcast, client_state, ends)
         h = -self.alpha * update.delta

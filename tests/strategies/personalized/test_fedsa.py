@@ -2,7 +2,7 @@ import torch
 
 from strategies.core.layout import Layout
 from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Update
-from strategies.lora.fedsa import FedSaLora
+from strategies.personalized.personal_models import FedSaLora
 
 LAYOUT = Layout(("norm", "q.lora_A.default.weight", "q.lora_B.default.weight"), ((1,), (1, 2), (2, 1)), scale=2.0)
 PARAMS = torch.tensor([1.0, 3, 4, 0, 0])
