@@ -18,6 +18,9 @@ Out = Annotated[
     str | None, typer.Option(help="The run folder, or its URI, such as s3://...; runs/NAME-TIME by default.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")]
+Accept = Annotated[
+    bool, typer.Option("--accept-changes", help="Resume although versions, base or code changed; the report says so.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 P = ParamSpec("P")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.command import Changes, Debug, Out, RecipePath, Resume, guarded
+from experiments.cli.command import Accept, Changes, Debug, Out, RecipePath, Resume, guarded
 
 Server = Annotated[str, typer.Option("--address", help="Ray's job server, such as http://127.0.0.1:8265.")]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="The name that `fedpost submit` printed.")]
@@ -18,6 +18,7 @@ def submit(
     changes: Changes = None,
     out: Out = None,
     resume: Resume = False,
+    accept_changes: Accept = False,
     detach: Annotated[bool, typer.Option("--detach", help="Return at once; the run continues.")] = False,
     runtime_env: Annotated[
         Path | None, typer.Option(help="A YAML file of what else Ray should set up, such as pip packages.")
@@ -27,7 +28,8 @@ def submit(
     """Run a recipe as a Ray job with the current folder, follow it to its end, and exit with its code."""
     from experiments.runs.submit import submit as submit_job
 
-    raise SystemExit(submit_job(recipe, changes or [], address, out, runtime_env, resume=resume, detach=detach))
+    flags = ["--resume"] * resume + ["--accept-changes"] * accept_changes
+    raise SystemExit(submit_job(recipe, changes or [], address, out, runtime_env, flags, detach=detach))
 
 
 @guarded

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.command import Changes, Debug, Out, RecipePath, Resume, guarded
+from experiments.cli.command import Accept, Changes, Debug, Out, RecipePath, Resume, guarded
 
 
 @guarded
@@ -13,6 +13,7 @@ def run(
     changes: Changes = None,
     out: Out = None,
     resume: Resume = False,
+    accept_changes: Accept = False,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also train local-only and centralized.")] = False,
     address: Annotated[str | None, typer.Option(help="A Ray cluster to join, such as 127.0.0.1:6379.")] = None,
     dry: Annotated[bool, typer.Option("--dry", help="Try the whole run here in a minute, shrunk.")] = False,
@@ -45,4 +46,5 @@ def run(
             address=address,
             on_event=screen.show,
             stop=stop,
+            accept_changes=accept_changes,
         )

@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+import pyarrow as pa
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 480, 280  # small enough that 12-unit text is still readable when scaled to a phone
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 30, 42
@@ -16,6 +19,7 @@ COLORS = 8  # the style sheet defines .c1 to .c8
 MINUS = "\N{MINUS SIGN}"
 MAX_POINTS = 1500
 MAX_BARS = 100
+LARGEST = 1e300  # of a value that is drawn
 
 Format = Callable[[float], str]
 Point = tuple[float, float]
@@ -127,13 +131,9 @@ def _thin(items: Sequence[T], most: int) -> list[T]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _drawable(*values: float) -> bool:
-    """Neither NaN nor so large that the span of an axis would overflow."""
-    return all(abs(v) <= 1e300 for v in values)
-
-
 def _finite(points: Sequence[Point]) -> list[Point]:
-    return [p for p in points if _drawable(*p)]
+    """The points that can be drawn: neither NaN nor so large that the span of an axis would overflow."""
+    return [p for p in points if all(abs(v) <= LARGEST for v in p)]
 
 
 def _svg(template: str, *values: object) -> Markup:
@@ -190,7 +190,7 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, writ
     shown = [s for s in series if _finite(s.points)]
     every = [p for s in shown for p in _finite(s.points)]
     if not every:
-        return _figure(title, None, "")
+        return empty(title)
     xs, ys = [x for x, _ in every], [y for _, y in every]
     log = zero and min(ys) > 1e-300 and max(ys) > 30 * min(ys)
     x = _linear(min(xs), max(xs), LEFT, WIDTH - RIGHT, number, whole=True)
@@ -224,7 +224,7 @@ def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str, wr
         for a, b in _finite(layer.points):
             values.setdefault(a, [0.0] * len(series))[i] = max(b, 0.0)
     if not values:
-        return _figure(title, None, "")
+        return empty(title)
     rounds = sorted(values)
     group = math.ceil(len(rounds) / MAX_BARS)
     x = _linear(min(rounds), max(rounds), LEFT + 10, WIDTH - RIGHT - 10, number, whole=True)
@@ -253,42 +253,48 @@ def _bar(color: int, x: float, top: float, width: float, height: float) -> Marku
     return _svg(bar, color, round(x, 1), top, round(width, 1), round(height, 1))
 
 
-def pairs(title: str, points: Sequence[tuple[str, float, float]], x_label: str, y_label: str, note: str) -> Markup:
-    """A mark for each client (name, before, after) and the line of no change; clients that got worse are triangles."""
-    real = [p for p in points if _drawable(p[1], p[2])]
-    if not real:
-        return _figure(title, None, "", note=note)
-    low, high = min(min(a, b) for _, a, b in real), max(max(a, b) for _, a, b in real)
+def empty(title: str, note: str = "") -> Markup:
+    """A chart without data."""
+    return _figure(title, None, "", note=note)
+
+
+def pairs(title: str, clients: pa.Table, x_label: str, y_label: str, note: str) -> Markup:
+    """A mark for each client and the line of no change; clients that got worse are triangles.
+
+    `clients` has columns client, before, after, and is sorted by the change.
+    """
+    values = np.concatenate([clients["before"].to_numpy(), clients["after"].to_numpy()])
+    low, high = float(values.min()), float(values.max())
     x = _linear(low, high, LEFT, WIDTH - RIGHT, number)
     y = _linear(low, high, HEIGHT - BOTTOM, TOP, number)
     body = _axes(x, y, x_label, y_label)
     body += _svg('<path class="d" d="M{} {}L{} {}"/>', x.start, y.start, x.end, y.end)
     body += _svg('<text class="t" x="{}" y="{}">worse</text>', LEFT + 8, TOP + 16)
     body += _svg('<text class="t e" x="{}" y="{}">better</text>', WIDTH - RIGHT - 6, HEIGHT - BOTTOM - 8)
-    # Sorted by the change before thinning, so that both ends of the distribution are drawn.
-    for name, before, after in _thin(sorted(real, key=lambda p: (p[2] - p[1], p[0])), MAX_POINTS):
+    # Thinned in the order of the change, so that both ends of the distribution are drawn.
+    for client in clients.take(_thin(range(len(clients)), MAX_POINTS)).to_pylist():
+        name, before, after = client.values()
         a, b = x.at(before), y.at(after)
         tip = _svg("<title>{}: {} to {}</title>", name[:80], number(before), number(after))
         if after > before:
             body += _svg('<path class="p c2" d="M{} {}l4.2 7.4h-8.4z">{}</path>', a, round(b - 4.9, 1), tip)
         else:
             body += _svg('<circle class="p c1" cx="{}" cy="{}" r="3">{}</circle>', a, b, tip)
-    if len(real) > MAX_POINTS:
-        note += f" {MAX_POINTS:,} of {len(real):,} clients are drawn, evenly over the change."
+    if len(clients) > MAX_POINTS:
+        note += f" {MAX_POINTS:,} of {len(clients):,} clients are drawn, evenly over the change."
     return _figure(title, body, f"{title}. {note}", note=note)
 
 
-def histogram(title: str, values: Sequence[float], x_label: str, y_label: str, note: str) -> Markup:
+def histogram(title: str, values: NDArray[np.float64], x_label: str, y_label: str, note: str) -> Markup:
     """The number of values in each bin of a logarithmic axis; a bin is at most a factor of two wide."""
-    real = [v for v in values if _drawable(v) and v > 1e-300]
-    if not real:
-        return _figure(title, None, "", note=note)
-    x = _log(min(real), max(real), LEFT, WIDTH - RIGHT, number)
+    values = values[(values > 1e-300) & (values <= LARGEST)]
+    if not len(values):
+        return empty(title, note)
+    x = _log(float(values.min()), float(values.max()), LEFT, WIDTH - RIGHT, number)
     decades = math.log10(x.high / x.low)
     bins = round(decades * max(4, min(10, 24 / decades)))
-    counts = [0] * bins
-    for v in real:
-        counts[min(bins - 1, int(math.log10(v / x.low) / decades * bins + 1e-9))] += 1
+    places = (np.log10(values / x.low) / decades * bins + 1e-9).astype(int)
+    counts = np.bincount(np.minimum(places, bins - 1), minlength=bins).tolist()
     y = _linear(0, max(counts), HEIGHT - BOTTOM, TOP, number, whole=True)
     body = _axes(x, y, x_label, y_label)
     step = (x.end - x.start) / bins

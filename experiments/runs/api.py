@@ -63,14 +63,17 @@ def run(
     address: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     stop: threading.Event | None = None,
+    accept_changes: bool = False,
 ) -> Run:
     """Runs a recipe (or a recipe file) to its end and returns the results.
 
     `out` is the run folder, by default `runs/NAME-TIME`; if it is a URI, the run works in a local copy. `resume`
     continues the run in `out`, by default the newest run of that name. `baselines` adds local-only and centralized
     training. `address` joins a Ray cluster; by default Ray is started here and ends with the run. Once another thread
-    sets `stop`, the current round is finished and RunStopped is raised. Raises RunError with one sentence for what the
-    caller can fix.
+    sets `stop`, the current round is finished and RunStopped is raised. `accept_changes` resumes with other versions,
+    another base or other code than the run was begun with, and the manifest lists them.
+
+    Raises RunError with one sentence for what the caller can fix.
     """
     from datasets_partition.sources.location import is_local
     from engine.messages.events import Finished, Preparing, Started, Stopped
@@ -81,7 +84,7 @@ def run(
     from experiments.runs.driving import RunStopped, drive
     from experiments.runs.locks import alone_in
     from experiments.runs.mirror import working_folder
-    from experiments.runs.resuming import mark_finished, refuse_other_parts, run_folder, second_sums
+    from experiments.runs.resuming import continued, earlier_parts, leaves, mark_finished, run_folder, second_sums
 
     if isinstance(recipe, Path | str):
         recipe = load_recipe(Path(recipe))
@@ -94,12 +97,13 @@ def run(
         store = build_store(recipe)
         manifest = _manifest(recipe, store)
         if resume:
-            manifest["digests"] = refuse_other_parts(folder, manifest)
+            manifest = continued(folder, earlier_parts(folder), manifest, accept_changes)
         files = {
             "recipe.toml": to_toml(recipe).encode(),
             "manifest.json": json.dumps(manifest, indent=1).encode(),
         }
         finished: Finished | None = None
+        begun = resume
         with ray_session(address), ExitStack() as at_end:
             from engine.rounds.driver import RunPlan  # imports ray, whose environment is only now complete
 
@@ -107,15 +111,18 @@ def run(
             shared = shared_store(recipe, store)
             elsewhere = out if isinstance(out, str) and not is_local(out) else None
             notes = second_sums(folder, recipe, manifest)
+            if accepted := manifest.get("accepted_changes"):
+                notes += (f"this run continues in spite of changes since it was begun: {', '.join(accepted)}",)
             plan = RunPlan(store, folder.resolve(), files, shared, resume, baselines, elsewhere=elsewhere, notes=notes)
             for event in drive(located(recipe), plan, stop):
                 if isinstance(event, Finished):
                     finished = event
                     continue
                 if isinstance(event, Started):
-                    manifest["digests"] |= digests(recipe)  # the base may have been downloaded, or changed, by now
-                    if resume:
-                        refuse_other_parts(folder, manifest)
+                    # The base may have been downloaded by now, or changed; a driver may replace another days later.
+                    now = manifest | {"digests": manifest["digests"] | digests(recipe)}
+                    manifest = continued(folder, leaves(manifest), now, accept_changes) if begun else now
+                    begun = True
                     write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
                 if isinstance(event, Started) and recipe.clients.lanes == "auto":
                     settled = replace(recipe, clients=replace(recipe.clients, lanes=event.lanes))

@@ -26,6 +26,8 @@ FREE = {
     "clients.zero.timeout_s",
     "data.cache",
 }
+# These decide which rows are judged, and one table compares the losses of all rounds.
+JUDGED = {"evaluate.rows", "evaluate.server_rows"}
 
 
 def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Recipe]:
@@ -41,7 +43,8 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
         out = earlier[-1] if resume else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     old = out / "recipe.toml"
     if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        # What a run leaves that was killed while it wrote its first file does not count.
+        if out.exists() and not (out.is_dir() and all(map(_is_scratch, out.iterdir()))):
             what = "already holds a run" if old.exists() else "exists and is not empty"
             raise RunError(f"{out} {what}: choose another --out, or continue that run with --resume")
         return out, recipe
@@ -72,41 +75,50 @@ def mark_finished(folder: Path, rounds: int) -> None:
 
 
 def finished_rounds(folder: Path) -> int | None:
-    """The rounds after which a run has finished, as it says itself; None if it has not, or the file is damaged.
+    """The rounds after which a run has finished; None if it has not, or the file is damaged.
 
     It may have gone on since: it has finished only if these are the rounds of its recipe.
     """
-    try:
-        rounds = json.loads((folder / FINISHED).read_text(encoding="utf-8"))["rounds"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return None
+    rounds = _facts(folder / FINISHED).get("rounds")
     return rounds if isinstance(rounds, int) else None
 
 
-def refuse_other_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
-    """Raises RunError if rows, versions, base or code have changed since the run was begun; returns all its digests."""
+def earlier_parts(folder: Path) -> dict[str, Any]:
+    """The manifest of the run to resume by dotted keys; empty if the run was killed before it wrote one."""
     file = folder / "manifest.json"
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        key, versions = before["data"]["key"], before["versions"]
-        digests: dict[str, str] = dict(before.get("digests", {}))  # runs of earlier versions have none
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{file} is not the manifest of a run ({error}): choose another --out") from error
-    if key != manifest["data"]["key"]:
+    if not file.exists() and not any((folder / "checkpoints").glob("[0-9]*")):
+        return {}
+    facts = _facts(file)
+    if "data.key" not in facts:
+        raise RunError(f"{file} is not the manifest of a run: choose another --out")
+    return facts
+
+
+def continued(folder: Path, before: dict[str, Any], manifest: dict[str, Any], accept: bool) -> dict[str, Any]:
+    """The manifest of a run that continues, with what its earlier parts left in it, `before` by dotted keys.
+
+    Raises RunError if the rows have changed, or, unless the caller accepts that, versions, the base, code, or the
+    trace. The manifest lists accepted changes.
+    """
+    now = leaves(manifest)
+    if before.get("data.key", now["data.key"]) != now["data.key"]:
         raise RunError(f"the data has changed since the run in {folder} was begun: choose another --out")
-    if versions != manifest["versions"]:
+    changed = [
+        key.removeprefix("digests.") if key.startswith("digests.") else f"{key} ({value}, now {now[key]})"
+        for key, value in before.items()
+        if key.startswith(("versions.", "digests.")) and now.get(key, value) != value
+    ]
+    if changed and not accept:
         raise RunError(
-            f"the run in {folder} was begun with other versions ({versions}, now {manifest['versions']}): "
-            f"install those, or choose another --out"
+            f"{' and '.join(changed)} changed since the run in {folder} was begun: restore what it was begun with, "
+            f"choose another --out, or give --accept-changes to continue in spite of that, which the report will show "
+            f"(with model.revision set, a base from the hub never changes)"
         )
-    known: dict[str, str] = digests | manifest["digests"]
-    changed = [name for name, digest in digests.items() if known[name] != digest]
-    if changed:
-        raise RunError(
-            f"{' and '.join(changed)} changed since the run in {folder} was begun: restore what it was begun with, or "
-            f"choose another --out (with model.revision set, a base from the hub never changes)"
-        )
-    return known
+    accepted = before.get("accepted_changes", [])
+    accepted = [*(accepted if isinstance(accepted, list) else []), *changed]
+    # Digests of earlier parts stay: a base from the hub has none until it is downloaded.
+    known = {key.removeprefix("digests."): value for key, value in before.items() if key.startswith("digests.")}
+    return manifest | {"digests": known | manifest["digests"]} | ({"accepted_changes": accepted} if accepted else {})
 
 
 def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple[str, ...]:
@@ -130,16 +142,21 @@ def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple
 
 def _runs_beside(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """The names of other runs that have unmasked sums of the same data with the same seed."""
-    names = []
-    for file in sorted(folder.resolve().parent.glob("*/manifest.json")):
-        try:
-            other = json.loads(file.read_text(encoding="utf-8"))
-            same = other["seed"] == manifest["seed"] and other["data"]["key"] == manifest["data"]["key"]
-        except (OSError, ValueError, RecursionError, KeyError, TypeError):
-            continue
-        if same and file.parent.name != folder.name and any(file.parent.glob(f"{JOURNAL}/*.json")):
-            names.append(file.parent.name)
-    return names
+    same = manifest["seed"], manifest["data"]["key"]
+    return [
+        file.parent.name
+        for file in sorted(folder.resolve().parent.glob("*/manifest.json"))
+        if (facts := _facts(file)) and (facts.get("seed"), facts.get("data.key")) == same
+        if file.parent.name != folder.name and any(file.parent.glob(f"{JOURNAL}/*.json"))
+    ]
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    """The values of a JSON file by their dotted keys; none if it is missing, damaged, or no object."""
+    try:
+        return leaves(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return {}
 
 
 def _begun_with(file: Path, recipe: Recipe) -> Recipe:
@@ -183,7 +200,11 @@ def _differences(before: Recipe, now: Recipe) -> list[str]:
 def _is_free(key: str, before: Any, now: Any) -> bool:
     if key == "clients.num_gpus":  # a GPU computes other bits than a CPU
         return bool(before and now)
-    return key in FREE or key.startswith(("evaluate.", "checkpoint."))
+    return key in FREE or (key.startswith(("evaluate.", "checkpoint.")) and key not in JUDGED)
+
+
+def _is_scratch(path: Path) -> bool:
+    return path.name.startswith(".recipe.toml.")
 
 
 def _by_rounds(recipe: Recipe) -> bool:

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,19 +35,20 @@ def submit(
     address: str,
     out: str | None = None,
     runtime_env: Path | None = None,
+    flags: Sequence[str] = (),
     *,
-    resume: bool = False,
     detach: bool = False,
 ) -> int:
     """Submits a run of the recipe to the job server at `address` and follows it; its exit code, or 0 with `detach`.
 
-    Without `detach` the job ends when this process does. Raises RunError for what the caller can fix.
+    `flags` are options of `fedpost run`, such as "--resume". Without `detach` the job ends when this process does.
+    Raises RunError for what the caller can fix.
     """
     from experiments.config.recipe import load_recipe
 
     loaded, here = load_recipe(recipe, changes), Path.cwd().resolve()
-    out = _lasting(out, loaded.name, resume)
-    options = [part for change in changes for part in ("--set", change)] + ["--out", out] + ["--resume"] * resume
+    out = _lasting(out, loaded.name, "--resume" in flags)
+    options = [part for change in changes for part in ("--set", change)] + ["--out", out, *flags]
     command = run_command(recipe, here) + options
     environment = environment_of(here, runtime_env)
     client = job_client(address)
