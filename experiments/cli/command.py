@@ -40,16 +40,14 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             say("stopped; all files written so far are complete (--resume continues a run)", error=True)
             raise SystemExit(130) from None
         except Exception as error:
-            from experiments.runs.driving import RunStopped
-            from experiments.runs.errors import explanation, origin
+            from experiments.runs.driving import RunStopped, explanation, origin
 
             if isinstance(error, RunStopped):
                 say(error, error=True)
                 raise SystemExit(130) from None
             if options.get("debug"):
                 say(traceback.format_exc(), error=True)
-            text = explanation(error)
-            if text is not None:
+            if (text := explanation(error)) is not None:
                 say(f"error: {text}", error=True)
                 raise SystemExit(2) from None
             cause = origin(error)

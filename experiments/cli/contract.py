@@ -4,7 +4,7 @@ import tempfile
 import traceback
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.text import Text
 
@@ -33,8 +33,7 @@ def engine_stored(state: ServerState) -> ServerState:
         save_checkpoint(Path(folder), Saved(ShardedState(state.round, (state,)), 1.5), keep=1)
         loaded = load_checkpoint(Path(folder))
     assert loaded is not None
-    stored: ServerState = loaded.state.parts[0]
-    return stored
+    return cast(ServerState, loaded.state.parts[0])
 
 
 def cases(strategy: Strategy) -> list[Case]:
@@ -45,9 +44,8 @@ def cases(strategy: Strategy) -> list[Case]:
 
 def show_check(named: str) -> bool:
     """Prints the result of each check of the class MODULE:CLASS; returns whether it passes all."""
-    strategy, screen = _made(named), console()
+    strategy, screen, broken = _made(named), console(), 0
     listed = cases(strategy)
-    broken = 0
     for check in CHECKS:
         results = [_result(check, case) for case in listed]
         skipped = [result for result in results if isinstance(result, DoesNotApply)]
@@ -86,13 +84,11 @@ def _made(named: str) -> Any:
     if ":" not in named:
         raise RunError(f"--check takes MODULE:CLASS, such as my_module:MyStrategy, not {named!r}")
     kind = imported("--check", named, "apply")
-    missing = lacks(kind)
-    if missing:
+    if missing := lacks(kind):
         raise RunError(
             f"{named} is not a strategy, it lacks {', '.join(missing)}: extend strategies.core.base.Rule, "
             f"which has a default for everything but apply"
         )
-    needed = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]
-    if needed:
+    if needed := [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]:
         raise RunError(f"{named} is checked with its defaults, and these keys have none: {', '.join(needed)}")
     return kind()

@@ -177,10 +177,6 @@ def _dash(series: Series) -> Markup:
     return _svg(' stroke-dasharray="{}"', series.dash) if series.dash else Markup("")
 
 
-def _notes(*notes: str) -> str:
-    return " ".join(filter(None, notes))
-
-
 def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, write: Format = number,
           zero: bool = False, note: str = "") -> Markup:  # fmt: skip
     """Lines over rounds; a `level` runs across the chart.
@@ -194,10 +190,8 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, writ
     xs, ys = [x for x, _ in every], [y for _, y in every]
     log = zero and min(ys) > 1e-300 and max(ys) > 30 * min(ys)
     x = _linear(min(xs), max(xs), LEFT, WIDTH - RIGHT, number, whole=True)
-    if log:
-        y = _log(min(ys), max(ys), HEIGHT - BOTTOM, TOP, write)
-    else:
-        y = _linear(min(0.0, *ys) if zero else min(ys), max(ys), HEIGHT - BOTTOM, TOP, write)
+    scale, low = (_log, min(ys)) if log else (_linear, min(0.0, *ys) if zero else min(ys))
+    y = scale(low, max(ys), HEIGHT - BOTTOM, TOP, write)
     body, alt = _axes(x, y, x_label, y_label), []
     for line in shown:
         points = _finite(line.points)
@@ -212,7 +206,7 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, writ
         if not line.level and len(pixels) <= 30:
             for a, b in pixels:
                 body += _svg('<circle class="f c{}" cx="{}" cy="{}" r="2.6"/>', line.color, a, b)
-    note = _notes(note, "Logarithmic scale." * log)
+    note = f"{note} Logarithmic scale.".lstrip() if log else note
     return _figure(title, body, f"{title}. {'; '.join(alt)}.", shown, note=note)
 
 
@@ -244,7 +238,7 @@ def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str, wr
                 body += _bar(layer.color, x.at(at) - wide / 2, top, wide, bottom - top)
     shown = [(s, [b for _, b in _finite(s.points)]) for s in series if _finite(s.points)]
     alt = "; ".join(f"{s.label}: {write(sum(v) / len(v))} on average" for s, v in shown)
-    note = _notes(note, f"A bar is the mean of {group} rounds." if group > 1 else "")
+    note = f"{note} A bar is the mean of {group} rounds.".lstrip() if group > 1 else note
     return _figure(title, body, f"{title}. {alt}.", [s for s, _ in shown], bars=True, note=note)
 
 

@@ -6,7 +6,7 @@ A run folder may be foreign. Nothing in it is run or unpickled (TOML, JSON and P
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,21 @@ OF_SOME_RUNS = {
 }
 BASELINES = {"loss_local_only": ("local only", "7 4"), "loss_centralized": ("centralized", "2 3")}
 PARTIES = ("client", "other clients", "server", "base-model owner")  # listed even if they saw nothing
+RECIPE_FACTS = {
+    "base": "model.base",
+    "strategy": "strategy.kind",
+    "clients a round": "cohort.size",
+    "secure aggregation": "privacy.secagg.mode",
+    "differential privacy": "privacy.dp.kind",
+}
+COSTS: tuple[tuple[str, str, Callable[[list[float]], float], Callable[[float], str]], ...] = (
+    ("training", "round_s", sum, duration),
+    ("evaluation", "evaluate_s", sum, duration),
+    ("median round", "round_s", statistics.median, duration),
+    ("tokens a second", "tokens_per_s", statistics.median, "{:,.0f}".format),
+    ("protocol up", "protocol_bytes_up", sum, size),
+    ("protocol down", "protocol_bytes_down", sum, size),
+)
 # What decides, besides the data, which tokens a loss is of.
 JUDGED_BY = ("seed", "model.base", "train.max_length", "evaluate.rows", "evaluate.server_rows")
 
@@ -55,33 +70,26 @@ def write_report(run_folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def _at(tree: Any, *path: str) -> str:
-    """A scalar of the recipe as text; empty if it is absent."""
-    for key in path:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return str(tree) if isinstance(tree, str | int | float) else ""
-
-
 def _unlike(runs: Sequence[Run]) -> list[str]:
     """What makes the losses of runs be of other rows, or of other tokens of them."""
     data = {run.manifest.get("data.key") for run in runs}
-    keys = [key for key in JUDGED_BY if len({_at(run.recipe, *key.split(".")) for run in runs}) > 1]
+    keys = [key for key in JUDGED_BY if len({run.recipe.get(key) for run in runs}) > 1]
     return ["data"] * (len(data) > 1) + keys
 
 
 def _unit(run: Run) -> str:
-    kind = _at(run.recipe, "train", "objective") or _at(run.recipe, "train", "objective", "kind") or "sft"
+    kind = run.recipe.get("train.objective") or run.recipe.get("train.objective.kind") or "sft"
     return "loss (nats per token)" if kind == "sft" else f"loss ({kind} objective)"
 
 
 def _summary(run: Run) -> list[dict[str, Any]]:
     """A row per split: the losses of the first and last evaluated round, their change, and the baselines."""
-    out = []
+    out = list[dict[str, Any]]()
     for split in ("heldout", "unseen", "server"):
         points = run.points(split, "loss")
         if split == "server" and not points:
             continue  # most federations have no such rows
-        row: dict[str, Any] = {"split": SPLITS[split], "first": "no data", "last": "no data", "change": "no data"}
+        row = {"split": SPLITS[split], "first": "no data", "last": "no data", "change": "no data"}
         if points:
             (start, before), (end, after) = points[0], points[-1]
             row |= {"first": loss(before), "from": int(start)}
@@ -95,31 +103,18 @@ def _summary(run: Run) -> list[dict[str, Any]]:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Short facts with their values: what was run, and what it cost."""
+    facts = [(label, run.recipe.get(key, "")) for label, key in RECIPE_FACTS.items()]
     rounds = [r for of in run.curves.values() for r in of]
-    asked = _at(run.recipe, "rounds")
-    of = f" of {asked}" if asked else ""
-    took, evaluate = run.values("engine", "round_s"), run.values("engine", "evaluate_s")
-    up, down = run.values("engine", "protocol_bytes_up"), run.values("engine", "protocol_bytes_down")
-    tokens = run.values("engine", "tokens_per_s")
-    facts = [
-        ("base", _at(run.recipe, "model", "base")),
-        ("strategy", _at(run.recipe, "strategy", "kind")),
-        ("clients a round", _at(run.recipe, "cohort", "size")),
-        ("secure aggregation", _at(run.recipe, "privacy", "secagg", "mode")),
-        ("differential privacy", _at(run.recipe, "privacy", "dp", "kind")),
-        ("last round", f"{max(rounds)}{of}" if rounds else f"none{of}"),
-        ("training", duration(sum(took)) if took else ""),
-        ("evaluation", duration(sum(evaluate)) if evaluate else ""),
-        ("median round", duration(statistics.median(took)) if took else ""),
-        ("tokens a second", f"{statistics.median(tokens):,.0f}" if tokens else ""),
-        ("protocol up", size(sum(up)) if up else ""),
-        ("protocol down", size(sum(down)) if down else ""),
-    ]
-    return [(key, value) for key, value in facts if value]
+    of = f" of {run.recipe['rounds']}" if "rounds" in run.recipe else ""
+    facts.append(("last round", f"{max(rounds) if rounds else 'none'}{of}"))
+    for label, name, combine, write in COSTS:
+        if values := run.values("engine", name):
+            facts.append((label, write(combine(values))))
+    return [(label, value) for label, value in facts if value]
 
 
 def _hidden(run: Run) -> str:
-    masked = _at(run.recipe, "privacy", "secagg", "mode") in ("ideal", "full")
+    masked = run.recipe.get("privacy.secagg.mode") in ("ideal", "full")
     return "Secure aggregation shows sums, not single clients." if masked else ""
 
 
@@ -205,11 +200,12 @@ def _failures(run: Run) -> dict[str, Any]:
 
 def render(runs: Sequence[Run]) -> str:
     """The page as text: the same runs give the same bytes."""
-    view = list[dict[str, Any]]()
-    for i, run in enumerate(runs):
-        view.append({"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run, "facts": _facts(run)})
-        view[-1] |= {"summary": _summary(run), "charts": _charts(run), "clients": _clients(run)}
-        view[-1] |= {"ledger": _ledger(run), "failures": _failures(run)}
+    parts = {"facts": _facts, "summary": _summary, "charts": _charts, "clients": _clients}
+    parts |= {"ledger": _ledger, "failures": _failures}
+    view = [
+        {"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run} | {name: p(run) for name, p in parts.items()}
+        for i, run in enumerate(runs)
+    ]
     overlay = []
     if len(runs) > 1:
         unit = _unit(runs[0]) if len({_unit(run) for run in runs}) == 1 else "loss"
@@ -222,7 +218,6 @@ def render(runs: Sequence[Run]) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates")
     env = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     shown = {name: label for name, label in OF_SOME_RUNS.items() if any(run.points("heldout", name) for run in runs)}
-    page = env.get_template("report.html").render(
-        runs=view, overlay=overlay, baselines=shown | BASELINES, unlike=_unlike(runs)
-    )
+    facts = {"runs": view, "overlay": overlay, "baselines": shown | BASELINES, "unlike": _unlike(runs)}
+    page = env.get_template("report.html").render(facts)
     return inert_lines(page)  # JSON may hold lone surrogates, and a name may turn the direction of writing

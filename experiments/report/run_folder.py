@@ -26,14 +26,15 @@ UNUSED = {"wall_s", "mode"}  # columns that a report does not need
 
 @dataclass
 class Run:
-    """The contents of a run folder; `curves[split, name]` is round -> value, losses in nats per token, times in s.
+    """The contents of a run folder, recipe and manifest by dotted keys.
 
-    Tables hold what there may be of a million clients: `losses` are the rounds with a held-out loss of each client
-    that come first and last, with columns client and value, and `rows` the most rows that each client trained on.
+    `curves[split, name]` is round -> value, losses in nats per token, times in s. Of single clients, of which there may
+    be a million, there are tables with columns client and value: `losses` of the first and of the last round that has
+    them, and the most `rows` that each trained on.
     """
 
     name: str
-    recipe: dict[str, Any]
+    recipe: dict[str, str]
     recipe_text: str
     manifest: dict[str, str]
     privacy: str = ""  # the privacy spent, in words
@@ -66,8 +67,7 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"{file} is not valid TOML: {error}") from error
     name = str(recipe.get("name") or folder.resolve().name)
     manifest, privacy = _json(folder / "manifest.json"), _json(folder / "privacy.json")
-    statement = str(privacy.get("statement", "")) if isinstance(privacy, dict) else ""
-    run = Run(name, recipe, text, dict(_flat("", manifest)) if manifest else {}, statement)
+    run = Run(name, dict(_flat("", recipe)), text, manifest, privacy.get("statement", ""))
     for table in _tables(folder / "metrics", METRICS):
         _add_metrics(run, table)
     run.rows, run.losses = _most(run.rows), [(round_, _most(losses)) for round_, losses in run.losses]
@@ -115,10 +115,11 @@ def _tables(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
             raise RunError(f"{file} cannot be read, it may be truncated or not be a file of a run: {first}") from error
 
 
-def _json(file: Path) -> Any:
-    """The content of a JSON file; None if there is no such file."""
+def _json(file: Path) -> dict[str, str]:
+    """The values of a JSON file by dotted keys; none if there is no such file."""
     try:
-        return json.loads(file.read_text("utf-8")) if file.is_file() else None
+        content = json.loads(file.read_text("utf-8")) if file.is_file() else None
+        return dict(_flat("", content)) if content else {}
     except (ValueError, RecursionError) as error:
         raise RunError(f"{file} is not valid JSON: {error}") from error
 
@@ -153,4 +154,4 @@ def _flat(key: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
         for inner, below in value.items():
             yield from _flat(f"{key}.{inner}" if key else inner, below, depth + 1)
     else:
-        yield key, value if isinstance(value, str) else json.dumps(value)
+        yield key, value if isinstance(value, str) else json.dumps(value, default=str)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from engine.messages.events import Event, Sample
     from experiments.config.recipe import Recipe
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow")
 
 
@@ -98,10 +99,7 @@ def run(
         manifest = _manifest(recipe, store)
         if resume:
             manifest = continued(folder, earlier_parts(folder), manifest, accept_changes)
-        files = {
-            "recipe.toml": to_toml(recipe).encode(),
-            "manifest.json": json.dumps(manifest, indent=1).encode(),
-        }
+        files = {"recipe.toml": to_toml(recipe).encode(), "manifest.json": json.dumps(manifest, indent=1).encode()}
         finished: Finished | None = None
         begun = resume
         with ray_session(address), ExitStack() as at_end:
@@ -116,7 +114,7 @@ def run(
             plan = RunPlan(store, folder.resolve(), files, shared, resume, baselines, elsewhere=elsewhere, notes=notes)
             for event in drive(located(recipe), plan, stop):
                 if isinstance(event, Finished):
-                    finished = event
+                    finished = replace(event, folder=folder)
                     continue
                 if isinstance(event, Started):
                     # The base may have been downloaded by now, or changed; a driver may replace another days later.
@@ -124,16 +122,15 @@ def run(
                     manifest = continued(folder, leaves(manifest), now, accept_changes) if begun else now
                     begun = True
                     write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-                if isinstance(event, Started) and recipe.clients.lanes == "auto":
-                    settled = replace(recipe, clients=replace(recipe.clients, lanes=event.lanes))
-                    write_file(folder / "recipe.toml", to_toml(settled).encode())
+                    if recipe.clients.lanes == "auto":
+                        settled = replace(recipe, clients=replace(recipe.clients, lanes=event.lanes))
+                        write_file(folder / "recipe.toml", to_toml(settled).encode())
                 on_event(event)
                 copy()
                 if isinstance(event, Stopped):
                     reached = f"stopped after round {event.round} of {recipe.rounds}"
                     raise RunStopped(f"{reached}; --resume continues from there")
         assert finished is not None
-        finished = replace(finished, folder=folder)
         write_report([folder], folder / "report.html")
         mark_finished(folder, recipe.rounds)  # from here on --resume has nothing to do
         copy()
@@ -179,8 +176,8 @@ def settle_ray(address: str | None) -> None:
 def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
     """Joins the Ray at `address` (or the one of the Ray job that this is), or starts one on loopback and ends it again.
 
-    A Ray that is started here has `resources` (num_cpus, num_gpus), by default those of the machine. Raises RunError if
-    Ray does not answer or start.
+    A Ray that is started here has `resources` (num_cpus, num_gpus), by default those of the machine.
+    Raises RunError if Ray does not answer or start.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     settle_ray(address)
@@ -230,8 +227,7 @@ def shipped_code() -> dict[str, Any]:
     """The runtime environment that brings this code to a cluster's nodes; empty in a Ray job, which has brought it."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return {}
-    root = Path(__file__).resolve().parents[2]
-    return {"py_modules": [str(root / name) for name in ("engine", "strategies", "datasets_partition", "experiments")]}
+    return {"py_modules": [str(ROOT / name) for name in ("engine", "strategies", "datasets_partition", "experiments")]}
 
 
 def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
@@ -245,9 +241,14 @@ def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
         versions["fedpost"] = version("fedpost")
     except PackageNotFoundError:
         versions["fedpost"] = "not installed: run from its folder"
-    machine = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
-    data = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
     model = recipe.model
-    base = {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    parts = {"seed": recipe.seed, "base": base, "digests": digests(recipe)}
-    return parts | {"versions": versions, **machine, "data": data}
+    return {
+        "seed": recipe.seed,
+        "base": {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code},
+        "digests": digests(recipe),
+        "versions": versions,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "data": json.loads((store / "manifest.json").read_text(encoding="utf-8")),
+    }

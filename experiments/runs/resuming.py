@@ -17,14 +17,8 @@ RUNS = Path("runs")
 FINISHED = "finished.json"  # written last: the rounds that the model, the samples and the report are of
 # Keys that may change when a run is resumed: no bit of the result depends on them, unless clients fail.
 FREE = {
-    "clients.max_failed",
-    "clients.num_cpus",
-    "clients.retries",
-    "clients.slots",
-    "clients.timeout_s",
-    "clients.zero.gangs",
-    "clients.zero.timeout_s",
-    "data.cache",
+    *("clients.max_failed", "clients.num_cpus", "clients.retries", "clients.slots", "clients.timeout_s"),
+    *("clients.zero.gangs", "clients.zero.timeout_s", "data.cache"),
 }
 # These decide which rows are judged, and one table compares the losses of all rounds.
 JUDGED = {"evaluate.rows", "evaluate.server_rows"}
@@ -36,15 +30,14 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
     Raises RunError if the folder holds a run that must not be overwritten, or none to resume.
     """
     if out is None:
-        begun = RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}/recipe.toml")
-        earlier = sorted(path.parent for path in begun)
+        earlier = sorted(RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}/recipe.toml"))
         if resume and not earlier:
             raise RunError(f"there is no run of {recipe.name!r} in {RUNS} to resume: leave --resume out to start one")
-        out = earlier[-1] if resume else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = earlier[-1].parent if resume else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     old = out / "recipe.toml"
     if not resume:
         # What a run leaves that was killed while it wrote its first file does not count.
-        if out.exists() and not (out.is_dir() and all(map(_is_scratch, out.iterdir()))):
+        if out.exists() and not (out.is_dir() and all(path.match(".recipe.toml.*") for path in out.iterdir())):
             what = "already holds a run" if old.exists() else "exists and is not empty"
             raise RunError(f"{out} {what}: choose another --out, or continue that run with --resume")
         return out, recipe
@@ -59,9 +52,9 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
     changed = _differences(before, recipe)
     if changed == ["rounds"] and recipe.rounds < before.rounds:
         raise RunError(f"the run in {out} was begun with {before.rounds} rounds and cannot continue with fewer")
-    if changed == ["rounds"] and not _by_rounds(recipe):
-        changed = []
-    if changed:
+    # Rounds depend on their total number by a schedule over rounds, or by noise that is calibrated for all of them.
+    by_rounds = recipe.train.over_rounds.kind != "constant" or recipe.privacy.dp.kind != "none"
+    if changed and (by_rounds or changed != ["rounds"]):
         raise RunError(
             f"{out} was begun with another recipe, which differs in {', '.join(changed)}: resume it with the recipe it "
             f"was begun with ({old}), or choose another --out"
@@ -125,30 +118,26 @@ def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple
     """Notes on other sums of the same clients that can be compared with those of a run in mode "full"."""
     if recipe.privacy.secagg.mode != "full":
         return ()
-    notes = []
+    notes: tuple[str, ...] = ()
     if recipe.evaluate.without_privacy:
-        notes.append(
+        notes += (
             "evaluate.without_privacy plays the same rounds again in the clear, and both together reveal what secure "
-            "aggregation hides (docs/privacy.md): use it for study only"
+            "aggregation hides (docs/privacy.md): use it for study only",
         )
-    if names := _runs_beside(folder, manifest):
-        few = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-        notes.append(
-            f"{few} had sums of the same clients with the same data and seed, and two sums that differ by one client "
-            f"may reveal its update (docs/privacy.md)"
-        )
-    return tuple(notes)
-
-
-def _runs_beside(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """The names of other runs that have unmasked sums of the same data with the same seed."""
     same = manifest["seed"], manifest["data"]["key"]
-    return [
+    names = [
         file.parent.name
         for file in sorted(folder.resolve().parent.glob("*/manifest.json"))
         if (facts := _facts(file)) and (facts.get("seed"), facts.get("data.key")) == same
         if file.parent.name != folder.name and any(file.parent.glob(f"{JOURNAL}/*.json"))
     ]
+    if names:
+        few = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+        notes += (
+            f"{few} had sums of the same clients with the same data and seed, and two sums that differ by one client "
+            f"may reveal its update (docs/privacy.md)",
+        )
+    return notes
 
 
 def _facts(file: Path) -> dict[str, Any]:
@@ -183,7 +172,7 @@ def _user_kinds(tree: Any) -> set[str]:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A recipe's values by their dotted keys."""
+    """The values of nested tables by their dotted keys."""
     values: dict[str, Any] = {}
     for key, value in tree.items():
         values |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -193,20 +182,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _differences(before: Recipe, now: Recipe) -> list[str]:
     """Dotted keys in which two recipes differ, without those that cannot change the result."""
     old, new = (leaves(tomllib.loads(to_toml(recipe))) for recipe in (before, now))
-    changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
-    return sorted(key for key in changed if not _is_free(key, old.get(key), new.get(key)))
-
-
-def _is_free(key: str, before: Any, now: Any) -> bool:
-    if key == "clients.num_gpus":  # a GPU computes other bits than a CPU
-        return bool(before and now)
-    return key in FREE or (key.startswith(("evaluate.", "checkpoint.")) and key not in JUDGED)
-
-
-def _is_scratch(path: Path) -> bool:
-    return path.name.startswith(".recipe.toml.")
-
-
-def _by_rounds(recipe: Recipe) -> bool:
-    """Whether rounds depend on their total number: by a schedule over rounds, or by noise calibrated for all."""
-    return recipe.train.over_rounds.kind != "constant" or recipe.privacy.dp.kind != "none"
+    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} - FREE
+    if before.clients.num_gpus and now.clients.num_gpus:  # but a GPU computes other bits than a CPU
+        changed.discard("clients.num_gpus")
+    return sorted(key for key in changed if key in JUDGED or not key.startswith(("evaluate.", "checkpoint.")))

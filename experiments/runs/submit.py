@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from datasets_partition.sources.location import is_local, refuse_password
 from datasets_partition.sources.source_files import first_line
 from engine.messages.errors import RunError
+from experiments.config.recipe import load_recipe
 from experiments.report.terminal import say
+from experiments.runs.api import ROOT, shipped_code
+from experiments.runs.resuming import RUNS
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-ROOT = Path(__file__).resolve().parents[2]
 RESERVED = ("working_dir", "py_modules")  # the keys of a runtime environment that submitting sets
 TOKENS, TOKEN_FILE = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}, Path("~/.ray/auth_token")
 TAIL = 10  # lines
@@ -42,17 +44,13 @@ def submit(
     """Submits a run of the recipe to the job server at `address` and follows it; its exit code, or 0 with `detach`.
 
     `flags` are options of `fedpost run`, such as "--resume". Without `detach` the job ends when this process does.
-    Raises RunError for what the caller can fix.
     """
-    from experiments.config.recipe import load_recipe
-
     loaded, here = load_recipe(recipe, changes), Path.cwd().resolve()
     out = _lasting(out, loaded.name, "--resume" in flags)
     options = [part for change in changes for part in ("--set", change)] + ["--out", out, *flags]
     command = run_command(recipe, here) + options
     environment = environment_of(here, runtime_env)
-    client = job_client(address)
-    job = f"fedpost-{secrets.token_hex(6)}"
+    client, job = job_client(address), f"fedpost-{secrets.token_hex(6)}"
     say(f"job {job} at {address}, run folder {out}")
     if detach:
         _send(client, job, command, environment)
@@ -67,9 +65,8 @@ def submit(
 def show_status(job: str, address: str) -> None:
     """Prints a job's state and the end of its log; RunError if there is no such job."""
     client = job_client(address)
-    say(f"{job}: {_state(_ask(client.get_job_info, job))}")
-    for line in _ask(client.get_job_logs, job).splitlines()[-TAIL:]:
-        say(f"  {line}")
+    lines = _ask(client.get_job_logs, job).splitlines()[-TAIL:]
+    say("\n  ".join([f"{job}: {_state(_ask(client.get_job_info, job))}", *lines]))
 
 
 def stop(job: str, address: str) -> None:
@@ -122,8 +119,6 @@ def job_client(address: str) -> "JobSubmissionClient":
 
 def run_command(recipe: Path, here: Path) -> list[str]:
     """The command that runs a recipe of the uploaded folder `here`; RunError if the recipe is not uploaded with it."""
-    from experiments.runs.resuming import RUNS
-
     path = recipe.resolve()
     if not path.is_relative_to(here) or path.is_relative_to(here / RUNS):
         raise RunError(
@@ -136,14 +131,10 @@ def run_command(recipe: Path, here: Path) -> list[str]:
 
 def environment_of(here: Path, given: Path | None) -> dict[str, Any]:
     """Ray's runtime environment: the folder `here`, fedpost's packages if they are elsewhere, the keys of `given`."""
-    from experiments.runs.api import shipped_code
-    from experiments.runs.resuming import RUNS
-
     keys = _read_environment(given) if given else {}
-    packages = {} if here == ROOT else shipped_code()
     return {
         **keys,
-        **packages,
+        **({} if here == ROOT else shipped_code()),
         "working_dir": str(here),
         # Ray applies these to each package too, and experiments has a room `runs`, which holds files but no folders.
         "excludes": [f"/{RUNS}/*/", "__pycache__/", *keys.get("excludes", [])],
@@ -168,8 +159,6 @@ def _read_environment(file: Path) -> dict[str, Any]:
 
 def _lasting(out: str | None, name: str, resume: bool) -> str:
     """A run folder that outlives the job: Ray removes the job's working folder."""
-    from experiments.runs.resuming import RUNS
-
     if out is None and resume:
         raise RunError("--resume needs the --out of the run to continue")
     out = out or str(RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -204,8 +193,7 @@ def _follow(client: "JobSubmissionClient", job: str) -> int:
         if info.status.is_terminal():
             break
         time.sleep(1)
-    code = info.driver_exit_code
-    if code is None:
+    if (code := info.driver_exit_code) is None:
         say(f"{job}: {_state(info)}", error=True)
         return 143 if info.status == "STOPPED" else 1
     return code if code >= 0 else 128 - code

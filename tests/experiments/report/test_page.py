@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -229,6 +230,30 @@ def test_large_runs_stay_small(tmp_path: Path) -> None:
     series = charts.Series("train", [(r, 1.0) for r in range(1000)], 1)
     assert charts.stacked("t", [series], "round", "s").count('<rect class="f c1"') == charts.MAX_BARS
     assert "A bar is the mean of 10 rounds." in charts.stacked("t", [series], "round", "s")
+
+
+def test_many_clients_do_not_become_python_objects(tmp_path: Path) -> None:
+    run, clients = make_run(tmp_path / "a"), 100_000
+    for at in range(3):
+        names = pa.array(range(clients)).cast(pa.string())
+        each = [(at, split, names, name) for split, name in (("heldout", "loss"), ("train", "rows"))]
+        tables = [
+            pa.table([pa.repeat(at, clients), pa.repeat(split, clients), names, pa.repeat(name, clients),
+                      pa.array(range(clients), pa.float64()), pa.repeat(1.0, clients)], names=METRICS.names)
+            for at, split, names, name in each
+        ]  # fmt: skip
+        pq.write_table(pa.concat_tables(tables).cast(METRICS), run / "metrics" / f"round-{at:05d}.parquet")
+    table = pa.table({"round": [1], "kind": ["dropout"], "who": ["c"], "why": ["late"], "wall_s": [1.0]})
+    (run / "faults").mkdir()
+    pq.write_table(pa.concat_tables([table.cast(FAULTS)] * clients), run / "faults" / "round-00001.parquet")
+    write_report([run], tmp_path / "warm.html")
+    tracemalloc.start()
+    write_report([run], tmp_path / "r.html")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    text = text_of((tmp_path / "r.html").read_text("utf-8"))
+    assert "1,500 of 100,000 clients are drawn" in text and "99,999 clients trained" in text and "99,960 more" in text
+    assert most < 8 * 2**20  # numbers in numpy; 100,000 names alone would be 6 MiB
 
 
 @pytest.mark.parametrize(
