@@ -58,7 +58,7 @@ def run(
     from experiments.runs.driving import stopped_by_interrupt
 
     loaded = load_recipe(recipe, changes)
-    with Screen(loaded.rounds, out) as screen, stopped_by_interrupt(screen.say, screen.begun) as stop:
+    with Screen(loaded.rounds, out) as screen, stopped_by_interrupt(screen.say, lambda: screen.started) as stop:
         run_recipe(
             loaded,
             out=out,
