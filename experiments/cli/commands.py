@@ -1,14 +1,29 @@
 """The commands. Each imports what it needs when it runs, so that `fedpost --help` answers at once."""
 
 import os
+import traceback
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ParamSpec
 
 import typer
 
 from engine.messages.errors import RunError
-from experiments.cli.command import Accept, Changes, Debug, Out, RecipePath, Resume, guarded
+from experiments.report.terminal import say
 
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a key of the recipe; may be repeated.")
+]
+Out = Annotated[
+    str | None, typer.Option(help="The run folder, or its URI, such as s3://...; runs/NAME-TIME by default.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")]
+Accept = Annotated[
+    bool, typer.Option("--accept-changes", help="Resume although versions, base or code changed; the report says so.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Server = Annotated[str, typer.Option("--address", help="Ray's job server, such as http://127.0.0.1:8265.")]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="The name that `fedpost submit` printed.")]
 # Each is the module of that name in experiments/bench/scenarios, whose `measure(small=...)` returns the figures.
@@ -29,6 +44,45 @@ SCENARIOS = {
     "zero": "gangs of DeepSpeed ranks: resets, tokens/s against a bare loop, bytes and memory",
     "strategies": "the demo's model under every strategy, resumable, about two hours on two cores",
 }
+
+
+P = ParamSpec("P")
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """The command, with errors turned into a message on stderr and an exit code; `debug` adds the traceback.
+
+    2 stands for what the user can fix, 1 for a bug of ours, 130 for Ctrl-C.
+    """
+
+    @wraps(command)
+    def run(*arguments: P.args, **options: P.kwargs) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            say("stopped; all files written so far are complete (--resume continues a run)", error=True)
+            raise SystemExit(130) from None
+        except Exception as error:
+            from experiments.runs.driving import RunStopped, explanation, origin
+
+            if isinstance(error, RunStopped):
+                say(error, error=True)
+                raise SystemExit(130) from None
+            if options.get("debug"):
+                say(traceback.format_exc(), error=True)
+            if (text := explanation(error)) is not None:
+                say(f"error: {text}", error=True)
+                raise SystemExit(2) from None
+            cause = origin(error)
+            say(
+                f"error: {type(cause).__name__}: {cause}\n"
+                f"This is a bug in fedpost. Please report it in the issue tracker of the project, with the recipe, the "
+                f"command, and the traceback that --debug shows.",
+                error=True,
+            )
+            raise SystemExit(1) from None
+
+    return run
 
 
 @guarded
@@ -157,7 +211,6 @@ def schema() -> None:
     import json
 
     from experiments.config.recipe import schema as recipe_schema
-    from experiments.report.terminal import say
 
     say(json.dumps(recipe_schema(), indent=1))
 
@@ -173,7 +226,6 @@ def report(
     """Write one self-contained HTML page about one or several runs."""
     from experiments.bench.page import is_results, write_page
     from experiments.report.page import write_report
-    from experiments.report.terminal import say
 
     write = write_page if all(map(is_results, folders)) else write_report
     say(write(folders, out or folders[0] / "report.html"))

@@ -1,7 +1,6 @@
 """Pictures of a store's skew as PNG files: rows per client, categories of clients, lengths in tokens.
 
-Figures avoid pyplot, whose state is global. Color-blind readers can distinguish the colors (Okabe and Ito). Names are
-drawn literally: nothing in them is markup.
+Figures avoid pyplot, whose state is global. Color-blind readers can distinguish the colors (Okabe and Ito).
 """
 
 import io
@@ -60,8 +59,7 @@ def _rows_per_client(rows: Sizes) -> bytes:
     right.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
     right.text(0.97, 0.04, f"Gini coefficient {rows.gini:.2f}\ndashed: all clients the same", ha="right", va="bottom")
     right.set(xlim=(0, 1), ylim=(0, 1), xlabel="share of the clients, the largest first", ylabel="share of the rows")
-    right.xaxis.set_major_formatter(FuncFormatter(_percent))
-    right.yaxis.set_major_formatter(FuncFormatter(_percent))
+    _write_ticks(right, _percent)
     right.set_title("What the largest clients hold")
     return _png(figure)
 
@@ -84,9 +82,8 @@ def _by_size(axes: Axes, sizes: Sizes, what: str) -> None:
         axes.set_ylim(0.8 * least, 3 * sizes.most)
     else:
         axes.set_ylim(0, 1.18 * max(1, sizes.most))  # room for the legend
-    axes.yaxis.set_major_formatter(FuncFormatter(_number))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(_number))
+    _write_ticks(axes, _number)
     axes.set(xlim=(0.5, clients + 0.5), xlabel="clients, the largest first", ylabel=what)
     axes.legend(loc="upper right", framealpha=1)
 
@@ -97,16 +94,14 @@ def _token_rows(axes: Axes, lengths: NDArray[np.int32], max_length: int) -> None
     width = -(-longest // MOST_BARS)
     edges = longest + 0.5 - width * np.arange(-(-longest // width), -1, -1)
     axes.stairs(np.histogram(lengths, edges)[0], edges, fill=True, color=BLUE)
-    cut = int(np.count_nonzero(lengths == max_length))
-    if cut:
+    if cut := int(np.count_nonzero(lengths == max_length)):
         label = f"train.max_length = {max_length:,}, which {cut:,} of {len(lengths):,} rows reach"
         axes.axvline(max_length + 0.5, color=VERMILION, linewidth=1.5, linestyle="--", label=label)
     else:
         axes.plot([], [], " ", label=f"no row is as long as train.max_length = {max_length:,}")
     axes.set(title="Tokens per row", xlabel="tokens", ylabel="rows", xlim=(0, None))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(_number))
-    axes.yaxis.set_major_formatter(FuncFormatter(_number))
+    _write_ticks(axes, _number)
     axes.margins(y=0.18)  # room for the legend
     axes.legend(loc="upper right", framealpha=1, fontsize=8.5, handlelength=2 if cut else 0)
 
@@ -153,6 +148,11 @@ def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str])
     return _png(figure)
 
 
+def _write_ticks(axes: Axes, write: Callable[[float], str]) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+
+
 def _figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches, whose texts do not overlap."""
     return Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
@@ -172,8 +172,7 @@ def _short(name: str) -> str:
 
 def _short_each(names: list[str]) -> list[str]:
     """Short names; those that have become equal are numbered."""
-    seen = Counter[str]()
-    lines = []
+    seen, lines = Counter[str](), []
     for line in map(_short, names):
         seen[line] += 1
         lines.append(line if seen[line] == 1 else f"{line} #{seen[line]}")

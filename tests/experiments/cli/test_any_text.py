@@ -25,7 +25,7 @@ from experiments.bench import results as bench_results
 from experiments.bench.harness import Figure
 from experiments.bench.page import draw
 from experiments.cli import commands, contract, partition
-from experiments.cli.command import guarded
+from experiments.cli.commands import guarded
 from experiments.cli.screen import Screen
 from experiments.preflight import dry
 from experiments.report import page, terminal
