@@ -44,8 +44,10 @@ SCENARIOS = {
     "zero": "gangs of DeepSpeed ranks: resets, tokens/s against a bare loop, bytes and memory",
     "strategies": "the demo's model under every strategy, resumable, about two hours on two cores",
 }
-
-
+BUG = (
+    "This is a bug in fedpost. Please report it in the issue tracker of the project, with the recipe, the command, and "
+    "the traceback that --debug shows."
+)
 P = ParamSpec("P")
 
 
@@ -58,29 +60,22 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     @wraps(command)
     def run(*arguments: P.args, **options: P.kwargs) -> None:
         try:
-            command(*arguments, **options)
+            return command(*arguments, **options)
         except KeyboardInterrupt:
-            say("stopped; all files written so far are complete (--resume continues a run)", error=True)
-            raise SystemExit(130) from None
+            code, text = 130, "stopped; all files written so far are complete (--resume continues a run)"
         except Exception as error:
             from experiments.runs.driving import RunStopped, explanation, origin
 
             if isinstance(error, RunStopped):
-                say(error, error=True)
-                raise SystemExit(130) from None
-            if options.get("debug"):
+                code, text = 130, str(error)
+            elif (reason := explanation(error)) is not None:
+                code, text = 2, f"error: {reason}"
+            else:
+                code, text = 1, f"error: {type(origin(error)).__name__}: {origin(error)}\n{BUG}"
+            if options.get("debug") and code != 130:
                 say(traceback.format_exc(), error=True)
-            if (text := explanation(error)) is not None:
-                say(f"error: {text}", error=True)
-                raise SystemExit(2) from None
-            cause = origin(error)
-            say(
-                f"error: {type(cause).__name__}: {cause}\n"
-                f"This is a bug in fedpost. Please report it in the issue tracker of the project, with the recipe, the "
-                f"command, and the traceback that --debug shows.",
-                error=True,
-            )
-            raise SystemExit(1) from None
+        say(text, error=True)
+        raise SystemExit(code)
 
     return run
 

@@ -6,8 +6,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, cast
 
-from rich.text import Text
-
 from engine.aggregation.exact_sum import ExactSum, merge
 from engine.messages.errors import RunError
 from engine.messages.shards import ShardedState
@@ -50,16 +48,14 @@ def show_check(named: str) -> bool:
         results = [_result(check, case) for case in listed]
         skipped = [result for result in results if isinstance(result, DoesNotApply)]
         failures = list(dict.fromkeys(result for result in results if isinstance(result, str)))
-        name = check.__name__.replace("_", " ")
-        if failures:
-            broken += 1
-            screen.print(Text.assemble(plain("failed", "red"), plain(f"  {name}")))
-            for line in "\n".join(failures).split("\n"):
-                screen.print(plain(f"        {line}"))
-        elif len(skipped) == len(listed):
+        name, broken = check.__name__.replace("_", " "), broken + bool(failures)
+        if len(skipped) == len(listed):
             screen.print(plain(f"-       {name} (does not apply: {skipped[0]})", "dim"))
-        else:
-            screen.print(Text.assemble(plain("ok", "green"), plain(f"      {name}")))
+            continue
+        mark = plain("failed ", "red") if failures else plain("ok     ", "green")
+        screen.print(mark, plain(name))
+        for line in [line for failure in failures for line in failure.split("\n")]:
+            screen.print(plain(f"        {line}"))
     kept = f"{broken} of {len(CHECKS)} promises are broken" if broken else "the contract is kept"
     layouts = "on adapters" if strategy.needs_lora else "on adapters and in full"
     screen.print(plain(f"{named}, with its defaults, {layouts}: {kept}"))

@@ -57,9 +57,7 @@ class Axis:
 
 def number(value: float) -> str:
     """A short number for a tick or a label: at most four significant digits, with a true minus sign."""
-    if not math.isfinite(value):
-        return str(value)
-    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}").replace("-", MINUS)
+    return (f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}").replace("-", MINUS)
 
 
 def size(value: float) -> str:
@@ -144,11 +142,11 @@ def _svg(template: str, *values: object) -> Markup:
 def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> Markup:
     base, middle = HEIGHT - BOTTOM, (LEFT + WIDTH - RIGHT) // 2
     out = _svg('<text class="t" x="0" y="14">{}</text>', y_label)
+    line = '<path class="g" d="M{} {}H{}"/><text class="t e" x="{}" y="{}">{}</text>'
     for value, text in y.ticks:
-        line = '<path class="g" d="M{} {}H{}"/><text class="t e" x="{}" y="{}">{}</text>'
         out += _svg(line, LEFT, y.at(value), WIDTH - RIGHT, LEFT - 7, y.at(value) + 4, text)
+    mark = '<path class="a" d="M{0} {1}v4"/><text class="t m" x="{0}" y="{2}">{3}</text>'
     for value, text in x.ticks:
-        mark = '<path class="a" d="M{0} {1}v4"/><text class="t m" x="{0}" y="{2}">{3}</text>'
         out += _svg(mark, x.at(value), base, base + 18, text)
     out += _svg('<path class="a" d="M{} {}H{}"/>', LEFT, base, WIDTH - RIGHT)
     return out + _svg('<text class="t m" x="{}" y="{}">{}</text>', middle, HEIGHT - 5, x_label)
@@ -159,11 +157,9 @@ def _figure(title: str, body: Markup | None, alt: str, keys: Sequence[Series] = 
     out = _svg("<figure><figcaption>{}</figcaption>", title)
     if body is None:
         return out + _svg('<div class="empty"><p class="none">no data</p><p class="note">{}</p></div></figure>', note)
-    legend = Markup("")
+    legend, bar = Markup(""), Markup('<rect class="f" width="12" height="12" y="1" x="6"/>')
     for key in keys:
-        mark = _svg('<path class="l" d="M0 7H24"{}/>', _dash(key))
-        if bars:
-            mark = Markup('<rect class="f" width="12" height="12" y="1" x="6"/>')
+        mark = bar if bars else _svg('<path class="l" d="M0 7H24"{}/>', _dash(key))
         legend += _svg('<li class="c{}"><svg width="24" height="14" aria-hidden="true">{}</svg>', key.color, mark)
         legend += _svg('<span class="key">{}</span></li>', key.label)
     if legend:
@@ -222,10 +218,8 @@ def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str, wr
     rounds = sorted(values)
     group = math.ceil(len(rounds) / MAX_BARS)
     x = _linear(min(rounds), max(rounds), LEFT + 10, WIDTH - RIGHT - 10, number, whole=True)
-    bars = []
-    for i in range(0, len(rounds), group):
-        part = rounds[i : i + group]
-        bars.append((sum(part) / len(part), [sum(values[r][k] for r in part) / len(part) for k in range(len(series))]))
+    groups = [rounds[i : i + group] for i in range(0, len(rounds), group)]
+    bars = [(sum(part) / len(part), np.mean([values[r] for r in part], axis=0).tolist()) for part in groups]
     y = _linear(0.0, max(sum(layers) for _, layers in bars), HEIGHT - BOTTOM, TOP, write)
     wide = round(min(20.0, 0.74 * group * (x.end - x.start) / (x.high - x.low)), 1)
     body = _axes(x, y, x_label, y_label)

@@ -58,22 +58,21 @@ class Mirror:
         Takes the lock first, since another command may be working in the folder.
         """
         self.home.mkdir(parents=True, exist_ok=True)
-        self.lock = locked(self.home, self.location)
+        self.lock, there = locked(self.home, self.location), self.location
         try:
             listed = self._listed("")
-            self.copied = dict.fromkeys(name for name in listed if not _is_hidden(name))
+            # Hidden files are not the run's, nor are paths that lead up.
+            self.copied = dict.fromkeys(name for name in listed if not name.startswith(".") and "/." not in name)
             if resume and RECIPE not in self.copied:
-                raise RunError(
-                    f"{self.location} holds no run to resume (no {RECIPE}): leave --resume out to start one there"
-                )
+                raise RunError(f"{there} holds no run to resume (no {RECIPE}): leave --resume out to start one there")
             if listed and not resume:
                 what = "already holds a run" if RECIPE in self.copied else "is not empty"
-                raise RunError(f"{self.location} {what}: choose another --out, or continue that run with --resume")
+                raise RunError(f"{there} {what}: choose another --out, or continue that run with --resume")
             shutil.rmtree(self.folder, ignore_errors=True)
             if resume:
                 self._fetch()
         except OSError as error:
-            raise RunError(f"{self.location} cannot be read: {first_line(error)}") from error
+            raise RunError(f"{there} cannot be read: {first_line(error)}") from error
 
     def update(self) -> None:
         """Copies the files that are new or have changed and removes those that are gone; RunError if it cannot."""
@@ -138,23 +137,17 @@ class Mirror:
 
 def _charge_uncopied(folder: Path) -> None:
     """Adds to a run's privacy account the rounds that it may lack, if resuming would draw fresh noise for them."""
-    account = folder / ACCOUNT
+    account, charged = folder / ACCOUNT, dict[str, Any](rounds=0, statement="")
     try:
         keys = leaves(tomllib.loads((folder / RECIPE).read_text(encoding="utf-8")))
         if keys.get("privacy.secagg.mode") != "full" or keys.get("privacy.dp.kind", "none") == "none":
             return
-        charged: dict[str, Any] = {"rounds": 0, "statement": ""}
         if account.exists():
             charged = json.loads(account.read_text(encoding="utf-8"))
         charged["uncopied"] = charged.get("uncopied", 0) + AHEAD
     except (ValueError, TypeError, AttributeError, RecursionError):
         return  # damaged files, which resuming refuses with an explanation
     write_file(account, json.dumps(charged, indent=1).encode())
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether a file is hidden, or in a hidden folder: the run keeps nothing there. So is a path that leads up."""
-    return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 def _seal(name: str) -> str:
