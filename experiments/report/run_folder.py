@@ -62,12 +62,12 @@ def read_run(folder: Path) -> Run:
     refuse_ways_out(folder)
     try:
         text = file.read_text("utf-8")
-        recipe = tomllib.loads(text)
+        recipe = _texts(tomllib.loads(text))
     except (ValueError, RecursionError) as error:
         raise RunError(f"{file} is not valid TOML: {error}") from error
-    name = str(recipe.get("name") or folder.resolve().name)
+    name = recipe.get("name") or folder.resolve().name
     manifest, privacy = _json(folder / "manifest.json"), _json(folder / "privacy.json")
-    run = Run(name, dict(_flat("", recipe)), text, manifest, privacy.get("statement", ""))
+    run = Run(name, recipe, text, manifest, privacy.get("statement", ""))
     for table in _tables(folder / "metrics", METRICS):
         _add_metrics(run, table)
     run.rows, run.losses = _most(run.rows), [(round_, _most(losses)) for round_, losses in run.losses]
@@ -116,12 +116,23 @@ def _tables(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
 
 
 def _json(file: Path) -> dict[str, str]:
-    """The values of a JSON file by dotted keys; none if there is no such file."""
+    """The values of a JSON object as text by dotted keys; none if there is no such file."""
     try:
-        content = json.loads(file.read_text("utf-8")) if file.is_file() else None
-        return dict(_flat("", content)) if content else {}
-    except (ValueError, RecursionError) as error:
+        return _texts(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+    except (ValueError, RecursionError, AttributeError) as error:
         raise RunError(f"{file} is not valid JSON: {error}") from error
+
+
+def _texts(tree: dict[str, Any]) -> dict[str, str]:
+    return {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in leaves(tree).items()}
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by their dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return values
 
 
 def _add_metrics(run: Run, table: pa.Table) -> None:
@@ -146,12 +157,3 @@ def _most(rows: pa.Table) -> pa.Table:
 
 def _of_clients(table: pa.Table, split: str, name: str) -> pa.Table:
     return table.filter(pc.and_(pc.equal(table["split"], split), pc.equal(table["name"], name)))
-
-
-def _flat(key: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
-    """A nested dict as dotted keys; lists, and what is deeper than six levels, stay JSON."""
-    if isinstance(value, dict) and value and depth < 6:
-        for inner, below in value.items():
-            yield from _flat(f"{key}.{inner}" if key else inner, below, depth + 1)
-    else:
-        yield key, value if isinstance(value, str) else json.dumps(value, default=str)

@@ -76,6 +76,7 @@ def run(
     from engine.system.atomic import write_file
     from experiments.config.recipe import load_recipe, located, to_toml
     from experiments.report.page import write_report
+    from experiments.report.run_folder import leaves
     from experiments.runs import resuming
     from experiments.runs.digests import digests
     from experiments.runs.driving import RunStopped, drive
@@ -113,9 +114,7 @@ def run(
                 if isinstance(event, Started):
                     # The base may have been downloaded by now, or changed; a driver may replace another days later.
                     now = manifest | {"digests": manifest["digests"] | digests(recipe)}
-                    manifest = (
-                        resuming.continued(folder, resuming.leaves(manifest), now, accept_changes) if begun else now
-                    )
+                    manifest = resuming.continued(folder, leaves(manifest), now, accept_changes) if begun else now
                     begun = True
                     write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
                     if recipe.clients.lanes == "auto":

@@ -17,7 +17,8 @@ from datasets_partition.sources.location import is_local, located, node_cache
 from datasets_partition.sources.source_files import first_line
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
-from experiments.runs.resuming import FINISHED, leaves, locked
+from experiments.report.run_folder import leaves
+from experiments.runs.resuming import FINISHED, locked
 
 # The seals, which make other files count: a checkpoint's facts, a run's recipe, that a run has finished. They are
 # copied after all others, in this order, and removed before all others, so that the copy can always be resumed.

@@ -16,7 +16,7 @@ from engine.messages.errors import RunError
 from engine.records.journal import JOURNAL
 from engine.system.atomic import write_file
 from experiments.config.recipe import Recipe, parse_recipe, to_toml
-from experiments.report.run_folder import refuse_ways_out
+from experiments.report.run_folder import leaves, refuse_ways_out
 
 RUNS = Path("runs")
 FINISHED = "finished.json"  # written last: the rounds that the model, the samples and the report are of
@@ -174,14 +174,6 @@ def _user_kinds(tree: Any) -> set[str]:
         return {tree} if ":" in tree and "/" not in tree else set()
     values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
     return set[str]().union(*map(_user_kinds, values))
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested tables by their dotted keys."""
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        values |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return values
 
 
 def _differences(before: Recipe, now: Recipe) -> list[str]:
