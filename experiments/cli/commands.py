@@ -7,25 +7,19 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, ParamSpec
 
-import typer
+from typer import Argument, Option
 
 from engine.messages.errors import RunError
 from experiments.report.terminal import say
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")]
-Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a key of the recipe; may be repeated.")
-]
-Out = Annotated[
-    str | None, typer.Option(help="The run folder, or its URI, such as s3://...; runs/NAME-TIME by default.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")]
-Accept = Annotated[
-    bool, typer.Option("--accept-changes", help="Resume although versions, base or code changed; the report says so.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Server = Annotated[str, typer.Option("--address", help="Ray's job server, such as http://127.0.0.1:8265.")]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="The name that `fedpost submit` printed.")]
+RecipePath = Annotated[Path, Argument(metavar="RECIPE", help="A recipe in TOML.")]
+Changes = Annotated[list[str] | None, Option("--set", metavar="A.B=C", help="Change a key of the recipe (repeatable).")]
+Out = Annotated[str | None, Option(help="The run folder, or its URI, such as s3://...; runs/NAME-TIME by default.")]
+Resume = Annotated[bool, Option("--resume", help="Continue from the last checkpoint.")]
+Accept = Annotated[bool, Option("--accept-changes", help="Resume with changed versions, base, or code.")]
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
+Server = Annotated[str, Option("--address", help="Ray's job server, such as http://127.0.0.1:8265.")]
+Job = Annotated[str, Argument(metavar="JOB", help="The name that `fedpost submit` printed.")]
 # Each is the module of that name in experiments/bench/scenarios, whose `measure(small=...)` returns the figures.
 SCENARIOS = {
     "lora": "tokens/s against a bare PyTorch loop, in lanes and not",
@@ -87,9 +81,9 @@ def run(
     out: Out = None,
     resume: Resume = False,
     accept_changes: Accept = False,
-    baselines: Annotated[bool, typer.Option("--baselines", help="Also train local-only and centralized.")] = False,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster to join, such as 127.0.0.1:6379.")] = None,
-    dry: Annotated[bool, typer.Option("--dry", help="Try the whole run here in a minute, shrunk.")] = False,
+    baselines: Annotated[bool, Option("--baselines", help="Also train local-only and centralized.")] = False,
+    address: Annotated[str | None, Option(help="A Ray cluster to join, such as 127.0.0.1:6379.")] = None,
+    dry: Annotated[bool, Option("--dry", help="Try the whole run here in a minute, shrunk.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe across its clients and leave a run folder."""
@@ -128,9 +122,9 @@ def submit(
     out: Out = None,
     resume: Resume = False,
     accept_changes: Accept = False,
-    detach: Annotated[bool, typer.Option("--detach", help="Return at once; the run continues.")] = False,
+    detach: Annotated[bool, Option("--detach", help="Return at once; the run continues.")] = False,
     runtime_env: Annotated[
-        Path | None, typer.Option(help="A YAML file of what else Ray should set up, such as pip packages.")
+        Path | None, Option(help="A YAML file of what else Ray should set up, such as pip packages.")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -170,10 +164,8 @@ def partition(recipe: RecipePath, changes: Changes = None, debug: Debug = False)
 def plan(
     recipe: RecipePath,
     changes: Changes = None,
-    device_gib: Annotated[
-        float | None, typer.Option(help="Memory of a device; by default that of this machine.")
-    ] = None,
-    devices: Annotated[int, typer.Option(min=1, help="How many such devices there are.")] = 1,
+    device_gib: Annotated[float | None, Option(help="Memory of a device; by default that of this machine.")] = None,
+    devices: Annotated[int, Option(min=1, help="How many such devices there are.")] = 1,
     debug: Debug = False,
 ) -> None:
     """Estimate the memory that a recipe needs, and which gangs would fit; exit code 1 if it does not fit."""
@@ -186,7 +178,7 @@ def plan(
 @guarded
 def strategies(
     check: Annotated[
-        str | None, typer.Option(metavar="MODULE:CLASS", help="Check a strategy of your own against the contract.")
+        str | None, Option(metavar="MODULE:CLASS", help="Check a strategy of your own against the contract.")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -213,9 +205,9 @@ def schema() -> None:
 @guarded
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Folders of runs, or of benchmarks; several are compared.")
+        list[Path], Argument(metavar="DIR...", help="Folders of runs, or of benchmarks; several are compared.")
     ],
-    out: Annotated[Path | None, typer.Option(help="The page; DIR/report.html by default.")] = None,
+    out: Annotated[Path | None, Option(help="The page; DIR/report.html by default.")] = None,
     debug: Debug = False,
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
@@ -229,17 +221,14 @@ def report(
 @guarded
 def bench(
     scenario: Annotated[
-        str,
-        typer.Argument(metavar="SCENARIO", help="; ".join(f"{name}: {what}" for name, what in SCENARIOS.items()) + "."),
+        str, Argument(metavar="SCENARIO", help="; ".join(f"{name}: {what}" for name, what in SCENARIOS.items()) + ".")
     ],
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="For scale: the recipe.")] = None,
-    slots: Annotated[str, typer.Option(metavar="N,N,...", help="For scale: the numbers of slots.")] = "1,2,4,8",
-    address: Annotated[
-        str | None, typer.Option(help="For scale: the Ray cluster; without it Ray is started here.")
-    ] = None,
-    weak: Annotated[bool, typer.Option("--weak", help="For scale: the cohort grows with the slots.")] = False,
-    small: Annotated[bool, typer.Option("--small", help="A quick run: shows that it works, not how fast.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object of all figures.")] = False,
+    recipe: Annotated[Path | None, Argument(metavar="[RECIPE]", help="For scale: the recipe.")] = None,
+    slots: Annotated[str, Option(metavar="N,N,...", help="For scale: the numbers of slots.")] = "1,2,4,8",
+    address: Annotated[str | None, Option(help="For scale: the Ray cluster; without it Ray is started here.")] = None,
+    weak: Annotated[bool, Option("--weak", help="For scale: the cohort grows with the slots.")] = False,
+    small: Annotated[bool, Option("--small", help="A quick run: shows that it works, not how fast.")] = False,
+    as_json: Annotated[bool, Option("--json", help="End with one JSON object of all figures.")] = False,
     debug: Debug = False,
 ) -> None:
     """Run a scripted benchmark on this machine; its figures are kept in runs/bench-SCENARIO-TIME."""

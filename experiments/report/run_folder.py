@@ -82,9 +82,7 @@ def read_run(folder: Path) -> Run:
         is_dropout = pc.fill_null(pc.equal(table["kind"], DROPOUT), False)
         for listed, part in ((run.faults, pc.invert(is_dropout)), (dropouts, is_dropout)):
             listed += table.filter(part).slice(0, MAX_LISTED - len(listed)).to_pylist()
-    run.faults = (run.faults + dropouts)[
-        :MAX_LISTED
-    ]  # dropouts come last: there are many, and the recipe asks for them
+    run.faults = (run.faults + dropouts)[:MAX_LISTED]  # dropouts last: there are many, and the recipe asks for them
     return run
 
 
