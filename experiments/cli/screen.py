@@ -21,8 +21,8 @@ class Screen:
         self.elsewhere = None if out is None or is_local(out) else out
         self.console = console()
         self.rounds, self.started = rounds, False
-        task, done = TextColumn("{task.description}", markup=False), (MofNCompleteColumn(), TimeElapsedColumn())
-        columns, hidden = (SpinnerColumn(), task, BarColumn(), *done), not self.console.is_terminal
+        step, hidden = TextColumn("{task.description}", markup=False), not self.console.is_terminal
+        columns = (SpinnerColumn(), step, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, console=self.console, transient=True, disable=hidden)
         self.task = self.progress.add_task("preparing", total=rounds)
 

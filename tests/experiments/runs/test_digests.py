@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import experiments
+from engine.messages.events import Started
 from experiments.config.recipe import to_toml
-from experiments.runs import digests
+from experiments.runs import digests, driving
 from experiments.runs.api import _manifest, build_store
 from experiments.runs.resuming import continued, earlier_parts
 
@@ -77,6 +78,19 @@ def test_a_run_is_not_resumed_on_another_base_rule_or_trace(begun, tmp_path, cha
     change(tmp_path)
     with pytest.raises(ValueError, match=rf"^{said} since the run in .*run was begun: restore what it was"):
         experiments.run(recipe, out=run, resume=True)
+
+
+def test_a_driver_that_replaces_another_does_not_continue_on_another_base(ray_session, begun, tmp_path, monkeypatch):
+    def drive(recipe, plan, stop):
+        started = Started(1, 1, training=8, unseen=2, dropped_rows=0, parameters=1, base_bytes=1, without_gpu=0,
+                          resumed=None, lanes=1)  # fmt: skip
+        yield started
+        retrained(tmp_path / "base")
+        yield started
+
+    monkeypatch.setattr(driving, "drive", drive)
+    with pytest.raises(ValueError, match=r"^model\.base changed since the run"):
+        experiments.run(begun[0], out=tmp_path / "new")
 
 
 def test_accepted_changes_are_listed_and_not_asked_about_again(begun, tmp_path):
