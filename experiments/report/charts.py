@@ -6,7 +6,6 @@ Each function returns a `<figure>` as Markup; whatever comes from a run goes thr
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,6 @@ LARGEST = 1e300  # of a value that is drawn
 
 Format = Callable[[float], str]
 Point = tuple[float, float]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,11 +120,9 @@ def _log(low: float, high: float, start: float, end: float, write: Format) -> Ax
     return Axis(10.0**first, 10.0**last, start, end, ticks, log=True)
 
 
-def _thin(items: Sequence[T], most: int) -> list[T]:
-    """At most `most` items, evenly spaced, with the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+def spread(count: int, most: int) -> NDArray[np.int64]:
+    """Positions among `count`, at most `most`, evenly spaced, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:
@@ -196,7 +192,7 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, writ
             points = [(x.low, points[0][1]), (x.high, points[0][1])]
         elif len(points) > 1:
             alt[-1] += f" at {x_label} {number(points[0][0])}, {write(points[-1][1])} at {number(points[-1][0])}"
-        pixels = [(x.at(a), y.at(b)) for a, b in _thin(points, MAX_POINTS)]
+        pixels = [(x.at(a), y.at(b)) for a, b in (points[i] for i in spread(len(points), MAX_POINTS))]
         path = "M" + "L".join(f"{a} {b}" for a, b in pixels)
         body += _svg('<path class="l c{}" d="{}"{}/>', line.color, path, _dash(line))
         if not line.level and len(pixels) <= 30:
@@ -260,7 +256,7 @@ def pairs(title: str, clients: pa.Table, x_label: str, y_label: str, note: str) 
     body += _svg('<text class="t" x="{}" y="{}">worse</text>', LEFT + 8, TOP + 16)
     body += _svg('<text class="t e" x="{}" y="{}">better</text>', WIDTH - RIGHT - 6, HEIGHT - BOTTOM - 8)
     # Thinned in the order of the change, so that both ends of the distribution are drawn.
-    for client in clients.take(_thin(range(len(clients)), MAX_POINTS)).to_pylist():
+    for client in clients.take(spread(len(clients), MAX_POINTS)).to_pylist():
         name, before, after = client.values()
         a, b = x.at(before), y.at(after)
         tip = _svg("<title>{}: {} to {}</title>", name[:80], number(before), number(after))

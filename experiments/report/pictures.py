@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from datasets_partition.store.stats import Categories, Sizes, Skew, TokenLengths
+from experiments.report.charts import spread
 from experiments.report.terminal import inert
 
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
@@ -53,7 +54,7 @@ def _rows_per_client(rows: Sizes) -> bytes:
     # The Lorenz curve; the Gini coefficient is the area between it and the diagonal over the area of the triangle.
     clients = len(rows.each)
     held = np.concatenate([[0], np.cumsum(np.sort(rows.each)[::-1])]) / rows.total
-    at = _thinned(clients + 1)
+    at = spread(clients + 1, MOST_POINTS)
     right.fill_between(at / clients, held[at], at / clients, color=BLUE, alpha=0.25, linewidth=0)
     right.plot(at / clients, held[at], color=BLUE, linewidth=1.8)
     right.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
@@ -70,7 +71,7 @@ def _by_size(axes: Axes, sizes: Sizes, what: str) -> None:
     if clients <= MOST_BARS:
         axes.bar(np.arange(1, clients + 1), ordered, width=0.85, color=BLUE)
     else:
-        at = _thinned(clients)
+        at = spread(clients, MOST_POINTS)
         edges = np.concatenate([[0.5], (at[1:] + at[:-1]) / 2 + 1, [clients + 0.5]])
         axes.stairs(ordered[at], edges, fill=True, color=BLUE)
     label = f"median {_number(sizes.median)} (least {_number(sizes.least)}, most {_number(sizes.most)})"
@@ -109,7 +110,7 @@ def _token_rows(axes: Axes, lengths: NDArray[np.int32], max_length: int) -> None
 def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str]) -> bytes:
     """The heat map: a row for all clients and one for each client, a column for each category."""
     by_size = np.argsort(-rows.each, kind="stable")
-    drawn = by_size[_thinned(len(by_size), MOST_CLIENTS)]
+    drawn = by_size[spread(len(by_size), MOST_CLIENTS)]
     by_rows = np.argsort(-categories.totals, kind="stable")
     shown = MOST_CATEGORIES if len(by_rows) <= MOST_CATEGORIES else MOST_CATEGORIES - 1
     columns = _short_each([categories.names[code] for code in by_rows[:shown]])
@@ -156,11 +157,6 @@ def _write_ticks(axes: Axes, write: Callable[[float], str]) -> None:
 def _figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches, whose texts do not overlap."""
     return Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-
-
-def _thinned(count: int, most: int = MOST_POINTS) -> NDArray[np.int64]:
-    """Positions among `count`, at most `most`, evenly spaced, with the first and the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 def _short(name: str) -> str:
