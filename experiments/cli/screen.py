@@ -95,7 +95,10 @@ class Screen:
                 self.say(f"  {fault.kind} {fault.who}: {fault.why}")
         for client, why in event.failed.items():
             self.say(f"  client {client!r} was left out: {why}")
-        for why, clients in _by_reason(event.gone).items():
+        reasons: dict[str, list[str]] = {}  # without their details
+        for client, why in event.gone.items():
+            reasons.setdefault(why.partition(":")[0], []).append(client)
+        for why, clients in reasons.items():
             few = ", ".join(map(repr, clients[:FEW])) + ", ..." * (len(clients) > FEW)
             self._line(f"  {len(clients):,} client{'s' * (len(clients) > 1)} {why}: {few}", "dim")
         if event.round == self.rounds:
@@ -125,14 +128,6 @@ class Screen:
             self._line(f"the cost of privacy: {cost}, {private:.3f} instead of {clear:.3f}")
         for name, what in (("model", "the trained model"), ("report.html", "the report"), ("metrics", "all figures")):
             self._line(f"{what:>17}: {within(self.elsewhere or str(event.folder), name)}")
-
-
-def _by_reason(gone: dict[str, str]) -> dict[str, list[str]]:
-    """Clients by the reason why they are gone, without its details."""
-    reasons: dict[str, list[str]] = {}
-    for client, why in gone.items():
-        reasons.setdefault(why.partition(":")[0], []).append(client)
-    return reasons
 
 
 def _losses(losses: dict[str, float]) -> str:

@@ -84,12 +84,12 @@ def _unit(run: Run) -> str:
 
 def _summary(run: Run) -> list[dict[str, Any]]:
     """A row per split: the losses of the first and last evaluated round, their change, and the baselines."""
-    out = list[dict[str, Any]]()
+    out = []
     for split in ("heldout", "unseen", "server"):
         points = run.points(split, "loss")
         if split == "server" and not points:
             continue  # most federations have no such rows
-        row = {"split": SPLITS[split], "first": "no data", "last": "no data", "change": "no data"}
+        row: dict[str, Any] = {"split": SPLITS[split], "first": "no data", "last": "no data", "change": "no data"}
         if points:
             (start, before), (end, after) = points[0], points[-1]
             row |= {"first": loss(before), "from": int(start)}
@@ -177,17 +177,14 @@ def _ledger(run: Run) -> dict[str, Any]:
     seen, kinds = {p for p, _ in run.ledger}, sorted({k for _, k in run.ledger})
     parties = [*PARTIES, *sorted(seen.difference(PARTIES))]
     most = max((total for _, total in run.ledger.values()), default=0)
+    # On a logarithmic scale, in percent: a prompt should be visible next to a gigabyte of updates.
+    tints = {key: 34 * math.log1p(max(total, 0)) / math.log1p(max(most, 1)) for key, (_, total) in run.ledger.items()}
     cells = {
-        key: {"count": f"{count:,}", "bytes": size(total), "tint": _tint(total, most)}
+        key: {"count": f"{count:,}", "bytes": size(total), "tint": round(6 + tints[key])}
         for key, (count, total) in run.ledger.items()
     }
     left = max(0, len(parties) - MAX_LISTED), max(0, len(kinds) - MAX_LISTED)
     return {"parties": parties[:MAX_LISTED], "kinds": kinds[:MAX_LISTED], "cells": cells, "left": left}
-
-
-def _tint(total: int, most: int) -> int:
-    """The tint in percent, on a logarithmic scale: a prompt should be visible next to a gigabyte of updates."""
-    return round(6 + 34 * math.log1p(max(total, 0)) / math.log1p(most)) if most > 0 else 6
 
 
 def _failures(run: Run) -> dict[str, Any]:

@@ -54,15 +54,19 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
         raise RunError(f"the run in {out} has finished; raise rounds, or choose another --out for a new one")
     if recipe.clients.lanes == "auto":  # has been measured
         recipe = replace(recipe, clients=replace(recipe.clients, lanes=before.clients.lanes))
-    changed = _differences(before, recipe)
-    if changed == ["rounds"] and recipe.rounds < before.rounds:
+    old_keys, keys = (leaves(tomllib.loads(to_toml(each))) for each in (before, recipe))
+    changed = {key for key in old_keys.keys() | keys.keys() if old_keys.get(key) != keys.get(key)} - FREE
+    if before.clients.num_gpus and recipe.clients.num_gpus:  # but a GPU computes other bits than a CPU
+        changed.discard("clients.num_gpus")
+    changed -= {key for key in changed - JUDGED if key.startswith(("evaluate.", "checkpoint."))}
+    if changed == {"rounds"} and recipe.rounds < before.rounds:
         raise RunError(f"the run in {out} was begun with {before.rounds} rounds and cannot continue with fewer")
     # Rounds depend on their total number by a schedule over rounds, or by noise that is calibrated for all of them.
     by_rounds = recipe.train.over_rounds.kind != "constant" or recipe.privacy.dp.kind != "none"
-    if changed and (by_rounds or changed != ["rounds"]):
+    if changed and (by_rounds or changed != {"rounds"}):
         raise RunError(
-            f"{out} was begun with another recipe, which differs in {', '.join(changed)}: resume it with the recipe it "
-            f"was begun with ({old}), or choose another --out"
+            f"{out} was begun with another recipe, which differs in {', '.join(sorted(changed))}: resume it with the "
+            f"recipe it was begun with ({old}), or choose another --out"
         )
     return out, recipe
 
@@ -174,15 +178,6 @@ def _user_kinds(tree: Any) -> set[str]:
         return {tree} if ":" in tree and "/" not in tree else set()
     values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
     return set[str]().union(*map(_user_kinds, values))
-
-
-def _differences(before: Recipe, now: Recipe) -> list[str]:
-    """Dotted keys in which two recipes differ, without those that cannot change the result."""
-    old, new = (leaves(tomllib.loads(to_toml(recipe))) for recipe in (before, now))
-    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} - FREE
-    if before.clients.num_gpus and now.clients.num_gpus:  # but a GPU computes other bits than a CPU
-        changed.discard("clients.num_gpus")
-    return sorted(key for key in changed if key in JUDGED or not key.startswith(("evaluate.", "checkpoint.")))
 
 
 class Lock:

@@ -46,7 +46,12 @@ def submit(
     `flags` are options of `fedpost run`, such as "--resume". Without `detach` the job ends when this process does.
     """
     loaded, here = load_recipe(recipe, changes), Path.cwd().resolve()
-    out = _lasting(out, loaded.name, "--resume" in flags)
+    if out is None and "--resume" in flags:
+        raise RunError("--resume needs the --out of the run to continue")
+    # Ray removes the job's working folder, which the run folder must outlive.
+    out = out or str(RUNS / f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    refuse_password(out)
+    out = str(Path(out).absolute()) if is_local(out) else out
     options = [part for change in changes for part in ("--set", change)] + ["--out", out, *flags]
     command = run_command(recipe, here) + options
     environment = environment_of(here, runtime_env)
@@ -155,15 +160,6 @@ def _read_environment(file: Path) -> dict[str, Any]:
             f"{' nor '.join(RESERVED)}, which submitting sets"
         )
     return keys
-
-
-def _lasting(out: str | None, name: str, resume: bool) -> str:
-    """A run folder that outlives the job: Ray removes the job's working folder."""
-    if out is None and resume:
-        raise RunError("--resume needs the --out of the run to continue")
-    out = out or str(RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    refuse_password(out)
-    return str(Path(out).absolute()) if is_local(out) else out
 
 
 def _send(client: "JobSubmissionClient", job: str, command: list[str], environment: dict[str, Any]) -> None:
