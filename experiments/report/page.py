@@ -108,7 +108,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     of = f" of {run.recipe['rounds']}" if "rounds" in run.recipe else ""
     facts.append(("last round", f"{max(rounds) if rounds else 'none'}{of}"))
     for label, name, combine, write in COSTS:
-        if values := run.values("engine", name):
+        if values := [value for _, value in run.points("engine", name) if math.isfinite(value)]:
             facts.append((label, write(combine(values))))
     return [(label, value) for label, value in facts if value]
 

@@ -1,7 +1,6 @@
 """Reads what a report needs from a run folder, which may be foreign: only TOML, JSON and Parquet, no code."""
 
 import json
-import math
 import os
 import tomllib
 from collections.abc import Iterator
@@ -48,10 +47,6 @@ class Run:
     def points(self, split: str, name: str) -> list[charts.Point]:
         """A curve as (round, value), in order; empty where the run has none."""
         return sorted((float(r), v) for r, v in self.curves.get((split, name), {}).items())
-
-    def values(self, split: str, name: str) -> list[float]:
-        """The finite values of a curve."""
-        return [v for _, v in self.points(split, name) if math.isfinite(v)]
 
 
 def read_run(folder: Path) -> Run:

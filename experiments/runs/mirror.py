@@ -37,43 +37,40 @@ def working_folder(out: Path | str | None, resume: bool) -> tuple[Path | None, C
     """
     if not isinstance(out, str) or is_local(out):
         return None if out is None else Path(out), lambda: None
-    mirror = Mirror(out)
-    mirror.open(resume)
+    mirror = Mirror(out, resume)
     return mirror.folder, mirror.update
 
 
 class Mirror:
-    """Keeps the folder at a URI a copy of `folder`, in any state that this is in."""
+    """Keeps the folder at a URI a copy of `folder`, in any state that this is in.
 
-    def __init__(self, location: str) -> None:
+    `folder` is empty at the start, or has the complete files of the run to resume.
+    """
+
+    def __init__(self, location: str, resume: bool) -> None:
         self.location = location
         self.system, self.path = located(location)
         name = f"{PurePosixPath(self.path).name}-{sha256(location.encode()).hexdigest()[:12]}"
-        self.home = node_cache() / "runs" / name
-        self.folder = self.home / "run"
-        self.copied: dict[str, tuple[int, int] | None] = {}  # the files at the URI, with the stamps that they had here
-
-    def open(self, resume: bool) -> None:
-        """Starts with an empty folder, or with the complete files of the run to resume; RunError if it cannot.
-
-        Takes the lock first, since another command may be working in the folder.
-        """
-        self.home.mkdir(parents=True, exist_ok=True)
-        self.lock, there = locked(self.home, self.location), self.location
+        home = node_cache() / "runs" / name
+        self.folder = home / "run"
+        home.mkdir(parents=True, exist_ok=True)
+        self.lock = locked(home, location)  # first, since another command may be working in the folder
         try:
             listed = self._listed("")
-            # Hidden files are not the run's, nor are paths that lead up.
-            self.copied = dict.fromkeys(name for name in listed if not name.startswith(".") and "/." not in name)
+            # The files at the URI, with the stamps that they had here; neither hidden files nor paths that lead up.
+            names = [name for name in listed if not name.startswith(".") and "/." not in name]
+            self.copied: dict[str, tuple[int, int] | None] = dict.fromkeys(names)
             if resume and RECIPE not in self.copied:
-                raise RunError(f"{there} holds no run to resume (no {RECIPE}): leave --resume out to start one there")
+                hint = "leave --resume out to start one there"
+                raise RunError(f"{location} holds no run to resume (no {RECIPE}): {hint}")
             if listed and not resume:
                 what = "already holds a run" if RECIPE in self.copied else "is not empty"
-                raise RunError(f"{there} {what}: choose another --out, or continue that run with --resume")
+                raise RunError(f"{location} {what}: choose another --out, or continue that run with --resume")
             shutil.rmtree(self.folder, ignore_errors=True)
             if resume:
                 self._fetch()
         except OSError as error:
-            raise RunError(f"{there} cannot be read: {first_line(error)}") from error
+            raise RunError(f"{location} cannot be read: {first_line(error)}") from error
 
     def update(self) -> None:
         """Copies the files that are new or have changed and removes those that are gone; RunError if it cannot."""
