@@ -18,7 +18,7 @@ from engine.records.metrics import FAULTS, LEDGER, METRICS, round_files
 from experiments.report import charts
 
 MAX_LISTED = 40  # faults, and other things that a table of the page lists
-MANY = 2_000_000  # rows of single clients that are kept before they are merged
+MANY = 200_000  # rows of single clients that are kept before they are merged
 OF_CLIENTS = pa.schema([("client", pa.string()), ("value", pa.float64())])
 UNUSED = {"wall_s", "mode"}  # columns that a report does not need
 
@@ -139,7 +139,9 @@ def _add_metrics(run: Run, table: pa.Table) -> None:
     for round_ in sorted(pc.unique(losses["round"]).to_pylist()):
         run.losses[1:] = [(round_, losses.filter(pc.equal(losses["round"], round_)).select(OF_CLIENTS.names))]
     rows = pa.concat_tables([run.rows, _of_clients(each, "train", "rows").select(OF_CLIENTS.names)])
-    run.rows = _most(rows) if rows.num_rows > MANY else rows
+    # The first chunk is what the last merge has left.
+    full = rows.num_rows > MANY and rows.num_rows > 2 * len(rows["client"].chunk(0))
+    run.rows = _most(rows) if full else rows
 
 
 def _most(rows: pa.Table) -> pa.Table:
