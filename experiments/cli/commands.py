@@ -123,9 +123,7 @@ def submit(
     resume: Resume = False,
     accept_changes: Accept = False,
     detach: Annotated[bool, Option("--detach", help="Return at once; the run continues.")] = False,
-    runtime_env: Annotated[
-        Path | None, Option(help="A YAML file of what else Ray should set up, such as pip packages.")
-    ] = None,
+    runtime_env: Annotated[Path | None, Option(help="YAML of what else Ray sets up, such as pip packages.")] = None,
     debug: Debug = False,
 ) -> None:
     """Run a recipe as a Ray job with the current folder, follow it to its end, and exit with its code."""
@@ -177,9 +175,7 @@ def plan(
 
 @guarded
 def strategies(
-    check: Annotated[
-        str | None, Option(metavar="MODULE:CLASS", help="Check a strategy of your own against the contract.")
-    ] = None,
+    check: Annotated[str | None, Option(metavar="MODULE:CLASS", help="Check a strategy of your own.")] = None,
     debug: Debug = False,
 ) -> None:
     """List the strategies with what each reads, needs and allows, its paper and its keys; or check one of your own."""
@@ -204,9 +200,7 @@ def schema() -> None:
 
 @guarded
 def report(
-    folders: Annotated[
-        list[Path], Argument(metavar="DIR...", help="Folders of runs, or of benchmarks; several are compared.")
-    ],
+    folders: Annotated[list[Path], Argument(metavar="DIR...", help="Runs, or benchmarks; several are compared.")],
     out: Annotated[Path | None, Option(help="The page; DIR/report.html by default.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -220,9 +214,7 @@ def report(
 
 @guarded
 def bench(
-    scenario: Annotated[
-        str, Argument(metavar="SCENARIO", help="; ".join(f"{name}: {what}" for name, what in SCENARIOS.items()) + ".")
-    ],
+    scenario: Annotated[str, Argument(metavar="SCENARIO", help="; ".join(map(": ".join, SCENARIOS.items())) + ".")],
     recipe: Annotated[Path | None, Argument(metavar="[RECIPE]", help="For scale: the recipe.")] = None,
     slots: Annotated[str, Option(metavar="N,N,...", help="For scale: the numbers of slots.")] = "1,2,4,8",
     address: Annotated[str | None, Option(help="For scale: the Ray cluster; without it Ray is started here.")] = None,
