@@ -25,9 +25,10 @@ from experiments.config.recipe import Recipe, located, to_toml
 from experiments.preflight.processes import environment, hidden_gpus
 from experiments.preflight.shrunk_recipe import ROUNDS, bearable, clients_of, shrunk_recipe
 from experiments.preflight.shrunk_rows import Drawn, draw_rows
+from experiments.report.run_folder import leaves
 from experiments.report.terminal import console, plain
 from experiments.runs.api import Run, build_store, ray_session, run
-from experiments.runs.resuming import FINISHED, leaves
+from experiments.runs.resuming import FINISHED
 
 # No process may use a real GPU, the hub, or a cluster.
 ALONE = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": None}

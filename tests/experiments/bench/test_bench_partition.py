@@ -17,7 +17,7 @@ from experiments.bench import against_flwr, results
 from experiments.bench.harness import Bench, Figure, power
 from experiments.bench.results import write_results
 from experiments.bench.scenarios import partition
-from experiments.cli.results import SCENARIOS
+from experiments.cli.commands import SCENARIOS
 
 flwr_is_there = pytest.mark.skipif(not against_flwr.is_there(), reason="flwr-datasets is not installed")
 
