@@ -26,13 +26,15 @@ class Assignment(NamedTuple):
     """The client of each row, by number (-1: nobody's), and the clients' names by number.
 
     `category` is the label or topic that the partition used, if any: one string a row, for statistics. `order` ranks
-    the rows where the partition orders a client's rows; otherwise they keep the source's order.
+    the rows where the partition orders a client's rows; otherwise they keep the source's order. `people` names the
+    person whose rows each client has, where a person may have several clients: they are unseen together or not at all.
     """
 
     clients: NDArray[np.int32]
     names: pa.StringArray
     category: pa.Array | None = None
     order: NDArray[np.int64] | None = None
+    people: pa.StringArray | None = None
 
 
 def refuse_other_rows(given: object, source: object) -> None:
@@ -71,6 +73,8 @@ def refuse_misfit(given: object, rows: int, partitioner: object) -> None:
     for name, values in (("category", given.category), ("order", given.order)):
         if values is not None and len(values) != rows:
             raise DataError(f"{named} gives {len(values)} values of {name} for {rows} rows")
+    if given.people is not None and len(given.people) != len(given.names):
+        raise DataError(f"{named} names the people of {len(given.people)} clients, but has {len(given.names)} clients")
 
 
 def ignore(rows: int) -> None:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from datasets_partition.core.dealing import joined, positions
 from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Assignment
+from datasets_partition.core.types import Assignment, Partitioner
 from datasets_partition.partitioners.by_length import ByLength
 from datasets_partition.partitioners.by_size import BySize
 from datasets_partition.partitioners.by_time import ByTime
@@ -35,7 +35,8 @@ class Combined:
     """The partition `first`, each of whose clients is partitioned by `then`.
 
     Clients are named "first/then", or as in `first` where `then` makes only one client of them. Category and order are
-    those of `then` where it has any, otherwise those of `first`. A `SizeCap` is applied to all clients of `first` at
+    those of `then` where it has any, otherwise those of `first`. The people are the values of the first natural key, or
+    without one the clients of `first`. A `SizeCap` is applied to all clients of `first` at
     once; any other `then` takes one call for each client, and so minutes for a million of them.
     """
 
@@ -77,9 +78,12 @@ class Combined:
         if parts and parts[0].order is not None:
             ranks = np.zeros(table.num_rows, np.int64)
             ranks[owned] = np.concatenate([part.order for part in parts])
-        return Assignment(
-            clients, joined(first.names, np.array(owners, np.int64), pa.array(names, pa.string())), category, ranks
-        )
+        if not natural(self.first) and natural(self.then):
+            people = pa.concat_arrays([_people(part) for part in parts])
+        else:
+            people = _people(first).take(pa.array(owners, pa.int64()))
+        named = joined(first.names, np.array(owners, np.int64), pa.array(names, pa.string()))
+        return Assignment(clients, named, category, ranks, people)
 
 
 # The registry: a recipe's `data.partition` names one of these by its `kind`.
@@ -122,7 +126,7 @@ def _capped(
             owned = owned[np.argsort(first.clients[owned], kind="stable")]
         kept = owned[positions(counts) < cap.rows]
         clients[kept] = first.clients[kept]
-        return Assignment(clients, first.names, first.category, first.order)
+        return first._replace(clients=clients)
     parts = -(-counts // cap.rows)
     owners, numbers = np.repeat(np.arange(len(parts)), parts), positions(parts)
     size, rest = np.divmod(counts, np.maximum(parts, 1))
@@ -132,4 +136,50 @@ def _capped(
     names = pa.array(numbers).cast(pa.string())
     for width in np.unique(widths[widths > 1]).tolist():
         names = pc.if_else(pa.array(widths == width), pc.utf8_lpad(names, width, "0"), names)
-    return Assignment(clients, joined(first.names, owners, names), first.category, first.order)
+    people = _people(first).take(pa.array(owners))
+    return Assignment(clients, joined(first.names, owners, names), first.category, first.order, people)
+
+
+def _people(assignment: Assignment) -> pa.StringArray:
+    return assignment.names if assignment.people is None else assignment.people
+
+
+def parts_of(part: Any) -> Iterator[Any]:
+    """A source or partition and the dataclasses inside it, such as the two of a `Combined`, in their order."""
+    if is_dataclass(part):
+        yield part
+        for key in fields(part):
+            yield from parts_of(getattr(part, key.name))
+
+
+def natural(partitioner: Partitioner) -> Natural | ByTime | GroupedNatural | None:
+    """The first part of a partition that goes by a natural key."""
+    return next((part for part in parts_of(partitioner) if isinstance(part, Natural | ByTime | GroupedNatural)), None)
+
+
+def may_cut(partitioner: Partitioner) -> bool:
+    """Whether one person may become several clients."""
+    return isinstance(partitioner, Combined) or getattr(partitioner, "max_rows", None) is not None
+
+
+def unit_of(partitioner: Partitioner, most: int, columns: list[str]) -> str | None:
+    """What a client is, in words, where it is not one person; a person has at most `most` clients.
+
+    `columns` are the names of the table's columns.
+    """
+    keyed = natural(partitioner)
+    grouped = isinstance(keyed, GroupedNatural) and keyed.keys is not None
+    if keyed is not None:
+        person = f"{'a group of values' if grouped else 'one value'} of the column {keyed.key!r}"
+    else:
+        person = "one client of data.partition.first" if isinstance(partitioner, Combined) else "one person"
+    if most > 1:
+        caps = [cap for part in parts_of(partitioner) for cap in (_cap(part),) if cap is not None]
+        return f"a part{f' of at most {min(caps)} rows' if caps else ''} of {person}, of up to {most} parts"
+    if keyed is None and "client" in columns:
+        return "rows that the partition deals out whatever their column 'client'"
+    return person if grouped else None
+
+
+def _cap(part: object) -> int | None:
+    return part.rows if isinstance(part, SizeCap) else part.max_rows if isinstance(part, GroupedNatural) else None

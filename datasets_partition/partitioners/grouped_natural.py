@@ -74,4 +74,5 @@ def split(coded: Coded, max_rows: int) -> Assignment:
     clients = np.empty(len(order), np.int32)
     clients[order] = np.repeat(np.cumsum(parts) - parts, rows) + part
     owners = np.repeat(np.arange(len(parts)), parts)
-    return Assignment(clients, joined(coded.values, owners, pa.array(positions(parts)).cast(pa.string())))
+    names = joined(coded.values, owners, pa.array(positions(parts)).cast(pa.string()))
+    return Assignment(clients, names, people=coded.values.take(pa.array(owners)))

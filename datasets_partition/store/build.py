@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ from datasets_partition.core.canonical import content_columns
 from datasets_partition.core.columns import labels
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Partitioner, Source, refuse_misfit, refuse_other_rows
+from datasets_partition.partitioners.combined import may_cut, parts_of, unit_of
 from datasets_partition.sources.location import is_local, node_cache, within
 from datasets_partition.store.duplicates import content_numbers, first_of_each, refuse_leaks
 from datasets_partition.store.remote import fetch, publish, refuse_unwritable
@@ -53,7 +54,8 @@ def build(
         "partitioner": repr(partitioner),
         "splits": repr(splits),
         "seed": seed,
-        "store_version": STORE_VERSION,
+        # Version 5 drew parts of people to be unseen where it cut people.
+        "store_version": STORE_VERSION + may_cut(partitioner),
         "own_code": _user_code(source, partitioner),
         "label": label,
     }
@@ -130,7 +132,10 @@ class _Content:
         by_client = np.lexsort((given.clients,) if given.order is None else (given.order, given.clients))
         by_client = by_client[given.clients[by_client] >= 0]
         clients, rows = given.clients[by_client], owned[by_client]
-        held = splits.assign(clients, len(given.names), rng(seed, "splits"))
+        people = np.arange(len(given.names))
+        if given.people is not None:
+            people = given.people.dictionary_encode().indices.to_numpy().astype(np.int64)
+        held = splits.assign(clients, people, rng(seed, "splits"))
 
         # New ids without gaps: first the clients that train, then those that never do.
         kept = np.flatnonzero(held.kept)
@@ -164,6 +169,8 @@ class _Content:
             "unassigned_rows": int(np.count_nonzero(given.clients < 0)),
             "skipped_rows": skipped,
         }
+        if unit := unit_of(partitioner, int(np.bincount(people).max()), loaded.column_names):
+            counts["unit"] = unit
         content = pa.table(category | {name: table[name] for name in columns})
         stored_as = [pa.field(name, pa.string()) for name in category] + [loaded.schema.field(name) for name in columns]
         schema = pa.schema([("client", pa.string()), *stored_as])
@@ -220,17 +227,9 @@ def _index(names: pa.StringArray, rows: NDArray[np.int64], heldout: NDArray[np.i
 
 def _user_code(*parts: object) -> str:
     """A hash of the modules of users' sources and partitioners: a change of their code makes another store."""
-    paths = {str(sys.modules[type(part).__module__].__file__) for part in _with_parts(*parts)}
+    paths = {str(sys.modules[type(part).__module__].__file__) for whole in parts for part in parts_of(whole)}
     theirs = sorted(path for path in paths if Path(__file__).parents[1] not in Path(path).parents)
     return sha256(b"\0".join(Path(path).read_bytes() for path in theirs)).hexdigest() if theirs else ""
-
-
-def _with_parts(*parts: Any) -> Iterator[Any]:
-    """The parts and the dataclasses inside them, such as the two of a combined partition."""
-    for part in parts:
-        if is_dataclass(part):
-            yield part
-            yield from _with_parts(*(getattr(part, key.name) for key in fields(part)))
 
 
 def _code_version() -> str:

@@ -23,8 +23,9 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Shares kept from training: `heldout` of each training client's rows, and `unseen` of the clients, whole.
+    """Shares kept from training: `heldout` of each training client's rows, and `unseen` of the people, whole.
 
+    A person is a client, or all clients that a partition cuts one person's rows into.
     A share `server` of all rows belongs to the server and to no client. Clients with fewer than `min_rows` rows are
     left out before clients are drawn. `draw` says which rows of a client are held out: random ones, or the last in the
     partition's order. Of rows with the same content the first stays, unless `duplicates` keeps them all; a content that
@@ -53,22 +54,22 @@ class Splits:
         drawn[rng.permutation(rows)[: _nearest(self.server * rows)]] = True
         return drawn
 
-    def assign(self, clients: NDArray[np.int32], num_clients: int, rng: np.random.Generator) -> Held:
+    def assign(self, clients: NDArray[np.int32], people: NDArray[np.int64], rng: np.random.Generator) -> Held:
         """Decides for rows in the partition's order, whose clients are `clients` (one int32 a row).
 
-        Shares are rounded to the nearest count, halves up, but a client keeps at least one training row, and at
-        least one client trains. Raises DataError if every client has fewer than `min_rows` rows.
+        `people` holds the number of each client's person: all clients of a person are unseen, or none. Shares are
+        rounded to the nearest count, halves up, but a client keeps at least one training row, and at least one person
+        trains. Raises DataError if every client has fewer than `min_rows` rows.
         """
-        rows = np.bincount(clients, minlength=num_clients)
+        rows = np.bincount(clients, minlength=len(people))
         kept = rows >= self.min_rows
         if not kept.any():
             raise DataError(
                 f"data.splits.min_rows is {self.min_rows}, but no client has more than {rows.max()} rows: lower it"
             )
-        candidates = np.flatnonzero(kept)
+        candidates = np.unique(people[kept])
         drawn = min(_nearest(self.unseen * len(candidates)), len(candidates) - 1)
-        unseen = np.zeros(num_clients, dtype=np.bool_)
-        unseen[rng.permutation(candidates)[:drawn]] = True
+        unseen = kept & np.isin(people, rng.permutation(candidates)[:drawn])
 
         held = np.minimum(_nearest(self.heldout * rows), np.maximum(rows - 1, 0))
         held = np.where(kept, np.where(unseen, rows, held), 0)
