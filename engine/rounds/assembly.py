@@ -56,7 +56,9 @@ def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None 
     rows = parts.tokens.counts("train")[:population]
     steps = planner.most_steps() * server.shards.trainings(parts.initial)  # all trainings of a client see its rows
     round_, clip = (saved.state.round, saved.clip) if saved else (0, None)
-    privacy = PrivacyAccount.open(federation, parts.layout, parts.folder, rows, steps, round_, clip)
+    privacy = PrivacyAccount.open(
+        federation, parts.layout, parts.folder, rows, steps, round_, clip, parts.store.manifest.get("unit")
+    )
     journal = Journal.open(parts.folder, parts.elsewhere, saved.last_sum if saved else 0)
     quorum = Quorum(federation, parts.store)
     path = federation.clients.availability.trace
