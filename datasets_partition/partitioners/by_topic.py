@@ -49,7 +49,6 @@ class ByTopic:
     balanced: bool = False
 
     def __post_init__(self) -> None:
-        """Raises DataError for a number that is too small, or no columns."""
         at_least(1, clients=self.clients, topics=self.topics, features=self.features)
         above_zero(alpha=self.alpha)
         at_least(0, min_rows=self.min_rows)

@@ -7,27 +7,18 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
 
 from datasets_partition.core.dealing import joined, positions
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Assignment, Partitioner
-from datasets_partition.partitioners.by_length import ByLength
-from datasets_partition.partitioners.by_size import BySize
-from datasets_partition.partitioners.by_time import ByTime
+from datasets_partition.partitioners.by_label import Distribution, Pathological, Shards
+from datasets_partition.partitioners.by_size import BySize, Iid, SizeCap
 from datasets_partition.partitioners.by_topic import ByTopic
-from datasets_partition.partitioners.continuous import Continuous
-from datasets_partition.partitioners.dirichlet import Dirichlet
-from datasets_partition.partitioners.distribution import Distribution
-from datasets_partition.partitioners.grouped_natural import GroupedNatural
-from datasets_partition.partitioners.iid import Iid
-from datasets_partition.partitioners.inner_dirichlet import InnerDirichlet
-from datasets_partition.partitioners.natural import Natural
-from datasets_partition.partitioners.pathological import Pathological
-from datasets_partition.partitioners.shards import Shards
-from datasets_partition.partitioners.size_cap import SizeCap
+from datasets_partition.partitioners.continuous import ByLength, Continuous
+from datasets_partition.partitioners.dirichlet import Dirichlet, InnerDirichlet
+from datasets_partition.partitioners.natural import ByTime, GroupedNatural, Natural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +27,8 @@ class Combined:
 
     Clients are named "first/then", or as in `first` where `then` makes only one client of them. Category and order are
     those of `then` where it has any, otherwise those of `first`. The people are the values of the first natural key, or
-    without one the clients of `first`. A `SizeCap` is applied to all clients of `first` at
-    once; any other `then` takes one call for each client, and so minutes for a million of them.
+    without one the clients of `first`. A `SizeCap` is applied to all clients of `first` at once; any other `then` takes
+    one call for each client, and so minutes for a million of them.
     """
 
     kind: Literal["combined"] = "combined"
@@ -57,33 +48,32 @@ class Combined:
             return _capped(first, owned, counts[1:], self.then, rng)
 
         clients = np.full(table.num_rows, -1, np.int32)
-        owners: list[int] = []
-        names: list[str] = []
         parts: list[Assignment] = []
+        known = 0
         for number, rows in enumerate(np.split(owned, np.cumsum(counts[1:])[:-1])):
             client = f"for the client {first.names[number].as_py()!r} of data.partition.first: "
             with _renamed_keys("data.partition.then", client):
                 part = self.then.assign(table.take(rows), rng)
-            clients[rows] = np.where(part.clients < 0, -1, part.clients + len(names))
-            owners += [number] * len(part.names)
-            names += part.names.to_pylist()
+            clients[rows] = np.where(part.clients < 0, -1, part.clients + known)
             parts.append(part)
+            known += len(part.names)
 
         category, ranks = first.category, first.order
-        if parts and parts[0].category is not None:
+        if parts[0].category is not None:
             place = np.full(table.num_rows, -1)
             place[owned] = np.arange(len(owned))
             # The rows that `first` gave to nobody have no category: `then` has not seen them.
             category = pa.concat_arrays([part.category for part in parts]).take(pa.array(place, mask=place < 0))
-        if parts and parts[0].order is not None:
+        if parts[0].order is not None:
             ranks = np.zeros(table.num_rows, np.int64)
             ranks[owned] = np.concatenate([part.order for part in parts])
+        owners = np.repeat(np.arange(len(parts)), [len(part.names) for part in parts])
+        names = joined(first.names, owners, pa.concat_arrays([part.names.cast(pa.string()) for part in parts]))
         if not natural(self.first) and natural(self.then):
             people = pa.concat_arrays([_people(part) for part in parts])
         else:
-            people = _people(first).take(pa.array(owners, pa.int64()))
-        named = joined(first.names, np.array(owners, np.int64), pa.array(names, pa.string()))
-        return Assignment(clients, named, category, ranks, people)
+            people = _people(first).take(pa.array(owners))
+        return Assignment(clients, names, category, ranks, people)
 
 
 # The registry: a recipe's `data.partition` names one of these by its `kind`.
@@ -131,13 +121,10 @@ def _capped(
     owners, numbers = np.repeat(np.arange(len(parts)), parts), positions(parts)
     size, rest = np.divmod(counts, np.maximum(parts, 1))
     clients[owned] = np.repeat(np.arange(len(owners), dtype=np.int32), size[owners] + (numbers < rest[owners]))
-    # Padded to the length of the client's highest number.
-    widths = pc.utf8_length(pa.array(parts - 1).cast(pa.string())).to_numpy()[owners]
-    names = pa.array(numbers).cast(pa.string())
-    for width in np.unique(widths[widths > 1]).tolist():
-        names = pc.if_else(pa.array(widths == width), pc.utf8_lpad(names, width, "0"), names)
-    people = _people(first).take(pa.array(owners))
-    return Assignment(clients, joined(first.names, owners, names), first.category, first.order, people)
+    # Padded to the length of the client's highest number, so that they sort.
+    then = [str(number).zfill(len(str(most - 1))) for number, most in zip(numbers, parts[owners], strict=True)]
+    names = joined(first.names, owners, pa.array(then, pa.string()))
+    return Assignment(clients, names, first.category, first.order, _people(first).take(pa.array(owners)))
 
 
 def _people(assignment: Assignment) -> pa.StringArray:
@@ -157,11 +144,6 @@ def natural(partitioner: Partitioner) -> Natural | ByTime | GroupedNatural | Non
     return next((part for part in parts_of(partitioner) if isinstance(part, Natural | ByTime | GroupedNatural)), None)
 
 
-def may_cut(partitioner: Partitioner) -> bool:
-    """Whether one person may become several clients."""
-    return isinstance(partitioner, Combined) or getattr(partitioner, "max_rows", None) is not None
-
-
 def unit_of(partitioner: Partitioner, most: int, columns: list[str]) -> str | None:
     """What a client is, in words, where it is not one person; a person has at most `most` clients.
 
@@ -174,12 +156,10 @@ def unit_of(partitioner: Partitioner, most: int, columns: list[str]) -> str | No
     else:
         person = "one client of data.partition.first" if isinstance(partitioner, Combined) else "one person"
     if most > 1:
-        caps = [cap for part in parts_of(partitioner) for cap in (_cap(part),) if cap is not None]
+        parts = list(parts_of(partitioner))
+        caps = [part.rows for part in parts if isinstance(part, SizeCap)]
+        caps += [part.max_rows for part in parts if isinstance(part, GroupedNatural) and part.max_rows is not None]
         return f"a part{f' of at most {min(caps)} rows' if caps else ''} of {person}, of up to {most} parts"
     if keyed is None and "client" in columns:
         return "rows that the partition deals out whatever their column 'client'"
     return person if grouped else None
-
-
-def _cap(part: object) -> int | None:
-    return part.rows if isinstance(part, SizeCap) else part.max_rows if isinstance(part, GroupedNatural) else None

@@ -20,7 +20,7 @@ from datasets_partition.core.canonical import content_columns
 from datasets_partition.core.columns import labels
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Partitioner, Source, refuse_misfit, refuse_other_rows
-from datasets_partition.partitioners.combined import may_cut, parts_of, unit_of
+from datasets_partition.partitioners.combined import Combined, parts_of, unit_of
 from datasets_partition.sources.location import is_local, node_cache, within
 from datasets_partition.store.duplicates import content_numbers, first_of_each, refuse_leaks
 from datasets_partition.store.remote import fetch, publish, refuse_unwritable
@@ -54,8 +54,8 @@ def build(
         "partitioner": repr(partitioner),
         "splits": repr(splits),
         "seed": seed,
-        # Version 5 drew parts of people to be unseen where it cut people.
-        "store_version": STORE_VERSION + may_cut(partitioner),
+        # Where a partition cuts people, version 5 drew parts of them to be unseen.
+        "store_version": STORE_VERSION + bool(isinstance(partitioner, Combined) or vars(partitioner).get("max_rows")),
         "own_code": _user_code(source, partitioner),
         "label": label,
     }

@@ -5,13 +5,10 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.by_time import ByTime
+from datasets_partition.partitioners.by_size import Iid, SizeCap
 from datasets_partition.partitioners.combined import Combined
 from datasets_partition.partitioners.dirichlet import Dirichlet
-from datasets_partition.partitioners.grouped_natural import GroupedNatural
-from datasets_partition.partitioners.iid import Iid
-from datasets_partition.partitioners.natural import Natural
-from datasets_partition.partitioners.size_cap import SizeCap
+from datasets_partition.partitioners.natural import ByTime, GroupedNatural, Natural
 
 TABLE = pa.table(
     {

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.distribution import Distribution
+from datasets_partition.partitioners.by_label import Distribution
 
 LABELS = np.array(["news"] * 10 + ["law"] * 4)
 TABLE = pa.table({"label": LABELS})

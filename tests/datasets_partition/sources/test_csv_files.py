@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.by_length import ByLength
-from datasets_partition.partitioners.by_time import ByTime
-from datasets_partition.partitioners.continuous import Continuous
-from datasets_partition.partitioners.natural import Natural
+from datasets_partition.partitioners.continuous import ByLength, Continuous
+from datasets_partition.partitioners.natural import ByTime, Natural
 from datasets_partition.sources.csv_files import CsvFiles
 
 
