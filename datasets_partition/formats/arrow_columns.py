@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from datasets_partition.core.columns import nan_is_null
 from datasets_partition.core.errors import DataError
-from datasets_partition.core.other_columns import nan_is_null
-from datasets_partition.formats.bad_rows import BadRow
 from datasets_partition.formats.forms import Form
+from datasets_partition.formats.turns import BadRow
 
 CLASSES = "ClassLabel"
 Faults = dict[int, BadRow]  # by the row's position in its batch

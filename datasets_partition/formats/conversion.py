@@ -8,8 +8,8 @@ from itertools import islice
 import pyarrow as pa
 
 from datasets_partition.core.canonical import COLUMNS, TURNS, UNPAIRED_PREFERENCE, content_columns, format_of
+from datasets_partition.core.columns import array_of, as_text, joined
 from datasets_partition.core.errors import DataError
-from datasets_partition.core.other_columns import array_of, as_text, joined
 from datasets_partition.core.types import OnRows, Rows, ignore
 from datasets_partition.formats.arrow_columns import (
     Faults,
@@ -20,8 +20,8 @@ from datasets_partition.formats.arrow_columns import (
     with_owner,
     without,
 )
-from datasets_partition.formats.bad_rows import BadRow, OnBadRow
 from datasets_partition.formats.forms import BESIDE_TURNS, EXPECTED, NAMES, Content, Form, Row, form_of
+from datasets_partition.formats.turns import BadRow, OnBadRow
 
 # Rows converted at once: few enough for the 2 GiB of text in one Arrow array, many enough for Arrow to pay off.
 ROWS_PER_BATCH = 16384

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datasets_partition.core.canonical import MESSAGES, PREFERENCE, PROMPT_COMPLETION, PROMPT_ONLY, UNPAIRED_PREFERENCE
-from datasets_partition.formats.bad_rows import BadRow
-from datasets_partition.formats.turns import shared, text, turns
+from datasets_partition.formats.turns import BadRow, shared, text, turns
 
 Row = dict[str, Any]
 Arrays = dict[str, pa.Array]

@@ -1,12 +1,20 @@
 """Texts and conversations of a row, checked and in one shape; and the common beginning of two of them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from datasets_partition.formats.bad_rows import BadRow
-
+OnBadRow = Literal["error", "skip"]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SHAREGPT = {"human": "user", "gpt": "assistant"}
+
+
+class BadRow(Exception):
+    """Why one row cannot be used: a reason that many rows can share, and a detail about this row."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
 
 
 def text(row: dict[str, Any], name: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.continuous import ByLength, Continuous
 from datasets_partition.partitioners.natural import ByTime, Natural
-from datasets_partition.sources.csv_files import CsvFiles
+from datasets_partition.sources.files import CsvFiles
 
 
 def written(folder: Path, content: bytes, name: str = "rows.csv", **fields: Any) -> CsvFiles:

@@ -14,7 +14,7 @@ from datasets_partition.partitioners.combined import Combined
 from datasets_partition.partitioners.continuous import ByLength
 from datasets_partition.partitioners.dirichlet import Dirichlet, InnerDirichlet
 from datasets_partition.partitioners.natural import GroupedNatural, Natural
-from datasets_partition.sources.jsonl import Jsonl
+from datasets_partition.sources.files import Jsonl
 from datasets_partition.store.build import build
 from datasets_partition.store.splits import Splits
 from datasets_partition.store.stats import Skew

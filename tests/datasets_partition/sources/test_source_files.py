@@ -6,7 +6,7 @@ from pyarrow import fs
 
 from datasets_partition.core.errors import DataError
 from datasets_partition.sources import source_files as module
-from datasets_partition.sources.jsonl import Jsonl
+from datasets_partition.sources.files import Jsonl
 from datasets_partition.sources.source_files import fingerprint, source_files
 
 

@@ -10,7 +10,7 @@ from datasets_partition.partitioners.by_size import Iid, SizeCap
 from datasets_partition.partitioners.combined import Combined
 from datasets_partition.partitioners.dirichlet import Dirichlet
 from datasets_partition.partitioners.natural import ByTime, GroupedNatural, Natural
-from datasets_partition.sources.jsonl import Jsonl
+from datasets_partition.sources.files import Jsonl
 from datasets_partition.store.build import build
 from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store

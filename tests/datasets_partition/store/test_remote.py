@@ -13,7 +13,7 @@ from pyarrow import fs
 from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources import location
-from datasets_partition.sources.jsonl import Jsonl
+from datasets_partition.sources.files import Jsonl
 from datasets_partition.sources.location import located, node_cache, within
 from datasets_partition.store import build as building
 from datasets_partition.store import remote
