@@ -1,7 +1,4 @@
-"""Rows to clients: sources of rows, rules that give rows to clients, and the client store that every slot reads.
-
-The two unions are the registries: a recipe's `data.source` and `data.partition` name one of their members by `kind`.
-"""
+"""Rows to clients: sources of rows, rules that give rows to clients, and the client store that every slot reads."""
 
 from datasets_partition.partitioners.combined import Partitioners as Partitioners
 from datasets_partition.sources.files import CsvFiles, Jsonl, ParquetFiles, TextFiles

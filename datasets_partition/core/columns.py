@@ -84,10 +84,7 @@ def numbers(table: pa.Table, key: str, name: str) -> NDArray[np.float64]:
 
 
 def texts(table: pa.Table, names: tuple[str, ...] | None) -> list[pa.ChunkedArray]:
-    """The text of columns of strings or of turns, or of a row's whole content; null is no text.
-
-    Raises DataError where a column of `data.partition.columns` is missing or holds anything else.
-    """
+    """The texts of columns of strings or turns, or of a row's content; null is no text. DataError for other columns."""
     if names is None:
         names = tuple(name for name in content_columns(table) if table.schema.field(name).type != pa.bool_())
     columns = []

@@ -82,10 +82,7 @@ def ignore(rows: int) -> None:
 
 
 class Source(Protocol):
-    """Where rows come from: a frozen dataclass whose fields are its recipe section.
-
-    The `load` of the sources in this package also takes an `OnRows`.
-    """
+    """Where rows come from: a frozen dataclass, its fields the recipe section; ours also `load` with an `OnRows`."""
 
     def fingerprint(self) -> str:
         """A text that changes when the rows change although this section does not; it makes another store."""
@@ -100,8 +97,5 @@ class Partitioner(Protocol):
     """The rule that gives rows to clients: a frozen dataclass whose fields are its recipe section."""
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
-        """The client of each row of `table`; the same table and `rng` give the same assignment on any machine.
-
-        Raises DataError for what a user can correct.
-        """
+        """The client of each row; the same on any machine. Raises DataError for what a user can correct."""
         ...

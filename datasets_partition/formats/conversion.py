@@ -57,9 +57,7 @@ class Conversion:
     ) -> None:
         """Converts Arrow columns of `file`; errors name a row by its number in units of `unit`, such as "line".
 
-        `known` are rows that the source knows to be bad; the batch holds anything in their place.
-
-        Raises DataError, with the names of the columns, if they fit no format.
+        `known` are rows that the source knows to be bad. Raises DataError if the columns fit no format.
         """
         has = ", ".join(batch.schema.names) or "(none)"
         batch = with_owner(renamed(batch, self.columns, file), file)
@@ -116,10 +114,7 @@ class Conversion:
             self._keep(_table(contents), pa.table(columns))
 
     def rows(self, location: str) -> Rows:
-        """All rows: the client if there is one, the content, then the other columns by name.
-
-        Raises DataError if there are none.
-        """
+        """All rows: client if any, content, other columns by name. Raises DataError if there are none."""
         if not self.tables:
             reasons = "; ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
             skipped = f" that can be used ({reasons})" if reasons else ""

@@ -1,7 +1,7 @@
 """The forms in which users keep rows, as TRL, Alpaca and ShareGPT name them, and the canonical format of each.
 
-Every form converts one row of Python objects. Forms of plain text also convert whole Arrow columns, so that millions
-of rows take seconds; both ways give the same rows.
+Forms of plain text convert whole Arrow columns too, so that millions of rows take seconds; both give the same rows.
+
 """
 
 from collections.abc import Callable
@@ -40,8 +40,7 @@ class Content(NamedTuple):
 class Form(NamedTuple):
     """A way to keep a row: the columns that it needs, those that it may have, and the conversions.
 
-    `row` raises BadRow. `flat`, if there is one, takes columns of text without nulls. A row with one of the columns
-    `without` is ambiguous, and not of this form.
+    `row` raises BadRow. `flat` takes columns of text without nulls. A row with a column of `without` has not this form.
     """
 
     needs: tuple[str, ...]
@@ -157,10 +156,7 @@ EXPECTED = (
 
 @lru_cache(maxsize=1024)
 def form_of(names: frozenset[str], mapped: frozenset[str]) -> Form | None:
-    """The form of a row with the columns `names`; None if there is none.
-
-    The columns that a user has named in `data.source.columns`, `mapped`, decide between several forms.
-    """
+    """The form of a row with the columns `names`, if any; columns that the user has `mapped` decide between several."""
     decided = mapped & FORM_COLUMNS
     for form in FORMS:
         if names.issuperset(form.needs) and decided.issubset(form.needs) and (decided or not form.without & names):

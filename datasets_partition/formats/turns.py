@@ -58,10 +58,7 @@ def _kind(value: Any) -> str:
 
 
 def shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """The length of the implicit prompt of two answers, as TRL's `extract_prompt` cuts it.
-
-    The prompt is their longest common prefix without a space at its end; something remains of each answer.
-    """
+    """The length of TRL's implicit prompt: the longest common prefix without a final space; each keeps something."""
     low, high = 0, min(len(chosen), len(rejected))
     shortest = high
     while low < high:  # bisection: comparing slices is far faster than comparing characters

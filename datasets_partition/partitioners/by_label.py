@@ -29,10 +29,8 @@ BLOCK = 1 << 22
 class Shards:
     """Rows sorted by `label` and cut into shards, of which each client gets `shards` at random.
 
-    Shards have `shard_rows` rows, or as many as there can be. With `shard_rows` alone, all shards are dealt, and the
-    first clients get one more where they do not divide. Rows that fill no shard are nobody's; with `keep_rest` and
-    `shard_rows` alone, they are one more shard.
-
+    Shards have `shard_rows` rows, or as many as there can be. With `shard_rows` alone, all are dealt, one more to the
+    first clients where they do not divide; rows that fill no shard are nobody's, or with `keep_rest` one more shard.
     McMahan et al. 2017 (arXiv 1602.05629, section 3) and flwr-datasets' ShardPartitioner.
     """
 
@@ -79,10 +77,8 @@ class Shards:
 class Pathological:
     """Each client has `classes` values of `label`; a value's rows are divided evenly over the clients that have it.
 
-    `mode` says which values: `random`; `deterministic`, where client i has the values i, i + 1, ... in sorted order,
-    starting over at the end; or `first_deterministic`, where client i has the value i, and others at random. Rows of a
-    value that no client has are nobody's.
-
+    `mode` says which values: `random`; `deterministic`: client i has the values i, i + 1, ... in sorted order, starting
+    over at the end; `first_deterministic`: client i has the value i, others at random. Other values are nobody's.
     Li et al. 2021 (arXiv 2102.02079, section 4.1), who fix the first value, and flwr-datasets' PathologicalPartitioner.
     """
 
@@ -145,8 +141,7 @@ class Distribution:
     """For each value of `label`, the shares of its rows that the clients get, one number a client.
 
     Only the proportions within a label count, so shares may also be numbers of rows. Each share is met to less than a
-    row. flwr-datasets' DistributionPartitioner with the array for all clients, which rounds shares down and gives the
-    rest of a label to one client.
+    row; flwr-datasets' DistributionPartitioner rounds shares down and gives the rest of a label to one client.
     """
 
     kind: Literal["distribution"] = "distribution"

@@ -15,10 +15,7 @@ from datasets_partition.core.types import Assignment
 
 @dataclass(frozen=True, kw_only=True)
 class Iid:
-    """Rows dealt at random to `clients` clients, whose row counts differ by at most 1.
-
-    The sizes are those of flwr-datasets' IidPartitioner, which leaves the rows in the source's order.
-    """
+    """Rows dealt at random to `clients` clients of equal size; flwr-datasets' IidPartitioner keeps their order."""
 
     kind: Literal["iid"] = "iid"
     clients: int
@@ -37,8 +34,7 @@ class Iid:
 class SizeCap:
     """As few clients as can be with at most `rows` rows each, in the source's order and as even as can be (`split`).
 
-    With `surplus = "drop"`, one client with `rows` rows drawn at random; the other rows are nobody's. Most useful as
-    the second partition of `Combined`.
+    With `surplus = "drop"`, one client with `rows` rows drawn at random. Most useful as the second part of `Combined`.
     """
 
     kind: Literal["size_cap"] = "size_cap"
@@ -62,11 +58,10 @@ class SizeCap:
 class BySize:
     """Rows dealt at random to clients whose sizes follow `law`, or are `sizes`; rows beyond these are nobody's.
 
-    Client i of 1, 2, ... has a share like i (linear), i^2 (square) or e^i (exponential), rounded down, and the last
-    client has the rest as well: the sizes of flwr-datasets' LinearPartitioner, SquarePartitioner and
-    ExponentialPartitioner, and with `sizes` of SizePartitioner. With lognormal, each client has one row and a share
-    of the others like exp(`sigma` x), where x is a standard normal draw; with dirichlet, shares drawn from
-    Dirichlet(`alpha`).
+    Client i of 1, 2, ... has a share like i (linear), i^2 (square) or e^i (exponential), rounded down, the last also
+    the rest: flwr-datasets' LinearPartitioner, SquarePartitioner, ExponentialPartitioner, SizePartitioner (`sizes`). With
+    lognormal, each client has one row and a share of the others like exp(`sigma` x), x standard normal; with dirichlet,
+    shares drawn from Dirichlet(`alpha`).
     """
 
     kind: Literal["size"] = "size"

@@ -29,13 +29,10 @@ WORDS, LETTERS = 3, 12  # words in a topic's name, and letters of each
 class ByTopic:
     """Like `Dirichlet`, over `topics` clusters of the rows by k-means instead of labels.
 
-    Rows are the TF-IDF vectors of their text in `columns` (or of their whole content, such as prompt and completion)
-    over the `features` most frequent words, reduced by a singular value decomposition to unit vectors of 64
-    dimensions; or the lists in the column `embedding`, one a row. Beyond 32,768 rows, topics are those of a random
-    sample. A topic's name is its number and the words that set it apart. Needs scikit-learn.
-
-    The same seed gives the same topics with the same versions on the same kind of processor. On another kind, sums of
-    floats may round differently, and a row between two topics may land in the other one.
+    Rows are the TF-IDF vectors of their text in `columns` (or of their whole content) over the `features` most frequent
+    words, reduced by a singular value decomposition to 64 dimensions and unit length; or the lists in the column
+    `embedding`. Beyond 32,768 rows, topics are those of a random sample. Needs scikit-learn, and gives the same topics
+    with the same versions on the same kind of processor; on another, a row between two topics may land in the other.
     """
 
     kind: Literal["topic"] = "topic"
@@ -55,10 +52,7 @@ class ByTopic:
         text_columns(self.columns, "has the topics")
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
-        """Raises DataError without scikit-learn, columns of the right kind, enough rows, or topics that differ.
-
-        Also where `Dirichlet` does.
-        """
+        """Raises DataError without scikit-learn, right columns, enough rows, or different topics; or as `Dirichlet`."""
         if self.topics > table.num_rows:
             raise DataError(
                 f"data.partition.topics is {self.topics}, but there are only {table.num_rows} distinct rows: "

@@ -25,10 +25,9 @@ from datasets_partition.partitioners.natural import ByTime, GroupedNatural, Natu
 class Combined:
     """The partition `first`, each of whose clients is partitioned by `then`.
 
-    Clients are named "first/then", or as in `first` where `then` makes only one client of them. Category and order are
-    those of `then` where it has any, otherwise those of `first`. The people are the values of the first natural key, or
-    without one the clients of `first`. A `SizeCap` is applied to all clients of `first` at once; any other `then` takes
-    one call for each client, and so minutes for a million of them.
+    Clients are named "first/then", or as in `first` where `then` makes one client. Category and order are `then`'s
+    where it has any. The people are the values of the first natural key, or without one the clients of `first`. A
+    `SizeCap` as `then` is applied to all clients at once; any other takes a call each, minutes for a million of them.
     """
 
     kind: Literal["combined"] = "combined"
@@ -145,10 +144,7 @@ def natural(partitioner: Partitioner) -> Natural | ByTime | GroupedNatural | Non
 
 
 def unit_of(partitioner: Partitioner, most: int, columns: list[str]) -> str | None:
-    """What a client is, in words, where it is not one person; a person has at most `most` clients.
-
-    `columns` are the names of the table's columns.
-    """
+    """What a client is where it is not one person; people have up to `most` clients, the table these `columns`."""
     keyed = natural(partitioner)
     grouped = isinstance(keyed, GroupedNatural) and keyed.keys is not None
     if keyed is not None:

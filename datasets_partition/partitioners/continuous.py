@@ -19,10 +19,8 @@ from datasets_partition.core.types import Assignment
 class Continuous:
     """Rows sorted by the number in `column`, with noise, and cut into `clients` parts that differ by at most one row.
 
-    They are sorted by s z + (1 - s) e, where s is `strictness`, z the number less its mean over its standard
-    deviation, and e a standard normal draw: 1 sorts by the number alone, 0 gives an even partition.
-
-    flwr-datasets' ContinuousPartitioner.
+    They are sorted by s z + (1 - s) e, where s is `strictness`, z the number less its mean over its standard deviation,
+    and e a standard normal draw: 1 sorts by the number alone, 0 is even. flwr-datasets' ContinuousPartitioner.
     """
 
     kind: Literal["continuous"] = "continuous"
@@ -40,10 +38,7 @@ class Continuous:
 
 @dataclass(frozen=True, kw_only=True)
 class ByLength:
-    """Like `Continuous`, by the number of characters of each row's text: the first client has the shortest rows.
-
-    The text is that of `columns`, or a row's whole content, such as prompt and completion.
-    """
+    """Like `Continuous`, by the characters of each row's text in `columns`, or of its content: shortest rows first."""
 
     kind: Literal["length"] = "length"
     clients: int

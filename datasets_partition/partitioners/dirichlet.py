@@ -20,11 +20,9 @@ TRIES = 20
 class Dirichlet:
     """The rows of each value of `label`, divided over `clients` clients in proportions drawn from Dirichlet(`alpha`).
 
-    A small `alpha` gives a label to few clients, a large one gives every client the same mixture; several numbers are
-    one for each client, whose share grows with its number. With `balanced`, clients that already have more rows than
-    the mean get none of the labels that follow. Proportions are drawn again until each client has `min_rows` rows;
-    with `min_rows = 0` a client without rows is left out.
-
+    A small `alpha` gives a label to few clients; several numbers are one for each client, whose share grows with its
+    number. With `balanced`, clients with more rows than the mean get none of the labels that follow. Proportions are
+    drawn again until each client has `min_rows` rows; with `min_rows = 0` a client without rows is left out.
     Yurochkin et al. 2019 (arXiv 1905.12022, section 4) and flwr-datasets' DirichletPartitioner, which rounds each cut
     down and so favors the last client; here the cuts are unbiased.
     """
@@ -84,9 +82,7 @@ class InnerDirichlet:
     """Each client draws a mixture of the values of `label` from Dirichlet(`alpha`), then its rows by that mixture.
 
     Clients take rows one at a time, in random turns, until they have as many as `sizes` says, or equal shares of all
-    rows among `clients`. A label without rows left is taken out of every mixture. Rows beyond the sizes are nobody's.
-    Several numbers as `alpha` are one for each label, in the order of the labels.
-
+    rows. A label without rows left is taken out of every mixture. Several numbers as `alpha` are one for each label.
     Acar et al. 2021 (arXiv 2111.04263) and flwr-datasets' InnerDirichletPartitioner.
     """
 
@@ -126,10 +122,7 @@ class InnerDirichlet:
 
 
 def _turns(sizes: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int32]:
-    """The client of each turn, where each turn goes to any client that is not yet full.
-
-    That is the order in which independent Poisson clocks ring, one a client, each until its client is full.
-    """
+    """The client of each turn, any that is not full: the order in which Poisson clocks ring, one a client."""
     clients = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     rings = np.cumsum(-draws.log(1 - rng.random(len(clients))))
     before = np.append(0.0, rings)[np.cumsum(sizes) - sizes]

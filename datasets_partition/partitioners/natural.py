@@ -19,10 +19,7 @@ FORMS = (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")
 
 @dataclass(frozen=True, kw_only=True)
 class Natural:
-    """A client for each value of the column `key`, in the order of their names.
-
-    flwr-datasets' NaturalIdPartitioner, except that numbers too are in the order of their text.
-    """
+    """A client for each value of `key`, in order of their texts (flwr-datasets' NaturalIdPartitioner sorts numbers)."""
 
     kind: Literal["natural"] = "natural"
     key: str = "client"
@@ -36,10 +33,10 @@ class Natural:
 class GroupedNatural:
     """`keys` values of the column `key` are one client, or values with more than `max_rows` rows are several.
 
-    Values are grouped in sorted order. Where `keys` does not divide their number, `rest` says what becomes of the last
-    ones: a `smaller` client, members of `bigger` groups (as even as can be), nobody's (`drop`), or an error (`refuse`):
-    flwr-datasets' GroupedNaturalIdPartitioner with `sort_unique_ids`. With `max_rows`, the rows of a value are cut
-    into as few parts as can be, in the source's order and as even as can be, named "value/0", "value/1", ...
+    Values are grouped in sorted order. Where `keys` does not divide their number, `rest` makes of the last a `smaller`
+    client, members of `bigger` groups, nobody's (`drop`), or an error (`refuse`): flwr-datasets'
+    GroupedNaturalIdPartitioner with `sort_unique_ids`. With `max_rows`, the rows of a value are cut into as few parts
+    as can be, in the source's order and as even as can be, named "value/0", "value/1", ...
     """
 
     kind: Literal["grouped_natural"] = "grouped_natural"
@@ -96,8 +93,7 @@ def _split(coded: Coded, max_rows: int) -> Assignment:
 class ByTime:
     """A client for each value of `key`, as in `Natural`, whose rows are in the order of the column `time`.
 
-    `time` holds numbers, dates or times, or text that is all numbers or all ISO 8601. Rows of the same time stay in
-    the source's order.
+    `time` holds numbers, dates or times, or text that is all numbers or all ISO 8601; ties stay in the source's order.
     """
 
     kind: Literal["time"] = "time"

@@ -229,8 +229,7 @@ def _with_boolean(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
 class TextFiles:
     """Text files below a folder: each a row, or each of its paragraphs; blank ones are skipped.
 
-    A row's client is the first subfolder on the way to its file, or the file's stem if there is none; its column
-    `file` is the file's path in the folder.
+    A row's client is the first subfolder on the way to its file, or the file's stem; its column `file` is the path.
     """
 
     kind: Literal["text"] = "text"

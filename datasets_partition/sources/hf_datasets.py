@@ -23,9 +23,8 @@ KEY = "data.source.name"
 class HfDatasets:
     """One split of a dataset: `name` is a name on the hub, or where `save_to_disk` wrote it.
 
-    `split` may be left out where there is only one. `config` and `revision` are for the hub: a commit as `revision`
-    keeps the rows from changing. Code that comes with a dataset is never run.
-    `columns` gives a column's name in the dataset: {prompt = "question"}.
+    `split` may be left out where there is only one; a commit as `revision` keeps the hub's rows from changing. Code
+    that comes with a dataset is never run. `columns` gives a column's name in the dataset: {prompt = "question"}.
     """
 
     kind: Literal["datasets"] = "datasets"

@@ -47,10 +47,7 @@ def is_local(location: str) -> bool:
 
 
 def node_cache() -> Path:
-    """The folder of this machine that holds copies of remote files; it may be deleted at any time.
-
-    Only its owner may read it. Raises DataError if another user made it and could write anything into it.
-    """
+    """The owner's folder for copies of remote files here; it may be deleted. DataError if another user made it."""
     folder = Path(tempfile.gettempdir()) / f"fedpost-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():

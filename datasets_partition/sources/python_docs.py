@@ -27,11 +27,10 @@ PROMPT_END = '\n\n"""'
 
 @dataclass(frozen=True)
 class PythonDocs:
-    """Functions and classes with docstrings, from the standard library and installed packages.
+    """Functions and classes with docstrings, from the standard library and installed packages; nothing is imported.
 
-    A row's prompt is the signature and body without any docstring, nested ones included, cut to `prompt_chars`
-    characters at a line's end; its completion is the docstring's first paragraph; its client is the top-level module
-    or package. Files are parsed with `ast` and never imported.
+    A row's prompt is the signature and body without any docstring, cut to `prompt_chars` characters at a line's end;
+    its completion is the docstring's first paragraph; its client is the top-level module or package.
     """
 
     kind: Literal["python_docs"] = "python_docs"

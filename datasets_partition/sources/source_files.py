@@ -63,7 +63,7 @@ class SourceFile:
 
 
 def source_files(location: str, suffixes: tuple[str, ...], key: str = "data.source.path") -> list[SourceFile]:
-    """The file at `location`, or those below that folder that end in one of `suffixes`, in the order of their paths.
+    """The file at `location`, or those below that folder with one of the `suffixes`, in the order of their paths.
 
     Capitals in an ending do not matter; hidden files are left out. Raises DataError, which names `key`, for none.
     """

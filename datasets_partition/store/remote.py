@@ -13,10 +13,7 @@ from datasets_partition.store.store import written_whole
 
 
 def fetch(location: str, folder: Path) -> bool:
-    """Copies the files of the folder at `location` to `folder`; False if no whole folder is there.
-
-    Raises DataError where the location cannot be read, or is damaged.
-    """
+    """Copies the folder at `location` to `folder`; False if no whole one is there, DataError if it is damaged."""
     system, path = located(location)
     try:
         if system.get_file_info(f"{path}/{MANIFEST}").type != fs.FileType.File:
@@ -45,19 +42,13 @@ def refuse_unwritable(cache: str) -> None:
 
 
 def publish(folder: Path, location: str) -> None:
-    """Copies the files of `folder` to `location` unless they are there; the manifest comes last and makes it valid.
-
-    Raises DataError where the location takes no files.
-    """
+    """Copies `folder` to `location` unless it is there; the manifest comes last and makes it valid."""
     files = sorted((file for file in folder.iterdir() if file.is_file()), key=lambda file: file.name == MANIFEST)
     put(files, location, unless=MANIFEST)
 
 
 def put(files: list[Path], location: str, unless: str) -> None:
-    """Copies files into the folder at `location`, unless it holds a file of the name `unless`.
-
-    Raises DataError where the location takes no files.
-    """
+    """Copies files into `location` unless it holds the file `unless`. Raises DataError where it takes none."""
     system, path = located(location)
     try:
         if system.get_file_info(f"{path}/{unless}").type == fs.FileType.File:

@@ -1,8 +1,8 @@
 """Folders of the cache with a manifest, written last: what they were made from, and the sizes of their files.
 
-The manifest holds a digest of itself, the index, and the footers of the other files, which locate all other bytes;
-pages of Parquet have their own checksums. A reader of a damaged folder names it and says that it may be removed,
-whatever Arrow's message is.
+It holds a digest of itself, the index, and the footers of the other files, which locate all other bytes; pages of
+Parquet have their own checksums. Errors name a damaged folder and say that it may be removed.
+
 """
 
 import json

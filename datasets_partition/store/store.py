@@ -134,10 +134,7 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Yields a scratch folder, which becomes `folder` when the block succeeds and is removed when it fails.
-
-    Of two writers at once the second drops its scratch folder: both have written the same.
-    """
+    """Yields a scratch folder that becomes `folder` if the block succeeds; of two writers the second's is dropped."""
     scratch = folder.with_name(f".{folder.name}-{uuid4().hex}")
     scratch.mkdir(parents=True)
     try:

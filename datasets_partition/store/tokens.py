@@ -1,7 +1,4 @@
-"""Token columns: an objective's encoding of each row, computed once and mapped into the memory of every slot.
-
-In tokens.arrow a record batch holds the rows of a few whole clients, which INDEX locates in index.arrow.
-"""
+"""Token columns: an objective's encoding of each row, computed once and mapped into the memory of every slot."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,10 +61,7 @@ class Tokens:
         return Tokens.open, (self.folder,)
 
     def rows(self, client: int, split: SplitName) -> pa.RecordBatch:
-        """The rows of one client in `split`, in the source's order: a view of the mapped file.
-
-        Now and then the pages of earlier clients are released, to keep a slot small; views of them stay valid.
-        """
+        """The rows of one client in `split`, in the source's order: a view of the mapped file, valid for good."""
         assert 0 <= client < self.index.num_rows
         if next(self.reads) % READS_MAPPED == 0:
             for file in self.pages:
