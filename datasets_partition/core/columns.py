@@ -55,14 +55,13 @@ def column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
 def keys(table: pa.Table, key: str, name: str) -> Coded:
     """A column of clients, in the order of their names. Raises DataError where it is missing, null or empty."""
     codes, values = _coded(table, key, name)
-    names = values.cast(pa.string())
-    return _in_order(codes, names, pc.array_sort_indices(names))
+    return _in_order(codes, values.cast(pa.string()), by=values.cast(pa.string()))
 
 
 def labels(table: pa.Table, key: str, name: str) -> Coded:
     """A column of labels, in the order of their values: 2 before 10. Raises DataError as `keys` does."""
     codes, values = _coded(table, key, name)
-    return _in_order(codes, values.cast(pa.string()), pc.array_sort_indices(values))
+    return _in_order(codes, values.cast(pa.string()), by=values)
 
 
 def numbers(table: pa.Table, key: str, name: str) -> NDArray[np.float64]:
@@ -140,10 +139,9 @@ def _coded(table: pa.Table, key: str, name: str) -> tuple[NDArray[np.int32], pa.
     return codes, values
 
 
-def _in_order(codes: NDArray[np.int32], values: pa.StringArray, order: pa.Array) -> Coded:
-    rank = np.empty(len(order), np.int32)
-    rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
-    return Coded(rank[codes], values.take(order))
+def _in_order(codes: NDArray[np.int32], values: pa.StringArray, by: pa.Array) -> Coded:
+    order = pc.array_sort_indices(by)
+    return Coded(np.argsort(order.to_numpy()).astype(np.int32)[codes], values.take(order))
 
 
 def array_of(values: list[Any]) -> pa.Array | pa.ChunkedArray:
@@ -172,20 +170,15 @@ def nan_is_null(values: pa.Array) -> pa.Array:
 
 def joined(tables: list[pa.Table]) -> pa.Table:
     """All rows of all tables: null where a table lacks a column, text where columns share no type."""
-    if all(table.schema.equals(tables[0].schema) for table in tables):
-        return pa.concat_tables(tables)
-    names = dict.fromkeys(name for table in tables for name in table.column_names)
-    return pa.table({name: _joined_column([_column(table, name) for table in tables]) for name in names})
+    for name in dict.fromkeys(name for table in tables for name in table.column_names):
+        parts = [table.select([name]) for table in tables if name in table.column_names]
+        try:
+            pa.concat_tables(parts, promote_options="permissive")
+        except NO_COMMON_TYPE:
+            tables = [_with_text(table, name) if name in table.column_names else table for table in tables]
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
-def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
-    return table[name] if name in table.column_names else pa.chunked_array([pa.nulls(table.num_rows)])
-
-
-def _joined_column(parts: list[pa.ChunkedArray]) -> pa.ChunkedArray:
-    try:
-        tables = [pa.table({"values": part}) for part in parts]
-        return pa.concat_tables(tables, promote_options="permissive")["values"]
-    except NO_COMMON_TYPE:
-        texts = (pa.array([as_text(value) for value in part.to_pylist()], pa.string()) for part in parts)
-        return pa.chunked_array(list(texts))
+def _with_text(table: pa.Table, name: str) -> pa.Table:
+    texts = pa.array([as_text(value) for value in table[name].to_pylist()], pa.string())
+    return table.set_column(table.column_names.index(name), name, texts)

@@ -84,19 +84,14 @@ class ByTopic:
                 'data.partition.kind is "topic", which needs scikit-learn: '
                 'pip install scikit-learn, or install fedpost with its extra "topics"'
             ) from None
-        is_text = self.embedding is None
-        words: list[str] = []
-        if self.embedding is None:
-            vectors, words = self._tf_idf(table)
-        else:
-            vectors = embedded(table, self.embedding)
+        vectors, words = self._tf_idf(table) if self.embedding is None else (embedded(table, self.embedding), None)
         seed, rows = int(rng.integers(2**31)), table.num_rows
         size = max(SAMPLE, 4 * self.topics)
         sample = vectors if rows <= size else vectors[np.sort(rng.permutation(rows)[:size])]
         # One thread: several would add numbers in the order in which they happen to finish.
         with threadpool_limits(limits=1):
             svd = None
-            if is_text and min(sample.shape) > DIMENSIONS:
+            if words is not None and min(sample.shape) > DIMENSIONS:
                 svd = TruncatedSVD(DIMENSIONS, random_state=seed).fit(sample)
 
             def reduced(some: Any) -> Any:
@@ -106,7 +101,7 @@ class ByTopic:
             blocks = [means.predict(reduced(vectors[first : first + BLOCK])) for first in range(0, rows, BLOCK)]
         clusters: NDArray[np.int32] = np.concatenate(blocks).astype(np.int32)
         names = numbered(self.topics)
-        return clusters, _described(names, clusters, vectors, words) if is_text else names
+        return clusters, names if words is None else _described(names, clusters, vectors, words)
 
     def _tf_idf(self, table: pa.Table) -> tuple[Any, list[str]]:
         """The rows' vectors (rows, features), sparse; and the features, which are words."""

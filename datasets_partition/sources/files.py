@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows, Rows, ignore
-from datasets_partition.formats.arrow_columns import Faults
-from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion
-from datasets_partition.formats.turns import BadRow, OnBadRow
+from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion, Faults
+from datasets_partition.formats.forms import BadRow, OnBadRow
 from datasets_partition.sources.source_files import SourceFile, fingerprint, source_files
 
 ARRAY = re.compile(rb"\s*\[\s*(\{|$)")  # how a JSON array of objects starts

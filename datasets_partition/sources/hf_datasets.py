@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows, Rows, ignore
 from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion
-from datasets_partition.formats.turns import OnBadRow
+from datasets_partition.formats.forms import OnBadRow
 from datasets_partition.sources.location import is_local
 from datasets_partition.sources.source_files import SourceFile, fingerprint, first_line, source_files
 

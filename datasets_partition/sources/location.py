@@ -17,10 +17,9 @@ def located(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
     refuse_password(location)
     try:
-        system, path = fs.FileSystem.from_uri(location)
+        return fs.FileSystem.from_uri(location)  # type: ignore[no-any-return]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise DataError(f"{location} is not a location that can be read: {str(error).splitlines()[0]}") from None
-    return system, path
 
 
 def refuse_password(location: str) -> None:

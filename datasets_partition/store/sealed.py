@@ -2,7 +2,6 @@
 
 It holds a digest of itself, the index, and the footers of the other files, which locate all other bytes; pages of
 Parquet have their own checksums. Errors name a damaged folder and say that it may be removed.
-
 """
 
 import json

@@ -1,7 +1,6 @@
 """How unevenly a store's rows are spread over its clients, in numbers: sizes, categories, token lengths.
 
 Reads no row's text. The server's rows are counted separately, and are part of no other figure here.
-
 """
 
 from dataclasses import dataclass
@@ -22,6 +21,13 @@ LEFT_OUT = (
     *("duplicate_rows", "duplicate_clients", "skipped_rows"),
     *("left_out_clients", "left_out_rows", "unassigned_rows"),
 )
+    "duplicate_rows",
+    "duplicate_clients",
+    "skipped_rows",
+    "left_out_clients",
+    "left_out_rows",
+    "unassigned_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,9 @@ class TokenLengths:
     def of(cls, store: Store, tokens: Tokens) -> "TokenLengths":
         """Counts the tokens of the clients' rows, which the record batches hold in the order of the clients."""
         kept = (tokens.counts("train").astype(np.int64) + tokens.counts("heldout"))[: store.num_clients]
-        batches = (tokens.batches.get_batch(i) for i in range(tokens.batches.num_record_batches))
         with readable(tokens.folder):
-            lengths = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
-        rows = np.concatenate(lengths)[: kept.sum()]
+            lengths = pc.list_value_length(tokens.batches.read_all()["input_ids"]).to_numpy()
+        rows = lengths[: kept.sum()]
         until = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         ends = np.cumsum(kept)
         dropped = sum(int(tokens.dropped(split)[: store.num_clients].sum()) for split in ("train", "heldout"))
@@ -156,12 +161,12 @@ class Skew:
 def _categories(store: Store, rows: NDArray[np.int64]) -> Categories | None:
     """Counts the column `category` by its dictionary codes in Parquet; None where there is no such column."""
     path = store.folder / "rows.parquet"
+    options = {"memory_map": True, "read_dictionary": ["category"], "page_checksum_verification": True}
     with readable(store.folder):
         if "category" not in pq.read_schema(path, memory_map=True).names:
             return None
-    options = {"memory_map": True, "read_dictionary": ["category"], "page_checksum_verification": True}
-    with readable(store.folder), pq.ParquetFile(path, **options) as file:
-        values = file.read(columns=["category"])["category"].slice(0, rows.sum())
+        with pq.ParquetFile(path, **options) as file:
+            values = file.read(columns=["category"])["category"].slice(0, rows.sum())
     values = values.cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries()
     codes = np.concatenate([chunk.indices.to_numpy() for chunk in values.chunks]).astype(np.int64)
     names = values.chunk(0).dictionary.to_pylist()

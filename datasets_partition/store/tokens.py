@@ -85,11 +85,10 @@ class Tokens:
         begin = pa.py_buffer(file).address
         for values in self.rows(client, "train").columns:
             flat = values.flatten() if pa.types.is_list(values.type) else values
-            if not len(flat):
-                continue
-            first = flat.buffers()[1].address - begin + flat.offset * flat.type.bit_width // 8
-            start = first - first % PAGESIZE
-            file.madvise(MADV_WILLNEED, start, first + len(flat) * flat.type.bit_width // 8 - start)
+            if len(flat):
+                first = flat.buffers()[1].address - begin + flat.offset * flat.type.bit_width // 8
+                start = first - first % PAGESIZE
+                file.madvise(MADV_WILLNEED, start, first + len(flat) * flat.type.bit_width // 8 - start)
 
     def _batch(self, number: int) -> pa.RecordBatch:
         """A record batch of the file; looking it up takes longer than reading a client's rows in it."""
