@@ -1,4 +1,15 @@
-"""The central types: sources and their rows, partitioners and their assignments, and checks of both."""
+"""The central types: canonical tables, sources and their rows, partitioners and their assignments; checks of all.
+
+Every source returns a canonical table. It has one format; its content columns say which.
+
+    prompt_completion      prompt, completion             strings; the prompt of plain text is empty
+    messages               messages                       a list of turns, each with its role and content
+    preference             prompt, chosen, rejected       strings, or lists of turns
+    unpaired_preference    prompt, completion, label      strings, or lists of turns; true for a good completion
+    prompt_only            prompt                         a string, or a list of turns
+
+A table may also have `client`, a string, and any other column by which rows can be partitioned.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -8,15 +19,50 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from datasets_partition.core.canonical import TURNS, content_columns
 from datasets_partition.core.errors import DataError
 
+PROMPT_COMPLETION = "prompt_completion"
+MESSAGES = "messages"
+PREFERENCE = "preference"
+UNPAIRED_PREFERENCE = "unpaired_preference"
+PROMPT_ONLY = "prompt_only"
+
+# A table's columns are compared with the formats in this order.
+COLUMNS = {
+    PREFERENCE: ("prompt", "chosen", "rejected"),
+    MESSAGES: ("messages",),
+    UNPAIRED_PREFERENCE: ("prompt", "completion", "label"),
+    PROMPT_COMPLETION: ("prompt", "completion"),
+    PROMPT_ONLY: ("prompt",),
+}
+
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 OnRows = Callable[[int], None]  # called now and then with the number of rows so far
 TURN = {(field.name, field.type) for field in TURNS.value_type}
 
 
+def format_of(table: pa.Table) -> str:
+    """The format of a canonical table, a key of COLUMNS. Raises DataError if its columns make none."""
+    names = set(table.column_names)
+    for name, columns in COLUMNS.items():
+        # A label that is not boolean is a category, by which rows can be partitioned.
+        if names.issuperset(columns) and (
+            name != UNPAIRED_PREFERENCE or table.schema.field("label").type == pa.bool_()
+        ):
+            return name
+    known = "; ".join(", ".join(columns) for columns in COLUMNS.values())
+    raise DataError(
+        f"the source gives the columns {', '.join(table.column_names)}, which make no format: the formats are {known}"
+    )
+
+
+def content_columns(table: pa.Table) -> tuple[str, ...]:
+    """The columns that make up a row's content: two rows that agree on them are duplicates."""
+    return COLUMNS[format_of(table)]
+
+
 class Rows(NamedTuple):
-    """A source's rows in a canonical format (see canonical.py), and the number of rows left out, by reason."""
+    """A source's rows in a canonical format (see the top of this file), and the number of rows left out, by reason."""
 
     table: pa.Table
     skipped: dict[str, int]

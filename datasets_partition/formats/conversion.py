@@ -9,10 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datasets_partition.core.canonical import COLUMNS, TURNS, UNPAIRED_PREFERENCE, content_columns, format_of
 from datasets_partition.core.columns import array_of, as_text, joined, nan_is_null
 from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import OnRows, Rows, ignore
+from datasets_partition.core.types import (
+    COLUMNS,
+    TURNS,
+    UNPAIRED_PREFERENCE,
+    OnRows,
+    Rows,
+    content_columns,
+    format_of,
+    ignore,
+)
 from datasets_partition.formats.forms import (
     BESIDE_TURNS,
     EXPECTED,

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datasets_partition.core.canonical import MESSAGES, PREFERENCE, PROMPT_COMPLETION, PROMPT_ONLY, UNPAIRED_PREFERENCE
+from datasets_partition.core.types import MESSAGES, PREFERENCE, PROMPT_COMPLETION, PROMPT_ONLY, UNPAIRED_PREFERENCE
 
 OnBadRow = Literal["error", "skip"]
 Row = dict[str, Any]

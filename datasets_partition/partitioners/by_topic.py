@@ -12,7 +12,7 @@ from datasets_partition.core.columns import Coded, column, texts
 from datasets_partition.core.dealing import above_zero, at_least, enough_rows, numbered, text_columns
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Assignment
-from datasets_partition.partitioners.dirichlet import Dirichlet
+from datasets_partition.partitioners.by_label import Dirichlet
 
 # Topics are computed from at most SAMPLE rows; the others go to the nearest topic, BLOCK rows at a time.
 SAMPLE = 1 << 15

@@ -20,7 +20,7 @@ from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows, Rows, ignore
 from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion, Faults
 from datasets_partition.formats.forms import BadRow, OnBadRow
-from datasets_partition.sources.source_files import SourceFile, fingerprint, source_files
+from datasets_partition.sources.location import SourceFile, fingerprint, source_files
 
 ARRAY = re.compile(rb"\s*\[\s*(\{|$)")  # how a JSON array of objects starts
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"

@@ -13,8 +13,7 @@ from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows, Rows, ignore
 from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion
 from datasets_partition.formats.forms import OnBadRow
-from datasets_partition.sources.location import is_local
-from datasets_partition.sources.source_files import SourceFile, fingerprint, first_line, source_files
+from datasets_partition.sources.location import SourceFile, fingerprint, first_line, is_local, source_files
 
 KEY = "data.source.name"
 

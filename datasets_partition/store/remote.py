@@ -6,8 +6,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.sources.location import is_local, located
-from datasets_partition.sources.source_files import first_line
+from datasets_partition.sources.location import first_line, is_local, located
 from datasets_partition.store.sealed import MANIFEST, key_of
 from datasets_partition.store.store import written_whole
 

@@ -15,8 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.sources.location import node_cache
-from datasets_partition.sources.source_files import first_line
+from datasets_partition.sources.location import first_line, node_cache
 
 MANIFEST, INDEX = "manifest.json", "index.arrow"
 MAGIC = {".parquet": 4, ".arrow": 6}  # length of the bytes that end a file

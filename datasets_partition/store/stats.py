@@ -21,13 +21,6 @@ LEFT_OUT = (
     *("duplicate_rows", "duplicate_clients", "skipped_rows"),
     *("left_out_clients", "left_out_rows", "unassigned_rows"),
 )
-    "duplicate_rows",
-    "duplicate_clients",
-    "skipped_rows",
-    "left_out_clients",
-    "left_out_rows",
-    "unassigned_rows",
-]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import pyarrow as pa
 from torch import nn
 
-from datasets_partition.core.canonical import (
+from datasets_partition.core.types import (
     MESSAGES,
     PREFERENCE,
     PROMPT_ONLY,

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.errors import DataError
+from datasets_partition.partitioners.by_label import Dirichlet
 from datasets_partition.partitioners.by_size import Iid, SizeCap
 from datasets_partition.partitioners.combined import Combined
-from datasets_partition.partitioners.dirichlet import Dirichlet
 from datasets_partition.partitioners.natural import ByTime, GroupedNatural, Natural
 
 TABLE = pa.table(

@@ -12,12 +12,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from datasets_partition import Partitioners
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.by_label import Distribution, Pathological, Shards
+from datasets_partition.partitioners.by_label import Dirichlet, Distribution, InnerDirichlet, Pathological, Shards
 from datasets_partition.partitioners.by_size import BySize, Iid, SizeCap
 from datasets_partition.partitioners.by_topic import ByTopic
 from datasets_partition.partitioners.combined import Combined
 from datasets_partition.partitioners.continuous import ByLength, Continuous
-from datasets_partition.partitioners.dirichlet import Dirichlet, InnerDirichlet
 from datasets_partition.partitioners.natural import ByTime, GroupedNatural, Natural
 
 ROWS = 120

@@ -7,12 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from datasets_partition.partitioners.by_label import Distribution, Pathological, Shards
+from datasets_partition.partitioners.by_label import Dirichlet, Distribution, InnerDirichlet, Pathological, Shards
 from datasets_partition.partitioners.by_size import BySize, Iid, SizeCap
 from datasets_partition.partitioners.by_topic import ByTopic
 from datasets_partition.partitioners.combined import Combined
 from datasets_partition.partitioners.continuous import ByLength
-from datasets_partition.partitioners.dirichlet import Dirichlet, InnerDirichlet
 from datasets_partition.partitioners.natural import GroupedNatural, Natural
 from datasets_partition.sources.files import Jsonl
 from datasets_partition.store.build import build

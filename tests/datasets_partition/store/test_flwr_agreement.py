@@ -7,10 +7,9 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.by_label import Distribution, Pathological, Shards
+from datasets_partition.partitioners.by_label import Dirichlet, Distribution, InnerDirichlet, Pathological, Shards
 from datasets_partition.partitioners.by_size import BySize, Iid
 from datasets_partition.partitioners.continuous import Continuous
-from datasets_partition.partitioners.dirichlet import Dirichlet, InnerDirichlet
 from datasets_partition.partitioners.natural import GroupedNatural, Natural
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # read when it is imported

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from datasets_partition.core.types import Partitioner
+from datasets_partition.partitioners.by_label import Dirichlet
 from datasets_partition.partitioners.by_size import Iid, SizeCap
 from datasets_partition.partitioners.combined import Combined
-from datasets_partition.partitioners.dirichlet import Dirichlet
 from datasets_partition.partitioners.natural import ByTime, GroupedNatural, Natural
 from datasets_partition.sources.files import Jsonl
 from datasets_partition.store.build import build
