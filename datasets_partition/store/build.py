@@ -21,10 +21,17 @@ from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Partitioner, Source, content_columns, refuse_misfit, refuse_other_rows
 from datasets_partition.partitioners.combined import Combined, parts_of, unit_of
 from datasets_partition.sources.location import is_local, node_cache, within
-from datasets_partition.store.remote import fetch, publish, refuse_unwritable
-from datasets_partition.store.sealed import refuse_another, seal
+from datasets_partition.store.sealed import (
+    fetch,
+    publish,
+    refuse_another,
+    refuse_unwritable,
+    seal,
+    sweep,
+    written_whole,
+)
 from datasets_partition.store.splits import Splits, content_numbers, first_of_each, refuse_leaks
-from datasets_partition.store.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, sweep, write_arrow, written_whole
+from datasets_partition.store.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, write_arrow
 
 GROUPS_AT_ONCE = 64
 

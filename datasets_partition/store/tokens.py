@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from datasets_partition.core.types import OnRows, ignore
 from datasets_partition.sources.location import within
-from datasets_partition.store.remote import fetch, publish
-from datasets_partition.store.sealed import readable, refuse_another, seal
-from datasets_partition.store.store import SplitName, Store, column, sweep, write_arrow, written_whole
+from datasets_partition.store.sealed import fetch, publish, readable, refuse_another, seal, sweep, written_whole
+from datasets_partition.store.store import SplitName, Store, column, write_arrow
 
 # Rows encoded at once. Clients whose first rows lie in the same window of this size share a record batch.
 ROWS_PER_BATCH = 4096
