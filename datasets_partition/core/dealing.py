@@ -62,8 +62,7 @@ def given_sizes(sizes: tuple[int, ...], rows: int) -> NDArray[np.int64]:
 
 def numbered(clients: int) -> pa.StringArray:
     """The clients' numbers as names, padded so that they sort."""
-    numbers = pa.array(np.arange(clients)).cast(pa.string())
-    return pc.utf8_lpad(numbers, len(str(clients - 1)), "0")
+    return pc.utf8_lpad(pa.array(np.arange(clients)).cast(pa.string()), len(str(clients - 1)), "0")
 
 
 def joined(first: pa.StringArray, owners: NDArray[np.int64], then: pa.StringArray) -> pa.StringArray:

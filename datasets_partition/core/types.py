@@ -44,11 +44,10 @@ TURN = {(field.name, field.type) for field in TURNS.value_type}
 def format_of(table: pa.Table) -> str:
     """The format of a canonical table, a key of COLUMNS. Raises DataError if its columns make none."""
     names = set(table.column_names)
+    if "label" in names and table.schema.field("label").type != pa.bool_():
+        names.remove("label")  # a category, by which rows can be partitioned
     for name, columns in COLUMNS.items():
-        # A label that is not boolean is a category, by which rows can be partitioned.
-        if names.issuperset(columns) and (
-            name != UNPAIRED_PREFERENCE or table.schema.field("label").type == pa.bool_()
-        ):
+        if names.issuperset(columns):
             return name
     known = "; ".join(", ".join(columns) for columns in COLUMNS.values())
     raise DataError(

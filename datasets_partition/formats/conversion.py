@@ -239,8 +239,7 @@ def _renamed(batch: pa.RecordBatch, columns: dict[str, str], file: str) -> pa.Re
             raise DataError(
                 f"data.source.columns.{name} names {theirs!r}, which {file} does not have: name one of {', '.join(has)}"
             )
-    gone = {*columns, *columns.values()}
-    taken = {name: name for name in has if name not in gone} | columns
+    taken = {name: name for name in has if name not in {*columns, *columns.values()}} | columns
     classes = _class_names(batch.schema)
     arrays = [_plain(batch[theirs], classes.get(theirs)) for theirs in taken.values()]
     return pa.RecordBatch.from_arrays(arrays, names=list(taken))

@@ -38,10 +38,9 @@ class Combined:
         with _renamed_keys("data.partition.first"):
             first = self.first.assign(table, rng)
         # In the order that `first` keeps, so that parts of a client in time are stretches of time.
-        in_order = np.arange(table.num_rows) if first.order is None else first.order
-        order = np.lexsort((in_order, first.clients))
+        order = np.arange(table.num_rows) if first.order is None else first.order
         counts = np.bincount(first.clients + 1, minlength=len(first.names) + 1)
-        owned = order[counts[0] :]  # the first rows are nobody's
+        owned = np.lexsort((order, first.clients))[counts[0] :]  # the first rows are nobody's
         if isinstance(self.then, SizeCap):
             return _capped(first, owned, counts[1:], self.then, rng)
 
@@ -74,24 +73,10 @@ class Combined:
         return Assignment(clients, names, category, ranks, people)
 
 
+ByKey = Natural | GroupedNatural | ByTime
+ByLabel = Dirichlet | InnerDirichlet | Shards | Pathological | Distribution
 # The registry: a recipe's `data.partition` names one of these by its `kind`.
-Partitioners = (
-    Natural
-    | GroupedNatural
-    | ByTime
-    | Iid
-    | BySize
-    | SizeCap
-    | Dirichlet
-    | InnerDirichlet
-    | Shards
-    | Pathological
-    | Distribution
-    | Continuous
-    | ByLength
-    | ByTopic
-    | Combined
-)
+Partitioners = ByKey | Iid | BySize | SizeCap | ByLabel | Continuous | ByLength | ByTopic | Combined
 
 
 @contextmanager
@@ -137,9 +122,9 @@ def parts_of(part: Any) -> Iterator[Any]:
             yield from parts_of(getattr(part, key.name))
 
 
-def natural(partitioner: Partitioner) -> Natural | ByTime | GroupedNatural | None:
+def natural(partitioner: Partitioner) -> ByKey | None:
     """The first part of a partition that goes by a natural key."""
-    return next((part for part in parts_of(partitioner) if isinstance(part, Natural | ByTime | GroupedNatural)), None)
+    return next((part for part in parts_of(partitioner) if isinstance(part, ByKey)), None)
 
 
 def unit_of(partitioner: Partitioner, most: int, columns: list[str]) -> str | None:

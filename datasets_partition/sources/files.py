@@ -188,8 +188,7 @@ def _records(file: SourceFile) -> Iterator[tuple[int, list[str] | BadRow]]:
     """The header and the rows, each with the number of its first line as an editor counts; blank lines are skipped."""
     csv.field_size_limit(FIELD_BYTES)
     with file.buffered() as stream:
-        text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-        reader = csv.reader(text, strict=True)
+        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline=""), strict=True)
         while True:
             line = reader.line_num + 1
             try:

@@ -125,9 +125,8 @@ def source_files(location: str, suffixes: tuple[str, ...], key: str = "data.sour
         raise DataError(f"{key} is {location!r}, which cannot be read: {first_line(error)}") from None
     base = path.rstrip("/") + "/"
     names = sorted(file.path.removeprefix(base) for file in below if file.type == fs.FileType.File)
-    endings = tuple(suffix.lower() for suffix in suffixes)
     shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    wanted = [name for name in shown if name.lower().endswith(endings)]
+    wanted = [name for name in shown if name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))]
     if not wanted:
         raise DataError(
             f"{key} is {location!r}, a folder without a file that ends in {' or '.join(suffixes)}: correct the path"

@@ -170,8 +170,7 @@ def _content(
     if label is not None:
         category = {"category": labels(table, "data.label", label).texts()}
     elif given.category is not None:
-        place = pa.array(np.cumsum(~server) - 1, mask=server)
-        category = {"category": given.category.take(place)}
+        category = {"category": given.category.take(pa.array(np.cumsum(~server) - 1, mask=server))}
     counts = {
         "rows": len(stored),
         "clients": len(kept),
@@ -212,8 +211,7 @@ def _clients(table: pa.Table) -> int:
 
 def _gatherable(table: pa.Table) -> pa.Table:
     """The same rows in types that can be gathered beyond 2 GiB."""
-    wide = pa.schema([field.with_type(_wide(field.type)) for field in table.schema])
-    return table.cast(wide).combine_chunks()
+    return table.cast(pa.schema([field.with_type(_wide(field.type)) for field in table.schema])).combine_chunks()
 
 
 def _wide(kind: pa.DataType) -> pa.DataType:

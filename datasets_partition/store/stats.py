@@ -105,8 +105,7 @@ class TokenLengths:
         """Counts the tokens of the clients' rows, which the record batches hold in the order of the clients."""
         kept = (tokens.counts("train").astype(np.int64) + tokens.counts("heldout"))[: store.num_clients]
         with readable(tokens.folder):
-            lengths = pc.list_value_length(tokens.batches.read_all()["input_ids"]).to_numpy()
-        rows = lengths[: kept.sum()]
+            rows = pc.list_value_length(tokens.batches.read_all()["input_ids"]).to_numpy()[: kept.sum()]
         until = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         ends = np.cumsum(kept)
         dropped = sum(int(tokens.dropped(split)[: store.num_clients].sum()) for split in ("train", "heldout"))
