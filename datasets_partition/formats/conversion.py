@@ -115,11 +115,10 @@ class Conversion:
                     if isinstance(row, BadRow):
                         raise row
                     content, other = self._split(row)
-                except BadRow as bad:
-                    self._refuse(where, bad)
-                else:
                     contents.append(content)
                     others.append(other)
+                except BadRow as bad:
+                    self._refuse(where, bad)
             names = sorted(set[str]().union(*others))
             columns = {name: array_of([row.get(name) for row in others]) for name in names}
             self._keep(_table(contents), pa.table(columns))

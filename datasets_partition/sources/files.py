@@ -68,40 +68,31 @@ class Jsonl(Files):
 
 def _json_rows(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """Rows with their names; a bad line comes in its place, so that the first bad row is named, whatever its fault."""
-    is_first = True
     with file.buffered() as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            if is_first and ARRAY.match(line.removeprefix(BOM_UTF8)):
+        lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
+        for place, (number, line) in enumerate(lines):
+            if not place and ARRAY.match(line.removeprefix(BOM_UTF8)):
                 raise DataError(
                     f"{file.name} is a JSON array, which no data.source.kind reads: write one JSON object a line for "
                     f"kind = \"jsonl\", as jq -c '.[]' does"
                 )
-            is_first = False
-            where = f"{file.name} line {number}"
-            try:
-                yield where, _parsed(line)
-            except BadRow as bad:
-                yield where, bad
+            yield f"{file.name} line {number}", _parsed(line)
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def _parsed(line: bytes) -> dict[str, Any] | BadRow:
     try:
         row = json.loads(line.decode("utf-8-sig"))  # files from Windows may start with a byte order mark
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()  # half of an escaped surrogate pair is not text
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise BadRow("is not UTF-8", f"{error.reason}; save the file as UTF-8") from None
+        return BadRow("is not UTF-8", f"{error.reason}; save the file as UTF-8")
     except json.JSONDecodeError as error:
         where = f"at character {error.colno}" if error.lineno == 1 else "at its end"
         detail = f"{error.msg} {where}; each line must be one whole row, as jq -c writes it"
-        raise BadRow("is not JSON", detail) from None
+        return BadRow("is not JSON", detail)
     except (ValueError, RecursionError) as error:
-        raise BadRow("is not JSON", f"{error}; each line must be one whole row") from None
-    if not isinstance(row, dict):
-        raise BadRow("is not a JSON object")
-    return row
+        return BadRow("is not JSON", f"{error}; each line must be one whole row")
+    return row if isinstance(row, dict) else BadRow("is not a JSON object")
 
 
 @dataclass(frozen=True, kw_only=True)
