@@ -15,13 +15,7 @@ from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import content_columns
 
 # The canonical column that a column of the source has become (see forms.py).
-KEPT_IN = {
-    "text": "completion",
-    "output": "completion",
-    "instruction": "prompt",
-    "input": "prompt",
-    "conversations": "messages",
-}
+KEPT_IN = dict(text="completion", output="completion", instruction="prompt", input="prompt", conversations="messages")
 SHOWN = 160  # letters of a row that an error shows
 WHOLE = 2**53  # up to here floats represent every whole number
 # Raised by Arrow for values or columns without a common type.

@@ -21,15 +21,7 @@ from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Partitioner, Source, content_columns, refuse_misfit, refuse_other_rows
 from datasets_partition.partitioners.combined import Combined, parts_of, unit_of
 from datasets_partition.sources.location import is_local, node_cache, within
-from datasets_partition.store.sealed import (
-    fetch,
-    publish,
-    refuse_another,
-    refuse_unwritable,
-    seal,
-    sweep,
-    written_whole,
-)
+from datasets_partition.store import sealed
 from datasets_partition.store.splits import Splits, content_numbers, first_of_each, refuse_leaks
 from datasets_partition.store.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, write_arrow
 
@@ -65,12 +57,12 @@ def build(
     key = sha256(json.dumps(origin).encode()).hexdigest()
     name = key[:16]
     folder = (Path(cache) if is_local(cache) else node_cache()) / name
-    refuse_unwritable(cache)
-    sweep(folder)
-    if folder.exists() or (not is_local(cache) and fetch(within(cache, name), folder)):
-        refuse_another(folder, key)
+    sealed.refuse_unwritable(cache)
+    sealed.sweep(folder)
+    if folder.exists() or (not is_local(cache) and sealed.fetch(within(cache, name), folder)):
+        sealed.refuse_another(folder, key)
         if not is_local(cache):
-            publish(folder, within(cache, name))
+            sealed.publish(folder, within(cache, name))
         return folder
 
     content = _content(source, partitioner, splits, seed, on_step, label)
@@ -78,12 +70,12 @@ def build(
         code_version = version("fedpost")
     except PackageNotFoundError:
         code_version = "not installed: run from its folder"
-    with written_whole(folder) as scratch:
+    with sealed.written_whole(folder) as scratch:
         content.write(scratch, on_step)
-        seal(scratch, key, {**origin, "fedpost": code_version, **content.counts})
+        sealed.seal(scratch, key, {**origin, "fedpost": code_version, **content.counts})
     if not is_local(cache):
         on_step(f"copying the store to {cache}")
-        publish(folder, within(cache, name))
+        sealed.publish(folder, within(cache, name))
     return folder
 
 

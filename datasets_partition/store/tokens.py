@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from datasets_partition.core.types import OnRows, ignore
 from datasets_partition.sources.location import within
-from datasets_partition.store.sealed import fetch, publish, readable, refuse_another, seal, sweep, written_whole
+from datasets_partition.store import sealed
 from datasets_partition.store.store import SplitName, Store, column, write_arrow
 
 # Rows encoded at once. Clients whose first rows lie in the same window of this size share a record batch.
@@ -47,7 +47,7 @@ class Tokens:
     @classmethod
     def open(cls, folder: Path) -> "Tokens":
         """Opens the token columns that `tokenize` left in `folder`. Raises DataError if they are damaged."""
-        with readable(folder):
+        with sealed.readable(folder):
             pages = []
             for name in ("index.arrow", "tokens.arrow"):
                 with (folder / name).open("rb") as file:
@@ -94,7 +94,7 @@ class Tokens:
         if number not in self.known:
             if len(self.known) == BATCHES_KNOWN:
                 self.known.clear()
-            with readable(self.folder):
+            with sealed.readable(self.folder):
                 batch = self.batches.get_batch(number)
                 batch.validate(full=True)  # Arrow does not check what it reads
                 self.known[number] = batch
@@ -133,15 +133,15 @@ def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None, 
     digest = sha256(key.encode()).hexdigest()
     name = f"tokens-{digest[:16]}"
     folder, remote = store.folder / name, within(shared, name) if shared else None
-    sweep(folder)
-    if folder.exists() or (remote and fetch(remote, folder)):
-        refuse_another(folder, digest)
+    sealed.sweep(folder)
+    if folder.exists() or (remote and sealed.fetch(remote, folder)):
+        sealed.refuse_another(folder, digest)
     else:
-        with written_whole(folder) as scratch:
+        with sealed.written_whole(folder) as scratch:
             _write(store, encode, scratch, on_rows)
-            seal(scratch, digest, {})
+            sealed.seal(scratch, digest, {})
     if remote:
-        publish(folder, remote)
+        sealed.publish(folder, remote)
     return Tokens.open(folder)
 
 
