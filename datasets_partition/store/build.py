@@ -56,26 +56,25 @@ def build(
     }
     key = sha256(json.dumps(origin).encode()).hexdigest()
     name = key[:16]
-    folder = (Path(cache) if is_local(cache) else node_cache()) / name
+    remote = None if is_local(cache) else within(cache, name)
+    folder = (node_cache() if remote else Path(cache)) / name
     sealed.refuse_unwritable(cache)
     sealed.sweep(folder)
-    if folder.exists() or (not is_local(cache) and sealed.fetch(within(cache, name), folder)):
+    if folder.exists() or (remote and sealed.fetch(remote, folder)):
         sealed.refuse_another(folder, key)
-        if not is_local(cache):
-            sealed.publish(folder, within(cache, name))
-        return folder
-
-    content = _content(source, partitioner, splits, seed, on_step, label)
-    try:
-        code_version = version("fedpost")
-    except PackageNotFoundError:
-        code_version = "not installed: run from its folder"
-    with sealed.written_whole(folder) as scratch:
-        content.write(scratch, on_step)
-        sealed.seal(scratch, key, {**origin, "fedpost": code_version, **content.counts})
-    if not is_local(cache):
-        on_step(f"copying the store to {cache}")
-        sealed.publish(folder, within(cache, name))
+    else:
+        content = _content(source, partitioner, splits, seed, on_step, label)
+        try:
+            code_version = version("fedpost")
+        except PackageNotFoundError:
+            code_version = "not installed: run from its folder"
+        with sealed.written_whole(folder) as scratch:
+            content.write(scratch, on_step)
+            sealed.seal(scratch, key, {**origin, "fedpost": code_version, **content.counts})
+        if remote:
+            on_step(f"copying the store to {cache}")
+    if remote:
+        sealed.publish(folder, remote)
     return folder
 
 
