@@ -56,8 +56,8 @@ class PythonDocs:
             for row in documented(path, self.prompt_chars):
                 clients.setdefault(row, client)
             on_rows(len(clients))
-        prompts, completions = zip(*clients, strict=True) if clients else ((), ())
-        return Rows(pa.table([list(clients.values()), prompts, completions], schema=SCHEMA), {})
+        rows = [(client, *row) for row, client in clients.items()]
+        return Rows(pa.table([[row[place] for row in rows] for place in range(3)], schema=SCHEMA), {})
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         stdlib = Path(sysconfig.get_path("stdlib"))
