@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -135,21 +135,14 @@ class CsvFiles(Files):
         label = self.columns.get("label", "" if "label" in self.columns.values() else "label")
         for file in files:
             parts = list(_csv_parts(file))
-            is_boolean = _is_boolean([part.batch[label] for part in parts if part.batch.schema.names.count(label) == 1])
-            for part in parts:
-                batch = _with_boolean(part.batch, label) if is_boolean else part.batch
-                conversion.add_batch(batch, file.name, part.lines, "line", part.faults)
+            is_boolean = _is_boolean([batch[label] for batch, *_ in parts if batch.schema.names.count(label) == 1])
+            for batch, lines, faults in parts:
+                typed = _with_boolean(batch, label) if is_boolean else batch
+                conversion.add_batch(typed, file.name, lines, "line", faults)
 
 
-class _Part(NamedTuple):
-    """Some rows of a CSV file, the number of each row's first line, and the bad rows among them."""
-
-    batch: pa.RecordBatch
-    lines: list[int]
-    faults: Faults
-
-
-def _csv_parts(file: SourceFile) -> Iterator[_Part]:
+def _csv_parts(file: SourceFile) -> Iterator[tuple[pa.RecordBatch, list[int], Faults]]:
+    """Some rows of a CSV file at a time, the number of each row's first line, and the bad rows among them."""
     records = _records(file)
     _, header = next(records, (0, None))
     if header is None:
@@ -172,7 +165,7 @@ def _csv_parts(file: SourceFile) -> Iterator[_Part]:
             else:
                 rows[-1] = record
         arrays = [pa.array(values, pa.string()) for values in zip(*rows, strict=True)]
-        yield _Part(pa.RecordBatch.from_arrays(arrays, names=header), [line for line, _ in some], faults)
+        yield pa.RecordBatch.from_arrays(arrays, names=header), [line for line, _ in some], faults
 
 
 def _records(file: SourceFile) -> Iterator[tuple[int, list[str] | BadRow]]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from hashlib import file_digest, sha256
 from io import SEEK_END
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
@@ -57,16 +57,12 @@ def _digest(folder: Path, manifest: dict[str, Any]) -> str:
     for name in sorted(manifest["bytes"]):
         with (folder / name).open("rb") as file:
             if name != INDEX:
-                _to_footer(file, MAGIC[Path(name).suffix])
+                magic = MAGIC[Path(name).suffix]  # after the footer and its length
+                file.seek(-4 - magic, SEEK_END)
+                length = int.from_bytes(file.read(4), "little")
+                file.seek(-4 - magic - length, SEEK_END)
             digest.update(file_digest(file, sha256).digest())
     return digest.hexdigest()
-
-
-def _to_footer(file: BinaryIO, magic: int) -> None:
-    """Seeks the footer of a file that ends with a footer, the footer's length, and `magic` bytes."""
-    file.seek(-4 - magic, SEEK_END)
-    length = int.from_bytes(file.read(4), "little")
-    file.seek(-4 - magic - length, SEEK_END)
 
 
 def refuse_another(folder: Path, key: str) -> None:
