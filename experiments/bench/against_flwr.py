@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from datasets_partition.core.types import Partitioner
-from datasets_partition.partitioners.dirichlet import Dirichlet
+from datasets_partition.partitioners.by_label import Dirichlet
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.store.build import rng
 from experiments.bench.harness import seconds_of

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows
 from datasets_partition.sources.location import within
-from datasets_partition.store.remote import put
+from datasets_partition.store.sealed import put
 from datasets_partition.store.stats import Sizes, Skew, TokenLengths
 from datasets_partition.store.store import Store
 from engine.messages.errors import RunError

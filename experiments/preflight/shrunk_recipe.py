@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_partition.partitioners.natural import Natural
-from datasets_partition.sources.parquet_files import ParquetFiles
+from datasets_partition.sources.files import ParquetFiles
 from datasets_partition.store.splits import Splits
 from engine.config.sections import Clients
 from engine.config.train import Train

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from datasets_partition import Sources
-from datasets_partition.core.canonical import content_columns
+from datasets_partition.core.types import content_columns
 from datasets_partition.sources.location import is_local
 from datasets_partition.sources.python_docs import PythonDocs
 from datasets_partition.store.build import build

@@ -13,8 +13,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from datasets_partition.sources.location import is_local, located, node_cache
-from datasets_partition.sources.source_files import first_line
+from datasets_partition.sources.location import first_line, is_local, located, node_cache
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
 from experiments.report.run_folder import leaves

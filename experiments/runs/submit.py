@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from datasets_partition.sources.location import is_local, refuse_password
-from datasets_partition.sources.source_files import first_line
+from datasets_partition.sources.location import first_line, is_local, refuse_password
 from engine.messages.errors import RunError
 from experiments.config.recipe import load_recipe
 from experiments.report.terminal import say

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from datasets_partition.partitioners.natural import Natural
-from datasets_partition.sources.parquet_files import ParquetFiles
+from datasets_partition.sources.files import ParquetFiles
 from datasets_partition.store.build import build
 from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store

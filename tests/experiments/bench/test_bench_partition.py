@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datasets_partition.partitioners.dirichlet import Dirichlet
+from datasets_partition.partitioners.by_label import Dirichlet
 from datasets_partition.partitioners.natural import Natural
-from datasets_partition.sources.parquet_files import ParquetFiles
+from datasets_partition.sources.files import ParquetFiles
 from datasets_partition.store.build import build, rng
 from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store
