@@ -1,5 +1,6 @@
 """Small random models and random rows that the benchmarks train."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,20 @@ from experiments.config.recipe import SHIPPED
 from strategies.core.seeds import rng
 
 TEXTS = 4096  # different texts, from which the rows are drawn
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-def write_llama(folder: Path, sizes: dict[str, int], *, vocabulary: int | None = None, of_bytes: bool = False) -> None:
-    """Writes a random Llama of these sizes with the shipped tokenizer, or with one whose tokens are bytes.
+def write_llama(folder: Path, sizes: Sequence[int], *, vocabulary: int | None = None, of_bytes: bool = False) -> None:
+    """Writes a random Llama of these SIZES with the shipped tokenizer, or with one whose tokens are bytes.
 
-    `vocabulary` is given where it is to be larger than the tokenizer's.
+    `vocabulary` is given if it is larger than the tokenizer's.
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer: Any = _bytes_tokenizer() if of_bytes else AutoTokenizer.from_pretrained(SHIPPED["tiny"])
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary or len(tokenizer), **sizes)).save_pretrained(folder)
+    named = dict(zip(SIZES, sizes, strict=True))
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary or len(tokenizer), **named)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

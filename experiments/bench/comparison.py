@@ -1,6 +1,5 @@
-"""What the cells of `fedpost bench strategies` show: figures of each, a table, a plot, and all of it as Parquet."""
+"""What `fedpost bench strategies` shows: each cell's figures as Parquet, and tables of means as Markdown and a page."""
 
-import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -9,24 +8,31 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from engine.records.metrics import read_log
 from engine.system.atomic import write_file
+from experiments.bench.page import Cell, Tables, render
 from experiments.config.recipe import Recipe
 
-BASELINE = "fedavg"
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # distinct for everybody (Okabe and Ito)
-HEAD = (
-    "| rule | seeds | held-out | against fedavg | unseen | worst tenth | personal | its worst tenth | kB up | kB down "
-    "| round, s | server, ms |\n|---|" + "--:|" * 11
-)
+BASELINE, AGAINST = "fedavg", "against fedavg"
+# A column: the result's figure in it, in which unit, and the digits; losses stand with half of their range over seeds.
+COLUMNS = {
+    "held-out": ("heldout", 1.0, ".3f"),
+    AGAINST: ("", 1.0, "+.3f"),
+    "unseen": ("unseen", 1.0, ".3f"),
+    "worst tenth": ("worst_tenth", 1.0, ".3f"),
+    "personal": ("personal", 1.0, ".3f"),
+    "its worst tenth": ("personal_worst_tenth", 1.0, ".3f"),
+    "kB up": ("bytes_up", 1e3, ",.0f"),
+    "kB down": ("bytes_down", 1e3, ",.0f"),
+    "round, s": ("round_s", 1.0, ".1f"),
+    "server, ms": ("server_s", 1e-3, ".0f"),
+}
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A finished cell's figures: losses in nats per token at the end, bytes a client and round, medians of seconds.
+class Result:
+    """A rule's figures with a seed: losses in nats per token at the end, bytes a client and round, median seconds.
 
     `worst_tenth` is the mean loss of the tenth of the clients that has the highest. `personal` evaluates each client on
     the model that it would use: a personal one once it has it, else the global one. NaN: there is no such figure.
@@ -48,15 +54,14 @@ class Cell:
     server_s: float
 
 
-def read_cell(folder: Path, rule: str, partition: str, recipe: Recipe) -> Cell:
+def read_result(folder: Path, rule: str, partition: str, recipe: Recipe) -> Result:
     """The figures of a run folder."""
     last = recipe.rounds
     values: dict[tuple[str, str], dict[int, float]] = {}  # (split, name) -> round -> value of all clients together
     losses_of: dict[str, dict[str, float]] = {}  # name -> client -> value at the end
     for row in read_log(folder / "metrics").to_pylist():
-        key = row["split"], row["name"]
         if row["client"] is None:
-            values.setdefault(key, {})[row["round"]] = row["value"]
+            values.setdefault((row["split"], row["name"]), {})[row["round"]] = row["value"]
         elif row["split"] == "heldout" and row["round"] == last:
             losses_of.setdefault(row["name"], {})[row["client"]] = row["value"]
 
@@ -64,28 +69,17 @@ def read_cell(folder: Path, rule: str, partition: str, recipe: Recipe) -> Cell:
         return float(values.get((split, "loss"), {}).get(round_, math.nan))
 
     def engine(name: str) -> list[float]:
-        return list(values.get(("engine", name), {}).values())
+        return list(values.get(("engine", name), {math.nan: math.nan}).values())
 
     losses, personal, tokens = (losses_of.get(name, {}) for name in ("loss", "loss_personal", "tokens"))
     used = losses | personal
     mean = sum(used[client] * tokens[client] for client in used) / sum(tokens[client] for client in used)
-    took_part = sum(engine("clients"))
-    return Cell(
-        partition=partition,
-        rule=rule,
-        seed=recipe.seed,
-        rounds=last,
-        before=loss("heldout", 0),
-        heldout=loss("heldout"),
-        unseen=loss("unseen"),
-        worst_tenth=worst_tenth(list(losses.values())),
-        personal=mean if personal else math.nan,
-        personal_worst_tenth=worst_tenth(list(used.values())) if personal else math.nan,
-        bytes_up=sum(engine("protocol_bytes_up")) / took_part,
-        bytes_down=sum(engine("protocol_bytes_down")) / took_part,
-        round_s=statistics.median(engine("round_s")),
-        server_s=statistics.median(engine("apply_s") or [math.nan]),
-    )
+    worst, personal_worst = (worst_tenth(list(each.values())) for each in (losses, used))
+    mean, personal_worst = (mean, personal_worst) if personal else (math.nan, math.nan)
+    ways = (sum(engine(f"protocol_bytes_{way}")) / sum(engine("clients")) for way in ("up", "down"))
+    seconds = (statistics.median(engine(name)) for name in ("round_s", "apply_s"))
+    ends = loss("heldout", 0), loss("heldout"), loss("unseen"), worst, mean, personal_worst
+    return Result(partition, rule, recipe.seed, last, *ends, *ways, *seconds)
 
 
 def worst_tenth(losses: Sequence[float]) -> float:
@@ -93,98 +87,47 @@ def worst_tenth(losses: Sequence[float]) -> float:
     return statistics.fmean(sorted(losses)[-max(1, len(losses) // 10) :])
 
 
-def compare(cells: Sequence[Cell], out: Path) -> None:
-    """Writes cells.parquet, table.md and plot.png into `out`."""
+def compare(results: Sequence[Result], out: Path) -> None:
+    """Writes cells.parquet, table.md and report.html into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([asdict(cell) for cell in cells]), sink)
+    sink, shown = pa.BufferOutputStream(), tables(results)
+    pq.write_table(pa.Table.from_pylist([asdict(result) for result in results]), sink)
     write_file(out / "cells.parquet", sink.getvalue().to_pybytes())
-    write_file(out / "table.md", table(cells).encode())
-    write_file(out / "plot.png", plot(cells))
+    write_file(out / "table.md", markdown(shown).encode())
+    write_file(out / "report.html", render(shown, []))
 
 
-def table(cells: Sequence[Cell]) -> str:
-    """Markdown: a table a partition, a row a rule, means over the seeds with half their range."""
-    text = []
-    for partition, rules in _grouped(cells).items():
-        baseline = {cell.seed: cell.heldout for cell in rules.get(BASELINE, [])}
-        before = statistics.fmean(cell.before for group in rules.values() for cell in group)
-        rounds = next(iter(rules.values()))[0].rounds
-        text.append(f"Partition {partition}, {rounds} rounds; held-out loss before training {before:.3f}.\n")
-        text.append(HEAD)
-        for rule, group in rules.items():
-            against = [cell.heldout - baseline[cell.seed] for cell in group if cell.seed in baseline]
-            heldout, *losses = (
-                _spread([getattr(cell, name) for cell in group])
-                for name in ("heldout", "unseen", "worst_tenth", "personal", "personal_worst_tenth")
-            )
-            columns = [heldout, f"{statistics.fmean(against):+.3f}" if against and rule != BASELINE else "", *losses]
-            columns += [f"{_mean(group, name) / 1e3:,.0f}" for name in ("bytes_up", "bytes_down")]
-            columns += [_text(_mean(group, "round_s"), ".1f"), _text(1e3 * _mean(group, "server_s"), ".0f")]
-            text.append(f"| {rule} | {len(group)} | {' | '.join(columns)} |")
-        text.append("")
-    return "\n".join(text)
+def tables(results: Sequence[Result]) -> Tables:
+    """A table for each partition: each rule with its means over the seeds."""
+    rows: Tables = {}
+    for partition in dict.fromkeys(result.partition for result in results):
+        there = [result for result in results if result.partition == partition]
+        baseline = {result.seed: result.heldout for result in there if result.rule == BASELINE}
+        before = statistics.fmean(result.before for result in there)
+        caption = f"Partition {partition}, {there[0].rounds} rounds; held-out loss before training {before:.3f}."
+        rows[caption] = [[Cell(head) for head in ("rule", "seeds", *COLUMNS)]]
+        for rule in dict.fromkeys(result.rule for result in there):
+            group = [result for result in there if result.rule == rule]
+            rows[caption].append([Cell(rule), Cell(str(len(group)))])
+            for head, (field, unit, digits) in COLUMNS.items():
+                values = [getattr(result, field) / unit for result in group] if field else []
+                if head == AGAINST and rule != BASELINE:
+                    values = [each.heldout - baseline[each.seed] for each in group if each.seed in baseline]
+                rows[caption][-1].append(_cell(head, values, digits))
+    return rows
 
 
-def plot(cells: Sequence[Cell]) -> bytes:
-    """A row of panels a partition: losses, bytes and time of each rule, as a PNG file."""
-    partitions = _grouped(cells)
-    figure = Figure(
-        figsize=(12, (1.5 + 0.26 * max(map(len, partitions.values()))) * len(partitions)), layout="constrained", dpi=110
-    )
-    rows = figure.subplots(len(partitions), 3, squeeze=False, sharey="row", width_ratios=(5, 3, 2))
-    for (name, rules), (losses, moved, time) in zip(partitions.items(), rows, strict=True):
-        _dots(losses, rules, "held-out", "heldout", "o", BLUE)
-        _dots(losses, rules, "worst tenth", "worst_tenth", "^", VERMILION)
-        _dots(losses, rules, "personal", "personal", "s", GREEN)
-        for field in ("heldout", "worst_tenth") if BASELINE in rules else ():
-            losses.axvline(_mean(rules[BASELINE], field), color=GREY, linewidth=0.8, linestyle="--")
-        losses.set_yticks(range(len(rules)), list(rules))
-        losses.invert_yaxis()
-        losses.set_xlabel("loss at the end, nats per token (dashed: fedavg)")
-        losses.set_title(f"partition {name}", loc="left")
-        _dots(moved, rules, "up", "bytes_up", "o", BLUE, unit=1e3)
-        _dots(moved, rules, "down", "bytes_down", "s", VERMILION, unit=1e3)
-        moved.set_xscale("symlog", linthresh=10)
-        most_kb = max(max(cell.bytes_up, cell.bytes_down) for group in rules.values() for cell in group) / 1e3
-        moved.set(xlim=(0, 2 * most_kb), xlabel="kB a client and round")
-        _dots(time, rules, "round", "round_s", "o", BLUE)
-        _dots(time, rules, "server", "server_s", "^", VERMILION)
-        time.set(xlabel="seconds a round", xscale="log")
-        for axes in (losses, moved, time):
-            axes.legend(fontsize="small")
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+def _cell(head: str, values: Sequence[float], digits: str) -> Cell:
+    if not values or math.isnan(mean := statistics.fmean(values)):
+        return Cell("")
+    half = (max(values) - min(values)) / 2 if digits == ".3f" else 0
+    return Cell(f"{mean:{digits}}" + (f" ± {half:.3f}" if half > 0 else ""), mean, head)
 
 
-def _dots(
-    axes: Axes, rules: dict[str, list[Cell]], label: str, field: str, mark: str, color: str, unit: float = 1.0
-) -> None:
-    """Draws a field of every cell, each rule in a row; a NaN is no dot."""
-    points = [(getattr(cell, field) / unit, row) for row, group in enumerate(rules.values()) for cell in group]
-    finite = [point for point in points if math.isfinite(point[0])]
-    x, y = zip(*finite, strict=True) if finite else ((), ())
-    axes.plot(x, y, mark, color=color, label=label, markersize=5, alpha=0.8)
-    axes.grid(axis="x", linewidth=0.4)
-
-
-def _grouped(cells: Sequence[Cell]) -> dict[str, dict[str, list[Cell]]]:
-    """Cells by partition and rule, in the order in which they come."""
-    groups: dict[str, dict[str, list[Cell]]] = {}
-    for cell in cells:
-        groups.setdefault(cell.partition, {}).setdefault(cell.rule, []).append(cell)
-    return groups
-
-
-def _mean(cells: Sequence[Cell], field: str) -> float:
-    return statistics.fmean(getattr(cell, field) for cell in cells)
-
-
-def _text(value: float, form: str) -> str:
-    return "" if math.isnan(value) else f"{value:{form}}"
-
-
-def _spread(values: Sequence[float]) -> str:
-    half = (max(values) - min(values)) / 2
-    return _text(statistics.fmean(values), ".3f") + (f" ± {half:.3f}" if half > 0 else "")
+def markdown(shown: Tables) -> str:
+    """The tables as Markdown."""
+    lines = []
+    for caption, rows in shown.items():
+        heads, *texts = (f"| {' | '.join(cell.text for cell in row)} |" for row in rows)
+        lines += [f"{caption}\n", heads, "|---|" + "--:|" * (len(rows[0]) - 1), *texts, ""]
+    return "\n".join(lines)

@@ -1,24 +1,53 @@
-"""Benchmarks' results as one self-contained page: figures side by side, and a picture of them by unit."""
+"""Benchmarks as one self-contained page: tables with a bar in each cell, and charts."""
 
-import base64
-import io
+import math
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
-from experiments.report.terminal import inert, inert_lines
+from experiments.report.terminal import inert_lines
 
 RESULTS = "results.parquet"
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
-Results = dict[str, dict[str, Any]]  # figure -> its row
+MACHINE = "{time}, {cores} cores ({cpu}), {system}, Python {python}; {packages}"
+
+
+class Cell(NamedTuple):
+    """A cell's text; a positive value has a bar, as long as its share of the largest value of its kind."""
+
+    text: str
+    value: float = 0.0
+    kind: str = ""
+
+
+Tables = dict[str, list[list[Cell]]]  # by caption; the first row has the heads
+
+
+def render(
+    tables: dict[str, list[list[Cell]]], notes: Sequence[tuple[str, str]], charts: Sequence[Markup] = ()
+) -> bytes:
+    """The page: tables, labelled notes, and charts; all but the charts is escaped."""
+    largest = defaultdict[str, float](float)
+    for cell in chain(*chain(*tables.values())):
+        if cell.value < math.inf:
+            largest[cell.kind] = max(largest[cell.kind], cell.value)
+
+    def bar(cell: Cell) -> int:
+        return round(100 * cell.value / largest[cell.kind]) if 0 < cell.value < math.inf else 0
+
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    page = pages.get_template("bench.html").render(tables=tables, notes=notes, charts=charts, bar=bar)
+    return inert_lines(page).encode()
 
 
 def is_results(folder: Path) -> bool:
@@ -26,58 +55,22 @@ def is_results(folder: Path) -> bool:
     return (folder / RESULTS).is_file()
 
 
-def write_page(folders: Sequence[Path], out: Path) -> Path:
-    """Writes the page about one result, or about several side by side; RunError where one cannot be read."""
+def write_page(folders: Sequence[Path], out: Path, charts: Sequence[Markup] = ()) -> Path:
+    """Writes the page about one result, or about several side by side; RunError if one cannot be read."""
     results = [_read(folder) for folder in folders]
     facts = [next(iter(each.values())) for each in results]  # every row says where and when it was measured
-    heads = [f"{row['scenario']}, {row['commit']}" for row in facts]
-    lines = []
-    for name in dict.fromkeys(name for each in results for name in each):
-        unit = next(each[name]["unit"] for each in results if name in each)
-        lines.append([name, *(_text(each.get(name)) for each in results), unit])
-    places = [row | {"folder": folder.name} for folder, row in zip(folders, facts, strict=True)]
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    picture = base64.b64encode(draw(results, heads)).decode()
-    page = pages.get_template("bench.html").render(heads=heads, lines=lines, places=places, picture=picture)
+    units = {name: row["unit"] for each in reversed(results) for name, row in each.items()}
+    rows = [[Cell("figure"), *(Cell(f"{row['scenario']}, {row['commit']}") for row in facts), Cell("unit")]]
+    for name in dict.fromkeys(chain(*results)):
+        rows.append([Cell(name), *(_cell(each.get(name)) for each in results), Cell(units[name])])
+    notes = [(folder.name, MACHINE.format(**row)) for folder, row in zip(folders, facts, strict=True)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, inert_lines(page).encode())
+    write_file(out, render({"": rows}, notes, charts))
     return out
 
 
-@rc_context({"text.parse_math": False})
-def draw(results: Sequence[Results], labels: Sequence[str]) -> bytes:
-    """Bars of all figures, one panel for each unit, as a PNG; nothing in a name is markup."""
-    units: dict[str, dict[str, None]] = {}  # names in the order in which they come
-    for each in results:
-        for name, row in each.items():
-            if row["value"] is not None:
-                units.setdefault(row["unit"].partition(",")[0], {})[name] = None
-    heights = [len(names) * len(results) * 0.22 + 0.9 for names in units.values()] or [1.0]
-    picture = Figure(figsize=(9, sum(heights)), layout="constrained", dpi=110)
-    panels = picture.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for (unit, names), panel in zip(units.items(), panels, strict=False):
-        for place, each in enumerate(results):
-            bars = {
-                row + place * 0.8 / len(results): each[name]["value"]
-                for row, name in enumerate(names)
-                if name in each and each[name]["value"] is not None
-            }
-            drawn = panel.barh(list(bars), list(bars.values()), 0.75 / len(results), label=inert(labels[place]))
-            panel.bar_label(drawn, [f" {value:,.4g}" for value in bars.values()], fontsize=8)
-        panel.set(yticks=range(len(names)), yticklabels=list(map(inert, names)), title=inert(unit))
-        panel.margins(x=0.12)
-        panel.invert_yaxis()
-        panel.spines[["top", "right"]].set_visible(False)
-    if len(results) > 1 and units:
-        panels[0].legend(frameon=False)
-    content = io.BytesIO()
-    picture.savefig(content, format="png")
-    return content.getvalue()
-
-
-def _read(folder: Path) -> Results:
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    """The row of each figure."""
     try:
         rows = pq.read_table(folder / RESULTS).to_pylist()
         results = {str(row["figure"]): {**row, "commit": row.get("commit") or "unknown commit"} for row in rows}
@@ -88,5 +81,9 @@ def _read(folder: Path) -> Results:
     return results
 
 
-def _text(row: dict[str, Any] | None) -> str:
-    return "" if row is None else "not measured" if row["value"] is None else f"{row['value']:,.4g}"
+def _cell(row: dict[str, Any] | None) -> Cell:
+    """A figure; what is compared by bars is all of one unit, up to its first comma."""
+    value = row and row["value"]
+    if row is None or value is None:
+        return Cell("" if row is None else "not measured")
+    return Cell(f"{value:,.4g}", value, row["unit"].partition(",")[0])

@@ -24,7 +24,7 @@ class Rule:
 
 
 def _plain(kind: str, *changes: str, why: str = DEFAULTS, main: bool = False) -> Rule:
-    """A rule that is named after its kind of strategy, with the demo's other keys."""
+    """A rule that has the name of its kind of strategy, with the demo's other keys."""
     return Rule(kind, (f"strategy.kind={kind}", *changes), why, main)
 
 

@@ -8,7 +8,7 @@ import typer
 
 from experiments.cli.command import Debug, guarded
 
-# Each is the module of that name in experiments/bench/scenarios, whose `measure(small=...)` returns the figures.
+# Each is a function of that name in experiments/bench/scenarios.
 SCENARIOS = {
     "lora": "tokens/s against a bare PyTorch loop, in lanes and not",
     "gpu": "LoRA clients of a base of 0.5 billion parameters on one GPU, in lanes, against the bare loop",
@@ -62,9 +62,8 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Run a scripted benchmark on this machine; its figures are kept in runs/bench-SCENARIO-TIME."""
-    from importlib import import_module
-
     from engine.messages.errors import RunError
+    from experiments.bench.harness import measure
     from experiments.bench.results import show_results
     from experiments.runs.api import settle_ray
 
@@ -74,9 +73,8 @@ def bench(
         raise RunError("fedpost bench scale takes a recipe, and no other benchmark does")
     settle_ray(address or os.environ.get("RAY_ADDRESS"))  # the scenarios import ray
     if recipe is not None:
-        from experiments.bench.scenarios.scale import scale
+        from experiments.bench.scenarios.slots import scale
 
         scale(recipe, slots, address, weak, as_json)
         return
-    figures = import_module(f"experiments.bench.scenarios.{scenario}").measure(small=small)
-    show_results(scenario, figures, as_json)
+    show_results(scenario, measure(scenario, small), as_json)

@@ -18,15 +18,11 @@ from engine.messages.errors import RunError
 from engine.models.adapters import with_adapters
 from experiments.bench.bare import compare
 from experiments.bench.bases import write_llama, write_rows
-from experiments.bench.harness import Bench, scenario, seconds_of
-from experiments.bench.scenarios.lora import CLIENTS, ROWS, case_name, recipe
+from experiments.bench.harness import Bench, seconds_of
+from experiments.bench.scenarios.bare_loop import CLIENTS, ROWS, case_name, lora_recipe
 from experiments.preflight.processes import in_fresh_process
 
-LLAMA = {
-    **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 28},
-    **{"num_attention_heads": 16, "num_key_value_heads": 16},
-}
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA, TINY = (1024, 4096, 28, 16), (32, 64, 2, 2)
 VOCABULARY = 32_000
 CASES = ((1, 128, 1), (1, 128, 16), (2, 128, 16), (1, 512, 8), (2, 512, 8))  # rows of a step, tokens of a row, lanes
 ROUNDS = 6
@@ -34,25 +30,23 @@ SHARE = 0.05  # on a CPU it is 0.0003
 SQUARE, TRIES = 8192, 1000  # of the matrix product that shows the GPU's rate: enough of them to raise its clock
 
 
-@scenario()
-def measure(bench: Bench) -> None:
+def gpu(bench: Bench) -> None:
     """Measures speed over the bare loop's by case, and the share of the GPU's arithmetic that is used.
 
-    RunError without a GPU, but for a small run; ValueError where the loops disagree.
+    RunError without a GPU, but for a small run; ValueError if the loops disagree.
     """
-    gpu = torch.cuda.is_available()
-    if not gpu and not bench.small:
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and not bench.small:
         raise RunError("fedpost bench gpu needs a GPU that torch can use; without one, --small tries it on the CPU")
     bench.say("base and rows")
     write_llama(bench.folder / "base", TINY if bench.small else LLAMA, vocabulary=VOCABULARY)
     write_rows(bench.folder, CLIENTS, ROWS, 3 * 512)
-    peak = in_fresh_process(peak_flops) if gpu else None
+    peak = in_fresh_process(peak_flops) if has_gpu else None
     for batch, length, lanes in CASES[:2] if bench.small else CASES:
         case = case_name(batch, length, lanes)
-        work = recipe(
-            *(bench, 3 if bench.small else ROUNDS, batch, length, "cohort.size=32", 'model.dtype="bfloat16"'),
-            f"clients={{slots=1, num_gpus={int(gpu)}, lanes={lanes}}}",
-        )
+        clients = f"clients={{slots=1, num_gpus={int(has_gpu)}, lanes={lanes}}}"
+        changes = "cohort.size=32", 'model.dtype="bfloat16"', clients
+        work = lora_recipe(bench, 3 if bench.small else ROUNDS, batch, length, *changes)
         what = f"{batch} rows of {length} tokens a step, {lanes} clients at once"
         bench.say(f"{what}: the first round in float32")
         single = replace(work, rounds=2, model=replace(work.model, dtype="float32"))

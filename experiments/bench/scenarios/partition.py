@@ -24,7 +24,7 @@ from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens, tokenize
 from experiments.bench import against_flwr
-from experiments.bench.harness import Bench, power, scenario, seconds_of
+from experiments.bench.harness import Bench, power, seconds_of
 from experiments.preflight.processes import in_fresh_process, memory
 from strategies.core.cohort import UniformCohort
 
@@ -59,8 +59,7 @@ class Built(NamedTuple):
     peak_mb: float | None
 
 
-@scenario(ray=False)
-def measure(bench: Bench) -> None:
+def partition(bench: Bench) -> None:
     """Measures stores and partitions; ValueError when a store lacks rows, or a partition is not what it should be."""
     size = SMALL if bench.small else FULL
     smallest, largest = size.populations[0], size.populations[-1]

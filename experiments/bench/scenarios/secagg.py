@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from engine.records.metrics import read_log
-from experiments.bench.harness import DEMO, SMALL_DEMO, Bench, largest_difference, metric, scenario, seconds_of
+from experiments.bench.harness import DEMO, SMALL_DEMO, Bench, largest_difference, metric, seconds_of
 from experiments.bench.secagg_session import SCALED, Played, play, session_of
 from experiments.config.recipe import parse_recipe
 from experiments.preflight.processes import in_fresh_process, memory
@@ -77,8 +77,7 @@ FULL = Size(
 SMALL = Size((8, 32), (20_000,), 2**14, ("off", "full"), (*CHANGES, "rounds=2", *SMALL_DEMO))
 
 
-@scenario()
-def measure(bench: Bench) -> None:
+def secagg(bench: Bench) -> None:
     """Measures masks, sessions and the demo's rounds; ValueError where secure aggregation gives other sums."""
     size = SMALL if bench.small else FULL
     bench.say("the same bits with masks and without, with drop-outs in every phase")

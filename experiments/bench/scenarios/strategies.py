@@ -1,7 +1,7 @@
 """`fedpost bench strategies`: the demo's model under every rule, on two partitions.
 
 A cell is a rule, a partition and a seed, with a run folder for itself. Finished cells are kept, killed ones go on from
-their checkpoints, and table, plot and Parquet are written again after each cell.
+their checkpoints, and table, page and Parquet are written again after each cell.
 """
 
 import time
@@ -10,11 +10,10 @@ from pathlib import Path
 
 import experiments
 from engine.messages.errors import RunError
-from experiments.bench.comparison import compare, read_cell
-from experiments.bench.harness import DEMO, SMALL_DEMO, Bench, Figure
+from experiments.bench.comparison import compare, read_result
+from experiments.bench.harness import DEMO, SMALL_DEMO, Bench
 from experiments.bench.rules import RULES, Rule
 from experiments.config.recipe import Recipe, parse_recipe, to_toml
-from experiments.runs.api import ray_session
 from experiments.runs.resuming import RUNS, finished_rounds
 
 PARTITIONS = {
@@ -51,42 +50,37 @@ def plans(small: bool = False) -> list[Plan]:
     if small:
         rules = [rule for rule in RULES if rule.name in SMALL_RULES]
         return [Plan(rule, "natural", parse_recipe(DEMO, [*SMALL_CHANGES, *rule.changes])) for rule in rules]
-
-    def cells(main: bool, seed: int) -> list[Plan]:
-        planned = []
+    first, *others = SEEDS
+    planned = []
+    for main, seed in ((True, first), (False, first), *((True, seed) for seed in others)):
         for partition, changes in PARTITIONS.items():
             for rule in (rule for rule in RULES if rule.main == main):
                 name = f'name="{partition}-{rule.name}-seed{seed}"'
                 recipe = parse_recipe(DEMO, [*CHANGES, *changes, *rule.changes, f"seed={seed}", name])
                 planned.append(Plan(rule, partition, recipe))
-        return planned
-
-    first, *others = SEEDS
-    return cells(True, first) + cells(False, first) + [cell for seed in others for cell in cells(True, seed)]
+    return planned
 
 
-def measure(small: bool, out: Path | None = None) -> dict[str, Figure]:
+def strategies(bench: Bench, out: Path | None = None) -> None:
     """Runs the cells that the benchmark's folder lacks and writes the comparison there: each cell's held-out loss.
 
-    A cell that cannot be run to its end, because it diverges, say, is named and left out.
+    A cell whose run fails, for example because it diverges, is named and left out.
     """
     if out is None:
-        out = RUNS / (f"bench-strategies-small-{time.strftime('%Y%m%d-%H%M%S')}" if small else "bench-strategies")
-    bench, planned, cells = Bench(out, small), plans(small), []
-    with ray_session(None):
-        for number, plan in enumerate(planned, 1):
-            folder = out / plan.name
-            if finished_rounds(folder) is None:
-                bench.say(f"cell {number} of {len(planned)}: {plan.name}")
-                try:
-                    experiments.run(plan.recipe, out=folder, resume=(folder / "recipe.toml").exists())
-                except ValueError as error:
-                    bench.say(f"{plan.name} is left out: {error}")
-                    continue
-            if (folder / "recipe.toml").read_text(encoding="utf-8") != to_toml(plan.recipe):
-                raise RunError(f"{folder} was run with another recipe than the benchmark's: move it away, or remove it")
-            cells.append(cell := read_cell(folder, plan.rule.name, plan.partition, plan.recipe))
-            compare(cells, out)
-            bench.add(f"{cell.partition} {cell.rule} seed {cell.seed}", cell.heldout, "nats per token, held-out")
-    bench.say(f"{len(cells)} cells: {out / 'table.md'}, {out / 'plot.png'}, {out / 'cells.parquet'}")
-    return bench.figures
+        out = RUNS / (f"bench-strategies-small-{time.strftime('%Y%m%d-%H%M%S')}" if bench.small else "bench-strategies")
+    planned, results = plans(bench.small), []
+    for number, plan in enumerate(planned, 1):
+        folder = out / plan.name
+        if finished_rounds(folder) is None:
+            bench.say(f"cell {number} of {len(planned)}: {plan.name}")
+            try:
+                experiments.run(plan.recipe, out=folder, resume=(folder / "recipe.toml").exists())
+            except ValueError as error:
+                bench.say(f"{plan.name} is left out: {error}")
+                continue
+        if (folder / "recipe.toml").read_text(encoding="utf-8") != to_toml(plan.recipe):
+            raise RunError(f"{folder} was run with another recipe than the benchmark's: move it away, or remove it")
+        results.append(result := read_result(folder, plan.rule.name, plan.partition, plan.recipe))
+        compare(results, out)
+        bench.add(f"{result.partition} {result.rule} seed {result.seed}", result.heldout, "nats per token, held-out")
+    bench.say(f"{len(results)} cells: {out / 'table.md'}, {out / 'report.html'}, {out / 'cells.parquet'}")

@@ -10,6 +10,7 @@ server. A gang's tokens per second are of whole rounds.
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -21,25 +22,24 @@ from engine.config.sections import Zero
 from engine.records.checkpoint import load_checkpoint
 from engine.workers.token_columns import token_columns
 from experiments.bench.bases import write_llama
-from experiments.bench.harness import Bench, largest_difference, metric, scenario
+from experiments.bench.harness import Bench, largest_difference, metric
 from experiments.bench.sampling import stored_bytes, workers_mb
-from experiments.bench.scenarios.lora import CLIENTS, write_inputs
-from experiments.bench.scenarios.lora import recipe as lora_recipe
+from experiments.bench.scenarios.bare_loop import CLIENTS, lora_recipe, write_lora_inputs
 from experiments.bench.zero_ranks import Bare, Work, bare, in_ranks, loaded
 from experiments.config.recipe import Recipe, parse_recipe, to_toml
 from experiments.preflight.processes import memory
 from experiments.runs.api import build_store
 
-STAGES, RANKS = (1, 2, 3), 2
+STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+RANKS = 2
 ON_GPU = "_gpu"  # the end of the figures' names
 TOLERANCE = 2e-5  # of weights after a round: both do the same, and add in another order
-LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 8}
+LARGE = (1024, 2816, 12, 8)
 
 
-@scenario()
-def measure(bench: Bench) -> None:
+def zero(bench: Bench) -> None:
     """Measures all stages; ValueError when the two loops disagree on the CPU."""
-    write_inputs(bench)
+    write_lora_inputs(bench)
     steps, rounds, cohort = (2, 2, 2) if bench.small else (10, 5, 10)
     work = lora_recipe(
         *(bench, rounds, 4, 128, "model.peft=none", "clients.slots=1"),
@@ -48,18 +48,18 @@ def measure(bench: Bench) -> None:
     if not bench.small:  # some 600 MB, so that a shard stands out from what a process takes anyway
         write_llama(bench.folder / "large", LARGE, vocabulary=8192)
     for stage in STAGES:
-        zero = Zero(stage=stage, ranks=RANKS)  # type: ignore[arg-type]
-        _measure_stage(bench, work, zero, "")
+        gang = Zero(stage=stage, ranks=RANKS)
+        _measure_stage(bench, work, gang, "")
         if not bench.small:
             bench.say(f"stage {stage}: loading a larger model")
-            sizes = in_ranks(zero, False, loaded, replace(work.model, base=str(bench.folder / "large")), zero)
+            sizes = in_ranks(gang, False, loaded, replace(work.model, base=str(bench.folder / "large")), gang)
             peak = None if None in sizes else max(growth / shard for growth, shard in sizes)
             bench.add(f"peak_over_shard_s{stage}", peak, "growth / (a rank's shard + the largest tensor)")
     gpus = torch.cuda.device_count()
     on_gpu = replace(work, clients=replace(work.clients, num_gpus=1.0))
     for stage in STAGES if gpus else ():
         try:
-            _measure_stage(bench, on_gpu, Zero(stage=stage, ranks=min(RANKS, gpus)), ON_GPU)  # type: ignore[arg-type]
+            _measure_stage(bench, on_gpu, Zero(stage=stage, ranks=min(RANKS, gpus)), ON_GPU)
         except (ValueError, RuntimeError) as error:  # the CPU's figures stand
             bench.say(f"stage {stage} on GPUs: no figures, since {error}")
 

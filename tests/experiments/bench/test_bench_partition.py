@@ -1,5 +1,4 @@
 import json
-from importlib import import_module
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +13,7 @@ from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import tokenize
 from experiments.bench import against_flwr, results
-from experiments.bench.harness import Bench, Figure, power
+from experiments.bench.harness import Bench, Figure, power, scenario_of
 from experiments.bench.results import write_results
 from experiments.bench.scenarios import partition
 from experiments.cli.results import SCENARIOS
@@ -55,7 +54,7 @@ def test_a_scenario_that_there_is_not_names_those_that_there_are(command):
     assert ended.returncode == 2
     assert ended.stderr == f"error: there is no benchmark 'x'; there is {', '.join(SCENARIOS)}\n"
     for name in SCENARIOS.keys() - {"scale"}:  # which takes a recipe
-        assert callable(import_module(f"experiments.bench.scenarios.{name}").measure)
+        assert callable(scenario_of(name))
 
 
 def test_a_store_of_other_rows_is_refused(tmp_path):

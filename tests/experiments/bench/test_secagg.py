@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.bench.harness import Bench, Figure
+from experiments.bench.harness import Bench, Figure, measure
 from experiments.bench.scenarios import secagg as bench
 from experiments.bench.scenarios.secagg import Rounds, add_rounds
 from experiments.bench.secagg_session import play, session_of
@@ -29,7 +29,7 @@ def test_a_small_run_gives_its_figures(ray_session, tiny_demo, monkeypatch, full
     if not full:
         pytest.skip("half a minute")
     monkeypatch.setattr(bench, "in_fresh_process", lambda work, *arguments: work(*arguments))
-    figures = bench.measure(small=True)
+    figures = measure("secagg", small=True)
     assert figures["full_equals_ideal"].value == 1.0
     assert figures["core_s_1000x5m"].value is None
     missing = {name for name, figure in figures.items() if figure.value is None}
@@ -86,7 +86,7 @@ def test_other_bits_are_refused(monkeypatch):
 
     monkeypatch.setattr(Server, "total", wrong)
     with pytest.raises(ValueError, match="16 clients gives other bits"):
-        bench.measure(small=True)
+        measure("secagg", small=True)
     with pytest.raises(ValueError, match="4 clients gives another sum"):
         bench.play_session(4, 100, 102)
 
@@ -95,7 +95,7 @@ def test_masks_that_do_not_cancel_end_the_benchmark(monkeypatch):
     masks = Client.masks
     monkeypatch.setattr(Client, "masks", lambda client, inbox: replace(masks(client, inbox), added=()))
     with pytest.raises(SecAggAbort, match="the coordinate that counts clients is wrong"):
-        bench.measure(small=True)
+        measure("secagg", small=True)
 
 
 def test_other_losses_are_refused(tmp_path):
