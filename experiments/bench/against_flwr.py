@@ -3,11 +3,11 @@
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,20 +25,16 @@ OUR_TRIES, THEIR_TRIES = 5, 3
 FAR = 2.69
 
 
-class Times(NamedTuple):
-    """Median seconds of processor time to know the rows of every client: a busy machine favors neither library."""
-
-    ours: float
-    theirs: float
-
-
 def is_there() -> bool:
     """Whether flwr-datasets is installed."""
     return find_spec("flwr_datasets") is not None
 
 
-def compare(kind: str, rows: int) -> Times:
-    """Times the natural or the Dirichlet partition of `rows` rows; ValueError when the two libraries disagree."""
+def compare(kind: str, rows: int) -> tuple[float, float]:
+    """Our and their seconds for the natural or the Dirichlet partition of `rows` rows; ValueError if they disagree.
+
+    The median of processor time until the rows of every client are known: a busy machine favors neither library.
+    """
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "TQDM_DISABLE": "1"}  # read at import
     table = labelled(rows)
     dataset = import_module("datasets").Dataset.from_dict(table.to_pydict())
@@ -58,7 +54,7 @@ def compare(kind: str, rows: int) -> Times:
             [_counts(_rows_of_each(clients), labels) for clients in our_clients],
             [_counts(_their_rows(partitioner), labels) for partitioner in partitioners],
         )
-    return Times(ours, theirs)
+    return ours, theirs
 
 
 def labelled(rows: int) -> pa.Table:
@@ -93,10 +89,17 @@ def refuse_another_law(ours: list[NDArray[np.int64]], theirs: list[NDArray[np.in
             raise ValueError("the Dirichlet partition is of another law than that of flwr-datasets")
 
 
+def _timed(work: Sequence[Callable[[], Any]]) -> tuple[list[Any], float]:
+    """What each of some calls returns, and the median of their processor time in seconds."""
+    timed = [seconds_of(call, clock=time.process_time) for call in work]
+    return [result for _, result in timed], statistics.median(seconds for (seconds,), _ in timed)
+
+
 def _ours(partitioner: Partitioner, table: pa.Table) -> tuple[list[NDArray[np.int32]], float]:
     """The clients of the rows by several seeds, and the median time."""
-    timed = [_processor_s(partial(partitioner.assign, table, rng(seed, "bench"))) for seed in range(OUR_TRIES)]
-    return [assignment.clients for _, assignment in timed], statistics.median(seconds for seconds, _ in timed)
+    draws = (rng(seed, "bench") for seed in range(OUR_TRIES))
+    assigned, seconds = _timed([partial(partitioner.assign, table, draw) for draw in draws])
+    return [each.clients for each in assigned], seconds
 
 
 def _theirs(make: Callable[[int], Any], dataset: Any) -> tuple[list[Any], float]:
@@ -104,13 +107,7 @@ def _theirs(make: Callable[[int], Any], dataset: Any) -> tuple[list[Any], float]
     partitioners = [make(seed) for seed in range(THEIR_TRIES)]
     for partitioner in partitioners:
         partitioner.dataset = dataset
-    times = [_processor_s(partial(each.load_partition, 0))[0] for each in partitioners]
-    return partitioners, statistics.median(times)
-
-
-def _processor_s(work: Callable[[], Any]) -> tuple[float, Any]:
-    (seconds,), result = seconds_of(work, clock=time.process_time)
-    return seconds, result
+    return partitioners, _timed([partial(each.load_partition, 0) for each in partitioners])[1]
 
 
 def _rows_of_each(owners: NDArray[np.int32]) -> list[NDArray[np.int64]]:

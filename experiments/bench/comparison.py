@@ -56,22 +56,19 @@ class Result:
 
 def read_result(folder: Path, rule: str, partition: str, recipe: Recipe) -> Result:
     """The figures of a run folder."""
-    last = recipe.rounds
-    values: dict[tuple[str, str], dict[int, float]] = {}  # (split, name) -> round -> value of all clients together
-    losses_of: dict[str, dict[str, float]] = {}  # name -> client -> value at the end
-    for row in read_log(folder / "metrics").to_pylist():
-        if row["client"] is None:
-            values.setdefault((row["split"], row["name"]), {})[row["round"]] = row["value"]
-        elif row["split"] == "heldout" and row["round"] == last:
-            losses_of.setdefault(row["name"], {})[row["client"]] = row["value"]
+    last, rows = recipe.rounds, read_log(folder / "metrics").to_pylist()
+    values = {(row["split"], row["name"], row["round"], row["client"]): row["value"] for row in rows}
 
     def loss(split: str, round_: int = last) -> float:
-        return float(values.get((split, "loss"), {}).get(round_, math.nan))
+        return float(values.get((split, "loss", round_, None), math.nan))
 
     def engine(name: str) -> list[float]:
-        return list(values.get(("engine", name), {math.nan: math.nan}).values())
+        return [row["value"] for row in rows if (row["split"], row["name"]) == ("engine", name)] or [math.nan]
 
-    losses, personal, tokens = (losses_of.get(name, {}) for name in ("loss", "loss_personal", "tokens"))
+    def at_end(name: str) -> dict[str, float]:
+        return {key[3]: value for key, value in values.items() if key[:3] == ("heldout", name, last) and key[3]}
+
+    losses, personal, tokens = map(at_end, ("loss", "loss_personal", "tokens"))
     used = losses | personal
     mean = sum(used[client] * tokens[client] for client in used) / sum(tokens[client] for client in used)
     worst, personal_worst = (worst_tenth(list(each.values())) for each in (losses, used))

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -67,9 +68,8 @@ def machine() -> dict[str, str | int]:
 
 
 def _commit() -> str:
-    """The commit of this code, with a plus where files have changed since."""
-    root = Path(__file__).resolve().parents[2]
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty=+"]
+    """The commit of this code, with a plus if files have changed since."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
     try:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no repository, or no git
@@ -77,9 +77,7 @@ def _commit() -> str:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or "unknown"
+    models = list[str]()
+    with suppress(OSError):  # not Linux
+        models = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    return next(iter(models), "") or platform.processor() or "unknown"

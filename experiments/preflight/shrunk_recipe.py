@@ -8,9 +8,6 @@ from typing import Any
 
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.parquet_files import ParquetFiles
-from datasets_partition.store.splits import Splits
-from engine.config.sections import Clients
-from engine.config.train import Train
 from engine.messages.errors import RunError
 from experiments.config.recipe import Data, Recipe
 from strategies import Cohorts
@@ -19,12 +16,23 @@ from strategies.core.errors import StrategyError
 from strategies.privacy.central import CentralDp
 from strategies.privacy.distributed import DistributedDp
 
-ROUNDS, SLOTS, RANKS, COHORT, SPARE = 2, 2, 2, 6, 2
+ROUNDS, SLOTS, COHORT, SPARE = 2, 2, 6, 2
 ROWS = 8  # of every second client; the others have twice as many
-MANY = 10  # training rows, which only the clients with twice as many rows have
 LENGTH = 64
-PATIENCE_S = 120.0  # the least time limit, since a large machine is faster than this one
 LITTLE_NOISE = 0.01
+PATIENCE_S = (120.0, math.inf)  # time limits, since a large machine is faster than this one
+# The least and the most that numbers of a section may be; 0, "auto" and what is unset stay.
+BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
+    "splits": {"heldout": (1 / ROWS, 0.25), "unseen": (1 / COHORT, 0.5), "server": (1 / ROWS, 0.25)},
+    "train": {"steps": (0, 2), "epochs": (0, 1), "batch": (0, 2), "accumulate": (0, 2), "max_length": (0, LENGTH)},
+    "over_rounds": {"warmup": (0, ROUNDS)},
+    "over_steps": {"warmup": (0, 2)},
+    "evaluate": {"every": (0, 1), "rows": (0, 2), "finetune": (0, 1), "server_rows": (0, 4), "batch": (0, 2)},
+    "clients": {"slots": (0, SLOTS), "lanes": (0, SLOTS), "timeout_s": PATIENCE_S},
+    # Only the clients with twice as many rows go to gangs beside plain slots.
+    "zero": {"ranks": (0, 2), "gangs": (0, 1), "from_rows": (10, 10), "timeout_s": PATIENCE_S},
+    "availability": {"step_s": (0, 1.0), "deadline_s": PATIENCE_S},
+}
 
 
 def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
@@ -32,8 +40,7 @@ def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
 
     It reads `folder`/rows.parquet, which needs rows of `clients_of` clients.
     """
-    size = recipe.cohort.size if isinstance(recipe.cohort, UniformCohort) else None
-    last = 2**12 if size is None else size
+    last = recipe.cohort.size if isinstance(recipe.cohort, UniformCohort) else 2**12
     cohort = min(COHORT, last)
     while True:
         try:
@@ -45,71 +52,39 @@ def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
 
 
 def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
-    model = replace(recipe.model, base=str(base), revision=None, compile=False)
-    if model.attention == "flash_attention_2":
-        model = replace(model, attention="sdpa")
-    rows, splits = ParquetFiles(path=str(folder / "rows.parquet")), _splits(recipe.data.splits)
+    model, train, clients = recipe.model, recipe.train, recipe.clients
+    attention = "sdpa" if model.attention == "flash_attention_2" else model.attention
+    # Shortened rows may be equal, which is no leak here.
+    splits = _bounded("splits", recipe.data.splits, min_rows=1, duplicates="keep", leaks="allow")
+    rows = ParquetFiles(path=str(folder / "rows.parquet"))
     drawn: Cohorts = UniformCohort(size=cohort)
     if isinstance(recipe.cohort, PoissonCohort):
         drawn = PoissonCohort(size=cohort, cap=recipe.cohort.cap and 2 * cohort)
+    warm_ups = {name: _bounded(name, getattr(train, name)) for name in ("over_rounds", "over_steps")}
+    zero = clients.zero and _bounded("zero", clients.zero)
+    left = _bounded("availability", clients.availability, trace=None)  # a trace names other clients
+    slots = 1 if zero else SLOTS if clients.slots == "auto" else clients.slots
+    # Of so few clients each is a large share.
+    few = {"slots": slots, "threads": 1, "availability": left, "min_share": 0.0, "zero": zero}
     return replace(
         recipe,
         rounds=ROUNDS,
-        model=model,
+        model=replace(model, base=str(base), revision=None, compile=False, attention=attention),
         data=Data(rows, Natural(), splits, None, str(folder)),
-        clients=_clients(recipe.clients),
+        clients=_bounded("clients", clients, **few),
         cohort=drawn,
-        train=_train(recipe.train),
-        evaluate=_capped(recipe.evaluate, every=1, rows=2, finetune=1, server_rows=4, batch=2),
+        train=_bounded("train", train, **warm_ups),
+        evaluate=_bounded("evaluate", recipe.evaluate),
         checkpoint=replace(recipe.checkpoint, every=1, keep=ROUNDS),
     )
 
 
-def _train(train: Train) -> Train:
-    """Few steps of few rows, with warm-ups that are no longer than they."""
-    rounds, steps = _capped(train.over_rounds, warmup=ROUNDS), _capped(train.over_steps, warmup=2)
-    few: Train = _capped(train, steps=2, epochs=1, batch=2, accumulate=2, max_length=LENGTH)
-    return replace(few, over_rounds=rounds, over_steps=steps)
-
-
-def _capped(section: Any, **most: float) -> Any:
-    """The section with numbers of at most these; None and 0 stay."""
-    values = {name: getattr(section, name) for name in most}
-    return replace(section, **{name: value and min(value, most[name]) for name, value in values.items()})
-
-
-def _splits(splits: Splits) -> Splits:
-    """Shares that few rows and clients can have; shortened rows may be equal, which is no leak here."""
-    return replace(
-        splits,
-        heldout=splits.heldout and min(max(splits.heldout, 1 / ROWS), 0.25),
-        unseen=splits.unseen and min(max(splits.unseen, 1 / COHORT), 0.5),
-        server=splits.server and min(max(splits.server, 1 / ROWS), 0.25),
-        min_rows=1,
-        duplicates="keep",
-        leaks="allow",
-    )
-
-
-def _clients(clients: Clients) -> Clients:
-    zero = clients.zero
-    if zero is not None:
-        zero = _capped(zero, ranks=RANKS, gangs=1)
-        zero = replace(zero, from_rows=zero.from_rows and MANY, timeout_s=max(zero.timeout_s, PATIENCE_S))
-    slots = SLOTS if clients.slots == "auto" else min(clients.slots, SLOTS)
-    left = replace(clients.availability, trace=None)  # which names other clients
-    if left.deadline_s is not None:
-        left = replace(_capped(left, step_s=1.0), deadline_s=max(left.deadline_s, PATIENCE_S))
-    return replace(
-        clients,
-        slots=slots if zero is None else 1,
-        threads=1,
-        lanes=clients.lanes if clients.lanes == "auto" else min(clients.lanes, SLOTS),
-        availability=left,
-        min_share=0.0,  # each of so few clients is a large share
-        zero=zero,
-        timeout_s=clients.timeout_s and max(clients.timeout_s, PATIENCE_S),
-    )
+def _bounded(name: str, section: Any, **changes: Any) -> Any:
+    """The section with these changes, and with its numbers within their bounds."""
+    for key, (least, most) in BOUNDS[name].items():
+        value = changes.get(key, getattr(section, key))
+        changes[key] = min(max(value, least), most) if value and value != "auto" else value
+    return replace(section, **changes)
 
 
 def clients_of(recipe: Recipe) -> int:
@@ -120,22 +95,21 @@ def clients_of(recipe: Recipe) -> int:
 
 def bearable(recipe: Recipe, population: int) -> Recipe:
     """The shrunk recipe without what so few clients cannot bear: too much noise, drop-outs that end rounds."""
-    dp, cohort = recipe.privacy.dp, recipe.cohort
+    dp, cohort, secagg = recipe.privacy.dp, recipe.cohort, recipe.privacy.secagg
     if isinstance(dp, CentralDp):
         try:
             with warnings.catch_warnings(action="ignore"):
                 dp.plan(cohort, population, ROUNDS)
         except StrategyError:
             dp = replace(dp, epsilon=None, noise_multiplier=LITTLE_NOISE)
-            recipe = replace(recipe, privacy=replace(recipe.privacy, dp=dp))
     left = recipe.clients.availability
     for round_ in range(ROUNDS):
         drawn, least = cohort.sample(population, recipe.seed, round_), 1
         if recipe.privacy.secure:
-            least = recipe.privacy.secagg.parameters(len(drawn)).threshold
-            least = max(least, recipe.privacy.secagg.min_contributors)
+            least = max(secagg.parameters(len(drawn)).threshold, secagg.min_contributors)
         if isinstance(dp, DistributedDp):
             least = max(least, math.ceil(dp.survivors * cohort.expected(population)))
         if len(drawn) - len(left.gone(drawn, recipe.seed, round_)) < least:
             left = replace(left, dropout=0.0)
-    return replace(recipe, clients=replace(recipe.clients, availability=left))
+    clients = replace(recipe.clients, availability=left)
+    return replace(recipe, privacy=replace(recipe.privacy, dp=dp), clients=clients)

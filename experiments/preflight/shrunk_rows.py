@@ -36,24 +36,29 @@ def draw_rows(recipe: Recipe, clients: int, max_length: int, cache: Path) -> Dra
     If the recipe's rows are here, its source, partition and splits are tried, with a store in `cache`; their errors are
     raised.
     """
-    source, why = recipe.data.source, out_of_reach(recipe)
+    data, why = recipe.data, out_of_reach(recipe)
+    counts = [ROWS * (1 + client % 2) for client in range(clients)]
+    names = pa.array([f"{client:05d}" for client, count in enumerate(counts) for _ in range(count)])
+    few = max(1, max_length // 8)  # characters: each has up to four tokens, if tokens are bytes
     if why is not None:
-        return Drawn(_made_up(clients, max_length), False, f"made-up prompts and completions, since {why}")
-    if isinstance(source, PythonDocs):
-        source = replace(source, packages=())  # only the standard library, which takes seconds
-    data = recipe.data
+        draw, columns = rng(0, 0, -1, "sample"), {"client": names}
+        for name, letters in (("prompt", few), ("completion", 2 * few)):
+            columns[name] = pa.array(["".join(map(chr, draw.integers(97, 123, letters))) for _ in names])
+        return Drawn(pa.table(columns), False, f"made-up prompts and completions, since {why}")
+    # Of the documentation only the standard library's, which takes seconds.
+    source = replace(data.source, packages=()) if isinstance(data.source, PythonDocs) else data.source
     store = Store.open(build(source, data.partition, data.splits, recipe.seed, str(cache), label=data.label))
     if source is data.source:
         recipe.cohort.sample(store.num_training, recipe.seed, 0)  # raises an error if the cohort is too large
-    names = content_columns(store.read_rows(0, "train"))
+    kept = content_columns(store.read_rows(0, "train"))
     parts = []
-    for client in range(clients):
-        rows = store.read_rows(client % store.num_training, "train").select(names)
-        parts.append(_owned(client, rows.take(np.arange(_rows_of(client)) % rows.num_rows)))
+    for client, count in enumerate(counts):
+        rows = store.read_rows(client % store.num_training, "train").select(kept)
+        parts.append(rows.take(np.arange(count) % rows.num_rows))
     table = pa.concat_tables(parts)
-    columns = {name: _shortened(table[name], name, max_length) for name in names}
+    short = {name: _shortened(table[name], name, few) for name in kept}
     said = f"the first rows of {min(clients, store.num_training):,} of {store.num_training:,} clients"
-    return Drawn(pa.table({"client": table["client"]} | columns), True, said)
+    return Drawn(pa.table({"client": names} | short), True, said)
 
 
 def out_of_reach(recipe: Recipe) -> str | None:
@@ -69,36 +74,8 @@ def out_of_reach(recipe: Recipe) -> str | None:
     return f"{where} holds {size / 2**30:.1f} GiB" if size > TOO_MUCH else None
 
 
-def _rows_of(client: int) -> int:
-    return ROWS * (1 + client % 2)
-
-
-def _owned(client: int, rows: pa.Table) -> pa.Table:
-    return rows.add_column(0, "client", pa.array([f"{client:05d}"] * rows.num_rows))
-
-
-def _made_up(clients: int, max_length: int) -> pa.Table:
-    draw = rng(0, 0, -1, "sample")
-
-    def texts(rows: int, letters: int) -> pa.Array:
-        return pa.array(["".join(map(chr, draw.integers(97, 123, letters))) for _ in range(rows)])
-
-    parts = []
-    for client in range(clients):
-        rows = _rows_of(client)
-        table = pa.table(
-            {"prompt": texts(rows, max(1, max_length // 8)), "completion": texts(rows, max(1, max_length // 4))}
-        )
-        parts.append(_owned(client, table))
-    return pa.concat_tables(parts)
-
-
-def _shortened(values: pa.ChunkedArray, name: str, max_length: int) -> pa.Array:
-    """The values with so few characters that they fit: a character has up to four tokens, if tokens are bytes."""
-    few = max(1, max_length // 8)
-
-    def text(value: str) -> str:
-        return value[-few:] if name == "prompt" else value[: 2 * few]
+def _shortened(values: pa.ChunkedArray, name: str, few: int) -> pa.Array:
+    """The values with few characters: the end of a prompt, the beginning of other texts and of each turn."""
 
     def turns(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
         # Up to the first answer: later turns are not needed.
@@ -107,7 +84,7 @@ def _shortened(values: pa.ChunkedArray, name: str, max_length: int) -> pa.Array:
 
     kind = values.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return pa.array([text(value) for value in values.to_pylist()], kind)
+        return pa.array([text[-few:] if name == "prompt" else text[: 2 * few] for text in values.to_pylist()], kind)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return pa.array([turns(value) for value in values.to_pylist()], kind)
     return values.combine_chunks()

@@ -8,18 +8,17 @@ AdamW makes of its rounding.
 import math
 import statistics
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config.sections import Model
 from engine.messages.errors import RunError
-from engine.models.adapters import with_adapters
 from experiments.bench.bare import compare
 from experiments.bench.bases import write_llama, write_rows
 from experiments.bench.harness import Bench, seconds_of
 from experiments.bench.scenarios.bare_loop import CLIENTS, ROWS, case_name, lora_recipe
+from experiments.preflight.plan import meta_network, on_meta
 from experiments.preflight.processes import in_fresh_process
 
 LLAMA, TINY = (1024, 4096, 28, 16), (32, 64, 2, 2)
@@ -71,14 +70,9 @@ def flops_per_token(model: Model, length: int) -> float:
 
     The frozen weights' gradients, which nobody needs, are not among them.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"), FlopCounterMode(display=False) as counted:
-        network: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.base))
-        network = with_adapters(network.requires_grad_(False), model)
-        ids = torch.zeros(1, length, dtype=torch.long)
-        mask = torch.zeros(1, 1, length, length)  # transformers would read values of one that it makes
-        network(input_ids=ids, attention_mask=mask, use_cache=False).logits.sum().backward()
+    network = meta_network(model)
+    with FlopCounterMode(display=False) as counted:
+        on_meta(network, length).sum().backward()
     return float(counted.get_total_flops()) / length
 
 

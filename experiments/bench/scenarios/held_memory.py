@@ -1,10 +1,8 @@
 """`fedpost bench memory` and `plan`: what slots and ranks hold in a run, and what `fedpost plan` estimates."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import psutil
 
 import experiments
 from engine.config.sections import Zero
@@ -12,7 +10,7 @@ from engine.messages.events import Event, Started
 from experiments.bench.bare import compare
 from experiments.bench.bases import write_llama, write_rows
 from experiments.bench.harness import DEMO, Bench
-from experiments.bench.sampling import pss_mb, sampled, workers_mb
+from experiments.bench.sampling import sampled, workers_mb
 from experiments.config.recipe import Recipe, located, parse_recipe
 from experiments.preflight.plan import Need, process_bytes, rank_need, sizes, slot_need
 
@@ -35,7 +33,7 @@ def memory(bench: Bench) -> None:
     for slots in (1, 2) if bench.small else (1, 2, 4):
         bench.say(f"{slots} slots")
         more = replace(work, clients=replace(work.clients, slots=slots))
-        _, at_rounds = bench.run(more, f"run-{slots}", lambda: sum(workers_mb(("ClientActor",), pss_mb)))
+        _, at_rounds = bench.run(more, f"run-{slots}", lambda: sum(workers_mb(("ClientActor",), "Pss")))
         most_mb[slots] = max(at_rounds)
         bench.add(f"slots_pss_mb_{slots}", most_mb[slots], "MB, all slots, shared pages counted once")
     slope = float(np.polyfit(list(most_mb), list(most_mb.values()), 1)[0])
@@ -66,25 +64,15 @@ def plan(bench: Bench) -> None:
 
 
 def _compare(bench: Bench, work: Recipe, name: str, title: str, need: Need) -> None:
-    counted: list[int] = []
-
-    def note(event: Event) -> None:
-        if isinstance(event, Started):
-            counted.append(event.parameters)
-
-    with sampled(lambda: max(workers_mb((title,), private_mb), default=0.0), EVERY_S) as peaks:
-        experiments.run(work, out=bench.folder / name, on_event=note)
-    trained = sizes(located(work).model, 8).trained
-    if counted != [trained]:
+    events: list[Event] = []
+    # The object store's pages are neither private nor of a file.
+    with sampled(lambda: max(workers_mb((title,), "RssAnon", "RssFile"), default=0.0), EVERY_S) as peaks:
+        experiments.run(work, out=bench.folder / name, on_event=events.append)
+    counted = [event.parameters for event in events if isinstance(event, Started)]
+    if counted != [trained := sizes(located(work).model, 8).trained]:
         raise ValueError(f"the run counts {counted} trained parameters, and the plan {trained}")
     if not (peak := max(peaks)):
         return bench.add(f"{name}_plan_over_peak", None, "not on this system")
     bench.add(f"{name}_plan_over_peak", need.total / MIB / peak, "estimate / most that was held")
     bench.add(f"{name}_peak_mb", peak, "MB, the largest process")
     bench.add(f"{name}_plan_mb", need.total / MIB, "MB")
-
-
-def private_mb(process: psutil.Process) -> float:
-    """The private memory of a process and the files that it maps, without the object store's pages."""
-    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in status if line.startswith(("RssAnon:", "RssFile:"))) / 1024

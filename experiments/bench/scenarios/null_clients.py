@@ -5,9 +5,8 @@ The slots are the engine's but for their trainer: it trains nothing, and returns
 
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +54,7 @@ class NullClient(ClientActor):
     """A slot of null clients."""
 
     def attach(self, packed: PackedBase, base: Any, tokens: Path, first: bool) -> tuple[Layout, np.ndarray]:
-        """Attaches as any slot does; then its runner gets a trainer that trains nothing."""
+        """Attaches as any slot does, and gives its runner a trainer that trains nothing."""
         layout, initial = super().attach(packed, base, tokens, first)
         plain = self.attached.trainer
         null = NullTrainer(plain.trainable, plain.objective, plain.pad, plain.max_length, plain.optimizer)
@@ -69,12 +68,8 @@ class NullPool(Pool):
     client = NullClient
 
 
-@dataclass(frozen=True)
-class NullRounds:
-    """Seconds until the first round and of each round, bytes that a round brings into the store, and the driver's MB.
-
-    `parameters` is the size of the vector.
-    """
+class NullRounds(NamedTuple):
+    """Seconds until the first round and of each, bytes that a round adds to the store, the vector's size, driver MB."""
 
     start_s: float
     seconds: list[float]
@@ -105,13 +100,9 @@ def overhead(bench: Bench) -> None:
 
 
 def population(bench: Bench) -> None:
-    """Measures the driver's growth from the smallest to the largest population, and seconds of a start.
-
-    The cohort is the same in all of them; a large one is played by itself, from the largest population.
-    """
-    parts = {clients: Bench(bench.folder / power(clients), bench.small) for clients in (1_000, 10_000)}
-    if not bench.small:
-        parts |= {clients: Bench(bench.folder / power(clients), bench.small) for clients in (100_000, 1_000_000)}
+    """Measures the driver's growth and start by the population, with one cohort; and a large cohort of the largest."""
+    populations = (1_000, 10_000) if bench.small else (1_000, 10_000, 100_000, 1_000_000)
+    parts = {clients: Bench(bench.folder / power(clients), bench.small) for clients in populations}
     for clients, part in parts.items():
         part.folder.mkdir()
         bench.say(f"rows of {clients:,} clients")
@@ -124,7 +115,7 @@ def population(bench: Bench) -> None:
         bench.add(f"start_s_{power(clients)}", played.start_s, "s until the first round")
         bench.add(f"ms_per_client_{power(clients)}", *played.ms_per_client(COHORT))
         bench.add(f"driver_rss_mb_{power(clients)}", played.rss_mb, "MB")
-    fewest, most = min(parts), max(parts)
+    fewest, *_, most = populations
     if not bench.small:
         bench.say(f"a cohort of {LARGE_COHORT:,} of {most:,} clients")
         played = in_fresh_process(_play, parts[most], most, LARGE_COHORT)
@@ -147,8 +138,7 @@ def null_recipe(bench: Bench, clients: int, cohort: int, size_mb: float) -> Reci
     """Clients of one row each, on a model whose adapters take about `size_mb` MB (0: some bytes); writes both."""
     base = bench.folder / f"base-{size_mb:g}"
     if not base.exists():
-        width = 64 if size_mb < 1 else 512
-        write_llama(base, (width, 2 * width, 1, 2))
+        write_llama(base, (64, 128, 1, 2) if size_mb < 1 else (512, 1024, 1, 2))
     if not (bench.folder / "rows.parquet").exists():
         write_rows(bench.folder, clients, 1, 8)
     rank = max(1, round(size_mb * 2**20 / 4 / 1024))

@@ -1,8 +1,8 @@
 """`fedpost bench partition`: stores of up to a million clients, and partitions against those of flwr-datasets.
 
 No figure is printed unless the rows that are read back from each store are those that were put in, and both libraries'
-partitions of the same rows agree. All that it builds goes to the folder for temporary files and is deleted in the end:
-about 3 GB in full size.
+partitions of the same rows agree. All that it builds, about 3 GB in full size, is in the folder for temporary files and
+deleted in the end.
 """
 
 import statistics
@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +23,7 @@ from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens, tokenize
 from experiments.bench import against_flwr
-from experiments.bench.harness import Bench, power, seconds_of
+from experiments.bench.harness import Bench, Figure, power, seconds_of
 from experiments.preflight.processes import in_fresh_process, memory
 from strategies.core.cohort import UniformCohort
 
@@ -50,15 +49,6 @@ FULL = Size((10**3, 10**5, 10**6), cohort=10_000, compared=(10**5, 10**6), slots
 SMALL = Size((10**2, 10**4), cohort=100, compared=(10**4,), slots=1)
 
 
-class Built(NamedTuple):
-    """A store, the wall and processor time of its build, and the most memory of the process that built it."""
-
-    folder: Path
-    wall_s: float
-    cpu_s: float
-    peak_mb: float | None
-
-
 def partition(bench: Bench) -> None:
     """Measures stores and partitions; ValueError when a store lacks rows, or a partition is not what it should be."""
     size = SMALL if bench.small else FULL
@@ -70,23 +60,20 @@ def partition(bench: Bench) -> None:
             bench.say(f"{population:,} clients: making {population * ROWS:,} rows")
             write_rows(source, population)
             bench.say(f"{population:,} clients: building the store")
-            built: Built = in_fresh_process(_build, source, Path(name) / "stores", bench)
-            bench.add("build_rows_per_s", population * ROWS / built.wall_s, "rows/s")  # the largest population stays
-            bench.add("build_s", built.wall_s, "s")
-            bench.add("build_cpu_s", built.cpu_s, "s")
-            bench.add("build_peak_mb", built.peak_mb, "MB")
+            folder, figures = in_fresh_process(_build, source, Path(name) / "stores", population, bench)
+            bench.figures |= figures  # the largest population's stay
             bench.say(f"{population:,} clients: making token columns, reading rows back")
-            tokens = tokenize(Store.open(built.folder), "bytes", to_bytes)
-            refuse_other_rows(source, population, Store.open(built.folder), tokens)
-            _measure_reading(bench, built.folder, tokens.folder, population, size.cohort)
+            tokens = tokenize(Store.open(folder), "bytes", to_bytes)
+            refuse_other_rows(source, population, Store.open(folder), tokens)
+            _measure_reading(bench, folder, tokens.folder, population, size.cohort)
             if population in (smallest, largest):
                 bench.say(f"{population:,} clients: reading as a slot does")
-                reading = (_read_as_slot, built.folder, tokens.folder, smallest // 2)
+                reading = (_read_as_slot, folder, tokens.folder, smallest // 2)
                 held = [in_fresh_process(*reading) for _ in range(size.slots)]
                 slots[population] = {kind: statistics.median(each[kind] for each in held) for kind in held[0]}
     for figure, kind in (("slot_rss_growth_mb", "VmRSS"), ("slot_private_growth_mb", "RssAnon")):
-        known = kind in slots[largest]  # not on every system
-        bench.add(figure, slots[largest][kind] - slots[smallest][kind] if known else None, "MB")
+        least, most = slots[smallest].get(kind), slots[largest].get(kind)  # unknown on some systems
+        bench.add(figure, None if least is None or most is None else most - least, "MB")
     compare_with_flwr(bench, size.compared)
 
 
@@ -120,10 +107,8 @@ def refuse_other_rows(source: Path, population: int, store: Store, tokens: Token
     whole = len(all_rows) == population and (all_rows == ROWS).all()
     chosen = np.random.default_rng(SEED).choice(store.num_clients, CHECKED, replace=False).tolist()
     names = [store.name(client) for client in chosen]
-    given = (
-        pq.read_table(source, filters=pc.field("client").isin(names)).group_by("client").aggregate([("text", "list")])
-    )
-    texts = {row["client"]: sorted(row["text_list"]) for row in given.to_pylist()}
+    given = pq.read_table(source, filters=pc.field("client").isin(names)).group_by("client")
+    texts = {row["client"]: sorted(row["text_list"]) for row in given.aggregate([("text", "list")]).to_pylist()}
     for client, name in zip(chosen, names, strict=True):
         rows = pa.concat_tables([store.read_rows(client, "train"), store.read_rows(client, "heldout")])
         ids = pa.concat_batches([tokens.rows(client, "train"), tokens.rows(client, "heldout")])["input_ids"]
@@ -134,7 +119,7 @@ def refuse_other_rows(source: Path, population: int, store: Store, tokens: Token
 
 
 def _measure_reading(bench: Bench, folder: Path, tokens: Path, population: int, cohort: int) -> None:
-    """Milliseconds to open a store with its token columns; and to draw a cohort and look its clients' rows up."""
+    """Milliseconds to open a store with its token columns, and to draw a cohort and look up its clients' rows."""
     store, columns = Store.open(folder), Tokens.open(tokens)
     opening, _ = seconds_of(lambda: (Store.open(folder).num_training, Tokens.open(tokens)), TRIES)
     bench.add(f"open_ms_{power(population)}", statistics.median(opening) * 1e3, "ms")
@@ -159,24 +144,30 @@ def _read_as_slot(folder: Path, tokens: Path, cohort: int) -> dict[str, float]:
     return memory()
 
 
-def _build(source: Path, cache: Path, bench: Bench) -> Built:
+def _build(source: Path, cache: Path, population: int, bench: Bench) -> tuple[Path, dict[str, Figure]]:
+    """A store, and the wall and processor time of its build, and the most memory of this process, which built it."""
     began, cpu = time.perf_counter(), time.process_time()
     folder = build(ParquetFiles(path=str(source)), Natural(), Splits(), SEED, str(cache), bench.say_now_and_then)
-    return Built(folder, time.perf_counter() - began, time.process_time() - cpu, memory().get("VmHWM"))
+    seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu
+    return folder, {
+        "build_rows_per_s": Figure(population * ROWS / seconds, "rows/s"),
+        "build_s": Figure(seconds, "s"),
+        "build_cpu_s": Figure(cpu_s, "s"),
+        "build_peak_mb": Figure(memory().get("VmHWM"), "MB"),
+    }
 
 
 def compare_with_flwr(bench: Bench, compared: tuple[int, ...]) -> None:
     """Adds times of both libraries and their ratio; the ratio without a size is the smallest."""
-    is_there = against_flwr.is_there()
-    if not is_there:
+    if not (is_there := against_flwr.is_there()):
         bench.say("flwr-datasets is not installed: no speedups")
     for kind in ("natural", "dirichlet"):
         ratios = []
         for rows in compared if is_there else ():
             bench.say(f"the {kind} partition of {rows:,} rows, by both libraries")
-            times: against_flwr.Times = in_fresh_process(against_flwr.compare, kind, rows)
-            ratios.append(times.theirs / times.ours)
-            bench.add(f"{kind}_ms_{power(rows)}", times.ours * 1e3, "ms")
-            bench.add(f"flwr_{kind}_ms_{power(rows)}", times.theirs * 1e3, "ms")
+            ours, theirs = in_fresh_process(against_flwr.compare, kind, rows)
+            ratios.append(theirs / ours)
+            bench.add(f"{kind}_ms_{power(rows)}", ours * 1e3, "ms")
+            bench.add(f"flwr_{kind}_ms_{power(rows)}", theirs * 1e3, "ms")
             bench.add(f"speedup_{kind}_{power(rows)}", ratios[-1], "times")
         bench.add(f"speedup_{kind}", min(ratios, default=None), "times")

@@ -13,8 +13,9 @@ import numpy as np
 from markupsafe import Markup
 
 import experiments
+from engine.config.sections import Clients
 from engine.messages.errors import RunError
-from engine.messages.events import Event, RoundDone, Started
+from engine.messages.events import Event, Started
 from experiments.bench.bare import PROCESSES, compare
 from experiments.bench.bases import write_rows
 from experiments.bench.harness import Bench, Figure, metric
@@ -52,7 +53,8 @@ def study(
     """
     results: list[Scaled] = []
     reference: bytes | None = None
-    evaluate = replace(work.evaluate, every=0, finetune=0, without_privacy=False)
+    clients = work.clients
+    work = replace(work, evaluate=replace(work.evaluate, every=0, finetune=0, without_privacy=False))
     with TemporaryDirectory(prefix="fedpost-bench-") as name:
         bench = Bench(Path(name), small=False)
         for count in slots:
@@ -61,11 +63,10 @@ def study(
                 if not isinstance(cohort, UniformCohort):
                     raise RunError('a cohort grows with the slots where it has a size: set cohort.kind = "uniform"')
                 cohort = replace(cohort, size=cohort.size * count)
-            clients = replace(work.clients, slots=count)
-            short = replace(work, rounds=rounds, cohort=cohort, clients=clients, evaluate=evaluate)
+            short = replace(work, rounds=rounds, cohort=cohort, clients=replace(clients, slots=count))
             bench.say(f"{count} slots" + (", a cohort as many times as large" if weak else ""))
-            speed, balance, vector, lanes = _play(short, bench.folder / str(len(results)), count, address)
-            work = replace(work, clients=replace(work.clients, lanes=lanes))  # what "auto" came to
+            # The number of lanes that "auto" comes to is that of all later runs.
+            speed, balance, vector, clients = _play(short, bench.folder / str(len(results)), count, address)
             reference = reference or vector
             if not weak and reference != vector:
                 raise ValueError(f"{count} slots lead to other bits than {slots[0]}: no figure is worth anything")
@@ -74,24 +75,19 @@ def study(
     return results
 
 
-def _play(work: Recipe, folder: Path, slots: int, address: str | None) -> tuple[float, float, bytes, int]:
-    """Median tokens per second, median balance, the last state, and lanes; the first round, a warm-up, is left out."""
-    speeds: list[float] = []
-    lanes: list[int] = []
+def _play(work: Recipe, folder: Path, slots: int, address: str | None) -> tuple[float, float, bytes, Clients]:
+    """Median tokens per second and balance without the first round, a warm-up; the last state; the resolved section."""
 
-    def note(event: Event) -> None:
-        if isinstance(event, Started):
-            if event.slots < slots:
-                raise RunError(f"{slots} slots were asked for, and {event.slots} fit: name fewer, or a larger cluster")
-            lanes.append(event.lanes)
-        if isinstance(event, RoundDone):
-            speeds.append(event.tokens_per_s)
+    def refuse_fewer(event: Event) -> None:
+        if isinstance(event, Started) and event.slots < slots:
+            raise RunError(f"{slots} slots were asked for, and {event.slots} fit: name fewer, or a larger cluster")
 
-    run = experiments.run(work, out=folder, address=address, on_event=note)
-    balance = metric(run, "balance")
+    run = experiments.run(work, out=folder, address=address, on_event=refuse_fewer)
+    each = (metric(run, name) for name in ("tokens_per_s", "balance"))
+    speed, balance = (statistics.median(values[1:] or values) for values in each)
     newest = sorted((run.folder / "checkpoints").iterdir())[-1]
     state = b"".join(file.read_bytes() for file in sorted(newest.glob("*.safetensors")))
-    return statistics.median(speeds[1:] or speeds), statistics.median(balance[1:] or balance), state, lanes[0]
+    return speed, balance, state, load_recipe(run.folder / "recipe.toml").clients
 
 
 def as_figures(results: list[Scaled], prefix: str = "") -> dict[str, Figure]:
@@ -117,12 +113,10 @@ def draw(results: list[Scaled]) -> list[Markup]:
     """Charts of tokens per second and of efficiency by slots, beside the ideal."""
     alone = results[0].tokens_per_s / results[0].slots
     charts = []
-    for title, name, ideal in (
-        ("Tokens per second", "tokens_per_s", [(result.slots, alone * result.slots) for result in results]),
-        ("Efficiency", "efficiency", [(result.slots, 1.0) for result in results]),
-    ):
-        measured = Series("measured", [(result.slots, getattr(result, name)) for result in results], 1)
-        charts.append(lines(title, [Series("ideal", ideal, 3, "6 3"), measured], "slots", "", zero=True))
+    for title, name, ideal in (("Tokens per second", "tokens_per_s", alone), ("Efficiency", "efficiency", None)):
+        line = [(each.slots, ideal * each.slots if ideal else 1.0) for each in results]
+        measured = Series("measured", [(each.slots, getattr(each, name)) for each in results], 1)
+        charts.append(lines(title, [Series("ideal", line, 3, "6 3"), measured], "slots", "", zero=True))
     return charts
 
 

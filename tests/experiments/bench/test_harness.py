@@ -11,9 +11,7 @@ import pytest
 
 from experiments.bench import harness
 from experiments.bench.harness import Bench, Figure, measure, seconds_of
-from experiments.bench.sampling import pss_mb, sampled, workers_mb
-from experiments.bench.scenarios.held_memory import private_mb
-from experiments.bench.scenarios.zero import anonymous_mb
+from experiments.bench.sampling import sampled, workers_mb
 
 
 def test_a_scenario_returns_its_figures_and_its_folder_is_removed(monkeypatch):
@@ -48,11 +46,11 @@ def test_readings_are_taken_before_a_block_and_while_it_runs():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("read", [pss_mb, private_mb, anonymous_mb])
-def test_the_memory_of_workers_is_read_by_their_titles(read):
+@pytest.mark.parametrize("kinds", [("Pss",), ("RssAnon", "RssFile"), ("RssAnon",)])
+def test_the_memory_of_workers_is_read_by_their_titles(kinds):
     with subprocess.Popen([sys.executable, "-c", "input()", "ray::Rank.steps"], stdin=subprocess.PIPE) as process:
-        assert workers_mb(("Gang",), read) == []
-        (held,) = workers_mb(("Gang", "Rank"), read)
+        assert workers_mb(("Gang",), *kinds) == []
+        (held,) = workers_mb(("Gang", "Rank"), *kinds)
         assert 0 < held <= psutil.Process(process.pid).memory_info().rss / 2**20 + 1
         process.communicate(b"\n")
 

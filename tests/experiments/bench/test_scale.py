@@ -20,7 +20,7 @@ def test_a_study_of_a_recipe(ray_session, small_recipe, full):
 
 
 def test_other_bits_give_no_figure(monkeypatch, small_recipe):
-    monkeypatch.setattr(scaling, "_play", lambda work, folder, slots, address: (10.0, 1.0, bytes(slots), 1))
+    monkeypatch.setattr(scaling, "_play", lambda work, folder, slots, address: (10.0, 1.0, bytes(slots), work.clients))
     with pytest.raises(ValueError, match="2 slots lead to other bits than 1"):
         study(small_recipe(), [1, 2])
     assert study(small_recipe(), [1, 2], weak=True)[1] == Scaled(2, 10.0, 0.5, 1.0)

@@ -8,8 +8,7 @@ import pytest
 
 from experiments.bench.harness import Bench, Figure, measure
 from experiments.bench.scenarios import secagg as bench
-from experiments.bench.scenarios.secagg import Rounds, add_rounds
-from experiments.bench.secagg_session import play, session_of
+from experiments.bench.scenarios.secagg import Rounds, add_rounds, play, session_of
 from strategies.secagg.client import Client
 from strategies.secagg.parameters import choose
 from strategies.secagg.protocol import SecAggAbort
@@ -102,9 +101,9 @@ def test_other_losses_are_refused(tmp_path):
     harness = Bench(tmp_path, small=True)
     plain = Rounds([3.0, 2.0], [10.0], 0.0, 1.0, 1.0)
     secured = Rounds([3.0, 2.0005], [11.0], 1.0, 1.1, 1.2)
-    add_rounds(harness, [plain, replace(plain, seconds=[12.0])], [secured])
+    add_rounds(harness, [plain, plain._replace(seconds=[12.0])], [secured])
     assert harness.figures["round_ratio_n32"] == Figure(1.0, "ratio")
     assert harness.figures["plain_ratio_n32"].value == 1.2
     for loss in (2.01, math.nan):  # the latter of a round that was aborted
         with pytest.raises(ValueError, match="losses of the plain and the secured run"):
-            add_rounds(harness, [plain], [replace(secured, losses=[3.0, loss])])
+            add_rounds(harness, [plain], [secured._replace(losses=[3.0, loss])])
