@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from engine.records.metrics import read_log
 from engine.system.atomic import write_file
-from experiments.bench.page import Cell, Tables, render
+from experiments.bench.results import Cell, Tables, render
 from experiments.config.recipe import Recipe
 
 BASELINE, AGAINST = "fedavg", "against fedavg"

@@ -21,7 +21,7 @@ from experiments.runs.api import Run, ray_session
 
 # The files of `scenarios/` that hold several; all others are named after theirs.
 FILES = {
-    **dict.fromkeys(("lora", "tiny", "big_update", "cohort"), "bare_loop"),
+    **dict.fromkeys(("lora", "tiny", "big_update", "cohort", "gpu"), "bare_loop"),
     **dict.fromkeys(("overhead", "population"), "null_clients"),
     **dict.fromkeys(("memory", "plan"), "held_memory"),
 }

@@ -37,7 +37,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
-    from experiments.bench.page import is_results, write_page
+    from experiments.bench.results import is_results, write_page
     from experiments.report.page import write_report
     from experiments.report.terminal import say
 

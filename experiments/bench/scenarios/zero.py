@@ -14,9 +14,9 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -84,8 +84,8 @@ def _measure_stage(bench: Bench, work: Recipe, zero: Zero, where: str) -> None:
     bench.say(f"{stage}: bare loops, resets and fresh engines")
     store, on_gpu = build_store(work), work.clients.num_gpus > 0
     cohort = work.cohort.sample(Store.open(store).num_training, work.seed, 0).tolist()
-    inputs = Inputs(work, zero, token_columns(store, work), cohort, 2 if bench.small else 7)
-    plain: list[Bare] = in_ranks(zero, on_gpu, bare, inputs)
+    tokens, tries = token_columns(store, work), 2 if bench.small else 7
+    plain: list[Bare] = in_ranks(zero, on_gpu, bare, work, zero, tokens, cohort, tries)
     bench.say(f"{stage}: rounds through the engine")
     run, stored = bench.run(replace(work, clients=replace(work.clients, zero=zero)), end, stored_bytes)
     apart = gate(run.folder, zero, [rank.first_S for rank in plain])
@@ -131,19 +131,7 @@ def _growth(bench: Bench, work: Recipe, zero: Zero, stage: str, name: str) -> tu
     return slope, f"MB a client and rank, {len(later)} rounds"
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """A recipe, its rows, the clients of its first round, and how often the bare loop repeats a client's steps."""
-
-    recipe: Recipe
-    zero: Zero
-    tokens: Path
-    cohort: list[int]
-    tries: int
-
-
-@dataclass(frozen=True)
-class Bare:
+class Bare(NamedTuple):
     """Seconds of a fresh engine, a reset, a client of the recipe's steps; tokens per second of the bare loop.
 
     `first_S` is where the first round leads: the mean of bare loops, each in a fresh engine.
@@ -181,13 +169,13 @@ def _rank(rank: int, zero: Zero, gpu: bool, port: int, work: Callable[..., Any],
     return measured
 
 
-def bare(rank: int, inputs: Inputs) -> Bare:
-    """Measures one rank's times; all ranks do the same at the same time."""
+def bare(rank: int, work: Recipe, zero: Zero, token_folder: Path, cohort: list[int], tries: int) -> Bare:
+    """Measures one rank's times with a cohort, one client's steps `tries` times; all ranks do the same at once."""
     from engine.models.deepspeed_model import zero_model
     from engine.training.deepspeed_training import ZeroTrainer
 
-    model, train, seed = inputs.recipe.model, inputs.recipe.train, inputs.recipe.seed
-    tokens, zero = Tokens.open(inputs.tokens), inputs.zero
+    model, train, seed = work.model, work.train, work.seed
+    tokens = Tokens.open(token_folder)
 
     def fresh() -> ZeroTrainer:
         network = zero_model(model, zero, torch_seed(seed, 0, -1, "initial"), rank)
@@ -199,7 +187,7 @@ def bare(rank: int, inputs: Inputs) -> Bare:
     trainer = fresh()  # the first engine also loads libraries: it is not timed
     start_S = trainer.weights()
     total_S, weights, fresh_s = torch.zeros_like(start_S), 0, []
-    for client in inputs.cohort:
+    for client in cohort:
         trainer.engine.destroy()
         del trainer
         gc.collect()  # an engine refers to itself
@@ -209,23 +197,23 @@ def bare(rank: int, inputs: Inputs) -> Bare:
         _bare_loop(trainer, rows, train, stream(client))
         total_S.add_(trainer.weights().sub_(start_S), alpha=rows.num_rows)
         weights += rows.num_rows
-    client = inputs.cohort[0]
+    client = cohort[0]
     rows = tokens.rows(client, "train")
 
     def speed() -> float:
         began = time.perf_counter()
         return _bare_loop(trainer, rows, train, stream(client)) / (time.perf_counter() - began)
 
-    speeds = [statistics.median(speed() for _ in range(inputs.tries))]
+    speeds = [statistics.median(speed() for _ in range(tries))]
     heap.keep(gathered=zero.stage == 3)  # as a gang does; the bare loop counts with the faster setting
-    speeds.append(statistics.median(speed() for _ in range(inputs.tries)))
+    speeds.append(statistics.median(speed() for _ in range(tries)))
 
     def reset() -> None:
         trainer.become(start_S)
         trainer.summed(0.0)  # waits for a GPU
 
     reset_s, _ = seconds_of(reset, 7)
-    client_s, _ = seconds_of(lambda: trainer.train([Training(rows, start_S, stream(client), 0)], train), inputs.tries)
+    client_s, _ = seconds_of(lambda: trainer.train([Training(rows, start_S, stream(client), 0)], train), tries)
     first_S = start_S.add_(total_S, alpha=1 / weights).cpu().numpy()
     fresh_median, reset_median, client_median = map(statistics.median, (fresh_s, reset_s, client_s))
     return Bare(fresh_median, reset_median, client_median, max(speeds), first_S)

@@ -6,7 +6,7 @@ import torch
 from engine.config.sections import Lora, Model
 from experiments.bench.bases import write_llama
 from experiments.bench.harness import measure
-from experiments.bench.scenarios import gpu
+from experiments.bench.scenarios.bare_loop import flops_per_token
 
 
 def test_operations_are_counted_as_by_hand(tmp_path):
@@ -19,7 +19,7 @@ def test_operations_are_counted_as_by_hand(tmp_path):
     # Inputs' gradients, but not those of the first layer's queries, keys and values; adapters have weights' as well.
     first = 3 * (64 * 64 + r * 64)
     backward = 2 * (3 * (layer + adapters) + head - first) + 2 * 3 * adapters + 2 * 3 * attention
-    flops = gpu.flops_per_token(Model(base=str(tmp_path), peft=Lora(r=r, targets="all-linear")), length)
+    flops = flops_per_token(Model(base=str(tmp_path), peft=Lora(r=r, targets="all-linear")), length)
     assert flops == pytest.approx(forward + backward, rel=0.02)  # attention's kernels differ in what they do again
 
 

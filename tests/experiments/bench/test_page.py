@@ -8,8 +8,7 @@ import pytest
 
 from experiments.bench import results
 from experiments.bench.harness import Figure
-from experiments.bench.page import is_results, write_page
-from experiments.bench.results import write_results
+from experiments.bench.results import is_results, write_page, write_results
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from engine.messages.errors import RunError
 from engine.messages.events import DriverLost, Fault, Finished, Preparing, RoundDone, Sample, Started
 from experiments.bench import results as bench_results
 from experiments.bench.harness import Figure
-from experiments.bench.page import Cell, render
+from experiments.bench.results import Cell, render
 from experiments.cli import contract, partition, results
 from experiments.cli.command import guarded
 from experiments.cli.screen import Screen
