@@ -51,7 +51,7 @@ class Bench:
         self.began = self.last_line = time.monotonic()
 
     def say(self, step: str) -> None:
-        """Prints the step that begins, and the seconds since the start."""
+        """Prints the seconds since the start and the step that begins."""
         self.last_line = time.monotonic()
         say(f"{self.last_line - self.began:6.1f} s  {step}", error=True)
 

@@ -1,14 +1,14 @@
 """What `fedpost bench strategies` compares: each rule with its keys, and why it needs keys that the others lack.
 
-All rules have the demo's AdamW with its learning rate of 0.003, and clients with equal weights, unless a rule's reason
-says otherwise. Nothing is tuned but what a reason names. Rules whose theory assumes plain SGD have SGD, and are to be
-compared with FedAvg on SGD.
+Unless a rule's reason says otherwise, all have the demo's AdamW with its learning rate of 0.003, and clients with equal
+weights. Nothing else is tuned. Rules whose theory assumes SGD have SGD, and are to be compared with FedAvg on SGD.
 """
 
 from dataclasses import dataclass
 
 SGD = 'train.optimizer={kind="sgd", lr=0.5}'  # in five rounds 0.3 is slower, 1 wavers, 3 diverges
 DEFAULTS = "its defaults"
+ADAM = "lr is about what a coordinate moves in a round; four local steps at 0.003 move one by up to 0.012"
 NO_LIARS = "its defaults, and nobody lies"
 PERSONAL = "what counts is its personal loss"
 
@@ -31,11 +31,7 @@ def _plain(kind: str, *changes: str, why: str = DEFAULTS, main: bool = False) ->
 RULES = (
     Rule("fedavg", (), "FedIT, the baseline, with the demo's optimizer", main=True),
     *(_plain(kind, main=True) for kind in ("ffa", "rolora", "fedex", "flexlora", "fedsvd")),
-    _plain(
-        *("fedadam", "strategy.lr=5e-3"),
-        why="lr is about what a coordinate moves in a round; four local steps at 0.003 move one by up to 0.012",
-        main=True,
-    ),
+    _plain("fedadam", "strategy.lr=5e-3", why=ADAM, main=True),
     _plain("scaffold", SGD, why="c_k is a mean gradient for plain SGD alone", main=True),
     Rule("fedavg_sgd", (SGD,), "what SCAFFOLD, FedNova, q-FedAvg and Fed-SB must be compared with"),
     _plain("fednova", SGD, why="tau_k is known for SGD alone"),

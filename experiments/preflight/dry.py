@@ -68,7 +68,7 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         work = bearable(work, Store.open(build_store(work)).num_training)
         on_step(f"{ROUNDS} rounds, then once more from the first checkpoint")
         events: list[Event] = []
-        cpus, gpus = _cpus(work.clients), _gpus(work.clients)
+        _, cpus, gpus = _needs(work.clients)
         with environment(**hidden_gpus(gpus)), ray_session(None, num_cpus=cpus, num_gpus=gpus):
             first = run(work, out=folder / "run", on_event=events.append)
             again, resumed = _interrupted(work, first, folder / "again")
@@ -86,23 +86,15 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         return Dry(changed, proofs, _left(recipe, rows))
 
 
-def _processes(clients: Clients) -> int:
+def _needs(clients: Clients) -> tuple[int, int, int]:
+    """The number of all slots and ranks, and of CPUs and GPUs that they need; a fraction of a GPU stays on one GPU."""
     zero, slots = clients.zero, clients.slots if clients.slots != "auto" else 1
-    if zero is None:
-        return slots
-    return zero.gangs * zero.ranks + slots if zero.from_rows else zero.ranks * slots
-
-
-def _cpus(clients: Clients) -> int:
-    """How many CPUs all slots and ranks need."""
-    return max(1, math.ceil(clients.num_cpus * _processes(clients)))
-
-
-def _gpus(clients: Clients) -> int:
-    """How many GPUs all slots and ranks need; a fraction stays on one GPU."""
+    ranks = 0 if zero is None else zero.ranks * (zero.gangs if zero.from_rows else slots)
+    processes = ranks + slots if zero is None or zero.from_rows else ranks
+    gpus = round(clients.num_gpus * processes)
     if 0 < clients.num_gpus < 1:
-        return math.ceil(_processes(clients) / math.floor(1 / clients.num_gpus + 1e-6))
-    return round(clients.num_gpus * _processes(clients))
+        gpus = math.ceil(processes / math.floor(1 / clients.num_gpus + 1e-6))
+    return processes, max(1, math.ceil(clients.num_cpus * processes)), gpus
 
 
 def _interrupted(work: Recipe, first: Run, folder: Path) -> tuple[Run, int | None]:
@@ -118,17 +110,14 @@ def _interrupted(work: Recipe, first: Run, folder: Path) -> tuple[Run, int | Non
 
 def _changes(recipe: Recipe, work: Recipe) -> dict[str, tuple[str, str]]:
     """The keys in which two recipes differ, without those that have their own lines."""
-
-    def shown(value: object) -> str:
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
     old, new = (leaves(tomllib.loads(to_toml(each))) for each in (recipe, work))
-    separate = ("data.", "model.base", "model.revision", "checkpoint.")
-    return {
-        key: (shown(old.get(key, "unset")), shown(new.get(key, "unset")))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(separate)
-    }
+    changed = {}
+    for key in sorted(old.keys() | new.keys()):
+        before, after = (values.get(key, "unset") for values in (old, new))
+        if before != after and not key.startswith(("data.", "model.base", "model.revision", "checkpoint.")):
+            real, dry = (f"{value:g}" if isinstance(value, float) else str(value) for value in (before, after))
+            changed[key] = real, dry
+    return changed
 
 
 def _source(recipe: Recipe) -> str:
@@ -148,15 +137,15 @@ def _trained(events: list[Event], finished: Run) -> str:
 
 def _placement(clients: Clients, events: list[Event]) -> Proof:
     started = next(event for event in events if isinstance(event, Started))
-    zero, asked = clients.zero, clients.slots
+    zero, asked, (processes, cpus, gpus) = clients.zero, clients.slots, _needs(clients)
     assert isinstance(asked, int)  # a shrunk recipe's
     what = f"{started.slots} slots" if zero is None else f"a gang of {zero.ranks} ranks"
     if zero is not None and zero.from_rows:
         asked += zero.gangs
-        what += f" and {_processes(clients) - zero.ranks} plain slot"
+        what += f" and {processes - zero.ranks} plain slot"
     each = f"num_cpus = {clients.num_cpus:g} and num_gpus = {clients.num_gpus:g}"
     fewer = f" of {asked} asked for" if started.slots < asked else ""
-    on = f"logical CPUs: {_cpus(clients)}, logical GPUs: {_gpus(clients)}"
+    on = f"logical CPUs: {cpus}, logical GPUs: {gpus}"
     return Proof("placement", started.slots == asked, f"{what}{fewer} with {each}; {on}")
 
 
@@ -209,7 +198,8 @@ def _export(finished: Run, base: str) -> Proof:
 def _left(recipe: Recipe, rows: Drawn) -> list[str]:
     """What only the real run can show."""
     clients, model, has_noise = recipe.clients, recipe.model, not isinstance(recipe.privacy.dp, NoDp)
-    need = f"{_processes(clients):,} slots or ranks ({_cpus(clients):,} CPUs, {_gpus(clients):,} GPUs)"
+    processes, cpus, gpus = _needs(clients)
+    need = f"{processes:,} slots or ranks ({cpus:,} CPUs, {gpus:,} GPUs)"
     room = "slots" if clients.slots == "auto" else need
     kernels = f"GPU kernels ({model.attention} in {model.dtype})" + (", NCCL" if clients.zero else "")
     left = {
