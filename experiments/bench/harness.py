@@ -1,10 +1,10 @@
-"""The harness of all benchmarks: figures, progress on stderr, one folder and one Ray, recipes, timing and gates.
+"""The harness of all benchmarks: figures, progress on stderr, one folder and one Ray, inputs, recipes, timing, gates.
 
 A scenario is a function of its name in a file of `scenarios/`, which adds figures to a `Bench`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -12,12 +12,15 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 import experiments
 from engine.messages.events import Event, RoundDone
-from experiments.config.recipe import RECIPES, Recipe, parse_recipe
+from experiments.config.recipe import RECIPES, SHIPPED, Recipe, parse_recipe
 from experiments.report.terminal import say
 from experiments.runs.api import Run, ray_session
+from strategies.core.seeds import rng
 
 # The files of `scenarios/` that hold several; all others are named after theirs.
 FILES = {
@@ -26,6 +29,8 @@ FILES = {
     **dict.fromkeys(("memory", "plan"), "held_memory"),
 }
 WITHOUT_RAY = {"partition", "population", "slots"}  # they start their own, or none
+TEXTS = 4096  # different texts, from which the rows are drawn
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 EVERY_S = 2.0  # seconds between two progress lines of a step that reports often
 DEMO = (RECIPES / "demo.toml").read_text(encoding="utf-8")
 # Short prompts of the standard library alone, and short rows: the demo in seconds.
@@ -106,6 +111,43 @@ def measure(name: str, small: bool) -> dict[str, Figure]:
         bench = Bench(Path(folder), small)
         scenario(bench)
     return bench.figures
+
+
+def write_llama(folder: Path, sizes: Sequence[int], *, vocabulary: int | None = None, of_bytes: bool = False) -> None:
+    """Writes a random Llama of these SIZES, and the shipped tokenizer or one whose tokens are bytes."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer: Any = _bytes_tokenizer() if of_bytes else AutoTokenizer.from_pretrained(SHIPPED["tiny"])
+    torch.manual_seed(0)
+    named = dict(zip(SIZES, sizes, strict=True))
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary or len(tokenizer), **named)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _bytes_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    signs = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({sign: place for place, sign in enumerate(signs)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def write_rows(folder: Path, clients: int, rows: int | np.ndarray, words: int) -> None:
+    """Writes rows.parquet: `rows` rows of `words` random words a client, or each client's number of rows (N,)."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(SHIPPED["tiny"])
+    draw = rng(0, 0, -1, "sample")
+    texts = pa.array([tokenizer.decode(draw.integers(300, 4000, words)) for _ in range(TEXTS)])
+    owners = np.repeat(np.arange(clients), rows)
+    picked = pa.array(draw.integers(0, TEXTS, len(owners)))
+    names = pa.array(np.char.zfill(owners.astype("U7"), 7))
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"client": names, "text": texts.take(picked)}), folder / "rows.parquet")
 
 
 def metric(run: Run, name: str, split: str = "engine") -> list[float]:

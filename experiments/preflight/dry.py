@@ -21,8 +21,7 @@ from engine.config.sections import Clients
 from engine.messages.events import Event, RoundDone, Started
 from experiments.config.recipe import Recipe, located, to_toml
 from experiments.preflight.processes import environment, hidden_gpus
-from experiments.preflight.shrunk_recipe import ROUNDS, bearable, clients_of, shrunk_recipe
-from experiments.preflight.shrunk_rows import Drawn, draw_rows
+from experiments.preflight.shrunk_recipe import ROUNDS, Drawn, bearable, clients_of, draw_rows, shrunk_recipe
 from experiments.report.terminal import console, plain
 from experiments.runs.api import Run, build_store, ray_session, run
 from experiments.runs.resuming import FINISHED, leaves

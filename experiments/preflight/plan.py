@@ -152,10 +152,7 @@ def smallest(counts: Sizes, recipe: Recipe, device: float, process: float) -> Ze
 
 
 def counted(clients: Clients, devices: int, cpus: int) -> tuple[int, int]:
-    """The numbers of plain slots and gangs of a run; "auto" fills the GPUs, or `cpus` CPUs on each device.
-
-    Raises RunError if there is no room for any.
-    """
+    """The numbers of plain slots and gangs of a run; devices have a GPU each, or `cpus` CPUs; RunError without room."""
     zero, slots = clients.zero, clients.slots
     gangs = zero.gangs if zero is not None and zero.from_rows else 0  # beside plain slots
     if clients.num_gpus or slots == "auto":
@@ -175,10 +172,7 @@ def counted(clients: Clients, devices: int, cpus: int) -> tuple[int, int]:
 
 
 def on_fullest(clients: Clients, plain: int, ranks: int, devices: int, slot: float, rank: float, base: float) -> float:
-    """Bytes on the fullest device, in the worst case of all placements; a process has `slot` or `rank` bytes.
-
-    The plain slots of a device share the base.
-    """
+    """Bytes on the fullest device in the worst placement; plain slots of `slot` bytes each share the `base`."""
     if clients.num_gpus:  # Ray fills a GPU before it uses the next
         most = min(plain + ranks, max(1, int(1 / clients.num_gpus + 1e-6)))
     else:

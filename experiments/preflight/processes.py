@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-KINDS = ("VmRSS", "RssAnon", "RssFile", "VmHWM")
+KINDS = ("VmRSS", "RssAnon", "RssFile", "VmHWM")  # in /proc: resident, private, of mapped files, the peak
 
 
 def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -18,10 +18,7 @@ def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def memory(process: int | str = "self") -> dict[str, float]:
-    """MB of a process by their names in /proc: VmRSS (resident), RssAnon (private), RssFile (mapped), VmHWM (peak).
-
-    Empty if there is no such process, or no /proc.
-    """
+    """MB of a process by these KINDS; empty if there is no such process, or no /proc."""
     try:
         lines = [line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines()]
     except OSError:

@@ -35,10 +35,7 @@ TEMPLATE = (
 
 
 def base_config(model: Model) -> Any:
-    """The base's configuration, from its folder, the hub's cache, or a family's file; nothing is downloaded.
-
-    Raises RunError if there is none, or if it is not a causal language model.
-    """
+    """The base's configuration from its folder, the hub's cache, or a family's file; RunError if there is none."""
     if Path(model.base).is_dir():
         return causal_config(model)
     try:

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.config.sections import Model
 from engine.messages.errors import RunError
 from experiments.bench.bare import PROCESSES, compare
-from experiments.bench.bases import write_llama, write_rows
-from experiments.bench.harness import Bench, seconds_of
+from experiments.bench.harness import Bench, seconds_of, write_llama, write_rows
 from experiments.bench.sampling import command_mb
 from experiments.config.recipe import Recipe
 from experiments.preflight.processes import in_fresh_process
@@ -140,10 +139,7 @@ def big_update(bench: Bench) -> None:
 
 
 def gpu(bench: Bench) -> None:
-    """Measures speed over the bare loop's by case, and the share of the GPU's arithmetic that is used.
-
-    RunError without a GPU, but for a small run; ValueError if the loops disagree.
-    """
+    """Measures speed by case and the used share of the GPU's arithmetic; RunError without a GPU unless it is small."""
     has_gpu = torch.cuda.is_available()
     if not has_gpu and not bench.small:
         raise RunError("fedpost bench gpu needs a GPU that torch can use; without one, --small tries it on the CPU")
@@ -176,10 +172,7 @@ def gpu(bench: Bench) -> None:
 
 
 def flops_per_token(model: Model, length: int) -> float:
-    """Counts the floating-point operations of one token of a row of `length`, forward and backward, as torch does.
-
-    The frozen weights' gradients, which nobody needs, are not among them.
-    """
+    """Operations of a token of a row of `length`, forward and backward without gradients of frozen weights."""
     from experiments.preflight.plan import meta_network, on_meta  # imports transformers
 
     network = meta_network(model)

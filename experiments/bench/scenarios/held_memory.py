@@ -8,8 +8,7 @@ import experiments
 from engine.config.sections import Zero
 from engine.messages.events import Event, Started
 from experiments.bench.bare import compare
-from experiments.bench.bases import write_llama, write_rows
-from experiments.bench.harness import DEMO, Bench
+from experiments.bench.harness import DEMO, Bench, write_llama, write_rows
 from experiments.bench.sampling import sampled, workers_mb
 from experiments.config.recipe import Recipe, located, parse_recipe
 from experiments.preflight.plan import Need, process_bytes, rank_need, sizes, slot_need
@@ -41,10 +40,7 @@ def memory(bench: Bench) -> None:
 
 
 def plan(bench: Bench) -> None:
-    """Measures estimate over peak for the demo's slots and for two ranks of stage 3.
-
-    The gate is the number of trained parameters: ValueError if plan and run count differently.
-    """
+    """Measures estimate over peak for the demo's slots and two ranks; ValueError if plan and run count differently."""
     plain, gang = process_bytes()
     bench.say("the demo's slots")
     few = ("rounds=1", "train.steps=1") if bench.small else ("rounds=2",)

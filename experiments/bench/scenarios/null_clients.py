@@ -22,8 +22,7 @@ from engine.scheduling.pool import Pool
 from engine.training.local_training import Job, LocalTrainer
 from engine.workers.token_columns import token_columns
 from engine.workers.worker import ClientActor
-from experiments.bench.bases import write_llama, write_rows
-from experiments.bench.harness import Bench, largest_difference, power
+from experiments.bench.harness import Bench, largest_difference, power, write_llama, write_rows
 from experiments.bench.sampling import stored_bytes
 from experiments.config.recipe import Recipe, located
 from experiments.preflight.processes import in_fresh_process, memory

@@ -16,7 +16,6 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -50,17 +49,13 @@ DemoMode = Literal["off", "full"]
 NAMES = {20_000: "20k", 100_000: "100k", 1_000_000: "1m", 5_000_000: "5m"}
 
 
-@dataclass(frozen=True)
-class Size:
-    """How large a run is: cohorts and coordinates of the sessions, and how many coordinates their clients mask.
+class Size(NamedTuple):
+    """How large a run is."""
 
-    `modes` are the demo's runs in their order; each runs with `changes`.
-    """
-
-    cohorts: tuple[int, ...]
+    cohorts: tuple[int, ...]  # of the sessions
     coordinates: tuple[int, ...]
-    sampled: int
-    modes: tuple[DemoMode, ...]
+    sampled: int  # coordinates that clients mask
+    modes: tuple[DemoMode, ...]  # of the demo's runs in their order
     changes: tuple[str, ...]
 
 
@@ -106,19 +101,15 @@ class Clock:
 
 
 class Played(NamedTuple):
-    """A session's sum over the sampled coordinates, what it should be, and what it cost.
-
-    `client_s` is of a mean client, scaled to its whole vector: `scale` is 1 where all of it was masked. `up` and `down`
-    are the bytes that all clients sent and received.
-    """
+    """A session's sum over the sampled coordinates, what it should be, and what it cost."""
 
     parameters: Parameters
     total_S: np.ndarray
     expected_S: np.ndarray
-    scale: float
-    client_s: dict[str, float]
+    scale: float  # 1 if all coordinates were masked
+    client_s: dict[str, float]  # of a mean client, scaled to its whole vector
     server_s: dict[str, float]
-    up: int
+    up: int  # bytes that all clients sent
     down: int
 
     @property

@@ -17,8 +17,7 @@ from engine.config.sections import Clients
 from engine.messages.errors import RunError
 from engine.messages.events import Event, Started
 from experiments.bench.bare import PROCESSES, compare
-from experiments.bench.bases import write_rows
-from experiments.bench.harness import Bench, Figure, metric
+from experiments.bench.harness import Bench, Figure, metric, write_rows
 from experiments.bench.results import show_results
 from experiments.bench.scenarios.bare_loop import lora_recipe, write_lora_inputs
 from experiments.config.recipe import Recipe, load_recipe

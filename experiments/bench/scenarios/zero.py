@@ -35,8 +35,7 @@ from engine.system.rendezvous import meet
 from engine.training.batching import batches
 from engine.training.step_loop import Training
 from engine.workers.token_columns import token_columns
-from experiments.bench.bases import write_llama
-from experiments.bench.harness import Bench, largest_difference, metric, seconds_of
+from experiments.bench.harness import Bench, largest_difference, metric, seconds_of, write_llama
 from experiments.bench.sampling import sampled, stored_bytes, workers_mb
 from experiments.bench.scenarios.bare_loop import CLIENTS, lora_recipe, write_lora_inputs
 from experiments.config.recipe import Recipe, parse_recipe, to_toml
@@ -132,16 +131,13 @@ def _growth(bench: Bench, work: Recipe, zero: Zero, stage: str, name: str) -> tu
 
 
 class Bare(NamedTuple):
-    """Seconds of a fresh engine, a reset, a client of the recipe's steps; tokens per second of the bare loop.
-
-    `first_S` is where the first round leads: the mean of bare loops, each in a fresh engine.
-    """
+    """Seconds of a fresh engine, a reset, and a client of the recipe's steps; the bare loop's tokens per second."""
 
     fresh_s: float
     reset_s: float
     client_s: float
     tokens_per_s: float
-    first_S: np.ndarray
+    first_S: np.ndarray  # where the first round leads: the mean of bare loops, each in a fresh engine
 
 
 def in_ranks(zero: Zero, gpu: bool, work: Callable[..., Any], *arguments: Any) -> list[Any]:

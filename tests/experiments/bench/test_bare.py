@@ -6,8 +6,7 @@ import torch
 
 from engine.scheduling.dispatcher import units_of
 from experiments.bench import bare
-from experiments.bench.bases import write_llama, write_rows
-from experiments.bench.harness import Bench, largest_difference, measure
+from experiments.bench.harness import Bench, largest_difference, measure, write_llama, write_rows
 from experiments.bench.sampling import command_mb
 from experiments.bench.scenarios import bare_loop
 

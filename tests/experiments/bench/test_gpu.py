@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from engine.config.sections import Lora, Model
-from experiments.bench.bases import write_llama
-from experiments.bench.harness import measure
+from experiments.bench.harness import measure, write_llama
 from experiments.bench.scenarios.bare_loop import flops_per_token
 
 

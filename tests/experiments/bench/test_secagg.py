@@ -20,7 +20,7 @@ def tiny_demo(monkeypatch, tiny_base, rows_file, tmp_path_factory):
     """Lets the small benchmark run on the tests' base and rows."""
     changes = [f'model.base="{tiny_base}"', f'data.source={{kind="jsonl", path="{rows_file}"}}', "cohort.size=5"]
     changes.append(f'data.cache="{tmp_path_factory.getbasetemp() / "stores"}"')
-    monkeypatch.setattr(bench, "SMALL", replace(bench.SMALL, changes=(*bench.SMALL.changes, *changes)))
+    monkeypatch.setattr(bench, "SMALL", bench.SMALL._replace(changes=(*bench.SMALL.changes, *changes)))
 
 
 @pytest.mark.slow
