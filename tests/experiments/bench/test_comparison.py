@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from engine.records.metrics import Metrics
-from experiments.bench.comparison import Result, compare, markdown, read_result, tables, worst_tenth
+from experiments.bench.scenarios.strategies import Result, compare, markdown, read_result, tables, worst_tenth
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments.bench.harness import Bench
-from experiments.bench.rules import RULES
 from experiments.bench.scenarios import strategies as bench
+from experiments.bench.scenarios.strategies import RULES
 from experiments.runs.resuming import mark_finished
 from strategies import Strategies
 
