@@ -87,16 +87,13 @@ FULL = Size(
 SMALL = Size((8, 32), (20_000,), 2**14, ("off", "full"), (*CHANGES, "rounds=2", *SMALL_DEMO))
 
 
-class Clock:
+class Clock(defaultdict[str, float]):
     """Seconds of this thread's processor time by step."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def __call__(self, step: str, work: Callable[..., T], *arguments: object) -> T:
         """Returns what `work` returns, and adds its time to the step's."""
         (seconds,), result = seconds_of(lambda: work(*arguments), clock=time.thread_time)
-        self.seconds[step] += seconds
+        self[step] += seconds
         return result  # type: ignore[no-any-return]
 
 
@@ -135,7 +132,7 @@ def play(session: Session, sampled: int, gone: Mapping[int, Phase]) -> Played:
     sums, everybody = session.sums, range(session.parameters.clients)
     sampled = min(sampled, sums.length)
     updates = rng(SEED, 0, -1, "sample").uniform(-1.1, 1.1, sampled + len(everybody)).astype(np.float32)
-    client, server, traffic = Clock(), Clock(), Counter[str]()
+    client, server, traffic = Clock(float), Clock(float), Counter[str]()
     members = {u: Client(session, u) for u in everybody}
     party = Server(session, everybody)
     expected_S = np.zeros(sampled, np.uint32)
@@ -182,9 +179,9 @@ def play(session: Session, sampled: int, gone: Mapping[int, Phase]) -> Played:
     wrap(expected_S, sums.bits)
 
     scale = sums.length / sampled
-    steps = {step: s / len(everybody) * (scale if step in SCALED else 1) for step, s in client.seconds.items()}
+    steps = {step: s / len(everybody) * (scale if step in SCALED else 1) for step, s in client.items()}
     up, down = traffic["up"], traffic["down"]
-    return Played(session.parameters, total_S, expected_S, scale, steps, dict(server.seconds), up, down)
+    return Played(session.parameters, total_S, expected_S, scale, steps, dict(server), up, down)
 
 
 def secagg(bench: Bench) -> None:

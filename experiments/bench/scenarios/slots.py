@@ -149,10 +149,7 @@ def _measure_uneven(bench: Bench, rounds: int) -> None:
 
 
 def _measure_cluster(bench: Bench, work: Recipe, rounds: int) -> None:
-    """Compares slots on several Ray nodes with the gate's run on one node, bit for bit, and measures how they scale.
-
-    All slots share this machine's cores: the figures say what more slots on more nodes cost by themselves.
-    """
+    """Compares slots on Ray nodes, which share the cores, with the gate's run bit for bit; measures what they cost."""
     from ray.cluster_utils import Cluster
 
     share = 1.0 if bench.small else SHARE
