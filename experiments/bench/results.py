@@ -95,10 +95,9 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _cell(row: dict[str, Any] | None) -> Cell:
     """A figure; what is compared by bars is all of one unit, up to its first comma."""
-    value = row and row["value"]
-    if row is None or value is None:
+    if row is None or row["value"] is None:
         return Cell("" if row is None else "not measured")
-    return Cell(f"{value:,.4g}", value, row["unit"].partition(",")[0])
+    return Cell(f"{row['value']:,.4g}", row["value"], row["unit"].partition(",")[0])
 
 
 def show_results(scenario: str, figures: dict[str, Figure], as_json: bool, charts: Sequence[Markup] = ()) -> None:

@@ -7,7 +7,7 @@ Legend: P trained parameters.
 import os
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -30,6 +30,7 @@ SPARE = 0.9  # the share of a device's memory that is planned with
 HEAP = 1.5  # memory that the allocator holds over the live tensors of a step, measured with glibc
 RAY = 20 * 2**20  # bytes that Ray adds to a process
 MOST_RANKS = 1024
+STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ def _moments(recipe: Recipe) -> int:
 
 def smallest(counts: Sizes, recipe: Recipe, device: float, process: float) -> Zero | None:
     """The gang with the fewest ranks, and then the lowest stage, that fits the device; None if none does."""
-    given, stages = recipe.clients.zero or Zero(), (1, 2, 3)
-    gangs = (replace(given, stage=stage, ranks=ranks) for ranks in range(1, MOST_RANKS + 1) for stage in stages)
+    given = recipe.clients.zero or Zero()
+    gangs = (replace(given, stage=stage, ranks=ranks) for ranks in range(1, MOST_RANKS + 1) for stage in STAGES)
     return next((gang for gang in gangs if rank_need(counts, recipe, gang, process).total <= SPARE * device), None)
 
 
@@ -215,7 +216,7 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     heads = ("weights", "gradients", "optimizer", "activations", "updates", "itself", "GiB", "fits")
     table, slot = Table("a process of", *heads), slot_need(counts, recipe, plain)
     needs = {"a plain slot": slot}
-    for stage in (1, 2, 3):
+    for stage in STAGES:
         needs[f"stage {stage}, {zero.ranks} ranks"] = rank_need(counts, recipe, replace(zero, stage=stage), gang)
     for name, need in needs.items():
         amounts = [f"{value / GIB:,.2f}" for value in (*vars(need).values(), need.total)]
