@@ -5,7 +5,6 @@ partitions of the same rows agree. All that it builds, about 3 GB in full size, 
 deleted in the end.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens, tokenize
 from experiments.bench.harness import Bench, Figure, power, seconds_of
-from experiments.preflight.processes import in_fresh_process, memory
+from experiments.preflight.processes import environment, in_fresh_process, memory
 from strategies.core.cohort import UniformCohort
 
 ROWS, WORDS, SEED = 10, 8, 1  # rows of a client, words of a row
@@ -173,7 +172,8 @@ def compare_with_flwr(bench: Bench, compared: tuple[int, ...]) -> None:
         ratios = []
         for rows in compared if has_it else ():
             bench.say(f"the {kind} partition of {rows:,} rows, by both libraries")
-            ours, theirs = in_fresh_process(time_both, kind, rows)
+            with environment(FLWR_TELEMETRY_ENABLED="0", TQDM_DISABLE="1"):  # read when the process imports tqdm
+                ours, theirs = in_fresh_process(time_both, kind, rows)
             ratios.append(theirs / ours)
             bench.add(f"{kind}_ms_{power(rows)}", ours * 1e3, "ms")
             bench.add(f"flwr_{kind}_ms_{power(rows)}", theirs * 1e3, "ms")
@@ -191,7 +191,6 @@ def time_both(kind: str, rows: int) -> tuple[float, float]:
 
     The median of processor time until the rows of every client are known: a busy machine favors neither library.
     """
-    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "TQDM_DISABLE": "1"}  # read at import
     table = labelled(rows)
     dataset = import_module("datasets").Dataset.from_dict(table.to_pydict())
     flwr = import_module("flwr_datasets.partitioner")

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -105,6 +106,18 @@ def test_without_flwr_datasets_there_are_no_speedups(monkeypatch, capsys, tmp_pa
     partition.compare_with_flwr(bench, (10**5,))
     assert bench.figures == {"speedup_natural": Figure(None, "times"), "speedup_dirichlet": Figure(None, "times")}
     assert "flwr-datasets is not installed: no speedups" in capsys.readouterr().err
+
+
+def test_flwr_datasets_draws_no_progress_bar_in_the_time_that_is_measured(monkeypatch, tmp_path):
+    """Its libraries read the environment when they are imported, which the fresh process does first of all."""
+    names, settings = ("TQDM_DISABLE", "FLWR_TELEMETRY_ENABLED"), []
+    monkeypatch.setattr(partition, "has_flwr", lambda: True)
+    monkeypatch.setattr(
+        partition, "in_fresh_process", lambda *_: settings.append([*map(os.environ.get, names)]) or (0.002, 0.06)
+    )
+    partition.compare_with_flwr(bench := Bench(tmp_path, small=True), (10**5,))
+    assert settings == [["1", "0"]] * 2 and os.environ.get("TQDM_DISABLE") is None
+    assert bench.figures["speedup_natural"].value == bench.figures["speedup_dirichlet_1e5"].value == 30
 
 
 def test_what_was_not_measured_is_kept_as_null(monkeypatch, tmp_path):
