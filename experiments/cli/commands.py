@@ -20,7 +20,7 @@ Accept = Annotated[bool, Option("--accept-changes", help="Resume with changed ve
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 Server = Annotated[str, Option("--address", help="Ray's job server, such as http://127.0.0.1:8265.")]
 Job = Annotated[str, Argument(metavar="JOB", help="The name that `fedpost submit` printed.")]
-# Each is the module of that name in experiments/bench/scenarios, whose `measure(small=...)` returns the figures.
+# Each is a function of that name in experiments/bench/scenarios.
 SCENARIOS = {
     "lora": "tokens/s against a bare PyTorch loop, in lanes and not",
     "gpu": "LoRA clients of a base of 0.5 billion parameters on one GPU, in lanes, against the bare loop",
@@ -205,7 +205,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
-    from experiments.bench.page import is_results, write_page
+    from experiments.bench.results import is_results, write_page
     from experiments.report.page import write_report
 
     write = write_page if all(map(is_results, folders)) else write_report
@@ -224,8 +224,7 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Run a scripted benchmark on this machine; its figures are kept in runs/bench-SCENARIO-TIME."""
-    from importlib import import_module
-
+    from experiments.bench.harness import measure
     from experiments.bench.results import show_results
     from experiments.runs.api import settle_ray
 
@@ -235,12 +234,11 @@ def bench(
         raise RunError("fedpost bench scale takes a recipe, and no other benchmark does")
     settle_ray(address or os.environ.get("RAY_ADDRESS"))  # the scenarios import ray
     if recipe is not None:
-        from experiments.bench.scenarios.scale import scale
+        from experiments.bench.scenarios.slots import scale
 
         scale(recipe, slots, address, weak, as_json)
         return
-    figures = import_module(f"experiments.bench.scenarios.{scenario}").measure(small=small)
-    show_results(scenario, figures, as_json)
+    show_results(scenario, measure(scenario, small), as_json)
 
 
 COMMANDS = (run, submit, status, stop, partition, plan, report, strategies, schema, bench)

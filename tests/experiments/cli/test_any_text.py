@@ -23,7 +23,7 @@ from engine.messages.errors import RunError
 from engine.messages.events import DriverLost, Fault, Finished, Preparing, RoundDone, Sample, Started
 from experiments.bench import results as bench_results
 from experiments.bench.harness import Figure
-from experiments.bench.page import draw
+from experiments.bench.results import Cell, render
 from experiments.cli import commands, contract, partition
 from experiments.cli.commands import guarded
 from experiments.cli.screen import Screen
@@ -230,10 +230,11 @@ def test_the_labels_of_pictures(names):
     assert all(harmless(label) == inert(label) for label in _short_each(names))
 
 
-def test_a_picture_of_benchmarks_draws_any_name():
-    names = [piece for piece in PIECES if piece.strip() and piece.isascii()]
-    figures = {name: {"value": 1.0, "unit": "$\\frac"} for name in (*names, "$\\frac", "a_$^")}
-    assert draw([figures, figures], ["$\\bad$", "\ud800"]).startswith(b"\x89PNG")
+@given(TEXT)
+@settings(max_examples=30, deadline=None)
+def test_the_page_about_benchmarks(text):
+    page = render({text: [[Cell(text)], [Cell(text, 1.0, text)]]}, [(text, text)]).decode()
+    assert_shows(harmless(page), str(escape(inert_lines(text))))
 
 
 def test_say_prints_lines_on_stdout_or_stderr(capsys):

@@ -18,7 +18,7 @@ from engine.messages.events import RoundDone
 from engine.rounds.driver import Driver
 from engine.scheduling.pool import Pool
 from experiments.bench.harness import Bench
-from experiments.bench.null import NullClient, null_recipe
+from experiments.bench.scenarios.null_clients import NullClient, null_recipe
 from experiments.report.page import write_report
 
 REPORT = (
