@@ -11,9 +11,7 @@ from engine.messages.shards import Shard, borrow, borrow_all
 from strategies.core.layout import Layout
 from strategies.core.protocol import Broadcast, ServerState, Strategy, Vector
 from strategies.core.sharding import Partition
-from strategies.privacy.central import CentralPlan
-from strategies.privacy.distributed import DistributedPlan
-from strategies.privacy.per_example import ExamplePlan
+from strategies.privacy.checks import NoisePlan
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class BroadcastMessage:
     nbytes: int = 0
     partition: Partition | None = None
     oldest: int = 0
-    dp: CentralPlan | DistributedPlan | ExamplePlan | None = None
+    dp: NoisePlan | None = None
     clip: float = 0.0
     lanes: int = 1
 

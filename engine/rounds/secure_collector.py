@@ -23,8 +23,6 @@ from engine.rounds.server import Shards
 from engine.scheduling.pool import Pool
 from strategies.core.errors import StrategyError
 from strategies.core.layout import Layout
-from strategies.privacy.central import CentralPlan
-from strategies.privacy.distributed import DistributedPlan
 from strategies.secagg.protocol import Session
 from strategies.secagg.ring import Sums
 
@@ -57,7 +55,7 @@ class SecureCollector:
         if not len(cohort):
             return Collected(by_client=False)
         plan, round_ = broadcast.dp, broadcast.round + 1
-        least = max(secagg.min_contributors, plan.least if isinstance(plan, DistributedPlan) else 0)
+        least = max(secagg.min_contributors, plan.least if plan is not None and plan.adds_to == "ring" else 0)
         too_few: str | None = None
 
         def refuse(clients: Sequence[int], reports: Sequence[Report]) -> None:
@@ -110,7 +108,7 @@ class SecureCollector:
     def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
         """Returns the norm to which clients clip: less than the server counts on, by what a ring's rounding may add."""
         sums = self.sums(plan, clip, max(1, clients), round_)
-        if not isinstance(plan, CentralPlan):
+        if plan is None or plan.adds_to != "sum":
             return clip
         room = clip - rounding(sums)
         if room < clip / 2:

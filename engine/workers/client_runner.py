@@ -25,7 +25,6 @@ from engine.workers.peers import ALONE, Peers
 from engine.workers.retries import Attempted, attempted
 from strategies.core.layout import Layout
 from strategies.core.protocol import Broadcast, ClientState, Update, Vector
-from strategies.privacy.central import CentralPlan
 from strategies.transforms.chain import bits, encode
 
 
@@ -156,7 +155,7 @@ class ClientRunner:
             return Report(job.client, traffic, late=late)
         try:
             self._refuse_useless(update, after)
-            if isinstance(message.dp, CentralPlan):
+            if message.dp is not None and message.dp.adds_to == "sum":
                 finite_bound(update)
                 update = message.dp.encode(update, message.clip, job.broadcast.whole_norm)
             accumulator.add(update)

@@ -32,7 +32,6 @@ from engine.workers.secure_training import SecureTraining
 from strategies.core.layout import Layout
 from strategies.core.seeds import torch_seed
 from strategies.core.sharding import Partition
-from strategies.privacy.per_example import ExamplePlan
 from strategies.secagg.messages import Inbox, MaskedSum
 
 
@@ -50,7 +49,7 @@ class Trainers:
         if len(unit) > 1:
             self.lanes = self.lanes or LaneTrainer(plain, message.lanes, train)
             return self.lanes
-        if not isinstance(message.dp, ExamplePlan):
+        if message.dp is None or message.dp.adds_to != "gradients":
             return plain
         if self.private is None:
             self.private = PrivateTrainer(plain, message.dp)

@@ -16,8 +16,6 @@ from experiments.config.recipe import Data, Recipe
 from strategies import Cohorts
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.errors import StrategyError
-from strategies.privacy.central import CentralDp
-from strategies.privacy.distributed import DistributedDp
 
 ROUNDS, SLOTS, RANKS, COHORT, SPARE = 2, 2, 2, 6, 2
 ROWS = 8  # of every second client; the others have twice as many
@@ -121,7 +119,7 @@ def clients_of(recipe: Recipe) -> int:
 def bearable(recipe: Recipe, population: int) -> Recipe:
     """The shrunk recipe without what so few clients cannot bear: too much noise, drop-outs that end rounds."""
     dp, cohort = recipe.privacy.dp, recipe.cohort
-    if isinstance(dp, CentralDp):
+    if dp.adds_to == "sum":
         try:
             with warnings.catch_warnings(action="ignore"):
                 dp.plan(cohort, population, ROUNDS)
@@ -134,7 +132,7 @@ def bearable(recipe: Recipe, population: int) -> Recipe:
         if recipe.privacy.secure:
             least = recipe.privacy.secagg.parameters(len(drawn)).threshold
             least = max(least, recipe.privacy.secagg.min_contributors)
-        if isinstance(dp, DistributedDp):
+        if dp.adds_to == "ring":
             least = max(least, math.ceil(dp.survivors * cohort.expected(population)))
         if len(drawn) - len(left.gone(drawn, recipe.seed, round_)) < least:
             left = replace(left, dropout=0.0)

@@ -46,6 +46,7 @@ class Rule(ABC):
     loss_before: ClassVar[bool] = False
     extras_are_changes: ClassVar[bool] = False
     keeps_higher_ranks: ClassVar[bool] = False
+    rests_at_zero: ClassVar[bool] = True
     paper: ClassVar[str] = "unpublished"
 
     def __init_subclass__(cls) -> None:

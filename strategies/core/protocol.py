@@ -127,6 +127,7 @@ class Strategy(Protocol):
     # each sum is of the client's weight times a change, zero without training, and `apply` divides it by the weight.
     extras_are_changes: ClassVar[bool]
     keeps_higher_ranks: ClassVar[bool]  # with mixed ranks, an untrained client sends zeros also beyond its own rank
+    rests_at_zero: ClassVar[bool]  # an untrained client's update is zero, whatever the server's moments are
     paper: ClassVar[str]
 
     @property

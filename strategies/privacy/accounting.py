@@ -6,15 +6,15 @@ over the largest norm of what one unit adds to the sum.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 
-from strategies.core.errors import StrategyError
-from strategies.privacy.amplification import ORDERS, capped_epsilon, poisson_rdp
+from strategies.core.errors import StrategyError, require
 
 Unit = Literal["client", "example"]
 Sampling = Literal["none", "poisson", "fixed"]
@@ -26,6 +26,8 @@ SHARE = 5e-4  # of epsilon: about what the grid of the privacy loss may add to i
 FINEST = 1e-4  # grid of the privacy loss: below it, a second and more for one epsilon
 LEAST, MOST = 1e-3, 1e6  # noise multipliers that are tried
 CLOSE = 1e-4  # of the noise multiplier: a search ends here
+# Rényi orders: whole numbers, for which all bounds in use are proved.
+ORDERS: np.ndarray = np.array([*range(2, 65), *range(68, 129, 4), *range(144, 257, 16)])
 
 
 @dataclass(frozen=True)
@@ -42,31 +44,9 @@ class Scheme:
     cap: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1:
-            raise StrategyError(f"a sampling rate is above 0 and at most 1, not {self.rate}")
-        if (self.sampling == "fixed" or self.cap is not None) and self.population < 1:
-            raise StrategyError("samples of fixed or capped size need to know the population")
-
-
-@runtime_checkable
-class RingNoise(Protocol):
-    """Noise of whole numbers that several clients add; hashable, like everything that an epsilon depends on."""
-
-    def __hash__(self) -> int: ...
-
-    def rdp(self, orders: np.ndarray) -> np.ndarray:
-        """The Rényi divergence of the noisy sums with and without one unit, at whole orders above 1."""
-        ...
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Normal noise of so many times the largest norm."""
-
-    multiplier: float
-
-
-Noise = Gaussian | RingNoise
+        require(0 < self.rate <= 1, f"a sampling rate is above 0 and at most 1, not {self.rate}")
+        sized = self.sampling == "fixed" or self.cap is not None
+        require(not sized or self.population >= 1, "samples of fixed or capped size need to know the population")
 
 
 @dataclass(frozen=True)
@@ -97,6 +77,60 @@ class Epsilon:
             f"epsilon {self.epsilon:.4g} at delta {self.delta:.3g} for one {self.unit} ({self.relation}), "
             f"{drawn[self.sampling]}, {self.steps} steps, {self.accountant}{label}"
         )
+
+
+class Noise(ABC):
+    """The noise of one sum; hashable, like everything that an epsilon depends on."""
+
+    @abstractmethod
+    def cost(self, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
+        """The epsilon of so many steps, and how it was computed."""
+
+
+@dataclass(frozen=True)
+class Gaussian(Noise):
+    """Normal noise of `multiplier` times the largest norm."""
+
+    multiplier: float
+
+    def cost(self, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
+        """Exact without sampling, by privacy loss distributions for Poisson samples, by RDP for fixed ones."""
+        z = self.multiplier
+        if z == 0:
+            return math.inf, "exact"
+        if scheme.sampling == "fixed":
+            return _of_fixed(z, scheme, steps, delta), "RDP"
+        # A rate of 1 is no sampling, and has a closed form; with a cap, somebody may still be left out.
+        if scheme.sampling == "none" or (scheme.rate == 1 and scheme.cap is None):
+            return _of_all(z, steps, delta), "exact"
+        return _of_poisson(z, scheme, steps, delta), "PLD"
+
+
+class RingNoise(Noise):
+    """Noise of whole numbers that several clients add."""
+
+    @abstractmethod
+    def rdp(self, orders: np.ndarray) -> np.ndarray:
+        """The Rényi divergence of the noisy sums with and without one unit, at whole orders above 1."""
+
+    def cost(self, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
+        """By RDP; StrategyError for samples of fixed size."""
+        from dp_accounting.rdp import compute_epsilon
+
+        require(
+            scheme.sampling != "fixed",
+            "there is no bound for noise of whole numbers and samples of fixed size: "
+            'set privacy.dp.sampling = "none", or draw Poisson cohorts',
+        )
+        sampled = scheme.sampling == "poisson"
+        curve = steps * (poisson_rdp(self.rdp, scheme.rate) if sampled else self.rdp(ORDERS))
+
+        def epsilon(delta: float) -> float:
+            return float(compute_epsilon(ORDERS, curve, delta)[0])
+
+        if not sampled or scheme.cap is None:
+            return epsilon(delta), "RDP"
+        return capped_epsilon(epsilon, delta, steps, scheme.population, scheme.rate, scheme.cap), "RDP"
 
 
 def spent(noise: Noise, scheme: Scheme, steps: int, delta: float, unit: Unit, *, simulated: bool) -> Epsilon:
@@ -138,14 +172,12 @@ def least_noise(epsilon: Callable[[float], float], target: float) -> float:
 
 def check_target(target: float) -> None:
     """Raises StrategyError for an epsilon that is no number above 0."""
-    if not 0 < target < math.inf:
-        raise StrategyError(f"epsilon must be a number above 0, not {target}")
+    require(0 < target < math.inf, f"epsilon must be a number above 0, not {target}")
 
 
 def check_delta(delta: float) -> None:
     """Raises StrategyError for a delta outside (0, 1)."""
-    if not 0 < delta < 1:
-        raise StrategyError(f"delta must be above 0 and below 1, not {delta}")
+    require(0 < delta < 1, f"delta must be above 0 and below 1, not {delta}")
 
 
 @lru_cache(maxsize=256)
@@ -155,18 +187,7 @@ def _noise_multiplier(target: float, scheme: Scheme, steps: int, delta: float) -
 
 @lru_cache(maxsize=4096)
 def _spent(noise: Noise, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
-    if steps == 0:
-        return 0.0, "exact"
-    if not isinstance(noise, Gaussian):
-        return _of_ring(noise, scheme, steps, delta), "RDP"
-    if noise.multiplier == 0:
-        return math.inf, "exact"
-    if scheme.sampling == "fixed":
-        return _of_fixed(noise.multiplier, scheme, steps, delta), "RDP"
-    # A rate of 1 is no sampling, and has a closed form; with a cap, somebody may still be left out.
-    if scheme.sampling == "none" or (scheme.rate == 1 and scheme.cap is None):
-        return _of_all(noise.multiplier, steps, delta), "exact"
-    return _of_poisson(noise.multiplier, scheme, steps, delta), "PLD"
+    return noise.cost(scheme, steps, delta) if steps else (0.0, "exact")
 
 
 # dp-accounting takes a second to import, so only a call that needs an epsilon imports it.
@@ -208,21 +229,52 @@ def _of_fixed(z: float, scheme: Scheme, steps: int, delta: float) -> float:
     return float(accountant.compose(event, steps).get_epsilon(delta))
 
 
-def _of_ring(noise: RingNoise, scheme: Scheme, steps: int, delta: float) -> float:
-    from dp_accounting.rdp import compute_epsilon
+def poisson_rdp(rdp: Callable[[np.ndarray], np.ndarray], rate: float) -> np.ndarray:
+    """The divergences at ORDERS if each unit is in the sum with probability `rate` = q.
 
-    if scheme.sampling == "fixed":
-        raise StrategyError(
-            "there is no bound for noise of whole numbers and samples of fixed size: "
-            'set privacy.dp.sampling = "none", or draw Poisson cohorts'
-        )
-    if scheme.sampling == "none":
-        return float(compute_epsilon(ORDERS, steps * noise.rdp(ORDERS), delta)[0])
-    curve = steps * poisson_rdp(noise.rdp, scheme.rate)
+    Zhu and Wang 2019 ("Poisson Subsampled Rényi Differential Privacy", ICML), the bound for any noise: with r the
+    divergences of the whole sum, the logarithm, over a - 1, of
+    (1-q)^(a-1) (a q - q + 1) + C(a,2) q^2 (1-q)^(a-2) e^r(2) + 3 sum_{l=3..a} C(a,l) (1-q)^(a-l) q^l e^((l-1) r(l)).
+    It is never more than r.
+    """
+    largest = int(ORDERS[-1])
+    whole = rdp(np.arange(2, largest + 1))
+    plain: np.ndarray = whole[ORDERS - 2]
+    if rate == 1:
+        return plain
+    log_q, log_rest = math.log(rate), math.log1p(-rate)
+    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, largest + 1)))])
+    bound = np.empty(len(ORDERS))
+    for index, order in enumerate(ORDERS.tolist()):
+        l_L = np.arange(2, order + 1)
+        logs_L = factorials[order] - factorials[l_L] - factorials[order - l_L]
+        logs_L += l_L * log_q + (order - l_L) * log_rest + (l_L - 1) * whole[l_L - 2]
+        logs_L[1:] += math.log(3)
+        first = (order - 1) * log_rest + math.log1p((order - 1) * rate)
+        bound[index] = np.logaddexp.reduce(np.append(logs_L, first)) / (order - 1)
+    least: np.ndarray = np.minimum(bound, plain)
+    return least
 
-    def whole(share: float) -> float:
-        return float(compute_epsilon(ORDERS, curve, share)[0])
 
-    if scheme.cap is None:
-        return whole(delta)
-    return capped_epsilon(whole, delta, steps, scheme.population, scheme.rate, scheme.cap)
+def capped_epsilon(
+    epsilon: Callable[[float], float], delta: float, steps: int, population: int, rate: float, cap: int
+) -> float:
+    """Epsilon at `delta` if Poisson samples above `cap` are cut; `epsilon(delta)` is that of whole samples.
+
+    A run is as without the cap unless a sample exceeds it. With p the probability that one of the steps' does, (e, d)
+    becomes (e, d + (1 + e^e) p): half of delta goes to each. Infinite where the cap is hit too often for that.
+    """
+    whole = epsilon(delta / 2)
+    cut = steps * math.exp(log_exceeds(population, rate, cap))
+    return whole if whole < 700 and (1 + math.exp(whole)) * cut <= delta / 2 else math.inf
+
+
+def log_exceeds(population: int, rate: float, cap: int) -> float:
+    """The logarithm of a bound on the probability that a Poisson sample is larger than the cap (Chernoff)."""
+    share = (cap + 1) / population
+    if share > 1:
+        return -math.inf
+    if share <= rate:
+        return 0.0
+    rest = (1 - share) * math.log((1 - share) / (1 - rate)) if share < 1 else 0.0
+    return -population * (share * math.log(share / rate) + rest)

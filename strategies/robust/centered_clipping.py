@@ -29,6 +29,7 @@ class CenteredClipping(AveragingRule):
     weighting: Literal["uniform"] = "uniform"
     tau: float = 1.0
     elementwise: ClassVar[bool] = False
+    rests_at_zero: ClassVar[bool] = False  # but at -v
     paper: ClassVar[str] = "arXiv 2012.10333"
 
     def __post_init__(self) -> None:

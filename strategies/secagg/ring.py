@@ -7,7 +7,6 @@ needs one, then the sums one after another.
 
 import math
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
@@ -29,7 +28,7 @@ class Sum:
 
     "weighted" and "plain" are numbers, clipped to +-bound; the first are multiplied by the client's weight. "count" is
     whole numbers of 0 to `bound`. "noisy" is whole numbers that the caller has scaled and added noise to: they are
-    reduced and never refused, and `bound` is that of their sum (see `wrap_probability`).
+    reduced and never refused, and `bound` is that of their sum.
     """
 
     name: str
@@ -236,24 +235,10 @@ class Sums:
             raise ValueError(f"the sum {entry.name!r} was given a count outside of 0 to {int(entry.bound)}")
 
 
-def wrap_probability(sums: Sums, signal: float, sigma: float, length: int) -> float:
-    """A bound on the probability that normal noise wraps any of `length` coordinates with sums up to `signal`.
-
-    StrategyError unless signal + 6 sigma fits the ring.
-    """
-    if signal + 6 * sigma > sums.half:
-        raise StrategyError(
-            f"a sum of up to {signal:.3g} with noise of {sigma:.3g} does not fit a ring of {sums.bits} bits, which "
-            f"ends at {sums.half}: take more bits or a coarser scale"
-        )
-    return min(1.0, length * math.erfc((sums.half - signal) / (sigma * math.sqrt(2)))) if sigma else 0.0
-
-
 def _at(rng: np.random.Generator, position: int) -> np.random.Generator:
     """A copy of the generator that goes on at its float64 number `position`."""
-    philox = deepcopy(rng.bit_generator)
-    assert isinstance(philox, np.random.Philox)
-    philox.advance(position // DRAWS)
+    state = rng.bit_generator.state["state"]
+    philox = np.random.Philox(counter=state["counter"], key=state["key"]).advance(position // DRAWS)
     copy = np.random.Generator(philox)
     copy.random(position % DRAWS)
     return copy

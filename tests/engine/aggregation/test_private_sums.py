@@ -31,6 +31,7 @@ from strategies.lora.flexlora import FlexLora
 from strategies.privacy.adaptive import WITHIN, AdaptiveDp
 from strategies.privacy.central import CentralDp, CentralPlan
 from strategies.privacy.distributed import DistributedDp
+from strategies.robust.centered_clipping import CenteredClipping
 from strategies.secagg.ring import Sums
 from strategies.transforms.chain import encode
 from strategies.transforms.clip import Clip
@@ -60,8 +61,7 @@ NOISES = {
     "adaptive": (AdaptiveDp(noise_multiplier=1.0, quantile_noise=2.0, **KEYS), "off"),
     "central in a ring": (CentralDp(noise_multiplier=1.0, **KEYS), "ideal"),
     "adaptive in a ring": (AdaptiveDp(noise_multiplier=1.0, quantile_noise=2.0, **KEYS), "ideal"),
-    "skellam": (DistributedDp(noise_multiplier=1.0, survivors=0.5, **KEYS), "ideal"),
-    "discrete gaussian": (DistributedDp(noise_multiplier=1.0, noise="discrete_gaussian", **KEYS), "ideal"),
+    "distributed": (DistributedDp(noise_multiplier=1.0, survivors=0.5, **KEYS), "ideal"),
 }
 
 
@@ -77,7 +77,7 @@ EACH_RULE = pytest.mark.parametrize(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mechanism:
     """A recipe that planning accepts, with its plan; noise is left out of what `part` and `play` compute."""
 
@@ -118,9 +118,13 @@ class Mechanism:
         masks = live_masks(self.federation, LORA, round_)
         for name, vector in {"delta": update.delta, **update.extras}.items():
             assert name not in masks or not vector[~masks[name]].any(), "it sends something where no noise goes"
-        taken = ExactSum() if sums is None else RingSum(RingShard(sums, masks), self.federation, LORA, self.plan, round_)
-        taken.add(update)
-        return taken if sums is None else taken.masked([])
+        if sums is None:
+            exact = ExactSum()
+            exact.add(update)
+            return exact
+        ring = RingSum(RingShard(sums, masks), self.federation, LORA, self.plan, round_)
+        ring.add(update)
+        return ring.masked([])
 
     def vector(self, parts: list[np.ndarray | ExactSum], round_: int) -> dict[str, np.ndarray]:
         """The sums that the server sees, by name, in units of 1 (of the ring's steps under distributed noise)."""
@@ -153,17 +157,22 @@ def without_noise(plan):
     """The plan with the same clip and the same ring, and no noise."""
     if isinstance(plan, CentralPlan):
         return replace(plan, noise_multiplier=0.0)
-    return replace(plan, ring=replace(plan.ring, deviation=0), kind="skellam")  # Skellam noise of variance 0 is zero
+    return replace(plan, ring=replace(plan.ring, deviation=0))
 
 
-def accepted(federation: Federation, rule: Strategy, noise: str) -> Iterator[Mechanism]:
-    """The rule with each chain of transforms that planning lets it have under this noise."""
+def accepted(
+    federation: Federation, rule: Strategy, noise: str, chains=CHAINS, expected=EXPECTED
+) -> Iterator[Mechanism]:
+    """The rule with each chain of transforms that planning lets it have under this noise, and with Poisson cohorts.
+
+    Rules that these do not go with have cohorts of a fixed size.
+    """
     dp, mode = NOISES[noise]
     bounds = {} if mode == "off" or dp.kind == "distributed" else dict.fromkeys(rule.beside(LORA), 1.0)
     privacy = Privacy(secagg=SecAgg(mode=mode, bounds=bounds), dp=dp, rows_cap=CAP)
     train = Train(steps=3, batch=2, optimizer=Sgd(lr=0.1))
-    for chain in CHAINS:
-        for cohort in (PoissonCohort(size=EXPECTED, cap=LARGEST), UniformCohort(size=EXPECTED)):
+    for chain in chains:
+        for cohort in (PoissonCohort(size=expected, cap=LARGEST), UniformCohort(size=expected)):
             try:
                 recipe = replace(
                     federation,
@@ -180,7 +189,7 @@ def accepted(federation: Federation, rule: Strategy, noise: str) -> Iterator[Mec
             break
 
 
-def begun(it: Mechanism, rounds: int = 2) -> tuple[ServerState, list[ClientState]]:
+def begun(it: Mechanism, rounds: int = 1) -> tuple[ServerState, list[ClientState]]:
     """A trained state of rules on adapters, a fresh one of others, whose momentum would go on; clients have trained."""
     case = Case(it.rule, LORA, engine_sum, engine_stored)
     state, client_states = case.start(), [{} for _ in ROWS]
@@ -203,6 +212,27 @@ def lengths(plan, difference: dict[str, np.ndarray]) -> float:
     return math.hypot(rest / (plan.update_noise * CLIP), float(within[0]) / plan.quantile_noise)
 
 
+def hold_to_the_clip(quiet: Mechanism, parts: list[np.ndarray | ExactSum], round_: int) -> None:
+    """Three clients take part; each is removed, the fourth is added, and takes each one's place."""
+    plan, cohort, newcomer = quiet.plan, [0, 1, 2], 3
+
+    def moved(clients: list[int]) -> dict[str, np.ndarray]:
+        seen = quiet.vector([parts[client] for client in clients], round_)
+        return {name: vector - whole[name] for name, vector in seen.items()}
+
+    whole = quiet.vector(parts[:3], round_)
+    for client in cohort:
+        left = [other for other in cohort if other != client]
+        removed, added, replaced = moved(left), moved([*cohort, newcomer]), moved([*left, newcomer])
+        if quiet.central:
+            assert 0 < lengths(plan, removed) <= 1 + 1e-9 and 0 < lengths(plan, added) <= 1 + 1e-9
+            assert 0 < lengths(plan, replaced) <= 2 + 2e-9  # "replace one" counts on twice the clip
+            continue
+        for difference in (removed["noisy"], added["noisy"]):
+            assert 0 < np.linalg.norm(difference) <= plan.noise.norm
+            assert np.abs(difference).sum() <= plan.noise.norm_l1
+
+
 @pytest.mark.parametrize("noise", NOISES)
 @EACH_RULE
 def test_one_client_moves_the_sums_by_no_more_than_epsilon_counts_on(
@@ -210,47 +240,63 @@ def test_one_client_moves_the_sums_by_no_more_than_epsilon_counts_on(
 ) -> None:
     for it in accepted(federation, rule, noise):
         state, client_states = begun(it)
-        quiet = Mechanism(it.federation, without_noise(it.plan))
-        for round_ in (state.round, state.round + 1):  # RoLoRA freezes the other half
+        # An adaptive clip's plan says how much noise each of its two sums gets; `part` draws none of it.
+        quiet = it if it.central else Mechanism(it.federation, without_noise(it.plan))
+        for round_ in (state.round, state.round + 1)[: 1 + rule.freezes]:  # RoLoRA freezes the other half
             at = replace(state, round=round_)
             updates = [it.train(at, client, client_states[client], 1.0)[0] for client in range(4)]
-            parts = [quiet.part(update, CLIP, round_) for update in updates]
-            cohort, newcomer = [0, 1, 2], 3
+            hold_to_the_clip(quiet, [quiet.part(update, CLIP, round_) for update in updates], round_)
 
-            def seen(clients: list[int], parts=parts, round_=round_) -> dict[str, np.ndarray]:
-                return quiet.vector([parts[client] for client in clients], round_)
 
-            def moved(others: list[int], whole: dict[str, np.ndarray], seen=seen) -> dict[str, np.ndarray]:
-                return {name: vector - whole[name] for name, vector in seen(others).items()}
-
-            whole = seen(cohort)
-            for client in cohort:
-                left = [other for other in cohort if other != client]
-                removed, added = moved(left, whole), moved([*cohort, newcomer], whole)
-                replaced = moved([*left, newcomer], whole)
-                if it.central:
-                    assert 0 < lengths(it.plan, removed) <= 1 + 1e-9
-                    assert 0 < lengths(it.plan, added) <= 1 + 1e-9
-                    assert 0 < lengths(it.plan, replaced) <= 2 + 2e-9  # "replace one" counts on twice the clip
-                    continue
-                for difference in (removed["noisy"], added["noisy"]):
-                    assert 0 < math.sqrt(difference @ difference) <= it.plan.noise.norm
-                    if it.plan.kind == "skellam":
-                        assert np.abs(difference).sum() <= it.plan.noise.norm_l1
+@EACH_RULE
+def test_a_client_at_rest_sends_zeros_whatever_it_has_kept(federation: Federation, rule: Strategy) -> None:
+    for it in accepted(federation, rule, "central"):
+        state, client_states = begun(it)
+        if rule.rests_at_zero:
+            state, _ = Case(rule, LORA, engine_sum, engine_stored).after(2)
+        for client in (0, 1):
+            update, after = it.train(state, client, client_states[client], 0.0)
+            assert not any(vector.any() for vector in (update.delta, *update.extras.values())), it.federation.transforms
+            again, _ = it.train(replace(state, round=state.round + 1), client, after, 0.0)
+            assert not any(vector.any() for vector in (again.delta, *again.extras.values())), it.federation.transforms
 
 
 @pytest.mark.parametrize("noise", NOISES)
-@EACH_RULE
+@pytest.mark.parametrize("rule", [kind() for kind in get_args(Strategies)], ids=lambda rule: rule.kind)
 def test_without_training_the_model_stays_for_twenty_rounds(federation: Federation, rule: Strategy, noise: str) -> None:
-    for it in accepted(federation, rule, noise):
-        quiet = Mechanism(it.federation, without_noise(it.plan))
+    # Clients at rest send zeros, so that chains differ by their way back alone.
+    for it in accepted(federation, rule, noise, [(), (Projection(share=0.5), Int8(block=4)), (TopK(share=0.5),)]):
         state, client_states = begun(it)
         varies = it.federation.cohort.kind == "poisson"
         least = 0 if it.central else it.plan.least  # below, a secured round has no result
-        case, before, clip = Case(rule, LORA, engine_sum, engine_stored), state, CLIP
+        quiet, clip = Mechanism(it.federation, without_noise(it.plan)), CLIP
+        case, before = Case(rule, LORA, engine_sum, engine_stored), state
         for round_ in range(ROUNDS):
             arriving = max(least, min(ARRIVING[round_ % 4], LARGEST if varies else EXPECTED))
             state, clip = quiet.play(state, list(range(arriving)), client_states, clip)
         assert state.round == before.round + ROUNDS
         for old, new in zip(case.effective(before), case.effective(state), strict=True):
             assert torch.equal(old, new), it.federation.transforms
+
+
+@pytest.mark.parametrize("rule", [kind() for kind in get_args(Strategies)], ids=lambda rule: rule.kind)
+def test_momentum_does_not_grow_where_more_clients_come_than_expected(federation: Federation, rule: Strategy) -> None:
+    """Momentum may go on without training, with the same step at most, however many clients at rest take part."""
+    for it in accepted(federation, rule, "central", [()], expected=1):
+        case, quiet = Case(rule, LORA, engine_sum, engine_stored), Mechanism(it.federation, without_noise(it.plan))
+        state, client_states = case.after(2)
+        client_states, moved = client_states[: len(ROWS)], []
+        arriving = list(range(LARGEST if it.federation.cohort.kind == "poisson" else 1))
+        for _ in range(ROUNDS):
+            before = state
+            state, _ = quiet.play(state, arriving, client_states, 100.0)
+            olds, news = (case.effective(at) if rule.needs_lora else [at.params] for at in (before, state))
+            moved.append(math.hypot(*(float((new - old).norm()) for old, new in zip(olds, news, strict=True))))
+        assert max(moved) <= 1.01 * moved[0]
+
+
+def test_a_rule_whose_clients_at_rest_send_its_momentum_back_needs_cohorts_of_a_fixed_size(federation) -> None:
+    recipe = {"strategy": CenteredClipping(), "privacy": Privacy(dp=NOISES["central"][0])}
+    replace(federation, **recipe, cohort=UniformCohort(size=2))
+    with pytest.raises(ValueError, match=r"as often as more come than expected.*\"uniform\", or take \"fedavgm\""):
+        replace(federation, **recipe, cohort=PoissonCohort(size=2))

@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.privacy import accounting
-from strategies.privacy.accounting import Gaussian, Scheme, least_noise, noise_multiplier, spent
-from strategies.privacy.amplification import ORDERS, capped_epsilon, log_exceeds, poisson_rdp
+from strategies.privacy.accounting import (
+    ORDERS,
+    Gaussian,
+    Scheme,
+    capped_epsilon,
+    least_noise,
+    log_exceeds,
+    noise_multiplier,
+    poisson_rdp,
+    spent,
+)
 from strategies.privacy.integer_noise import DiscreteGaussianSum, SkellamSum
 
 

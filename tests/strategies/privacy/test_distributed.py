@@ -15,9 +15,8 @@ from strategies.core.seeds import rng
 from strategies.privacy import distributed as dp_distributed
 from strategies.privacy.distributed import DistributedDp, DistributedPlan
 from strategies.privacy.integer_noise import SkellamSum
-from strategies.privacy.integers import inflated, largest_l1, padded, rotate, rotate_back, rounded, signs
+from strategies.privacy.integers import fit, inflated, largest_l1, padded, rotate, rotate_back, rounded, signs
 from strategies.privacy.noise_source import byte_words, seeded_words
-from strategies.privacy.ring_noise import fit
 
 
 def words(seed: int = 1):
@@ -86,10 +85,12 @@ def test_a_fine_ring_hardly_inflates_the_norm() -> None:
 def test_signal_and_six_deviations_fit_the_ring(clients: int, z: float, length: int, bits: int) -> None:
     ring = fit(clients, clients, 0.5, z, length, bits)
     if ring.deviation:
-        assert ring.signal + 6 * ring.noise <= ring.bound <= ring.half
-        assert ring.wrap_probability <= 3e-6
+        noise, half = math.sqrt(clients) * ring.deviation, 2 ** (bits - 1) - 1
+        assert ring.signal + 6 * noise <= ring.bound <= half
+        # The probability that noise, taken as normal, wraps one of the coordinates.
+        assert ring.dimension * math.erfc((half - ring.signal) / (noise * math.sqrt(2))) <= 2e-6
         # what all clients add is z clip in ring steps, exactly
-        assert ring.noise == pytest.approx(z * 0.5 * ring.scale)
+        assert noise == pytest.approx(z * 0.5 * ring.scale)
 
 
 def test_a_ring_that_is_too_small_is_refused() -> None:

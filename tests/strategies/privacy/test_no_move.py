@@ -36,7 +36,6 @@ from strategies.privacy.integers import signs
 from strategies.privacy.noise_source import Words, seeded_words
 
 ROUNDS, CLIP, POPULATION = 20, 0.05, 9
-DPS = [CentralDp, AdaptiveDp]
 COHORTS = {  # the expected cohort, and how many clients come, round after round
     "full": (4, [4]),
     "thin": (4, [1, 2]),
@@ -86,32 +85,9 @@ def case_of(strategy: Strategy) -> Case:
     return Case(strategy, LORA if strategy.needs_lora else FULL, engine_sum, engine_stored)
 
 
-def begin(case: Case, plan: CentralPlan) -> ServerState:
-    """A random vector with a product other than zero; rules on adapters have been through two rounds of training."""
-    state, clip = case.start(), CLIP
-    for _ in range(2 if case.strategy.needs_lora else 0):
-        state, _ = private_round(case, state, plan, clip, round(plan.divisor), 0.5)
-    return state
-
-
 def hold_still(case: Case, before: ServerState, after: ServerState) -> None:
     pairs = zip(case.effective(before), case.effective(after), strict=True)
     assert all(torch.equal(left, right) for left, right in pairs)
-
-
-@pytest.mark.parametrize("cohort", COHORTS)
-@pytest.mark.parametrize("kind", DPS, ids=lambda kind: kind.kind)
-@pytest.mark.parametrize("strategy", accepted(CentralDp(noise_multiplier=0, joint=True)), ids=lambda s: s.kind)
-def test_without_training_the_model_stays(strategy: Strategy, kind: type[CentralDp], cohort: str) -> None:
-    expected, sizes = COHORTS[cohort]
-    dp = kind(noise_multiplier=0, clip=CLIP, joint=True)
-    plan, case = dp.plan(PoissonCohort(size=expected), POPULATION, ROUNDS), case_of(strategy)
-    before = state = begin(case, plan)
-    clip = CLIP
-    for round_ in range(ROUNDS):
-        state, clip = private_round(case, state, plan, clip, sizes[round_ % len(sizes)], 0.0)
-    hold_still(case, before, state)
-    assert state.round == before.round + ROUNDS
 
 
 @pytest.mark.parametrize("cohort", COHORTS)
