@@ -6,10 +6,8 @@ or malformed aborts the session for this client: it forgets everything and answe
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NoReturn
-
-import numpy as np
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 from strategies.secagg.masks import Masks
 from strategies.secagg.messages import (
@@ -17,7 +15,6 @@ from strategies.secagg.messages import (
     Inbox,
     KeyList,
     Keys,
-    MaskedSum,
     Shares,
     Survivors,
     Unmasking,
@@ -69,23 +66,11 @@ class Client:
         self._primitives = session.primitives
         self._state = Secrets(client, identity=identity, roster=dict(roster or {}))
 
-    def plain(self) -> dict[str, Any]:
-        """The state as plain data, secrets included: for this client alone."""
-        return asdict(self._state)
-
-    @classmethod
-    def from_plain(cls, session: Session, plain: Mapping[str, Any]) -> "Client":
-        """The client that `plain` was taken from."""
-        state = Secrets(**plain)
-        client = cls(session, state.client, state.identity, state.roster)
-        client._state = state
-        return client
-
     def __repr__(self) -> str:
         return f"Client({self._state.client}, phase={self._state.phase!r})"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a client's secrets stay where they are; only the client itself may keep plain()")
+        raise TypeError("a client's secrets stay where they are; they do not travel")
 
     def keys(self) -> Keys:
         """First trip: fresh keys, one to encrypt shares, one to agree on masks."""
@@ -128,12 +113,6 @@ class Client:
                     boxes[v] = primitives.seal(state.box_keys[v], text, box_context(state.sid, state.client, v))
             state.cipher_key = state.mask_key = b""
             return Shares(state.client, primitives.commit(state.sid, state.client, state.seed), boxes)
-
-    def masked(self, inbox: Inbox, values: np.ndarray) -> MaskedSum:
-        """Third trip: the ring vector (L,), masked in place."""
-        assert values.shape == (self.session.sums.length,)
-        self.masks(inbox).apply(values)
-        return MaskedSum((self._state.client,), values, self.session.sums.nbytes)
 
     def masks(self, inbox: Inbox) -> Masks:
         """Third trip of a client that is several ranks: the masks, of which each rank applies its own slice once."""

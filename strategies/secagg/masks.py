@@ -54,13 +54,6 @@ def wrap(values_L: np.ndarray, bits: int) -> None:
         values_L &= np.uint32(2**bits - 1)
 
 
-def keystream(key: bytes, start: int, length: int) -> np.ndarray:
-    """Coordinates of one mask (length,)."""
-    values_L = np.zeros(length, np.uint32)
-    Masks(32, (key,)).apply(values_L, start)
-    return values_L
-
-
 def _keystream(key: bytes, block: int) -> CipherContext:
     counter = block.to_bytes(16, "big")
     return Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()

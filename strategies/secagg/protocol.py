@@ -11,7 +11,7 @@ from typing import Literal
 
 from strategies.secagg.messages import KeyList, Keys
 from strategies.secagg.parameters import Parameters
-from strategies.secagg.primitives import Full, Ideal, Mode, Primitives
+from strategies.secagg.primitives import PRIMITIVES, Mode, Primitives
 from strategies.secagg.ring import Sums
 
 Phase = Literal["keys", "shares", "masked input", "agreement", "unmask"]
@@ -54,7 +54,7 @@ class Session:
     @property
     def primitives(self) -> Primitives:
         """Real cryptography, or its stand-in."""
-        return Full() if self.mode == "full" else Ideal()
+        return PRIMITIVES[self.mode]
 
     @property
     def facts(self) -> bytes:

@@ -6,7 +6,6 @@ needs one, then the sums one after another.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
@@ -151,21 +150,6 @@ class Sums:
         if not 0 <= weight <= 1:
             raise StrategyError("a client's weight must be a number from 0 to 1")
         return round(weight * self.weight_levels)
-
-    def encode(self, values: Mapping[str, np.ndarray], weight: float, rng: np.random.Generator) -> np.ndarray:
-        """A client's ring vector (L,) uint32; StrategyError for NaN, infinity, and counts that are out of range."""
-        if set(values) != {entry.name for entry in self.sums}:
-            raise ValueError(f"the sums are {[entry.name for entry in self.sums]}, not {sorted(values)}")
-        encoded_L = np.empty(self.length, np.uint32)
-        head = self.encode_head(weight)
-        encoded_L[: len(head)] = head
-        for name, start in self.starts.items():
-            if len(values[name]) != self._entry(name).length:
-                raise ValueError(
-                    f"the sum {name!r} has {self._entry(name).length} coordinates, not {len(values[name])}"
-                )
-            encoded_L[start : start + len(values[name])] = self.encode_part(name, values[name], weight, rng)
-        return encoded_L
 
     def encode_head(self, weight: float) -> np.ndarray:
         """The coordinates before the sums: 1, and the weight if a sum needs it."""
