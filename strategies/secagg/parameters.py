@@ -62,6 +62,11 @@ class Parameters:
         """
         return self.clients if self.complete else self.degree
 
+    @property
+    def fewest(self) -> int:
+        """The least number of clients whose keys make a graph."""
+        return self.threshold if self.complete else self.degree + 1
+
 
 def neighbors(order: Sequence[int], place: int, parameters: Parameters) -> tuple[int, ...]:
     """The neighbors of the client at `place` if clients stand on the ring in this order."""
@@ -70,6 +75,11 @@ def neighbors(order: Sequence[int], place: int, parameters: Parameters) -> tuple
     half = parameters.degree // 2
     steps = (*range(-half, 0), *range(1, half + 1))
     return tuple(order[(place + step) % len(order)] for step in steps)
+
+
+def holders(client: int, around: tuple[int, ...], parameters: Parameters) -> tuple[int, ...]:
+    """Who holds shares of a client's secrets: its neighbors `around` it, and on the complete graph itself."""
+    return (*around, client) if parameters.complete else around
 
 
 def choose(

@@ -2,13 +2,14 @@
 
 import os
 import random
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from strategies.secagg.client import Client, Secrets
+from strategies.secagg.client import Client
 from strategies.secagg.messages import MaskedSum
 from strategies.secagg.parameters import Parameters
 from strategies.secagg.protocol import SecAggAbort, Session
@@ -16,11 +17,11 @@ from strategies.secagg.ring import Sum, Sums
 from strategies.secagg.server import Server
 
 
-def restored(session, plain):
-    """A client from the plain state of another, which is to be asked again."""
-    client = Client(session, plain["client"], plain["identity"], plain["roster"])
-    client._state = Secrets(**plain)
-    return client
+def restored(client):
+    """A copy of a client, which is to be asked again."""
+    copy = Client(client.session, client._client, client._state.identity, client._state.roster)
+    copy._state, copy._phase = deepcopy(client._state), client._phase
+    return copy
 
 
 def masked_by(client, inbox, values):
@@ -156,7 +157,7 @@ def refused():
             act()
         assert caught.value.phase == phase
         for client in clients:
-            assert repr(client) == f"Client({asdict(client._state)['client']}, phase='aborted')"
-            assert not any(value for name, value in asdict(client._state).items() if name not in ("client", "phase"))
+            assert repr(client) == f"Client({client._client}, phase='aborted')"
+            assert not any(vars(client._state).values())
 
     return check

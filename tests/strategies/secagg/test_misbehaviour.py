@@ -114,7 +114,7 @@ def test_unsigned_keys_are_refused(start, refused):
         lambda offer: replace(offer, client=4),
     ):
         keys = tuple(change(offer) if offer.client == 3 else offer for offer in listed.keys if offer.client != 4)
-        client = restored(play.session, asdict(play.clients[2]._state))
+        client = restored(play.clients[2])
         refused("shares", "not signed by it", lambda: client.shares(replace(listed, keys=keys)), client)  # noqa: B023
 
 

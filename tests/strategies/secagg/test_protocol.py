@@ -153,14 +153,9 @@ def test_slots_add_before_they_send(start, drawn, ring_sum):
     play.to_keys()
     play.to_shares()
     for slot in ((0, 3, 5), (1, 4)):
-        added = None
-        for u in slot:
-            masked = masked_by(play.clients[u], play.inboxes[u], vectors[u].copy())
-            added = (
-                masked
-                if added is None
-                else MaskedSum(added.clients + masked.clients, added.values + masked.values, added.vector_bytes)
-            )
+        masked = [masked_by(play.clients[u], play.inboxes[u], vectors[u].copy()) for u in slot]
+        values = np.sum([message.values for message in masked], axis=0, dtype=np.uint32)
+        added = MaskedSum(slot, values, masked[0].vector_bytes)
         assert added.clients == slot and added.nbytes == len(slot) * (4 + 40)
         play.server.add(added)
     play.survivors = play.server.survivors()

@@ -19,7 +19,7 @@ def answers_to_any_view(play, u):
     plain, answered = asdict(play.clients[u]._state), []
     present = plain["present"]
     for dead in itertools.chain.from_iterable(itertools.combinations(present, size) for size in range(len(present))):
-        client = restored(play.session, plain)
+        client = restored(play.clients[u])
         alive = tuple(v for v in present if v not in dead)
         try:
             answer = client.unmask(replace(play.asked[u], alive=alive, dead=dead))
