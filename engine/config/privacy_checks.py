@@ -81,7 +81,7 @@ def _check_weights(recipe: Sections) -> None:
 def _check_sampling(recipe: Sections) -> None:
     dp = recipe.privacy.dp
     varies = not isinstance(recipe.cohort, UniformCohort)
-    if varies and dp.unit == "client" and dp.claims(recipe.cohort) == "poisson":
+    if varies and dp.adds_to == "sum" and dp.claims(recipe.cohort) == "poisson":
         raise RunError(
             "a Poisson cohort that is too small for secure aggregation has no sum, which tells how many came, so that "
             'its sampling hides nothing: set privacy.dp.sampling = "none"'

@@ -114,40 +114,30 @@ class RingNoise(Noise):
         """The Rényi divergence of the noisy sums with and without one unit, at whole orders above 1."""
 
     def cost(self, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
-        """By RDP; StrategyError for samples of fixed size."""
+        """By RDP; no sampling is claimed, since secure aggregation tells the server who takes part."""
         from dp_accounting.rdp import compute_epsilon
 
-        require(
-            scheme.sampling != "fixed",
-            "there is no bound for noise of whole numbers and samples of fixed size: "
-            'set privacy.dp.sampling = "none", or draw Poisson cohorts',
-        )
-        sampled = scheme.sampling == "poisson"
-        curve = steps * (poisson_rdp(self.rdp, scheme.rate) if sampled else self.rdp(ORDERS))
-
-        def epsilon(delta: float) -> float:
-            return float(compute_epsilon(ORDERS, curve, delta)[0])
-
-        if not sampled or scheme.cap is None:
-            return epsilon(delta), "RDP"
-        return capped_epsilon(epsilon, delta, steps, scheme.population, scheme.rate, scheme.cap), "RDP"
+        assert scheme.sampling == "none"
+        return float(compute_epsilon(ORDERS, steps * self.rdp(ORDERS), delta)[0]), "RDP"
 
 
+@lru_cache(maxsize=4096)
 def spent(noise: Noise, scheme: Scheme, steps: int, delta: float, unit: Unit, *, simulated: bool) -> Epsilon:
     """The cost of so many steps. `steps` counts the sums that one unit may be in: without sampling, its own rounds.
 
     Whatever is released beside the noisy sums (losses, who takes part) is not covered.
     """
     check_delta(delta)
-    value, accountant = _spent(noise, scheme, steps, delta)
+    value, accountant = noise.cost(scheme, steps, delta) if steps else (0.0, "exact")
     return Epsilon(value, delta, unit, scheme.sampling, RELATIONS[scheme.sampling], accountant, steps, simulated)
 
 
+@lru_cache(maxsize=256)
 def noise_multiplier(target: float, scheme: Scheme, steps: int, delta: float) -> float:
     """The least z of normal noise, to a share of 10^-4, with which so many steps cost at most the target epsilon."""
     check_target(target)
     check_delta(delta)
-    return _noise_multiplier(target, scheme, steps, delta)
+    return least_noise(lambda z: Gaussian(z).cost(scheme, steps, delta)[0] if steps else 0.0, target)
 
 
 def least_noise(epsilon: Callable[[float], float], target: float) -> float:
@@ -178,16 +168,6 @@ def check_target(target: float) -> None:
 def check_delta(delta: float) -> None:
     """Raises StrategyError for a delta outside (0, 1)."""
     require(0 < delta < 1, f"delta must be above 0 and below 1, not {delta}")
-
-
-@lru_cache(maxsize=256)
-def _noise_multiplier(target: float, scheme: Scheme, steps: int, delta: float) -> float:
-    return least_noise(lambda z: _spent(Gaussian(z), scheme, steps, delta)[0], target)
-
-
-@lru_cache(maxsize=4096)
-def _spent(noise: Noise, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
-    return noise.cost(scheme, steps, delta) if steps else (0.0, "exact")
 
 
 # dp-accounting takes a second to import, so only a call that needs an epsilon imports it.
@@ -227,54 +207,3 @@ def _of_fixed(z: float, scheme: Scheme, steps: int, delta: float) -> float:
     event = SampledWithoutReplacementDpEvent(scheme.population, size, GaussianDpEvent(z / 2))
     accountant = RdpAccountant(ORDERS, NeighboringRelation.REPLACE_ONE)
     return float(accountant.compose(event, steps).get_epsilon(delta))
-
-
-def poisson_rdp(rdp: Callable[[np.ndarray], np.ndarray], rate: float) -> np.ndarray:
-    """The divergences at ORDERS if each unit is in the sum with probability `rate` = q.
-
-    Zhu and Wang 2019 ("Poisson Subsampled Rényi Differential Privacy", ICML), the bound for any noise: with r the
-    divergences of the whole sum, the logarithm, over a - 1, of
-    (1-q)^(a-1) (a q - q + 1) + C(a,2) q^2 (1-q)^(a-2) e^r(2) + 3 sum_{l=3..a} C(a,l) (1-q)^(a-l) q^l e^((l-1) r(l)).
-    It is never more than r.
-    """
-    largest = int(ORDERS[-1])
-    whole = rdp(np.arange(2, largest + 1))
-    plain: np.ndarray = whole[ORDERS - 2]
-    if rate == 1:
-        return plain
-    log_q, log_rest = math.log(rate), math.log1p(-rate)
-    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, largest + 1)))])
-    bound = np.empty(len(ORDERS))
-    for index, order in enumerate(ORDERS.tolist()):
-        l_L = np.arange(2, order + 1)
-        logs_L = factorials[order] - factorials[l_L] - factorials[order - l_L]
-        logs_L += l_L * log_q + (order - l_L) * log_rest + (l_L - 1) * whole[l_L - 2]
-        logs_L[1:] += math.log(3)
-        first = (order - 1) * log_rest + math.log1p((order - 1) * rate)
-        bound[index] = np.logaddexp.reduce(np.append(logs_L, first)) / (order - 1)
-    least: np.ndarray = np.minimum(bound, plain)
-    return least
-
-
-def capped_epsilon(
-    epsilon: Callable[[float], float], delta: float, steps: int, population: int, rate: float, cap: int
-) -> float:
-    """Epsilon at `delta` if Poisson samples above `cap` are cut; `epsilon(delta)` is that of whole samples.
-
-    A run is as without the cap unless a sample exceeds it. With p the probability that one of the steps' does, (e, d)
-    becomes (e, d + (1 + e^e) p): half of delta goes to each. Infinite where the cap is hit too often for that.
-    """
-    whole = epsilon(delta / 2)
-    cut = steps * math.exp(log_exceeds(population, rate, cap))
-    return whole if whole < 700 and (1 + math.exp(whole)) * cut <= delta / 2 else math.inf
-
-
-def log_exceeds(population: int, rate: float, cap: int) -> float:
-    """The logarithm of a bound on the probability that a Poisson sample is larger than the cap (Chernoff)."""
-    share = (cap + 1) / population
-    if share > 1:
-        return -math.inf
-    if share <= rate:
-        return 0.0
-    rest = (1 - share) * math.log((1 - share) / (1 - rate)) if share < 1 else 0.0
-    return -population * (share * math.log(share / rate) + rest)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.errors import StrategyError, require
-from strategies.privacy.accounting import Sampling, Scheme, check_delta, check_target, noise_multiplier
+from strategies.privacy.accounting import Scheme, check_delta, check_target, noise_multiplier
 
 Cohort = UniformCohort | PoissonCohort
 
@@ -62,31 +62,7 @@ class ClientBudget(Budget):
     """
 
     unit: ClassVar[Literal["client"]] = "client"
-    auto: ClassVar[Literal["none", "cohort"]]  # what "auto" counts on: nothing, or Poisson cohorts
     joint: bool = False
-
-    def claims(self, cohort: Cohort) -> Sampling:
-        """The sampling that epsilon counts on."""
-        if self.sampling != "auto":
-            return self.sampling
-        return "poisson" if self.auto == "cohort" and cohort.kind == "poisson" else "none"
-
-    def scheme(self, cohort: Cohort, clients: int) -> Scheme:
-        """The sampling scheme of the cohort; StrategyError for one whose epsilon would be false."""
-        sampling = self.claims(cohort)
-        if sampling == "poisson" and cohort.kind != "poisson":
-            raise StrategyError(
-                'privacy.dp.sampling is "poisson", but the cohort has a fixed size, for which a Poisson epsilon would '
-                'be false: set cohort.kind = "poisson", or sampling = "fixed" or "none"'
-            )
-        if sampling == "fixed" and cohort.kind == "poisson":
-            raise StrategyError(
-                'privacy.dp.sampling is "fixed", but a Poisson cohort has no fixed size: set it to "poisson" or "none"'
-            )
-        if sampling == "none":
-            return Scheme()
-        cap = cohort.cap if cohort.kind == "poisson" else None
-        return Scheme(sampling, cohort.expected(clients) / clients, clients, cap)
 
 
 def delta_for(given: float | None, population: int, unit: str = "client") -> float:

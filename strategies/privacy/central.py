@@ -14,7 +14,7 @@ import torch
 from strategies.core.errors import StrategyError
 from strategies.core.live import with_frozen, without_frozen
 from strategies.core.protocol import Aggregate, Mask, Update, Vector
-from strategies.privacy.accounting import Epsilon, Gaussian, Scheme, spent
+from strategies.privacy.accounting import Epsilon, Gaussian, Sampling, Scheme, spent
 from strategies.privacy.budget import ClientBudget, Cohort, delta_for
 from strategies.privacy.noise_source import Words, normal
 
@@ -32,7 +32,29 @@ class CentralDp(ClientBudget):
 
     kind: Literal["central"] = "central"
     adds_to: ClassVar[Literal["sum"]] = "sum"
-    auto: ClassVar[Literal["cohort"]] = "cohort"
+
+    def claims(self, cohort: Cohort) -> Sampling:
+        """The sampling that epsilon counts on."""
+        if self.sampling == "auto":
+            return "poisson" if cohort.kind == "poisson" else "none"
+        return self.sampling
+
+    def scheme(self, cohort: Cohort, clients: int) -> Scheme:
+        """The sampling scheme of the cohort; StrategyError for one whose epsilon would be false."""
+        sampling = self.claims(cohort)
+        if sampling == "poisson" and cohort.kind != "poisson":
+            raise StrategyError(
+                'privacy.dp.sampling is "poisson", but the cohort has a fixed size, for which a Poisson epsilon would '
+                'be false: set cohort.kind = "poisson", or sampling = "fixed" or "none"'
+            )
+        if sampling == "fixed" and cohort.kind == "poisson":
+            raise StrategyError(
+                'privacy.dp.sampling is "fixed", but a Poisson cohort has no fixed size: set it to "poisson" or "none"'
+            )
+        if sampling == "none":
+            return Scheme()
+        cap = cohort.cap if cohort.kind == "poisson" else None
+        return Scheme(sampling, cohort.expected(clients) / clients, clients, cap)
 
     def plan(self, cohort: Cohort, clients: int, rounds: int) -> "CentralPlan":
         """The noise of so many rounds with cohorts of this population; takes seconds where z follows from epsilon."""

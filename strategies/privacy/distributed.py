@@ -30,19 +30,22 @@ class DistributedDp(ClientBudget):
     """sum_k round(w_k clip(delta_k) s) + noise_k: the noise that arrives is at least that of z clip.
 
     At least the share `survivors` of the expected cohort must arrive, or the round is aborted; the share `corrupt` may
-    omit its noise. Each of the rest adds z clip / sqrt(survivors - corrupt). `sampling` "auto" claims nothing: the
-    server knows who takes part. With "poisson" epsilon is true only against those who see no more than the model.
+    omit its noise. Each of the rest adds z clip / sqrt(survivors - corrupt). No sampling is claimed.
     """
 
     kind: Literal["distributed"] = "distributed"
     adds_to: ClassVar[Literal["ring"]] = "ring"
-    auto: ClassVar[Literal["none"]] = "none"
     noise: NoiseKind = "skellam"
     survivors: float = 0.8
     corrupt: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sampling in ("poisson", "fixed"):
+            raise StrategyError(
+                "secure aggregation tells the server who takes part, and a round without a sum, which tells how many "
+                'came, so that no sampling hides anything: set privacy.dp.sampling = "none"'
+            )
         none = 'distributed noise of 0 is none: set privacy.dp.kind = "none" and keep privacy.secagg'
         require(self.noise_multiplier != 0, none)
         shares = "privacy.dp.survivors and .corrupt are shares of the cohort, 0 <= corrupt < survivors <= 1"
@@ -60,8 +63,7 @@ class DistributedDp(ClientBudget):
                 f"a ring must know its largest cohort: set cohort.cap, such as to "
                 f"{math.ceil(expected + 6 * math.sqrt(expected))}"
             )
-        scheme, delta = self.scheme(cohort, clients), delta_for(self.delta, clients)
-        return _planned(self, cohort, clients, rounds, length, bits, scheme, delta)
+        return _planned(self, cohort, clients, rounds, length, bits, delta_for(self.delta, clients))
 
     def at(self, z: float, cohort: Cohort, clients: int, length: int, bits: int) -> "tuple[Ring, RingNoise, int]":
         """The ring, its noise's divergences, and the least number of survivors for a noise multiplier."""
@@ -79,12 +81,13 @@ class DistributedDp(ClientBudget):
 
 @dataclass(frozen=True)
 class DistributedPlan:
-    """The ring, each client's noise, the least number of survivors, and the scheme under which epsilon is true.
+    """The ring, each client's noise, and the least number of survivors.
 
     Fewer than `least` survivors bring too little noise: their sum must not be unmasked.
     """
 
     adds_to: ClassVar[Literal["ring"]] = "ring"
+    scheme: ClassVar[Scheme] = Scheme()
     noise_multiplier: float
     clip: float
     divisor: float
@@ -92,7 +95,6 @@ class DistributedPlan:
     ring: Ring
     noise: RingNoise
     kind: NoiseKind
-    scheme: Scheme
     delta: float
     joint: bool
     length: int
@@ -126,19 +128,17 @@ class DistributedPlan:
         return Aggregate(self.divisor, delta_P, sums, max(1, round(self.divisor)))
 
     def spent(self, rounds: int, *, simulated: bool) -> Epsilon:
-        """The epsilon of so many rounds for a client; with sampling "none", rounds without it need not count."""
+        """The epsilon of so many rounds for a client; rounds without it need not count."""
         return spent(self.noise, self.scheme, rounds, self.delta, "client", simulated=simulated)
 
 
 @lru_cache(maxsize=64)
 def _planned(
-    dp: DistributedDp, cohort: Cohort, clients: int, rounds: int, length: int, bits: int, scheme: Scheme, delta: float
+    dp: DistributedDp, cohort: Cohort, clients: int, rounds: int, length: int, bits: int, delta: float
 ) -> DistributedPlan:
-    expected = cohort.expected(clients)
-
     def epsilon(z: float) -> float:
         ring, noise, _ = dp.at(z, cohort, clients, length, bits)
-        return spent(noise, scheme, rounds, delta, "client", simulated=True).epsilon if ring.deviation else math.inf
+        return spent(noise, Scheme(), rounds, delta, "client", simulated=True).epsilon if ring.deviation else math.inf
 
     z = dp.noise_multiplier
     if z is None:
@@ -150,9 +150,5 @@ def _planned(
             f"a ring of {bits} bits is too small for {ring.clients} clients with a noise multiplier of {z:.4g}: "
             f"take more bits, fewer clients, or more noise"
         )
-    if scheme.cap is not None and math.isinf(epsilon(z)):
-        raise StrategyError(
-            f"a cap of {scheme.cap} on Poisson cohorts of {expected:g} is reached too often for a true "
-            f'epsilon: raise cohort.cap, or set privacy.dp.sampling = "none"'
-        )
-    return DistributedPlan(z, dp.clip, expected, least, ring, noise, dp.noise, scheme, delta, dp.joint, length)
+    expected = cohort.expected(clients)
+    return DistributedPlan(z, dp.clip, expected, least, ring, noise, dp.noise, delta, dp.joint, length)

@@ -26,7 +26,7 @@ def graph(n):
 
 def test_a_sum_in_real_numbers():
     n = 5
-    sums = Sums((Sum("delta", 4, 2.0, "weighted"), Sum("rows", 1, 100, "count")), n)
+    sums = Sums((Sum("delta", 4, 2.0, "weighted"), Sum("rows", 1, 500, "noisy")), n)
     session = Session(3, 0, choose(n), sums)
     clients = {u: Client(session, u) for u in (2, 30, 31, 44, 500)}
     server = Server(session, list(clients))
