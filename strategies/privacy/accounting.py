@@ -127,7 +127,6 @@ def spent(noise: Noise, scheme: Scheme, steps: int, delta: float, unit: Unit, *,
 
     Whatever is released beside the noisy sums (losses, who takes part) is not covered.
     """
-    check_delta(delta)
     value, accountant = noise.cost(scheme, steps, delta) if steps else (0.0, "exact")
     return Epsilon(value, delta, unit, scheme.sampling, RELATIONS[scheme.sampling], accountant, steps, simulated)
 
@@ -135,8 +134,6 @@ def spent(noise: Noise, scheme: Scheme, steps: int, delta: float, unit: Unit, *,
 @lru_cache(maxsize=256)
 def noise_multiplier(target: float, scheme: Scheme, steps: int, delta: float) -> float:
     """The least z of normal noise, to a share of 10^-4, with which so many steps cost at most the target epsilon."""
-    check_target(target)
-    check_delta(delta)
     return least_noise(lambda z: Gaussian(z).cost(scheme, steps, delta)[0] if steps else 0.0, target)
 
 
@@ -158,16 +155,6 @@ def least_noise(epsilon: Callable[[float], float], target: float) -> float:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if epsilon(middle) <= target else (middle, high)
     return high
-
-
-def check_target(target: float) -> None:
-    """Raises StrategyError for an epsilon that is no number above 0."""
-    require(0 < target < math.inf, f"epsilon must be a number above 0, not {target}")
-
-
-def check_delta(delta: float) -> None:
-    """Raises StrategyError for a delta outside (0, 1)."""
-    require(0 < delta < 1, f"delta must be above 0 and below 1, not {delta}")
 
 
 # dp-accounting takes a second to import, so only a call that needs an epsilon imports it.

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.errors import StrategyError, require
-from strategies.privacy.accounting import Scheme, check_delta, check_target, noise_multiplier
+from strategies.privacy.accounting import Scheme, noise_multiplier
 
 Cohort = UniformCohort | PoissonCohort
 
@@ -31,10 +31,9 @@ class Budget:
         z = self.noise_multiplier
         least = "privacy.dp.noise_multiplier must be a number of at least 0"
         require(z is None or 0 <= z < math.inf, f"{least}, not {z}")
-        if self.epsilon is not None:
-            check_target(self.epsilon)
-        if self.delta is not None:
-            check_delta(self.delta)
+        target, delta = self.epsilon, self.delta
+        require(target is None or 0 < target < math.inf, f"epsilon must be a number above 0, not {target}")
+        require(delta is None or 0 < delta < 1, f"delta must be above 0 and below 1, not {delta}")
         if z == 0 and self.epsilon is not None:
             raise StrategyError(
                 f"privacy.dp asks for epsilon {self.epsilon:g} with a noise multiplier of 0, which gives none at all: "

@@ -6,7 +6,7 @@ from typing import Literal
 from strategies.core.base import named
 from strategies.core.errors import StrategyError
 from strategies.core.protocol import Strategy
-from strategies.privacy.adaptive import WITHIN, AdaptiveDp
+from strategies.privacy.adaptive import AdaptiveDp
 from strategies.privacy.budget import Cohort
 from strategies.privacy.central import CentralDp, CentralPlan
 from strategies.privacy.distributed import DistributedDp, DistributedPlan
@@ -69,7 +69,6 @@ def check_dp(
             f"{name} sends {', '.join(sorted(extras))} beside the update, which privacy.dp does not clip: set "
             f"privacy.dp.joint = true to clip all of it together, or take a strategy with one sum"
         )
-    assert WITHIN not in extras
     if dp.adds_to == "ring" and secagg == "off":
         raise StrategyError(
             "distributed noise is each client's small part, which hides nothing where the server sees single updates: "

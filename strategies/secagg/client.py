@@ -88,14 +88,10 @@ class Client(Party):
             order = [keys.client for keys in listed.keys]
             around = neighbors(order, order.index(self._client), parameters)
             public = {keys.client: keys for keys in listed.keys}
-            try:
-                cipher_keys = {v: public[v].cipher_key for v in around}
-                state.box_keys = primitives.agree(state.cipher_key, cipher_keys, state.sid, BOX)
-                mask_keys = {v: public[v].mask_key for v in around}
-                purpose = self.session.mask_purpose("pair")
-                state.pair_keys = primitives.agree(state.mask_key, mask_keys, state.sid, purpose)
-            except Tampered as reason:
-                raise SecAggAbort("shares", str(reason)) from None
+            cipher_keys = {v: public[v].cipher_key for v in around}
+            mask_keys = {v: public[v].mask_key for v in around}
+            state.box_keys = primitives.agree(state.cipher_key, cipher_keys, state.sid, BOX)
+            state.pair_keys = primitives.agree(state.mask_key, mask_keys, state.sid, self.session.mask_purpose("pair"))
             state.seed = primitives.private_key()
             of = holders(self._client, around, parameters)
             of_seed, of_key = (primitives.share(x, parameters.threshold, of) for x in (state.seed, state.mask_key))

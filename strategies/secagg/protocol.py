@@ -12,7 +12,7 @@ from typing import Literal
 
 from strategies.secagg.messages import KeyList, Keys
 from strategies.secagg.parameters import Parameters
-from strategies.secagg.primitives import PRIMITIVES, Mode, Primitives
+from strategies.secagg.primitives import PRIMITIVES, Mode, Primitives, Tampered
 from strategies.secagg.ring import Sums
 
 Phase = Literal["keys", "shares", "masked input", "agreement", "unmask"]
@@ -102,9 +102,11 @@ class Party:
             abort_unless(self._phase == after, phase, f"out of turn, after {self._phase!r} in place of {after!r}")
             yield
             self._phase = reached or phase
-        except Exception:
+        except Exception as error:
             self._phase = "aborted"
             self._forget()
+            if isinstance(error, Tampered):
+                raise SecAggAbort(phase, str(error)) from None
             raise
 
 

@@ -38,8 +38,8 @@ class Sum:
 
     def __post_init__(self) -> None:
         if self.length < 0 or not 0 < self.bound < math.inf:
-            found = f"{self.bound}, {self.length}"
-            raise StrategyError(f"the sum {self.name!r} needs a bound above 0 and a length, not {found}")
+            values = f"{self.bound}, {self.length}"
+            raise StrategyError(f"the sum {self.name!r} needs a bound above 0 and a length, not {values}")
 
 
 @dataclass(frozen=True)

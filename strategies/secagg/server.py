@@ -6,7 +6,6 @@ wipes what it has added, and has no partial result.
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,16 +25,6 @@ from strategies.secagg.parameters import holders, neighbors
 from strategies.secagg.primitives import BOX_BYTES, HASH_BYTES, Tampered
 from strategies.secagg.protocol import Party, Phase, SecAggAbort, Session, abort_unless, once, signed_survivors
 from strategies.secagg.shamir import Reconstruction
-
-
-@dataclass(frozen=True)
-class _Listed:
-    """What the server knows after the first trip."""
-
-    sid: bytes
-    around: dict[int, tuple[int, ...]]  # each client's neighbors
-    holders: dict[int, tuple[int, ...]]  # who holds shares of its secrets
-    mask_keys: dict[int, bytes]
 
 
 class Server(Party):
@@ -66,7 +55,10 @@ class Server(Party):
     def _forget(self) -> None:
         self._total.fill(0)
         self._total = np.zeros(0, np.uint32)
-        self._listed = _Listed(b"", {}, {}, {})
+        self._sid = b""
+        self._around: dict[int, tuple[int, ...]] = {}  # each client's neighbors
+        self._holders: dict[int, tuple[int, ...]] = {}  # who holds shares of its secrets
+        self._mask_keys: dict[int, bytes] = {}
         self._commitments: dict[int, bytes] = {}  # of all who shared: U2
         self._arrived: set[int] = set()  # whose masked input is in: U3
         self._asked: set[int] = set()
@@ -86,19 +78,19 @@ class Server(Party):
             random.SystemRandom().shuffle(offered)
             listed = KeyList(tuple(offered), parameters.degree, parameters.threshold)
             order = [key.client for key in offered]
-            around = {u: neighbors(order, place, parameters) for place, u in enumerate(order)}
-            held_by = {u: holders(u, near, parameters) for u, near in around.items()}
-            mask_keys = {key.client: key.mask_key for key in offered}
-            self._listed = _Listed(self.session.identity(listed), around, held_by, mask_keys)
+            self._sid = self.session.identity(listed)
+            self._around = {u: neighbors(order, place, parameters) for place, u in enumerate(order)}
+            self._holders = {u: holders(u, near, parameters) for u, near in self._around.items()}
+            self._mask_keys = {key.client: key.mask_key for key in offered}
             return listed
 
     def inboxes(self, shares: Iterable[Shares]) -> dict[int, Inbox]:
         """Ends the second trip: for each client that shared, the boxes that the others sealed for it."""
         with self._turn("shares", after="keys"):
             sent = list(shares)
-            self._known([message.client for message in sent], self._listed.around.keys(), "shares")
+            self._known([message.client for message in sent], self._around.keys(), "shares")
             for message in sent:
-                to_all = set(message.boxes) == set(self._listed.around[message.client])
+                to_all = set(message.boxes) == set(self._around[message.client])
                 proper = {len(box) for box in message.boxes.values()} == {BOX_BYTES}
                 proper = proper and to_all and len(message.commitment) == HASH_BYTES
                 abort_unless(proper, "shares", f"client {message.client} did not send a share to each of its neighbors")
@@ -137,7 +129,7 @@ class Server(Party):
             self._asked = set(signatures) if self.session.parameters.active else set(self._arrived)
             requests = {}
             for u in sorted(self._asked):
-                near = [v for v in (*self._listed.around[u], u) if v in self._commitments]
+                near = [v for v in (*self._around[u], u) if v in self._commitments]
                 alive = tuple(v for v in near if v in self._arrived)
                 dead = tuple(v for v in near if v not in self._arrived)
                 requests[u] = UnmaskRequest(u, alive, dead, signatures)
@@ -153,7 +145,7 @@ class Server(Party):
             for answer in given:
                 for shares, place in ((answer.seeds, seeds), (answer.keys, keys)):
                     for u, share in shares.items():
-                        wanted = u in place and answer.client in self._listed.holders[u]
+                        wanted = u in place and answer.client in self._holders[u]
                         abort_unless(wanted, "unmask", f"client {answer.client} gave shares that it was not asked for")
                         place[u][answer.client] = share
             self._removals = self._masks_of(seeds, keys)
@@ -170,28 +162,23 @@ class Server(Party):
 
     def _masks_of(self, seeds: dict[int, dict[int, bytes]], keys: dict[int, dict[int, bytes]]) -> Masks:
         """The negation of the survivors' own masks and of those that they share with the dead."""
-        listed, primitives, session = self._listed, self._primitives, self.session
+        primitives, session = self._primitives, self.session
         reconstruction = Reconstruction(session.parameters.threshold)
         added: list[bytes] = []
         subtracted: list[bytes] = []
         for u, shares in sorted(seeds.items()):
             session.enough(len(shares), "unmask", f"the mask of client {u}")
             seed = primitives.recover(reconstruction, shares)
-            if seed is None or primitives.commit(listed.sid, u, seed) != self._commitments[u]:
-                altered = f"a share of client {u}'s mask seed was tampered with: it committed to another"
-                raise SecAggAbort("unmask", altered)
-            subtracted.append(primitives.derive(seed, listed.sid, session.mask_purpose("self")))
+            if seed is None or primitives.commit(self._sid, u, seed) != self._commitments[u]:
+                raise Tampered(f"a share of client {u}'s mask seed was tampered with: it committed to another")
+            subtracted.append(primitives.derive(seed, self._sid, session.mask_purpose("self")))
         for u, shares in sorted(keys.items()):
             session.enough(len(shares), "unmask", f"the mask key of client {u}, which dropped out")
             key = primitives.recover(reconstruction, shares)
-            if key is None or not primitives.owns(key, listed.mask_keys[u]):
-                altered = f"a share of client {u}'s mask key was tampered with: its public key differs"
-                raise SecAggAbort("unmask", altered)
-            public = {v: listed.mask_keys[v] for v in listed.around[u] if v in self._arrived}
-            try:
-                pairs = primitives.agree(key, public, listed.sid, session.mask_purpose("pair"))
-            except Tampered as reason:
-                raise SecAggAbort("unmask", str(reason)) from None
+            if key is None or not primitives.owns(key, self._mask_keys[u]):
+                raise Tampered(f"a share of client {u}'s mask key was tampered with: its public key differs")
+            public = {v: self._mask_keys[v] for v in self._around[u] if v in self._arrived}
+            pairs = primitives.agree(key, public, self._sid, session.mask_purpose("pair"))
             added += [pair for v, pair in pairs.items() if v < u]  # v had subtracted these
             subtracted += [pair for v, pair in pairs.items() if v > u]
         return primitives.masks(session.sums.bits, added, subtracted)
@@ -200,7 +187,7 @@ class Server(Party):
         """The survivors' signatures."""
         with self._turn("agreement", after="masked input"):
             self._known([agreement.client for agreement in agreements], self._arrived, "agreement")
-            text = signed_survivors(self._listed.sid, self._arrived)
+            text = signed_survivors(self._sid, self._arrived)
             for agreement in agreements:
                 public = self._roster.get(agreement.client, b"")
                 signed = self._primitives.signed(public, agreement.signature, text)
@@ -212,7 +199,7 @@ class Server(Party):
         """Aborts unless enough of those left hold shares of the secrets of each client that shared."""
         present = set(left)
         for u in sorted(self._commitments):
-            self.session.enough(len(present.intersection(self._listed.holders[u])), phase, f"client {u}'s secrets")
+            self.session.enough(len(present.intersection(self._holders[u])), phase, f"client {u}'s secrets")
         self.session.enough(len(present), phase, "anything")
 
     def _known(self, clients: Sequence[int], among: Iterable[int], phase: Phase) -> set[int]:

@@ -16,6 +16,7 @@ from strategies.privacy.accounting import (
     noise_multiplier,
     spent,
 )
+from strategies.privacy.central import CentralDp
 from strategies.privacy.integer_noise import DiscreteGaussianSum, SkellamSum
 
 
@@ -173,7 +174,7 @@ def test_the_bound_on_sums_of_discrete_gaussians_is_above_the_exact_divergence()
 @pytest.mark.parametrize("delta", [0, 1, -1e-5])
 def test_delta_must_be_a_probability(delta: float) -> None:
     with pytest.raises(ValueError, match="delta must be above 0 and below 1"):
-        epsilon(1, Scheme(), 1, delta)
+        CentralDp(noise_multiplier=1.0, delta=delta)
 
 
 def test_schemes_and_targets_that_make_no_sense() -> None:
@@ -182,4 +183,4 @@ def test_schemes_and_targets_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="need to know the population"):
         Scheme("fixed", 0.5)
     with pytest.raises(ValueError, match="epsilon must be a number above 0, not 0"):
-        noise_multiplier(0, Scheme(), 1, 1e-5)
+        CentralDp(epsilon=0)
