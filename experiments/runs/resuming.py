@@ -129,17 +129,24 @@ def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple
 
 
 def _runs_beside(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """The names of other runs that have unmasked sums of the same data with the same seed."""
+    """The names of other runs whose server has had sums of the same data with the same seed, or each update."""
     names = []
     for file in sorted(folder.resolve().parent.glob("*/manifest.json")):
         try:
             other = json.loads(file.read_text(encoding="utf-8"))
             same = other["seed"] == manifest["seed"] and other["data"]["key"] == manifest["data"]["key"]
-        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+            if same and file.parent.name != folder.name and _had_sums(file.parent):
+                names.append(file.parent.name)
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
             continue
-        if same and file.parent.name != folder.name and any(file.parent.glob(f"{JOURNAL}/*.json")):
-            names.append(file.parent.name)
     return names
+
+
+def _had_sums(run: Path) -> bool:
+    if any(run.glob(f"{JOURNAL}/*.json")):
+        return True
+    text = (run / "recipe.toml").read_text(encoding="utf-8") if any(run.glob("checkpoints/[0-9]*")) else None
+    return text is not None and tomllib.loads(text).get("privacy", {}).get("secagg", {}).get("mode", "off") == "off"
 
 
 def _begun_with(file: Path, recipe: Recipe) -> Recipe:
