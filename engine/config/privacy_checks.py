@@ -40,8 +40,7 @@ def _check_noise(recipe: Sections) -> None:
     dp, strategy, peft = recipe.privacy.dp, recipe.strategy, recipe.model.peft
     assert dp.unit is not None
     mixed_ranks = peft.kind == "lora" and any(share.r != peft.r for share in peft.ranks)
-    extras, mode = strategy.beside(NO_LAYOUT), recipe.privacy.secagg.mode
-    check_dp(dp, strategy, extras, mode, mixed_ranks=mixed_ranks, cohort=recipe.cohort)
+    check_dp(dp, strategy, strategy.beside(NO_LAYOUT), recipe.privacy.secagg.mode, mixed_ranks=mixed_ranks)
     if recipe.clients.min_share > 0 or recipe.clients.on_too_few == "skip":
         raise RunError(
             "a round that has no result because few clients took part tells how many did, which noise would have "

@@ -214,6 +214,7 @@ CHECKS: tuple[Check, ...] = (
     declarations.weights_are_as_the_class_says,
     declarations.a_client_of_a_lower_rank_trains_and_leaves_only_its_own,
     declarations.extras_that_are_changes_are_zero_without_training,
+    declarations.an_untrained_client_rests_at_zero_where_the_class_says_so,
     declarations.an_untrained_client_of_a_lower_rank_sends_zeros,
     declarations.it_travels_and_says_what_it_is,
 )

@@ -46,7 +46,6 @@ class Rule(ABC):
     loss_before: ClassVar[bool] = False
     extras_are_changes: ClassVar[bool] = False
     keeps_higher_ranks: ClassVar[bool] = False
-    rests_at_zero: ClassVar[bool] = True
     paper: ClassVar[str] = "unpublished"
 
     def __init_subclass__(cls) -> None:
@@ -57,6 +56,11 @@ class Rule(ABC):
     @property
     def bounded_weights(self) -> bool:
         """The engine's weights are at most 1, and `finish` leaves them as they are."""
+        return True
+
+    @property
+    def rests_at_zero(self) -> bool:
+        """A client's update is its own change alone."""
         return True
 
     @property

@@ -127,12 +127,16 @@ class Strategy(Protocol):
     # each sum is of the client's weight times a change, zero without training, and `apply` divides it by the weight.
     extras_are_changes: ClassVar[bool]
     keeps_higher_ranks: ClassVar[bool]  # with mixed ranks, an untrained client sends zeros also beyond its own rank
-    rests_at_zero: ClassVar[bool]  # an untrained client's update is zero, whatever the server's moments are
     paper: ClassVar[str]
 
     @property
     def bounded_weights(self) -> bool:
         """Whether `finish` makes no weight above 1 of one that is at most 1."""
+        ...
+
+    @property
+    def rests_at_zero(self) -> bool:
+        """Whether a client that has not trained sends zeros, whatever moments and client state hold."""
         ...
 
     @property

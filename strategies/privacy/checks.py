@@ -7,7 +7,6 @@ from strategies.core.base import named
 from strategies.core.errors import StrategyError
 from strategies.core.protocol import Strategy
 from strategies.privacy.adaptive import AdaptiveDp
-from strategies.privacy.budget import Cohort
 from strategies.privacy.central import CentralDp, CentralPlan
 from strategies.privacy.distributed import DistributedDp, DistributedPlan
 from strategies.privacy.per_example import ExampleDp, ExamplePlan
@@ -23,7 +22,6 @@ def check_dp(
     secagg: Literal["off", "ideal", "full"],
     *,
     mixed_ranks: bool = False,
-    cohort: Cohort | None = None,
 ) -> None:
     """Raises StrategyError with the reason and the nearest combination that works.
 
@@ -58,11 +56,10 @@ def check_dp(
             f'privacy.dp would multiply by the cohort over the expected one: take "flora", or leave model.peft.ranks '
             f"out"
         )
-    if not strategy.rests_at_zero and cohort is not None and cohort.kind == "poisson":
+    if not strategy.rests_at_zero:
         raise StrategyError(
-            f"in {name} clients that have not trained send the server's momentum back, and privacy.dp divides by the "
-            f'expected cohort: it turns round as often as more come than expected: set cohort.kind = "uniform", or '
-            f'take "fedavgm"'
+            f"in {name} clients that have not trained send a change (rests_at_zero), which privacy.dp would multiply "
+            f'by the cohort over the expected one: take another rule, such as "fedavgm", or "hetlora" with gamma = 1'
         )
     if extras and not dp.joint:
         raise StrategyError(

@@ -29,13 +29,17 @@ class CenteredClipping(AveragingRule):
     weighting: Literal["uniform"] = "uniform"
     tau: float = 1.0
     elementwise: ClassVar[bool] = False
-    rests_at_zero: ClassVar[bool] = False  # but at -v
     paper: ClassVar[str] = "arXiv 2012.10333"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         norm = "strategy.tau is the norm that is clipped to and must be a number above 0"
         require(0 < self.tau < math.inf, f"{norm}, not {self.tau}")
+
+    @property
+    def rests_at_zero(self) -> bool:
+        """A client at rest sends -v."""
+        return False
 
     def init(self, params: Vector, layout: Layout) -> ServerState:
         """The initial vector, and v = 0."""

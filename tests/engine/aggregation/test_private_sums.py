@@ -28,6 +28,7 @@ from strategies.contract.case import LORA, METRICS, Case, drawn
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.protocol import GLOBAL, ClientState, ServerState, Strategy, Transform, Update
 from strategies.lora.flexlora import FlexLora
+from strategies.lora.hetlora import HetLora
 from strategies.privacy.adaptive import WITHIN, AdaptiveDp
 from strategies.privacy.central import CentralDp, CentralPlan
 from strategies.privacy.distributed import DistributedDp
@@ -71,9 +72,14 @@ def weightings(kind: type) -> list[Strategy]:
     return [kind(weighting=weighting) for weighting in get_args(get_type_hints(kind)["weighting"])]
 
 
-RULES = [*(rule for kind in get_args(Strategies) for rule in weightings(kind)), FlexLora(sketch=1)]
+RULES = [
+    *(rule for kind in get_args(Strategies) for rule in weightings(kind)),
+    FlexLora(sketch=1),
+    HetLora(weighting="uniform", gamma=1.0),
+]
+SETTINGS = ("weighting", "sketch", "gamma")
 EACH_RULE = pytest.mark.parametrize(
-    "rule", RULES, ids=lambda rule: f"{rule.kind} {getattr(rule, 'weighting', '')} {getattr(rule, 'sketch', '')}"
+    "rule", RULES, ids=lambda rule: " ".join([rule.kind, *(str(getattr(rule, name, "")) for name in SETTINGS)]).strip()
 )
 
 
@@ -251,11 +257,10 @@ def test_one_client_moves_the_sums_by_no_more_than_epsilon_counts_on(
 @EACH_RULE
 def test_a_client_at_rest_sends_zeros_whatever_it_has_kept(federation: Federation, rule: Strategy) -> None:
     for it in accepted(federation, rule, "central"):
-        state, client_states = begun(it)
-        if rule.rests_at_zero:
-            state, _ = Case(rule, LORA, engine_sum, engine_stored).after(2)
+        _, client_states = begun(it)  # with what transforms keep
+        state, trained = Case(rule, LORA, engine_sum, engine_stored).after(2)
         for client in (0, 1):
-            update, after = it.train(state, client, client_states[client], 0.0)
+            update, after = it.train(state, client, client_states[client] | trained[client], 0.0)
             assert not any(vector.any() for vector in (update.delta, *update.extras.values())), it.federation.transforms
             again, _ = it.train(replace(state, round=state.round + 1), client, after, 0.0)
             assert not any(vector.any() for vector in (again.delta, *again.extras.values())), it.federation.transforms
@@ -295,8 +300,13 @@ def test_momentum_does_not_grow_where_more_clients_come_than_expected(federation
         assert max(moved) <= 1.01 * moved[0]
 
 
-def test_a_rule_whose_clients_at_rest_send_its_momentum_back_needs_cohorts_of_a_fixed_size(federation) -> None:
-    recipe = {"strategy": CenteredClipping(), "privacy": Privacy(dp=NOISES["central"][0])}
-    replace(federation, **recipe, cohort=UniformCohort(size=2))
-    with pytest.raises(ValueError, match=r"as often as more come than expected.*\"uniform\", or take \"fedavgm\""):
-        replace(federation, **recipe, cohort=PoissonCohort(size=2))
+@pytest.mark.parametrize("rule", [CenteredClipping(), HetLora(weighting="uniform")], ids=lambda rule: rule.kind)
+def test_rules_whose_clients_at_rest_send_something_are_refused(federation: Federation, rule: Strategy) -> None:
+    """At rest, a client sends centered clipping's last step back, and HetLoRA's tail if its own was cut."""
+    _, client_states = (case := Case(rule, LORA, engine_sum, engine_stored)).after(2)
+    sent, _ = case.cohort(case.after(2)[0], client_states, scale=0.0)
+    assert any(update.delta.any() for update in sent)
+    with pytest.raises(
+        ValueError, match=r"clients that have not trained send .*\"fedavgm\", or \"hetlora\" with gamma = 1"
+    ):
+        replace(federation, strategy=rule, privacy=Privacy(dp=NOISES["central"][0]))
