@@ -14,18 +14,15 @@ from engine.messages.errors import RunError
 from engine.system.atomic import write_file
 from strategies.core.layout import Layout
 from strategies.privacy.accounting import Epsilon
-from strategies.privacy.central import CentralDp, CentralPlan
-from strategies.privacy.distributed import DistributedDp, DistributedPlan
-from strategies.privacy.per_example import ExampleDp, ExamplePlan
-
-Plan = CentralPlan | DistributedPlan | ExamplePlan
+from strategies.privacy.central import CentralPlan
+from strategies.privacy.checks import NoisePlan
 
 
 @dataclass(frozen=True)
 class Planned:
     """A plan of noise, and what the user should know about it."""
 
-    plan: Plan
+    plan: NoisePlan
     warned: tuple[str, ...]
 
 
@@ -39,14 +36,14 @@ def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: 
     dp, rounds, cohort, clients = federation.privacy.dp, federation.rounds, federation.cohort, len(rows)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        plan: Plan
-        if isinstance(dp, CentralDp):
+        plan: NoisePlan
+        if dp.adds_to == "sum":
             plan = dp.plan(cohort, clients, rounds)
-        elif isinstance(dp, DistributedDp):
+        elif dp.adds_to == "ring":
             # One ring for all rounds: a round with fewer live coordinates fills up with zeros.
             length = max(sum(live_lengths(federation, layout, round_).values()) for round_ in range(rounds))
             plan = dp.plan(cohort, clients, rounds, length, federation.privacy.secagg.bits)
-        elif isinstance(dp, ExampleDp):
+        elif dp.adds_to == "gradients":
             batch = federation.train.batch * federation.train.accumulate
             plan = dp.plan(int(rows.min()), int(rows.sum()), batch, steps)
         else:
@@ -66,7 +63,7 @@ class Spending:
     """
 
     path: Path
-    plan: Plan
+    plan: NoisePlan
     simulated: bool
     weights: str
     charged: int = 0
@@ -78,7 +75,7 @@ class Spending:
     def open(
         cls,
         path: Path,
-        plan: Plan,
+        plan: NoisePlan,
         weights: str,
         *,
         simulated: bool,
@@ -100,7 +97,7 @@ class Spending:
     def charge(self, steps: int) -> Epsilon:
         """Counts one more round, in which a client takes `steps` noisy steps, on disk; returns the cost of all."""
         self.charged += 1
-        total = self.charged * steps if isinstance(self.plan, ExamplePlan) else self.charged
+        total = self.charged * steps if self.plan.adds_to == "gradients" else self.charged
         # Cohorts and batches come from the seed even where noise does not: an adversary who knows it learns more.
         sampled = self.plan.scheme.sampling != "none"
         epsilon = self.plan.spent(total, simulated=self.simulated or sampled)
@@ -128,7 +125,7 @@ class PrivacyAccount:
     noisy steps a round. `warned` is what the user should know.
     """
 
-    plan: Plan | None = None
+    plan: NoisePlan | None = None
     spending: Spending | None = None
     clip: float = 0.0
     steps: int = 0
@@ -152,7 +149,7 @@ class PrivacyAccount:
         """
         dp, shown = federation.privacy.dp, federation.shown_rows
         if clip is None:
-            clip = dp.clip if isinstance(dp, CentralDp) else 0.0
+            clip = dp.clip if dp.adds_to == "sum" else 0.0
         planned = plan_noise(federation, layout, rows, steps * federation.rounds)
         warned = () if shown is None else (f"{shown}, which privacy would have kept with their clients",)
         if planned is None:
@@ -172,7 +169,7 @@ class PrivacyAccount:
     @property
     def central(self) -> CentralPlan | None:
         """The noise that the server adds to the sums, where it does."""
-        return self.plan if isinstance(self.plan, CentralPlan) else None
+        return self.plan if self.plan is not None and self.plan.adds_to == "sum" else None
 
     @property
     def statement(self) -> str | None:

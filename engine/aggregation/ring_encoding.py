@@ -17,18 +17,16 @@ from strategies.core.layout import Layout
 from strategies.core.live import with_frozen, without_frozen
 from strategies.core.protocol import Aggregate, Mask, Size, Update
 from strategies.core.seeds import rng
-from strategies.privacy.adaptive import WITHIN, AdaptivePlan
-from strategies.privacy.central import CentralPlan
+from strategies.privacy.checks import NoisePlan
 from strategies.privacy.distributed import DistributedPlan
 from strategies.privacy.integers import signs
 from strategies.privacy.noise_source import Words, byte_words, seeded_words
-from strategies.privacy.per_example import ExamplePlan
 from strategies.secagg.ring import Sum, Sums, Totals
 
 NOISY = "noisy"  # the sum of everything under distributed noise
 FIGURE = "figure: "  # begins the names of sums of what training measures, such as the loss's terms
 CLIPPED = "clipped"
-Plan = CentralPlan | DistributedPlan | ExamplePlan | None
+Plan = NoisePlan | None
 
 
 def ring_sums(
@@ -36,14 +34,13 @@ def ring_sums(
 ) -> Sums:
     """Returns the sums of a session of `clients`, none of which trains on more than `most_tokens` tokens."""
     secagg, lengths = federation.privacy.secagg, live_lengths(federation, layout, round_)
-    if isinstance(plan, DistributedPlan):
+    if plan is not None and plan.adds_to == "ring":
         sums = [Sum(NOISY, plan.ring.dimension, plan.ring.bound, "noisy")]
     else:
-        bound = min(secagg.bound, clip) if isinstance(plan, CentralPlan) else secagg.bound
-        sums = [Sum("delta", lengths["delta"], bound, "weighted")]
+        central = plan if plan is not None and plan.adds_to == "sum" else None
+        sums = [Sum("delta", lengths["delta"], min(secagg.bound, clip) if central else secagg.bound, "weighted")]
         sums += [Sum(name, length, secagg.bounds[name]) for name, length in lengths.items() if name != "delta"]
-        if isinstance(plan, AdaptivePlan):
-            sums.append(Sum(WITHIN, 1, 0.5))
+        sums += [Sum(name, length, 0.5) for name, length in (central.beside if central else {}).items()]
     bounds = {**figure_bounds(federation.train.objective, most_tokens), CLIPPED: max(1, sum(lengths.values()))}
     figures = (Sum(FIGURE + name, 1, bound) for name, bound in bounds.items())
     return secagg.sums((*sums, *figures), clients)
@@ -69,7 +66,7 @@ def ring_values(
     `live` are the masks of the update at hand, which may be a shard. Noise is seeded unless secure aggregation is real.
     """
     values = without_frozen({"delta": update.delta, **update.extras}, live)
-    if isinstance(plan, DistributedPlan):
+    if plan is not None and plan.adds_to == "ring":
         words, extras = noise(federation, round_, update.client), {name: values[name] for name in update.extras}
         plan = replace(plan, length=sum(map(len, values.values())))
         short = replace(update, delta=values["delta"], extras=extras)
@@ -92,7 +89,7 @@ def ring_aggregate(
     figures = {name: float(total[0]) for name, total in totals.sums.items() if name.startswith(FIGURE)}
     figures = {name.removeprefix(FIGURE): value for name, value in figures.items()}
     live = live_masks(federation, layout, round_)
-    if isinstance(plan, DistributedPlan):
+    if plan is not None and plan.adds_to == "ring":
         lengths = live_lengths(federation, layout, round_)
         plan = replace(plan, length=sum(lengths.values()))
         del lengths["delta"]

@@ -1,7 +1,7 @@
 """The privacy section of a recipe: what the server may see, and how little sums may say about one client or row."""
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -76,6 +76,8 @@ class NoDp:
     """No differential privacy."""
 
     kind: Literal["none"] = "none"
+    unit: ClassVar[None] = None
+    adds_to: ClassVar[None] = None
 
 
 Dp = NoDp | CentralDp | AdaptiveDp | DistributedDp | ExampleDp
@@ -102,7 +104,7 @@ class Privacy:
     @property
     def on(self) -> bool:
         """Whether there is secure aggregation or differential privacy."""
-        return self.secure or not isinstance(self.dp, NoDp)
+        return self.secure or self.dp.unit is not None
 
     @property
     def secure(self) -> bool:
@@ -117,7 +119,7 @@ class Privacy:
     @property
     def public_weights(self) -> bool:
         """Whether a client's weight may depend only on its own rows and on what everybody knows."""
-        return self.secure or not isinstance(self.dp, NoDp | ExampleDp)
+        return self.secure or self.dp.unit == "client"
 
     def weight(self, rows: int, most: int) -> float:
         """A client's weight, from 0 to 1, before its strategy sees it; the largest client has `most` rows.

@@ -1,21 +1,18 @@
 """What privacy asks of the rest of a recipe, checked before a run."""
 
-from engine.config.privacy import NoDp
 from engine.config.sections import Sections
 from engine.messages.errors import RunError
 from strategies.core.base import named
 from strategies.core.cohort import UniformCohort
 from strategies.core.protocol import NO_LAYOUT
-from strategies.privacy.central import CentralDp
 from strategies.privacy.checks import check_dp
-from strategies.privacy.distributed import DistributedDp
 from strategies.secagg.ring import Sum
 
 
 def check_privacy(recipe: Sections) -> None:
     """Raises RunError or StrategyError for the first demand of privacy that the recipe does not meet."""
     _check_comparison(recipe)
-    if not isinstance(recipe.privacy.dp, NoDp):
+    if recipe.privacy.dp.unit is not None:
         _check_noise(recipe)
     if recipe.privacy.secure:
         _check_reads(recipe)
@@ -33,7 +30,7 @@ def _check_comparison(recipe: Sections) -> None:
         return
     if recipe.keeps_state:
         why = "clients' state belongs to the one run"
-    elif not recipe.privacy.secure and isinstance(recipe.privacy.dp, NoDp):
+    elif not recipe.privacy.on:
         why = "there is no privacy to do without"
     else:
         return
@@ -42,7 +39,7 @@ def _check_comparison(recipe: Sections) -> None:
 
 def _check_noise(recipe: Sections) -> None:
     dp, strategy, peft = recipe.privacy.dp, recipe.strategy, recipe.model.peft
-    assert not isinstance(dp, NoDp)
+    assert dp.unit is not None
     mixed_ranks = peft.kind == "lora" and any(share.r != peft.r for share in peft.ranks)
     check_dp(dp, strategy, strategy.beside(NO_LAYOUT), recipe.privacy.secagg.mode, mixed_ranks=mixed_ranks)
     if recipe.clients.min_share > 0 or recipe.clients.on_too_few == "skip":
@@ -104,9 +101,8 @@ def _check_coordinates(recipe: Sections) -> None:
 
 def _check_sampling(recipe: Sections) -> None:
     dp = recipe.privacy.dp
-    claims = ("poisson", "auto") if isinstance(dp, CentralDp) else ("poisson",)
     varies = not isinstance(recipe.cohort, UniformCohort)
-    if isinstance(dp, CentralDp | DistributedDp) and varies and dp.sampling in claims:
+    if varies and dp.adds_to == "sum" and dp.claims(recipe.cohort) == "poisson":
         raise RunError(
             "a Poisson cohort that is too small for secure aggregation has no sum, which tells how many came, so that "
             'its sampling hides nothing: set privacy.dp.sampling = "none"'
@@ -116,7 +112,7 @@ def _check_sampling(recipe: Sections) -> None:
 def _check_bounds(recipe: Sections) -> None:
     secagg, name, beside = recipe.privacy.secagg, named(recipe.strategy), recipe.strategy.beside(NO_LAYOUT)
     missing = [extra for extra in beside if extra not in secagg.bounds]
-    if missing and not isinstance(recipe.privacy.dp, DistributedDp):
+    if missing and recipe.privacy.dp.adds_to != "ring":
         raise RunError(
             f"{name} sends the sum {missing[0]!r} beside the update, and a ring needs to know how large its "
             f"coordinates may be: set privacy.secagg.bounds.{missing[0]}, above which they are clipped"

@@ -12,9 +12,7 @@ from strategies.core.base import Rule
 from strategies.core.layout import Layout
 from strategies.core.protocol import Broadcast, ServerState, Vector
 from strategies.core.sharding import Partition
-from strategies.privacy.central import CentralPlan
-from strategies.privacy.distributed import DistributedPlan
-from strategies.privacy.per_example import ExamplePlan
+from strategies.privacy.checks import NoisePlan
 
 WITHIN_CALLS = 65_536  # bytes, well below what Ray puts into the store by itself
 
@@ -36,7 +34,7 @@ class BroadcastMessage:
     nbytes: int = 0  # of the shards in the object store
     partition: Partition | None = None
     oldest: int = 0  # client state from before this round may be deleted
-    dp: CentralPlan | DistributedPlan | ExamplePlan | None = None  # how clients bound what they send, and their noise
+    dp: NoisePlan | None = None  # how clients bound what they send, and their noise
     clip: float = 0.0  # the round's clipping norm
     lanes: int = 1  # the most clients that train together
 

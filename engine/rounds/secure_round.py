@@ -31,8 +31,6 @@ from engine.rounds.server import MaskedTotal, Shards
 from engine.system.failures import LOST, within
 from strategies.core.errors import StrategyError
 from strategies.core.layout import Layout
-from strategies.privacy.central import CentralPlan
-from strategies.privacy.distributed import DistributedPlan
 from strategies.secagg.messages import MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session
 from strategies.secagg.ring import Sums
@@ -128,7 +126,7 @@ class SecureCollector:
         if not len(cohort):
             return collected
         plan = broadcast.dp
-        least = max(secagg.min_contributors, plan.least if isinstance(plan, DistributedPlan) else 0)
+        least = max(secagg.min_contributors, plan.least if plan is not None and plan.adds_to == "ring" else 0)
         try:
             self._refuse_thin(cohort.tolist(), least)
             parameters = secagg.parameters(len(cohort))
@@ -267,7 +265,7 @@ class SecureCollector:
     def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
         """Returns the norm to which clients clip: less than the server counts on, by what a ring's rounding may add."""
         sums = self.sums(plan, clip, max(1, clients), round_)
-        if not isinstance(plan, CentralPlan):
+        if plan is None or plan.adds_to != "sum":
             return clip
         room = clip - rounding(sums)
         if room < clip / 2:

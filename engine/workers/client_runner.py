@@ -26,7 +26,6 @@ from engine.training.local_training import Job, Trainer
 from engine.training.step_loop import steps_of
 from strategies.core.layout import Layout
 from strategies.core.protocol import Broadcast, ClientState, Update, Vector
-from strategies.privacy.central import CentralPlan
 from strategies.transforms.chain import bits, encode
 
 Result = TypeVar("Result")
@@ -190,7 +189,7 @@ class ClientRunner:
             return Report(job.client, traffic, late=late)
         try:
             self._refuse_useless(update, after)
-            if isinstance(message.dp, CentralPlan):
+            if message.dp is not None and message.dp.adds_to == "sum":
                 finite_bound(update)
                 update = message.dp.encode(update, message.clip, job.broadcast.whole_norm)
             accumulator.add(update)

@@ -24,7 +24,6 @@ from engine.workers.process import Attached, WorkerProcess, part
 from strategies.core.layout import Layout
 from strategies.core.seeds import torch_seed
 from strategies.core.sharding import Partition
-from strategies.privacy.per_example import ExamplePlan
 
 
 class Trainers:
@@ -40,7 +39,7 @@ class Trainers:
         if len(unit) > 1:
             self.lanes = self.lanes or LaneTrainer(self.plain, message.lanes, self.federation.train)
             return self.lanes
-        if not isinstance(message.dp, ExamplePlan):
+        if message.dp is None or message.dp.adds_to != "gradients":
             return self.plain
         self.private = self.private or PrivateTrainer(self.plain, message.dp)
         self.private.words = noise(self.federation, message.round, unit[0])

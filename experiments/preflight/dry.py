@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from datasets_partition.store.store import Store
-from engine.config.privacy import NoDp
 from engine.config.sections import Clients
 from engine.messages.events import Event, RoundDone, Started
 from experiments.config.recipe import Recipe, located, to_toml
@@ -163,14 +162,14 @@ def _rounds(work: Recipe, events: list[Event]) -> list[Proof]:
         strategy += f"; no result in {len(aborted)}: {aborted[0]}"
     secagg, dp = work.privacy.secagg, work.privacy.dp
     private = [f"secure aggregation ({secagg.mode})"] if work.privacy.secure else []
-    private += [] if isinstance(dp, NoDp) else [f"{dp.kind} noise, {rounds[-1].epsilon}"]
+    private += [] if dp.unit is None else [f"{dp.kind} noise, {rounds[-1].epsilon}"]
     holds = not aborted and not failed and all(event.clients for event in rounds)
     said = "; ".join(private) or "the recipe asks for none"
     return [Proof("strategy", holds, strategy), Proof("privacy", holds, said)]
 
 
 def _resume(work: Recipe, first: Run, again: Run, resumed: int | None) -> Proof:
-    fresh = not work.privacy.simulated and not isinstance(work.privacy.dp, NoDp)
+    fresh = not work.privacy.simulated and work.privacy.dp.unit is not None
     files = [(file, again.model / file.name) for file in first.model.glob("*.safetensors")]
     same = bool(files) and (fresh or all(file.read_bytes() == other.read_bytes() for file, other in files))
     ended = "ended well, with other noise" if fresh else "ended in the same bits" if same else "ended in other bits"
@@ -197,7 +196,7 @@ def _export(finished: Run, base: str) -> Proof:
 
 def _left(recipe: Recipe, rows: Drawn) -> list[str]:
     """What only the real run can show."""
-    clients, model, has_noise = recipe.clients, recipe.model, not isinstance(recipe.privacy.dp, NoDp)
+    clients, model, has_noise = recipe.clients, recipe.model, recipe.privacy.dp.unit is not None
     processes, cpus, gpus = _needs(clients)
     need = f"{processes:,} slots or ranks ({cpus:,} CPUs, {gpus:,} GPUs)"
     room = "slots" if clients.slots == "auto" else need

@@ -27,8 +27,6 @@ from strategies import Cohorts
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.errors import StrategyError
 from strategies.core.seeds import rng
-from strategies.privacy.central import CentralDp
-from strategies.privacy.distributed import DistributedDp
 
 ROUNDS, SLOTS, COHORT, SPARE = 2, 2, 6, 2
 ROWS = 8  # of every second client; the others have twice as many
@@ -112,7 +110,7 @@ def clients_of(recipe: Recipe) -> int:
 def bearable(recipe: Recipe, population: int) -> Recipe:
     """The shrunk recipe without what so few clients cannot bear: too much noise, drop-outs that end rounds."""
     dp, cohort, secagg = recipe.privacy.dp, recipe.cohort, recipe.privacy.secagg
-    if isinstance(dp, CentralDp):
+    if dp.adds_to == "sum":
         try:
             with warnings.catch_warnings(action="ignore"):
                 dp.plan(cohort, population, ROUNDS)
@@ -123,7 +121,7 @@ def bearable(recipe: Recipe, population: int) -> Recipe:
         drawn, least = cohort.sample(population, recipe.seed, round_), 1
         if recipe.privacy.secure:
             least = max(secagg.parameters(len(drawn)).threshold, secagg.min_contributors)
-        if isinstance(dp, DistributedDp):
+        if dp.adds_to == "ring":
             least = max(least, math.ceil(dp.survivors * cohort.expected(population)))
         if len(drawn) - len(left.gone(drawn, recipe.seed, round_)) < least:
             left = replace(left, dropout=0.0)

@@ -138,7 +138,7 @@ def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple
         file.parent.name
         for file in sorted(folder.resolve().parent.glob("*/manifest.json"))
         if (facts := _facts(file)) and (facts.get("seed"), facts.get("data.key")) == same
-        if file.parent.name != folder.name and any(file.parent.glob(f"{JOURNAL}/*.json"))
+        if file.parent.name != folder.name and _had_sums(file.parent)
     ]
     if names:
         few = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
@@ -155,6 +155,19 @@ def _facts(file: Path) -> dict[str, Any]:
         return leaves(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, AttributeError):
         return {}
+
+
+def _had_sums(run: Path) -> bool:
+    """Whether a run's server has had sums of clients: unmasked ones, or without secure aggregation those of rounds."""
+    if any(run.glob(f"{JOURNAL}/*.json")):
+        return True
+    if not any(run.glob("checkpoints/[0-9]*")):
+        return False
+    try:
+        recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
+        return bool(recipe.get("privacy", {}).get("secagg", {}).get("mode", "off") == "off")
+    except (OSError, ValueError, AttributeError):  # a foreign or damaged folder
+        return False
 
 
 def _begun_with(file: Path, recipe: Recipe) -> Recipe:

@@ -150,6 +150,16 @@ def extras_that_are_changes_are_zero_without_training(case: Case) -> None:
         hold(not moved, f"extras_are_changes is True, but clients that have not trained send {', '.join(moved)}")
 
 
+def an_untrained_client_rests_at_zero_where_the_class_says_so(case: Case) -> None:
+    """`rests_at_zero` is honest: momentum on the server or state on the client sends nothing by itself."""
+    if not case.strategy.rests_at_zero:
+        raise DoesNotApply("rests_at_zero is False")
+    for rounds in (0, 2):
+        updates, _ = case.after(rounds).cohort(scale=0.0)
+        moved = any(update.delta.any() for update in updates)
+        hold(not moved, "rests_at_zero is True, but clients that have not trained send a change")
+
+
 def a_client_of_a_lower_rank_trains_and_leaves_only_its_own(case: Case) -> None:
     """`mixed_ranks` is honest: beyond a client's rank A and B are zero, and s_k B_k A_k is the cut global product."""
     strategy = case.strategy

@@ -80,6 +80,11 @@ class Rule(ABC):
         return True
 
     @property
+    def rests_at_zero(self) -> bool:
+        """A client's update is its own change alone."""
+        return True
+
+    @property
     def weighs_alike(self) -> bool:
         """Whether `finish` gives every client the weight 1."""
         return False

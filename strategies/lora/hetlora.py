@@ -54,6 +54,11 @@ class HetLora(Rule):
         return self.gamma < 1
 
     @property
+    def rests_at_zero(self) -> bool:
+        """Whether no rank is ever cut: a client without a tail sends zeros in place of everybody's."""
+        return self.gamma == 1
+
+    @property
     def weighs_alike(self) -> bool:
         """Whether the recipe asks for it."""
         return self.weighting == "uniform"

@@ -6,15 +6,15 @@ over the largest norm of what one unit adds to the sum.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 
-from strategies.core.errors import StrategyError
-from strategies.privacy.amplification import ORDERS, capped_epsilon, poisson_rdp
+from strategies.core.errors import StrategyError, require
 
 Unit = Literal["client", "example"]
 Sampling = Literal["none", "poisson", "fixed"]
@@ -26,6 +26,8 @@ SHARE = 5e-4  # of epsilon: about what the grid of the privacy loss may add to i
 FINEST = 1e-4  # grid of the privacy loss: below it, a second and more for one epsilon
 LEAST, MOST = 1e-3, 1e6  # noise multipliers that are tried
 CLOSE = 1e-4  # of the noise multiplier: a search ends here
+# Rényi orders: whole numbers, for which all bounds in use are proved.
+ORDERS: np.ndarray = np.array([*range(2, 65), *range(68, 129, 4), *range(144, 257, 16)])
 
 
 @dataclass(frozen=True)
@@ -42,31 +44,9 @@ class Scheme:
     cap: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1:
-            raise StrategyError(f"a sampling rate is above 0 and at most 1, not {self.rate}")
-        if (self.sampling == "fixed" or self.cap is not None) and self.population < 1:
-            raise StrategyError("samples of fixed or capped size need to know the population")
-
-
-@runtime_checkable
-class RingNoise(Protocol):
-    """Noise of whole numbers that several clients add; hashable, like everything that an epsilon depends on."""
-
-    def __hash__(self) -> int: ...
-
-    def rdp(self, orders: np.ndarray) -> np.ndarray:
-        """The Rényi divergence of the noisy sums with and without one unit, at whole orders above 1."""
-        ...
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Normal noise of so many times the largest norm."""
-
-    multiplier: float
-
-
-Noise = Gaussian | RingNoise
+        require(0 < self.rate <= 1, f"a sampling rate is above 0 and at most 1, not {self.rate}")
+        sized = self.sampling == "fixed" or self.cap is not None
+        require(not sized or self.population >= 1, "samples of fixed or capped size need to know the population")
 
 
 @dataclass(frozen=True)
@@ -99,21 +79,62 @@ class Epsilon:
         )
 
 
+class Noise(ABC):
+    """The noise of one sum; hashable, like everything that an epsilon depends on."""
+
+    @abstractmethod
+    def cost(self, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
+        """The epsilon of so many steps, and how it was computed."""
+
+
+@dataclass(frozen=True)
+class Gaussian(Noise):
+    """Normal noise of `multiplier` times the largest norm."""
+
+    multiplier: float
+
+    def cost(self, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
+        """Exact without sampling, by privacy loss distributions for Poisson samples, by RDP for fixed ones."""
+        z = self.multiplier
+        if z == 0:
+            return math.inf, "exact"
+        if scheme.sampling == "fixed":
+            return _of_fixed(z, scheme, steps, delta), "RDP"
+        # A rate of 1 is no sampling, and has a closed form; with a cap, somebody may still be left out.
+        if scheme.sampling == "none" or (scheme.rate == 1 and scheme.cap is None):
+            return _of_all(z, steps, delta), "exact"
+        return _of_poisson(z, scheme, steps, delta), "PLD"
+
+
+class RingNoise(Noise):
+    """Noise of whole numbers that several clients add."""
+
+    @abstractmethod
+    def rdp(self, orders: np.ndarray) -> np.ndarray:
+        """The Rényi divergence of the noisy sums with and without one unit, at whole orders above 1."""
+
+    def cost(self, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
+        """By RDP; no sampling is claimed, since secure aggregation tells the server who takes part."""
+        from dp_accounting.rdp import compute_epsilon
+
+        assert scheme.sampling == "none"
+        return float(compute_epsilon(ORDERS, steps * self.rdp(ORDERS), delta)[0]), "RDP"
+
+
+@lru_cache(maxsize=4096)
 def spent(noise: Noise, scheme: Scheme, steps: int, delta: float, unit: Unit, *, simulated: bool) -> Epsilon:
     """The cost of so many steps. `steps` counts the sums that one unit may be in: without sampling, its own rounds.
 
     Whatever is released beside the noisy sums (losses, who takes part) is not covered.
     """
-    check_delta(delta)
-    value, accountant = _spent(noise, scheme, steps, delta)
+    value, accountant = noise.cost(scheme, steps, delta) if steps else (0.0, "exact")
     return Epsilon(value, delta, unit, scheme.sampling, RELATIONS[scheme.sampling], accountant, steps, simulated)
 
 
+@lru_cache(maxsize=256)
 def noise_multiplier(target: float, scheme: Scheme, steps: int, delta: float) -> float:
     """The least z of normal noise, to a share of 10^-4, with which so many steps cost at most the target epsilon."""
-    check_target(target)
-    check_delta(delta)
-    return _noise_multiplier(target, scheme, steps, delta)
+    return least_noise(lambda z: Gaussian(z).cost(scheme, steps, delta)[0] if steps else 0.0, target)
 
 
 def least_noise(epsilon: Callable[[float], float], target: float) -> float:
@@ -134,39 +155,6 @@ def least_noise(epsilon: Callable[[float], float], target: float) -> float:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if epsilon(middle) <= target else (middle, high)
     return high
-
-
-def check_target(target: float) -> None:
-    """Raises StrategyError for an epsilon that is no number above 0."""
-    if not 0 < target < math.inf:
-        raise StrategyError(f"epsilon must be a number above 0, not {target}")
-
-
-def check_delta(delta: float) -> None:
-    """Raises StrategyError for a delta outside (0, 1)."""
-    if not 0 < delta < 1:
-        raise StrategyError(f"delta must be above 0 and below 1, not {delta}")
-
-
-@lru_cache(maxsize=256)
-def _noise_multiplier(target: float, scheme: Scheme, steps: int, delta: float) -> float:
-    return least_noise(lambda z: _spent(Gaussian(z), scheme, steps, delta)[0], target)
-
-
-@lru_cache(maxsize=4096)
-def _spent(noise: Noise, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
-    if steps == 0:
-        return 0.0, "exact"
-    if not isinstance(noise, Gaussian):
-        return _of_ring(noise, scheme, steps, delta), "RDP"
-    if noise.multiplier == 0:
-        return math.inf, "exact"
-    if scheme.sampling == "fixed":
-        return _of_fixed(noise.multiplier, scheme, steps, delta), "RDP"
-    # A rate of 1 is no sampling, and has a closed form; with a cap, somebody may still be left out.
-    if scheme.sampling == "none" or (scheme.rate == 1 and scheme.cap is None):
-        return _of_all(noise.multiplier, steps, delta), "exact"
-    return _of_poisson(noise.multiplier, scheme, steps, delta), "PLD"
 
 
 # dp-accounting takes a second to import, so only a call that needs an epsilon imports it.
@@ -206,23 +194,3 @@ def _of_fixed(z: float, scheme: Scheme, steps: int, delta: float) -> float:
     event = SampledWithoutReplacementDpEvent(scheme.population, size, GaussianDpEvent(z / 2))
     accountant = RdpAccountant(ORDERS, NeighboringRelation.REPLACE_ONE)
     return float(accountant.compose(event, steps).get_epsilon(delta))
-
-
-def _of_ring(noise: RingNoise, scheme: Scheme, steps: int, delta: float) -> float:
-    from dp_accounting.rdp import compute_epsilon
-
-    if scheme.sampling == "fixed":
-        raise StrategyError(
-            "there is no bound for noise of whole numbers and samples of fixed size: "
-            'set privacy.dp.sampling = "none", or draw Poisson cohorts'
-        )
-    if scheme.sampling == "none":
-        return float(compute_epsilon(ORDERS, steps * noise.rdp(ORDERS), delta)[0])
-    curve = steps * poisson_rdp(noise.rdp, scheme.rate)
-
-    def whole(share: float) -> float:
-        return float(compute_epsilon(ORDERS, curve, share)[0])
-
-    if scheme.cap is None:
-        return whole(delta)
-    return capped_epsilon(whole, delta, steps, scheme.population, scheme.rate, scheme.cap)

@@ -6,15 +6,14 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from strategies.core.errors import StrategyError
+from strategies.core.errors import StrategyError, require
 from strategies.core.protocol import Aggregate, Mask, Update
 from strategies.privacy.budget import Cohort
-from strategies.privacy.central import CentralDp, CentralPlan, with_noise
-from strategies.privacy.clipping import bounded
+from strategies.privacy.central import CentralDp, CentralPlan, bounded, with_noise
 from strategies.privacy.noise_source import Words
 
 WITHIN = "dp.within"  # the name of the sum of 1[norm <= clip] - 1/2
@@ -38,14 +37,11 @@ class AdaptiveDp(CentralDp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.quantile < 1:
-            raise StrategyError(
-                f"privacy.dp.quantile is a share of the clients, above 0 and below 1, not {self.quantile}"
-            )
-        if not 0 < self.rate < math.inf:
-            raise StrategyError(f"privacy.dp.rate must be a number above 0, not {self.rate}")
-        if self.quantile_noise is not None and not 0 < self.quantile_noise < math.inf:
-            raise StrategyError(f"privacy.dp.quantile_noise must be a number above 0, not {self.quantile_noise}")
+        share = "privacy.dp.quantile is a share of the clients, above 0 and below 1"
+        require(0 < self.quantile < 1, f"{share}, not {self.quantile}")
+        for name in ("rate", "quantile_noise"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"privacy.dp.{name} must be a number above 0, not {value}")
 
     def plan(self, cohort: Cohort, clients: int, rounds: int) -> "AdaptivePlan":
         """As for fixed clipping; StrategyError where the quantile's noise alone costs more than z allows."""
@@ -64,6 +60,7 @@ class AdaptiveDp(CentralDp):
 class AdaptivePlan(CentralPlan):
     """A plan of fixed clipping, and how the norm follows the updates."""
 
+    beside: ClassVar[Mapping[str, int]] = {WITHIN: 1}
     quantile: float
     rate: float
     quantile_noise: float

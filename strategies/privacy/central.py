@@ -7,23 +7,23 @@ sees it unprotected. Legend: P parameters.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from strategies.core.errors import StrategyError
 from strategies.core.live import with_frozen, without_frozen
 from strategies.core.protocol import Aggregate, Mask, Update, Vector
-from strategies.privacy.accounting import Epsilon, Gaussian, Sampling, Scheme, noise_multiplier, spent
-from strategies.privacy.budget import Budget, Cohort, delta_for, scheme_for
-from strategies.privacy.clipping import Contribution, bounded
+from strategies.privacy.accounting import Epsilon, Gaussian, Sampling, Scheme, spent
+from strategies.privacy.budget import ClientBudget, Cohort, delta_for
 from strategies.privacy.noise_source import Words, normal
 
 BLOCK = 2**20  # numbers of noise at a time
+MARGIN = 2.0**-22  # float32 rounds each product up by less: the clipped norm is at most the bound, not about it
 
 
 @dataclass(frozen=True, kw_only=True)
-class CentralDp(Contribution, Budget):
+class CentralDp(ClientBudget):
     """sum_k w_k clip(delta_k) + N(0, z^2 clip^2), over the expected number of clients in place of the sum of weights.
 
     The divisor is a constant, or it would tell how many took part. With weights below 1 this shortens the steps, for
@@ -31,29 +31,47 @@ class CentralDp(Contribution, Budget):
     """
 
     kind: Literal["central"] = "central"
-    clip: float = 1.0
+    adds_to: ClassVar[Literal["sum"]] = "sum"
 
-    def __post_init__(self) -> None:
-        Budget.__post_init__(self)
-        if not 0 < self.clip < math.inf:
-            raise StrategyError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
+    def claims(self, cohort: Cohort) -> Sampling:
+        """The sampling that epsilon counts on."""
+        if self.sampling == "auto":
+            return "poisson" if cohort.kind == "poisson" else "none"
+        return self.sampling
+
+    def scheme(self, cohort: Cohort, clients: int) -> Scheme:
+        """The sampling scheme of the cohort; StrategyError for one whose epsilon would be false."""
+        sampling = self.claims(cohort)
+        if sampling == "poisson" and cohort.kind != "poisson":
+            raise StrategyError(
+                'privacy.dp.sampling is "poisson", but the cohort has a fixed size, for which a Poisson epsilon would '
+                'be false: set cohort.kind = "poisson", or sampling = "fixed" or "none"'
+            )
+        if sampling == "fixed" and cohort.kind == "poisson":
+            raise StrategyError(
+                'privacy.dp.sampling is "fixed", but a Poisson cohort has no fixed size: set it to "poisson" or "none"'
+            )
+        if sampling == "none":
+            return Scheme()
+        cap = cohort.cap if cohort.kind == "poisson" else None
+        return Scheme(sampling, cohort.expected(clients) / clients, clients, cap)
 
     def plan(self, cohort: Cohort, clients: int, rounds: int) -> "CentralPlan":
         """The noise of so many rounds with cohorts of this population; takes seconds where z follows from epsilon."""
-        auto: Sampling = "poisson" if cohort.kind == "poisson" else "none"
-        scheme = scheme_for(cohort, clients, auto if self.sampling == "auto" else self.sampling)
-        delta = delta_for(self.delta, clients)
-        z = self.noise_multiplier
-        if z is None:
-            assert self.epsilon is not None
-            z = noise_multiplier(self.epsilon, scheme, rounds, delta)
+        scheme, delta = self.scheme(cohort, clients), delta_for(self.delta, clients)
+        z = self.normal_multiplier(scheme, rounds, delta)
         return CentralPlan(z, self.clip, cohort.expected(clients), scheme, delta, self.joint)
 
 
 @dataclass(frozen=True)
 class CentralPlan:
-    """z, the first clipping norm, the divisor, and the scheme under which epsilon is true."""
+    """z, the first clipping norm, the divisor, and the scheme under which epsilon is true.
 
+    `beside` are lengths of the sums that it needs beside the rule's, by name; their coordinates are at most 1/2.
+    """
+
+    adds_to: ClassVar[Literal["sum"]] = "sum"
+    beside: ClassVar[Mapping[str, int]] = {}
     noise_multiplier: float
     clip: float
     divisor: float
@@ -98,3 +116,37 @@ def with_noise(x_P: Vector, deviation: float, words: Words) -> Vector:
         noise = torch.from_numpy(normal(words, block.numel())) * deviation
         block.copy_(block.double() + noise)
     return noisy_P
+
+
+def bounded(
+    update: Update, clip: float, joint: bool, whole_norm: Callable[[float], float] = float
+) -> tuple[Update, float]:
+    """The update with |(delta, extras)| <= clip, and the norm that it had before.
+
+    `whole_norm` is that of `Broadcast`, since the update may be a shard. With a weight from 0 to 1 the client moves the
+    sums of weight * delta and of extras by at most `clip`, together. StrategyError for extras that are not clipped and
+    for other weights: to cut a weight would not cut the extras that the rule has built with it. ValueError for NaN and
+    infinity.
+    """
+    if update.extras and not joint:
+        raise StrategyError(
+            f"client {update.client} sends {sorted(update.extras)} beside its delta, which nothing clips"
+        )
+    if not 0 <= update.weight <= 1:
+        raise StrategyError(
+            f"client {update.client} has the weight {update.weight}, and clipping needs one from 0 to 1"
+        )
+    norm = whole_norm(norm_of(update.delta, update.extras))
+    if not math.isfinite(norm):
+        raise ValueError(f"the update of client {update.client} holds NaN or infinity")
+    if norm <= clip:
+        return update, norm
+    factor = clip / norm * (1 - MARGIN)
+    extras = {name: extra * factor for name, extra in update.extras.items()}
+    return replace(update, delta=update.delta * factor, extras=extras), norm
+
+
+def norm_of(delta: Vector, extras: Mapping[str, Vector]) -> float:
+    """The L2 norm of delta and extras as one vector."""
+    parts = [delta, *extras.values()]
+    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))

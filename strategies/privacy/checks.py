@@ -5,12 +5,13 @@ from typing import Literal
 
 from strategies.core.base import Rule, named
 from strategies.core.errors import StrategyError
-from strategies.privacy.adaptive import WITHIN, AdaptiveDp
-from strategies.privacy.central import CentralDp
-from strategies.privacy.distributed import DistributedDp
-from strategies.privacy.per_example import ExampleDp
+from strategies.privacy.adaptive import AdaptiveDp
+from strategies.privacy.central import CentralDp, CentralPlan
+from strategies.privacy.distributed import DistributedDp, DistributedPlan
+from strategies.privacy.per_example import ExampleDp, ExamplePlan
 
 Dp = CentralDp | AdaptiveDp | DistributedDp | ExampleDp
+NoisePlan = CentralPlan | DistributedPlan | ExamplePlan  # told apart by `adds_to`: the sum, the ring, or gradients
 
 
 def check_dp(
@@ -27,7 +28,7 @@ def check_dp(
     clients have different LoRA ranks.
     """
     name = named(strategy)
-    if isinstance(dp, ExampleDp):
+    if dp.unit == "example":
         if strategy.loss_before:
             raise StrategyError(
                 f"{name} sends the loss before training, to which example-level noise adds nothing: take "
@@ -54,13 +55,17 @@ def check_dp(
             f'privacy.dp would multiply by the cohort over the expected one: take "flora", or leave model.peft.ranks '
             f"out"
         )
+    if not strategy.rests_at_zero:
+        raise StrategyError(
+            f"in {name} clients that have not trained send a change (rests_at_zero), which privacy.dp would multiply "
+            f'by the cohort over the expected one: take another rule, such as "fedavgm", or "hetlora" with gamma = 1'
+        )
     if extras and not dp.joint:
         raise StrategyError(
             f"{name} sends {', '.join(sorted(extras))} beside the update, which privacy.dp does not clip: set "
             f"privacy.dp.joint = true to clip all of it together, or take a strategy with one sum"
         )
-    assert WITHIN not in extras
-    if isinstance(dp, DistributedDp) and secagg == "off":
+    if dp.adds_to == "ring" and secagg == "off":
         raise StrategyError(
             "distributed noise is each client's small part, which hides nothing where the server sees single updates: "
             'set privacy.secagg.mode, or privacy.dp.kind = "central"'

@@ -8,50 +8,49 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
-from strategies.core.errors import StrategyError
+from strategies.core.errors import StrategyError, require
 from strategies.core.protocol import Aggregate, Update
 from strategies.privacy.accounting import Epsilon, RingNoise, Scheme, least_noise, spent
-from strategies.privacy.budget import Budget, Cohort, delta_for, scheme_for
-from strategies.privacy.clipping import Contribution, bounded
+from strategies.privacy.budget import ClientBudget, Cohort, delta_for
+from strategies.privacy.central import bounded
 from strategies.privacy.integer_noise import DiscreteGaussianSum, SkellamSum, discrete_gaussian, skellam
-from strategies.privacy.integers import inflated, largest_l1, rotate, rotate_back, rounded
+from strategies.privacy.integers import Ring, fit, inflated, largest_l1, rotate, rotate_back, rounded
 from strategies.privacy.noise_source import Words
-from strategies.privacy.ring_noise import Ring, fit
 
 NoiseKind = Literal["skellam", "discrete_gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistributedDp(Contribution, Budget):
+class DistributedDp(ClientBudget):
     """sum_k round(w_k clip(delta_k) s) + noise_k: the noise that arrives is at least that of z clip.
 
     At least the share `survivors` of the expected cohort must arrive, or the round is aborted; the share `corrupt` may
-    omit its noise. Each of the rest adds z clip / sqrt(survivors - corrupt). `sampling` "auto" claims nothing: the
-    server knows who takes part. With "poisson" epsilon is true only against those who see no more than the model.
+    omit its noise. Each of the rest adds z clip / sqrt(survivors - corrupt). No sampling is claimed.
     """
 
     kind: Literal["distributed"] = "distributed"
+    adds_to: ClassVar[Literal["ring"]] = "ring"
     noise: NoiseKind = "skellam"
-    clip: float = 1.0
     survivors: float = 0.8
     corrupt: float = 0.0
 
     def __post_init__(self) -> None:
-        Budget.__post_init__(self)
-        if not 0 < self.clip < math.inf:
-            raise StrategyError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
-        if self.noise_multiplier == 0:
-            raise StrategyError('distributed noise of 0 is none: set privacy.dp.kind = "none" and keep privacy.secagg')
-        if not 0 < self.survivors <= 1 or not 0 <= self.corrupt < self.survivors:
+        super().__post_init__()
+        if self.sampling in ("poisson", "fixed"):
             raise StrategyError(
-                f"privacy.dp.survivors and .corrupt are shares of the cohort, 0 <= corrupt < survivors <= 1, not "
-                f"{self.corrupt} and {self.survivors}"
+                "secure aggregation tells the server who takes part, and a round without a sum, which tells how many "
+                'came, so that no sampling hides anything: set privacy.dp.sampling = "none"'
             )
+        none = 'distributed noise of 0 is none: set privacy.dp.kind = "none" and keep privacy.secagg'
+        require(self.noise_multiplier != 0, none)
+        shares = "privacy.dp.survivors and .corrupt are shares of the cohort, 0 <= corrupt < survivors <= 1"
+        fit_together = 0 <= self.corrupt < self.survivors <= 1
+        require(fit_together, f"{shares}, not {self.corrupt} and {self.survivors}")
 
     def plan(self, cohort: Cohort, clients: int, rounds: int, length: int, bits: int = 32) -> "DistributedPlan":
         """The noise for sums of `length` numbers (extras included) in a ring of so many bits.
@@ -64,9 +63,7 @@ class DistributedDp(Contribution, Budget):
                 f"a ring must know its largest cohort: set cohort.cap, such as to "
                 f"{math.ceil(expected + 6 * math.sqrt(expected))}"
             )
-        scheme = scheme_for(cohort, clients, "none" if self.sampling == "auto" else self.sampling)
-        delta = delta_for(self.delta, clients)
-        return _planned(self, cohort, clients, rounds, length, bits, scheme, delta)
+        return _planned(self, cohort, clients, rounds, length, bits, delta_for(self.delta, clients))
 
     def at(self, z: float, cohort: Cohort, clients: int, length: int, bits: int) -> "tuple[Ring, RingNoise, int]":
         """The ring, its noise's divergences, and the least number of survivors for a noise multiplier."""
@@ -84,11 +81,13 @@ class DistributedDp(Contribution, Budget):
 
 @dataclass(frozen=True)
 class DistributedPlan:
-    """The ring, each client's noise, the least number of survivors, and the scheme under which epsilon is true.
+    """The ring, each client's noise, and the least number of survivors.
 
     Fewer than `least` survivors bring too little noise: their sum must not be unmasked.
     """
 
+    adds_to: ClassVar[Literal["ring"]] = "ring"
+    scheme: ClassVar[Scheme] = Scheme()
     noise_multiplier: float
     clip: float
     divisor: float
@@ -96,7 +95,6 @@ class DistributedPlan:
     ring: Ring
     noise: RingNoise
     kind: NoiseKind
-    scheme: Scheme
     delta: float
     joint: bool
     length: int
@@ -130,23 +128,21 @@ class DistributedPlan:
         return Aggregate(self.divisor, delta_P, sums, max(1, round(self.divisor)))
 
     def spent(self, rounds: int, *, simulated: bool) -> Epsilon:
-        """The epsilon of so many rounds for a client; with sampling "none", rounds without it need not count."""
+        """The epsilon of so many rounds for a client; rounds without it need not count."""
         return spent(self.noise, self.scheme, rounds, self.delta, "client", simulated=simulated)
 
 
 @lru_cache(maxsize=64)
 def _planned(
-    dp: DistributedDp, cohort: Cohort, clients: int, rounds: int, length: int, bits: int, scheme: Scheme, delta: float
+    dp: DistributedDp, cohort: Cohort, clients: int, rounds: int, length: int, bits: int, delta: float
 ) -> DistributedPlan:
+    def epsilon(z: float) -> float:
+        ring, noise, _ = dp.at(z, cohort, clients, length, bits)
+        return spent(noise, Scheme(), rounds, delta, "client", simulated=True).epsilon if ring.deviation else math.inf
+
     z = dp.noise_multiplier
     if z is None:
         assert dp.epsilon is not None
-
-        def epsilon(z: float) -> float:
-            ring, noise, _ = dp.at(z, cohort, clients, length, bits)
-            fits = ring.deviation > 0
-            return spent(noise, scheme, rounds, delta, "client", simulated=True).epsilon if fits else math.inf
-
         z = least_noise(epsilon, dp.epsilon)
     ring, noise, least = dp.at(z, cohort, clients, length, bits)
     if ring.deviation == 0:
@@ -154,21 +150,5 @@ def _planned(
             f"a ring of {bits} bits is too small for {ring.clients} clients with a noise multiplier of {z:.4g}: "
             f"take more bits, fewer clients, or more noise"
         )
-    if scheme.cap is not None and math.isinf(spent(noise, scheme, rounds, delta, "client", simulated=True).epsilon):
-        raise StrategyError(
-            f"a cap of {scheme.cap} on Poisson cohorts of {cohort.expected(clients):g} is reached too often for a true "
-            f'epsilon: raise cohort.cap, or set privacy.dp.sampling = "none"'
-        )
-    return DistributedPlan(
-        noise_multiplier=z,
-        clip=dp.clip,
-        divisor=cohort.expected(clients),
-        least=least,
-        ring=ring,
-        noise=noise,
-        kind=dp.noise,
-        scheme=scheme,
-        delta=delta,
-        joint=dp.joint,
-        length=length,
-    )
+    expected = cohort.expected(clients)
+    return DistributedPlan(z, dp.clip, expected, least, ring, noise, dp.noise, delta, dp.joint, length)

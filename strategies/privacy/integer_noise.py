@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from strategies.privacy.accounting import RingNoise
 from strategies.privacy.noise_source import Words, below, coin_exp, uniform
 
 LARGEST = 2**24  # of the standard deviation: nothing below leaves int64
@@ -19,7 +20,7 @@ SERIES = 16  # Stirling's series is exact to the last digits from here on
 
 
 @dataclass(frozen=True)
-class SkellamSum:
+class SkellamSum(RingNoise):
     """Skellam noise of this variance in each coordinate, and the largest norms of one client's integers."""
 
     variance: float
@@ -96,7 +97,7 @@ def log_poisson(k_N: np.ndarray, mean: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class DiscreteGaussianSum:
+class DiscreteGaussianSum(RingNoise):
     """The sum of `clients` independent discrete Gaussians in each of `dimension` coordinates.
 
     `deviation` is each client's, `norm` the largest L2 norm of one client's integers.

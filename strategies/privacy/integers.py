@@ -1,4 +1,4 @@
-"""A vector as whole numbers of bounded norm, and back: a random rotation, then rounding at random.
+"""A vector as whole numbers of bounded norm in a ring modulo 2^b, and back: a random rotation, rounding at random.
 
 Both as in Kairouz et al. 2021 (arXiv 2102.06387). The rotation is Ailon and Chazelle's Hadamard transform with random
 signs (2009): after it no coordinate is much larger than norm / sqrt(D), so that a small ring holds the sum.
@@ -6,12 +6,15 @@ Legend: P parameters, D = 2^m >= P.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
+from strategies.privacy.integer_noise import LARGEST
 from strategies.privacy.noise_source import Words, uniform
 
 LOG_BIAS = 0.5  # log(1 / beta): a rounding is refused with a probability of at most beta = e^-1/2, as in the paper
+WRAP = 1e-6  # the probability, in a round, that rotation or noise makes a coordinate larger than planned
 
 
 def padded(length: int) -> int:
@@ -76,3 +79,52 @@ def rounded(y_D: np.ndarray, bound: float, words: Words) -> np.ndarray:
         if math.sqrt(float(q_D @ q_D)) <= bound:
             whole_D: np.ndarray = q_D.astype(np.int64)
             return whole_D
+
+
+@dataclass(frozen=True)
+class Ring:
+    """At most `clients` clients, `scale` ring steps for 1, noise of `deviation` steps from each client.
+
+    A coordinate of the sum stays within `signal` before the noise, except with a probability of WRAP. A deviation of 0
+    means that the ring is too small.
+    """
+
+    clients: int
+    bits: int
+    dimension: int
+    scale: float
+    deviation: int
+    signal: float
+
+    @property
+    def bound(self) -> int:
+        """What a coordinate of the noisy sum stays within, except with a small probability; it fits the ring.
+
+        A coordinate that wraps is wrong by the whole ring; the privacy is the same, since it needs no more than the
+        noisy sum modulo 2^b.
+        """
+        return math.ceil(self.signal + _widths(self.dimension) * math.sqrt(self.clients) * self.deviation)
+
+
+def fit(clients: int, honest: int, clip: float, noise_multiplier: float, length: int, bits: int) -> Ring:
+    """The finest ring steps for z clip of noise from `honest` clients, where all `clients` add their part.
+
+    After a random rotation a coordinate of the sum, of norm n clip at most, exceeds t with a probability of at most
+    2 exp(-t^2 D / (2 n^2 clip^2)) (Hoeffding), for D of them; rounding adds less than 1 for each client. Signal and
+    six deviations of the noise stay in the ring, or more where D is so large that six are exceeded.
+    """
+    dimension = padded(length)
+    half = int(2 ** (bits - 1)) - 1
+    spread = min(1.0, math.sqrt(2 * math.log(2 * dimension / WRAP) / dimension))
+    widths = _widths(dimension)
+    reach = clip * (clients * spread + widths * noise_multiplier * math.sqrt(clients / honest))
+    # Rounded down to whole deviations, from which the scale follows: one exact sampler and no waste.
+    finest = max(0.0, half - clients - 1) / reach
+    deviation = min(LARGEST, math.floor(noise_multiplier * clip * finest / math.sqrt(honest)))
+    scale = deviation * math.sqrt(honest) / (noise_multiplier * clip)
+    return Ring(clients, bits, dimension, scale, deviation, scale * clip * clients * spread + clients)
+
+
+def _widths(dimension: int) -> float:
+    """The standard deviations that hold all coordinates of a normal vector, except with a probability of WRAP."""
+    return max(6.0, math.sqrt(2 * math.log(2 * dimension / WRAP)))

@@ -3,12 +3,11 @@
 This is only the accounting: the client itself clips each row's gradient and adds the noise.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from strategies.core.errors import StrategyError
-from strategies.privacy.accounting import Epsilon, Gaussian, Scheme, noise_multiplier, spent
+from strategies.privacy.accounting import Epsilon, Gaussian, Scheme, spent
 from strategies.privacy.budget import Budget, delta_for
 
 
@@ -23,12 +22,11 @@ class ExampleDp(Budget):
     """
 
     kind: Literal["example"] = "example"
-    clip: float = 1.0
+    unit: ClassVar[Literal["example"]] = "example"
+    adds_to: ClassVar[Literal["gradients"]] = "gradients"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.clip < math.inf:
-            raise StrategyError(f"privacy.dp.clip is the largest L2 norm and must be a number above 0, not {self.clip}")
         if self.sampling == "fixed":
             raise StrategyError('privacy.dp.sampling "fixed" is not for rows: draw Poisson batches, or claim "none"')
 
@@ -41,17 +39,14 @@ class ExampleDp(Budget):
             raise StrategyError(f"clients need rows and batches need size, not {fewest_rows} and {batch}")
         scheme = Scheme() if self.sampling == "none" else Scheme("poisson", min(1.0, batch / fewest_rows))
         delta = delta_for(self.delta, all_rows, "row")
-        z = self.noise_multiplier
-        if z is None:
-            assert self.epsilon is not None
-            z = noise_multiplier(self.epsilon, scheme, steps, delta)
-        return ExamplePlan(z, self.clip, scheme, delta)
+        return ExamplePlan(self.normal_multiplier(scheme, steps, delta), self.clip, scheme, delta)
 
 
 @dataclass(frozen=True)
 class ExamplePlan:
     """z, the gradients' clipping norm, and the scheme under which epsilon is true."""
 
+    adds_to: ClassVar[Literal["gradients"]] = "gradients"
     noise_multiplier: float
     clip: float
     scheme: Scheme

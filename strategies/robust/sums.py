@@ -37,6 +37,11 @@ class CenteredClipping(AveragingRule):
     sends_moments: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2012.10333"
 
+    @property
+    def rests_at_zero(self) -> bool:
+        """A client at rest sends -v."""
+        return False
+
     def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Sends clip(delta - v, tau)."""
         update, client_state = super().finish(update, broadcast, client_state, ends)

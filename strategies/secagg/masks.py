@@ -8,7 +8,7 @@ of one session, which is what makes the fixed counter safe.
 from dataclasses import dataclass, field
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 PIECE = 32_768  # coordinates at a time: 128 KiB of keystream stay in the cache until they are added
 WORDS = 4  # uint32 in an AES block
@@ -31,20 +31,18 @@ class Masks:
         """Masks a slice of the vector, which begins at coordinate `start`, in place and modulo 2^b."""
         assert values_L.dtype == np.uint32 and values_L.flags.c_contiguous
         block, skip = divmod(start, WORDS)
-        streams = [(_keystream(key, block), True) for key in self.added]
-        streams += [(_keystream(key, block), False) for key in self.subtracted]
+        counter = modes.CTR(block.to_bytes(16, "big"))
+        keys = [*((key, np.add) for key in self.added), *((key, np.subtract) for key in self.subtracted)]
+        streams = [(Cipher(algorithms.AES(key), counter).encryptor(), put) for key, put in keys]
         words = np.empty(PIECE + WORDS, "<u4")
         view = words.data.cast("B")
         for at in range(0, len(values_L), PIECE):
             piece = values_L[at : at + PIECE]
             before = skip if at == 0 else 0  # only the first block may begin before the slice
             size = 4 * (before + len(piece))
-            for stream, plus in streams:
+            for stream, put in streams:
                 stream.update_into(_ZEROS[:size], view[:size])
-                if plus:
-                    piece += words[before : before + len(piece)]
-                else:
-                    piece -= words[before : before + len(piece)]
+                put(piece, words[before : before + len(piece)], out=piece)
             wrap(piece, self.bits)
 
 
@@ -52,15 +50,3 @@ def wrap(values_L: np.ndarray, bits: int) -> None:
     """Reduces uint32 modulo 2^bits in place."""
     if bits < 32:
         values_L &= np.uint32(2**bits - 1)
-
-
-def keystream(key: bytes, start: int, length: int) -> np.ndarray:
-    """Coordinates of one mask (length,)."""
-    values_L = np.zeros(length, np.uint32)
-    Masks(32, (key,)).apply(values_L, start)
-    return values_L
-
-
-def _keystream(key: bytes, block: int) -> CipherContext:
-    counter = block.to_bytes(16, "big")
-    return Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()

@@ -39,8 +39,9 @@ class Parameters:
             raise StrategyError(f"secure aggregation needs a cohort of at least 2 clients, not {n}")
         if not (k == n - 1 or (2 <= k < n and k % 2 == 0)):
             raise StrategyError(f"the number of neighbors must be {n - 1} or an even number below, not {k}")
-        if not 2 <= t <= self.holders:
-            raise StrategyError(f"the threshold must be 2 to {self.holders}, the number of holders of a share, not {t}")
+        most = n if self.complete else k
+        if not 2 <= t <= most:
+            raise StrategyError(f"the threshold must be 2 to {most}, the number of holders of a share, not {t}")
         if self.active and (not self.complete or n > LARGEST_ACTIVE or 2 * t <= n):
             raise StrategyError(
                 f"the active profile needs the complete graph, a cohort of at most {LARGEST_ACTIVE}, and a threshold "
@@ -53,14 +54,9 @@ class Parameters:
         return self.degree == self.clients - 1
 
     @property
-    def holders(self) -> int:
-        """The number of holders of a share of one client's secrets.
-
-        On the complete graph everybody holds one, the client too, as in Bonawitz et al. On a ring only the neighbors
-        do: `choose` counts corrupt and surviving neighbors, and where t1 + k is odd, the client's share of its own
-        secret would complete a lying server's second set.
-        """
-        return self.clients if self.complete else self.degree
+    def fewest(self) -> int:
+        """The least number of clients whose keys make a graph."""
+        return self.threshold if self.complete else self.degree + 1
 
 
 def neighbors(order: Sequence[int], place: int, parameters: Parameters) -> tuple[int, ...]:
@@ -70,6 +66,15 @@ def neighbors(order: Sequence[int], place: int, parameters: Parameters) -> tuple
     half = parameters.degree // 2
     steps = (*range(-half, 0), *range(1, half + 1))
     return tuple(order[(place + step) % len(order)] for step in steps)
+
+
+def holders(client: int, around: tuple[int, ...], parameters: Parameters) -> tuple[int, ...]:
+    """Who holds shares of a client's secrets: its neighbors `around` it, and on the complete graph itself.
+
+    The latter is as in Bonawitz et al. On a ring only neighbors do: `choose` counts corrupt and surviving neighbors,
+    and where t1 + k is odd, the client's share of its own secret would complete a lying server's second set.
+    """
+    return (*around, client) if parameters.complete else around
 
 
 def choose(
@@ -110,14 +115,8 @@ def choose(
 
 def _log_disconnected(n: int, k: int, lost: int) -> float:
     """Log of a bound on the probability that the ring is disconnected when `lost` random clients are removed."""
-    pairs = n * (n - k - 1) / 2
-    return (
-        math.log(pairs)
-        + math.lgamma(lost + 1)
-        + math.lgamma(n - k + 1)
-        - math.lgamma(n + 1)
-        - math.lgamma(lost - k + 1)
-    )
+    log = math.lgamma
+    return math.log(n * (n - k - 1) / 2) + log(lost + 1) + log(n - k + 1) - log(n + 1) - log(lost - k + 1)
 
 
 def _most_in_sample(n: int, marked: int, drawn: int, log_bound: float) -> int:

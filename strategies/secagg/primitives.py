@@ -1,4 +1,4 @@
-"""What the state machines need of cryptography, twice: real in mode "full", of the same size but empty in "ideal".
+"""What the state machines need of cryptography: real in mode "full", of the same size but empty in "ideal".
 
 X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), AES-256-GCM (NIST SP 800-38D) and Ed25519 (RFC 8032) are those of the
 `cryptography` package. All keys, seeds and nonces come from the operating system, never from the experiment's seed.
@@ -7,7 +7,7 @@ X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), AES-256-GCM (NIST SP 800-38D) and Ed2
 import os
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import Literal, Protocol
+from typing import Literal
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -20,8 +20,6 @@ from strategies.secagg import shamir
 from strategies.secagg.masks import Masks
 from strategies.secagg.shamir import SECRET_BYTES, SHARE_BYTES
 
-Mode = Literal["ideal", "full"]
-
 KEY_BYTES = 32
 HASH_BYTES = 32
 NONCE_BYTES = 12
@@ -30,83 +28,33 @@ SIGNATURE_BYTES = 64
 BOX_BYTES = NONCE_BYTES + 2 * SHARE_BYTES + TAG_BYTES  # a share of each of two secrets
 
 
+Mode = Literal["ideal", "full"]
+
+
 class Tampered(Exception):
     """Something that others sent is not what its author made."""
 
 
-class Primitives(Protocol):
-    """What a session's parties use; all of `bytes`, keys as they are on the wire."""
-
-    def private_key(self) -> bytes:
-        """A fresh private key."""
-        ...
-
-    def public_key(self, private: bytes) -> bytes:
-        """The public key of a private one."""
-        ...
-
-    def owns(self, private: bytes, public: bytes) -> bool:
-        """Whether the two belong together."""
-        ...
-
-    def agree(self, private: bytes, public: Mapping[int, bytes], salt: bytes, purpose: bytes) -> dict[int, bytes]:
-        """The key in common with each client, from its public key; Tampered if one of these is degenerate."""
-        ...
-
-    def derive(self, secret: bytes, salt: bytes, purpose: bytes) -> bytes:
-        """A key from a secret."""
-        ...
-
-    def seal(self, key: bytes, text: bytes, context: bytes) -> bytes:
-        """The text encrypted and bound to its context."""
-        ...
-
-    def open(self, key: bytes, box: bytes, context: bytes) -> bytes:
-        """The text of a box; Tampered if it is not as it was sealed."""
-        ...
-
-    def share(self, secret: bytes, threshold: int, clients: Sequence[int]) -> list[bytes]:
-        """Each client's share of a secret."""
-        ...
-
-    def recover(self, reconstruction: shamir.Reconstruction, shares: Mapping[int, bytes]) -> bytes | None:
-        """The secret from enough shares by holder; None if they are no shares of a secret."""
-        ...
-
-    def masks(self, bits: int, added: Sequence[bytes], subtracted: Sequence[bytes]) -> Masks:
-        """The masks of these keys."""
-        ...
-
-    def commit(self, sid: bytes, client: int, seed: bytes) -> bytes:
-        """A commitment to a client's seed."""
-        ...
-
-    def sign(self, private: bytes, text: bytes) -> bytes:
-        """A client's signature."""
-        ...
-
-    def signed(self, public: bytes, signature: bytes, text: bytes) -> bool:
-        """Whether the owner of the identity key has signed this text."""
-        ...
-
-
-class Full:
-    """The real ones."""
+class Primitives:
+    """Real cryptography; all of `bytes`, keys as they are on the wire."""
 
     def private_key(self) -> bytes:
         """32 random bytes, which X25519 clamps itself."""
         return os.urandom(KEY_BYTES)
 
     def public_key(self, private: bytes) -> bytes:
-        """X25519's."""
+        """X25519's public key."""
         return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
     def owns(self, private: bytes, public: bytes) -> bool:
-        """By computing the public key again."""
+        """Whether the two belong together."""
         return self.public_key(private) == public
 
     def agree(self, private: bytes, public: Mapping[int, bytes], salt: bytes, purpose: bytes) -> dict[int, bytes]:
-        """HKDF of X25519; an exchange with a point of low order gives zeros, which the package refuses."""
+        """The key in common with each client: HKDF of X25519.
+
+        Tampered for a point of low order: the exchange would give zeros, which the package refuses.
+        """
         mine = X25519PrivateKey.from_private_bytes(private)  # as slow as an exchange, so once for all
         keys = {}
         for client, theirs in public.items():
@@ -118,16 +66,16 @@ class Full:
         return keys
 
     def derive(self, secret: bytes, salt: bytes, purpose: bytes) -> bytes:
-        """HKDF-SHA256."""
+        """A key from a secret: HKDF-SHA256."""
         return HKDF(SHA256(), KEY_BYTES, salt, purpose).derive(secret)
 
     def seal(self, key: bytes, text: bytes, context: bytes) -> bytes:
-        """AES-256-GCM with a random nonce in front."""
+        """The text encrypted and bound to its context: AES-256-GCM with a random nonce in front."""
         nonce = os.urandom(NONCE_BYTES)
         return nonce + AESGCM(key).encrypt(nonce, text, context)
 
     def open(self, key: bytes, box: bytes, context: bytes) -> bytes:
-        """The plaintext, of the one length that boxes have."""
+        """The text of a box; Tampered if it is not as it was sealed, or not of the one length that boxes have."""
         if len(box) != BOX_BYTES:
             raise Tampered("a box of another length")
         try:
@@ -136,27 +84,27 @@ class Full:
             raise Tampered("a box that its sender did not seal") from None
 
     def share(self, secret: bytes, threshold: int, clients: Sequence[int]) -> list[bytes]:
-        """Shamir's."""
+        """Each client's share of a secret: Shamir's."""
         return shamir.share(secret, threshold, clients)
 
     def recover(self, reconstruction: shamir.Reconstruction, shares: Mapping[int, bytes]) -> bytes | None:
-        """Shamir's."""
+        """The secret from enough shares by holder; None if they are no shares of a secret."""
         return reconstruction.secret(shares) if all(map(shamir.well_formed, shares.values())) else None
 
     def masks(self, bits: int, added: Sequence[bytes], subtracted: Sequence[bytes]) -> Masks:
-        """Keystreams."""
+        """The masks of these keys."""
         return Masks(bits, tuple(added), tuple(subtracted))
 
     def commit(self, sid: bytes, client: int, seed: bytes) -> bytes:
-        """A hash: the seed has 256 random bits, so nothing else needs to hide it."""
+        """A commitment to a seed, a hash: the seed has 256 random bits, so nothing else needs to hide it."""
         return sha256(b"fedpost secagg seed" + sid + client.to_bytes(8, "big") + seed).digest()
 
     def sign(self, private: bytes, text: bytes) -> bytes:
-        """Ed25519."""
+        """A client's Ed25519 signature."""
         return Ed25519PrivateKey.from_private_bytes(private).sign(text)
 
     def signed(self, public: bytes, signature: bytes, text: bytes) -> bool:
-        """Ed25519."""
+        """Whether the owner of the identity key has signed this text."""
         try:
             Ed25519PublicKey.from_public_bytes(public).verify(signature, text)
         except (InvalidSignature, ValueError):
@@ -164,60 +112,47 @@ class Full:
         return True
 
 
-class Ideal:
+class _Ideal(Primitives):
     """Stand-ins that hide nothing: messages have the same sizes, and drop-outs abort a session under the same rules.
 
     Public keys are random, since a session refuses two that are the same.
     """
 
-    def private_key(self) -> bytes:
-        """Random bytes."""
-        return os.urandom(KEY_BYTES)
-
     def public_key(self, private: bytes) -> bytes:
-        """The same bytes again."""
         return private
 
-    def owns(self, private: bytes, public: bytes) -> bool:
-        """Always."""
-        return True
-
     def agree(self, private: bytes, public: Mapping[int, bytes], salt: bytes, purpose: bytes) -> dict[int, bytes]:
-        """Zeros."""
         return dict.fromkeys(public, bytes(KEY_BYTES))
 
     def derive(self, secret: bytes, salt: bytes, purpose: bytes) -> bytes:
-        """Zeros."""
         return bytes(KEY_BYTES)
 
+    def owns(self, private: bytes, public: bytes) -> bool:
+        return True
+
     def seal(self, key: bytes, text: bytes, context: bytes) -> bytes:
-        """Zeros."""
         return bytes(BOX_BYTES)
 
     def open(self, key: bytes, box: bytes, context: bytes) -> bytes:
-        """Zeros."""
         return bytes(2 * SHARE_BYTES)
 
     def share(self, secret: bytes, threshold: int, clients: Sequence[int]) -> list[bytes]:
-        """Zeros."""
         return [bytes(SHARE_BYTES)] * len(clients)
 
     def recover(self, reconstruction: shamir.Reconstruction, shares: Mapping[int, bytes]) -> bytes | None:
-        """Zeros."""
         return bytes(SECRET_BYTES)
 
     def masks(self, bits: int, added: Sequence[bytes], subtracted: Sequence[bytes]) -> Masks:
-        """None at all."""
         return Masks(bits)
 
     def commit(self, sid: bytes, client: int, seed: bytes) -> bytes:
-        """Zeros."""
         return bytes(HASH_BYTES)
 
     def sign(self, private: bytes, text: bytes) -> bytes:
-        """Zeros."""
         return bytes(SIGNATURE_BYTES)
 
     def signed(self, public: bytes, signature: bytes, text: bytes) -> bool:
-        """Always."""
         return True
+
+
+PRIMITIVES: dict[Mode, Primitives] = {"full": Primitives(), "ideal": _Ideal()}

@@ -4,14 +4,15 @@ SecAgg+ (Bell et al. 2020, CCS, algorithms 2 and 3) on the complete graph is Sec
 4). The trips, as `client.py` and `server.py` play them: keys, shares, masked input, agreement (active profile), unmask.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
 
 from strategies.secagg.messages import KeyList, Keys
 from strategies.secagg.parameters import Parameters
-from strategies.secagg.primitives import Full, Ideal, Mode, Primitives
+from strategies.secagg.primitives import PRIMITIVES, Mode, Primitives, Tampered
 from strategies.secagg.ring import Sums
 
 Phase = Literal["keys", "shares", "masked input", "agreement", "unmask"]
@@ -46,15 +47,14 @@ class Session:
     mode: Mode = "full"
 
     def __post_init__(self) -> None:
-        if self.sums.clients != self.parameters.clients:
-            raise ValueError(
-                f"the ring is made for {self.sums.clients} clients, and {self.parameters.clients} are invited"
-            )
+        ring, invited = self.sums.clients, self.parameters.clients
+        if ring != invited:
+            raise ValueError(f"the ring is made for {ring} clients, and {invited} are invited")
 
     @property
     def primitives(self) -> Primitives:
         """Real cryptography, or its stand-in."""
-        return Full() if self.mode == "full" else Ideal()
+        return PRIMITIVES[self.mode]
 
     @property
     def facts(self) -> bytes:
@@ -75,20 +75,45 @@ class Session:
 
     def signed_keys(self, keys: Keys) -> bytes:
         """The text that a client signs when it offers its keys."""
-        return (
-            b"fedpost secagg keys"
-            + sha256(self.facts).digest()
-            + _number(keys.client)
-            + keys.cipher_key
-            + keys.mask_key
-        )
+        facts = sha256(self.facts).digest()
+        return b"fedpost secagg keys" + facts + _number(keys.client) + keys.cipher_key + keys.mask_key
 
     def enough(self, left: int, phase: Phase, whose: str) -> None:
         """Aborts unless the shares of so many holders recover a secret."""
-        if left < self.parameters.threshold:
-            raise SecAggAbort(
-                phase, f"{left} clients are left to recover {whose}, and it takes {self.parameters.threshold}"
-            )
+        t = self.parameters.threshold
+        abort_unless(left >= t, phase, f"{left} clients are left to recover {whose}, and it takes {t}")
+
+
+class Party:
+    """A state machine of one session; any error in a phase makes it forget everything and answer nothing more."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._primitives = session.primitives
+        self._phase = ""
+
+    def _forget(self) -> None:
+        raise NotImplementedError
+
+    @contextmanager
+    def _turn(self, phase: Phase, after: str, reached: str | None = None) -> Iterator[None]:
+        """Runs one phase, once, after the phase `after`."""
+        try:
+            abort_unless(self._phase == after, phase, f"out of turn, after {self._phase!r} in place of {after!r}")
+            yield
+            self._phase = reached or phase
+        except Exception as error:
+            self._phase = "aborted"
+            self._forget()
+            if isinstance(error, Tampered):
+                raise SecAggAbort(phase, str(error)) from None
+            raise
+
+
+def abort_unless(condition: bool, phase: Phase, reason: str) -> None:
+    """Raises SecAggAbort unless the condition holds."""
+    if not condition:
+        raise SecAggAbort(phase, reason)
 
 
 def box_context(sid: bytes, sender: int, recipient: int) -> bytes:
@@ -109,8 +134,7 @@ def numbers(clients: Iterable[int]) -> bytes:
 def once(clients: Sequence[int], phase: Phase) -> set[int]:
     """The clients as a set; aborts if one is named twice."""
     distinct = set(clients)
-    if len(distinct) != len(clients):
-        raise SecAggAbort(phase, "a client is named twice")
+    abort_unless(len(distinct) == len(clients), phase, "a client is named twice")
     return distinct
 
 

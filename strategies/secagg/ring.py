@@ -6,10 +6,9 @@ needs one, then the sums one after another.
 """
 
 import math
-from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -20,16 +19,16 @@ from strategies.secagg.masks import wrap
 BLOCK = 16_384  # elements at a time: the float64 intermediate stays in the cache
 DRAWS = 4  # float64 that one step of Philox's counter gives
 
-Kind = Literal["weighted", "plain", "count", "noisy"]
+Kind = Literal["weighted", "plain", "noisy"]
 
 
 @dataclass(frozen=True)
 class Sum:
     """A sum that a strategy needs: `length` coordinates and how each is bounded.
 
-    "weighted" and "plain" are numbers, clipped to +-bound; the first are multiplied by the client's weight. "count" is
-    whole numbers of 0 to `bound`. "noisy" is whole numbers that the caller has scaled and added noise to: they are
-    reduced and never refused, and `bound` is that of their sum (see `wrap_probability`).
+    "weighted" and "plain" are numbers, clipped to +-bound; the first are multiplied by the client's weight. "noisy" is
+    whole numbers that the caller has scaled and added noise to: they are reduced and never refused, and `bound`, a
+    whole number, is that of their sum.
     """
 
     name: str
@@ -39,11 +38,8 @@ class Sum:
 
     def __post_init__(self) -> None:
         if self.length < 0 or not 0 < self.bound < math.inf:
-            raise StrategyError(
-                f"the sum {self.name!r} needs a bound above 0 and a length, not {self.bound}, {self.length}"
-            )
-        if self.kind in ("count", "noisy") and self.bound != int(self.bound):
-            raise StrategyError(f"the bound of the sum {self.name!r} is a whole number, not {self.bound}")
+            values = f"{self.bound}, {self.length}"
+            raise StrategyError(f"the sum {self.name!r} needs a bound above 0 and a length, not {values}")
 
 
 @dataclass(frozen=True)
@@ -59,15 +55,14 @@ class Totals:
 class Sums:
     """The sums of a session with at most `clients` clients in the ring of integers modulo 2^bits.
 
-    Weights, from 0 to 1, are rounded to steps of 1 / `levels` before anything is multiplied, so that a mean is exact
-    for the weights that the sum of weights holds; by default there are as many levels as the ring can add up.
+    Weights, from 0 to 1, are rounded to steps of 1 / `weight_levels` before anything is multiplied, so that a mean is
+    exact for the weights that the sum of weights holds; there are as many levels as the ring can add up.
     StrategyError where the ring is too small, saying what fits.
     """
 
     sums: tuple[Sum, ...]
     clients: int
     bits: int = 32
-    levels: int | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 32:
@@ -79,18 +74,10 @@ class Sums:
                 f"a cohort of {self.clients} does not fit a ring of {self.bits} bits: at most {self.half // 2} clients "
                 f"do; take more bits or a smaller cohort"
             )
-        if self.levels is not None and not 1 <= self.levels <= self.room:
-            raise StrategyError(f"weights may have 1 to {self.room} levels in this ring, not {self.levels}")
         for entry in self.sums:
-            if entry.kind == "count" and entry.bound > self.room:
-                raise StrategyError(
-                    f"the sum {entry.name!r} counts up to {int(entry.bound)} for each client, and this ring adds "
-                    f"{self.room} for each of {self.clients}"
-                )
             if entry.kind == "noisy" and entry.bound > self.half:
-                raise StrategyError(
-                    f"the sum {entry.name!r} reaches {int(entry.bound)}, and this ring ends at {self.half}"
-                )
+                reach = f"the sum {entry.name!r} reaches {int(entry.bound)}"
+                raise StrategyError(f"{reach}, and this ring ends at {self.half}")
             if not math.isfinite(self.peak / entry.bound):
                 raise StrategyError(f"the bound of the sum {entry.name!r} is too small: {entry.bound}")
 
@@ -105,25 +92,16 @@ class Sums:
         return self.half // self.clients
 
     @property
-    def room(self) -> int:
-        """The largest count of a client: counts have no sign and need no rounding."""
-        return (int(2**self.bits) - 1) // self.clients
-
-    @property
     def weight_levels(self) -> int:
-        """The number of steps of a weight; 0 if no sum is weighted."""
-        if all(entry.kind != "weighted" for entry in self.sums):
-            return 0
-        return self.room if self.levels is None else self.levels
+        """The number of steps of a weight; 0 if no sum is weighted. Weights have no sign and need no rounding."""
+        weighted = any(entry.kind == "weighted" for entry in self.sums)
+        return (int(2**self.bits) - 1) // self.clients if weighted else 0
 
     @property
     def starts(self) -> dict[str, int]:
         """The first coordinate of each sum."""
-        starts, at = {}, 2 if self.weight_levels else 1
-        for entry in self.sums:
-            starts[entry.name] = at
-            at += entry.length
-        return starts
+        ends = accumulate((entry.length for entry in self.sums), initial=2 if self.weight_levels else 1)
+        return dict(zip((entry.name for entry in self.sums), ends, strict=False))
 
     @property
     def length(self) -> int:
@@ -153,21 +131,6 @@ class Sums:
             raise StrategyError("a client's weight must be a number from 0 to 1")
         return round(weight * self.weight_levels)
 
-    def encode(self, values: Mapping[str, np.ndarray], weight: float, rng: np.random.Generator) -> np.ndarray:
-        """A client's ring vector (L,) uint32; StrategyError for NaN, infinity, and counts that are out of range."""
-        if set(values) != {entry.name for entry in self.sums}:
-            raise ValueError(f"the sums are {[entry.name for entry in self.sums]}, not {sorted(values)}")
-        encoded_L = np.empty(self.length, np.uint32)
-        head = self.encode_head(weight)
-        encoded_L[: len(head)] = head
-        for name, start in self.starts.items():
-            if len(values[name]) != self._entry(name).length:
-                raise ValueError(
-                    f"the sum {name!r} has {self._entry(name).length} coordinates, not {len(values[name])}"
-                )
-            encoded_L[start : start + len(values[name])] = self.encode_part(name, values[name], weight, rng)
-        return encoded_L
-
     def encode_head(self, weight: float) -> np.ndarray:
         """The coordinates before the sums: 1, and the weight if a sum needs it."""
         return np.array([1, self.level(weight)] if self.weight_levels else [1], np.uint32)
@@ -182,8 +145,9 @@ class Sums:
         """
         entry = self._entry(name)
         encoded = np.empty(len(values), np.uint32)
-        if entry.kind in ("count", "noisy"):
-            self._check_whole(entry, values)
+        if entry.kind == "noisy":
+            if not np.issubdtype(values.dtype, np.integer):
+                raise ValueError(f"the sum {name!r} takes whole numbers")
             encoded[:] = values.astype(np.int64).astype(np.uint32)
             wrap(encoded, self.bits)
             return encoded
@@ -204,56 +168,29 @@ class Sums:
 
     def decode(self, total_L: np.ndarray) -> Totals:
         """The sums of what clients encoded, from the sum of their ring vectors."""
-        sums = {}
-        for name, start in self.starts.items():
-            sums[name] = self.decode_part(name, total_L[start : start + self._entry(name).length])
+        parts = {name: total_L[start : start + self._entry(name).length] for name, start in self.starts.items()}
+        sums = {name: self.decode_part(name, part) for name, part in parts.items()}
         return Totals(*self.decode_head(total_L), sums)
 
     def decode_head(self, total_L: np.ndarray) -> tuple[int, float]:
         """The number of clients and the sum of their weights, from the coordinates before the sums."""
-        levels = self.weight_levels
-        weight = int(total_L[1]) / levels if levels else float(total_L[0])
-        return int(total_L[0]), weight
+        count, levels = int(total_L[0]), self.weight_levels
+        return count, int(total_L[1]) / levels if levels else float(count)
 
     def decode_part(self, name: str, total: np.ndarray) -> np.ndarray:
         """Any coordinates of one sum: float64, or int64 for whole numbers."""
-        entry = self._entry(name)
-        if entry.kind == "count":
-            return total.astype(np.int64)
         shift = 32 - self.bits
         signed = (total << np.uint32(shift)).view(np.int32) >> np.int32(shift)  # the ring's sign bit moved to the top
-        if entry.kind == "noisy":
-            return signed.astype(np.int64)
-        return signed / np.float64(self.scale(name))
+        return signed.astype(np.int64) if self._entry(name).kind == "noisy" else signed / np.float64(self.scale(name))
 
     def _entry(self, name: str) -> Sum:
         return next(entry for entry in self.sums if entry.name == name)
 
-    def _check_whole(self, entry: Sum, values: np.ndarray) -> None:
-        if not np.issubdtype(values.dtype, np.integer):
-            raise ValueError(f"the sum {entry.name!r} takes whole numbers")
-        if entry.kind == "count" and len(values) and not (values.min() >= 0 and values.max() <= entry.bound):
-            raise ValueError(f"the sum {entry.name!r} was given a count outside of 0 to {int(entry.bound)}")
-
-
-def wrap_probability(sums: Sums, signal: float, sigma: float, length: int) -> float:
-    """A bound on the probability that normal noise wraps any of `length` coordinates with sums up to `signal`.
-
-    StrategyError unless signal + 6 sigma fits the ring.
-    """
-    if signal + 6 * sigma > sums.half:
-        raise StrategyError(
-            f"a sum of up to {signal:.3g} with noise of {sigma:.3g} does not fit a ring of {sums.bits} bits, which "
-            f"ends at {sums.half}: take more bits or a coarser scale"
-        )
-    return min(1.0, length * math.erfc((sums.half - signal) / (sigma * math.sqrt(2)))) if sigma else 0.0
-
 
 def _at(rng: np.random.Generator, position: int) -> np.random.Generator:
     """A copy of the generator that goes on at its float64 number `position`."""
-    philox = deepcopy(rng.bit_generator)
-    assert isinstance(philox, np.random.Philox)
-    philox.advance(position // DRAWS)
+    state = rng.bit_generator.state["state"]
+    philox = np.random.Philox(counter=state["counter"], key=state["key"]).advance(position // DRAWS)
     copy = np.random.Generator(philox)
     copy.random(position % DRAWS)
     return copy

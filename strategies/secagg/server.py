@@ -5,9 +5,7 @@ wipes what it has added, and has no partial result.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -23,23 +21,13 @@ from strategies.secagg.messages import (
     Unmasking,
     UnmaskRequest,
 )
-from strategies.secagg.parameters import neighbors
+from strategies.secagg.parameters import holders, neighbors
 from strategies.secagg.primitives import BOX_BYTES, HASH_BYTES, Tampered
-from strategies.secagg.protocol import Phase, SecAggAbort, Session, once, signed_survivors
+from strategies.secagg.protocol import Party, Phase, SecAggAbort, Session, abort_unless, once, signed_survivors
 from strategies.secagg.shamir import Reconstruction
 
 
-@dataclass(frozen=True)
-class _Listed:
-    """What the server knows after the first trip."""
-
-    sid: bytes
-    around: dict[int, tuple[int, ...]]  # each client's neighbors
-    holders: dict[int, tuple[int, ...]]  # who holds shares of its secrets
-    mask_keys: dict[int, bytes]
-
-
-class Server:
+class Server(Party):
     """Plays one session with the invited clients.
 
     It adds up the first `hold` coordinates of the vectors, by default all. Where vectors are in shards, ranks add up
@@ -53,24 +41,28 @@ class Server:
         hold: int | None = None,
         roster: Mapping[int, bytes] | None = None,
     ) -> None:
-        if len(set(invited)) != session.parameters.clients:
-            raise ValueError(
-                f"{len(set(invited))} clients are invited, and the session is for {session.parameters.clients}"
-            )
+        super().__init__(session)
+        self._invited = frozenset(invited)
+        if len(self._invited) != (clients := session.parameters.clients):
+            raise ValueError(f"{len(self._invited)} clients are invited, and the session is for {clients}")
         if session.parameters.active and not roster:
             raise ValueError("the active profile needs everybody's public identity key")
-        self.session = session
-        self._primitives = session.primitives
-        self._phase = ""
-        self._invited = frozenset(invited)
         self._roster = dict(roster or {})
         self._hold = session.sums.length if hold is None else hold
         self._total = np.zeros(0, np.uint32)
-        self._listed = _Listed(b"", {}, {}, {})
+        self._forget()
+
+    def _forget(self) -> None:
+        self._total.fill(0)
+        self._total = np.zeros(0, np.uint32)
+        self._sid = b""
+        self._around: dict[int, tuple[int, ...]] = {}  # each client's neighbors
+        self._holders: dict[int, tuple[int, ...]] = {}  # who holds shares of its secrets
+        self._mask_keys: dict[int, bytes] = {}
         self._commitments: dict[int, bytes] = {}  # of all who shared: U2
         self._arrived: set[int] = set()  # whose masked input is in: U3
         self._asked: set[int] = set()
-        self._removals = Masks(session.sums.bits)
+        self._removals = Masks(self.session.sums.bits)
 
     def __repr__(self) -> str:
         return f"Server(round={self.session.round}, attempt={self.session.attempt}, phase={self._phase!r})"
@@ -81,48 +73,43 @@ class Server:
         with self._turn("keys", after=""):
             offered = list(keys)
             clients = self._known([key.client for key in offered], self._invited, "keys")
-            fewest = parameters.threshold if parameters.complete else parameters.degree + 1
-            if len(clients) < fewest:
-                raise SecAggAbort("keys", f"{len(clients)} clients offered keys, and it takes {fewest}")
+            n, fewest = len(clients), parameters.fewest
+            abort_unless(n >= fewest, "keys", f"{n} clients offered keys, and it takes {fewest}")
             random.SystemRandom().shuffle(offered)
             listed = KeyList(tuple(offered), parameters.degree, parameters.threshold)
             order = [key.client for key in offered]
-            around = {u: neighbors(order, place, parameters) for place, u in enumerate(order)}
-            holders = {u: (*near, u) if parameters.complete else near for u, near in around.items()}
-            mask_keys = {key.client: key.mask_key for key in offered}
-            self._listed = _Listed(self.session.identity(listed), around, holders, mask_keys)
+            self._sid = self.session.identity(listed)
+            self._around = {u: neighbors(order, place, parameters) for place, u in enumerate(order)}
+            self._holders = {u: holders(u, near, parameters) for u, near in self._around.items()}
+            self._mask_keys = {key.client: key.mask_key for key in offered}
             return listed
 
     def inboxes(self, shares: Iterable[Shares]) -> dict[int, Inbox]:
         """Ends the second trip: for each client that shared, the boxes that the others sealed for it."""
         with self._turn("shares", after="keys"):
             sent = list(shares)
-            self._known([message.client for message in sent], self._listed.around.keys(), "shares")
+            self._known([message.client for message in sent], self._around.keys(), "shares")
             for message in sent:
-                near = set(self._listed.around[message.client])
-                sizes = {len(box) for box in message.boxes.values()}
-                if set(message.boxes) != near or sizes != {BOX_BYTES} or len(message.commitment) != HASH_BYTES:
-                    raise SecAggAbort(
-                        "shares", f"client {message.client} did not send a share to each of its neighbors"
-                    )
+                to_all = set(message.boxes) == set(self._around[message.client])
+                proper = {len(box) for box in message.boxes.values()} == {BOX_BYTES}
+                proper = proper and to_all and len(message.commitment) == HASH_BYTES
+                abort_unless(proper, "shares", f"client {message.client} did not send a share to each of its neighbors")
             self._commitments = {message.client: message.commitment for message in sent}
             self._recoverable(self._commitments.keys(), "shares")
-            boxes: dict[int, dict[int, bytes]] = {u: {} for u in self._commitments}
-            for message in sent:
-                for v, box in message.boxes.items():
-                    if v in boxes:
-                        boxes[v][message.client] = box
             self._total = np.zeros(self._hold, np.uint32)
-            return {u: Inbox(u, inbox) for u, inbox in boxes.items()}
+            return {
+                u: Inbox(u, {message.client: message.boxes[u] for message in sent if u in message.boxes})
+                for u in self._commitments
+            }
 
     def add(self, masked: MaskedSum) -> None:
         """Third trip: adds a masked vector, or a slot's sum of them."""
         with self._turn("masked input", after="shares", reached="shares"):
             clients = self._known(masked.clients, self._commitments.keys(), "masked input")
-            if clients & self._arrived:
-                raise SecAggAbort("masked input", f"client {min(clients & self._arrived)} gave a second masked input")
-            if masked.values.shape != self._total.shape or masked.values.dtype != np.uint32:
-                raise SecAggAbort("masked input", f"the vector of {len(clients)} clients is not of the agreed length")
+            if again := clients & self._arrived:
+                raise SecAggAbort("masked input", f"client {min(again)} gave a second masked input")
+            agreed = masked.values.shape == self._total.shape and masked.values.dtype == np.uint32
+            abort_unless(agreed, "masked input", f"the vector of {len(clients)} clients is not of the agreed length")
             self._total += masked.values
             self._arrived |= clients
 
@@ -142,7 +129,7 @@ class Server:
             self._asked = set(signatures) if self.session.parameters.active else set(self._arrived)
             requests = {}
             for u in sorted(self._asked):
-                near = [v for v in (*self._listed.around[u], u) if v in self._commitments]
+                near = [v for v in (*self._around[u], u) if v in self._commitments]
                 alive = tuple(v for v in near if v in self._arrived)
                 dead = tuple(v for v in near if v not in self._arrived)
                 requests[u] = UnmaskRequest(u, alive, dead, signatures)
@@ -158,8 +145,8 @@ class Server:
             for answer in given:
                 for shares, place in ((answer.seeds, seeds), (answer.keys, keys)):
                     for u, share in shares.items():
-                        if u not in place or answer.client not in self._listed.holders[u]:
-                            raise SecAggAbort("unmask", f"client {answer.client} gave shares that it was not asked for")
+                        wanted = u in place and answer.client in self._holders[u]
+                        abort_unless(wanted, "unmask", f"client {answer.client} gave shares that it was not asked for")
                         place[u][answer.client] = share
             self._removals = self._masks_of(seeds, keys)
             return self._removals
@@ -168,37 +155,30 @@ class Server:
         """The sum of the survivors' ring vectors (hold,) uint32, handed over."""
         with self._turn("unmask", after="unmask", reached="total"):
             self._removals.apply(self._total)
-            if len(self._total) and self._total[0] != len(self._arrived):
-                raise SecAggAbort("unmask", "the coordinate that counts clients is wrong: a vector was not as agreed")
+            whole = not len(self._total) or self._total[0] == len(self._arrived)
+            abort_unless(whole, "unmask", "the coordinate that counts clients is wrong: a vector was not as agreed")
             total, self._total = self._total, np.zeros(0, np.uint32)
             return total
 
     def _masks_of(self, seeds: dict[int, dict[int, bytes]], keys: dict[int, dict[int, bytes]]) -> Masks:
         """The negation of the survivors' own masks and of those that they share with the dead."""
-        listed, primitives, session = self._listed, self._primitives, self.session
+        primitives, session = self._primitives, self.session
         reconstruction = Reconstruction(session.parameters.threshold)
         added: list[bytes] = []
         subtracted: list[bytes] = []
         for u, shares in sorted(seeds.items()):
             session.enough(len(shares), "unmask", f"the mask of client {u}")
             seed = primitives.recover(reconstruction, shares)
-            if seed is None or primitives.commit(listed.sid, u, seed) != self._commitments[u]:
-                raise SecAggAbort(
-                    "unmask", f"a share of client {u}'s mask seed was tampered with: it committed to another"
-                )
-            subtracted.append(primitives.derive(seed, listed.sid, session.mask_purpose("self")))
+            if seed is None or primitives.commit(self._sid, u, seed) != self._commitments[u]:
+                raise Tampered(f"a share of client {u}'s mask seed was tampered with: it committed to another")
+            subtracted.append(primitives.derive(seed, self._sid, session.mask_purpose("self")))
         for u, shares in sorted(keys.items()):
             session.enough(len(shares), "unmask", f"the mask key of client {u}, which dropped out")
             key = primitives.recover(reconstruction, shares)
-            if key is None or not primitives.owns(key, listed.mask_keys[u]):
-                raise SecAggAbort(
-                    "unmask", f"a share of client {u}'s mask key was tampered with: its public key differs"
-                )
-            public = {v: listed.mask_keys[v] for v in listed.around[u] if v in self._arrived}
-            try:
-                pairs = primitives.agree(key, public, listed.sid, session.mask_purpose("pair"))
-            except Tampered as reason:
-                raise SecAggAbort("unmask", str(reason)) from None
+            if key is None or not primitives.owns(key, self._mask_keys[u]):
+                raise Tampered(f"a share of client {u}'s mask key was tampered with: its public key differs")
+            public = {v: self._mask_keys[v] for v in self._around[u] if v in self._arrived}
+            pairs = primitives.agree(key, public, self._sid, session.mask_purpose("pair"))
             added += [pair for v, pair in pairs.items() if v < u]  # v had subtracted these
             subtracted += [pair for v, pair in pairs.items() if v > u]
         return primitives.masks(session.sums.bits, added, subtracted)
@@ -207,10 +187,11 @@ class Server:
         """The survivors' signatures."""
         with self._turn("agreement", after="masked input"):
             self._known([agreement.client for agreement in agreements], self._arrived, "agreement")
-            text = signed_survivors(self._listed.sid, self._arrived)
+            text = signed_survivors(self._sid, self._arrived)
             for agreement in agreements:
-                if not self._primitives.signed(self._roster.get(agreement.client, b""), agreement.signature, text):
-                    raise SecAggAbort("agreement", f"client {agreement.client} did not sign these survivors")
+                public = self._roster.get(agreement.client, b"")
+                signed = self._primitives.signed(public, agreement.signature, text)
+                abort_unless(signed, "agreement", f"client {agreement.client} did not sign these survivors")
             self.session.enough(len(agreements), "agreement", "the survivors' secrets")
             return {agreement.client: agreement.signature for agreement in agreements}
 
@@ -218,7 +199,7 @@ class Server:
         """Aborts unless enough of those left hold shares of the secrets of each client that shared."""
         present = set(left)
         for u in sorted(self._commitments):
-            self.session.enough(len(present.intersection(self._listed.holders[u])), phase, f"client {u}'s secrets")
+            self.session.enough(len(present.intersection(self._holders[u])), phase, f"client {u}'s secrets")
         self.session.enough(len(present), phase, "anything")
 
     def _known(self, clients: Sequence[int], among: Iterable[int], phase: Phase) -> set[int]:
@@ -227,18 +208,3 @@ class Server:
         if strangers := known.difference(among):
             raise SecAggAbort(phase, f"client {min(strangers)} has no part in this")
         return known
-
-    @contextmanager
-    def _turn(self, phase: Phase, after: str, reached: str | None = None) -> Iterator[None]:
-        """Runs one phase after the phase `after`; any error erases everything."""
-        try:
-            if self._phase != after:
-                raise SecAggAbort(phase, f"out of turn, after {self._phase!r} in place of {after!r}")
-            yield
-            self._phase = reached or phase
-        except Exception:
-            self._total.fill(0)
-            self._total = np.zeros(0, np.uint32)
-            self._listed = _Listed(b"", {}, {}, {})
-            self._commitments, self._removals, self._phase = {}, Masks(self.session.sums.bits), "aborted"
-            raise

@@ -1,6 +1,7 @@
 """Which runs may go on, told from what lies in their folders."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,14 @@ def test_a_secured_run_names_what_else_gives_sums_of_its_clients(small_recipe, t
     full = secured("full")
     (note,) = second_sums(tmp_path / "new", full, manifest)
     assert note.startswith("'a' had sums of the same clients")
+    # A run in the clear unmasks nothing, and its server has had each update.
+    for name, recipe in (("f", small_recipe()), ("g", full)):
+        (tmp_path / name / "checkpoints" / "1").mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+        (tmp_path / name / "recipe.toml").write_text(to_toml(recipe))
+    (note,) = second_sums(tmp_path / "new", full, manifest)
+    assert note.startswith("'a', 'f' had sums of the same clients")
+    shutil.rmtree(tmp_path / "f")
     assert second_sums(tmp_path / "a", full, manifest) == ()  # a run that is resumed
     (note,) = second_sums(tmp_path / "a", secured("full", "evaluate.without_privacy=true"), manifest)
     assert note.startswith("evaluate.without_privacy plays the same rounds again in the clear")

@@ -5,6 +5,7 @@ from typing import ClassVar, get_args
 
 import pytest
 import torch
+from strategies.robust.centered_clipping import CenteredClipping
 
 from experiments.cli.contract import cases, engine_stored, engine_sum
 from strategies import Strategies
@@ -151,6 +152,13 @@ class Cuts(HetLora):
 
 
 @dataclass(frozen=True)
+class Centers(CenteredClipping):
+    """Sends its distance from the last step, and does not say so."""
+
+    rests_at_zero: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class Stays(FedAvg):
     """Forgets to count."""
 
@@ -280,6 +288,7 @@ class Prunes(HetLora):
         (Forgets, "client_state_is_kept_where_the_class_says_so_and_is_used", "changes nothing that they do"),
         (Doubles, "what_travels_is_flat_contiguous_and_float32", "'0.moments.m' is torch.float64"),
         (Counts, "extras_that_are_changes_are_zero_without_training", "have not trained send steps"),
+        (Centers, "an_untrained_client_rests_at_zero_where_the_class_says_so", "have not trained send a change"),
         (Cuts, "an_untrained_client_of_a_lower_rank_sends_zeros", "an untrained client of rank 1 sends delta"),
         (Leaks, "what_is_frozen_is_neither_sent_nor_trained", "coordinates of 'delta' that live calls frozen"),
         (Creeps, "what_is_frozen_is_neither_sent_nor_trained", "leaves a gradient where trained says"),

@@ -34,7 +34,6 @@ from strategies.privacy.integers import signs
 from strategies.privacy.noise_source import Words, seeded_words
 
 ROUNDS, CLIP, POPULATION = 20, 0.05, 9
-DPS = [CentralDp, AdaptiveDp]
 COHORTS = {  # the expected cohort, and how many clients come, round after round
     "full": (4, [4]),
     "thin": (4, [1, 2]),
@@ -46,7 +45,11 @@ COHORTS = {  # the expected cohort, and how many clients come, round after round
 def accepted(dp: CentralDp | DistributedDp, *, mixed_ranks: bool = False) -> list[Rule]:
     """The strategies that go with it, and FlexLoRA's sketches."""
     members: list[Rule] = []
-    for strategy in [*(kind() for kind in get_args(Strategies)), FlexLora(sketch=1), HetLora(weighting="uniform")]:
+    for strategy in [
+        *(kind() for kind in get_args(Strategies)),
+        FlexLora(sketch=1),
+        HetLora(weighting="uniform", gamma=1.0),
+    ]:
         layout = LORA if strategy.needs_lora else FULL
         try:
             check_dp(dp, strategy, strategy.beside(layout), "ideal", mixed_ranks=mixed_ranks)
@@ -84,32 +87,9 @@ def case_of(strategy: Rule) -> Case:
     return Case(strategy, LORA if strategy.needs_lora else FULL, engine_sum, engine_stored)
 
 
-def begin(case: Case, plan: CentralPlan) -> ServerState:
-    """A random vector with a product other than zero; rules on adapters have been through two rounds of training."""
-    state, clip = case.start(), CLIP
-    for _ in range(2 if case.strategy.needs_lora else 0):
-        state, _ = private_round(case, state, plan, clip, round(plan.divisor), 0.5)
-    return state
-
-
 def hold_still(case: Case, before: ServerState, after: ServerState) -> None:
     pairs = zip(case.effective(before), case.effective(after), strict=True)
     assert all(torch.equal(left, right) for left, right in pairs)
-
-
-@pytest.mark.parametrize("cohort", COHORTS)
-@pytest.mark.parametrize("kind", DPS, ids=lambda kind: kind.kind)
-@pytest.mark.parametrize("strategy", accepted(CentralDp(noise_multiplier=0, joint=True)), ids=lambda s: s.kind)
-def test_without_training_the_model_stays(strategy: Rule, kind: type[CentralDp], cohort: str) -> None:
-    expected, sizes = COHORTS[cohort]
-    dp = kind(noise_multiplier=0, clip=CLIP, joint=True)
-    plan, case = dp.plan(PoissonCohort(size=expected), POPULATION, ROUNDS), case_of(strategy)
-    before = state = begin(case, plan)
-    clip = CLIP
-    for round_ in range(ROUNDS):
-        state, clip = private_round(case, state, plan, clip, sizes[round_ % len(sizes)], 0.0)
-    hold_still(case, before, state)
-    assert state.round == before.round + ROUNDS
 
 
 @pytest.mark.parametrize("cohort", COHORTS)
@@ -157,7 +137,7 @@ def words(client: int) -> Words:
 def test_the_law_is_held_against_all_that_private_runs_may_take() -> None:
     dp = CentralDp(noise_multiplier=0, joint=True)
     assert {strategy.kind for strategy in accepted(dp)} == {
-        *("fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco", "feddyn", "centred_clipping"),
+        *("fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco", "feddyn"),
         *("ditto", "ffa", "fedsa", "feddpa", "rolora", "flora", "flexlora", "hetlora", "fedex", "fedsvd", "fedsb"),
     }
     assert {strategy.kind for strategy in accepted(dp, mixed_ranks=True)} == {"flora"}
@@ -259,7 +239,7 @@ def test_what_is_no_change_of_the_model_is_refused_whoever_wrote_the_rule(kind: 
     check_dp(dp, Follows(), Follows().beside(FULL), "full")
 
 
-@pytest.mark.parametrize("strategy", [FlexLora(), HetLora()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("strategy", [FlexLora(), HetLora(gamma=1.0)], ids=lambda s: s.kind)
 def test_rules_whose_low_ranks_shrink_the_others_are_refused_under_mixed_ranks(strategy: Rule) -> None:
     dp = CentralDp(noise_multiplier=1.0, joint=True)
     with pytest.raises(ValueError, match=r'beyond its own rank.*"flora", or leave model\.peft\.ranks out'):

@@ -2,6 +2,7 @@
 
 import os
 import random
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,10 +10,30 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from strategies.secagg.client import Client
+from strategies.secagg.messages import MaskedSum
 from strategies.secagg.parameters import Parameters
 from strategies.secagg.protocol import SecAggAbort, Session
 from strategies.secagg.ring import Sum, Sums
 from strategies.secagg.server import Server
+
+
+def restored(client):
+    """A copy of a client, which is to be asked again."""
+    copy = Client(client.session, client._client, client._state.identity, client._state.roster)
+    copy._state, copy._phase = deepcopy(client._state), client._phase
+    return copy
+
+
+def masked_by(client, inbox, values):
+    """A client's ring vector (L,), masked in place, as its message."""
+    client.masks(inbox).apply(values)
+    return MaskedSum((inbox.client,), values, client.session.sums.nbytes)
+
+
+def encoded_by(sums, values, weight, rng):
+    """A client's ring vector (L,) of all sums."""
+    parts = [sums.encode_part(entry.name, values[entry.name], weight, rng) for entry in sums.sums]
+    return np.concatenate([sums.encode_head(weight), *parts])
 
 
 @dataclass
@@ -55,7 +76,7 @@ class Play:
 
     def to_masked(self, vectors, gone=()):
         present = [u for u in self.inboxes if u not in gone]
-        for masked in self.shuffled(self.clients[u].masked(self.inboxes[u], vectors[u].copy()) for u in present):
+        for masked in self.shuffled(masked_by(self.clients[u], self.inboxes[u], vectors[u].copy()) for u in present):
             self.server.add(masked)
         self.survivors = self.server.survivors()
         return self.survivors
@@ -136,7 +157,7 @@ def refused():
             act()
         assert caught.value.phase == phase
         for client in clients:
-            assert repr(client) == f"Client({client.plain()['client']}, phase='aborted')"
-            assert not any(value for name, value in client.plain().items() if name not in ("client", "phase"))
+            assert repr(client) == f"Client({client._client}, phase='aborted')"
+            assert not any(vars(client._state).values())
 
     return check

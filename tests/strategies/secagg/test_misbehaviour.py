@@ -1,17 +1,18 @@
 """Parties that do not do as agreed before the last trip: the session ends with a phase and a reason."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
 from strategies.secagg.client import Client
 from strategies.secagg.messages import KeyList, Keys, MaskedSum
-from strategies.secagg.primitives import Full
+from strategies.secagg.primitives import Primitives
 from strategies.secagg.protocol import SecAggAbort, Session
+from tests.strategies.secagg.conftest import masked_by, restored
 
 LOW_ORDER = (1).to_bytes(32, "little")
-OTHER = Full().public_key(Full().private_key())
+OTHER = Primitives().public_key(Primitives().private_key())
 
 
 # Keys.
@@ -89,7 +90,7 @@ def test_clients_with_different_sessions_do_not_open_each_others_boxes(play, ref
     shares = [client.shares(other if u == 3 else listed) for u, client in play.clients.items()]
     inbox = play.server.inboxes(shares)[2]
     values = np.zeros(10, np.uint32)
-    refused("masked input", "client 3's share was tampered with", lambda: play.clients[2].masked(inbox, values))
+    refused("masked input", "client 3's share was tampered with", lambda: masked_by(play.clients[2], inbox, values))
     assert not values.any()
 
 
@@ -113,7 +114,7 @@ def test_unsigned_keys_are_refused(start, refused):
         lambda offer: replace(offer, client=4),
     ):
         keys = tuple(change(offer) if offer.client == 3 else offer for offer in listed.keys if offer.client != 4)
-        client = Client.from_plain(play.session, play.clients[2].plain())
+        client = restored(play.clients[2])
         refused("shares", "not signed by it", lambda: client.shares(replace(listed, keys=keys)), client)  # noqa: B023
 
 
@@ -121,7 +122,7 @@ def test_signed_keys_of_another_round_are_refused(start, refused):
     play = start(6, t=4, active=True)
     listed = play.to_keys()
     later = Session(1, 0, play.session.parameters, play.session.sums)
-    plain = play.clients[2].plain()
+    plain = asdict(play.clients[2]._state)
     client = Client(later, 2, plain["identity"], play.roster)
     offered = client.keys()
     keys = tuple(offered if offer.client == 2 else offer for offer in listed.keys)
@@ -138,7 +139,7 @@ def test_a_flipped_bit_in_a_box_is_refused(play, place, refused):
     box = bytearray(inbox.boxes[3])
     box[{"nonce": 0, "text": 40, "tag": -1}[place]] ^= 1
     inbox.boxes[3] = bytes(box)
-    act = lambda: play.clients[2].masked(inbox, np.zeros(10, np.uint32))  # noqa: E731
+    act = lambda: masked_by(play.clients[2], inbox, np.zeros(10, np.uint32))  # noqa: E731
     refused("masked input", "client 3's share was tampered with", act, play.clients[2])
 
 
@@ -201,8 +202,8 @@ def test_the_server_refuses_incomplete_shares(play, start, refused):
 def test_a_second_masked_input_is_refused(play, drawn, refused):
     play.to_keys()
     inboxes = play.to_shares()
-    first = play.clients[2].masked(inboxes[2], drawn(play)[2])
-    act = lambda: play.clients[2].masked(inboxes[2], drawn(play)[2])  # noqa: E731
+    first = masked_by(play.clients[2], inboxes[2], drawn(play)[2])
+    act = lambda: masked_by(play.clients[2], inboxes[2], drawn(play)[2])  # noqa: E731
     refused("masked input", "out of turn", act, play.clients[2])
     play.server.add(first)
     refused("masked input", "client 2 gave a second", lambda: play.server.add(first))

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from strategies.secagg.primitives import BOX_BYTES, Full, Ideal, Tampered
+from strategies.secagg.primitives import BOX_BYTES, PRIMITIVES, Tampered
 from strategies.secagg.protocol import box_context
 from strategies.secagg.shamir import Reconstruction
 
-FULL = Full()
+FULL = PRIMITIVES["full"]
 TEXT = bytes(range(66))
 ALICE = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
 BOB = bytes.fromhex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb")
@@ -107,7 +107,7 @@ def test_no_two_pairs_get_seeds_with_the_same_beginning(full):
 
 
 def test_the_ideal_ones_have_the_same_sizes():
-    ideal = Ideal()
+    ideal = PRIMITIVES["ideal"]
     for primitives in (FULL, ideal):
         private = primitives.private_key()
         assert len(private) == len(primitives.public_key(private)) == 32

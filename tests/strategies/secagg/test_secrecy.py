@@ -4,22 +4,22 @@ import gc
 import itertools
 import pickle
 import traceback
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
-from strategies.secagg.client import Client
 from strategies.secagg.parameters import choose
 from strategies.secagg.protocol import SecAggAbort
+from tests.strategies.secagg.conftest import masked_by, restored
 
 
 def answers_to_any_view(play, u):
     """For each set of living and dead that u answers at all: of whom it gives shares of the seed, and of the key."""
-    plain, answered = play.clients[u].plain(), []
+    plain, answered = asdict(play.clients[u]._state), []
     present = plain["present"]
     for dead in itertools.chain.from_iterable(itertools.combinations(present, size) for size in range(len(present))):
-        client = Client.from_plain(play.session, plain)
+        client = restored(play.clients[u])
         alive = tuple(v for v in present if v not in dead)
         try:
             answer = client.unmask(replace(play.asked[u], alive=alive, dead=dead))
@@ -31,7 +31,7 @@ def answers_to_any_view(play, u):
 
 def most_shares(play, corrupt, target):
     """All pairs (shares of the seed, shares of the key) of `target` that a lying server can bring together."""
-    helpers = sum(target in play.clients[u].plain()["shares"] for u in corrupt)  # these give both
+    helpers = sum(target in asdict(play.clients[u]._state)["shares"] for u in corrupt)  # these give both
     gives = []
     for u in play.ids:
         if u not in corrupt:
@@ -57,7 +57,7 @@ def test_no_lies_bring_both_secrets_of_a_client_together(k, share_corrupt, start
         play.to_masked(drawn(play))
         play.to_requests()
         for target in play.ids[bad:]:
-            if k < 7 and not any(u in play.clients[target].plain()["shares"] for u in range(bad)):
+            if k < 7 and not any(u in asdict(play.clients[target]._state)["shares"] for u in range(bad)):
                 continue  # the ring's order is random, and no neighbor is corrupt
             pairs = most_shares(play, range(bad), target)
             assert all(seed < threshold or key < threshold for seed, key in pairs) == safe
@@ -84,7 +84,7 @@ def test_a_canary_in_an_update_never_reaches_the_server(mode, start):
     vectors = {u: np.concatenate([[1], canary if u == 1 else np.zeros(16)]).astype(np.uint32) for u in play.ids}
     play.to_keys()
     play.to_shares()
-    masked = play.clients[1].masked(play.inboxes[1], vectors[1])
+    masked = masked_by(play.clients[1], play.inboxes[1], vectors[1])
     play.server.add(masked)
     known = [play.server, play.messages, masked]
     seen = any(canary.tobytes() in part for part in parts(known, {}))
@@ -97,7 +97,7 @@ def test_no_secret_is_printed(start, drawn):
 
     def look():
         for client in play.clients.values():
-            plain = client.plain()
+            plain = asdict(client._state)
             secrets.update(plain[name] for name in ("identity", "cipher_key", "mask_key", "seed"))
             for name in ("box_keys", "pair_keys", "shares"):
                 secrets.update(plain[name].values())
@@ -126,7 +126,7 @@ def test_no_secret_is_in_an_abort(start):
     play = start(5, t=3)
     play.to_keys()
     inbox = play.to_shares()[2]
-    plain = play.clients[2].plain()
+    plain = asdict(play.clients[2]._state)
     inbox.boxes[3] = bytes(94)
     with pytest.raises(SecAggAbort) as caught:
         play.clients[2].masks(inbox)
@@ -151,14 +151,14 @@ def test_a_client_forgets_what_it_needs_no_more(start, drawn):
     play = start(5, t=3)
     play.to_keys()
     play.to_shares()
-    plain = play.clients[0].plain()
+    plain = asdict(play.clients[0]._state)
     assert not plain["cipher_key"] and not plain["mask_key"] and plain["seed"]
     play.to_masked(drawn(play))
-    plain = play.clients[0].plain()
+    plain = asdict(play.clients[0]._state)
     assert not plain["seed"] and not plain["box_keys"] and not plain["pair_keys"] and len(plain["shares"]) == 5
     play.to_requests()
     play.to_total()
-    assert not play.clients[0].plain()["shares"]
+    assert not asdict(play.clients[0]._state)["shares"]
 
 
 def test_secrets_do_not_come_from_a_seed(start):
@@ -169,7 +169,7 @@ def test_secrets_do_not_come_from_a_seed(start):
         listed = play.to_keys()
         play.to_shares()
         keys += [offer.cipher_key for offer in listed.keys] + [offer.mask_key for offer in listed.keys]
-        keys += [client.plain()["seed"] for client in play.clients.values()]
+        keys += [asdict(client._state)["seed"] for client in play.clients.values()]
     assert len(set(keys)) == 24
 
 
@@ -178,7 +178,7 @@ def test_masked_vectors_of_equal_updates_have_nothing_in_common(start):
     play.to_keys()
     play.to_shares()
     vectors = {u: np.ones(4001, np.uint32) for u in play.ids}
-    masked = [play.clients[u].masked(play.inboxes[u], vectors[u]).values for u in play.ids]
+    masked = [masked_by(play.clients[u], play.inboxes[u], vectors[u]).values for u in play.ids]
     for a, b in itertools.combinations(masked, 2):
         assert (a == b).sum() < 3
     # without a dropped client's masks the rest stays hidden

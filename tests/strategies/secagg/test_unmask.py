@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from strategies.secagg.client import Client
 from strategies.secagg.messages import Agreement, Survivors, Unmasking
+from tests.strategies.secagg.conftest import restored
 
 
 @pytest.fixture
@@ -91,13 +91,12 @@ def test_a_split_view_from_the_agreement_on_finds_no_signatures(start, drawn, re
 
 def test_too_few_or_strange_signatures_are_refused(signed, refused):
     request = signed.asked[2]
-    plain = signed.clients[2].plain()
     for change, reason in (
         (dict(list(request.signatures.items())[:3]), "others have not signed"),
         (request.signatures | {4: request.signatures[0]}, "client 4's signature"),
         (request.signatures | {3: request.signatures[0]}, "client 3's signature"),
     ):
-        client = Client.from_plain(signed.session, plain)
+        client = restored(signed.clients[2])
         refused("unmask", reason, lambda: client.unmask(replace(request, signatures=change)), client)  # noqa: B023
 
 
@@ -108,7 +107,7 @@ def test_a_client_signs_once_and_only_what_can_be(start, drawn, refused):
     play.to_masked(drawn(play), gone=[4])
     cases = [((0, 1, 3), "not some of those"), ((0, 1, 2, 9), "not some of those"), ((0, 1, 2), "3 clients are left")]
     for clients, reason in [*cases, ((0, 1, 2, 2), "named twice")]:
-        client = Client.from_plain(play.session, play.clients[2].plain())
+        client = restored(play.clients[2])
         refused("agreement", reason, lambda: client.agree(Survivors(clients)), client)  # noqa: B023
     client = play.clients[2]
     client.agree(play.survivors)
