@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.aggregation.ring_encoding import live_lengths
+from engine.aggregation.exact_sum import STEP
+from engine.aggregation.ring_encoding import live_lengths, ring_sums
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
@@ -19,6 +20,7 @@ from strategies.privacy.distributed import DistributedDp, DistributedPlan
 from strategies.privacy.per_example import ExampleDp, ExamplePlan
 
 Plan = CentralPlan | DistributedPlan | ExamplePlan
+COARSE = 0.01  # of a coordinate; int8, which is known to train well, rounds to 1/127 of the largest one
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,33 @@ def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: 
             return None
     messages = tuple(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
     return Planned(plan, tuple(dict.fromkeys(messages)))
+
+
+def coarse_weights(federation: Federation, layout: Layout, plan: Plan | None, rows: np.ndarray) -> str | None:
+    """Returns a warning if a large `privacy.rows_cap` leaves the updates of clients with `rows` (N,) few steps of a sum.
+
+    A typical client has the median of rows, and coordinates of the clipping norm over sqrt(P), or at secure
+    aggregation's bound. More than COARSE of them is more than training is known to bear.
+    """
+    privacy, cap = federation.privacy, federation.privacy.rows_cap
+    if cap is None or not privacy.public_weights or federation.strategy.weighs_alike:
+        return None
+    if isinstance(plan, DistributedPlan):
+        return None  # the noise of each client is far above the ring's steps
+    step, size = 1 / STEP, privacy.secagg.bound
+    clip = plan.clip if isinstance(plan, CentralPlan) else math.inf
+    if privacy.secure:
+        sums = ring_sums(federation, layout, plan, clip, max(2, federation.cohort.largest(len(rows))), 1, 0)
+        step = 1 / sums.scale("delta")
+    size = min(size if privacy.secure else math.inf, clip / math.sqrt(max(1, live_lengths(federation, layout, 0)["delta"])))
+    typical = int(min(cap, max(1, np.median(rows))))
+    share = step * cap / (typical * size)
+    if share <= COARSE:
+        return None
+    return (
+        f"with privacy.rows_cap = {cap} a client with {typical} rows has the weight {typical / cap:.2g}, and rounding "
+        f"moves its coordinates by up to {share:.2g} of their size: set privacy.rows_cap to a usual number of rows"
+    )
 
 
 @dataclass
@@ -139,7 +168,11 @@ class PrivacyAccount:
         if clip is None:
             clip = dp.clip if isinstance(dp, CentralDp) else 0.0
         planned = plan_noise(federation, layout, rows, steps * federation.rounds)
-        warned = () if shown is None else (f"{shown}, which privacy would have kept with their clients",)
+        notes = (
+            shown and f"{shown}, which privacy would have kept with their clients",
+            coarse_weights(federation, layout, planned and planned.plan, rows),
+        )
+        warned = tuple(filter(None, notes))
         if planned is None:
             return cls(clip=clip, steps=steps, warned=warned)
         path, simulated = folder / "privacy.json", federation.privacy.simulated

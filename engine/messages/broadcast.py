@@ -1,5 +1,6 @@
 """What the clients of a round start from, as it crosses Ray. Legend: P parameters, S of a rank's shard."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,8 +23,8 @@ class BroadcastMessage:
 
     The server makes the broadcast of a whole vector; with shards each worker makes its own from the state.
     Client state from before round `oldest` may be deleted. `dp` says how clients bound what they send and what noise
-    they add, `clip` is the round's clipping norm. Up to `lanes` clients train together. `nbytes` are those of the
-    shards in the object store.
+    they add, `clip` is the round's clipping norm. Up to `lanes` clients train together. A client with `full_rows` rows
+    has the weight 1 (NaN: the message is not for training). `nbytes` are those of the shards in the object store.
     """
 
     round: int
@@ -34,6 +35,7 @@ class BroadcastMessage:
     dp: CentralPlan | DistributedPlan | ExamplePlan | None = None
     clip: float = 0.0
     lanes: int = 1
+    full_rows: float = math.nan
 
     @classmethod
     def of(cls, broadcast: Broadcast) -> "BroadcastMessage":

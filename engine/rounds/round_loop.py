@@ -49,7 +49,7 @@ class RoundLoop:
         # Plan: who trains, on which version of the model, within which norm and with which noise.
         work = self.planner.work(state.round)
         clip, privacy = self.privacy.clip, self.privacy.charge()
-        broadcast = self._broadcast(state, len(work.clients))
+        broadcast = self._broadcast(state, work)
 
         # Dispatch the work and collect what the server may learn of it.
         collected = self.collector.collect(work, broadcast)
@@ -76,13 +76,14 @@ class RoundLoop:
         wall_s, costs = self.recorder.logs.metrics.wall_s, self.planner.costs.sums
         return Saved(state, wall_s, self.privacy.clip, self.aborts, self.lanes, costs, last_sum=self.journal.model)
 
-    def _broadcast(self, state: ShardedState, clients: int) -> Any:
+    def _broadcast(self, state: ShardedState, work: Work) -> Any:
         """What the cohort starts from, and the terms on which it trains."""
         plan, clip = self.privacy.plan, 0.0
         if plan is not None:
-            clip = self.collector.client_clip(plan, self.privacy.clip, clients, state.round)
-        oldest = self.planner.oldest(state.round)
-        return replace(self.server.broadcast(state), oldest=oldest, lanes=self.lanes, dp=plan, clip=clip)
+            clip = self.collector.client_clip(plan, self.privacy.clip, len(work.clients), state.round)
+        oldest, full_rows = self.planner.oldest(state.round), self.planner.full_rows(work.clients)
+        broadcast = self.server.broadcast(state)
+        return replace(broadcast, oldest=oldest, lanes=self.lanes, dp=plan, clip=clip, full_rows=full_rows)
 
     def _counted(self, collected: Collected, cohort: int, round_: int) -> Collected:
         """The same, aborted if too few clients gave an update; RunError if that is to end the run."""

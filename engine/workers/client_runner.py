@@ -57,11 +57,6 @@ class ClientRunner:
         """The number of training rows of each client (N,)."""
         return self.tokens.counts("train")
 
-    @cached_property
-    def largest(self) -> int:
-        """The most training rows that a client has."""
-        return int(self.rows.max())
-
     def run(self, chunk: Sequence[Unit], message: BroadcastMessage, accumulator: Accumulator) -> list[Report]:
         """Trains units one after another; `accumulator` takes each update that counts."""
         broadcast = self.receive(message)
@@ -106,7 +101,7 @@ class ClientRunner:
         began = time.monotonic()
 
         def train(clients: Unit) -> list[Trained]:
-            jobs = [self._job(client, broadcast) for client in clients]
+            jobs = [self._job(client, message, broadcast) for client in clients]
             # Updates may be lent from the trainer's memory if nothing else is trained before they are handed over.
             results = self.trainer_of(clients, message).updates(jobs, self.federation, lent=len(unit) == 1)
             return [Trained(job, *result) for job, result in zip(jobs, results, strict=True)]
@@ -137,9 +132,9 @@ class ClientRunner:
         except NonFiniteUpdate as error:  # on all ranks
             return [Attempted(client, error)]
 
-    def _job(self, client: int, broadcast: Broadcast) -> Job:
+    def _job(self, client: int, message: BroadcastMessage, broadcast: Broadcast) -> Job:
         rows = self.tokens.rows(client, "train")
-        weight = self.federation.privacy.weight(rows.num_rows, self.largest)
+        weight = self.federation.privacy.weight(rows.num_rows, message.full_rows)
         received = self.received_by(client, broadcast)
         return Job(client, rows, weight, received, self.state_of(client, broadcast.round))
 

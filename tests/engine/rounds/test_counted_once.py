@@ -1,6 +1,7 @@
 """Each client of a round is in the sum once: a slot that adds one twice is found out."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ def test_a_client_that_is_added_twice_ends_the_round(ray_session, small_recipe, 
     data, slots = recipe.data, Pool(recipe, tmp_path)
     start = slots.start(build(data.source, data.partition, data.splits, recipe.seed, data.cache))
     state = ServerState(0, torch.from_numpy(start.initial.copy()), layout=start.layout, seed=recipe.seed)
-    work, wire = Work(CLIENTS, np.ones(3), np.ones(3)), BroadcastMessage.of(recipe.strategy.broadcast(state))
+    work = Work(CLIENTS, np.ones(3), np.ones(3))
+    wire = replace(BroadcastMessage.of(recipe.strategy.broadcast(state)), full_rows=20)
     collector = ClearCollector(recipe, slots, DriverShards(recipe, start, len(CLIENTS)))
     try:
         (aggregate,) = collector.collect(work, wire).sums

@@ -19,7 +19,7 @@ from strategies.core.layout import Layout
 from strategies.core.protocol import Broadcast, Update
 
 LAYOUT = Layout(("w",), ((4,),))
-MESSAGE = BroadcastMessage.of(Broadcast(0, torch.zeros(4)))
+MESSAGE = replace(BroadcastMessage.of(Broadcast(0, torch.zeros(4))), full_rows=2)
 METRICS = {"loss": 1.0, "learned": 2.0, "tokens": 3.0}
 
 

@@ -72,7 +72,7 @@ def doubled(tiny_base, tmp_path_factory):
 
 def trained(pool, slot, chunk, state):
     """The reports of a chunk, and the sum of its clients as a vector on the grid."""
-    message = BroadcastMessage(state.round, state.parts, partition=pool.partition)
+    message = BroadcastMessage(state.round, state.parts, partition=pool.partition, full_rows=20)
     reports = ray.get(pool.actors[slot].run.remote([(client,) for client in chunk], message))
     shards = ray.get([shard for _, shard in pool.close(slot)])
     return reports, pool.partition.join([torch.from_numpy(shard.vectors["delta"].copy()) for shard in shards])
@@ -175,7 +175,7 @@ def test_a_shard_that_is_lost_is_looked_for_in_the_last_checkpoint(gangs, small_
     ray.kill(keeper)
     while ray.wait([parts[rank]], timeout=0.1)[0] and not is_lost(parts[rank]):
         time.sleep(0.1)
-    sent = BroadcastMessage(state.round, tuple(parts), partition=pool.partition)
+    sent = BroadcastMessage(state.round, tuple(parts), partition=pool.partition, full_rows=20)
     with pytest.raises((ShardLost, ObjectLostError)) as raised:
         pool.map(np.array([3]), np.ones(1), lambda actor, chunk: actor.run.remote([(c,) for c in chunk], sent))
     assert not pool.faults
