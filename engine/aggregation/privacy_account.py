@@ -60,20 +60,25 @@ def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: 
 def coarse_weights(federation: Federation, layout: Layout, plan: Plan | None, rows: np.ndarray) -> str | None:
     """Returns a warning if a large `privacy.rows_cap` leaves the updates of clients with `rows` (N,) few steps of a sum.
 
-    A typical client has the median of rows, and coordinates of the clipping norm over sqrt(P), or at secure
-    aggregation's bound. More than COARSE of them is more than training is known to bear.
+    A typical client has the median of rows, and an update whose P coordinates are the clipping norm over sqrt(P), or
+    secure aggregation's bound where that is less. Rounding is off by up to a step.
     """
     privacy, cap = federation.privacy, federation.privacy.rows_cap
-    if cap is None or not privacy.public_weights or federation.strategy.weighs_alike:
+    # Distributed noise is far above the ring's steps.
+    if (
+        cap is None
+        or not privacy.public_weights
+        or federation.strategy.weighs_alike
+        or isinstance(plan, DistributedPlan)
+    ):
         return None
-    if isinstance(plan, DistributedPlan):
-        return None  # the noise of each client is far above the ring's steps
-    step, size = 1 / STEP, privacy.secagg.bound
-    clip = plan.clip if isinstance(plan, CentralPlan) else math.inf
+    step, size, clip = 1 / STEP, math.inf, math.inf
+    if isinstance(plan, CentralPlan):
+        clip = plan.clip
+        size = clip / math.sqrt(max(1, live_lengths(federation, layout, 0)["delta"]))
     if privacy.secure:
         sums = ring_sums(federation, layout, plan, clip, max(2, federation.cohort.largest(len(rows))), 1, 0)
-        step = 1 / sums.scale("delta")
-    size = min(size if privacy.secure else math.inf, clip / math.sqrt(max(1, live_lengths(federation, layout, 0)["delta"])))
+        step, size = 1 / sums.scale("delta"), min(size, privacy.secagg.bound)
     typical = int(min(cap, max(1, np.median(rows))))
     share = step * cap / (typical * size)
     if share <= COARSE:
