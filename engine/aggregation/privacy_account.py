@@ -58,19 +58,15 @@ def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: 
 
 
 def coarse_weights(federation: Federation, layout: Layout, plan: Plan | None, rows: np.ndarray) -> str | None:
-    """Returns a warning if a large `privacy.rows_cap` leaves the updates of clients with `rows` (N,) few steps of a sum.
+    """Returns a warning if a large `privacy.rows_cap` leaves typical clients, of those with `rows` (N,), few steps.
 
     A typical client has the median of rows, and an update whose P coordinates are the clipping norm over sqrt(P), or
     secure aggregation's bound where that is less. Rounding is off by up to a step.
     """
     privacy, cap = federation.privacy, federation.privacy.rows_cap
-    # Distributed noise is far above the ring's steps.
-    if (
-        cap is None
-        or not privacy.public_weights
-        or federation.strategy.weighs_alike
-        or isinstance(plan, DistributedPlan)
-    ):
+    if cap is None or not privacy.public_weights or federation.strategy.weighs_alike:
+        return None
+    if isinstance(plan, DistributedPlan):  # its noise is far above the ring's steps
         return None
     step, size, clip = 1 / STEP, math.inf, math.inf
     if isinstance(plan, CentralPlan):

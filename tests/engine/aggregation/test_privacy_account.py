@@ -103,7 +103,7 @@ def test_rows_that_are_shown_are_in_the_statement_and_said_at_the_start(small_re
     [
         # A ring of 32 bits for 4 clients has (2^31 - 1) // 4 - 1 steps for the bound of 1.
         ("secagg={mode='full'}", 20_000_000 / 10 / 536_870_910),
-        # Three coordinates of a vector of norm 0.03, on a grid of 2^-40.
+        # Three coordinates of a vector of norm 3e-5, on a grid of 2^-40.
         ("dp={kind='central', noise_multiplier=0.0, delta=1e-3, clip=3e-5}", 2e6 * 2**-40 * 3**0.5 / 3e-5),
     ],
     ids=["ring", "grid"],

@@ -74,9 +74,7 @@ def test_the_cohort_s_largest_client_weighs_more_than_half() -> None:
 @pytest.mark.parametrize("largest", [20, 1_000_000, 5_000_000, 2**31 - 1])
 @pytest.mark.parametrize("rule", [FedAvg(), FedNova(), QFedAvg(), FlexLora(), Flora()], ids=lambda rule: rule.kind)
 def test_a_huge_client_elsewhere_makes_no_sum_coarser(rule: Strategy, largest: int) -> None:
-    """Two small clients move by 1e-6. Each sum is off by 2^-41 for each, where the largest weight is above 1/2 (FedNova's
-    above 1/6, after three steps).
-    """
+    """Clients move by 1e-6; each is off by 2^-41, with a weight above 1/2 (FedNova's above 1/6, after three steps)."""
     rows, running, exact, weights = (10, 20), ExactSum(), dict[str, torch.Tensor](), 0.0
     full_rows = Privacy().full_rows(np.array(rows), largest)
     broadcast = rule.broadcast(replace(rule.init(drawn(LORA, 0), LORA), population=2))
