@@ -96,7 +96,7 @@ def loop_of(federation, folder, *collected):
         Given(list(collected)),
         Quorum(federation, store),
         PrivacyAccount(),
-        Journal.open(folder, None, 0),
+        Journal(folder, None, 0),
         Recorder(store, pool, Logs.under(folder)),
         folder / "client_state",
     )
