@@ -171,6 +171,11 @@ class Logs(NamedTuple):
         for log in self:
             log.flush(round_)
 
+    def clear(self) -> None:
+        """Drops the rows of a round that is not to be written."""
+        for log in self:
+            log.blocks.clear()
+
 
 def _file(folder: Path, round_: int) -> Path:
     return folder / f"round-{round_:05d}.parquet"

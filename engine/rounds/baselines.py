@@ -52,11 +52,13 @@ class WithoutPrivacy:
         federation, server, recorder = self.parts.federation, self.parts.server, self.loop.recorder
         evaluate = replace(federation.evaluate, without_privacy=False)
         parts = replace(self.parts, federation=replace(federation, privacy=Privacy(), evaluate=evaluate))
-        loop = round_loop(parts, Logs.under(parts.folder), self.loop.lanes)  # these logs are never flushed
+        logs = Logs.under(parts.folder)
+        loop = round_loop(parts, logs, self.loop.lanes)
         server.move_base(state, None)
         plain = parts.initial
         while plain.round < federation.rounds:
             plain, played = loop.play(plain)
+            logs.clear()
             recorder.logs.faults.happened(state.round, played.faults, recorder.logs.metrics.wall_s)
         losses = self.evaluator.not_private(server.vector(plain), state.round)
         server.move_base(plain, state)
