@@ -5,6 +5,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,25 +24,23 @@ Plan = CentralPlan | DistributedPlan | ExamplePlan
 COARSE = 0.01  # of a coordinate; int8, which is known to train well, rounds to 1/127 of the largest one
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A plan of noise, and what the user should know about it."""
+class Planned(NamedTuple):
+    """A plan of noise, None without differential privacy, and what the user should know about it."""
 
-    plan: Plan
-    warned: tuple[str, ...]
+    plan: Plan | None
+    warned: tuple[str, ...] = ()
 
 
-def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: int) -> Planned | None:
-    """Returns the noise of a run whose clients have `rows` (N,); None without differential privacy.
+def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: int) -> Planned:
+    """Returns the noise of a run whose clients have `rows` (N,); ValueError where none gives the epsilon asked for.
 
     Example-level noise is for the client with the fewest rows, and for `steps` local steps in all its rounds; its delta
-    is for the rows of all clients. Takes seconds where the noise for an epsilon is searched. ValueError where there is
-    none.
+    is for the rows of all clients. Takes seconds where the noise for an epsilon is searched.
     """
     dp, rounds, cohort, clients = federation.privacy.dp, federation.rounds, federation.cohort, len(rows)
+    plan: Plan | None = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        plan: Plan
         if isinstance(dp, CentralDp):
             plan = dp.plan(cohort, clients, rounds)
         elif isinstance(dp, DistributedDp):
@@ -51,9 +50,7 @@ def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: 
         elif isinstance(dp, ExampleDp):
             batch = federation.train.batch * federation.train.accumulate
             plan = dp.plan(int(rows.min()), int(rows.sum()), batch, steps)
-        else:
-            return None
-    messages = tuple(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
+    messages = (str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
     return Planned(plan, tuple(dict.fromkeys(messages)))
 
 
@@ -111,12 +108,11 @@ class Spending:
         try:
             facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             fresh = max(round_, int(facts.get("rounds", 0))) + int(facts.get("uncopied", 0))
-            charged, statement = round_ if simulated else fresh, facts.get("statement")
+            return cls(path, plan, simulated, weights, round_ if simulated else fresh, facts.get("statement"), outside)
         except (ValueError, TypeError, AttributeError) as error:
             raise RunError(
                 f"{path}, the record of privacy spent, cannot be read ({error}): start again in another --out"
             ) from error
-        return cls(path, plan, simulated, weights, charged, statement, outside)
 
     def charge(self, steps: int) -> Epsilon:
         """Counts one more round, in which a client takes `steps` noisy steps, on disk; returns the cost of all."""
@@ -125,9 +121,8 @@ class Spending:
         # Cohorts and batches come from the seed even where noise does not: an adversary who knows it learns more.
         sampled = self.plan.scheme.sampling != "none"
         epsilon = self.plan.spent(total, simulated=self.simulated or sampled)
-        self.statement = f"{epsilon}, {self.weights}"
-        if self.outside is not None:
-            self.statement += f", outside of epsilon: {self.outside}"
+        outside = "" if self.outside is None else f", outside of epsilon: {self.outside}"
+        self.statement = f"{epsilon}, {self.weights}{outside}"
         facts = {"rounds": self.charged, **vars(epsilon), "weights": self.weights, "statement": self.statement}
         if math.isinf(epsilon.epsilon):  # which JSON does not have
             facts["epsilon"] = None
@@ -165,27 +160,19 @@ class PrivacyAccount:
 
         ValueError where no noise gives what the recipe asks for.
         """
-        dp, shown = federation.privacy.dp, federation.shown_rows
+        privacy, shown = federation.privacy, federation.shown_rows
         if clip is None:
-            clip = dp.clip if isinstance(dp, CentralDp) else 0.0
-        planned = plan_noise(federation, layout, rows, steps * federation.rounds)
-        notes = (
-            shown and f"{shown}, which privacy would have kept with their clients",
-            coarse_weights(federation, layout, planned and planned.plan, rows),
-        )
-        warned = tuple(filter(None, notes))
-        if planned is None:
+            clip = privacy.dp.clip if isinstance(privacy.dp, CentralDp) else 0.0
+        plan, warned = plan_noise(federation, layout, rows, steps * federation.rounds)
+        if shown is not None:
+            warned += (f"{shown}, which privacy would have kept with their clients",)
+        if coarse := coarse_weights(federation, layout, plan, rows):
+            warned += (coarse,)
+        if plan is None:
             return cls(clip=clip, steps=steps, warned=warned)
-        path, simulated = folder / "privacy.json", federation.privacy.simulated
-        spending = Spending.open(
-            path,
-            planned.plan,
-            federation.privacy.describe_weights(federation.strategy),
-            simulated=simulated,
-            round_=round_,
-            outside=shown,
-        )
-        return cls(planned.plan, spending, clip, steps, planned.warned + warned)
+        path, weights = folder / "privacy.json", privacy.describe_weights(federation.strategy)
+        spending = Spending.open(path, plan, weights, simulated=privacy.simulated, round_=round_, outside=shown)
+        return cls(plan, spending, clip, steps, warned)
 
     @property
     def central(self) -> CentralPlan | None:

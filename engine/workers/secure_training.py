@@ -30,7 +30,7 @@ class SecureTraining:
         if work.fresh or self.ring is None:
             federation, summed = self.runner.federation, self.runner.peers.summed
             shard = self.shard(work.session)
-            self.ring = RingSum(shard, federation, self.layout, message.dp, message.round, summed)
+            self.ring = RingSum(shard, federation, message.dp, message.round, summed)
         return self.runner.run(work.units, message, self.ring) if work.units else []
 
     def masked(self, masks: list[Masks]) -> np.ndarray:

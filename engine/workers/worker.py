@@ -78,7 +78,7 @@ class ClientActor(WorkerProcess):
         import peft  # noqa: F401  # takes seconds: here all slots take them at the same time
 
         super().__init__(federation, folder)
-        self.sum = ExactSum()
+        self.sum, self.each = ExactSum(), SingleUpdates()
         self._attached: Attached | None = None
 
     @property
@@ -125,9 +125,9 @@ class ClientActor(WorkerProcess):
 
     def run_each(self, chunk: list[Unit], message: BroadcastMessage) -> Any:
         """As `run`, but returns each client's update beside the reports, None where it could not be used."""
-        single = SingleUpdates()
-        reports = self.attached.runner.run(chunk, message, single)
-        return reports, *(single.updates.get(report.client) for report in reports)
+        reports = self.attached.runner.run(chunk, message, self.each)
+        updates = self.each.take()
+        return reports, *(updates.get(report.client) for report in reports)
 
     def masked(self, inboxes: dict[int, Inbox], message: BroadcastMessage) -> tuple[list[Report], MaskedSum]:
         """Third trip of secure aggregation: trains, and returns the masked sum."""
@@ -157,11 +157,11 @@ class ClientActor(WorkerProcess):
 
     def forget_sum(self) -> None:
         """Starts again at zero."""
-        self.sum.close()
+        self.sum.take()
 
     def close_in_shards(self, partition: Partition) -> tuple[int | PartialSum, ...]:
         """Returns the bytes of the sum since the last close, and the sum as groups of ranks cut it."""
-        partial = self.sum.close()
+        partial = self.sum.take()
         return partial.nbytes, *(cut(partial, partition, rank) for rank in range(len(partition.parts)))
 
     def evaluate(self, chunk: list[int], message: BroadcastMessage, limit: int) -> list[ClientLoss]:

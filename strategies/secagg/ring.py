@@ -29,7 +29,7 @@ class Sum:
 
     "weighted" and "plain" are numbers, clipped to +-bound; the first are multiplied by the client's weight. "count" is
     whole numbers of 0 to `bound`. "noisy" is whole numbers that the caller has scaled and added noise to: they are
-    reduced and never refused, and `bound` is that of their sum (see `wrap_probability`).
+    reduced and never refused, and `bound` is that of their sum.
     """
 
     name: str
@@ -234,19 +234,6 @@ class Sums:
             raise ValueError(f"the sum {entry.name!r} takes whole numbers")
         if entry.kind == "count" and len(values) and not (values.min() >= 0 and values.max() <= entry.bound):
             raise ValueError(f"the sum {entry.name!r} was given a count outside of 0 to {int(entry.bound)}")
-
-
-def wrap_probability(sums: Sums, signal: float, sigma: float, length: int) -> float:
-    """A bound on the probability that normal noise wraps any of `length` coordinates with sums up to `signal`.
-
-    StrategyError unless signal + 6 sigma fits the ring.
-    """
-    if signal + 6 * sigma > sums.half:
-        raise StrategyError(
-            f"a sum of up to {signal:.3g} with noise of {sigma:.3g} does not fit a ring of {sums.bits} bits, which "
-            f"ends at {sums.half}: take more bits or a coarser scale"
-        )
-    return min(1.0, length * math.erfc((sums.half - signal) / (sigma * math.sqrt(2)))) if sigma else 0.0
 
 
 def _at(rng: np.random.Generator, position: int) -> np.random.Generator:

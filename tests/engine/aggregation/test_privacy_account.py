@@ -78,7 +78,7 @@ def test_a_large_delta_is_said(small_recipe):
 
 
 def test_without_privacy_there_is_no_plan(small_recipe):
-    assert plan_noise(small_recipe(), LAYOUT, np.full(100, 4), 12) is None
+    assert plan_noise(small_recipe(), LAYOUT, np.full(100, 4), 12) == (None, ())
 
 
 SHOWN = "2 held-out rows are shown word for word (evaluate.samples)"

@@ -86,7 +86,7 @@ def test_a_huge_client_elsewhere_makes_no_sum_coarser(rule: Strategy, largest: i
         weights += update.weight
         for name, vector in {"delta": update.weight * update.delta.double(), **update.extras}.items():
             exact[name] = exact.get(name, torch.zeros(1)) + vector.double()
-    aggregate = merge([running.close()])
+    aggregate = merge([running.take()])
     assert aggregate.weight == pytest.approx(weights, rel=1e-6)
     for name, vector in {"delta": aggregate.total, **aggregate.extras}.items():
         size = weights if name == "bend" else exact[name].abs().max()  # qfedavg adds it to the weights
@@ -108,7 +108,7 @@ def test_a_slot_weighs_its_clients_before_their_rule_sees_them(small_recipe, tmp
     rows = slot.attached.runner.tokens.counts("train").tolist()
     expected = [min(rows[client], cap or rows[client]) / 8 for client in (0, 1, 7)]
     assert min(rows) < 6 < max(rows)
-    assert merge([slot.sum.close()]).weight == pytest.approx(sum(expected), rel=1e-6)
+    assert merge([slot.sum.take()]).weight == pytest.approx(sum(expected), rel=1e-6)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def test_where_nobody_moves_the_model_stays_for_twenty_secured_rounds(federation
     metrics = {"steps": 1.0, "rates": 0.1, "loss": 1.0, "learned": 10.0, "tokens": 12.0}
     for _ in range(20):
         broadcast = rule.broadcast(state)
-        ring = RingSum(RingShard(sums, live_masks(federation, LORA, state.round)), federation, LORA, None, state.round)
+        ring = RingSum(RingShard(sums, live_masks(federation, LORA, state.round)), federation, None, state.round)
         for client, number in rows.items():
             weight = federation.privacy.weight(number, max(rows.values()))
             still = rule.starts(broadcast, {})[GLOBAL] - broadcast.params

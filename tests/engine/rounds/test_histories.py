@@ -75,7 +75,7 @@ class Slot(SecureClients):
     def masked(self, inboxes, message):
         work = self.pending(inboxes)
         if work.fresh:
-            self.ring = RingSum(RingShard(work.session.sums, {}), self.federation, LAYOUT, None, message.round)
+            self.ring = RingSum(RingShard(work.session.sums, {}), self.federation, None, message.round)
         reports = [self.trained(client) for unit in work.units for client in unit]
         return self.answer(self.ring.masked(self.masks(reports, inboxes)))
 

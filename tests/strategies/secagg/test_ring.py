@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.core.seeds import rng
-from strategies.secagg.ring import Sum, Sums, wrap_probability
+from strategies.secagg.ring import Sum, Sums
 
 
 def fresh(client=0):
@@ -192,12 +192,3 @@ def test_the_digest_covers_everything():
     ]
     variants += [delta(4, kind="weighted", levels=9), Sums((), 4)]
     assert len({sums.digest for sums in variants}) == len(variants)
-
-
-def test_noise_that_may_wrap():
-    sums = delta(10, bits=16)
-    assert wrap_probability(sums, 0, 0.0, 100) == 0
-    # (32767 - 2767) / 5000 = 6 standard deviations: 2 Phi(-6) = 1.973e-9
-    assert wrap_probability(sums, 2767, 5000, 1000) == pytest.approx(1.973e-6, rel=1e-3)
-    with pytest.raises(ValueError, match="does not fit a ring of 16 bits"):
-        wrap_probability(sums, 2768, 5000, 1000)
