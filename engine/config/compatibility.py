@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+from engine.config.privacy import NoDp
 from engine.config.sections import Sections
 from engine.config.train import DECAYS, Sgd, Train
 from engine.messages.errors import RunError
@@ -9,14 +10,18 @@ from strategies import Strategies
 from strategies.core.base import named
 from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
-from strategies.core.protocol import NeedsSgd, Strategy
+from strategies.core.protocol import NO_LAYOUT, NeedsSgd, Strategy
+from strategies.privacy.central import CentralDp
+from strategies.privacy.checks import check_dp
+from strategies.privacy.distributed import DistributedDp
+from strategies.secagg.ring import Sum
 
 SOME = Layout(("any",), ((10_007,),))  # an odd length: an extra of this length follows the vector's
 
 
 def check_together(recipe: Sections) -> None:
-    """Raises RunError for the first two sections that do not go together, with the nearest that works."""
-    for check in (_adapters, _cohort, _optimizer, _schedules, _transforms, _lanes, _overlap, _gangs):
+    """Raises RunError, or StrategyError, for the first two sections that do not go together, and names what works."""
+    for check in (_adapters, _cohort, _optimizer, _schedules, _transforms, _lanes, _overlap, _gangs, _privacy):
         check(recipe)
 
 
@@ -150,9 +155,9 @@ def _overlap(recipe: Sections) -> None:
         "clients.zero": recipe.clients.zero is not None,
         named(strategy): strategy.personalizes or strategy.merges_into_base,
     }
-    for key, is_set in refused.items():
-        if recipe.evaluate.overlap and is_set:
-            raise RunError(f"evaluate.overlap does not work with {key}: leave it out, so that rounds wait")
+    key = next((key for key, is_set in refused.items() if is_set), None)
+    if recipe.evaluate.overlap and key is not None:
+        raise RunError(f"evaluate.overlap does not work with {key}: leave it out, so that rounds wait")
 
 
 def works_in_gangs(strategy: Strategy) -> bool:
@@ -184,9 +189,8 @@ def _gangs(recipe: Sections) -> None:
         "clients.availability.deadline_s without step_s": recipe.clients.availability.by_clock,
         "evaluate.finetune": recipe.evaluate.finetune > 0,
     }
-    for key, is_set in refused.items():
-        if is_set:
-            raise RunError(f"{key} does not work with gangs: leave it, or clients.zero, out")
+    if key := next((key for key, is_set in refused.items() if is_set), None):
+        raise RunError(f"{key} does not work with gangs: leave it, or clients.zero, out")
     gpus = recipe.clients.num_gpus
     if zero.ranks > 1 and 0 < gpus <= 0.5:
         raise RunError(
@@ -195,9 +199,124 @@ def _gangs(recipe: Sections) -> None:
         )
     # Every rank has short sums whole: masks are for shards, and each rank would clip and add noise by itself.
     short = [name for name, length in strategy.beside(SOME).items() if length != SOME.size]
-    for key, is_set in {"privacy.secagg": privacy.secure, "privacy.dp": privacy.dp.kind != "none"}.items():
-        if is_set and short:
-            raise RunError(
-                f"{named(strategy)} sends {' and '.join(map(repr, short))} beside the update and not as long as it, "
-                f"which {key} does not work with in gangs: leave {key}, or clients.zero, out"
-            )
+    if short and privacy.on:
+        key = "privacy.secagg" if privacy.secure else "privacy.dp"
+        raise RunError(
+            f"{named(strategy)} sends {' and '.join(map(repr, short))} beside the update and not as long as it, which "
+            f"{key} does not work with in gangs: leave {key}, or clients.zero, out"
+        )
+
+
+def _privacy(recipe: Sections) -> None:
+    """What privacy asks of the rest."""
+    _check_comparison(recipe)
+    if not isinstance(recipe.privacy.dp, NoDp):
+        _check_noise(recipe)
+    if recipe.privacy.secure:
+        _check_reads(recipe)
+    if recipe.privacy.public_weights:
+        _check_weights(recipe)
+    if recipe.privacy.secure:
+        _check_sampling(recipe)
+        _check_bounds(recipe)
+        _check_cohort(recipe)
+
+
+def _check_comparison(recipe: Sections) -> None:
+    refused = {
+        "clients' state belongs to the one run": recipe.keeps_state,
+        "there is no privacy to do without": not recipe.privacy.on,
+    }
+    why = next((why for why, is_so in refused.items() if is_so), None)
+    if recipe.evaluate.without_privacy and why is not None:
+        raise RunError(f"evaluate.without_privacy plays all rounds twice, but {why}: leave it out")
+
+
+def _check_noise(recipe: Sections) -> None:
+    dp, strategy, peft = recipe.privacy.dp, recipe.strategy, recipe.model.peft
+    assert not isinstance(dp, NoDp)
+    mixed_ranks = peft.kind == "lora" and any(share.r != peft.r for share in peft.ranks)
+    check_dp(dp, strategy, strategy.beside(NO_LAYOUT), recipe.privacy.secagg.mode, mixed_ranks=mixed_ranks)
+    if recipe.clients.min_share > 0 or recipe.clients.on_too_few == "skip":
+        raise RunError(
+            "a round that has no result because few clients took part tells how many did, which noise would have "
+            "hidden: leave clients.min_share and clients.on_too_few out, or privacy.dp"
+        )
+
+
+def _check_reads(recipe: Sections) -> None:
+    """Secure aggregation gives one sum of all updates."""
+    strategy, name = recipe.strategy, named(recipe.strategy)
+    if strategy.reads != "sum":
+        what = "each update" if strategy.reads == "each" else "several sums of the same updates"
+        raise RunError(
+            f"{name} reads {what}, and secure aggregation gives the server one sum a round: take a rule that reads "
+            f'the sum ("centred_clipping", or the transform "clip", bound what a liar can do), or set '
+            f'privacy.secagg.mode = "off"'
+        )
+    if not strategy.sends_update:
+        raise RunError(f"{name} sends nothing that could be summed: leave privacy.secagg out")
+
+
+def _check_weights(recipe: Sections) -> None:
+    """Clients multiply their updates by their weights, which must be bounded and tell nothing of other clients."""
+    strategy, name = recipe.strategy, named(recipe.strategy)
+    if not strategy.bounded_weights:
+        raise RunError(
+            f"{name} weighs clients without a bound (bounded_weights), so that one of them may move a sum by any "
+            f'amount: take a rule with bounded weights, such as "fedavg", or "hetlora" with weighting = "uniform"'
+        )
+    if recipe.privacy.rows_cap is None and not strategy.weighs_alike:
+        raise RunError(
+            f"{name} weighs clients by their rows, which needs a public number of rows from which on all clients "
+            f'count the same: set privacy.rows_cap, or strategy.weighting = "uniform"'
+        )
+
+
+def _check_sampling(recipe: Sections) -> None:
+    dp = recipe.privacy.dp
+    claims = ("poisson", "auto") if isinstance(dp, CentralDp) else ("poisson",)
+    varies = not isinstance(recipe.cohort, UniformCohort)
+    if isinstance(dp, CentralDp | DistributedDp) and varies and dp.sampling in claims:
+        raise RunError(
+            "a Poisson cohort that is too small for secure aggregation has no sum, which tells how many came, so that "
+            'its sampling hides nothing: set privacy.dp.sampling = "none"'
+        )
+
+
+def _check_bounds(recipe: Sections) -> None:
+    secagg, name, beside = recipe.privacy.secagg, named(recipe.strategy), recipe.strategy.beside(NO_LAYOUT)
+    missing = next((extra for extra in beside if extra not in secagg.bounds), None)
+    if missing and not isinstance(recipe.privacy.dp, DistributedDp):
+        raise RunError(
+            f"{name} sends the sum {missing!r} beside the update, and a ring needs to know how large its coordinates "
+            f"may be: set privacy.secagg.bounds.{missing}, above which they are clipped"
+        )
+    if unknown := next((extra for extra in secagg.bounds if extra not in beside), None):
+        raise RunError(f"privacy.secagg.bounds names {unknown!r}, but {name} sends no such sum: take it out")
+
+
+def _check_cohort(recipe: Sections) -> None:
+    """The largest cohort must fit the graph and the ring; without one, the driver checks it by the population."""
+    secagg, cohort = recipe.privacy.secagg, recipe.cohort
+    largest = cohort.size if isinstance(cohort, UniformCohort) else cohort.cap
+    if largest is None:
+        return
+    secagg.parameters(largest)
+    secagg.sums((Sum("delta", 1, secagg.bound, "weighted"),), largest)
+    if secagg.min_contributors > largest:
+        raise RunError(
+            f"privacy.secagg.min_contributors is {secagg.min_contributors}, more than the {largest} clients of a "
+            f"cohort: lower it, or raise cohort.size"
+        )
+    peft = recipe.model.peft
+    if peft.kind != "lora" or not peft.ranks or recipe.strategy.sends_products:
+        return
+    # Rows of an adapter that only clients of a high rank have are a block of their own in the sum.
+    expected = largest * sum(share.share for share in peft.ranks if share.r == peft.r)
+    if expected < secagg.min_contributors:
+        raise RunError(
+            f"of a cohort of {largest}, {expected:g} clients are expected to have rank {peft.r}, and "
+            f"privacy.secagg.min_contributors asks for {secagg.min_contributors} for each coordinate: raise "
+            f'cohort.size or the share, or take "flexlora", whose sums hold everybody\'s products'
+        )

@@ -46,7 +46,6 @@ class SecAgg:
     max_aborts: int = 3
 
     def __post_init__(self) -> None:
-        """Raises RunError for a value out of range."""
         below_one("privacy.secagg", corrupt=self.corrupt, dropout=self.dropout)
         at_least("privacy.secagg", 2, min_contributors=self.min_contributors)
         at_least("privacy.secagg", 0, max_aborts=self.max_aborts)
@@ -97,14 +96,12 @@ class Privacy:
     rows_cap: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises RunError for a value out of range."""
-        if self.rows_cap is not None:
-            at_least("privacy", 1, rows_cap=self.rows_cap)
+        at_least("privacy", 1, rows_cap=self.rows_cap)
 
     @property
     def on(self) -> bool:
         """Whether there is secure aggregation or differential privacy."""
-        return self.secure or not isinstance(self.dp, NoDp)
+        return self.secure or self.dp.kind != "none"
 
     @property
     def secure(self) -> bool:
