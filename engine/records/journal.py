@@ -6,7 +6,7 @@ played again, by a new driver or after --resume, may therefore unmask the same c
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
@@ -78,7 +78,12 @@ class Journal:
                 if other != round_:
                     self._refuse_beside(other, asked, refuse_thin)
         # Written even if nothing is new: a driver may have died before the copy elsewhere had it.
-        self._write(round_, Unmasked(asked, tuple(dict.fromkeys((*before, self.model)))))
+        facts = {"round": round_, "clients": asked, "models": [*dict.fromkeys((*before, self.model))]}
+        content = json.dumps(facts | {"digest": _digest(facts)}).encode()
+        make_folder(self.folder)
+        write_file(path, content)
+        if self.elsewhere is not None:
+            _copy(content, within(self.elsewhere, f"{JOURNAL}/{path.name}"))
 
     def _after_model(self) -> list[int]:
         """Returns the rounds after the present model that have a file: no other can have had a sum from it."""
@@ -102,14 +107,6 @@ class Journal:
                 f"round {other} had a sum from the same model, and of the clients that are in one of the two sums "
                 f"alone {error}: the difference could tell one client's update"
             ) from None
-
-    def _write(self, round_: int, entry: Unmasked) -> None:
-        facts = {"round": round_, **asdict(entry)}
-        content = json.dumps(facts | {"digest": _digest(facts)}).encode()
-        make_folder(self.folder)
-        write_file(self._path(round_), content)
-        if self.elsewhere is not None:
-            _copy(content, within(self.elsewhere, f"{JOURNAL}/{self._path(round_).name}"))
 
     def _path(self, round_: int) -> Path:
         return self.folder / f"round-{round_:05d}.json"

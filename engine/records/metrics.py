@@ -1,7 +1,7 @@
 """A run's metrics, ledger and faults, in one Parquet file a round each: a round that is run again replaces its own."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,9 +72,7 @@ class Metrics(RoundLog):
 
     def add(self, round_: int, split: str, client: str | None, **values: float) -> None:
         """Adds one row per named value."""
-        self.note(
-            round=round_, split=split, client=client, name=[*values], value=[*values.values()], wall_s=self.wall_s
-        )
+        self.add_each(round_, split, [client], [values])
 
     def judged(self, round_: int) -> bool:
         """Returns whether the file of a round holds an evaluation of the model after it."""
@@ -82,7 +80,9 @@ class Metrics(RoundLog):
         losses = [("round", "=", round_), ("name", "=", "loss"), ("split", "in", JUDGED)]
         return path.exists() and pq.read_table(path, filters=losses).num_rows > 0
 
-    def add_each(self, round_: int, split: str, clients: list[str], values: list[dict[str, float]]) -> None:
+    def add_each(
+        self, round_: int, split: str, clients: Sequence[str | None], values: Sequence[Mapping[str, float]]
+    ) -> None:
         """Adds one row per named value of each client."""
         self.note(
             round=round_,
