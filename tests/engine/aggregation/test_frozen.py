@@ -103,7 +103,7 @@ def secured(recipe, plan, state, updates):
     """The sums of a round's clients through the ring, and what the server makes of them."""
     sums = ring_sums(recipe, LAYOUT, plan, CLIP, CLIENTS, MOST_TOKENS, state.round)
     live = live_masks(recipe, LAYOUT, state.round)
-    ring = RingSum(RingShard(sums, live), recipe, LAYOUT, plan, state.round)
+    ring = RingSum(RingShard(sums, live), recipe, plan, state.round)
     for update in updates:
         ring.add(update)
     totals = sums.decode(ring.masked([]))
@@ -223,7 +223,7 @@ def test_shards_of_a_secured_sum_are_the_whole_bit_for_bit(federation, strategy,
     live, shards = live_masks(recipe, LAYOUT, 0), []
     for rank in range(3):
         place = RingShard(sums, live, partition, rank)
-        ring = RingSum(place, recipe, LAYOUT, None, 0)
+        ring = RingSum(place, recipe, None, 0)
         for update in sent:
             extras = {name: partition.cut(extra, rank) for name, extra in update.extras.items()}
             ring.add(replace(update, delta=partition.cut(update.delta, rank), extras=extras))
