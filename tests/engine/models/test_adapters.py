@@ -23,11 +23,10 @@ from engine.training.local_training import LocalTrainer
 from engine.training.per_example import PrivateTrainer
 from engine.training.step_loop import Training
 from strategies.averaging.fedavg import FedAvg
-from strategies.lora.fedex import FedExLora
-from strategies.lora.ffa import FfaLora
-from strategies.lora.flora import Flora
+from strategies.lora.frozen_half import FfaLora
 from strategies.lora.hetlora import HetLora
-from strategies.personalized.feddpa import FedDpa
+from strategies.lora.products import FedExLora, Flora
+from strategies.personalized.personal_models import FedDpa
 
 EMBEDDING = Lora(r=4, alpha=8, targets=("embed_tokens", "q_proj"))
 MakeTrainable = Callable[..., Trainable]
