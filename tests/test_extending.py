@@ -13,7 +13,19 @@ import pyarrow as pa
 import pytest
 import torch
 
+from engine.aggregation.accumulators import RingSum
+from engine.aggregation.ring_encoding import ring_aggregate, ring_sums
+from engine.aggregation.ring_shard import RingShard
+from engine.config.federation import Federation
+from engine.config.privacy import Privacy, SecAgg
+from engine.config.sections import Lora, Model
+from engine.config.train import Sgd, Train
+from engine.models.base_model import load_tokenizer, map_base, read_base
+from engine.models.trainable import Trainable
+from engine.objectives.base import client_figures, figure_metrics
 from engine.objectives.sft import Sft
+from engine.training.local_training import LocalTrainer
+from engine.training.step_loop import Training
 from experiments.cli.contract import show_check
 from strategies import FedAvg
 from strategies.core.protocol import Aggregate, Broadcast, ServerState, Size, Update
@@ -94,10 +106,45 @@ def test_the_objective_is_the_focal_loss_and_sft_without_focus(example, tiny_bas
     columns = focal().encode(rows, tokenizer, 32).combine_chunks().to_batches()[0]
     batch = focal().collate(columns, tokenizer.pad_token_id)
     plain = Sft().terms(network, batch)["nll"].values_N.detach().double().numpy()
-    weighted = focal(gamma=2.0).terms(network, batch)["nll"].values_N.detach().double().numpy()
+    weighted = focal(gamma=2.0).terms(network, batch)["focal"].values_N.detach().double().numpy()
     np.testing.assert_allclose(weighted, plain * (1 - np.exp(-plain)) ** 2, rtol=1e-5)
-    np.testing.assert_array_equal(focal(gamma=0.0).terms(network, batch)["nll"].values_N.detach().numpy(), plain)
+    np.testing.assert_array_equal(focal(gamma=0.0).terms(network, batch)["focal"].values_N.detach().numpy(), plain)
     assert replace(focal(), gamma=1.0).kind == "focal" and FedAvg().kind == "fedavg"
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "secure"])
+def test_both_terms_of_the_objective_arrive_at_the_server(example, tiny_base, secure):
+    """Two clients train; the server gets the means over both from sums, in the clear and out of a ring."""
+    focal = example("engine/objectives/focal.py").Focal(gamma=1.0)
+    model = Model(base=str(tiny_base), peft=Lora(r=2))
+    train = Train(steps=1, batch=4, optimizer=Sgd(lr=0.1), objective=focal)
+    privacy = Privacy(rows_cap=2, secagg=SecAgg(mode="ideal" if secure else "off"))
+    federation = Federation(name="x", seed=1, rounds=1, model=model, train=train, privacy=privacy)
+    packed, buffer = read_base(model)
+    trainer = LocalTrainer(Trainable(map_base(packed, torch.from_numpy(buffer)), model, 0), 0, train)
+    tokenizer, layout, start = load_tokenizer(model), trainer.trainable.layout, trainer.trainable.initial
+    texts = [
+        pa.table({"prompt": ["ab is ", "c is "], "completion": ["ba", "c"]}),
+        pa.table({"prompt": ["x"], "completion": ["abc"]}),
+    ]
+    rows = [focal.encode(text, tokenizer, 32).combine_chunks().to_batches()[0] for text in texts]
+    trained = [trainer.train([Training(part, start, np.random.default_rng(0), 0)], train)[0] for part in rows]
+    trainer.become(start)
+    sums = [trainer.loss_terms(part, 4) for part in rows]
+    expected = {name: sum(s[name][0] for s in sums) / sum(s[name][1] for s in sums) for name in ("focal", "nll")}
+    if secure:
+        ring = ring_sums(federation, layout, None, 0.0, 2, 100, 0)
+        total = RingSum(RingShard(ring, {}), federation, layout, None, 0)
+        for client, result in enumerate(trained):
+            total.add(Update(client, 1.0, result.end - start, metrics=result.metrics))
+        _, figures = ring_aggregate(ring.decode(total.masked([])), federation, layout, None, 0)
+    else:
+        each = [client_figures(focal, result.metrics) for result in trained]
+        figures = {name: each[0][name] + each[1][name] for name in each[0]}
+    metrics = figure_metrics(focal, figures)
+    assert 0 < expected["focal"] < expected["nll"]
+    means = {f"term.{name}": mean for name, mean in expected.items()}
+    assert metrics == pytest.approx({"loss": expected["focal"], "tokens": figures["tokens"], **means}, rel=1e-3)
 
 
 def test_an_objective_in_the_union_is_a_kind_of_the_recipe(example, tmp_path):

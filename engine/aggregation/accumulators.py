@@ -15,6 +15,7 @@ from engine.aggregation.ring_encoding import Plan, figures_of, ring_values
 from engine.aggregation.ring_shard import RingShard
 from engine.config.federation import Federation
 from engine.messages.reports import UpdateMessage
+from engine.objectives.base import client_figures
 from strategies.core.errors import StrategyError
 from strategies.core.layout import Layout
 from strategies.core.protocol import Update
@@ -67,7 +68,8 @@ class RingSum:
     def add(self, update: Update) -> None:
         """Adds one client; NonFiniteUpdate where values, weight or training loss have no place in the ring."""
         finite_bound(update)
-        if not math.isfinite(update.metrics["loss"]):
+        objective = self.federation.train.objective
+        if not all(map(math.isfinite, client_figures(objective, update.metrics).values())):
             raise NonFiniteUpdate("its training loss is no number")
         try:
             self.shard.sums.encode_head(update.weight)
@@ -77,7 +79,7 @@ class RingSum:
         values, clipped = ring_values(
             update, shard.sums, self.federation, self.layout, self.plan, self.round, shard.live_S
         )
-        figures = figures_of(update, int(self.summed(clipped)))
+        figures = figures_of(update, objective, int(self.summed(clipped)))
         if shard.rank == 0:
             values |= {name: np.array([figure], np.float64) for name, figure in figures.items()}
         draws = rng(self.federation.seed, self.round, update.client, "rounding")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engine.config.federation import Federation
+from engine.objectives.base import Objective, client_figures, figure_bounds
 from strategies.core.layout import Layout
 from strategies.core.live import with_frozen, without_frozen
 from strategies.core.protocol import Aggregate, Mask, Size, Update
@@ -23,8 +24,8 @@ from strategies.privacy.noise_source import Words, byte_words, seeded_words
 from strategies.secagg.ring import Sum, Sums, Totals
 
 NOISY = "noisy"  # the sum of everything under distributed noise
-MOST_NATS = 64.0  # of one token's loss: e^-64 is less than any softmax of float32 gives
-FIGURES = ("nll", "learned", "tokens", "clipped")  # sums over the clients of what training measures
+FIGURE = "figure: "  # begins the names of sums of what training measures, such as the loss's terms
+CLIPPED = "clipped"
 Plan = NoisePlan | None
 
 
@@ -40,14 +41,14 @@ def ring_sums(
         sums = [Sum("delta", lengths["delta"], min(secagg.bound, clip) if central else secagg.bound, "weighted")]
         sums += [Sum(name, length, secagg.bounds[name]) for name, length in lengths.items() if name != "delta"]
         sums += [Sum(name, length, 0.5) for name, length in (central.beside if central else {}).items()]
-    bounds = (most_tokens * MOST_NATS, most_tokens, most_tokens, max(1, sum(lengths.values())))
-    figures = (Sum(name, 1, bound) for name, bound in zip(FIGURES, bounds, strict=True))
+    bounds = {**figure_bounds(federation.train.objective, most_tokens), CLIPPED: max(1, sum(lengths.values()))}
+    figures = (Sum(FIGURE + name, 1, bound) for name, bound in bounds.items())
     return secagg.sums((*sums, *figures), clients)
 
 
 def rounding(sums: Sums) -> float:
     """Returns what rounding may add to the L2 norm of a client's vector: below one ring step for each coordinate."""
-    vectors = (entry for entry in sums.sums if entry.name not in FIGURES)
+    vectors = (entry for entry in sums.sums if not entry.name.startswith(FIGURE))
     return math.sqrt(sum(entry.length / sums.scale(entry.name) ** 2 for entry in vectors))
 
 
@@ -75,18 +76,18 @@ def ring_values(
     return {name: value.numpy() for name, value in values.items()}, clipped
 
 
-def figures_of(update: Update, clipped: int) -> dict[str, float]:
-    """Returns a client's FIGURES, of which `clipped` coordinates were cut by a bound."""
-    metrics = update.metrics
-    figures = (metrics["loss"] * metrics["learned"], metrics["learned"], metrics["tokens"], float(clipped))
-    return dict(zip(FIGURES, figures, strict=True))
+def figures_of(update: Update, objective: Objective, clipped: int) -> dict[str, float]:
+    """Returns a client's figures by the names of their sums; `clipped` coordinates were cut by a bound."""
+    figures = {**client_figures(objective, update.metrics), CLIPPED: float(clipped)}
+    return {FIGURE + name: value for name, value in figures.items()}
 
 
 def ring_aggregate(
     totals: Totals, federation: Federation, layout: Layout, plan: Plan, round_: int
 ) -> tuple[Aggregate, dict[str, float]]:
     """Returns what the server learns: the sums as floats, and the figures by name."""
-    figures = {name: float(totals.sums[name][0]) for name in FIGURES}
+    figures = {name: float(total[0]) for name, total in totals.sums.items() if name.startswith(FIGURE)}
+    figures = {name.removeprefix(FIGURE): value for name, value in figures.items()}
     live = live_masks(federation, layout, round_)
     if plan is not None and plan.adds_to == "ring":
         lengths = live_lengths(federation, layout, round_)
@@ -96,7 +97,7 @@ def ring_aggregate(
         short = plan.decode(noisy_D, totals.count, lengths, _signs(federation, plan, round_))
         whole = with_frozen({"delta": short.total, **short.extras}, live)
         return replace(short, total=whole.pop("delta"), extras=whole), figures
-    vectors = ((name, total) for name, total in totals.sums.items() if name not in FIGURES)
+    vectors = ((name, total) for name, total in totals.sums.items() if not name.startswith(FIGURE))
     whole = with_frozen({name: torch.from_numpy(total.astype(np.float32)) for name, total in vectors}, live)
     return Aggregate(totals.weight, whole.pop("delta"), whole, totals.count), figures
 

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from engine.aggregation.ring_encoding import FIGURES
+from engine.aggregation.ring_encoding import FIGURE
 from engine.messages.shards import AggregateShard
 from strategies.core.live import with_frozen
 from strategies.core.protocol import Mask
@@ -56,7 +56,7 @@ class RingShard:
 
     def _pieces(self) -> Iterator[Piece]:
         for entry in self.sums.sums:
-            if entry.name in FIGURES or self.partition is None:
+            if entry.name.startswith(FIGURE) or self.partition is None:
                 if self.rank == 0:
                     yield Piece(entry.name, 0, entry.length)
                 continue
@@ -135,8 +135,8 @@ class RingShard:
         parts: dict[str, list[np.ndarray]] = {}
         for piece, total in self.views(total_S[self.head :]):
             values = self.sums.decode_part(piece.name, total)
-            if piece.name in FIGURES:
-                figures[piece.name] = float(values[0])
+            if piece.name.startswith(FIGURE):
+                figures[piece.name.removeprefix(FIGURE)] = float(values[0])
             else:
                 parts.setdefault(piece.name, []).append(values.astype(np.float32))
         vectors = {name: torch.from_numpy(np.concatenate(vectors)) for name, vectors in parts.items()}

@@ -13,25 +13,29 @@ from strategies.core.protocol import Broadcast, ServerState, Strategy, Vector
 from strategies.core.sharding import Partition
 from strategies.privacy.checks import NoisePlan
 
+WITHIN_CALLS = 65_536  # bytes, well below what Ray puts into the store by itself
+
+
+def share(message: Any) -> Any:
+    """Returns what many calls carry of a message: a reference, or the message itself if its `nbytes` are few."""
+    return message if message.nbytes <= WITHIN_CALLS else ray.put(message)
+
 
 @dataclass(frozen=True)
 class BroadcastMessage:
     """A broadcast whose only shard is whole, or references to all shards of the server's state, cut by `partition`.
 
     The server makes the broadcast of a whole vector; with shards each worker makes its own from the state.
-    Client state from before round `oldest` may be deleted. `dp` says how clients bound what they send and what noise
-    they add, `clip` is the round's clipping norm. Up to `lanes` clients train together. `nbytes` are those of the
-    shards in the object store.
     """
 
     round: int
     shards: tuple[Any, ...]
-    nbytes: int = 0
+    nbytes: int = 0  # of the shards in the object store
     partition: Partition | None = None
-    oldest: int = 0
-    dp: NoisePlan | None = None
-    clip: float = 0.0
-    lanes: int = 1
+    oldest: int = 0  # client state from before this round may be deleted
+    dp: NoisePlan | None = None  # how clients bound what they send, and their noise
+    clip: float = 0.0  # the round's clipping norm
+    lanes: int = 1  # the most clients that train together
 
     @classmethod
     def of(cls, broadcast: Broadcast) -> "BroadcastMessage":

@@ -3,18 +3,14 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-DROPOUT = "dropout"
+DROPOUT = "dropout"  # the kind of a client that is absent or late because the recipe asks for it
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What went wrong, whether or not it could be repaired: its kind, which one, and why.
+    """What went wrong, whether or not it could be repaired: its kind, which one, and why."""
 
-    Kinds are "slot", "client", "lanes" (clients that train together), "driver", "round", and "dropout": a client that
-    is absent or late because the recipe asks for it.
-    """
-
-    kind: str
+    kind: str  # "slot", "client", "lanes" (clients that train together), "driver", "round", or DROPOUT
     who: str
     why: str
 
@@ -28,11 +24,7 @@ class Preparing:
 
 @dataclass(frozen=True)
 class Started:
-    """All is in place; `notes` are what the user should know beforehand, such as a large delta.
-
-    `without_gpu` slots were to have a GPU, but torch sees none there, and they run on the CPU. `resumed` is the round
-    that a resumed run goes on from, or None. Up to `lanes` clients train together in a slot.
-    """
+    """All is in place; `notes` are what the user should know beforehand, such as a large delta."""
 
     slots: int
     asked: int | str
@@ -41,8 +33,8 @@ class Started:
     dropped_rows: int
     parameters: int
     base_bytes: int
-    without_gpu: int
-    resumed: int | None
+    without_gpu: int  # slots that were to have a GPU and run on the CPU
+    resumed: int | None  # the round that a resumed run goes on from
     lanes: int
     notes: tuple[str, ...] = ()
 
@@ -51,9 +43,8 @@ class Started:
 class RoundDone:
     """A round has ended: mean training loss, seconds, tokens per second, and who gave no usable update, and why.
 
-    `gone` says why clients came too late or not at all. `aborted` says why there is no sum, and the model stays as it
-    was. `epsilon` is what all noisy rounds so far have cost, with its assumptions. `faults` are what went wrong since
-    the round before; all was repaired but what is about clients in `failed`.
+    `gone` says why clients came too late or not at all, `aborted` why the model stays as it was. `epsilon` is what all
+    noisy rounds so far have cost, with its assumptions. All `faults` were repaired but those of clients in `failed`.
     """
 
     round: int

@@ -14,18 +14,14 @@ DOWN, UP = "protocol_bytes_down", "protocol_bytes_up"  # metrics of a report
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one client in a round: its metrics, why its update was refused (`failed`), how `late` it came.
-
-    `late` is in seconds after the deadline, 0 where the client was in time. `seconds` is how long its slot worked for
-    it; clients in lanes share their time equally. `tried` says why earlier attempts failed.
-    """
+    """What became of one client in a round."""
 
     client: int
     metrics: dict[str, float]
-    failed: str | None = None
-    late: float = 0.0
-    seconds: float = field(default=0.0, compare=False)
-    tried: tuple[str, ...] = ()
+    failed: str | None = None  # why its update was refused
+    late: float = 0.0  # seconds after the deadline, 0 if the client was in time
+    seconds: float = field(default=0.0, compare=False)  # of its slot's work; clients in lanes share them equally
+    tried: tuple[str, ...] = ()  # why earlier attempts failed
 
     @classmethod
     def of_nothing(cls, client: int, tried: tuple[str, ...]) -> "Report":

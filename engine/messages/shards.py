@@ -1,8 +1,4 @@
-"""Model states, sums and aggregates as they cross Ray: flat NumPy arrays, which the object store maps without a copy.
-
-A torch tensor would be pickled instead. A vector (P,) travels whole, as its only shard, or in the shards (S,) of a
-partition.
-"""
+"""Model states and aggregates as they cross Ray: flat NumPy arrays, which the object store maps without a copy."""
 
 import warnings
 from collections.abc import Mapping
@@ -29,15 +25,17 @@ def borrow_all(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of a model state or of a broadcast: the parameters, and the vectors beside them by name."""
+    """One shard of a model state or of a broadcast, its vectors by name; a whole state may have a `merged_delta`."""
 
     params: np.ndarray
     vectors: dict[str, np.ndarray]
+    merged_delta: np.ndarray | None = None
 
     @classmethod
-    def of(cls, params: Vector, vectors: Mapping[str, Vector]) -> "Shard":
+    def of(cls, params: Vector, vectors: Mapping[str, Vector], merged_delta: Vector | None = None) -> "Shard":
         """Shares the tensors' memory."""
-        return cls(params.numpy(), {name: vector.numpy() for name, vector in vectors.items()})
+        merged = None if merged_delta is None else merged_delta.numpy()
+        return cls(params.numpy(), {name: vector.numpy() for name, vector in vectors.items()}, merged)
 
     @property
     def nbytes(self) -> int:
@@ -46,8 +44,9 @@ class Shard:
 
     def state(self, round_: int, seed: int, population: int = 0) -> ServerState:
         """Returns the state that it is a shard of, over the store's own memory."""
+        merged = None if self.merged_delta is None else borrow(self.merged_delta)
         vectors = borrow_all(self.vectors)
-        return ServerState(round_, borrow(self.params), vectors, seed=seed, population=population)
+        return ServerState(round_, borrow(self.params), vectors, merged, seed=seed, population=population)
 
 
 @dataclass(frozen=True)
@@ -65,27 +64,9 @@ class AggregateShard:
 
 
 @dataclass(frozen=True)
-class ShardTotals:
-    """What the server learns of secured sums in shards: references to AggregateShards, and the clients' figures."""
-
-    count: int
-    weight: float
-    parts: tuple[Any, ...]
-    figures: dict[str, float]
-
-
-@dataclass(frozen=True)
 class ShardedState:
-    """The server's state in shards: the whole ServerState itself, or references to Shards, of `nbytes` in the store."""
+    """The server's state after `round` in shards: Shards, or references to them, of `nbytes` in the object store."""
 
     round: int
     parts: tuple[Any, ...]
     nbytes: int = 0
-
-
-@dataclass(frozen=True)
-class ShardSum:
-    """A slot's sum where the driver holds only references to its shards (PartialSum), of `nbytes` in the store."""
-
-    parts: tuple[Any, ...]
-    nbytes: int

@@ -1,17 +1,14 @@
 """The adapters that PEFT adds to a base, made from the recipe; a new kind of adapter is added here."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import Any
 
 from torch import nn
 
+from engine.config.federation import Federation
 from engine.config.sections import Lora, Model
 from engine.messages.errors import RunError
-
-if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel
+from strategies.core.base import named
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -26,7 +23,7 @@ def is_transposed(layer: nn.Module) -> bool:
     return isinstance(layer, Conv1D)
 
 
-def with_adapters(network: PreTrainedModel, model: Model) -> PeftModel:
+def with_adapters(network: Any, model: Model) -> Any:
     """Adds the recipe's LoRA adapters to the network, initialized from torch's seed; RunError for unknown layers."""
     from peft import get_peft_model
 
@@ -43,18 +40,39 @@ def with_adapters(network: PreTrainedModel, model: Model) -> PeftModel:
         ) from error
 
 
-def lora_config(model: Model) -> LoraConfig:
-    """Makes PEFT's configuration of the adapter, which is also saved beside its weights."""
+def lora_config(model: Model) -> Any:
+    """Makes PEFT's configuration of the adapter."""
     from peft import LoraConfig
 
-    assert isinstance(model.peft, Lora)
-    targets = model.peft.targets
+    peft = model.peft
+    assert isinstance(peft, Lora)
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.base,
         revision=model.revision,
-        r=model.peft.r,
-        lora_alpha=model.peft.alpha,
-        lora_dropout=model.peft.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        r=peft.r,
+        lora_alpha=peft.alpha,
+        lora_dropout=peft.dropout,
+        target_modules=peft.targets if isinstance(peft.targets, str) else list(peft.targets),
     )
+
+
+def refuse_other_adapters(network: nn.Module, federation: Federation) -> None:
+    """Raises RunError if the strategy works on A and B of linear layers, and something else is trained."""
+    strategy, peft = federation.strategy, federation.model.peft
+    if not isinstance(peft, Lora) or not (strategy.needs_lora or strategy.merges_into_base or strategy.sends_products):
+        return
+    places = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
+    for name in [name for name, parameter in network.named_parameters() if parameter.requires_grad]:
+        module, marker, rest = name.partition(".lora_")
+        layer: Any = network.get_submodule(module).base_layer if marker else None
+        if layer is None or not is_linear(layer) or not rest.startswith(("A.", "B.")):
+            why = "something else is trained in"
+        elif strategy.merges_into_base and places[id(layer.weight)] > 1:
+            why = "it changes the base's weights, and another layer shares those of"
+        else:
+            continue
+        raise RunError(
+            f"{named(strategy)} works on the two matrices of linear layers' adapters, and {why} "
+            f'{module.removeprefix("base_model.model.")}: leave it out of model.peft.targets, or use "fedavg"'
+        )

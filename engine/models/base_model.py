@@ -4,21 +4,17 @@ transformers is imported inside functions: it takes 220 MB and four seconds, and
 import this module too, never need it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from engine.config.sections import Model
 from engine.messages.errors import RunError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from engine.objectives.base import Tokenizer
 
 ALIGNMENT = 64  # bytes at which each tensor starts, as vector instructions need it
 CAUSAL = "AutoModelForCausalLM"
@@ -56,14 +52,12 @@ def always_the_same_bits() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Model) -> Tokenizer:
     """Loads the base's tokenizer, with its end token as pad token if it has none; RunError if it cannot be used."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(model.base, **_origin(model))
     except Exception as error:  # the base's own code may raise anything
         raise _refusal(model, "has no tokenizer that can be loaded", error) from error
     if not tokenizer.is_fast:
@@ -76,17 +70,12 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def causal_config(model: Model) -> Any:
-    """Loads the base's transformers configuration; RunError if it is not a causal language model's.
-
-    If the recipe trusts the base's own code, its class is registered with transformers.
-    """
+    """Loads the base's configuration and registers its own code's class; RunError if it is no causal language model."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        config = AutoConfig.from_pretrained(
-            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(model.base, **_origin(model))
         if model.trust_remote_code and CAUSAL in (vars(config).get("auto_map") or {}):
             _register(config, model)
     except Exception as error:  # the base's own code may raise anything
@@ -97,11 +86,24 @@ def causal_config(model: Model) -> Any:
         "CausalLM" not in a and "LMHead" not in a for a in architectures
     ):
         kind = ", ".join(architectures) or type(config).__name__
-        raise RunError(
-            f"model.base {model.base!r} is a {kind}, not a causal language model: "
-            f"choose one whose class ends in ForCausalLM"
-        )
+        what = f"is a {kind}, not a causal language model: choose one whose class ends in ForCausalLM"
+        raise RunError(f"model.base {model.base!r} {what}")
     return config
+
+
+def empty_network(model: Model, config: Any | None = None) -> Any:
+    """Makes the base's network without its weights."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(causal_config(model) if config is None else config, **_options(model))
+
+
+def _origin(model: Model) -> dict[str, Any]:
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+
+
+def _options(model: Model) -> dict[str, Any]:
+    return {"dtype": getattr(torch, model.dtype), "attn_implementation": model.attention}
 
 
 def _register(config: Any, model: Model) -> None:
@@ -116,10 +118,10 @@ def _register(config: Any, model: Model) -> None:
 
 
 def _refusal(model: Model, what: str, error: Exception) -> RunError:
+    what = f"{what}: {_first_line(error)}"
     if "trust_remote_code=True" in str(error):
         what = "needs model.trust_remote_code = true, which runs code that comes with the model"
-        return RunError(f"model.base {model.base!r} {what}")
-    return RunError(f"model.base {model.base!r} {what}: {_first_line(error)}")
+    return RunError(f"model.base {model.base!r} {what}")
 
 
 def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
@@ -129,12 +131,7 @@ def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
     causal_config(model)
     try:
         network, loaded = AutoModelForCausalLM.from_pretrained(
-            model.base,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            dtype=getattr(torch, model.dtype),
-            attn_implementation=model.attention,
-            output_loading_info=True,
+            model.base, **_origin(model), **_options(model), output_loading_info=True
         )
     except Exception as error:  # the base's own code may raise anything
         raise RunError(f"the weights of model.base {model.base!r} cannot be loaded: {_first_line(error)}") from error
@@ -144,7 +141,7 @@ def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
     return _pack(network, model)
 
 
-def _pack(network: PreTrainedModel, model: Model) -> tuple[PackedBase, np.ndarray]:
+def _pack(network: Any, model: Model) -> tuple[PackedBase, np.ndarray]:
     persistent = network.state_dict()
     tensors = persistent | {name: buffer for name, buffer in network.named_buffers() if name not in persistent}
     index: dict[str, Entry] = {}
@@ -158,8 +155,7 @@ def _pack(network: PreTrainedModel, model: Model) -> tuple[PackedBase, np.ndarra
         index[name] = Entry(dtype, tuple(tensor.shape), offsets[tensor.data_ptr()], name in persistent)
     buffer = np.zeros(end, np.uint8)
     for name, tensor in tensors.items():
-        target = _view(torch.from_numpy(buffer), index[name])
-        target.copy_(tensor)
+        _view(torch.from_numpy(buffer), index[name]).copy_(tensor)
     return PackedBase(model, None if model.trust_remote_code else network.config, index, end), buffer
 
 
@@ -169,15 +165,10 @@ def _view(buffer: torch.Tensor, entry: Entry) -> torch.Tensor:
     return buffer[entry.offset : entry.offset + nbytes].view(dtype).view(entry.shape)
 
 
-def map_base(packed: PackedBase, buffer: torch.Tensor) -> PreTrainedModel:
+def map_base(packed: PackedBase, buffer: torch.Tensor) -> Any:
     """Makes the network with its weights as views into `buffer` (uint8, on any device), without a copy."""
-    from transformers import AutoModelForCausalLM
-
-    model, config = packed.model, packed.config if packed.config is not None else causal_config(packed.model)
     with torch.device("meta"):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, model.dtype), attn_implementation=model.attention
-        )
+        network = empty_network(packed.model, packed.config)
     tensors = {name: _view(buffer, entry) for name, entry in packed.index.items()}
     network.load_state_dict({n: t for n, t in tensors.items() if packed.index[n].persistent}, assign=True)
     if len({entry.offset for entry in packed.index.values()}) < len(packed.index):

@@ -7,7 +7,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -15,7 +15,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from engine.config.sections import Lora, Model, Zero
 from engine.messages.errors import RunError
 from engine.models.adapters import with_adapters
-from engine.models.base_model import causal_config, map_base, read_base
+from engine.models.base_model import causal_config, empty_network, map_base, read_base
 from engine.models.deepspeed_config import ds_config
 from engine.system.rendezvous import wait_for_the_first
 from strategies.core.layout import Layout
@@ -25,10 +25,7 @@ Stored = tuple[str, str]  # the file of a tensor, and its key there
 
 
 def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Module:
-    """Makes this rank's network with the recipe's adapters; RunError if the base cannot be read. All ranks call it.
-
-    Under stages 1 and 2 the first rank reads the weights, and deepspeed broadcasts them when its engine is made.
-    """
+    """Makes this rank's network with the recipe's adapters; RunError if the base cannot be read. All ranks call it."""
     if zero.stage == 3:
         network = _in_shards(model, zero)
     elif rank == 0:
@@ -36,9 +33,7 @@ def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Modul
         network = map_base(packed, torch.from_numpy(buffer))
     else:
         with no_init_weights():
-            network = AutoModelForCausalLM.from_config(
-                causal_config(model), dtype=getattr(torch, model.dtype), attn_implementation=model.attention
-            )
+            network = empty_network(model)
     if zero.stage < 3:
         wait_for_the_first(rank)
         _tie_as_first_rank(network)
@@ -60,22 +55,13 @@ def trained_layout(network: torch.nn.Module, model: Model) -> Layout:
 
 def shape_of(parameter: Any) -> tuple[int, ...]:
     """Returns the shape of the whole parameter, also where this rank holds a slice."""
-    return tuple(parameter.ds_shape) if _is_cut(parameter) else tuple(parameter.shape)
-
-
-def _is_cut(parameter: torch.nn.Parameter) -> bool:
-    return "ds_shape" in vars(parameter)
+    return tuple(vars(parameter).get("ds_shape", parameter.shape))
 
 
 def _in_shards(model: Model, zero: Zero) -> PreTrainedModel:
     config = causal_config(model)
-    with (
-        deepspeed.zero.Init(config_dict_or_path=ds_config(model, zero)),
-        no_init_weights(),
-    ):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, model.dtype), attn_implementation=model.attention
-        )
+    with deepspeed.zero.Init(config_dict_or_path=ds_config(model, zero)), no_init_weights():
+        network: PreTrainedModel = empty_network(model, config)
     try:
         stored = _stored(network, _weight_files(model))
         for target, source in list(network.all_tied_weights_keys.items()):

@@ -1,138 +1,119 @@
 """Exports the trained model as files that transformers and PEFT load: an adapter folder or a whole model."""
 
-from __future__ import annotations
-
 import json
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from copy import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save, save_file
 
-from engine.config.sections import Model
-from engine.models.adapters import is_transposed, lora_config
+from engine.config.federation import Federation
+from engine.config.sections import Lora, Model
+from engine.models.adapters import is_transposed
 from engine.models.trainable import Trainable
+from engine.objectives.base import Tokenizer
 from strategies.core.layout import Layout
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
 FILE_BYTES = 2**30
+Read = Callable[[int, int], torch.Tensor]  # returns any part of the vector (P,), from one element to another
+Place = tuple[str, tuple[int, ...], int, int]
+Losses = dict[str, dict[str, float]]  # by column, then by split
 
 
 def export_files(
-    trainable: Trainable, model: Model, tokenizer: PreTrainedTokenizerBase, card: str, *, merged: bool = False
+    trainable: Trainable, model: Model, tokenizer: Tokenizer, card: str, *, merged: bool = False
 ) -> dict[str, bytes]:
     """Returns the model folder's files, name to content, for the vector now in `trainable`.
 
     LoRA gives PEFT's adapter folder. Full tuning, and LoRA with a delta merged into the base (`merged`), give a Hugging
     Face model. Both come with the tokenizer and the model card `card`.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from transformers import PreTrainedModel
+    from peft import PeftModel
 
     network = trainable.network
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        if isinstance(network, PeftModel) and merged:
-            network.get_base_model().save_pretrained(name, state_dict=_whole(trainable))
-        elif isinstance(network, PeftModel):
-            # Parameters are views into the flat vector, but safetensors saves only tensors that own their memory.
-            state = {key: tensor.detach().cpu().clone() for key, tensor in get_peft_model_state_dict(network).items()}
-            _save_adapter(folder, state, network, model)
+
+    def save(folder: Path) -> None:
+        if isinstance(network, PeftModel) and not merged:
+            flat = trainable.flat.detach().cpu()
+
+            def read(first: int, last: int) -> torch.Tensor:
+                return flat[first:last].clone()
+
+            _save_adapter(folder, trainable.layout, read, network, model)
         else:
-            assert isinstance(network, PreTrainedModel)
-            state = {key: tensor.detach().cpu().clone() for key, tensor in network.state_dict().items()}
-            network.save_pretrained(name, state_dict=state)
-        tokenizer.save_pretrained(name)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        return dict(_written(folder))
+            base = network.get_base_model() if isinstance(network, PeftModel) else network
+            base.save_pretrained(folder, state_dict=_whole(trainable, base))
 
-
-@dataclass(frozen=True)
-class Sharded:
-    """A vector (P,) in shards; `read(first, last)` returns any part of it."""
-
-    layout: Layout
-    read: Callable[[int, int], torch.Tensor]
-
-    def tensors(self) -> Iterator[tuple[str, int, Callable[[], torch.Tensor]]]:
-        """Yields each tensor's name, its number of elements, and a function that reads it."""
-        for name, shape, first, last in self.layout.places():
-            yield name, last - first, partial(self._tensor, shape, first, last)
-
-    def _tensor(self, shape: tuple[int, ...], first: int, last: int) -> torch.Tensor:
-        return self.read(first, last).view(shape)
+    return dict(_folder_files(save, tokenizer, card))
 
 
 def sharded_files(
-    network: Any, vector: Sharded, model: Model, tokenizer: PreTrainedTokenizerBase, card: str
+    network: Any, layout: Layout, read: Read, model: Model, tokenizer: Tokenizer, card: str
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields the same files as `export_files` for a network whose weights are in shards.
-
-    A whole model is split into files of FILE_BYTES, or of one larger tensor; one of them is in memory at a time.
-    """
+    """Yields the files of `export_files` for weights in shards, one of at most FILE_BYTES (or one tensor) at a time."""
     from peft import PeftModel
 
+    def save(folder: Path) -> None:
+        if isinstance(network, PeftModel):
+            _save_adapter(folder, layout, read, network, model)
+            return
+        network.config.save_pretrained(folder)
+        if network.generation_config is not None:
+            network.generation_config.save_pretrained(folder)
+
+    yield from _folder_files(save, tokenizer, card)
+    if not isinstance(network, PeftModel):
+        yield from _weight_files(layout, read, getattr(torch, model.dtype))
+
+
+def _folder_files(save: Callable[[Path], None], tokenizer: Tokenizer, card: str) -> Iterator[tuple[str, bytes]]:
+    """Yields the name and content of all files, also of those in subfolders, which some tokenizers write."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        if isinstance(network, PeftModel):
-            state = {name.replace(".default.", "."): read() for name, _, read in vector.tensors()}
-            _save_adapter(folder, state, network, model)
-        else:
-            network.config.save_pretrained(name)
-            if network.generation_config is not None:
-                network.generation_config.save_pretrained(name)
+        save(folder)
         tokenizer.save_pretrained(name)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        yield from _written(folder)
-    if not isinstance(network, PeftModel):
-        yield from _weight_files(vector, getattr(torch, model.dtype))
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                yield path.relative_to(folder).as_posix(), path.read_bytes()
 
 
-def _written(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields the name and content of all files, also of those in subfolders, which some tokenizers write."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            yield path.relative_to(folder).as_posix(), path.read_bytes()
-
-
-def _weight_files(vector: Sharded, dtype: torch.dtype) -> Iterator[tuple[str, bytes]]:
+def _weight_files(layout: Layout, read: Read, dtype: torch.dtype) -> Iterator[tuple[str, bytes]]:
     """Yields safetensors files of the tensors, then their index."""
-    groups: list[dict[str, Callable[[], torch.Tensor]]] = [{}]
-    filled = total = 0
-    for key, length, read in vector.tensors():
-        nbytes = length * dtype.itemsize
+    groups: list[list[Place]] = [[]]
+    filled = 0
+    for place in layout.places():
+        nbytes = (place[3] - place[2]) * dtype.itemsize
         if groups[-1] and filled + nbytes > FILE_BYTES:
-            groups.append({})
+            groups.append([])
             filled = 0
-        groups[-1][key] = read
-        filled, total = filled + nbytes, total + nbytes
+        groups[-1].append(place)
+        filled += nbytes
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     for file, group in zip(names, groups, strict=True):
-        yield file, save({key: read().to(dtype) for key, read in group.items()}, metadata={"format": "pt"})
-    files = {key: file for file, group in zip(names, groups, strict=True) for key in group}
-    index = {"metadata": {"total_size": total}, "weight_map": files}
+        tensors = {name: read(first, last).view(shape).to(dtype) for name, shape, first, last in group}
+        yield file, save(tensors, metadata={"format": "pt"})
+    files = {name: file for file, group in zip(names, groups, strict=True) for name, *_ in group}
+    index = {"metadata": {"total_size": layout.size * dtype.itemsize}, "weight_map": files}
     yield "model.safetensors.index.json", json.dumps(index, indent=1).encode()
 
 
-def _save_adapter(folder: Path, state: dict[str, torch.Tensor], network: PeftModel, model: Model) -> None:
+def _save_adapter(folder: Path, layout: Layout, read: Read, network: Any, model: Model) -> None:
+    state = {name.replace(".default", ""): read(a, b).view(shape) for name, shape, a, b in layout.places()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = lora_config(model)
-    config.target_modules = network.peft_config["default"].target_modules
+    config = copy(network.peft_config["default"])
     config.inference_mode = True
     config.base_model_name_or_path = model.public_base
     config.save_pretrained(str(folder))
 
 
-def _whole(trainable: Trainable) -> dict[str, torch.Tensor]:
+def _whole(trainable: Trainable, base: Any) -> dict[str, torch.Tensor]:
     """Returns the state dict of the model without adapters, with their products added to the adapted weights."""
-    base = trainable.network.get_base_model()
+    # Parameters are views into the flat vector, but safetensors saves only tensors that own their memory.
     state = {
         name.replace(".base_layer.", "."): tensor.detach().cpu().clone()
         for name, tensor in base.state_dict().items()
@@ -144,3 +125,57 @@ def _whole(trainable: Trainable) -> dict[str, torch.Tensor]:
         product_OI = (pair.scale * pair.b_OR @ pair.a_RI).cpu()
         weight.copy_(weight.float() + (product_OI.T if is_transposed(layer) else product_OI))
     return state
+
+
+def model_card(
+    federation: Federation, losses: Losses, store: dict[str, Any], *, merged: bool, spent: str | None = None
+) -> str:
+    """Writes the model folder's README.md; with `merged` that is a whole model, `spent` is the privacy budget."""
+    model, train = federation.model, federation.train
+    adapter = isinstance(model.peft, Lora) and not merged
+    training = store["clients"] - store["unseen_clients"]
+    revision = f" at revision `{model.revision}`" if model.revision else ""
+    amount = f"{train.steps} steps" if train.steps is not None else f"{train.epochs} epochs"
+    splits = {"heldout": "held-out rows of training clients", "unseen": "clients that never trained"}
+    splits["server"] = "rows of the server"
+    header = f"| loss, nats per token | {' | '.join(losses)} |\n|---{'|---' * len(losses)}|\n"
+    lines = [
+        f"| {text} | " + " | ".join(f"{column[s]:.4f}" if s in column else "" for column in losses.values()) + " |"
+        for s, text in splits.items()
+        if any(s in column for column in losses.values())
+    ]
+    trust = ", trust_remote_code=True" if model.trust_remote_code else ""
+    load = (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{model.public_base}"{trust})\n'
+        'model = PeftModel.from_pretrained(base, "path/of/this/folder")  # .merge_and_unload() folds it into the base'
+        if adapter
+        else "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder"{trust})'
+    )
+    privacy = f"- Differential privacy: {spent}. The losses above are outside of it.\n" if spent else ""
+    source = re.sub(r"(?<=['\"])(file://)?/([^'\"]*/)?", "", store["source"])  # no folders of absolute paths
+    what = "A LoRA adapter for" if adapter else "A whole model: merged products and adapters on" if merged else "All of"
+    return f"""---
+base_model: {model.public_base}
+library_name: {"peft" if adapter else "transformers"}
+pipeline_tag: text-generation
+tags: [fedpost, federated]
+---
+# {federation.name}
+
+{what} `{model.public_base}`{revision}, trained by federated fine-tuning.
+
+- Strategy `{federation.strategy!r}`, {federation.rounds} rounds, seed {federation.seed}.
+- {federation.cohort.expected(training):g} of {training} clients a round, {amount} of batch {train.batch} each.
+- Data: {source}.
+{privacy}
+{header}{chr(10).join(lines)}
+
+```python
+{load}
+```
+
+The base model's license holds for what is derived from it.
+"""

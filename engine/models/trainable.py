@@ -1,18 +1,15 @@
 """The trained part of a model, as one flat vector. Legend: P trained parameters."""
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
+import numpy as np
 import torch
 from torch import nn
 
 from engine.config.sections import Lora, Model
-from engine.models.adapters import with_adapters
+from engine.messages.shards import borrow
+from engine.models.adapters import is_linear, is_transposed, with_adapters
 from strategies.core.layout import Layout
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Trainable:
@@ -22,7 +19,7 @@ class Trainable:
     the vector that the run starts from.
     """
 
-    def __init__(self, network: PreTrainedModel, model: Model, seed: int) -> None:
+    def __init__(self, network: Any, model: Model, seed: int) -> None:
         torch.manual_seed(seed)
         self.network = with_adapters(network, model) if isinstance(model.peft, Lora) else network.requires_grad_(True)
         if model.compile:
@@ -43,13 +40,14 @@ class Trainable:
         for name, parameter in trained:
             parameter.data, parameter.grad = values[name], grads[name]
         self.rank: int | None = None
-        self.originals: list[torch.Tensor] = []  # the base's own weights of adapted layers, see merged_base.py
         self.initial = self.flat.detach().cpu().clone()
+        self.originals = [layer.weight.data for layer in self.adapted_layers()]  # what the base itself has there
 
     def adapted_layers(self) -> list[Any]:
-        """Returns the base layers that have LoRA adapters, in the order of `layout.lora_pairs`."""
+        """Returns the linear base layers that have LoRA adapters, in the order of `layout.lora_pairs`."""
         pairs = self.layout.lora_pairs(self.flat.data)
-        return [self.network.get_submodule(pair.name).base_layer for pair in pairs]
+        layers = (self.network.get_submodule(pair.name).base_layer for pair in pairs)
+        return [layer for layer in layers if is_linear(layer)]
 
     def set_rank(self, rank: int | None) -> None:
         """Scales the adapters for a client of LoRA rank `rank`, or for the recipe's rank if None."""
@@ -62,3 +60,22 @@ class Trainable:
         for layer in self.network.modules():
             if isinstance(layer, LoraLayer):
                 layer.scaling["default"] = scale
+
+    def merged_weights(self, merged_delta: np.ndarray) -> np.ndarray:
+        """Adds `merged_delta` (float32, the products in order) to the adapted layers' weights; as uint8 bytes."""
+        parts, products = [], self.layout.products(borrow(merged_delta))
+        for layer, weight, product_OI in zip(self.adapted_layers(), self.originals, products, strict=True):
+            product = product_OI.T if is_transposed(layer) else product_OI
+            changed = weight.float() + product.to(weight.device)
+            parts.append(changed.to(weight.dtype).reshape(-1).view(torch.uint8).cpu())
+        return torch.cat(parts).numpy()
+
+    def use_weights(self, merged: torch.Tensor | None) -> None:
+        """Points the adapted layers at `merged` (uint8, from `merged_weights`), or at the base's weights if None."""
+        offset = 0
+        for layer, weight in zip(self.adapted_layers(), self.originals, strict=True):
+            if merged is None:
+                layer.weight.data = weight
+                continue
+            layer.weight.data = merged[offset : offset + weight.nbytes].view(weight.dtype).view(weight.shape)
+            offset += weight.nbytes

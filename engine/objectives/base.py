@@ -1,12 +1,12 @@
 """The protocol of an objective: columns, batches, and a loss of named terms. Legend: B rows, N units of a term."""
 
-from __future__ import annotations
-
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import pyarrow as pa
 import torch
@@ -15,9 +15,7 @@ from torch import nn
 from engine.messages.errors import RunError
 from engine.objectives.token_batch import Batch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
 Need = Literal["reference", "generation", "head"]
 PROVIDED: frozenset[Need] = frozenset()  # what trainers can give an objective besides the network
 
@@ -54,17 +52,18 @@ class Objective(Protocol):
     """
 
     needs: ClassVar[frozenset[Need]]
+    # The loss's terms, and terms that are only measured. The value is the largest magnitude of one unit: secure
+    # aggregation makes its ring for that, and cuts what is larger. A row has at most one unit of a term for each token.
+    losses: ClassVar[Mapping[str, float]]
+    figures: ClassVar[Mapping[str, float]]
     heldout: ClassVar[str]  # the term whose mean over held-out rows is the evaluation's loss
 
     @property
     def kind(self) -> str:
         """The objective's name in the recipe."""
 
-    def encode(self, rows: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> pa.Table:
-        """Makes the token columns, a row for each row: `input_ids`, null where a row teaches nothing, and others.
-
-        RunError if the rows' format does not suit the objective.
-        """
+    def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
+        """Makes `input_ids`, null where a row teaches nothing, and other columns; RunError for other formats."""
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded with the token `pad`."""
@@ -73,18 +72,14 @@ class Objective(Protocol):
         """Returns the number of each term's units, which is known before the forward pass."""
 
     def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
-        """Computes the loss's terms by the network's present weights.
-
-        With `every_logit` the head sees all positions of all rows, so that hooks can tell the rows apart.
-        """
+        """Computes all terms by the present weights; with `every_logit` the head sees all positions."""
 
 
-def counted(objective: Objective, batches: Iterable[Batch]) -> dict[str, int]:
+def counted(objective: Objective, batches: Iterable[Batch]) -> Counter[str]:
     """Returns the number of each term's units in all batches."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for batch in batches:
-        for name, count in objective.counts(batch).items():
-            counts[name] = counts.get(name, 0) + count
+        counts.update(objective.counts(batch))
     return counts
 
 
@@ -102,9 +97,44 @@ def term_sums(
     return sums
 
 
-def step_loss(totals: Mapping[str, torch.Tensor], counts: Mapping[str, float]) -> torch.Tensor:
-    """Returns the loss: each term's sum over its count in the whole step, added up."""
-    return reduce(add, (total / counts[name] for name, total in totals.items()))
+def step_loss(objective: Objective, totals: Mapping[str, torch.Tensor], counts: Mapping[str, float]) -> torch.Tensor:
+    """Returns the loss: each of its terms' sum over its count in the whole step, added up; 0 without units."""
+    return reduce(add, (totals[name] / max(1, counts[name]) for name in objective.losses))
+
+
+def terms_of(objective: Objective) -> dict[str, float]:
+    """Returns all terms, those of the loss first, and the largest magnitude of a unit of each."""
+    return {**objective.losses, **objective.figures}
+
+
+def term_metrics(objective: Objective) -> dict[str, tuple[str, str]]:
+    """Returns which metrics hold each term's mean and number of units: `loss` and `learned` those of an only term."""
+    terms = [*terms_of(objective)]
+    return {t: (f"term.{t}", f"units.{t}") for t in terms} if len(terms) > 1 else {terms[0]: ("loss", "learned")}
+
+
+def client_figures(objective: Objective, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Returns what is summed over clients, from a client's metrics: each term's sum and its units, and the tokens."""
+    figures: dict[str, float] = {}
+    for name, (mean, units) in term_metrics(objective).items():
+        figures |= {f"term.{name}": metrics[mean] * metrics[units], f"units.{name}": metrics[units]}
+    return {**figures, "tokens": metrics["tokens"]}
+
+
+def figure_bounds(objective: Objective, tokens: int) -> dict[str, float]:
+    """Returns the largest magnitude of each figure of a client that trains on at most this number of tokens."""
+    bounds: dict[str, float] = {}
+    for name, bound in terms_of(objective).items():
+        bounds |= {f"term.{name}": tokens * bound, f"units.{name}": float(tokens)}
+    return {**bounds, "tokens": float(tokens)}
+
+
+def figure_metrics(objective: Objective, figures: Mapping[str, float]) -> dict[str, float]:
+    """Returns the cohort's `loss` and `tokens`, and of several terms each mean; a mean is NaN without units."""
+    means = {name: figures[f"term.{name}"] / (figures[f"units.{name}"] or math.nan) for name in terms_of(objective)}
+    losses = [means[name] for name in objective.losses if not math.isnan(means[name])]
+    each = {f"term.{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
+    return {"loss": sum(losses) if losses else math.nan, "tokens": figures["tokens"], **each}
 
 
 def require_provided(objective: Objective) -> None:

@@ -1,24 +1,18 @@
 """Tokenizes conversations by the tokenizer's chat template and marks the assistant's tokens."""
 
-from __future__ import annotations
-
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateError
 
 from engine.messages.errors import RunError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from engine.objectives.base import Tokenizer
 
 Turns = list[dict[str, str]]
 PLACEHOLDER = "\ue000"  # for private use: no template writes it
 
 
-def encode_conversations(
-    conversations: list[Turns], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[list[int]]]:
+def encode_conversations(conversations: list[Turns], tokenizer: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:
     """Returns each conversation's token ids, and a mask that is 1 on the assistant's tokens.
 
     If the template has {% generation %} marks, both equal those of TRL's SFTTrainer with `assistant_only_loss`.
@@ -43,9 +37,7 @@ def encode_conversations(
         ) from None
 
 
-def _by_prefixes(
-    conversations: list[Turns], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[list[int]]]:
+def _by_prefixes(conversations: list[Turns], tokenizer: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:
     def rendered(turns: Turns, **options: Any) -> str:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
 

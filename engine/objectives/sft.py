@@ -1,9 +1,8 @@
 """Supervised fine-tuning: next-token loss on completions."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 from torch import nn
@@ -17,18 +16,13 @@ from datasets_partition.core.canonical import (
     format_of,
 )
 from engine.messages.errors import RunError
-from engine.objectives.base import Need, Term
+from engine.objectives.base import Need, Term, Tokenizer
 from engine.objectives.chat_template import encode_conversations
 from engine.objectives.token_batch import Batch, flattened, lengths, token_losses
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Formats that SFT does not learn from, as people call them.
 REFUSED = {PREFERENCE: "preference pairs", UNPAIRED_PREFERENCE: "unpaired preferences", PROMPT_ONLY: "prompts alone"}
 NLL = "nll"
-
-Encoded = tuple[list[int] | None, list[int] | None]
 
 
 @dataclass(frozen=True)
@@ -42,13 +36,12 @@ class Sft:
 
     kind: Literal["sft"] = "sft"
     needs: ClassVar[frozenset[Need]] = frozenset()
+    losses: ClassVar[Mapping[str, float]] = {NLL: 64.0}  # e^-64 is less than any softmax of float32 gives
+    figures: ClassVar[Mapping[str, float]] = {}
     heldout: ClassVar[str] = NLL
 
-    def encode(self, rows: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> pa.Table:
-        """Makes `input_ids` and `mask` (1 = learned) per row; null if the cut at `max_length` leaves nothing to learn.
-
-        RunError if the rows' format is not text, prompt and completion, or messages.
-        """
+    def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
+        """Makes `input_ids` and `mask` (1 = learned), null if nothing is learned; RunError for other formats."""
         kind = format_of(rows)
         if kind in REFUSED:
             raise RunError(
@@ -60,7 +53,10 @@ class Sft:
             ids, masks = encode_conversations(rows["messages"].to_pylist(), tokenizer)
         else:
             ids, masks = _encode_completions(rows, tokenizer)
-        cut = [_cut(row[:max_length], mask[:max_length]) for row, mask in zip(ids, masks, strict=True)]
+        cut = [  # nothing predicts the first token
+            (row[:max_length], mask[:max_length]) if any(mask[1:max_length]) else (None, None)
+            for row, mask in zip(ids, masks, strict=True)
+        ]
         return pa.table(
             {
                 "input_ids": pa.array([row for row, _ in cut], pa.list_(pa.int32())),
@@ -81,7 +77,7 @@ class Sft:
         return {NLL: Term(token_losses(network, batch, every_logit=every_logit), batch.row_N)}
 
 
-def _encode_completions(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[list[int]]]:
+def _encode_completions(rows: pa.Table, tokenizer: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:
     end, prompts = tokenizer.eos_token, rows["prompt"].to_pylist()
     texts = [
         prompt + (completion if completion.endswith(end) else completion + end)
@@ -93,8 +89,3 @@ def _encode_completions(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> t
         shared = next((i for i, (p, t) in enumerate(zip(prompt, text, strict=False)) if p != t), len(prompt))
         masks.append([0] * shared + [1] * (len(text) - shared))
     return text_ids, masks
-
-
-def _cut(ids: list[int], mask: list[int]) -> Encoded:
-    # Nothing predicts the first token.
-    return (ids, mask) if any(mask[1:]) else (None, None)

@@ -72,10 +72,7 @@ class Batch:
 
 
 def token_losses(network: nn.Module, batch: Batch, *, every_logit: bool = False) -> torch.Tensor:
-    """Computes the negative log-likelihood of each learned token (N,) in nats.
-
-    The head computes logits for these tokens only, or for all positions with `every_logit`.
-    """
+    """Computes the nats of each learned token (N,); the head sees these alone, or all positions with `every_logit`."""
     learned, selected = (batch.row_N, batch.place_N), False
 
     def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:

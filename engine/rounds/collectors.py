@@ -1,9 +1,9 @@
-"""A round's local work: what the server gets of it, here in the clear; secure_collector.py has it as secured sums."""
+"""A round's local work: what the server gets of it, here in the clear; secure_round.py has it as secured sums."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -11,18 +11,29 @@ from datasets_partition.store.store import Store
 from engine.aggregation.ring_encoding import Plan
 from engine.config.availability import Leaving, Trace, too_late
 from engine.config.federation import Federation
+from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Work
-from engine.rounds.secure_round import Message
+from engine.objectives.base import Objective, client_figures, figure_bounds, figure_metrics
 from engine.rounds.server import Shards
-from engine.scheduling.pool import Pool
 
 
 @dataclass(frozen=True)
-class Collected:
-    """What the server gets of a round: reports by client, the sums (none: nobody took part, or aborted), figures.
+class Message:
+    """`count` messages of a kind that reached a party, of `nbytes` together."""
 
-    `figures` are sums over clients: `nll` in nats, `learned` and `tokens`. `clipped` is the share of the coordinates
+    party: str
+    kind: str
+    count: int
+    nbytes: int
+
+
+@dataclass
+class Collected:
+    """What the server gets of a round: reports by client, the sums (none: nobody took part, or aborted), metrics.
+
+    `metrics` are the cohort's: the mean `loss`, NaN if nothing was trained, the `tokens`, and the means of the
+    objective's terms if it has several. `clipped` is the share of the coordinates
     that the bounds of secure aggregation have cut (None without it). With `by_client` the reports hold each client's
     own metrics. `gone` says why clients came too late or not at all, `aborted` why there are no sums,
     `too_few` the same if too few clients gave an update. `busy` are the workers' seconds of work.
@@ -30,7 +41,7 @@ class Collected:
 
     reports: list[Report] = field(default_factory=list)
     sums: list[Any] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=lambda: {"loss": math.nan, "tokens": 0.0})
     messages: list[Message] = field(default_factory=list)
     gone: dict[int, str] = field(default_factory=dict)
     by_client: bool = True
@@ -41,92 +52,62 @@ class Collected:
     too_few: str | None = None
     clipped: float | None = None
 
+    def note(self, party: str, kind: str, sent: Iterable[Any]) -> None:
+        """Counts messages, which have `nbytes`."""
+        sizes = [message.nbytes for message in sent]
+        if sizes:
+            self.messages.append(Message(party, kind, len(sizes), sum(sizes)))
+
     @property
     def good(self) -> list[Report]:
         """The reports of clients whose updates count."""
         return [report for report in self.reports if report.good]
 
-    @property
-    def loss(self) -> float:
-        """The mean training loss in nats per token; NaN if nothing was trained."""
-        learned = self.figures.get("learned", 0.0)
-        return self.figures["nll"] / learned if learned else math.nan
-
-
-class Collector(Protocol):
-    """Lets a cohort train, and collects what the server may learn of it."""
-
-    def collect(self, work: Work, broadcast: Any) -> Collected:
-        """Dispatches the work of a round, which starts from `broadcast`, and collects its sums."""
-        ...
-
-    def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
-        """Returns the norm to which clients clip where the server counts on `clip`; RunError if there is none."""
-        ...
-
 
 @dataclass(frozen=True)
 class ClearCollector:
-    """Clients send their updates in the clear: without secure aggregation.
-
-    The workers add them up where the rule reads sums; the server of the simulated protocol would have had each update.
-    """
+    """Clients send their updates in the clear, and workers add them up where the rule reads sums."""
 
     federation: Federation
-    pool: Pool
     shards: Shards
     trace: Trace | None = None
 
-    def collect(self, work: Work, broadcast: Any) -> Collected:
+    def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
         """Dispatches the work of a round, which starts from `broadcast`, and collects its sums."""
         availability = self.federation.clients.availability
         gone = availability.gone(work.clients, self.federation.seed, broadcast.round, self.trace)
         there = work.of(~np.isin(work.clients, list(gone))) if gone else work
-        given, sent = self.shards.share(broadcast)
-        worked = self.pool.train(there, given, broadcast.lanes)
+        worked = self.shards.pool.train(there, share(broadcast), broadcast.lanes)
         reports = worked.reports
         good = [report for report in reports if report.good]
         sums, read = self.shards.sums(worked) if good else ([], 0)
-        return Collected(
-            reports,
-            sums,
-            figures=_figures(good),
-            messages=_messages(reports, good),
-            gone=reasons(gone, reports),
-            store_bytes=sent + read + worked.nbytes,
-            busy=worked.busy,
-        )
+        messages, nbytes = _messages(reports, good), broadcast.nbytes + read + worked.nbytes
+        metrics, why = _metrics(good, self.federation.train.objective), reasons(gone, reports)
+        return Collected(reports, sums, metrics, messages, why, store_bytes=nbytes, busy=worked.busy)
 
     def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
-        """Returns `clip`: nothing is rounded on the way."""
+        """Returns the norm to which clients clip where the server counts on `clip`: nothing is rounded on the way."""
         return clip
 
 
-@dataclass(frozen=True)
-class Quorum:
-    """Judges whether a round has enough updates to count, by `clients.max_failed` and `clients.min_share`."""
-
-    federation: Federation
-    store: Store
-
-    def shortfall(self, reports: Sequence[Report], cohort: int, round_: int) -> str | None:
-        """Returns why a round has too few updates and what helps; None if it has enough."""
-        clients = self.federation.clients
-        failed = [report for report in reports if report.failed is not None]
-        if len(failed) > clients.max_failed * len(reports) or (failed and len(failed) == len(reports)):
-            names = self.store.names([report.client for report in failed])
-            return (
-                f"{len(failed)} of {len(reports)} clients of round {round_} gave no usable update, more than "
-                f"clients.max_failed = {clients.max_failed:g} allows: {first_names(names)}: {failed[0].why}; "
-                f"lower train.optimizer.lr, raise clients.max_failed"
-            )
-        good = sum(report.good for report in reports)
-        if good < clients.min_share * cohort:
-            return (
-                f"{good} of {cohort} clients of round {round_} gave an update, fewer than clients.min_share = "
-                f"{clients.min_share:g} asks for: allow more time or lower clients.min_share"
-            )
-        return None
+def shortfall(federation: Federation, store: Store, reports: Sequence[Report], cohort: int, round_: int) -> str | None:
+    """Returns why a round has too few updates for clients.max_failed or clients.min_share; None if it has enough."""
+    clients = federation.clients
+    failed = [report for report in reports if report.failed is not None]
+    if len(failed) > clients.max_failed * len(reports) or (failed and len(failed) == len(reports)):
+        names = store.names([report.client for report in failed])
+        return (
+            f"{len(failed)} of {len(reports)} clients of round {round_} gave no usable update, more than "
+            f"clients.max_failed = {clients.max_failed:g} allows: {first_names(names)}: {failed[0].why}; "
+            f"lower train.optimizer.lr, raise clients.max_failed"
+        )
+    good = sum(report.good for report in reports)
+    if good < clients.min_share * cohort:
+        return (
+            f"{good} of {cohort} clients of round {round_} gave an update, fewer than clients.min_share = "
+            f"{clients.min_share:g} asks for: allow more time or lower clients.min_share"
+        )
+    return None
 
 
 def first_names(names: list[str]) -> str:
@@ -140,13 +121,13 @@ def reasons(gone: Mapping[int, Leaving], reports: Iterable[Report]) -> dict[int,
     return {client: leaving.why for client, leaving in gone.items()} | late
 
 
-def _figures(good: list[Report]) -> dict[str, float]:
-    """The sums over all clients of their training's figures."""
-    return {
-        "nll": sum(report.metrics["loss"] * report.metrics["learned"] for report in good),
-        "learned": sum(report.metrics["learned"] for report in good),
-        "tokens": sum(report.metrics["tokens"] for report in good),
-    }
+def _metrics(good: list[Report], objective: Objective) -> dict[str, float]:
+    """The cohort's metrics, from the sums of all clients' figures."""
+    figures = dict.fromkeys(figure_bounds(objective, 0), 0.0)
+    for report in good:
+        for name, value in client_figures(objective, report.metrics).items():
+            figures[name] += value
+    return figure_metrics(objective, figures)
 
 
 def _messages(reports: list[Report], good: list[Report]) -> list[Message]:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from ray.exceptions import OutOfDiskError
@@ -15,18 +14,16 @@ from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.messages.events import Event, Fault, Preparing, Started, Stopped
-from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, load_checkpoint
 from engine.records.metrics import Logs
-from engine.rounds.assembly import RunParts, round_loop
-from engine.rounds.baselines import Baselines, WithoutPrivacy
 from engine.rounds.collectors import first_names
-from engine.rounds.evaluation import Evaluation, Evaluator
-from engine.rounds.outputs import Checkpoints, Finish
+from engine.rounds.evaluation import Evaluation, PoolEvaluator, baselines, without_privacy
+from engine.rounds.outputs import finish, write_checkpoint
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
-from engine.rounds.server import DriverShards, RankShards, Server, Shards
-from engine.scheduling.pool import Pool, Start
+from engine.rounds.round_loop import RunParts, round_loop
+from engine.rounds.server import DriverShards, RankShards, Shards, move_base
+from engine.scheduling.pool import Pool
 from engine.system.allocator import use_large_pages
 from engine.system.atomic import write_file
 from engine.system.failures import cause_of
@@ -34,29 +31,17 @@ from engine.system.failures import cause_of
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Where a run reads and writes, what is written at its start, and what it does beside the recipe's rounds.
-
-    `shared` is the location elsewhere that `store` is a copy of, if it is one. `lost` says why drivers before this one
-    have ended. `elsewhere` is the URI that `folder` is copied to, if it is; `notes` are for the user, before it begins.
-    """
+    """Where a run reads and writes, and what it does beside the recipe's rounds."""
 
     store: Path
     folder: Path
-    files: dict[str, bytes]
-    shared: str | None = None
+    files: dict[str, bytes]  # written into the folder at the start
+    shared: str | None = None  # the location elsewhere that the store is a copy of
     resume: bool = False
     baselines: bool = False
-    lost: tuple[Fault, ...] = ()
-    elsewhere: str | None = None
-    notes: tuple[str, ...] = ()
-
-
-class Callback(Protocol):
-    """What a run does beside its rounds."""
-
-    def after_round(self, state: ShardedState) -> Iterator[Event]:
-        """Sees the state after a round; yields what there is to show."""
-        ...
+    lost: tuple[Fault, ...] = ()  # why drivers before this one have ended
+    elsewhere: str | None = None  # the URI that the folder is copied to
+    notes: tuple[str, ...] = ()  # for the user, before the first round
 
 
 class Driver:
@@ -95,86 +80,67 @@ class Driver:
         federation, plan = self.federation, self.plan
 
         yield Preparing("starting slots, reading the base, tokenizing rows")
-        pool = Pool(federation, plan.folder / "client_state")
-        start = pool.start(plan.store, plan.shared)
-        parts = self._parts(pool, start)
-        saved = self._saved(parts.server.shards)
+        pool = Pool.start(federation, plan.folder / "client_state", plan.store, plan.shared)
+        parts = self._parts(pool)
+        saved = self._saved(parts.shards)
         logs = Logs.under(plan.folder, federation.privacy.secagg.mode, saved.wall_s if saved else 0.0)
-        lanes = saved.lanes if saved else choose_lanes(federation, pool, parts.server, parts.initial, parts.population)
+        lanes = saved.lanes if saved else choose_lanes(federation, parts.shards, parts.initial, parts.population)
         loop = round_loop(parts, logs, lanes, saved)
         at_end.callback(_record_last_faults, loop.recorder)
         self._begin_folder(pool, loop.recorder, saved)
-        notes = plan.notes + loop.privacy.warned + (saved.passed_over if saved else ())
         yield Started(
-            start.slots,
+            pool.size,
             federation.clients.slots,
             training=parts.population,
             unseen=parts.store.num_clients - parts.population,
             dropped_rows=int(sum(parts.tokens.dropped(split).sum() for split in ("train", "heldout"))),
-            parameters=start.layout.size,
-            base_bytes=start.base_bytes,
-            without_gpu=start.without_gpu,
+            parameters=pool.layout.size,
+            base_bytes=pool.base_bytes,
+            without_gpu=pool.without_gpu,
             resumed=saved.state.round if saved else None,
             lanes=lanes,
-            notes=notes,
+            notes=plan.notes + loop.privacy.warned + (saved.passed_over if saved else ()),
         )
 
-        evaluator, checkpoints = Evaluator(parts, logs), Checkpoints(parts, loop)
-        evaluation = Evaluation(parts, evaluator)
-        callbacks: list[Callback] = [evaluation]
-        if plan.baselines:
-            callbacks.append(Baselines(parts, evaluator, loop))
-        if federation.evaluate.without_privacy:
-            callbacks.append(WithoutPrivacy(parts, evaluator, loop))
-        callbacks += [loop.recorder, checkpoints]
-
+        evaluator = PoolEvaluator(parts, logs)
+        evaluation = Evaluation(evaluator)
         state = saved.state if saved else parts.initial
-        parts.server.move_base(None, state)
+        move_base(parts.shards, None, state)
         yield from evaluation.before_rounds(state, resumed=saved is not None)
         if saved is None:
             logs.flush(state.round)
         while state.round < federation.rounds:
             state, played = loop.play(state)
             yield played
-            for callback in callbacks:
-                yield from callback.after_round(state)
-            if self.stopping and state.round < federation.rounds:
-                yield from checkpoints.write(state)
+            yield from evaluation.after_round(state)
+            last = state.round == federation.rounds
+            if last and plan.baselines:
+                yield from baselines(evaluator, loop, state)
+            if last and federation.evaluate.without_privacy:
+                yield from without_privacy(evaluator, loop, state)
+            logs.flush(state.round)
+            stopping = self.stopping and not last
+            yield from write_checkpoint(parts, loop, state, stopping=stopping)
+            if stopping:
                 yield Stopped(state.round)
                 break
         else:
-            yield from Finish(parts, evaluator, loop).after_run(state)
+            yield from finish(evaluator, loop, state)
         pool.stop()
 
-    def _parts(self, pool: Pool, start: Start) -> RunParts:
+    def _parts(self, pool: Pool) -> RunParts:
         """What all rounds work with; RunError where the clients' rows are not good for training."""
         federation, plan = self.federation, self.plan
-        store, tokens = Store.open(plan.store), Tokens.open(start.tokens)
+        store, tokens = Store.open(plan.store), Tokens.open(pool.columns.folder)
         _refuse_empty_clients(tokens, federation)
         population = store.num_training
         federation.cohort.sample(population, federation.seed, 0)  # which raises an error if it cannot
-        shards: Shards
-        if pool.partition is None:
-            shards = DriverShards(federation, start, population)
-        else:
-            shards = RankShards(federation, pool, population)
-        return RunParts(
-            federation,
-            pool,
-            Server(shards, pool),
-            shards.initial(),
-            store,
-            tokens,
-            start.layout,
-            plan.folder,
-            plan.elsewhere,
-        )
+        shards = (DriverShards if pool.partition is None else RankShards)(federation, pool, population)
+        return RunParts(federation, pool, shards, shards.initial(), store, tokens, plan.folder, plan.elsewhere)
 
     def _saved(self, shards: Shards) -> Saved | None:
-        """The last checkpoint of a run that is resumed, if it has one."""
-        if not self.plan.resume:
-            return None
-        saved = load_checkpoint(self.plan.folder / "checkpoints", hold=shards.hold)
+        checkpoints = self.plan.folder / "checkpoints"
+        saved = load_checkpoint(checkpoints, hold=shards.hold) if self.plan.resume else None
         if saved is not None:
             shards.refuse_other(saved.state)
         return saved

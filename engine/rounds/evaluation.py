@@ -1,24 +1,28 @@
 """Evaluation on the pool: held-out losses during a run, and of other models on the same rows. Legend: P parameters."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import ray
 
-from engine.messages.broadcast import BroadcastMessage
+from engine.config.privacy import Privacy
+from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.events import Evaluated, Event
 from engine.messages.reports import FLOAT_BYTES
-from engine.messages.shards import Shard, ShardedState
+from engine.messages.shards import ShardedState, borrow
 from engine.records.metrics import Logs
-from engine.rounds.assembly import RunParts
+from engine.rounds.round_loop import RoundLoop, RunParts, round_loop
+from engine.rounds.server import move_base
 from engine.scheduling.dispatcher import Later
 from engine.scheduling.worker_kinds import Reference
-from engine.training.evaluation import ClientLoss, mean_loss
+from engine.workers.evaluator import ClientLoss, pooled
+from strategies.core.protocol import Broadcast
 
+CHUNKS = 2  # of clients for each slot
 SPLITS = ("heldout", "unseen", "server")
 Losses = dict[str, float]  # split -> nats per token
 
@@ -36,115 +40,85 @@ def _evaluate(actor: Any, chunk: list[int], vector: Any, limit: int) -> Referenc
 
 
 @dataclass(frozen=True)
-class Evaluator:
-    """Evaluates models on the pool and writes their losses. A `vector` stands for a model: see Server.vector."""
+class PoolEvaluator:
+    """Evaluates models on the pool and writes their losses. A `vector` stands for a model: see DriverShards.vector."""
 
     parts: RunParts
     logs: Logs
 
-    def global_model(self, vector: Any, round_: int) -> Losses:
-        """Returns the loss on held-out rows, on clients that never train, and on the server's rows if it has any."""
-        return self._every_split(vector, round_, "loss", protocol=True)
+    def losses(self, vector: Any, round_: int, name: str = "loss", *, protocol: bool = False) -> Losses:
+        """Returns the loss of each split that has rows; a baseline is no part of the federation's `protocol`."""
+        return self.end(self.begin(vector, round_), name, protocol=protocol)
 
     def begin(self, vector: Any, round_: int) -> Pending:
-        """Begins an evaluation as `global_model` does it, for workers that have nothing else to do."""
+        """Begins an evaluation, for workers that have nothing else to do."""
         parts = []
         for split in SPLITS:
-            clients, _ = self.judged(split)
             call = partial(_evaluate, vector=vector, limit=self._limit(split))
-            parts.append((split, Later.of(clients, self.parts.pool.size, call)))
+            chunks = np.array_split(self.judged(split), CHUNKS * self.parts.pool.size)
+            parts.append((split, Later(deque(chunk.tolist() for chunk in chunks if len(chunk)), call)))
         return Pending(round_, parts)
 
-    def end(self, pending: Pending) -> Losses:
-        """Returns the losses of a pending evaluation; what no worker has had time for is done now."""
+    def end(self, pending: Pending, name: str = "loss", *, protocol: bool = True) -> Losses:
+        """Returns the losses of a pending evaluation; evaluates now what no worker has had time for."""
         losses = {}
         for split, later in pending.parts:
             left = np.array([client for chunk in later.chunks for client in chunk], np.int64)
             later.chunks.clear()
-            later.results.extend(self.parts.pool.map(left, self.parts.tokens.counts("heldout")[left], later.call))
+            later.results.extend(self._map(left, split, later.call))
             if later.results:
-                losses[split] = self._record_protocol(later.results, pending.round, split, "loss")
+                losses[split] = self._record(later.results, pending.round, split, name, protocol=protocol)
         return losses
 
-    def centralized(self, start: Any, round_: int, steps: int) -> Losses:
-        """Returns the loss after `steps` steps on the pooled rows of all clients: an upper bound."""
-        clients = list(range(self.parts.store.num_training))
-        trained_P = self.parts.pool.ask(lambda actor: actor.centralized.remote(clients, start, steps), long=True)
-        return self._every_split(ray.put(BroadcastMessage(round_, (Shard(trained_P, {}),))), round_, "loss_centralized")
-
-    def not_private(self, vector: Any, round_: int) -> Losses:
-        """Returns the loss of what the same federation comes to without privacy."""
-        return self._every_split(vector, round_, "loss_not_private")
-
     def local_only(self, start: Any, round_: int, steps: np.ndarray, name: str) -> Losses:
-        """Returns the loss where each client (by id) trains alone for its `steps` (N,) from `start`, as loss_`name`.
-
-        A client without held-out rows is not evaluated, and so not trained.
-        """
-        clients, _ = self.judged("heldout")
+        """Returns the loss where each client that is evaluated trains alone for its `steps` (N,), as loss_`name`."""
+        clients = self.judged("heldout")
         losses = self.parts.pool.map(
             clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, start, steps[chunk].tolist())
         )
         return {"heldout": self._record(losses, round_, "heldout", f"loss_{name}")}
 
-    def personal(self, broadcast: Any, round_: int) -> Losses:
+    def personal(self, broadcast: BroadcastMessage, round_: int) -> Losses:
         """Returns the loss of each client's own model; nothing if no client has one."""
-        shared, (clients, rows), limit = ray.put(broadcast), self.judged("heldout"), self._limit("heldout")
-        losses = self.parts.pool.map(
-            clients, rows, lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit)
+        shared, clients, limit = share(broadcast), self.judged("heldout"), self._limit("heldout")
+        losses = self._map(
+            clients, "heldout", lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit)
         )
-        if not losses:
-            return {}
-        self._report_to_server(round_, len(losses))
-        return {"heldout": self._record(losses, round_, "heldout", "loss_personal", protocol=True)}
+        return {"heldout": self._record(losses, round_, "heldout", "loss_personal", protocol=True)} if losses else {}
 
-    def judged(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the clients (N,) of a split that have rows to be evaluated on, and how many rows (N,) count."""
+    def judged(self, split: str) -> np.ndarray:
+        """Returns the clients (N,) of a split that have rows to be evaluated on."""
         training, clients = self.parts.store.num_training, self.parts.store.num_clients
-        members = {"heldout": (0, training), "unseen": (training, clients), "server": (clients, None)}
-        first, last = members[split]
-        rows = np.minimum(self.parts.tokens.counts("heldout")[first:last], self._limit(split))
-        return first + np.flatnonzero(rows), rows[rows > 0]
+        first, last = {"heldout": (0, training), "unseen": (training, clients), "server": (clients, None)}[split]
+        return first + np.flatnonzero(self.parts.tokens.counts("heldout")[first:last])
+
+    def _map(self, clients: np.ndarray, split: str, call: Callable[[Any, list[int]], Reference]) -> list[Any]:
+        costs = np.minimum(self.parts.tokens.counts("heldout")[clients], self._limit(split))
+        return self.parts.pool.map(clients, costs, call)
 
     def _limit(self, split: str) -> int:
         """The most rows that count: `server_rows` of the server's rows, `rows` of a client's."""
         return self.parts.federation.evaluate.server_rows if split == "server" else self.parts.federation.evaluate.rows
 
-    def _every_split(self, vector: Any, round_: int, name: str, *, protocol: bool = False) -> Losses:
-        """The losses by split. A baseline is no part of the federation's `protocol`."""
-        losses, record = {}, self._record_protocol if protocol else self._record
-        for split in SPLITS:
-            clients, rows = self.judged(split)
-            if len(clients):
-                call = partial(_evaluate, vector=vector, limit=self._limit(split))
-                losses[split] = record(self.parts.pool.map(clients, rows, call), round_, split, name)
-        return losses
-
-    def _record_protocol(self, losses: list[ClientLoss], round_: int, split: str, name: str) -> float:
-        """As `_record`, with what the clients receive and send for it, and each client's loss."""
-        if split != "server":
-            vector_bytes = self.parts.layout.size * FLOAT_BYTES
-            self.logs.ledger.received(round_, "client", "sum", len(losses), len(losses) * vector_bytes)
-            self._report_to_server(round_, len(losses))
-        return self._record(losses, round_, split, name, protocol=True)
-
-    def _report_to_server(self, round_: int, clients: int) -> None:
-        """Clients send their losses; under secure aggregation they do not, and the simulator alone knows them."""
-        if not self.parts.federation.privacy.secure:
-            self.logs.ledger.received(round_, "server", "metric", clients, clients * FLOAT_BYTES)
-
     def _record(self, losses: list[ClientLoss], round_: int, split: str, name: str, *, protocol: bool = False) -> float:
-        """Writes the mean loss in nats per token and returns it."""
-        if protocol and split != "server" and not self.parts.federation.privacy.secure:
-            ordered = sorted(losses, key=lambda loss: loss.client)
-            names = self.parts.store.names([loss.client for loss in ordered])
-            figures = [{name: loss.nll / loss.tokens, "tokens": loss.tokens} for loss in ordered]
-            self.logs.metrics.add_each(round_, split, names, figures)
-        mean, counts = mean_loss(losses), dict[str, float]()
-        if protocol:
-            counts = {"tokens": sum(loss.tokens for loss in losses), "rows": sum(loss.rows for loss in losses)}
-        self.logs.metrics.add(round_, split, None, **{name: mean}, **counts)
-        return mean
+        """Writes the mean losses and returns that of the held-out term, such as nats per token.
+
+        In the `protocol` clients receive the global model and send their losses, but not under secure aggregation.
+        """
+        logs, count, objective = self.logs, len(losses), self.parts.federation.train.objective
+        if protocol and split != "server":
+            if name == "loss":
+                logs.ledger.received(round_, "client", "sum", count, count * self.parts.pool.layout.size * FLOAT_BYTES)
+            if not self.parts.federation.privacy.secure:
+                logs.ledger.received(round_, "server", "metric", count, count * FLOAT_BYTES)
+                ordered = sorted(losses, key=lambda loss: loss.client)
+                names = self.parts.store.names([loss.client for loss in ordered])
+                logs.metrics.add_each(round_, split, names, [loss.metrics(name, objective) for loss in ordered])
+        whole = pooled(losses, objective)
+        metrics = whole.metrics(name, objective)
+        counts = {"tokens": metrics.pop("tokens"), "rows": float(whole.rows)}
+        logs.metrics.add(round_, split, None, **metrics, **(counts if protocol else {}))
+        return metrics[name]
 
 
 @dataclass
@@ -154,48 +128,85 @@ class Evaluation:
     With `evaluate.overlap` an evaluation goes on beside the next round, and is `pending` until that has ended.
     """
 
-    parts: RunParts
-    evaluator: Evaluator
+    evaluator: PoolEvaluator
     pending: Pending | None = None
 
     def before_rounds(self, state: ShardedState, *, resumed: bool) -> Iterator[Event]:
         """Evaluates the state that the run starts from, unless a resumed run has done so."""
         if not resumed or (self._is_due(state) and not self.evaluator.logs.metrics.judged(state.round)):
-            yield from self._evaluate(state, overlap=resumed and self.parts.federation.evaluate.overlap)
+            yield from self._evaluate(state, overlap=resumed and self.evaluator.parts.federation.evaluate.overlap)
 
     def after_round(self, state: ShardedState) -> Iterator[Event]:
         """Ends the pending evaluation, and evaluates the state if it is its turn."""
+        federation, pool = self.evaluator.parts.federation, self.evaluator.parts.pool
         if self.pending is not None:
-            pending, self.pending, self.parts.pool.later = self.pending, None, []
+            pending, self.pending, pool.later = self.pending, None, []
             yield Evaluated(pending.round, self.evaluator.end(pending))
-        last = state.round == self.parts.federation.rounds
-        overlap = self.parts.federation.evaluate.overlap and not last
+        last = state.round == federation.rounds
+        overlap = federation.evaluate.overlap and not last
         if last or self._is_due(state):
             yield from self._evaluate(state, overlap=overlap)
             if not overlap:
                 yield from self._personal(state, last=last)
 
     def _is_due(self, state: ShardedState) -> bool:
-        every = self.parts.federation.evaluate.every
+        every = self.evaluator.parts.federation.evaluate.every
         return every > 0 and state.round > 0 and state.round % every == 0
 
     def _evaluate(self, state: ShardedState, *, overlap: bool) -> Iterator[Event]:
-        began, vector = time.monotonic(), self.parts.server.vector(state)
+        evaluator, parts = self.evaluator, self.evaluator.parts
+        began, vector = time.monotonic(), parts.shards.vector(state)
         if overlap:
-            self.pending = self.evaluator.begin(vector, state.round)
-            self.parts.pool.later = [later for _, later in self.pending.parts]
+            self.pending = evaluator.begin(vector, state.round)
+            parts.pool.later = [later for _, later in self.pending.parts]
             return
-        losses = self.evaluator.global_model(vector, state.round)
-        self.evaluator.logs.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
+        losses = evaluator.losses(vector, state.round, protocol=True)
+        evaluator.logs.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
         yield Evaluated(state.round, losses)
 
     def _personal(self, state: ShardedState, *, last: bool) -> Iterator[Event]:
         """The clients' own models, if they have any; at the end also the global one, trained a little by each."""
-        if self.parts.federation.strategy.personalizes:
-            losses = self.evaluator.personal(self.parts.server.broadcast(state), state.round)
+        evaluator, parts = self.evaluator, self.evaluator.parts
+        if parts.federation.strategy.personalizes:
+            losses = evaluator.personal(parts.shards.broadcast(state), state.round)
             if losses:
                 yield Evaluated(state.round, losses, "personal")
-        if last and self.parts.federation.evaluate.finetune:
-            steps = np.full(self.parts.population, self.parts.federation.evaluate.finetune)
-            losses = self.evaluator.local_only(self.parts.server.vector(state), state.round, steps, "finetuned")
+        if last and parts.federation.evaluate.finetune:
+            steps = np.full(parts.population, parts.federation.evaluate.finetune)
+            losses = evaluator.local_only(parts.shards.vector(state), state.round, steps, "finetuned")
             yield Evaluated(state.round, losses, "finetuned")
+
+
+def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
+    """Spends the federation's steps on one pooled model, and in equal parts on each client's own; evaluates both.
+
+    Every round has an equal part of a model's steps, with the learning rates of `train.over_rounds` and `over_steps`.
+    """
+    parts, shards, clients = evaluator.parts, evaluator.parts.shards, evaluator.parts.population
+    move_base(shards, state, None)
+    total = loop.planner.total_steps()
+    # The remainder goes to some clients, one step each; if there are fewer steps than clients, all take one.
+    steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
+    start = shards.vector(parts.initial)
+    yield Evaluated(state.round, evaluator.local_only(start, state.round, steps, "local_only"), "local_only")
+    everybody = list(range(clients))
+    trained_P = parts.pool.ask(lambda actor: actor.centralized.remote(everybody, start, total), long=True)
+    pooled = share(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))))
+    yield Evaluated(state.round, evaluator.losses(pooled, state.round, "loss_centralized"), "centralized")
+    move_base(shards, None, state)
+
+
+def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
+    """Shows what privacy costs: plays the rounds again without it, of which only faults and losses are written."""
+    parts, federation, recorder = evaluator.parts, evaluator.parts.federation, loop.recorder
+    evaluate = replace(federation.evaluate, without_privacy=False)
+    parts = replace(parts, federation=replace(federation, privacy=Privacy(), evaluate=evaluate))
+    plain_loop = round_loop(parts, Logs.under(parts.folder), loop.lanes)  # these logs are never flushed
+    move_base(parts.shards, state, None)
+    plain = parts.initial
+    while plain.round < federation.rounds:
+        plain, played = plain_loop.play(plain)
+        recorder.logs.faults.happened(state.round, played.faults, recorder.logs.metrics.wall_s)
+    losses = evaluator.losses(parts.shards.vector(plain), state.round, "loss_not_private")
+    move_base(parts.shards, plain, state)
+    yield Evaluated(state.round, losses, "not_private")

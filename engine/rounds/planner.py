@@ -11,10 +11,35 @@ from engine.config.federation import Federation
 from engine.messages.reports import Report
 from engine.messages.shards import ShardedState
 from engine.messages.tasks import Work
-from engine.rounds.server import Server
-from engine.scheduling.cost_model import Costs
-from engine.scheduling.pool import Pool
-from engine.training.batching import steps_of
+from engine.rounds.server import Shards
+from engine.training.step_loop import steps_of
+
+TOKEN_S = 1e-3  # a guess
+FORGET = 0.9  # what is left of a round's weight after the next: other work comes and goes on a machine
+
+
+@dataclass
+class Costs:
+    """Models seconds as linear in optimizer steps and tokens; it keeps the sums of its least squares over all rounds.
+
+    Until there are any, each token is a millisecond. Only the order of work rests on it, and no result.
+    """
+
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(6))  # squares (2, 2), then products (2,)
+
+    def learn(self, steps: np.ndarray, tokens: np.ndarray, seconds: np.ndarray) -> None:
+        """Takes in a round: what its clients (N,) did, and how long they took."""
+        work_N2 = np.stack([steps, tokens], 1)
+        self.sums = FORGET * self.sums + np.append(work_N2.T @ work_N2, work_N2.T @ seconds)
+
+    def seconds(self, steps: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Predicts how long clients (N,) will take."""
+        squares, products = self.sums[:4].reshape(2, 2), self.sums[4:]
+        line = np.linalg.lstsq(squares, products, rcond=1e-9)[0] if squares.any() else np.zeros(2)
+        if (line < 0).any() or not line.any():  # steps and tokens are too much alike to tell apart
+            line = np.array([0.0, products[1] / squares[1, 1] if squares[1, 1] else TOKEN_S])
+        seconds: np.ndarray = np.stack([steps, tokens], 1) @ line
+        return seconds
 
 
 @dataclass
@@ -45,11 +70,8 @@ class Planner:
 
     def total_steps(self) -> int:
         """Returns how many steps all cohorts of the run take together."""
-        federation = self.federation
-        cohorts = (
-            federation.cohort.sample(self.population, federation.seed, round_) for round_ in range(federation.rounds)
-        )
-        return int(sum(self.steps(cohort).sum() for cohort in cohorts))
+        cohort, seed, rounds = self.federation.cohort, self.federation.seed, range(self.federation.rounds)
+        return int(sum(self.steps(cohort.sample(self.population, seed, round_)).sum() for round_ in rounds))
 
     def most_steps(self) -> int:
         """Returns how many steps a client takes at most in a round."""
@@ -68,16 +90,16 @@ class Planner:
         return tokens
 
 
-def choose_lanes(federation: Federation, pool: Pool, server: Server, initial: ShardedState, population: int) -> int:
+def choose_lanes(federation: Federation, shards: Shards, initial: ShardedState, population: int) -> int:
     """Returns how many clients a slot trains at once; measured in the first slot if the recipe says "auto"."""
     asked, cohort = federation.clients.lanes, federation.cohort
     if asked != "auto":
         return min(asked, max(1, cohort.largest(population)))
     # Nothing is measured beside gangs. No number of lanes may leave slots without clients.
-    most = int(cohort.expected(population)) // pool.size
+    most = int(cohort.expected(population)) // shards.pool.size
     if excludes_lanes(federation) or federation.clients.zero or most < 2:
         return 1
-    vector = server.vector(initial)
-    neighbors = max(Counter(pool.nodes.values()).values())
-    lanes: int = pool.ask(lambda actor: actor.best_lanes.remote(vector, most, population, neighbors))
+    vector = shards.vector(initial)
+    neighbors = max(Counter(shards.pool.nodes.values()).values())
+    lanes: int = shards.pool.ask(lambda actor: actor.best_lanes.remote(vector, most, population, neighbors))
     return lanes

@@ -2,12 +2,16 @@
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from datasets_partition.store.store import Store
+from datasets_partition.store.tokens import Tokens
 from engine.aggregation.privacy_account import PrivacyAccount
+from engine.config.availability import Trace
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.messages.events import RoundDone
@@ -16,24 +20,26 @@ from engine.messages.tasks import Work
 from engine.records.checkpoint import Saved
 from engine.records.client_state import forget_round
 from engine.records.journal import Journal
-from engine.rounds.collectors import Collected, Collector, Quorum
-from engine.rounds.planner import Planner
-from engine.rounds.recorder import Played, Recorder
-from engine.rounds.server import Server
+from engine.records.metrics import Logs
+from engine.rounds.collectors import ClearCollector, Collected, shortfall
+from engine.rounds.planner import Costs, Planner
+from engine.rounds.recorder import Recorder
+from engine.rounds.secure_round import SecureCollector, Shortfall, start_relay
+from engine.rounds.server import Shards, apply
+from engine.scheduling.pool import Pool
+
+Collector = ClearCollector | SecureCollector
 
 
 @dataclass
 class RoundLoop:
-    """Plays the rounds of a federation. `aborts` counts rounds of secure aggregation without a result.
-
-    assembly.py puts its parts together. What it keeps from round to round beside the model is in `saved`.
-    """
+    """Plays the rounds of a federation. `aborts` counts rounds of secure aggregation without a result."""
 
     federation: Federation
     planner: Planner
-    server: Server
+    shards: Shards
     collector: Collector
-    quorum: Quorum
+    shortfall: Shortfall
     privacy: PrivacyAccount
     journal: Journal
     recorder: Recorder
@@ -55,12 +61,12 @@ class RoundLoop:
         collected = self.collector.collect(work, broadcast)
         self.planner.learn(work, collected.reports)
         faults = self.recorder.collected(collected)
-        collected = self._counted(collected, len(work.clients), round_)
+        self._abort_if_too_few(collected, len(work.clients), round_)
 
         # Decode the sums (noise, then the clients' transforms in reverse) and apply the rule to them.
         applying = time.monotonic()
         noise = None if collected.aborted is not None else self.privacy.central
-        state, self.privacy.clip = self.server.apply(state, collected.sums, noise, clip)
+        state, self.privacy.clip = apply(self.shards, state, collected.sums, noise, clip)
         if collected.sums:
             self.journal.model = round_
         ended = time.monotonic()
@@ -68,32 +74,28 @@ class RoundLoop:
 
         # Record it.
         statement = self.privacy.statement
-        played = Played(round_, collected, faults, ended - began, ended - applying, privacy, statement)
-        return state, self.recorder.played(played)
+        return state, self.recorder.played(collected, faults, ended - began, ended - applying, privacy, statement)
 
     def saved(self, state: ShardedState) -> Saved:
         """Returns all that a resumed run starts from."""
-        wall_s, costs = self.recorder.logs.metrics.wall_s, self.planner.costs.sums
+        wall_s, costs = self.recorder.logs.metrics.wall_s, self.planner.costs.sums.tolist()
         return Saved(state, wall_s, self.privacy.clip, self.aborts, self.lanes, costs, last_sum=self.journal.model)
 
     def _broadcast(self, state: ShardedState, clients: int) -> Any:
-        """What the cohort starts from, and the terms on which it trains."""
         plan, clip = self.privacy.plan, 0.0
         if plan is not None:
             clip = self.collector.client_clip(plan, self.privacy.clip, clients, state.round)
         oldest = self.planner.oldest(state.round)
-        return replace(self.server.broadcast(state), oldest=oldest, lanes=self.lanes, dp=plan, clip=clip)
+        return replace(self.shards.broadcast(state), oldest=oldest, lanes=self.lanes, dp=plan, clip=clip)
 
-    def _counted(self, collected: Collected, cohort: int, round_: int) -> Collected:
-        """The same, aborted if too few clients gave an update; RunError if that is to end the run."""
-        too_few = collected.too_few
+    def _abort_if_too_few(self, collected: Collected, cohort: int, round_: int) -> None:
+        """Takes the sums out of a round in which too few clients gave an update; RunError if that ends the run."""
         if collected.aborted is None:
-            too_few = self.quorum.shortfall(collected.reports, cohort, round_)
-        if too_few is None:
-            return collected
-        if self.federation.clients.on_too_few == "end":
-            raise RunError(f'{too_few}, or take clients.on_too_few = "skip"')
-        return replace(collected, sums=[], aborted=too_few, too_few=too_few)
+            collected.too_few = self.shortfall(collected.reports, cohort, round_)
+        if collected.too_few is not None:
+            if self.federation.clients.on_too_few == "end":
+                raise RunError(f'{collected.too_few}, or take clients.on_too_few = "skip"')
+            collected.sums, collected.aborted = [], collected.too_few
 
     def _settle(self, work: Work, collected: Collected, round_: int) -> None:
         """Removes the states of clients that are not in the sum, and counts a round without a result."""
@@ -109,3 +111,49 @@ class RoundLoop:
                 f"{self.aborts} rounds had no result, more than privacy.secagg.max_aborts = {allowed} allows, the last "
                 f"so: {collected.aborted}; expect more drop-outs by privacy.secagg.dropout, or take larger cohorts"
             )
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What all of a run's rounds work with."""
+
+    federation: Federation
+    pool: Pool
+    shards: Shards
+    initial: ShardedState  # before the first round
+    store: Store
+    tokens: Tokens
+    folder: Path
+    elsewhere: str | None = None  # the URI that the folder is copied to
+
+    @property
+    def population(self) -> int:
+        """How many clients may train."""
+        return self.store.num_training
+
+
+def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None = None) -> RoundLoop:
+    """Returns the loop of a run's rounds, from the start or from what was `saved`; ValueError if it cannot be."""
+    federation, store, shards = parts.federation, parts.store, parts.shards
+    costs = Costs(np.array(saved.costs)) if saved and saved.costs else Costs()
+    planner = Planner(federation, parts.tokens, parts.population, costs)
+    round_, clip = (saved.state.round, saved.clip) if saved else (0, None)
+    rows = parts.tokens.counts("train")[: parts.population]
+    steps = planner.most_steps() * shards.trainings(parts.initial)  # all trainings of a client see its rows
+    privacy = PrivacyAccount.open(federation, parts.pool.layout, parts.folder, rows, steps, round_, clip)
+    journal = Journal.open(parts.folder, parts.elsewhere, saved.last_sum if saved else 0)
+    too_few = partial(shortfall, federation, store)
+    path = federation.clients.availability.trace
+    trace = None if path is None else Trace.open(Path(path), store.names(list(range(store.num_clients))))
+    collector: Collector
+    if federation.privacy.secure:
+        train = federation.train
+        most_tokens = planner.most_steps() * train.batch * train.accumulate * train.max_length
+        relay = start_relay(shards, federation.privacy.secagg.on_slot_death)
+        collector = SecureCollector(federation, relay, most_tokens, journal, too_few, trace)
+        collector.refuse_small_ring(privacy.plan, privacy.clip, federation.cohort.largest(parts.population), round_)
+    else:
+        collector = ClearCollector(federation, shards, trace)
+    recorder, states = Recorder(store, parts.pool, logs, round_), parts.folder / "client_state"
+    kept = (lanes, saved.aborts if saved else 0)
+    return RoundLoop(federation, planner, shards, collector, too_few, privacy, journal, recorder, states, *kept)

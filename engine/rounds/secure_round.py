@@ -1,33 +1,47 @@
-"""One secured round in the driver: relays messages between workers, adds masked vectors, and unmasks their sum.
+"""A secured round in the driver: which sums the server may learn, and how slots and server come to them.
 
-It never holds an unmasked update: secrets and vectors stay in the workers (see secure_clients.py). Every message that
-it relays is counted for the ledger, by whom it reaches.
+The driver never holds an unmasked update: secrets and vectors stay in the workers (see secure_clients.py). It relays
+messages between them, adds masked vectors up, and counts every message for the ledger by whom it reaches.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.aggregation.secure_clients import Opening
-from engine.messages.reports import Report
-from engine.messages.shards import ShardTotals
+from engine.aggregation.ring_encoding import Plan, live_lengths, ring_sums, rounding
+from engine.aggregation.secure_clients import Authority, Opening
+from engine.config.availability import DIED_WITH_SLOT, LEFT_OUT, Leaving, Trace
+from engine.config.federation import Federation
+from engine.config.sections import Lora
+from engine.messages.broadcast import BroadcastMessage, share
+from engine.messages.errors import RunError
+from engine.messages.events import Fault
+from engine.messages.reports import DOWN, FLOAT_BYTES, Report
 from engine.messages.tasks import Unit, Work
-from engine.records.journal import SumRefused
-from engine.scheduling.pool import Pool
-from engine.scheduling.worker_kinds import Reference
+from engine.objectives.base import figure_metrics
+from engine.records.journal import Journal, SumRefused
+from engine.rounds.collectors import Collected, Message, reasons
+from engine.rounds.server import MaskedTotal, Shards
 from engine.system.failures import LOST, within
-from strategies.secagg.messages import KeyList, MaskedSum
+from strategies.core.errors import StrategyError
+from strategies.core.layout import Layout
+from strategies.secagg.messages import MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session
-from strategies.secagg.ring import Totals
+from strategies.secagg.ring import Sums
 from strategies.secagg.server import Server
 
+MOST_CLIPPED = 0.01  # a share of coordinates: more is warned about
+Shortfall = Callable[[Sequence[Report], int, int], str | None]
 Gone = Mapping[int, Phase]  # who drops out, and before which answer
 Placed = dict[int, tuple[Unit, ...]]  # the units of work of each slot
 Answers = dict[int, Any]  # by slot
+Known = dict[int, bytes] | None  # the public identities in the active profile
 
 
 class _SlotLost(Exception):
@@ -35,210 +49,44 @@ class _SlotLost(Exception):
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What the sessions of a round have in common; `known` are the public identities in the active profile."""
-
-    placed: Placed
-    broadcast: Reference
-    gone: Gone
-    refuse: Callable[[Sequence[int], Sequence[Report]], None]
-    admit: Callable[[Sequence[int]], None]
-    known: dict[int, bytes] | None
-
-
-@dataclass(frozen=True)
-class Message:
-    """`count` messages of a kind that reached a party, of `nbytes` together."""
-
-    party: str
-    kind: str
-    count: int
-    nbytes: int
-
-
-@dataclass
-class Relayed:
-    """The result of a secured round: reports, sums or why there are none, and all messages, of void sessions too.
-
-    `lost` are clients whose slot died before it gave their masked sum, if that counts as dropping out.
-    """
-
-    reports: list[Report] = field(default_factory=list)
-    lost: tuple[int, ...] = ()
-    totals: Totals | ShardTotals | None = None
-    aborted: str | None = None
-    sessions: int = 0
-    busy: list[float] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
-
-    def note(self, party: str, kind: str, sent: Iterable[Any]) -> None:
-        """Counts messages, which have `nbytes`."""
-        sizes = [message.nbytes for message in sent]
-        if sizes:
-            self.messages.append(Message(party, kind, len(sizes), sum(sizes)))
-
-
-@dataclass(frozen=True)
 class Relay:
-    """Plays secured rounds on a pool. `authority` vouches for identities in the active profile."""
+    """Takes messages to slots and back. `authority` vouches for identities in the active profile."""
 
-    pool: Pool
+    shards: Shards
     authority: Any
     on_slot_death: str
 
-    def play(
-        self,
-        session: Session,
-        work: Work,
-        broadcast: Any,
-        lanes: int,
-        gone: Gone,
-        refuse: Callable[[Sequence[int], Sequence[Report]], None],
-        admit: Callable[[Sequence[int]], None],
-    ) -> Relayed:
-        """Plays one round of secured `work` from `broadcast`.
-
-        `refuse` sees the survivors and the reports, of each session of the round; `admit` is called once, just before
-        clients are asked for the shares that unmask the survivors' sum. If one of them raises SumRefused the round has
-        no result.
-
-        A slot that dies before the sum is being unmasked voids the session, and the next one has new keys; RunError
-        if too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
-        could tell the difference between them.
-        """
-        relayed = Relayed()
-        units, shared = self.pool.units(work, lanes), self._share(broadcast)
-        known = None
-        if session.parameters.active:
-            cohort = tuple(work.clients.tolist())
-            known = self.pool.ask(lambda actor: actor.roster.remote(cohort, self.authority))
-        self.pool.deaths = 0
-        while True:
-            relayed.sessions += 1
-            placed = placement(units, [work.cost(unit) for unit in units], self.pool.alive)
-            try:
-                relayed.totals = self._session(session, _Request(placed, shared, gone, refuse, admit, known), relayed)
-                return relayed
-            except _SlotLost:
-                session = replace(session, attempt=session.attempt + 1)
-            except SecAggAbort as abort:
-                relayed.aborted = str(abort)
-                return relayed
-
-    def _session(self, session: Session, request: _Request, relayed: Relayed) -> Totals | ShardTotals:
-        members = {slot: [client for unit in units for client in unit] for slot, units in request.placed.items()}
-        cohort = tuple(sorted(client for clients in members.values() for client in clients))
-        server = Server(session, cohort, self.pool.held(session.sums), request.known)
-
-        openings = {slot: Opening(session, cohort, units, request.gone) for slot, units in request.placed.items()}
-        opened = self._trip("open", openings, self.authority)
-        keys = _flat(opened)
-        relayed.note("server", "key", keys)
-        key_list: KeyList = server.key_list(keys)
-        relayed.note("client", "key", [key_list] * len(keys))
-
-        shared = self._trip("shares", dict.fromkeys(opened, self._share(key_list)))
-        shares = _flat(shared)
-        relayed.note("server", "sealed share", shares)
-        inboxes = server.inboxes(shares)
-        boxes = sum(len(inbox.boxes) for inbox in inboxes.values())
-        relayed.messages.append(Message("other clients", "share", boxes, sum(i.nbytes for i in inboxes.values())))
-
-        of_slots = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in shared}
-        trained = self._trip("masked", {slot: inbox for slot, inbox in of_slots.items() if inbox}, request.broadcast)
-        self._note_reports(relayed, trained, members, request.gone)
-        masked: dict[int, MaskedSum] = {slot: answer for slot, (_, answer) in trained.items() if answer.clients}
-        shards = self._shards(masked)
-        for message in masked.values():
-            relayed.messages.append(Message("server", "masked update", len(message.clients), message.nbytes))
-            server.add(message)
-        survivors = server.survivors()
-        try:
-            request.refuse(survivors.clients, relayed.reports)
-        except SumRefused as error:
-            raise SecAggAbort("masked input", str(error)) from None
-
-        agreements = []
-        if session.parameters.active:
-            relayed.note("client", "survivors", [survivors] * len(survivors.clients))
-            agreements = _flat(self._trip("agree", dict.fromkeys(trained, survivors)))
-            relayed.note("server", "signature", agreements)
-        requests = server.requests(agreements)
-        try:
-            request.admit(survivors.clients)
-        except SumRefused as error:
-            raise SecAggAbort("unmask", str(error)) from None
-        relayed.note("client", "survivors", requests.values())
-        wanted = {slot: {c: requests[c] for c in members[slot] if c in requests} for slot in trained}
-        wanted = {slot: clients for slot, clients in wanted.items() if clients}
-        answers = _flat(self._trip("unmask", wanted, void=False))
-        relayed.note("server", "share", answers)
-        removals = server.unmask(answers)
-        total_L = server.total()
-        relayed.messages.append(Message("server", "sum", 1, session.sums.nbytes))
-        return self.pool.unmasked(session, total_L, removals, shards)
-
-    def _note_reports(
-        self, relayed: Relayed, trained: Answers, members: Mapping[int, Sequence[int]], gone: Gone
-    ) -> None:
-        """Notes the reports of the slots that have answered, their seconds of work, and whose slots have not."""
-        reports = (report for of_slot, _ in trained.values() for report in of_slot)
-        relayed.reports = sorted(reports, key=lambda report: report.client)
-        silent = [client for slot, clients in members.items() if slot not in trained for client in clients]
-        relayed.lost = tuple(client for client in silent if client not in gone)
-        relayed.busy = [0.0] * self.pool.size
-        for slot, (of_slot, _) in trained.items():
-            relayed.busy[slot] = sum(report.seconds for report in of_slot)
-
-    def _shards(self, slots: Iterable[int]) -> list[Any]:
-        """The shards of each slot's masked vector that its ranks hold beside the message; nothing of a plain slot."""
-        shards, lost = [], False
-        for slot in slots:
-            try:
-                shards.append(self.pool.masked_shards(slot))
-            except LOST as error:
-                self.pool.replace(slot, error)
-                lost = True
-        if lost:
-            raise _SlotLost
-        return shards
-
-    def _trip(self, name: str, given: Mapping[int, Any], *rest: Any, void: bool = True) -> Answers:
-        """Returns each slot's answer to what it is given; a slot that dies gives none.
-
-        With `void` and by the recipe it then raises _SlotLost, once all others have answered.
-        """
+    def trip(self, name: str, given: Mapping[int, Any], *rest: Any, void: bool = True) -> Answers:
+        """Returns each slot's answer to what it is given; whether a death is `void`, the recipe says."""
         calls = {slot: self._call(slot, name, argument, *rest) for slot, argument in given.items()}
+        waits = {slot: partial(self._answer, reference) for slot, reference in calls.items()}
+        return self.answers(waits, void=void and self.on_slot_death == "void")
+
+    def answers(self, waits: Mapping[int, Callable[[], Any]], *, void: bool) -> Answers:
+        """Returns what slots answer; replaces those that die, and then with `void` raises _SlotLost."""
         answers, lost = {}, False
-        for slot, reference in calls.items():
+        for slot, wait in waits.items():
             try:
-                answers[slot] = self._answer(reference)
+                answers[slot] = wait()
             except LOST as error:
-                self.pool.replace(slot, error)
+                self.shards.pool.replace(slot, error)
                 lost = True
             except RayTaskError as error:
                 if isinstance(error.cause, SecAggAbort):
                     raise error.cause from error
                 raise
-        if lost and void and self.on_slot_death == "void":
+        if lost and void:
             raise _SlotLost
         return answers
 
-    def _share(self, value: Any) -> Any:
-        """Puts a value that all slots are given into the store once."""
-        return ray.put(value)
-
     def _call(self, slot: int, name: str, *arguments: Any) -> Any:
-        """Begins a slot's part of a trip."""
-        return getattr(self.pool.actors[slot], name).remote(*arguments)
+        return getattr(self.shards.pool.actors[slot], name).remote(*arguments)
 
     def _answer(self, reference: Any) -> Any:
-        """Waits for a slot's answer."""
-        return within(self.pool.timeout_s, reference)
+        return within(self.shards.pool.timeout_s, reference)
 
 
 def _flat(answers: Mapping[int, list[Any]]) -> list[Any]:
-    """The messages of all slots."""
     return [message for of_slot in answers.values() for message in of_slot]
 
 
@@ -250,3 +98,233 @@ def placement(units: list[Unit], costs: list[float], slots: Sequence[int]) -> Pl
         loads[least] += costs[index]
         placed.setdefault(slots[least], []).append(units[index])
     return {slot: tuple(of_slot) for slot, of_slot in placed.items()}
+
+
+@dataclass(frozen=True)
+class SecureCollector:
+    """The server learns sums and nothing else. `most_tokens` bound what one client trains on in a round.
+
+    `journal` knows the sums that the run has unmasked. `shortfall` judges a round's reports before their sum is known,
+    since a round that does not count leaves the model as it was.
+    """
+
+    federation: Federation
+    relay: Relay
+    most_tokens: int
+    journal: Journal
+    shortfall: Shortfall
+    trace: Trace | None = None
+
+    @property
+    def _layout(self) -> Layout:
+        return self.relay.shards.pool.layout
+
+    def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
+        """Plays one secured round; it is aborted if the cohort, or what is left of it, is too small."""
+        secagg, cohort, collected = self.federation.privacy.secagg, work.clients, Collected(by_client=False)
+        assert secagg.mode != "off"
+        if not len(cohort):
+            return collected
+        plan = broadcast.dp
+        least = max(secagg.min_contributors, plan.least if plan is not None and plan.adds_to == "ring" else 0)
+        try:
+            self._refuse_thin(cohort.tolist(), least)
+            parameters = secagg.parameters(len(cohort))
+        except (SumRefused, StrategyError) as error:
+            collected.aborted = str(error)
+            return collected
+        sums = self.sums(plan, broadcast.clip, len(cohort), broadcast.round)
+        session = Session(broadcast.round, 0, parameters, sums, secagg.mode)
+        gone = self._gone(work, broadcast.round)
+        leaving = {client: leaves.before for client, leaves in gone.items()}
+        total = self._play(session, work, broadcast, leaving, least, collected)
+
+        if total is not None:
+            count, weight, unmasked, figures = self.relay.shards.unmasked(total, plan)
+            if weight == 0:
+                collected.aborted = "all weights are less than the ring's steps: raise privacy.secagg.bits"
+            else:
+                collected.sums = unmasked
+                collected.metrics = figure_metrics(self.federation.train.objective, figures)
+                collected.clipped = self._clipped(figures, count, broadcast.round)
+        down = round(sum(report.metrics[DOWN] for report in collected.reports))
+        collected.messages.insert(0, Message("client", "sum", len(collected.reports) if down else 0, down))
+        collected.gone = reasons(gone, collected.reports) | collected.gone
+        sessions_length = collected.sessions * self.relay.shards.pool.size * sums.length
+        collected.store_bytes = FLOAT_BYTES * (self._layout.size + sessions_length)
+        return collected
+
+    def _play(
+        self, session: Session, work: Work, broadcast: BroadcastMessage, gone: Gone, least: int, collected: Collected
+    ) -> MaskedTotal | None:
+        """Plays sessions until one ends; returns the sum, None if it is aborted.
+
+        A slot that dies before the sum is being unmasked voids the session, and the next one has new keys; RunError
+        if too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
+        could tell the difference between them.
+        """
+        pool, shared, known = self.relay.shards.pool, share(broadcast), None
+        units = pool.units(work, broadcast.lanes)
+        if session.parameters.active:
+            cohort = tuple(work.clients.tolist())
+            known = pool.ask(lambda actor: actor.roster.remote(cohort, self.relay.authority))
+        pool.deaths = 0
+        while True:
+            collected.sessions += 1
+            placed = placement(units, [work.cost(unit) for unit in units], pool.alive)
+            try:
+                return self._session(session, placed, known, shared, gone, least, collected)
+            except _SlotLost:
+                session = replace(session, attempt=session.attempt + 1)
+            except SecAggAbort as abort:
+                collected.aborted = str(abort)
+                return None
+
+    def _session(
+        self, session: Session, placed: Placed, known: Known, shared: Any, gone: Gone, least: int, collected: Collected
+    ) -> MaskedTotal:
+        """Plays one session."""
+        relay = self.relay
+        members = {slot: [client for unit in units for client in unit] for slot, units in placed.items()}
+        cohort = tuple(sorted(client for clients in members.values() for client in clients))
+        server = Server(session, cohort, relay.shards.held(session.sums), known)
+
+        openings = {slot: Opening(session, cohort, units, gone) for slot, units in placed.items()}
+        opened = relay.trip("open", openings, relay.authority)
+        keys = _flat(opened)
+        collected.note("server", "key", keys)
+        key_list = server.key_list(keys)
+        collected.note("client", "key", [key_list] * len(keys))
+
+        sealed = relay.trip("shares", dict.fromkeys(opened, share(key_list)))
+        shares = _flat(sealed)
+        collected.note("server", "sealed share", shares)
+        inboxes = server.inboxes(shares)
+        boxes = sum(len(inbox.boxes) for inbox in inboxes.values())
+        collected.messages.append(Message("other clients", "share", boxes, sum(i.nbytes for i in inboxes.values())))
+
+        of_slots = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in sealed}
+        trained = relay.trip("masked", {slot: inbox for slot, inbox in of_slots.items() if inbox}, shared)
+        self._note_reports(collected, trained, members, gone)
+        masked: dict[int, MaskedSum] = {slot: answer for slot, (_, answer) in trained.items() if answer.clients}
+        # What ranks of a gang hold beside their message; a slot that has lost it has lost its clients.
+        waits = {slot: partial(relay.shards.masked_shards, slot) for slot in masked}
+        shards = [*relay.answers(waits, void=True).values()]
+        for message in masked.values():
+            collected.messages.append(Message("server", "masked update", len(message.clients), message.nbytes))
+            server.add(message)
+        survivors = server.survivors()
+        self._refuse(survivors.clients, least, len(cohort), session.round + 1, collected)
+        agreements = []
+        if session.parameters.active:
+            collected.note("client", "survivors", [survivors] * len(survivors.clients))
+            agreements = _flat(relay.trip("agree", dict.fromkeys(trained, survivors)))
+            collected.note("server", "signature", agreements)
+        requests = server.requests(agreements)
+        self._admit(survivors.clients, session.round + 1)
+        collected.note("client", "survivors", requests.values())
+        wanted = {slot: {c: requests[c] for c in members[slot] if c in requests} for slot in trained}
+        wanted = {slot: clients for slot, clients in wanted.items() if clients}
+        answers = _flat(relay.trip("unmask", wanted, void=False))
+        collected.note("server", "share", answers)
+        removals = server.unmask(answers)
+        collected.messages.append(Message("server", "sum", 1, session.sums.nbytes))
+        return session, server.total(), removals, shards
+
+    def _note_reports(
+        self, collected: Collected, trained: Answers, members: Mapping[int, Sequence[int]], gone: Gone
+    ) -> None:
+        """Notes the reports of the slots that have answered, their seconds of work, and whose slots have not."""
+        reports = (report for of_slot, _ in trained.values() for report in of_slot)
+        collected.reports = sorted(reports, key=lambda report: report.client)
+        silent = [client for slot, clients in members.items() if slot not in trained for client in clients]
+        collected.gone = {client: DIED_WITH_SLOT for client in silent if client not in gone}
+        collected.busy = [0.0] * self.relay.shards.pool.size
+        for slot, (of_slot, _) in trained.items():
+            collected.busy[slot] = sum(report.seconds for report in of_slot)
+
+    def _refuse(self, clients: Sequence[int], least: int, cohort: int, round_: int, collected: Collected) -> None:
+        """Raises SecAggAbort if the survivors, or the clients that gave an update, are too few."""
+        try:
+            self._refuse_thin(clients, least)
+            collected.too_few = self.shortfall(collected.reports, cohort, round_)
+            if collected.too_few is not None:
+                raise SumRefused(collected.too_few)
+        except SumRefused as error:
+            raise SecAggAbort("masked input", str(error)) from None
+
+    def _admit(self, clients: Sequence[int], round_: int) -> None:
+        """Writes down whose sum is about to be unmasked; SecAggAbort if it must not be."""
+        contributors = self.federation.privacy.secagg.min_contributors
+        try:
+            self.journal.admit(round_, clients, lambda apart: self._refuse_thin(apart, contributors))
+        except SumRefused as error:
+            self.relay.shards.pool.faults.append(Fault("round", str(round_), str(error)))
+            raise SecAggAbort("unmask", str(error)) from None
+
+    def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
+        """Returns the norm to which clients clip: less than the server counts on, by what a ring's rounding may add."""
+        sums = self.sums(plan, clip, max(1, clients), round_)
+        if plan is None or plan.adds_to != "sum":
+            return clip
+        room = clip - rounding(sums)
+        if room < clip / 2:
+            raise RunError(
+                f"a ring of {sums.bits} bits rounds away more than half of privacy.dp.clip = {clip:g} with "
+                f"{clients} clients: raise privacy.secagg.bits, or lower cohort.size"
+            )
+        return room
+
+    def refuse_small_ring(self, plan: Plan, clip: float, clients: int, round_: int) -> None:
+        """Raises an error if a cohort of `clients` does not fit the graph or the ring of a round from `round_` on."""
+        clients = max(2, clients)
+        self.federation.privacy.secagg.parameters(clients)
+        for later in range(round_, self.federation.rounds):
+            self.client_clip(plan, clip, clients, later)
+
+    def sums(self, plan: Plan, clip: float, clients: int, round_: int) -> Sums:
+        """Returns what a round's session with `clients` clients adds up; StrategyError if the ring is too small."""
+        return ring_sums(self.federation, self._layout, plan, clip, clients, self.most_tokens, round_)
+
+    def _clipped(self, figures: dict[str, float], clients: int, round_: int) -> float:
+        """Returns the share of the clients' coordinates that bounds have cut, and warns of a large one."""
+        lengths = live_lengths(self.federation, self._layout, round_)
+        cut = max(0.0, figures["clipped"]) / (clients * max(1, sum(lengths.values())))
+        if cut > MOST_CLIPPED:
+            bounds = "privacy.secagg.bound" + (" or bounds" if len(lengths) > 1 else "")
+            why = f"{cut:.1%} of the coordinates that clients sent are beyond what the ring takes, and were cut"
+            self.relay.shards.pool.faults.append(Fault("round", str(round_ + 1), f"{why}: raise {bounds}"))
+        return cut
+
+    def _gone(self, work: Work, round_: int) -> dict[int, Leaving]:
+        """Who drops out; of a round whose sum was asked for before, everybody who was not in it."""
+        federation, before = self.federation, self.journal.clients(round_ + 1)
+        gone = federation.clients.availability.gone(work.clients, federation.seed, round_, self.trace)
+        if before is None:
+            return gone
+        others = [client for client in work.clients.tolist() if client not in before]
+        return {client: Leaving("masked input", LEFT_OUT) for client in others} | gone
+
+    def _refuse_thin(self, clients: Sequence[int], least: int) -> None:
+        """Raises SumRefused if a sum would be of so few that it tells of one of them, or has too little noise."""
+        if len(clients) < least:
+            raise SumRefused(f"{len(clients)} clients are there, and it takes {least}")
+        peft, rule = self.federation.model.peft, self.federation.strategy
+        if not isinstance(peft, Lora) or not peft.ranks or rule.sends_products:
+            return
+        ranks = [peft.rank_of(int(client), self.federation.seed) or peft.r for client in clients]
+        contributors = self.federation.privacy.secagg.min_contributors
+        for rank in sorted(set(ranks)):
+            count = sum(other >= rank for other in ranks)
+            if count < contributors:
+                raise SumRefused(
+                    f"{count} clients have rank {rank} or more, and privacy.secagg.min_contributors asks "
+                    f"for {contributors} for each coordinate"
+                )
+
+
+def start_relay(shards: Shards, on_slot_death: str) -> Relay:
+    """Returns a relay with an authority of its own, beside the driver: no other node's end is the authority's."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    authority = ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote()
+    return Relay(shards, authority, on_slot_death)

@@ -1,7 +1,7 @@
 """The server's half of a strategy: a model state, which is a tuple of shards, and the rule that makes the next one.
 
-A whole vector is one shard, and `DriverShards` holds it in this process. With `RankShards` each rank of the first gang
-works on a shard of its own, and the driver knows references. Rules, checkpoints and callbacks never ask which it is.
+A whole vector is one shard, which `DriverShards` works on in this process. With `RankShards` each rank of the first
+gang works on a shard of its own, and the driver knows references. Rules, checkpoints and callbacks never ask which.
 """
 
 from collections.abc import Mapping
@@ -15,17 +15,25 @@ import torch
 from engine.aggregation.ring_encoding import Plan, live_masks, ring_aggregate
 from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
-from engine.messages.broadcast import BroadcastMessage
+from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.errors import RunError
-from engine.messages.shards import Shard, ShardedState, ShardSum, borrow
+from engine.messages.shards import Shard, ShardedState, borrow
 from engine.messages.tasks import Served
 from engine.scheduling.dispatcher import Worked
-from engine.scheduling.pool import Pool, Start
+from engine.scheduling.pool import Pool
+from engine.scheduling.worker_kinds import Reference
+from engine.system.failures import LOST
 from strategies.core.errors import StrategyError
 from strategies.core.protocol import Aggregate, Broadcast, ServerState
 from strategies.privacy.central import CentralPlan
+from strategies.secagg.masks import Masks
+from strategies.secagg.protocol import Session
+from strategies.secagg.ring import Sums
 
-WITHIN_CALLS = 65_536  # bytes, well below what Ray puts into the store by itself
+# A session, its sum (L,) from the slots' messages, the masks that it still holds, what ranks hold beside each message.
+MaskedTotal = tuple[Session, np.ndarray, Masks, list[Any]]
+# What the server learns of it: the number of clients, their weight, the sums as the rule reads them, figures by name.
+UnmaskedSums = tuple[int, float, list[Any], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -33,51 +41,47 @@ class DriverShards:
     """One shard, the whole vector, in this process. `population` is how many clients may be sampled."""
 
     federation: Federation
-    start: Start
+    pool: Pool
     population: int
 
     def initial(self) -> ShardedState:
         """Returns the state before the first round."""
-        assert isinstance(self.start.initial, np.ndarray)
-        state = self.federation.strategy.init(borrow(self.start.initial), self.start.layout)
+        assert self.pool.initial is not None
+        state = self.federation.strategy.init(borrow(self.pool.initial), self.pool.layout)
         return ShardedState(0, (self.hold(state),))
 
     def refuse_other(self, state: ShardedState) -> None:
         """Raises RunError if a state from a checkpoint is of another model."""
-        parameters, size = [part.params.numel() for part in state.parts], self.start.layout.size
+        parameters, size = [part.params.size for part in state.parts], self.pool.layout.size
         if parameters != [size]:
             raise RunError(
                 f"the checkpoint holds {' + '.join(map(str, parameters))} parameters, the recipe's model has {size}: "
                 f"resume with the recipe that it was written with"
             )
 
-    def read(self, part: ServerState) -> ServerState:
-        """Returns the state."""
-        return part
+    def read(self, part: Shard) -> ServerState:
+        """Returns the tensors of a part of the state."""
+        return part.state(0, self.federation.seed)
 
-    def hold(self, shard: ServerState) -> ServerState:
-        """Returns the state with what no checkpoint holds, since it never changes."""
-        return replace(shard, layout=self.start.layout, seed=self.federation.seed, population=self.population)
+    def hold(self, shard: ServerState) -> Shard:
+        """Returns a shard as a part of the state."""
+        return Shard.of(shard.params, shard.moments, shard.merged_delta)
 
     def trainings(self, state: ShardedState) -> int:
         """Returns how many vectors a client trains in a round: personal models are trained beside the global one."""
         strategy = self.federation.strategy
-        return len(strategy.starts(strategy.broadcast(_whole(state)), {}))
+        return len(strategy.starts(strategy.broadcast(self._whole(state)), {}))
 
     def broadcast(self, state: ShardedState) -> BroadcastMessage:
         """Returns what the clients of the next round start from."""
-        return BroadcastMessage.of(self.federation.strategy.broadcast(_whole(state)))
+        return BroadcastMessage.of(self.federation.strategy.broadcast(self._whole(state)))
 
     def vector(self, state: ShardedState) -> Any:
-        """Returns a reference to a broadcast of the vector (P,) alone."""
-        return ray.put(BroadcastMessage.of(Broadcast(state.round, _whole(state).params)))
-
-    def share(self, broadcast: BroadcastMessage) -> tuple[Any, int]:
-        """Returns a reference, or a small broadcast itself, since a look into the store takes longer."""
-        return (broadcast if broadcast.nbytes <= WITHIN_CALLS else ray.put(broadcast)), broadcast.nbytes
+        """Returns the model as workers take it, to evaluate it, to generate with it, or to export it."""
+        return share(BroadcastMessage.of(Broadcast(state.round, self._whole(state).params)))
 
     def sums(self, worked: Worked) -> tuple[list[Aggregate], int]:
-        """Returns the sum over all workers, or the updates one by one where the rule reads each."""
+        """Returns the sum over all workers, or the updates one by one where the rule reads each, and their bytes."""
         nbytes, good = 0, sum(report.good for report in worked.reports)
         if self.federation.strategy.reads == "sum":
             (aggregate,) = worked.sums
@@ -86,27 +90,43 @@ class DriverShards:
         assert aggregate.count == good, f"{aggregate.count} updates in the sum, and {good} clients that gave one"
         return [aggregate], nbytes
 
-    def unmasked(self, totals: Any, plan: Plan, round_: int) -> tuple[list[Aggregate], dict[str, float]]:
-        """Returns the sums as floats, and the figures by name."""
-        aggregate, figures = ring_aggregate(totals, self.federation, self.start.layout, plan, round_)
-        return [aggregate], figures
+    def held(self, sums: Sums) -> int:
+        """Returns how many coordinates of a masked vector come in a slot's message: all."""
+        return sums.length
+
+    def masked_shards(self, slot: int) -> Any:
+        """Returns references to what of a slot's masked vector is not in its message: nothing."""
+        return None
+
+    def unmasked(self, masked: MaskedTotal, plan: Plan) -> UnmaskedSums:
+        """Returns the sums as floats, and the figures; messages come without masks."""
+        session, total_L, _, _ = masked
+        totals = session.sums.decode(total_L)
+        aggregate, figures = ring_aggregate(totals, self.federation, self.pool.layout, plan, session.round)
+        return totals.count, totals.weight, [aggregate], figures
 
     def step(
         self, state: ShardedState, sums: list[Aggregate], plan: CentralPlan | None, clip: float
     ) -> tuple[ShardedState, float]:
         """Applies the server's step in this process."""
-        layout = self.start.layout
+        layout = self.pool.layout
         live = {} if plan is None else live_masks(self.federation, layout, state.round)
         aggregate = sums[0] if sums else None
-        after, clip = server_step(_whole(state), aggregate, plan, clip, self.federation, layout, live)
+        after, clip = server_step(self._whole(state), aggregate, plan, clip, self.federation, layout, live)
         if after.merged_delta is not None and not self.federation.strategy.merges_into_base:
             named = type(self.federation.strategy).__name__
             raise StrategyError(f"{named} changes the base: declare merges_into_base = True in its class")
-        return ShardedState(after.round, (after,)), clip
+        return ShardedState(after.round, (self.hold(after),)), clip
 
-    def merged(self, state: ShardedState) -> torch.Tensor | None:
-        """Returns the state's merged delta."""
-        return _whole(state).merged_delta
+    def merged(self, state: ShardedState) -> np.ndarray | None:
+        """Returns what the rule has added to the base's weights: see ServerState."""
+        part: Shard = state.parts[0]
+        return part.merged_delta
+
+    def _whole(self, state: ShardedState) -> ServerState:
+        (part,) = state.parts
+        whole: ServerState = part.state(state.round, self.federation.seed, self.population)
+        return replace(whole, layout=self.pool.layout)
 
 
 @dataclass(frozen=True)
@@ -119,12 +139,11 @@ class RankShards:
 
     def initial(self) -> ShardedState:
         """Returns the state before the first round."""
-        return self.pool.initial()
+        return self._kept(0, [rank.initial.options(num_returns=2).remote() for rank in self.pool.ranks(0)])
 
     def refuse_other(self, state: ShardedState) -> None:
         """Raises RunError if a state from a checkpoint is of another number of ranks."""
-        assert self.pool.partition is not None
-        ranks = len(self.pool.partition.parts)
+        ranks = len(self.pool.ranks(0))
         if len(state.parts) != ranks:
             raise RunError(
                 f"the checkpoint does not hold {ranks} shards, as clients.zero.ranks asks: "
@@ -132,11 +151,11 @@ class RankShards:
             )
 
     def read(self, part: Any) -> ServerState:
-        """Returns the shard as it is mapped from the object store."""
+        """Returns a shard as it is mapped from the object store."""
         shard: Shard = ray.get(part)
         return shard.state(0, self.federation.seed)
 
-    def hold(self, shard: ServerState) -> Any:
+    def hold(self, shard: ServerState) -> Reference:
         """Puts a shard into the object store."""
         return ray.put(Shard.of(shard.params, shard.moments))
 
@@ -148,79 +167,86 @@ class RankShards:
         """Returns the shards; each rank computes from its own what a client receives."""
         return BroadcastMessage(state.round, state.parts, state.nbytes, self.pool.partition)
 
-    def vector(self, state: ShardedState) -> BroadcastMessage:
-        """Returns the shards."""
-        return self.broadcast(state)
+    vector = broadcast
 
-    def share(self, broadcast: BroadcastMessage) -> tuple[BroadcastMessage, int]:
-        """Returns the broadcast: it holds references alone."""
-        return broadcast, broadcast.nbytes
-
-    def sums(self, worked: Worked) -> tuple[list[ShardSum], int]:
+    def sums(self, worked: Worked) -> tuple[list[tuple[Reference, ...]], int]:
         """Returns the sum of each worker, in shards."""
         return worked.sums, 0
 
-    def unmasked(self, totals: Any, plan: Plan, round_: int) -> tuple[list[ShardSum], dict[str, float]]:
-        """Returns the sums, which the ranks have unmasked, and the figures."""
-        return [ShardSum(totals.parts, 0)], totals.figures
+    def held(self, sums: Sums) -> int:
+        """Returns the number of coordinates of the head: ranks hold the rest."""
+        return len(sums.encode_head(1.0))
+
+    def masked_shards(self, slot: int) -> list[Reference]:
+        """Returns references to the ranks' shards of a slot's masked vector, once all of them are there."""
+        shards = [rank.masked_shard.options(num_returns=2).remote() for rank in self.pool.ranks(slot)]
+        self.pool.answer([there for there, _ in shards])
+        return [shard for _, shard in shards]
+
+    def unmasked(self, masked: MaskedTotal, plan: Plan) -> UnmaskedSums:
+        """Lets the ranks of the first gang unmask their shards, which stay in the store; returns the figures."""
+        session, total_L, removals, shards_by_slot = masked
+        totals = session.sums.decode_head(total_L)
+        while True:
+            unmasked = [
+                rank.unmask_shard.options(num_returns=2).remote(session, removals, *totals, *shards)
+                for rank, *shards in zip(self.pool.ranks(0), *shards_by_slot, strict=True)
+            ]
+            try:
+                figures: dict[str, float] = self.pool.answer(unmasked[0][0])
+                self.pool.answer([there for there, _ in unmasked[1:]])
+                return *totals, [tuple(shard for _, shard in unmasked)], figures
+            except LOST as error:
+                self.pool.replace(0, error)
 
     def step(
-        self, state: ShardedState, sums: list[ShardSum], plan: CentralPlan | None, clip: float
+        self, state: ShardedState, sums: list[tuple[Reference, ...]], plan: CentralPlan | None, clip: float
     ) -> tuple[ShardedState, float]:
-        """Lets the ranks of the first gang apply the server's step, each to its shard."""
-        return self.pool.serve(state, Served(self.population, plan, clip), sums), clip
+        """Lets the ranks of the first gang apply the server's step, each to its shard of the state and of all sums."""
+        self.pool.deaths, served = 0, Served(self.population, plan, clip)
+        while True:
+            after = [
+                rank.serve.options(num_returns=2).remote(part, state.round, served, *parts)
+                for rank, part, *parts in zip(self.pool.ranks(0), state.parts, *sums, strict=True)
+            ]
+            try:
+                return self._kept(state.round + 1, after), clip
+            except LOST as error:
+                self.pool.replace(0, error)
 
     def merged(self, state: ShardedState) -> None:
         """Returns None: gangs refuse rules that merge into the base."""
+
+    def _kept(self, round_: int, shards: list[tuple[Reference, Reference]]) -> ShardedState:
+        """Returns the state of these shards, given as references to bytes and shard, once all of them are there."""
+        nbytes = sum(self.pool.answer([nbytes for nbytes, _ in shards]))
+        return ShardedState(round_, tuple(part for _, part in shards), nbytes)
 
 
 Shards = DriverShards | RankShards
 
 
-@dataclass(frozen=True)
-class Server:
-    """The server of a federation: its state, what clients receive of it, and what becomes of their sums."""
+def apply(
+    shards: Shards, state: ShardedState, sums: list[Any], plan: CentralPlan | None, clip: float
+) -> tuple[ShardedState, float]:
+    """Returns the next state and the next clipping norm; without `sums` the same model one round later.
 
-    shards: Shards
-    pool: Pool
-
-    def broadcast(self, state: ShardedState) -> Any:
-        """Returns what the clients of the next round start from."""
-        return self.shards.broadcast(state)
-
-    def vector(self, state: ShardedState) -> Any:
-        """Returns the model as workers take it, to evaluate it, to generate with it, or to export it."""
-        return self.shards.vector(state)
-
-    def apply(
-        self, state: ShardedState, sums: list[Any], plan: CentralPlan | None, clip: float
-    ) -> tuple[ShardedState, float]:
-        """Returns the next state and the next clipping norm; without `sums` the same model one round later.
-
-        With a `plan` the sums get its noise first, or noise is all that moves the model; then what clients did to their
-        updates is undone in reverse, and the rule is applied. The workers' base follows a rule that merges into it.
-        """
-        if not sums and plan is None:  # nobody took part, as in an empty Poisson cohort
-            return replace(state, round=state.round + 1), clip
-        after, clip = self.shards.step(state, sums, plan, clip)
-        self.move_base(state, after)
-        return after, clip
-
-    def move_base(self, before: ShardedState | None, after: ShardedState | None) -> None:
-        """Gives all workers the base with what state `after` has merged into it, in place of that of `before`.
-
-        None stands for the base of the recipe.
-        """
-        old, new = (None if state is None else self.shards.merged(state) for state in (before, after))
-        if new is not old:
-            self.pool.rebase(None if new is None else new.numpy())
+    With a `plan` the sums get its noise first, or noise is all that moves the model; then what clients did to their
+    updates is undone in reverse, and the rule is applied. The workers' base follows a rule that merges into it.
+    """
+    if not sums and plan is None:  # nobody took part, as in an empty Poisson cohort
+        return replace(state, round=state.round + 1), clip
+    after, clip = shards.step(state, sums, plan, clip)
+    move_base(shards, state, after)
+    return after, clip
 
 
-def _whole(state: ShardedState) -> ServerState:
-    """The state of its one shard."""
-    (shard,) = state.parts
-    whole: ServerState = replace(shard, round=state.round)
-    return whole
+def move_base(shards: Shards, before: ShardedState | None, after: ShardedState | None) -> None:
+    """Gives workers the base with what `after` has merged into it in place of `before`; None is the recipe's base."""
+    old, new = (None if state is None else shards.merged(state) for state in (before, after))
+    unchanged = old is new if old is None or new is None else np.may_share_memory(old, new)
+    if not unchanged:
+        shards.pool.rebase(new)
 
 
 def _each(references: Mapping[int, Any]) -> tuple[Aggregate, int]:

@@ -1,12 +1,10 @@
-"""Slots pull chunks of work: whoever is idle takes some, and what a dead slot has done is handed out again.
-
-A unit of work is one client, or several that train together in lanes.
-"""
+"""Slots pull chunks of work: units of one client or of several in lanes; a dead slot's work is done again."""
 
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +18,6 @@ from engine.messages.tasks import Unit, halves
 from engine.system.failures import LOST, SlotSilent, last_line
 
 SHARES = 1.5  # chunks for each slot in the work that is left: a first chunk is 2/3 of an even share
-LATER_SHARES = 2  # chunks for each slot in work that can wait
 LEAST_S = 0.005  # of work in a chunk, if there is as much: to hand one out takes about a tenth of that
 AHEAD = 2  # chunks that a slot has at once, so that it need not wait for the next
 REFILLED = 2  # clients for each lane of a unit, if there are enough: when one ends early, another follows
@@ -29,38 +26,26 @@ ENOUGH = 16  # units of a cohort, so that slots stay in balance
 
 @dataclass(frozen=True)
 class Worked:
-    """A round's local work: reports, sorted, sums that hold each client once, and references to updates by client.
-
-    There are such references only where the strategy reads more than sums. `nbytes` is what the sums took in the
-    object store, `busy` are the slots' seconds of work.
-    """
+    """A round's local work: reports, sorted, and sums that hold each client once."""
 
     reports: list[Report]
     sums: list[Any]
-    nbytes: int
-    each: dict[int, Any]
-    busy: list[float]
+    nbytes: int  # that the sums took in the object store
+    each: dict[int, Any]  # references to updates by client, where the strategy reads more than sums
+    busy: list[float]  # seconds of work by slot
 
 
 @dataclass
 class Later:
-    """Work on clients that waits until slots have nothing else to do: its chunks, how to call, and the results."""
+    """Work on clients that waits until slots have nothing else to do."""
 
     chunks: deque[list[int]]
     call: Callable[[Any, list[int]], Any]
     results: list[Any] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, clients: np.ndarray, slots: int, call: Callable[[Any, list[int]], Any]) -> "Later":
-        """Cuts the clients (N,) into a few chunks for each slot."""
-        return cls(deque(part.tolist() for part in np.array_split(clients, LATER_SHARES * slots) if len(part)), call)
-
 
 def units_of(clients: np.ndarray, steps: np.ndarray, lanes: int) -> list[Unit]:
-    """Groups the clients (N,) into units for so many lanes, by their numbers of steps (N,) and nothing else.
-
-    Clients of about as many steps come together, and units are of about one size.
-    """
+    """Groups the clients (N,) into units of about one size, by their numbers of steps (N,) and nothing else."""
     ordered = clients[np.argsort(-steps, kind="stable")]
     members = lanes if lanes == 1 or len(clients) < ENOUGH * REFILLED * lanes else REFILLED * lanes
     units = np.array_split(ordered, -(-len(ordered) // members)) if len(ordered) else []
@@ -79,6 +64,7 @@ class Slots(Protocol):
     """What a dispatcher asks of a pool."""
 
     federation: Federation
+    kind_of: list[int]
     actors: list[Any]
     alive: list[int]
     faults: list[Fault]
@@ -86,34 +72,25 @@ class Slots(Protocol):
 
     @property
     def timeout_s(self) -> float | None:
-        """How long a slot may work without an answer; None: without end."""
-        ...
+        """See Pool."""
 
-    def kind_of(self, slot: int) -> int:
-        """Returns which kind of clients a slot takes."""
-        ...
-
-    def kinds(self, clients: np.ndarray) -> np.ndarray:
-        """Returns the kinds of `clients` (N,)."""
-        ...
+    def kinds_for(self, clients: np.ndarray) -> np.ndarray:
+        """See Pool."""
 
     def lost_with_node(self, slot: int) -> bool:
-        """Whether the node that a slot was placed on is gone."""
-        ...
+        """See Pool."""
 
     def replace(self, slot: int, error: Exception) -> None:
-        """Puts a new slot in the place of one that has ended, or takes it from `alive`."""
-        ...
+        """See Pool."""
 
 
 class Dispatcher:
     """Hands out `units` of work, the longest (by their `cost`, best in seconds) first, until all are done.
 
-    A chunk is a share of the work that is left, so that chunks shrink towards the end, but not to what is over at
-    once, and they are not expected to take more than half of `clients.timeout_s`. Slots that have nothing else to do
-    take what is `later`. What a slot was working on when it died is handed out unit by unit. A unit that ends slots
-    again and again is halved if it has several clients; one client gets the results of `give_up`, or ends the run. What
-    slots have `finished` before is still theirs, and dies with them as well.
+    A chunk is a share of the work that is left, so that chunks shrink towards the end. Idle slots take work of `later`.
+    What a slot was working on when it died is handed out unit by unit. A unit that ends slots again and again is halved
+    if it has several clients; a single client gets the result of `give_up`. What slots have `finished` before is lost
+    with them as well.
     """
 
     def __init__(
@@ -130,13 +107,13 @@ class Dispatcher:
         self.finished = finished or {}
         known = [*units, *(unit for part in self.finished.values() for unit in part.units)]
         self.cost = {unit: cost(unit) for unit in known}
-        kinds = slots.kinds(np.array([unit[0] for unit in known], np.int64))
+        kinds = slots.kinds_for(np.array([unit[0] for unit in known], np.int64))
         self.kind = dict(zip(known, kinds.tolist(), strict=True))
         self.queues: dict[int, deque[Unit]] = {kind: deque() for kind in self.kind.values()}
         self.left = dict.fromkeys(self.queues, 0.0)
         for place in np.argsort([-self.cost[unit] for unit in units], kind="stable"):
             self._queue(units[place])
-        self.living = Counter(slots.kind_of(slot) for slot in slots.alive)  # slots by kind
+        self.living = Counter(slots.kind_of[slot] for slot in slots.alive)  # slots by kind
         self.free = dict.fromkeys(slots.alive, AHEAD)
         self.running: dict[Any, tuple[int, list[Unit]]] = {}
         self.beside: dict[Any, tuple[int, Later, list[int]]] = {}
@@ -148,16 +125,19 @@ class Dispatcher:
 
     def run(self) -> dict[int, SlotResults]:
         """Returns what each slot that is still alive has finished."""
+        allowed = self.slots.timeout_s
         while self._busy() or self.running or self.beside:
             self._hand_out()
             owed = [*self.running, *self.beside]
             if not owed:
                 continue
-            ready, _ = ray.wait(owed, num_returns=1, timeout=self._patience())
+            patience = allowed and max(0.0, min(self.since.values()) + allowed - time.monotonic())
+            ready, _ = ray.wait(owed, num_returns=1, timeout=patience)
             if ready:
                 self._take(ready[0])
-            else:
-                self._end_silent()  # and then take what others have answered meanwhile
+            else:  # end a silent slot, and then take what others have answered meanwhile
+                why = f"no answer for {allowed:g} s, which is clients.timeout_s"
+                self._lose(min(self.since, key=self.since.__getitem__), SlotSilent(why))
         return self.finished
 
     def _busy(self) -> bool:
@@ -171,7 +151,7 @@ class Dispatcher:
         # While units are suspects, a slot gets one chunk at a time: a dying slot may lose its last answer.
         for ahead in range(1 if self.suspects else AHEAD):
             for slot in [slot for slot, room in self.free.items() if room == AHEAD - ahead]:
-                kind = self.slots.kind_of(slot)
+                kind = self.slots.kind_of[slot]
                 # The last units are for slots that have nothing else to do.
                 if len(self.queues.get(kind, ())) > ahead * AHEAD * self.living[kind]:
                     chunk = self._chunk(kind)
@@ -200,21 +180,10 @@ class Dispatcher:
         return chunk
 
     def _share(self, kind: int) -> float:
-        share, allowed = self.left[kind] / (SHARES * self.living[kind]), self.slots.timeout_s
-        share = max(LEAST_S, share)
+        share, allowed = max(LEAST_S, self.left[kind] / (SHARES * self.living[kind])), self.slots.timeout_s
         # Half of it is left for work that takes longer than expected. If costs are not in seconds, a first chunk is
         # rather short.
         return share if allowed is None else min(share, allowed / 2 / (self.slowest or 1.0))
-
-    def _patience(self) -> float | None:
-        allowed = self.slots.timeout_s
-        return None if allowed is None else max(0.0, min(self.since.values()) + allowed - time.monotonic())
-
-    def _end_silent(self) -> None:
-        allowed = self.slots.timeout_s
-        assert allowed is not None
-        slot = min(self.since, key=self.since.__getitem__)
-        self._lose(slot, SlotSilent(f"no answer for {allowed:g} s, which is clients.timeout_s"))
 
     def _take(self, ready: Any) -> None:
         slot = (self.beside.get(ready) or self.running[ready])[0]
@@ -237,17 +206,13 @@ class Dispatcher:
             finished = self.finished.setdefault(slot, SlotResults())
             finished.results.extend(results)
             finished.units.extend(chunk)
-            self._forgive()
+            # Work that always dies does not get beyond what was finished before.
+            if (count := self._count_finished()) > self.most:
+                self.most, self.slots.deaths = count, 0
         if self.free[slot] == AHEAD:
             del self.since[slot]
         else:
             self.since[slot] = time.monotonic()
-
-    def _forgive(self) -> None:
-        """Forgets deaths so far if more is finished than ever before: work that always dies does not get there."""
-        finished = self._count_finished()
-        if finished > self.most:
-            self.most, self.slots.deaths = finished, 0
 
     def _count_finished(self) -> int:
         return sum(len(part.units) for part in self.finished.values())
@@ -264,9 +229,8 @@ class Dispatcher:
         # chunk may be at fault unless the slot's node has ended.
         outside = isinstance(error, ActorUnavailableError) or self.slots.lost_with_node(slot)
         suspected = [] if outside else begun[:1]
-        for chunk in begun[len(suspected) :]:
-            for unit in chunk:
-                self._queue(unit)
+        for unit in chain.from_iterable(begun[len(suspected) :]):
+            self._queue(unit)
         for chunk in suspected:
             self._suspect(chunk, error)
         self.since.pop(slot, None)
@@ -274,7 +238,7 @@ class Dispatcher:
         self.free[slot] = AHEAD
         for gone in [other for other in self.free if other not in self.slots.alive]:
             del self.free[gone]
-        self.living = Counter(self.slots.kind_of(other) for other in self.slots.alive)
+        self.living = Counter(self.slots.kind_of[other] for other in self.slots.alive)
 
     def _suspect(self, chunk: list[Unit], error: Exception) -> None:
         if len(chunk) > 1:

@@ -2,7 +2,7 @@
 
 import math
 
-from engine.config.sections import Clients, Zero
+from engine.config.sections import Clients
 from engine.messages.errors import RunError
 
 
@@ -34,37 +34,32 @@ def asked_or_fitting(clients: Clients, fit: int) -> int:
     return fit if clients.slots == "auto" else min(clients.slots, fit)
 
 
-def gangs_that_fit(clients: Clients, zero: Zero, nodes: list[dict[str, float]]) -> int:
-    """Returns how many gangs the nodes' resources hold; RunError, with what was asked and what exists, if none."""
-    fit = slots_that_fit(clients, nodes) // zero.ranks
-    if fit == 0:
+def slot_counts(clients: Clients, nodes: list[dict[str, float]]) -> tuple[int, int]:
+    """Returns how many gangs and how many slots of one process to start; RunError if one kind has no room."""
+    fit, zero = slots_that_fit(clients, nodes), clients.zero
+    if zero is None:
+        return 0, asked_or_fitting(clients, fit)
+    if zero.from_rows:
+        taken = zero.gangs * zero.ranks
+        if fit <= taken:
+            raise RunError(
+                f"{zero.gangs} gangs of {zero.ranks} ranks and one plain slot need {taken + 1} times "
+                f"{clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs, and there is room for {fit} of "
+                f"them: lower clients.zero.gangs or clients.zero.ranks"
+            )
+        return zero.gangs, asked_or_fitting(clients, fit - taken)
+    if fit < zero.ranks:
         total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
         raise RunError(
             f"a gang needs {zero.ranks} ranks of {clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs each, but all "
             f"nodes together have {total['CPU']:g} CPUs and {total['GPU']:g} GPUs: lower clients.zero.ranks, "
             f"clients.num_cpus or clients.num_gpus"
         )
-    return fit
-
-
-def slots_beside_gangs(clients: Clients, zero: Zero, nodes: list[dict[str, float]]) -> int:
-    """Returns how many slots of one process fit beside `zero.gangs` gangs; RunError if none."""
-    taken = zero.gangs * zero.ranks
-    left = slots_that_fit(clients, nodes) - taken
-    if left < 1:
-        raise RunError(
-            f"{zero.gangs} gangs of {zero.ranks} ranks and one plain slot need {taken + 1} times "
-            f"{clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs, and there is room for {taken + left} of "
-            f"them: lower clients.zero.gangs or clients.zero.ranks"
-        )
-    return left
+    return asked_or_fitting(clients, fit // zero.ranks), 0
 
 
 def refuse_shared_gpus(places: list[tuple[str, str | None]]) -> None:
-    """RunError where two ranks of a gang, given by node and GPU (None: on the CPU), are on one GPU.
-
-    NCCL gives each rank a GPU of its own, and its own error says less.
-    """
+    """RunError where two ranks of a gang, given by node and GPU (None: CPU), share a GPU, which NCCL cannot use."""
     gpus = [place for place in places if place[1] is not None]
     if len(set(gpus)) < len(gpus):
         raise RunError(

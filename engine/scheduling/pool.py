@@ -2,164 +2,138 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError
+from ray.exceptions import ObjectLostError
 
 from datasets_partition.store.tokens import Tokens
+from engine.aggregation.exact_sum import BLOCK, PartialSum, merge_parts
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.messages.events import Fault
 from engine.messages.reports import Report
-from engine.messages.shards import ShardedState, ShardSum, ShardTotals
-from engine.messages.tasks import Place, Served, Unit, Work
+from engine.messages.tasks import Unit, Work
+from engine.scheduling import worker_kinds as kinds
 from engine.scheduling.dispatcher import Dispatcher, Later, SlotResults, Worked, units_of
-from engine.scheduling.placement import asked_or_fitting, gangs_that_fit, slots_beside_gangs, slots_that_fit
-from engine.scheduling.sums import ShardSums, WholeSums
-from engine.scheduling.worker_kinds import START_TIMEOUT_S, Gangs, Patience, Processes, Reference, Rows, WorkerKind
+from engine.scheduling.placement import slot_counts, slots_that_fit
+from engine.scheduling.worker_kinds import START_TIMEOUT_S, Patience, Reference, TokenColumns, WorkerKind
 from engine.system.atomic import write_folder
 from engine.system.failures import LOST, ShardLost, SlotSilent, last_line, within
 from engine.workers.worker import ClientActor
 from strategies.core.layout import Layout
 from strategies.core.sharding import Partition
-from strategies.secagg.masks import Masks
-from strategies.secagg.protocol import Session
-from strategies.secagg.ring import Sums, Totals
 
 MAX_DEATHS = 10  # and one for each slot, with nothing done between: beyond, the machine and not chance is at fault
 LOOK_S = 5.0  # between looks at what the cluster has, while a slot waits for a place
+PART = 64 * BLOCK  # elements of a sum that are handed over at once, so that no store needs to hold all of it
+# Sums by the slots that have handed them over, their bytes in the store, and how other slots ended meanwhile.
+Taken = tuple[dict[tuple[int, ...], Any], int, dict[int, Exception]]
 
 
-@dataclass(frozen=True)
-class Start:
-    """What the driver learns from the slots before the first round: the initial vector (P,) is empty in shards."""
-
-    layout: Layout
-    initial: np.ndarray
-    tokens: Path
-    slots: int
-    base_bytes: int
-    without_gpu: int
-
-
+@dataclass(eq=False)
 class Pool:
     """All slots of a run, numbered; `alive` are those that there still are. Calls per round grow with the slots alone.
 
-    `folder` is where client state lies. After `start`, `partition` says how vectors are cut into shards, None if they
-    are whole. `later` is work beside the next round's training.
+    `kind_of` is the number of each slot's kind, `nodes` where each slot is. Where vectors are whole, `initial` is that
+    (P,) before the first round; else `partition` says how they are cut into shards. `without_gpu` slots were to have
+    a GPU and see none. `later` is work beside the next round's training.
     """
 
+    federation: Federation
+    patience: Patience
+    worker_kinds: tuple[WorkerKind, ...]
+    kind_of: list[int]
+    actors: list[Any]
+    nodes: dict[int, str]
+    columns: TokenColumns
+    layout: Layout
+    initial: np.ndarray | None
+    partition: Partition | None
+    base_bytes: int
+    without_gpu: int
+    faults: list[Fault] = field(default_factory=list)
+    later: list[Later] = field(default_factory=list)
+    deaths: int = 0
     client: ClassVar[type[ClientActor]] = ClientActor
 
-    def __init__(self, federation: Federation, folder: Path) -> None:
-        self.federation = federation
-        self.patience = Patience.of(federation)
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        kinds = self._counted(folder, nodes)
-        self.worker_kinds = tuple(kind for kind, _ in kinds)
-        self._kind_of = [number for number, (_, count) in enumerate(kinds) for _ in range(count)]
-        self.size = len(self._kind_of)
-        self.actors = [self._worker_kind(slot).spawn(slot) for slot in range(self.size)]
+    def __post_init__(self) -> None:
         self.alive = list(range(self.size))
-        self.faults: list[Fault] = []
-        self.nodes: dict[int, str] = {}  # where each slot is
-        self.deaths = 0
-        self.later: list[Later] = []
-        self.partition: Partition | None = None
-        self.rows_by_client: np.ndarray | None = None
+        self.rows_by_client = Tokens.open(self.columns.folder).counts("train")
 
-    def _counted(self, folder: Path, nodes: list[dict[str, float]]) -> list[tuple[WorkerKind, int]]:
-        """Returns the kinds of slots, and how many there are to be of each: gangs come first."""
-        clients, zero = self.federation.clients, self.federation.clients.zero
-        processes = Processes(self.federation, folder, self.patience, self.client)
-        if zero is None:
-            return [(processes, asked_or_fitting(clients, slots_that_fit(clients, nodes)))]
-        gangs = Gangs(self.federation, folder, self.patience)
-        if not zero.from_rows:
-            return [(gangs, asked_or_fitting(clients, gangs_that_fit(clients, zero, nodes)))]
-        return [(gangs, zero.gangs), (processes, asked_or_fitting(clients, slots_beside_gangs(clients, zero, nodes)))]
+    @classmethod
+    def start(cls, federation: Federation, folder: Path, store: Path, shared: str | None = None) -> "Pool":
+        """Starts all slots, reads base and rows beside the driver, and gives slots both; RunError if it is impossible.
+
+        `folder` is where client state lies. `shared` is the location that the store was copied from, if it was: its
+        token columns lie there too. A slot's death is raised unchanged: no round has run, so the caller starts again.
+        """
+        gangs, processes = slot_counts(federation.clients, _resources())
+        kind_of = [0] * gangs + [int(gangs > 0)] * processes
+        worker_kinds: tuple[WorkerKind, ...] = (kinds.Gangs(federation, folder),) if gangs else ()
+        actors: list[Any] = [worker_kinds[0].spawn(slot) for slot in range(gangs)]
+        spawn = partial(kinds.spawn_process, federation, folder, cls.client)
+        actors += [spawn() for _ in range(processes)]
+        places = kinds.wait_for_places(actors, federation)
+
+        reader, base_bytes, patience = actors[0], 0, Patience.of(federation)
+        if processes:
+            reader = kinds.process_beside_driver(spawn, actors[gangs:], places[gangs:])
+            stored, *base = reader.load_base.options(num_returns=3).remote()
+            base_bytes = ray.get(stored)  # first, since a base that is none has no tokenizer either
+            worker_kinds += (kinds.Processes(federation, patience, spawn, *base),)
+        columns = TokenColumns(Path(ray.get(reader.tokenize.remote(store, shared))))
+        if all(reader is not actor for actor in actors):
+            ray.kill(reader)  # what it has read stays in the store, owned by the driver
+
+        members = [(worker_kinds[kind], actor) for kind, actor in zip(kind_of, actors, strict=True)]
+        try:
+            attached = [kind.attach(actor, columns, first=not slot) for slot, (kind, actor) in enumerate(members)]
+            layout, vector = ray.get(attached)[0]
+        except LOST as error:
+            cause: Exception = error
+            for kind, actor in members:
+                cause = kind.cause(cause, actor)
+            raise cause from error
+        if gangs:
+            base_bytes = ray.get(actors[0].base_bytes.remote())
+        nodes = {slot: place.node_id for slot, place in enumerate(places)}
+        without_gpu = sum(place.gpu is None for place in places) if federation.clients.num_gpus else 0
+        facts = (layout, *((None, vector) if gangs else (vector, None)), base_bytes, without_gpu)
+        return cls(federation, patience, worker_kinds, kind_of, actors, nodes, columns, *facts)
+
+    @property
+    def size(self) -> int:
+        """How many slots there were at the start."""
+        return len(self.kind_of)
 
     @property
     def timeout_s(self) -> float | None:
         """How long a slot may work without an answer; None: without end."""
         return self.patience.work_s
 
-    @property
-    def _sums(self) -> WholeSums | ShardSums:
-        return WholeSums(self) if self.partition is None else self._shard_sums
+    def _kind(self, slot: int) -> WorkerKind:
+        return self.worker_kinds[self.kind_of[slot]]
 
-    @property
-    def _shard_sums(self) -> ShardSums:
-        assert self.partition is not None
-        return ShardSums(self, self.partition)
-
-    def kind_of(self, slot: int) -> int:
-        """Returns the number of a slot's kind."""
-        return self._kind_of[slot]
-
-    def _worker_kind(self, slot: int) -> WorkerKind:
-        return self.worker_kinds[self._kind_of[slot]]
-
-    def kinds(self, clients: np.ndarray) -> np.ndarray:
+    def kinds_for(self, clients: np.ndarray) -> np.ndarray:
         """Returns the number of the kind that takes each of `clients` (N,): beside gangs processes take small ones."""
         zero = self.federation.clients.zero
-        if len(self.worker_kinds) == 1 or zero is None or self.rows_by_client is None:
+        if len(self.worker_kinds) == 1 or zero is None:
             return np.zeros(len(clients), np.int64)
         numbers: np.ndarray = (self.rows_by_client[clients] < zero.from_rows).astype(np.int64)
         return numbers
 
     def ranks(self, slot: int) -> Sequence[Any]:
         """Returns the actors of a slot's processes, the one that speaks for it first."""
-        return self._worker_kind(slot).ranks(slot)
-
-    def start(self, store: Path, shared: str | None = None) -> Start:
-        """Reads base and rows beside the driver, then attaches all slots; RunError if that is impossible.
-
-        A slot's death is raised unchanged: no round has run, so the caller starts again.
-        `shared` is the location that the store was copied from, if it was: its token columns lie there too.
-        """
-        clients = self.federation.clients
-        try:
-            places: list[Place] = ray.get([actor.place.remote() for actor in self.actors], timeout=START_TIMEOUT_S)
-        except GetTimeoutError:
-            raise RunError(
-                f"{self.size} slots of {clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs "
-                f"could not be placed within {START_TIMEOUT_S:g} s; Ray has {ray.available_resources()} free: "
-                f"wait for other work to end, or lower clients.slots"
-            ) from None
-        self.nodes = {slot: place.node_id for slot, place in enumerate(places)}
-        try:
-            layout, first = self._attach_all(store, shared, places)
-        except LOST as error:
-            raise self._cause(error, self.alive) from error
-        if self.worker_kinds[0].in_shards:
-            self.partition, first = first, np.empty(0, np.float32)
-        self.rows_by_client = Tokens.open(self.rows.folder).counts("train")
-        without_gpu = sum(place.gpu is None for place in places) if clients.num_gpus else 0
-        base_bytes = self.worker_kinds[0].base_bytes()
-        return Start(layout, first, self.rows.folder, self.size, base_bytes, without_gpu)
-
-    def _attach_all(self, store: Path, shared: str | None, places: Sequence[Place]) -> Any:
-        """Returns the first slot's answer: the layout, and the initial vector or the partition."""
-        kind = next((kind for kind in self.worker_kinds if kind.reads_base), self.worker_kinds[0])
-        reader = kind.reader(places)
-        kind.load_base(reader)  # first, since a base that is none has no tokenizer either
-        self.rows = Rows(Path(ray.get(reader.tokenize.remote(store, shared))))
-        if not any(reader is actor for actor in self.actors):
-            ray.kill(reader)  # what it has read stays in the store, owned by the driver
-        return ray.get([self._attach(slot) for slot in range(self.size)])[0]
-
-    def _attach(self, slot: int) -> Reference:
-        return self._worker_kind(slot).attach(slot, self.rows)
+        return self._kind(slot).ranks(self.actors[slot])
 
     def refuse_lost_memory(self) -> None:
         """Raises RunError if clients keep state in a folder that not every process's node sees."""
-        for slot in range(self.size):
-            self._worker_kind(slot).refuse_lost_memory([slot])
+        ray.get([rank.refuse_lost_memory.remote() for slot in range(self.size) for rank in self.ranks(slot)])
 
     def rebase(self, merged_delta: np.ndarray | None) -> None:
         """Adds a merged delta (see ServerState) to the base's weights, once a node; None: back to the first base."""
@@ -168,7 +142,7 @@ class Pool:
         self.deaths = 0
         for slot in list(self.alive):
             try:
-                self._worker_kind(slot).restore(slot)
+                self._kind(slot).restore(self.actors[slot])
             except LOST as error:
                 self.replace(slot, error)
 
@@ -179,8 +153,8 @@ class Pool:
         while their nodes lived, with nothing done between. A shard of state or sums that is lost with its node is lost
         for all slots: the error is raised, and the caller resumes from the last checkpoint.
         """
-        kind = self._worker_kind(slot)
-        error = kind.cause(error, [slot])
+        kind = self._kind(slot)
+        error = kind.cause(error, self.actors[slot])
         if self.partition is not None and isinstance(error, ObjectLostError | ShardLost):
             raise error
         while True:
@@ -192,25 +166,20 @@ class Pool:
                     f"{self.deaths} slots died one after another, the last so: {last_line(error)}; "
                     f"if memory ran out, lower clients.slots, train.batch or train.max_length"
                 ) from error
-            kind.end(slot)
-            self.actors[slot] = kind.spawn(slot)
+            kind.end(slot, self.actors[slot])
+            actor = self.actors[slot] = kind.spawn(slot)
             try:
                 if not self._placed(slot):
-                    kind.end(slot)
+                    kind.end(slot, actor)
                     self.alive.remove(slot)
                     self.faults.append(Fault("slot", str(slot), "the cluster has no place for another in its stead"))
                     return
-                within(self.patience.start_s, self._attach(slot))
-                self.answer(self.actors[slot].refuse_lost_memory.remote())
-                kind.restore(slot)
+                within(self.patience.start_s, kind.attach(actor, self.columns, first=False))
+                self.answer([rank.refuse_lost_memory.remote() for rank in kind.ranks(actor)])
+                kind.restore(actor)
                 return
             except LOST as again:
                 error = again
-
-    def _cause(self, error: Exception, slots: Sequence[int]) -> Exception:
-        for slot in slots:
-            error = self._worker_kind(slot).cause(error, [slot])
-        return error
 
     def lost_with_node(self, slot: int) -> bool:
         """Whether the node that a slot was placed on is gone."""
@@ -234,10 +203,8 @@ class Pool:
         return True
 
     def _fits(self) -> bool:
-        """Whether the nodes that there are could hold all slots."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         try:
-            return slots_that_fit(self.federation.clients, nodes) >= len(self.alive)
+            return slots_that_fit(self.federation.clients, _resources()) >= len(self.alive)
         except RunError:
             return False
 
@@ -245,42 +212,14 @@ class Pool:
         """Returns what slots answer that have nothing else to do; SlotSilent where it takes too long."""
         return within(self.patience.answer_s, references)
 
-    def initial(self) -> ShardedState:
-        """Returns the state before the first round, where vectors are cut."""
-        return self._shard_sums.initial()
-
-    def serve(self, state: ShardedState, served: Served, sums: list[ShardSum]) -> ShardedState:
-        """Returns the next state from all slots' sums, where vectors are cut."""
-        self.deaths = 0
-        return self._shard_sums.serve(state, served, sums)
-
-    def close(self, slot: int) -> list[tuple[Reference, Reference]]:
-        """Returns references to the bytes of each shard of a slot's sum, and to the shard, where vectors are cut."""
-        assert self.partition is not None
-        return self._worker_kind(slot).close(slot, self.partition)
-
-    def held(self, sums: Sums) -> int:
-        """Returns how many coordinates of a masked vector come in a slot's message."""
-        return self._sums.held(sums)
-
-    def masked_shards(self, slot: int) -> Any:
-        """Returns references to what of a slot's masked vector is not in its message; None if that is nothing."""
-        return self._sums.masked_shards(slot)
-
-    def unmasked(
-        self, session: Session, total_L: np.ndarray, removals: Masks, shards: list[Any]
-    ) -> Totals | ShardTotals:
-        """Returns what the server learns from the unmasked sum of the slots' messages, and from their shards."""
-        return self._sums.unmasked(session, total_L, removals, shards)
-
     def stop(self) -> None:
-        """Ends all slots."""
-        for kind in self.worker_kinds:
-            kind.stop()
+        """Ends all slots; what they share ends with the last reference to it."""
+        for slot, actor in enumerate(self.actors):
+            self._kind(slot).end(slot, actor)
 
     def units(self, work: Work, lanes: int) -> list[Unit]:
         """Groups the clients of a round by kind, and into units that train together where their kind has lanes."""
-        numbers = self.kinds(work.clients)
+        numbers = self.kinds_for(work.clients)
         units: list[Unit] = []
         for number, kind in enumerate(self.worker_kinds):
             part = work.of(numbers == number)
@@ -311,14 +250,17 @@ class Pool:
             for report in dispatcher.given_up:
                 reports[report.client] = report
                 each.pop(report.client, None)  # what it leaves is the error of a dead slot
-            taken = self._sums.take(list(finished))
-            sums, nbytes = [*sums, *taken.sums], nbytes + taken.nbytes
-            for slot in taken.slots:
-                part = finished.pop(slot)
-                reports |= {report.client: report for report in part.results}
-                busy[slot] += sum(report.seconds for report in part.results)
-                ended |= dict.fromkeys(part.units)
-            for slot, error in taken.lost.items():
+            take = self._whole_sum if self.partition is None else self._cut_sums
+            taken, size, died = take(tuple(finished))
+            nbytes += size
+            for slots, total in taken.items():
+                sums += [] if total is None else [total]
+                for slot in slots:
+                    part = finished.pop(slot)
+                    reports |= {report.client: report for report in part.results}
+                    busy[slot] += sum(report.seconds for report in part.results)
+                    ended |= dict.fromkeys(part.units)
+            for slot, error in died.items():
                 todo += finished.pop(slot).units
                 lost_sums += 1
                 self.deaths = max(self.deaths, lost_sums)  # whatever was done between is lost with them
@@ -328,11 +270,56 @@ class Pool:
                 todo += [unit for unit in ended if lost & {*unit} and unit not in todo]
         return Worked([reports[client] for client in sorted(reports)], sums, nbytes, each, busy)
 
-    def map(self, clients: np.ndarray, costs: np.ndarray, call: Callable[[Any, list[int]], Reference]) -> list[Any]:
-        """Returns the results of `call(actor, chunk)` for all `clients` (N,), flat; RunError when too many slots die.
+    def _whole_sum(self, slots: tuple[int, ...]) -> Taken:
+        """Returns one sum over all these slots, taken part by part, so that nobody holds the slots' wide integers.
 
-        `costs` (N,) are in any unit of a second or more: the longest work is handed out first.
+        All slots keep theirs until it is whole: if one dies meanwhile, the others still have them. If the rule reads
+        single updates, there is no sum, and this shows who is still alive.
         """
+        if not slots:
+            return {}, 0, {}
+        asked, nbytes = slots[0], 0
+
+        def parts() -> Iterator[list[PartialSum]]:
+            nonlocal asked, nbytes
+            first, coming = 0, [self.actors[slot].part_of_sum.remote(0, PART) for slot in slots]
+            while coming:
+                part = list[PartialSum]()
+                for slot in slots:
+                    asked = slot
+                    part.append(self.answer(coming.pop(0)))
+                first, nbytes = first + PART, nbytes + sum(partial.nbytes for partial in part)
+                if any(first < length for partial in part for length in partial.lengths.values()):
+                    coming = [self.actors[slot].part_of_sum.remote(first, PART) for slot in slots]
+                yield part
+
+        try:
+            whole = merge_parts(parts())
+        except LOST as error:
+            return {}, nbytes, {asked: error}
+        for slot in slots:
+            self.actors[slot].forget_sum.remote()
+        return {slots: whole}, nbytes, {}
+
+    def _cut_sums(self, slots: tuple[int, ...]) -> Taken:
+        """Returns each slot's sum as references to its shards, which stay in the store."""
+        closing = {slot: self.close(slot) for slot in slots}
+        sums, nbytes, lost = dict[tuple[int, ...], Any](), 0, dict[int, Exception]()
+        for slot, (sizes, shards) in closing.items():
+            try:
+                nbytes += sum(self.answer(sizes))
+                sums[slot,] = tuple(shards)
+            except LOST as error:
+                lost[slot] = error
+        return sums, nbytes, lost
+
+    def close(self, slot: int) -> tuple[list[Reference], list[Reference]]:
+        """Returns references to the bytes of a slot's sum and to its shards, where vectors are cut."""
+        assert self.partition is not None
+        return self._kind(slot).close(self.actors[slot], self.partition)
+
+    def map(self, clients: np.ndarray, costs: np.ndarray, call: Callable[[Any, list[int]], Reference]) -> list[Any]:
+        """Returns the results of `call(actor, chunk)` for `clients` (N,), flat; the largest `costs` (N,) come first."""
         self.deaths = 0
         units: list[Unit] = [(client,) for client in clients.tolist()]
         cost = dict(zip(units, costs.tolist(), strict=True)).__getitem__
@@ -340,23 +327,14 @@ class Pool:
         return [result for part in dispatcher.run().values() for result in part.results]
 
     def ask(self, call: Callable[[Any], Reference], *, long: bool = False) -> Any:
-        """Returns the result of `call(actor)` in the first slot; one that dies is replaced, RunError when too many do.
-
-        A slot that exceeds clients.timeout_s is replaced too, unless the answer may take `long`.
-        """
-        self.deaths = 0
-        while True:
-            try:
-                return within(None if long else self.timeout_s, call(self.actors[self.alive[0]]))
-            except LOST as error:
-                self.replace(self.alive[0], error)
+        """Returns the result of `call(actor)` in the first slot, without a time limit if it may take `long`."""
+        return self._retried(lambda actor: within(None if long else self.timeout_s, call(actor)))
 
     def export(self, folder: Path, message: Any, card: str) -> None:
         """Writes the model folder: files come one at a time, from the first slot; one that dies is replaced."""
-        self.deaths = 0
 
-        def files() -> Iterator[tuple[str, bytes]]:
-            coming = self.actors[self.alive[0]].export.options(num_returns="streaming").remote(message, card)
+        def files(actor: Any) -> Iterator[tuple[str, bytes]]:
+            coming = actor.export.options(num_returns="streaming").remote(message, card)
             while True:
                 if not ray.wait([coming], timeout=self.timeout_s)[0]:
                     raise SlotSilent(f"no answer for {self.timeout_s:g} s")
@@ -365,11 +343,20 @@ class Pool:
                 except StopIteration:
                     return
 
+        self._retried(lambda actor: write_folder(folder, files(actor)))
+
+    def _retried(self, work: Callable[[Any], Any]) -> Any:
+        """Returns what `work` does with the first slot, and does it again with another when that slot dies."""
+        self.deaths = 0
         while True:
             try:
-                return write_folder(folder, files())
+                return work(self.actors[self.alive[0]])
             except LOST as error:
                 self.replace(self.alive[0], error)
+
+
+def _resources() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _given_up(client: int, why: str) -> Report:

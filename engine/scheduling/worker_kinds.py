@@ -1,20 +1,26 @@
-"""The kinds of workers: single processes, and gangs of ranks. Each kind places its slots, equips and ends them."""
+"""The kinds of workers: single processes, and gangs of ranks. Each spawns and ends slots, and gives them base and rows.
 
-from collections.abc import Iterable, Sequence
+Their methods raise one of LOST when a slot dies; the pool replaces it.
+"""
+
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ObjectLostError, RayActorError
-from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from engine.config.federation import Federation
+from engine.messages.errors import RunError
 from engine.messages.tasks import Place
-from engine.models.gpu_base import start_holder
+from engine.models.mapped_base import start_holder
 from engine.scheduling.placement import refuse_shared_gpus
 from engine.system.failures import LOST, ShardLost, within
 from engine.system.rendezvous import rank_environment
@@ -31,14 +37,11 @@ TOGETHER = ("run", "evaluate", "generate", "masked")
 
 @dataclass
 class Patience:
-    """How many seconds to wait for a slot; None is without end.
-
-    `work_s` is for work, `answer_s` for calls that return at once, `start_s` for a base or rows that a slot is given.
-    """
+    """How many seconds to wait for a slot; None is without end."""
 
     work_s: float | None
-    answer_s: float | None
-    start_s: float | None
+    answer_s: float | None  # for calls that return at once
+    start_s: float | None  # for a base or rows that a slot is given
 
     @classmethod
     def of(cls, federation: Federation) -> "Patience":
@@ -49,7 +52,7 @@ class Patience:
 
 
 @dataclass
-class Rows:
+class TokenColumns:
     """The run's token columns in `folder`; `parts` are a copy in the object store, once a node has needed one."""
 
     folder: Path
@@ -65,129 +68,105 @@ class Rows:
         return received
 
 
-class Slots:
-    """What kinds of slots share. Their methods raise one of LOST when a slot dies; the pool replaces it."""
-
-    def __init__(self, federation: Federation, folder: Path, patience: Patience) -> None:
-        self.federation, self.folder, self.patience = federation, folder, patience
-
-    def ranks(self, slot: int) -> Sequence[Any]:
-        """Returns the actors of a slot's processes, the one that speaks for it first."""
-        raise NotImplementedError
-
-    def refuse_lost_memory(self, slots: Iterable[int]) -> None:
-        """Raises RunError if clients keep state in a folder that a process of these slots does not see."""
-        ray.get([rank.refuse_lost_memory.remote() for slot in slots for rank in self.ranks(slot)])
+def spawn_process(federation: Federation, folder: Path, client: type[ClientActor], **options: Any) -> Any:
+    """Starts a slot of one process, with the recipe's resources or other `options` of Ray; returns its actor."""
+    resources = {"num_cpus": federation.clients.num_cpus, "num_gpus": federation.clients.num_gpus}
+    return ray.remote(client).options(**resources | options).remote(federation, folder)
 
 
-class Processes(Slots):
+def wait_for_places(actors: list[Any], federation: Federation) -> list[Place]:
+    """Waits until all slots have a place; RunError if that takes too long."""
+    clients = federation.clients
+    try:
+        places: list[Place] = ray.get([actor.place.remote() for actor in actors], timeout=START_TIMEOUT_S)
+        return places
+    except GetTimeoutError:
+        raise RunError(
+            f"{len(actors)} slots of {clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs "
+            f"could not be placed within {START_TIMEOUT_S:g} s; Ray has {ray.available_resources()} free: "
+            f"wait for other work to end, or lower clients.slots"
+        ) from None
+
+
+def process_beside_driver(spawn: Callable[..., Any], actors: list[Any], places: list[Place]) -> Any:
+    """Returns a slot on the driver's node, where store and base lie, else an actor that takes no resources."""
+    here = ray.get_runtime_context().get_node_id()
+    for actor, place in zip(actors, places, strict=True):
+        if place.node_id == here:
+            return actor
+    return spawn(num_cpus=0, num_gpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
+
+
+@dataclass
+class Processes:
     """Slots of one process each, which share a base that is in the object store or in a GPU holder's memory."""
 
+    federation: Federation
+    patience: Patience
+    spawn_one: Callable[[], Any]
+    packed: Reference  # the base's index
+    buffer: Reference  # and its bytes, read once for all slots
+    holders: dict[tuple[str, str], Any] = field(default_factory=dict)  # by node and GPU
+    merged_delta: Reference | None = None
+    merged: dict[str, Reference] = field(default_factory=dict)  # the merged weights by node
     may_shrink = True  # the run can continue with fewer of them
     lanes = True  # several clients may train together
-    reads_base = True  # one of them reads the base for all
-    in_shards = False  # vectors are whole
-
-    def __init__(
-        self, federation: Federation, folder: Path, patience: Patience, actor: type[ClientActor] = ClientActor
-    ) -> None:
-        super().__init__(federation, folder, patience)
-        self.actor, self.actors = actor, dict[int, Any]()
-        self.holders: dict[tuple[str, str], Any] = {}
-        self.merged_delta: Reference | None = None
-        self.merged: dict[str, Reference] = {}  # the merged weights by node
 
     def spawn(self, slot: int) -> Any:
         """Starts a slot and returns its actor."""
-        clients = self.federation.clients
-        options = ray.remote(self.actor).options(num_cpus=clients.num_cpus, num_gpus=clients.num_gpus)
-        self.actors[slot] = options.remote(self.federation, self.folder)
-        return self.actors[slot]
+        return self.spawn_one()
 
-    def end(self, slot: int) -> None:
+    def end(self, slot: int, actor: Any) -> None:
         """Ends what is left of a slot, which may be silent and not dead."""
-        ray.kill(self.actors[slot])
+        ray.kill(actor)
 
-    def ranks(self, slot: int) -> Sequence[Any]:
+    def ranks(self, actor: Any) -> Sequence[Any]:
         """Returns the only one."""
-        return [self.actors[slot]]
+        return [actor]
 
-    def reader(self, places: Sequence[Place]) -> Any:
-        """Returns a slot on the driver's node, where store and base lie, else an actor that takes no resources."""
-        here = ray.get_runtime_context().get_node_id()
-        for slot, actor in self.actors.items():
-            if places[slot].node_id == here:
-                return actor
-        pinned = NodeAffinitySchedulingStrategy(here, soft=False)
-        options = ray.remote(self.actor).options(num_cpus=0, num_gpus=0, scheduling_strategy=pinned)
-        return options.remote(self.federation, self.folder)
-
-    def load_base(self, reader: Any) -> None:
-        """Lets the base be read into the object store, once for all slots."""
-        nbytes, self.packed, self.base = reader.load_base.options(num_returns=3).remote()
-        self.nbytes: int = ray.get(nbytes)
-
-    def base_bytes(self) -> int:
-        """Returns the bytes of the base."""
-        return self.nbytes
-
-    def attach(self, slot: int, rows: Rows) -> Reference:
-        """Gives a slot base and rows; the answer is the layout, and the initial vector if it is the first slot."""
-        actor = self.actors[slot]
-        tokens = rows.seen_by(actor, self.patience.answer_s, self.patience.start_s)
-        place = self._answer(actor.place.remote())
+    def attach(self, actor: Any, columns: TokenColumns, *, first: bool) -> Reference:
+        """Gives a slot base and rows; the answer is the layout, and of the `first` slot the initial vector."""
+        tokens = columns.seen_by(actor, self.patience.answer_s, self.patience.start_s)
+        place: Place = within(self.patience.answer_s, actor.place.remote())
         shares_gpu = place.gpu is not None and self.federation.clients.num_gpus < 1
-        base = self._held(place.node_id, str(place.gpu)) if shares_gpu else self.base
-        return actor.attach.remote(self.packed, base, tokens, slot == 0)
+        buffer = self._held(place.node_id, str(place.gpu)) if shares_gpu else self.buffer
+        return actor.attach.remote(self.packed, buffer, tokens, first)
 
     def _held(self, node_id: str, gpu: str) -> Any:
         """Returns where the base lies on a GPU that slots share; its holder is made again if need be."""
         key = node_id, gpu
         if key in self.holders:
-            try:
-                return self._answer(self.holders[key].handle.remote())
-            except LOST:
-                pass
-        self.holders[key] = start_holder(node_id, gpu, self.base)
+            with suppress(*LOST):
+                return within(self.patience.answer_s, self.holders[key].handle.remote())
+        self.holders[key] = start_holder(node_id, gpu, self.buffer)
         return within(self.patience.start_s, self.holders[key].handle.remote())
 
     def use_merged(self, merged_delta: np.ndarray | None) -> None:
         """Sets the merged delta that `restore` gives to slots; None: back to the first base."""
         self.merged_delta, self.merged = (None if merged_delta is None else ray.put(merged_delta)), {}
 
-    def restore(self, slot: int) -> None:
+    def restore(self, actor: Any) -> None:
         """Gives a new slot its node's weights with the merged delta, made once for each node."""
-        actor = self.actors[slot]
-        if self.merged_delta is None:
-            self._answer(actor.use_weights.remote(None))
-            return
-        node = self._answer(actor.place.remote()).node_id
-        if node not in self.merged:
-            merged = actor.merged_weights.remote(self.merged_delta)
-            ray.wait([merged], fetch_local=False, timeout=self.patience.answer_s)
-            # If the slot died while merging, do not keep a reference to weights that never come.
-            self._answer(actor.place.remote())
-            self.merged[node] = merged
-        self._answer(actor.use_weights.remote(self.merged[node]))
+        answer_s, weights = self.patience.answer_s, None
+        if self.merged_delta is not None:
+            node = within(answer_s, actor.place.remote()).node_id
+            if node not in self.merged:
+                merged = actor.merged_weights.remote(self.merged_delta)
+                ray.wait([merged], fetch_local=False, timeout=answer_s)
+                # If the slot died while merging, do not keep a reference to weights that never come.
+                within(answer_s, actor.place.remote())
+                self.merged[node] = merged
+            weights = self.merged[node]
+        within(answer_s, actor.use_weights.remote(weights))
 
-    def close(self, slot: int, partition: Partition) -> list[tuple[Reference, Reference]]:
-        """Returns references to the bytes of each shard of a slot's sum, and to the shard; the slot cuts its sum."""
-        ranks = len(partition.parts)
-        nbytes, *shards = self.actors[slot].close_in_shards.options(num_returns=1 + ranks).remote(partition)
-        nothing = ray.put(0)
-        return [(nbytes if rank == 0 else nothing, shard) for rank, shard in enumerate(shards)]
+    def close(self, actor: Any, partition: Partition) -> tuple[list[Reference], list[Reference]]:
+        """Returns references to the bytes of a slot's sum and to its shards; the slot cuts the sum."""
+        nbytes, *shards = actor.close_in_shards.options(num_returns=1 + len(partition.parts)).remote(partition)
+        return [nbytes], shards
 
-    def cause(self, error: Exception, slots: Iterable[int]) -> Exception:
-        """Returns what ended one of these slots: nobody knows more than the error itself."""
+    def cause(self, error: Exception, actor: Any) -> Exception:
+        """Returns what ended a slot: nobody knows more than the error itself."""
         return error
-
-    def stop(self) -> None:
-        """Ends all slots, and what they share."""
-        for actor in (*self.actors.values(), *self.holders.values()):
-            ray.kill(actor)
-
-    def _answer(self, references: Any) -> Any:
-        return within(self.patience.answer_s, references)
 
 
 class GangHandle:
@@ -200,84 +179,58 @@ class GangHandle:
         self.leader, self.followers = leader, followers
 
     def __getattr__(self, method: str) -> Any:
-        return Together(self, method) if method in TOGETHER else getattr(self.leader, method)
+        return (
+            SimpleNamespace(remote=partial(self._all, method)) if method in TOGETHER else getattr(self.leader, method)
+        )
+
+    def _all(self, method: str, *arguments: Any) -> Reference:
+        for follower in self.followers:
+            follower.follow.remote(self.leader, method, *arguments)
+        return self.leader.lead.remote(method, *arguments)
 
 
 @dataclass(frozen=True)
-class Together:
-    """A method of all ranks."""
+class Gangs:
+    """Slots of several ranks each, made again as a whole when a rank is lost. Each gang reads the base by itself."""
 
-    gang: GangHandle
-    method: str
+    federation: Federation
+    folder: Path
+    may_shrink = lanes = False
 
-    def remote(self, *arguments: Any) -> Reference:
-        """Returns a reference to what the first rank answers."""
-        for follower in self.gang.followers:
-            follower.follow.remote(self.gang.leader, self.method, *arguments)
-        return self.gang.leader.lead.remote(self.method, *arguments)
-
-
-class Gangs(Slots):
-    """Slots of several ranks each: placed all or nothing, and made again as a whole when a rank is lost.
-
-    Each gang reads the base by itself.
-    """
-
-    may_shrink, lanes, reads_base, in_shards = False, False, False, True
-
-    def __init__(self, federation: Federation, folder: Path, patience: Patience) -> None:
-        super().__init__(federation, folder, patience)
-        assert federation.clients.zero is not None
-        self.zero = federation.clients.zero
-        self.groups: dict[int, PlacementGroup] = {}
-        self.handles: dict[int, GangHandle] = {}
-
-    def spawn(self, slot: int) -> Any:
-        """Starts a gang and returns its handle; what was in its place before is gone."""
-        clients = self.federation.clients
-        name = f"{self.folder} gang {slot}"  # by which a driver finds what one before it has left
-        with suppress(ValueError):  # there is none
-            remove_placement_group(get_placement_group(name))  # Ray ends what runs in it, stopped or not
+    def spawn(self, slot: int) -> GangHandle:
+        """Starts a gang, placed all or nothing, and returns its handle; what was in its place before is removed."""
+        clients, zero = self.federation.clients, self.federation.clients.zero
+        assert zero is not None
+        self.end(slot, None)  # a driver before this one may have left it
         bundle = {"CPU": clients.num_cpus, "GPU": clients.num_gpus}
         bundle = {name: share for name, share in bundle.items() if share}
-        self.groups[slot] = placement_group([bundle] * self.zero.ranks, strategy="PACK", name=name)
+        group = placement_group([bundle] * zero.ranks, strategy="PACK", name=f"{self.folder} gang {slot}")
         ranks = [
             ray.remote(Rank if rank else Gang)
             .options(
                 num_cpus=clients.num_cpus,
                 num_gpus=clients.num_gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.groups[slot], rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
                 runtime_env={"env_vars": rank_environment(gpu=clients.num_gpus > 0)},
             )
             .remote(self.federation, self.folder, rank)
-            for rank in range(self.zero.ranks)
+            for rank in range(zero.ranks)
         ]
-        self.handles[slot] = GangHandle(*ranks)
-        return self.handles[slot]
+        return GangHandle(*ranks)
 
-    def end(self, slot: int) -> None:
-        """Does nothing: `spawn` removes the old placement group and all that runs in it."""
+    def end(self, slot: int, gang: GangHandle | None) -> None:
+        """Removes a gang's placement group: Ray ends what runs in it, stopped or not."""
+        with suppress(ValueError):  # there is none
+            remove_placement_group(get_placement_group(f"{self.folder} gang {slot}"))
 
-    def ranks(self, slot: int) -> Sequence[Any]:
+    def ranks(self, gang: GangHandle) -> Sequence[Any]:
         """Returns all ranks, the first one first."""
-        return [self.handles[slot].leader, *self.handles[slot].followers]
+        return [gang.leader, *gang.followers]
 
-    def reader(self, places: Sequence[Place]) -> Any:
-        """Returns the first gang, which makes the token columns alone."""
-        return self.handles[0]
-
-    def load_base(self, reader: Any) -> None:
-        """Nothing is read for all."""
-
-    def base_bytes(self) -> int:
-        """Returns the bytes of the base, which the ranks of the first gang hold together."""
-        nbytes: int = ray.get(self.handles[0].leader.base_bytes.remote())
-        return nbytes
-
-    def attach(self, slot: int, rows: Rows) -> Reference:
+    def attach(self, gang: GangHandle, columns: TokenColumns, *, first: bool) -> Reference:
         """Lets the ranks meet and read base and rows; the answer is the layout, and how vectors are cut."""
-        leader, *followers = ranks = self.ranks(slot)
-        leader_tokens, *tokens = [rows.seen_by(rank, None, None) for rank in ranks]
+        leader, *followers = ranks = self.ranks(gang)
+        leader_tokens, *tokens = [columns.seen_by(rank, None, None) for rank in ranks]
         places: list[Place] = ray.get([rank.place.remote() for rank in ranks])
         refuse_shared_gpus([(place.node_id, place.gpu) for place in places])
         address, port = ray.get(leader.address.remote())
@@ -289,28 +242,23 @@ class Gangs(Slots):
         """Rules that merge into the base do not work with gangs."""
         assert merged_delta is None
 
-    def restore(self, slot: int) -> None:
-        """Asks all ranks for the folder of client state; a gang holds no weights that a rule would have changed."""
-        self.refuse_lost_memory([slot])
+    def restore(self, gang: GangHandle) -> None:
+        """Does nothing: a gang holds no weights that a rule would have changed."""
 
-    def close(self, slot: int, partition: Partition) -> list[tuple[Reference, Reference]]:
-        """Returns references to the bytes of each rank's shard of a gang's sum, and to the shard."""
-        return [rank.close_round.options(num_returns=2).remote() for rank in self.ranks(slot)]
+    def close(self, gang: GangHandle, partition: Partition) -> tuple[list[Reference], list[Reference]]:
+        """Returns references to the bytes of each rank's shard of a gang's sum, and to the shards."""
+        closing = [rank.close_round.options(num_returns=2).remote() for rank in self.ranks(gang)]
+        return [nbytes for nbytes, _ in closing], [shard for _, shard in closing]
 
-    def cause(self, error: Exception, slots: Iterable[int]) -> Exception:
-        """Returns what ended one of these gangs: where another rank than the first has failed, its error says more."""
-        asked = [rank.why.remote() for slot in slots for rank in self.handles[slot].followers]
+    def cause(self, error: Exception, gang: GangHandle) -> Exception:
+        """Returns what ended a gang: where another rank than the first has failed, its error says more."""
+        asked = [rank.why.remote() for rank in gang.followers]
         for answer in ray.wait(asked, num_returns=len(asked), timeout=WHY_S)[0] if asked else ():
             with suppress(RayActorError):
                 why = ray.get(answer)
                 if why is not None and not isinstance(error, ObjectLostError | ShardLost):
                     error = why
         return error
-
-    def stop(self) -> None:
-        """Ends all gangs."""
-        for group in self.groups.values():
-            remove_placement_group(group)
 
 
 WorkerKind = Processes | Gangs

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 
 PROT_READ, PROT_WRITE = 1, 2
+UNPROTECTED = "the shared base cannot be protected against writes"
 # A buffer of so many bytes surely lies in the object store. Ray sends small ones within its messages, into memory of
 # this process alone, whose pages would come back as zeros.
 IN_STORE = 2**20
@@ -18,12 +19,12 @@ def protect(buffer: np.ndarray) -> None:
     NumPy's read-only flag does not bind torch. Release the buffer before the last reference to it goes: the object
     store uses its pages again, and this process could not write there. Raises OSError where the system refuses.
     """
-    _set(buffer, PROT_READ)
+    _call("mprotect", buffer, PROT_READ, UNPROTECTED)
 
 
 def release(buffer: np.ndarray) -> None:
     """Removes the protection, so that the store may use the pages again. Raises OSError as `protect`."""
-    _set(buffer, PROT_READ | PROT_WRITE)
+    _call("mprotect", buffer, PROT_READ | PROT_WRITE, UNPROTECTED)
 
 
 def drop_pages(buffer: np.ndarray) -> None:
@@ -32,12 +33,7 @@ def drop_pages(buffer: np.ndarray) -> None:
         _call("madvise", buffer, mmap.MADV_DONTNEED, "the pages of the shared base cannot be dropped")
 
 
-def _set(buffer: np.ndarray, access: int) -> None:
-    _call("mprotect", buffer, access, "the shared base cannot be protected against writes")
-
-
 def _call(name: str, buffer: np.ndarray, argument: int, failed: str) -> None:
-    """Makes a system call on the whole pages inside a buffer."""
     if not sys.platform.startswith("linux"):
         return
     page = mmap.PAGESIZE

@@ -16,10 +16,7 @@ PATIENCE = timedelta(hours=1)  # the first rank may read, or download, what the 
 def meet(
     rank: int, ranks: int, address: str, port: int, listening: socket.socket | None, *, timeout_s: float, gpu: bool
 ) -> None:
-    """Joins the process group; the first rank passes the socket that listens at `address`.
-
-    If a rank falls silent, the others' collectives fail after `timeout_s`.
-    """
+    """Joins the process group, in which collectives fail after `timeout_s`; the first rank listens at `address`."""
     import deepspeed  # takes seconds, and chooses its accelerator then
 
     timeout = timedelta(seconds=timeout_s)
@@ -35,10 +32,7 @@ def meet(
 
 
 def wait_for_the_first(rank: int) -> None:
-    """Blocks the other ranks until the first one calls this too, for longer than a collective would wait.
-
-    All ranks must call it equally often.
-    """
+    """Blocks other ranks, longer than a collective would, until the first calls this too; all call it as often."""
     # Waiting blocks a store for all other threads, and NCCL's watchdog needs it: wait on a copy.
     store = _get_default_store().clone()  # type: ignore[attr-defined]
     reached = f"reached {store.add(f'calls of {rank}', 1)}"

@@ -7,6 +7,7 @@ the same client in a fresh gang, bit for bit. Legend: S elements of a rank's sha
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import reduce
 from itertools import chain
 from operator import add
@@ -17,20 +18,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 from engine.aggregation.exact_sum import NonFiniteUpdate
 from engine.config.sections import Model, Zero
 from engine.config.train import Train
 from engine.models.deepspeed_config import ds_config
 from engine.models.deepspeed_model import shape_of, trained_layout
-from engine.objectives.base import require_provided, term_sums
+from engine.objectives.base import Tokenizer, require_provided, term_sums
 from engine.objectives.token_batch import Batch
-from engine.training.batching import batches
 from engine.training.generation import Prompt, continuations
 from engine.training.local_training import client_updates
 from engine.training.optimizers import make_optimizer, reset
-from engine.training.step_loop import Correct, Progress, Training, no_session, take_steps
+from engine.training.step_loop import Correct, Progress, Training, batches, take_steps
 from strategies.core.protocol import Vector
 from strategies.core.seeds import seed_torch
 from strategies.core.sharding import Partition
@@ -45,7 +44,7 @@ class ZeroTrainer:
 
     lanes = 1
     batches = staticmethod(batches)
-    session = staticmethod(no_session)
+    session: Any = staticmethod(nullcontext)
     train = take_steps
     updates = client_updates
 
@@ -80,22 +79,14 @@ class ZeroTrainer:
         starts = np.cumsum([0, *padded[:-1]]).tolist()
         self.pieces = [(start, length) for start, length in zip(starts, lengths, strict=True)]
         assert sum(padded) == self.master.numel(), "deepspeed partitions parameters in another way"
+        self.device: torch.device = self.master.device  # of the shard: the CPU if the optimizer is offloaded
+        # Where the network computes, and batches and the tensors of collectives must lie.
+        self.works_on = torch.device(deepspeed.get_accelerator().current_device_name())
         self._adjust: Callable[[], None] = lambda: None
 
     def shard(self, flat: torch.Tensor) -> torch.Tensor:
         """Returns a copy of this rank's shard (S,) in `flat`, without deepspeed's padding."""
         return torch.cat([flat[start : start + length] for start, length in self.pieces])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the shard lies: on the CPU if the optimizer is offloaded."""
-        device: torch.device = self.master.device
-        return device
-
-    @property
-    def works_on(self) -> torch.device:
-        """Where the network computes; batches and the tensors of collectives must lie there."""
-        return torch.device(deepspeed.get_accelerator().current_device_name())
 
     def weights(self, less: torch.Tensor | None = None) -> torch.Tensor:
         """Returns a copy of this rank's shard (S,) of the present vector, minus `less` if given."""
@@ -116,8 +107,7 @@ class ZeroTrainer:
         if self.stage == 3:
             self.zero._partition_all_parameters()
             self.zero._reassign_or_swap_out_partitioned_parameters(0)
-            persistent = self.zero.persistent_parameters
-            if persistent:
+            if persistent := self.zero.persistent_parameters:
                 persistent[0].all_gather(persistent)
         else:
             self.zero.update_lp_params()
@@ -154,10 +144,8 @@ class ZeroTrainer:
                 zero.accumulated_grads_in_cpu = {}
                 zero._offload_accumulated_param_ids = set()
             zero._release_preflattened_grad_buffers()
-            for group in zero.averaged_gradients:
-                zero.averaged_gradients[group] = None
-            for group in zero.all_grad_tensors:
-                zero.all_grad_tensors[group] = None
+            for gradients in (zero.averaged_gradients, zero.all_grad_tensors):
+                gradients.update(dict.fromkeys(gradients))
             zero.previous_reduced_grads.clear()
             zero.extra_large_param_to_reduce.clear()
             zero.params_already_reduced = [False] * len(zero.params_already_reduced)
@@ -180,7 +168,8 @@ class ZeroTrainer:
         for piece, share in pieces:
             terms = self.objective.terms(self.engine, piece)
             totals = {name: term.total() for name, term in terms.items()}
-            loss = reduce(add, (total * (share * self.ranks / counts[name]) for name, total in totals.items()))
+            losses = self.objective.losses
+            loss = reduce(add, (totals[name] * (share * self.ranks / max(1, counts[name])) for name in losses))
             self.engine.backward(loss, scale_wrt_gas=False)
             client.add({name: total * share for name, total in totals.items()})
 
@@ -217,27 +206,22 @@ class ZeroTrainer:
         return {name: (self.summed(total), int(self.summed(count))) for name, (total, count) in sums.items()}
 
     @torch.no_grad()
-    def generate(self, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], tokens: int) -> list[str]:
+    def generate(self, tokenizer: Tokenizer, prompts: list[Prompt], tokens: int) -> list[str]:
         """Returns greedy continuations of at most `tokens` tokens by the present weights, the same on all ranks."""
         self.engine.eval()
         return continuations(self.network, self.pad, self.works_on, tokenizer, prompts, tokens)
 
     def _dealt(self, rows: pa.RecordBatch, batch: int) -> list[tuple[Batch, int]]:
-        """Cuts this rank's part of the rows into batches, for `batch` rows on all ranks at a time.
-
-        A batch counts 1, or 0 where a rank without rows repeats one to take part in the collectives.
-        """
+        """Cuts this rank's rows into batches; one that only keeps a rank without rows in step counts 0."""
         micro = -(-batch // self.ranks)
         numbers, most = np.arange(rows.num_rows), -(-rows.num_rows // self.ranks)
         mine = numbers[self.rank :: self.ranks]
-        chosen = [mine[first : first + micro] for first in range(0, most, micro)]
-        return [
-            (
-                self.objective.collate(rows.take(some if len(some) else numbers[:1]), self.pad).to(self.works_on),
-                int(len(some) > 0),
-            )
-            for some in chosen
-        ]
+        dealt = []
+        for first in range(0, most, micro):
+            some = mine[first : first + micro]
+            piece = self.objective.collate(rows.take(some if len(some) else numbers[:1]), self.pad)
+            dealt.append((piece.to(self.works_on), int(len(some) > 0)))
+        return dealt
 
     def summed(self, value: float) -> float:
         """Adds a figure up over all ranks, in float64."""

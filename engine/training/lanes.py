@@ -4,29 +4,37 @@ A lane is a row of one stacked matrix, with its own gradient, optimizer state an
 of a lane at once, T tokens, N tokens of a lane, P trained parameters, I inputs and O outputs of a layer, R rank.
 """
 
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 from torch import nn
 
+from datasets_partition.store.tokens import Tokens
 from engine.config.train import Train
 from engine.messages.errors import RunError
 from engine.models.adapters import is_linear
 from engine.models.trainable import Trainable
 from engine.objectives.base import counted
 from engine.objectives.token_batch import Batch
-from engine.training.batching import batches
+from engine.system import allocator as heap
 from engine.training.local_training import LocalTrainer, client_updates
 from engine.training.optimizers import clip, make_optimizer
-from engine.training.step_loop import Correct, Progress, Trained, Training, take_steps
+from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, take_steps
 from strategies.core.layout import LoraPair
 from strategies.core.protocol import Vector
 
 KEY = "clients.lanes"
 ALONE = f"set {KEY} = 1"
+SECONDS, STEPS = 6.0, 2  # for all trials together, and steps of each
+GAIN = 1.03  # a smaller gain is noise, and more lanes take more memory
+SPARE = 0.5  # share of the free memory that the trials leave
 
 
 class LaneTrainer:
@@ -35,11 +43,12 @@ class LaneTrainer:
     batches = staticmethod(batches)
     summed = staticmethod(float)  # there is one rank
     updates = client_updates
+    step = optimizer_step
 
     def __init__(self, plain: LocalTrainer, lanes: int, train: Train) -> None:
         self.plain, self.lanes = plain, lanes
-        self.trainable, self.device = plain.trainable, plain.device
-        self.become, self.loss_terms = plain.become, plain.loss_terms
+        self.trainable, self.device, self.objective = plain.trainable, plain.device, plain.objective
+        self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
         self.layers = adapted_layers(self.trainable)
         # Logits of all positions, if the head has adapters: its inputs must be those of whole lanes.
         self.every_logit = self.trainable.network.get_output_embeddings() in self.layers
@@ -87,18 +96,19 @@ class LaneTrainer:
         self.scales = [layout.scale if c.training.rank is None else layout.scale_at(c.training.rank) for c in active]
         self.grad_KP[:lanes].zero_()
         steps = [self.plain.cut(client.next_rows(), train.batch) for client in active]
-        counts_K = [counted(self.plain.objective, step) for step in steps]
+        counts_K = [counted(self.objective, step) for step in steps]
         for client, step, counts in zip(active, steps, counts_K, strict=True):
             client.count(counts, sum(piece.tokens for piece in step))
-        share_K = {name: 1 / self._row([counts[name] for counts in counts_K]) for name in counts_K[0]}
+        losses = self.objective.losses
+        share_K = {name: 1 / self._row([max(1, counts[name]) for counts in counts_K]) for name in losses}
         for turn in range(max(map(len, steps))):
             pieces = [step[turn] if turn < len(step) else None for step in steps]
             self.shapes = {lane: piece.ids_BT.shape for lane, piece in enumerate(pieces) if piece is not None}
             together = Batch.side_by_side(pieces, self.plain.pad).to(self.device)
-            terms = self.plain.objective.terms(self.trainable.network, together, every_logit=self.every_logit)
+            terms = self.objective.terms(self.trainable.network, together, every_logit=self.every_logit)
             rows = len(together.ids_BT)
             totals_K = {name: term.by_row(rows).view(lanes, -1).sum(1) for name, term in terms.items()}
-            torch.stack([(total_K * share_K[name]).sum() for name, total_K in totals_K.items()]).sum().backward()
+            torch.stack([(totals_K[name] * share_K[name]).sum() for name in losses]).sum().backward()
             for lane, client in enumerate(active):
                 client.add({name: total_K[lane] for name, total_K in totals_K.items()})
         for lane, row in enumerate(self.rows):
@@ -114,11 +124,6 @@ class LaneTrainer:
     def clip(self, norm: float) -> None:
         """Clips the gradient of each lane in use."""
         clip(self.grad_KP[: len(self.scales)], norm)
-
-    def step(self, adjust: Callable[[], None]) -> None:
-        """Takes the optimizer's step of all lanes in use."""
-        adjust()
-        self.optimizer.step()
 
     def end(self, lane: int, training: Training) -> Vector:
         """Returns a copy of the lane's vector, or the vector minus `training.less`."""
@@ -190,3 +195,51 @@ def adapted_layers(trainable: Trainable) -> list[Any]:
             f"{KEY} cannot draw model.peft.dropout for each client by itself on a GPU: set it to 0, or {ALONE}"
         )
     return layers
+
+
+def best_lanes(
+    trainer: LocalTrainer, tokens: Tokens, clients: int, most: int, neighbors: int, start: torch.Tensor, train: Train
+) -> int:
+    """Returns the number of lanes (1, 2, 4, ...) that trains the most tokens a second, the smallest of about as fast.
+
+    It is 1 if lanes cannot train the model; none is tried that might exceed the memory of all `neighbors`.
+    """
+    began, short = time.monotonic(), replace(train, steps=STEPS, epochs=None)
+    held, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+    best, best_speed, lanes = 1, _speed(trainer, tokens, clients, 1, start, short), 2
+    while lanes <= most and time.monotonic() - began < SECONDS:
+        heap.forget_most()
+        try:
+            speed = _speed(LaneTrainer(trainer, lanes, train), tokens, clients, lanes, start, short)
+        except (torch.OutOfMemoryError, RunError):
+            break
+        if speed > GAIN * best_speed:
+            best, best_speed = lanes, speed
+        elif lanes >= 4 * best:
+            break
+        if 2 * neighbors * (heap.most_held() - held) > SPARE * free:
+            break
+        if trainer.device.type == "cuda":  # twice the memory must fit into this process's share of the GPU
+            total = torch.cuda.get_device_properties(trainer.device).total_memory
+            share = torch.cuda.get_per_process_memory_fraction(trainer.device) * total
+            if 2 * torch.cuda.max_memory_allocated(trainer.device) > share:
+                break
+        lanes *= 2
+    return best
+
+
+def _speed(
+    trainer: LocalTrainer | LaneTrainer, tokens: Tokens, clients: int, lanes: int, start: torch.Tensor, train: Train
+) -> float:
+    """Returns the tokens a second of `lanes` clients at once, after a first step that warms up."""
+    chosen = np.linspace(0, clients - 1, max(2, lanes)).astype(int).tolist()
+
+    def trainings() -> list[Training]:
+        return [Training(tokens.rows(client, "train"), start, np.random.default_rng(0), 0) for client in chosen]
+
+    trainer.train(trainings(), replace(train, steps=1))
+    began = time.monotonic()
+    results = trainer.train(trainings(), train)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+    return sum(trained.metrics["tokens"] for trained in results) / (time.monotonic() - began)

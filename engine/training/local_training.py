@@ -1,7 +1,9 @@
 """A client's local training, free of Ray: from the broadcast to an update. Legend: P parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -10,12 +12,12 @@ import torch
 from engine.config.federation import Federation
 from engine.config.train import Train
 from engine.models.trainable import Trainable
-from engine.objectives.base import Objective, counted, require_provided, step_loss, term_sums
+from engine.objectives.base import Objective, Tokenizer, counted, require_provided, step_loss, term_sums
 from engine.objectives.token_batch import Batch, lengths
 from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
-from engine.training.batching import batches, pieces
+from engine.training.generation import Prompt, continuations
 from engine.training.optimizers import clip, make_optimizer
-from engine.training.step_loop import Correct, Progress, Trained, Training, no_session, take_steps
+from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, pieces, take_steps
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Strategy, Update, Vector
 from strategies.core.seeds import rng, seed_torch, torch_seed
 
@@ -32,13 +34,13 @@ class Job:
 
 
 class Trainer(Protocol):
-    """What `client_updates` needs of a trainer; a gang's rank has shards for vectors."""
+    """A model that is trained and judged; a gang's rank has shards for vectors."""
 
     @property
     def device(self) -> torch.device:
         """Where the vector lies."""
 
-    def become(self, vector: Vector, rank: int | None) -> None:
+    def become(self, vector: Vector, rank: int | None = None) -> None:
         """Puts the vector (P,) of a client of this LoRA rank into the model; None is the recipe's rank."""
 
     def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
@@ -52,15 +54,14 @@ class Trainer(Protocol):
     ) -> list[tuple[Update, ClientState]]:
         """Trains clients for a round: see `client_updates`."""
 
+    def generate(self, tokenizer: Tokenizer, prompts: list[Prompt], tokens: int) -> list[str]:
+        """Returns greedy continuations of at most `tokens` tokens by the vector now in the model."""
+
 
 def client_updates(
     trainer: Trainer, jobs: list[Job], federation: Federation, *, lent: bool = False
 ) -> list[tuple[Update, ClientState]]:
-    """Trains the clients; returns each one's update, as its strategy finishes it, and its new client state.
-
-    With `lent` the update of a single job may lie in the trainer's memory, where it lasts until the next call. Metrics
-    are those of `Progress.metrics`, and `loss_before` if the strategy asks for it.
-    """
+    """Trains clients; returns each one's finished update and new state. A `lent` update lasts until the next call."""
     sent = [job.broadcast for job in jobs]  # on the CPU, where the strategy finishes updates
     moved = {id(broadcast.params): _on(trainer.device, broadcast) for broadcast in sent}  # lanes share one vector
     received = [replace(moved[id(broadcast.params)], rank=broadcast.rank) for broadcast in sent]
@@ -70,7 +71,8 @@ def client_updates(
         for job, figures in zip(jobs, metrics, strict=True):
             trainer.become(job.broadcast.params, job.broadcast.rank)
             terms = trainer.loss_terms(job.rows, federation.train.batch)
-            figures["loss_before"] = sum(total / count for total, count in terms.values())
+            counted_terms = (terms[name] for name in federation.train.objective.losses)
+            figures["loss_before"] = sum(total / max(1, count) for total, count in counted_terms)
     trainings = [_trainings(job, federation, trainer.device, lent=lent) for job in jobs]
     for run in dict.fromkeys(run for by_run in trainings for run in by_run):
         members = [place for place, by_run in enumerate(trainings) if run in by_run]
@@ -81,7 +83,13 @@ def client_updates(
             moments[place] |= named(trained.moments, f"{OPTIMIZER}{run}.")
             if run == GLOBAL:
                 metrics[place] |= trained.metrics
-    return [_finished(*parts, federation) for parts in zip(jobs, sent, ends, metrics, moments, strict=True)]
+    finished = []
+    for job, broadcast, vectors, figures, state in zip(jobs, sent, ends, metrics, moments, strict=True):
+        on_cpu = {name: end.cpu() for name, end in vectors.items()}
+        update = Update(job.client, job.weight, on_cpu.pop(GLOBAL), metrics=figures)
+        update, after = federation.strategy.finish(update, broadcast, part(job.state, STRATEGY), on_cpu)
+        finished.append((update, named(after, STRATEGY) | state))
+    return finished
 
 
 def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: bool) -> dict[str, Training]:
@@ -97,7 +105,8 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
             rng(seed, broadcast.round, job.client, "batches" if run == GLOBAL else "personal"),
             torch_seed(seed, broadcast.round, job.client, "dropout"),
             rank=broadcast.rank,
-            correct=_correction(strategy, broadcast, state, run),
+            # None where there is no correction, which saves gangs copies.
+            correct=partial(_correct, strategy, broadcast, state, run) if strategy.corrects else None,
             rate=train.over_rounds.factor(broadcast.round, federation.rounds),
             moments=part(job.state, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
             less=broadcast.params if lent and len(starts) == 1 else None,
@@ -107,26 +116,10 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
     }
 
 
-def _correction(strategy: Strategy, broadcast: Broadcast, state: ClientState, run: str) -> Correct | None:
-    """Returns the strategy's correction of gradients; None if it has none, which saves gangs copies."""
-    if not strategy.corrects:
-        return None
-    return lambda grad_KP, params_KP: strategy.correct(grad_KP, params_KP, broadcast, state, run)
-
-
-def _finished(
-    job: Job,
-    sent: Broadcast,
-    ends: dict[str, Vector],
-    metrics: dict[str, float],
-    moments: ClientState,
-    federation: Federation,
-) -> tuple[Update, ClientState]:
-    on_cpu = {name: end.cpu() for name, end in ends.items()}
-    delta = on_cpu.pop(GLOBAL)
-    update = Update(job.client, job.weight, delta, metrics=metrics)
-    update, state = federation.strategy.finish(update, sent, part(job.state, STRATEGY), on_cpu)
-    return update, named(state, STRATEGY) | moments
+def _correct(
+    strategy: Strategy, broadcast: Broadcast, state: ClientState, run: str, grad_KP: Vector, params_KP: Vector
+) -> None:
+    strategy.correct(grad_KP, params_KP, broadcast, state, run)
 
 
 def _on(device: torch.device, broadcast: Broadcast) -> Broadcast:
@@ -134,33 +127,23 @@ def _on(device: torch.device, broadcast: Broadcast) -> Broadcast:
     return replace(broadcast, params=broadcast.params.to(device), extras=extras)
 
 
-@dataclass
 class LocalTrainer:
     """Trains one client at a time, on the whole model in one process. A backend of the step loop, and a Trainer."""
 
-    trainable: Trainable
-    objective: Objective
-    pad: int
-    max_length: int
-    optimizer: torch.optim.Optimizer
     lanes = 1
     batches = staticmethod(batches)
-    session = staticmethod(no_session)
+    session: Any = staticmethod(nullcontext)
     summed = staticmethod(float)  # there is one rank
     train = take_steps
     updates = client_updates
+    step = optimizer_step
 
-    @classmethod
-    def of(cls, trainable: Trainable, pad: int, train: Train) -> "LocalTrainer":
-        """Makes a trainer with the recipe's optimizer, which sees the flat vector as one tensor and so is fast."""
+    def __init__(self, trainable: Trainable, pad: int, train: Train) -> None:
         require_provided(train.objective)
-        optimizer = make_optimizer([trainable.flat], train.optimizer)
-        return cls(trainable, train.objective, pad, train.max_length, optimizer)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the vector lies."""
-        return self.trainable.flat.device
+        self.trainable, self.device, self.pad = trainable, trainable.flat.device, pad
+        self.objective: Objective = train.objective
+        self.max_length = train.max_length
+        self.optimizer = make_optimizer([trainable.flat], train.optimizer)  # it sees one tensor, and so is fast
 
     def become(self, vector: Vector, rank: int | None = None) -> None:
         """Puts the vector (P,) of a client of this LoRA rank into the model; None is the recipe's rank."""
@@ -184,7 +167,7 @@ class LocalTrainer:
         for piece in step:
             terms = self.objective.terms(self.trainable.network, piece.to(self.device))
             totals = {name: term.total() for name, term in terms.items()}
-            step_loss(totals, counts).backward()
+            step_loss(self.objective, totals, counts).backward()
             client.add(totals)
 
     def correct(self, lane: int, correct: Correct) -> None:
@@ -194,11 +177,6 @@ class LocalTrainer:
     def clip(self, norm: float) -> None:
         """Clips the gradient to an L2 norm; 0 leaves it alone."""
         clip(self.trainable.grad[None], norm)
-
-    def step(self, adjust: Callable[[], None]) -> None:
-        """Takes the optimizer's step."""
-        adjust()
-        self.optimizer.step()
 
     def end(self, lane: int, training: Training) -> Vector:
         """Returns a copy of the vector, or the vector minus `training.less` in its place: new pages cost time."""
@@ -211,6 +189,10 @@ class LocalTrainer:
             self.trainable.network.eval()
         network, pieces = self.trainable.network, self.cut(rows, batch)
         return term_sums(self.objective, network, ((piece.to(self.device), 1) for piece in pieces))
+
+    def generate(self, tokenizer: Tokenizer, prompts: list[Prompt], tokens: int) -> list[str]:
+        """Returns greedy continuations of at most `tokens` tokens by the vector now in the model."""
+        return continuations(self.trainable.network, self.pad, self.device, tokenizer, prompts, tokens)
 
     def cut(self, rows: pa.RecordBatch, batch: int) -> list[Batch]:
         """Cuts the rows into batches on the CPU, each of no more tokens than `batch` rows of the longest kind have."""

@@ -1,7 +1,4 @@
-"""The local optimizer on flat vectors: a slot makes it once, and resets it or loads a client's state into it.
-
-A lane's vector is one parameter in a group of its own. Legend: K lanes, P parameters.
-"""
+"""The local optimizer, with a group for each lane's vector, for a slot's life. Legend: K lanes, P parameters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,23 +13,11 @@ from strategies.core.protocol import ClientState
 def make_optimizer(
     parameters: Sequence[torch.nn.Parameter] | Sequence[dict[str, Any]], settings: AdamW | Sgd | TorchOptimizer
 ) -> torch.optim.Optimizer:
-    """Makes the recipe's optimizer, with fused kernels, which are the fastest on a CPU too.
-
-    RunError if torch refuses an option's value.
-    """
-    if isinstance(settings, AdamW):
-        return torch.optim.AdamW(
-            parameters,
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-    if isinstance(settings, Sgd):
-        return torch.optim.SGD(
-            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
-        )
+    """Makes the recipe's optimizer, with the fast fused kernels; RunError if torch refuses an option."""
+    if not isinstance(settings, TorchOptimizer):
+        options = {name: value for name, value in vars(settings).items() if name != "kind"}
+        fused = torch.optim.AdamW if isinstance(settings, AdamW) else torch.optim.SGD
+        return fused(parameters, **options, fused=True)
     try:
         made: torch.optim.Optimizer = vars(torch.optim)[settings.name](parameters, lr=settings.lr, **settings.options)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -41,25 +26,18 @@ def make_optimizer(
 
 
 def reset(optimizer: torch.optim.Optimizer, lane: int | None = None) -> None:
-    """Resets the state of all parameters, or of one lane.
-
-    If the optimizer starts from zeros, it zeroes the tensors in place instead of freeing them.
-    """
+    """Resets the state of all parameters, or of one lane: in place if the optimizer starts from zeros."""
+    # Rprop, ASGD and others set their state in the first step, which SGD with dampening skips.
+    sgd = isinstance(optimizer, torch.optim.SGD) and not optimizer.defaults["dampening"]
+    zeros = sgd or isinstance(optimizer, torch.optim.AdamW)
     # All means those with a state: deepspeed's parameter groups hold other parameters than the optimizer's states.
     for parameter in list(optimizer.state) if lane is None else optimizer.param_groups[lane]["params"]:
-        if _starts_from_zeros(optimizer):
+        if zeros:
             for tensor in optimizer.state.get(parameter, {}).values():
                 if tensor is not None:
                     tensor.zero_()
         else:
             optimizer.state.pop(parameter, None)
-
-
-def _starts_from_zeros(optimizer: torch.optim.Optimizer) -> bool:
-    """False for Rprop, ASGD and others, whose first step sets their state, and SGD with dampening, which skips it."""
-    if isinstance(optimizer, torch.optim.SGD):
-        return not optimizer.defaults["dampening"]
-    return isinstance(optimizer, torch.optim.AdamW)
 
 
 def kept(optimizer: torch.optim.Optimizer, lane: int = 0) -> ClientState:

@@ -1,7 +1,4 @@
-"""DP-SGD on a client's rows (Abadi et al. 2016, arXiv 1607.00133, algorithm 1), with Opacus' gradients of rows.
-
-Legend: B rows of a piece, P parameters.
-"""
+"""DP-SGD on a client's rows (arXiv 1607.00133, algorithm 1) with Opacus. Legend: B rows of a piece, P parameters."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,23 +12,19 @@ from torch import nn
 from engine.config.train import Train
 from engine.messages.errors import RunError
 from engine.objectives.base import Term, counted
-from engine.training.batching import steps_of
 from engine.training.local_training import LocalTrainer, client_updates
-from engine.training.step_loop import Progress, Training, take_steps
+from engine.training.step_loop import Progress, Training, steps_of, take_steps
 from strategies.core.protocol import Mask, Vector
 from strategies.privacy.noise_source import Words, normal
 from strategies.privacy.per_example import ExamplePlan
 
 KEY = 'privacy.dp.kind = "example"'
-ADAPTERS = 'train adapters instead (model.peft.kind = "lora")'
+ADAPTERS = 'train adapters of linear layers alone (model.peft.kind = "lora" and targets)'
 ROUNDING = 1e-2  # share of the rows' norms: above the error of TF32, below the gradient of a missed parameter
 
 
 def samples(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yields the row numbers (B,) of each step: a Poisson sample, which takes each row with the same probability.
-
-    That is `train.batch` * `train.accumulate` / rows, at most 1. There are as many steps as in `batches`.
-    """
+    """Yields each step's rows (B,), as many steps as in `batches`: a Poisson sample of the same expected size."""
     probability = expected_size(rows, train) / rows
     for _ in range(steps_of(rows, train)):
         yield np.flatnonzero(rng.random(rows) < probability)
@@ -58,6 +51,7 @@ class PrivateTrainer:
     lanes = 1
     batches = staticmethod(samples)
     summed = staticmethod(float)  # there is one rank
+    clip = staticmethod(lambda norm: None)  # ignores `train.clip`
     train = take_steps
     updates = client_updates
 
@@ -68,7 +62,7 @@ class PrivateTrainer:
         self.plain, self.plan = plain, plan
         self.trainable, self.objective, self.optimizer = plain.trainable, plain.objective, plain.optimizer
         self.device, self.correct = plain.device, plain.correct
-        self.become, self.loss_terms = plain.become, plain.loss_terms
+        self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
         self.words: Words | None = None
         self.live: Mask | None = None
         self._hooks: Any = None
@@ -87,10 +81,7 @@ class PrivateTrainer:
         self.plain.begin(lane, training)
 
     def gradients(self, active: list[Progress], train: Train) -> None:
-        """Computes the private gradient of the client's next step.
-
-        RunError if Opacus does not give every row's gradient of every parameter.
-        """
+        """Computes the private gradient of the client's next step; RunError if Opacus misses a row's gradient."""
         (client,) = active
         rows, grad = client.next_rows(), self.trainable.grad
         summed = torch.zeros_like(grad)
@@ -103,9 +94,6 @@ class PrivateTrainer:
             client.add({name: term.total() for name, term in terms.items()})
         self._add_noise(summed)
         grad.copy_(summed / expected_size(client.training.rows.num_rows, train))
-
-    def clip(self, norm: float) -> None:
-        """Ignores `train.clip`."""
 
     def step(self, adjust: Callable[[], None]) -> None:
         """Takes the optimizer's step."""
@@ -129,7 +117,7 @@ class PrivateTrainer:
         grad.zero_()
         # A row's loss is the sum of its terms' means. Clipping below divides by the first term's count, so that no
         # row's gradient depends on another's count.
-        first, *others = terms.values()
+        first, *others = (terms[name] for name in self.objective.losses)
         count_B = first.counts_by_row(rows).clamp(min=1)
         loss = first.total()
         for term in others:

@@ -5,19 +5,61 @@ in lanes (lanes.py), with example-level privacy (per_example.py), or over the ra
 Learning rates, the strategy's correction, clipping and metrics are the same for all of them, and are here.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from engine.config.train import Train
-from engine.training.batching import steps_of
+from engine.objectives.base import Objective, term_metrics
 from engine.training.optimizers import kept, move, restore
 from strategies.core.protocol import ClientState, Mask, Vector
+
+
+def batches(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yields the row numbers (B,) of each step, for `train.steps` steps or `train.epochs` passes.
+
+    A step takes `train.batch` * `train.accumulate` rows. Each pass shuffles all rows, and its last step takes the rest.
+    """
+    per_step = train.batch * train.accumulate
+    per_pass = -(-rows // per_step)
+    order = np.arange(0)
+    for step in range(steps_of(rows, train)):
+        if step % per_pass == 0:
+            order = rng.permutation(rows)
+        start = step % per_pass * per_step
+        yield order[start : start + per_step]
+
+
+def pieces(lengths_B: np.ndarray, most_tokens: int) -> list[np.ndarray]:
+    """Cuts rows of these lengths into pieces of at most `most_tokens` tokens with padding; returns their row numbers.
+
+    A piece has rows of similar length, and at least one row; the longest rows come first. If all rows fit into one
+    piece, they keep their order.
+    """
+    if len(lengths_B) * int(lengths_B.max()) <= most_tokens:
+        return [np.arange(len(lengths_B))]
+    order, cut = np.argsort(-lengths_B, kind="stable"), list[np.ndarray]()
+    first = 0
+    while first < len(order):
+        rows = max(1, most_tokens // int(lengths_B[order[first]]))
+        cut.append(order[first : first + rows])
+        first += rows
+    return cut
+
+
+def steps_of(rows: int, train: Train) -> int:
+    """Returns the number of optimizer steps that a client of `rows` rows takes in a round."""
+    if train.steps is not None:
+        return train.steps
+    assert train.epochs is not None
+    return train.epochs * -(-rows // (train.batch * train.accumulate))
+
 
 Correct = Callable[[torch.Tensor, torch.Tensor], None]  # changes gradients (K, P), given the vectors (K, P)
 
@@ -30,7 +72,8 @@ class Training:
     `correct` may change each step's gradient; `rate` is a factor on all learning rates. With `moments` the optimizer
     continues from that state and the result has the new one; None starts from nothing. The result is a copy of the
     vector, or with `less` the vector minus `less`, which may lie in the trainer's memory until the next training.
-    Example-level privacy clips and adds noise on the coordinates in `live`; None means all.
+    Example-level privacy clips and adds noise on the coordinates in `live`; None means all. `factor` stands in for
+    `train.over_steps`: of a step's number and all steps it makes the factor on the learning rate.
     """
 
     rows: pa.RecordBatch
@@ -43,6 +86,7 @@ class Training:
     moments: ClientState | None = None
     less: Vector | None = None
     live: Mask | None = None
+    factor: Callable[[int, int], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +110,7 @@ class Progress:
     tokens: int = 0
     rates: float = 0.0
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def next_rows(self) -> pa.RecordBatch:
         """Returns the rows of the next step."""
@@ -75,8 +119,7 @@ class Progress:
     def count(self, counts: Mapping[str, int], tokens: int) -> None:
         """Adds a step's units of each term, and its tokens."""
         self.tokens += tokens
-        for name, count in counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
+        self.counts.update(counts)
 
     def add(self, totals: Mapping[str, torch.Tensor]) -> None:
         """Adds sums of terms (scalars) in float64, on their device, so that no step waits for a GPU."""
@@ -84,36 +127,39 @@ class Progress:
             value = total.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def metrics(self, summed: Callable[[float], float]) -> dict[str, float]:
+    def metrics(self, objective: Objective, summed: Callable[[float], float]) -> dict[str, float]:
         """Returns the training's metrics; `summed` adds a figure up over all ranks.
 
-        `loss` is the sum of the terms' means, each unit judged before its step. `learned` counts the units of the first
-        term and `tokens` all tokens; `rates` is the sum of the steps' learning rates.
+        `loss` is the sum of its terms' means, each unit judged before its step. `learned` counts the units of the first
+        term, `rates` sums the steps' learning rates. Of several terms each one's mean and units follow.
         """
-        means = [summed(total.item()) / self.counts[name] for name, total in self.sums.items()]
-        return {
-            "loss": sum(means, 0.0),
+        terms = term_metrics(objective)
+        totals = {name: summed(total.item()) for name, total in self.sums.items()}  # none after empty samples alone
+        means = {name: totals.get(name, 0.0) / max(1, self.counts[name]) for name in terms}
+        metrics = {
+            "loss": sum((means[name] for name in objective.losses), 0.0),
             "rows": float(self.training.rows.num_rows),
             "steps": float(self.taken),
             "tokens": float(summed(self.tokens)),
-            "learned": float(next(iter(self.counts.values()), 0)),
+            "learned": float(self.counts[next(iter(terms))]),
             "rates": self.rates,
         }
+        for name, (mean_key, units_key) in terms.items():
+            metrics |= {mean_key: means[name], units_key: float(self.counts[name])}
+        return metrics
 
 
 class Backend(Protocol):
-    """A model and an optimizer that train up to `lanes` clients at once.
+    """A model and an optimizer, with a parameter group for each lane, that train up to `lanes` clients at once."""
 
-    The optimizer has a parameter group for each lane, which holds the lane's vector.
-    """
-
+    objective: Objective
     optimizer: torch.optim.Optimizer
     lanes: int
 
     def batches(self, rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """Yields the row numbers of each step."""
 
-    def session(self, active: list[Progress]) -> AbstractContextManager[None]:
+    def session(self, active: list[Progress], /) -> AbstractContextManager[Any]:
         """Prepares the model for training; `active` are the clients in the lanes, and changes."""
 
     def begin(self, lane: int, training: Training) -> None:
@@ -125,7 +171,7 @@ class Backend(Protocol):
     def correct(self, lane: int, correct: Correct) -> None:
         """Applies a correction to a lane's gradient."""
 
-    def clip(self, norm: float) -> None:
+    def clip(self, norm: float, /) -> None:
         """Clips each lane's gradient to an L2 norm; 0 leaves it alone."""
 
     def step(self, adjust: Callable[[], None]) -> None:
@@ -138,9 +184,10 @@ class Backend(Protocol):
         """Adds a figure up over all ranks."""
 
 
-def no_session(active: list[Progress]) -> AbstractContextManager[None]:
-    """The session of a backend that needs no preparation."""
-    return nullcontext()
+def optimizer_step(backend: Backend, adjust: Callable[[], None]) -> None:
+    """Takes the step of a backend whose gradients are complete."""
+    adjust()
+    backend.optimizer.step()
 
 
 def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) -> list[Trained]:
@@ -171,7 +218,8 @@ def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) ->
         while active:
             backend.gradients(active, train)
             for lane, client in enumerate(active):
-                lr = train.optimizer.lr * client.training.rate * train.over_steps.factor(client.taken, client.steps)
+                factor = client.training.factor or train.over_steps.factor
+                lr = train.optimizer.lr * client.training.rate * factor(client.taken, client.steps)
                 backend.optimizer.param_groups[lane]["lr"] = lr
                 client.taken, client.rates = client.taken + 1, client.rates + lr
             backend.step(adjust)
@@ -179,7 +227,9 @@ def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) ->
                 client = active[lane]
                 if client.taken < client.steps:
                     continue
-                trained[client.place] = _result(backend, lane, client)
+                metrics = client.metrics(backend.objective, backend.summed)
+                moments = {} if client.training.moments is None else kept(backend.optimizer, lane)
+                trained[client.place] = Trained(backend.end(lane, client.training), metrics, moments)
                 following = next(waiting, None)
                 if following is not None:
                     active[lane] = begun(lane, *following)
@@ -189,10 +239,3 @@ def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) ->
                     active[lane] = last
                     move(backend.optimizer, len(active), lane)
     return [trained[place] for place in range(len(trainings))]
-
-
-def _result(backend: Backend, lane: int, client: Progress) -> Trained:
-    training = client.training
-    metrics = client.metrics(backend.summed)
-    moments = {} if training.moments is None else kept(backend.optimizer, lane)
-    return Trained(backend.end(lane, training), metrics, moments)

@@ -1,14 +1,16 @@
-"""Trains a worker's clients one after another: makes a job, trains it, hands its update to an accumulator.
+"""Trains a worker's clients: makes a job, trains it, hands its update to an accumulator. Legend: P parameters."""
 
-The same in a single process and in each rank of a group, where vectors are shards. Legend: P parameters.
-"""
-
+import math
+import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 
 from datasets_partition.store.tokens import Tokens
 from engine.aggregation.accumulators import Accumulator
@@ -17,24 +19,76 @@ from engine.config.federation import Federation
 from engine.config.sections import Lora
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
-from engine.messages.tasks import Unit
+from engine.messages.tasks import Unit, halves
 from engine.records.client_state import ClientStates
-from engine.training.batching import steps_of
+from engine.system.failures import last_line
 from engine.training.local_training import Job, Trainer
-from engine.workers.peers import ALONE, Peers
-from engine.workers.retries import Attempted, attempted
+from engine.training.step_loop import steps_of
 from strategies.core.layout import Layout
 from strategies.core.protocol import Broadcast, ClientState, Update, Vector
 from strategies.transforms.chain import bits, encode
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
-class Trained:
-    """What training made of a client: its job, its update, and its state after the round."""
+class Attempted(Generic[Result]):
+    """A client's result (None: it could not be trained), and why each earlier attempt, or all of them, failed."""
 
-    job: Job
-    update: Update
-    after: ClientState
+    client: int
+    result: Result | None
+    why: tuple[str, ...] = ()
+
+
+def attempted(
+    unit: Unit, train: Callable[[Unit], list[Result]], retries: int, why: tuple[str, ...] = ()
+) -> list[Attempted[Result]]:
+    """Returns what `train` makes of each client of a unit, in their order.
+
+    A unit that runs out of memory is halved. Another, and a client alone, is tried `retries` times more; then the
+    unit is taken apart, and each of its clients tried once. A process that loses its GPU ends.
+    """
+    try:
+        return [Attempted(client, result, why) for client, result in zip(unit, train(unit), strict=True)]
+    except Exception as error:  # whatever a client's rows, or a user's own rule, may raise
+        if isinstance(error, torch.AcceleratorError):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # no call of CUDA works here any more: the pool starts another process
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        short = out_of_memory or "can't allocate memory" in str(error)
+        cause = f"{type(error).__name__}: {last_line(error)}"
+    # Only here does nothing refer to the error's frames any more, and to the tensors in them.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    why = (*why, cause if len(unit) == 1 else f"in lanes with clients {', '.join(map(str, unit))}: {cause}")
+    if len(unit) > 1 and short:
+        return [attempt for part in halves(unit) for attempt in attempted(part, train, retries, why)]
+    if retries:
+        return attempted(unit, train, retries - 1, why)
+    if len(unit) > 1:
+        return [attempt for client in unit for attempt in attempted((client,), train, 0, why)]
+    return [Attempted(unit[0], None, why)]
+
+
+Trained = tuple[Job, Update, ClientState]  # a client's job, its update, and its state after the round
+TrainerOf = Callable[[Unit, BroadcastMessage], Trainer]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """What a process asks of the ranks that are one worker, all at the same time; `rank` is None in a group of one."""
+
+    rank: int | None = None
+    summed: Callable[[float], float] = float
+    largest: Callable[[float], float] = float
+    from_first: Callable[[Any], Any] = lambda value: value
+
+    def whole_norm(self, norm: float) -> float:
+        """Returns the L2 norm of a vector from that of the shard at hand."""
+        return norm if self.rank is None else math.sqrt(self.summed(norm * norm))
+
+
+ALONE = Peers()
 
 
 @dataclass
@@ -47,19 +101,13 @@ class ClientRunner:
     federation: Federation
     tokens: Tokens
     states: ClientStates
-    trainer_of: Callable[[Unit, BroadcastMessage], Trainer]
+    trainer_of: TrainerOf
     layout: Layout
     peers: Peers = ALONE
 
-    @cached_property
-    def rows(self) -> np.ndarray:
-        """The number of training rows of each client (N,)."""
-        return self.tokens.counts("train")
-
-    @cached_property
-    def largest(self) -> int:
-        """The most training rows that a client has."""
-        return int(self.rows.max())
+    def __post_init__(self) -> None:
+        self.rows: np.ndarray = self.tokens.counts("train")  # training rows of each client (N,)
+        self.largest = int(self.rows.max())
 
     def run(self, chunk: Sequence[Unit], message: BroadcastMessage, accumulator: Accumulator) -> list[Report]:
         """Trains units one after another; `accumulator` takes each update that counts."""
@@ -86,55 +134,42 @@ class ClientRunner:
     def _unit(
         self, unit: Unit, message: BroadcastMessage, broadcast: Broadcast, accumulator: Accumulator
     ) -> list[Report]:
-        late = {client: report for client in unit if (report := self._late(client, broadcast))}
-        present = tuple(client for client in unit if client not in late)
-        trained = iter(self._trained(present, message, broadcast, accumulator) if present else [])
-        return [late[client] if client in late else next(trained) for client in unit]
-
-    def _late(self, client: int, broadcast: Broadcast) -> Report | None:
-        """Reports a client that is too slow by the seed: it gets the broadcast, and need not train in vain."""
-        steps = steps_of(int(self.rows[client]), self.federation.train)
-        late = self.federation.clients.availability.late_by_seed(client, steps, self.federation.seed)
-        if not late:
-            return None
-        return Report(client, {DOWN: self._traffic(self.received_by(client, broadcast))[DOWN], UP: 0.0}, late=late)
-
-    def _trained(
-        self, unit: Unit, message: BroadcastMessage, broadcast: Broadcast, accumulator: Accumulator
-    ) -> list[Report]:
-        began = time.monotonic()
+        federation, reports = self.federation, dict[int, Report]()
+        for client in unit:  # one that is too slow by the seed gets the broadcast, and need not train in vain
+            steps = steps_of(int(self.rows[client]), federation.train)
+            if late := federation.clients.availability.late_by_seed(client, steps, federation.seed):
+                down = self._traffic(self.received_by(client, broadcast))[DOWN]
+                reports[client] = Report(client, {DOWN: down, UP: 0.0}, late=late)
+        present, began = tuple(client for client in unit if client not in reports), time.monotonic()
 
         def train(clients: Unit) -> list[Trained]:
             jobs = [self._job(client, broadcast) for client in clients]
             # Updates may be lent from the trainer's memory if nothing else is trained before they are handed over.
-            results = self.trainer_of(clients, message).updates(jobs, self.federation, lent=len(unit) == 1)
-            return [Trained(job, *result) for job, result in zip(jobs, results, strict=True)]
+            results = self.trainer_of(clients, message).updates(jobs, federation, lent=len(present) == 1)
+            return [(job, *result) for job, result in zip(jobs, results, strict=True)]
 
-        attempts = self._attempted(unit, train)
-        trained_s, reports = (time.monotonic() - began) / len(unit), list[Report]()
-        for attempt in attempts:
-            if attempt.result is None:
-                reports.append(Report.of_nothing(attempt.client, attempt.why))
-            elif isinstance(attempt.result, NonFiniteUpdate):
-                traffic = self._traffic(self.received_by(attempt.client, broadcast))
-                reports.append(Report(attempt.client, traffic, failed=str(attempt.result)))
-            else:
-                report = self._hand_over(attempt.result, message, accumulator, trained_s)
-                reports.append(replace(report, tried=attempt.why) if attempt.why else report)
-        seconds = (time.monotonic() - began) / len(unit)  # adding up large updates takes its time too
-        return [replace(report, seconds=seconds) for report in reports]
-
-    def _attempted(
-        self, unit: Unit, train: Callable[[Unit], list[Trained]]
-    ) -> Iterable[Attempted[Trained] | Attempted[NonFiniteUpdate]]:
-        if self.peers.rank is None:
-            return attempted(unit, train, self.federation.clients.retries)
-        (client,) = unit
+        attempts: Sequence[Attempted[Any]] = []
         try:
-            (trained,) = train(unit)
-            return [Attempted(client, trained)]
+            if present and self.peers.rank is None:
+                attempts = attempted(present, train, federation.clients.retries)
+            elif present:
+                attempts = [Attempted(present[0], train(present)[0])]
         except NonFiniteUpdate as error:  # on all ranks
-            return [Attempted(client, error)]
+            attempts = [Attempted(present[0], error)]
+        trained_s = (time.monotonic() - began) / max(1, len(present))
+        for attempt in attempts:
+            client, result = attempt.client, attempt.result
+            if result is None:
+                reports[client] = Report.of_nothing(client, attempt.why)
+            elif isinstance(result, NonFiniteUpdate):
+                traffic = self._traffic(self.received_by(client, broadcast))
+                reports[client] = Report(client, traffic, failed=str(result))
+            else:
+                report = self._hand_over(result, message, accumulator, trained_s)
+                reports[client] = replace(report, tried=attempt.why)
+        seconds = (time.monotonic() - began) / max(1, len(present))  # adding up large updates takes its time too
+        reports |= {client: replace(reports[client], seconds=seconds) for client in present}
+        return [reports[client] for client in unit]
 
     def _job(self, client: int, broadcast: Broadcast) -> Job:
         rows = self.tokens.rows(client, "train")
@@ -146,11 +181,10 @@ class ClientRunner:
         self, trained: Trained, message: BroadcastMessage, accumulator: Accumulator, trained_s: float
     ) -> Report:
         """Encodes a client's update and lets the accumulator take it; then its state is written."""
-        federation, job = self.federation, trained.job
-        update, kept = encode(federation.transforms, trained.update, job.broadcast, job.state)
+        federation, (job, update, after) = self.federation, trained
+        update, kept = encode(federation.transforms, update, job.broadcast, job.state)
         traffic = self._traffic(job.broadcast)
-        update = replace(update, metrics=update.metrics | traffic)
-        after = trained.after | kept
+        update, after = replace(update, metrics=update.metrics | traffic), after | kept
         if late := federation.clients.availability.late_by_clock(trained_s):
             return Report(job.client, traffic, late=late)
         try:
@@ -174,21 +208,17 @@ class ClientRunner:
         return {DOWN: self.peers.summed(down * FLOAT_BYTES), UP: self.peers.summed(sent)}
 
     def _refuse_useless(self, update: Update, after: Mapping[str, Vector]) -> None:
-        """NonFiniteUpdate, on all ranks if one has cause, for an update or a state that nothing can use.
-
-        In a group of one the accumulator looks at the update itself.
-        """
+        """Raises NonFiniteUpdate, on all ranks if one has cause, for an update or a state that nothing can use."""
         finite = all(tensor.isfinite().all() for tensor in after.values())
-        if self.peers.rank is None:
+        if self.peers.rank is None:  # the accumulator looks at the update itself
             if not finite:
                 raise NonFiniteUpdate("its new client state holds NaN or infinity")
             return
-        try:
-            bound = finite_bound(update) if finite else float("nan")
-        except NonFiniteUpdate:
-            bound = float("nan")
+        bound = math.nan
+        with suppress(NonFiniteUpdate):
+            bound = finite_bound(update) if finite else math.nan
         largest = self.peers.largest(bound)
-        if not np.isfinite(largest):
+        if not math.isfinite(largest):
             raise NonFiniteUpdate("its update, or its new client state, holds NaN or infinity")
         if largest >= LIMIT:
             raise NonFiniteUpdate(f"its update reaches beyond the exact sum's range of {LIMIT:.3g}")

@@ -1,24 +1,119 @@
-"""The base of worker processes: placement, token columns, and the clients' part of secure aggregation."""
+"""What all worker processes have: placement, token columns, a sum, the clients of secure aggregation, and parts."""
 
 import logging
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
-from engine.aggregation.secure_clients import Opening, SecureClients
+from datasets_partition.store.tokens import Tokens
+from engine.aggregation.accumulators import RingSum
+from engine.aggregation.exact_sum import ExactSum
+from engine.aggregation.ring_encoding import live_masks
+from engine.aggregation.ring_shard import RingShard
+from engine.aggregation.secure_clients import SecureClients
 from engine.config.federation import Federation
-from engine.messages.tasks import Place
+from engine.messages.broadcast import BroadcastMessage
+from engine.messages.reports import Report
+from engine.messages.shards import AggregateShard
+from engine.messages.tasks import Place, Unit
 from engine.models.base_model import always_the_same_bits
-from engine.records.client_state import refuse_unseen
+from engine.records.client_state import RANK, ClientStates, refuse_unseen
 from engine.system.allocator import use_large_pages
 from engine.workers import token_columns as columns
-from strategies.secagg.messages import Agreement, KeyList, Keys, Shares, Survivors, Unmasking, UnmaskRequest
+from engine.workers.client_runner import ALONE, ClientRunner, Peers, TrainerOf
+from engine.workers.evaluator import Evaluator
+from strategies.core.layout import Layout
+from strategies.core.sharding import Partition
+from strategies.secagg.masks import Masks
+from strategies.secagg.messages import Inbox, MaskedSum
+from strategies.secagg.protocol import Session
+
+
+def part(path: str) -> Callable[..., Any]:
+    """Makes a remote method that calls the method of a part, such as "secure.open", which documents it."""
+
+    def method(self: Any, *arguments: Any) -> Any:
+        return attrgetter(path)(self)(*arguments)
+
+    return method
+
+
+class SecureTraining:
+    """Trains a worker's clients into a ring sum and masks this rank's shard; the first rank alone has secrets."""
+
+    def __init__(self, runner: ClientRunner, clients: SecureClients, partition: Partition | None = None) -> None:
+        self.runner, self.clients, self.partition = runner, clients, partition
+        self.rings: dict[int, RingSum] = {}  # by round: that of the present one
+        self.masked_S = np.empty(0, np.uint32)  # after the head
+
+    def masked(self, inboxes: dict[int, Inbox], message: BroadcastMessage) -> tuple[list[Report], MaskedSum] | None:
+        """Third trip: trains who is pending, and masks the sum. The first rank answers, with the head of a shard."""
+        runner, peers, leads = self.runner, self.runner.peers, not self.runner.peers.rank
+        work = peers.from_first(self.clients.pending(inboxes) if leads else None)
+        if work.fresh:
+            shard, federation = self._shard(work.session), runner.federation
+            ring = RingSum(shard, federation, runner.layout, message.dp, message.round, peers.summed)
+            self.rings = {message.round: ring}
+        ring = self.rings[message.round]
+        reports = runner.run(work.units, message, ring) if work.units else []
+        masked_S = ring.masked(peers.from_first(self.clients.masks(reports, inboxes) if leads else None))
+        if self.partition is None:
+            return self.clients.answer(masked_S)
+        head, self.masked_S = np.split(masked_S, [ring.shard.head])
+        return self.clients.answer(head) if leads else None
+
+    def masked_shard(self) -> tuple[bool, np.ndarray]:
+        """Returns that the masked shard is there, and the shard for the store."""
+        return True, self.masked_S
+
+    def unmask_shard(
+        self, session: Session, removals: Masks, count: int, weight: float, *masked: np.ndarray
+    ) -> tuple[dict[str, float], AggregateShard]:
+        """The server's part for this rank's shard of all slots' masked vectors: figures, and the sums for the store."""
+        return self._shard(session).unmasked(list(masked), removals, count, weight)
+
+    def _shard(self, session: Session) -> RingShard:
+        live = live_masks(self.runner.federation, self.runner.layout, session.round)
+        return RingShard(session.sums, live, self.partition, self.runner.peers.rank or 0)
+
+
+class Attached:
+    """What a worker process is once it has base and rows. `base` is what a single process maps."""
+
+    def __init__(
+        self,
+        process: "WorkerProcess",
+        tokens: Path,
+        trainer: Any,
+        tokenizer: Any,
+        trainer_of: TrainerOf,
+        layout: Layout,
+        peers: Peers = ALONE,
+        partition: Partition | None = None,
+        base: Any = None,
+    ) -> None:
+        self.trainer, self.tokenizer, self.base = trainer, tokenizer, base
+        states = ClientStates(process.folder if peers.rank is None else process.folder / f"{RANK}{peers.rank}")
+        self.runner = ClientRunner(process.federation, Tokens.open(tokens), states, trainer_of, layout, peers)
+        self.evaluator = Evaluator(self.runner, trainer, tokenizer)
+        self.secure = SecureTraining(self.runner, process.secure, partition)
 
 
 class WorkerProcess:
     """A process that Ray has placed; `folder` is where client state lies. Of a group of ranks each is one."""
+
+    attached: Attached  # made when base and rows have come
+
+    find_tokens, receive_tokens = staticmethod(columns.find_tokens), staticmethod(columns.receive_tokens)
+    open, shares, agree = part("secure.open"), part("secure.shares"), part("secure.agree")
+    unmask, roster = part("secure.unmask"), part("secure.roster")
+    masked = part("attached.secure.masked")
+    evaluate, generate = part("attached.evaluator.losses"), part("attached.evaluator.generate")
 
     def __init__(self, federation: Federation, folder: Path) -> None:
         from transformers.utils import logging as transformers_logging
@@ -29,7 +124,7 @@ class WorkerProcess:
         torch.set_num_threads(federation.clients.threads)
         always_the_same_bits()
         self.federation, self.folder = federation, folder
-        self.secure = SecureClients()
+        self.sum, self.secure = ExactSum(), SecureClients()
         self.device = torch.device("cuda" if federation.clients.num_gpus > 0 and torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(min(federation.clients.num_gpus, 1.0))
@@ -49,30 +144,6 @@ class WorkerProcess:
         """Makes or finds the store's token columns, in `shared` too; returns their folder."""
         return columns.token_columns(store, self.federation, shared)
 
-    def find_tokens(self, tokens: Path) -> Path | None:
-        """Returns where this process's node sees the token columns, if it does."""
-        return columns.find_tokens(tokens)
-
-    def receive_tokens(self, tokens: Path, parts: columns.Parts) -> Path:
-        """Keeps a copy of the token columns on this process's node; returns its folder."""
-        return columns.receive_tokens(tokens, parts)
-
-    def open(self, opening: Opening, authority: Any) -> list[Keys]:
-        """First trip of secure aggregation."""
-        return self.secure.open(opening, authority)
-
-    def shares(self, listed: KeyList) -> list[Shares]:
-        """Second trip."""
-        return self.secure.shares(listed)
-
-    def agree(self, survivors: Survivors) -> list[Agreement]:
-        """The trip of the active profile after the third."""
-        return self.secure.agree(survivors)
-
-    def unmask(self, requests: dict[int, UnmaskRequest]) -> list[Unmasking]:
-        """Last trip."""
-        return self.secure.unmask(requests)
-
-    def roster(self, cohort: tuple[int, ...], authority: Any) -> dict[int, bytes]:
-        """Returns the cohort's public identity keys, for the server."""
-        return self.secure.roster(cohort, authority)
+    def run(self, chunk: list[Unit], message: BroadcastMessage) -> list[Report]:
+        """Trains units one after another, and adds their clients' updates, or this rank's shards, to the sum."""
+        return self.attached.runner.run(chunk, message, self.sum)

@@ -22,11 +22,7 @@ TOKENS_VERSION = 2  # raised whenever rows are encoded differently
 
 
 def token_columns(store: Path, federation: Federation, shared: str | None = None, on_rows: OnRows = ignore) -> Path:
-    """Returns the folder of the store's token columns for the recipe's tokenizer and objective; makes them if need be.
-
-    `shared` is the location that the store was copied from, where other machines find them too; `on_rows` is called
-    with the number of rows so far.
-    """
+    """Returns the folder of the store's token columns; makes them if they are not there or in `shared` either."""
     tokenizer, model = load_tokenizer(federation.model), federation.model
     objective, length = federation.train.objective, federation.train.max_length
     known = [tokenizer.get_vocab(), repr(tokenizer), tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()]

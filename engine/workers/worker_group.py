@@ -7,84 +7,51 @@ their timeout, and the pool makes a new one. Legend: P parameters, S of a rank's
 
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import ray
 import torch
 import torch.distributed as dist
 from ray.exceptions import ObjectLostError
 
-from datasets_partition.store.tokens import Tokens
-from engine.aggregation.exact_sum import ExactSum, PartialSum, merge
+from engine.aggregation.exact_sum import PartialSum, merge
 from engine.aggregation.ring_encoding import live_masks
 from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage
-from engine.messages.reports import Report
 from engine.messages.shards import AggregateShard, Shard, borrow
-from engine.messages.tasks import Served, Unit
+from engine.messages.tasks import Served
+from engine.models.adapters import refuse_other_adapters
 from engine.models.base_model import load_tokenizer
-from engine.models.export import Sharded, sharded_files
-from engine.records.client_state import RANK, ClientStates
+from engine.models.export import sharded_files
 from engine.system import allocator as heap
 from engine.system.failures import LOST, GangLost, ShardLost, last_line
 from engine.system.rendezvous import meet
-from engine.training.evaluation import ClientLoss
-from engine.training.generation import Prompt
-from engine.workers.client_runner import ClientRunner
-from engine.workers.evaluator import Evaluator
-from engine.workers.peers import Peers
-from engine.workers.process import WorkerProcess
-from engine.workers.secure_training import SecureTraining
+from engine.workers.client_runner import Peers
+from engine.workers.process import Attached, WorkerProcess, part
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, ServerState
 from strategies.core.seeds import torch_seed
 from strategies.core.sharding import Partition
-from strategies.secagg.masks import Masks
-from strategies.secagg.messages import Inbox, MaskedSum
-from strategies.secagg.protocol import Session
-
-if TYPE_CHECKING:
-    from engine.training.deepspeed_training import ZeroTrainer
-
-
-@dataclass(frozen=True)
-class Formed:
-    """What a rank has once its gang has met."""
-
-    trainer: "ZeroTrainer"
-    tokenizer: Any
-    runner: ClientRunner
-    evaluator: Evaluator
-    secure: SecureTraining
 
 
 class Rank(WorkerProcess):
     """One process of a gang."""
 
+    masked_shard, unmask_shard = part("attached.secure.masked_shard"), part("attached.secure.unmask_shard")
+
     def __init__(self, federation: Federation, folder: Path, rank: int) -> None:
         super().__init__(federation, folder)
         assert federation.clients.zero is not None
         self.zero, self.rank = federation.clients.zero, rank
-        self.sum = ExactSum()
-        self.masked_S = np.empty(0, np.uint32)  # after the head
         self.failure: GangLost | None = None
         self.socket: socket.socket | None = None
-        self._formed: Formed | None = None
-
-    @property
-    def formed(self) -> Formed:
-        """What `form` has made."""
-        assert self._formed is not None
-        return self._formed
 
     def form(self, address: str, port: int, tokens: Path) -> tuple[Layout, Partition]:
         """Meets the other ranks at the first one's address and makes the model and its engine with them."""
-        federation, zero = self.federation, self.zero
+        federation, zero, model = self.federation, self.zero, self.federation.model
         if not dist.is_initialized():
             gpu = self.device.type == "cuda"
             meet(self.rank, zero.ranks, address, port, self.socket, timeout_s=zero.timeout_s, gpu=gpu)
@@ -92,83 +59,44 @@ class Rank(WorkerProcess):
         from engine.models.deepspeed_model import zero_model
         from engine.training.deepspeed_training import ZeroTrainer
 
-        tokenizer = load_tokenizer(federation.model)
-        assert isinstance(tokenizer.pad_token_id, int)
+        tokenizer = load_tokenizer(model)
         heap.give_back()
-        network = zero_model(federation.model, zero, torch_seed(federation.seed, 0, -1, "initial"), self.rank)
-        trainer = ZeroTrainer(network, tokenizer.pad_token_id, federation.model, zero, federation.train)
+        network = zero_model(model, zero, torch_seed(federation.seed, 0, -1, "initial"), self.rank)
+        refuse_other_adapters(network, federation)
+        trainer = ZeroTrainer(network, tokenizer.pad_token_id, model, zero, federation.train)
         heap.keep(gathered=zero.stage == 3)
-        peers = Peers(self.rank, trainer.summed, partial(_largest, trainer.works_on, zero.ranks))
-        states = ClientStates(self.folder / f"{RANK}{self.rank}")
-        runner = ClientRunner(
-            federation, Tokens.open(tokens), states, lambda unit, message: trainer, trainer.layout, peers
-        )
-        evaluator = Evaluator(runner, trainer, trainer.become)
-        secure = SecureTraining(runner, trainer.layout, trainer.partition)
-        self._formed = Formed(trainer, tokenizer, runner, evaluator, secure)
-        return trainer.layout, trainer.partition
+        largest = partial(_largest, trainer.works_on, zero.ranks)
+        peers, layout = Peers(self.rank, trainer.summed, largest, _from_first), trainer.layout
+        self.attached = Attached(self, tokens, trainer, tokenizer, lambda *_: trainer, layout, peers, trainer.partition)
+        return layout, trainer.partition
 
     def base_bytes(self) -> int:
         """Returns the size of the base's weights, of all ranks together."""
-        return self.formed.trainer.nbytes
+        nbytes: int = self.attached.trainer.nbytes
+        return nbytes
 
     def initial(self) -> tuple[int, Shard]:
         """Returns the bytes of the state's shard before the first round, and the shard, which stays in the store."""
-        trainer = self.formed.trainer
+        trainer = self.attached.trainer
         return _stored(self.federation.strategy.init(trainer.weights().cpu(), trainer.layout))
 
     def serve(self, shard: Shard, round_: int, served: Served, *sums: PartialSum | AggregateShard) -> tuple[int, Shard]:
         """The server's part of a round for one shard: the sum over all slots, noise, then the rule; as `initial`."""
         state = shard.state(round_, self.federation.seed, served.population)
-        trainer, layout = self.formed.trainer, Layout(("shard",), ((len(shard.params),),))
+        trainer, layout = self.attached.trainer, Layout(("shard",), ((len(shard.params),),))
         masks = live_masks(self.federation, trainer.layout, round_).items() if served.plan is not None else ()
         live = {name: trainer.partition.cut(mask, self.rank) for name, mask in masks}
         plan, clip = served.plan, served.clip
         state, _ = server_step(state, aggregate_of(sums), plan, clip, self.federation, layout, live, self.rank)
         return _stored(state)
 
-    def run(self, chunk: list[Unit], message: BroadcastMessage) -> list[Report]:
-        """Trains clients one after another, and adds this rank's shards of their updates up."""
-        return self.formed.runner.run(chunk, message, self.sum)
-
     def close_round(self) -> tuple[int, PartialSum]:
         """Returns the bytes of this rank's shard of the sum since the last close, and the shard for the store."""
         partial = self.sum.close()
         return partial.nbytes, partial
 
-    def masked(self, inboxes: dict[int, Inbox], message: BroadcastMessage) -> tuple[list[Report], MaskedSum] | None:
-        """Third trip: trains, keeps the masked shard. The first rank says who is left, and answers with the head."""
-        secure, leads = self.formed.secure, self.rank == 0
-        reports = secure.train(_from_first(self.secure.pending(inboxes) if leads else None), message)
-        masks: list[Masks] = _from_first(self.secure.masks(reports, inboxes) if leads else None)
-        masked, head = secure.masked(masks), secure.head
-        self.masked_S = masked[head:]
-        return self.secure.answer(masked[:head]) if leads else None
-
-    def masked_shard(self) -> tuple[bool, np.ndarray]:
-        """Returns that the masked shard is there, and the shard for the store."""
-        return True, self.masked_S
-
-    def unmask_shard(
-        self, session: Session, removals: Masks, count: int, weight: float, *masked: np.ndarray
-    ) -> tuple[dict[str, float], AggregateShard]:
-        """The server's part for this rank's shard of all slots' masked vectors: figures, and the sums for the store."""
-        return self.formed.secure.shard(session).unmasked(list(masked), removals, count, weight)
-
-    def evaluate(self, chunk: list[int], message: BroadcastMessage, limit: int) -> list[ClientLoss]:
-        """See Evaluator.losses; losses are of all ranks together."""
-        return self.formed.evaluator.losses(chunk, message, limit)
-
-    def generate(self, message: BroadcastMessage, prompts: list[Prompt], tokens: int) -> list[str]:
-        """Returns greedy continuations, one for each prompt, the same in all ranks."""
-        self.formed.evaluator.become(message.vector(self.rank))
-        return self.formed.trainer.generate(self.formed.tokenizer, prompts, tokens)
-
     def follow(self, leader: Any, method: str, *arguments: Any) -> None:
-        """Does what the first rank does at the same time; any error but the user's ends the first rank too.
-
-        It may be stopped, or wait for this rank in a collective, and then nobody else would tell the pool.
-        """
+        """Does what the first rank does, and ends it with any error but the user's: it may wait in a collective."""
         try:
             getattr(self, method)(*arguments)
         except Exception as error:
@@ -195,9 +123,9 @@ class Gang(Rank):
 
     def export(self, message: BroadcastMessage, card: str) -> Iterator[tuple[str, bytes]]:
         """Yields the files of the model folder, one after another; the shards stay mapped from the object store."""
-        trainer, shards = self.formed.trainer, [borrow(shard.params) for shard in ray.get(list(message.shards))]
-        vector = Sharded(trainer.layout, partial(trainer.partition.read, shards))
-        yield from sharded_files(trainer.network, vector, self.federation.model, self.formed.tokenizer, card)
+        trainer, shards = self.attached.trainer, [borrow(shard.params) for shard in ray.get(list(message.shards))]
+        read, model, tokenizer = partial(trainer.partition.read, shards), self.federation.model, self.attached.tokenizer
+        yield from sharded_files(trainer.network, trainer.layout, read, model, tokenizer, card)
 
     def lead(self, method: str, *arguments: Any) -> Any:
         """Returns what the first rank answers when all ranks do the same; GangLost when one of them cannot."""
@@ -239,10 +167,7 @@ def _from_first(value: Any) -> Any:
 
 
 def _lost(error: Exception, method: str) -> GangLost:
-    """Returns what ends a gang in which a rank raised `error`.
-
-    What a client raises may quote its rows, and under secure aggregation nobody else reads that.
-    """
+    """Returns what ends a gang in which a rank raised `error`, without words that may quote a secured client's rows."""
     kind = ShardLost if isinstance(error, ObjectLostError) else GangLost
     text = "" if method == "masked" else f": {last_line(error)}"
     return kind(f"a rank of a gang failed: {type(error).__name__}{text}")

@@ -26,8 +26,8 @@ from engine.models.adapters import lora_config
 from engine.objectives.token_batch import token_losses
 from engine.records.checkpoint import load_checkpoint
 from engine.system.allocator import use_large_pages
-from engine.training.batching import batches
 from engine.training.optimizers import make_optimizer
+from engine.training.step_loop import batches
 from engine.workers.token_columns import token_columns
 from experiments.bench.harness import largest_difference, metric, seconds_of
 from experiments.config.recipe import Recipe, located

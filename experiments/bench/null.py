@@ -16,8 +16,8 @@ from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
 from engine.models.base_model import PackedBase
 from engine.records.metrics import Logs
-from engine.rounds.assembly import RunParts, round_loop
-from engine.rounds.server import DriverShards, Server
+from engine.rounds.round_loop import RunParts, round_loop
+from engine.rounds.server import DriverShards
 from engine.scheduling.pool import Pool
 from engine.training.local_training import Job, LocalTrainer
 from engine.workers.worker import ClientActor
@@ -52,7 +52,7 @@ class NullClient(ClientActor):
         """Attaches as any slot does; then its runner gets a trainer that trains nothing."""
         layout, initial = super().attach(packed, base, tokens, first)
         plain = self.attached.trainer
-        null = NullTrainer(plain.trainable, plain.objective, plain.pad, plain.max_length, plain.optimizer)
+        null = NullTrainer(plain.trainable, plain.pad, self.federation.train)
         self.attached.runner.trainer_of = lambda unit, message: null
         return layout, initial
 
@@ -99,27 +99,24 @@ def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
     store = build_store(work)
     with ray_session(None):
         began = time.monotonic()
-        slots = NullPool(work, folder / "client_state")
+        slots = NullPool.start(work, folder / "client_state", store)
         try:
-            start = slots.start(store)
-            opened, tokens = Store.open(store), Tokens.open(start.tokens)
-            shards = DriverShards(work, start, opened.num_training)
+            opened, tokens = Store.open(store), Tokens.open(slots.columns.folder)
+            shards = DriverShards(work, slots, opened.num_training)
             state, logs = shards.initial(), Logs.under(folder)
             first = state.parts[0].params
-            loop = round_loop(
-                RunParts(work, slots, Server(shards, slots), state, opened, tokens, start.layout, folder), logs
-            )
+            loop = round_loop(RunParts(work, slots, shards, state, opened, tokens, folder), logs)
             start_s, seconds, before = time.monotonic() - began, list[float](), stored_bytes()
             for round_ in range(1, rounds + 1):
                 began = time.monotonic()
                 state, event = loop.play(state)
                 logs.flush(round_)
                 seconds.append(time.monotonic() - began)
-                refuse_other_change(state.parts[0].params - first, round_, event.clients)
+                refuse_other_change(torch.from_numpy(state.parts[0].params - first), round_, event.clients)
             nbytes, rss = (stored_bytes() - before) / rounds, memory().get("VmRSS", 0.0)
         finally:
             slots.stop()
-    return NullRounds(start_s, seconds, nbytes, start.layout.size, rss)
+    return NullRounds(start_s, seconds, nbytes, slots.layout.size, rss)
 
 
 def refuse_other_change(moved: torch.Tensor, round_: int, clients: int) -> None:

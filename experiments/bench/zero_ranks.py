@@ -22,8 +22,7 @@ from engine.models.base_model import always_the_same_bits
 from engine.objectives.token_batch import token_losses
 from engine.system import allocator as heap
 from engine.system.rendezvous import meet
-from engine.training.batching import batches
-from engine.training.step_loop import Training
+from engine.training.step_loop import Training, batches
 from experiments.bench.harness import seconds_of
 from experiments.bench.sampling import sampled
 from experiments.config.recipe import Recipe

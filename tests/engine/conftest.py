@@ -103,7 +103,7 @@ def make_trainer(make_trainable: Callable[..., Trainable]) -> Callable[[Federati
 
     def made(federation: Federation) -> LocalTrainer:
         trainable = make_trainable(federation.model.base, federation.model.peft)
-        return LocalTrainer.of(trainable, 0, federation.train)
+        return LocalTrainer(trainable, 0, federation.train)
 
     return made
 
@@ -120,7 +120,7 @@ def make_private(make_trainable: Callable[..., Trainable], bases: dict[str, Path
             if isinstance(module, nn.Dropout):  # GPT-2 has it by default
                 module.p = 0.0
         plan = ExamplePlan(z, clip, Scheme("poisson", 1.0), 1e-5)
-        plain = LocalTrainer.of(trainable, 0, train)
+        plain = LocalTrainer(trainable, 0, train)
         plain.objective = options.get("objective", plain.objective)
         trainer = PrivateTrainer(plain, plan)
         trainer.words = seeded_words(np.random.default_rng(11))

@@ -16,7 +16,7 @@ import torch
 from engine.aggregation.accumulators import RingSum
 from engine.aggregation.exact_sum import STEP, ExactSum, merge
 from engine.aggregation.privacy_account import plan_noise
-from engine.aggregation.ring_encoding import FIGURES, live_masks, ring_aggregate, ring_sums, rounding
+from engine.aggregation.ring_encoding import FIGURE, live_masks, ring_aggregate, ring_sums, rounding
 from engine.aggregation.ring_shard import RingShard
 from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
@@ -139,7 +139,7 @@ class Mechanism:
             steps = [taken.part(0, 1000).vectors for taken in parts]
             return {name: sum(step[name] for step in steps) / STEP for name in steps[0]}
         totals = sums.decode(np.sum(parts, axis=0, dtype=np.uint32)).sums
-        return {name: total.astype(float) for name, total in totals.items() if name not in FIGURES}
+        return {name: total.astype(float) for name, total in totals.items() if not name.startswith(FIGURE)}
 
     def play(
         self, state: ServerState, arriving: list[int], client_states: list[ClientState], clip: float

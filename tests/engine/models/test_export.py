@@ -40,6 +40,8 @@ def exported(trainable: Trainable, model: Model, tokenizer: PreTrainedTokenizerF
         ("untied", "all-linear"),
         ("gpt2", "all-linear"),
         ("gpt2", ("c_attn",)),
+        ("tied", ("embed_tokens", "q_proj")),
+        ("gpt2", ("wte", "c_attn")),
     ],
 )
 def test_an_adapter_is_what_peft_loads(

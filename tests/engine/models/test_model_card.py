@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.models.model_card import model_card
+from engine.models.export import model_card
 
 HOME = "/home/somebody/secret project"
 STORE = {"clients": 10, "unseen_clients": 2}

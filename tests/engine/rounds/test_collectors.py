@@ -1,5 +1,6 @@
 """Secured rounds on real slots: the same sum as in the clear, whoever drops out, and whichever slot dies."""
 
+import math
 import os
 import re
 import sys
@@ -20,8 +21,7 @@ from engine.messages.broadcast import BroadcastMessage
 from engine.messages.tasks import Work
 from engine.records.journal import Journal
 from engine.rounds.collectors import ClearCollector
-from engine.rounds.secure_collector import SecureCollector
-from engine.rounds.secure_round import Relay, placement
+from engine.rounds.secure_round import Relay, SecureCollector, placement
 from engine.rounds.server import DriverShards
 from engine.scheduling.pool import Pool
 from engine.workers.worker import ClientActor
@@ -66,7 +66,7 @@ class Mortal(ClientActor):
         runner.federation = replace(self.federation, clients=replace(clients, availability=availability))
 
     def forget(self):
-        self.secure = SecureClients()
+        self.secure = self.attached.secure.clients = SecureClients()
 
     def open(self, opening, authority):
         self._die_at("open")
@@ -87,15 +87,14 @@ class Mortal(ClientActor):
 
 @pytest.fixture(scope="module")
 def pool(ray_session, small_recipe, tmp_path_factory):
-    """Three slots of mortal clients, their start, and the recipe that they know."""
+    """Three slots of mortal clients, and the folder of their client state."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     patch = pytest.MonkeyPatch()
     patch.setattr(Pool, "client", Mortal)
     recipe = small_recipe("clients.slots=3", "privacy.secagg.mode=full", UNIFORM)
     data, memory = recipe.data, tmp_path_factory.mktemp("memory")
-    slots = Pool(recipe, memory)
-    start = slots.start(build(data.source, data.partition, data.splits, recipe.seed, data.cache))
-    yield slots, start, memory
+    slots = Pool.start(recipe, memory, build(data.source, data.partition, data.splits, recipe.seed, data.cache))
+    yield slots, memory
     slots.stop()
     patch.undo()
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -108,21 +107,21 @@ def work(cohort, costs):
 @pytest.fixture
 def play(pool, small_recipe, tmp_path):
     """Collects one round under a recipe with changes; round 0 from the initial vector unless said."""
-    slots, start, _ = pool
+    slots, _ = pool
 
     def collect(
         *changes, mode=None, dp=None, clip=0.0, costs=COSTS, cohort=COHORT, on_slot_death="void", round_=0, lanes=1
     ):
         recipe = small_recipe("clients.slots=3", UNIFORM, *changes, *([f"privacy.secagg.mode={mode}"] if mode else []))
-        state = ServerState(round_, torch.from_numpy(start.initial), layout=start.layout, seed=recipe.seed)
+        state = ServerState(round_, torch.from_numpy(slots.initial), layout=slots.layout, seed=recipe.seed)
         wire = replace(BroadcastMessage.of(recipe.strategy.broadcast(state)), dp=dp, clip=clip, lanes=lanes)
-        shards = DriverShards(recipe, start, len(COHORT))
+        shards = DriverShards(recipe, slots, len(COHORT))
         if mode is None:
-            return ClearCollector(recipe, slots, shards).collect(work(cohort, costs), wire)
+            return ClearCollector(recipe, shards).collect(work(cohort, costs), wire)
         for actor in slots.actors:  # a slot keeps its clients' sum for the sessions of one round
             ray.get(actor.forget.remote())
-        relay = Relay(slots, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
-        arguments = recipe, relay, shards, start.layout, MOST_TOKENS, Journal(tmp_path), lambda *_: None
+        relay = Relay(shards, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
+        arguments = recipe, relay, MOST_TOKENS, Journal(tmp_path), lambda *_: None
         return SecureCollector(*arguments).collect(work(cohort, costs), wire)
 
     return collect
@@ -136,7 +135,7 @@ def total(collected):
 
 def same(a, b):
     assert total(a).weight == total(b).weight and total(a).count == total(b).count
-    assert torch.equal(total(a).total, total(b).total) and a.figures == b.figures
+    assert torch.equal(total(a).total, total(b).total) and a.metrics == b.metrics
 
 
 def mean(collected):
@@ -147,14 +146,14 @@ def test_the_secured_sum_is_the_plain_one_to_a_ring_step(play, pool, small_recip
     plain, ideal, full = play(), play(mode="ideal"), play(mode="full")
     same(ideal, full)
     recipe = small_recipe("privacy.secagg.mode=ideal", UNIFORM)
-    sums = ring_sums(recipe, pool[1].layout, None, 0.0, len(COHORT), MOST_TOKENS, 0)
+    sums = ring_sums(recipe, pool[0].layout, None, 0.0, len(COHORT), MOST_TOKENS, 0)
     step = 1 / sums.scale("delta")
     apart = (mean(full) - mean(plain)).abs().max().item()
     assert 0 < apart < step + 2**-24 * total(plain).total.abs().max().item()
     assert total(full).count == total(plain).count == 7
-    for name in ("nll", "learned", "tokens"):
-        assert full.figures[name] == pytest.approx(plain.figures[name], rel=1e-4)
-    assert full.figures["clipped"] == pytest.approx(0, abs=0.01)
+    for name in ("loss", "tokens"):
+        assert full.metrics[name] == pytest.approx(plain.metrics[name], rel=1e-4)
+    assert full.clipped == pytest.approx(0, abs=0.01)
 
 
 def test_a_bound_that_cuts_updates_says_so(play, pool):
@@ -190,7 +189,7 @@ def test_who_drops_out_is_left_out_of_the_sum(play, seed):
 
 
 def test_who_comes_too_late_is_left_out_of_the_sum(play, pool):
-    late = pool[2] / "late-4"
+    late = pool[1] / "late-4"
     late.touch()
     ray.get([actor.deadline.remote(DEADLINE_S) for actor in pool[0].actors])
     collected = play("privacy.secagg.dropout=0.3", mode="full")
@@ -207,7 +206,7 @@ def test_who_comes_too_late_is_left_out_of_the_sum(play, pool):
 @pytest.mark.parametrize("mode", MODES)
 def test_too_few_survivors_abort_the_round(play, mode):
     collected = play("clients.availability.dropout=0.9", mode=mode)
-    assert collected.sums == [] and collected.figures == {}
+    assert collected.sums == [] and collected.metrics == pytest.approx({"loss": math.nan, "tokens": 0}, nan_ok=True)
     assert "secure aggregation was aborted in the phase" in collected.aborted
 
 
@@ -223,17 +222,17 @@ def test_a_slot_that_dies_voids_the_session_and_the_next_gives_the_same_sum(play
     if not full and phase == "open":
         pytest.skip("of three deaths two are tried unless all are asked for")
     expected = play(mode="full")
-    (pool[2] / "die").write_text(phase)
+    (pool[1] / "die").write_text(phase)
     collected = play(mode="full")
-    assert not (pool[2] / "die").exists() and collected.sessions == 2 and collected.aborted is None
+    assert not (pool[1] / "die").exists() and collected.sessions == 2 and collected.aborted is None
     same(expected, collected)
 
 
 def test_once_shares_are_asked_for_nothing_is_void(play, pool):
     expected = play(mode="full")
-    (pool[2] / "die").write_text("unmask")
+    (pool[1] / "die").write_text("unmask")
     collected = play("privacy.secagg.threshold=2", mode="full")
-    assert not (pool[2] / "die").exists() and collected.sessions == 1
+    assert not (pool[1] / "die").exists() and collected.sessions == 1
     same(expected, collected)  # all had given their vectors
 
 
@@ -244,7 +243,7 @@ def test_a_slot_that_dies_may_count_as_its_clients_dropping_out(play, pool, full
     if not full and (phase, active) not in {("masked", "true"), ("open", "false")}:
         pytest.skip("of six deaths two are tried unless all are asked for")
     placed = placement([(client,) for client in COHORT.tolist()], COSTS.tolist(), range(3))
-    (pool[2] / "die").write_text(phase)
+    (pool[1] / "die").write_text(phase)
     changes = [f"privacy.secagg.active={active}", "privacy.secagg.threshold=4", "privacy.secagg.dropout=0.3"]
     collected = play(*changes, mode="full", on_slot_death="dropout")
     assert collected.sessions == 1 and collected.aborted is None
@@ -292,7 +291,7 @@ ASKED = (UniformCohort(size=7), 10, 1)
 
 def test_distributed_noise_is_in_the_sum_when_it_arrives(play, pool):
     changes = ['privacy.dp={kind="distributed", noise_multiplier=0.1, clip=0.05}']
-    length = pool[1].layout.size
+    length = pool[0].layout.size
     plan = DistributedDp(noise_multiplier=0.1, clip=0.05).plan(*ASKED, length)
     plain, noisy = play(), play(*changes, mode="full", dp=plan)
     again = play(*changes, mode="full", dp=plan)
@@ -307,7 +306,7 @@ def test_distributed_noise_is_in_the_sum_when_it_arrives(play, pool):
 
 def test_too_few_for_the_noise_are_not_unmasked(play, pool):
     changes = ['privacy.dp={kind="distributed", noise_multiplier=0.1, clip=0.05, survivors=1.0}', "seed=3"]
-    plan = DistributedDp(noise_multiplier=0.1, clip=0.05, survivors=1.0).plan(*ASKED, pool[1].layout.size)
+    plan = DistributedDp(noise_multiplier=0.1, clip=0.05, survivors=1.0).plan(*ASKED, pool[0].layout.size)
     dropping = [*changes, "clients.availability.dropout=0.3", "privacy.secagg.dropout=0.6"]
     collected = play(*dropping, mode="full", dp=plan)
     assert collected.sums == [] and "clients are there, and it takes 7" in collected.aborted

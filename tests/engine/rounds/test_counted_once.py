@@ -40,11 +40,12 @@ def test_a_client_that_is_added_twice_ends_the_round(ray_session, small_recipe, 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(Pool, "client", Twice)
     recipe = small_recipe()
-    data, slots = recipe.data, Pool(recipe, tmp_path)
-    start = slots.start(build(data.source, data.partition, data.splits, recipe.seed, data.cache))
-    state = ServerState(0, torch.from_numpy(start.initial.copy()), layout=start.layout, seed=recipe.seed)
+    data = recipe.data
+    store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
+    slots = Pool.start(recipe, tmp_path, store)
+    state = ServerState(0, torch.from_numpy(slots.initial.copy()), layout=slots.layout, seed=recipe.seed)
     work, wire = Work(CLIENTS, np.ones(3), np.ones(3)), BroadcastMessage.of(recipe.strategy.broadcast(state))
-    collector = ClearCollector(recipe, slots, DriverShards(recipe, start, len(CLIENTS)))
+    collector = ClearCollector(recipe, DriverShards(recipe, slots, len(CLIENTS)))
     try:
         (aggregate,) = collector.collect(work, wire).sums
         assert aggregate.count == 3

@@ -5,7 +5,6 @@ import random
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import combinations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +18,7 @@ from engine.messages.broadcast import BroadcastMessage
 from engine.messages.reports import DOWN, Report
 from engine.messages.tasks import Work
 from engine.records.journal import Journal
-from engine.rounds.secure_collector import SecureCollector
-from engine.rounds.secure_round import Relay
+from engine.rounds.secure_round import Relay, SecureCollector
 from engine.rounds.server import DriverShards
 from engine.scheduling.dispatcher import units_of
 from engine.system.failures import SlotSilent
@@ -93,7 +91,7 @@ class Slot(SecureClients):
 class Pool:
     """Two slots in this process."""
 
-    size, alive = 2, (0, 1)
+    size, alive, layout = 2, (0, 1), LAYOUT
 
     def __init__(self, federation, chance, folder):
         self.federation, self.chance, self.folder, self.faults = federation, chance, folder, []
@@ -102,12 +100,6 @@ class Pool:
     def units(self, work, lanes):
         return units_of(work.clients, work.steps, lanes)
 
-    def held(self, sums):
-        return sums.length
-
-    def masked_shards(self, slot):
-        return None
-
     def replace(self, slot, error):
         self.actors[slot] = Slot(self.federation, self.chance)
 
@@ -115,32 +107,35 @@ class Pool:
         """What is on disk when clients are asked for shares."""
         self.chance.written.append(Journal.open(self.folder, None, 0).clients(self.round))
 
-    def unmasked(self, session, total_L, removals, shards):
-        totals = session.sums.decode(total_L)
-        clients = np.flatnonzero(np.rint(totals.sums["delta"] / SHARE))
-        assert len(clients) == totals.count
-        self.chance.known += self.chance.written[-1] == frozenset(clients.tolist())
-        self.chance.held.append(Held(self.round, self.model, frozenset(clients.tolist())))
-        if self.chance.strikes(0.05):
+
+class Whole(DriverShards):
+    """The model is whole in the driver, which notes what it unmasks."""
+
+    def unmasked(self, masked, plan):
+        unmasked, pool = super().unmasked(masked, plan), self.pool
+        count, _, (aggregate,), _ = unmasked
+        clients = np.flatnonzero(np.rint(aggregate.total.numpy() / SHARE))
+        assert len(clients) == count
+        pool.chance.known += pool.chance.written[-1] == frozenset(clients.tolist())
+        pool.chance.held.append(Held(pool.round, pool.model, frozenset(clients.tolist())))
+        if pool.chance.strikes(0.05):
             raise DriverDied
-        return totals
+        return unmasked
 
 
 class HereRelay(Relay):
     """Slots are asked in this process; any may die of it, and so may the driver."""
 
-    def _share(self, value):
-        return value
-
     def _call(self, slot, name, *arguments):
-        chance = self.pool.chance
+        pool = self.shards.pool
+        chance = pool.chance
         if name == "unmask":
-            self.pool.before_shares()
+            pool.before_shares()
         if chance.strikes(0.01):
             raise DriverDied
         if chance.strikes(0.02):
             return SlotSilent("gone")
-        return getattr(self.pool.actors[slot], name)(*arguments)
+        return getattr(pool.actors[slot], name)(*arguments)
 
     def _answer(self, reference):
         if isinstance(reference, SlotSilent):
@@ -158,11 +153,6 @@ class NoJournal(Journal):
         pass
 
 
-def whole(federation):
-    """The model is whole in the driver."""
-    return DriverShards(federation, SimpleNamespace(layout=LAYOUT), POPULATION)
-
-
 def half_failed(reports, cohort, round_):
     return "too few" if sum(report.failed is not None for report in reports) > cohort / 2 else None
 
@@ -176,8 +166,8 @@ def play(federation, folder, seed, kind):
     while saved[0] < ROUNDS:
         round_, model, last_sum = saved
         journal, pool = kind.open(folder, None, last_sum), Pool(federation, chance, folder)
-        relay = HereRelay(pool, None, death)
-        collector = SecureCollector(federation, relay, whole(federation), LAYOUT, 1000, journal, half_failed)
+        relay = HereRelay(Whole(federation, pool, POPULATION), None, death)
+        collector = SecureCollector(federation, relay, 1000, journal, half_failed)
         try:
             while round_ < ROUNDS:
                 pool.round, pool.model = round_ + 1, model
@@ -248,9 +238,8 @@ def test_a_round_with_too_few_updates_leaves_the_model_and_has_no_sum(small_reci
     """Its sum would stand beside the next one's, from the same model."""
     federation, chance = small_recipe(UNIFORM, "privacy.secagg={mode='full', threshold=2}"), Chance(1)
     pool, journal = Pool(federation, chance, tmp_path), Journal.open(tmp_path, None, 0)
-    relay, cohort = HereRelay(pool, None, "void"), np.arange(5)
-    shards = whole(federation)
-    collector = SecureCollector(federation, relay, shards, LAYOUT, 1000, journal, lambda *_: "all are too few")
+    relay, cohort = HereRelay(Whole(federation, pool, POPULATION), None, "void"), np.arange(5)
+    collector = SecureCollector(federation, relay, 1000, journal, lambda *_: "all are too few")
     wire = BroadcastMessage.of(Broadcast(0, torch.zeros(POPULATION)))
     collected = collector.collect(Work(cohort, np.ones(5, int), np.ones(5)), wire)
     assert collected.sums == [] and collected.too_few == "all are too few" and collected.too_few in collected.aborted

@@ -1,6 +1,7 @@
 """The round loop and what hangs on it, with hand-computed rounds: the clients' work is given, nothing runs on Ray."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,18 +16,17 @@ from engine.config.train import Sgd, Train
 from engine.messages.errors import RunError
 from engine.messages.events import Checkpointed, Fault
 from engine.messages.reports import DOWN, UP, Report
-from engine.messages.shards import ShardedState
+from engine.messages.shards import Shard, ShardedState
 from engine.records.checkpoint import load_checkpoint
 from engine.records.client_state import ClientStates
 from engine.records.journal import Journal
 from engine.records.metrics import Logs, read_log
-from engine.rounds.collectors import Collected, Quorum
-from engine.rounds.outputs import Checkpoints
+from engine.rounds.collectors import Collected, Message, shortfall
+from engine.rounds.outputs import write_checkpoint
 from engine.rounds.planner import Planner
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import RoundLoop
-from engine.rounds.secure_round import Message
-from engine.rounds.server import DriverShards, Server
+from engine.rounds.server import DriverShards, move_base
 from strategies.averaging.scaffold import Scaffold
 from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
@@ -66,6 +66,8 @@ class Given:
 class Bases:
     """A pool that knows which deltas were merged into its base."""
 
+    layout: Layout = LAYOUT
+    initial: np.ndarray = field(default_factory=lambda: np.array([1.0, 2.0], np.float32))
     merged: list = field(default_factory=list)
     faults: list = field(default_factory=list)
     alive: tuple = (0, 1)
@@ -87,14 +89,13 @@ def recipe(**sections):
 def loop_of(federation, folder, *collected):
     """A loop whose clients' work is given."""
     pool, store = Bases(), Store()
-    start = SimpleNamespace(layout=LAYOUT, initial=np.array([1.0, 2.0], np.float32))
     tokens = SimpleNamespace(counts=lambda split: ROWS, lengths=lambda: 10 * ROWS)
     return RoundLoop(
         federation,
         Planner(federation, tokens, POPULATION),
-        Server(DriverShards(federation, start, POPULATION), pool),
+        DriverShards(federation, pool, POPULATION),
         Given(list(collected)),
-        Quorum(federation, store),
+        partial(shortfall, federation, store),
         PrivacyAccount(),
         Journal.open(folder, None, 0),
         Recorder(store, pool, Logs.under(folder)),
@@ -104,8 +105,8 @@ def loop_of(federation, folder, *collected):
 
 def good_round():
     reports, messages = [report(0), report(2)], [Message("client", "sum", 2, 16), Message("server", "update", 2, 16)]
-    figures = {"nll": 40.0, "learned": 20.0, "tokens": 24.0}
-    return Collected(reports, [AGGREGATE], figures, messages, {3: "asleep"}, busy=[1.0, 3.0])
+    metrics = {"loss": 2.0, "tokens": 24.0}
+    return Collected(reports, [AGGREGATE], metrics, messages, {3: "asleep"}, busy=[1.0, 3.0])
 
 
 def params(state):
@@ -117,7 +118,7 @@ def test_a_round_by_hand(tmp_path):
     """FedAvg: 1 + 0.5 / 0.5 and 2 - 1 / 0.5."""
     loop = loop_of(recipe(), tmp_path, good_round())
     loop.recorder.pool.faults.append(Fault("slot", "1", "killed"))
-    state, played = loop.play(loop.server.shards.initial())
+    state, played = loop.play(loop.shards.initial())
     assert (state.round, params(state), loop.journal.model) == (1, [2.0, 0.0], 1)
     (broadcast,) = loop.collector.broadcasts
     assert broadcast.vector().tolist() == [1.0, 2.0] and broadcast.round == 0
@@ -139,7 +140,7 @@ def test_a_round_by_hand(tmp_path):
 
 def test_the_share_that_secure_aggregation_clips_is_a_metric(tmp_path):
     loop = loop_of(recipe(), tmp_path, replace(good_round(), clipped=0.25), good_round())
-    state, _ = loop.play(loop.server.shards.initial())
+    state, _ = loop.play(loop.shards.initial())
     loop.play(state)
     loop.recorder.logs.flush(1)
     rows = read_log(tmp_path / "metrics").to_pylist()
@@ -150,7 +151,7 @@ def test_without_sums_the_model_stays_as_it_was_and_too_many_such_rounds_end_the
     federation = recipe(privacy=Privacy(secagg=SecAgg(max_aborts=1)))
     aborted = Collected(by_client=False, aborted="nobody is left")
     loop = loop_of(federation, tmp_path, Collected(), aborted, aborted)
-    state, _ = loop.play(loop.server.shards.initial())
+    state, _ = loop.play(loop.shards.initial())
     state, played = loop.play(state)
     assert (state.round, params(state), loop.journal.model, loop.aborts) == (2, [1.0, 2.0], 0, 1)
     assert (played.aborted, played.clients) == ("nobody is left", 0)
@@ -162,19 +163,19 @@ def test_a_round_with_too_few_updates_ends_the_run_or_is_skipped(tmp_path):
     failed = replace(good_round(), reports=[report(0), report(1, failed="NaN"), report(2, failed="NaN")])
     loop = loop_of(recipe(), tmp_path, failed)
     with pytest.raises(RunError, match=r"2 of 3 clients of round 1 gave no usable update.*'client-1', 'client-2': NaN"):
-        loop.play(loop.server.shards.initial())
+        loop.play(loop.shards.initial())
     loop.recorder.logs.faults.flush(1)  # as when a run ends
     assert read_log(tmp_path / "faults")["who"].to_pylist() == ["client-1", "client-2", "client-3"]
     loop = loop_of(recipe(clients=Clients(on_too_few="skip")), tmp_path, failed)
-    state, played = loop.play(loop.server.shards.initial())
+    state, played = loop.play(loop.shards.initial())
     assert (state.round, params(state), loop.aborts) == (1, [1.0, 2.0], 0)
     assert "2 of 3 clients" in played.aborted and played.failed == {"client-1": "NaN", "client-2": "NaN"}
 
 
 def test_the_quorum_is_a_share_of_the_cohort():
-    quorum = Quorum(recipe(clients=Clients(min_share=0.5)), Store())
-    assert quorum.shortfall([report(0), report(1)], 4, 1) is None
-    assert quorum.shortfall([report(0), report(1, late=2.0)], 4, 1).startswith("1 of 4 clients of round 1 gave an")
+    judge = partial(shortfall, recipe(clients=Clients(min_share=0.5)), Store())
+    assert judge([report(0), report(1)], 4, 1) is None
+    assert judge([report(0), report(1, late=2.0)], 4, 1).startswith("1 of 4 clients of round 1 gave an")
 
 
 def test_clients_that_are_not_in_the_sum_lose_the_state_of_the_round(tmp_path):
@@ -185,27 +186,28 @@ def test_clients_that_are_not_in_the_sum_lose_the_state_of_the_round(tmp_path):
             states.write(client, round_, {"c": torch.full((1,), float(round_))}, oldest=0)
     sums = [Aggregate(1.0, torch.zeros(2), {"c": torch.zeros(2)}, 1)]
     loop = loop_of(federation, tmp_path, Collected([report(cohort[0]), report(cohort[1], late=1.0)], sums))
-    state, _ = loop.play(replace(loop.server.shards.initial(), round=1))
+    state, _ = loop.play(replace(loop.shards.initial(), round=1))
     assert state.round == 2
     assert [states.read(client, 2)["c"].item() for client in cohort] == [2.0, 1.0, 1.0]
 
 
 def test_the_base_follows_what_a_state_has_merged_and_only_that():
-    server = Server(DriverShards(recipe(), None, POPULATION), Bases())
+    shards = DriverShards(recipe(), Bases(), POPULATION)
     plain, merged = (
-        ShardedState(0, (ServerState(0, torch.zeros(2), merged_delta=delta),)) for delta in (None, torch.ones(3))
+        ShardedState(0, (shards.hold(ServerState(0, torch.zeros(2), merged_delta=delta)),))
+        for delta in (None, torch.ones(3))
     )
     for before, after in ((None, plain), (plain, plain), (None, merged), (merged, merged), (merged, None)):
-        server.move_base(before, after)
-    first, second = server.pool.merged
+        move_base(shards, before, after)
+    first, second = shards.pool.merged
     assert first.tolist() == [1, 1, 1] and second is None
 
 
 def test_a_checkpoint_of_another_model_is_refused():
-    shards = DriverShards(recipe(), SimpleNamespace(layout=LAYOUT), POPULATION)
-    shards.refuse_other(ShardedState(3, (ServerState(3, torch.zeros(2)),)))
+    shards = DriverShards(recipe(), Bases(), POPULATION)
+    shards.refuse_other(ShardedState(3, (Shard(np.zeros(2), {}),)))
     for parts in ((3,), (1, 1)):
-        state = ShardedState(3, tuple(ServerState(3, torch.zeros(length)) for length in parts))
+        state = ShardedState(3, tuple(Shard(np.zeros(length), {}) for length in parts))
         with pytest.raises(RunError, match="the recipe's model has 2: resume"):
             shards.refuse_other(state)
 
@@ -213,11 +215,11 @@ def test_a_checkpoint_of_another_model_is_refused():
 def test_checkpoints_are_written_in_their_turn_and_when_the_run_stops_but_once(tmp_path):
     federation = recipe(checkpoint=Checkpoint(every=2, keep=9))
     loop = loop_of(federation, tmp_path)
-    parts = SimpleNamespace(federation=federation, folder=tmp_path, server=loop.server)
-    checkpoints, events = Checkpoints(parts, loop), []
+    parts = SimpleNamespace(federation=federation, folder=tmp_path, shards=loop.shards)
+    events = []
     for round_ in (1, 2, 3):
-        state = ShardedState(round_, (ServerState(round_, torch.zeros(2)),))
-        events += [*checkpoints.after_round(state), *(checkpoints.write(state) if round_ > 1 else ())]
+        state = replace(loop.shards.initial(), round=round_)
+        events += [*write_checkpoint(parts, loop, state, stopping=round_ > 1)]
     assert events == [Checkpointed(2), Checkpointed(3)]
     assert load_checkpoint(tmp_path / "checkpoints").state.round == 3
 

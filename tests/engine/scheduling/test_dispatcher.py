@@ -13,8 +13,8 @@ from engine.aggregation.exact_sum import ExactSum, PartialSum
 from engine.messages.events import Fault
 from engine.messages.reports import Report
 from engine.messages.tasks import Work
+from engine.rounds.planner import Costs
 from engine.rounds.secure_round import placement
-from engine.scheduling.cost_model import Costs
 from engine.scheduling.dispatcher import ENOUGH, REFILLED, Dispatcher, units_of
 from engine.scheduling.pool import MAX_DEATHS, Pool
 
@@ -46,7 +46,7 @@ def test_seconds_are_learned_as_a_line_through_steps_and_tokens() -> None:
     assert costs.seconds(steps, tokens).tolist() == (tokens / 1000).tolist()  # nothing is known yet
     for _ in range(3):
         costs.learn(steps, tokens, 0.02 * steps + 0.001 * tokens)
-    seconds = Costs.of(costs.sums).seconds(np.array([3.0]), np.array([10.0]))
+    seconds = Costs(np.array(costs.sums.tolist())).seconds(np.array([3.0]), np.array([10.0]))
     np.testing.assert_allclose(seconds, [0.02 * 3 + 0.001 * 10], rtol=1e-6)
     costs.learn(steps, tokens, np.array([1.0, 0, 0, 0]))  # nonsense gives no negative costs
     assert (costs.seconds(steps, tokens) >= 0).all()
@@ -111,6 +111,7 @@ class LightPool:
         self.fatal, self.timeout_s, self.patience_s, self.alive = fatal, timeout_s, None, [0, 1]
         self.pace, self.marks = pace, marks or []
         self.died, self.deaths, self.faults = 0, 0, list[Fault]()
+        self.kind_of = [0, 0]
         self.federation = SimpleNamespace(clients=SimpleNamespace(retries=retries))
         self.actors = [self._spawn(slow), self._spawn(-1)]
 
@@ -119,10 +120,7 @@ class LightPool:
         ray.get(actor.run.remote([]))
         return actor
 
-    def kind_of(self, slot: int) -> int:
-        return 0
-
-    def kinds(self, clients: np.ndarray) -> np.ndarray:
+    def kinds_for(self, clients: np.ndarray) -> np.ndarray:
         return np.zeros(len(clients), np.int64)
 
     def lost_with_node(self, slot: int) -> bool:
@@ -173,7 +171,7 @@ class LightSlots(LightPool, Pool):
     def __init__(self, fatal: dict[int, int]) -> None:
         super().__init__(fatal)
         self.federation.strategy = SimpleNamespace(reads="each")
-        self.size, self.later, self.partition = 2, [], None
+        self.later, self.partition = [], None
         self.worker_kinds = (SimpleNamespace(lanes=False),)
         self.patience = SimpleNamespace(answer_s=None)
 

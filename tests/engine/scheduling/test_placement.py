@@ -2,7 +2,7 @@ import pytest
 
 from engine.config.sections import Clients, Zero
 from engine.messages.errors import RunError
-from engine.scheduling.placement import gangs_that_fit, refuse_shared_gpus, slots_beside_gangs, slots_that_fit
+from engine.scheduling.placement import refuse_shared_gpus, slot_counts, slots_that_fit
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,15 @@ def test_ranks_of_a_gang_have_a_gpu_each() -> None:
 
 
 def test_gangs_and_the_slots_beside_them_by_hand() -> None:
-    clients, nodes = Clients(), [{"CPU": 5.0}, {"CPU": 2.0}]
-    assert gangs_that_fit(clients, Zero(ranks=3), nodes) == 2
-    assert slots_beside_gangs(clients, Zero(ranks=3, gangs=2), nodes) == 1
+    nodes = [{"CPU": 5.0}, {"CPU": 2.0}]
+
+    def counts(**zero: int) -> tuple[int, int]:
+        return slot_counts(Clients(zero=Zero(**zero)), nodes)
+
+    assert counts(ranks=3) == (2, 0)
+    assert counts(ranks=3, gangs=2, from_rows=1) == (2, 1)
+    assert slot_counts(Clients(), nodes) == (0, 7) and slot_counts(Clients(slots=4), nodes) == (0, 4)
     with pytest.raises(RunError, match="needs 8 ranks of 1 CPUs and 0 GPUs each, but all nodes together have 7 CPUs"):
-        gangs_that_fit(clients, Zero(ranks=8), nodes)
+        counts(ranks=8)
     with pytest.raises(RunError, match="need 8 times 1 CPUs and 0 GPUs, and there is room for 7 of them"):
-        slots_beside_gangs(clients, Zero(ranks=7, gangs=1), nodes)
+        counts(ranks=7, gangs=1, from_rows=1)

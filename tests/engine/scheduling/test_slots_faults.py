@@ -84,9 +84,8 @@ def started(ray_session, small_recipe, tmp_path, monkeypatch):
         recipe = small_recipe(*changes)
         data = recipe.data
         store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
-        slots = Pool(recipe, tmp_path / "client_state")
-        begun.append(slots)
-        return slots, slots.start(store)
+        begun.append(Pool.start(recipe, tmp_path / "client_state", store))
+        return begun[-1]
 
     yield make
     for slots in begun:
@@ -95,10 +94,10 @@ def started(ray_session, small_recipe, tmp_path, monkeypatch):
 
 
 def test_a_slot_that_dies_of_handing_over_its_sum_costs_its_own_clients_alone(started, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.scheduling.sums.PART", 2 * BLOCK)
-    slots, start = started("clients.slots=2")
+    monkeypatch.setattr("engine.scheduling.pool.PART", 2 * BLOCK)
+    slots = started("clients.slots=2")
     clients = np.arange(6)
-    message = initial(start)
+    message = initial(slots)
 
     def train():
         (tmp_path / "trained").write_text("")
@@ -112,23 +111,23 @@ def test_a_slot_that_dies_of_handing_over_its_sum_costs_its_own_clients_alone(st
     assert (tmp_path / "died of a sum").exists() and [fault.kind for fault in slots.faults] == ["slot"]
     assert 6 < len(trained) < 12 and set(trained) == {*clients.tolist()}
     assert train() == (*first, clients.tolist())
-    assert start.layout.size > 4 * BLOCK
+    assert slots.layout.size > 4 * BLOCK
 
 
 def test_a_death_while_merging_costs_one_slot_and_not_the_run(started, tmp_path):
-    slots, start = started("strategy=flora", "clients.slots=2")
-    before = slots.ask(lambda actor: actor.evaluate.remote([0], initial(start), 4))
-    slots.rebase(random_delta(start.layout))
+    slots = started("strategy=flora", "clients.slots=2")
+    before = slots.ask(lambda actor: actor.evaluate.remote([0], initial(slots), 4))
+    slots.rebase(random_delta(slots.layout))
     assert (tmp_path / "died").exists() and slots.deaths == 1
-    after = [ray.get(actor.evaluate.remote([0], initial(start), 4)) for actor in slots.actors]
+    after = [ray.get(actor.evaluate.remote([0], initial(slots), 4)) for actor in slots.actors]
     assert after[0] == after[1] != before
     slots.rebase(None)
-    assert slots.ask(lambda actor: actor.evaluate.remote([0], initial(start), 4)) == before
+    assert slots.ask(lambda actor: actor.evaluate.remote([0], initial(slots), 4)) == before
 
 
-def initial(start):
+def initial(slots):
     """The initial vector as slots are sent it."""
-    return BroadcastMessage.of(Broadcast(0, borrow(start.initial)))
+    return BroadcastMessage.of(Broadcast(0, borrow(slots.initial)))
 
 
 def random_delta(layout):
@@ -140,27 +139,27 @@ def random_delta(layout):
 def test_slots_that_fall_silent_while_merging_or_being_made_anew_are_replaced(started, tmp_path, full):
     if not full:
         pytest.skip("half a minute")
-    slots, start = started("strategy=flora", "clients.slots=1", "clients.timeout_s=5")
+    slots = started("strategy=flora", "clients.slots=1", "clients.timeout_s=5")
     slots.patience.start_s = 15.0
     (tmp_path / "stops").touch()
-    slots.rebase(random_delta(start.layout))
+    slots.rebase(random_delta(slots.layout))
     assert sorted(path.name for path in tmp_path.glob("silent in *")) == [
         "silent in attach",
         "silent in its stead",
         "silent in merge",
     ]
     assert [fault.why for fault in slots.faults] == ["no answer for 5 s", "no answer for 15 s", "no answer for 5 s"]
-    evaluated = slots.ask(lambda actor: actor.evaluate.remote([0], initial(start), 4))
+    evaluated = slots.ask(lambda actor: actor.evaluate.remote([0], initial(slots), 4))
     slots.rebase(None)
-    assert slots.ask(lambda actor: actor.evaluate.remote([0], initial(start), 4)) != evaluated
+    assert slots.ask(lambda actor: actor.evaluate.remote([0], initial(slots), 4)) != evaluated
 
 
 @pytest.mark.slow
 def test_a_slot_that_falls_silent_over_texts_or_an_export_is_replaced(started, tmp_path, full):
     if not full:
         pytest.skip("a quarter of a minute")
-    slots, start = started("clients.timeout_s=4", "clients.slots=1")
-    sent = ray.put(initial(start))
+    slots = started("clients.timeout_s=4", "clients.slots=1")
+    sent = ray.put(initial(slots))
     assert len(slots.ask(lambda actor: actor.generate.remote(sent, ["say "], 3))) == 1
     slots.export(tmp_path / "model", sent, "a card")
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()
@@ -168,20 +167,21 @@ def test_a_slot_that_falls_silent_over_texts_or_an_export_is_replaced(started, t
 
 
 def test_a_few_steps_on_the_pooled_rows_are_better_for_all(started):
-    slots, start = started("clients.slots=1")
+    slots = started("clients.slots=1")
     everybody = list(range(8))
-    trained = slots.ask(lambda actor: actor.centralized.remote(everybody, initial(start), 8), long=True)
+    trained = slots.ask(lambda actor: actor.centralized.remote(everybody, initial(slots), 8), long=True)
     before, after = (
         sum(
-            loss.nll for loss in slots.ask(lambda actor, message=message: actor.evaluate.remote(everybody, message, 99))
+            loss.terms["nll"][0]
+            for loss in slots.ask(lambda actor, message=message: actor.evaluate.remote(everybody, message, 99))
         )
-        for message in (initial(start), BroadcastMessage.of(Broadcast(0, torch.from_numpy(trained))))
+        for message in (initial(slots), BroadcastMessage.of(Broadcast(0, torch.from_numpy(trained))))
     )
     assert after < 0.99 * before
 
 
 def test_memory_in_a_folder_that_a_slot_does_not_see_is_refused(started, tmp_path):
-    slots, _ = started("strategy=ditto")
+    slots = started("strategy=ditto")
     with pytest.raises(ValueError, match=r"which is not seen on the node .*: put --out on a disk that all nodes share"):
         slots.refuse_lost_memory()
     (tmp_path / "client_state").mkdir()
@@ -189,5 +189,5 @@ def test_memory_in_a_folder_that_a_slot_does_not_see_is_refused(started, tmp_pat
 
 
 def test_a_run_that_remembers_nothing_needs_no_such_folder(started):
-    slots, _ = started()
+    slots = started()
     slots.refuse_lost_memory()

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from datasets_partition.store.build import build
+from engine.scheduling import worker_kinds
 from engine.scheduling.pool import Pool
 
 
@@ -41,15 +42,22 @@ def grown(ray_session, small_recipe, slot_processes, tiny_base, folder, layers, 
     )
     data = recipe.data
     store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
-    others = slot_processes()
-    slots = Pool(recipe, folder / "client_state")
-    try:
-        ray_session.get([actor.place.remote() for actor in slots.actors])
+    others, processes = slot_processes(), set()
+    wait, before = worker_kinds.wait_for_places, 0
+
+    def measured(actors, federation):
+        nonlocal before, processes
+        places = wait(actors, federation)
         processes = slot_processes() - others
         assert len(processes) == count
         before = proportional_memory(processes)
-        start = slots.start(store)
-        return start.base_bytes, proportional_memory(processes) - before
+        return places
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_kinds, "wait_for_places", measured)
+        slots = Pool.start(recipe, folder / "client_state", store)
+    try:
+        return slots.base_bytes, proportional_memory(processes) - before
     finally:
         slots.stop()
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config.train import Train
-from engine.training.batching import batches, steps_of
+from engine.training.step_loop import batches, steps_of
 
 
 def sizes(rows: int, train: Train) -> list[int]:

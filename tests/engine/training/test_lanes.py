@@ -50,7 +50,7 @@ def pair(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Pair:
         network = map_base(packed, torch.from_numpy(buffer))
         network = network.double() if double else network
         trainable = Trainable(network, federation.model, 3)
-        alone = LocalTrainer.of(trainable, 0, federation.train)
+        alone = LocalTrainer(trainable, 0, federation.train)
         return alone, LaneTrainer(alone, LANES, federation.train)
 
     return made
@@ -263,7 +263,7 @@ def test_a_base_that_drops_activations_is_refused(bases: dict[str, Path], lane_r
     federation = lane_recipe()
     base_index, buffer = read_base(replace(federation.model, base=str(bases["gpt2"])))
     trainable = Trainable(map_base(base_index, torch.from_numpy(buffer)), federation.model, 3)
-    alone = LocalTrainer.of(trainable, 0, federation.train)
+    alone = LocalTrainer(trainable, 0, federation.train)
     with pytest.raises(ValueError, match=r"pdrop = 0.1 in its config.json.*set clients.lanes = 1"):
         LaneTrainer(alone, LANES, federation.train)
 

@@ -128,7 +128,7 @@ def test_the_global_vector_of_the_proximal_term_is_on_the_clients_gpu(training: 
     federation = training(Train(steps=2, batch=5), strategy=FedProx(mu=0.1))
     packed, buffer = read_base(federation.model)
     trainable = Trainable(map_base(packed, torch.from_numpy(buffer).cuda()), federation.model, 3)
-    trainer = LocalTrainer.of(trainable, 0, federation.train)
+    trainer = LocalTrainer(trainable, 0, federation.train)
     assert trained(trainer, federation, rows).delta.any()
 
 
@@ -196,7 +196,7 @@ def kernels(federation: Federation) -> LocalTrainer:
     """A trainer with the recipe's own kernels."""
     packed, buffer = read_base(federation.model)
     trainable = Trainable(map_base(packed, torch.from_numpy(buffer)), federation.model, 3)
-    return LocalTrainer.of(trainable, 0, federation.train)
+    return LocalTrainer(trainable, 0, federation.train)
 
 
 def test_attention_kernels_are_the_recipes(federation: Federation, rows: pa.RecordBatch) -> None:

@@ -206,7 +206,7 @@ def test_on_a_gpu(bases: dict[str, Path], rows: pa.RecordBatch, make_private: Ma
     packed, buffer = read_base(model)
     trainable = Trainable(map_base(packed, torch.from_numpy(buffer).cuda()), model, 3)
     on_cpu = make_private(1.0, 0.1)
-    trainer = PrivateTrainer(LocalTrainer.of(trainable, 0, ONE_STEP), on_cpu.plan)
+    trainer = PrivateTrainer(LocalTrainer(trainable, 0, ONE_STEP), on_cpu.plan)
     trainer.words = seeded_words(np.random.default_rng(11))
     start = start_of(on_cpu)
     end = steps(trainer, rows, start.cuda(), ONE_STEP, 9).end.cpu()

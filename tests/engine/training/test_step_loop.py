@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,9 +11,8 @@ import pytest
 import torch
 
 from engine.config.train import Schedule, Sgd, Train
-from engine.training.batching import batches
 from engine.training.optimizers import clip, make_optimizer, move
-from engine.training.step_loop import Correct, Progress, Training, take_steps
+from engine.training.step_loop import Correct, Progress, Training, batches, take_steps
 from strategies.core.protocol import Vector
 
 TRAIN = Train(epochs=1, batch=1, optimizer=Sgd(lr=0.5), clip=0)
@@ -19,6 +20,8 @@ TRAIN = Train(epochs=1, batch=1, optimizer=Sgd(lr=0.5), clip=0)
 
 class Line:
     """A backend whose vectors are single numbers w, and whose loss is (w - x)^2 / 2 for each row x."""
+
+    objective: Any = SimpleNamespace(losses={"square": 1e9}, figures={})
 
     def __init__(self, lanes: int, train: Train = TRAIN) -> None:
         self.lanes = lanes

@@ -13,8 +13,7 @@ from engine.config.availability import Availability
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.reports import DOWN, UP
 from engine.records.client_state import ClientStates
-from engine.workers.client_runner import ClientRunner
-from engine.workers.peers import ALONE, Peers
+from engine.workers.client_runner import ALONE, ClientRunner, Peers
 from strategies.core.layout import Layout
 from strategies.core.protocol import Broadcast, Update
 

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from engine.workers.retries import Attempted, attempted
+from engine.workers.client_runner import Attempted, attempted
 
 
 def test_what_works_is_done_once():
@@ -78,7 +78,7 @@ def test_a_process_that_has_lost_its_gpu_ends():
     """Whatever it would be asked next would fail, and the clients for it."""
     program = """
 import torch
-from engine.workers.retries import Attempted, attempted
+from engine.workers.client_runner import Attempted, attempted
 
 def train(lanes):
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

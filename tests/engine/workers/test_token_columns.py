@@ -50,11 +50,10 @@ def test_a_node_without_the_folder_gets_a_copy(made, ray_session, tmp_path, monk
 
 def test_a_slot_that_does_not_see_them_works_on_its_copy(made, ray_session, monkeypatch, tmp_path):
     store, recipe = made
-    slots = Pool(recipe, tmp_path / "client_state")
+    slots = Pool.start(recipe, tmp_path / "client_state", store)
     try:
-        start = slots.start(store)
-        tokens, initial = start.tokens, BroadcastMessage(0, (Shard(start.initial, {}),))
-        slots.rows.parts = put_tokens(tokens)
+        tokens, initial = slots.columns.folder, BroadcastMessage(0, (Shard(slots.initial, {}),))
+        slots.columns.parts = put_tokens(tokens)
         tokens.rename(tmp_path / "aside")
         ray_session.kill(slots.actors[0])
         losses = slots.ask(lambda actor: actor.evaluate.remote([0, 1], initial, 4))

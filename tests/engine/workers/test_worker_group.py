@@ -16,6 +16,7 @@ from engine.aggregation.exact_sum import STEP
 from engine.messages.broadcast import BroadcastMessage
 from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable
+from engine.rounds.server import RankShards
 from engine.scheduling.pool import Pool, is_lost
 from engine.system.failures import GangLost, ShardLost, last_line
 from engine.training.local_training import Job, LocalTrainer
@@ -42,14 +43,14 @@ def changes(stage, peft="lora", optimizer="adamw", ranks=2):
 
 @pytest.fixture
 def gangs(ray_session, tmp_path):
-    """Starts a pool of gangs for a recipe; gives the pool and its start."""
+    """Starts a pool of gangs for a recipe; gives the pool and the initial state."""
     pools = []
 
     def started(recipe):
-        pools.append(Pool(recipe, tmp_path / "client_state"))
         data = recipe.data
         store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
-        return pools[-1], pools[-1].start(store)
+        pools.append(Pool.start(recipe, tmp_path / "client_state", store))
+        return pools[-1], RankShards(recipe, pools[-1], 0).initial()
 
     yield started
     for pool in pools:
@@ -74,7 +75,7 @@ def trained(pool, slot, chunk, state):
     """The reports of a chunk, and the sum of its clients as a vector on the grid."""
     message = BroadcastMessage(state.round, state.parts, partition=pool.partition)
     reports = ray.get(pool.actors[slot].run.remote([(client,) for client in chunk], message))
-    shards = ray.get([shard for _, shard in pool.close(slot)])
+    shards = ray.get(pool.close(slot)[1])
     return reports, pool.partition.join([torch.from_numpy(shard.vectors["delta"].copy()) for shard in shards])
 
 
@@ -83,7 +84,7 @@ def alone(recipe, tokens, client):
     packed, buffer = read_base(recipe.model)
     seed = torch_seed(recipe.seed, 0, -1, "initial")
     trainable = Trainable(map_base(packed, torch.from_numpy(buffer)), recipe.model, seed)
-    trainer = LocalTrainer.of(trainable, 1, recipe.train)
+    trainer = LocalTrainer(trainable, 1, recipe.train)
     rows = Tokens.open(tokens).rows(client, "train")
     broadcast = Broadcast(0, trainable.initial.clone(), layout=trainable.layout, seed=recipe.seed)
     return trainer.updates([Job(client, rows, 1.0, broadcast, {})], recipe)[0][0]
@@ -100,14 +101,13 @@ def test_a_client_after_another_is_the_client_in_a_fresh_gang_and_in_one_process
         pytest.skip("LoRA with AdamW is tried at two stages, and a gradient as it is, unless all are asked for")
     other = (doubled["two" if optimizer == "sgd" else "one"],) if peft == "none" else ()
     recipe = small_recipe(*changes(stage, peft, optimizer, ranks=ranks), *other)
-    pool, start = gangs(recipe)
-    state = pool.initial()
+    pool, state = gangs(recipe)
     fresh_reports, fresh = trained(pool, 0, [SECOND], state)
     trained(pool, 0, [FIRST], state)
     reports, after = trained(pool, 0, [SECOND], state)
     assert torch.equal(after, fresh) and reports == fresh_reports
-    rows = Tokens.open(start.tokens).counts("train")
-    expected = alone(recipe, start.tokens, SECOND)
+    rows = Tokens.open(pool.columns.folder).counts("train")
+    expected = alone(recipe, pool.columns.folder, SECOND)
     change = after.double() / STEP * rows.max() / rows[SECOND]
     assert (change - expected.delta).abs().max() < 1e-5 < expected.delta.abs().max()
     assert reports[0].metrics["loss"] == pytest.approx(expected.metrics["loss"], abs=1e-5)
@@ -125,12 +125,11 @@ def test_what_saves_memory_trains_the_same(gangs, small_recipe, doubled, full, s
     saving = saving.replace(" = ", "=")
     zero, *others = changes(stage, ranks=1 if gpus else 2)
     recipe = small_recipe(zero.replace("{", f"{{{saving}, "), *others, doubled["two"], f"clients.num_gpus={gpus}")
-    pool, start = gangs(recipe)
-    state = pool.initial()
+    pool, state = gangs(recipe)
     trained(pool, 0, [FIRST], state)
     _, total = trained(pool, 0, [SECOND], state)
-    rows = Tokens.open(start.tokens).counts("train")
-    expected = alone(recipe, start.tokens, SECOND)
+    rows = Tokens.open(pool.columns.folder).counts("train")
+    expected = alone(recipe, pool.columns.folder, SECOND)
     apart = (total.double() / STEP * rows.max() / rows[SECOND] - expected.delta).abs().max()
     assert apart < (1e-3 if gpus else 1e-5)  # a GPU adds up in another order
 
@@ -140,8 +139,8 @@ def test_no_step_is_no_change(gangs, small_recipe, full, dtype):
     if dtype == "float32" and not full:
         pytest.skip("bfloat16 is tried unless all are asked for")
     still = "train.optimizer={kind='adamw', lr=0.0}"
-    pool, _ = gangs(small_recipe(*changes(3), still, f"model.dtype={dtype}", "train.steps=1"))
-    reports, total = trained(pool, 0, [FIRST], pool.initial())
+    pool, state = gangs(small_recipe(*changes(3), still, f"model.dtype={dtype}", "train.steps=1"))
+    reports, total = trained(pool, 0, [FIRST], state)
     assert not total.any() and all(np.isfinite(report.metrics["loss"]) for report in reports)
 
 
@@ -150,7 +149,7 @@ def test_a_gang_that_fits_nowhere_says_what_it_asked_for(ray_session, small_reci
     with pytest.raises(
         ValueError, match=r"needs 40 ranks of 1 CPUs and 0 GPUs each, but all nodes together have 6 CPUs"
     ):
-        Pool(recipe, tmp_path)
+        Pool.start(recipe, tmp_path, tmp_path)
 
 
 class Keeper:
@@ -167,8 +166,7 @@ def test_a_shard_that_is_lost_is_looked_for_in_the_last_checkpoint(gangs, small_
     """Whichever rank needed it, the gang is not made anew again and again."""
     if not full:
         pytest.skip("half a minute for each")
-    pool, _ = gangs(small_recipe("clients.zero={stage=3, ranks=2, timeout_s=20}", "clients.slots=1"))
-    state = pool.initial()
+    pool, state = gangs(small_recipe("clients.zero={stage=3, ranks=2, timeout_s=20}", "clients.slots=1"))
     parts = list(state.parts)
     keeper = ray.remote(num_cpus=0)(Keeper).remote()
     (parts[rank],) = ray.get(keeper.keep.remote(parts[rank]))

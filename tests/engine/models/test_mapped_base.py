@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from engine.config.sections import Lora, Model
 from engine.models.export import export_files
-from engine.models.merged_base import merged_weights, use_weights
 from engine.models.trainable import Trainable
 
 IDS_BT = torch.tensor([[5, 9, 11, 3, 7, 2]])
@@ -38,11 +37,11 @@ def test_an_adapters_product_in_the_base_is_that_adapter(
     pairs = list(adapted.layout.lora_pairs(adapted.flat.data))
     residual = torch.cat([(pair.scale * pair.b_OR @ pair.a_RI).reshape(-1) for pair in pairs])
     plain = logits(based.network)
-    merged = merged_weights(based, residual.numpy())
-    use_weights(based, torch.from_numpy(merged))
+    merged = based.merged_weights(residual.numpy())
+    based.use_weights(torch.from_numpy(merged))
     torch.testing.assert_close(logits(based.network), logits(adapted.network), rtol=0, atol=2e-5)
     assert not torch.allclose(logits(based.network), plain, atol=1e-3)
-    use_weights(based, None)
+    based.use_weights(None)
     assert torch.equal(logits(based.network), plain)
 
 
@@ -51,9 +50,9 @@ def test_residuals_replace_each_other_and_do_not_pile_up(
 ) -> None:
     trainable = make_trainable(bases["tied"])
     residual = residual_of(trainable)
-    once = merged_weights(trainable, residual.numpy())
-    use_weights(trainable, torch.from_numpy(merged_weights(trainable, (3 * residual).numpy())))
-    assert (merged_weights(trainable, residual.numpy()) == once).all()
+    once = trainable.merged_weights(residual.numpy())
+    trainable.use_weights(torch.from_numpy(trainable.merged_weights((3 * residual).numpy())))
+    assert (trainable.merged_weights(residual.numpy()) == once).all()
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "gpt2"])
@@ -66,7 +65,7 @@ def test_base_products_and_adapter_are_exported_as_one_model(
 ) -> None:
     trainable = make_trainable(bases[name])
     trainable.flat.data.copy_(trainable.initial + drawn(trainable.layout.size, 3, 0.1))
-    use_weights(trainable, torch.from_numpy(merged_weights(trainable, residual_of(trainable).numpy())))
+    trainable.use_weights(torch.from_numpy(trainable.merged_weights(residual_of(trainable).numpy())))
     model = Model(base=str(bases[name]), peft=Lora(r=4, alpha=8))
     before = logits(trainable.network)
     for file, content in export_files(trainable, model, tokenizer, "card", merged=True).items():

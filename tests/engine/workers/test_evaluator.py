@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.federation import Federation
 from engine.config.sections import Evaluate, Lora
-from engine.training.evaluation import ClientLoss, client_loss, drawn_rows, mean_loss
+from engine.objectives.sft import Sft
 from engine.training.generation import continuations
 from engine.training.local_training import LocalTrainer
+from engine.workers.evaluator import ClientLoss, client_loss, drawn_rows, pooled
 
 MakeTrainer = Callable[[Federation], LocalTrainer]
 
@@ -33,13 +34,21 @@ def test_seed_and_client_decide_which() -> None:
     assert draws[0] != draws[1] and draws[0] != draws[2]
 
 
+def mean_loss(losses: list[ClientLoss]) -> float:
+    return pooled(losses, Sft()).metrics("loss", Sft())["loss"]
+
+
 def test_the_mean_is_over_tokens_by_hand() -> None:
-    losses = [ClientLoss(2, 9.0, 3, 1), ClientLoss(0, 1.0, 1, 1), ClientLoss(1, 0.0, 0, 0)]
+    losses = [
+        ClientLoss(2, {"nll": (9.0, 3)}, 1),
+        ClientLoss(0, {"nll": (1.0, 1)}, 1),
+        ClientLoss(1, {"nll": (0.0, 0)}, 0),
+    ]
     assert mean_loss(losses) == 10.0 / 4
     assert math.isnan(mean_loss([]))
 
 
-@given(st.permutations([ClientLoss(k, 0.1 * 3**k, 7 + k, 1) for k in range(6)]))
+@given(st.permutations([ClientLoss(k, {"nll": (0.1 * 3**k, 7 + k)}, 1) for k in range(6)]))
 def test_the_mean_does_not_depend_on_the_order(losses: list[ClientLoss]) -> None:
     assert mean_loss(losses) == mean_loss(sorted(losses, key=lambda loss: loss.client))
 
@@ -66,8 +75,11 @@ def test_a_clients_loss_is_that_of_its_rows_one_by_one(
     result = client_loss(trainer, 4, rows, evaluate, 7)
     picked = drawn_rows(rows.num_rows, 4, evaluate, 7).tolist()
     nll, tokens = by_row(trainer, rows, picked)
-    assert (result.client, result.tokens, result.rows) == (4, tokens, len(picked))
-    assert result.nll == pytest.approx(nll, rel=1e-5)
+    assert (result.client, result.terms, result.rows) == (
+        4,
+        {"nll": (pytest.approx(nll, rel=1e-5), tokens)},
+        len(picked),
+    )
     assert torch.equal(trainer.trainable.flat, before)
 
 
