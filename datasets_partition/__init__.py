@@ -1,14 +1,8 @@
-"""Rows to clients: sources of rows, rules that give rows to clients, and the client store that every slot reads.
-
-The two unions are the registries: a recipe's `data.source` and `data.partition` name one of their members by `kind`.
-"""
+"""Rows to clients: sources of rows, rules that give rows to clients, and the client store that every slot reads."""
 
 from datasets_partition.partitioners.combined import Partitioners as Partitioners
-from datasets_partition.sources.csv_files import CsvFiles
+from datasets_partition.sources.files import CsvFiles, Jsonl, ParquetFiles, TextFiles
 from datasets_partition.sources.hf_datasets import HfDatasets
-from datasets_partition.sources.jsonl import Jsonl
-from datasets_partition.sources.parquet_files import ParquetFiles
 from datasets_partition.sources.python_docs import PythonDocs
-from datasets_partition.sources.text_files import TextFiles
 
 Sources = PythonDocs | Jsonl | ParquetFiles | CsvFiles | TextFiles | HfDatasets

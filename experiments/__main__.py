@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that `fedpost --help` answers at once."""
+"""The command line."""
 
 import io
 import signal
@@ -6,8 +6,7 @@ import sys
 
 import typer
 
-from experiments.cli import jobs, planning, results
-from experiments.cli.run import run
+from experiments.cli.commands import COMMANDS
 
 app = typer.Typer(
     help="Federated post-training of open language models, simulated on Ray.",
@@ -15,11 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (
-    *(run, jobs.submit, jobs.status, jobs.stop),
-    *(planning.partition, planning.plan, results.report),
-    *(planning.strategies, planning.schema, results.bench),
-):
+for command in COMMANDS:
     app.command()(command)
 
 

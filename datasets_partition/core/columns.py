@@ -1,28 +1,25 @@
-"""Columns as partitioners read them: keys and labels as numbers, values, and texts.
+"""Columns as partitioners read them, and Python values of any kind as columns.
 
-Each function takes the recipe's key that names the column, so that an error can name the key.
+A function that reads a column takes the recipe's key that names it, so that an error can name the key.
 """
 
-from typing import NamedTuple
+import json
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from datasets_partition.core.canonical import content_columns
 from datasets_partition.core.errors import DataError
-from datasets_partition.core.other_columns import nan_is_null
+from datasets_partition.core.types import content_columns
 
 # The canonical column that a column of the source has become (see forms.py).
-KEPT_IN = {
-    "text": "completion",
-    "output": "completion",
-    "instruction": "prompt",
-    "input": "prompt",
-    "conversations": "messages",
-}
+KEPT_IN = dict(text="completion", output="completion", instruction="prompt", input="prompt", conversations="messages")
 SHOWN = 160  # letters of a row that an error shows
+WHOLE = 2**53  # up to here floats represent every whole number
+# Raised by Arrow for values or columns without a common type.
+NO_COMMON_TYPE = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
 
 
 class Coded(NamedTuple):
@@ -52,14 +49,13 @@ def column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
 def keys(table: pa.Table, key: str, name: str) -> Coded:
     """A column of clients, in the order of their names. Raises DataError where it is missing, null or empty."""
     codes, values = _coded(table, key, name)
-    names = values.cast(pa.string())
-    return _in_order(codes, names, pc.array_sort_indices(names))
+    return _in_order(codes, values.cast(pa.string()), by=values.cast(pa.string()))
 
 
 def labels(table: pa.Table, key: str, name: str) -> Coded:
     """A column of labels, in the order of their values: 2 before 10. Raises DataError as `keys` does."""
     codes, values = _coded(table, key, name)
-    return _in_order(codes, values.cast(pa.string()), pc.array_sort_indices(values))
+    return _in_order(codes, values.cast(pa.string()), by=values)
 
 
 def numbers(table: pa.Table, key: str, name: str) -> NDArray[np.float64]:
@@ -81,10 +77,7 @@ def numbers(table: pa.Table, key: str, name: str) -> NDArray[np.float64]:
 
 
 def texts(table: pa.Table, names: tuple[str, ...] | None) -> list[pa.ChunkedArray]:
-    """The text of columns of strings or of turns, or of a row's whole content; null is no text.
-
-    Raises DataError where a column of `data.partition.columns` is missing or holds anything else.
-    """
+    """The texts of columns of strings or turns, or of a row's content; null is no text. DataError for other columns."""
     if names is None:
         names = tuple(name for name in content_columns(table) if table.schema.field(name).type != pa.bool_())
     columns = []
@@ -140,7 +133,46 @@ def _coded(table: pa.Table, key: str, name: str) -> tuple[NDArray[np.int32], pa.
     return codes, values
 
 
-def _in_order(codes: NDArray[np.int32], values: pa.StringArray, order: pa.Array) -> Coded:
-    rank = np.empty(len(order), np.int32)
-    rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
-    return Coded(rank[codes], values.take(order))
+def _in_order(codes: NDArray[np.int32], values: pa.StringArray, by: pa.Array) -> Coded:
+    order = pc.array_sort_indices(by)
+    return Coded(np.argsort(order.to_numpy()).astype(np.int32)[codes], values.take(order))
+
+
+def array_of(values: list[Any]) -> pa.Array | pa.ChunkedArray:
+    """Python values, as in JSON, in the Arrow type that they share; as text if they share none or are objects."""
+    try:
+        if not any(isinstance(value, dict) for value in values):
+            return pa.array(values)
+    except NO_COMMON_TYPE:
+        pass
+    return pa.array([as_text(value) for value in values], pa.string())
+
+
+def as_text(value: Any) -> str | None:
+    """A string unchanged, null and NaN as null, and anything else as JSON; 1.0 is written as 1."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < WHOLE:
+        value = int(value)
+    if value != value:
+        return None
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def nan_is_null(values: pa.Array) -> pa.Array:
+    """The same values, with null for NaN among floats: pandas writes missing values as NaN."""
+    return pc.if_else(pc.is_nan(values), None, values) if pa.types.is_floating(values.type) else values
+
+
+def joined(tables: list[pa.Table]) -> pa.Table:
+    """All rows of all tables: null where a table lacks a column, text where columns share no type."""
+    for name in dict.fromkeys(name for table in tables for name in table.column_names):
+        parts = [table.select([name]) for table in tables if name in table.column_names]
+        try:
+            pa.concat_tables(parts, promote_options="permissive")
+        except NO_COMMON_TYPE:
+            tables = [_with_text(table, name) if name in table.column_names else table for table in tables]
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _with_text(table: pa.Table, name: str) -> pa.Table:
+    texts = pa.array([as_text(value) for value in table[name].to_pylist()], pa.string())
+    return table.set_column(table.column_names.index(name), name, texts)

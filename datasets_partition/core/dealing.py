@@ -62,15 +62,11 @@ def given_sizes(sizes: tuple[int, ...], rows: int) -> NDArray[np.int64]:
 
 def numbered(clients: int) -> pa.StringArray:
     """The clients' numbers as names, padded so that they sort."""
-    numbers = pa.array(np.arange(clients)).cast(pa.string())
-    return pc.utf8_lpad(numbers, len(str(clients - 1)), "0")
+    return pc.utf8_lpad(pa.array(np.arange(clients)).cast(pa.string()), len(str(clients - 1)), "0")
 
 
 def joined(first: pa.StringArray, owners: NDArray[np.int64], then: pa.StringArray) -> pa.StringArray:
-    """The names "first/then" of clients that are parts of others; just "first" where there is only one part.
-
-    `owners` holds the number in `first` of each part. Raises DataError if two parts would have the same name.
-    """
+    """The names "first/then" of parts of `owners`; just "first" of a single part. DataError for twins."""
     parts = np.bincount(owners, minlength=len(first))
     whole = first.take(pa.array(owners))
     names = pc.if_else(pa.array(parts[owners] == 1), whole, pc.binary_join_element_wise(whole, then, "/"))
@@ -90,10 +86,7 @@ def even(rows: int, parts: int) -> NDArray[np.int64]:
 
 
 def dealt(order: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int32]:
-    """The client of each row, if the first `counts[0]` rows of `order` are the first client's, and so on.
-
-    Rows that are left over are nobody's.
-    """
+    """The client of each row if the first `counts[0]` rows of `order` are the first client's, and so on; others: -1."""
     return placed(order, np.repeat(np.arange(len(counts), dtype=np.int32), counts))
 
 

@@ -1,4 +1,15 @@
-"""The central types: sources and their rows, partitioners and their assignments, and checks of both."""
+"""The central types: canonical tables, sources and their rows, partitioners and their assignments; checks of all.
+
+Every source returns a canonical table. It has one format; its content columns say which.
+
+    prompt_completion      prompt, completion             strings; the prompt of plain text is empty
+    messages               messages                       a list of turns, each with its role and content
+    preference             prompt, chosen, rejected       strings, or lists of turns
+    unpaired_preference    prompt, completion, label      strings, or lists of turns; true for a good completion
+    prompt_only            prompt                         a string, or a list of turns
+
+A table may also have `client`, a string, and any other column by which rows can be partitioned.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -8,15 +19,49 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from datasets_partition.core.canonical import TURNS, content_columns
 from datasets_partition.core.errors import DataError
 
+PROMPT_COMPLETION = "prompt_completion"
+MESSAGES = "messages"
+PREFERENCE = "preference"
+UNPAIRED_PREFERENCE = "unpaired_preference"
+PROMPT_ONLY = "prompt_only"
+
+# A table's columns are compared with the formats in this order.
+COLUMNS = {
+    PREFERENCE: ("prompt", "chosen", "rejected"),
+    MESSAGES: ("messages",),
+    UNPAIRED_PREFERENCE: ("prompt", "completion", "label"),
+    PROMPT_COMPLETION: ("prompt", "completion"),
+    PROMPT_ONLY: ("prompt",),
+}
+
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 OnRows = Callable[[int], None]  # called now and then with the number of rows so far
 TURN = {(field.name, field.type) for field in TURNS.value_type}
 
 
+def format_of(table: pa.Table) -> str:
+    """The format of a canonical table, a key of COLUMNS. Raises DataError if its columns make none."""
+    names = set(table.column_names)
+    if "label" in names and table.schema.field("label").type != pa.bool_():
+        names.remove("label")  # a category, by which rows can be partitioned
+    for name, columns in COLUMNS.items():
+        if names.issuperset(columns):
+            return name
+    known = "; ".join(", ".join(columns) for columns in COLUMNS.values())
+    raise DataError(
+        f"the source gives the columns {', '.join(table.column_names)}, which make no format: the formats are {known}"
+    )
+
+
+def content_columns(table: pa.Table) -> tuple[str, ...]:
+    """The columns that make up a row's content: two rows that agree on them are duplicates."""
+    return COLUMNS[format_of(table)]
+
+
 class Rows(NamedTuple):
-    """A source's rows in a canonical format (see canonical.py), and the number of rows left out, by reason."""
+    """A source's rows in a canonical format (see the top of this file), and the number of rows left out, by reason."""
 
     table: pa.Table
     skipped: dict[str, int]
@@ -26,13 +71,15 @@ class Assignment(NamedTuple):
     """The client of each row, by number (-1: nobody's), and the clients' names by number.
 
     `category` is the label or topic that the partition used, if any: one string a row, for statistics. `order` ranks
-    the rows where the partition orders a client's rows; otherwise they keep the source's order.
+    the rows where the partition orders a client's rows; otherwise they keep the source's order. `people` names the
+    person whose rows each client has, where a person may have several clients: they are unseen together or not at all.
     """
 
     clients: NDArray[np.int32]
     names: pa.StringArray
     category: pa.Array | None = None
     order: NDArray[np.int64] | None = None
+    people: pa.StringArray | None = None
 
 
 def refuse_other_rows(given: object, source: object) -> None:
@@ -71,6 +118,8 @@ def refuse_misfit(given: object, rows: int, partitioner: object) -> None:
     for name, values in (("category", given.category), ("order", given.order)):
         if values is not None and len(values) != rows:
             raise DataError(f"{named} gives {len(values)} values of {name} for {rows} rows")
+    if given.people is not None and len(given.people) != len(given.names):
+        raise DataError(f"{named} names the people of {len(given.people)} clients, but has {len(given.names)} clients")
 
 
 def ignore(rows: int) -> None:
@@ -78,10 +127,7 @@ def ignore(rows: int) -> None:
 
 
 class Source(Protocol):
-    """Where rows come from: a frozen dataclass whose fields are its recipe section.
-
-    The `load` of the sources in this package also takes an `OnRows`.
-    """
+    """Where rows come from: a frozen dataclass, its fields the recipe section; ours also `load` with an `OnRows`."""
 
     def fingerprint(self) -> str:
         """A text that changes when the rows change although this section does not; it makes another store."""
@@ -96,8 +142,5 @@ class Partitioner(Protocol):
     """The rule that gives rows to clients: a frozen dataclass whose fields are its recipe section."""
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
-        """The client of each row of `table`; the same table and `rng` give the same assignment on any machine.
-
-        Raises DataError for what a user can correct.
-        """
+        """The client of each row; the same on any machine. Raises DataError for what a user can correct."""
         ...

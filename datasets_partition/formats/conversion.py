@@ -5,27 +5,38 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from datasets_partition.core.canonical import COLUMNS, TURNS, UNPAIRED_PREFERENCE, content_columns, format_of
+from datasets_partition.core.columns import array_of, as_text, joined, nan_is_null
 from datasets_partition.core.errors import DataError
-from datasets_partition.core.other_columns import array_of, as_text, joined
-from datasets_partition.core.types import OnRows, Rows, ignore
-from datasets_partition.formats.arrow_columns import (
-    Faults,
-    content_of,
-    faults_of,
-    is_flat,
-    renamed,
-    with_owner,
-    without,
+from datasets_partition.core.types import (
+    COLUMNS,
+    TURNS,
+    UNPAIRED_PREFERENCE,
+    OnRows,
+    Rows,
+    content_columns,
+    format_of,
+    ignore,
 )
-from datasets_partition.formats.bad_rows import BadRow, OnBadRow
-from datasets_partition.formats.forms import BESIDE_TURNS, EXPECTED, NAMES, Content, Form, Row, form_of
+from datasets_partition.formats.forms import (
+    BESIDE_TURNS,
+    EXPECTED,
+    NAMES,
+    BadRow,
+    Form,
+    OnBadRow,
+    Row,
+    form_of,
+    kind_of,
+)
 
 # Rows converted at once: few enough for the 2 GiB of text in one Arrow array, many enough for Arrow to pay off.
 ROWS_PER_BATCH = 16384
 
+Faults = dict[int, BadRow]  # by the row's position in its batch
 # Other columns of these names would make a table look like one of another format.
 RESERVED = frozenset[str]().union(*COLUMNS.values()) - {"label"}
 
@@ -57,34 +68,32 @@ class Conversion:
     ) -> None:
         """Converts Arrow columns of `file`; errors name a row by its number in units of `unit`, such as "line".
 
-        `known` are rows that the source knows to be bad; the batch holds anything in their place.
-
-        Raises DataError, with the names of the columns, if they fit no format.
+        `known` are rows that the source knows to be bad. Raises DataError if the columns fit no format.
         """
         has = ", ".join(batch.schema.names) or "(none)"
-        batch = with_owner(renamed(batch, self.columns, file), file)
-        form = self._form(batch.schema.names)
+        batch = _with_owner(_renamed(batch, self.columns, file), file)
+        form = form_of(frozenset(batch.schema.names), frozenset(self.columns))
         if form is None:
             raise DataError(
                 f"{file} has the columns {has}, which fit no format: name yours in data.source.columns so that they "
                 f"make {EXPECTED}"
             )
-        content = content_of(batch, form, file)
+        content = _content_of(batch, form, file)
         owned = "client" in batch.schema.names
-        if form.flat and is_flat(content):
+        if form.flat and not any(_is_list(values.type) for values in content.columns):
             required = [name for name in content.schema.names if name in (*form.needs, "label")]
-            faults = faults_of(batch, required) | (known or {})
-            good = without(content, faults)
+            faults = _faults_of(batch, required) | (known or {})
+            good = _without(content, faults)
             table = pa.table(form.flat({name: good[name] for name in good.schema.names}))
             if table.num_rows and (fault := self._other(format_of(table), False, owned)):
                 faults = dict.fromkeys(range(len(batch)), fault) | faults
                 table = table.slice(0, 0)
         else:
-            faults = faults_of(batch, ["label"] if "label" in content.schema.names else []) | (known or {})
+            faults = _faults_of(batch, ["label"] if "label" in content.schema.names else []) | (known or {})
             table = self._row_by_row(content, form, owned, faults)
         for position, fault in sorted(faults.items()):
             self._refuse(f"{file} {unit} {numbers[position]}", fault)
-        others = without(batch, faults)
+        others = _without(batch, faults)
         names = _others(batch.schema.names, form, content.schema.names)
         self._keep(table, pa.table({name: others[name] for name in names}))
 
@@ -106,20 +115,16 @@ class Conversion:
                     if isinstance(row, BadRow):
                         raise row
                     content, other = self._split(row)
-                except BadRow as bad:
-                    self._refuse(where, bad)
-                else:
                     contents.append(content)
                     others.append(other)
+                except BadRow as bad:
+                    self._refuse(where, bad)
             names = sorted(set[str]().union(*others))
             columns = {name: array_of([row.get(name) for row in others]) for name in names}
             self._keep(_table(contents), pa.table(columns))
 
     def rows(self, location: str) -> Rows:
-        """All rows: the client if there is one, the content, then the other columns by name.
-
-        Raises DataError if there are none.
-        """
+        """All rows: client if any, content, other columns by name. Raises DataError if there are none."""
         if not self.tables:
             reasons = "; ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
             skipped = f" that can be used ({reasons})" if reasons else ""
@@ -137,14 +142,11 @@ class Conversion:
             )
         self.skipped[bad.reason] += 1
 
-    def _form(self, names: list[str]) -> Form | None:
-        return form_of(frozenset(names), frozenset(self.columns))
-
     def _row_by_row(self, content: pa.RecordBatch, form: Form, owned: bool, faults: Faults) -> pa.Table:
         """The content of the rows without faults; a fault that this finds is added to `faults`."""
         good = [position for position in range(len(content)) if position not in faults]
         contents = []
-        for position, row in zip(good, without(content, faults).to_pylist(), strict=True):
+        for position, row in zip(good, _without(content, faults).to_pylist(), strict=True):
             try:
                 contents.append(self._content(row, form, owned))
             except BadRow as bad:
@@ -160,7 +162,7 @@ class Conversion:
             mapped = {*self.columns, *self.columns.values()}
             row = {name: value for name, value in row.items() if name not in mapped}
             row |= {name: original[theirs] for name, theirs in self.columns.items()}
-        form = self._form(list(row))
+        form = form_of(frozenset(row), frozenset(self.columns))
         if form is None:
             raise BadRow("fits no format", f"{_has(original)}; it needs {EXPECTED}")
         if "client" in row:
@@ -169,11 +171,11 @@ class Conversion:
         return content, {name: row[name] for name in _others(list(row), form, list(content))}
 
     def _content(self, row: Row, form: Form, owned: bool) -> Row:
-        content: Content = form.row(row)
-        nested = any(isinstance(value, list) for value in content.values.values())
-        if fault := self._other(content.format, nested, owned):
+        format, content = form.row(row)
+        nested = any(isinstance(value, list) for value in content.values())
+        if fault := self._other(format, nested, owned):
             raise fault
-        return content.values
+        return content
 
     def _other(self, format: str, nested: bool, owned: bool) -> BadRow | None:
         """The reason why a row of this kind does not fit the rows before it; None if it does."""
@@ -189,14 +191,10 @@ class Conversion:
     def _keep(self, content: pa.Table, others: pa.Table) -> None:
         if not content.num_rows:
             return
-        table = pa.table(
-            dict(zip(content.column_names, content.columns, strict=True))
-            | {name: others[name] for name in others.column_names}
-        )
+        table = pa.table({name: part[name] for part in (content, others) for name in part.column_names})
         # Beside a prompt and a completion a boolean label would mean an unpaired preference.
         if "label" in others.column_names and format_of(table) == UNPAIRED_PREFERENCE:
-            position = table.column_names.index("label")
-            table = table.set_column(position, "label", table["label"].cast(pa.string()))
+            table = table.set_column(table.column_names.index("label"), "label", table["label"].cast(pa.string()))
         self.tables.append(table)
         self.kept += table.num_rows
         self.on_rows(self.kept)
@@ -226,5 +224,104 @@ def _client(value: object) -> str:
 
 
 def _has(row: Row) -> str:
-    kinds = (f"{name} ({'null' if value is None else type(value).__name__})" for name, value in row.items())
+    kinds = (f"{name} ({kind_of(value)})" for name, value in row.items())
     return f"its columns are {', '.join(kinds) or 'none'}"
+
+
+def _renamed(batch: pa.RecordBatch, columns: dict[str, str], file: str) -> pa.RecordBatch:
+    """The columns with their canonical names, in plain types. Raises DataError where `columns` names a missing one."""
+    has = batch.schema.names
+    if twice := sorted({name for name in has if has.count(name) > 1}):
+        raise DataError(f"{file} has more than one column {', '.join(twice)}: rename all but one of them")
+    for name, theirs in columns.items():
+        if theirs not in has:
+            raise DataError(
+                f"data.source.columns.{name} names {theirs!r}, which {file} does not have: name one of {', '.join(has)}"
+            )
+    taken = {name: name for name in has if name not in {*columns, *columns.values()}} | columns
+    classes = _class_names(batch.schema)
+    arrays = [_plain(batch[theirs], classes.get(theirs)) for theirs in taken.values()]
+    return pa.RecordBatch.from_arrays(arrays, names=list(taken))
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """The names of numbered classes by column, from the metadata of Hugging Face's datasets."""
+    kept = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = kept.get("info", {}).get("features", {}).items()
+    return {
+        name: kind["names"] for name, kind in features if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"
+    }
+
+
+def _plain(values: pa.Array, classes: list[str] | None) -> pa.Array:
+    if classes and pa.types.is_integer(values.type):
+        return pa.array(classes).take(pc.if_else(pc.less(values, 0), None, values))  # -1: of no class
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type):
+        values = values.cast(pa.string())
+    return values
+
+
+def _content_of(batch: pa.RecordBatch, form: Form, file: str) -> pa.RecordBatch:
+    """The columns that `form` reads. Raises DataError if a type can hold neither text nor turns."""
+    known = [name for name in form.needs + form.optional if name in batch.schema.names]
+    if "label" in known and batch["label"].type != pa.bool_():
+        known.remove("label")  # a category, by which rows can be partitioned
+    columns = []
+    for name in known:
+        kind = batch[name].type
+        if not (pa.types.is_string(kind) or pa.types.is_null(kind) or _is_list(kind) or name == "label"):
+            raise DataError(
+                f"{file} has {kind} in its column {name}, which must hold text or turns: convert it, or name another "
+                f"column in data.source.columns"
+            )
+        columns.append(batch[name].cast(pa.string()) if pa.types.is_null(kind) else batch[name])
+    return pa.RecordBatch.from_arrays(columns, names=known)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _with_owner(batch: pa.RecordBatch, file: str) -> pa.RecordBatch:
+    """The same columns with `client`, if there is one, as text. Raises DataError if its type has no text form."""
+    if "client" not in batch.schema.names:
+        return batch
+    position, values = batch.schema.get_field_index("client"), batch["client"]
+    try:
+        return batch.set_column(position, "client", nan_is_null(values).cast(pa.string()))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(
+            f"{file} has {values.type} in its column client, which must hold text or numbers: convert it, or name "
+            f"another column in data.source.columns"
+        ) from None
+
+
+def _faults_of(batch: pa.RecordBatch, required: list[str]) -> Faults:
+    """The rows that are not UTF-8, have no client in their column of clients, or are null in a required column."""
+    faults: Faults = {}
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:
+        for row in range(len(batch)):
+            try:
+                batch.take(pa.array([row])).validate(full=True)  # not a slice, which still holds the turns of all rows
+            except pa.ArrowInvalid:
+                faults[row] = BadRow("is not UTF-8")
+    if "client" in batch.schema.names:
+        nameless = pc.fill_null(pc.equal(batch["client"], ""), True)
+        faults = _where(nameless, BadRow("has a null or empty client")) | faults
+    for name in required:
+        if batch[name].null_count:
+            faults = _where(batch[name].is_null(), BadRow(f"has a null {name}")) | faults
+    return faults
+
+
+def _where(mask: pa.BooleanArray, fault: BadRow) -> Faults:
+    return dict.fromkeys(np.flatnonzero(mask.to_numpy(zero_copy_only=False)).tolist(), fault)
+
+
+def _without(batch: pa.RecordBatch, faults: Faults) -> pa.RecordBatch:
+    """The rows that have no fault."""
+    return batch.filter(pa.array(~np.isin(np.arange(len(batch)), list(faults)))) if faults else batch

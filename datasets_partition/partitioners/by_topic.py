@@ -12,7 +12,7 @@ from datasets_partition.core.columns import Coded, column, texts
 from datasets_partition.core.dealing import above_zero, at_least, enough_rows, numbered, text_columns
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Assignment
-from datasets_partition.partitioners.dirichlet import Dirichlet
+from datasets_partition.partitioners.by_label import Dirichlet
 
 # Topics are computed from at most SAMPLE rows; the others go to the nearest topic, BLOCK rows at a time.
 SAMPLE = 1 << 15
@@ -29,13 +29,10 @@ WORDS, LETTERS = 3, 12  # words in a topic's name, and letters of each
 class ByTopic:
     """Like `Dirichlet`, over `topics` clusters of the rows by k-means instead of labels.
 
-    Rows are the TF-IDF vectors of their text in `columns` (or of their whole content, such as prompt and completion)
-    over the `features` most frequent words, reduced by a singular value decomposition to unit vectors of 64
-    dimensions; or the lists in the column `embedding`, one a row. Beyond 32,768 rows, topics are those of a random
-    sample. A topic's name is its number and the words that set it apart. Needs scikit-learn.
-
-    The same seed gives the same topics with the same versions on the same kind of processor. On another kind, sums of
-    floats may round differently, and a row between two topics may land in the other one.
+    Rows are the TF-IDF vectors of their text in `columns` (or of their whole content) over the `features` most frequent
+    words, reduced by a singular value decomposition to 64 dimensions and unit length; or the lists in the column
+    `embedding`. Beyond 32,768 rows, topics are those of a random sample. Needs scikit-learn, and gives the same topics
+    with the same versions on the same kind of processor; on another, a row between two topics may land in the other.
     """
 
     kind: Literal["topic"] = "topic"
@@ -49,17 +46,13 @@ class ByTopic:
     balanced: bool = False
 
     def __post_init__(self) -> None:
-        """Raises DataError for a number that is too small, or no columns."""
         at_least(1, clients=self.clients, topics=self.topics, features=self.features)
         above_zero(alpha=self.alpha)
         at_least(0, min_rows=self.min_rows)
         text_columns(self.columns, "has the topics")
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
-        """Raises DataError without scikit-learn, columns of the right kind, enough rows, or topics that differ.
-
-        Also where `Dirichlet` does.
-        """
+        """Raises DataError without scikit-learn, right columns, enough rows, or different topics; or as `Dirichlet`."""
         if self.topics > table.num_rows:
             raise DataError(
                 f"data.partition.topics is {self.topics}, but there are only {table.num_rows} distinct rows: "
@@ -91,19 +84,14 @@ class ByTopic:
                 'data.partition.kind is "topic", which needs scikit-learn: '
                 'pip install scikit-learn, or install fedpost with its extra "topics"'
             ) from None
-        is_text = self.embedding is None
-        words: list[str] = []
-        if self.embedding is None:
-            vectors, words = self._tf_idf(table)
-        else:
-            vectors = embedded(table, self.embedding)
+        vectors, words = self._tf_idf(table) if self.embedding is None else (embedded(table, self.embedding), None)
         seed, rows = int(rng.integers(2**31)), table.num_rows
         size = max(SAMPLE, 4 * self.topics)
         sample = vectors if rows <= size else vectors[np.sort(rng.permutation(rows)[:size])]
         # One thread: several would add numbers in the order in which they happen to finish.
         with threadpool_limits(limits=1):
             svd = None
-            if is_text and min(sample.shape) > DIMENSIONS:
+            if words is not None and min(sample.shape) > DIMENSIONS:
                 svd = TruncatedSVD(DIMENSIONS, random_state=seed).fit(sample)
 
             def reduced(some: Any) -> Any:
@@ -113,7 +101,7 @@ class ByTopic:
             blocks = [means.predict(reduced(vectors[first : first + BLOCK])) for first in range(0, rows, BLOCK)]
         clusters: NDArray[np.int32] = np.concatenate(blocks).astype(np.int32)
         names = numbered(self.topics)
-        return clusters, _described(names, clusters, vectors, words) if is_text else names
+        return clusters, names if words is None else _described(names, clusters, vectors, words)
 
     def _tf_idf(self, table: pa.Table) -> tuple[Any, list[str]]:
         """The rows' vectors (rows, features), sparse; and the features, which are words."""

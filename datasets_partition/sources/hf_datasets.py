@@ -11,10 +11,9 @@ import pyarrow as pa
 
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows, Rows, ignore
-from datasets_partition.formats.bad_rows import OnBadRow
 from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion
-from datasets_partition.sources.location import is_local
-from datasets_partition.sources.source_files import SourceFile, fingerprint, first_line, source_files
+from datasets_partition.formats.forms import OnBadRow
+from datasets_partition.sources.location import SourceFile, fingerprint, first_line, is_local, source_files
 
 KEY = "data.source.name"
 
@@ -23,9 +22,8 @@ KEY = "data.source.name"
 class HfDatasets:
     """One split of a dataset: `name` is a name on the hub, or where `save_to_disk` wrote it.
 
-    `split` may be left out where there is only one. `config` and `revision` are for the hub: a commit as `revision`
-    keeps the rows from changing. Code that comes with a dataset is never run.
-    `columns` gives a column's name in the dataset: {prompt = "question"}.
+    `split` may be left out where there is only one; a commit as `revision` keeps the hub's rows from changing. Code
+    that comes with a dataset is never run. `columns` gives a column's name in the dataset: {prompt = "question"}.
     """
 
     kind: Literal["datasets"] = "datasets"

@@ -1,9 +1,18 @@
-"""Where data lies: a local path, or any location that pyarrow.fs knows by its URI (s3://, gs://, ...)."""
+"""Where data lies: a local path, or any location that pyarrow.fs knows by its URI (s3://, gs://, ...); files there."""
 
+import gzip
+import io
+import json
 import os
 import re
 import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
@@ -17,10 +26,9 @@ def located(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
     refuse_password(location)
     try:
-        system, path = fs.FileSystem.from_uri(location)
+        return fs.FileSystem.from_uri(location)  # type: ignore[no-any-return]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise DataError(f"{location} is not a location that can be read: {str(error).splitlines()[0]}") from None
-    return system, path
 
 
 def refuse_password(location: str) -> None:
@@ -47,12 +55,98 @@ def is_local(location: str) -> bool:
 
 
 def node_cache() -> Path:
-    """The folder of this machine that holds copies of remote files; it may be deleted at any time.
-
-    Only its owner may read it. Raises DataError if another user made it and could write anything into it.
-    """
+    """The owner's folder for copies of remote files here; it may be deleted. DataError if another user made it."""
     folder = Path(tempfile.gettempdir()) / f"fedpost-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise DataError(f"{folder} belongs to another user: let TMPDIR name another folder for temporary files")
     return folder
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file by its path in its file system; `name` is what errors call it, `relative` its path in the folder."""
+
+    system: fs.FileSystem
+    path: str
+    name: str
+    relative: str
+
+    @contextmanager
+    def opened(self) -> Iterator[pa.NativeFile]:
+        """The file's bytes. Raises DataError if they cannot be read, here or in the block."""
+        try:
+            with self.system.open_input_file(self.path) as stream:
+                yield stream
+        except OSError as error:
+            raise DataError(f"{self.name} cannot be read: {first_line(error)}") from None
+
+    @contextmanager
+    def whole(self, kind: str, remedy: str, *errors: type[Exception]) -> Iterator[None]:
+        """Raises DataError where one of these errors in the block shows that the file is damaged."""
+        try:
+            yield
+        except errors as error:
+            raise DataError(f"{self.name} is not a whole {kind} file ({first_line(error)}): {remedy} again") from None
+
+    @contextmanager
+    def unpacked(self) -> Iterator[Any]:
+        """Like `opened`, and decompressed if the name ends in .gz, or the content is gzip's whatever the name."""
+        with self.opened() as stream:
+            is_packed = stream.read(2) == b"\x1f\x8b" or self.path.lower().endswith(".gz")
+            stream.seek(0)
+            with self.whole("gzip", "fetch or compress it", gzip.BadGzipFile, EOFError, zlib.error):
+                yield gzip.GzipFile(fileobj=stream) if is_packed else stream
+
+    @contextmanager
+    def buffered(self) -> Iterator[io.BufferedReader]:
+        """Like `unpacked`, for lines of text. Raises DataError for a Parquet file."""
+        with self.unpacked() as stream:
+            lines = io.BufferedReader(stream, 2**20)
+            if lines.peek(4).startswith(b"PAR1"):
+                raise DataError(f'{self.name} is a Parquet file: read it with data.source.kind = "parquet"')
+            yield lines
+
+
+def source_files(location: str, suffixes: tuple[str, ...], key: str = "data.source.path") -> list[SourceFile]:
+    """The file at `location`, or those below that folder with one of the `suffixes`, in the order of their paths.
+
+    Capitals in an ending do not matter; hidden files are left out. Raises DataError, which names `key`, for none.
+    """
+    system, path = located(location)
+    try:
+        info = system.get_file_info(path)
+        if info.type == fs.FileType.NotFound:
+            raise DataError(f"{key} is {location!r}, where there is no file or folder: correct the path")
+        if info.type == fs.FileType.File:
+            return [SourceFile(system, path, location, "")]
+        below = system.get_file_info(fs.FileSelector(path, recursive=True))
+    except OSError as error:
+        raise DataError(f"{key} is {location!r}, which cannot be read: {first_line(error)}") from None
+    base = path.rstrip("/") + "/"
+    names = sorted(file.path.removeprefix(base) for file in below if file.type == fs.FileType.File)
+    shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    wanted = [name for name in shown if name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))]
+    if not wanted:
+        raise DataError(
+            f"{key} is {location!r}, a folder without a file that ends in {' or '.join(suffixes)}: correct the path"
+        )
+    return [SourceFile(system, base + name, within(location, name), name) for name in wanted]
+
+
+def fingerprint(files: list[SourceFile]) -> str:
+    """A hash over the files' bytes and relative names; for remote files, over sizes and times instead of bytes."""
+    return sha256(json.dumps([[file.relative, _state(file)] for file in files]).encode()).hexdigest()
+
+
+def _state(file: SourceFile) -> str:
+    if isinstance(file.system, fs.LocalFileSystem):
+        with file.opened() as stream:
+            return file_digest(stream, "sha256").hexdigest()
+    info = file.system.get_file_info(file.path)
+    return f"{info.size} {info.mtime_ns}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message."""
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -7,7 +7,6 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -27,11 +26,10 @@ PROMPT_END = '\n\n"""'
 
 @dataclass(frozen=True)
 class PythonDocs:
-    """Functions and classes with docstrings, from the standard library and installed packages.
+    """Functions and classes with docstrings, from the standard library and installed packages; nothing is imported.
 
-    A row's prompt is the signature and body without any docstring, nested ones included, cut to `prompt_chars`
-    characters at a line's end; its completion is the docstring's first paragraph; its client is the top-level module
-    or package. Files are parsed with `ast` and never imported.
+    A row's prompt is the signature and body without any docstring, cut to `prompt_chars` characters at a line's end;
+    its completion is the docstring's first paragraph; its client is the top-level module or package.
     """
 
     kind: Literal["python_docs"] = "python_docs"
@@ -53,17 +51,13 @@ class PythonDocs:
 
     def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows, with `client`, `prompt` and `completion`, in a fixed order, each content once."""
-        seen: set[bytes] = set()
-        columns: tuple[list[str], list[str], list[str]] = ([], [], [])
+        clients: dict[tuple[str, str], str] = {}
         for client, path in self._files():
             for row in documented(path, self.prompt_chars):
-                digest = sha256("\0".join(row).encode()).digest()
-                if digest not in seen:
-                    seen.add(digest)
-                    for column, value in zip(columns, (client, *row), strict=True):
-                        column.append(value)
-            on_rows(len(columns[0]))
-        return Rows(pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA), {})
+                clients.setdefault(row, client)
+            on_rows(len(clients))
+        rows = [(client, *row) for row, client in clients.items()]
+        return Rows(pa.table([[row[place] for row in rows] for place in range(3)], schema=SCHEMA), {})
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         stdlib = Path(sysconfig.get_path("stdlib"))
@@ -74,8 +68,7 @@ class PythonDocs:
                 raise DataError(f"data.source.packages names {package!r}, which has no source files here")
             roots.append(Path(spec.origin).parent)
         for root in roots:
-            files = [root] if root.suffix == ".py" else sorted(root.rglob("*.py"))
-            for path in files:
+            for path in [root] if root.suffix == ".py" else sorted(root.rglob("*.py")):
                 if not SKIPPED_FOLDERS & set(path.relative_to(root.parent).parts):
                     yield root.stem, path
 
@@ -93,25 +86,22 @@ def documented(path: Path, prompt_chars: int) -> Iterator[tuple[str, str]]:
     # cut out, and makes no row either.
     hidden: set[int] = set()
     for node in nodes:
-        start, end = _lines(node.body[0])
-        if start != node.lineno:
-            hidden.update(range(start, end + 1))
+        lines_of = _lines(node.body[0])
+        if lines_of.start != node.lineno:
+            hidden.update(lines_of)
     for node in nodes:
-        docstring = ast.get_docstring(node)
-        start, end = _lines(node)
-        if not docstring or not docstring.strip() or node.body[0].lineno == start:
+        paragraph = " ".join((ast.get_docstring(node) or "").strip().split("\n\n")[0].split())
+        if not paragraph or node.body[0].lineno == node.lineno:
             continue
-        kept = [lines[number - 1] for number in range(start, end + 1) if number not in hidden]
+        kept = [lines[number - 1] for number in _lines(node) if number not in hidden]
         indent = node.col_offset
         code = "\n".join(line[indent:] if not line[:indent].strip() else line for line in kept)
         if len(code) > prompt_chars:
             code = code[:prompt_chars].rsplit("\n", 1)[0]
-        paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
-        if paragraph:
-            yield code.rstrip() + PROMPT_END, paragraph
+        yield code.rstrip() + PROMPT_END, paragraph
 
 
-def _lines(node: ast.stmt) -> tuple[int, int]:
-    """The first and the last line of a piece of code, from 1."""
+def _lines(node: ast.stmt) -> range:
+    """The lines of a piece of code, from 1."""
     assert node.end_lineno is not None
-    return node.lineno, node.end_lineno
+    return range(node.lineno, node.end_lineno + 1)

@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,16 +16,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from datasets_partition import Sources
-from datasets_partition.core.canonical import content_columns
 from datasets_partition.core.columns import labels
 from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Partitioner, Source, refuse_misfit, refuse_other_rows
+from datasets_partition.core.types import Partitioner, Source, content_columns, refuse_misfit, refuse_other_rows
+from datasets_partition.partitioners.combined import Combined, parts_of, unit_of
 from datasets_partition.sources.location import is_local, node_cache, within
-from datasets_partition.store.duplicates import content_numbers, first_of_each, refuse_leaks
-from datasets_partition.store.remote import fetch, publish, refuse_unwritable
-from datasets_partition.store.sealed import refuse_another, seal
-from datasets_partition.store.splits import Splits
-from datasets_partition.store.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, sweep, write_arrow, written_whole
+from datasets_partition.store import sealed
+from datasets_partition.store.splits import Splits, content_numbers, first_of_each, refuse_leaks
+from datasets_partition.store.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, write_arrow
 
 GROUPS_AT_ONCE = 64
 
@@ -41,11 +39,9 @@ def build(
 ) -> Path:
     """Returns the folder of the store in `cache`, whose name is a hash of everything that its rows depend on.
 
-    The same arguments and the same data give the same store on any machine. It appears whole or not at all, however
-    many builders there are. A remote `cache` gets the store too, and the folder is this machine's copy of it.
-    `on_step` is called with the name of each step. `label` names a column to keep as the rows' category, in place of
-    the partition's.
-    Raises DataError where the source, the partition, the splits or the label cannot be used.
+    It appears whole or not at all, however many builders there are. A remote `cache` gets the store too, and the folder
+    is this machine's copy of it. `on_step` is called with the name of each step. `label` names a column to keep as the
+    rows' category, in place of the partition's. Raises DataError where an argument cannot be used.
     """
     origin = {
         "source": repr(source),
@@ -53,28 +49,32 @@ def build(
         "partitioner": repr(partitioner),
         "splits": repr(splits),
         "seed": seed,
-        "store_version": STORE_VERSION,
+        # Where a partition cuts people, version 5 drew parts of them to be unseen.
+        "store_version": STORE_VERSION + bool(isinstance(partitioner, Combined) or vars(partitioner).get("max_rows")),
         "own_code": _user_code(source, partitioner),
         "label": label,
     }
     key = sha256(json.dumps(origin).encode()).hexdigest()
     name = key[:16]
-    folder = (Path(cache) if is_local(cache) else node_cache()) / name
-    refuse_unwritable(cache)
-    sweep(folder)
-    if folder.exists() or (not is_local(cache) and fetch(within(cache, name), folder)):
-        refuse_another(folder, key)
-        if not is_local(cache):
-            publish(folder, within(cache, name))
-        return folder
-
-    content = _Content.of(source, partitioner, splits, seed, on_step, label)
-    with written_whole(folder) as scratch:
-        content.write(scratch, on_step)
-        seal(scratch, key, {**origin, "fedpost": _code_version(), **content.counts})
-    if not is_local(cache):
-        on_step(f"copying the store to {cache}")
-        publish(folder, within(cache, name))
+    remote = None if is_local(cache) else within(cache, name)
+    folder = (node_cache() if remote else Path(cache)) / name
+    sealed.refuse_unwritable(cache)
+    sealed.sweep(folder)
+    if folder.exists() or (remote and sealed.fetch(remote, folder)):
+        sealed.refuse_another(folder, key)
+    else:
+        content = _content(source, partitioner, splits, seed, on_step, label)
+        try:
+            code_version = version("fedpost")
+        except PackageNotFoundError:
+            code_version = "not installed: run from its folder"
+        with sealed.written_whole(folder) as scratch:
+            content.write(scratch, on_step)
+            sealed.seal(scratch, key, {**origin, "fedpost": code_version, **content.counts})
+        if remote:
+            on_step(f"copying the store to {cache}")
+    if remote:
+        sealed.publish(folder, remote)
     return folder
 
 
@@ -89,88 +89,6 @@ class _Content:
     index: pa.Table
     counts: dict[str, Any]
 
-    @classmethod
-    def of(
-        cls,
-        source: Source,
-        partitioner: Partitioner,
-        splits: Splits,
-        seed: int,
-        on_step: Callable[[str], None],
-        label: str | None,
-    ) -> "_Content":
-        on_step("reading the rows")
-        if type(source) in get_args(Sources):  # a user's source takes no listener, not even one that extends ours
-            loaded_rows = source.load(lambda rows: on_step(f"reading the rows: {rows:,} so far"))  # type: ignore[call-arg]
-        else:
-            loaded_rows = source.load()
-        refuse_other_rows(loaded_rows, source)
-        loaded, skipped = loaded_rows
-        if not loaded.num_rows:
-            raise DataError(f"the source gives no rows: {source!r}")
-        table, columns = _gatherable(loaded), content_columns(loaded)
-        on_step(f"looking for duplicates among {table.num_rows:,} rows")
-        numbers = content_numbers(table, columns)
-        if splits.duplicates == "drop":
-            # A row and its duplicate could land on both sides of a split: a held-out row would have been trained on.
-            firsts = first_of_each(numbers)
-            if len(firsts) < table.num_rows:
-                table, numbers = table.take(firsts).combine_chunks(), numbers[firsts]
-
-        server = splits.server_rows(table.num_rows, rng(seed, "server"))
-        owned = np.flatnonzero(~server)
-        if not len(owned):
-            raise DataError(
-                f"data.splits.server is {splits.server}, which leaves clients no row of {table.num_rows}: lower it"
-            )
-        on_step(f"giving {len(owned):,} rows to clients")
-        given = partitioner.assign(table.take(owned) if server.any() else table, rng(seed, "partition"))
-        refuse_misfit(given, len(owned), partitioner)
-        # The clients' rows in the partition's order; nobody's rows are left out.
-        by_client = np.lexsort((given.clients,) if given.order is None else (given.order, given.clients))
-        by_client = by_client[given.clients[by_client] >= 0]
-        clients, rows = given.clients[by_client], owned[by_client]
-        held = splits.assign(clients, len(given.names), rng(seed, "splits"))
-
-        # New ids without gaps: first the clients that train, then those that never do.
-        kept = np.flatnonzero(held.kept)
-        kept = kept[np.argsort(held.unseen[kept], kind="stable")]
-        ids = np.full(len(given.names), -1)
-        ids[kept] = np.arange(len(kept))
-        stored = np.lexsort((held.heldout, ids[clients]))
-        stored = stored[ids[clients[stored]] >= 0]
-        servers = np.flatnonzero(server)
-        order = np.concatenate([rows[stored], servers])
-        if splits.duplicates == "keep" and splits.leaks == "error":
-            trained = np.concatenate([~held.heldout[stored], np.zeros(len(servers), dtype=np.bool_)])
-            refuse_leaks(table.take(order), numbers[order], trained, columns)
-        owners = pa.concat_arrays([given.names.take(clients[stored]), pa.nulls(len(servers), pa.string())])
-        category = {}
-        if label is not None:
-            category = {"category": labels(table, "data.label", label).texts()}
-        elif given.category is not None:
-            place = np.zeros(table.num_rows, dtype=np.int64)
-            place[owned] = np.arange(len(owned))
-            category = {"category": given.category.take(pa.array(place, mask=server))}
-        counts = {
-            "rows": len(stored),
-            "clients": len(kept),
-            "unseen_clients": int(held.unseen.sum()),
-            "server_rows": len(servers),
-            "duplicate_rows": loaded.num_rows - table.num_rows,
-            "duplicate_clients": _clients(loaded) - _clients(table),
-            "left_out_clients": len(given.names) - len(kept),
-            "left_out_rows": len(owned) - len(stored),
-            "unassigned_rows": int(np.count_nonzero(given.clients < 0)),
-            "skipped_rows": skipped,
-        }
-        content = pa.table(category | {name: table[name] for name in columns})
-        stored_as = [pa.field(name, pa.string()) for name in category] + [loaded.schema.field(name) for name in columns]
-        schema = pa.schema([("client", pa.string()), *stored_as])
-        total = np.bincount(ids[clients[stored]], minlength=len(kept))
-        heldout = np.bincount(ids[clients[stored]], held.heldout[stored], minlength=len(kept)).astype(np.int64)
-        return cls(content, schema, order, owners, _index(given.names.take(kept), total, heldout, len(servers)), counts)
-
     def write(self, folder: Path, on_step: Callable[[str], None]) -> None:
         at_once = ROWS_PER_GROUP * GROUPS_AT_ONCE
         options = {"write_statistics": ["client"], "write_page_checksum": True}
@@ -181,6 +99,94 @@ class _Content:
                 group = group.add_column(0, "client", self.owners.slice(first, at_once))
                 writer.write_table(group.cast(self.schema), row_group_size=ROWS_PER_GROUP)
         write_arrow(folder / "index.arrow", self.index)
+
+
+def _content(
+    source: Source,
+    partitioner: Partitioner,
+    splits: Splits,
+    seed: int,
+    on_step: Callable[[str], None],
+    label: str | None,
+) -> _Content:
+    on_step("reading the rows")
+    # A user's source takes no listener, not even one that extends ours.
+    listener = [lambda rows: on_step(f"reading the rows: {rows:,} so far")] if type(source) in get_args(Sources) else []
+    loaded_rows = source.load(*listener)
+    refuse_other_rows(loaded_rows, source)
+    loaded, skipped = loaded_rows
+    if not loaded.num_rows:
+        raise DataError(f"the source gives no rows: {source!r}")
+    table, columns = _gatherable(loaded), content_columns(loaded)
+    on_step(f"looking for duplicates among {table.num_rows:,} rows")
+    numbers = content_numbers(table, columns)
+    if splits.duplicates == "drop":
+        # A row and its duplicate could land on both sides of a split: a held-out row would have been trained on.
+        firsts = first_of_each(numbers)
+        if len(firsts) < table.num_rows:
+            table, numbers = table.take(firsts).combine_chunks(), numbers[firsts]
+
+    server = splits.server_rows(table.num_rows, rng(seed, "server"))
+    owned = np.flatnonzero(~server)
+    if not len(owned):
+        raise DataError(
+            f"data.splits.server is {splits.server}, which leaves clients no row of {table.num_rows}: lower it"
+        )
+    on_step(f"giving {len(owned):,} rows to clients")
+    given = partitioner.assign(table.take(owned) if server.any() else table, rng(seed, "partition"))
+    refuse_misfit(given, len(owned), partitioner)
+    # The clients' rows in the partition's order; nobody's rows are left out.
+    by_client = np.lexsort((given.clients,) if given.order is None else (given.order, given.clients))
+    by_client = by_client[given.clients[by_client] >= 0]
+    clients, rows = given.clients[by_client], owned[by_client]
+    people = np.arange(len(given.names))
+    if given.people is not None:
+        people = given.people.dictionary_encode().indices.to_numpy().astype(np.int64)
+    held = splits.assign(clients, people, rng(seed, "splits"))
+
+    # New ids without gaps: first the clients that train, then those that never do.
+    kept = np.flatnonzero(held.kept)
+    kept = kept[np.argsort(held.unseen[kept], kind="stable")]
+    ids = np.full(len(given.names), -1)
+    ids[kept] = np.arange(len(kept))
+    stored = np.lexsort((held.heldout, ids[clients]))
+    stored = stored[ids[clients[stored]] >= 0]
+    servers = np.flatnonzero(server)
+    order = np.concatenate([rows[stored], servers])
+    if splits.duplicates == "keep" and splits.leaks == "error":
+        trained = np.concatenate([~held.heldout[stored], np.zeros(len(servers), dtype=np.bool_)])
+        refuse_leaks(table.take(order), numbers[order], trained, columns)
+    owners = pa.concat_arrays([given.names.take(clients[stored]), pa.nulls(len(servers), pa.string())])
+    category = {}
+    if label is not None:
+        category = {"category": labels(table, "data.label", label).texts()}
+    elif given.category is not None:
+        category = {"category": given.category.take(pa.array(np.cumsum(~server) - 1, mask=server))}
+    counts = {
+        "rows": len(stored),
+        "clients": len(kept),
+        "unseen_clients": int(held.unseen.sum()),
+        "server_rows": len(servers),
+        "duplicate_rows": loaded.num_rows - table.num_rows,
+        "duplicate_clients": _clients(loaded) - _clients(table),
+        "left_out_clients": len(given.names) - len(kept),
+        "left_out_rows": len(owned) - len(stored),
+        "unassigned_rows": int(np.count_nonzero(given.clients < 0)),
+        "skipped_rows": skipped,
+    }
+    if unit := unit_of(partitioner, int(np.bincount(people).max()), loaded.column_names):
+        counts["unit"] = unit
+    content = pa.table(category | {name: table[name] for name in columns})
+    stored_as = [pa.field(name, pa.string()) for name in category] + [loaded.schema.field(name) for name in columns]
+    schema = pa.schema([("client", pa.string()), *stored_as])
+    total = np.bincount(ids[clients[stored]], minlength=len(kept))
+    heldout = np.bincount(ids[clients[stored]], held.heldout[stored], minlength=len(kept)).astype(np.int64)
+    names = given.names.take(kept)
+    if len(servers):
+        names = pa.concat_arrays([names, pa.nulls(1, pa.string())])
+        total, heldout = np.append(total, len(servers)), np.append(heldout, len(servers))
+    index = pa.table([names, np.cumsum(total) - total, total - heldout, heldout], names=INDEX.names).cast(INDEX)
+    return _Content(content, schema, order, owners, index, counts)
 
 
 def rng(seed: int, purpose: str) -> np.random.Generator:
@@ -196,8 +202,7 @@ def _clients(table: pa.Table) -> int:
 
 def _gatherable(table: pa.Table) -> pa.Table:
     """The same rows in types that can be gathered beyond 2 GiB."""
-    wide = pa.schema([field.with_type(_wide(field.type)) for field in table.schema])
-    return table.cast(wide).combine_chunks()
+    return table.cast(pa.schema([field.with_type(_wide(field.type)) for field in table.schema])).combine_chunks()
 
 
 def _wide(kind: pa.DataType) -> pa.DataType:
@@ -210,31 +215,8 @@ def _wide(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _index(names: pa.StringArray, rows: NDArray[np.int64], heldout: NDArray[np.int64], server: int) -> pa.Table:
-    if server:
-        names = pa.concat_arrays([names, pa.nulls(1, pa.string())])
-        rows, heldout = np.append(rows, server), np.append(heldout, server)
-    columns = [np.cumsum(rows) - rows, rows - heldout, heldout]
-    return pa.table([names, *(pa.array(column) for column in columns)], names=INDEX.names).cast(INDEX)
-
-
 def _user_code(*parts: object) -> str:
     """A hash of the modules of users' sources and partitioners: a change of their code makes another store."""
-    paths = {str(sys.modules[type(part).__module__].__file__) for part in _with_parts(*parts)}
+    paths = {str(sys.modules[type(part).__module__].__file__) for whole in parts for part in parts_of(whole)}
     theirs = sorted(path for path in paths if Path(__file__).parents[1] not in Path(path).parents)
     return sha256(b"\0".join(Path(path).read_bytes() for path in theirs)).hexdigest() if theirs else ""
-
-
-def _with_parts(*parts: Any) -> Iterator[Any]:
-    """The parts and the dataclasses inside them, such as the two of a combined partition."""
-    for part in parts:
-        if is_dataclass(part):
-            yield part
-            yield from _with_parts(*(getattr(part, key.name) for key in fields(part)))
-
-
-def _code_version() -> str:
-    try:
-        return version("fedpost")
-    except PackageNotFoundError:
-        return "not installed: run from its folder"

@@ -1,25 +1,29 @@
 """Folders of the cache with a manifest, written last: what they were made from, and the sizes of their files.
 
-The manifest holds a digest of itself, the index, and the footers of the other files, which locate all other bytes;
-pages of Parquet have their own checksums. A reader of a damaged folder names it and says that it may be removed,
-whatever Arrow's message is.
+It holds a digest of itself, the index, and the footers of the other files, which locate all other bytes; pages of
+Parquet have their own checksums. Errors name a damaged folder and say that it may be removed.
 """
 
 import json
+import os
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import file_digest, sha256
 from io import SEEK_END
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
+from pyarrow import fs
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.sources.location import node_cache
-from datasets_partition.sources.source_files import first_line
+from datasets_partition.sources.location import first_line, is_local, located, node_cache
 
 MANIFEST, INDEX = "manifest.json", "index.arrow"
+DAY_S = 86_400
 MAGIC = {".parquet": 4, ".arrow": 6}  # length of the bytes that end a file
 
 
@@ -53,16 +57,12 @@ def _digest(folder: Path, manifest: dict[str, Any]) -> str:
     for name in sorted(manifest["bytes"]):
         with (folder / name).open("rb") as file:
             if name != INDEX:
-                _to_footer(file, MAGIC[Path(name).suffix])
+                magic = MAGIC[Path(name).suffix]  # after the footer and its length
+                file.seek(-4 - magic, SEEK_END)
+                length = int.from_bytes(file.read(4), "little")
+                file.seek(-4 - magic - length, SEEK_END)
             digest.update(file_digest(file, sha256).digest())
     return digest.hexdigest()
-
-
-def _to_footer(file: BinaryIO, magic: int) -> None:
-    """Seeks the footer of a file that ends with a footer, the footer's length, and `magic` bytes."""
-    file.seek(-4 - magic, SEEK_END)
-    length = int.from_bytes(file.read(4), "little")
-    file.seek(-4 - magic - length, SEEK_END)
 
 
 def refuse_another(folder: Path, key: str) -> None:
@@ -83,3 +83,74 @@ def readable(folder: Path) -> Iterator[None]:
         raise DataError(
             f"{folder} is damaged ({first_line(error)}): move or delete it{copied}; then it is made again"
         ) from error
+
+
+def sweep(folder: Path) -> None:
+    """Removes scratch folders of `folder` whose writers were killed a day or longer ago."""
+    for scratch in folder.parent.glob(f".{folder.name}-*"):
+        if time.time() - scratch.stat().st_mtime > DAY_S:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Yields a scratch folder that becomes `folder` if the block succeeds; of two writers the second's is dropped."""
+    scratch = folder.with_name(f".{folder.name}-{uuid4().hex}")
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def fetch(location: str, folder: Path) -> bool:
+    """Copies the folder at `location` to `folder`; False if no whole one is there, DataError if it is damaged."""
+    system, path = located(location)
+    try:
+        if system.get_file_info(f"{path}/{MANIFEST}").type != fs.FileType.File:
+            return False
+        with written_whole(folder) as scratch:
+            for file in system.get_file_info(fs.FileSelector(path)):
+                if file.type == fs.FileType.File:
+                    fs.copy_files(file.path, str(scratch / file.base_name), system, fs.LocalFileSystem())
+            if key_of(scratch) is None:
+                raise DataError(f"{location} is damaged: delete it there, and it is made again")
+    except OSError as error:
+        raise DataError(f"data.cache cannot be read at {location}: {first_line(error)}") from error
+    return True
+
+
+def refuse_unwritable(cache: str) -> None:
+    """Raises DataError, before anything is read, if `cache` cannot be a folder of stores."""
+    if not is_local(cache):
+        located(cache)
+        return
+    folder = Path(cache).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = "is a file" if existing.is_file() else "may not be written to"
+        raise DataError(f"data.cache is {cache}, but {existing} {what}: name another folder")
+
+
+def publish(folder: Path, location: str) -> None:
+    """Copies `folder` to `location` unless it is there; the manifest comes last and makes it valid."""
+    files = sorted((file for file in folder.iterdir() if file.is_file()), key=lambda file: file.name == MANIFEST)
+    put(files, location, unless=MANIFEST)
+
+
+def put(files: list[Path], location: str, unless: str) -> None:
+    """Copies files into `location` unless it holds the file `unless`. Raises DataError where it takes none."""
+    system, path = located(location)
+    try:
+        if system.get_file_info(f"{path}/{unless}").type == fs.FileType.File:
+            return
+        system.create_dir(path, recursive=True)
+        for file in files:
+            fs.copy_files(str(file), f"{path}/{file.name}", fs.LocalFileSystem(), system)
+    except OSError as error:
+        raise DataError(f"data.cache cannot be written at {location}: {first_line(error)}") from error

@@ -1,9 +1,11 @@
-"""The rows and the clients that are kept from training, to evaluate it."""
+"""The rows and the clients that are kept from training, and rows with the same content on both sides."""
 
+import json
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from datasets_partition.core.dealing import positions
@@ -11,10 +13,7 @@ from datasets_partition.core.errors import DataError
 
 
 class Held(NamedTuple):
-    """The decisions of `Splits.assign`: one array over the rows, two over the clients.
-
-    A client that is not `kept` takes part in nothing; all rows of an `unseen` client are `heldout`.
-    """
+    """One array over the rows, two over the clients; who is not `kept` takes part in nothing."""
 
     heldout: NDArray[np.bool_]
     unseen: NDArray[np.bool_]
@@ -23,12 +22,12 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Shares kept from training: `heldout` of each training client's rows, and `unseen` of the clients, whole.
+    """Shares kept from training: `heldout` of each training client's rows, and `unseen` of the people, whole.
 
-    A share `server` of all rows belongs to the server and to no client. Clients with fewer than `min_rows` rows are
-    left out before clients are drawn. `draw` says which rows of a client are held out: random ones, or the last in the
-    partition's order. Of rows with the same content the first stays, unless `duplicates` keeps them all; a content that
-    is then both trained and held out is a leak, and an error unless `leaks` allows it.
+    A person is a client, or all clients that a partition cuts one person's rows into. A share `server` of all rows is
+    the server's. Clients with fewer than `min_rows` rows are left out before people are drawn. `draw` holds out random
+    rows of a client, or the last in the partition's order. Of rows with the same content the first stays, unless
+    `duplicates` keeps all; content that is then trained and held out is an error, unless `leaks` allows it.
     """
 
     heldout: float = 0.1
@@ -40,7 +39,6 @@ class Splits:
     leaks: Literal["error", "allow"] = "error"
 
     def __post_init__(self) -> None:
-        """Raises DataError for a share outside [0, 1) or a `min_rows` below 1."""
         for name, share in (("heldout", self.heldout), ("unseen", self.unseen), ("server", self.server)):
             if not 0 <= share < 1:
                 raise DataError(f"data.splits.{name} is {share}: give a share from 0 up to, but not including, 1")
@@ -53,22 +51,22 @@ class Splits:
         drawn[rng.permutation(rows)[: _nearest(self.server * rows)]] = True
         return drawn
 
-    def assign(self, clients: NDArray[np.int32], num_clients: int, rng: np.random.Generator) -> Held:
+    def assign(self, clients: NDArray[np.int32], people: NDArray[np.int64], rng: np.random.Generator) -> Held:
         """Decides for rows in the partition's order, whose clients are `clients` (one int32 a row).
 
-        Shares are rounded to the nearest count, halves up, but a client keeps at least one training row, and at
-        least one client trains. Raises DataError if every client has fewer than `min_rows` rows.
+        `people` holds the number of each client's person: all clients of a person are unseen, or none. Shares are
+        rounded to the nearest count, halves up, but a client keeps at least one training row, and at least one person
+        trains. Raises DataError if every client has fewer than `min_rows` rows.
         """
-        rows = np.bincount(clients, minlength=num_clients)
+        rows = np.bincount(clients, minlength=len(people))
         kept = rows >= self.min_rows
         if not kept.any():
             raise DataError(
                 f"data.splits.min_rows is {self.min_rows}, but no client has more than {rows.max()} rows: lower it"
             )
-        candidates = np.flatnonzero(kept)
+        candidates = np.unique(people[kept])
         drawn = min(_nearest(self.unseen * len(candidates)), len(candidates) - 1)
-        unseen = np.zeros(num_clients, dtype=np.bool_)
-        unseen[rng.permutation(candidates)[:drawn]] = True
+        unseen = kept & np.isin(people, rng.permutation(candidates)[:drawn])
 
         held = np.minimum(_nearest(self.heldout * rows), np.maximum(rows - 1, 0))
         held = np.where(kept, np.where(unseen, rows, held), 0)
@@ -81,3 +79,46 @@ class Splits:
 
 def _nearest(counts: Any) -> Any:
     return np.floor(counts + 0.5).astype(np.int64)  # np.rint would round 0.5 to 0 and 1.5 to 2
+
+
+def content_numbers(table: pa.Table, columns: tuple[str, ...]) -> NDArray[np.int64]:
+    """A number for each row, equal where and only where rows agree in all `columns`: compared, not hashed."""
+    numbers = np.zeros(table.num_rows, dtype=np.int64)
+    contents = 1
+    for name in columns:
+        if contents == len(numbers):
+            break  # all rows differ already
+        values = table[name].combine_chunks()
+        if pa.types.is_nested(values.type):
+            values = pa.array([json.dumps(value) for value in values.to_pylist()], pa.large_string())
+        codes, different = _coded(values)
+        if contents > 1 and different > 1:
+            # Both are at most the number of rows, so that the product does not overflow.
+            codes, different = _coded(pa.array(numbers * different + codes))
+        if different > 1:
+            numbers, contents = codes, different
+    return numbers
+
+
+def _coded(values: pa.Array) -> tuple[NDArray[np.int64], int]:
+    """The number of each row's value, and how many values differ."""
+    encoded = values.dictionary_encode(null_encoding="encode")
+    return encoded.indices.to_numpy().astype(np.int64), len(encoded.dictionary)
+
+
+def first_of_each(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions of the first row of each content, ascending."""
+    return np.sort(np.unique(numbers, return_index=True)[1])
+
+
+def refuse_leaks(
+    table: pa.Table, numbers: NDArray[np.int64], trained: NDArray[np.bool_], columns: tuple[str, ...]
+) -> None:
+    """Raises DataError if a row that is not `trained` has the content of a row that is."""
+    leaking = np.flatnonzero(~trained & np.isin(numbers, numbers[trained]))
+    if len(leaking):
+        example = " | ".join(str(table[name][int(leaking[0])].as_py()) for name in columns)
+        raise DataError(
+            f"{len(leaking)} held-out rows have the content of training rows, such as {example[:80]!r}: remove them by "
+            f'data.splits.duplicates = "drop", or accept the leak by data.splits.leaks = "allow"'
+        )

@@ -1,7 +1,6 @@
 """How unevenly a store's rows are spread over its clients, in numbers: sizes, categories, token lengths.
 
-Reads the index, one column of rows.parquet and the offsets of the token columns, never a row's text. The server's rows
-are counted separately, and are part of no other figure here.
+Reads no row's text. The server's rows are counted separately, and are part of no other figure here.
 """
 
 from dataclasses import dataclass
@@ -54,8 +53,8 @@ class Sizes:
     def gini(self) -> float:
         """The Gini coefficient: half the mean absolute difference of two clients, over the mean (Gini 1912).
 
-        Over sizes x in ascending order it is sum_i (2 i - n - 1) x_i / (n sum_i x_i), with i from 1 to n: 0 where all
-        are the same, 1 - 1/n where one client has everything.
+        Over ascending sizes x it is sum_i (2 i - n - 1) x_i / (n sum_i x_i), i = 1 ... n: 0 where all are the same,
+        1 - 1/n where one client has everything.
         """
         ordered, n = np.sort(self.each).astype(np.float64), len(self.each)
         ranks = 2 * np.arange(1, n + 1) - n - 1
@@ -64,10 +63,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Categories:
-    """Rows by client and category: a cell for each pair that has any, in the order of the clients.
-
-    A category is the label or topic that the partition used; `codes` are positions in `names`.
-    """
+    """Rows by client and category: a cell for each pair that has any, by client; `codes` are positions in `names`."""
 
     names: list[str]
     clients: NDArray[np.int64]
@@ -83,9 +79,9 @@ class Categories:
     def divergence(self) -> float:
         """The label divergence: the distance of a client's mixture p of categories from that of all clients, q.
 
-        It is the Jensen-Shannon divergence to base 2 (Lin 1991, "Divergence measures based on the Shannon entropy"),
-        (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2, as the mean over the clients, weighted by their rows. It is 0
-        where all clients have the same mixture and comes near 1 where many clients share no category.
+        The Jensen-Shannon divergence to base 2 (Lin 1991, "Divergence measures based on the Shannon entropy"),
+        (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2, as the mean over clients, weighted by rows: 0 where all have the
+        same mixture, near 1 where many clients share no category.
         """
         rows = np.bincount(self.clients, self.counts)[self.clients]
         p, q = self.counts / rows, (self.totals / self.totals.sum())[self.codes]
@@ -108,10 +104,8 @@ class TokenLengths:
     def of(cls, store: Store, tokens: Tokens) -> "TokenLengths":
         """Counts the tokens of the clients' rows, which the record batches hold in the order of the clients."""
         kept = (tokens.counts("train").astype(np.int64) + tokens.counts("heldout"))[: store.num_clients]
-        batches = (tokens.batches.get_batch(i) for i in range(tokens.batches.num_record_batches))
         with readable(tokens.folder):
-            lengths = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
-        rows = np.concatenate(lengths)[: kept.sum()]
+            rows = pc.list_value_length(tokens.batches.read_all()["input_ids"]).to_numpy()[: kept.sum()]
         until = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         ends = np.cumsum(kept)
         dropped = sum(int(tokens.dropped(split)[: store.num_clients].sum()) for split in ("train", "heldout"))
@@ -159,12 +153,12 @@ class Skew:
 def _categories(store: Store, rows: NDArray[np.int64]) -> Categories | None:
     """Counts the column `category` by its dictionary codes in Parquet; None where there is no such column."""
     path = store.folder / "rows.parquet"
+    options = {"memory_map": True, "read_dictionary": ["category"], "page_checksum_verification": True}
     with readable(store.folder):
         if "category" not in pq.read_schema(path, memory_map=True).names:
             return None
-    options = {"memory_map": True, "read_dictionary": ["category"], "page_checksum_verification": True}
-    with readable(store.folder), pq.ParquetFile(path, **options) as file:
-        values = file.read(columns=["category"])["category"].slice(0, rows.sum())
+        with pq.ParquetFile(path, **options) as file:
+            values = file.read(columns=["category"])["category"].slice(0, rows.sum())
     values = values.cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries()
     codes = np.concatenate([chunk.indices.to_numpy() for chunk in values.chunks]).astype(np.int64)
     names = values.chunk(0).dictionary.to_pylist()

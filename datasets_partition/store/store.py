@@ -1,25 +1,16 @@
 """The client store: rows sorted by client in one Parquet file, and an index of the clients.
 
-rows.parquet     client, content columns, category if any; a client's training rows, then its held-out rows;
-                 at the end the server's rows, whose client is null
-index.arrow      a row for each client, in the order of their ids: name, start, train, heldout; unseen clients last,
-                 and after them, without a name, the server if it has rows
+rows.parquet     client, content, category if any; a client's training rows, then its held-out rows; last the server's
+index.arrow      a row for each client: name, start, train, heldout; unseen clients last, then the nameless server
 manifest.json    what the store was made from, and the numbers of its rows and clients
 tokens-*/        token columns of these rows, see tokens.py
-
-The index is mapped, not read: opening a store takes as long for a hundred clients as for a million.
 """
 
 import json
-import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -32,12 +23,8 @@ SplitName = Literal["train", "heldout"]
 
 # Part of a store's key: raise it when the layout of a store or of its token columns changes, or the drawing of rows.
 STORE_VERSION = 5
-
 # Rows in a row group, the smallest unit that Parquet reads: about the rows of one client.
 ROWS_PER_GROUP = 1024
-
-DAY_S = 86_400
-
 INDEX = pa.schema([("name", pa.string()), ("start", pa.int64()), ("train", pa.int32()), ("heldout", pa.int32())])
 
 
@@ -54,7 +41,8 @@ class Store:
         """Opens the store that `build` left in `folder`. Raises DataError if it is damaged."""
         with readable(folder):
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            return cls(folder, mapped(folder / "index.arrow"), manifest)
+            index = pa.ipc.open_file(pa.memory_map(str(folder / "index.arrow"))).read_all()
+            return cls(folder, index, manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the path alone."""
@@ -111,11 +99,6 @@ class Store:
         return pq.ParquetFile(self.folder / "rows.parquet", memory_map=True, page_checksum_verification=True)
 
 
-def mapped(path: Path) -> pa.Table:
-    """An Arrow file as a table whose columns lie in the file's pages."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
 def write_arrow(path: Path, table: pa.Table) -> None:
     """Writes a table as an Arrow file of one batch, so that `column` is a view."""
     with pa.ipc.new_file(path, table.schema) as writer:
@@ -126,29 +109,3 @@ def column(index: pa.Table, name: str) -> NDArray[Any]:
     """One number column of an index as an array, without a copy."""
     values: NDArray[Any] = index[name].chunk(0).to_numpy(zero_copy_only=True)
     return values
-
-
-def sweep(folder: Path) -> None:
-    """Removes scratch folders of `folder` whose writers were killed a day or longer ago."""
-    for scratch in folder.parent.glob(f".{folder.name}-*"):
-        if time.time() - scratch.stat().st_mtime > DAY_S:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Yields a scratch folder, which becomes `folder` when the block succeeds and is removed when it fails.
-
-    Of two writers at once the second drops its scratch folder: both have written the same.
-    """
-    scratch = folder.with_name(f".{folder.name}-{uuid4().hex}")
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

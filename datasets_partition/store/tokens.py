@@ -1,9 +1,4 @@
-"""Token columns: an objective's encoding of each row, computed once and mapped into the memory of every slot.
-
-tokens.arrow    the objective's columns; a record batch holds the rows of a few whole clients
-index.arrow     a row for each client: name, batch, start in it, rows and dropped rows by split, training tokens
-manifest.json   the key of the columns, and the sizes of the files
-"""
+"""Token columns: an objective's encoding of each row, computed once and mapped into the memory of every slot."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +16,8 @@ from numpy.typing import NDArray
 
 from datasets_partition.core.types import OnRows, ignore
 from datasets_partition.sources.location import within
-from datasets_partition.store.remote import fetch, publish
-from datasets_partition.store.sealed import readable, refuse_another, seal
-from datasets_partition.store.store import SplitName, Store, column, sweep, write_arrow, written_whole
+from datasets_partition.store import sealed
+from datasets_partition.store.store import SplitName, Store, column, write_arrow
 
 # Rows encoded at once. Clients whose first rows lie in the same window of this size share a record batch.
 ROWS_PER_BATCH = 4096
@@ -32,18 +26,9 @@ READS_MAPPED = 16
 BATCHES_KNOWN = 256  # a few kilobytes each
 TOKENS_AT_ONCE = 32_768  # up to here the system reads all with the first page, faster than advice would be
 
-INDEX = pa.schema(
-    [
-        ("name", pa.string()),
-        ("batch", pa.int32()),
-        ("start", pa.int32()),
-        ("train", pa.int32()),
-        ("heldout", pa.int32()),
-        ("dropped_train", pa.int32()),
-        ("dropped_heldout", pa.int32()),
-        ("tokens", pa.int64()),
-    ]
-)
+# A row for each client: its batch and place there, its rows and dropped rows by split, and its training tokens.
+COUNTS = ("batch", "start", "train", "heldout", "dropped_train", "dropped_heldout")
+INDEX = pa.schema([("name", pa.string()), *((name, pa.int32()) for name in COUNTS), ("tokens", pa.int64())])
 
 Encode = Callable[[pa.Table], pa.Table]
 
@@ -62,21 +47,20 @@ class Tokens:
     @classmethod
     def open(cls, folder: Path) -> "Tokens":
         """Opens the token columns that `tokenize` left in `folder`. Raises DataError if they are damaged."""
-        with readable(folder):
-            pages = tuple(_mapped(folder / name) for name in ("index.arrow", "tokens.arrow"))
+        with sealed.readable(folder):
+            pages = []
+            for name in ("index.arrow", "tokens.arrow"):
+                with (folder / name).open("rb") as file:
+                    pages.append(mmap(file.fileno(), 0, access=ACCESS_READ))
             index, batches = (pa.ipc.open_file(pa.BufferReader(pa.py_buffer(file))) for file in pages)
-            return cls(folder, index.read_all(), batches, pages)
+            return cls(folder, index.read_all(), batches, tuple(pages))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the path alone."""
         return Tokens.open, (self.folder,)
 
     def rows(self, client: int, split: SplitName) -> pa.RecordBatch:
-        """The rows of one client in `split`, in the source's order: a view of the mapped file.
-
-        From time to time the pages of earlier clients are released, so that a slot that reads many clients stays
-        small; views of them stay valid, and their pages are mapped again when they are read.
-        """
+        """The rows of one client in `split`, in the source's order: a view of the mapped file, valid for good."""
         assert 0 <= client < self.index.num_rows
         if next(self.reads) % READS_MAPPED == 0:
             for file in self.pages:
@@ -100,18 +84,17 @@ class Tokens:
         begin = pa.py_buffer(file).address
         for values in self.rows(client, "train").columns:
             flat = values.flatten() if pa.types.is_list(values.type) else values
-            if not len(flat):
-                continue
-            first = flat.buffers()[1].address - begin + flat.offset * flat.type.bit_width // 8
-            start = first - first % PAGESIZE
-            file.madvise(MADV_WILLNEED, start, first + len(flat) * flat.type.bit_width // 8 - start)
+            if len(flat):
+                first = flat.buffers()[1].address - begin + flat.offset * flat.type.bit_width // 8
+                start = first - first % PAGESIZE
+                file.madvise(MADV_WILLNEED, start, first + len(flat) * flat.type.bit_width // 8 - start)
 
     def _batch(self, number: int) -> pa.RecordBatch:
         """A record batch of the file; looking it up takes longer than reading a client's rows in it."""
         if number not in self.known:
             if len(self.known) == BATCHES_KNOWN:
                 self.known.clear()
-            with readable(self.folder):
+            with sealed.readable(self.folder):
                 batch = self.batches.get_batch(number)
                 batch.validate(full=True)  # Arrow does not check what it reads
                 self.known[number] = batch
@@ -140,31 +123,25 @@ class Tokens:
         return list(self.index["name"].filter(pa.array(empty)).to_pylist())
 
 
-def _mapped(path: Path) -> mmap:
-    with path.open("rb") as file:
-        return mmap(file.fileno(), 0, access=ACCESS_READ)
-
-
 def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None, on_rows: OnRows = ignore) -> Tokens:
     """Returns the token columns of all rows of `store`, encoded now or reused from an earlier call with this `key`.
 
-    `encode` takes a table of canonical rows and returns one of as many rows and always the same columns, among them
-    `input_ids`, a list, null where a row is to be dropped. `key` names everything that its result depends on. `shared`
-    is the remote location, if any, that the store was copied from: the columns are copied there for other machines.
-    `on_rows` is called with the number of rows so far. Raises DataError if earlier columns are damaged.
+    `encode` gives a row for each canonical row, always in the same columns, among them `input_ids`, a list, null where
+    a row is to be dropped. `key` names everything that its result depends on. `shared` is the remote location, if any,
+    that the store was copied from: the columns are copied there too. Raises DataError if earlier columns are damaged.
     """
     digest = sha256(key.encode()).hexdigest()
     name = f"tokens-{digest[:16]}"
     folder, remote = store.folder / name, within(shared, name) if shared else None
-    sweep(folder)
-    if folder.exists() or (remote and fetch(remote, folder)):
-        refuse_another(folder, digest)
+    sealed.sweep(folder)
+    if folder.exists() or (remote and sealed.fetch(remote, folder)):
+        sealed.refuse_another(folder, digest)
     else:
-        with written_whole(folder) as scratch:
+        with sealed.written_whole(folder) as scratch:
             _write(store, encode, scratch, on_rows)
-            seal(scratch, digest, {})
+            sealed.seal(scratch, digest, {})
     if remote:
-        publish(folder, remote)
+        sealed.publish(folder, remote)
     return Tokens.open(folder)
 
 
@@ -183,9 +160,10 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
             # kept[i]: the number of rows among the first i that stay.
             stays = encoded["input_ids"].is_valid()
             kept = np.concatenate([[0], np.cumsum(stays.to_numpy())])
+            middle = begin + train[members]
             start[members] = kept[begin]
-            kept_train[members] = kept[begin + train[members]] - kept[begin]
-            kept_heldout[members] = kept[begin + train[members] + heldout[members]] - kept[begin + train[members]]
+            kept_train[members] = kept[middle] - kept[begin]
+            kept_heldout[members] = kept[middle + heldout[members]] - kept[middle]
             encoded = encoded.filter(stays)
             ends = np.concatenate([[0], np.cumsum(pc.list_value_length(encoded["input_ids"]).to_numpy())])
             tokens[members] = ends[start[members] + kept_train[members]] - ends[start[members]]
@@ -197,11 +175,7 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
         if writer:
             writer.close()
     counts = [batch, start, kept_train, kept_heldout, train - kept_train, heldout - kept_heldout]
-    columns = [
-        store.index["name"].chunk(0),
-        *(pa.array(values.astype(np.int32)) for values in counts),
-        pa.array(tokens),
-    ]
+    columns = [store.index["name"], *(pa.array(values.astype(np.int32)) for values in counts), pa.array(tokens)]
     write_arrow(folder / "index.arrow", pa.table(columns, schema=INDEX))
 
 

@@ -218,7 +218,7 @@ def merge_parts(parts: Iterable[list[PartialSum]]) -> Aggregate | None:
 def cut(partial: PartialSum, partition: Partition, rank: int) -> PartialSum:
     """Returns a rank's shard of a sum of whole vectors; vectors not as long as delta are whole in each rank."""
     vectors = dict(partial.vectors)
-    whole = sum(map(partition.length, range(len(partition.parts))))
+    whole = len(partial.vectors["delta"])
     for name, vector in partial.vectors.items():
         if len(vector) == whole:
             vectors[name] = partition.cut(torch.from_numpy(vector), rank).numpy()

@@ -58,8 +58,8 @@ class Spending:
 
     Fresh noise is charged again when a round is run again; noise from the seed is the same noise. `uncopied` in the
     file is how many more rounds may have been charged where it was copied from. `weights` says where clients' weights
-    come from, `outside` what the run shows beside the noisy sums (None: nothing), and `statement` is what all of it
-    comes to, in words.
+    come from, `outside` what the run shows beside the noisy sums (None: nothing), `unit` what a client is where it is
+    not one person, and `statement` is what all of it comes to, in words.
     """
 
     path: Path
@@ -69,10 +69,19 @@ class Spending:
     charged: int = 0
     statement: str | None = None
     outside: str | None = None
+    unit: str | None = None
 
     @classmethod
     def open(
-        cls, path: Path, plan: NoisePlan, weights: str, *, simulated: bool, round_: int, outside: str | None = None
+        cls,
+        path: Path,
+        plan: NoisePlan,
+        weights: str,
+        *,
+        simulated: bool,
+        round_: int,
+        outside: str | None = None,
+        unit: str | None = None,
     ) -> "Spending":
         """Continues from what is on disk, for a run that continues from `round_`; RunError if it cannot be read."""
         try:
@@ -83,7 +92,7 @@ class Spending:
             raise RunError(
                 f"{path}, the record of privacy spent, cannot be read ({error}): start again in another --out"
             ) from error
-        return cls(path, plan, simulated, weights, charged, statement, outside)
+        return cls(path, plan, simulated, weights, charged, statement, outside, unit)
 
     def charge(self, steps: int) -> Epsilon:
         """Counts one more round, in which a client takes `steps` noisy steps, on disk; returns the cost of all."""
@@ -93,6 +102,11 @@ class Spending:
         sampled = self.plan.scheme.sampling != "none"
         epsilon = self.plan.spent(total, simulated=self.simulated or sampled)
         self.statement = f"{epsilon}, {self.weights}"
+        if self.unit is not None and epsilon.unit == "client":
+            self.statement += (
+                f", where one client is {self.unit}: k clients together have k times this epsilon, "
+                "at (e^(k epsilon) - 1) / (e^epsilon - 1) times this delta"
+            )
         if self.outside is not None:
             self.statement += f", outside of epsilon: {self.outside}"
         facts = {"rounds": self.charged, **vars(epsilon), "weights": self.weights, "statement": self.statement}
@@ -127,6 +141,7 @@ class PrivacyAccount:
         steps: int,
         round_: int = 0,
         clip: float | None = None,
+        unit: str | None = None,
     ) -> "PrivacyAccount":
         """Plans the noise of a run in `folder` whose clients have `rows` (N,), and continues from `round_`.
 
@@ -147,6 +162,7 @@ class PrivacyAccount:
             simulated=simulated,
             round_=round_,
             outside=shown,
+            unit=unit,
         )
         return cls(planned.plan, spending, clip, steps, planned.warned + warned)
 

@@ -52,7 +52,7 @@ def noisy(
     `layout` and the masks `live` are those of the shard's vectors, and each `rank` draws noise of its own.
     """
     if aggregate is None:
-        lengths = federation.strategy.beside(layout) | plan.beside
+        lengths = {**federation.strategy.beside(layout), **plan.beside}
         extras = {name: torch.zeros(length) for name, length in lengths.items()}
         aggregate = Aggregate(0.0, torch.zeros(travelling(federation, layout)), extras, 0)
     return plan.decode(aggregate, clip, noise(federation, round_, -1 - rank), live)

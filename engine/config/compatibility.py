@@ -6,10 +6,9 @@ from engine.config.sections import Sections
 from engine.config.train import DECAYS, Sgd, Train
 from engine.messages.errors import RunError
 from strategies import Strategies
-from strategies.core.base import named
+from strategies.core.base import NeedsSgd, Rule, named
 from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
-from strategies.core.protocol import NeedsSgd, Strategy
 
 SOME = Layout(("any",), ((10_007,),))  # an odd length: an extra of this length follows the vector's
 
@@ -155,7 +154,7 @@ def _overlap(recipe: Sections) -> None:
             raise RunError(f"evaluate.overlap does not work with {key}: leave it out, so that rounds wait")
 
 
-def works_in_gangs(strategy: Strategy) -> bool:
+def works_in_gangs(strategy: Rule) -> bool:
     """Whether a client under this rule may be a gang of ZeRO ranks, each with its shard of the vectors."""
     whole = strategy.personalizes or strategy.merges_into_base
     return strategy.reads == "sum" and strategy.elementwise and not whole

@@ -7,8 +7,8 @@ from pydantic import Field
 
 from engine.messages.checks import at_least, below_one
 from engine.messages.errors import RunError
+from strategies.core.base import Rule
 from strategies.core.errors import StrategyError
-from strategies.core.protocol import Strategy
 from strategies.privacy.adaptive import AdaptiveDp
 from strategies.privacy.central import CentralDp
 from strategies.privacy.distributed import DistributedDp
@@ -130,7 +130,7 @@ class Privacy:
             return min(rows, self.rows_cap) / self.rows_cap
         return 1.0 if self.public_weights else rows / most
 
-    def describe_weights(self, strategy: Strategy) -> str:
+    def describe_weights(self, strategy: Rule) -> str:
         """Where the clients' weights come from, for the statement of epsilon."""
         if strategy.weighs_alike:
             return "weight 1 for each client"

@@ -18,6 +18,7 @@ def check_privacy(recipe: Sections) -> None:
         _check_reads(recipe)
     if recipe.privacy.public_weights:
         _check_weights(recipe)
+        _check_coordinates(recipe)
     if recipe.privacy.secure:
         _check_sampling(recipe)
         _check_bounds(recipe)
@@ -74,6 +75,27 @@ def _check_weights(recipe: Sections) -> None:
         raise RunError(
             f"{name} weighs clients by their rows, which needs a public number of rows from which on all clients "
             f'count the same: set privacy.rows_cap, or strategy.weighting = "uniform"'
+        )
+
+
+def _check_coordinates(recipe: Sections) -> None:
+    """Which coordinates a client sends must follow from public numbers, as a sum's number of clients does."""
+    secure, strategy = recipe.privacy.secure, recipe.strategy
+    if strategy.picks_coordinates:
+        why = (
+            "a sum may show what one client alone sends"
+            if secure
+            else ("clients that have not trained shrink what they leave out")
+        )
+        raise RunError(
+            f"clients of {named(strategy)} leave out coordinates by their own data (picks_coordinates), so that {why}: "
+            f'take a rule that leaves none out, such as "fedavg", or "hetlora" with gamma = 1'
+        )
+    picking = next((transform.kind for transform in recipe.transforms if transform.picks_coordinates), None)
+    if secure and picking is not None:
+        raise RunError(
+            f"{picking!r} sends the coordinates that each client picks by its own data, so that a sum may show what "
+            f'one client alone sends: take "projection", whose choice all clients share, or leave privacy.secagg out'
         )
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import ray
 
 from engine.messages.shards import Shard, borrow, borrow_all
+from strategies.core.base import Rule
 from strategies.core.layout import Layout
-from strategies.core.protocol import Broadcast, ServerState, Strategy, Vector
+from strategies.core.protocol import Broadcast, ServerState, Vector
 from strategies.core.sharding import Partition
 from strategies.privacy.checks import NoisePlan
 
@@ -51,7 +52,7 @@ class BroadcastMessage:
             return borrow(ray.get(self.shards[rank]).params)
         return self._joined([shard.params for shard in ray.get(list(self.shards))])
 
-    def received(self, strategy: Strategy, layout: Layout, seed: int, rank: int | None = None) -> Broadcast:
+    def received(self, strategy: Rule, layout: Layout, seed: int, rank: int | None = None) -> Broadcast:
         """Returns what the clients of a worker receive: whole vectors, or those of a rank's shard."""
         if self.partition is None:
             (shard,) = self.shards

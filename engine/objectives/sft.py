@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import pyarrow as pa
 from torch import nn
 
-from datasets_partition.core.canonical import (
+from datasets_partition.core.types import (
     MESSAGES,
     PREFERENCE,
     PROMPT_ONLY,

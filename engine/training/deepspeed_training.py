@@ -24,7 +24,7 @@ from engine.config.sections import Model, Zero
 from engine.config.train import Train
 from engine.models.deepspeed_config import ds_config
 from engine.models.deepspeed_model import shape_of, trained_layout
-from engine.objectives.base import Tokenizer, require_provided, term_sums
+from engine.objectives.base import Objective, Tokenizer, require_provided, term_sums
 from engine.objectives.token_batch import Batch
 from engine.training.generation import Prompt, continuations
 from engine.training.local_training import client_updates
@@ -52,7 +52,8 @@ class ZeroTrainer:
         require_provided(train.objective)
         self.rank, self.ranks, self.stage = dist.get_rank(), dist.get_world_size(), zero.stage
         self.offload = zero.offload == "cpu"
-        self.network, self.objective, self.pad = network, train.objective, pad
+        self.network, self.pad = network, pad
+        self.objective: Objective = train.objective
         self.layout = trained_layout(network, model)
         self.nbytes = sum(math.prod(shape_of(p)) * p.element_size() for p in network.parameters())
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]

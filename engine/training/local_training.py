@@ -18,7 +18,8 @@ from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
 from engine.training.generation import Prompt, continuations
 from engine.training.optimizers import clip, make_optimizer
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, pieces, take_steps
-from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Strategy, Update, Vector
+from strategies.core.base import Rule
+from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Update, Vector
 from strategies.core.seeds import rng, seed_torch, torch_seed
 
 
@@ -117,7 +118,7 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
 
 
 def _correct(
-    strategy: Strategy, broadcast: Broadcast, state: ClientState, run: str, grad_KP: Vector, params_KP: Vector
+    strategy: Rule, broadcast: Broadcast, state: ClientState, run: str, grad_KP: Vector, params_KP: Vector
 ) -> None:
     strategy.correct(grad_KP, params_KP, broadcast, state, run)
 

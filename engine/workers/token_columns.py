@@ -11,7 +11,8 @@ import ray
 
 from datasets_partition.core.types import OnRows, ignore
 from datasets_partition.sources.location import node_cache
-from datasets_partition.store.store import Store, written_whole
+from datasets_partition.store.sealed import written_whole
+from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import tokenize
 from engine.config.federation import Federation
 from engine.models.base_model import load_tokenizer

@@ -1,8 +1,8 @@
 """The bare loop that the engine is measured against: processes of one thread, a plain model, fused optimizers, no Ray.
 
-It trains the same clients on the same batches and averages as the engine does, with separate code wherever the engine's
-could hide a fault: PEFT's model as it is, one tensor after another, a plain float32 sum. The processes share the vector
-and the sums, and work on both in place. Slots on a GPU are measured against one process that has the GPU for itself.
+It trains and averages the same clients on the same batches, with separate code wherever the engine's could hide a
+fault: PEFT's model as it is, one tensor after another, a plain float32 sum. The processes share the vector and the
+sums in memory. Slots on a GPU are measured against one process that has the GPU for itself.
 Legend: P trained parameters, K processes.
 """
 
@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,8 +39,7 @@ LOOK_S = 0.005
 _process: dict[str, Any] = {}  # what each process of the loop holds
 
 
-@dataclass(frozen=True)
-class Compared:
+class Compared(NamedTuple):
     """Seconds of each round, of the engine and of the bare loop, tokens of a round, and how far vectors are apart.
 
     `apart` is the largest difference after the first round, `share` the difference's norm over that of the change.
@@ -55,10 +53,7 @@ class Compared:
 
     @property
     def ratio(self) -> float:
-        """The engine's speed over the bare loop's: the median of the rounds but the first.
-
-        The bare loop plays each round right after the engine, so that both find the machine in the same state.
-        """
+        """The engine's speed over the bare loop's: the median of the rounds but the first."""
         pairs = zip(self.engine_s[1:], self.bare_s[1:], strict=True)
         return statistics.median(bare / engine for engine, bare in pairs)
 
@@ -69,10 +64,13 @@ class Compared:
 
 
 def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compared:
-    """Plays both loops' rounds in turn; ValueError where vectors are more than `tolerance` apart after the first."""
-    states, seconds = [torch.empty(0)], list[float]()
+    """Plays both loops' rounds in turn, so that both find the machine in the same state.
+
+    Raises ValueError if the vectors are more than `tolerance` apart after the first round.
+    """
+    seconds = list[float]()
     with bare_loop(work, build_store(work)) as (vector_P, play):
-        start_P = vector_P.clone()
+        start_P, bare_P = vector_P.clone(), vector_P.clone()
 
         def follow(event: Event) -> None:
             if isinstance(event, RoundDone) and event.round < work.rounds:
@@ -83,13 +81,12 @@ def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compare
                 return
             seconds.append(play(len(seconds)))
             if len(seconds) == 1:
-                states[0] = vector_P.clone()
+                bare_P.copy_(vector_P)
 
         run = experiments.run(work, out=folder, on_event=follow)
     first = load_checkpoint(run.folder / "checkpoints", 1)
     assert first is not None
-    engine_P, (bare_P,) = first.state.parts[0].params, states
-    what = "after the first round the engine's and the bare loop's vectors"
+    engine_P, what = first.state.parts[0].params, "after the first round the engine's and the bare loop's vectors"
     apart = largest_difference(what, engine_P, bare_P, tolerance)
     share = float((engine_P - bare_P).norm() / (bare_P - start_P).norm())
     return Compared(metric(run, "round_s"), seconds, statistics.mean(metric(run, "tokens", "train")), apart, share)
@@ -136,12 +133,10 @@ def _start(work: Recipe, tokens: Path, vector_P: torch.Tensor, totals_KP: torch.
     use_large_pages()
     torch.set_num_threads(1)
     device = torch.device("cuda" if work.clients.num_gpus else "cpu")
-    network = _network(work).to(device)
-    trained = _trained(network)
-    local_P = vector_P.to(device, copy=True)
-    torch.nn.utils.vector_to_parameters(local_P, trained)  # the parameters become views of it
-    _process.update(work=work, tokens=Tokens.open(tokens), network=network, trained=trained)
-    _process.update(vector_P=vector_P, local_P=local_P, totals_KP=totals_KP)
+    network, local_P = _network(work).to(device), vector_P.to(device, copy=True)
+    torch.nn.utils.vector_to_parameters(local_P, _trained(network))  # the parameters become views of it
+    _process.update(work=work, tokens=Tokens.open(tokens), network=network, vector_P=vector_P, local_P=local_P)
+    _process.update(totals_KP=totals_KP)
 
 
 def _is_ready() -> bool:
@@ -149,18 +144,18 @@ def _is_ready() -> bool:
 
 
 def _train(job: tuple[int, int, list[int]]) -> float:
-    """Trains some clients of a round; adds weight * delta into their part of the totals and returns all weights."""
+    """Trains some clients of a round, adds weight * delta into their part of the totals, and returns all weights."""
     round_, part, clients = job
-    work, network, trained = _process["work"], _process["network"], _process["trained"]
+    work, network, tokens = _process["work"], _process["network"], _process["tokens"]
     vector_P, local_P, total_P = _process["vector_P"], _process["local_P"], _process["totals_KP"][part].zero_()
-    train, objective = work.train, work.train.objective
-    largest, weights = int(_process["tokens"].counts("train").max()), 0.0
+    train, trained, weights = work.train, _trained(network), 0.0
+    largest = int(tokens.counts("train").max())
     for client in clients:
-        rows = _process["tokens"].rows(client, "train")
+        rows = tokens.rows(client, "train")
         local_P.copy_(vector_P)
         optimizer = make_optimizer(trained, train.optimizer)
         for picked in batches(rows.num_rows, train, rng(work.seed, round_, client, "batches")):
-            batch = objective.collate(rows.take(picked), 0).to(local_P.device)
+            batch = train.objective.collate(rows.take(picked), 0).to(local_P.device)
             (token_losses(network, batch).sum() / batch.learned).backward()
             torch.nn.utils.clip_grad_norm_(trained, train.clip)
             optimizer.step()

@@ -1,24 +1,36 @@
-"""The harness of all benchmarks: figures, progress on stderr, one folder and one Ray, recipes, timing and gates.
+"""The harness of all benchmarks: figures, progress on stderr, one folder and one Ray, inputs, recipes, timing, gates.
 
-A scenario is a file of `scenarios/` whose `measure(bench)` adds figures to a `Bench`; `scenario` gives it one.
+A scenario is a function of its name in a file of `scenarios/`, which adds figures to a `Bench`.
 """
 
-import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 import experiments
 from engine.messages.events import Event, RoundDone
-from experiments.config.recipe import RECIPES, Recipe, parse_recipe
+from experiments.config.recipe import RECIPES, SHIPPED, Recipe, parse_recipe
 from experiments.report.terminal import say
 from experiments.runs.api import Run, ray_session
+from strategies.core.seeds import rng
 
+# The files of `scenarios/` that hold several; all others are named after theirs.
+FILES = {
+    **dict.fromkeys(("lora", "tiny", "big_update", "cohort", "gpu"), "bare_loop"),
+    **dict.fromkeys(("overhead", "population"), "null_clients"),
+    **dict.fromkeys(("memory", "plan"), "held_memory"),
+}
+WITHOUT_RAY = {"partition", "population", "slots"}  # they start their own, or none
+TEXTS = 4096  # different texts, from which the rows are drawn
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 EVERY_S = 2.0  # seconds between two progress lines of a step that reports often
 DEMO = (RECIPES / "demo.toml").read_text(encoding="utf-8")
 # Short prompts of the standard library alone, and short rows: the demo in seconds.
@@ -36,7 +48,7 @@ class Figure(NamedTuple):
 
 
 class Bench:
-    """A scenario at work: its size, the folder that it may fill, and the figures that it has measured so far."""
+    """A running scenario: its folder, whether it is small, and the figures that it has measured so far."""
 
     def __init__(self, folder: Path, small: bool) -> None:
         self.folder, self.small = folder, small
@@ -44,12 +56,12 @@ class Bench:
         self.began = self.last_line = time.monotonic()
 
     def say(self, step: str) -> None:
-        """Prints the step that begins, and the seconds since the start."""
+        """Prints the seconds since the start and the step that begins."""
         self.last_line = time.monotonic()
         say(f"{self.last_line - self.began:6.1f} s  {step}", error=True)
 
     def say_now_and_then(self, step: str) -> None:
-        """Prints one of many small steps, unless the last line is still recent."""
+        """Prints one of many small steps, unless the last line is recent."""
         if time.monotonic() - self.last_line >= EVERY_S:
             self.say(step)
 
@@ -76,7 +88,7 @@ class Bench:
         return parse_recipe(text, [*changes])
 
     def run(self, work: Recipe, name: str, read: Callable[[], float] = lambda: 0.0) -> tuple[Run, list[float]]:
-        """Runs a recipe in the subfolder `name`; what `read` gave at the end of each round comes with the run."""
+        """Runs a recipe in the subfolder `name`; returns the run, and what `read` gave at the end of each round."""
         readings: list[float] = []
 
         def at_each_round(event: Event) -> None:
@@ -86,20 +98,56 @@ class Bench:
         return experiments.run(work, out=self.folder / name, on_event=at_each_round), readings
 
 
-def scenario(*, ray: bool = True) -> Callable[[Callable[[Bench], None]], Callable[[bool], dict[str, Figure]]]:
-    """Makes `measure(bench)` a function of `small` that returns the figures; without `ray` none is started for it."""
+def scenario_of(name: str) -> Callable[[Bench], None]:
+    """The scenario of that name."""
+    file = import_module(f"experiments.bench.scenarios.{FILES.get(name, name)}")
+    return getattr(file, name)  # type: ignore[no-any-return]
 
-    def decorate(measure: Callable[[Bench], None]) -> Callable[[bool], dict[str, Figure]]:
-        @functools.wraps(measure)
-        def measured(small: bool) -> dict[str, Figure]:
-            with TemporaryDirectory(prefix="fedpost-bench-") as name, ray_session(None) if ray else nullcontext():
-                bench = Bench(Path(name), small)
-                measure(bench)
-            return bench.figures
 
-        return measured
+def measure(name: str, small: bool) -> dict[str, Figure]:
+    """Returns the figures of a scenario, which has a folder and a Ray while it runs."""
+    scenario, alone = scenario_of(name), name in WITHOUT_RAY
+    with TemporaryDirectory(prefix="fedpost-bench-") as folder, nullcontext() if alone else ray_session(None):
+        bench = Bench(Path(folder), small)
+        scenario(bench)
+    return bench.figures
 
-    return decorate
+
+def write_llama(folder: Path, sizes: Sequence[int], *, vocabulary: int | None = None, of_bytes: bool = False) -> None:
+    """Writes a random Llama of these SIZES, and the shipped tokenizer or one whose tokens are bytes."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer: Any = _bytes_tokenizer() if of_bytes else AutoTokenizer.from_pretrained(SHIPPED["tiny"])
+    torch.manual_seed(0)
+    named = dict(zip(SIZES, sizes, strict=True))
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary or len(tokenizer), **named)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _bytes_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    signs = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({sign: place for place, sign in enumerate(signs)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def write_rows(folder: Path, clients: int, rows: int | np.ndarray, words: int) -> None:
+    """Writes rows.parquet: `rows` rows of `words` random words a client, or each client's number of rows (N,)."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(SHIPPED["tiny"])
+    draw = rng(0, 0, -1, "sample")
+    texts = pa.array([tokenizer.decode(draw.integers(300, 4000, words)) for _ in range(TEXTS)])
+    owners = np.repeat(np.arange(clients), rows)
+    picked = pa.array(draw.integers(0, TEXTS, len(owners)))
+    names = pa.array(np.char.zfill(owners.astype("U7"), 7))
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"client": names, "text": texts.take(picked)}), folder / "rows.parquet")
 
 
 def metric(run: Run, name: str, split: str = "engine") -> list[float]:
@@ -111,7 +159,7 @@ def metric(run: Run, name: str, split: str = "engine") -> list[float]:
 def seconds_of(
     work: Callable[[], Any], tries: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[list[float], Any]:
-    """The seconds that each of some calls takes by a clock, and what the last one returned."""
+    """The seconds that each of `tries` calls takes by a clock, and what the last one returned."""
     seconds, result = [], None
     for _ in range(tries):
         began = clock()
@@ -121,7 +169,7 @@ def seconds_of(
 
 
 def largest_difference(what: str, left: Any, right: Any, tolerance: float) -> float:
-    """How far two vectors are apart; ValueError, and so no figure, where that is more than `tolerance` or no number."""
+    """How far two vectors are apart; ValueError, and so no figure, if that is more than `tolerance` or NaN."""
     apart = float(np.abs(np.asarray(left) - np.asarray(right)).max())
     if not apart <= tolerance:
         raise ValueError(f"{what} are {apart:.2g} apart, more than {tolerance:g}: no figure is worth anything")

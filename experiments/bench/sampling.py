@@ -14,6 +14,7 @@ import ray
 
 from engine.messages.errors import RunError
 from experiments.config.recipe import Recipe, to_toml
+from experiments.preflight.processes import memory
 
 DAEMONS = ("raylet", "gcs_server", "log_monitor", "monitor.py", "dashboard", "Agent", "runtime_env", "ray::IDLE")
 EVERY_S = 0.25
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 @contextmanager
 def sampled(read: Callable[[], T], every_s: float) -> Iterator[list[T]]:
-    """Reads again and again in another thread while the block runs; the first reading is from before the block."""
+    """Reads every `every_s` seconds in another thread while the block runs, and once before."""
     readings, ended = [read()], threading.Event()
 
     def watch() -> None:
@@ -38,30 +39,26 @@ def sampled(read: Callable[[], T], every_s: float) -> Iterator[list[T]]:
         thread.join()
 
 
-def workers_mb(titles: tuple[str, ...], read: Callable[[psutil.Process], float]) -> list[float]:
-    """What `read` gives for each process below this one that is a Ray actor with one of these titles."""
+def workers_mb(titles: tuple[str, ...], *kinds: str) -> list[float]:
+    """MB of each process below this one that is a Ray actor with one of these titles: the sum of the kinds.
+
+    A kind is a name of `memory`, or "Pss": a page that n processes share counts as 1/n of a page.
+    """
     readings = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess, OSError):
             line = "".join(process.cmdline())
             if any(f"ray::{title}" in line for title in titles):
-                readings.append(read(process))
+                pss = process.memory_full_info().pss / 2**20 if "Pss" in kinds else 0.0
+                held = memory(process.pid) | {"Pss": pss}
+                readings.append(sum(held.get(kind, 0.0) for kind in kinds))
     return readings
 
 
-def pss_mb(process: psutil.Process) -> float:
-    """Memory of a process in MB; a page that n processes share counts as 1/n of a page."""
-    return float(process.memory_full_info().pss) / 2**20
-
-
 def command_mb(work: Recipe, folder: Path) -> tuple[float, float]:
-    """Runs a recipe by `fedpost run`, as a user does: the most MB that its processes held, as RSS and as PSS.
-
-    Ray's daemons are left out. What the run leaves is in `folder`.
-    """
+    """Runs a recipe in `folder` by `fedpost run`; returns the most RSS and PSS of its processes but Ray's daemons."""
     folder.mkdir()
-    recipe = folder / "recipe.toml"
-    recipe.write_text(to_toml(work), encoding="utf-8")
+    (recipe := folder / "recipe.toml").write_text(to_toml(work), encoding="utf-8")
     command = [sys.executable, "-m", "experiments", "run", str(recipe), "--out", str(folder / "run")]
     with (
         (folder / "output").open("wb") as output,

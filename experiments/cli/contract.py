@@ -4,9 +4,7 @@ import tempfile
 import traceback
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
-
-from rich.text import Text
+from typing import Any, cast
 
 from engine.aggregation.exact_sum import ExactSum, merge
 from engine.messages.errors import RunError
@@ -16,7 +14,8 @@ from experiments.config.user_code import imported
 from experiments.report.terminal import console, plain
 from strategies.contract.case import FULL, LORA, Case, DoesNotApply
 from strategies.contract.checks import CHECKS, Check, lacks
-from strategies.core.protocol import Aggregate, ServerState, Strategy, Update
+from strategies.core.base import Rule
+from strategies.core.protocol import Aggregate, ServerState, Update
 
 
 def engine_sum(updates: list[Update]) -> Aggregate:
@@ -33,11 +32,10 @@ def engine_stored(state: ServerState) -> ServerState:
         save_checkpoint(Path(folder), Saved(ShardedState(state.round, (state,)), 1.5), keep=1)
         loaded = load_checkpoint(Path(folder))
     assert loaded is not None
-    stored: ServerState = loaded.state.parts[0]
-    return stored
+    return cast(ServerState, loaded.state.parts[0])
 
 
-def cases(strategy: Strategy) -> list[Case]:
+def cases(strategy: Rule) -> list[Case]:
     """The strategy on adapters and, unless it needs adapters, on a fully tuned model."""
     layouts = (LORA,) if strategy.needs_lora else (LORA, FULL)
     return [Case(strategy, layout, engine_sum, engine_stored) for layout in layouts]
@@ -45,23 +43,20 @@ def cases(strategy: Strategy) -> list[Case]:
 
 def show_check(named: str) -> bool:
     """Prints the result of each check of the class MODULE:CLASS; returns whether it passes all."""
-    strategy, screen = _made(named), console()
+    strategy, screen, broken = _made(named), console(), 0
     listed = cases(strategy)
-    broken = 0
     for check in CHECKS:
         results = [_result(check, case) for case in listed]
         skipped = [result for result in results if isinstance(result, DoesNotApply)]
         failures = list(dict.fromkeys(result for result in results if isinstance(result, str)))
-        name = check.__name__.replace("_", " ")
-        if failures:
-            broken += 1
-            screen.print(Text.assemble(plain("failed", "red"), plain(f"  {name}")))
-            for line in "\n".join(failures).split("\n"):
-                screen.print(plain(f"        {line}"))
-        elif len(skipped) == len(listed):
+        name, broken = check.__name__.replace("_", " "), broken + bool(failures)
+        if len(skipped) == len(listed):
             screen.print(plain(f"-       {name} (does not apply: {skipped[0]})", "dim"))
-        else:
-            screen.print(Text.assemble(plain("ok", "green"), plain(f"      {name}")))
+            continue
+        mark = plain("failed ", "red") if failures else plain("ok     ", "green")
+        screen.print(mark, plain(name))
+        for line in [line for failure in failures for line in failure.split("\n")]:
+            screen.print(plain(f"        {line}"))
     kept = f"{broken} of {len(CHECKS)} promises are broken" if broken else "the contract is kept"
     layouts = "on adapters" if strategy.needs_lora else "on adapters and in full"
     screen.print(plain(f"{named}, with its defaults, {layouts}: {kept}"))
@@ -86,13 +81,11 @@ def _made(named: str) -> Any:
     if ":" not in named:
         raise RunError(f"--check takes MODULE:CLASS, such as my_module:MyStrategy, not {named!r}")
     kind = imported("--check", named, "apply")
-    missing = lacks(kind)
-    if missing:
+    if missing := lacks(kind):
         raise RunError(
             f"{named} is not a strategy, it lacks {', '.join(missing)}: extend strategies.core.base.Rule, "
             f"which has a default for everything but apply"
         )
-    needed = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]
-    if needed:
+    if needed := [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]:
         raise RunError(f"{named} is checked with its defaults, and these keys have none: {', '.join(needed)}")
     return kind()

@@ -15,43 +15,31 @@ from strategies import Strategies, Transforms
 
 WIDTH = 100
 COLUMNS = (18, 8, 8, 8, 8, 8)
-LEGEND = (
-    (
-        "reads",
-        "what the server needs: the sum of the updates (works with secure aggregation), several sums one after "
-        "another (passes), or each update",
-    ),
-    ("LoRA", "needed: works on adapters only; the others take adapters and fully tuned models"),
-    ("ranks", "mixed: clients may have adapters of different ranks"),
-    ("gangs", "yes: works on parts of vectors, so that a client may be a gang of ZeRO ranks, each with its shard"),
-    ("state", "yes: a client keeps state from round to round"),
-    (
-        "recipe",
-        'strategy = "fedprox", or with keys, strategy = { kind = "fedprox", mu = 0.1 }; transforms = [{ kind = '
-        '"clip" }, ...]; your own: strategy = "my_module:MyStrategy"',
-    ),
-    ("--check", "checks a strategy of your own: fedpost strategies --check my_module:MyStrategy"),
-)
+LEGEND = {
+    "reads": "what the server needs: the sum of the updates (works with secure aggregation), several sums one after "
+    "another (passes), or each update",
+    "LoRA": "needed: works on adapters only; the others take adapters and fully tuned models",
+    "ranks": "mixed: clients may have adapters of different ranks",
+    "gangs": "yes: works on parts of vectors, so that a client may be a gang of ZeRO ranks, each with its shard",
+    "state": "yes: a client keeps state from round to round",
+    "recipe": 'strategy = "fedprox", or with keys, strategy = { kind = "fedprox", mu = 0.1 }; transforms = [{ kind = '
+    '"clip" }, ...]; your own: strategy = "my_module:MyStrategy"',
+    "--check": "checks a strategy of your own: fedpost strategies --check my_module:MyStrategy",
+}
 
 
 def show_strategies() -> None:
     """Prints each strategy with what it reads, needs and allows, its summary and its keys; then the transforms."""
-    screen = console()
-    for line in listing():
-        screen.print(line)
+    console().print(*listing(), sep="\n")
 
 
 def listing() -> Iterator[Text]:
     """The list, line by line."""
     yield _row("kind", "reads", "LoRA", "ranks", "gangs", "state", "paper", style="bold underline")
     for strategy in (member() for member in get_args(Strategies)):
-        allows = [
-            "needed" if strategy.needs_lora else "-",
-            "mixed" if strategy.mixed_ranks else "-",
-            "yes" if works_in_gangs(strategy) else "-",
-            "yes" if strategy.keeps_state else "-",
-        ]
-        yield _row(strategy.kind, strategy.reads, *allows, strategy.paper)
+        lora, ranks = "needed" if strategy.needs_lora else "-", "mixed" if strategy.mixed_ranks else "-"
+        gangs, state = "yes" if works_in_gangs(strategy) else "-", "yes" if strategy.keeps_state else "-"
+        yield _row(strategy.kind, strategy.reads, lora, ranks, gangs, state, strategy.paper)
         yield from _about(strategy)
     yield Text()
     yield _row("transforms", "", "", "", "", "state", "", style="bold underline")
@@ -59,7 +47,7 @@ def listing() -> Iterator[Text]:
         yield _row(transform.kind, "", "", "", "", "yes" if transform.keeps_state else "-", "")
         yield from _about(transform)
     yield Text()
-    for word, meaning in LEGEND:
+    for word, meaning in LEGEND.items():
         yield from _wrapped(f"{word:<10}{meaning}", " " * 10)
 
 

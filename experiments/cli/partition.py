@@ -1,7 +1,4 @@
-"""The output of `fedpost partition`: its steps, a table of how uneven the store is, and the files of its pictures.
-
-The table appears in parts, since tokenizing many rows takes long.
-"""
+"""The output of `fedpost partition`: its steps, a table of how uneven the store is, and the files of its pictures."""
 
 import logging
 from collections.abc import Iterator
@@ -12,12 +9,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.status import Status
-from rich.table import Table
+from rich.table import Column, Table
 
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import OnRows
 from datasets_partition.sources.location import within
-from datasets_partition.store.remote import put
+from datasets_partition.store.sealed import put
 from datasets_partition.store.stats import Sizes, Skew, TokenLengths
 from datasets_partition.store.store import Store
 from engine.messages.errors import RunError
@@ -42,7 +39,7 @@ def show_partition(recipe: Recipe) -> None:
     screen.print(_table(_rows(store, skew, vars(recipe.data.partition).get("clients"))))
 
     rows, shared = skew.rows.total + skew.server_rows, shared_store(recipe, store.folder)
-    with _steps(screen) as show:
+    with _steps(screen) as show:  # in a table of its own, since tokenizing many rows takes long
         step = "tokenizing rows (once: runs of this recipe reuse them)"
         show(step)
         tokens = _token_lengths(recipe, store, shared, lambda row: show(f"{step}: {row:,} of {rows:,}"))
@@ -99,15 +96,12 @@ def _rows(store: Store, skew: Skew, clients: int | None) -> dict[str, str]:
         "largest": ", ".join(f"{store.name(client)} ({skew.rows.each[client]:,})" for client in largest),
         "Gini coefficient": f"{skew.rows.gini:.2f} (0: all clients have the same, 1: one client has all)",
     }
-    if skew.categories is None:
-        lines["label divergence"] = "none: the partition goes by no label or topic, and data.label names no column"
-    else:
-        lines["label divergence"] = (
-            f"{skew.categories.divergence:.2f} over {len(skew.categories.names):,} categories (0: each client has "
-            f"the overall mixture, 1: nothing in common)"
-        )
+    label = "none: the partition goes by no label or topic, and data.label names no column"
+    if skew.categories is not None:
+        label = f"{skew.categories.divergence:.2f} over {len(skew.categories.names):,} categories (0: each client has "
+        label += "the overall mixture, 1: nothing in common)"
     gone = f", and {skew.duplicate_clients:,} clients with them" if skew.duplicate_clients else ""
-    lines["duplicates removed"] = f"{skew.duplicate_rows:,} rows{gone}"
+    lines |= {"label divergence": label, "duplicates removed": f"{skew.duplicate_rows:,} rows{gone}"}
     if skew.skipped_rows:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skew.skipped_rows.items())
         lines["skipped"] = f"{sum(skew.skipped_rows.values()):,} rows of the source ({reasons})"
@@ -143,9 +137,8 @@ def _spread(sizes: Sizes) -> str:
 
 
 def _table(lines: dict[str, str]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(width=NAME_WIDTH)
-    table.add_column()
+    columns = Column(width=NAME_WIDTH), Column()
+    table = Table(*columns, box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name, value in lines.items():
         table.add_row(plain(name), plain(value))
     return table

@@ -5,7 +5,6 @@ from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 from datasets_partition.sources.location import is_local, within
 from engine.messages.events import DriverLost, Evaluated, Event, Finished, Preparing, RoundDone, Sample, Started
@@ -22,14 +21,9 @@ class Screen:
         self.elsewhere = None if out is None or is_local(out) else out
         self.console = console()
         self.rounds, self.started = rounds, False
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        step, hidden = TextColumn("{task.description}", markup=False), not self.console.is_terminal
+        columns = (SpinnerColumn(), step, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=self.console, transient=True, disable=hidden)
         self.task = self.progress.add_task("preparing", total=rounds)
 
     def __enter__(self) -> Self:
@@ -52,12 +46,10 @@ class Screen:
             case RoundDone():
                 self._round(event)
             case Evaluated(round_, losses, None):
-                line = Text.assemble(plain(f"round {round_:>3}/{self.rounds}  "), plain(_losses(losses), "bold"))
-                self.console.print(line)
+                self.console.print(plain(f"round {round_:>3}/{self.rounds} "), plain(_losses(losses), "bold"))
             case Evaluated(_, losses, baseline):
                 self._line(f"{str(baseline).replace('_', ' '):>13}  {_losses(losses)}")
             case Finished():
-                self.progress.stop()
                 self._finished(event)
 
     def say(self, what: str) -> None:
@@ -66,10 +58,6 @@ class Screen:
 
     def _line(self, text: str, style: str = "") -> None:
         self.console.print(plain(text, style))
-
-    def begun(self) -> bool:
-        """Whether the first round has begun."""
-        return self.started
 
     def _started(self, event: Started) -> None:
         self.started = True
@@ -84,10 +72,8 @@ class Screen:
         if event.dropped_rows:
             self._line(f"{event.dropped_rows:,} rows dropped: train.max_length cuts away their whole completion")
         if event.without_gpu:
-            self.say(
-                f"torch sees no GPU in {event.without_gpu} of {slots}, although clients.num_gpus asks for one: "
-                f"they run on the CPU"
-            )
+            missing = f"torch sees no GPU in {event.without_gpu} of {slots}, although clients.num_gpus asks for one"
+            self.say(f"{missing}: they run on the CPU")
         for note in event.notes:
             self.say(note)
         if event.resumed is not None:
@@ -109,16 +95,19 @@ class Screen:
                 self.say(f"  {fault.kind} {fault.who}: {fault.why}")
         for client, why in event.failed.items():
             self.say(f"  client {client!r} was left out: {why}")
-        for why, clients in _by_reason(event.gone).items():
-            few = ", ".join(map(repr, clients[:FEW])) + (", ..." if len(clients) > FEW else "")
-            many = "1 client" if len(clients) == 1 else f"{len(clients):,} clients"
-            self._line(f"  {many} {why}: {few}", "dim")
+        reasons: dict[str, list[str]] = {}  # without their details
+        for client, why in event.gone.items():
+            reasons.setdefault(why.partition(":")[0], []).append(client)
+        for why, clients in reasons.items():
+            few = ", ".join(map(repr, clients[:FEW])) + ", ..." * (len(clients) > FEW)
+            self._line(f"  {len(clients):,} client{'s' * (len(clients) > 1)} {why}: {few}", "dim")
         if event.round == self.rounds:
             if event.epsilon is not None:
                 self._line(f"privacy: {event.epsilon}")
             self.progress.update(self.task, description="evaluating, exporting")
 
     def _finished(self, event: Finished) -> None:
+        self.progress.stop()
         for number, sample in enumerate(event.samples, 1):
             self.console.print(_sample(number, sample))
         table = Table(title="loss in nats per token", title_justify="left")
@@ -135,20 +124,10 @@ class Screen:
         self.console.print(table)
         clear, private = (event.losses.get(column, {}).get("heldout") for column in ("not private", "end"))
         if clear is not None and private is not None:
-            self._line(
-                f"the cost of privacy: {private - clear:+.3f} nats per token on held-out rows, {private:.3f} instead "
-                f"of {clear:.3f}"
-            )
+            cost = f"{private - clear:+.3f} nats per token on held-out rows"
+            self._line(f"the cost of privacy: {cost}, {private:.3f} instead of {clear:.3f}")
         for name, what in (("model", "the trained model"), ("report.html", "the report"), ("metrics", "all figures")):
             self._line(f"{what:>17}: {within(self.elsewhere or str(event.folder), name)}")
-
-
-def _by_reason(gone: dict[str, str]) -> dict[str, list[str]]:
-    """Clients by the reason why they are gone, without its details."""
-    reasons: dict[str, list[str]] = {}
-    for client, why in gone.items():
-        reasons.setdefault(why.partition(":")[0], []).append(client)
-    return reasons
 
 
 def _losses(losses: dict[str, float]) -> str:

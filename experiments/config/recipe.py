@@ -25,14 +25,8 @@ SHIPPED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
 RECIPES = Path(__file__).parent.parent / "recipes"
 # Sections that may be given by their kind alone: strategy = "fedavg".
 BY_KIND = (
-    ("data", "source"),
-    ("data", "partition"),
-    ("model", "peft"),
-    ("cohort",),
-    ("train", "objective"),
-    ("train", "optimizer"),
-    ("strategy",),
-    ("privacy", "dp"),
+    *(("data", "source"), ("data", "partition"), ("model", "peft"), ("cohort",)),
+    *(("train", "objective"), ("train", "optimizer"), ("strategy",), ("privacy", "dp")),
 )
 CAPPED = "a client's weight is min(rows, rows_cap) / rows_cap: set privacy.rows_cap, a number of rows"
 GONE = {
@@ -183,7 +177,7 @@ def _sentences(faults: list[Any]) -> list[str]:
     """One sentence per key, also where a value may be of several types and fits none."""
     sentences: dict[str, str] = {}
     for fault in faults:
-        key = ".".join(_path(fault["loc"]))
+        key = ".".join(_walk(fault["loc"])[0])
         if key in sentences and fault["type"] != "value_error":
             sentences[key] = sentences[key].replace(", not ", f" or {_complaint(fault)}, not ", 1)
         else:
@@ -196,7 +190,7 @@ def _sentence(key: str, fault: Any) -> str:
     if key in GONE:
         return f"there is no key {key!r} any more; {GONE[key]}"
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(fault["loc"][:-1])
+        known = [f.name for member in _members(_walk(fault["loc"][:-1])[1]) for f in fields(member)]
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, 1, 0.0)
         section = key.rpartition(".")[0]
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -220,17 +214,8 @@ def _complaint(fault: Any) -> str:
     return str(fault["msg"]).removeprefix("Input should be ").replace("an object", "a section")
 
 
-def _path(where: tuple[Any, ...]) -> list[str]:
-    """The keys of a place as they stand in the TOML: pydantic's place names the choices of unions too."""
-    return _walk(where)[0]
-
-
-def _known_keys(where: tuple[Any, ...]) -> list[str]:
-    return [f.name for member in _members(_walk(where)[1]) for f in fields(member)]
-
-
 def _walk(where: tuple[Any, ...]) -> tuple[list[str], Any]:
-    """The TOML keys of one of pydantic's places, and the type of what stands there."""
+    """The TOML keys of one of pydantic's places, which also name choices of unions, and the type of what is there."""
     path: list[str] = []
     kind: Any = Recipe
     for part in where:
@@ -243,7 +228,7 @@ def _walk(where: tuple[Any, ...]) -> tuple[list[str], Any]:
             break
         path.append(str(part))
         if not isinstance(part, int):  # an item of a list, whose type is the list's
-            kind = _hints(members[0]).get(part)
+            kind = get_type_hints(members[0], include_extras=True).get(part)
     return path, kind
 
 
@@ -253,10 +238,6 @@ def _members(kind: Any) -> list[Any]:
         kind = get_args(kind)[0]
     choices = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     return [choice for choice in choices if is_dataclass(choice)]
-
-
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
 
 
 def _tag(member: Any) -> Any:

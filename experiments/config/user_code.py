@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,17 +61,14 @@ def put_back(tree: dict[str, Any], recipe: Any) -> None:
 
 def user_parts(recipe: Any) -> dict[Place, Any]:
     """The objects of a recipe whose classes are the user's, by place."""
-    return dict(_user_parts(recipe, ()))
-
-
-def _user_parts(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
-    if not is_dataclass(value):
-        return
-    if type(value).__module__.split(".")[0] not in SHIPPED:
-        yield place, value
-        return
-    for key in fields(value):
-        yield from _user_parts(getattr(value, key.name), (*place, key.name))
+    parts, waiting = dict[Place, Any](), list[tuple[Place, Any]]([((), recipe)])
+    while waiting:
+        place, value = waiting.pop(0)
+        if is_dataclass(value) and type(value).__module__.split(".")[0] not in SHIPPED:
+            parts[place] = value
+        elif is_dataclass(value):
+            waiting += [((*place, key.name), getattr(value, key.name)) for key in fields(value)]
+    return parts
 
 
 def replaced(section: Any, place: Place, value: Any) -> Any:

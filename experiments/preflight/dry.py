@@ -7,12 +7,10 @@ import json
 import math
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 from rich.table import Table
@@ -22,18 +20,17 @@ from engine.config.sections import Clients
 from engine.messages.events import Event, RoundDone, Started
 from experiments.config.recipe import Recipe, located, to_toml
 from experiments.preflight.processes import environment, hidden_gpus
-from experiments.preflight.shrunk_recipe import ROUNDS, bearable, clients_of, shrunk_recipe
-from experiments.preflight.shrunk_rows import Drawn, draw_rows
+from experiments.preflight.shrunk_recipe import ROUNDS, Drawn, bearable, clients_of, draw_rows, shrunk_recipe
+from experiments.report.run_folder import leaves
 from experiments.report.terminal import console, plain
 from experiments.runs.api import Run, build_store, ray_session, run
-from experiments.runs.resuming import FINISHED, leaves
+from experiments.runs.resuming import FINISHED
 
 # No process may use a real GPU, the hub, or a cluster.
 ALONE = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": None}
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(NamedTuple):
     """One thing that a dry run should prove, whether it did, and the evidence."""
 
     name: str
@@ -41,8 +38,7 @@ class Proof:
     said: str
 
 
-@dataclass(frozen=True)
-class Dry:
+class Dry(NamedTuple):
     """The result of a dry run: changed keys (real, dry), proofs, and what only the real run can show."""
 
     changed: dict[str, tuple[str, str]]
@@ -71,7 +67,8 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         work = bearable(work, Store.open(build_store(work)).num_training)
         on_step(f"{ROUNDS} rounds, then once more from the first checkpoint")
         events: list[Event] = []
-        with _logical(work.clients):
+        _, cpus, gpus = _needs(work.clients)
+        with environment(**hidden_gpus(gpus)), ray_session(None, num_cpus=cpus, num_gpus=gpus):
             first = run(work, out=folder / "run", on_event=events.append)
             again, resumed = _interrupted(work, first, folder / "again")
         changed = {"model.base": (f"{recipe.model.base}: {described(config)}", f"random: {described(small)}")}
@@ -88,30 +85,15 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         return Dry(changed, proofs, _left(recipe, rows))
 
 
-@contextmanager
-def _logical(clients: Clients) -> Iterator[None]:
-    """A Ray with as many logical CPUs and GPUs as all slots and ranks need."""
-    gpus = _gpus(clients)
-    with environment(**hidden_gpus(gpus)), ray_session(None, num_cpus=_cpus(clients), num_gpus=gpus):
-        yield
-
-
-def _processes(clients: Clients) -> int:
+def _needs(clients: Clients) -> tuple[int, int, int]:
+    """The number of all slots and ranks, and of CPUs and GPUs that they need; a fraction of a GPU stays on one GPU."""
     zero, slots = clients.zero, clients.slots if clients.slots != "auto" else 1
-    if zero is None:
-        return slots
-    return zero.gangs * zero.ranks + slots if zero.from_rows else zero.ranks * slots
-
-
-def _cpus(clients: Clients) -> int:
-    return max(1, math.ceil(clients.num_cpus * _processes(clients)))
-
-
-def _gpus(clients: Clients) -> int:
-    """How many GPUs all slots and ranks need; a fraction stays on one GPU."""
+    ranks = 0 if zero is None else zero.ranks * (zero.gangs if zero.from_rows else slots)
+    processes = ranks + slots if zero is None or zero.from_rows else ranks
+    gpus = round(clients.num_gpus * processes)
     if 0 < clients.num_gpus < 1:
-        return math.ceil(_processes(clients) / math.floor(1 / clients.num_gpus + 1e-6))
-    return round(clients.num_gpus * _processes(clients))
+        gpus = math.ceil(processes / math.floor(1 / clients.num_gpus + 1e-6))
+    return processes, max(1, math.ceil(clients.num_cpus * processes)), gpus
 
 
 def _interrupted(work: Recipe, first: Run, folder: Path) -> tuple[Run, int | None]:
@@ -128,16 +110,13 @@ def _interrupted(work: Recipe, first: Run, folder: Path) -> tuple[Run, int | Non
 def _changes(recipe: Recipe, work: Recipe) -> dict[str, tuple[str, str]]:
     """The keys in which two recipes differ, without those that have their own lines."""
     old, new = (leaves(tomllib.loads(to_toml(each))) for each in (recipe, work))
-    separate = ("data.", "model.base", "model.revision", "checkpoint.")
-    return {
-        key: (_shown(old.get(key)), _shown(new.get(key)))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(separate)
-    }
-
-
-def _shown(value: object) -> str:
-    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    changed = {}
+    for key in sorted(old.keys() | new.keys()):
+        before, after = (values.get(key, "unset") for values in (old, new))
+        if before != after and not key.startswith(("data.", "model.base", "model.revision", "checkpoint.")):
+            real, dry = (f"{value:g}" if isinstance(value, float) else str(value) for value in (before, after))
+            changed[key] = real, dry
+    return changed
 
 
 def _source(recipe: Recipe) -> str:
@@ -157,15 +136,15 @@ def _trained(events: list[Event], finished: Run) -> str:
 
 def _placement(clients: Clients, events: list[Event]) -> Proof:
     started = next(event for event in events if isinstance(event, Started))
-    processes, zero = _processes(clients), clients.zero
-    assert isinstance(clients.slots, int)  # a shrunk recipe's
-    asked = clients.slots + (zero.gangs if zero is not None and zero.from_rows else 0)
+    zero, asked, (processes, cpus, gpus) = clients.zero, clients.slots, _needs(clients)
+    assert isinstance(asked, int)  # a shrunk recipe's
     what = f"{started.slots} slots" if zero is None else f"a gang of {zero.ranks} ranks"
     if zero is not None and zero.from_rows:
+        asked += zero.gangs
         what += f" and {processes - zero.ranks} plain slot"
     each = f"num_cpus = {clients.num_cpus:g} and num_gpus = {clients.num_gpus:g}"
     fewer = f" of {asked} asked for" if started.slots < asked else ""
-    on = f"logical CPUs: {_cpus(clients)}, logical GPUs: {_gpus(clients)}"
+    on = f"logical CPUs: {cpus}, logical GPUs: {gpus}"
     return Proof("placement", started.slots == asked, f"{what}{fewer} with {each}; {on}")
 
 
@@ -185,10 +164,8 @@ def _rounds(work: Recipe, events: list[Event]) -> list[Proof]:
     private = [f"secure aggregation ({secagg.mode})"] if work.privacy.secure else []
     private += [] if dp.unit is None else [f"{dp.kind} noise, {rounds[-1].epsilon}"]
     holds = not aborted and not failed and all(event.clients for event in rounds)
-    return [
-        Proof("strategy", holds, strategy),
-        Proof("privacy", holds, "; ".join(private) or "the recipe asks for none"),
-    ]
+    said = "; ".join(private) or "the recipe asks for none"
+    return [Proof("strategy", holds, strategy), Proof("privacy", holds, said)]
 
 
 def _resume(work: Recipe, first: Run, again: Run, resumed: int | None) -> Proof:
@@ -219,43 +196,39 @@ def _export(finished: Run, base: str) -> Proof:
 
 def _left(recipe: Recipe, rows: Drawn) -> list[str]:
     """What only the real run can show."""
-    clients = recipe.clients
-    need = f"{_processes(clients):,} slots or ranks ({_cpus(clients):,} CPUs, {_gpus(clients):,} GPUs)"
-    left = [
-        f"whether the cluster has room for {'slots' if clients.slots == 'auto' else need}, its network, shared disks",
-        "memory: `fedpost plan RECIPE` estimates it",
-        "the real weights and tokenizer, its chat template, and the loss",
-        "speed and time limits (short limits were raised)",
-    ]
-    if clients.availability.trace is not None:
-        left.append("the trace of when clients are available")
-    if clients.min_share:
-        left.append("whether clients.min_share of a cohort send an update")
-    if clients.num_gpus:
-        left.append(f"GPU kernels ({recipe.model.attention} in {recipe.model.dtype})" + (", NCCL" * bool(clients.zero)))
-    if recipe.model.compile:
-        left.append("torch.compile")
-    if not rows.real:
-        left.append("the real rows: `fedpost partition RECIPE` reads them")
-    if recipe.privacy.dp.unit is not None:
-        left.append("epsilon and noise at the real population, cohort and number of parameters")
-    return left
+    clients, model, has_noise = recipe.clients, recipe.model, recipe.privacy.dp.unit is not None
+    processes, cpus, gpus = _needs(clients)
+    need = f"{processes:,} slots or ranks ({cpus:,} CPUs, {gpus:,} GPUs)"
+    room = "slots" if clients.slots == "auto" else need
+    kernels = f"GPU kernels ({model.attention} in {model.dtype})" + (", NCCL" if clients.zero else "")
+    left = {
+        f"whether the cluster has room for {room}, its network, shared disks": True,
+        "memory: `fedpost plan RECIPE` estimates it": True,
+        "the real weights and tokenizer, its chat template, and the loss": True,
+        "speed and time limits (short limits were raised)": True,
+        "the trace of when clients are available": clients.availability.trace is not None,
+        "whether clients.min_share of a cohort send an update": clients.min_share > 0,
+        kernels: clients.num_gpus > 0,
+        "torch.compile": model.compile,
+        "the real rows: `fedpost partition RECIPE` reads them": not rows.real,
+        "epsilon and noise at the real population, cohort and number of parameters": has_noise,
+    }
+    return [line for line, is_left in left.items() if is_left]
 
 
 def show_dry(recipe: Recipe) -> bool:
     """Dry-runs a recipe and prints the result; returns whether everything was proved."""
     screen = console()
     result = dry_run(recipe, lambda step: screen.print(plain(f"{step} ...", "dim")))
-    screen.print()
-    changed = Table("changed", "real", "dry", box=None)
+    changed, proofs = Table("changed", "real", "dry", box=None), Table("proved", "", "by", box=None)
     for key, values in result.changed.items():
         changed.add_row(plain(key), *map(plain, values))
-    proofs = Table("proved", "", "by", box=None)
     for proof in result.proofs:
         proofs.add_row(plain(proof.name), "yes" if proof.holds else plain("no", "red"), plain(proof.said))
     for table in (changed, proofs):
-        screen.print(table, soft_wrap=False)
         screen.print()
+        screen.print(table, soft_wrap=False)
+    screen.print()
     screen.print(plain("only the real run can show", "bold"))
     for line in result.left:
         screen.print(plain(f"  {line}"))

@@ -7,7 +7,7 @@ Legend: P trained parameters.
 import os
 import warnings
 from dataclasses import dataclass, replace
-from math import prod
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
 from engine.config.sections import Clients, Lora, Model, Zero
-from engine.config.train import AdamW, Sgd
+from engine.config.train import Sgd
 from engine.messages.errors import RunError
 from engine.models.adapters import with_adapters
 from engine.models.base_model import causal_config
@@ -30,21 +30,19 @@ SPARE = 0.9  # the share of a device's memory that is planned with
 HEAP = 1.5  # memory that the allocator holds over the live tensors of a step, measured with glibc
 RAY = 20 * 2**20  # bytes that Ray adds to a process
 MOST_RANKS = 1024
+STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements of the model, of its trained part and of its largest tensor; bytes of an element and of a row.
-
-    The backward pass of a row of the recipe's length needs `activations`, its loss `logits`.
-    """
+    """Elements of a model, its trained part and largest tensor; bytes of an element, and of a row for its passes."""
 
     parameters: int
     trained: int
     largest: int
     itemsize: int
-    activations: int
-    logits: int
+    activations: int  # which the backward pass of a row of the recipe's length needs
+    logits: int  # of its loss
 
 
 @dataclass(frozen=True)
@@ -64,18 +62,29 @@ class Need:
         return float(sum(vars(self).values()))
 
 
+def meta_network(model: Model) -> Any:
+    """The model with its adapters on the meta device, from its configuration; RunError if there is none."""
+    config = causal_config(model)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
+        base: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
+        return with_adapters(base.requires_grad_(False), model) if isinstance(model.peft, Lora) else base
+
+
+def on_meta(network: Any, length: int) -> torch.Tensor:
+    """The logits of a row of `length` tokens."""
+    ids_BT = torch.zeros((1, length), dtype=torch.long, device="meta")
+    # With a mask of its own, transformers would read its values, which meta tensors do not have.
+    mask_B1TT = torch.zeros((1, 1, length, length), dtype=network.dtype, device="meta")
+    logits: torch.Tensor = network(input_ids=ids_BT, attention_mask=mask_B1TT, use_cache=False).logits
+    return logits
+
+
 def sizes(model: Model, max_length: int) -> Sizes:
     """Counts a model from its configuration; RunError if there is none."""
-    config = causal_config(model)
-    dtype: torch.dtype = getattr(torch, model.dtype)
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(not isinstance(model.peft, Lora))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
-            network = with_adapters(base, model) if isinstance(model.peft, Lora) else base
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    known = {id(parameter) for parameter in network.parameters()}
-    saved: dict[int, int] = {}
+    network = meta_network(model)
+    parameters = list(network.parameters())
+    known, saved = set(map(id, parameters)), dict[int, int]()
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in known and (tensor._base is None or id(tensor._base) not in known):
@@ -83,35 +92,24 @@ def sizes(model: Model, max_length: int) -> Sizes:
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    ids_BT = torch.zeros((1, max_length), dtype=torch.long, device="meta")
-    # With a mask of its own, transformers would read its values, which meta tensors do not have.
-    mask_B1TT = torch.zeros((1, 1, max_length, max_length), dtype=dtype, device="meta")
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = network.train()(input_ids=ids_BT, attention_mask=mask_B1TT, use_cache=False).logits
-    largest = max(parameter.numel() for parameter in network.parameters())
-    return Sizes(
-        sum(parameter.numel() for parameter in network.parameters()),
-        sum(parameter.numel() for parameter in trained),
-        largest,
-        dtype.itemsize,
-        sum(saved.values()),
-        3 * prod(logits.shape) * FLOAT,
-    )
+        logits = on_meta(network.train(), max_length)
+    counts = [parameter.numel() for parameter in parameters]
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    itemsize = getattr(torch, model.dtype).itemsize
+    return Sizes(sum(counts), trained, max(counts), itemsize, sum(saved.values()), 3 * logits.numel() * FLOAT)
 
 
 def slot_need(counts: Sizes, recipe: Recipe, process: float) -> Need:
-    """A plain slot: the base is mapped, and the trained parameters are a float32 vector with its gradient.
-
-    Each lane adds such vectors to those of a single client. "auto" counts as one lane.
-    """
-    lanes = recipe.clients.lanes if isinstance(recipe.clients.lanes, int) else 1
-    trained = counts.trained * FLOAT
-    vectors = 1 if lanes == 1 else 1 + lanes
+    """A plain slot: the base, and vectors of the trained parameters in float32; more for each lane ("auto": one)."""
+    lanes = 1 if recipe.clients.lanes == "auto" else recipe.clients.lanes
+    rows = recipe.train.batch * lanes
+    trained, vectors = counts.trained * FLOAT, 1 if lanes == 1 else 1 + lanes
     return Need(
         counts.parameters * counts.itemsize + vectors * trained,
         vectors * trained,
         vectors * _moments(recipe) * trained,
-        HEAP * max(_in_a_step(counts, recipe.train.batch * lanes), counts.logits * recipe.evaluate.batch),
+        HEAP * max((counts.activations + counts.logits) * rows, counts.logits * recipe.evaluate.batch),
         counts.trained * ((1 + 2 * lanes) * FLOAT + GRID),  # start, each lane's end and delta, and the sum
         process,
     )
@@ -130,45 +128,32 @@ def rank_need(counts: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need
         weights += (counts.largest + LIVE) * counts.itemsize
     gradients = (trained if zero.stage == 1 else shard) + min(BUCKET, counts.trained) * FLOAT
     rows = -(-recipe.train.batch // ranks)
-    kept = replace(counts, activations=counts.activations // 4) if zero.checkpointing else counts
+    activations = counts.activations // 4 if zero.checkpointing else counts.activations
     return Need(
         weights,
         gradients + shard,  # DeepSpeed's, and a flat copy for the optimizer
         _moments(recipe) * shard,
-        HEAP * _in_a_step(kept, rows),
+        HEAP * (activations + counts.logits) * rows,
         counts.trained * (FLOAT + GRID) / ranks,  # a client's delta, and the sum
         process,
     )
 
 
-def _in_a_step(counts: Sizes, rows: int) -> float:
-    return float((counts.activations + counts.logits) * rows)
-
-
 def _moments(recipe: Recipe) -> int:
     """How many vectors the state of the local optimizer has."""
     optimizer = recipe.train.optimizer
-    if isinstance(optimizer, AdamW):
-        return 2
     return int(optimizer.momentum > 0) if isinstance(optimizer, Sgd) else 2
 
 
 def smallest(counts: Sizes, recipe: Recipe, device: float, process: float) -> Zero | None:
     """The gang with the fewest ranks, and then the lowest stage, that fits the device; None if none does."""
     given = recipe.clients.zero or Zero()
-    for ranks in range(1, MOST_RANKS + 1):
-        for stage in (1, 2, 3):
-            zero = replace(given, stage=stage, ranks=ranks)
-            if rank_need(counts, recipe, zero, process).total <= SPARE * device:
-                return zero
-    return None
+    gangs = (replace(given, stage=stage, ranks=ranks) for ranks in range(1, MOST_RANKS + 1) for stage in STAGES)
+    return next((gang for gang in gangs if rank_need(counts, recipe, gang, process).total <= SPARE * device), None)
 
 
 def counted(clients: Clients, devices: int, cpus: int) -> tuple[int, int]:
-    """The numbers of plain slots and gangs of a run; "auto" fills the GPUs, or `cpus` CPUs on each device.
-
-    Raises RunError if there is no room for any.
-    """
+    """The numbers of plain slots and gangs of a run; devices have a GPU each, or `cpus` CPUs; RunError without room."""
     zero, slots = clients.zero, clients.slots
     gangs = zero.gangs if zero is not None and zero.from_rows else 0  # beside plain slots
     if clients.num_gpus or slots == "auto":
@@ -188,10 +173,7 @@ def counted(clients: Clients, devices: int, cpus: int) -> tuple[int, int]:
 
 
 def on_fullest(clients: Clients, plain: int, ranks: int, devices: int, slot: float, rank: float, base: float) -> float:
-    """Bytes on the fullest device, in the worst case of all placements; a process has `slot` or `rank` bytes.
-
-    The plain slots of a device share the base.
-    """
+    """Bytes on the fullest device in the worst placement; plain slots of `slot` bytes each share the `base`."""
     if clients.num_gpus:  # Ray fills a GPU before it uses the next
         most = min(plain + ranks, max(1, int(1 / clients.num_gpus + 1e-6)))
     else:
@@ -204,8 +186,8 @@ def on_fullest(clients: Clients, plain: int, ranks: int, devices: int, slot: flo
 
 def process_bytes() -> tuple[float, float]:
     """Bytes of a slot and of a rank before they have a model, measured in a fresh process."""
-    plain, gang = in_fresh_process(_imported)
-    return plain * 2**20 + RAY, gang * 2**20 + RAY
+    plain, gang = (mb * 2**20 + RAY for mb in in_fresh_process(_imported))
+    return plain, gang
 
 
 def _imported() -> tuple[float, float]:
@@ -231,23 +213,20 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
         f"{counts.parameters:,} parameters of {counts.itemsize} bytes, {counts.trained:,} of them trained; "
         f"devices of {device / GIB:,.1f} GiB, {SPARE:.0%} of which may be used"
     )
-    table = Table(
-        "a process of", "weights", "gradients", "optimizer", "activations", "updates", "itself", "GiB", "fits"
-    )
-    needs = {"a plain slot": slot_need(counts, recipe, plain)} | {
-        f"stage {stage}, {zero.ranks} ranks": rank_need(counts, recipe, replace(zero, stage=stage), gang)
-        for stage in (1, 2, 3)
-    }
+    heads = ("weights", "gradients", "optimizer", "activations", "updates", "itself", "GiB", "fits")
+    table, slot = Table("a process of", *heads), slot_need(counts, recipe, plain)
+    needs = {"a plain slot": slot}
+    for stage in STAGES:
+        needs[f"stage {stage}, {zero.ranks} ranks"] = rank_need(counts, recipe, replace(zero, stage=stage), gang)
     for name, need in needs.items():
         amounts = [f"{value / GIB:,.2f}" for value in (*vars(need).values(), need.total)]
         table.add_row(name, *amounts, "yes" if need.total <= SPARE * device else "no")
     screen.print(table)
-    least = smallest(counts, recipe, device, gang)
-    screen.print(
-        "no gang of up to 1,024 ranks fits such a device"
-        if least is None
-        else f"smallest gang with a device for each rank: stage = {least.stage}, ranks = {least.ranks} in clients.zero"
-    )
+    if least := smallest(counts, recipe, device, gang):
+        fitting = f"stage = {least.stage}, ranks = {least.ranks} in clients.zero"
+        screen.print(f"smallest gang with a device for each rank: {fitting}")
+    else:
+        screen.print(f"no gang of up to {MOST_RANKS:,} ranks fits such a device")
     slots, gangs = counted(clients, devices, os.cpu_count() or 1)
     base = counts.parameters * counts.itemsize
     moved = counts.trained * (FLOAT + GRID * (slots + gangs))
@@ -255,8 +234,8 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
         f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots)"
         + (f", and the base's {base / GIB:,.3f} GiB once" if slots else "")
     )
-    slot, rank = needs["a plain slot"].total, rank_need(counts, recipe, zero, gang).total
-    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, slot, rank, base)
+    rank = rank_need(counts, recipe, zero, gang).total
+    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, slot.total, rank, base)
     fits = whole <= SPARE * device
     verdict = "it fits" if fits else "it does not fit"
     screen.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")

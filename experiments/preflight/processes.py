@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+KINDS = ("VmRSS", "RssAnon", "RssFile", "VmHWM")  # in /proc: resident, private, of mapped files, the peak
+
 
 def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
     """The result of `work` in a process of its own, which shares no memory and no caches."""
@@ -16,15 +18,12 @@ def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def memory(process: int | str = "self") -> dict[str, float]:
-    """Megabytes of a process by their names in /proc: VmRSS (resident), RssAnon (private), VmHWM (peak).
-
-    Empty if there is no such process, or no /proc.
-    """
+    """MB of a process by these KINDS; empty if there is no such process, or no /proc."""
     try:
         lines = [line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines()]
     except OSError:
         return {}
-    return {line[0][:-1]: int(line[1]) / 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:", "VmHWM:")}
+    return {line[0][:-1]: int(line[1]) / 1024 for line in lines if line[0][:-1] in KINDS}
 
 
 def hidden_gpus(gpus: int) -> dict[str, str]:
@@ -36,8 +35,8 @@ def hidden_gpus(gpus: int) -> dict[str, str]:
 def environment(**values: str | None) -> Iterator[None]:
     """Sets variables (None: deletes them) for this process and those that it starts, and restores them at the end."""
     before = {name: os.environ.get(name) for name in values}
-    _set(values)
     try:
+        _set(values)
         yield
     finally:
         _set(before)
@@ -45,7 +44,5 @@ def environment(**values: str | None) -> Iterator[None]:
 
 def _set(values: dict[str, str | None]) -> None:
     for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        os.environ.pop(name, None)
+        os.environ |= {} if value is None else {name: value}

@@ -21,7 +21,10 @@ from engine.models.base_model import causal_config
 from experiments.config.recipe import SHIPPED
 
 FAMILIES = Path(__file__).parent.parent / "families"
-LAYERS, HEAD, KEYS, GROUP, EXPERTS, WINDOW = 2, 16, 2, 8, 4, 8
+LAYERS, HEAD, KEYS, GROUP = 2, 16, 2, 8
+OWNERS = ("num_kv_heads", "num_key_value_heads")  # the number of heads of keys and values
+# Other sizes, and what they are at most.
+MOST = {"head_dim": HEAD, "sliding_window": 8, "num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4}
 # Keys of sizes that grow with the model's width.
 WIDTHS = ("intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 # The shipped tokenizer has no chat template, and rows may be conversations.
@@ -32,10 +35,7 @@ TEMPLATE = (
 
 
 def base_config(model: Model) -> Any:
-    """The base's configuration, from its folder, the hub's cache, or a family's file; nothing is downloaded.
-
-    Raises RunError if there is none, or if it is not a causal language model.
-    """
+    """The base's configuration from its folder, the hub's cache, or a family's file; RunError if there is none."""
     if Path(model.base).is_dir():
         return causal_config(model)
     try:
@@ -74,47 +74,30 @@ def shrunk(config: Any, tokenizer: Any) -> Any:
     model's width, tied embeddings, and every key that is not a size.
     """
     old: dict[str, Any] = config.to_dict()
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    owner = "num_kv_heads" if "num_kv_heads" in old else "num_key_value_heads"
+    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    owner = OWNERS[0] if OWNERS[0] in old else OWNERS[1]
     keys = old.get(owner) or heads
     new_keys = min(keys, KEYS)
     new_heads = new_keys * min(heads // keys, GROUP)
     # Even, since rotary embeddings turn pairs; a multiple of the heads, which some architectures demand.
     head = old.get("head_dim") or hidden // heads
     width = new_heads * max(2, 2 * round(HEAD * hidden / (heads * head) / 2))
-    picked = _layers(old, config.num_hidden_layers)
-    new = {
-        "hidden_size": width,
-        "num_attention_heads": new_heads,
-        "num_hidden_layers": len(picked),
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "dtype": "float32",
-    }
+    # The first layer of each kind, repeated until there are at least LAYERS.
+    by_layer = [name for name, value in old.items() if isinstance(value, list) and len(value) == layers]
+    kinds = [json.dumps([old[name][layer] for name in by_layer]) for layer in range(layers)]
+    first = [layer for layer, kind in enumerate(kinds) if kinds.index(kind) == layer]
+    picked = (first * LAYERS)[: max(LAYERS, len(first))]
+    new = {"hidden_size": width, "num_attention_heads": new_heads, "num_hidden_layers": len(picked), "dtype": "float32"}
+    new |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    new["vocab_size"] = len(tokenizer)
     new = {config.attribute_map.get(name, name): value for name, value in new.items()}
-    new |= {name: [old[name][layer] for layer in picked] for name in _by_layer(old, config.num_hidden_layers)}
+    new |= {name: [old[name][layer] for layer in picked] for name in by_layer}
     new |= {name: max(8, 8 * round(old[name] * width / hidden / 8)) for name in WIDTHS if old.get(name)}
-    new |= {name: min(old[name], EXPERTS) for name in ("num_local_experts", "num_experts") if old.get(name)}
-    smaller = {owner: new_keys, "head_dim": HEAD, "sliding_window": WINDOW, "num_experts_per_tok": 2}
-    new |= {name: min(old[name], value) for name, value in smaller.items() if old.get(name)}
+    new |= {name: min(old[name], most) for name, most in {**MOST, owner: new_keys}.items() if old.get(name)}
     if old.get("rope_parameters"):
         new["rope_parameters"] = _resized(old["rope_parameters"], HEAD)
     old.pop("quantization_config", None)
     return type(config).from_dict(old | new)
-
-
-def _by_layer(keys: dict[str, Any], layers: int) -> list[str]:
-    """The keys that have a value for each layer."""
-    return [name for name, value in keys.items() if isinstance(value, list) and len(value) == layers]
-
-
-def _layers(keys: dict[str, Any], layers: int) -> list[int]:
-    """The first layer of each kind, repeated until there are at least LAYERS."""
-    kinds = [json.dumps([keys[name][layer] for name in _by_layer(keys, layers)]) for layer in range(layers)]
-    first = sorted({kind: layer for layer, kind in reversed(list(enumerate(kinds)))}.values())
-    return (first * LAYERS)[: max(LAYERS, len(first))]
 
 
 def _resized(rope: dict[str, Any], head: int) -> dict[str, Any]:
@@ -128,13 +111,11 @@ def _resized(rope: dict[str, Any], head: int) -> dict[str, Any]:
 
 def described(config: Any) -> str:
     """The sizes of a model, in words."""
-    keys = config.to_dict()
-    shared = keys.get("num_kv_heads") or keys.get("num_key_value_heads") or config.num_attention_heads
+    keys, heads = config.to_dict(), config.num_attention_heads
+    shared = keys.get(OWNERS[0]) or keys.get(OWNERS[1]) or heads
     experts = keys.get("num_local_experts") or keys.get("num_experts")
-    return (
-        f"{config.num_hidden_layers} layers, width {config.hidden_size:,}, {config.num_attention_heads} heads over "
-        f"{shared}, " + (f"{experts} experts, " if experts else "") + f"vocabulary {config.vocab_size:,}"
-    )
+    layers = f"{config.num_hidden_layers} layers, width {config.hidden_size:,}, {heads} heads over {shared}, "
+    return layers + (f"{experts} experts, " if experts else "") + f"vocabulary {config.vocab_size:,}"
 
 
 def write_base(config: Any, tokenizer: Any, folder: Path) -> None:

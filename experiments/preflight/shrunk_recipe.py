@@ -1,28 +1,52 @@
-"""A recipe shrunk to a minute on a laptop: the same sections with few clients, rows and steps, and two rounds."""
+"""A recipe shrunk to a minute on a laptop: the same sections with few clients, rows and steps, and two rounds.
+
+Its rows are shortened ones of some of the recipe's clients, or random ones if its data is not here.
+"""
 
 import math
+import typing
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+
+from datasets_partition import Sources
+from datasets_partition.core.types import content_columns
 from datasets_partition.partitioners.natural import Natural
-from datasets_partition.sources.parquet_files import ParquetFiles
-from datasets_partition.store.splits import Splits
-from engine.config.sections import Clients
-from engine.config.train import Train
+from datasets_partition.sources.files import ParquetFiles
+from datasets_partition.sources.location import is_local
+from datasets_partition.sources.python_docs import PythonDocs
+from datasets_partition.store.build import build
+from datasets_partition.store.store import Store
 from engine.messages.errors import RunError
 from experiments.config.recipe import Data, Recipe
 from strategies import Cohorts
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.errors import StrategyError
+from strategies.core.seeds import rng
 
-ROUNDS, SLOTS, RANKS, COHORT, SPARE = 2, 2, 2, 6, 2
+ROUNDS, SLOTS, COHORT, SPARE = 2, 2, 6, 2
 ROWS = 8  # of every second client; the others have twice as many
-MANY = 10  # training rows, which only the clients with twice as many rows have
 LENGTH = 64
-PATIENCE_S = 120.0  # the least time limit, since a large machine is faster than this one
 LITTLE_NOISE = 0.01
+PATIENCE_S = (120.0, math.inf)  # time limits, since a large machine is faster than this one
+TOO_MUCH = 256 * 2**20  # bytes of files that take too long to read
+TURNS = 4
+# The least and the most that numbers of a section may be; 0, "auto" and what is unset stay.
+BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
+    "splits": {"heldout": (1 / ROWS, 0.25), "unseen": (1 / COHORT, 0.5), "server": (1 / ROWS, 0.25)},
+    "train": {"steps": (0, 2), "epochs": (0, 1), "batch": (0, 2), "accumulate": (0, 2), "max_length": (0, LENGTH)},
+    "over_rounds": {"warmup": (0, ROUNDS)},
+    "over_steps": {"warmup": (0, 2)},
+    "evaluate": {"every": (0, 1), "rows": (0, 2), "finetune": (0, 1), "server_rows": (0, 4), "batch": (0, 2)},
+    "clients": {"slots": (0, SLOTS), "lanes": (0, SLOTS), "timeout_s": PATIENCE_S},
+    # Only the clients with twice as many rows go to gangs beside plain slots.
+    "zero": {"ranks": (0, 2), "gangs": (0, 1), "from_rows": (10, 10), "timeout_s": PATIENCE_S},
+    "availability": {"step_s": (0, 1.0), "deadline_s": PATIENCE_S},
+}
 
 
 def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
@@ -30,8 +54,7 @@ def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
 
     It reads `folder`/rows.parquet, which needs rows of `clients_of` clients.
     """
-    size = recipe.cohort.size if isinstance(recipe.cohort, UniformCohort) else None
-    last = 2**12 if size is None else size
+    last = recipe.cohort.size if isinstance(recipe.cohort, UniformCohort) else 2**12
     cohort = min(COHORT, last)
     while True:
         try:
@@ -43,71 +66,39 @@ def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
 
 
 def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
-    model = replace(recipe.model, base=str(base), revision=None, compile=False)
-    if model.attention == "flash_attention_2":
-        model = replace(model, attention="sdpa")
-    rows, splits = ParquetFiles(path=str(folder / "rows.parquet")), _splits(recipe.data.splits)
+    model, train, clients = recipe.model, recipe.train, recipe.clients
+    attention = "sdpa" if model.attention == "flash_attention_2" else model.attention
+    # Shortened rows may be equal, which is no leak here.
+    splits = _bounded("splits", recipe.data.splits, min_rows=1, duplicates="keep", leaks="allow")
+    rows = ParquetFiles(path=str(folder / "rows.parquet"))
     drawn: Cohorts = UniformCohort(size=cohort)
     if isinstance(recipe.cohort, PoissonCohort):
         drawn = PoissonCohort(size=cohort, cap=recipe.cohort.cap and 2 * cohort)
+    warm_ups = {name: _bounded(name, getattr(train, name)) for name in ("over_rounds", "over_steps")}
+    zero = clients.zero and _bounded("zero", clients.zero)
+    left = _bounded("availability", clients.availability, trace=None)  # a trace names other clients
+    slots = 1 if zero else SLOTS if clients.slots == "auto" else clients.slots
+    # Of so few clients each is a large share.
+    few = {"slots": slots, "threads": 1, "availability": left, "min_share": 0.0, "zero": zero}
     return replace(
         recipe,
         rounds=ROUNDS,
-        model=model,
+        model=replace(model, base=str(base), revision=None, compile=False, attention=attention),
         data=Data(rows, Natural(), splits, None, str(folder)),
-        clients=_clients(recipe.clients),
+        clients=_bounded("clients", clients, **few),
         cohort=drawn,
-        train=_train(recipe.train),
-        evaluate=_capped(recipe.evaluate, every=1, rows=2, finetune=1, server_rows=4, batch=2),
+        train=_bounded("train", train, **warm_ups),
+        evaluate=_bounded("evaluate", recipe.evaluate),
         checkpoint=replace(recipe.checkpoint, every=1, keep=ROUNDS),
     )
 
 
-def _train(train: Train) -> Train:
-    """Few steps of few rows, with warm-ups that are no longer than they."""
-    rounds, steps = _capped(train.over_rounds, warmup=ROUNDS), _capped(train.over_steps, warmup=2)
-    few: Train = _capped(train, steps=2, epochs=1, batch=2, accumulate=2, max_length=LENGTH)
-    return replace(few, over_rounds=rounds, over_steps=steps)
-
-
-def _capped(section: Any, **most: float) -> Any:
-    """The section with numbers of at most these; None and 0 stay."""
-    values = {name: getattr(section, name) for name in most}
-    return replace(section, **{name: value and min(value, most[name]) for name, value in values.items()})
-
-
-def _splits(splits: Splits) -> Splits:
-    """Shares that few rows and clients can have; shortened rows may be equal, which is no leak here."""
-    return replace(
-        splits,
-        heldout=splits.heldout and min(max(splits.heldout, 1 / ROWS), 0.25),
-        unseen=splits.unseen and min(max(splits.unseen, 1 / COHORT), 0.5),
-        server=splits.server and min(max(splits.server, 1 / ROWS), 0.25),
-        min_rows=1,
-        duplicates="keep",
-        leaks="allow",
-    )
-
-
-def _clients(clients: Clients) -> Clients:
-    zero = clients.zero
-    if zero is not None:
-        zero = _capped(zero, ranks=RANKS, gangs=1)
-        zero = replace(zero, from_rows=zero.from_rows and MANY, timeout_s=max(zero.timeout_s, PATIENCE_S))
-    slots = SLOTS if clients.slots == "auto" else min(clients.slots, SLOTS)
-    left = replace(clients.availability, trace=None)  # which names other clients
-    if left.deadline_s is not None:
-        left = replace(_capped(left, step_s=1.0), deadline_s=max(left.deadline_s, PATIENCE_S))
-    return replace(
-        clients,
-        slots=slots if zero is None else 1,
-        threads=1,
-        lanes=clients.lanes if clients.lanes == "auto" else min(clients.lanes, SLOTS),
-        availability=left,
-        min_share=0.0,  # each of so few clients is a large share
-        zero=zero,
-        timeout_s=clients.timeout_s and max(clients.timeout_s, PATIENCE_S),
-    )
+def _bounded(name: str, section: Any, **changes: Any) -> Any:
+    """The section with these changes, and with its numbers within their bounds."""
+    for key, (least, most) in BOUNDS[name].items():
+        value = changes.get(key, getattr(section, key))
+        changes[key] = min(max(value, least), most) if value and value != "auto" else value
+    return replace(section, **changes)
 
 
 def clients_of(recipe: Recipe) -> int:
@@ -118,22 +109,88 @@ def clients_of(recipe: Recipe) -> int:
 
 def bearable(recipe: Recipe, population: int) -> Recipe:
     """The shrunk recipe without what so few clients cannot bear: too much noise, drop-outs that end rounds."""
-    dp, cohort = recipe.privacy.dp, recipe.cohort
+    dp, cohort, secagg = recipe.privacy.dp, recipe.cohort, recipe.privacy.secagg
     if dp.adds_to == "sum":
         try:
             with warnings.catch_warnings(action="ignore"):
                 dp.plan(cohort, population, ROUNDS)
         except StrategyError:
             dp = replace(dp, epsilon=None, noise_multiplier=LITTLE_NOISE)
-            recipe = replace(recipe, privacy=replace(recipe.privacy, dp=dp))
     left = recipe.clients.availability
     for round_ in range(ROUNDS):
         drawn, least = cohort.sample(population, recipe.seed, round_), 1
         if recipe.privacy.secure:
-            least = recipe.privacy.secagg.parameters(len(drawn)).threshold
-            least = max(least, recipe.privacy.secagg.min_contributors)
+            least = max(secagg.parameters(len(drawn)).threshold, secagg.min_contributors)
         if dp.adds_to == "ring":
             least = max(least, math.ceil(dp.survivors * cohort.expected(population)))
         if len(drawn) - len(left.gone(drawn, recipe.seed, round_)) < least:
             left = replace(left, dropout=0.0)
-    return replace(recipe, clients=replace(recipe.clients, availability=left))
+    clients = replace(recipe.clients, availability=left)
+    return replace(recipe, privacy=replace(recipe.privacy, dp=dp), clients=clients)
+
+
+class Drawn(NamedTuple):
+    """A table of rows with their clients, whether they are real rows of the recipe, and their origin in words."""
+
+    table: pa.Table
+    real: bool
+    said: str
+
+
+def draw_rows(recipe: Recipe, clients: int, max_length: int, cache: Path) -> Drawn:
+    """Rows for `clients` clients, short enough for `max_length` tokens of any tokenizer.
+
+    If the recipe's rows are here, its source, partition and splits are tried: their errors are raised.
+    """
+    data, why = recipe.data, out_of_reach(recipe)
+    counts = [ROWS * (1 + client % 2) for client in range(clients)]
+    names = pa.array([f"{client:05d}" for client, count in enumerate(counts) for _ in range(count)])
+    few = max(1, max_length // 8)  # characters: each has up to four tokens, if tokens are bytes
+    if why is not None:
+        draw, columns = rng(0, 0, -1, "sample"), {"client": names}
+        for name, letters in (("prompt", few), ("completion", 2 * few)):
+            columns[name] = pa.array(["".join(map(chr, draw.integers(97, 123, letters))) for _ in names])
+        return Drawn(pa.table(columns), False, f"made-up prompts and completions, since {why}")
+    # Of the documentation only the standard library's, which takes seconds.
+    source = replace(data.source, packages=()) if isinstance(data.source, PythonDocs) else data.source
+    store = Store.open(build(source, data.partition, data.splits, recipe.seed, str(cache), label=data.label))
+    if source is data.source:
+        recipe.cohort.sample(store.num_training, recipe.seed, 0)  # raises an error if the cohort is too large
+    kept = content_columns(store.read_rows(0, "train"))
+    parts = []
+    for client, count in enumerate(counts):
+        rows = store.read_rows(client % store.num_training, "train").select(kept)
+        parts.append(rows.take(np.arange(count) % rows.num_rows))
+    table = pa.concat_tables(parts)
+    short = {name: _shortened(table[name], name, few) for name in kept}
+    said = f"the first rows of {min(clients, store.num_training):,} of {store.num_training:,} clients"
+    return Drawn(pa.table({"client": names} | short), True, said)
+
+
+def out_of_reach(recipe: Recipe) -> str | None:
+    """Why the recipe's rows cannot be read here; None if they can."""
+    source = recipe.data.source
+    if not isinstance(source, typing.get_args(Sources)) or isinstance(source, PythonDocs):
+        return None
+    where = str(vars(source).get("path") or vars(source)["name"])
+    path = Path(where).expanduser()
+    if not is_local(where) or not path.exists():
+        return f"{where} is not on this machine"
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    return f"{where} holds {size / 2**30:.1f} GiB" if size > TOO_MUCH else None
+
+
+def _shortened(values: pa.ChunkedArray, name: str, few: int) -> pa.Array:
+    """The values with few characters: the end of a prompt, the beginning of other texts and of each turn."""
+
+    def turns(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        # Up to the first answer: later turns are not needed.
+        last = next((number for number, turn in enumerate(value) if turn["role"] == "assistant"), len(value))
+        return [turn | {"content": turn["content"][: few // 2]} for turn in value[: last + 1][-TURNS:]]
+
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.array([text[-few:] if name == "prompt" else text[: 2 * few] for text in values.to_pylist()], kind)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.array([turns(value) for value in values.to_pylist()], kind)
+    return values.combine_chunks()

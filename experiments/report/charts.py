@@ -6,9 +6,11 @@ Each function returns a `<figure>` as Markup; whatever comes from a run goes thr
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
+import numpy as np
+import pyarrow as pa
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 480, 280  # small enough that 12-unit text is still readable when scaled to a phone
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 30, 42
@@ -16,10 +18,10 @@ COLORS = 8  # the style sheet defines .c1 to .c8
 MINUS = "\N{MINUS SIGN}"
 MAX_POINTS = 1500
 MAX_BARS = 100
+LARGEST = 1e300  # of a value that is drawn
 
 Format = Callable[[float], str]
 Point = tuple[float, float]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,7 @@ class Axis:
 
 def number(value: float) -> str:
     """A short number for a tick or a label: at most four significant digits, with a true minus sign."""
-    if not math.isfinite(value):
-        return str(value)
-    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}").replace("-", MINUS)
+    return (f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}").replace("-", MINUS)
 
 
 def size(value: float) -> str:
@@ -120,20 +120,14 @@ def _log(low: float, high: float, start: float, end: float, write: Format) -> Ax
     return Axis(10.0**first, 10.0**last, start, end, ticks, log=True)
 
 
-def _thin(items: Sequence[T], most: int) -> list[T]:
-    """At most `most` items, evenly spaced, with the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def _drawable(*values: float) -> bool:
-    """Neither NaN nor so large that the span of an axis would overflow."""
-    return all(abs(v) <= 1e300 for v in values)
+def spread(count: int, most: int) -> NDArray[np.int64]:
+    """Positions among `count`, at most `most`, evenly spaced, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:
-    return [p for p in points if _drawable(*p)]
+    """The points that can be drawn: neither NaN nor so large that the span of an axis would overflow."""
+    return [p for p in points if all(abs(v) <= LARGEST for v in p)]
 
 
 def _svg(template: str, *values: object) -> Markup:
@@ -144,11 +138,11 @@ def _svg(template: str, *values: object) -> Markup:
 def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> Markup:
     base, middle = HEIGHT - BOTTOM, (LEFT + WIDTH - RIGHT) // 2
     out = _svg('<text class="t" x="0" y="14">{}</text>', y_label)
+    line = '<path class="g" d="M{} {}H{}"/><text class="t e" x="{}" y="{}">{}</text>'
     for value, text in y.ticks:
-        line = '<path class="g" d="M{} {}H{}"/><text class="t e" x="{}" y="{}">{}</text>'
         out += _svg(line, LEFT, y.at(value), WIDTH - RIGHT, LEFT - 7, y.at(value) + 4, text)
+    mark = '<path class="a" d="M{0} {1}v4"/><text class="t m" x="{0}" y="{2}">{3}</text>'
     for value, text in x.ticks:
-        mark = '<path class="a" d="M{0} {1}v4"/><text class="t m" x="{0}" y="{2}">{3}</text>'
         out += _svg(mark, x.at(value), base, base + 18, text)
     out += _svg('<path class="a" d="M{} {}H{}"/>', LEFT, base, WIDTH - RIGHT)
     return out + _svg('<text class="t m" x="{}" y="{}">{}</text>', middle, HEIGHT - 5, x_label)
@@ -159,11 +153,9 @@ def _figure(title: str, body: Markup | None, alt: str, keys: Sequence[Series] = 
     out = _svg("<figure><figcaption>{}</figcaption>", title)
     if body is None:
         return out + _svg('<div class="empty"><p class="none">no data</p><p class="note">{}</p></div></figure>', note)
-    legend = Markup("")
+    legend, bar = Markup(""), Markup('<rect class="f" width="12" height="12" y="1" x="6"/>')
     for key in keys:
-        mark = _svg('<path class="l" d="M0 7H24"{}/>', _dash(key))
-        if bars:
-            mark = Markup('<rect class="f" width="12" height="12" y="1" x="6"/>')
+        mark = bar if bars else _svg('<path class="l" d="M0 7H24"{}/>', _dash(key))
         legend += _svg('<li class="c{}"><svg width="24" height="14" aria-hidden="true">{}</svg>', key.color, mark)
         legend += _svg('<span class="key">{}</span></li>', key.label)
     if legend:
@@ -177,10 +169,6 @@ def _dash(series: Series) -> Markup:
     return _svg(' stroke-dasharray="{}"', series.dash) if series.dash else Markup("")
 
 
-def _notes(*notes: str) -> str:
-    return " ".join(filter(None, notes))
-
-
 def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, write: Format = number,
           zero: bool = False, note: str = "") -> Markup:  # fmt: skip
     """Lines over rounds; a `level` runs across the chart.
@@ -190,14 +178,12 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, writ
     shown = [s for s in series if _finite(s.points)]
     every = [p for s in shown for p in _finite(s.points)]
     if not every:
-        return _figure(title, None, "")
+        return empty(title)
     xs, ys = [x for x, _ in every], [y for _, y in every]
     log = zero and min(ys) > 1e-300 and max(ys) > 30 * min(ys)
     x = _linear(min(xs), max(xs), LEFT, WIDTH - RIGHT, number, whole=True)
-    if log:
-        y = _log(min(ys), max(ys), HEIGHT - BOTTOM, TOP, write)
-    else:
-        y = _linear(min(0.0, *ys) if zero else min(ys), max(ys), HEIGHT - BOTTOM, TOP, write)
+    scale, low = (_log, min(ys)) if log else (_linear, min(0.0, *ys) if zero else min(ys))
+    y = scale(low, max(ys), HEIGHT - BOTTOM, TOP, write)
     body, alt = _axes(x, y, x_label, y_label), []
     for line in shown:
         points = _finite(line.points)
@@ -206,13 +192,13 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, writ
             points = [(x.low, points[0][1]), (x.high, points[0][1])]
         elif len(points) > 1:
             alt[-1] += f" at {x_label} {number(points[0][0])}, {write(points[-1][1])} at {number(points[-1][0])}"
-        pixels = [(x.at(a), y.at(b)) for a, b in _thin(points, MAX_POINTS)]
+        pixels = [(x.at(a), y.at(b)) for a, b in (points[i] for i in spread(len(points), MAX_POINTS))]
         path = "M" + "L".join(f"{a} {b}" for a, b in pixels)
         body += _svg('<path class="l c{}" d="{}"{}/>', line.color, path, _dash(line))
         if not line.level and len(pixels) <= 30:
             for a, b in pixels:
                 body += _svg('<circle class="f c{}" cx="{}" cy="{}" r="2.6"/>', line.color, a, b)
-    note = _notes(note, "Logarithmic scale." * log)
+    note = f"{note} Logarithmic scale.".lstrip() if log else note
     return _figure(title, body, f"{title}. {'; '.join(alt)}.", shown, note=note)
 
 
@@ -224,14 +210,12 @@ def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str, wr
         for a, b in _finite(layer.points):
             values.setdefault(a, [0.0] * len(series))[i] = max(b, 0.0)
     if not values:
-        return _figure(title, None, "")
+        return empty(title)
     rounds = sorted(values)
     group = math.ceil(len(rounds) / MAX_BARS)
     x = _linear(min(rounds), max(rounds), LEFT + 10, WIDTH - RIGHT - 10, number, whole=True)
-    bars = []
-    for i in range(0, len(rounds), group):
-        part = rounds[i : i + group]
-        bars.append((sum(part) / len(part), [sum(values[r][k] for r in part) / len(part) for k in range(len(series))]))
+    groups = [rounds[i : i + group] for i in range(0, len(rounds), group)]
+    bars = [(sum(part) / len(part), np.mean([values[r] for r in part], axis=0).tolist()) for part in groups]
     y = _linear(0.0, max(sum(layers) for _, layers in bars), HEIGHT - BOTTOM, TOP, write)
     wide = round(min(20.0, 0.74 * group * (x.end - x.start) / (x.high - x.low)), 1)
     body = _axes(x, y, x_label, y_label)
@@ -244,7 +228,7 @@ def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str, wr
                 body += _bar(layer.color, x.at(at) - wide / 2, top, wide, bottom - top)
     shown = [(s, [b for _, b in _finite(s.points)]) for s in series if _finite(s.points)]
     alt = "; ".join(f"{s.label}: {write(sum(v) / len(v))} on average" for s, v in shown)
-    note = _notes(note, f"A bar is the mean of {group} rounds." if group > 1 else "")
+    note = f"{note} A bar is the mean of {group} rounds.".lstrip() if group > 1 else note
     return _figure(title, body, f"{title}. {alt}.", [s for s, _ in shown], bars=True, note=note)
 
 
@@ -253,42 +237,48 @@ def _bar(color: int, x: float, top: float, width: float, height: float) -> Marku
     return _svg(bar, color, round(x, 1), top, round(width, 1), round(height, 1))
 
 
-def pairs(title: str, points: Sequence[tuple[str, float, float]], x_label: str, y_label: str, note: str) -> Markup:
-    """A mark for each client (name, before, after) and the line of no change; clients that got worse are triangles."""
-    real = [p for p in points if _drawable(p[1], p[2])]
-    if not real:
-        return _figure(title, None, "", note=note)
-    low, high = min(min(a, b) for _, a, b in real), max(max(a, b) for _, a, b in real)
+def empty(title: str, note: str = "") -> Markup:
+    """A chart without data."""
+    return _figure(title, None, "", note=note)
+
+
+def pairs(title: str, clients: pa.Table, x_label: str, y_label: str, note: str) -> Markup:
+    """A mark for each client and the line of no change; clients that got worse are triangles.
+
+    `clients` has columns client, before, after, and is sorted by the change.
+    """
+    values = np.concatenate([clients["before"].to_numpy(), clients["after"].to_numpy()])
+    low, high = float(values.min()), float(values.max())
     x = _linear(low, high, LEFT, WIDTH - RIGHT, number)
     y = _linear(low, high, HEIGHT - BOTTOM, TOP, number)
     body = _axes(x, y, x_label, y_label)
     body += _svg('<path class="d" d="M{} {}L{} {}"/>', x.start, y.start, x.end, y.end)
     body += _svg('<text class="t" x="{}" y="{}">worse</text>', LEFT + 8, TOP + 16)
     body += _svg('<text class="t e" x="{}" y="{}">better</text>', WIDTH - RIGHT - 6, HEIGHT - BOTTOM - 8)
-    # Sorted by the change before thinning, so that both ends of the distribution are drawn.
-    for name, before, after in _thin(sorted(real, key=lambda p: (p[2] - p[1], p[0])), MAX_POINTS):
+    # Thinned in the order of the change, so that both ends of the distribution are drawn.
+    for client in clients.take(spread(len(clients), MAX_POINTS)).to_pylist():
+        name, before, after = client.values()
         a, b = x.at(before), y.at(after)
         tip = _svg("<title>{}: {} to {}</title>", name[:80], number(before), number(after))
         if after > before:
             body += _svg('<path class="p c2" d="M{} {}l4.2 7.4h-8.4z">{}</path>', a, round(b - 4.9, 1), tip)
         else:
             body += _svg('<circle class="p c1" cx="{}" cy="{}" r="3">{}</circle>', a, b, tip)
-    if len(real) > MAX_POINTS:
-        note += f" {MAX_POINTS:,} of {len(real):,} clients are drawn, evenly over the change."
+    if len(clients) > MAX_POINTS:
+        note += f" {MAX_POINTS:,} of {len(clients):,} clients are drawn, evenly over the change."
     return _figure(title, body, f"{title}. {note}", note=note)
 
 
-def histogram(title: str, values: Sequence[float], x_label: str, y_label: str, note: str) -> Markup:
+def histogram(title: str, values: NDArray[np.float64], x_label: str, y_label: str, note: str) -> Markup:
     """The number of values in each bin of a logarithmic axis; a bin is at most a factor of two wide."""
-    real = [v for v in values if _drawable(v) and v > 1e-300]
-    if not real:
-        return _figure(title, None, "", note=note)
-    x = _log(min(real), max(real), LEFT, WIDTH - RIGHT, number)
+    values = values[(values > 1e-300) & (values <= LARGEST)]
+    if not len(values):
+        return empty(title, note)
+    x = _log(float(values.min()), float(values.max()), LEFT, WIDTH - RIGHT, number)
     decades = math.log10(x.high / x.low)
     bins = round(decades * max(4, min(10, 24 / decades)))
-    counts = [0] * bins
-    for v in real:
-        counts[min(bins - 1, int(math.log10(v / x.low) / decades * bins + 1e-9))] += 1
+    places = (np.log10(values / x.low) / decades * bins + 1e-9).astype(int)
+    counts = np.bincount(np.minimum(places, bins - 1), minlength=bins).tolist()
     y = _linear(0, max(counts), HEIGHT - BOTTOM, TOP, number, whole=True)
     body = _axes(x, y, x_label, y_label)
     step = (x.end - x.start) / bins

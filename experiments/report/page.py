@@ -6,19 +6,21 @@ A run folder may be foreign. Nothing in it is run or unpickled (TOML, JSON and P
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from markupsafe import Markup
 
 from engine.messages.errors import RunError
-from engine.messages.events import DROPOUT
 from engine.system.atomic import write_file
 from experiments.report import charts
 from experiments.report.charts import Series, change, duration, loss, number, size
-from experiments.report.run_folder import Run, read_run
+from experiments.report.run_folder import MAX_LISTED, Run, read_run
 from experiments.report.terminal import inert_lines
 
 SPLITS = {"heldout": "held-out", "unseen": "unseen clients", "train": "train", "server": "the server's rows"}
@@ -29,7 +31,23 @@ OF_SOME_RUNS = {
 }
 BASELINES = {"loss_local_only": ("local only", "7 4"), "loss_centralized": ("centralized", "2 3")}
 PARTIES = ("client", "other clients", "server", "base-model owner")  # listed even if they saw nothing
-MAX_LISTED = 40  # parties, kinds and failed rounds that a table lists
+RECIPE_FACTS = {
+    "base": "model.base",
+    "strategy": "strategy.kind",
+    "clients a round": "cohort.size",
+    "secure aggregation": "privacy.secagg.mode",
+    "differential privacy": "privacy.dp.kind",
+}
+COSTS: tuple[tuple[str, str, Callable[[list[float]], float], Callable[[float], str]], ...] = (
+    ("training", "round_s", sum, duration),
+    ("evaluation", "evaluate_s", sum, duration),
+    ("median round", "round_s", statistics.median, duration),
+    ("tokens a second", "tokens_per_s", statistics.median, "{:,.0f}".format),
+    ("protocol up", "protocol_bytes_up", sum, size),
+    ("protocol down", "protocol_bytes_down", sum, size),
+)
+# What decides, besides the data, which tokens a loss is of.
+JUDGED_BY = ("seed", "model.base", "train.max_length", "evaluate.rows", "evaluate.server_rows")
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> Path:
@@ -52,15 +70,15 @@ def write_report(run_folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def _at(tree: Any, *path: str) -> str:
-    """A scalar of the recipe as text; empty if it is absent."""
-    for key in path:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return str(tree) if isinstance(tree, str | int | float) else ""
+def _unlike(runs: Sequence[Run]) -> list[str]:
+    """What makes the losses of runs be of other rows, or of other tokens of them."""
+    data = {run.manifest.get("data.key") for run in runs}
+    keys = [key for key in JUDGED_BY if len({run.recipe.get(key) for run in runs}) > 1]
+    return ["data"] * (len(data) > 1) + keys
 
 
 def _unit(run: Run) -> str:
-    kind = _at(run.recipe, "train", "objective") or _at(run.recipe, "train", "objective", "kind") or "sft"
+    kind = run.recipe.get("train.objective") or run.recipe.get("train.objective.kind") or "sft"
     return "loss (nats per token)" if kind == "sft" else f"loss ({kind} objective)"
 
 
@@ -85,47 +103,43 @@ def _summary(run: Run) -> list[dict[str, Any]]:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Short facts with their values: what was run, and what it cost."""
+    facts = [(label, run.recipe.get(key, "")) for label, key in RECIPE_FACTS.items()]
     rounds = [r for of in run.curves.values() for r in of]
-    asked = _at(run.recipe, "rounds")
-    of = f" of {asked}" if asked else ""
-    took, evaluate = run.values("engine", "round_s"), run.values("engine", "evaluate_s")
-    up, down = run.values("engine", "protocol_bytes_up"), run.values("engine", "protocol_bytes_down")
-    tokens = run.values("engine", "tokens_per_s")
-    facts = [
-        ("base", _at(run.recipe, "model", "base")),
-        ("strategy", _at(run.recipe, "strategy", "kind")),
-        ("clients a round", _at(run.recipe, "cohort", "size")),
-        ("secure aggregation", _at(run.recipe, "privacy", "secagg", "mode")),
-        ("differential privacy", _at(run.recipe, "privacy", "dp", "kind")),
-        ("last round", f"{max(rounds)}{of}" if rounds else f"none{of}"),
-        ("training", duration(sum(took)) if took else ""),
-        ("evaluation", duration(sum(evaluate)) if evaluate else ""),
-        ("median round", duration(statistics.median(took)) if took else ""),
-        ("tokens a second", f"{statistics.median(tokens):,.0f}" if tokens else ""),
-        ("protocol up", size(sum(up)) if up else ""),
-        ("protocol down", size(sum(down)) if down else ""),
-    ]
-    return [(key, value) for key, value in facts if value]
+    of = f" of {run.recipe['rounds']}" if "rounds" in run.recipe else ""
+    facts.append(("last round", f"{max(rounds) if rounds else 'none'}{of}"))
+    for label, name, combine, write in COSTS:
+        if values := [value for _, value in run.points("engine", name) if math.isfinite(value)]:
+            facts.append((label, write(combine(values))))
+    return [(label, value) for label, value in facts if value]
 
 
 def _hidden(run: Run) -> str:
-    masked = _at(run.recipe, "privacy", "secagg", "mode") in ("ideal", "full")
+    masked = run.recipe.get("privacy.secagg.mode") in ("ideal", "full")
     return "Secure aggregation shows sums, not single clients." if masked else ""
 
 
 def _clients(run: Run) -> dict[str, Any]:
     """The paired plot of held-out losses, and the clients whose loss rose most."""
     title = "Held-out loss of each client"
-    (old_round, old), (new_round, new) = run.before or (0, {}), run.after or (0, {})
-    shared = [(c, old[c], new[c]) for c in old if c in new and math.isfinite(old[c]) and math.isfinite(new[c])]
-    if not shared:
-        return {"chart": charts.pairs(title, [], "", "", _hidden(run)), "worst": [], "count": 0, "known": False}
-    lost = sorted((p for p in shared if p[2] > p[1]), key=lambda p: (p[1] - p[2], p[0]))
-    middle = statistics.median(b - a for _, a, b in shared)
-    note = f"{len(lost):,} of {len(shared):,} clients got worse; the median change is {loss(middle)}."
-    worst = [(c, loss(a), loss(b), change(a, b)) for c, a, b in lost[:5]]
-    chart = charts.pairs(title, shared, f"loss at round {old_round}", f"loss at round {new_round}", note)
-    return {"chart": chart, "worst": worst, "count": len(lost), "known": True}
+    if len(run.losses) < 2 or not len(pairs := _pairs(*(table for _, table in run.losses))):
+        return {"chart": charts.empty(title, _hidden(run)), "worst": [], "count": 0, "known": False}
+    rise = pc.subtract(pairs["after"], pairs["before"]).to_numpy()
+    lost = int((rise > 0).sum())
+    note = f"{lost:,} of {len(pairs):,} clients got worse; the median change is {loss(float(np.median(rise)))}."
+    worst = pairs.slice(max(0, len(pairs) - min(5, lost))).to_pylist()[::-1]
+    listed = [(p["client"], loss(p["before"]), loss(p["after"]), change(p["before"], p["after"])) for p in worst]
+    old, new = (f"loss at round {round_}" for round_, _ in run.losses)
+    return {"chart": charts.pairs(title, pairs, old, new, note), "worst": listed, "count": lost, "known": True}
+
+
+def _pairs(before: pa.Table, after: pa.Table) -> pa.Table:
+    """Each client's losses before and after, sorted by their change."""
+    names = ["client", "before", "after"]
+    pairs = before.rename_columns(names[:2]).join(after.rename_columns(names[::2]), "client", join_type="inner")
+    for name in names[1:]:
+        pairs = pairs.filter(pc.less_equal(pc.abs(pairs[name]), charts.LARGEST))  # NaN is not
+    pairs = pairs.append_column("rise", pc.subtract(pairs["after"], pairs["before"]))
+    return pairs.sort_by([("rise", "ascending"), ("client", "descending")]).select(names)
 
 
 def _charts(run: Run) -> dict[str, Markup]:
@@ -139,8 +153,11 @@ def _charts(run: Run) -> dict[str, Markup]:
     def engine(label: str, name: str, color: int, dash: str = "") -> Series:
         return Series(label, run.points("engine", name), color, dash)
 
-    rows = [v for v in run.rows.values() if v > 0]
-    note = f"{len(rows):,} clients trained, with a median of {number(statistics.median(rows))} rows." if rows else ""
+    rows = run.rows["value"].to_numpy()
+    rows = rows[rows > 0]
+    note = _hidden(run)
+    if len(rows):
+        note = f"{len(rows):,} clients trained, with a median of {number(float(np.median(rows)))} rows."
     time = [engine("train", "round_s", 1), engine("evaluate", "evaluate_s", 2)]
     # Up and down are often equal: with dashes both lines are visible.
     moved = [engine("protocol up", "protocol_bytes_up", 1), engine("protocol down", "protocol_bytes_down", 2, "8 8")]
@@ -149,7 +166,7 @@ def _charts(run: Run) -> dict[str, Markup]:
     speed = [engine("tokens a second", "tokens_per_s", 1)]
     return {
         "loss": charts.lines("Loss", curves, "round", _unit(run)),
-        "rows": charts.histogram("Rows of each client", rows, "rows", "clients", note or _hidden(run)),
+        "rows": charts.histogram("Rows of each client", rows, "rows", "clients", note),
         "time": charts.stacked("Time of a round", time, "round", "seconds"),
         "bytes": charts.lines("Bytes moved in a round", moved, "round", "bytes", size, zero=True, note=kinds),
         "speed": charts.lines("Throughput", speed, "round", "tokens per second", zero=True),
@@ -160,17 +177,14 @@ def _ledger(run: Run) -> dict[str, Any]:
     seen, kinds = {p for p, _ in run.ledger}, sorted({k for _, k in run.ledger})
     parties = [*PARTIES, *sorted(seen.difference(PARTIES))]
     most = max((total for _, total in run.ledger.values()), default=0)
+    # On a logarithmic scale, in percent: a prompt should be visible next to a gigabyte of updates.
+    tints = {key: 34 * math.log1p(max(total, 0)) / math.log1p(max(most, 1)) for key, (_, total) in run.ledger.items()}
     cells = {
-        key: {"count": f"{count:,}", "bytes": size(total), "tint": _tint(total, most)}
+        key: {"count": f"{count:,}", "bytes": size(total), "tint": round(6 + tints[key])}
         for key, (count, total) in run.ledger.items()
     }
     left = max(0, len(parties) - MAX_LISTED), max(0, len(kinds) - MAX_LISTED)
     return {"parties": parties[:MAX_LISTED], "kinds": kinds[:MAX_LISTED], "cells": cells, "left": left}
-
-
-def _tint(total: int, most: int) -> int:
-    """The tint in percent, on a logarithmic scale: a prompt should be visible next to a gigabyte of updates."""
-    return round(6 + 34 * math.log1p(max(total, 0)) / math.log1p(most)) if most > 0 else 6
 
 
 def _failures(run: Run) -> dict[str, Any]:
@@ -183,13 +197,12 @@ def _failures(run: Run) -> dict[str, Any]:
 
 def render(runs: Sequence[Run]) -> str:
     """The page as text: the same runs give the same bytes."""
-    view = list[dict[str, Any]]()
-    for i, run in enumerate(runs):
-        view.append({"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run, "facts": _facts(run)})
-        view[-1] |= {"summary": _summary(run), "charts": _charts(run), "clients": _clients(run)}
-        view[-1] |= {"ledger": _ledger(run), "failures": _failures(run)}
-        faults = sorted(run.faults, key=lambda fault: fault[1] == DROPOUT)  # drop-outs last: many, and on purpose
-        view[-1] |= {"faults": faults[:MAX_LISTED], "more_faults": len(faults) - MAX_LISTED}
+    parts = {"facts": _facts, "summary": _summary, "charts": _charts, "clients": _clients}
+    parts |= {"ledger": _ledger, "failures": _failures}
+    view = [
+        {"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run} | {name: p(run) for name, p in parts.items()}
+        for i, run in enumerate(runs)
+    ]
     overlay = []
     if len(runs) > 1:
         unit = _unit(runs[0]) if len({_unit(run) for run in runs}) == 1 else "loss"
@@ -202,5 +215,6 @@ def render(runs: Sequence[Run]) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates")
     env = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     shown = {name: label for name, label in OF_SOME_RUNS.items() if any(run.points("heldout", name) for run in runs)}
-    page = env.get_template("report.html").render(runs=view, overlay=overlay, baselines=shown | BASELINES)
+    facts = {"runs": view, "overlay": overlay, "baselines": shown | BASELINES, "unlike": _unlike(runs)}
+    page = env.get_template("report.html").render(facts)
     return inert_lines(page)  # JSON may hold lone surrogates, and a name may turn the direction of writing

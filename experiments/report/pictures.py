@@ -1,7 +1,6 @@
 """Pictures of a store's skew as PNG files: rows per client, categories of clients, lengths in tokens.
 
-Figures avoid pyplot, whose state is global. Color-blind readers can distinguish the colors (Okabe and Ito). Names are
-drawn literally: nothing in them is markup.
+Figures avoid pyplot, whose state is global. Color-blind readers can distinguish the colors (Okabe and Ito).
 """
 
 import io
@@ -18,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from datasets_partition.store.stats import Categories, Sizes, Skew, TokenLengths
+from experiments.report.charts import spread
 from experiments.report.terminal import inert
 
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
@@ -54,14 +54,13 @@ def _rows_per_client(rows: Sizes) -> bytes:
     # The Lorenz curve; the Gini coefficient is the area between it and the diagonal over the area of the triangle.
     clients = len(rows.each)
     held = np.concatenate([[0], np.cumsum(np.sort(rows.each)[::-1])]) / rows.total
-    at = _thinned(clients + 1)
+    at = spread(clients + 1, MOST_POINTS)
     right.fill_between(at / clients, held[at], at / clients, color=BLUE, alpha=0.25, linewidth=0)
     right.plot(at / clients, held[at], color=BLUE, linewidth=1.8)
     right.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
     right.text(0.97, 0.04, f"Gini coefficient {rows.gini:.2f}\ndashed: all clients the same", ha="right", va="bottom")
     right.set(xlim=(0, 1), ylim=(0, 1), xlabel="share of the clients, the largest first", ylabel="share of the rows")
-    right.xaxis.set_major_formatter(FuncFormatter(_percent))
-    right.yaxis.set_major_formatter(FuncFormatter(_percent))
+    _write_ticks(right, _percent)
     right.set_title("What the largest clients hold")
     return _png(figure)
 
@@ -72,7 +71,7 @@ def _by_size(axes: Axes, sizes: Sizes, what: str) -> None:
     if clients <= MOST_BARS:
         axes.bar(np.arange(1, clients + 1), ordered, width=0.85, color=BLUE)
     else:
-        at = _thinned(clients)
+        at = spread(clients, MOST_POINTS)
         edges = np.concatenate([[0.5], (at[1:] + at[:-1]) / 2 + 1, [clients + 0.5]])
         axes.stairs(ordered[at], edges, fill=True, color=BLUE)
     label = f"median {_number(sizes.median)} (least {_number(sizes.least)}, most {_number(sizes.most)})"
@@ -84,9 +83,8 @@ def _by_size(axes: Axes, sizes: Sizes, what: str) -> None:
         axes.set_ylim(0.8 * least, 3 * sizes.most)
     else:
         axes.set_ylim(0, 1.18 * max(1, sizes.most))  # room for the legend
-    axes.yaxis.set_major_formatter(FuncFormatter(_number))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(_number))
+    _write_ticks(axes, _number)
     axes.set(xlim=(0.5, clients + 0.5), xlabel="clients, the largest first", ylabel=what)
     axes.legend(loc="upper right", framealpha=1)
 
@@ -97,16 +95,14 @@ def _token_rows(axes: Axes, lengths: NDArray[np.int32], max_length: int) -> None
     width = -(-longest // MOST_BARS)
     edges = longest + 0.5 - width * np.arange(-(-longest // width), -1, -1)
     axes.stairs(np.histogram(lengths, edges)[0], edges, fill=True, color=BLUE)
-    cut = int(np.count_nonzero(lengths == max_length))
-    if cut:
+    if cut := int(np.count_nonzero(lengths == max_length)):
         label = f"train.max_length = {max_length:,}, which {cut:,} of {len(lengths):,} rows reach"
         axes.axvline(max_length + 0.5, color=VERMILION, linewidth=1.5, linestyle="--", label=label)
     else:
         axes.plot([], [], " ", label=f"no row is as long as train.max_length = {max_length:,}")
     axes.set(title="Tokens per row", xlabel="tokens", ylabel="rows", xlim=(0, None))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(_number))
-    axes.yaxis.set_major_formatter(FuncFormatter(_number))
+    _write_ticks(axes, _number)
     axes.margins(y=0.18)  # room for the legend
     axes.legend(loc="upper right", framealpha=1, fontsize=8.5, handlelength=2 if cut else 0)
 
@@ -114,7 +110,7 @@ def _token_rows(axes: Axes, lengths: NDArray[np.int32], max_length: int) -> None
 def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str]) -> bytes:
     """The heat map: a row for all clients and one for each client, a column for each category."""
     by_size = np.argsort(-rows.each, kind="stable")
-    drawn = by_size[_thinned(len(by_size), MOST_CLIENTS)]
+    drawn = by_size[spread(len(by_size), MOST_CLIENTS)]
     by_rows = np.argsort(-categories.totals, kind="stable")
     shown = MOST_CATEGORIES if len(by_rows) <= MOST_CATEGORIES else MOST_CATEGORIES - 1
     columns = _short_each([categories.names[code] for code in by_rows[:shown]])
@@ -153,14 +149,14 @@ def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str])
     return _png(figure)
 
 
+def _write_ticks(axes: Axes, write: Callable[[float], str]) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+
+
 def _figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches, whose texts do not overlap."""
     return Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-
-
-def _thinned(count: int, most: int = MOST_POINTS) -> NDArray[np.int64]:
-    """Positions among `count`, at most `most`, evenly spaced, with the first and the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 def _short(name: str) -> str:
@@ -172,8 +168,7 @@ def _short(name: str) -> str:
 
 def _short_each(names: list[str]) -> list[str]:
     """Short names; those that have become equal are numbered."""
-    seen = Counter[str]()
-    lines = []
+    seen, lines = Counter[str](), []
     for line in map(_short, names):
         seen[line] += 1
         lines.append(line if seen[line] == 1 else f"{line} #{seen[line]}")

@@ -1,7 +1,6 @@
 """Reads what a report needs from a run folder, which may be foreign: only TOML, JSON and Parquet, no code."""
 
 import json
-import math
 import os
 import tomllib
 from collections.abc import Iterator
@@ -14,35 +13,40 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from engine.messages.errors import RunError
+from engine.messages.events import DROPOUT
 from engine.records.metrics import FAULTS, LEDGER, METRICS, round_files
 from experiments.report import charts
 
+MAX_LISTED = 40  # faults, and other things that a table of the page lists
+MANY = 200_000  # rows of single clients that are kept before they are merged
+OF_CLIENTS = pa.schema([("client", pa.string()), ("value", pa.float64())])
 UNUSED = {"wall_s", "mode"}  # columns that a report does not need
 
 
 @dataclass
 class Run:
-    """The contents of a run folder; `curves[split, name]` is round -> value, losses in nats per token, times in s."""
+    """The contents of a run folder, recipe and manifest by dotted keys.
+
+    `curves[split, name]` is round -> value, losses in nats per token, times in s. Of single clients, of which there may
+    be a million, there are tables with columns client and value: `losses` of the first and of the last round that has
+    them, and the most `rows` that each trained on.
+    """
 
     name: str
-    recipe: dict[str, Any]
+    recipe: dict[str, str]
     recipe_text: str
-    manifest: list[tuple[str, str]]
+    manifest: dict[str, str]
     privacy: str = ""  # the privacy spent, in words
     curves: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
-    before: tuple[int, dict[str, float]] | None = None  # first round with a held-out loss for each client
-    after: tuple[int, dict[str, float]] | None = None  # last such round
-    rows: dict[str, float] = field(default_factory=dict)
+    losses: list[tuple[int, pa.Table]] = field(default_factory=list)
+    rows: pa.Table = field(default_factory=lambda: OF_CLIENTS.empty_table())
     ledger: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
-    faults: list[tuple[int, str, str, str]] = field(default_factory=list)  # round, kind, who, why
+    faults: list[dict[str, Any]] = field(default_factory=list)  # the first MAX_LISTED of all `fault_count`
+    fault_count: int = 0
 
     def points(self, split: str, name: str) -> list[charts.Point]:
         """A curve as (round, value), in order; empty where the run has none."""
         return sorted((float(r), v) for r, v in self.curves.get((split, name), {}).items())
-
-    def values(self, split: str, name: str) -> list[float]:
-        """The finite values of a curve."""
-        return [v for _, v in self.points(split, name) if math.isfinite(v)]
 
 
 def read_run(folder: Path) -> Run:
@@ -53,24 +57,27 @@ def read_run(folder: Path) -> Run:
     refuse_ways_out(folder)
     try:
         text = file.read_text("utf-8")
-        recipe = tomllib.loads(text)
+        recipe = _texts(tomllib.loads(text))
     except (ValueError, RecursionError) as error:
         raise RunError(f"{file} is not valid TOML: {error}") from error
-    name = str(recipe.get("name") or folder.resolve().name)
+    name = recipe.get("name") or folder.resolve().name
     manifest, privacy = _json(folder / "manifest.json"), _json(folder / "privacy.json")
-    statement = str(privacy.get("statement", "")) if isinstance(privacy, dict) else ""
-    run = Run(name, recipe, text, list(_flat("", manifest)) if manifest else [], statement)
-    for file in round_files(folder / "metrics"):
-        _add_metrics(run, _read(file, METRICS))
-    for file in round_files(folder / "ledger"):
-        table = _read(file, LEDGER).group_by(["party", "kind"]).aggregate([("count", "sum"), ("bytes", "sum")])
-        for row in table.to_pylist():
+    run = Run(name, recipe, text, manifest, privacy.get("statement", ""))
+    for table in _tables(folder / "metrics", METRICS):
+        _add_metrics(run, table)
+    run.rows, run.losses = _most(run.rows), [(round_, _most(losses)) for round_, losses in run.losses]
+    for table in _tables(folder / "ledger", LEDGER):
+        for row in table.group_by(["party", "kind"]).aggregate([("count", "sum"), ("bytes", "sum")]).to_pylist():
             key = str(row["party"]), str(row["kind"])
             count, total = run.ledger.get(key, (0, 0))
             run.ledger[key] = count + (row["count_sum"] or 0), total + (row["bytes_sum"] or 0)
-    for file in round_files(folder / "faults"):
-        for row in _read(file, FAULTS).to_pylist():
-            run.faults.append((row["round"] or 0, str(row["kind"]), str(row["who"]), str(row["why"])))
+    dropouts = list[dict[str, Any]]()
+    for table in _tables(folder / "faults", FAULTS):
+        run.fault_count += table.num_rows
+        is_dropout = pc.fill_null(pc.equal(table["kind"], DROPOUT), False)
+        for listed, part in ((run.faults, pc.invert(is_dropout)), (dropouts, is_dropout)):
+            listed += table.filter(part).slice(0, MAX_LISTED - len(listed)).to_pylist()
+    run.faults = (run.faults + dropouts)[:MAX_LISTED]  # dropouts last: there are many, and the recipe asks for them
     return run
 
 
@@ -87,24 +94,38 @@ def refuse_ways_out(folder: Path) -> None:
                 raise RunError(f"{path} is neither a file nor a folder: remove it")
 
 
-def _read(file: Path, schema: pa.Schema) -> pa.Table:
+def _tables(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yields the tables of a log, one round after another; RunError if a file is damaged."""
     columns = [column for column in schema if column.name not in UNUSED]
     names = [column.name for column in columns]
-    try:
-        table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=names)
-        table.validate(full=True)  # for example that text is UTF-8
-        return table.select(names).cast(pa.schema(columns))
-    except (pa.ArrowException, OSError, KeyError) as error:
-        first = (str(error).splitlines() or ["no reason given"])[0]
-        raise RunError(f"{file} cannot be read, it may be truncated or not be a file of a run: {first}") from error
+    for file in round_files(folder):
+        try:
+            table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=names)
+            table.validate(full=True)  # for example that text is UTF-8
+            yield table.select(names).cast(pa.schema(columns))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            first = (str(error).splitlines() or ["no reason given"])[0]
+            raise RunError(f"{file} cannot be read, it may be truncated or not be a file of a run: {first}") from error
 
 
-def _json(file: Path) -> Any:
-    """The content of a JSON file; None if there is no such file."""
+def _json(file: Path) -> dict[str, str]:
+    """The values of a JSON object as text by dotted keys; none if there is no such file."""
     try:
-        return json.loads(file.read_text("utf-8")) if file.is_file() else None
-    except (ValueError, RecursionError) as error:
+        return _texts(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+    except (ValueError, RecursionError, AttributeError) as error:
         raise RunError(f"{file} is not valid JSON: {error}") from error
+
+
+def _texts(tree: dict[str, Any]) -> dict[str, str]:
+    return {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in leaves(tree).items()}
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by their dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return values
 
 
 def _add_metrics(run: Run, table: pa.Table) -> None:
@@ -112,25 +133,22 @@ def _add_metrics(run: Run, table: pa.Table) -> None:
     alone = pc.is_null(table["client"])
     for row in table.filter(alone).to_pylist():
         run.curves.setdefault((row["split"], row["name"]), {})[row["round"]] = row["value"]
-    # There may be a million clients: filter in Arrow, and keep two rounds of losses instead of all.
+    # There may be a million clients: their rows stay in Arrow, and of losses two rounds are kept.
     each = table.filter(pc.invert(alone))
-    losses = each.filter(pc.and_(pc.equal(each["split"], "heldout"), pc.equal(each["name"], "loss")))
-    for at in sorted(pc.unique(losses["round"]).to_pylist()):
-        now = losses.filter(pc.equal(losses["round"], at))
-        of_round = at, dict(zip(now["client"].to_pylist(), now["value"].to_pylist(), strict=True))
-        if run.before is None:
-            run.before = of_round
-        else:
-            run.after = of_round
-    rows = each.filter(pc.and_(pc.equal(each["split"], "train"), pc.equal(each["name"], "rows")))
-    for client, value in zip(rows["client"].to_pylist(), rows["value"].to_pylist(), strict=True):
-        run.rows[client] = max(value, run.rows.get(client, 0.0))
+    losses = _of_clients(each, "heldout", "loss")
+    for round_ in sorted(pc.unique(losses["round"]).to_pylist()):
+        run.losses[1:] = [(round_, losses.filter(pc.equal(losses["round"], round_)).select(OF_CLIENTS.names))]
+    rows = pa.concat_tables([run.rows, _of_clients(each, "train", "rows").select(OF_CLIENTS.names)])
+    # The first chunk is what the last merge has left.
+    full = rows.num_rows > MANY and rows.num_rows > 2 * len(rows["client"].chunk(0))
+    run.rows = _most(rows) if full else rows
 
 
-def _flat(key: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
-    """A nested dict as dotted keys; lists, and what is deeper than six levels, stay JSON."""
-    if isinstance(value, dict) and value and depth < 6:
-        for inner, below in value.items():
-            yield from _flat(f"{key}.{inner}" if key else inner, below, depth + 1)
-    else:
-        yield key, value if isinstance(value, str) else json.dumps(value)
+def _most(rows: pa.Table) -> pa.Table:
+    """The largest value of each client, in the order of clients."""
+    grouped = rows.group_by("client").aggregate([("value", "max")]).rename_columns(rows.schema.names)
+    return grouped.sort_by("client").combine_chunks()
+
+
+def _of_clients(table: pa.Table, split: str, name: str) -> pa.Table:
+    return table.filter(pc.and_(pc.equal(table["split"], split), pc.equal(table["name"], name)))

@@ -12,16 +12,10 @@ from rich.text import Text
 
 
 def inert(text: object) -> str:
-    r"""The text in one line, with escapes such as `\x1b` for all that Python does not call printable, except spaces.
-
-    That is control characters, invisible ones (among them those that turn the direction of writing), separators of
-    lines, lone surrogates, and what Unicode has not assigned.
-    """
+    r"""The text in one line, with escapes such as `\x1b` for control and invisible characters and lone surrogates."""
     return "".join(
-        character
-        if character.isprintable() or unicodedata.category(character) == "Zs"
-        else character.encode("unicode_escape").decode()
-        for character in str(text)
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in str(text)
     )
 
 

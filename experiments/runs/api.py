@@ -1,7 +1,4 @@
-"""A run as a Python call: builds the store, starts or joins Ray, plays the driver's events, leaves a run folder.
-
-Heavy imports are inside functions, since `fedpost --help` imports this module.
-"""
+"""A run as a Python call. Heavy imports are inside functions, since `fedpost --help` imports this module."""
 
 from __future__ import annotations
 
@@ -25,6 +22,7 @@ if TYPE_CHECKING:
     from engine.messages.events import Event, Sample
     from experiments.config.recipe import Recipe
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow")
 
 
@@ -63,72 +61,73 @@ def run(
     address: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     stop: threading.Event | None = None,
+    accept_changes: bool = False,
 ) -> Run:
-    """Runs a recipe (or a recipe file) to its end and returns the results.
+    """Runs a recipe (or a recipe file) to its end and returns the results; RunError for what the caller can fix.
 
     `out` is the run folder, by default `runs/NAME-TIME`; if it is a URI, the run works in a local copy. `resume`
-    continues the run in `out`, by default the newest run of that name. `baselines` adds local-only and centralized
+    continues the run in `out`, by default the newest run of that name; with `accept_changes` also with other versions,
+    base or code than the run was begun with, which the manifest then lists. `baselines` adds local-only and centralized
     training. `address` joins a Ray cluster; by default Ray is started here and ends with the run. Once another thread
-    sets `stop`, the current round is finished and RunStopped is raised. Raises RunError with one sentence for what the
-    caller can fix.
+    sets `stop`, the current round is finished and RunStopped is raised.
     """
     from datasets_partition.sources.location import is_local
     from engine.messages.events import Finished, Preparing, Started, Stopped
     from engine.system.atomic import write_file
     from experiments.config.recipe import load_recipe, located, to_toml
     from experiments.report.page import write_report
+    from experiments.report.run_folder import leaves
+    from experiments.runs import resuming
     from experiments.runs.digests import digests
     from experiments.runs.driving import RunStopped, drive
-    from experiments.runs.locks import alone_in
     from experiments.runs.mirror import working_folder
-    from experiments.runs.resuming import mark_finished, refuse_other_parts, run_folder, second_sums
 
     if isinstance(recipe, Path | str):
         recipe = load_recipe(Path(recipe))
     if baselines and recipe.clients.zero is not None:
         raise RunError("--baselines trains in one process, but clients.zero asks for gangs: leave one of them out")
     place, copy = working_folder(out, resume)
-    folder, recipe = run_folder(recipe, place, resume)
-    with alone_in(folder):
+    folder, recipe = resuming.run_folder(recipe, place, resume)
+    with resuming.alone_in(folder):
         on_event(Preparing("reading the data and assigning rows to clients"))
         store = build_store(recipe)
         manifest = _manifest(recipe, store)
         if resume:
-            manifest["digests"] = refuse_other_parts(folder, manifest)
-        files = {
-            "recipe.toml": to_toml(recipe).encode(),
-            "manifest.json": json.dumps(manifest, indent=1).encode(),
-        }
+            manifest = resuming.continued(folder, resuming.earlier_parts(folder), manifest, accept_changes)
+        files = {"recipe.toml": to_toml(recipe).encode(), "manifest.json": json.dumps(manifest, indent=1).encode()}
         finished: Finished | None = None
+        begun = resume
         with ray_session(address), ExitStack() as at_end:
             from engine.rounds.driver import RunPlan  # imports ray, whose environment is only now complete
 
             at_end.callback(copy)
             shared = shared_store(recipe, store)
             elsewhere = out if isinstance(out, str) and not is_local(out) else None
-            notes = second_sums(folder, recipe, manifest)
+            notes = resuming.second_sums(folder, recipe, manifest)
+            if accepted := manifest.get("accepted_changes"):
+                notes += (f"this run continues in spite of changes since it was begun: {', '.join(accepted)}",)
             plan = RunPlan(store, folder.resolve(), files, shared, resume, baselines, elsewhere=elsewhere, notes=notes)
             for event in drive(located(recipe), plan, stop):
                 if isinstance(event, Finished):
-                    finished = event
+                    finished = replace(event, folder=folder)
                     continue
                 if isinstance(event, Started):
-                    manifest["digests"] |= digests(recipe)  # the base may have been downloaded, or changed, by now
-                    if resume:
-                        refuse_other_parts(folder, manifest)
+                    # The base may have been downloaded by now, or changed; a driver may replace another days later.
+                    now = manifest | {"digests": manifest["digests"] | digests(recipe)}
+                    manifest = resuming.continued(folder, leaves(manifest), now, accept_changes) if begun else now
+                    begun = True
                     write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-                if isinstance(event, Started) and recipe.clients.lanes == "auto":
-                    settled = replace(recipe, clients=replace(recipe.clients, lanes=event.lanes))
-                    write_file(folder / "recipe.toml", to_toml(settled).encode())
+                    if recipe.clients.lanes == "auto":
+                        settled = replace(recipe, clients=replace(recipe.clients, lanes=event.lanes))
+                        write_file(folder / "recipe.toml", to_toml(settled).encode())
                 on_event(event)
                 copy()
                 if isinstance(event, Stopped):
                     reached = f"stopped after round {event.round} of {recipe.rounds}"
                     raise RunStopped(f"{reached}; --resume continues from there")
         assert finished is not None
-        finished = replace(finished, folder=folder)
         write_report([folder], folder / "report.html")
-        mark_finished(folder, recipe.rounds)  # from here on --resume has nothing to do
+        resuming.mark_finished(folder, recipe.rounds)  # from here on --resume has nothing to do
         copy()
         on_event(finished)
         return Run(folder, finished.losses, finished.samples)
@@ -156,24 +155,23 @@ def settle_ray(address: str | None) -> None:
 
     A Ray that is to be started here, without an `address`, stays on loopback and asks for a token.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Unused objects leave the store at once and not once a second: a round may be shorter than that.
-    os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
+    names = ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_free_objects_period_milliseconds")
+    settings = dict.fromkeys(names, "0")
     if address is None and "ray" not in sys.modules:
         # The first keeps Ray on loopback, despite its name. The token is known to this process alone; Ray would leave
         # one in the home folder.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        settings |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+        settings |= {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager
 def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
     """Joins the Ray at `address` (or the one of the Ray job that this is), or starts one on loopback and ends it again.
 
-    A Ray that is started here has `resources` (num_cpus, num_gpus), by default those of the machine. Raises RunError if
-    Ray does not answer or start.
+    A Ray that is started here has `resources` (num_cpus, num_gpus), by default those of the machine.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     settle_ray(address)
@@ -223,8 +221,7 @@ def shipped_code() -> dict[str, Any]:
     """The runtime environment that brings this code to a cluster's nodes; empty in a Ray job, which has brought it."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return {}
-    root = Path(__file__).resolve().parents[2]
-    return {"py_modules": [str(root / name) for name in ("engine", "strategies", "datasets_partition", "experiments")]}
+    return {"py_modules": [str(ROOT / name) for name in ("engine", "strategies", "datasets_partition", "experiments")]}
 
 
 def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
@@ -238,9 +235,14 @@ def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
         versions["fedpost"] = version("fedpost")
     except PackageNotFoundError:
         versions["fedpost"] = "not installed: run from its folder"
-    machine = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
-    data = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
     model = recipe.model
-    base = {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    parts = {"seed": recipe.seed, "base": base, "digests": digests(recipe)}
-    return parts | {"versions": versions, **machine, "data": data}
+    return {
+        "seed": recipe.seed,
+        "base": {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code},
+        "digests": digests(recipe),
+        "versions": versions,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "data": json.loads((store / "manifest.json").read_text(encoding="utf-8")),
+    }

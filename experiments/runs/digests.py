@@ -1,4 +1,4 @@
-"""Digests of what a run depends on besides its recipe, rows and versions: the base, the user's code, the trace."""
+"""Digests of what a run depends on besides its recipe, rows and versions: the base, all code, the trace."""
 
 import sys
 from hashlib import sha256
@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.config.sections import Model
 from engine.messages.errors import RunError
 from experiments.config.recipe import Recipe, located
-from experiments.config.user_code import user_parts
+from experiments.config.user_code import SHIPPED, user_parts
 
 BASE = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"}  # files of a base's folder that are read
 # A file of up to 16 MiB is read whole; of a larger file as much is read, in evenly spaced blocks. Retrained weights
@@ -18,8 +18,9 @@ BLOCK, BLOCKS = 65_536, 256
 def digests(recipe: Recipe) -> dict[str, str]:
     """Digests by what they are of; a base on the hub has its commit, once it is on this machine."""
     recipe = located(recipe)
-    trace, values = recipe.clients.availability.trace, {}
+    trace, values = recipe.clients.availability.trace, dict[str, str]()
     try:
+        values["the code of fedpost"] = code_digest()
         if base := _base(recipe.model):
             values["model.base"] = base
         if trace is not None and Path(trace).is_file():  # otherwise reading the trace explains what is wrong
@@ -31,6 +32,18 @@ def digests(recipe: Recipe) -> dict[str, str]:
     except OSError as error:
         raise RunError(f"a file that the recipe names cannot be read ({error}): allow reading it") from error
     return values
+
+
+def code_digest() -> str:
+    """The digest of fedpost's own modules, the same in a checkout, a wheel, and a Ray job."""
+    digest = sha256()
+    for package in sorted(SHIPPED):
+        root = Path(str(sys.modules[package].__file__)).parent
+        for file in sorted(root.rglob("*.py")):
+            name = file.relative_to(root).as_posix()
+            if not name.startswith(".") and "/." not in name:  # an editor's copies
+                digest.update(f"{package}/{name}\n".encode() + file.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()
 
 
 def _base(model: Model) -> str | None:

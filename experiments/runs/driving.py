@@ -1,14 +1,17 @@
-"""The command's view of the driver: it is started, replaced when it dies, and asked to stop."""
+"""The command's view of the driver: it is started, replaced when it dies, and asked to stop; errors are explained."""
 
+import errno
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from engine.messages.errors import RunError
+from experiments.config.user_code import line_at_fault, user_parts
 
 if TYPE_CHECKING:
     from engine.messages.events import Event
@@ -17,6 +20,12 @@ if TYPE_CHECKING:
 
 FUTILE = 3  # drivers in a row that may die without finishing a new round; a further one ends the run
 LOOK_S = 0.2
+FULL = {errno.ENOSPC, errno.EDQUOT}
+# An OSError with one of these is about a user's file or disk; others, such as a lost connection, are not.
+FILES = FULL | {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO),
+}
 
 
 class RunStopped(Exception):
@@ -26,7 +35,7 @@ class RunStopped(Exception):
 def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> Iterator["Event"]:
     """Yields a driver's events; if it dies, or a slot dies while it starts, a new one resumes from the last checkpoint.
 
-    Once `stop` is set, the current round is the last. Raises RunError for what the user can fix.
+    Once `stop` is set, the current round is the last.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -35,8 +44,6 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
     from engine.messages.events import DriverLost, Fault, RoundDone, Started
     from engine.rounds.driver import Driver
     from engine.system.failures import LOST, cause_of, last_line
-    from experiments.config.user_code import user_parts
-    from experiments.runs.errors import explanation
 
     for part in user_parts(recipe).values():
         # The code itself travels, so that no other process needs the file.
@@ -75,9 +82,8 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
                     f"clients.slots or take a smaller model or cohort; then continue from the last checkpoint with "
                     f"--resume"
                 ) from error
-            begun = any((plan.folder / "checkpoints").glob("[0-9]*"))
-            lost = (*plan.lost, Fault("driver", "the driver", why))
-            plan = replace(plan, resume=plan.resume or begun, lost=lost)
+            resume = plan.resume or any((plan.folder / "checkpoints").glob("[0-9]*"))
+            plan = replace(plan, resume=resume, lost=(*plan.lost, Fault("driver", "the driver", why)))
             yield DriverLost(why)
         finally:
             over.set()
@@ -108,3 +114,29 @@ def stopped_by_interrupt(say: Callable[[str], None], begun: Callable[[], bool]) 
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def explanation(error: BaseException) -> str | None:
+    """What to tell the user about an error of the user's; None for any other, which is a bug of ours.
+
+    The user's errors are those whose class has `exit_code = 2`, those of files and disks, and those of a module that
+    the recipe names.
+    """
+    cause = origin(error)
+    if getattr(cause, "exit_code", None) == 2:
+        return str(cause)
+    if line := line_at_fault("".join(traceback.format_exception(error))):
+        return f"{type(cause).__name__}: {cause} (in {line}); --debug shows the traceback"
+    if isinstance(cause, OSError) and cause.errno in FILES:
+        hint = "; free some space and try again (with --resume if a run had begun)" if cause.errno in FULL else ""
+        return f"{cause}{hint}"
+    return None
+
+
+def origin(error: BaseException) -> BaseException:
+    """The error as it was raised, without what Ray wraps around it."""
+    if "ray" not in sys.modules:
+        return error
+    from engine.system.failures import cause_of
+
+    return cause_of(error)

@@ -13,12 +13,11 @@ from typing import Any
 
 from pyarrow import fs
 
-from datasets_partition.sources.location import is_local, located, node_cache
-from datasets_partition.sources.source_files import first_line
+from datasets_partition.sources.location import first_line, is_local, located, node_cache
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
-from experiments.runs.locks import locked
-from experiments.runs.resuming import FINISHED, leaves
+from experiments.report.run_folder import leaves
+from experiments.runs.resuming import FINISHED, locked
 
 # The seals, which make other files count: a checkpoint's facts, a run's recipe, that a run has finished. They are
 # copied after all others, in this order, and removed before all others, so that the copy can always be resumed.
@@ -37,44 +36,40 @@ def working_folder(out: Path | str | None, resume: bool) -> tuple[Path | None, C
     """
     if not isinstance(out, str) or is_local(out):
         return None if out is None else Path(out), lambda: None
-    mirror = Mirror(out)
-    mirror.open(resume)
+    mirror = Mirror(out, resume)
     return mirror.folder, mirror.update
 
 
 class Mirror:
-    """Keeps the folder at a URI a copy of `folder`, in any state that this is in."""
+    """Keeps the folder at a URI a copy of `folder`, in any state that this is in.
 
-    def __init__(self, location: str) -> None:
+    `folder` is empty at the start, or has the complete files of the run to resume.
+    """
+
+    def __init__(self, location: str, resume: bool) -> None:
         self.location = location
         self.system, self.path = located(location)
         name = f"{PurePosixPath(self.path).name}-{sha256(location.encode()).hexdigest()[:12]}"
-        self.home = node_cache() / "runs" / name
-        self.folder = self.home / "run"
-        self.copied: dict[str, tuple[int, int] | None] = {}  # the files at the URI, with the stamps that they had here
-
-    def open(self, resume: bool) -> None:
-        """Starts with an empty folder, or with the complete files of the run to resume; RunError if it cannot.
-
-        Takes the lock first, since another command may be working in the folder.
-        """
-        self.home.mkdir(parents=True, exist_ok=True)
-        self.lock = locked(self.home, self.location)
+        home = node_cache() / "runs" / name
+        self.folder = home / "run"
+        home.mkdir(parents=True, exist_ok=True)
+        self.lock = locked(home, location)  # first, since another command may be working in the folder
         try:
             listed = self._listed("")
-            self.copied = dict.fromkeys(name for name in listed if not _is_hidden(name))
+            # The files at the URI, with the stamps that they had here; neither hidden files nor paths that lead up.
+            names = [name for name in listed if not name.startswith(".") and "/." not in name]
+            self.copied: dict[str, tuple[int, int] | None] = dict.fromkeys(names)
             if resume and RECIPE not in self.copied:
-                raise RunError(
-                    f"{self.location} holds no run to resume (no {RECIPE}): leave --resume out to start one there"
-                )
+                hint = "leave --resume out to start one there"
+                raise RunError(f"{location} holds no run to resume (no {RECIPE}): {hint}")
             if listed and not resume:
                 what = "already holds a run" if RECIPE in self.copied else "is not empty"
-                raise RunError(f"{self.location} {what}: choose another --out, or continue that run with --resume")
+                raise RunError(f"{location} {what}: choose another --out, or continue that run with --resume")
             shutil.rmtree(self.folder, ignore_errors=True)
             if resume:
                 self._fetch()
         except OSError as error:
-            raise RunError(f"{self.location} cannot be read: {first_line(error)}") from error
+            raise RunError(f"{location} cannot be read: {first_line(error)}") from error
 
     def update(self) -> None:
         """Copies the files that are new or have changed and removes those that are gone; RunError if it cannot."""
@@ -139,23 +134,17 @@ class Mirror:
 
 def _charge_uncopied(folder: Path) -> None:
     """Adds to a run's privacy account the rounds that it may lack, if resuming would draw fresh noise for them."""
-    account = folder / ACCOUNT
+    account, charged = folder / ACCOUNT, dict[str, Any](rounds=0, statement="")
     try:
         keys = leaves(tomllib.loads((folder / RECIPE).read_text(encoding="utf-8")))
         if keys.get("privacy.secagg.mode") != "full" or keys.get("privacy.dp.kind", "none") == "none":
             return
-        charged: dict[str, Any] = {"rounds": 0, "statement": ""}
         if account.exists():
             charged = json.loads(account.read_text(encoding="utf-8"))
         charged["uncopied"] = charged.get("uncopied", 0) + AHEAD
     except (ValueError, TypeError, AttributeError, RecursionError):
         return  # damaged files, which resuming refuses with an explanation
     write_file(account, json.dumps(charged, indent=1).encode())
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether a file is hidden, or in a hidden folder: the run keeps nothing there. So is a path that leads up."""
-    return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 def _seal(name: str) -> str:

@@ -1,31 +1,32 @@
-"""The folder of a run, and what must be unchanged for an earlier run to continue there."""
+"""The folder of a run: its lock, and what must be unchanged for an earlier run to continue there."""
 
+import fcntl
 import json
+import os
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from engine.messages.errors import RunError
 from engine.records.journal import JOURNAL
 from engine.system.atomic import write_file
 from experiments.config.recipe import Recipe, parse_recipe, to_toml
-from experiments.report.run_folder import refuse_ways_out
+from experiments.report.run_folder import leaves, refuse_ways_out
 
 RUNS = Path("runs")
 FINISHED = "finished.json"  # written last: the rounds that the model, the samples and the report are of
 # Keys that may change when a run is resumed: no bit of the result depends on them, unless clients fail.
 FREE = {
-    "clients.max_failed",
-    "clients.num_cpus",
-    "clients.retries",
-    "clients.slots",
-    "clients.timeout_s",
-    "clients.zero.gangs",
-    "clients.zero.timeout_s",
-    "data.cache",
+    *("clients.max_failed", "clients.num_cpus", "clients.retries", "clients.slots", "clients.timeout_s"),
+    *("clients.zero.gangs", "clients.zero.timeout_s", "data.cache"),
 }
+# These decide which rows are judged, and one table compares the losses of all rounds.
+JUDGED = {"evaluate.rows", "evaluate.server_rows"}
 
 
 def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Recipe]:
@@ -34,14 +35,14 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
     Raises RunError if the folder holds a run that must not be overwritten, or none to resume.
     """
     if out is None:
-        begun = RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}/recipe.toml")
-        earlier = sorted(path.parent for path in begun)
+        earlier = sorted(RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}/recipe.toml"))
         if resume and not earlier:
             raise RunError(f"there is no run of {recipe.name!r} in {RUNS} to resume: leave --resume out to start one")
-        out = earlier[-1] if resume else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = earlier[-1].parent if resume else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     old = out / "recipe.toml"
     if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        # What a run leaves that was killed while it wrote its first file does not count.
+        if out.exists() and not (out.is_dir() and all(path.match(".recipe.toml.*") for path in out.iterdir())):
             what = "already holds a run" if old.exists() else "exists and is not empty"
             raise RunError(f"{out} {what}: choose another --out, or continue that run with --resume")
         return out, recipe
@@ -53,15 +54,19 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
         raise RunError(f"the run in {out} has finished; raise rounds, or choose another --out for a new one")
     if recipe.clients.lanes == "auto":  # has been measured
         recipe = replace(recipe, clients=replace(recipe.clients, lanes=before.clients.lanes))
-    changed = _differences(before, recipe)
-    if changed == ["rounds"] and recipe.rounds < before.rounds:
+    old_keys, keys = (leaves(tomllib.loads(to_toml(each))) for each in (before, recipe))
+    changed = {key for key in old_keys.keys() | keys.keys() if old_keys.get(key) != keys.get(key)} - FREE
+    if before.clients.num_gpus and recipe.clients.num_gpus:  # but a GPU computes other bits than a CPU
+        changed.discard("clients.num_gpus")
+    changed -= {key for key in changed - JUDGED if key.startswith(("evaluate.", "checkpoint."))}
+    if changed == {"rounds"} and recipe.rounds < before.rounds:
         raise RunError(f"the run in {out} was begun with {before.rounds} rounds and cannot continue with fewer")
-    if changed == ["rounds"] and not _by_rounds(recipe):
-        changed = []
-    if changed:
+    # Rounds depend on their total number by a schedule over rounds, or by noise that is calibrated for all of them.
+    by_rounds = recipe.train.over_rounds.kind != "constant" or recipe.privacy.dp.kind != "none"
+    if changed and (by_rounds or changed != {"rounds"}):
         raise RunError(
-            f"{out} was begun with another recipe, which differs in {', '.join(changed)}: resume it with the recipe it "
-            f"was begun with ({old}), or choose another --out"
+            f"{out} was begun with another recipe, which differs in {', '.join(sorted(changed))}: resume it with the "
+            f"recipe it was begun with ({old}), or choose another --out"
         )
     return out, recipe
 
@@ -72,81 +77,97 @@ def mark_finished(folder: Path, rounds: int) -> None:
 
 
 def finished_rounds(folder: Path) -> int | None:
-    """The rounds after which a run has finished, as it says itself; None if it has not, or the file is damaged.
+    """The rounds after which a run has finished; None if it has not, or the file is damaged.
 
     It may have gone on since: it has finished only if these are the rounds of its recipe.
     """
-    try:
-        rounds = json.loads((folder / FINISHED).read_text(encoding="utf-8"))["rounds"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return None
+    rounds = _facts(folder / FINISHED).get("rounds")
     return rounds if isinstance(rounds, int) else None
 
 
-def refuse_other_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
-    """Raises RunError if rows, versions, base or code have changed since the run was begun; returns all its digests."""
+def earlier_parts(folder: Path) -> dict[str, Any]:
+    """The manifest of the run to resume by dotted keys; empty if the run was killed before it wrote one."""
     file = folder / "manifest.json"
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        key, versions = before["data"]["key"], before["versions"]
-        digests: dict[str, str] = dict(before.get("digests", {}))  # runs of earlier versions have none
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{file} is not the manifest of a run ({error}): choose another --out") from error
-    if key != manifest["data"]["key"]:
+    if not file.exists() and not any((folder / "checkpoints").glob("[0-9]*")):
+        return {}
+    facts = _facts(file)
+    if "data.key" not in facts:
+        raise RunError(f"{file} is not the manifest of a run: choose another --out")
+    return facts
+
+
+def continued(folder: Path, before: dict[str, Any], manifest: dict[str, Any], accept: bool) -> dict[str, Any]:
+    """The manifest of a run that continues, with what its earlier parts left in it, `before` by dotted keys.
+
+    Raises RunError if the rows have changed, or, unless the caller accepts that, versions, the base, code, or the
+    trace. The manifest lists accepted changes.
+    """
+    now = leaves(manifest)
+    if before.get("data.key", now["data.key"]) != now["data.key"]:
         raise RunError(f"the data has changed since the run in {folder} was begun: choose another --out")
-    if versions != manifest["versions"]:
+    changed = [
+        key.removeprefix("digests.") if key.startswith("digests.") else f"{key} ({value}, now {now[key]})"
+        for key, value in before.items()
+        if key.startswith(("versions.", "digests.")) and now.get(key, value) != value
+    ]
+    if changed and not accept:
         raise RunError(
-            f"the run in {folder} was begun with other versions ({versions}, now {manifest['versions']}): "
-            f"install those, or choose another --out"
+            f"{' and '.join(changed)} changed since the run in {folder} was begun: restore what it was begun with, "
+            f"choose another --out, or give --accept-changes to continue in spite of that, which the report will show "
+            f"(with model.revision set, a base from the hub never changes)"
         )
-    known: dict[str, str] = digests | manifest["digests"]
-    changed = [name for name, digest in digests.items() if known[name] != digest]
-    if changed:
-        raise RunError(
-            f"{' and '.join(changed)} changed since the run in {folder} was begun: restore what it was begun with, or "
-            f"choose another --out (with model.revision set, a base from the hub never changes)"
-        )
-    return known
+    accepted = before.get("accepted_changes", [])
+    accepted = [*(accepted if isinstance(accepted, list) else []), *changed]
+    # Digests of earlier parts stay: a base from the hub has none until it is downloaded.
+    known = {key.removeprefix("digests."): value for key, value in before.items() if key.startswith("digests.")}
+    return manifest | {"digests": known | manifest["digests"]} | ({"accepted_changes": accepted} if accepted else {})
 
 
 def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple[str, ...]:
     """Notes on other sums of the same clients that can be compared with those of a run in mode "full"."""
     if recipe.privacy.secagg.mode != "full":
         return ()
-    notes = []
+    notes: tuple[str, ...] = ()
     if recipe.evaluate.without_privacy:
-        notes.append(
+        notes += (
             "evaluate.without_privacy plays the same rounds again in the clear, and both together reveal what secure "
-            "aggregation hides (docs/privacy.md): use it for study only"
+            "aggregation hides (docs/privacy.md): use it for study only",
         )
-    if names := _runs_beside(folder, manifest):
+    same = manifest["seed"], manifest["data"]["key"]
+    names = [
+        file.parent.name
+        for file in sorted(folder.resolve().parent.glob("*/manifest.json"))
+        if (facts := _facts(file)) and (facts.get("seed"), facts.get("data.key")) == same
+        if file.parent.name != folder.name and _had_sums(file.parent)
+    ]
+    if names:
         few = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-        notes.append(
+        notes += (
             f"{few} had sums of the same clients with the same data and seed, and two sums that differ by one client "
-            f"may reveal its update (docs/privacy.md)"
+            f"may reveal its update (docs/privacy.md)",
         )
-    return tuple(notes)
+    return notes
 
 
-def _runs_beside(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """The names of other runs whose server has had sums of the same data with the same seed, or each update."""
-    names = []
-    for file in sorted(folder.resolve().parent.glob("*/manifest.json")):
-        try:
-            other = json.loads(file.read_text(encoding="utf-8"))
-            same = other["seed"] == manifest["seed"] and other["data"]["key"] == manifest["data"]["key"]
-            if same and file.parent.name != folder.name and _had_sums(file.parent):
-                names.append(file.parent.name)
-        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            continue
-    return names
+def _facts(file: Path) -> dict[str, Any]:
+    """The values of a JSON file by their dotted keys; none if it is missing, damaged, or no object."""
+    try:
+        return leaves(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return {}
 
 
 def _had_sums(run: Path) -> bool:
+    """Whether a run's server has had sums of clients: unmasked ones, or without secure aggregation those of rounds."""
     if any(run.glob(f"{JOURNAL}/*.json")):
         return True
-    text = (run / "recipe.toml").read_text(encoding="utf-8") if any(run.glob("checkpoints/[0-9]*")) else None
-    return text is not None and tomllib.loads(text).get("privacy", {}).get("secagg", {}).get("mode", "off") == "off"
+    if not any(run.glob("checkpoints/[0-9]*")):
+        return False
+    try:
+        recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
+        return bool(recipe.get("privacy", {}).get("secagg", {}).get("mode", "off") == "off")
+    except (OSError, ValueError, AttributeError):  # a foreign or damaged folder
+        return False
 
 
 def _begun_with(file: Path, recipe: Recipe) -> Recipe:
@@ -172,27 +193,48 @@ def _user_kinds(tree: Any) -> set[str]:
     return set[str]().union(*map(_user_kinds, values))
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A recipe's values by their dotted keys."""
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        values |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return values
+class Lock:
+    """Keeps other processes, and cleaners of temporary files that respect locks, from a folder until it is deleted."""
+
+    def __init__(self, descriptor: int, location: str) -> None:
+        self.descriptor = descriptor
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another command on this machine is working on {location}: wait for its end, or choose another --out"
+            ) from None
+        except OSError:
+            pass  # some network file systems cannot lock folders
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
 
-def _differences(before: Recipe, now: Recipe) -> list[str]:
-    """Dotted keys in which two recipes differ, without those that cannot change the result."""
-    old, new = (leaves(tomllib.loads(to_toml(recipe))) for recipe in (before, now))
-    changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
-    return sorted(key for key in changed if not _is_free(key, old.get(key), new.get(key)))
+# The locks of this process, which may continue a run while the error that ended it still refers to its lock.
+_LOCKS: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
 
 
-def _is_free(key: str, before: Any, now: Any) -> bool:
-    if key == "clients.num_gpus":  # a GPU computes other bits than a CPU
-        return bool(before and now)
-    return key in FREE or key.startswith(("evaluate.", "checkpoint."))
+def locked(folder: Path, location: str) -> Lock:
+    """The lock of a folder, which errors call `location`; RunError while another process has it."""
+    lock = _LOCKS.get(folder) or Lock(os.open(folder, os.O_RDONLY), location)
+    _LOCKS[folder] = lock
+    return lock
 
 
-def _by_rounds(recipe: Recipe) -> bool:
-    """Whether rounds depend on their total number: by a schedule over rounds, or by noise calibrated for all."""
-    return recipe.train.over_rounds.kind != "constant" or recipe.privacy.dp.kind != "none"
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Makes and locks a run folder, and removes it if it is still empty at the end; RunError as `locked`."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = locked(folder.resolve(), str(folder))
+    except OSError as error:
+        raise RunError(f"{folder} cannot be a run folder ({error}): choose another --out") from error
+    try:
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # something is in it
+                path.rmdir()
+        del lock  # now, though an error may refer to this frame

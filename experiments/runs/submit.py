@@ -7,20 +7,21 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from datasets_partition.sources.location import is_local, refuse_password
-from datasets_partition.sources.source_files import first_line
+from datasets_partition.sources.location import first_line, is_local, refuse_password
 from engine.messages.errors import RunError
+from experiments.config.recipe import load_recipe
 from experiments.report.terminal import say
+from experiments.runs.api import ROOT, shipped_code
+from experiments.runs.resuming import RUNS
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-ROOT = Path(__file__).resolve().parents[2]
 RESERVED = ("working_dir", "py_modules")  # the keys of a runtime environment that submitting sets
 TOKENS, TOKEN_FILE = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}, Path("~/.ray/auth_token")
 TAIL = 10  # lines
@@ -35,23 +36,25 @@ def submit(
     address: str,
     out: str | None = None,
     runtime_env: Path | None = None,
+    flags: Sequence[str] = (),
     *,
-    resume: bool = False,
     detach: bool = False,
 ) -> int:
     """Submits a run of the recipe to the job server at `address` and follows it; its exit code, or 0 with `detach`.
 
-    Without `detach` the job ends when this process does. Raises RunError for what the caller can fix.
+    `flags` are options of `fedpost run`, such as "--resume". Without `detach` the job ends when this process does.
     """
-    from experiments.config.recipe import load_recipe
-
     loaded, here = load_recipe(recipe, changes), Path.cwd().resolve()
-    out = _lasting(out, loaded.name, resume)
-    options = [part for change in changes for part in ("--set", change)] + ["--out", out] + ["--resume"] * resume
+    if out is None and "--resume" in flags:
+        raise RunError("--resume needs the --out of the run to continue")
+    # Ray removes the job's working folder, which the run folder must outlive.
+    out = out or str(RUNS / f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    refuse_password(out)
+    out = str(Path(out).absolute()) if is_local(out) else out
+    options = [part for change in changes for part in ("--set", change)] + ["--out", out, *flags]
     command = run_command(recipe, here) + options
     environment = environment_of(here, runtime_env)
-    client = job_client(address)
-    job = f"fedpost-{secrets.token_hex(6)}"
+    client, job = job_client(address), f"fedpost-{secrets.token_hex(6)}"
     say(f"job {job} at {address}, run folder {out}")
     if detach:
         _send(client, job, command, environment)
@@ -66,9 +69,8 @@ def submit(
 def show_status(job: str, address: str) -> None:
     """Prints a job's state and the end of its log; RunError if there is no such job."""
     client = job_client(address)
-    say(f"{job}: {_state(_ask(client.get_job_info, job))}")
-    for line in _ask(client.get_job_logs, job).splitlines()[-TAIL:]:
-        say(f"  {line}")
+    lines = _ask(client.get_job_logs, job).splitlines()[-TAIL:]
+    say("\n  ".join([f"{job}: {_state(_ask(client.get_job_info, job))}", *lines]))
 
 
 def stop(job: str, address: str) -> None:
@@ -121,8 +123,6 @@ def job_client(address: str) -> "JobSubmissionClient":
 
 def run_command(recipe: Path, here: Path) -> list[str]:
     """The command that runs a recipe of the uploaded folder `here`; RunError if the recipe is not uploaded with it."""
-    from experiments.runs.resuming import RUNS
-
     path = recipe.resolve()
     if not path.is_relative_to(here) or path.is_relative_to(here / RUNS):
         raise RunError(
@@ -135,14 +135,10 @@ def run_command(recipe: Path, here: Path) -> list[str]:
 
 def environment_of(here: Path, given: Path | None) -> dict[str, Any]:
     """Ray's runtime environment: the folder `here`, fedpost's packages if they are elsewhere, the keys of `given`."""
-    from experiments.runs.api import shipped_code
-    from experiments.runs.resuming import RUNS
-
     keys = _read_environment(given) if given else {}
-    packages = {} if here == ROOT else shipped_code()
     return {
         **keys,
-        **packages,
+        **({} if here == ROOT else shipped_code()),
         "working_dir": str(here),
         # Ray applies these to each package too, and experiments has a room `runs`, which holds files but no folders.
         "excludes": [f"/{RUNS}/*/", "__pycache__/", *keys.get("excludes", [])],
@@ -163,17 +159,6 @@ def _read_environment(file: Path) -> dict[str, Any]:
             f"{' nor '.join(RESERVED)}, which submitting sets"
         )
     return keys
-
-
-def _lasting(out: str | None, name: str, resume: bool) -> str:
-    """A run folder that outlives the job: Ray removes the job's working folder."""
-    from experiments.runs.resuming import RUNS
-
-    if out is None and resume:
-        raise RunError("--resume needs the --out of the run to continue")
-    out = out or str(RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    refuse_password(out)
-    return str(Path(out).absolute()) if is_local(out) else out
 
 
 def _send(client: "JobSubmissionClient", job: str, command: list[str], environment: dict[str, Any]) -> None:
@@ -203,8 +188,7 @@ def _follow(client: "JobSubmissionClient", job: str) -> int:
         if info.status.is_terminal():
             break
         time.sleep(1)
-    code = info.driver_exit_code
-    if code is None:
+    if (code := info.driver_exit_code) is None:
         say(f"{job}: {_state(info)}", error=True)
         return 143 if info.status == "STOPPED" else 1
     return code if code >= 0 else 128 - code

@@ -1,45 +1,63 @@
-"""FedOpt: the mean change as a gradient for an optimizer on the server (Reddi et al. 2021, arXiv 2003.00295).
+"""Optimizers on the server, with the mean change D = sum_k p_k delta_k as their gradient. All of them read the sum.
 
-FedAvgM is momentum (Hsu et al. 2019, arXiv 1909.06335); FedAdagrad, FedAdam and FedYogi are the paper's algorithm 2.
-D is the clients' mean change, sum_k p_k delta_k. The clients work as in FedAvg. All of them read the sum.
+FedAvgM is momentum (Hsu et al. 2019, arXiv 1909.06335); DiLoCo is Nesterov's (Douillard et al. 2023, arXiv 2311.08105);
+FedAdagrad, FedAdam and FedYogi are algorithm 2 of FedOpt (Reddi et al. 2021, arXiv 2003.00295).
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.base import AveragingRule, check_decay
-from strategies.core.errors import require
+from strategies.core.base import AveragingRule, Decay, ServerLr
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, ServerState, Vector
+from strategies.core.ranges import ABOVE_0, Range
 
 
 @dataclass(frozen=True)
-class FedAvgM(AveragingRule):
+class MomentumRule(AveragingRule, ABC):
+    """m = momentum m + D, and a step along m or, with `nesterov`, along D + momentum m."""
+
+    momentum: Decay = 0.9
+    nesterov: ClassVar[bool] = False
+    zero_moments: ClassVar[tuple[str, ...]] = ("m",)
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """m = momentum m + D, theta += lr m, or lr (D + momentum m)."""
+        mean = aggregate.total / aggregate.weight
+        m = self.momentum * state.moments["m"] + mean
+        change = mean + self.momentum * m if self.nesterov else m
+        return replace(state, round=state.round + 1, params=state.params + self.lr * change, moments={"m": m})
+
+
+@dataclass(frozen=True)
+class FedAvgM(MomentumRule):
     """m = momentum m + D, theta += lr m.
 
     Trap: m is a sum, not an average. A steady D moves theta by D lr / (1 - momentum) a round, 10 D with the defaults.
     """
 
     kind: Literal["fedavgm"] = "fedavgm"
-    momentum: float = 0.9
     paper: ClassVar[str] = "arXiv 1909.06335"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_decay("momentum", self.momentum)
 
-    def init(self, params: Vector, layout: Layout) -> ServerState:
-        """The initial vector, and m = 0."""
-        return replace(super().init(params, layout), moments={"m": torch.zeros_like(params)})
+@dataclass(frozen=True)
+class DiLoCo(MomentumRule):
+    """m = momentum m + D, theta += lr (D + momentum m), D = the clients' mean change: algorithm 1. Reads the sum.
 
-    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """m = momentum m + D, theta += lr m."""
-        m = self.momentum * state.moments["m"] + aggregate.total / aggregate.weight
-        return replace(state, round=state.round + 1, params=state.params + self.lr * m, moments={"m": m})
+    The outer step is that of torch.optim.SGD with nesterov on the gradient -D. Algorithm 1 averages plainly, hence
+    `weighting` "uniform". The paper's clients keep their AdamW state from round to round: set train.state = "keep", or
+    this is FedAvg with Nesterov momentum. Traps: it is made for a few clients that take part in every round, with
+    hundreds of local steps; a client that is rarely sampled keeps the state of an outdated model.
+    """
+
+    kind: Literal["diloco"] = "diloco"
+    lr: ServerLr = 0.7
+    weighting: Literal["examples", "uniform"] = "uniform"
+    nesterov: ClassVar[bool] = True
+    paper: ClassVar[str] = "arXiv 2311.08105"
 
 
 @dataclass(frozen=True)
@@ -51,23 +69,17 @@ class AdaptiveRule(AveragingRule, ABC):
     FedAvg's 1 is far too much; with tau well above |D| the rule is momentum with lr / tau.
     """
 
-    lr: float = 1e-3
-    beta1: float = 0.9
-    tau: float = 1e-3
+    lr: ServerLr = 1e-3
+    beta1: Decay = 0.9
+    tau: Annotated[float, Range("keeps steps finite", ABOVE_0)] = 1e-3
     paper: ClassVar[str] = "arXiv 2003.00295"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_decay("beta1", self.beta1)
-        finite = 0 < self.tau < math.inf
-        require(finite, f"strategy.tau keeps steps finite and must be a number above 0, not {self.tau}")
 
     @abstractmethod
     def second(self, v: Vector, square: Vector) -> Vector:
         """The next v (P,), from the last one and D^2."""
 
     def init(self, params: Vector, layout: Layout) -> ServerState:
-        """The initial vector, m = 0, v = tau^2."""
+        """m = 0, v = tau^2."""
         moments = {"m": torch.zeros_like(params), "v": torch.full_like(params, self.tau**2)}
         return replace(super().init(params, layout), moments=moments)
 
@@ -88,7 +100,7 @@ class FedAdagrad(AdaptiveRule):
     """
 
     kind: Literal["fedadagrad"] = "fedadagrad"
-    beta1: float = 0.0
+    beta1: Decay = 0.0
 
     def second(self, v: Vector, square: Vector) -> Vector:
         """v + D^2."""
@@ -100,11 +112,7 @@ class FedAdam(AdaptiveRule):
     """v = beta2 v + (1 - beta2) D^2; m and theta as in `AdaptiveRule`."""
 
     kind: Literal["fedadam"] = "fedadam"
-    beta2: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_decay("beta2", self.beta2)
+    beta2: Decay = 0.99
 
     def second(self, v: Vector, square: Vector) -> Vector:
         """beta2 v + (1 - beta2) D^2."""
@@ -119,11 +127,7 @@ class FedYogi(AdaptiveRule):
     """
 
     kind: Literal["fedyogi"] = "fedyogi"
-    beta2: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_decay("beta2", self.beta2)
+    beta2: Decay = 0.99
 
     def second(self, v: Vector, square: Vector) -> Vector:
         """v - (1 - beta2) D^2 sign(v - D^2)."""

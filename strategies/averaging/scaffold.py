@@ -3,21 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
-
-from strategies.core.base import AveragingRule
+from strategies.core.base import AveragingRule, Ends, Finished, NeedsSgd, Vectors
 from strategies.core.layout import Layout
-from strategies.core.protocol import (
-    GLOBAL,
-    Aggregate,
-    Broadcast,
-    ClientState,
-    NeedsSgd,
-    ServerState,
-    Update,
-    Vector,
-    Vectors,
-)
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update
 
 
 @dataclass(frozen=True)
@@ -36,20 +24,14 @@ class Scaffold(AveragingRule):
     kind: Literal["scaffold"] = "scaffold"
     weighting: Literal["uniform"] = "uniform"
     keeps_state: ClassVar[bool] = True
+    zero_moments: ClassVar[tuple[str, ...]] = ("c",)
+    sends_moments: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 1910.06378"
 
     @property
     def needs_optimizer(self) -> NeedsSgd:
         """SGD without momentum, whose learning rate is divided by."""
         return NeedsSgd("counts on what plain SGD does", momentum=0.0, divides=True)
-
-    def init(self, params: Vector, layout: Layout) -> ServerState:
-        """The initial vector, and c = 0."""
-        return replace(super().init(params, layout), moments={"c": torch.zeros_like(params)})
-
-    def broadcast(self, state: ServerState) -> Broadcast:
-        """The global vector and c."""
-        return replace(super().broadcast(state), extras={"c": state.moments["c"]})
 
     def correct(
         self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
@@ -59,9 +41,7 @@ class Scaffold(AveragingRule):
         if "c" in client_state:
             grad_KP.sub_(client_state["c"])
 
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Sends c_k+ - c_k = -c - delta / (K eta) beside delta, and keeps c_k+."""
         update, client_state = super().finish(update, broadcast, client_state, ends)
         change = -broadcast.extras["c"] - update.delta / update.metrics["rates"]
@@ -71,11 +51,6 @@ class Scaffold(AveragingRule):
     def beside(self, layout: Layout) -> dict[str, int]:
         """The changes of c_k."""
         return {"c": layout.size}
-
-    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
-        """Two vectors each way."""
-        down, up = super().floats(broadcast)
-        return down, 2 * up
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """theta += lr mean delta, c += sum (c_k+ - c_k) / N."""

@@ -9,21 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from strategies.core.base import Finished, Rule
 from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Strategy, Update, Vector
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, ServerState, Update, Vector
 from strategies.core.seeds import rng
 
-LORA = Layout(
-    (
-        "norm",
-        "q.lora_A.default.weight",
-        "q.lora_B.default.weight",
-        "v.lora_A.default.weight",
-        "v.lora_B.default.weight",
-    ),
-    ((3,), (2, 4), (5, 2), (2, 3), (3, 2)),
-    scale=1.5,
-)
+TENSORS = {"norm": (3,), "q.lora_A.w": (2, 4), "q.lora_B.w": (5, 2), "v.lora_A.w": (2, 3), "v.lora_B.w": (3, 2)}
+LORA = Layout(tuple(TENSORS), tuple(TENSORS.values()), scale=1.5)
 FULL = Layout(("embed", "bias"), ((5, 4), (7,)))
 COHORT, SEED = 7, 3
 METRICS = {"steps": 4.0, "rates": 0.4, "rows": 8.0, "tokens": 64.0, "loss": 1.0, "loss_before": 1.25}
@@ -38,7 +30,7 @@ def drawn(layout: Layout, first: int, second: int = 0) -> Vector:
 class Case:
     """A strategy on a layout; `summed` and `stored` are the engine's exact sum and a checkpoint written and read."""
 
-    strategy: Strategy
+    strategy: Rule
     layout: Layout
     summed: Callable[[list[Update]], Aggregate]
     stored: Callable[[ServerState], ServerState]
@@ -48,59 +40,31 @@ class Case:
         """The cohort, the same in each round: at least as many clients as the rule needs."""
         return range(max(COHORT, self.strategy.smallest_cohort()))
 
-    @property
-    def population(self) -> int:
-        """More clients than take part."""
-        return len(self.clients) + 2
-
-    def no_client_states(self) -> list[ClientState]:
-        """The clients' states before the first round: empty."""
-        return [{} for _ in self.clients]
-
     def start(self) -> ServerState:
         """The state before the first round, as the engine completes it."""
         first = self.strategy.init(drawn(self.layout, 0), self.layout)
-        return replace(first, seed=SEED, population=self.population)
+        return replace(first, seed=SEED, population=len(self.clients) + 2)  # more than take part
 
-    def client(
-        self,
-        broadcast: Broadcast,
-        client: int,
-        client_state: ClientState,
-        change: Vector,
-        personal: Vector | None = None,
-    ) -> tuple[Update, ClientState]:
-        """A client's update and next state; training adds `change` to its vectors, `personal` to other runs'."""
+    def client(self, broadcast: Broadcast, client: int, client_state: ClientState, change: Vector) -> Finished:
+        """A client's update and next state; training adds `change` to its vectors."""
         starts = self.strategy.starts(broadcast, client_state)
-        ends = {run: start + (change if personal is None else personal) for run, start in starts.items()}
+        ends = {run: start + change for run, start in starts.items()}
         delta = ends.pop(GLOBAL) - broadcast.params
-        metrics = METRICS | {"loss_before": 1.25 + client / 16}
-        return self.strategy.finish(
-            Update(client, 0.5 + client / 8, delta, metrics=metrics), broadcast, client_state, ends
-        )
-
-    def cohort(
-        self, state: ServerState, client_states: list[ClientState], scale: float = 0.5
-    ) -> tuple[list[Update], list[ClientState]]:
-        """A round's updates and the clients' next states; `scale` 0: training changes nothing."""
-        broadcast = self.strategy.broadcast(state)
-        changes = [scale * drawn(self.layout, 1 + state.round, k) for k in self.clients]
-        pairs = zip(self.clients, client_states, strict=True)
-        results = [self.client(broadcast, k, client_state, changes[k]) for k, client_state in pairs]
-        return [update for update, _ in results], [client_state for _, client_state in results]
+        update = Update(client, 0.5 + client / 8, delta, metrics=METRICS | {"loss_before": 1.25 + client / 16})
+        return self.strategy.finish(update, broadcast, client_state, ends)
 
     def aggregate(self, updates: list[Update]) -> Aggregate:
         """What the server sees of the updates."""
         each = tuple(sorted(updates, key=lambda update: update.client))  # as the engine gives them
         return replace(self.summed(updates), each=None if self.strategy.reads == "sum" else each)
 
-    def after(self, rounds: int) -> tuple[ServerState, list[ClientState]]:
-        """The states after so many rounds: moments and client states, where there are any, are no longer zero."""
-        state, client_states = self.start(), self.no_client_states()
+    def after(self, rounds: int) -> "Moment":
+        """The states after this number of rounds: moments and client states, where there are any, are not zero then."""
+        now = Moment(self, self.start(), [{} for _ in self.clients])
         for _ in range(rounds):
-            updates, client_states = self.cohort(state, client_states)
-            state = self.strategy.apply(state, self.aggregate(updates))
-        return state, client_states
+            updates, client_states = now.cohort()
+            now = Moment(self, self.strategy.apply(now.state, self.aggregate(updates)), client_states)
+        return now
 
     def effective(self, state: ServerState) -> list[torch.Tensor]:
         """What the clients' model is made of: all tensors but adapters, and merged_delta + scale * B A."""
@@ -110,6 +74,37 @@ class Case:
             merged = self.layout.products(state.merged_delta)
             products = [product + more for product, more in zip(products, merged, strict=True)]
         return rest + products
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The states between two rounds, of the server and of each client."""
+
+    case: Case
+    state: ServerState
+    client_states: list[ClientState]
+
+    @property
+    def broadcast(self) -> Broadcast:
+        """What the next round's clients receive."""
+        return self.case.strategy.broadcast(self.state)
+
+    @property
+    def updates(self) -> list[Update]:
+        """What the next round's clients send."""
+        return self.cohort()[0]
+
+    @property
+    def aggregate(self) -> Aggregate:
+        """What the server sees of the next round."""
+        return self.case.aggregate(self.updates)
+
+    def cohort(self, scale: float = 0.5) -> tuple[list[Update], list[ClientState]]:
+        """The next round's updates and the clients' states after it; `scale` 0: training changes nothing."""
+        case, broadcast = self.case, self.broadcast
+        changes = [scale * drawn(case.layout, 1 + self.state.round, k) for k in case.clients]
+        results = [case.client(broadcast, k, self.client_states[k], changes[k]) for k in case.clients]
+        return [update for update, _ in results], [client_state for _, client_state in results]
 
 
 def tensors(value: object, name: str = "") -> dict[str, torch.Tensor]:
@@ -137,10 +132,8 @@ def copied(value: object) -> dict[str, torch.Tensor]:
 def difference(left: object, right: object) -> str | None:
     """The name of the first tensor in which two values differ in any bit; None if they are the same."""
     ours, theirs = tensors(left), tensors(right)
-    for name in [*ours, *theirs]:
-        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name]):
-            return name
-    return None
+    both = ours.keys() & theirs.keys()
+    return next((n for n in [*ours, *theirs] if n not in both or not torch.equal(ours[n], theirs[n])), None)
 
 
 class DoesNotApply(Exception):

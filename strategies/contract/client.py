@@ -8,8 +8,8 @@ from strategies.core.protocol import GLOBAL, ClientState, Update
 
 def the_client_side_writes_nothing_but_its_gradient(case: Case) -> None:
     """starts, correct, finish and personal write into nothing that they are given, except for correct's gradient."""
-    strategy, (state, client_states) = case.strategy, case.after(2)
-    broadcast, client_state = strategy.broadcast(state), client_states[4]
+    strategy, now = case.strategy, case.after(2)
+    broadcast, client_state = now.broadcast, now.client_states[4]
     starts = strategy.starts(broadcast, client_state)
     given = (broadcast, client_state, starts)
     given_before = copied(given)
@@ -37,70 +37,64 @@ def what_is_frozen_is_neither_sent_nor_trained(case: Case) -> None:
     """Updates are zero outside of `live`, and gradients are zero outside of `trained` after `correct`."""
     strategy = case.strategy
     for rounds in range(3):
-        state, client_states = case.after(rounds)
-        live, broadcast = strategy.live(rounds, case.layout), strategy.broadcast(state)
-        for update in case.cohort(state, client_states)[0]:
+        now = case.after(rounds)
+        live, broadcast, client_state = strategy.live(rounds, case.layout), now.broadcast, now.client_states[0]
+        for update in now.updates:
             sent = {"delta": update.delta, **update.extras}
             hold(live.keys() <= sent.keys(), f"live has masks of {sorted(live)}, a client sends {sorted(sent)}")
             for name, mask in live.items():
                 fits = mask.dtype == torch.bool and mask.shape == sent[name].shape
                 hold(fits, f"live's mask of {name!r} is not one bool for each of its numbers")
                 hold(not sent[name][~mask].any(), f"a client changes coordinates of {name!r} that live calls frozen")
-        for run in strategy.starts(broadcast, client_states[0]):
-            trained = strategy.trained(broadcast, client_states[0], run)
+        for run in strategy.starts(broadcast, client_state):
+            trained = strategy.trained(broadcast, client_state, run)
             if trained is None:
                 continue
             fits = trained.dtype == torch.bool and trained.shape == (case.layout.size,)
             hold(fits, "trained is not one bool for each coordinate")
             if not strategy.mixed_ranks:  # whose rows beyond a rank have no gradient to begin with
                 grad = torch.ones(1, case.layout.size)
-                strategy.correct(grad, drawn(case.layout, 1)[None], broadcast, client_states[0], run)
+                strategy.correct(grad, drawn(case.layout, 1)[None], broadcast, client_state, run)
                 hold(not grad[:, ~trained].any(), "correct leaves a gradient where trained says that nothing moves")
 
 
 def lanes_are_corrected_as_single_clients(case: Case) -> None:
     """correct on the stacked gradients (K, P) and client states gives the same bits as on each client's own."""
     for rounds in (0, 2):
-        state, client_states = case.after(rounds)
-        broadcast, pair = case.strategy.broadcast(state), client_states[:2]
+        now = case.after(rounds)
+        broadcast, pair = now.broadcast, now.client_states[:2]
         stacked = {name: torch.stack([client_state[name] for client_state in pair]) for name in pair[0]}
         for run in case.strategy.starts(broadcast, pair[0]):
-            params_KP = torch.stack([drawn(case.layout, 1), drawn(case.layout, 2)])
-            grad_KP = torch.stack([drawn(case.layout, 3), drawn(case.layout, 4)])
+            params_KP, grad_KP = (torch.stack([drawn(case.layout, n), drawn(case.layout, n + 1)]) for n in (1, 3))
             alone = [grad_KP[k : k + 1].clone() for k in range(2)]
             for k, grad_1P in enumerate(alone):
                 case.strategy.correct(grad_1P, params_KP[k : k + 1], broadcast, pair[k], run)
             case.strategy.correct(grad_KP, params_KP, broadcast, stacked, run)
-            what = f"correct on several clients at once differs from one by one, training {run!r}"
-            same(grad_KP, torch.cat(alone), what)
+            same(grad_KP, torch.cat(alone), f"correct on several clients at once differs from one by one in {run!r}")
 
 
 def the_global_training_comes_first(case: Case) -> None:
     """starts names "global" first, and all that it gives are vectors (P,)."""
-    state, client_states = case.after(1)
-    for client_state in (ClientState(), client_states[0]):
-        starts = case.strategy.starts(case.strategy.broadcast(state), client_state)
+    now = case.after(1)
+    for client_state in (ClientState(), now.client_states[0]):
+        starts = case.strategy.starts(now.broadcast, client_state)
         hold(next(iter(starts), None) == GLOBAL, f"starts names {list(starts)}: the first must be {GLOBAL!r}")
         for run, start in starts.items():
             hold(start.shape == (case.layout.size,), f"the start of {run!r} is no vector of the layout's size")
 
 
 def a_personal_vector_is_like_the_global_one(case: Case) -> None:
-    """personal gives a float32 vector (P,), or None; `personalizes` says whether it ever gives one."""
-    state, client_states = case.after(2)
-    broadcast = case.strategy.broadcast(state)
-    for client_state in (ClientState(), client_states[0]):
-        vector = case.strategy.personal(broadcast, client_state)
-        like = vector is None or (vector.shape == broadcast.params.shape and vector.dtype == torch.float32)
+    """personal gives a float32 vector (P,), or None."""
+    now = case.after(2)
+    for client_state in (ClientState(), now.client_states[0]):
+        vector = case.strategy.personal(now.broadcast, client_state)
+        like = vector is None or (vector.shape == now.state.params.shape and vector.dtype == torch.float32)
         hold(like, "personal gives something else than a vector like the global one")
-    gives = any(case.strategy.personal(broadcast, client_state) is not None for client_state in client_states)
-    declared = case.strategy.personalizes
-    hold(gives == declared, f"personalizes is {declared}, but it gives {'a vector' if gives else 'none'}")
 
 
 def the_traffic_is_counted_in_whole_numbers(case: Case) -> None:
     """floats says how many numbers go down and up, as integers of at least 0."""
     for rounds in range(3):
-        counts = case.strategy.floats(case.strategy.broadcast(case.after(rounds)[0]))
+        counts = case.strategy.floats(case.after(rounds).broadcast)
         whole = all(isinstance(count, int) and count >= 0 for count in counts) and len(counts) == 2
         hold(whole, f"floats gives {counts} after {rounds} rounds, not two whole numbers of at least 0")

@@ -1,61 +1,82 @@
-"""The neutral bases of rules: defaults for everything but the rule itself. Legend: P parameters, K clients."""
+"""What a strategy is, with a default for everything but the rule itself. Legend: P parameters, K clients."""
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from strategies.core.errors import require
+import torch
+
 from strategies.core.layout import Layout
-from strategies.core.protocol import (
-    GLOBAL,
-    Aggregate,
-    Broadcast,
-    ClientState,
-    Mask,
-    NeedsSgd,
-    Reads,
-    ServerState,
-    Update,
-    Vector,
-    Vectors,
-)
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
+from strategies.core.ranges import ABOVE_0, BELOW_1, Range, check_ranges
+
+Reads = Literal["sum", "passes", "each"]
+Vectors = torch.Tensor  # (K, P): the vectors of K clients
+Ends = dict[str, Vector] | None  # the final vectors of a client's personal trainings, by name
+Finished = tuple[Update, ClientState]  # what a client sends and what it keeps
+ServerLr = Annotated[float, Range("is the server's learning rate", ABOVE_0)]
+Decay = Annotated[float, Range("is what a moment keeps", BELOW_1)]
+
+
+@dataclass(frozen=True)
+class NeedsSgd:
+    """Why a rule works only with SGD on its clients, and what to take `instead`; both end an error message.
+
+    `momentum` is the one that the rule counts on; None: any. `constant` asks for one learning rate within a round, and
+    `divides` for one above 0.
+    """
+
+    why: str
+    instead: str = 'use a rule for any optimizer, such as "fedavg"'
+    momentum: float | None = None
+    constant: bool = False
+    divides: bool = False
 
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """A rule with every default of the protocol: it reads the sum, and clients train as usual and keep no state.
+    """A federated algorithm: pure functions whose fields are its hyperparameters and its section of the recipe.
 
-    A subclass overrides what differs and declares what the engine must know (see `Strategy`); only `apply` has no
-    default. A shipped rule also has a `kind`, its tag in the recipe.
+    By default it reads the sum, and clients train as usual and keep no state; a rule overrides what differs. The
+    attributes declare what the engine must know: it checks recipes by them and never asks for a class, and `fedpost
+    strategies --check` holds a rule to them. A shipped rule also has a `kind`, its tag in the recipe.
     """
 
-    reads: ClassVar[Reads] = "sum"
-    needs_lora: ClassVar[bool] = False
-    rank_parts: ClassVar[int] = 1
-    mixed_ranks: ClassVar[bool] = False
-    elementwise: ClassVar[bool] = True
-    keeps_basis: ClassVar[bool] = True
-    merges_into_base: ClassVar[bool] = False
-    sends_update: ClassVar[bool] = True
-    sends_products: ClassVar[bool] = False
-    corrects: ClassVar[bool] = False
-    keeps_state: ClassVar[bool] = False
-    personalizes: ClassVar[bool] = False
-    freezes: ClassVar[bool] = False
-    loss_before: ClassVar[bool] = False
+    reads: ClassVar[Reads] = "sum"  # or "passes", several sums of the same updates, or "each" update
+    needs_lora: ClassVar[bool] = False  # it works on adapters
+    rank_parts: ClassVar[int] = 1  # it splits each adapter into this number of parts of equal rank
+    mixed_ranks: ClassVar[bool] = False  # clients may have adapters of different ranks
+    elementwise: ClassVar[bool] = True  # both halves work alike on parts of the vectors
+    keeps_basis: ClassVar[bool] = True  # a coordinate means the same, and is trained or not, in all rounds
+    merges_into_base: ClassVar[bool] = False  # `apply` changes the base: the state gets a merged delta
+    sends_update: ClassVar[bool] = True  # anything leaves the client
+    sends_products: ClassVar[bool] = False  # products of adapters, or sketches of them, travel beside the update
+    corrects: ClassVar[bool] = False  # `correct` changes gradients; set for each class that overrides it
+    keeps_state: ClassVar[bool] = False  # clients keep state from round to round
+    personalizes: ClassVar[bool] = False  # clients have models of their own
+    freezes: ClassVar[bool] = False  # a part of the vector is not trained, or stays with its client
+    loss_before: ClassVar[bool] = False  # clients send their loss before training
+    # Differential privacy of clients may clip the sums beside the update, add noise, and divide by a public number:
+    # each sum is of the client's weight times a change, zero without training, and `apply` divides it by the weight.
     extras_are_changes: ClassVar[bool] = False
-    keeps_higher_ranks: ClassVar[bool] = False
+    keeps_higher_ranks: ClassVar[bool] = False  # an untrained client of a low rank sends zeros beyond its rank too
+    # What follows is for the defaults below alone:
+    zero_moments: ClassVar[tuple[str, ...]] = ()  # the names of the moments (P,) that `init` sets to zero
+    sends_moments: ClassVar[bool] = False  # `broadcast` sends all moments as extras
+    sends_all_it_trains: ClassVar[bool] = True  # `live` also says what is trained; otherwise that is everything
+    receives_live: ClassVar[bool] = False  # only what is live comes down: clients have the rest
     paper: ClassVar[str] = "unpublished"
 
+    def __post_init__(self) -> None:
+        check_ranges(self, "strategy.")
+
     def __init_subclass__(cls) -> None:
-        """Declares `corrects` for each class that overrides `correct`."""
         super().__init_subclass__()
         cls.corrects = cls.correct is not Rule.correct
 
     @property
     def bounded_weights(self) -> bool:
-        """The engine's weights are at most 1, and `finish` leaves them as they are."""
+        """Whether `finish` makes no weight above 1 of one that is at most 1."""
         return True
 
     @property
@@ -65,66 +86,84 @@ class Rule(ABC):
 
     @property
     def weighs_alike(self) -> bool:
-        """The engine's weights follow the clients' rows."""
+        """Whether `finish` gives every client the weight 1."""
+        return False
+
+    @property
+    def picks_coordinates(self) -> bool:
+        """Whether clients choose by their data which coordinates they send, so that a sum may hold one client's."""
         return False
 
     @property
     def needs_optimizer(self) -> NeedsSgd | None:
-        """Any optimizer will do."""
+        """What the rule counts on in the clients' optimizer; None: any optimizer will do."""
         return None
 
     def init(self, params: Vector, layout: Layout) -> ServerState:
-        """The initial vector (P,), without moments."""
-        return ServerState(0, params, layout=layout)
+        """The state before the first round, from the initial global vector (P,)."""
+        return ServerState(0, params, {name: torch.zeros_like(params) for name in self.zero_moments}, layout=layout)
 
     def broadcast(self, state: ServerState) -> Broadcast:
-        """The global vector, without extras."""
-        return Broadcast(state.round, state.params, layout=state.layout, seed=state.seed)
+        """What the clients of the next round receive."""
+        extras = dict(state.moments) if self.sends_moments else {}
+        return Broadcast(state.round, state.params, extras, state.layout, seed=state.seed)
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
-        """The global vector alone."""
+        """The vectors (P,) from which a client trains, one after another: "global", then personal ones by name."""
         return {GLOBAL: broadcast.params}
 
     def correct(
         self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
-        """Leaves the gradient as it is."""
+        """Changes the local gradient of the training `run` in place, before clipping and the local optimizer.
+
+        It may write nothing else. Extras (P,) and client state (P,) or (K, P) broadcast over K.
+        """
         return
 
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
-        """Sends the update as it is, and keeps the client's state."""
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
+        """The update that the client sends, and its next state; `ends` are the personal trainings' final vectors."""
         return update, client_state
 
     def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
-        """The client uses the global model."""
+        """The vector (P,) that the client itself would use, from its state; None if that is the global one."""
         return None
 
     def beside(self, layout: Layout) -> dict[str, int]:
-        """Nothing beside the update."""
+        """Names and lengths of the sums that clients send beside their delta, as extras of the update."""
         return {}
 
     def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
-        """Every coordinate."""
+        """Where all clients of a round send zeros by the rule: False in the mask (P,) of "delta" or of an extra.
+
+        A vector without a mask is live everywhere. Frozen coordinates get no noise and no place in secure sums.
+        """
         return {}
 
     def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
-        """The coordinates of the update that are live."""
-        return self.live(broadcast.round, broadcast.layout).get("delta")
+        """The coordinates that the client's training `run` may move, whether it sends them or not; None: all.
+
+        Example-level privacy clips and adds noise to these alone, so `correct` must zero all other gradients, unless
+        they are zero by themselves.
+        """
+        return self.live(broadcast.round, broadcast.layout).get("delta") if self.sends_all_it_trains else None
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
-        """The vector and the extras down, the vector up."""
-        extras = sum(extra.numel() for extra in broadcast.extras.values())
-        return broadcast.params.numel() + extras, broadcast.params.numel()
+        """How many float32 numbers a real client would receive and send in a round."""
+        size = broadcast.params.numel()
+        layout = broadcast.layout if broadcast.layout.size == size else Layout(("shard",), ((size,),))
+        live = self.live(broadcast.round, layout)
+        lengths = {"delta": size, **self.beside(layout)}
+        sent = sum(int(live[name].sum()) if name in live else length for name, length in lengths.items())
+        return sent if self.receives_live else size + sum(map(torch.numel, broadcast.extras.values())), sent
 
     def smallest_cohort(self) -> int:
-        """One update is enough."""
+        """The smallest number of updates in a round with which the rule makes sense."""
         return 1
 
     @abstractmethod
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """The rule itself: the next state."""
+        """The next state; on any part of the vectors alike where the rule is `elementwise`."""
 
 
 @dataclass(frozen=True)
@@ -135,20 +174,15 @@ class AveragingRule(Rule):
     min(rows, R) / R with privacy.rows_cap = R; "uniform" is 1.
     """
 
-    lr: float = 1.0
+    lr: ServerLr = 1.0
     weighting: Literal["examples", "uniform"] = "examples"
-
-    def __post_init__(self) -> None:
-        check_lr(self.lr)
 
     @property
     def weighs_alike(self) -> bool:
-        """Whether the recipe asks for it."""
-        return self.weighting == "uniform"
+        """Whether the recipe asks for it, unless clients weigh by something without a bound."""
+        return self.weighting == "uniform" and self.bounded_weights
 
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Sets the weight."""
         return replace(update, weight=1.0) if self.weighs_alike else update, client_state
 
@@ -161,16 +195,6 @@ def step(state: ServerState, aggregate: Aggregate, lr: float) -> ServerState:
     """The next state after theta += lr * total / weight, with the same moments."""
     change = aggregate.total * (lr / aggregate.weight)
     return replace(state, round=state.round + 1, params=change.add_(state.params))
-
-
-def check_lr(lr: float) -> None:
-    """Raises StrategyError for a server learning rate that is no number above 0."""
-    require(0 < lr < math.inf, f"strategy.lr is the server's learning rate and must be a number above 0, not {lr}")
-
-
-def check_decay(name: str, value: float) -> None:
-    """Raises StrategyError for a moment's decay factor outside [0, 1)."""
-    require(0 <= value < 1, f"strategy.{name} is what a moment keeps and must be at least 0 and below 1, not {value}")
 
 
 def named(strategy: object) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from strategies.core.errors import StrategyError
+from strategies.core.errors import require
 from strategies.core.seeds import rng
 
 
@@ -18,8 +18,7 @@ class UniformCohort:
     size: int = 10
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise StrategyError(f"cohort.size must be at least 1, not {self.size}")
+        require(self.size >= 1, f"cohort.size must be at least 1, not {self.size}")
 
     def expected(self, clients: int) -> float:
         """The number of clients that take part."""
@@ -31,8 +30,7 @@ class UniformCohort:
 
     def sample(self, clients: int, seed: int, round_: int) -> np.ndarray:
         """Sorted ids (size,) out of `clients`, without a list of all of them; StrategyError when there are too few."""
-        if clients < self.size:
-            raise StrategyError(f"cohort.size is {self.size}, but only {clients} clients can train: lower cohort.size")
+        check_enough(clients, self.size)
         return np.sort(rng(seed, round_, -1, "cohort").choice(clients, self.size, replace=False))
 
 
@@ -50,24 +48,19 @@ class PoissonCohort:
     cap: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.rate is None) == (self.size is None):
-            raise StrategyError("a poisson cohort needs cohort.rate or cohort.size, one of them")
-        if self.rate is not None and not 0 < self.rate <= 1:
-            raise StrategyError(f"cohort.rate must be above 0 and at most 1, not {self.rate}")
-        if self.size is not None and not 0 < self.size < math.inf:
-            raise StrategyError(f"cohort.size is how many clients are expected and must be above 0, not {self.size}")
-        if self.cap is not None and self.cap < 1:
-            raise StrategyError(f"cohort.cap must be at least 1, not {self.cap}")
+        rate, size, cap = self.rate, self.size, self.cap
+        require((rate is None) != (size is None), "a poisson cohort needs cohort.rate or cohort.size, one of them")
+        require(rate is None or 0 < rate <= 1, f"cohort.rate must be above 0 and at most 1, not {rate}")
+        expected = f"cohort.size is how many clients are expected and must be above 0, not {size}"
+        require(size is None or 0 < size < math.inf, expected)
+        require(cap is None or cap >= 1, f"cohort.cap must be at least 1, not {cap}")
 
     def probability(self, clients: int) -> float:
         """The probability of each client; StrategyError when there are too few clients for the size."""
         if self.rate is not None:
             return self.rate
         assert self.size is not None
-        if clients < self.size:
-            raise StrategyError(
-                f"cohort.size is {self.size:g}, but only {clients} clients can train: lower cohort.size"
-            )
+        check_enough(clients, self.size)
         return self.size / clients
 
     def expected(self, clients: int) -> float:
@@ -94,3 +87,8 @@ class PoissonCohort:
         if self.cap is not None and len(cohort) > self.cap:
             cohort = np.sort(generator.choice(cohort, self.cap, replace=False))
         return cohort
+
+
+def check_enough(clients: int, size: float) -> None:
+    """Raises StrategyError for a cohort of more clients than there are."""
+    require(clients >= size, f"cohort.size is {size:.12g}, but only {clients} clients can train: lower cohort.size")

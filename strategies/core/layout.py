@@ -1,6 +1,6 @@
 """Names and shapes of the trainable tensors inside one flat vector. Legend: R rank, I inputs, O outputs of a layer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -70,11 +70,14 @@ class Layout:
         pairs = [(shapes[name.replace(LORA_A, LORA_B)], shapes[name]) for name in self.names if LORA_A in name]
         return tuple((b_OR[0], a_RI[1]) for b_OR, a_RI in pairs)
 
+    @property
+    def product_size(self) -> int:
+        """The number of elements of all products together."""
+        return sum(map(prod, self.product_shapes))
+
     def products(self, merged_delta: torch.Tensor) -> list[torch.Tensor]:
         """The matrices (O, I) of a `merged_delta`, as views."""
-        sizes = [outputs * inputs for outputs, inputs in self.product_shapes]
-        parts = merged_delta.split(sizes)
-        return [part.view(shape) for part, shape in zip(parts, self.product_shapes, strict=True)]
+        return unpacked(merged_delta, self.product_shapes)
 
     def lora_pairs(self, flat: torch.Tensor) -> Iterator[LoraPair]:
         """The LoRA pairs of `flat` (P,) or (K, P) as views; none when the model is tuned in full."""
@@ -82,3 +85,9 @@ class Layout:
         for name, a_RI in views.items():
             if LORA_A in name:
                 yield LoraPair(name.split(LORA_A)[0], a_RI, views[name.replace(LORA_A, LORA_B)], self.scale)
+
+
+def unpacked(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """The tensors of these shapes that lie one after another in `flat`, as views."""
+    parts = flat.split([prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -12,10 +12,5 @@ def without_frozen(vectors: Mapping[str, Vector], live: Mapping[str, Mask]) -> d
 
 def with_frozen(vectors: Mapping[str, Vector], live: Mapping[str, Mask]) -> dict[str, Vector]:
     """The vectors (P,) that `without_frozen` shortened, with zeros in the frozen coordinates."""
-    return {name: _spread(vector, live[name]) if name in live else vector for name, vector in vectors.items()}
-
-
-def _spread(vector_N: Vector, live: Mask) -> Vector:
-    whole = vector_N.new_zeros(len(live))
-    whole[live] = vector_N
-    return whole
+    zeros = {name: vectors[name].new_zeros(len(mask)) for name, mask in live.items() if name in vectors}
+    return {**vectors, **{name: whole.masked_scatter_(live[name], vectors[name]) for name, whole in zeros.items()}}

@@ -3,45 +3,32 @@
 Legend: P parameters, K clients, R rank, I inputs and O outputs of a layer.
 """
 
-from itertools import accumulate
-from math import prod
-
 import torch
 
 from strategies.core.layout import LORA_A, LORA_B, Layout, LoraPair
 from strategies.core.protocol import Broadcast, Mask, Vector
 
 
-def slices(layout: Layout, marker: str) -> list[slice]:
-    """Where the tensors with `marker` in their names lie in the flat vector."""
-    sizes = [prod(shape) for shape in layout.shapes]
-    listed = zip(layout.names, sizes, accumulate(sizes), strict=True)
-    return [slice(end - size, end) for name, size, end in listed if marker in name]
+def slices(layout: Layout, *markers: str) -> list[slice]:
+    """Where the tensors with one of these markers in their names lie in the flat vector."""
+    return [slice(first, last) for name, _, first, last in layout.places() if any(mark in name for mark in markers)]
 
 
 def count(layout: Layout, *markers: str) -> int:
     """The number of elements of the tensors with these markers."""
-    return sum(part.stop - part.start for marker in markers for part in slices(layout, marker))
+    return sum(part.stop - part.start for part in slices(layout, *markers))
 
 
-def freeze(grad_KP: torch.Tensor, layout: Layout, marker: str) -> None:
-    """Zeroes the gradients of all tensors with `marker` in their names, in place."""
-    for part in slices(layout, marker):
-        grad_KP[:, part] = 0
-
-
-def without(vector: Vector, layout: Layout, *markers: str) -> Vector:
-    """A copy of the vector (P,) that is zero where the tensors with these markers lie."""
-    copy = vector.clone()
-    for marker in markers:
-        for part in slices(layout, marker):
-            copy[part] = 0
-    return copy
+def zeroed(x: torch.Tensor, layout: Layout, *markers: str) -> torch.Tensor:
+    """The same vectors (P,) or (K, P), with zeros written where the tensors with these markers lie."""
+    for part in slices(layout, *markers):
+        x[..., part] = 0
+    return x
 
 
 def unmarked(layout: Layout, *markers: str) -> Mask:
     """The coordinates (P,) of all tensors but those with these markers."""
-    return without(torch.ones(layout.size, dtype=torch.bool), layout, *markers)
+    return zeroed(torch.ones(layout.size, dtype=torch.bool), layout, *markers)
 
 
 def all_but(layout: Layout, rows: slice) -> Mask:
@@ -56,11 +43,6 @@ def all_but(layout: Layout, rows: slice) -> Mask:
 def products(vector: Vector, layout: Layout) -> Vector:
     """The products scale * B A of all LoRA pairs of the vector (P,), in the order of a merged delta."""
     return torch.cat([(pair.scale * pair.b_OR @ pair.a_RI).flatten() for pair in layout.lora_pairs(vector)])
-
-
-def product_size(layout: Layout) -> int:
-    """The number of elements of all products together."""
-    return sum(outputs * inputs for outputs, inputs in layout.product_shapes)
 
 
 def product_change(end: Vector, start: Vector, layout: Layout) -> Vector:

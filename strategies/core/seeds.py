@@ -6,25 +6,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-Purpose = Literal[
-    "cohort",
-    "batches",
-    "dropout",
-    "initial",
-    "evaluate",
-    "sample",
-    "encode",
-    "decode",
-    "projection",
-    "personal",
-    "rank",
-    "adapters",
-    "sketch",
-    "rounding",
-    "rotation",
-    "noise",
-    "availability",
-]
+Purpose = (
+    Literal["cohort", "availability", "rank", "batches", "personal", "dropout", "initial", "evaluate", "sample"]
+    | Literal["encode", "decode", "projection", "adapters", "sketch", "rounding", "rotation", "noise"]
+)
 
 
 class _Key(np.random.bit_generator.ISeedSequence):

@@ -5,25 +5,15 @@ Legend: P parameters, K clients.
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.base import Rule, check_lr, step
-from strategies.core.errors import require
+from strategies.core.base import Ends, Finished, Rule, ServerLr, Vectors, step
 from strategies.core.layout import Layout, LoraPair
 from strategies.core.lora_algebra import all_but, floats_at, folded, start_at
-from strategies.core.protocol import (
-    GLOBAL,
-    Aggregate,
-    Broadcast,
-    ClientState,
-    Mask,
-    ServerState,
-    Update,
-    Vector,
-    Vectors,
-)
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
+from strategies.core.ranges import SHARE, Range
 
 TINY = 1e-12  # below this a norm has no direction
 
@@ -43,27 +33,25 @@ class HetLora(Rule):
     """
 
     kind: Literal["hetlora"] = "hetlora"
-    lr: float = 1.0
+    lr: ServerLr = 1.0
     weighting: Literal["norm", "examples", "uniform"] = "norm"
-    gamma: float = 0.99
-    penalty: float = 1e-3
+    gamma: Annotated[float, Range("is the part of its rank that a client keeps when it prunes", SHARE)] = 0.99
+    penalty: Annotated[float, Range("shrinks a rank's tail")] = 1e-3
     needs_lora: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2401.06432"
 
-    def __post_init__(self) -> None:
-        check_lr(self.lr)
-        part = "strategy.gamma is the part of its rank that a client keeps when it prunes"
-        require(0 < self.gamma <= 1, f"{part} and must be above 0 and at most 1, not {self.gamma}")
-        shrinks = "strategy.penalty shrinks a rank's tail and must be at least 0"
-        require(0 <= self.penalty < math.inf, f"{shrinks}, not {self.penalty}")
-
     @property
     def bounded_weights(self) -> bool:
         """Whether the norm, which has no bound, is not the weight."""
         return self.weighting != "norm"
+
+    @property
+    def picks_coordinates(self) -> bool:
+        """Whether clients prune: a pruned row is a known number in the sum, and the other clients' changes the rest."""
+        return self.gamma < 1
 
     @property
     def rests_at_zero(self) -> bool:
@@ -94,24 +82,16 @@ class HetLora(Rule):
                 grad.a_RI[tail] += self.penalty * b_norm / a_norm.clamp(min=TINY) * pair.a_RI[tail]
                 grad.b_OR[:, tail] += self.penalty * a_norm / b_norm.clamp(min=TINY) * pair.b_OR[:, tail]
 
-    def finish(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: dict[str, Vector] | None = None
-    ) -> tuple[Update, ClientState]:
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Prunes, folds the client's scale into B, and sets the weight."""
         (rank,) = ranks(broadcast, client_state)
-        kept, end = self._kept(rank), broadcast.params + update.delta
-        tail = slice(kept, rank)
-        start = start_at(broadcast, rank)
-        if self._tail(end, broadcast, tail) < self._tail(start, broadcast, tail):
-            rank = kept
-            for pair in broadcast.layout.lora_pairs(end):
-                pair.a_RI[tail] = 0
-                pair.b_OR[:, tail] = 0
+        start, end, tail = start_at(broadcast, rank), broadcast.params + update.delta, slice(self._kept(rank), rank)
+        if tail_product(end, broadcast.layout, tail) < tail_product(start, broadcast.layout, tail):
+            rank = tail.start
+            end[~all_but(broadcast.layout, tail)] = 0
         end = folded(end, broadcast)
-        weight = update.weight if self.weighting == "examples" else 1.0
-        if self.weighting == "norm":
-            weight = norm_of_products(end, broadcast.layout)
-        update = replace(update, delta=end - broadcast.params, weight=weight)
+        weights = {"norm": norm_of_products(end, broadcast.layout), "examples": update.weight, "uniform": 1.0}
+        update = replace(update, delta=end - broadcast.params, weight=weights[self.weighting])
         return update, client_state | {"rank": torch.tensor([float(rank)])}
 
     def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
@@ -121,8 +101,7 @@ class HetLora(Rule):
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """A vector of the client's rank both ways, as given: only the client knows what it has pruned since."""
-        sent = floats_at(broadcast.layout, broadcast.rank)
-        return sent, sent
+        return (floats_at(broadcast.layout, broadcast.rank),) * 2
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """FedAvg's step; none while all products are zero."""
@@ -132,10 +111,6 @@ class HetLora(Rule):
 
     def _kept(self, rank: int) -> int:
         return max(1, math.floor(self.gamma * rank))
-
-    def _tail(self, vector: Vector, broadcast: Broadcast, tail: slice) -> float:
-        norms = [tail_norms(pair, tail) for pair in broadcast.layout.lora_pairs(vector)]
-        return sum(float(a_norm * b_norm) for a_norm, b_norm in norms)
 
 
 def ranks(broadcast: Broadcast, client_state: ClientState) -> list[int]:
@@ -148,6 +123,12 @@ def ranks(broadcast: Broadcast, client_state: ClientState) -> list[int]:
 def tail_norms(pair: LoraPair, tail: slice) -> tuple[torch.Tensor, torch.Tensor]:
     """|A_tail| and |B_tail|."""
     return pair.a_RI[tail].norm(), pair.b_OR[:, tail].norm()
+
+
+def tail_product(vector: Vector, layout: Layout, tail: slice) -> float:
+    """|A_tail| |B_tail|, summed over the layers."""
+    norms = (tail_norms(pair, tail) for pair in layout.lora_pairs(vector))
+    return sum(float(a_norm * b_norm) for a_norm, b_norm in norms)
 
 
 def norm_of_products(vector: Vector, layout: Layout) -> float:

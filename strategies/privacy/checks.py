@@ -3,9 +3,8 @@
 from collections.abc import Collection
 from typing import Literal
 
-from strategies.core.base import named
+from strategies.core.base import Rule, named
 from strategies.core.errors import StrategyError
-from strategies.core.protocol import Strategy
 from strategies.privacy.adaptive import AdaptiveDp
 from strategies.privacy.central import CentralDp, CentralPlan
 from strategies.privacy.distributed import DistributedDp, DistributedPlan
@@ -17,7 +16,7 @@ NoisePlan = CentralPlan | DistributedPlan | ExamplePlan  # told apart by `adds_t
 
 def check_dp(
     dp: Dp,
-    strategy: Strategy,
+    strategy: Rule,
     extras: Collection[str],
     secagg: Literal["off", "ideal", "full"],
     *,

@@ -1,20 +1,25 @@
-"""What rules share that read each update: they check the number of updates and work in blocks of coordinates.
+"""Rules that read each update: they check the number of updates and work in blocks of coordinates.
 
-Legend: K clients, P parameters, B the coordinates of a block.
+The median and the trimmed mean (Yin et al. 2018, arXiv 1803.01498, algorithm 1); Krum and Multi-Krum (Blanchard et al.
+2017, arXiv 1703.02757, section 4); Bulyan (El Mhamdi et al. 2018, arXiv 1802.07927).
+Legend: K clients, P parameters, B the coordinates of a block, S selected clients.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from strategies.core.base import AveragingRule, named
-from strategies.core.errors import StrategyError, require
-from strategies.core.protocol import Aggregate, Reads, ServerState, Update, Vector
+from strategies.core.base import AveragingRule, Reads, named
+from strategies.core.errors import StrategyError
+from strategies.core.protocol import Aggregate, ServerState, Vector
+from strategies.core.ranges import AT_LEAST_1, Bounds, Range
 
+BELOW_HALF: Bounds = ("at least 0 and below 0.5", lambda x: 0 <= x < 0.5)
 ELEMENTS = 2**21  # of a block, over all clients: what is in memory at once does not grow with K or P
 
 
@@ -39,8 +44,15 @@ class RobustRule(AveragingRule, ABC):
         return "take another strategy"
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """theta += lr * combine(deltas)."""
-        step = self.combine([update.delta for update in enough(self, aggregate)])
+        """theta += lr * combine(deltas); StrategyError with the way out when they are fewer than the rule needs."""
+        assert aggregate.each is not None
+        count, needed = len(aggregate.each), self.smallest_cohort()
+        if count < needed:
+            raise StrategyError(
+                f"{named(self)} as set needs the updates of at least {needed} clients a round, but {count} came: raise "
+                f"cohort.size so that {needed} always come, or {self.way_out(count)}"
+            )
+        step = self.combine([update.delta for update in aggregate.each])
         return replace(state, round=state.round + 1, params=state.params + self.lr * step)
 
 
@@ -48,11 +60,7 @@ class RobustRule(AveragingRule, ABC):
 class ByzantineRule(RobustRule, ABC):
     """A robust rule that holds against any `f` of the cohort's clients, whatever they send."""
 
-    f: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.f >= 0, f"strategy.f is the number of clients that may lie and must be at least 0, not {self.f}")
+    f: Annotated[int, Range("is the number of clients that may lie")] = 1
 
     def way_out(self, count: int) -> str:
         """The largest f that the rule allows for so many updates."""
@@ -60,16 +68,135 @@ class ByzantineRule(RobustRule, ABC):
         return f"set strategy.f = {fits[-1]}" if fits else super().way_out(count)
 
 
-def enough(strategy: RobustRule, aggregate: Aggregate) -> tuple[Update, ...]:
-    """The updates; StrategyError with the way out when they are fewer than the rule needs."""
-    assert aggregate.each is not None
-    count, needed = len(aggregate.each), strategy.smallest_cohort()
-    if count < needed:
-        raise StrategyError(
-            f"{named(strategy)} as set needs the updates of at least {needed} clients a round, but {count} came: raise "
-            f"cohort.size so that {needed} always come, or {strategy.way_out(count)}"
-        )
-    return aggregate.each
+@dataclass(frozen=True)
+class Median(RobustRule):
+    """theta += lr * median_k delta_k, coordinate by coordinate; of an even number, the mean of the middle two.
+
+    Definition 1, option I. Reads each update. Holds while fewer than half of the cohort lie. Traps: on skewed data a
+    coordinate that few clients move is not moved at all; with one or two clients it is the mean.
+    """
+
+    kind: Literal["median"] = "median"
+    elementwise: ClassVar[bool] = True
+    paper: ClassVar[str] = "arXiv 1803.01498"
+
+    def combine(self, deltas: Sequence[Vector]) -> Vector:
+        """The median of every coordinate."""
+        return by_coordinate(deltas, lambda x_KB: middle(x_KB, (len(x_KB) - 1) // 2))
+
+
+@dataclass(frozen=True)
+class TrimmedMean(RobustRule):
+    """theta += lr * the mean of every coordinate without its smallest and its largest values, floor(trim K) of each.
+
+    Definition 2, option II. Reads each update. Holds while at most the share `trim` of the cohort lies. Where
+    floor(trim K) is 0 it would be the plain mean, which is refused unless trim is 0.
+    """
+
+    kind: Literal["trimmed_mean"] = "trimmed_mean"
+    trim: Annotated[float, Range("is the share cut on each side", BELOW_HALF)] = 0.2
+    elementwise: ClassVar[bool] = True
+    paper: ClassVar[str] = "arXiv 1803.01498"
+
+    def cut(self, count: int) -> int:
+        """The number of values cut on each side of `count` values, safe from the rounding of trim K."""
+        return min(math.floor(self.trim * count + 1e-9), (count - 1) // 2)
+
+    def smallest_cohort(self) -> int:
+        """The smallest number of updates of which some are cut."""
+        if self.trim == 0:
+            return 1
+        count = max(3, math.floor(1 / self.trim))
+        return count if self.cut(count) else count + 1
+
+    def way_out(self, count: int) -> str:
+        """The share that cuts one on each side."""
+        return f"set strategy.trim to at least 1/{count}" if count > 2 else super().way_out(count)
+
+    def combine(self, deltas: Sequence[Vector]) -> Vector:
+        """The trimmed mean of every coordinate."""
+        return by_coordinate(deltas, lambda x_KB: middle(x_KB, self.cut(len(x_KB))))
+
+
+@dataclass(frozen=True)
+class Krum(ByzantineRule):
+    """theta += lr * delta_i with the smallest score: the sum of |delta_i - delta_j|^2 over its K - f - 2 nearest j.
+
+    Reads each update. Needs K >= 2f + 3. Of equal scores the client of the smaller number wins. Trap: on skewed data it
+    follows one client in the middle and ignores what the others learned; Multi-Krum is milder.
+    """
+
+    kind: Literal["krum"] = "krum"
+    paper: ClassVar[str] = "arXiv 1703.02757"
+
+    def smallest_cohort(self) -> int:
+        """2f + 3: the paper's 2f + 2 < K."""
+        return 2 * self.f + 3
+
+    def combine(self, deltas: Sequence[Vector]) -> Vector:
+        """The update with the smallest score."""
+        return deltas[ranked(squared_distances(deltas), self.f)[0]]
+
+
+@dataclass(frozen=True)
+class MultiKrum(ByzantineRule):
+    """theta += lr * the mean of the `m` updates with Krum's smallest scores: m = 1 is Krum, m = K the plain mean.
+
+    Reads each update. Needs K >= 2f + 3 and K >= m; the default of m is K - f - 2, the number of neighbors in a score.
+    Trap: above K - f the mean includes liars for sure.
+    """
+
+    kind: Literal["multi_krum"] = "multi_krum"
+    m: Annotated[int | None, Range("is the number of updates that are averaged", AT_LEAST_1)] = None
+    paper: ClassVar[str] = "arXiv 1703.02757"
+
+    def smallest_cohort(self) -> int:
+        """Krum's, or m if that is more."""
+        return max(2 * self.f + 3, self.m or 1)
+
+    def way_out(self, count: int) -> str:
+        """A smaller m where only m is too large."""
+        if self.m is not None and 2 * self.f + 3 <= count:
+            return f"set strategy.m to at most {count}"
+        return super().way_out(count)
+
+    def combine(self, deltas: Sequence[Vector]) -> Vector:
+        """The mean of the m updates with the smallest scores, in the order of clients."""
+        best = ranked(squared_distances(deltas), self.f)[: self.m or len(deltas) - self.f - 2]
+        return by_coordinate([deltas[client] for client in sorted(best)], mean_of_rows)
+
+
+@dataclass(frozen=True)
+class Bulyan(ByzantineRule):
+    """theta += lr * in each coordinate, the mean of the S - 2f values nearest to the median of S = K - 2f updates.
+
+    Krum selects the S updates one by one. Reads each update. Needs K >= 4f + 3. The median is one of the values, of an
+    even S the lower middle one (the paper leaves it open); of two values equally near the lower is taken. Krum runs
+    again on the rest after each selection; its number of neighbors, then K - f - 2 of a smaller K, is kept at one or
+    more. The authors' later code averages several updates at each selection and selects two fewer; this is the paper's
+    rule.
+    """
+
+    kind: Literal["bulyan"] = "bulyan"
+    paper: ClassVar[str] = "arXiv 1802.07927"
+
+    def smallest_cohort(self) -> int:
+        """4f + 3, as the paper demands."""
+        return 4 * self.f + 3
+
+    def combine(self, deltas: Sequence[Vector]) -> Vector:
+        """The selection, then the mean around the median."""
+        squares_KK, left, selected = squared_distances(deltas), list(range(len(deltas))), list[int]()
+        while len(selected) < len(deltas) - 2 * self.f:
+            selected.append(left.pop(ranked(squares_KK[left][:, left], self.f)[0]))
+        return by_coordinate([deltas[client] for client in sorted(selected)], self.around_median)
+
+    def around_median(self, x_SB: torch.Tensor) -> torch.Tensor:
+        """The mean of the S - 2f values of each coordinate that are nearest to its median."""
+        sorted_SB = sorted_rows(x_SB)
+        median_B = sorted_SB[(len(x_SB) - 1) // 2]
+        order_SB = (sorted_SB.double() - median_B).abs().argsort(dim=0, stable=True)
+        return mean_of_rows(sorted_SB.gather(0, order_SB[: len(x_SB) - 2 * self.f]))
 
 
 def blocks(deltas: Sequence[Vector]) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -113,3 +240,16 @@ def squared_distances(deltas: Sequence[Vector]) -> torch.Tensor:
         products_KK += x_KB @ x_KB.T
     norms_K = products_KK.diagonal()
     return (norms_K[:, None] + norms_K[None, :] - 2 * products_KK).clamp_(min=0)
+
+
+def middle(x_KB: torch.Tensor, cut: int) -> torch.Tensor:
+    """The mean over K without the `cut` smallest and the `cut` largest values."""
+    return mean_of_rows(sorted_rows(x_KB)[cut : len(x_KB) - cut])
+
+
+def ranked(squares_KK: torch.Tensor, f: int) -> list[int]:
+    """The rows in the order of Krum's scores, best first; a score sums K - f - 2 neighbors, at least one."""
+    neighbors = max(1, len(squares_KK) - f - 2)
+    nearest_KK = squares_KK.clone().fill_diagonal_(torch.inf).sort(dim=1).values  # without the distance to itself
+    scores = nearest_KK[:, :neighbors].sum(dim=1).tolist()
+    return sorted(range(len(scores)), key=scores.__getitem__)

@@ -9,18 +9,52 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
-from strategies.core.errors import require
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Transform, Update, Vector
+from strategies.core.base import Finished
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Update, Vector
+from strategies.core.ranges import check_ranges
 from strategies.core.seeds import torch_rng
 
 ERROR = "error"  # the name of the residual in a transform's part of the client's state
 
 
+@dataclass(frozen=True)
+class Transform(ABC):
+    """What happens to an update on its way: pure functions whose fields are a section of the recipe.
+
+    Several form a chain: clients encode in its order, the server decodes in reverse. An encoded update is a vector that
+    may be summed with others; its weight and extras stay as they are.
+    """
+
+    kind: str
+    keeps_zeros: ClassVar[bool] = True  # zeros of the update arrive as zeros, in a vector of the same length
+    works_on_shards: ClassVar[bool] = False  # each rank of a gang may encode its own shard
+    picks_coordinates: ClassVar[bool] = False  # each client chooses by its data which coordinates it sends
+
+    def __post_init__(self) -> None:
+        check_ranges(self, f"{self.kind}'s ")
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether it keeps a part of the client's state."""
+        return False
+
+    @abstractmethod
+    def encode(self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator) -> Finished:
+        """The update as it travels, and this transform's own part of the client's next state."""
+
+    def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:
+        """The aggregate of plain updates from that of encoded ones; `state` is that of the round's broadcast."""
+        return aggregate, state
+
+    def size(self, size: Size) -> Size:
+        """What its output costs if its input costs `size`."""
+        return size
+
+
 def encode(
     transforms: Sequence[Transform], update: Update, broadcast: Broadcast, client_state: ClientState
-) -> tuple[Update, ClientState]:
+) -> Finished:
     """The update as it leaves the client, and the transforms' part alone of the client's next state.
 
     `client_state` is the whole state from before the round; the next one is that of the strategy's `finish` and this.
@@ -54,7 +88,7 @@ def bits(transforms: Sequence[Transform], floats: int) -> int:
 
 
 @dataclass(frozen=True)
-class Lossy(ABC):
+class Lossy(Transform, ABC):
     """A transform that loses a part of the update and, with error feedback, sends it later.
 
     The client keeps the residual e: it sends C(delta + e) and keeps e <- delta + e - C(delta + e), so that over the
@@ -63,26 +97,18 @@ class Lossy(ABC):
     it is. Trap: a residual is sent when the client next takes part, which in a large population is late or never.
     """
 
-    keeps_zeros: ClassVar[bool] = True
-    works_on_shards: ClassVar[bool] = False
     error_feedback: bool = True
 
     @abstractmethod
     def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
         """What travels in place of the vector, and what the server makes of that, (P,)."""
 
-    @abstractmethod
-    def size(self, size: Size) -> Size:
-        """What its output costs if its input costs `size`."""
-
     @property
     def keeps_state(self) -> bool:
         """The residual, with error feedback."""
         return self.error_feedback
 
-    def encode(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator
-    ) -> tuple[Update, ClientState]:
+    def encode(self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator) -> Finished:
         """The squeezed delta with the residual of earlier rounds in it, and the new residual."""
         if not self.error_feedback:
             return replace(update, delta=self.squeeze(update.delta, broadcast, rng)[0]), {}
@@ -90,34 +116,3 @@ class Lossy(ABC):
         error_P = client_state.get(ERROR, torch.zeros_like(delta_P))
         sent, seen_P = self.squeeze(torch.where(delta_P == 0, 0, delta_P + error_P), broadcast, rng)
         return replace(update, delta=sent), {ERROR: delta_P + error_P - seen_P}
-
-    def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:
-        """What travels is what it stands for."""
-        return aggregate, state
-
-
-def share_of(share: float, values: int) -> int:
-    """That share of so many values, at least one."""
-    return max(1, round(share * values))
-
-
-def check_share(kind: str, share: float) -> None:
-    """Raises StrategyError for a share outside (0, 1]."""
-    kept = f"{kind}'s share is what is kept of the update and must be above 0 and at most 1"
-    require(0 < share <= 1, f"{kept}, not {share}")
-
-
-def check_block(kind: str, block: int) -> None:
-    """Raises StrategyError for a block without coordinates."""
-    coordinates = f"{kind}'s block is the number of coordinates that share a scale and must be at least 1"
-    require(block >= 1, f"{coordinates}, not {block}")
-
-
-def blocks_of(x_P: Vector, length: int) -> torch.Tensor:
-    """The vector cut into blocks (N, B), the last one padded with zeros."""
-    return F.pad(x_P, (0, -x_P.numel() % length)).view(-1, length)
-
-
-def with_scales(size: Size, bits: int, block: int) -> Size:
-    """The size of values of so many bits, with a float32 scale for each block, or for each value if these are fewer."""
-    return replace(size, bits=min(size.bits, bits), extra=size.extra + 32 * min(size.values, -(-size.length // block)))

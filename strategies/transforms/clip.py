@@ -1,17 +1,18 @@
 """Norm clipping: no update is longer than a bound (Sun et al. 2019, arXiv 1911.07963)."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.errors import require
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Update
+from strategies.core.base import Finished
+from strategies.core.protocol import Broadcast, ClientState, Update
+from strategies.core.ranges import ABOVE_0, Range
+from strategies.transforms.chain import Transform
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(Transform):
     """delta <- delta * min(1, bound / |delta|), the L2 norm of the whole vector.
 
     It bounds what one client can do to a sum, so it goes with rules that read the sum alone. Extras are left as they
@@ -20,30 +21,10 @@ class Clip:
     """
 
     kind: Literal["clip"] = "clip"
-    bound: float = 1.0
-    keeps_zeros: ClassVar[bool] = True
+    bound: Annotated[float, Range("is the largest L2 norm", ABOVE_0)] = 1.0
     works_on_shards: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        norm = "clip's bound is the largest L2 norm and must be a number above 0"
-        require(0 < self.bound < math.inf, f"{norm}, not {self.bound}")
-
-    @property
-    def keeps_state(self) -> bool:
-        """Nothing."""
-        return False
-
-    def encode(
-        self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator
-    ) -> tuple[Update, ClientState]:
+    def encode(self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator) -> Finished:
         """The delta, shortened if it is too long."""
         norm = broadcast.whole_norm(float(torch.linalg.vector_norm(update.delta, dtype=torch.float64)))
         return (update if norm <= self.bound else replace(update, delta=update.delta * (self.bound / norm))), {}
-
-    def decode(self, aggregate: Aggregate, state: ServerState, rng: torch.Generator) -> tuple[Aggregate, ServerState]:
-        """Nothing is undone."""
-        return aggregate, state
-
-    def size(self, size: Size) -> Size:
-        """As before."""
-        return size

@@ -1,66 +1,61 @@
 """`fedpost bench partition`: stores of up to a million clients, and partitions against those of flwr-datasets.
 
 No figure is printed unless the rows that are read back from each store are those that were put in, and both libraries'
-partitions of the same rows agree. All that it builds goes to the folder for temporary files and is deleted in the end:
-about 3 GB in full size.
+partitions of the same rows agree. All that it builds, about 3 GB in full size, is in the folder for temporary files and
+deleted in the end.
 """
 
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from datasets_partition.core.types import Partitioner
+from datasets_partition.partitioners.by_label import Dirichlet
 from datasets_partition.partitioners.natural import Natural
-from datasets_partition.sources.parquet_files import ParquetFiles
-from datasets_partition.store.build import build
+from datasets_partition.sources.files import ParquetFiles
+from datasets_partition.store.build import build, rng
 from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens, tokenize
-from experiments.bench import against_flwr
-from experiments.bench.harness import Bench, power, scenario, seconds_of
-from experiments.preflight.processes import in_fresh_process, memory
+from experiments.bench.harness import Bench, Figure, power, seconds_of
+from experiments.preflight.processes import environment, in_fresh_process, memory
 from strategies.core.cohort import UniformCohort
 
 ROWS, WORDS, SEED = 10, 8, 1  # rows of a client, words of a row
 CHECKED, TRIES, ROUNDS = 20, 21, 5
+ROWS_PER_CLIENT, LABELS, CLIENTS, ALPHA = 100, 10, 100, 0.5
+OUR_TRIES, THEIR_TRIES = 5, 3
+# Of the two-sample Kolmogorov-Smirnov test: samples of one law are further apart once in a million times.
+FAR = 2.69
 ROWS_AT_ONCE = 1 << 17
 
 
-@dataclass(frozen=True)
-class Size:
-    """How large a run is: populations, ascending powers of ten; a cohort; and rows of the compared partitions.
+class Size(NamedTuple):
+    """How large a run is."""
 
-    `slots` fresh processes read each of the smallest and the largest population.
-    """
-
-    populations: tuple[int, ...]
+    populations: tuple[int, ...]  # ascending powers of ten
     cohort: int
-    compared: tuple[int, ...]
-    slots: int
+    compared: tuple[int, ...]  # rows of the partitions
+    slots: int  # fresh processes that read each of the smallest and the largest population
 
 
 FULL = Size((10**3, 10**5, 10**6), cohort=10_000, compared=(10**5, 10**6), slots=3)
 SMALL = Size((10**2, 10**4), cohort=100, compared=(10**4,), slots=1)
 
 
-class Built(NamedTuple):
-    """A store, the wall and processor time of its build, and the most memory of the process that built it."""
-
-    folder: Path
-    wall_s: float
-    cpu_s: float
-    peak_mb: float | None
-
-
-@scenario(ray=False)
-def measure(bench: Bench) -> None:
+def partition(bench: Bench) -> None:
     """Measures stores and partitions; ValueError when a store lacks rows, or a partition is not what it should be."""
     size = SMALL if bench.small else FULL
     smallest, largest = size.populations[0], size.populations[-1]
@@ -71,23 +66,21 @@ def measure(bench: Bench) -> None:
             bench.say(f"{population:,} clients: making {population * ROWS:,} rows")
             write_rows(source, population)
             bench.say(f"{population:,} clients: building the store")
-            built: Built = in_fresh_process(_build, source, Path(name) / "stores", bench)
-            bench.add("build_rows_per_s", population * ROWS / built.wall_s, "rows/s")  # the largest population stays
-            bench.add("build_s", built.wall_s, "s")
-            bench.add("build_cpu_s", built.cpu_s, "s")
-            bench.add("build_peak_mb", built.peak_mb, "MB")
+            folder, figures = in_fresh_process(_build, source, Path(name) / "stores", population, bench)
+            bench.figures |= figures  # the largest population's stay
             bench.say(f"{population:,} clients: making token columns, reading rows back")
-            tokens = tokenize(Store.open(built.folder), "bytes", to_bytes)
-            refuse_other_rows(source, population, Store.open(built.folder), tokens)
-            _measure_reading(bench, built.folder, tokens.folder, population, size.cohort)
+            tokens = tokenize(Store.open(folder), "bytes", to_bytes)
+            refuse_another_store(source, population, Store.open(folder), tokens)
+            _measure_reading(bench, folder, tokens.folder, population, size.cohort)
             if population in (smallest, largest):
                 bench.say(f"{population:,} clients: reading as a slot does")
-                reading = (_read_as_slot, built.folder, tokens.folder, smallest // 2)
-                held = [in_fresh_process(*reading) for _ in range(size.slots)]
+                held = [
+                    in_fresh_process(_read_as_slot, folder, tokens.folder, smallest // 2) for _ in range(size.slots)
+                ]
                 slots[population] = {kind: statistics.median(each[kind] for each in held) for kind in held[0]}
     for figure, kind in (("slot_rss_growth_mb", "VmRSS"), ("slot_private_growth_mb", "RssAnon")):
-        known = kind in slots[largest]  # not on every system
-        bench.add(figure, slots[largest][kind] - slots[smallest][kind] if known else None, "MB")
+        least, most = slots[smallest].get(kind), slots[largest].get(kind)  # unknown on some systems
+        bench.add(figure, None if least is None or most is None else most - least, "MB")
     compare_with_flwr(bench, size.compared)
 
 
@@ -115,16 +108,14 @@ def to_bytes(rows: pa.Table) -> pa.Table:
     return pa.table({"input_ids": pa.ListArray.from_arrays(ends, content)})
 
 
-def refuse_other_rows(source: Path, population: int, store: Store, tokens: Tokens) -> None:
+def refuse_another_store(source: Path, population: int, store: Store, tokens: Tokens) -> None:
     """Raises ValueError unless all rows are there, and those of some clients are the ones of `source`."""
     all_rows = store.counts("train").astype(np.int64) + store.counts("heldout")
     whole = len(all_rows) == population and (all_rows == ROWS).all()
     chosen = np.random.default_rng(SEED).choice(store.num_clients, CHECKED, replace=False).tolist()
     names = [store.name(client) for client in chosen]
-    given = (
-        pq.read_table(source, filters=pc.field("client").isin(names)).group_by("client").aggregate([("text", "list")])
-    )
-    texts = {row["client"]: sorted(row["text_list"]) for row in given.to_pylist()}
+    given = pq.read_table(source, filters=pc.field("client").isin(names)).group_by("client")
+    texts = {row["client"]: sorted(row["text_list"]) for row in given.aggregate([("text", "list")]).to_pylist()}
     for client, name in zip(chosen, names, strict=True):
         rows = pa.concat_tables([store.read_rows(client, "train"), store.read_rows(client, "heldout")])
         ids = pa.concat_batches([tokens.rows(client, "train"), tokens.rows(client, "heldout")])["input_ids"]
@@ -135,7 +126,7 @@ def refuse_other_rows(source: Path, population: int, store: Store, tokens: Token
 
 
 def _measure_reading(bench: Bench, folder: Path, tokens: Path, population: int, cohort: int) -> None:
-    """Milliseconds to open a store with its token columns; and to draw a cohort and look its clients' rows up."""
+    """Milliseconds to open a store with its token columns, and to draw a cohort and look up its clients' rows."""
     store, columns = Store.open(folder), Tokens.open(tokens)
     opening, _ = seconds_of(lambda: (Store.open(folder).num_training, Tokens.open(tokens)), TRIES)
     bench.add(f"open_ms_{power(population)}", statistics.median(opening) * 1e3, "ms")
@@ -160,24 +151,131 @@ def _read_as_slot(folder: Path, tokens: Path, cohort: int) -> dict[str, float]:
     return memory()
 
 
-def _build(source: Path, cache: Path, bench: Bench) -> Built:
+def _build(source: Path, cache: Path, population: int, bench: Bench) -> tuple[Path, dict[str, Figure]]:
+    """A store, and the wall and processor time of its build, and the most memory of this process, which built it."""
     began, cpu = time.perf_counter(), time.process_time()
     folder = build(ParquetFiles(path=str(source)), Natural(), Splits(), SEED, str(cache), bench.say_now_and_then)
-    return Built(folder, time.perf_counter() - began, time.process_time() - cpu, memory().get("VmHWM"))
+    seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu
+    return folder, {
+        "build_rows_per_s": Figure(population * ROWS / seconds, "rows/s"),
+        "build_s": Figure(seconds, "s"),
+        "build_cpu_s": Figure(cpu_s, "s"),
+        "build_peak_mb": Figure(memory().get("VmHWM"), "MB"),
+    }
 
 
 def compare_with_flwr(bench: Bench, compared: tuple[int, ...]) -> None:
     """Adds times of both libraries and their ratio; the ratio without a size is the smallest."""
-    is_there = against_flwr.is_there()
-    if not is_there:
+    if not (has_it := has_flwr()):
         bench.say("flwr-datasets is not installed: no speedups")
     for kind in ("natural", "dirichlet"):
         ratios = []
-        for rows in compared if is_there else ():
+        for rows in compared if has_it else ():
             bench.say(f"the {kind} partition of {rows:,} rows, by both libraries")
-            times: against_flwr.Times = in_fresh_process(against_flwr.compare, kind, rows)
-            ratios.append(times.theirs / times.ours)
-            bench.add(f"{kind}_ms_{power(rows)}", times.ours * 1e3, "ms")
-            bench.add(f"flwr_{kind}_ms_{power(rows)}", times.theirs * 1e3, "ms")
+            with environment(FLWR_TELEMETRY_ENABLED="0", TQDM_DISABLE="1"):  # read when the process imports tqdm
+                ours, theirs = in_fresh_process(time_both, kind, rows)
+            ratios.append(theirs / ours)
+            bench.add(f"{kind}_ms_{power(rows)}", ours * 1e3, "ms")
+            bench.add(f"flwr_{kind}_ms_{power(rows)}", theirs * 1e3, "ms")
             bench.add(f"speedup_{kind}_{power(rows)}", ratios[-1], "times")
         bench.add(f"speedup_{kind}", min(ratios, default=None), "times")
+
+
+def has_flwr() -> bool:
+    """Whether flwr-datasets is installed."""
+    return find_spec("flwr_datasets") is not None
+
+
+def time_both(kind: str, rows: int) -> tuple[float, float]:
+    """Our and their seconds for the natural or the Dirichlet partition of `rows` rows; ValueError if they disagree.
+
+    The median of processor time until the rows of every client are known: a busy machine favors neither library.
+    """
+    table = labelled(rows)
+    dataset = import_module("datasets").Dataset.from_dict(table.to_pydict())
+    flwr = import_module("flwr_datasets.partitioner")
+
+    if kind == "natural":
+        our_clients, ours = _ours(Natural(), table)
+        partitioners, theirs = _theirs(lambda seed: flwr.NaturalIdPartitioner("client"), dataset)
+        refuse_other_rows(_rows_of_each(our_clients[0]), _their_rows(partitioners[0]))
+    else:
+        our_clients, ours = _ours(Dirichlet(label="label", clients=CLIENTS, alpha=ALPHA), table)
+        partitioners, theirs = _theirs(
+            lambda seed: flwr.DirichletPartitioner(CLIENTS, "label", ALPHA, min_partition_size=1, seed=seed), dataset
+        )
+        labels = table["label"].to_numpy().astype(np.int64)
+        refuse_another_law(
+            [_counts(_rows_of_each(clients), labels) for clients in our_clients],
+            [_counts(_their_rows(partitioner), labels) for partitioner in partitioners],
+        )
+    return ours, theirs
+
+
+def labelled(rows: int) -> pa.Table:
+    """Rows with their number, one of `rows / 100` clients, and one of ten labels, all at random."""
+    random = np.random.default_rng(5)
+    clients, labels = (random.integers(0, most, rows) for most in (rows // ROWS_PER_CLIENT, LABELS))
+    texts = {"client": pa.array(clients).cast(pa.string()), "label": pa.array(labels).cast(pa.string())}
+    return pa.table({"row": np.arange(rows), **texts})
+
+
+def refuse_other_rows(ours: list[NDArray[np.int64]], theirs: list[NDArray[np.int64]]) -> None:
+    """Raises ValueError unless each client has the same rows in both."""
+    if len(ours) != len(theirs) or not all(map(np.array_equal, ours, theirs)):
+        raise ValueError("the natural partition differs from the one of flwr-datasets: its time says nothing")
+
+
+def refuse_another_law(ours: list[NDArray[np.int64]], theirs: list[NDArray[np.int64]]) -> None:
+    """Raises ValueError unless the shares of labels and the sizes of clients (clients x labels rows) are of one law."""
+    both = np.stack(ours), np.stack(theirs)
+    shares = [np.sort((counts / counts.sum(axis=1, keepdims=True)).ravel()) for counts in both]
+    sizes = [np.sort(counts.sum(axis=2).ravel()) for counts in both]
+    for ours_sorted, theirs_sorted in (shares, sizes):
+        values = np.concatenate([ours_sorted, theirs_sorted])
+        ours_below, theirs_below = (
+            np.searchsorted(sample, values, side="right") / len(sample) for sample in (ours_sorted, theirs_sorted)
+        )
+        far = FAR * np.sqrt(1 / len(ours_sorted) + 1 / len(theirs_sorted))
+        if np.abs(ours_below - theirs_below).max() > far:
+            raise ValueError("the Dirichlet partition is of another law than that of flwr-datasets")
+
+
+def _timed(work: Sequence[Callable[[], Any]]) -> tuple[list[Any], float]:
+    """What each of some calls returns, and the median of their processor time in seconds."""
+    timed = [seconds_of(call, clock=time.process_time) for call in work]
+    return [result for _, result in timed], statistics.median(seconds for (seconds,), _ in timed)
+
+
+def _ours(partitioner: Partitioner, table: pa.Table) -> tuple[list[NDArray[np.int32]], float]:
+    """The clients of the rows by several seeds, and the median time."""
+    draws = (rng(seed, "bench") for seed in range(OUR_TRIES))
+    assigned, seconds = _timed([partial(partitioner.assign, table, draw) for draw in draws])
+    return [each.clients for each in assigned], seconds
+
+
+def _theirs(make: Callable[[int], Any], dataset: Any) -> tuple[list[Any], float]:
+    """Their partitioners by several seeds, and the median time: the first client asked for has all of them made."""
+    partitioners = [make(seed) for seed in range(THEIR_TRIES)]
+    for partitioner in partitioners:
+        partitioner.dataset = dataset
+    return partitioners, _timed([partial(each.load_partition, 0) for each in partitioners])[1]
+
+
+def _rows_of_each(owners: NDArray[np.int32]) -> list[NDArray[np.int64]]:
+    if owners.min() < 0:
+        raise ValueError("our partition leaves rows without a client")
+    return np.split(np.argsort(owners, kind="stable"), np.cumsum(np.bincount(owners))[:-1])
+
+
+def _their_rows(partitioner: Any) -> list[NDArray[np.int64]]:
+    """The rows of each of their clients, ascending."""
+    parts = (partitioner.load_partition(client) for client in range(partitioner.num_partitions))
+    return [np.sort(np.array(part["row"][:])) for part in parts]
+
+
+def _counts(rows_of_each: list[NDArray[np.int64]], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows of each client, a row, by label, a column. Raises ValueError unless every row has one client."""
+    if not np.array_equal(np.sort(np.concatenate(rows_of_each)), np.arange(len(labels))):
+        raise ValueError("a Dirichlet partition does not give each row to one client: its time says nothing")
+    return np.stack([np.bincount(labels[rows], minlength=LABELS) for rows in rows_of_each])

@@ -1,33 +1,129 @@
-"""`fedpost bench slots`: strong and weak scaling over slots, here and on a simulated cluster of nodes with GPUs."""
+"""`fedpost bench slots` and `scale`: how rounds get faster with more slots.
+
+`scale` plays a recipe of your own on any cluster; `slots` plays small ones, here and on simulated nodes with GPUs.
+"""
 
 import statistics
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 import experiments
+from engine.config.sections import Clients
+from engine.messages.errors import RunError
+from engine.messages.events import Event, Started
 from experiments.bench.bare import PROCESSES, compare
-from experiments.bench.bases import write_rows
-from experiments.bench.harness import Bench, metric, scenario
-from experiments.bench.scenarios.lora import recipe, write_inputs
-from experiments.bench.scenarios.scale import as_figures, study
-from experiments.config.recipe import Recipe
+from experiments.bench.harness import Bench, Figure, metric, write_rows
+from experiments.bench.results import show_results
+from experiments.bench.scenarios.bare_loop import lora_recipe, write_lora_inputs
+from experiments.config.recipe import Recipe, load_recipe
 from experiments.preflight.processes import environment, hidden_gpus
+from experiments.report.charts import Series, lines
 from experiments.runs.api import ray_session
 from strategies.core.cohort import UniformCohort
 from strategies.core.seeds import rng
 
+ROUNDS = 4  # of `scale`
 CLIENTS, COHORT = 200, 40
 PER_SLOT = 5  # clients of a cohort that grows with the slots
 NODES, GPUS, SHARE = 3, 2, 0.5  # logical GPUs: Ray places by them, and the slots compute on the CPU
+BALANCE = "mean over longest work of a slot"
 
 
-@scenario(ray=False)
-def measure(bench: Bench) -> None:
-    """Measures tokens per second and efficiency with one and two slots; ValueError when bits or loops differ."""
+class Scaled(NamedTuple):
+    """Tokens per second of whole rounds on `slots` slots, that over `slots` times one slot's, and the balance."""
+
+    slots: int
+    tokens_per_s: float
+    efficiency: float
+    balance: float
+
+
+def study(
+    work: Recipe, slots: list[int], address: str | None = None, *, weak: bool = False, rounds: int = ROUNDS
+) -> list[Scaled]:
+    """Plays the recipe's first rounds with each number of slots; `weak`: the cohort grows with the slots.
+
+    Raises RunError if slots do not fit, ValueError if another number of them leads to other bits.
+    """
+    results: list[Scaled] = []
+    reference: bytes | None = None
+    clients = work.clients
+    work = replace(work, evaluate=replace(work.evaluate, every=0, finetune=0, without_privacy=False))
+    with TemporaryDirectory(prefix="fedpost-bench-") as name:
+        bench = Bench(Path(name), small=False)
+        for count in slots:
+            cohort = work.cohort
+            if weak:
+                if not isinstance(cohort, UniformCohort):
+                    raise RunError('a cohort grows with the slots where it has a size: set cohort.kind = "uniform"')
+                cohort = replace(cohort, size=cohort.size * count)
+            short = replace(work, rounds=rounds, cohort=cohort, clients=replace(clients, slots=count))
+            bench.say(f"{count} slots" + (", a cohort as many times as large" if weak else ""))
+            # The number of lanes that "auto" comes to is that of all later runs.
+            speed, balance, vector, clients = _play(short, bench.folder / str(len(results)), count, address)
+            reference = reference or vector
+            if not weak and reference != vector:
+                raise ValueError(f"{count} slots lead to other bits than {slots[0]}: no figure is worth anything")
+            alone = results[0].tokens_per_s / results[0].slots if results else speed / count
+            results.append(Scaled(count, speed, speed / count / alone, balance))
+    return results
+
+
+def _play(work: Recipe, folder: Path, slots: int, address: str | None) -> tuple[float, float, bytes, Clients]:
+    """Median tokens per second and balance without the first round, a warm-up; the last state; the resolved section."""
+
+    def refuse_fewer(event: Event) -> None:
+        if isinstance(event, Started) and event.slots < slots:
+            raise RunError(f"{slots} slots were asked for, and {event.slots} fit: name fewer, or a larger cluster")
+
+    run = experiments.run(work, out=folder, address=address, on_event=refuse_fewer)
+    each = (metric(run, name) for name in ("tokens_per_s", "balance"))
+    speed, balance = (statistics.median(values[1:] or values) for values in each)
+    newest = sorted((run.folder / "checkpoints").iterdir())[-1]
+    state = b"".join(file.read_bytes() for file in sorted(newest.glob("*.safetensors")))
+    return speed, balance, state, load_recipe(run.folder / "recipe.toml").clients
+
+
+def as_figures(results: list[Scaled], prefix: str = "") -> dict[str, Figure]:
+    """The study's figures by name."""
+    units = {"tokens_per_s": "tokens/s", "efficiency": "of as many times a slot alone", "balance": BALANCE}
+    return {
+        f"{prefix}{name}_{result.slots}": Figure(getattr(result, name), unit)
+        for result in results
+        for name, unit in units.items()
+    }
+
+
+def scale(recipe: Path, slots: str, address: str | None, weak: bool, as_json: bool) -> None:
+    """Studies a recipe file over slots such as "1,2,4"; prints and keeps the figures, with charts on their page."""
+    counts = [int(count) if count.strip().isdecimal() else 0 for count in slots.split(",")]
+    if min(counts) < 1:
+        raise RunError(f"--slots is {slots!r}: give numbers of slots such as 1,2,4")
+    results = study(load_recipe(recipe), counts, address, weak=weak)
+    show_results("scale", as_figures(results), as_json, draw(results))
+
+
+def draw(results: list[Scaled]) -> list[Markup]:
+    """Charts of tokens per second and of efficiency by slots, beside the ideal."""
+    alone = results[0].tokens_per_s / results[0].slots
+    charts = []
+    for title, name, ideal in (("Tokens per second", "tokens_per_s", alone), ("Efficiency", "efficiency", None)):
+        line = [(each.slots, ideal * each.slots if ideal else 1.0) for each in results]
+        measured = Series("measured", [(each.slots, getattr(each, name)) for each in results], 1)
+        charts.append(lines(title, [Series("ideal", line, 3, "6 3"), measured], "slots", "", zero=True))
+    return charts
+
+
+def slots(bench: Bench) -> None:
+    """Measures tokens per second and efficiency with one and two slots; ValueError if bits or loops differ."""
     rounds = 3 if bench.small else 8
-    write_inputs(bench)
-    work = recipe(bench, 2, *((1, 32) if bench.small else (4, 128)))
+    write_lora_inputs(bench)
+    work = lora_recipe(bench, 2, *((1, 32) if bench.small else (4, 128)))
     with ray_session(None):
         bench.add("apart", compare(work, bench.folder / "gate").apart, "largest difference to the bare loop")
         bench.figures |= as_figures(study(work, [1, 2], rounds=rounds), "strong_")
@@ -48,15 +144,12 @@ def _measure_uneven(bench: Bench, rounds: int) -> None:
         rows=rows,
     )
     balance = metric(bench.run(work, "uneven/run")[0], "balance")
-    bench.add("balance_lognormal", statistics.median(balance), "mean over longest work of a slot")
-    bench.add("balance_lognormal_worst", min(balance), "mean over longest work of a slot")
+    bench.add("balance_lognormal", statistics.median(balance), BALANCE)
+    bench.add("balance_lognormal_worst", min(balance), BALANCE)
 
 
 def _measure_cluster(bench: Bench, work: Recipe, rounds: int) -> None:
-    """Compares slots on several Ray nodes with the gate's run on one node, bit for bit, and measures how they scale.
-
-    All slots share this machine's cores: the figures say what more slots on more nodes cost by themselves.
-    """
+    """Compares slots on Ray nodes, which share the cores, with the gate's run bit for bit; measures what they cost."""
     from ray.cluster_utils import Cluster
 
     share = 1.0 if bench.small else SHARE

@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import extract_prompt
 
-from datasets_partition.core.canonical import TURNS
 from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Rows
+from datasets_partition.core.types import TURNS, Rows
 from datasets_partition.formats.conversion import Conversion
-from datasets_partition.formats.turns import shared
+from datasets_partition.formats.forms import shared
 
 SAY = {"role": "user", "content": "Say a"}
 A = {"role": "assistant", "content": "a"}

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.by_time import ByTime
+from datasets_partition.partitioners.natural import ByTime
 
 
 def assigned(times, rng, owners=None):
@@ -12,7 +12,7 @@ def assigned(times, rng, owners=None):
 
 
 def test_clients_are_natural_and_rows_are_ranked(rng):
-    clients, names, category, order = assigned([5, 3, 4, 3], rng(), ["b", "a", "b", "a"])
+    clients, names, category, order, _ = assigned([5, 3, 4, 3], rng(), ["b", "a", "b", "a"])
     assert names.to_pylist() == ["a", "b"] and clients.tolist() == [1, 0, 1, 0]
     assert order.tolist() == [3, 0, 2, 1]  # equal times keep the source's order
     assert category is None

@@ -5,13 +5,10 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.by_time import ByTime
+from datasets_partition.partitioners.by_label import Dirichlet
+from datasets_partition.partitioners.by_size import Iid, SizeCap
 from datasets_partition.partitioners.combined import Combined
-from datasets_partition.partitioners.dirichlet import Dirichlet
-from datasets_partition.partitioners.grouped_natural import GroupedNatural
-from datasets_partition.partitioners.iid import Iid
-from datasets_partition.partitioners.natural import Natural
-from datasets_partition.partitioners.size_cap import SizeCap
+from datasets_partition.partitioners.natural import ByTime, GroupedNatural, Natural
 
 TABLE = pa.table(
     {
@@ -23,7 +20,7 @@ TABLE = pa.table(
 
 
 def test_the_second_partitions_each_client_of_the_first(rng):
-    clients, names, category, order = Combined(first=Natural(), then=SizeCap(rows=2)).assign(TABLE, rng())
+    clients, names, category, order, _ = Combined(first=Natural(), then=SizeCap(rows=2)).assign(TABLE, rng())
     assert names.to_pylist() == ["a", "b/0", "b/1", "b/2", "c"]
     assert clients.tolist() == [1, 0, 1, 2, 2, 3, 4, 4]
     assert category is None and order is None
@@ -45,7 +42,7 @@ def test_rows_that_either_partition_drops_belong_to_nobody(rng):
 
 
 def test_a_client_in_time_is_cut_into_stretches_of_time(rng):
-    clients, names, _, order = Combined(first=ByTime(time="time"), then=SizeCap(rows=3)).assign(TABLE, rng())
+    clients, names, _, order, _ = Combined(first=ByTime(time="time"), then=SizeCap(rows=3)).assign(TABLE, rng())
     assert names.to_pylist() == ["a", "b/0", "b/1", "c"]
     assert clients.tolist() == [2, 0, 1, 2, 1, 1, 3, 3]  # b at 1, 2, 3, then at 4 and 5
     for client in range(4):

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.dirichlet import Dirichlet
+from datasets_partition.partitioners.by_label import Dirichlet
 
 LABEL_ROWS = (600, 300, 100)
 TABLE = pa.table({"label": [label for label, rows in zip("abc", LABEL_ROWS, strict=True) for _ in range(rows)]})

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.distribution import Distribution
+from datasets_partition.partitioners.by_label import Distribution
 
 LABELS = np.array(["news"] * 10 + ["law"] * 4)
 TABLE = pa.table({"label": LABELS})
@@ -11,7 +11,7 @@ TABLE = pa.table({"label": LABELS})
 
 def test_shares_are_met_by_hand(rng):
     shares = {"news": (0.6, 0.3, 0.1), "law": (0, 3, 1)}
-    clients, names, category, _ = Distribution(label="label", shares=shares).assign(TABLE, rng())
+    clients, names, category, *_ = Distribution(label="label", shares=shares).assign(TABLE, rng())
     assert np.bincount(clients[LABELS == "news"]).tolist() == [6, 3, 1]
     assert np.bincount(clients[LABELS == "law"]).tolist() == [0, 3, 1]
     assert names.to_pylist() == ["0", "1", "2"]

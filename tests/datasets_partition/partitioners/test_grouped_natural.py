@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.grouped_natural import GroupedNatural
+from datasets_partition.partitioners.natural import GroupedNatural
 
 TABLE = pa.table({"client": ["c", "a", "e", "b", "d", "a"]})
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pyarrow as pa
 
-from datasets_partition.partitioners.iid import Iid
+from datasets_partition.partitioners.by_size import Iid
 
 TABLE = pa.table({"prompt": ["x"] * 103})
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.inner_dirichlet import InnerDirichlet, _turns
+from datasets_partition.partitioners.by_label import InnerDirichlet, _turns
 
 LABELS = np.repeat(range(3), (600, 300, 100))
 TABLE = pa.table({"label": LABELS})

@@ -5,7 +5,7 @@ from datasets_partition.partitioners.natural import Natural
 
 def test_clients_are_the_values_of_the_key(rng):
     table = pa.table({"client": ["b", "a", "b", "é", "a", "b"]})
-    clients, names, category, order = Natural().assign(table, rng())
+    clients, names, category, order, _ = Natural().assign(table, rng())
     assert names.to_pylist() == ["a", "b", "é"]
     assert clients.tolist() == [1, 0, 1, 2, 0, 1]
     assert category is None and order is None

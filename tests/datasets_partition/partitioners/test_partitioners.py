@@ -12,21 +12,12 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from datasets_partition import Partitioners
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.by_length import ByLength
-from datasets_partition.partitioners.by_size import BySize
-from datasets_partition.partitioners.by_time import ByTime
+from datasets_partition.partitioners.by_label import Dirichlet, Distribution, InnerDirichlet, Pathological, Shards
+from datasets_partition.partitioners.by_size import BySize, Iid, SizeCap
 from datasets_partition.partitioners.by_topic import ByTopic
 from datasets_partition.partitioners.combined import Combined
-from datasets_partition.partitioners.continuous import Continuous
-from datasets_partition.partitioners.dirichlet import Dirichlet
-from datasets_partition.partitioners.distribution import Distribution
-from datasets_partition.partitioners.grouped_natural import GroupedNatural
-from datasets_partition.partitioners.iid import Iid
-from datasets_partition.partitioners.inner_dirichlet import InnerDirichlet
-from datasets_partition.partitioners.natural import Natural
-from datasets_partition.partitioners.pathological import Pathological
-from datasets_partition.partitioners.shards import Shards
-from datasets_partition.partitioners.size_cap import SizeCap
+from datasets_partition.partitioners.continuous import ByLength, Continuous
+from datasets_partition.partitioners.natural import ByTime, GroupedNatural, Natural
 
 ROWS = 120
 LABELS = ["news", "sport", "Zürich", "law"]
@@ -85,7 +76,7 @@ def test_every_kind_is_here() -> None:
 
 @every
 def test_rows_go_to_clients_that_are_listed_and_have_rows(partitioner: Any, rng: Any) -> None:
-    clients, names, category, order = partitioner.assign(TABLE, rng())
+    clients, names, category, order, people = partitioner.assign(TABLE, rng())
     assert clients.dtype == np.int32 and clients.shape == (ROWS,)
     assert set(clients[clients >= 0].tolist()) == set(range(len(names)))
     assert clients.min() >= -1
@@ -96,6 +87,7 @@ def test_rows_go_to_clients_that_are_listed_and_have_rows(partitioner: Any, rng:
     if order is not None:
         assert order.dtype == np.int64 and order.shape == (ROWS,)
         assert len(set(zip(clients[clients >= 0], order[clients >= 0], strict=True))) == (clients >= 0).sum()
+    assert people is None or (people.type == pa.string() and len(people) == len(names))
 
 
 @every

@@ -3,8 +3,8 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners import pathological
-from datasets_partition.partitioners.pathological import Pathological
+from datasets_partition.partitioners import by_label
+from datasets_partition.partitioners.by_label import Pathological
 
 LABELS = np.repeat(range(4), (7, 5, 4, 6))
 TABLE = pa.table({"label": LABELS})
@@ -53,7 +53,7 @@ def test_blocks_of_clients_are_one_draw_after_the_other(rng, monkeypatch):
         partitioner = Pathological(label="label", clients=4, classes=2, mode=mode)
         expected = mixtures(partitioner, rng())
         with monkeypatch.context() as patch:
-            patch.setattr(pathological, "BLOCK", 5)
+            patch.setattr(by_label, "BLOCK", 5)
             assert (mixtures(partitioner, rng()) == expected).all()
 
 

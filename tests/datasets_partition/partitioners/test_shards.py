@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.shards import Shards
+from datasets_partition.partitioners.by_label import Shards
 
 LABELS = np.arange(100) % 10
 TABLE = pa.table({"label": LABELS})

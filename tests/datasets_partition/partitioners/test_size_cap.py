@@ -1,7 +1,7 @@
 import numpy as np
 import pyarrow as pa
 
-from datasets_partition.partitioners.size_cap import SizeCap
+from datasets_partition.partitioners.by_size import SizeCap
 
 TABLE = pa.table({"prompt": [str(row) for row in range(10)]})
 

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.by_length import ByLength
-from datasets_partition.partitioners.by_time import ByTime
-from datasets_partition.partitioners.continuous import Continuous
-from datasets_partition.partitioners.natural import Natural
-from datasets_partition.sources.csv_files import CsvFiles
+from datasets_partition.partitioners.continuous import ByLength, Continuous
+from datasets_partition.partitioners.natural import ByTime, Natural
+from datasets_partition.sources.files import CsvFiles
 
 
 def written(folder: Path, content: bytes, name: str = "rows.csv", **fields: Any) -> CsvFiles:

@@ -8,10 +8,10 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from datasets_partition.core.canonical import TURNS
 from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import TURNS
+from datasets_partition.sources.files import ParquetFiles
 from datasets_partition.sources.hf_datasets import HfDatasets
-from datasets_partition.sources.parquet_files import ParquetFiles
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "n": i} for i in range(5)]
 SAVED = Dataset.from_list(ROWS)

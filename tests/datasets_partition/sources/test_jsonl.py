@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from datasets_partition.core.errors import DataError
 from datasets_partition.formats import conversion
-from datasets_partition.sources.jsonl import Jsonl
+from datasets_partition.sources.files import Jsonl
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datasets_partition.core.canonical import TURNS
 from datasets_partition.core.errors import DataError
-from datasets_partition.sources.parquet_files import ParquetFiles
+from datasets_partition.core.types import TURNS
+from datasets_partition.sources.files import ParquetFiles
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 

@@ -7,20 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from datasets_partition.partitioners.by_length import ByLength
-from datasets_partition.partitioners.by_size import BySize
+from datasets_partition.partitioners.by_label import Dirichlet, Distribution, InnerDirichlet, Pathological, Shards
+from datasets_partition.partitioners.by_size import BySize, Iid, SizeCap
 from datasets_partition.partitioners.by_topic import ByTopic
 from datasets_partition.partitioners.combined import Combined
-from datasets_partition.partitioners.dirichlet import Dirichlet
-from datasets_partition.partitioners.distribution import Distribution
-from datasets_partition.partitioners.grouped_natural import GroupedNatural
-from datasets_partition.partitioners.iid import Iid
-from datasets_partition.partitioners.inner_dirichlet import InnerDirichlet
-from datasets_partition.partitioners.natural import Natural
-from datasets_partition.partitioners.pathological import Pathological
-from datasets_partition.partitioners.shards import Shards
-from datasets_partition.partitioners.size_cap import SizeCap
-from datasets_partition.sources.jsonl import Jsonl
+from datasets_partition.partitioners.continuous import ByLength
+from datasets_partition.partitioners.natural import GroupedNatural, Natural
+from datasets_partition.sources.files import Jsonl
 from datasets_partition.store.build import build
 from datasets_partition.store.splits import Splits
 from datasets_partition.store.stats import Skew

@@ -5,9 +5,9 @@ import pytest
 from pyarrow import fs
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.sources import source_files as module
-from datasets_partition.sources.jsonl import Jsonl
-from datasets_partition.sources.source_files import fingerprint, source_files
+from datasets_partition.sources import location as module
+from datasets_partition.sources.files import Jsonl
+from datasets_partition.sources.location import fingerprint, source_files
 
 
 def names(location: str) -> list[str]:

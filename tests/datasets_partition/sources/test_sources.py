@@ -14,15 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets_partition import Sources
-from datasets_partition.core.canonical import content_columns
 from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Source
-from datasets_partition.sources.csv_files import CsvFiles
+from datasets_partition.core.types import Source, content_columns
+from datasets_partition.sources.files import CsvFiles, Jsonl, ParquetFiles, TextFiles
 from datasets_partition.sources.hf_datasets import HfDatasets
-from datasets_partition.sources.jsonl import Jsonl
-from datasets_partition.sources.parquet_files import ParquetFiles
 from datasets_partition.sources.python_docs import PythonDocs
-from datasets_partition.sources.text_files import TextFiles
 
 Row = dict[str, Any]
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.sources.text_files import TextFiles
+from datasets_partition.sources.files import TextFiles
 
 FILES = {
     "b.txt": b"\xef\xbb\xbfby itself\n",

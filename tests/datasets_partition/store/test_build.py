@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Rows as Loaded
-from datasets_partition.partitioners.iid import Iid
+from datasets_partition.partitioners.by_size import Iid
 from datasets_partition.partitioners.natural import Natural
-from datasets_partition.sources.jsonl import Jsonl
+from datasets_partition.sources.files import Jsonl
 from datasets_partition.store import build as building
 from datasets_partition.store.build import build
 from datasets_partition.store.splits import Splits
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from datasets_partition.store.build import build
-from datasets_partition.sources.jsonl import Jsonl
+from datasets_partition.sources.files import Jsonl
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.store.splits import Splits
 

@@ -7,16 +7,10 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.errors import DataError
-from datasets_partition.partitioners.by_size import BySize
+from datasets_partition.partitioners.by_label import Dirichlet, Distribution, InnerDirichlet, Pathological, Shards
+from datasets_partition.partitioners.by_size import BySize, Iid
 from datasets_partition.partitioners.continuous import Continuous
-from datasets_partition.partitioners.dirichlet import Dirichlet
-from datasets_partition.partitioners.distribution import Distribution
-from datasets_partition.partitioners.grouped_natural import GroupedNatural
-from datasets_partition.partitioners.iid import Iid
-from datasets_partition.partitioners.inner_dirichlet import InnerDirichlet
-from datasets_partition.partitioners.natural import Natural
-from datasets_partition.partitioners.pathological import Pathological
-from datasets_partition.partitioners.shards import Shards
+from datasets_partition.partitioners.natural import GroupedNatural, Natural
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # read when it is imported
 flwr = pytest.importorskip("flwr_datasets.partitioner", reason="flwr-datasets is not installed")

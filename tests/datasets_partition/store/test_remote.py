@@ -13,10 +13,10 @@ from pyarrow import fs
 from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources import location
-from datasets_partition.sources.jsonl import Jsonl
+from datasets_partition.sources.files import Jsonl
 from datasets_partition.sources.location import located, node_cache, within
 from datasets_partition.store import build as building
-from datasets_partition.store import remote
+from datasets_partition.store import sealed
 from datasets_partition.store.build import build
 from datasets_partition.store.splits import Splits
 from datasets_partition.store.store import Store
@@ -41,7 +41,7 @@ def test_a_store_at_a_uri_is_made_once_and_fetched_by_other_machines(
     rows = Store.open(first).read_rows(1, "train")
 
     shutil.rmtree(first)
-    monkeypatch.setattr(building._Content, "of", None)  # building again would fail
+    monkeypatch.setattr(building, "_content", None)  # building again would fail
     assert build(source, Natural(), Splits(), 7, cache) == first
     assert Store.open(first).read_rows(1, "train") == rows
 
@@ -74,7 +74,7 @@ def test_rows_and_stores_in_an_object_store(
     assert rows["completion"].to_pylist()[0].startswith("text ")
     shutil.rmtree(first)
     with monkeypatch.context() as patched:
-        patched.setattr(building._Content, "of", None)  # building again would fail
+        patched.setattr(building, "_content", None)  # building again would fail
         assert build(elsewhere, Natural(), Splits(), 7, cache) == first
     assert Store.open(first).read_rows(1, "train") == rows
     assert build(source, Natural(), Splits(), 7, cache) != first
@@ -142,7 +142,7 @@ def test_a_store_without_a_manifest_does_not_count(source: Jsonl, tmp_path: Path
     cache = (tmp_path / "shared").as_uri()
     folder = build(source, Natural(), Splits(), 7, cache)
     (tmp_path / "shared" / folder.name / "manifest.json").unlink()
-    assert not remote.fetch(f"{cache}/{folder.name}", tmp_path / "copy")
+    assert not sealed.fetch(f"{cache}/{folder.name}", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
     shutil.rmtree(folder)
     assert build(source, Natural(), Splits(), 7, cache) == folder
@@ -157,7 +157,7 @@ def test_the_manifest_is_copied_last(source: Jsonl, tmp_path: Path, monkeypatch:
         copied.append(Path(origin).name)
         copy(origin, *rest)
 
-    monkeypatch.setattr(remote.fs, "copy_files", noted)
+    monkeypatch.setattr(sealed.fs, "copy_files", noted)
     build(source, Natural(), Splits(), 7, (tmp_path / "shared").as_uri())
     assert copied[-1] == "manifest.json" and len(copied) == 3
 

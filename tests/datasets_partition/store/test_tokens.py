@@ -14,7 +14,7 @@ import pytest
 
 from datasets_partition.core.errors import DataError
 from datasets_partition.partitioners.natural import Natural
-from datasets_partition.sources.jsonl import Jsonl
+from datasets_partition.sources.files import Jsonl
 from datasets_partition.store import tokens as tokenizing
 from datasets_partition.store.build import build
 from datasets_partition.store.splits import Splits

@@ -28,12 +28,9 @@ from strategies.core.layout import LORA_A, LORA_B, Layout
 from strategies.core.lora_algebra import count, slices
 from strategies.core.protocol import Update
 from strategies.core.sharding import Partition
-from strategies.lora.fedsa import FedSaLora
-from strategies.lora.fedsvd import FedSvd
-from strategies.lora.ffa import FfaLora
-from strategies.lora.flora import Flora
-from strategies.lora.rolora import RoLora
-from strategies.personalized.feddpa import FedDpa
+from strategies.lora.frozen_half import FedSvd, FfaLora, RoLora
+from strategies.lora.products import Flora
+from strategies.personalized.personal_models import FedDpa, FedSaLora
 from strategies.privacy.adaptive import AdaptiveDp
 from strategies.privacy.central import CentralDp
 from strategies.privacy.distributed import DistributedDp
@@ -234,7 +231,7 @@ def test_shards_of_a_secured_sum_are_the_whole_bit_for_bit(federation, strategy,
         removals = Masks(sums.bits, subtracted=(bytes(32),))
         _, shard = place.unmasked([ring.masked([masks])[place.head :]], removals, CLIENTS, 2.0)
         shards.append(shard.aggregate())
-        assert len(shards[-1].total) == partition.length(rank)
+        assert len(shards[-1].total) == len(partition.cut(torch.zeros(LAYOUT.size), rank))
     assert torch.equal(partition.join([shard.total for shard in shards]), whole.total)
     for name in beside:
         assert torch.equal(partition.join([shard.extras[name] for shard in shards]), whole.extras[name])
@@ -250,7 +247,7 @@ def test_a_shards_noise_is_on_its_live_coordinates(federation, cut):
     mask, totals = recipe.strategy.live(0, LAYOUT)["delta"], []
     for rank in range(2):
         live = {name: partition.cut(mask, rank) for name, mask in live_masks(recipe, LAYOUT, 0).items()}
-        shard = Layout(("shard",), ((partition.length(rank),),))
+        shard = Layout(("shard",), ((len(partition.cut(mask, rank)),),))
         totals.append(noisy(None, plan, CLIP, recipe, shard, 0, live, rank)[0].total)
     total = partition.join(totals)
     assert total[mask].all() and not total[~mask].any()

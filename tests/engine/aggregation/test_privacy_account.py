@@ -110,3 +110,22 @@ def test_delta_for_a_row_follows_the_number_of_all_rows(small_recipe):
     given = plan_noise(small_recipe("privacy.dp={kind='example', noise_multiplier=1.0, delta=0.02}"), LAYOUT, rows, 12)
     assert given.plan.delta == 0.02
     assert given.warned == ("delta = 0.02 is above 1 / 100: to publish one row at random would count as private",)
+
+
+PART = "a part of at most 20 rows of one value of the column 'client', of up to 3 parts"
+
+
+def test_the_statement_names_a_client_that_is_part_of_a_person(small_recipe, tmp_path):
+    """Group privacy: k clients have k epsilon, at (e^(k epsilon) - 1) / (e^epsilon - 1) times delta."""
+
+    def statement(dp):
+        recipe = small_recipe(dp, "strategy={kind='fedavg', weighting='uniform'}")
+        account = PrivacyAccount.open(recipe, LAYOUT, tmp_path, np.array([4, 20]), 3, unit=PART)
+        account.charge()
+        return account.statement
+
+    assert statement(DP).endswith(
+        f", weight 1 for each client, where one client is {PART}: k clients together have k times this epsilon, "
+        "at (e^(k epsilon) - 1) / (e^epsilon - 1) times this delta"
+    )
+    assert PART not in statement("privacy.dp={kind='example', noise_multiplier=1.0}")  # its unit is a row

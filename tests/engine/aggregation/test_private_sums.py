@@ -12,6 +12,11 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
+from strategies.robust.centered_clipping import CenteredClipping
+from strategies.transforms.int8 import Int8
+from strategies.transforms.projection import Projection
+from strategies.transforms.sign import Sign
+from strategies.transforms.topk import TopK
 
 from engine.aggregation.accumulators import RingSum
 from engine.aggregation.exact_sum import STEP, ExactSum, merge
@@ -25,21 +30,17 @@ from engine.config.train import Sgd, Train
 from experiments.cli.contract import engine_stored, engine_sum
 from strategies import Strategies
 from strategies.contract.case import LORA, METRICS, Case, drawn
+from strategies.core.base import Rule
 from strategies.core.cohort import PoissonCohort, UniformCohort
-from strategies.core.protocol import GLOBAL, ClientState, ServerState, Strategy, Transform, Update
+from strategies.core.protocol import GLOBAL, ClientState, ServerState, Transform, Update
 from strategies.lora.flexlora import FlexLora
 from strategies.lora.hetlora import HetLora
 from strategies.privacy.adaptive import WITHIN, AdaptiveDp
 from strategies.privacy.central import CentralDp, CentralPlan
 from strategies.privacy.distributed import DistributedDp
-from strategies.robust.centered_clipping import CenteredClipping
 from strategies.secagg.ring import Sums
 from strategies.transforms.chain import encode
 from strategies.transforms.clip import Clip
-from strategies.transforms.int8 import Int8
-from strategies.transforms.projection import Projection
-from strategies.transforms.sign import Sign
-from strategies.transforms.topk import TopK
 
 CLIP, CAP, ROUNDS = 0.3, 50, 20
 ROWS = [1, 20, 2000, 30, 70]  # of each client, below and above the cap
@@ -66,7 +67,7 @@ NOISES = {
 }
 
 
-def weightings(kind: type) -> list[Strategy]:
+def weightings(kind: type) -> list[Rule]:
     if "weighting" not in kind.__dataclass_fields__:
         return [kind()]
     return [kind(weighting=weighting) for weighting in get_args(get_type_hints(kind)["weighting"])]
@@ -91,7 +92,7 @@ class Mechanism:
     plan: object
 
     @property
-    def rule(self) -> Strategy:
+    def rule(self) -> Rule:
         return self.federation.strategy
 
     @property
@@ -166,9 +167,7 @@ def without_noise(plan):
     return replace(plan, ring=replace(plan.ring, deviation=0))
 
 
-def accepted(
-    federation: Federation, rule: Strategy, noise: str, chains=CHAINS, expected=EXPECTED
-) -> Iterator[Mechanism]:
+def accepted(federation: Federation, rule: Rule, noise: str, chains=CHAINS, expected=EXPECTED) -> Iterator[Mechanism]:
     """The rule with each chain of transforms that planning lets it have under this noise, and with Poisson cohorts.
 
     Rules that these do not go with have cohorts of a fixed size.
@@ -242,7 +241,7 @@ def hold_to_the_clip(quiet: Mechanism, parts: list[np.ndarray | ExactSum], round
 @pytest.mark.parametrize("noise", NOISES)
 @EACH_RULE
 def test_one_client_moves_the_sums_by_no_more_than_epsilon_counts_on(
-    federation: Federation, rule: Strategy, noise: str
+    federation: Federation, rule: Rule, noise: str
 ) -> None:
     for it in accepted(federation, rule, noise):
         state, client_states = begun(it)
@@ -255,7 +254,7 @@ def test_one_client_moves_the_sums_by_no_more_than_epsilon_counts_on(
 
 
 @EACH_RULE
-def test_a_client_at_rest_sends_zeros_whatever_it_has_kept(federation: Federation, rule: Strategy) -> None:
+def test_a_client_at_rest_sends_zeros_whatever_it_has_kept(federation: Federation, rule: Rule) -> None:
     for it in accepted(federation, rule, "central"):
         _, client_states = begun(it)  # with what transforms keep
         state, trained = Case(rule, LORA, engine_sum, engine_stored).after(2)
@@ -268,7 +267,7 @@ def test_a_client_at_rest_sends_zeros_whatever_it_has_kept(federation: Federatio
 
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("rule", [kind() for kind in get_args(Strategies)], ids=lambda rule: rule.kind)
-def test_without_training_the_model_stays_for_twenty_rounds(federation: Federation, rule: Strategy, noise: str) -> None:
+def test_without_training_the_model_stays_for_twenty_rounds(federation: Federation, rule: Rule, noise: str) -> None:
     # Clients at rest send zeros, so that chains differ by their way back alone.
     for it in accepted(federation, rule, noise, [(), (Projection(share=0.5), Int8(block=4)), (TopK(share=0.5),)]):
         state, client_states = begun(it)
@@ -285,7 +284,7 @@ def test_without_training_the_model_stays_for_twenty_rounds(federation: Federati
 
 
 @pytest.mark.parametrize("rule", [kind() for kind in get_args(Strategies)], ids=lambda rule: rule.kind)
-def test_momentum_does_not_grow_where_more_clients_come_than_expected(federation: Federation, rule: Strategy) -> None:
+def test_momentum_does_not_grow_where_more_clients_come_than_expected(federation: Federation, rule: Rule) -> None:
     """Momentum may go on without training, with the same step at most, however many clients at rest take part."""
     for it in accepted(federation, rule, "central", [()], expected=1):
         case, quiet = Case(rule, LORA, engine_sum, engine_stored), Mechanism(it.federation, without_noise(it.plan))
@@ -301,7 +300,7 @@ def test_momentum_does_not_grow_where_more_clients_come_than_expected(federation
 
 
 @pytest.mark.parametrize("rule", [CenteredClipping(), HetLora(weighting="uniform")], ids=lambda rule: rule.kind)
-def test_rules_whose_clients_at_rest_send_something_are_refused(federation: Federation, rule: Strategy) -> None:
+def test_rules_whose_clients_at_rest_send_something_are_refused(federation: Federation, rule: Rule) -> None:
     """At rest, a client sends centered clipping's last step back, and HetLoRA's tail if its own was cut."""
     _, client_states = (case := Case(rule, LORA, engine_sum, engine_stored)).after(2)
     sent, _ = case.cohort(case.after(2)[0], client_states, scale=0.0)

@@ -22,13 +22,13 @@ from engine.workers.worker import ClientActor
 from experiments.cli.contract import engine_stored, engine_sum
 from strategies import Strategies
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.fednova import FedNova
+from strategies.averaging.reweighting import FedNova
 from strategies.contract.case import LORA, Case, drawn
-from strategies.core.protocol import GLOBAL, Strategy, Update
-from strategies.lora.fedex import FedExLora
+from strategies.core.base import Rule
+from strategies.core.protocol import GLOBAL, Update
 from strategies.lora.flexlora import FlexLora
-from strategies.lora.flora import Flora
 from strategies.lora.hetlora import HetLora
+from strategies.lora.products import FedExLora, Flora
 from strategies.privacy.adaptive import AdaptiveDp
 from strategies.privacy.central import CentralDp
 from strategies.privacy.distributed import DistributedDp
@@ -133,7 +133,7 @@ def summed(federation: Federation, rows: dict[int, int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.kind}-{rule.weighting}")
-def test_one_client_moves_the_sums_by_no_more_than_epsilon_counts_on(federation: Federation, rule: Strategy) -> None:
+def test_one_client_moves_the_sums_by_no_more_than_epsilon_counts_on(federation: Federation, rule: Rule) -> None:
     private = {"train": SGD, "privacy": Privacy(dp=CENTRAL, rows_cap=CAP)}
     if not (rule.bounded_weights and rule.rests_at_zero) or (rule.beside(LORA) and not rule.extras_are_changes):
         with pytest.raises(
@@ -156,7 +156,7 @@ def test_one_client_moves_the_sums_by_no_more_than_epsilon_counts_on(federation:
 @pytest.mark.parametrize(
     "rule", [FedAvg(), FlexLora(), FlexLora(sketch=2), FedExLora(), Flora(), FedNova()], ids=lambda rule: rule.kind
 )
-def test_where_nobody_moves_the_model_stays_for_twenty_secured_rounds(federation: Federation, rule: Strategy) -> None:
+def test_where_nobody_moves_the_model_stays_for_twenty_secured_rounds(federation: Federation, rule: Rule) -> None:
     bounds = dict.fromkeys(rule.beside(LORA), 50.0)
     secagg = replace(SUMS, bounds=bounds)
     federation = replace(federation, strategy=rule, train=SGD, privacy=Privacy(secagg=secagg, rows_cap=CAP))

@@ -94,13 +94,15 @@ def test_gangs_add_no_noise_to_sums_that_are_shorter_than_the_update(small_recip
     replace(small_recipe(private), strategy=Beside())
 
 
-@pytest.mark.parametrize("kind", ["flexlora", "hetlora"])
-def test_private_clients_of_mixed_ranks_leave_each_others_ranks_alone(small_recipe, kind):
+@pytest.mark.parametrize(
+    "rule", ["{kind='flexlora', weighting='examples'}", "{kind='hetlora', weighting='examples', gamma=1.0}"]
+)
+def test_private_clients_of_mixed_ranks_leave_each_others_ranks_alone(small_recipe, rule):
     private = "privacy={rows_cap=8, dp={kind='central', noise_multiplier=1, clip=1, delta=0.1, joint=true}}"
     with pytest.raises(ValueError, match=r'take "flora", or leave model\.peft\.ranks out'):
-        small_recipe(private, LIKE_RANKS, f"strategy={kind}")
+        small_recipe(private, LIKE_RANKS, f"strategy={rule}")
     small_recipe(private, LIKE_RANKS, "strategy=flora")
-    small_recipe(private, f"strategy={kind}", "strategy.weighting=examples")
+    small_recipe(private, f"strategy={rule}")
 
 
 def test_ranks_are_drawn_by_their_shares(small_recipe):

@@ -8,10 +8,9 @@ from typing import ClassVar
 import pytest
 
 from engine.messages.errors import RunError
-from strategies.core.base import AveragingRule, Rule
+from strategies.core.base import AveragingRule, NeedsSgd, Rule
 from strategies.core.errors import StrategyError
-from strategies.core.protocol import NeedsSgd
-from strategies.lora.fedex import FedExLora
+from strategies.lora.products import FedExLora
 
 ROOT = Path(__file__).resolve().parents[3]
 CONCRETE = tuple(f"strategies.{room}." for room in ("averaging", "lora", "personalized", "robust"))
@@ -90,6 +89,8 @@ def test_an_own_rule_that_merges_into_the_base_is_refused_where_fedex_is(small_r
             "divides by the learning rate",
         ),
         ({"bounded_weights": False}, SECURE, "weighs clients without a bound"),
+        ({"picks_coordinates": True}, SECURE, "a sum may show what one client alone sends"),
+        ({"picks_coordinates": True}, NOISY, "clients that have not trained shrink what they leave out"),
         ({"loss_before": True}, ["privacy.dp={kind='example', noise_multiplier=1}"], "sends the loss before training"),
     ],
 )
@@ -106,11 +107,28 @@ def test_weights_that_are_alike_need_no_cap(small_recipe):
 
 
 def test_mixed_ranks_leave_blocks_in_the_sum_unless_products_are_sent(small_recipe):
-    recipe = small_recipe("strategy={kind='hetlora', weighting='examples'}", MIXED, "cohort.size=20", *SECURE)
+    hetlora = "strategy={kind='hetlora', weighting='examples', gamma=1.0}"
+    recipe = small_recipe(hetlora, MIXED, "cohort.size=20", *SECURE)
     few = replace(recipe.cohort, size=5)
     with pytest.raises(RunError, match=r"0\.5 clients are expected to have rank 8"):
         replace(recipe, cohort=few, strategy=declared(mixed_ranks=True, needs_lora=True))
     replace(recipe, cohort=few, strategy=declared(mixed_ranks=True, needs_lora=True, sends_products=True))
+
+
+def test_pruned_ranks_are_not_counted_as_given(small_recipe):
+    """Where two of three clients prune, the others' sum of a row is known, and the third's change is the rest."""
+    for privacy in (SECURE, NOISY):
+        hetlora = small_recipe("strategy={kind='hetlora', weighting='examples', gamma=1.0}", *privacy)
+        with pytest.raises(RunError, match=r"'hetlora' leave out coordinates by their own data .* with gamma = 1"):
+            replace(hetlora, strategy=replace(hetlora.strategy, gamma=0.99))
+
+
+def test_transforms_that_pick_coordinates_are_not_for_secure_sums(small_recipe):
+    chain = "transforms=[{kind='clip'}, {kind='topk', share=0.1}]"
+    with pytest.raises(RunError, match=r"'topk' sends the coordinates that each client picks .* \"projection\""):
+        small_recipe(chain, *SECURE)
+    small_recipe(chain, *NOISY)
+    small_recipe("transforms=[{kind='clip'}, {kind='int8'}, {kind='sign'}, {kind='projection'}]", *SECURE)
 
 
 def test_extras_and_higher_ranks_are_checked_by_their_declarations(small_recipe):

@@ -29,7 +29,7 @@ def test_every_rule_that_reads_more_than_a_sum_is_refused(small_recipe, kind, mo
         (["strategy=fedavg", FULL], r"set privacy\.rows_cap, or", [CAPPED]),
         (["strategy=fedavg", FULL], r"weighs clients by their rows", ["strategy.weighting=uniform"]),
         (["strategy=qfedavg", "strategy.lipschitz=1.0", FULL, CAPPED], "without a bound", ["strategy=fedavg"]),
-        (["strategy=hetlora", FULL, CAPPED], "weighs clients without a bound", ["strategy.weighting=examples"]),
+        (["strategy={kind='hetlora', gamma=1.0}", FULL, CAPPED], "without a bound", ["strategy.weighting=examples"]),
         (
             ["strategy=scaffold", "train.optimizer={kind='sgd', lr=0.1}", FULL],
             r"sends the sum 'c' beside .* set privacy\.secagg\.bounds\.c",
@@ -66,7 +66,7 @@ def test_every_rule_that_reads_more_than_a_sum_is_refused(small_recipe, kind, mo
         (["privacy.secagg.bound=0.0", FULL, CAPPED], "numbers above 0, but bound is 0", ["privacy.secagg.bound=0.1"]),
         (
             [
-                "strategy={kind='hetlora', weighting='examples'}",
+                "strategy={kind='hetlora', weighting='examples', gamma=1.0}",
                 "model.peft={kind='lora', r=8, ranks=[{r=4, share=0.9}, {r=8, share=0.1}]}",
                 FULL,
                 CAPPED,

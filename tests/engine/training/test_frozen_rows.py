@@ -15,11 +15,9 @@ from engine.training.local_training import Job, _trainings
 from strategies.core.layout import LORA_A, LORA_B
 from strategies.core.lora_algebra import slices
 from strategies.core.protocol import Broadcast
-from strategies.lora.fedsa import FedSaLora
-from strategies.lora.ffa import FfaLora
+from strategies.lora.frozen_half import FfaLora, RoLora
 from strategies.lora.hetlora import HetLora
-from strategies.lora.rolora import RoLora
-from strategies.personalized.feddpa import FedDpa
+from strategies.personalized.personal_models import FedDpa, FedSaLora
 from strategies.privacy.per_example import ExampleDp
 
 

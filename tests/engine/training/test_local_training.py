@@ -14,7 +14,7 @@ from engine.models.trainable import Trainable
 from engine.objectives.token_batch import token_losses
 from engine.training.local_training import Job, LocalTrainer
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.fedprox import FedProx
+from strategies.averaging.proximal import FedProx
 from strategies.core.protocol import Broadcast, Update
 
 Training = Callable[..., Federation]

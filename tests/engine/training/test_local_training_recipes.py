@@ -12,9 +12,9 @@ from engine.config.federation import Federation
 from engine.config.train import AdamW, Schedule, Sgd, Train
 from engine.objectives.token_batch import token_losses
 from engine.training.local_training import Job, LocalTrainer
-from strategies.averaging.qfedavg import QFedAvg
+from strategies.averaging.reweighting import QFedAvg
 from strategies.core.protocol import Broadcast, ClientState, Update
-from strategies.personalized.ditto import Ditto
+from strategies.personalized.personal_models import Ditto
 
 Training = Callable[..., Federation]
 MakeTrainer = Callable[[Federation], LocalTrainer]

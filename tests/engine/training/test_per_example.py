@@ -17,7 +17,7 @@ from engine.objectives.token_batch import token_losses
 from engine.training.local_training import Job, LocalTrainer
 from engine.training.per_example import PrivateTrainer, row_gradients, samples
 from engine.training.step_loop import Trained, Training
-from strategies.averaging.qfedavg import QFedAvg
+from strategies.averaging.reweighting import QFedAvg
 from strategies.core.protocol import Broadcast
 from strategies.privacy.noise_source import normal, seeded_words
 

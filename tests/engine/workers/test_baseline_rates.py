@@ -7,13 +7,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from engine.training.batching import batches
 
 from engine.config.federation import Federation
 from engine.config.sections import Model
 from engine.config.train import Schedule, Sgd, Train
 from engine.messages.broadcast import BroadcastMessage
-from engine.training.step_loop import Progress, Training, no_session, take_steps
+from engine.training.step_loop import Progress, Training, batches, no_session, take_steps
 from engine.workers.evaluator import OwnModels
 from strategies.core.cohort import UniformCohort
 from strategies.core.protocol import Broadcast

@@ -6,18 +6,17 @@ import torch
 
 from engine.scheduling.dispatcher import units_of
 from experiments.bench import bare
-from experiments.bench.bases import write_llama, write_rows
-from experiments.bench.harness import Bench, largest_difference
+from experiments.bench.harness import Bench, largest_difference, measure, write_llama, write_rows
 from experiments.bench.sampling import command_mb
-from experiments.bench.scenarios import big_update, lora, tiny
+from experiments.bench.scenarios import bare_loop
 
 
 @pytest.fixture
 def work(tmp_path):
     """Two rounds of a few clients of a very small model, in lanes."""
-    write_llama(tmp_path / "base", tiny.LLAMA, of_bytes=True)
-    write_rows(tmp_path, 12, tiny.ROWS, tiny.WORDS)
-    return tiny.recipe(Bench(tmp_path, small=True), 6, 2, 3)
+    write_llama(tmp_path / "base", bare_loop.TINY, of_bytes=True)
+    write_rows(tmp_path, 12, bare_loop.TINY_ROWS, bare_loop.WORDS)
+    return bare_loop.tiny_recipe(Bench(tmp_path, small=True), 6, 2, 3)
 
 
 def test_both_loops_have_one_vector_after_the_first_round(ray_session, work, tmp_path):
@@ -43,7 +42,9 @@ def test_loops_that_disagree_give_no_figure(wrong):
         largest_difference("the vectors", torch.ones(3), torch.tensor([1, 1 + wrong, 1]), bare.TOLERANCE)
 
 
-PACKED = [(lanes, cohort) for *_, lanes, cohort in lora.CASES if lanes > 1] + [(tiny.LANES, tiny.SIZES["1e3"][1])]
+PACKED = [(lanes, cohort) for *_, lanes, cohort in bare_loop.CASES if lanes > 1] + [
+    (bare_loop.LANES, bare_loop.SIZES["1e3"][1])
+]
 
 
 @pytest.mark.parametrize(("lanes", "cohort"), sorted({*PACKED}))
@@ -57,6 +58,6 @@ def test_a_cohort_fills_the_lanes_of_each_slot_equally_often(lanes, cohort):
 def test_a_small_run_has_the_promised_keys(ray_session, full):
     if not full:
         pytest.skip("minutes")
-    assert {"efficiency", "lanes_speedup", "tree_rss_mb"} < set(lora.measure(small=True))
-    assert {"clients_ratio_1e3", "clients_ratio_1e5", "lanes_ratio"} < set(tiny.measure(small=True))
-    assert {"time_ratio", "tree_rss_mb"} < set(big_update.measure(small=True))
+    assert {"efficiency", "lanes_speedup", "tree_rss_mb"} < set(measure("lora", small=True))
+    assert {"clients_ratio_1e3", "clients_ratio_1e5", "lanes_ratio"} < set(measure("tiny", small=True))
+    assert {"time_ratio", "tree_rss_mb"} < set(measure("big_update", small=True))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from engine.records.metrics import Metrics
-from experiments.bench.comparison import Cell, plot, read_cell, table, worst_tenth
+from experiments.bench.scenarios.strategies import Result, compare, markdown, read_result, tables, worst_tenth
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 def test_a_cells_figures_are_those_of_its_run(folder, small_recipe):
-    cell = read_cell(folder, "ditto", "natural", small_recipe("rounds=4"))
+    cell = read_result(folder, "ditto", "natural", small_recipe("rounds=4"))
     assert (cell.before, cell.heldout, cell.unseen, cell.seed, cell.rounds) == (4.0, 3.0, 3.5, 5, 4)
     assert cell.worst_tenth == 4.0
     # Client b has a model of its own, the others use the global one: (2 * 10 + 1 * 10 + 3 * 20) / 40.
@@ -45,14 +45,14 @@ def test_the_worst_tenth_is_of_one_client_at_least():
     assert worst_tenth([float(loss) for loss in range(20)]) == 18.5
 
 
-CELL = Cell("natural", "fedavg", 7, 15, 4.5, 3.8, 3.9, 4.4, math.nan, math.nan, 700e3, 700e3, 3.0, math.nan)
+CELL = Result("natural", "fedavg", 7, 15, 4.5, 3.8, 3.9, 4.4, math.nan, math.nan, 700e3, 700e3, 3.0, math.nan)
 
 
 def test_the_table_has_means_spreads_and_the_distance_to_fedavg_of_the_same_seed():
     other = replace(CELL, rule="ffa", heldout=3.9, bytes_up=350e3)
     cells = [CELL, replace(CELL, seed=8, heldout=4.0), other, replace(other, seed=8, heldout=4.3)]
     cells.append(replace(CELL, partition="topics", server_s=0.25))
-    lines = table(cells).splitlines()
+    lines = markdown(tables(cells)).splitlines()
     assert "Partition natural, 15 rounds; held-out loss before training 4.500." in lines
     assert "| fedavg | 2 | 3.900 ± 0.100 |  | 3.900 | 4.400 |  |  | 700 | 700 | 3.0 |  |" in lines
     assert "| ffa | 2 | 4.100 ± 0.200 | +0.200 | 3.900 | 4.400 |  |  | 350 | 700 | 3.0 |  |" in lines
@@ -62,6 +62,10 @@ def test_the_table_has_means_spreads_and_the_distance_to_fedavg_of_the_same_seed
     assert {line.count("|") for line in lines if line.startswith("|")} == {heads[0].count("|")}
 
 
-def test_the_plot_is_a_png_also_without_a_baseline():
-    for cells in ([CELL], [replace(CELL, rule="ffa", personal=3.0)], [CELL, replace(CELL, partition="topics")]):
-        assert plot(cells).startswith(b"\x89PNG")
+def test_the_page_has_a_table_for_each_partition_also_without_a_baseline(tmp_path):
+    half = replace(CELL, rule="ffa", heldout=1.9, personal=3.0)
+    for cells, captions in (([CELL], 1), ([half], 1), ([CELL, half, replace(CELL, partition="topics")], 2)):
+        compare(cells, tmp_path)
+        page = (tmp_path / "report.html").read_text()
+        assert page.count("<caption>") == captions
+    assert '<td style="--bar:100%">3.800</td>' in page and '<td style="--bar:50%">1.900</td>' in page

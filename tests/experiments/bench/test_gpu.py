@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from engine.config.sections import Lora, Model
-from experiments.bench.bases import write_llama
-from experiments.bench.scenarios import gpu
+from experiments.bench.harness import measure, write_llama
+from experiments.bench.scenarios.bare_loop import flops_per_token
 
 
 def test_operations_are_counted_as_by_hand(tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
-    write_llama(tmp_path, sizes | {"num_key_value_heads": 2}, of_bytes=True)
+    write_llama(tmp_path, (64, 96, 3, 2), of_bytes=True)
     vocabulary, length, r = 257, 16, 4
     layer, head = 4 * 64 * 64 + 3 * 64 * 96, 64 * vocabulary
     adapters = r * (4 * (64 + 64) + 3 * (64 + 96))
@@ -19,7 +18,7 @@ def test_operations_are_counted_as_by_hand(tmp_path):
     # Inputs' gradients, but not those of the first layer's queries, keys and values; adapters have weights' as well.
     first = 3 * (64 * 64 + r * 64)
     backward = 2 * (3 * (layer + adapters) + head - first) + 2 * 3 * adapters + 2 * 3 * attention
-    flops = gpu.flops_per_token(Model(base=str(tmp_path), peft=Lora(r=r, targets="all-linear")), length)
+    flops = flops_per_token(Model(base=str(tmp_path), peft=Lora(r=r, targets="all-linear")), length)
     assert flops == pytest.approx(forward + backward, rel=0.02)  # attention's kernels differ in what they do again
 
 
@@ -33,4 +32,4 @@ def test_without_a_gpu_it_says_so(command):
 def test_a_small_run_has_the_promised_keys(ray_session, full):
     if not full:
         pytest.skip("a minute")
-    assert {"lanes_speedup", "speedup_1x128", "mfu_1x128", "apart_1x128"} < set(gpu.measure(small=True))
+    assert {"lanes_speedup", "speedup_1x128", "mfu_1x128", "apart_1x128"} < set(measure("gpu", small=True))

@@ -9,23 +9,23 @@ from itertools import count
 import psutil
 import pytest
 
-from experiments.bench.harness import Bench, Figure, scenario, seconds_of
-from experiments.bench.sampling import pss_mb, sampled, workers_mb
-from experiments.bench.scenarios.plan import private_mb
-from experiments.bench.scenarios.zero import anonymous_mb
+from experiments.bench import harness
+from experiments.bench.harness import Bench, Figure, measure, seconds_of
+from experiments.bench.sampling import sampled, workers_mb
 
 
-def test_a_scenario_returns_its_figures_and_its_folder_is_removed():
+def test_a_scenario_returns_its_figures_and_its_folder_is_removed(monkeypatch):
     folders = []
 
-    @scenario(ray=False)
-    def measure(bench: Bench) -> None:
+    def planted(bench: Bench) -> None:
         folders.append(bench.folder)
         (bench.folder / "rows").write_text("x")
         bench.add("size", 1.0 if bench.small else 2.0, "x")
         bench.add("gone", None, "times")
 
-    assert measure(small=True) == {"size": Figure(1.0, "x"), "gone": Figure(None, "times")}
+    monkeypatch.setattr(harness, "scenario_of", {"planted": planted}.get)
+    monkeypatch.setattr(harness, "WITHOUT_RAY", {"planted"})
+    assert measure("planted", small=True) == {"size": Figure(1.0, "x"), "gone": Figure(None, "times")}
     assert not folders[0].exists()
 
 
@@ -46,11 +46,11 @@ def test_readings_are_taken_before_a_block_and_while_it_runs():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("read", [pss_mb, private_mb, anonymous_mb])
-def test_the_memory_of_workers_is_read_by_their_titles(read):
+@pytest.mark.parametrize("kinds", [("Pss",), ("RssAnon", "RssFile"), ("RssAnon",)])
+def test_the_memory_of_workers_is_read_by_their_titles(kinds):
     with subprocess.Popen([sys.executable, "-c", "input()", "ray::Rank.steps"], stdin=subprocess.PIPE) as process:
-        assert workers_mb(("Gang",), read) == []
-        (held,) = workers_mb(("Gang", "Rank"), read)
+        assert workers_mb(("Gang",), *kinds) == []
+        (held,) = workers_mb(("Gang", "Rank"), *kinds)
         assert 0 < held <= psutil.Process(process.pid).memory_info().rss / 2**20 + 1
         process.communicate(b"\n")
 
@@ -63,7 +63,7 @@ import importlib, os, sys
 real = importlib.import_module
 
 def look(name, package=None):
-    if name != "experiments.bench.scenarios.tiny":
+    if name != "experiments.bench.scenarios.bare_loop":
         return real(name, package)
     assert "ray" not in sys.modules
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from experiments.bench import null
-from experiments.bench.harness import Bench
-from experiments.bench.null import CHANGE, null_recipe, play, refuse_other_change
-from experiments.bench.scenarios import overhead, population
+from experiments.bench.harness import Bench, measure
+from experiments.bench.scenarios import null_clients
+from experiments.bench.scenarios.null_clients import CHANGE, null_recipe, play, refuse_other_change
 
 
 def test_rounds_of_null_clients_move_the_model_by_what_each_sends(ray_session, tmp_path):
@@ -20,7 +19,7 @@ def test_rounds_of_null_clients_move_the_model_by_what_each_sends(ray_session, t
 def test_a_round_that_moves_otherwise_gives_no_figure(ray_session, tmp_path, monkeypatch, full):
     if not full:
         pytest.skip("the gate is tried without a round")
-    monkeypatch.setattr(null, "CHANGE", 2 * CHANGE)  # here, and not in the slots
+    monkeypatch.setattr(null_clients, "CHANGE", 2 * CHANGE)  # here, and not in the slots
     with pytest.raises(ValueError, match="after round 1 of 20 null clients the model's change"):
         play(null_recipe(Bench(tmp_path, small=True), 50, 20, 0), tmp_path / "run", 1)
 
@@ -35,8 +34,8 @@ def test_the_gate_is_exact():
 def test_small_runs_have_the_promised_keys(ray_session, full):
     if not full:
         pytest.skip("minutes")
-    figures = overhead.measure(small=True)
+    figures = measure("overhead", small=True)
     assert {"ms_per_client_0mb", "ms_per_client_4mb", "ms_per_client_35mb"} < set(figures)
     assert figures["bytes_over_bound"].value == pytest.approx(1, abs=0.1)
-    starts = population.measure(small=True)
+    starts = measure("population", small=True)
     assert {"driver_rss_growth_mb", "start_s", "start_s_1e3", "start_s_1e4"} < set(starts)

@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.bench.harness import Bench, Figure
+from experiments.bench.harness import Bench, Figure, measure
 from experiments.bench.scenarios import secagg as bench
-from experiments.bench.scenarios.secagg import Rounds, add_rounds
-from experiments.bench.secagg_session import play, session_of
+from experiments.bench.scenarios.secagg import Rounds, add_rounds, play, session_of
 from strategies.secagg.client import Client
 from strategies.secagg.parameters import choose
 from strategies.secagg.protocol import SecAggAbort
@@ -21,7 +20,7 @@ def tiny_demo(monkeypatch, tiny_base, rows_file, tmp_path_factory):
     """Lets the small benchmark run on the tests' base and rows."""
     changes = [f'model.base="{tiny_base}"', f'data.source={{kind="jsonl", path="{rows_file}"}}', "cohort.size=5"]
     changes.append(f'data.cache="{tmp_path_factory.getbasetemp() / "stores"}"')
-    monkeypatch.setattr(bench, "SMALL", replace(bench.SMALL, changes=(*bench.SMALL.changes, *changes)))
+    monkeypatch.setattr(bench, "SMALL", bench.SMALL._replace(changes=(*bench.SMALL.changes, *changes)))
 
 
 @pytest.mark.slow
@@ -29,7 +28,7 @@ def test_a_small_run_gives_its_figures(ray_session, tiny_demo, monkeypatch, full
     if not full:
         pytest.skip("half a minute")
     monkeypatch.setattr(bench, "in_fresh_process", lambda work, *arguments: work(*arguments))
-    figures = bench.measure(small=True)
+    figures = measure("secagg", small=True)
     assert figures["full_equals_ideal"].value == 1.0
     assert figures["core_s_1000x5m"].value is None
     missing = {name for name, figure in figures.items() if figure.value is None}
@@ -86,7 +85,7 @@ def test_other_bits_are_refused(monkeypatch):
 
     monkeypatch.setattr(Server, "total", wrong)
     with pytest.raises(ValueError, match="16 clients gives other bits"):
-        bench.measure(small=True)
+        measure("secagg", small=True)
     with pytest.raises(ValueError, match="4 clients gives another sum"):
         bench.play_session(4, 100, 102)
 
@@ -95,16 +94,16 @@ def test_masks_that_do_not_cancel_end_the_benchmark(monkeypatch):
     masks = Client.masks
     monkeypatch.setattr(Client, "masks", lambda client, inbox: replace(masks(client, inbox), added=()))
     with pytest.raises(SecAggAbort, match="the coordinate that counts clients is wrong"):
-        bench.measure(small=True)
+        measure("secagg", small=True)
 
 
 def test_other_losses_are_refused(tmp_path):
     harness = Bench(tmp_path, small=True)
     plain = Rounds([3.0, 2.0], [10.0], 0.0, 1.0, 1.0)
     secured = Rounds([3.0, 2.0005], [11.0], 1.0, 1.1, 1.2)
-    add_rounds(harness, [plain, replace(plain, seconds=[12.0])], [secured])
+    add_rounds(harness, [plain, plain._replace(seconds=[12.0])], [secured])
     assert harness.figures["round_ratio_n32"] == Figure(1.0, "ratio")
     assert harness.figures["plain_ratio_n32"].value == 1.2
     for loss in (2.01, math.nan):  # the latter of a round that was aborted
         with pytest.raises(ValueError, match="losses of the plain and the secured run"):
-            add_rounds(harness, [plain], [replace(secured, losses=[3.0, loss])])
+            add_rounds(harness, [plain], [secured._replace(losses=[3.0, loss])])

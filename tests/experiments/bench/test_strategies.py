@@ -7,8 +7,9 @@ from typing import get_args
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.bench.rules import RULES
+from experiments.bench.harness import Bench
 from experiments.bench.scenarios import strategies as bench
+from experiments.bench.scenarios.strategies import RULES
 from experiments.runs.resuming import mark_finished
 from strategies import Strategies
 
@@ -58,11 +59,12 @@ def test_cells_are_run_kept_and_resumed(ray_session, tiny_cells, tmp_path, monke
     if not full:
         pytest.skip("most of a minute")
     out = tmp_path / "bench"
-    figures = bench.measure(True, out)
+    bench.strategies(first := Bench(tmp_path, small=True), out)
+    figures = first.figures
     assert list(figures) == ["natural fedavg seed 7", "natural ditto seed 7"]
     cells = pq.read_table(out / "cells.parquet").to_pylist()
     assert [cell["heldout"] for cell in cells] == [figure.value for figure in figures.values()]
-    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "<td>ditto</td>" in (out / "report.html").read_text()
     assert "| ditto | 1 |" in (out / "table.md").read_text()
 
     # One cell as a kill leaves it: its last round is lost, its model was not written.
@@ -73,8 +75,8 @@ def test_cells_are_run_kept_and_resumed(ray_session, tiny_cells, tmp_path, monke
     began = []
     run = bench.experiments.run
     monkeypatch.setattr(bench.experiments, "run", lambda *args, **keys: began.append(keys) or run(*args, **keys))
-    again = bench.measure(True, out)
-    assert again == figures
+    bench.strategies(again := Bench(tmp_path, small=True), out)
+    assert again.figures == figures
     assert began == [{"out": killed, "resume": True}]
 
 
@@ -84,7 +86,7 @@ def test_a_cell_of_another_recipe_is_refused(ray_session, tiny_cells, tmp_path):
     mark_finished(folder, 2)
     (folder / "recipe.toml").write_text('name = "other"')
     with pytest.raises(ValueError, match="was run with another recipe"):
-        bench.measure(True, tmp_path)
+        bench.strategies(Bench(tmp_path, small=True), tmp_path)
 
 
 def test_a_cell_that_fails_is_named_and_left_out(ray_session, tiny_cells, tmp_path, monkeypatch, capsys):
@@ -92,5 +94,6 @@ def test_a_cell_that_fails_is_named_and_left_out(ray_session, tiny_cells, tmp_pa
         raise ValueError("it diverged")
 
     monkeypatch.setattr(bench.experiments, "run", fails)
-    assert bench.measure(True, tmp_path) == {}
+    bench.strategies(failed := Bench(tmp_path, small=True), tmp_path)
+    assert failed.figures == {}
     assert "natural/ditto-seed7 is left out: it diverged" in capsys.readouterr().err

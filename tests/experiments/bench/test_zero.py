@@ -7,6 +7,7 @@ import torch
 from engine.config.sections import Zero
 from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, save_checkpoint
+from experiments.bench.harness import measure
 from experiments.bench.scenarios import zero as bench
 from strategies.core.protocol import ServerState
 
@@ -15,7 +16,7 @@ from strategies.core.protocol import ServerState
 def test_a_small_run_gives_its_figures(ray_session, full):
     if not full:
         pytest.skip("a minute for each stage")
-    figures = bench.measure(small=True)
+    figures = measure("zero", small=True)
     assert figures["apart_s3"].value <= bench.TOLERANCE
     assert figures["reset_speedup_s3"].value > 1 > figures["reset_share_s3"].value > 0
     assert figures["loop_efficiency_s3"].value > 0

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datasets_partition.partitioners.natural import Natural
-from datasets_partition.sources.parquet_files import ParquetFiles
+from datasets_partition.sources.files import ParquetFiles
 from datasets_partition.store.build import build
 from datasets_partition.store.sealed import refuse_another
 from datasets_partition.store.splits import Splits

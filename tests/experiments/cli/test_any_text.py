@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -22,14 +23,14 @@ from engine.messages.errors import RunError
 from engine.messages.events import DriverLost, Fault, Finished, Preparing, RoundDone, Sample, Started
 from experiments.bench import results as bench_results
 from experiments.bench.harness import Figure
-from experiments.bench.page import draw
-from experiments.cli import contract, partition, results
-from experiments.cli.command import guarded
+from experiments.bench.results import Cell, render
+from experiments.cli import commands, contract, partition
+from experiments.cli.commands import guarded
 from experiments.cli.screen import Screen
 from experiments.preflight import dry
 from experiments.report import page, terminal
 from experiments.report.pictures import _short_each
-from experiments.report.run_folder import Run
+from experiments.report.run_folder import OF_CLIENTS, Run
 from experiments.report.terminal import console, inert, inert_lines, plain, say
 from experiments.runs import submit
 from experiments.runs.driving import RunStopped
@@ -206,7 +207,7 @@ def test_a_jobs_state_and_log(text):
 @UNTIMED
 def test_the_paths_of_pages_and_figures(text):
     with mock.patch.object(page, "write_report", lambda folders, out: out):
-        assert_shows(printed(results.report, [Path("none")], Path("x") / text), inert_lines(Path("x") / text))
+        assert_shows(printed(commands.report, [Path("none")], Path("x") / text), inert_lines(Path("x") / text))
     with mock.patch.object(bench_results, "write_results", lambda *_: Path("x") / text):
         shown = printed(bench_results.show_results, "tiny", {text: Figure(1.0, text)}, True)
         assert_shows(shown, inert_lines(text), inert_lines(Path("x") / text))
@@ -216,8 +217,10 @@ def test_the_paths_of_pages_and_figures(text):
 @settings(max_examples=30, deadline=None)
 def test_the_page_about_a_run(text):
     curves = {("heldout", "loss"): {0: 2.0, 1: 1.0}}
-    run = Run(text, {"model": {"base": text}}, text, [(text, text)], text, curves, (0, {text: 1.0}), (1, {text: 2.0}))
-    run.ledger, run.faults = {(text, text): (1, 1)}, [(1, text, text, text)]
+    name = text.encode("utf-8", "replace").decode()  # as Parquet has it
+    losses = [(round_, pa.table([[name], [1.0 + round_]], schema=OF_CLIENTS)) for round_ in (0, 1)]
+    run = Run(text, {"model.base": text}, text, {text: text}, text, curves, losses)
+    run.ledger, run.faults = {(text, text): (1, 1)}, [{"round": 1, "kind": text, "who": text, "why": text}]
     assert_shows(harmless(page.render([run])), str(escape(inert_lines(text))))
 
 
@@ -227,10 +230,11 @@ def test_the_labels_of_pictures(names):
     assert all(harmless(label) == inert(label) for label in _short_each(names))
 
 
-def test_a_picture_of_benchmarks_draws_any_name():
-    names = [piece for piece in PIECES if piece.strip() and piece.isascii()]
-    figures = {name: {"value": 1.0, "unit": "$\\frac"} for name in (*names, "$\\frac", "a_$^")}
-    assert draw([figures, figures], ["$\\bad$", "\ud800"]).startswith(b"\x89PNG")
+@given(TEXT)
+@settings(max_examples=30, deadline=None)
+def test_the_page_about_benchmarks(text):
+    page = render({text: [[Cell(text)], [Cell(text, 1.0, text)]]}, [(text, text)]).decode()
+    assert_shows(harmless(page), str(escape(inert_lines(text))))
 
 
 def test_say_prints_lines_on_stdout_or_stderr(capsys):

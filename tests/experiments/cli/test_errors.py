@@ -8,10 +8,9 @@ import pytest
 import ray
 import ray.cloudpickle
 
-from experiments.cli.command import guarded
+from experiments.cli.commands import guarded
 from experiments.config.user_code import imported
-from experiments.runs.driving import RunStopped
-from experiments.runs.errors import explanation
+from experiments.runs.driving import RunStopped, explanation
 from strategies.core.errors import StrategyError
 
 MODULE = """

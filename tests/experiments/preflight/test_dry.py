@@ -6,8 +6,7 @@ import pytest
 
 from experiments.config.recipe import RECIPES, parse_recipe
 from experiments.preflight.dry import _placement, _resume, _rounds, dry_run
-from experiments.preflight.shrunk_recipe import bearable, clients_of, shrunk_recipe
-from experiments.preflight.shrunk_rows import draw_rows, out_of_reach
+from experiments.preflight.shrunk_recipe import bearable, clients_of, draw_rows, out_of_reach, shrunk_recipe
 from experiments.runs.api import Run
 
 PROVED = ("configuration", "model", "rows", "placement", "strategy", "privacy", "checkpoint and resume", "export")
@@ -149,7 +148,7 @@ def test_rows_that_are_elsewhere_or_too_many_are_made_up(small_recipe, tmp_path,
     for change in ("data.source.path=s3://bucket/rows.jsonl", "data.source.path=gone.jsonl"):
         assert out_of_reach(small_recipe(change)).endswith("is not on this machine")
     assert out_of_reach(small_recipe()) is None
-    monkeypatch.setattr("experiments.preflight.shrunk_rows.TOO_MUCH", 100)
+    monkeypatch.setattr("experiments.preflight.shrunk_recipe.TOO_MUCH", 100)
     assert "GiB" in out_of_reach(small_recipe())
 
 

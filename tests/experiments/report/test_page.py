@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -169,6 +170,23 @@ def test_several_runs(tmp_path: Path) -> None:
     assert [f'id="run-{i}"' in page for i in (1, 2, 3, 4)] == [True, True, True, False]
 
 
+def test_runs_that_were_judged_on_other_rows_are_marked(tmp_path: Path) -> None:
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", "other")
+    assert "cannot be compared" not in page_of(tmp_path, a, b)
+    (b / "recipe.toml").write_text((b / "recipe.toml").read_text() + "[evaluate]\nrows = 3\n")
+    assert "These runs differ in evaluate.rows: their losses may be of different rows" in page_of(tmp_path, a, b)
+    (b / "manifest.json").write_text(json.dumps({"data": {"key": "others"}}))
+    assert "These runs differ in data, evaluate.rows: " in page_of(tmp_path, a, b)
+    assert "cannot be compared" not in page_of(tmp_path, b)
+
+
+def test_accepted_changes_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    assert "in spite of" not in page_of(tmp_path, run)
+    (run / "manifest.json").write_text(json.dumps({"accepted_changes": ["model.base"]}))
+    assert "in spite of changes since the run was begun: [&#34;model.base&#34;]" in page_of(tmp_path, run)
+
+
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     first, second = (write_report([run], tmp_path / name).read_bytes() for name in ("1.html", "2.html"))
@@ -205,12 +223,37 @@ def test_errors_name_the_folder_or_the_file(tmp_path: Path) -> None:
 
 
 def test_large_runs_stay_small(tmp_path: Path) -> None:
-    points = [(f"c{i}", 3.0, 3.0 + (i - 5000) / 10_000) for i in range(10_001)]
-    chart = charts.pairs("t", points, "x", "y", "n.")
+    after = [3.0 + (i - 5000) / 10_000 for i in range(10_001)]
+    clients = pa.table({"client": [f"c{i}" for i in range(10_001)], "before": [3.0] * 10_001, "after": after})
+    chart = charts.pairs("t", clients, "x", "y", "n.")
     assert chart.count("<title>") == charts.MAX_POINTS and "c10000: 3 to 3.5" in chart and "c0: 3 to 2.5" in chart
     series = charts.Series("train", [(r, 1.0) for r in range(1000)], 1)
     assert charts.stacked("t", [series], "round", "s").count('<rect class="f c1"') == charts.MAX_BARS
     assert "A bar is the mean of 10 rounds." in charts.stacked("t", [series], "round", "s")
+
+
+def test_many_clients_do_not_become_python_objects(tmp_path: Path) -> None:
+    run, clients = make_run(tmp_path / "a"), 100_000
+    for at in range(3):
+        names = pa.array(range(clients)).cast(pa.string())
+        each = [(at, split, names, name) for split, name in (("heldout", "loss"), ("train", "rows"))]
+        tables = [
+            pa.table([pa.repeat(at, clients), pa.repeat(split, clients), names, pa.repeat(name, clients),
+                      pa.array(range(clients), pa.float64()), pa.repeat(1.0, clients)], names=METRICS.names)
+            for at, split, names, name in each
+        ]  # fmt: skip
+        pq.write_table(pa.concat_tables(tables).cast(METRICS), run / "metrics" / f"round-{at:05d}.parquet")
+    table = pa.table({"round": [1], "kind": ["dropout"], "who": ["c"], "why": ["late"], "wall_s": [1.0]})
+    (run / "faults").mkdir()
+    pq.write_table(pa.concat_tables([table.cast(FAULTS)] * clients), run / "faults" / "round-00001.parquet")
+    write_report([run], tmp_path / "warm.html")
+    tracemalloc.start()
+    write_report([run], tmp_path / "r.html")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    text = text_of((tmp_path / "r.html").read_text("utf-8"))
+    assert "1,500 of 100,000 clients are drawn" in text and "99,999 clients trained" in text and "99,960 more" in text
+    assert most < 8 * 2**20  # numbers in numpy; 100,000 names alone would be 6 MiB
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 import experiments
 from engine.messages.events import Preparing, RoundDone
 from experiments.config.recipe import to_toml
-from experiments.runs.locks import alone_in
+from experiments.runs.resuming import alone_in
 
-HOLD = "import sys, time; from pathlib import Path; from experiments.runs.locks import alone_in\n"
+HOLD = "import sys, time; from pathlib import Path; from experiments.runs.resuming import alone_in\n"
 HOLD += "with alone_in(Path(sys.argv[1])): print('there', flush=True); time.sleep(600)"
 
 

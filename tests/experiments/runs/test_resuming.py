@@ -71,6 +71,24 @@ def test_a_run_does_not_move_between_cpus_and_gpus(left, small_recipe, tmp_path)
             resumed(before, now)
 
 
+def test_what_one_table_compares_is_judged_on_the_same_rows(left, small_recipe, tmp_path):
+    begun = left(4, 2, finished=None)
+    for key in ("rows", "server_rows"):
+        with pytest.raises(ValueError, match=rf"differs in evaluate\.{key}: resume it with the recipe"):
+            run_folder(small_recipe(f"evaluate.{key}=3"), tmp_path, True)
+    other = small_recipe("evaluate.every=1", "evaluate.batch=2", "evaluate.samples=0", "evaluate.finetune=1")
+    assert run_folder(other, tmp_path, True)[1] == other
+    assert begun(4)[1].evaluate != other.evaluate
+
+
+def test_what_was_killed_while_it_wrote_its_first_file_is_no_run(small_recipe, tmp_path):
+    (tmp_path / ".recipe.toml.123").touch()
+    run_folder(small_recipe(), tmp_path, False)
+    (tmp_path / ".notes").touch()
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        run_folder(small_recipe(), tmp_path, False)
+
+
 def test_a_secured_run_names_what_else_gives_sums_of_its_clients(small_recipe, tmp_path):
     def secured(mode, *changes):
         return small_recipe(f"privacy.secagg.mode={mode}", "privacy.rows_cap=4", *changes)

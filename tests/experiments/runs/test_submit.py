@@ -147,7 +147,7 @@ def test_a_job_is_stopped_in_its_rounds_and_gone_on_with(head, work, inside, com
     stop(job, head)
     assert capsys.readouterr().out.startswith(f"{job}: STOPPED") and not (folder / "model").exists()
     if full:
-        assert submit(Path("recipe.toml"), [rounds], head, "../run", resume=True) == 0
+        assert submit(Path("recipe.toml"), [rounds], head, "../run", flags=["--resume"]) == 0
         assert "continuing from the checkpoint of round" in capsys.readouterr().out
         rows = f"data.source.path={work / 'rows.jsonl'}"
         answer = command(*run, work.parent / "whole", "--set", rows, cwd=work.parent)
@@ -168,7 +168,7 @@ def test_a_followed_run_shows_its_log_and_ends_with_its_exit_code(head, work, in
         [folder] = (work / "runs").iterdir()
         said = capsys.readouterr().out
         assert f"run folder {folder}" in said and "round   1/1" in said
-        assert submit(Path("recipe.toml"), [], head, str(folder), resume=True) == 2
+        assert submit(Path("recipe.toml"), [], head, str(folder), flags=["--resume"]) == 2
         assert "has finished" in capsys.readouterr().out
 
 
@@ -225,7 +225,7 @@ def is_loopback(ip):
         ({"address": "http://127.0.0.1:1"}, "no job server answers at http://127.0.0.1:1"),
         ({"recipe": Path("../recipe.toml")}, "is not in what is sent to the cluster"),
         ({"changes": ["rounds=0"]}, "rounds"),
-        ({"resume": True}, "--resume needs the --out"),
+        ({"flags": ["--resume"]}, "--resume needs the --out"),
         ({"out": "s3://me:secret@bucket/run"}, "holds a password"),
         ({"runtime_env": Path("recipe.toml")}, "should hold keys of Ray's runtime environments"),
         ({"runtime_env": Path("none.yaml")}, "cannot be read"),

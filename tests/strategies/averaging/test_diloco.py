@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.averaging.diloco import DiLoCo
 from strategies.averaging.fedavg import FedAvg
+from strategies.averaging.fedopt import DiLoCo
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, ServerState, Update
 

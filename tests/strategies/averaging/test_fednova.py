@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.fednova import FedNova, accumulated
+from strategies.averaging.reweighting import FedNova, accumulated
 from strategies.core.protocol import Update
 
 CLIENTS = [

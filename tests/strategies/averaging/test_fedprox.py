@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.fedprox import FedProx
+from strategies.averaging.proximal import FedProx
 from strategies.core.protocol import Aggregate, Broadcast, ServerState
 
 GOT = Broadcast(0, torch.tensor([1.0, 2.0, 3.0]))

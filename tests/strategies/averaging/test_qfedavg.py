@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.qfedavg import QFedAvg
+from strategies.averaging.reweighting import QFedAvg
 from strategies.core.protocol import Update
 
 LOCAL = {"steps": 4.0, "rates": 0.4}

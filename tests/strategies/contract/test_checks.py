@@ -5,6 +5,7 @@ from typing import ClassVar, get_args
 
 import pytest
 import torch
+from strategies.robust.centered_clipping import CenteredClipping
 
 from experiments.cli.contract import cases, engine_stored, engine_sum
 from strategies import Strategies
@@ -15,7 +16,6 @@ from strategies.core.base import Rule
 from strategies.core.lora_algebra import products, put, svd
 from strategies.core.protocol import GLOBAL
 from strategies.lora.hetlora import HetLora
-from strategies.robust.centered_clipping import CenteredClipping
 
 MEMBERS = [kind() for kind in get_args(Strategies)]
 CASES = [case for member in MEMBERS for case in cases(member)]
@@ -269,6 +269,13 @@ class Corrects(FedAvg):
 Corrects.corrects = False
 
 
+@dataclass(frozen=True)
+class Prunes(HetLora):
+    """Leaves out rows by a client's data, and denies it."""
+
+    picks_coordinates: ClassVar[bool] = False
+
+
 @pytest.mark.parametrize(
     ("broken", "check", "sentence"),
     [
@@ -276,7 +283,7 @@ Corrects.corrects = False
         (Stands, "a_change_moves_the_model_or_what_clients_keep", "the model is as before"),
         (First, "it_reads_no_more_than_it_says", 'reads is "sum", but'),
         (InPlace, "the_server_side_leaves_its_inputs_unmodified", "apply writes into the state"),
-        (Whole, "shards_are_applied_as_the_whole", "elementwise is True, but"),
+        (Whole, "shards_are_worked_on_as_the_whole", "elementwise is True, but"),
         (Writes, "the_client_side_writes_nothing_but_its_gradient", "correct writes into the parameters"),
         (Forgets, "client_state_is_kept_where_the_class_says_so_and_is_used", "changes nothing that they do"),
         (Doubles, "what_travels_is_flat_contiguous_and_float32", "'0.moments.m' is torch.float64"),
@@ -289,12 +296,21 @@ Corrects.corrects = False
         (Heavy, "weights_are_as_the_class_says", "bounded_weights is True, but"),
         (Melts, "it_travels_and_says_what_it_is", "frozen=True"),
         (Alike, "weights_are_as_the_class_says", "weighs_alike is True, but finish makes the weight 0.5"),
-        (Merges, "the_base_changes_where_the_class_says_so", "merges_into_base is False, but there is a merged delta"),
+        (
+            Merges,
+            "what_happens_is_what_the_class_says",
+            "merges_into_base is False, but there is a merged delta",
+        ),
         (Turns, "the_basis_stays_where_the_class_says_so", "keeps_basis is True, but a change of"),
         (Alternates, "the_basis_stays_where_the_class_says_so", "keeps_basis is True, but rounds differ"),
         (SendsProducts, "products_are_sent_where_the_class_says_so", "send products in product, but"),
-        (Silent, "something_is_sent_where_the_class_says_so", "sends_update is True, but clients send zeros"),
+        (
+            Silent,
+            "what_happens_is_what_the_class_says",
+            "sends_update is True, but clients send zeros",
+        ),
         (Corrects, "gradients_are_corrected_only_where_the_class_says_so", "corrects is False, but"),
+        (Prunes, "coordinates_are_picked_only_where_the_class_says_so", "picks_coordinates is False, but"),
     ],
 )
 def test_a_broken_promise_is_detected_and_named(broken, check, sentence) -> None:

@@ -9,13 +9,12 @@ from strategies.core.lora_algebra import (
     floats_at,
     fold,
     folded,
-    freeze,
     products,
     put,
     slices,
     start_at,
     svd,
-    without,
+    zeroed,
 )
 from strategies.core.protocol import Broadcast
 
@@ -28,10 +27,10 @@ def test_the_halves_of_a_vector() -> None:
     assert slices(LAYOUT, LORA_A) == [slice(1, 7)]
     assert slices(LAYOUT, LORA_B) == [slice(7, 11)]
     assert (count(LAYOUT, LORA_A), count(LAYOUT, LORA_A, LORA_B)) == (6, 10)
-    assert without(VECTOR, LAYOUT, LORA_A).tolist() == [9, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 7, 8]
-    assert without(VECTOR, LAYOUT, LORA_A, LORA_B).tolist() == [9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 8]
+    assert zeroed(VECTOR.clone(), LAYOUT, LORA_A).tolist() == [9, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 7, 8]
+    assert zeroed(VECTOR.clone(), LAYOUT, LORA_A, LORA_B).tolist() == [9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 8]
     grad_KP = torch.stack([VECTOR, VECTOR])
-    freeze(grad_KP, LAYOUT, LORA_B)
+    zeroed(grad_KP, LAYOUT, LORA_B)
     assert grad_KP.tolist() == [[9, 1, 2, 3, 4, 5, 6, 0, 0, 0, 0, 7, 8]] * 2
 
 

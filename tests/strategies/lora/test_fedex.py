@@ -3,7 +3,7 @@ import torch
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, ServerState, Update
-from strategies.lora.fedex import FedExLora
+from strategies.lora.products import FedExLora
 
 LAYOUT = Layout(("q.lora_A.default.weight", "q.lora_B.default.weight"), ((1, 2), (2, 1)), scale=2.0)
 ENDS = [torch.tensor([1.0, 0, 1, 0]), torch.tensor([0.0, 1, 0, 1])]

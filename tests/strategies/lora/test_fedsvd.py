@@ -2,7 +2,7 @@ import torch
 
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate
-from strategies.lora.fedsvd import FedSvd
+from strategies.lora.frozen_half import FedSvd
 
 LAYOUT = Layout(("norm", "q.lora_A.default.weight", "q.lora_B.default.weight"), ((1,), (1, 2), (2, 1)), scale=2.0)
 SQUARE = Layout(("q.lora_A.default.weight", "q.lora_B.default.weight"), ((2, 2), (2, 2)), scale=2.0)

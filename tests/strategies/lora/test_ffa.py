@@ -6,7 +6,7 @@ import torch
 
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, ServerState, Update
-from strategies.lora.ffa import FfaLora
+from strategies.lora.frozen_half import FfaLora
 
 LAYOUT = Layout(("norm", "q.lora_A.default.weight", "q.lora_B.default.weight"), ((1,), (1, 2), (2, 1)), scale=2.0)
 CLIENTS = [

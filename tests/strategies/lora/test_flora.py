@@ -4,7 +4,7 @@ import torch
 
 from strategies.core.layout import Layout
 from strategies.core.protocol import GLOBAL, Aggregate, ServerState, Update
-from strategies.lora.flora import Flora
+from strategies.lora.products import Flora
 
 # alpha = 1 * 2: a client of rank 1 has the scale 2.
 LAYOUT = Layout(("norm", "q.lora_A.default.weight", "q.lora_B.default.weight"), ((1,), (2, 2), (2, 2)), scale=1.0)

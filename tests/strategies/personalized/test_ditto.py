@@ -6,7 +6,7 @@ import torch
 
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.protocol import GLOBAL, Aggregate, Update
-from strategies.personalized.ditto import PERSONAL, Ditto
+from strategies.personalized.personal_models import PERSONAL, Ditto
 
 OWN = torch.tensor([12.0, 20.0, 26.0])
 

@@ -3,8 +3,7 @@ import torch
 
 from strategies.core.layout import Layout
 from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, Update
-from strategies.personalized.ditto import PERSONAL
-from strategies.personalized.feddpa import FedDpa
+from strategies.personalized.personal_models import PERSONAL, FedDpa
 
 # Rank 2: the global adapter is A's first row and B's first column, the local one the second.
 LAYOUT = Layout(("q.lora_A.default.weight", "q.lora_B.default.weight"), ((2, 1), (2, 2)), scale=2.0)

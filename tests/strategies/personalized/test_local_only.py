@@ -2,8 +2,9 @@ from typing import Any
 
 import torch
 
-from strategies.core.protocol import GLOBAL, Strategy, Update
-from strategies.personalized.local_only import LocalOnly
+from strategies.core.base import Rule
+from strategies.core.protocol import GLOBAL, Update
+from strategies.personalized.personal_models import LocalOnly
 
 CHANGE = torch.tensor([1.0, 0.0, -2.0])
 
@@ -29,7 +30,7 @@ def test_each_client_goes_on_from_where_it_was(first_state: Any, play_round: Any
 
 
 def test_the_gradient_is_the_clients_own(first_state: Any) -> None:
-    strategy: Strategy = LocalOnly()
+    strategy: Rule = LocalOnly()
     broadcast, grad = strategy.broadcast(first_state(strategy)), torch.tensor([[1.0, 2.0, 3.0]])
     strategy.correct(grad, torch.zeros(1, 3), broadcast, {"own": CHANGE})
     assert grad.tolist() == [[1, 2, 3]]

@@ -7,7 +7,7 @@ import pytest
 from strategies import Strategies
 from strategies.averaging.fedavg import FedAvg
 from strategies.lora.flexlora import FlexLora
-from strategies.personalized.local_only import LocalOnly
+from strategies.personalized.personal_models import LocalOnly
 from strategies.privacy.adaptive import AdaptiveDp
 from strategies.privacy.central import CentralDp
 from strategies.privacy.checks import check_dp

@@ -15,19 +15,17 @@ from engine.aggregation.exact_sum import ExactSum, merge
 from experiments.cli.contract import engine_stored, engine_sum
 from strategies import Strategies
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.fednova import FedNova
-from strategies.averaging.qfedavg import QFedAvg
+from strategies.averaging.reweighting import FedNova, QFedAvg
 from strategies.averaging.scaffold import Scaffold
 from strategies.contract.case import FULL, LORA, Case
-from strategies.core.base import named
+from strategies.core.base import Rule, named
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, ServerState, Strategy, Update
+from strategies.core.protocol import Aggregate, ServerState, Update
 from strategies.core.seeds import rng
-from strategies.lora.fedex import FedExLora
 from strategies.lora.flexlora import FlexLora
-from strategies.lora.flora import Flora
 from strategies.lora.hetlora import HetLora
+from strategies.lora.products import FedExLora, Flora
 from strategies.privacy.adaptive import WITHIN, AdaptiveDp, AdaptivePlan
 from strategies.privacy.central import CentralDp, CentralPlan
 from strategies.privacy.checks import check_dp
@@ -44,9 +42,9 @@ COHORTS = {  # the expected cohort, and how many clients come, round after round
 }
 
 
-def accepted(dp: CentralDp | DistributedDp, *, mixed_ranks: bool = False) -> list[Strategy]:
+def accepted(dp: CentralDp | DistributedDp, *, mixed_ranks: bool = False) -> list[Rule]:
     """The strategies that go with it, and FlexLoRA's sketches."""
-    members: list[Strategy] = []
+    members: list[Rule] = []
     for strategy in [
         *(kind() for kind in get_args(Strategies)),
         FlexLora(sketch=1),
@@ -85,7 +83,7 @@ def private_round(
     return case.strategy.apply(state, aggregate), clip
 
 
-def case_of(strategy: Strategy) -> Case:
+def case_of(strategy: Rule) -> Case:
     return Case(strategy, LORA if strategy.needs_lora else FULL, engine_sum, engine_stored)
 
 
@@ -100,7 +98,7 @@ def hold_still(case: Case, before: ServerState, after: ServerState) -> None:
     accepted(CentralDp(noise_multiplier=0, joint=True), mixed_ranks=True),
     ids=lambda s: s.kind,
 )
-def test_without_training_the_model_stays_under_mixed_ranks(strategy: Strategy, cohort: str) -> None:
+def test_without_training_the_model_stays_under_mixed_ranks(strategy: Rule, cohort: str) -> None:
     expected, sizes = COHORTS[cohort]
     dp = CentralDp(noise_multiplier=0, clip=CLIP, joint=True)
     plan, case = dp.plan(PoissonCohort(size=expected), POPULATION, ROUNDS), case_of(strategy)
@@ -111,7 +109,7 @@ def test_without_training_the_model_stays_under_mixed_ranks(strategy: Strategy, 
 
 
 @pytest.mark.parametrize("strategy", accepted(DistributedDp(noise_multiplier=1.0, joint=True)), ids=lambda s: s.kind)
-def test_without_training_clients_add_noise_alone_to_the_ring(strategy: Strategy) -> None:
+def test_without_training_clients_add_noise_alone_to_the_ring(strategy: Rule) -> None:
     """What a client adds is what one of zeros adds; the sum of zeros leaves the model, for few and for many clients."""
     case = case_of(strategy)
     dp = DistributedDp(noise_multiplier=1.0, clip=CLIP, joint=True, survivors=0.5)
@@ -151,7 +149,7 @@ START = torch.tensor([1.0, 0, 1, 0])  # A, B
 MOVED = torch.tensor([1.0, 0, 1.5, 0])  # the product is [[3, 0], [0, 0]]: its change is 1
 
 
-def small_round(strategy: Strategy, ends: list[torch.Tensor], clip: float, expected: int = 1) -> ServerState:
+def small_round(strategy: Rule, ends: list[torch.Tensor], clip: float, expected: int = 1) -> ServerState:
     """One round from START with central noise of 0."""
     state = strategy.init(START, SMALL)
     dp = CentralDp(noise_multiplier=0, clip=clip, joint=True)
@@ -181,7 +179,7 @@ HAND = pytest.mark.parametrize(
 
 @HAND
 @pytest.mark.parametrize(("clients", "wanted"), [(0, 2.0), (1, 3.0), (3, 5.0)])
-def test_the_sum_of_changes_goes_onto_the_product(strategy: Strategy, clients: int, wanted: float) -> None:
+def test_the_sum_of_changes_goes_onto_the_product(strategy: Rule, clients: int, wanted: float) -> None:
     # Each client changes the product by 1, and 1 is expected: 2 + 0, 2 + 1, 2 + 3
     state = small_round(strategy, [MOVED] * clients, clip=10.0)
     torch.testing.assert_close(product_of(state), torch.tensor([[wanted, 0], [0, 0]]), rtol=0, atol=1e-5)
@@ -242,7 +240,7 @@ def test_what_is_no_change_of_the_model_is_refused_whoever_wrote_the_rule(kind: 
 
 
 @pytest.mark.parametrize("strategy", [FlexLora(), HetLora(gamma=1.0)], ids=lambda s: s.kind)
-def test_rules_whose_low_ranks_shrink_the_others_are_refused_under_mixed_ranks(strategy: Strategy) -> None:
+def test_rules_whose_low_ranks_shrink_the_others_are_refused_under_mixed_ranks(strategy: Rule) -> None:
     dp = CentralDp(noise_multiplier=1.0, joint=True)
     with pytest.raises(ValueError, match=r'beyond its own rank.*"flora", or leave model\.peft\.ranks out'):
         check_dp(dp, strategy, strategy.beside(LORA), "off", mixed_ranks=True)

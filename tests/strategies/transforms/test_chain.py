@@ -12,18 +12,15 @@ from hypothesis import strategies as st
 from engine.aggregation.exact_sum import ExactSum, merge
 from strategies import Transforms
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.fedprox import FedProx
+from strategies.averaging.proximal import FedProx
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Transform, Update
-from strategies.robust.krum import Krum
-from strategies.robust.median import Median
-from strategies.robust.rfa import Rfa
-from strategies.transforms.chain import bits, decode, encode
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update
+from strategies.robust.reading_each import Krum, Median
+from strategies.robust.sums import Rfa
+from strategies.transforms.chain import Transform, bits, decode, encode
 from strategies.transforms.clip import Clip
-from strategies.transforms.int8 import Int8
-from strategies.transforms.projection import Projection
-from strategies.transforms.sign import Sign
-from strategies.transforms.topk import TopK
+from strategies.transforms.quantization import Int8, Sign
+from strategies.transforms.shortening import Projection, TopK
 
 SIZE = 40
 LOSSY = [TopK, Int8, Sign, Projection]

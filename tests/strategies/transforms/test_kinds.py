@@ -10,10 +10,8 @@ import torch
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update
 from strategies.core.seeds import torch_rng
 from strategies.transforms.clip import Clip
-from strategies.transforms.int8 import Int8
-from strategies.transforms.projection import Projection, drawn
-from strategies.transforms.sign import Sign
-from strategies.transforms.topk import TopK
+from strategies.transforms.quantization import Int8, Sign
+from strategies.transforms.shortening import Projection, TopK, drawn
 
 
 def sent(

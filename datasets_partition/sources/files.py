@@ -1,0 +1,249 @@
+"""The sources that read files: JSON lines, Parquet, CSV, and plain text."""
+
+import csv
+import io
+import json
+import re
+from codecs import BOM_UTF8
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Any, ClassVar, Literal
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import OnRows, Rows, ignore
+from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion, Faults
+from datasets_partition.formats.forms import BadRow, OnBadRow
+from datasets_partition.sources.location import SourceFile, fingerprint, source_files
+
+ARRAY = re.compile(rb"\s*\[\s*(\{|$)")  # how a JSON array of objects starts
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+FIELD_BYTES = 2**31 - 1  # the csv module's default is 128 KiB, less than a long text
+TRUE, FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """The rows of one file, or of a folder of files with the right endings.
+
+    `columns` gives a column's name in the file: {prompt = "question"}.
+    """
+
+    kind: str
+    path: str
+    columns: dict[str, str] = field(default_factory=dict)
+    on_bad_row: OnBadRow = "error"
+    endings: ClassVar[tuple[str, ...]]
+
+    def fingerprint(self) -> str:
+        """A hash of the files' content."""
+        return fingerprint(source_files(self.path, self.endings))
+
+    def load(self, on_rows: OnRows = ignore) -> Rows:
+        """All rows in the files' order. Raises DataError, with the row's number, for a bad row."""
+        conversion = Conversion(self.columns, self.on_bad_row, on_rows)
+        self._add(source_files(self.path, self.endings), conversion)
+        return conversion.rows(self.path)
+
+    def _add(self, files: list[SourceFile], conversion: Conversion) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jsonl(Files):
+    """JSON lines, `.jsonl` or `.jsonl.gz`: one object a line."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    endings = (".jsonl", ".jsonl.gz")
+
+    def _add(self, files: list[SourceFile], conversion: Conversion) -> None:
+        conversion.add_objects(row for file in files for row in _json_rows(file))
+
+
+def _json_rows(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """Rows with their names; a bad line comes in its place, so that the first bad row is named, whatever its fault."""
+    with file.buffered() as stream:
+        lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
+        for place, (number, line) in enumerate(lines):
+            if not place and ARRAY.match(line.removeprefix(BOM_UTF8)):
+                raise DataError(
+                    f"{file.name} is a JSON array, which no data.source.kind reads: write one JSON object a line for "
+                    f"kind = \"jsonl\", as jq -c '.[]' does"
+                )
+            yield f"{file.name} line {number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | BadRow:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))  # files from Windows may start with a byte order mark
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()  # half of an escaped surrogate pair is not text
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        return BadRow("is not UTF-8", f"{error.reason}; save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        where = f"at character {error.colno}" if error.lineno == 1 else "at its end"
+        detail = f"{error.msg} {where}; each line must be one whole row, as jq -c writes it"
+        return BadRow("is not JSON", detail)
+    except (ValueError, RecursionError) as error:
+        return BadRow("is not JSON", f"{error}; each line must be one whole row")
+    return row if isinstance(row, dict) else BadRow("is not a JSON object")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetFiles(Files):
+    """Parquet files; a subfolder `x=1` is a column x of its rows, as text."""
+
+    kind: Literal["parquet"] = "parquet"
+    endings = (".parquet",)
+
+    def _add(self, files: list[SourceFile], conversion: Conversion) -> None:
+        for file in files:
+            conversion.add_batches(_parquet_batches(file), file.name)
+
+
+def _parquet_batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
+    errors = pa.ArrowException, OSError, UnicodeDecodeError  # the last is raised for a column's name
+    with file.opened() as stream, file.whole("Parquet", "fetch or write it", *errors):
+        for batch in pq.ParquetFile(stream).iter_batches(ROWS_PER_BATCH):
+            # The columns that the names of the file's folders hold, as Hive and Spark write them.
+            for folder in PurePosixPath(file.relative).parts[:-1]:
+                name, equals, value = folder.partition("=")
+                if equals and name not in batch.schema.names:
+                    text = None if value == NO_VALUE else unquote(value)
+                    batch = batch.append_column(name, pa.repeat(pa.scalar(text, pa.string()), len(batch)))
+            yield batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class CsvFiles(Files):
+    """CSV files, `.csv` or `.csv.gz`, whose first line names the columns.
+
+    All columns are text, so that the keys 007 and 7 stay apart; partitioners read numbers and times from it. Only a
+    `label` that is true or false wherever it is not empty is boolean, as an unpaired preference needs it.
+    """
+
+    kind: Literal["csv"] = "csv"
+    endings = (".csv", ".csv.gz")
+
+    def _add(self, files: list[SourceFile], conversion: Conversion) -> None:
+        label = self.columns.get("label", "" if "label" in self.columns.values() else "label")
+        for file in files:
+            parts = list(_csv_parts(file))
+            is_boolean = _is_boolean([batch[label] for batch, *_ in parts if batch.schema.names.count(label) == 1])
+            for batch, lines, faults in parts:
+                typed = _with_boolean(batch, label) if is_boolean else batch
+                conversion.add_batch(typed, file.name, lines, "line", faults)
+
+
+def _csv_parts(file: SourceFile) -> Iterator[tuple[pa.RecordBatch, list[int], Faults]]:
+    """Some rows of a CSV file at a time, the number of each row's first line, and the bad rows among them."""
+    records = _records(file)
+    _, header = next(records, (0, None))
+    if header is None:
+        raise DataError(f"{file.name} is empty: give it a header and rows")
+    if isinstance(header, BadRow):
+        raise DataError(f"{file.name} has a header that {header.reason} ({header.detail}): correct it")
+    if not _is_text(header):
+        raise DataError(f"{file.name} is not UTF-8: save it as UTF-8")
+    while some := list(islice(records, ROWS_PER_BATCH)):
+        faults: Faults = {}
+        rows: list[list[str]] = []
+        for position, (_, record) in enumerate(some):
+            rows.append([""] * len(header))  # a bad row keeps its place
+            if isinstance(record, BadRow):
+                faults[position] = record
+            elif len(record) != len(header):
+                faults[position] = BadRow("has more or fewer values than the header")
+            elif not _is_text(record):
+                faults[position] = BadRow("is not UTF-8")
+            else:
+                rows[-1] = record
+        arrays = [pa.array(values, pa.string()) for values in zip(*rows, strict=True)]
+        yield pa.RecordBatch.from_arrays(arrays, names=header), [line for line, _ in some], faults
+
+
+def _records(file: SourceFile) -> Iterator[tuple[int, list[str] | BadRow]]:
+    """The header and the rows, each with the number of its first line as an editor counts; blank lines are skipped."""
+    csv.field_size_limit(FIELD_BYTES)
+    with file.buffered() as stream:
+        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline=""), strict=True)
+        while True:
+            line = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, BadRow("is not CSV", f"{error}; a quote within quotes is written twice")
+            else:
+                if values:
+                    yield line, values
+
+
+def _is_text(values: list[str]) -> bool:
+    """Whether all bytes were UTF-8: others have been read as halves of surrogate pairs, which do not encode."""
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_boolean(labels: list[pa.Array]) -> bool:
+    """Whether all values that are not empty are true or false, and there are some."""
+    values = set[str]().union(*(pc.unique(part).to_pylist() for part in labels)) - {""}
+    return bool(values) and values.issubset({*TRUE, *FALSE})
+
+
+def _with_boolean(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
+    values = batch[name]
+    boolean = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.bool_()), pc.is_in(values, pa.array(TRUE)))
+    return batch.set_column(batch.schema.get_field_index(name), name, boolean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles:
+    """Text files below a folder: each a row, or each of its paragraphs; blank ones are skipped.
+
+    A row's client is the first subfolder on the way to its file, or the file's stem; its column `file` is the path.
+    """
+
+    kind: Literal["text"] = "text"
+    path: str
+    suffixes: tuple[str, ...] = (".txt", ".md")
+    split: Literal["file", "paragraph"] = "file"
+    on_bad_row: OnBadRow = "error"
+
+    def __post_init__(self) -> None:
+        if not self.suffixes or not all(self.suffixes):
+            raise DataError('data.source.suffixes names no endings of files: give some, such as [".txt"]')
+
+    def fingerprint(self) -> str:
+        """A hash of the files' names and content."""
+        return fingerprint(source_files(self.path, self.suffixes))
+
+    def load(self, on_rows: OnRows = ignore) -> Rows:
+        """All rows in the order of the files' paths. Raises DataError for a file that is not text."""
+        conversion = Conversion({}, self.on_bad_row, on_rows)
+        conversion.add_objects(row for file in source_files(self.path, self.suffixes) for row in self._rows(file))
+        return conversion.rows(self.path)
+
+    def _rows(self, file: SourceFile) -> Iterator[tuple[str, dict[str, str] | BadRow]]:
+        with file.opened() as stream:
+            content = stream.read()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            yield file.name, BadRow("is not UTF-8", error.reason)
+            return
+        path = PurePosixPath(file.relative or PurePosixPath(file.path).name)
+        client = path.parts[0] if len(path.parts) > 1 else path.stem
+        for part in [text] if self.split == "file" else map(str.strip, re.split(r"\n\s*\n", text)):
+            if part.strip():
+                yield file.name, {"text": part, "client": client, "file": str(path)}

@@ -1,0 +1,40 @@
+"""The numbers that a recipe's field takes, in its annotation: `mu: Annotated[float, Range("pulls to the model")]`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, get_type_hints
+
+from strategies.core.errors import require
+
+Bounds = tuple[str, Callable[[float], bool]]  # in words, and whether a number is within; NaN never is
+AT_LEAST_0: Bounds = ("at least 0", lambda x: 0 <= x < math.inf)
+AT_LEAST_1: Bounds = ("at least 1", lambda x: 1 <= x < math.inf)
+ABOVE_0: Bounds = ("a number above 0", lambda x: 0 < x < math.inf)
+BELOW_1: Bounds = ("at least 0 and below 1", lambda x: 0 <= x < 1)
+SHARE: Bounds = ("above 0 and at most 1", lambda x: 0 < x <= 1)
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a field means, and its bounds; None in place of a number is an unset field."""
+
+    meaning: str
+    bounds: Bounds = AT_LEAST_0
+
+
+def check_ranges(section: Any, prefix: str) -> None:
+    """Raises StrategyError for the first field of a dataclass whose value is not in its `Range`."""
+    kind: type = type(section)
+    for name, (meaning, (words, within)) in _ranges(kind).items():
+        value = getattr(section, name)
+        require(value is None or within(value), f"{prefix}{name} {meaning} and must be {words}, not {value}")
+
+
+@cache
+def _ranges(kind: type) -> dict[str, tuple[str, Bounds]]:
+    hints = get_type_hints(kind, include_extras=True)
+    metadata = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in fields(kind)}
+    ranges = {name: entry for name, entries in metadata.items() for entry in entries if isinstance(entry, Range)}
+    return {name: (entry.meaning, entry.bounds) for name, entry in ranges.items()}

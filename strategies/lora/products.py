@@ -1,0 +1,154 @@
+"""Rules whose clients send the changes of their products s B A, and what they share: FLoRA and FedEx-LoRA."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from strategies.core.base import AveragingRule, Ends, Finished
+from strategies.core.layout import LORA_A, LORA_B, Layout
+from strategies.core.lora_algebra import count, floats_at, folded, product_change, products, start_at, unmarked, zeroed
+from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
+from strategies.core.seeds import torch_rng
+
+
+@dataclass(frozen=True)
+class ProductRule(AveragingRule, ABC):
+    """A rule for mixed ranks: clients send w_k times the change of s_k B_k A_k instead of the adapters' changes.
+
+    The server makes new adapters each round, so a kept optimizer state would mean nothing.
+    """
+
+    needs_lora: ClassVar[bool] = True
+    mixed_ranks: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False
+    keeps_basis: ClassVar[bool] = False
+    sends_products: ClassVar[bool] = True
+    extras_are_changes: ClassVar[bool] = True
+    sends_all_it_trains: ClassVar[bool] = False
+
+    @abstractmethod
+    def changes(self, end: Vector, broadcast: Broadcast) -> dict[str, Vector]:
+        """What goes beside the update, without the weight, of a client's last vector (P,) with its scale folded in."""
+
+    def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
+        """The global vector cut to the client's rank."""
+        return {GLOBAL: start_at(broadcast, broadcast.rank)}
+
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
+        """Sends the products' changes beside the update, and none of the adapters."""
+        update, client_state = super().finish(update, broadcast, client_state, ends)
+        changes = self.changes(folded(broadcast.params + update.delta, broadcast), broadcast)
+        extras = {name: update.weight * change for name, change in changes.items()}
+        delta = zeroed(update.delta.clone(), broadcast.layout, LORA_A, LORA_B)
+        return replace(update, delta=delta, extras=extras), client_state
+
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """The products' changes."""
+        return {"product": layout.product_size}
+
+    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+        """All but the adapters, whose products travel beside."""
+        return {"delta": unmarked(layout, LORA_A, LORA_B)}
+
+
+@dataclass(frozen=True)
+class Flora(ProductRule):
+    """W += lr * sum_k p_k s_k B_k A_k, then a fresh A and B = 0. Exact for any ranks. Reads the sum of products.
+
+    (Wang et al. 2024.) The stack of all p_k B_k and A_k has the sum of the products as its product, and s_k = alpha /
+    r_k is folded in. The paper's server sends the stack: the traffic down grows with the number of clients, each
+    counted at the largest rank, and a client that missed a round needs that round's stack too, which is not counted
+    here. A client sends the change of its product since it started, which is the product itself wherever B starts at
+    zero. Each round's A is drawn by the seed as PEFT draws it (Kaiming uniform, a = sqrt 5), one for all clients; in
+    the paper each client draws its own Gaussian one. Trap: the base changes every round.
+    """
+
+    kind: Literal["flora"] = "flora"
+    merges_into_base: ClassVar[bool] = True
+    keeps_higher_ranks: ClassVar[bool] = True
+    sends_moments: ClassVar[bool] = True  # "count", the number of clients in the last round's stack
+    paper: ClassVar[str] = "arXiv 2409.05976"
+
+    def changes(self, end: Vector, broadcast: Broadcast) -> dict[str, Vector]:
+        """The product's change since the client's own start."""
+        start = folded(start_at(broadcast, broadcast.rank), broadcast)
+        return {"product": product_change(end, start, broadcast.layout)}
+
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
+        """The last round's stack down (at first the seed says all), the client's own adapters up."""
+        layout = broadcast.layout
+        return floats_at(layout, merged_clients(broadcast) * layout.rank), floats_at(layout, broadcast.rank)
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """merged delta += the product and its mean change, then new adapters; all other tensors as in FedAvg."""
+        moved = super().apply(state, aggregate)
+        merged_delta = products(state.params, state.layout)
+        merged_delta += aggregate.extras["product"] * (self.lr / aggregate.weight)
+        params = fresh(moved.params, state.layout, torch_rng(state.seed, moved.round, -1, "adapters"))
+        return merged(replace(moved, params=params), merged_delta, aggregate)
+
+
+@dataclass(frozen=True)
+class FedExLora(AveragingRule):
+    """A and B as in FedAvg, then W += s (sum_k p_k B_k A_k - mean(B) mean(A)). Exact. Reads the sum of products.
+
+    (Singhal et al. 2024.) With lr below 1 the products too move by lr from the round's start to their mean. A round's
+    correction has a rank of at most r times the clients, and goes down as its factors where these are smaller than the
+    dense matrix. A client sends the change of its product beside A and B: zero means no move, so that differential
+    privacy may clip it and divide by the expected cohort. Traps: the base changes every round, which 4-bit bases
+    cannot, and the adapter alone is not the model.
+    """
+
+    kind: Literal["fedex"] = "fedex"
+    needs_lora: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False
+    merges_into_base: ClassVar[bool] = True
+    sends_products: ClassVar[bool] = True
+    sends_moments: ClassVar[bool] = True  # "count", the number of clients in the last round's correction
+    extras_are_changes: ClassVar[bool] = True
+    paper: ClassVar[str] = "arXiv 2410.09432"
+
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
+        """Adds w_k times the change of s B A."""
+        update, client_state = super().finish(update, broadcast, client_state, ends)
+        change = product_change(broadcast.params + update.delta, broadcast.params, broadcast.layout)
+        return replace(update, extras={"product": update.weight * change}), client_state
+
+    def beside(self, layout: Layout) -> dict[str, int]:
+        """The products' changes."""
+        return {"product": layout.product_size}
+
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
+        """The vector and the last correction down, the vector up, from which the server makes the product."""
+        layout = broadcast.layout
+        factors = merged_clients(broadcast) * count(layout, LORA_A, LORA_B)
+        return layout.size + min(layout.product_size, factors), layout.size
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """FedAvg's step, and into the merged delta what its product lacks."""
+        moved = super().apply(state, aggregate)
+        change = aggregate.extras["product"] * (self.lr / aggregate.weight)
+        return merged(moved, change - product_change(moved.params, state.params, state.layout), aggregate)
+
+
+def merged_clients(broadcast: Broadcast) -> int:
+    """The number of clients whose products went into the base in the last round."""
+    return int(broadcast.extras["count"]) if "count" in broadcast.extras else 0
+
+
+def merged(state: ServerState, change: Vector, aggregate: Aggregate) -> ServerState:
+    """The state with `change` in its merged delta, and the number of clients behind it."""
+    merged_delta = change if state.merged_delta is None else change + state.merged_delta
+    return replace(state, merged_delta=merged_delta, moments={"count": torch.tensor([float(aggregate.count)])})
+
+
+def fresh(params: Vector, layout: Layout, stream: torch.Generator) -> Vector:
+    """A copy whose adapters are new: A uniform in +-1 / sqrt(I), which is PEFT's Kaiming bound, and B zero."""
+    params = params.clone()
+    for pair in layout.lora_pairs(params):
+        bound = pair.a_RI.shape[1] ** -0.5
+        pair.a_RI.uniform_(-bound, bound, generator=stream)
+        pair.b_OR.zero_()
+    return params
