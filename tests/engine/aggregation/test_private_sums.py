@@ -12,16 +12,11 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from strategies.robust.centered_clipping import CenteredClipping
-from strategies.transforms.int8 import Int8
-from strategies.transforms.projection import Projection
-from strategies.transforms.sign import Sign
-from strategies.transforms.topk import TopK
 
 from engine.aggregation.accumulators import RingSum
 from engine.aggregation.exact_sum import STEP, ExactSum, merge
 from engine.aggregation.privacy_account import plan_noise
-from engine.aggregation.ring_encoding import FIGURES, live_masks, ring_aggregate, ring_sums, rounding
+from engine.aggregation.ring_encoding import FIGURE, live_masks, ring_aggregate, ring_sums, rounding
 from engine.aggregation.ring_shard import RingShard
 from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
@@ -32,15 +27,18 @@ from strategies import Strategies
 from strategies.contract.case import LORA, METRICS, Case, drawn
 from strategies.core.base import Rule
 from strategies.core.cohort import PoissonCohort, UniformCohort
-from strategies.core.protocol import GLOBAL, ClientState, ServerState, Transform, Update
+from strategies.core.protocol import GLOBAL, ClientState, ServerState, Update
 from strategies.lora.flexlora import FlexLora
 from strategies.lora.hetlora import HetLora
 from strategies.privacy.adaptive import WITHIN, AdaptiveDp
 from strategies.privacy.central import CentralDp, CentralPlan
 from strategies.privacy.distributed import DistributedDp
+from strategies.robust.sums import CenteredClipping
 from strategies.secagg.ring import Sums
-from strategies.transforms.chain import encode
+from strategies.transforms.chain import Transform, encode
 from strategies.transforms.clip import Clip
+from strategies.transforms.quantization import Int8, Sign
+from strategies.transforms.shortening import Projection, TopK
 
 CLIP, CAP, ROUNDS = 0.3, 50, 20
 ROWS = [1, 20, 2000, 30, 70]  # of each client, below and above the cap
@@ -140,7 +138,7 @@ class Mechanism:
             steps = [taken.part(0, 1000).vectors for taken in parts]
             return {name: sum(step[name] for step in steps) / STEP for name in steps[0]}
         totals = sums.decode(np.sum(parts, axis=0, dtype=np.uint32)).sums
-        return {name: total.astype(float) for name, total in totals.items() if name not in FIGURES}
+        return {name: total.astype(float) for name, total in totals.items() if not name.startswith(FIGURE)}
 
     def play(
         self, state: ServerState, arriving: list[int], client_states: list[ClientState], clip: float
@@ -204,7 +202,7 @@ def begun(it: Mechanism, rounds: int = 1) -> tuple[ServerState, list[ClientState
             update, client_states[client] = it.train(broadcast, client, client_state, 0.5)
             updates.append(update)
     if it.rule.needs_lora:
-        state, _ = case.after(rounds)
+        state = case.after(rounds).state
     return state, client_states
 
 
@@ -257,7 +255,8 @@ def test_one_client_moves_the_sums_by_no_more_than_epsilon_counts_on(
 def test_a_client_at_rest_sends_zeros_whatever_it_has_kept(federation: Federation, rule: Rule) -> None:
     for it in accepted(federation, rule, "central"):
         _, client_states = begun(it)  # with what transforms keep
-        state, trained = Case(rule, LORA, engine_sum, engine_stored).after(2)
+        now = Case(rule, LORA, engine_sum, engine_stored).after(2)
+        state, trained = now.state, now.client_states
         for client in (0, 1):
             update, after = it.train(state, client, client_states[client] | trained[client], 0.0)
             assert not any(vector.any() for vector in (update.delta, *update.extras.values())), it.federation.transforms
@@ -288,7 +287,8 @@ def test_momentum_does_not_grow_where_more_clients_come_than_expected(federation
     """Momentum may go on without training, with the same step at most, however many clients at rest take part."""
     for it in accepted(federation, rule, "central", [()], expected=1):
         case, quiet = Case(rule, LORA, engine_sum, engine_stored), Mechanism(it.federation, without_noise(it.plan))
-        state, client_states = case.after(2)
+        now = case.after(2)
+        state, client_states = now.state, now.client_states
         client_states, moved = client_states[: len(ROWS)], []
         arriving = list(range(LARGEST if it.federation.cohort.kind == "poisson" else 1))
         for _ in range(ROUNDS):
@@ -302,8 +302,7 @@ def test_momentum_does_not_grow_where_more_clients_come_than_expected(federation
 @pytest.mark.parametrize("rule", [CenteredClipping(), HetLora(weighting="uniform")], ids=lambda rule: rule.kind)
 def test_rules_whose_clients_at_rest_send_something_are_refused(federation: Federation, rule: Rule) -> None:
     """At rest, a client sends centered clipping's last step back, and HetLoRA's tail if its own was cut."""
-    _, client_states = (case := Case(rule, LORA, engine_sum, engine_stored)).after(2)
-    sent, _ = case.cohort(case.after(2)[0], client_states, scale=0.0)
+    sent, _ = Case(rule, LORA, engine_sum, engine_stored).after(2).cohort(scale=0.0)
     assert any(update.delta.any() for update in sent)
     with pytest.raises(
         ValueError, match=r"clients that have not trained send .*\"fedavgm\", or \"hetlora\" with gamma = 1"
