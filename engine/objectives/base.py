@@ -16,6 +16,7 @@ from engine.messages.errors import RunError
 from engine.objectives.token_batch import Batch
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
+TermSums = dict[str, tuple[float, int]]  # each term's sum and count
 Need = Literal["reference", "generation", "head"]
 PROVIDED: frozenset[Need] = frozenset()  # what trainers can give an objective besides the network
 
@@ -84,11 +85,9 @@ def counted(objective: Objective, batches: Iterable[Batch]) -> Counter[str]:
 
 
 @torch.no_grad()
-def term_sums(
-    objective: Objective, network: nn.Module, pieces: Iterable[tuple[Batch, int]]
-) -> dict[str, tuple[float, int]]:
+def term_sums(objective: Objective, network: nn.Module, pieces: Iterable[tuple[Batch, int]]) -> TermSums:
     """Returns each term's sum and count over pieces on the network's device, each taken 1 or 0 times."""
-    sums: dict[str, tuple[float, int]] = {}
+    sums: TermSums = {}
     for piece, times in pieces:
         counts = objective.counts(piece)
         for name, term in objective.terms(network, piece).items():

@@ -76,9 +76,7 @@ class LaneTrainer:
         try:
             with warnings.catch_warnings():
                 # Gradients are views into one matrix, with other strides than torch would choose.
-                warnings.filterwarnings(
-                    "ignore", "grad and param do not obey the gradient layout contract", UserWarning
-                )
+                warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout", UserWarning)
                 yield
         finally:
             for layer in self.layers:

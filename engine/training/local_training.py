@@ -12,7 +12,7 @@ import torch
 from engine.config.federation import Federation
 from engine.config.train import Train
 from engine.models.trainable import Trainable
-from engine.objectives.base import Objective, Tokenizer, counted, require_provided, step_loss, term_sums
+from engine.objectives.base import Objective, TermSums, Tokenizer, counted, require_provided, step_loss, term_sums
 from engine.objectives.token_batch import Batch, lengths
 from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
 from engine.training.generation import Prompt, continuations
@@ -34,6 +34,9 @@ class Job:
     state: ClientState
 
 
+Finished = tuple[Update, ClientState]  # an update as the strategy finishes it, and the client's new state
+
+
 class Trainer(Protocol):
     """A model that is trained and judged; a gang's rank has shards for vectors."""
 
@@ -44,24 +47,20 @@ class Trainer(Protocol):
     def become(self, vector: Vector, rank: int | None = None) -> None:
         """Puts the vector (P,) of a client of this LoRA rank into the model; None is the recipe's rank."""
 
-    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
+    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> TermSums:
         """Returns each term's sum and count over all rows, by the vector now in the model."""
 
     def train(self, trainings: Sequence[Training], train: Train) -> list[Trained]:
         """Does all trainings; returns their results in order."""
 
-    def updates(
-        self, jobs: list[Job], federation: Federation, *, lent: bool = False
-    ) -> list[tuple[Update, ClientState]]:
+    def updates(self, jobs: list[Job], federation: Federation, *, lent: bool = False) -> list[Finished]:
         """Trains clients for a round: see `client_updates`."""
 
     def generate(self, tokenizer: Tokenizer, prompts: list[Prompt], tokens: int) -> list[str]:
         """Returns greedy continuations of at most `tokens` tokens by the vector now in the model."""
 
 
-def client_updates(
-    trainer: Trainer, jobs: list[Job], federation: Federation, *, lent: bool = False
-) -> list[tuple[Update, ClientState]]:
+def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *, lent: bool = False) -> list[Finished]:
     """Trains clients; returns each one's finished update and new state. A `lent` update lasts until the next call."""
     sent = [job.broadcast for job in jobs]  # on the CPU, where the strategy finishes updates
     moved = {id(broadcast.params): _on(trainer.device, broadcast) for broadcast in sent}  # lanes share one vector
@@ -184,7 +183,7 @@ class LocalTrainer:
         flat = self.trainable.flat.detach()
         return flat.clone() if training.less is None else flat.sub_(training.less)
 
-    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
+    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> TermSums:
         """Returns each term's sum and count over all rows, by the vector now in the model."""
         if self.trainable.network.training:
             self.trainable.network.eval()

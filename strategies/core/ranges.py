@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any, get_type_hints
 
 from strategies.core.errors import require
@@ -26,15 +25,9 @@ class Range:
 
 def check_ranges(section: Any, prefix: str) -> None:
     """Raises StrategyError for the first field of a dataclass whose value is not in its `Range`."""
-    kind: type = type(section)
-    for name, (meaning, (words, within)) in _ranges(kind).items():
-        value = getattr(section, name)
-        require(value is None or within(value), f"{prefix}{name} {meaning} and must be {words}, not {value}")
-
-
-@cache
-def _ranges(kind: type) -> dict[str, tuple[str, Bounds]]:
-    hints = get_type_hints(kind, include_extras=True)
-    metadata = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in fields(kind)}
-    ranges = {name: entry for name, entries in metadata.items() for entry in entries if isinstance(entry, Range)}
-    return {name: (entry.meaning, entry.bounds) for name, entry in ranges.items()}
+    hints = get_type_hints(type(section), include_extras=True)
+    for name, value in ((field.name, getattr(section, field.name)) for field in fields(section)):
+        for entry in getattr(hints[name], "__metadata__", ()):
+            if isinstance(entry, Range) and value is not None:
+                words, within = entry.bounds
+                require(within(value), f"{prefix}{name} {entry.meaning} and must be {words}, not {value}")

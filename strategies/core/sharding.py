@@ -36,6 +36,10 @@ class Partition:
         before = torch.cat([torch.zeros(1, dtype=torch.int64), live.cumsum(0)])
         return Partition(tuple(tuple((int(before[i]), int(before[j])) for i, j in part) for part in self.parts))
 
+    def length(self, rank: int) -> int:
+        """S, the number of elements of a rank's shard."""
+        return sum(last - first for first, last in self.parts[rank])
+
     def cut(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
         """A rank's shard (S,) of a vector (P,)."""
         return torch.cat([flat[first:last] for first, last in self.parts[rank]])

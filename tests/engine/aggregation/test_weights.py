@@ -150,8 +150,12 @@ def test_the_statement_says_where_weights_come_from(federation: Federation) -> N
 
 
 SUMMED = [kind for kind in get_args(Strategies) if kind.reads == "sum" and "weighting" in kind.__dataclass_fields__]
-RULES = [kind(weighting=weighting) for kind in SUMMED for weighting in get_args(get_type_hints(kind)["weighting"])]
-RULES.append(HetLora(weighting="examples", gamma=1.0))
+UNPRUNED = {HetLora: {"gamma": 1.0}}
+RULES = [
+    kind(weighting=weighting, **UNPRUNED.get(kind, {}))
+    for kind in SUMMED
+    for weighting in get_args(get_type_hints(kind)["weighting"])
+]
 
 
 def sent(federation: Federation, client: int, rows: int, most: int) -> Update:

@@ -1,5 +1,6 @@
 """Baselines and fine-tuning train by the recipe's schedules: a baseline stands for all rounds of a run."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,9 @@ from engine.config.federation import Federation
 from engine.config.sections import Model
 from engine.config.train import Schedule, Sgd, Train
 from engine.messages.broadcast import BroadcastMessage
-from engine.training.step_loop import Progress, Training, batches, no_session, take_steps
-from engine.workers.evaluator import OwnModels
+from engine.objectives.sft import Sft
+from engine.training.step_loop import Progress, Training, batches, take_steps
+from engine.workers.evaluator import Evaluator
 from strategies.core.cohort import UniformCohort
 from strategies.core.protocol import Broadcast
 
@@ -29,7 +31,8 @@ class Rates:
     lanes = 1
     device = torch.device("cpu")
     batches = staticmethod(batches)
-    session = staticmethod(no_session)
+    session = staticmethod(nullcontext)
+    objective = Sft()
     summed = staticmethod(float)
     clip = staticmethod(float)
     train = take_steps
@@ -42,6 +45,9 @@ class Rates:
 
     def step(self, adjust: Any) -> None:
         self.noted.append(self.optimizer.param_groups[0]["lr"])
+
+    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
+        return {"nll": (0.0, 1)}
 
     def end(self, lane: int, training: Training) -> torch.Tensor:
         return training.start
@@ -63,8 +69,8 @@ def test_the_rates_of_a_training_for_all_rounds_by_hand(first: int, steps: int, 
     federation = Federation(name="x", seed=1, rounds=4, model=Model(), cohort=UniformCohort(size=1), train=train)
     rows = pa.RecordBatch.from_pydict({"row": list(range(9))})
     runner: Any = SimpleNamespace(federation=federation, tokens=SimpleNamespace(rows=lambda client, split: rows))
-    evaluator: Any = SimpleNamespace(loss=lambda client, limit: client)
     trainer: Any = Rates()
     message = BroadcastMessage.of(Broadcast(first, torch.zeros(1)))
-    assert OwnModels(runner, evaluator, trainer).local_only([3], message, [steps]) == [3]
+    (loss,) = Evaluator(runner, trainer, None).local_only([3], message, [steps])
+    assert loss.client == 3
     assert trainer.noted == pytest.approx([2 * rate for rate in rates])

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from ray._private.thirdparty.pathspec import PathSpec
 
-from experiments.runs.submit import ROOT, environment_of
+from experiments.runs.api import ROOT
+from experiments.runs.submit import environment_of
 
 
 @pytest.fixture

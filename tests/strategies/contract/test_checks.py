@@ -5,7 +5,6 @@ from typing import ClassVar, get_args
 
 import pytest
 import torch
-from strategies.robust.centered_clipping import CenteredClipping
 
 from experiments.cli.contract import cases, engine_stored, engine_sum
 from strategies import Strategies
@@ -16,6 +15,7 @@ from strategies.core.base import Rule
 from strategies.core.lora_algebra import products, put, svd
 from strategies.core.protocol import GLOBAL
 from strategies.lora.hetlora import HetLora
+from strategies.robust.sums import CenteredClipping
 
 MEMBERS = [kind() for kind in get_args(Strategies)]
 CASES = [case for member in MEMBERS for case in cases(member)]

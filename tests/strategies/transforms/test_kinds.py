@@ -99,7 +99,7 @@ def decoded(transform: Projection, y: list[float], round_: int, size: int) -> li
 
 def test_projection_adds_up_buckets_with_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     table = np.array([0, 1, 0]), np.array([1, 1, -1], np.int8)
-    monkeypatch.setattr("strategies.transforms.projection.drawn", lambda *place: table)
+    monkeypatch.setattr("strategies.transforms.shortening.drawn", lambda *place: table)
     # S = [[1, 0, -1], [0, 1, 0]]: y = (5 - 3, 4); S' y = (2, 4, -2)
     plain = Projection(share=0.67, error_feedback=False)
     assert sent(plain, [5, 4, 3]) == ([2, 4], [])
