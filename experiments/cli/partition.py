@@ -42,7 +42,7 @@ def show_partition(recipe: Recipe) -> None:
     with _steps(screen) as show:  # in a table of its own, since tokenizing many rows takes long
         step = "tokenizing rows (once: runs of this recipe reuse them)"
         show(step)
-        tokens = _token_lengths(recipe, store, shared, lambda row: show(f"{step}: {row:,} of {rows:,}"))
+        tokens = _lengths(recipe, store, shared, lambda row: show(f"{step}: {row:,} of {rows:,}"))
     max_length = recipe.train.max_length
     lines = {"tokens": f"not counted: {tokens}"} if isinstance(tokens, str) else _tokens(tokens[1], max_length)
     screen.print(_table(lines))
@@ -66,9 +66,7 @@ def show_partition(recipe: Recipe) -> None:
         screen.print(plain(f"{'also in':<{NAME_WIDTH}} {shared}"), soft_wrap=True)
 
 
-def _token_lengths(
-    recipe: Recipe, store: Store, shared: str | None, on_rows: OnRows
-) -> tuple[Path, TokenLengths] | str:
+def _lengths(recipe: Recipe, store: Store, shared: str | None, on_rows: OnRows) -> tuple[Path, TokenLengths] | str:
     """The folder of the token columns and the lengths; or why there are none, such as a base that cannot be loaded."""
     from transformers.utils import logging as transformers_logging
 
@@ -137,8 +135,7 @@ def _spread(sizes: Sizes) -> str:
 
 
 def _table(lines: dict[str, str]) -> Table:
-    columns = Column(width=NAME_WIDTH), Column()
-    table = Table(*columns, box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(Column(width=NAME_WIDTH), Column(), box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name, value in lines.items():
         table.add_row(plain(name), plain(value))
     return table

@@ -4,7 +4,7 @@ import textwrap
 from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from datasets_partition.sources.location import is_local, within
 from engine.messages.events import DriverLost, Evaluated, Event, Finished, Preparing, RoundDone, Sample, Started
@@ -110,11 +110,8 @@ class Screen:
         self.progress.stop()
         for number, sample in enumerate(event.samples, 1):
             self.console.print(_sample(number, sample))
-        table = Table(title="loss in nats per token", title_justify="left")
-        table.add_column("rows of")
-        for column in event.losses:
-            table.add_column(plain(column), justify="right")
-        table.add_column("change", justify="right")
+        columns = [Column(plain(name), justify="right") for name in (*event.losses, "change")]
+        table = Table("rows of", *columns, title="loss in nats per token", title_justify="left")
         for split, title in SPLITS.items():
             values = {column: losses.get(split) for column, losses in event.losses.items()}
             first, last = values.get("round 0"), values.get("end")
@@ -137,8 +134,7 @@ def _losses(losses: dict[str, float]) -> str:
 def _sample(number: int, sample: Sample) -> Table:
     """A prompt's signature, and below it what the author and the model wrote."""
     signature = next((line for line in sample.prompt.splitlines() if line.startswith(("def ", "class ", "async "))), "")
-    title = plain(f"sample {number}: {signature[:90]}")
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    table = Table(title=plain(f"sample {number}: {signature[:90]}"), title_justify="left", show_header=False, box=None)
     for name, text in (("author", sample.reference), ("before", sample.before), ("after", sample.after)):
         table.add_row(plain(name, "dim"), plain(textwrap.shorten(text, 200, placeholder=" ...")))
     return table

@@ -175,18 +175,16 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, writ
 
     The axis starts at 0 if `zero` is set, but is logarithmic if the largest value is more than 30 times the smallest.
     """
-    shown = [s for s in series if _finite(s.points)]
-    every = [p for s in shown for p in _finite(s.points)]
-    if not every:
+    shown = [(s, points) for s in series if (points := _finite(s.points))]
+    if not shown:
         return empty(title)
-    xs, ys = [x for x, _ in every], [y for _, y in every]
+    xs, ys = zip(*(point for _, points in shown for point in points), strict=True)
     log = zero and min(ys) > 1e-300 and max(ys) > 30 * min(ys)
     x = _linear(min(xs), max(xs), LEFT, WIDTH - RIGHT, number, whole=True)
     scale, low = (_log, min(ys)) if log else (_linear, min(0.0, *ys) if zero else min(ys))
     y = scale(low, max(ys), HEIGHT - BOTTOM, TOP, write)
     body, alt = _axes(x, y, x_label, y_label), []
-    for line in shown:
-        points = _finite(line.points)
+    for line, points in shown:
         alt.append(f"{line.label}: {write(points[0][1])}")
         if line.level:
             points = [(x.low, points[0][1]), (x.high, points[0][1])]
@@ -199,36 +197,31 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, writ
             for a, b in pixels:
                 body += _svg('<circle class="f c{}" cx="{}" cy="{}" r="2.6"/>', line.color, a, b)
     note = f"{note} Logarithmic scale.".lstrip() if log else note
-    return _figure(title, body, f"{title}. {'; '.join(alt)}.", shown, note=note)
+    return _figure(title, body, f"{title}. {'; '.join(alt)}.", [s for s, _ in shown], note=note)
 
 
-def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str, write: Format = number,
-            note: str = "") -> Markup:  # fmt: skip
+def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str) -> Markup:
     """Stacked bars over rounds; of many rounds, a bar is the mean of several neighbors."""
-    values: dict[float, list[float]] = {}
-    for i, layer in enumerate(series):
-        for a, b in _finite(layer.points):
-            values.setdefault(a, [0.0] * len(series))[i] = max(b, 0.0)
-    if not values:
+    shown = [(s, dict(points)) for s in series if (points := _finite(s.points))]
+    if not shown:
         return empty(title)
-    rounds = sorted(values)
+    rounds = sorted(set[float]().union(*(values for _, values in shown)))
     group = math.ceil(len(rounds) / MAX_BARS)
     x = _linear(min(rounds), max(rounds), LEFT + 10, WIDTH - RIGHT - 10, number, whole=True)
     groups = [rounds[i : i + group] for i in range(0, len(rounds), group)]
-    bars = [(sum(part) / len(part), np.mean([values[r] for r in part], axis=0).tolist()) for part in groups]
-    y = _linear(0.0, max(sum(layers) for _, layers in bars), HEIGHT - BOTTOM, TOP, write)
+    means = [[sum(max(values.get(r, 0.0), 0.0) for r in part) / len(part) for _, values in shown] for part in groups]
+    y = _linear(0.0, max(map(sum, means)), HEIGHT - BOTTOM, TOP, number)
     wide = round(min(20.0, 0.74 * group * (x.end - x.start) / (x.high - x.low)), 1)
     body = _axes(x, y, x_label, y_label)
-    for at, layers in bars:
-        below = 0.0
-        for layer, value in zip(series, layers, strict=True):
+    for part, heights in zip(groups, means, strict=True):
+        at, below = sum(part) / len(part), 0.0
+        for (layer, _), value in zip(shown, heights, strict=True):
             top, bottom = y.at(below + value), y.at(below)
             below += value
             if bottom > top:
                 body += _bar(layer.color, x.at(at) - wide / 2, top, wide, bottom - top)
-    shown = [(s, [b for _, b in _finite(s.points)]) for s in series if _finite(s.points)]
-    alt = "; ".join(f"{s.label}: {write(sum(v) / len(v))} on average" for s, v in shown)
-    note = f"{note} A bar is the mean of {group} rounds.".lstrip() if group > 1 else note
+    alt = "; ".join(f"{s.label}: {number(sum(v.values()) / len(v))} on average" for s, v in shown)
+    note = f"A bar is the mean of {group} rounds." if group > 1 else ""
     return _figure(title, body, f"{title}. {alt}.", [s for s, _ in shown], bars=True, note=note)
 
 

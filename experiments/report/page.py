@@ -153,8 +153,7 @@ def _charts(run: Run) -> dict[str, Markup]:
     def engine(label: str, name: str, color: int, dash: str = "") -> Series:
         return Series(label, run.points("engine", name), color, dash)
 
-    rows = run.rows["value"].to_numpy()
-    rows = rows[rows > 0]
+    rows = run.rows.filter(pc.field("value") > 0)["value"].to_numpy()
     note = _hidden(run)
     if len(rows):
         note = f"{len(rows):,} clients trained, with a median of {number(float(np.median(rows)))} rows."

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from datasets_partition.store.stats import Categories, Sizes, Skew, TokenLengths
@@ -50,7 +50,6 @@ def _rows_per_client(rows: Sizes) -> bytes:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _by_size(left, rows, "rows")
     left.set_title("Rows per client")
-
     # The Lorenz curve; the Gini coefficient is the area between it and the diagonal over the area of the triangle.
     clients = len(rows.each)
     held = np.concatenate([[0], np.cumsum(np.sort(rows.each)[::-1])]) / rows.total
@@ -59,9 +58,9 @@ def _rows_per_client(rows: Sizes) -> bytes:
     right.plot(at / clients, held[at], color=BLUE, linewidth=1.8)
     right.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
     right.text(0.97, 0.04, f"Gini coefficient {rows.gini:.2f}\ndashed: all clients the same", ha="right", va="bottom")
-    right.set(xlim=(0, 1), ylim=(0, 1), xlabel="share of the clients, the largest first", ylabel="share of the rows")
+    right.set(title="What the largest clients hold", xlim=(0, 1), ylim=(0, 1))
+    right.set(xlabel="share of the clients, the largest first", ylabel="share of the rows")
     _write_ticks(right, _percent)
-    right.set_title("What the largest clients hold")
     return _png(figure)
 
 
@@ -79,8 +78,7 @@ def _by_size(axes: Axes, sizes: Sizes, what: str) -> None:
     # A client may have no tokens at all, which a logarithmic axis cannot show.
     least = int(sizes.each[sizes.each > 0].min(initial=max(1, sizes.most)))
     if sizes.most > SKEWED * least:
-        axes.set_yscale("log")
-        axes.set_ylim(0.8 * least, 3 * sizes.most)
+        axes.set(yscale="log", ylim=(0.8 * least, 3 * sizes.most))
     else:
         axes.set_ylim(0, 1.18 * max(1, sizes.most))  # room for the legend
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
@@ -141,17 +139,17 @@ def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str])
     axes.set_yticks(np.arange(len(labels)), labels, fontsize=8, parse_math=False)
     axes.set_xticks(np.arange(len(columns)), columns, fontsize=8, rotation=90, parse_math=False)
     axes.set(xlabel="category, the most frequent first", ylabel="client (its rows)")
-    few = len(drawn) < len(by_size)
-    which = f"{len(drawn)} of {len(by_size):,} clients, evenly spaced by size" if few else "every client"
+    spaced = f"{len(drawn)} of {len(by_size):,} clients, evenly spaced by size"
+    which = spaced if len(drawn) < len(by_size) else "every client"
     axes.set_title(f"Categories of {which}\nlabel divergence {categories.divergence:.2f}", fontsize=11)
     bar = figure.colorbar(image, ax=axes, label="share of the client's rows", shrink=min(1.0, 12 / len(shares)))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(_percent))
+    bar.ax.yaxis.set_major_formatter(_percent)
     return _png(figure)
 
 
-def _write_ticks(axes: Axes, write: Callable[[float], str]) -> None:
+def _write_ticks(axes: Axes, write: Callable[[float, object], str]) -> None:
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+        axis.set_major_formatter(write)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -161,8 +159,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _short(name: str) -> str:
     """A line that fits beside the heat map; of a long name the beginning and the end."""
-    line = inert(name)
-    half = MOST_LETTERS // 2
+    line, half = inert(name), MOST_LETTERS // 2
     return line if len(line) <= MOST_LETTERS else f"{line[:half]}…{line[-half + 1 :]}"
 
 
@@ -186,7 +183,6 @@ def _percent(value: float, _: object = None) -> str:
 def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        # Characters that the font lacks are drawn as boxes.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # such characters are drawn as boxes
         figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
     return file.getvalue()

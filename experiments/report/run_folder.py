@@ -1,7 +1,6 @@
 """Reads what a report needs from a run folder, which may be foreign: only TOML, JSON and Parquet, no code."""
 
 import json
-import os
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from datasets_partition.sources.location import first_line
 from engine.messages.errors import RunError
 from engine.messages.events import DROPOUT
 from engine.records.metrics import FAULTS, LEDGER, METRICS, round_files
@@ -20,7 +20,6 @@ from experiments.report import charts
 MAX_LISTED = 40  # faults, and other things that a table of the page lists
 MANY = 200_000  # rows of single clients that are kept before they are merged
 OF_CLIENTS = pa.schema([("client", pa.string()), ("value", pa.float64())])
-UNUSED = {"wall_s", "mode"}  # columns that a report does not need
 
 
 @dataclass
@@ -83,29 +82,24 @@ def read_run(folder: Path) -> Run:
 
 def refuse_ways_out(folder: Path) -> None:
     """Raises RunError if a run folder holds a link that leads out of it, or something like a pipe."""
-    inside = folder.resolve()
-    for here, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = os.path.join(here, name)
-            if os.path.islink(path) and not Path(path).resolve().is_relative_to(inside):
-                raise RunError(f"{path} is a link that leads out of the run folder: replace it by its target")
-        for path in (os.path.join(here, name) for name in files):
-            if not os.path.isfile(path):
-                raise RunError(f"{path} is neither a file nor a folder: remove it")
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise RunError(f"{path} is a link that leads out of the run folder: replace it by its target")
+        if not (path.is_file() or path.is_dir()):
+            raise RunError(f"{path} is neither a file nor a folder: remove it")
 
 
 def _tables(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     """Yields the tables of a log, one round after another; RunError if a file is damaged."""
-    columns = [column for column in schema if column.name not in UNUSED]
-    names = [column.name for column in columns]
+    columns = pa.schema([column for column in schema if column.name not in ("wall_s", "mode")])
     for file in round_files(folder):
         try:
-            table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=names)
+            table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=columns.names)
             table.validate(full=True)  # for example that text is UTF-8
-            yield table.select(names).cast(pa.schema(columns))
+            yield table.select(columns.names).cast(columns)
         except (pa.ArrowException, OSError, KeyError) as error:
-            first = (str(error).splitlines() or ["no reason given"])[0]
-            raise RunError(f"{file} cannot be read, it may be truncated or not be a file of a run: {first}") from error
+            what = f"{file} cannot be read, it may be truncated or not be a file of a run"
+            raise RunError(f"{what}: {first_line(error)}") from error
 
 
 def _json(file: Path) -> dict[str, str]:
