@@ -47,10 +47,7 @@ P = ParamSpec("P")
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """The command, with errors turned into a message on stderr and an exit code; `debug` adds the traceback.
-
-    2 stands for what the user can fix, 1 for a bug of ours, 130 for Ctrl-C.
-    """
+    """The command with errors as messages and exit codes: 2 if the user can fix it, 1 for a bug, 130 for Ctrl-C."""
 
     @wraps(command)
     def run(*arguments: P.args, **options: P.kwargs) -> None:

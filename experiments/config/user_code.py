@@ -27,10 +27,7 @@ MODULES: dict[str, str] = {}  # the user's modules that this process has importe
 
 
 def take_out(tree: dict[str, Any]) -> dict[Place, Any]:
-    """Replaces the user's classes in a recipe's tree by shipped kinds; returns the objects that they stand for.
-
-    Raises RunError if a module or class cannot be imported or does not take the keys.
-    """
+    """Replaces the user's classes in a recipe's tree by shipped kinds, returns their objects; RunError on a fault."""
     objects: dict[Place, Any] = {}
     for root, (methods, stand_in) in PLACES.items():
         above: Any = tree
@@ -117,10 +114,7 @@ def imported(place: str, kind: str, *methods: str) -> Any:
 
 
 def line_at_fault(traceback: str) -> str | None:
-    """The last line of a user's module that a traceback's text passes through, in words; None if there is none.
-
-    Text, since a traceback from another process comes as text.
-    """
+    """The last line of a user's module in a traceback (text, as other processes send it), in words; None if none."""
     for file, line, function in reversed(re.findall(r'File "(.+?)", line (\d+), in (\S+)', traceback)):
         if file in MODULES:
             return f"your module {MODULES[file]}: {function}, line {line} of {file}"

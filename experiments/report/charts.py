@@ -1,7 +1,4 @@
-"""Charts as inline SVG: text stays text, and the style sheet of the page has the colors for light, dark and print.
-
-Each function returns a `<figure>` as Markup; whatever comes from a run goes through `Markup.format`, which escapes it.
-"""
+"""Charts as SVG in a `<figure>`: `Markup.format` escapes a run's texts, and the page's style sheet has the colors."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -236,10 +233,7 @@ def empty(title: str, note: str = "") -> Markup:
 
 
 def pairs(title: str, clients: pa.Table, x_label: str, y_label: str, note: str) -> Markup:
-    """A mark for each client and the line of no change; clients that got worse are triangles.
-
-    `clients` has columns client, before, after, and is sorted by the change.
-    """
+    """A mark for each client (client, before, after; sorted by the change), a triangle for those that got worse."""
     values = np.concatenate([clients["before"].to_numpy(), clients["after"].to_numpy()])
     low, high = float(values.min()), float(values.max())
     x = _linear(low, high, LEFT, WIDTH - RIGHT, number)

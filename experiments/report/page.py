@@ -51,10 +51,7 @@ JUDGED_BY = ("seed", "model.base", "train.max_length", "evaluate.rows", "evaluat
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> Path:
-    """Writes the page about one run, or about several side by side, to `out`, completely or not at all.
-
-    Raises RunError if a folder is not a run, a file of it cannot be read, or `out` is a folder.
-    """
+    """Writes the page about one run, or about several side by side, to `out`; RunError if one cannot be read."""
     if not run_folders:
         raise RunError("a report needs at least one run folder")
     if out.is_dir():

@@ -1,7 +1,4 @@
-"""Pictures of a store's skew as PNG files: rows per client, categories of clients, lengths in tokens.
-
-Figures avoid pyplot, whose state is global. Color-blind readers can distinguish the colors (Okabe and Ito).
-"""
+"""Pictures of a store's skew as PNG files, drawn without pyplot, whose state is global."""
 
 import io
 import warnings
@@ -20,7 +17,7 @@ from datasets_partition.store.stats import Categories, Sizes, Skew, TokenLengths
 from experiments.report.charts import spread
 from experiments.report.terminal import inert
 
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"  # color-blind readers can distinguish them (Okabe and Ito)
 MOST_BARS, MOST_POINTS = 60, 2000  # clients with a bar each; points of the outline that replaces more bars
 MOST_CLIENTS, MOST_CATEGORIES = 60, 30  # rows and columns of the heat map
 MOST_LETTERS = 28

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from experiments.config.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -151,10 +150,7 @@ def shared_store(recipe: Recipe, store: Path) -> str | None:
 
 
 def settle_ray(address: str | None) -> None:
-    """Sets what Ray reads from the environment, part of it as soon as it is imported: so call this before that.
-
-    A Ray that is to be started here, without an `address`, stays on loopback and asks for a token.
-    """
+    """Sets what Ray reads from the environment when it is imported; without `address`, it keeps Ray on loopback."""
     # Unused objects leave the store at once and not once a second: a round may be shorter than that.
     names = ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_free_objects_period_milliseconds")
     settings = dict.fromkeys(names, "0")
@@ -230,7 +226,7 @@ def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
 
     from experiments.runs.digests import digests
 
-    versions = {name: version(name) for name in PACKAGES}
+    versions = {name: version(name) for name in ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow")}
     try:
         versions["fedpost"] = version("fedpost")
     except PackageNotFoundError:

@@ -30,10 +30,7 @@ AHEAD = 2
 
 
 def working_folder(out: Path | str | None, resume: bool) -> tuple[Path | None, Callable[[], None]]:
-    """The local folder that a run works in, and a function that copies it to `out` if that is a URI.
-
-    Raises RunError if the URI cannot be read, holds a run that must not be overwritten, or has no run to resume.
-    """
+    """The local folder that a run works in, and a function that copies it to `out` if that is a URI."""
     if not isinstance(out, str) or is_local(out):
         return None if out is None else Path(out), lambda: None
     mirror = Mirror(out, resume)
@@ -41,16 +38,13 @@ def working_folder(out: Path | str | None, resume: bool) -> tuple[Path | None, C
 
 
 class Mirror:
-    """Keeps the folder at a URI a copy of `folder`, in any state that this is in.
-
-    `folder` is empty at the start, or has the complete files of the run to resume.
-    """
+    """Keeps the folder at a URI a copy of `folder`, which at first is empty or has all files of the run to resume."""
 
     def __init__(self, location: str, resume: bool) -> None:
+        """Raises RunError if the URI cannot be read, holds a run that must stay, or has none to resume."""
         self.location = location
         self.system, self.path = located(location)
-        name = f"{PurePosixPath(self.path).name}-{sha256(location.encode()).hexdigest()[:12]}"
-        home = node_cache() / "runs" / name
+        home = node_cache() / "runs" / f"{PurePosixPath(self.path).name}-{sha256(location.encode()).hexdigest()[:12]}"
         self.folder = home / "run"
         home.mkdir(parents=True, exist_ok=True)
         self.lock = locked(home, location)  # first, since another command may be working in the folder

@@ -77,10 +77,7 @@ def mark_finished(folder: Path, rounds: int) -> None:
 
 
 def finished_rounds(folder: Path) -> int | None:
-    """The rounds after which a run has finished; None if it has not, or the file is damaged.
-
-    It may have gone on since: it has finished only if these are the rounds of its recipe.
-    """
+    """The rounds after which a run has finished, perhaps to go on with a recipe of more; None if it never has."""
     rounds = _facts(folder / FINISHED).get("rounds")
     return rounds if isinstance(rounds, int) else None
 

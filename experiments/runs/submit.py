@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 RESERVED = ("working_dir", "py_modules")  # the keys of a runtime environment that submitting sets
 TOKENS, TOKEN_FILE = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}, Path("~/.ray/auth_token")
-TAIL = 10  # lines
 PATIENCE_S = 60
 STOP_WAIT_S = 60  # after which Ray kills a job that it has asked to end
 Answer = TypeVar("Answer")
@@ -69,7 +68,7 @@ def submit(
 def show_status(job: str, address: str) -> None:
     """Prints a job's state and the end of its log; RunError if there is no such job."""
     client = job_client(address)
-    lines = _ask(client.get_job_logs, job).splitlines()[-TAIL:]
+    lines = _ask(client.get_job_logs, job).splitlines()[-10:]
     say("\n  ".join([f"{job}: {_state(_ask(client.get_job_info, job))}", *lines]))
 
 
@@ -224,10 +223,7 @@ def _state(info: "JobDetails") -> str:
 
 @contextmanager
 def _stopped_with_us(job: str, address: str) -> Iterator[None]:
-    """Stops the job if this process ends before the block does, also by SIGKILL or a closed terminal.
-
-    A separate process waits for a line from this one; if this one dies, the input ends without a line.
-    """
+    """Stops the job if this process dies in the block, even by SIGKILL: a guard waits for a line or the input's end."""
     ending = [sys.executable, "-m", "experiments", "stop", job, "--address", address]
     guard = subprocess.Popen(
         ["sh", "-c", 'read _ || exec "$@"', "sh", *ending], stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True
