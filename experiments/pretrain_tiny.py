@@ -92,7 +92,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     tokenizer.decoder = decoders.ByteLevel()
-    signs = {"special_tokens": [END, PAD], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    signs: dict[str, Any] = {"special_tokens": [END, PAD], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=4096, show_progress=False, **signs))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=512)
 

@@ -53,8 +53,7 @@ def show_check(named: str) -> bool:
         if len(skipped) == len(listed):
             screen.print(plain(f"-       {name} (does not apply: {skipped[0]})", "dim"))
             continue
-        mark = plain("failed ", "red") if failures else plain("ok     ", "green")
-        screen.print(mark, plain(name))
+        screen.print(plain("failed ", "red") if failures else plain("ok     ", "green"), plain(name))
         for line in [line for failure in failures for line in failure.split("\n")]:
             screen.print(plain(f"        {line}"))
     kept = f"{broken} of {len(CHECKS)} promises are broken" if broken else "the contract is kept"

@@ -23,7 +23,6 @@ from experiments.config.recipe import Recipe, located
 from experiments.report.terminal import console, plain
 from experiments.runs.api import build_store, shared_store
 
-LARGEST = 3  # how many clients are named
 NAME_WIDTH = 19  # of the table's first column, so that its parts are aligned
 DIGITS = str.maketrans("", "", "0123456789,")
 
@@ -84,8 +83,13 @@ def _lengths(recipe: Recipe, store: Store, shared: str | None, on_rows: OnRows) 
 
 def _rows(store: Store, skew: Skew, clients: int | None) -> dict[str, str]:
     """The lines about rows; `clients` is how many clients the partition should make, if it says so."""
-    largest = np.argsort(-skew.rows.each, kind="stable")[:LARGEST].tolist()
+    largest = np.argsort(-skew.rows.each, kind="stable")[:3].tolist()
     server = f", and {skew.server_rows:,} of the server" if skew.server_rows else ""
+    gone = f", and {skew.duplicate_clients:,} clients with them" if skew.duplicate_clients else ""
+    label = "none: the partition goes by no label or topic, and data.label names no column"
+    if skew.categories is not None:
+        label = f"{skew.categories.divergence:.2f} over {len(skew.categories.names):,} categories (0: each client has "
+        label += "the overall mixture, 1: nothing in common)"
     lines = {
         "clients": f"{store.num_clients:,} ({skew.training_clients:,} train, {skew.unseen_clients:,} unseen)",
         "rows": f"{skew.rows.total:,} ({skew.train_rows:,} to train on, {skew.heldout_rows:,} held out, "
@@ -93,13 +97,9 @@ def _rows(store: Store, skew: Skew, clients: int | None) -> dict[str, str]:
         "rows of a client": _spread(skew.rows),
         "largest": ", ".join(f"{store.name(client)} ({skew.rows.each[client]:,})" for client in largest),
         "Gini coefficient": f"{skew.rows.gini:.2f} (0: all clients have the same, 1: one client has all)",
+        "label divergence": label,
+        "duplicates removed": f"{skew.duplicate_rows:,} rows{gone}",
     }
-    label = "none: the partition goes by no label or topic, and data.label names no column"
-    if skew.categories is not None:
-        label = f"{skew.categories.divergence:.2f} over {len(skew.categories.names):,} categories (0: each client has "
-        label += "the overall mixture, 1: nothing in common)"
-    gone = f", and {skew.duplicate_clients:,} clients with them" if skew.duplicate_clients else ""
-    lines |= {"label divergence": label, "duplicates removed": f"{skew.duplicate_rows:,} rows{gone}"}
     if skew.skipped_rows:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skew.skipped_rows.items())
         lines["skipped"] = f"{sum(skew.skipped_rows.values()):,} rows of the source ({reasons})"

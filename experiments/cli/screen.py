@@ -11,7 +11,6 @@ from engine.messages.events import DriverLost, Evaluated, Event, Finished, Prepa
 from experiments.report.terminal import console, inert, plain
 
 SPLITS = {"heldout": "held-out rows", "unseen": "unseen clients", "server": "the server's rows"}
-FEW = 5
 
 
 class Screen:
@@ -99,7 +98,7 @@ class Screen:
         for client, why in event.gone.items():
             reasons.setdefault(why.partition(":")[0], []).append(client)
         for why, clients in reasons.items():
-            few = ", ".join(map(repr, clients[:FEW])) + ", ..." * (len(clients) > FEW)
+            few = ", ".join(map(repr, clients[:5])) + ", ..." * (len(clients) > 5)
             self._line(f"  {len(clients):,} client{'s' * (len(clients) > 1)} {why}: {few}", "dim")
         if event.round == self.rounds:
             if event.epsilon is not None:

@@ -89,7 +89,7 @@ def parse_recipe(text: str, changes: list[str] | None = None, origin: str = "the
         tree = tomllib.loads(text)
     except RecursionError:
         raise RunError(f"{origin} is nested too deeply to be a recipe") from None
-    except ValueError as error:  # not valid, or a number of more digits than Python reads
+    except ValueError as error:  # also a number of more digits than Python reads
         raise RunError(f"{origin} is not valid TOML: {error}") from error
     for change in changes or []:
         _change(tree, change)
@@ -97,7 +97,7 @@ def parse_recipe(text: str, changes: list[str] | None = None, origin: str = "the
         if isinstance(tree.get("cohort"), dict):
             tree["cohort"].setdefault("kind", "uniform")
         for path in BY_KIND:
-            _expand(tree, path)
+            _expand(tree, *path)
         objects = take_out(tree)
         # Through JSON: only there does strict mode take tables for dataclasses and arrays for tuples.
         recipe = _ADAPTER.validate_json(json.dumps(tree, default=_no_date), strict=True, extra="forbid")
@@ -159,18 +159,15 @@ def _no_date(value: object) -> object:
     raise RunError(f"a recipe has no dates or times, but this holds {value}: put it in quotes if it is text")
 
 
-def _expand(tree: dict[str, Any], path: tuple[str, ...]) -> None:
-    for part in path[:-1]:
-        below = tree.get(part)
-        if not isinstance(below, dict):
-            return
-        tree = below
-    section = tree.get(path[-1])
-    if isinstance(section, str):
-        tree[path[-1]] = {"kind": section}
+def _expand(tree: Any, part: str, *below: str) -> None:
+    section = tree.get(part) if isinstance(tree, dict) else None
+    if below:
+        _expand(section, *below)
+    elif isinstance(section, str):
+        tree[part] = {"kind": section}
     elif isinstance(section, dict) and section.get("kind") == "combined":
-        for part in COMBINED:
-            _expand(section, (part,))
+        for held in COMBINED:
+            _expand(section, held)
 
 
 def _sentences(faults: list[Any]) -> list[str]:

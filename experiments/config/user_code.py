@@ -52,8 +52,7 @@ def put_back(tree: dict[str, Any], recipe: Any) -> None:
         section, kind = tree, type(value)
         for part in above:
             section = section[part]
-        keys = {name: value for name, value in section[key].items() if name != "kind"}
-        section[key] = {"kind": f"{kind.__module__}:{kind.__name__}", **keys}
+        section[key] = {"kind": None} | section[key] | {"kind": f"{kind.__module__}:{kind.__name__}"}  # the kind first
 
 
 def user_parts(recipe: Any) -> dict[Place, Any]:

@@ -93,9 +93,7 @@ def _linear(low: float, high: float, start: float, end: float, write: Format, wh
         low, high = (0.0, 2 * pad) if low == 0 else (low - pad, high + pad)
     raw = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
-    if whole:
-        step = max(1.0, step)
+    step = max(1.0 if whole else 0.0, next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     places = max(0, -math.floor(math.log10(step) + 1e-9))
 

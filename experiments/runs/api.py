@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from experiments.config.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
 
     from experiments.runs.digests import digests
 
-    versions = {name: version(name) for name in ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow")}
+    versions = {name: version(name) for name in PACKAGES}
     try:
         versions["fedpost"] = version("fedpost")
     except PackageNotFoundError:

@@ -147,9 +147,10 @@ def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple
 
 
 def _facts(file: Path) -> dict[str, Any]:
-    """The values of a JSON file by their dotted keys; none if it is missing, damaged, or no object."""
+    """The values of a JSON or TOML file by their dotted keys; none if it is missing, damaged, or no object."""
+    read = tomllib.loads if file.suffix == ".toml" else json.loads
     try:
-        return leaves(json.loads(file.read_text(encoding="utf-8")))
+        return leaves(read(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, AttributeError):
         return {}
 
@@ -158,13 +159,8 @@ def _had_sums(run: Path) -> bool:
     """Whether a run's server has had sums of clients: unmasked ones, or without secure aggregation those of rounds."""
     if any(run.glob(f"{JOURNAL}/*.json")):
         return True
-    if not any(run.glob("checkpoints/[0-9]*")):
-        return False
-    try:
-        recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
-        return bool(recipe.get("privacy", {}).get("secagg", {}).get("mode", "off") == "off")
-    except (OSError, ValueError, AttributeError):  # a foreign or damaged folder
-        return False
+    recipe = _facts(run / "recipe.toml")
+    return bool(recipe) and any(run.glob("checkpoints/[0-9]*")) and recipe.get("privacy.secagg.mode", "off") == "off"
 
 
 def _begun_with(file: Path, recipe: Recipe) -> Recipe:
