@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from datasets_partition.sources.python_docs import PythonDocs, documented
@@ -111,13 +112,9 @@ def train(model: LlamaForCausalLM, data_NT: np.ndarray, out: Path) -> dict[str, 
     steps = min(TOKENS // (B * T), len(data_NT) // B)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=ADAM_LR, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
-    ]
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / WARMUP, 1 - s / steps)) for o in optimizers
-    ]
+    muon = torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, lr=ADAM_LR, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
+    schedules = [LambdaLR(each, lambda s: min((s + 1) / WARMUP, 1 - s / steps)) for each in (muon, adam)]
     compiled: Any = torch.compile(model)
 
     def loss_of(window_BT: torch.Tensor) -> torch.Tensor:
@@ -128,7 +125,7 @@ def train(model: LlamaForCausalLM, data_NT: np.ndarray, out: Path) -> dict[str, 
     for step in range(steps):
         loss = loss_of(torch.from_numpy(data_NT[step * B : (step + 1) * B]))
         loss.backward()
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        for optimizer, schedule in zip((muon, adam), schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

@@ -36,7 +36,6 @@ def show_partition(recipe: Recipe) -> None:
         skew = Skew.of(store)
     screen.print(plain(store.folder, "bold"), soft_wrap=True)
     screen.print(_table(_rows(store, skew, vars(recipe.data.partition).get("clients"))))
-
     rows, shared = skew.rows.total + skew.server_rows, shared_store(recipe, store.folder)
     with _steps(screen) as show:  # in a table of its own, since tokenizing many rows takes long
         step = "tokenizing rows (once: runs of this recipe reuse them)"
@@ -45,7 +44,6 @@ def show_partition(recipe: Recipe) -> None:
     max_length = recipe.train.max_length
     lines = {"tokens": f"not counted: {tokens}"} if isinstance(tokens, str) else _tokens(tokens[1], max_length)
     screen.print(_table(lines))
-
     with _steps(screen) as show:
         show("drawing pictures")
         # Imported here, since the first import of matplotlib on a machine takes long.

@@ -62,10 +62,8 @@ class Screen:
         self.started = True
         slots = f"{event.slots} slots" if event.slots > 1 else "1 slot"
         fewer = f" ({event.asked} were asked for, no more fit)" if event.asked not in ("auto", event.slots) else ""
-        self._line(
-            f"{event.training} training clients and {event.unseen} unseen ones on {slots}{fewer}; "
-            f"{event.parameters:,} trained parameters on a shared base of {event.base_bytes / 1e6:.1f} MB"
-        )
+        model = f"{event.parameters:,} trained parameters on a shared base of {event.base_bytes / 1e6:.1f} MB"
+        self._line(f"{event.training} training clients and {event.unseen} unseen ones on {slots}{fewer}; {model}")
         if event.lanes > 1:
             self._line(f"clients train in {event.lanes} lanes of each slot")
         if event.dropped_rows:
@@ -83,10 +81,8 @@ class Screen:
         self.progress.update(self.task, description="round", completed=event.round)
         loss = f"train loss {event.loss:.3f}" if event.clients else "nobody trained  "
         dropped = f" ({len(event.gone)} dropped out)" if event.gone else ""
-        self._line(
-            f"round {event.round:>3}/{self.rounds}  {loss}  {event.clients} clients{dropped}  "
-            f"{event.seconds:5.1f} s  {event.tokens_per_s:,.0f} tokens/s"
-        )
+        speed = f"{event.seconds:5.1f} s  {event.tokens_per_s:,.0f} tokens/s"
+        self._line(f"round {event.round:>3}/{self.rounds}  {loss}  {event.clients} clients{dropped}  {speed}")
         if event.aborted is not None:
             self.say(f"  no sum, the model stays as it was: {event.aborted}")
         for fault in event.faults:

@@ -61,10 +61,8 @@ class Recipe(Federation):
         super().__post_init__()
         clients = vars(self.data.partition).get("clients")  # of kinds that make a given number
         if clients is not None and self.cohort.size is not None and self.cohort.size > clients:
-            raise RunError(
-                f"cohort.size is {self.cohort.size:g}, but the partition makes only {clients} clients: "
-                f"lower it, or raise data.partition.clients"
-            )
+            what = f"cohort.size is {self.cohort.size:g}, but the partition makes only {clients} clients"
+            raise RunError(f"{what}: lower it, or raise data.partition.clients")
 
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)

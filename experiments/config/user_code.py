@@ -76,11 +76,9 @@ def replaced(section: Any, place: Place, value: Any) -> Any:
 def _made(place: str, given: dict[str, Any], methods: Place) -> Any:
     kind = imported(f"{place}.kind", given["kind"], *methods)
     if missing := lacks(kind) if "apply" in methods else []:
-        raise RunError(
-            f"{place}.kind names {given['kind']!r}, which has no {', '.join(missing)}: extend "
-            f"strategies.core.base.Rule, which has a default for all but apply, and run `fedpost strategies --check "
-            f"{given['kind']}`"
-        )
+        what = f"{place}.kind names {given['kind']!r}, which has no {', '.join(missing)}"
+        remedy = "extend strategies.core.base.Rule, which has a default for all but apply"
+        raise RunError(f"{what}: {remedy}, and run `fedpost strategies --check {given['kind']}`")
     keys = {key: value for key, value in given.items() if key != "kind"}
     try:
         return TypeAdapter(kind).validate_json(json.dumps(keys), strict=True, extra="forbid")
@@ -99,10 +97,8 @@ def imported(place: str, kind: str, *methods: str) -> Any:
     try:
         module = importlib.import_module(name)
     except Exception as error:
-        raise RunError(
-            f"{place} names {kind!r}, but importing {name!r} fails ({type(error).__name__}: {error}): "
-            f"run from the folder that holds it, or fix it"
-        ) from error
+        what = f"{place} names {kind!r}, but importing {name!r} fails ({type(error).__name__}: {error})"
+        raise RunError(f"{what}: run from the folder that holds it, or fix it") from error
     if module.__file__ is not None and name.split(".")[0] not in SHIPPED:
         MODULES[module.__file__] = name
     member = vars(module).get(attribute)

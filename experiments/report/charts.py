@@ -46,8 +46,7 @@ class Axis:
     def at(self, value: float) -> float:
         """The pixel of a value; a logarithmic axis takes positive values only."""
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
-        share = (value - low) / (high - low)
-        return round(self.start + share * (self.end - self.start), 1)
+        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
 
 
 def number(value: float) -> str:
@@ -143,11 +142,8 @@ def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> Markup:
     return out + _svg('<text class="t m" x="{}" y="{}">{}</text>', middle, HEIGHT - 5, x_label)
 
 
-def _figure(title: str, body: Markup | None, alt: str, keys: Sequence[Series] = (), bars: bool = False,
-            note: str = "") -> Markup:  # fmt: skip
+def _figure(title: str, body: Markup, alt: str, note: str, keys: Sequence[Series] = (), bars: bool = False) -> Markup:
     out = _svg("<figure><figcaption>{}</figcaption>", title)
-    if body is None:
-        return out + _svg('<div class="empty"><p class="none">no data</p><p class="note">{}</p></div></figure>', note)
     legend, bar = Markup(""), Markup('<rect class="f" width="12" height="12" y="1" x="6"/>')
     for key in keys:
         mark = bar if bars else _svg('<path class="l" d="M0 7H24"{}/>', _dash(key))
@@ -192,7 +188,7 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, writ
             for a, b in pixels:
                 body += _svg('<circle class="f c{}" cx="{}" cy="{}" r="2.6"/>', line.color, a, b)
     note = f"{note} Logarithmic scale.".lstrip() if log else note
-    return _figure(title, body, f"{title}. {'; '.join(alt)}.", [s for s, _ in shown], note=note)
+    return _figure(title, body, f"{title}. {'; '.join(alt)}.", note, [s for s, _ in shown])
 
 
 def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str) -> Markup:
@@ -217,7 +213,7 @@ def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str) ->
                 body += _bar(layer.color, x.at(at) - wide / 2, top, wide, bottom - top)
     alt = "; ".join(f"{s.label}: {number(sum(v.values()) / len(v))} on average" for s, v in shown)
     note = f"A bar is the mean of {group} rounds." if group > 1 else ""
-    return _figure(title, body, f"{title}. {alt}.", [s for s, _ in shown], bars=True, note=note)
+    return _figure(title, body, f"{title}. {alt}.", note, [s for s, _ in shown], bars=True)
 
 
 def _bar(color: int, x: float, top: float, width: float, height: float) -> Markup:
@@ -227,7 +223,8 @@ def _bar(color: int, x: float, top: float, width: float, height: float) -> Marku
 
 def empty(title: str, note: str = "") -> Markup:
     """A chart without data."""
-    return _figure(title, None, "", note=note)
+    body = '<div class="empty"><p class="none">no data</p><p class="note">{}</p></div>'
+    return _svg("<figure><figcaption>{}</figcaption>" + body + "</figure>", title, note)
 
 
 def pairs(title: str, clients: pa.Table, x_label: str, y_label: str, note: str) -> Markup:
@@ -251,7 +248,7 @@ def pairs(title: str, clients: pa.Table, x_label: str, y_label: str, note: str) 
             body += _svg('<circle class="p c1" cx="{}" cy="{}" r="3">{}</circle>', a, b, tip)
     if len(clients) > MAX_POINTS:
         note += f" {MAX_POINTS:,} of {len(clients):,} clients are drawn, evenly over the change."
-    return _figure(title, body, f"{title}. {note}", note=note)
+    return _figure(title, body, f"{title}. {note}", note)
 
 
 def histogram(title: str, values: NDArray[np.float64], x_label: str, y_label: str, note: str) -> Markup:
@@ -270,4 +267,4 @@ def histogram(title: str, values: NDArray[np.float64], x_label: str, y_label: st
     for i, count in enumerate(counts):
         if count:
             body += _bar(1, x.start + i * step + 0.5, y.at(count), step - 1, y.start - y.at(count))
-    return _figure(title, body, f"{title}. {note}", note=note)
+    return _figure(title, body, f"{title}. {note}", note)

@@ -38,7 +38,6 @@ def draw_tokens(lengths: TokenLengths, max_length: int) -> dict[str, bytes]:
     left, right = figure.subplots(1, 2)
     _token_rows(left, lengths.rows, max_length)
     _by_size(right, lengths.clients, "tokens")
-    right.set_title("Tokens per client")
     return {"token_lengths.png": _png(figure)}
 
 
@@ -46,7 +45,6 @@ def _rows_per_client(rows: Sizes) -> bytes:
     figure = _figure(11, 4.5)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _by_size(left, rows, "rows")
-    left.set_title("Rows per client")
     # The Lorenz curve; the Gini coefficient is the area between it and the diagonal over the area of the triangle.
     clients = len(rows.each)
     held = np.concatenate([[0], np.cumsum(np.sort(rows.each)[::-1])]) / rows.total
@@ -80,7 +78,8 @@ def _by_size(axes: Axes, sizes: Sizes, what: str) -> None:
         axes.set_ylim(0, 1.18 * max(1, sizes.most))  # room for the legend
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     _write_ticks(axes, _number)
-    axes.set(xlim=(0.5, clients + 0.5), xlabel="clients, the largest first", ylabel=what)
+    axes.set(title=f"{what.capitalize()} per client", xlim=(0.5, clients + 0.5))
+    axes.set(xlabel="clients, the largest first", ylabel=what)
     axes.legend(loc="upper right", framealpha=1)
 
 

@@ -198,20 +198,16 @@ def _require_answer(address: str) -> None:
     import socket
 
     if address.startswith("ray://"):
-        raise RunError(
-            f"{address} is the address of a Ray client server, which streams no results: give HOST:PORT of the head "
-            f"(the port is 6379 by default), or submit the run as a Ray job"
-        )
+        remedy = "give HOST:PORT of the head (the port is 6379 by default), or submit the run as a Ray job"
+        raise RunError(f"{address} is the address of a Ray client server, which streams no results: {remedy}")
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return  # "auto" and the like: Ray knows where to look
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
-        raise RunError(
-            f"there is no Ray at {address} ({error}): start one with `ray start --head`, "
-            f"or leave --address out to run on this machine alone"
-        ) from error
+        remedy = "start one with `ray start --head`, or leave --address out to run on this machine alone"
+        raise RunError(f"there is no Ray at {address} ({error}): {remedy}") from error
 
 
 def shipped_code() -> dict[str, Any]:

@@ -73,11 +73,9 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
             # It is dead, or lost a slot while it started, or lost with a node what only its last checkpoint has.
             futile, why = futile + 1, last_line(cause)
             if futile > FUTILE:
-                raise RunError(
-                    f"the driver ended {futile} times without getting further ({why}): if memory ran out, lower "
-                    f"clients.slots or take a smaller model or cohort; then continue from the last checkpoint with "
-                    f"--resume"
-                ) from error
+                what = f"the driver ended {futile} times without getting further ({why})"
+                remedy = "if memory ran out, lower clients.slots or take a smaller model or cohort"
+                raise RunError(f"{what}: {remedy}; then continue from the last checkpoint with --resume") from error
             resume = plan.resume or any((plan.folder / "checkpoints").glob("[0-9]*"))
             plan = replace(plan, resume=resume, lost=(*plan.lost, Fault("driver", "the driver", why)))
             yield DriverLost(why)

@@ -70,10 +70,9 @@ class Mirror:
         # Checkpoints are listed first: the files that they depend on were there before them, and are listed too.
         here = _stamps(self.folder, CHECKPOINTS) | _stamps(self.folder, "", but=CHECKPOINTS)
         if RECIPE in self.copied and RECIPE not in here:
-            raise RunError(
-                f"{self.folder}, the local folder of the run, has been deleted: set TMPDIR to a folder that lasts as "
-                f"long as the run, and run again with --resume; what was copied to {self.location} is complete"
-            )
+            remedy = "set TMPDIR to a folder that lasts as long as the run, and run again with --resume"
+            what = f"{self.folder}, the local folder of the run, has been deleted: {remedy}"
+            raise RunError(f"{what}; what was copied to {self.location} is complete")
         changed = {name for name, stamp in here.items() if self.copied.get(name) != stamp}
         try:
             for seal in {_seal(name) for name in changed} & self.copied.keys() - {RECIPE}:
@@ -86,10 +85,8 @@ class Mirror:
             if not broken:
                 self._forget(self.copied.keys() - here.keys())
         except OSError as error:
-            raise RunError(
-                f"{self.location} cannot be written: {first_line(error)}; what was copied there before is complete: "
-                f"free space or allow writing, and run again with --resume"
-            ) from error
+            what = f"{self.location} cannot be written: {first_line(error)}; what was copied there before is complete"
+            raise RunError(f"{what}: free space or allow writing, and run again with --resume") from error
 
     def _copy(self, files: dict[str, Path], stamps: dict[str, tuple[int, int]]) -> None:
         for folder in sorted({PurePosixPath(self.path, name).parent for name in files}):

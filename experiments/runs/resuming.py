@@ -64,10 +64,8 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
     # Rounds depend on their total number by a schedule over rounds, or by noise that is calibrated for all of them.
     by_rounds = recipe.train.over_rounds.kind != "constant" or recipe.privacy.dp.kind != "none"
     if changed and (by_rounds or changed != {"rounds"}):
-        raise RunError(
-            f"{out} was begun with another recipe, which differs in {', '.join(sorted(changed))}: resume it with the "
-            f"recipe it was begun with ({old}), or choose another --out"
-        )
+        what = f"{out} was begun with another recipe, which differs in {', '.join(sorted(changed))}"
+        raise RunError(f"{what}: resume it with the recipe it was begun with ({old}), or choose another --out")
     return out, recipe
 
 
@@ -108,11 +106,11 @@ def continued(folder: Path, before: dict[str, Any], manifest: dict[str, Any], ac
         if key.startswith(("versions.", "digests.")) and now.get(key, value) != value
     ]
     if changed and not accept:
-        raise RunError(
-            f"{' and '.join(changed)} changed since the run in {folder} was begun: restore what it was begun with, "
-            f"choose another --out, or give --accept-changes to continue in spite of that, which the report will show "
-            f"(with model.revision set, a base from the hub never changes)"
+        remedy = (
+            "restore what it was begun with, choose another --out, or give --accept-changes to continue in spite of "
         )
+        remedy += "that, which the report will show (with model.revision set, a base from the hub never changes)"
+        raise RunError(f"{' and '.join(changed)} changed since the run in {folder} was begun: {remedy}")
     accepted = before.get("accepted_changes", [])
     accepted = [*(accepted if isinstance(accepted, list) else []), *changed]
     # Digests of earlier parts stay: a base from the hub has none until it is downloaded.
@@ -126,10 +124,8 @@ def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple
         return ()
     notes: tuple[str, ...] = ()
     if recipe.evaluate.without_privacy:
-        notes += (
-            "evaluate.without_privacy plays the same rounds again in the clear, and both together reveal what secure "
-            "aggregation hides (docs/privacy.md): use it for study only",
-        )
+        risk = "both together reveal what secure aggregation hides (docs/privacy.md): use it for study only"
+        notes += (f"evaluate.without_privacy plays the same rounds again in the clear, and {risk}",)
     same = manifest["seed"], manifest["data"]["key"]
     names = [
         file.parent.name
@@ -139,10 +135,8 @@ def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple
     ]
     if names:
         few = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-        notes += (
-            f"{few} had sums of the same clients with the same data and seed, and two sums that differ by one client "
-            f"may reveal its update (docs/privacy.md)",
-        )
+        risk = "two sums that differ by one client may reveal its update (docs/privacy.md)"
+        notes += (f"{few} had sums of the same clients with the same data and seed, and {risk}",)
     return notes
 
 
@@ -171,10 +165,8 @@ def _begun_with(file: Path, recipe: Recipe) -> Recipe:
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file} is not the recipe of a run ({error}): choose another --out") from error
     if named:
-        raise RunError(
-            f"{file} names code that the recipe to resume with does not ({', '.join(sorted(named))}): "
-            f"resume it with the recipe it was begun with, or choose another --out"
-        )
+        what = f"{file} names code that the recipe to resume with does not ({', '.join(sorted(named))})"
+        raise RunError(f"{what}: resume it with the recipe it was begun with, or choose another --out")
     return parse_recipe(text, origin=str(file))
 
 
@@ -194,9 +186,8 @@ class Lock:
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(
-                f"another command on this machine is working on {location}: wait for its end, or choose another --out"
-            ) from None
+            what = f"another command on this machine is working on {location}"
+            raise RunError(f"{what}: wait for its end, or choose another --out") from None
         except OSError:
             pass  # some network file systems cannot lock folders
 
