@@ -39,15 +39,12 @@ GONE = {
 
 @dataclass(frozen=True)
 class Data:
-    """Where rows come from, which client has which, which are held back from training, and the folder of stores.
-
-    `label` names a column whose values are counted for each client; by default it is what the partition goes by.
-    """
+    """Where rows come from, which client has which, which are held back from training, and the folder of stores."""
 
     source: Annotated[Sources, Field(discriminator="kind")]
     partition: Annotated[Partitioners, Field(discriminator="kind")] = field(default_factory=Natural)
     splits: Splits = field(default_factory=Splits)
-    label: str | None = None
+    label: str | None = None  # the column whose values are counted for each client; None: what the partition goes by
     cache: str = "runs/stores"
 
 

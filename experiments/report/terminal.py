@@ -1,7 +1,6 @@
-"""What the commands write to a terminal: all text is shown as text, wherever it comes from.
+"""What the commands write to a terminal: all text is shown as text, also names, rows, generations and errors.
 
-Names, rows, generations and errors come from outside. Rich would take part of them for markup, and the terminal for
-commands: to clear the screen, to fill the clipboard, to write from right to left.
+Rich would take part of it for markup, and the terminal for commands, such as to clear the screen or fill the clipboard.
 """
 
 import sys

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
@@ -16,8 +15,7 @@ from pyarrow import fs
 from datasets_partition.sources.location import first_line, is_local, located, node_cache
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
-from experiments.report.run_folder import leaves
-from experiments.runs.resuming import FINISHED, locked
+from experiments.runs.resuming import FINISHED, facts_of, locked
 
 # The seals, which make other files count: a checkpoint's facts, a run's recipe, that a run has finished. They are
 # copied after all others, in this order, and removed before all others, so that the copy can always be resumed.
@@ -127,7 +125,7 @@ def _charge_uncopied(folder: Path) -> None:
     """Adds to a run's privacy account the rounds that it may lack, if resuming would draw fresh noise for them."""
     account, charged = folder / ACCOUNT, dict[str, Any](rounds=0, statement="")
     try:
-        keys = leaves(tomllib.loads((folder / RECIPE).read_text(encoding="utf-8")))
+        keys = facts_of(folder / RECIPE)
         if keys.get("privacy.secagg.mode") != "full" or keys.get("privacy.dp.kind", "none") == "none":
             return
         if account.exists():

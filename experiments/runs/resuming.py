@@ -76,7 +76,7 @@ def mark_finished(folder: Path, rounds: int) -> None:
 
 def finished_rounds(folder: Path) -> int | None:
     """The rounds after which a run has finished, perhaps to go on with a recipe of more; None if it never has."""
-    rounds = _facts(folder / FINISHED).get("rounds")
+    rounds = facts_of(folder / FINISHED).get("rounds")
     return rounds if isinstance(rounds, int) else None
 
 
@@ -85,36 +85,31 @@ def earlier_parts(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
     if not file.exists() and not any((folder / "checkpoints").glob("[0-9]*")):
         return {}
-    facts = _facts(file)
+    facts = facts_of(file)
     if "data.key" not in facts:
         raise RunError(f"{file} is not the manifest of a run: choose another --out")
     return facts
 
 
 def continued(folder: Path, before: dict[str, Any], manifest: dict[str, Any], accept: bool) -> dict[str, Any]:
-    """The manifest of a run that continues, with what its earlier parts left in it, `before` by dotted keys.
+    """The manifest of a run that continues the manifest `before` (by dotted keys); it lists accepted changes.
 
-    Raises RunError if the rows have changed, or, unless the caller accepts that, versions, the base, code, or the
-    trace. The manifest lists accepted changes.
+    Raises RunError if the rows have changed, or, unless `accept` is set, versions, the base, code, or the trace.
     """
     now = leaves(manifest)
     if before.get("data.key", now["data.key"]) != now["data.key"]:
         raise RunError(f"the data has changed since the run in {folder} was begun: choose another --out")
-    changed = [
-        key.removeprefix("digests.") if key.startswith("digests.") else f"{key} ({value}, now {now[key]})"
-        for key, value in before.items()
-        if key.startswith(("versions.", "digests.")) and now.get(key, value) != value
-    ]
+    # Digests of earlier parts stay: a base from the hub has none until it is downloaded.
+    known = {key.removeprefix("digests."): value for key, value in before.items() if key.startswith("digests.")}
+    changed = [key for key, value in known.items() if manifest["digests"].get(key, value) != value]
+    versions = {key: value for key, value in before.items() if key.startswith("versions.")}
+    changed += [f"{key} ({value}, now {now[key]})" for key, value in versions.items() if now.get(key, value) != value]
     if changed and not accept:
-        remedy = (
-            "restore what it was begun with, choose another --out, or give --accept-changes to continue in spite of "
-        )
-        remedy += "that, which the report will show (with model.revision set, a base from the hub never changes)"
+        remedy = "restore what it was begun with, choose another --out, or give --accept-changes to continue in spite "
+        remedy += "of that, which the report will show (with model.revision set, a base from the hub never changes)"
         raise RunError(f"{' and '.join(changed)} changed since the run in {folder} was begun: {remedy}")
     accepted = before.get("accepted_changes", [])
     accepted = [*(accepted if isinstance(accepted, list) else []), *changed]
-    # Digests of earlier parts stay: a base from the hub has none until it is downloaded.
-    known = {key.removeprefix("digests."): value for key, value in before.items() if key.startswith("digests.")}
     return manifest | {"digests": known | manifest["digests"]} | ({"accepted_changes": accepted} if accepted else {})
 
 
@@ -130,7 +125,7 @@ def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple
     names = [
         file.parent.name
         for file in sorted(folder.resolve().parent.glob("*/manifest.json"))
-        if (facts := _facts(file)) and (facts.get("seed"), facts.get("data.key")) == same
+        if (facts := facts_of(file)) and (facts.get("seed"), facts.get("data.key")) == same
         if file.parent.name != folder.name and _had_sums(file.parent)
     ]
     if names:
@@ -140,7 +135,7 @@ def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple
     return notes
 
 
-def _facts(file: Path) -> dict[str, Any]:
+def facts_of(file: Path) -> dict[str, Any]:
     """The values of a JSON or TOML file by their dotted keys; none if it is missing, damaged, or no object."""
     read = tomllib.loads if file.suffix == ".toml" else json.loads
     try:
@@ -153,7 +148,7 @@ def _had_sums(run: Path) -> bool:
     """Whether a run's server has had sums of clients: unmasked ones, or without secure aggregation those of rounds."""
     if any(run.glob(f"{JOURNAL}/*.json")):
         return True
-    recipe = _facts(run / "recipe.toml")
+    recipe = facts_of(run / "recipe.toml")
     return bool(recipe) and any(run.glob("checkpoints/[0-9]*")) and recipe.get("privacy.secagg.mode", "off") == "off"
 
 

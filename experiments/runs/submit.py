@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 RESERVED = ("working_dir", "py_modules")  # the keys of a runtime environment that submitting sets
 TOKENS, TOKEN_FILE = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}, Path("~/.ray/auth_token")
-PATIENCE_S, STOP_WAIT_S = 60, 60  # after the second Ray kills a job that it has asked to end
+PATIENCE_S = 60
+STOP_WAIT_S = 60  # after which Ray kills a job that it has asked to end
 Answer = TypeVar("Answer")
 
 
