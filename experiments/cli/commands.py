@@ -39,10 +39,8 @@ SCENARIOS = {
     "zero": "gangs of DeepSpeed ranks: resets, tokens/s against a bare loop, bytes and memory",
     "strategies": "the demo's model under every strategy, resumable, about two hours on two cores",
 }
-BUG = (
-    "This is a bug in fedpost. Please report it in the issue tracker of the project, with the recipe, the command, and "
-    "the traceback that --debug shows."
-)
+BUG = "This is a bug in fedpost. Please report it in the issue tracker of the project, with the recipe, the command, "
+BUG += "and the traceback that --debug shows."
 P = ParamSpec("P")
 
 

@@ -190,7 +190,7 @@ def _sentence(key: str, fault: Any) -> str:
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"the key {key!r} is missing"
     if kind == "union_tag_not_found":
-        kinds = " or ".join(repr(_tag(member)) for member in _members(_walk(fault["loc"])[1]))
+        kinds = " or ".join(repr(member.kind) for member in _members(_walk(fault["loc"])[1]))
         return f"{key!r} needs a kind: {kinds}"
     if kind == "union_tag_invalid":
         tag, expected = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
@@ -212,7 +212,7 @@ def _walk(where: tuple[Any, ...]) -> tuple[list[str], Any]:
     kind: Any = Recipe
     for part in where:
         members = _members(kind)
-        tagged = [member for member in members if _tag(member) == part]
+        tagged = [member for member in members if getattr(member, "kind", None) == part]
         if len(members) > 1 and tagged:
             kind = tagged[0]
             continue
@@ -230,7 +230,3 @@ def _members(kind: Any) -> list[Any]:
         kind = get_args(kind)[0]
     choices = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     return [choice for choice in choices if is_dataclass(choice)]
-
-
-def _tag(member: Any) -> Any:
-    return next((f.default for f in fields(member) if f.name == "kind"), None)

@@ -30,10 +30,7 @@ def take_out(tree: dict[str, Any]) -> dict[Place, Any]:
     """Replaces the user's classes in a recipe's tree by shipped kinds, returns their objects; RunError on a fault."""
     objects: dict[Place, Any] = {}
     for root, (methods, stand_in) in PLACES.items():
-        above: Any = tree
-        for part in root[:-1]:
-            above = above.get(part) if isinstance(above, dict) else None
-        waiting = [(above, root)]
+        waiting: list[tuple[Any, Place]] = [(tree.get(root[0]) if root[1:] else tree, root)]
         while waiting:
             above, place = waiting.pop()
             section: Any = above.get(place[-1]) if isinstance(above, dict) else None

@@ -162,10 +162,7 @@ def _dash(series: Series) -> Markup:
 
 def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, write: Format = number,
           zero: bool = False, note: str = "") -> Markup:  # fmt: skip
-    """Lines over rounds; a `level` runs across the chart.
-
-    The axis starts at 0 if `zero` is set, but is logarithmic if the largest value is more than 30 times the smallest.
-    """
+    """Lines over rounds; with `zero` from 0, or on a logarithmic axis if values differ by a factor of more than 30."""
     shown = [(s, points) for s in series if (points := _finite(s.points))]
     if not shown:
         return empty(title)

@@ -120,7 +120,6 @@ def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str])
     cells = line[categories.clients[inside]], column[categories.codes[inside]]
     np.add.at(counts, cells, categories.counts[inside])
     shares = counts / counts.sum(axis=1, keepdims=True)
-
     # Cells are high enough for the color bar's label; below them are the names of the categories, rotated.
     cells_high, names_high = max(1.7, 0.19 * len(shares)), 0.075 * max(map(len, columns))
     figure = _figure(max(7, 3.5 + 0.34 * len(columns)), 1.7 + cells_high + names_high)

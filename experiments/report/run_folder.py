@@ -54,14 +54,9 @@ def read_run(folder: Path) -> Run:
     if not file.is_file():
         raise RunError(f"{folder} is not a run folder: that is what `fedpost run` writes, with a recipe.toml inside")
     refuse_ways_out(folder)
-    try:
-        text = file.read_text("utf-8")
-        recipe = _texts(tomllib.loads(text))
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{file} is not valid TOML: {error}") from error
+    recipe, manifest, privacy = (_texts(folder / name) for name in ("recipe.toml", "manifest.json", "privacy.json"))
     name = recipe.get("name") or folder.resolve().name
-    manifest, privacy = _json(folder / "manifest.json"), _json(folder / "privacy.json")
-    run = Run(name, recipe, text, manifest, privacy.get("statement", ""))
+    run = Run(name, recipe, file.read_text("utf-8"), manifest, privacy.get("statement", ""))
     for table in _tables(folder / "metrics", METRICS):
         _add_metrics(run, table)
     run.rows, run.losses = _most(run.rows), [(round_, _most(losses)) for round_, losses in run.losses]
@@ -102,16 +97,14 @@ def _tables(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
             raise RunError(f"{what}: {first_line(error)}") from error
 
 
-def _json(file: Path) -> dict[str, str]:
-    """The values of a JSON object as text by dotted keys; none if there is no such file."""
+def _texts(file: Path) -> dict[str, str]:
+    """The values of a TOML or JSON file as text by dotted keys; none if there is no such file."""
+    language, read = ("TOML", tomllib.loads) if file.suffix == ".toml" else ("JSON", json.loads)
     try:
-        return _texts(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+        values = leaves(read(file.read_text("utf-8"))) if file.is_file() else {}
+        return {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in values.items()}
     except (ValueError, RecursionError, AttributeError) as error:
-        raise RunError(f"{file} is not valid JSON: {error}") from error
-
-
-def _texts(tree: dict[str, Any]) -> dict[str, str]:
-    return {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in leaves(tree).items()}
+        raise RunError(f"{file} is not valid {language}: {error}") from error
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

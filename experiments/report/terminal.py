@@ -4,7 +4,7 @@ Rich would take part of it for markup, and the terminal for commands, such as to
 """
 
 import sys
-import unicodedata
+from unicodedata import category
 
 from rich.console import Console
 from rich.text import Text
@@ -12,10 +12,8 @@ from rich.text import Text
 
 def inert(text: object) -> str:
     r"""The text in one line, with escapes such as `\x1b` for control and invisible characters and lone surrogates."""
-    return "".join(
-        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
-        for c in str(text)
-    )
+    shown = (c if c.isprintable() or category(c) == "Zs" else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(shown)
 
 
 def inert_lines(text: object) -> str:

@@ -9,7 +9,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,10 +166,7 @@ def settle_ray(address: str | None) -> None:
 
 @contextmanager
 def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
-    """Joins the Ray at `address` (or the one of the Ray job that this is), or starts one on loopback and ends it again.
-
-    A Ray that is started here has `resources` (num_cpus, num_gpus), by default those of the machine.
-    """
+    """Joins the Ray at `address` or of this Ray job, or starts one with `resources` on loopback, and ends it again."""
     address = address or os.environ.get("RAY_ADDRESS")
     settle_ray(address)
     import ray
@@ -223,11 +220,9 @@ def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
 
     from experiments.runs.digests import digests
 
-    versions = {name: version(name) for name in PACKAGES}
-    try:
+    versions = {name: version(name) for name in PACKAGES} | {"fedpost": "not installed: run from its folder"}
+    with suppress(PackageNotFoundError):
         versions["fedpost"] = version("fedpost")
-    except PackageNotFoundError:
-        versions["fedpost"] = "not installed: run from its folder"
     model = recipe.model
     return {
         "seed": recipe.seed,

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 FUTILE = 3  # drivers in a row that may die without finishing a new round; a further one ends the run
 FULL = {errno.ENOSPC, errno.EDQUOT}
 # An OSError with one of these is about a user's file or disk; others, such as a lost connection, are not.
-FILES = FULL | {
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO),
-}
+FILES = FULL | {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM}
+FILES |= {errno.EROFS, errno.EFBIG, errno.EIO}
 
 
 class RunStopped(Exception):

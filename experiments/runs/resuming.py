@@ -21,19 +21,14 @@ from experiments.report.run_folder import leaves, refuse_ways_out
 RUNS = Path("runs")
 FINISHED = "finished.json"  # written last: the rounds that the model, the samples and the report are of
 # Keys that may change when a run is resumed: no bit of the result depends on them, unless clients fail.
-FREE = {
-    *("clients.max_failed", "clients.num_cpus", "clients.retries", "clients.slots", "clients.timeout_s"),
-    *("clients.zero.gangs", "clients.zero.timeout_s", "data.cache"),
-}
+FREE = {"clients.max_failed", "clients.num_cpus", "clients.retries", "clients.slots", "clients.timeout_s", "data.cache"}
+FREE |= {"clients.zero.gangs", "clients.zero.timeout_s"}
 # These decide which rows are judged, and one table compares the losses of all rounds.
 JUDGED = {"evaluate.rows", "evaluate.server_rows"}
 
 
 def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Recipe]:
-    """The run's folder, and the recipe with the values that an earlier part of the run has measured for "auto".
-
-    Raises RunError if the folder holds a run that must not be overwritten, or none to resume.
-    """
+    """The run's folder, and the recipe with what was measured for "auto"; RunError if a run blocks it or is missing."""
     if out is None:
         earlier = sorted(RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}/recipe.toml"))
         if resume and not earlier:
