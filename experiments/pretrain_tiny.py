@@ -186,8 +186,7 @@ def main() -> None:
     torch.set_num_threads(2)
     with TemporaryDirectory() as name:
         texts = list(documents(download(Path(name)), Path(name)))
-    order = np.random.Generator(np.random.Philox(SEED)).permutation(len(texts))
-    texts = [texts[i] for i in order]
+    texts = [texts[i] for i in np.random.Generator(np.random.Philox(SEED)).permutation(len(texts))]
     print(f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} million characters", flush=True)
     tokenizer = train_tokenizer(texts[::8])
     data_NT = windows(texts, tokenizer)

@@ -99,8 +99,7 @@ def _linear(low: float, high: float, start: float, end: float, write: Format, wh
     def tick(value: float) -> str:  # all plain numbers have the same decimals: 2.0, 2.5
         return f"{value:,.{places}f}".replace("-", MINUS) if write is number and places < 5 else write(value)
 
-    ticks = [(i * step, tick(i * step)) for i in range(first, last + 1)]
-    return Axis(first * step, last * step, start, end, ticks)
+    return Axis(first * step, last * step, start, end, [(i * step, tick(i * step)) for i in range(first, last + 1)])
 
 
 def _log(low: float, high: float, start: float, end: float, write: Format) -> Axis:

@@ -69,9 +69,8 @@ def write_report(run_folders: Sequence[Path], out: Path) -> Path:
 
 def _unlike(runs: Sequence[Run]) -> list[str]:
     """What makes the losses of runs be of other rows, or of other tokens of them."""
-    data = {run.manifest.get("data.key") for run in runs}
     keys = [key for key in JUDGED_BY if len({run.recipe.get(key) for run in runs}) > 1]
-    return ["data"] * (len(data) > 1) + keys
+    return ["data"] * (len({run.manifest.get("data.key") for run in runs}) > 1) + keys
 
 
 def _unit(run: Run) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,14 +55,13 @@ def submit(
     environment = environment_of(here, runtime_env)
     client, job = job_client(address), f"fedpost-{secrets.token_hex(6)}"
     say(f"job {job} at {address}, run folder {out}")
-    if detach:
+    with nullcontext() if detach else _stopped_with_us(job, address):
         _send(client, job, command, environment)
-        say(f"to see its progress:  fedpost status {job} --address {address}")
-        say(f"to stop it:           fedpost stop {job} --address {address}")
-        return 0
-    with _stopped_with_us(job, address):
-        _send(client, job, command, environment)
-        return _follow(client, job)
+        if not detach:
+            return _follow(client, job)
+    say(f"to see its progress:  fedpost status {job} --address {address}")
+    say(f"to stop it:           fedpost stop {job} --address {address}")
+    return 0
 
 
 def show_status(job: str, address: str) -> None:
