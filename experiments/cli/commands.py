@@ -1,7 +1,6 @@
 """The commands. Each imports what it needs when it runs, so that `fedpost --help` answers at once."""
 
 import json
-import os
 import traceback
 from collections.abc import Callable
 from functools import wraps
@@ -217,7 +216,7 @@ def bench(
         raise RunError(f"there is no benchmark {scenario!r}; there is {', '.join(SCENARIOS)}")
     if (scenario == "scale") != (recipe is not None):
         raise RunError("fedpost bench scale takes a recipe, and no other benchmark does")
-    settle_ray(address or os.environ.get("RAY_ADDRESS"))  # the scenarios import ray
+    settle_ray(address)  # the scenarios import ray
     if recipe is not None:
         from experiments.bench.scenarios.slots import scale
 

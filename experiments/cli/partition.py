@@ -46,8 +46,7 @@ def show_partition(recipe: Recipe) -> None:
     screen.print(_table(lines))
     with _steps(screen) as show:
         show("drawing pictures")
-        # Imported here, since the first import of matplotlib on a machine takes long.
-        from experiments.report.pictures import draw_skew, draw_tokens
+        from experiments.report.pictures import draw_skew, draw_tokens  # the first import of matplotlib takes long
 
         pictures = {store.folder / name: content for name, content in draw_skew(skew, store.name).items()}
         if not isinstance(tokens, str) and len(tokens[1].rows):

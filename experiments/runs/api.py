@@ -155,7 +155,7 @@ def settle_ray(address: str | None) -> None:
     # Unused objects leave the store at once and not once a second: a round may be shorter than that.
     names = ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_free_objects_period_milliseconds")
     settings = dict.fromkeys(names, "0")
-    if address is None and "ray" not in sys.modules:
+    if not (address or os.environ.get("RAY_ADDRESS")) and "ray" not in sys.modules:
         # The first keeps Ray on loopback, despite its name. The token is known to this process alone; Ray would leave
         # one in the home folder.
         settings |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
