@@ -22,7 +22,7 @@ from engine.rounds.outputs import finish, write_checkpoint
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import RunParts, round_loop
-from engine.rounds.server import DriverShards, RankShards, Shards, move_base
+from engine.rounds.server import DriverShards, RankShards, move_base
 from engine.scheduling.pool import Pool
 from engine.system.allocator import use_large_pages
 from engine.system.atomic import write_file
@@ -82,7 +82,9 @@ class Driver:
         yield Preparing("starting slots, reading the base, tokenizing rows")
         pool = Pool.start(federation, plan.folder / "client_state", plan.store, plan.shared)
         parts = self._parts(pool)
-        saved = self._saved(parts.shards)
+        saved = load_checkpoint(plan.folder / "checkpoints", hold=parts.shards.hold) if plan.resume else None
+        if saved is not None:
+            parts.shards.refuse_other(saved.state)
         logs = Logs.under(plan.folder, federation.privacy.secagg.mode, saved.wall_s if saved else 0.0)
         lanes = saved.lanes if saved else choose_lanes(federation, parts.shards, parts.initial, parts.population)
         loop = round_loop(parts, logs, lanes, saved)
@@ -129,34 +131,32 @@ class Driver:
         pool.stop()
 
     def _parts(self, pool: Pool) -> RunParts:
-        """What all rounds work with; RunError where the clients' rows are not good for training."""
+        """Returns what all rounds work with; RunError if clients have nothing to train on."""
         federation, plan = self.federation, self.plan
         store, tokens = Store.open(plan.store), Tokens.open(pool.columns.folder)
-        _refuse_empty_clients(tokens, federation)
+        if empty := tokens.empty_clients():
+            raise RunError(
+                f"{len(empty)} clients have no training row left after the cut to train.max_length = "
+                f"{federation.train.max_length}, which takes their whole completions: {first_names(empty)}; "
+                f"raise train.max_length, or drop small clients with data.splits.min_rows"
+            )
         population = store.num_training
         federation.cohort.sample(population, federation.seed, 0)  # which raises an error if it cannot
         shards = (DriverShards if pool.partition is None else RankShards)(federation, pool, population)
         return RunParts(federation, pool, shards, shards.initial(), store, tokens, plan.folder, plan.elsewhere)
 
-    def _saved(self, shards: Shards) -> Saved | None:
-        checkpoints = self.plan.folder / "checkpoints"
-        saved = load_checkpoint(checkpoints, hold=shards.hold) if self.plan.resume else None
-        if saved is not None:
-            shards.refuse_other(saved.state)
-        return saved
-
     def _begin_folder(self, pool: Pool, recorder: Recorder, saved: Saved | None) -> None:
         """Writes the run folder's first files, now that model, data and resources have been found good."""
-        plan = self.plan
-        for name, content in plan.files.items():
-            plan.folder.mkdir(parents=True, exist_ok=True)
-            write_file(plan.folder / name, content)
+        folder = self.plan.folder
+        for name, content in self.plan.files.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(folder / name, content)
         if self.federation.keeps_state:
-            (plan.folder / "client_state").mkdir(exist_ok=True)
+            (folder / "client_state").mkdir(exist_ok=True)
             pool.refuse_lost_memory()
         for log in recorder.logs:
             log.forget_after(saved.state.round if saved else -1)
-        recorder.faults(plan.lost)
+        recorder.faults(self.plan.lost)
         recorder.logs.faults.flush(recorder.round)
 
 
@@ -165,13 +165,3 @@ def _record_last_faults(recorder: Recorder) -> None:
     recorder.faults()
     with suppress(OSError):  # the disk may be what is at fault
         recorder.logs.faults.flush(recorder.round)
-
-
-def _refuse_empty_clients(tokens: Tokens, federation: Federation) -> None:
-    empty = tokens.empty_clients()
-    if empty:
-        raise RunError(
-            f"{len(empty)} clients have no training row left after the cut to train.max_length = "
-            f"{federation.train.max_length}, which takes their whole completions: {first_names(empty)}; "
-            f"raise train.max_length, or drop small clients with data.splits.min_rows"
-        )

@@ -1,10 +1,9 @@
-"""Evaluation on the pool: held-out losses during a run, and of other models on the same rows. Legend: P parameters."""
+"""Evaluates models on the pool: held-out losses during a run, and those of baselines. Legend: P parameters."""
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,10 +34,6 @@ class Pending:
     parts: list[tuple[str, Later]]
 
 
-def _evaluate(actor: Any, chunk: list[int], vector: Any, limit: int) -> Reference:
-    return actor.evaluate.remote(chunk, vector, limit)
-
-
 @dataclass(frozen=True)
 class PoolEvaluator:
     """Evaluates models on the pool and writes their losses. A `vector` stands for a model: see DriverShards.vector."""
@@ -54,9 +49,12 @@ class PoolEvaluator:
         """Begins an evaluation, for workers that have nothing else to do."""
         parts = []
         for split in SPLITS:
-            call = partial(_evaluate, vector=vector, limit=self._limit(split))
-            chunks = np.array_split(self.judged(split), CHUNKS * self.parts.pool.size)
-            parts.append((split, Later(deque(chunk.tolist() for chunk in chunks if len(chunk)), call)))
+            limit, chunks = self._limit(split), np.array_split(self.judged(split), CHUNKS * self.parts.pool.size)
+            later = Later(
+                deque(chunk.tolist() for chunk in chunks if len(chunk)),
+                lambda actor, chunk, limit=limit: actor.evaluate.remote(chunk, vector, limit),
+            )
+            parts.append((split, later))
         return Pending(round_, parts)
 
     def end(self, pending: Pending, name: str = "loss", *, protocol: bool = True) -> Losses:
@@ -143,8 +141,8 @@ class Evaluation:
             pending, self.pending, pool.later = self.pending, None, []
             yield Evaluated(pending.round, self.evaluator.end(pending))
         last = state.round == federation.rounds
-        overlap = federation.evaluate.overlap and not last
         if last or self._is_due(state):
+            overlap = federation.evaluate.overlap and not last
             yield from self._evaluate(state, overlap=overlap)
             if not overlap:
                 yield from self._personal(state, last=last)
@@ -167,10 +165,9 @@ class Evaluation:
     def _personal(self, state: ShardedState, *, last: bool) -> Iterator[Event]:
         """The clients' own models, if they have any; at the end also the global one, trained a little by each."""
         evaluator, parts = self.evaluator, self.evaluator.parts
-        if parts.federation.strategy.personalizes:
-            losses = evaluator.personal(parts.shards.broadcast(state), state.round)
-            if losses:
-                yield Evaluated(state.round, losses, "personal")
+        personalizes = parts.federation.strategy.personalizes
+        if personalizes and (losses := evaluator.personal(parts.shards.broadcast(state), state.round)):
+            yield Evaluated(state.round, losses, "personal")
         if last and parts.federation.evaluate.finetune:
             steps = np.full(parts.population, parts.federation.evaluate.finetune)
             losses = evaluator.local_only(parts.shards.vector(state), state.round, steps, "finetuned")

@@ -1,4 +1,4 @@
-"""What a run writes about a round: metrics, ledger and faults, from what was collected."""
+"""Writes a round's metrics, ledger and faults, from what was collected."""
 
 import statistics
 from collections.abc import Iterable
@@ -55,36 +55,22 @@ class Recorder:
         if collected.by_client:
             names = self.store.names([report.client for report in good])
             metrics.add_each(round_, "train", names, [report.metrics for report in good])
-        clients = 0 if collected.aborted else len(good)
-        loss, tokens = collected.metrics["loss"], collected.metrics["tokens"]
-        sent_down = sum(sent.nbytes for sent in collected.messages if sent.party != "server")
-        sent_up = sum(
-            sent.nbytes for sent in collected.messages if sent.party == "server" and sent.kind not in NO_UPDATE
-        )
+        clients, aborted = 0 if collected.aborted else len(good), float(collected.aborted is not None)
+        tokens_per_s, messages = collected.metrics["tokens"] / round_s, collected.messages
+        down = sum(sent.nbytes for sent in messages if sent.party != "server")
+        up = sum(sent.nbytes for sent in messages if sent.party == "server" and sent.kind not in NO_UPDATE)
+        times = {"round_s": round_s, "apply_s": apply_s, "tokens_per_s": tokens_per_s}
+        counts = {"clients": clients, "failed": len(failed), "dropped": len(gone), "aborted": aborted}
+        sizes = {"protocol_bytes_down": down, "protocol_bytes_up": up, "store_bytes": collected.store_bytes}
+        others = {"balance": self._balance(collected.busy), "faults": len(faults)}
+        clipped = {} if collected.clipped is None else {"clipped": collected.clipped}
         metrics.add(round_, "train", None, **collected.metrics)
-        metrics.add(
-            round_,
-            "engine",
-            None,
-            round_s=round_s,
-            apply_s=apply_s,
-            tokens_per_s=tokens / round_s,
-            clients=clients,
-            failed=len(failed),
-            dropped=len(gone),
-            aborted=float(collected.aborted is not None),
-            protocol_bytes_down=sent_down,
-            protocol_bytes_up=sent_up,
-            store_bytes=collected.store_bytes,
-            balance=self._balance(collected.busy),
-            faults=len(faults),
-            **({} if collected.clipped is None else {"clipped": collected.clipped}),
-        )
+        metrics.add(round_, "engine", None, **times, **counts, **sizes, **others, **clipped)
         if privacy:
             metrics.add(round_, "privacy", None, **privacy)
-        for sent in collected.messages:
+        for sent in messages:
             self.logs.ledger.received(round_, sent.party, sent.kind, sent.count, sent.nbytes)
-        shown = loss, round_s, tokens / round_s, clients, failed, gone, collected.aborted
+        shown = collected.metrics["loss"], round_s, tokens_per_s, clients, failed, gone, collected.aborted
         return RoundDone(round_, *shown, statement, faults)
 
     def _gone(self, collected: Collected) -> dict[str, str]:

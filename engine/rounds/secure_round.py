@@ -30,7 +30,6 @@ from engine.rounds.collectors import Collected, Message, reasons
 from engine.rounds.server import MaskedTotal, Shards
 from engine.system.failures import LOST, within
 from strategies.core.errors import StrategyError
-from strategies.core.layout import Layout
 from strategies.secagg.messages import MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session
 from strategies.secagg.ring import Sums
@@ -115,10 +114,6 @@ class SecureCollector:
     shortfall: Shortfall
     trace: Trace | None = None
 
-    @property
-    def _layout(self) -> Layout:
-        return self.relay.shards.pool.layout
-
     def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
         """Plays one secured round; it is aborted if the cohort, or what is left of it, is too small."""
         secagg, cohort, collected = self.federation.privacy.secagg, work.clients, Collected(by_client=False)
@@ -133,13 +128,10 @@ class SecureCollector:
         except (SumRefused, StrategyError) as error:
             collected.aborted = str(error)
             return collected
-        sums = self.sums(plan, broadcast.clip, len(cohort), broadcast.round)
+        sums, gone = self.sums(plan, broadcast.clip, len(cohort), broadcast.round), self._gone(work, broadcast.round)
         session = Session(broadcast.round, 0, parameters, sums, secagg.mode)
-        gone = self._gone(work, broadcast.round)
         leaving = {client: leaves.before for client, leaves in gone.items()}
-        total = self._play(session, work, broadcast, leaving, least, collected)
-
-        if total is not None:
+        if (total := self._play(session, work, broadcast, leaving, least, collected)) is not None:
             count, weight, unmasked, figures = self.relay.shards.unmasked(total, plan)
             if weight == 0:
                 collected.aborted = "all weights are less than the ring's steps: raise privacy.secagg.bits"
@@ -147,11 +139,10 @@ class SecureCollector:
                 collected.sums = unmasked
                 collected.metrics = figure_metrics(self.federation.train.objective, figures)
                 collected.clipped = self._clipped(figures, count, broadcast.round)
-        down = round(sum(report.metrics[DOWN] for report in collected.reports))
+        down, pool = round(sum(report.metrics[DOWN] for report in collected.reports)), self.relay.shards.pool
         collected.messages.insert(0, Message("client", "sum", len(collected.reports) if down else 0, down))
         collected.gone = reasons(gone, collected.reports) | collected.gone
-        sessions_length = collected.sessions * self.relay.shards.pool.size * sums.length
-        collected.store_bytes = FLOAT_BYTES * (self._layout.size + sessions_length)
+        collected.store_bytes = FLOAT_BYTES * (pool.layout.size + collected.sessions * pool.size * sums.length)
         return collected
 
     def _play(
@@ -277,23 +268,23 @@ class SecureCollector:
 
     def refuse_small_ring(self, plan: Plan, clip: float, clients: int, round_: int) -> None:
         """Raises an error if a cohort of `clients` does not fit the graph or the ring of a round from `round_` on."""
-        clients = max(2, clients)
-        self.federation.privacy.secagg.parameters(clients)
+        self.federation.privacy.secagg.parameters(max(2, clients))
         for later in range(round_, self.federation.rounds):
-            self.client_clip(plan, clip, clients, later)
+            self.client_clip(plan, clip, max(2, clients), later)
 
     def sums(self, plan: Plan, clip: float, clients: int, round_: int) -> Sums:
         """Returns what a round's session with `clients` clients adds up; StrategyError if the ring is too small."""
-        return ring_sums(self.federation, self._layout, plan, clip, clients, self.most_tokens, round_)
+        return ring_sums(self.federation, self.relay.shards.pool.layout, plan, clip, clients, self.most_tokens, round_)
 
     def _clipped(self, figures: dict[str, float], clients: int, round_: int) -> float:
         """Returns the share of the clients' coordinates that bounds have cut, and warns of a large one."""
-        lengths = live_lengths(self.federation, self._layout, round_)
+        pool = self.relay.shards.pool
+        lengths = live_lengths(self.federation, pool.layout, round_)
         cut = max(0.0, figures["clipped"]) / (clients * max(1, sum(lengths.values())))
         if cut > MOST_CLIPPED:
             bounds = "privacy.secagg.bound" + (" or bounds" if len(lengths) > 1 else "")
             why = f"{cut:.1%} of the coordinates that clients sent are beyond what the ring takes, and were cut"
-            self.relay.shards.pool.faults.append(Fault("round", str(round_ + 1), f"{why}: raise {bounds}"))
+            pool.faults.append(Fault("round", str(round_ + 1), f"{why}: raise {bounds}"))
         return cut
 
     def _gone(self, work: Work, round_: int) -> dict[int, Leaving]:
@@ -302,8 +293,8 @@ class SecureCollector:
         gone = federation.clients.availability.gone(work.clients, federation.seed, round_, self.trace)
         if before is None:
             return gone
-        others = [client for client in work.clients.tolist() if client not in before]
-        return {client: Leaving("masked input", LEFT_OUT) for client in others} | gone
+        others = (client for client in work.clients.tolist() if client not in before)
+        return dict.fromkeys(others, Leaving("masked input", LEFT_OUT)) | gone
 
     def _refuse_thin(self, clients: Sequence[int], least: int) -> None:
         """Raises SumRefused if a sum would be of so few that it tells of one of them, or has too little noise."""

@@ -239,13 +239,16 @@ class Pool:
             each.update(zip(clients, updates, strict=True))
             return reports
 
+        def give_up(client: int, why: str) -> Report:
+            return Report.of_nothing(client, (f"its slot died of it: {why}",))
+
         reports: dict[int, Report] = {}
         sums, nbytes, busy = list[Any](), 0, [0.0] * self.size
         finished: dict[int, SlotResults] = {}
         ended: dict[Unit, None] = {}  # in the order in which they were
         todo, self.deaths, lost_sums = self.units(work, lanes), 0, 0
         while todo:
-            dispatcher = Dispatcher(self, todo, work.cost, call, self.later, _given_up, finished)
+            dispatcher = Dispatcher(self, todo, work.cost, call, self.later, give_up, finished)
             finished, todo = dispatcher.run(), []
             for report in dispatcher.given_up:
                 reports[report.client] = report
@@ -303,7 +306,8 @@ class Pool:
 
     def _cut_sums(self, slots: tuple[int, ...]) -> Taken:
         """Returns each slot's sum as references to its shards, which stay in the store."""
-        closing = {slot: self.close(slot) for slot in slots}
+        assert self.partition is not None
+        closing = {slot: self._kind(slot).close(self.actors[slot], self.partition) for slot in slots}
         sums, nbytes, lost = dict[tuple[int, ...], Any](), 0, dict[int, Exception]()
         for slot, (sizes, shards) in closing.items():
             try:
@@ -312,11 +316,6 @@ class Pool:
             except LOST as error:
                 lost[slot] = error
         return sums, nbytes, lost
-
-    def close(self, slot: int) -> tuple[list[Reference], list[Reference]]:
-        """Returns references to the bytes of a slot's sum and to its shards, where vectors are cut."""
-        assert self.partition is not None
-        return self._kind(slot).close(self.actors[slot], self.partition)
 
     def map(self, clients: np.ndarray, costs: np.ndarray, call: Callable[[Any, list[int]], Reference]) -> list[Any]:
         """Returns the results of `call(actor, chunk)` for `clients` (N,), flat; the largest `costs` (N,) come first."""
@@ -357,10 +356,6 @@ class Pool:
 
 def _resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _given_up(client: int, why: str) -> Report:
-    return Report.of_nothing(client, (f"its slot died of it: {why}",))
 
 
 def is_lost(update: Reference) -> bool:

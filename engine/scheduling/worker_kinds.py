@@ -6,7 +6,6 @@ Their methods raise one of LOST when a slot dies; the pool replaces it.
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,14 +178,15 @@ class GangHandle:
         self.leader, self.followers = leader, followers
 
     def __getattr__(self, method: str) -> Any:
-        return (
-            SimpleNamespace(remote=partial(self._all, method)) if method in TOGETHER else getattr(self.leader, method)
-        )
+        if method not in TOGETHER:
+            return getattr(self.leader, method)
 
-    def _all(self, method: str, *arguments: Any) -> Reference:
-        for follower in self.followers:
-            follower.follow.remote(self.leader, method, *arguments)
-        return self.leader.lead.remote(method, *arguments)
+        def remote(*arguments: Any) -> Reference:
+            for follower in self.followers:
+                follower.follow.remote(self.leader, method, *arguments)
+            return self.leader.lead.remote(method, *arguments)
+
+        return SimpleNamespace(remote=remote)
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,8 @@ class Gangs:
         clients, zero = self.federation.clients, self.federation.clients.zero
         assert zero is not None
         self.end(slot, None)  # a driver before this one may have left it
-        bundle = {"CPU": clients.num_cpus, "GPU": clients.num_gpus}
-        bundle = {name: share for name, share in bundle.items() if share}
+        resources = {"CPU": clients.num_cpus, "GPU": clients.num_gpus}
+        bundle = {name: share for name, share in resources.items() if share}
         group = placement_group([bundle] * zero.ranks, strategy="PACK", name=f"{self.folder} gang {slot}")
         ranks = [
             ray.remote(Rank if rank else Gang)

@@ -44,7 +44,7 @@ class PrivateTrainer:
     private; an empty sample is a step of noise alone. The correction and the optimizer work on this private gradient.
     `train.clip` is ignored: it would not harm privacy, but the mean's norm is mostly noise, which would shrink steps.
 
-    The caller sets the source of noise, `words`, before each client. Epsilon does not cover the metrics (the loss and
+    `words` is the client's source of noise. Epsilon does not cover the metrics (the loss and
     numbers of tokens) and the number of rows. The rows' gradients take P floats for each of `train.batch` rows.
     """
 
@@ -55,15 +55,14 @@ class PrivateTrainer:
     train = take_steps
     updates = client_updates
 
-    def __init__(self, plain: LocalTrainer, plan: ExamplePlan) -> None:
+    def __init__(self, plain: LocalTrainer, plan: ExamplePlan, words: Words) -> None:
         """RunError if Opacus is missing or trained parameters are tied."""
         _hook_class()
         _refuse_ties(plain.trainable.network)
-        self.plain, self.plan = plain, plan
+        self.plain, self.plan, self.words = plain, plan, words
         self.trainable, self.objective, self.optimizer = plain.trainable, plain.objective, plain.optimizer
         self.device, self.correct = plain.device, plain.correct
         self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
-        self.words: Words | None = None
         self.live: Mask | None = None
         self._hooks: Any = None
         self._steps, self._moving = 0, False
@@ -165,7 +164,6 @@ class PrivateTrainer:
         """Adds the plan's noise to the live coordinates of `summed` (P,) that a client of this LoRA rank has."""
         z, rank = self.plan.noise_multiplier, self.trainable.rank
         if z > 0:
-            assert self.words is not None, "the source of noise is set before each client"
             count = len(summed) if self.live is None else int(self.live.sum())
             noise = torch.from_numpy(normal(self.words, count)).float().to(summed.device)
             if self.live is None:
