@@ -63,7 +63,7 @@ def refuse_other_adapters(network: nn.Module, federation: Federation) -> None:
     if not isinstance(peft, Lora) or not (strategy.needs_lora or strategy.merges_into_base or strategy.sends_products):
         return
     places = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
-    for name in [name for name, parameter in network.named_parameters() if parameter.requires_grad]:
+    for name in (name for name, parameter in network.named_parameters() if parameter.requires_grad):
         module, marker, rest = name.partition(".lora_")
         layer: Any = network.get_submodule(module).base_layer if marker else None
         if layer is None or not is_linear(layer) or not rest.startswith(("A.", "B.")):

@@ -18,7 +18,6 @@ from engine.models.adapters import with_adapters
 from engine.models.base_model import causal_config, empty_network, map_base, read_base
 from engine.models.deepspeed_config import ds_config
 from engine.system.rendezvous import wait_for_the_first
-from strategies.core.layout import Layout
 
 ROWS = 1024  # rows of two tensors that are compared at a time
 Stored = tuple[str, str]  # the file of a tensor, and its key there
@@ -44,18 +43,6 @@ def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Modul
         network.enable_input_require_grads()
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return trained
-
-
-def trained_layout(network: torch.nn.Module, model: Model) -> Layout:
-    """Makes the layout of the flat vector of trained parameters, with whole shapes where ranks hold slices."""
-    scale = model.peft.alpha / model.peft.r if isinstance(model.peft, Lora) else 1.0
-    trained = [(name, shape_of(p)) for name, p in network.named_parameters() if p.requires_grad]
-    return Layout(tuple(name for name, _ in trained), tuple(shape for _, shape in trained), scale)
-
-
-def shape_of(parameter: Any) -> tuple[int, ...]:
-    """Returns the shape of the whole parameter, also where this rank holds a slice."""
-    return tuple(vars(parameter).get("ds_shape", parameter.shape))
 
 
 def _in_shards(model: Model, zero: Zero) -> PreTrainedModel:

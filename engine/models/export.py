@@ -39,11 +39,7 @@ def export_files(
     def save(folder: Path) -> None:
         if isinstance(network, PeftModel) and not merged:
             flat = trainable.flat.detach().cpu()
-
-            def read(first: int, last: int) -> torch.Tensor:
-                return flat[first:last].clone()
-
-            _save_adapter(folder, trainable.layout, read, network, model)
+            _save_adapter(folder, trainable.layout, lambda first, last: flat[first:last].clone(), network, model)
         else:
             base = network.get_base_model() if isinstance(network, PeftModel) else network
             base.save_pretrained(folder, state_dict=_whole(trainable, base))
@@ -84,13 +80,11 @@ def _folder_files(save: Callable[[Path], None], tokenizer: Tokenizer, card: str)
 
 def _weight_files(layout: Layout, read: Read, dtype: torch.dtype) -> Iterator[tuple[str, bytes]]:
     """Yields safetensors files of the tensors, then their index."""
-    groups: list[list[Place]] = [[]]
-    filled = 0
+    groups, filled = [list[Place]()], 0
     for place in layout.places():
         nbytes = (place[3] - place[2]) * dtype.itemsize
         if groups[-1] and filled + nbytes > FILE_BYTES:
-            groups.append([])
-            filled = 0
+            groups, filled = [*groups, []], 0
         groups[-1].append(place)
         filled += nbytes
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]

@@ -12,6 +12,18 @@ from engine.models.adapters import is_linear, is_transposed, with_adapters
 from strategies.core.layout import Layout
 
 
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """Returns the shape of the whole parameter, also where a rank of a gang holds a slice."""
+    return tuple(vars(parameter).get("ds_shape", parameter.shape))
+
+
+def trained_layout(network: nn.Module, model: Model) -> Layout:
+    """Makes the layout of the flat vector of trained parameters, with whole shapes where ranks hold slices."""
+    scale = model.peft.alpha / model.peft.r if isinstance(model.peft, Lora) else 1.0
+    trained = {name: shape_of(p) for name, p in network.named_parameters() if p.requires_grad}
+    return Layout(tuple(trained), tuple(trained.values()), scale)
+
+
 class Trainable:
     """A network whose trained tensors are views into one flat vector `flat` (P,), float32 or wider, on its device.
 
@@ -28,12 +40,10 @@ class Trainable:
             for layer in self.network.modules():
                 if isinstance(layer, GradientCheckpointingLayer):  # transformers' base class of decoder layers
                     layer.compile(dynamic=True)
+        self.layout = trained_layout(self.network, model)
         trained = [(name, p) for name, p in self.network.named_parameters() if p.requires_grad]
-        scale = model.peft.alpha / model.peft.r if isinstance(model.peft, Lora) else 1.0
-        self.layout = Layout.of(trained, scale)
-        device = trained[0][1].device
         precision = torch.promote_types(trained[0][1].dtype, torch.float32)
-        self.flat = nn.Parameter(torch.cat([p.detach().reshape(-1).to(precision) for _, p in trained]).to(device))
+        self.flat = nn.Parameter(torch.cat([p.detach().reshape(-1).to(precision) for _, p in trained]))
         self.grad = torch.zeros_like(self.flat)
         self.flat.grad = self.grad
         values, grads = self.layout.views(self.flat.data), self.layout.views(self.grad)

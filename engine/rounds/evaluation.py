@@ -47,15 +47,13 @@ class PoolEvaluator:
 
     def begin(self, vector: Any, round_: int) -> Pending:
         """Begins an evaluation, for workers that have nothing else to do."""
-        parts = []
-        for split in SPLITS:
+
+        def later(split: str) -> Later:
             limit, chunks = self._limit(split), np.array_split(self.judged(split), CHUNKS * self.parts.pool.size)
-            later = Later(
-                deque(chunk.tolist() for chunk in chunks if len(chunk)),
-                lambda actor, chunk, limit=limit: actor.evaluate.remote(chunk, vector, limit),
-            )
-            parts.append((split, later))
-        return Pending(round_, parts)
+            left = deque(chunk.tolist() for chunk in chunks if len(chunk))
+            return Later(left, lambda actor, chunk: actor.evaluate.remote(chunk, vector, limit))
+
+        return Pending(round_, [(split, later(split)) for split in SPLITS])
 
     def end(self, pending: Pending, name: str = "loss", *, protocol: bool = True) -> Losses:
         """Returns the losses of a pending evaluation; evaluates now what no worker has had time for."""

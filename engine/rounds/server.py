@@ -1,8 +1,4 @@
-"""The server's half of a strategy: a model state, which is a tuple of shards, and the rule that makes the next one.
-
-A whole vector is one shard, which `DriverShards` works on in this process. With `RankShards` each rank of the first
-gang works on a shard of its own, and the driver knows references. Rules, checkpoints and callbacks never ask which.
-"""
+"""The server's half of a strategy: applies the rule to a model state, which is a tuple of shards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +14,6 @@ from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.errors import RunError
 from engine.messages.shards import Shard, ShardedState, borrow
-from engine.messages.tasks import Served
 from engine.scheduling.dispatcher import Worked
 from engine.scheduling.pool import Pool
 from engine.scheduling.worker_kinds import Reference
@@ -82,11 +77,8 @@ class DriverShards:
 
     def sums(self, worked: Worked) -> tuple[list[Aggregate], int]:
         """Returns the sum over all workers, or the updates one by one where the rule reads each, and their bytes."""
-        nbytes, good = 0, sum(report.good for report in worked.reports)
-        if self.federation.strategy.reads == "sum":
-            (aggregate,) = worked.sums
-        else:
-            aggregate, nbytes = _each(worked.each)
+        good, reads = sum(report.good for report in worked.reports), self.federation.strategy.reads
+        aggregate, nbytes = (worked.sums[0], 0) if reads == "sum" else _each(worked.each)
         assert aggregate.count == good, f"{aggregate.count} updates in the sum, and {good} clients that gave one"
         return [aggregate], nbytes
 
@@ -124,9 +116,8 @@ class DriverShards:
         return part.merged_delta
 
     def _whole(self, state: ShardedState) -> ServerState:
-        (part,) = state.parts
-        whole: ServerState = part.state(state.round, self.federation.seed, self.population)
-        return replace(whole, layout=self.pool.layout)
+        part: Shard = state.parts[0]
+        return replace(part.state(state.round, self.federation.seed, self.population), layout=self.pool.layout)
 
 
 @dataclass(frozen=True)
@@ -203,10 +194,10 @@ class RankShards:
         self, state: ShardedState, sums: list[tuple[Reference, ...]], plan: CentralPlan | None, clip: float
     ) -> tuple[ShardedState, float]:
         """Lets the ranks of the first gang apply the server's step, each to its shard of the state and of all sums."""
-        self.pool.deaths, served = 0, Served(self.population, plan, clip)
+        self.pool.deaths, arguments = 0, (state.round, self.population, plan, clip)
         while True:
             after = [
-                rank.serve.options(num_returns=2).remote(part, state.round, served, *parts)
+                rank.serve.options(num_returns=2).remote(part, *arguments, *parts)
                 for rank, part, *parts in zip(self.pool.ranks(0), state.parts, *sums, strict=True)
             ]
             try:

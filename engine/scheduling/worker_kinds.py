@@ -205,18 +205,15 @@ class Gangs:
         resources = {"CPU": clients.num_cpus, "GPU": clients.num_gpus}
         bundle = {name: share for name, share in resources.items() if share}
         group = placement_group([bundle] * zero.ranks, strategy="PACK", name=f"{self.folder} gang {slot}")
-        ranks = [
-            ray.remote(Rank if rank else Gang)
-            .options(
-                num_cpus=clients.num_cpus,
-                num_gpus=clients.num_gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
-                runtime_env={"env_vars": rank_environment(gpu=clients.num_gpus > 0)},
-            )
-            .remote(self.federation, self.folder, rank)
-            for rank in range(zero.ranks)
-        ]
-        return GangHandle(*ranks)
+        environment = {"env_vars": rank_environment(gpu=clients.num_gpus > 0)}
+        options = {"num_cpus": clients.num_cpus, "num_gpus": clients.num_gpus, "runtime_env": environment}
+
+        def spawned(rank: int) -> Any:
+            there = PlacementGroupSchedulingStrategy(group, rank)
+            actor = ray.remote(Rank if rank else Gang).options(**options, scheduling_strategy=there)
+            return actor.remote(self.federation, self.folder, rank)
+
+        return GangHandle(*map(spawned, range(zero.ranks)))
 
     def end(self, slot: int, gang: GangHandle | None) -> None:
         """Removes a gang's placement group: Ray ends what runs in it, stopped or not."""

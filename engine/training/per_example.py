@@ -112,8 +112,7 @@ class PrivateTrainer:
 
     def _add_clipped(self, terms: dict[str, Term], rows: int, summed: torch.Tensor) -> None:
         """Adds the piece's clipped gradients to `summed` (P,)."""
-        grad, layout = self.trainable.grad, self.trainable.layout
-        grad.zero_()
+        layout, grad = self.trainable.layout, self.trainable.grad.zero_()
         # A row's loss is the sum of its terms' means. Clipping below divides by the first term's count, so that no
         # row's gradient depends on another's count.
         first, *others = (terms[name] for name in self.objective.losses)
@@ -122,13 +121,12 @@ class PrivateTrainer:
         for term in others:
             loss = loss + (term.by_row(rows) * count_B / term.counts_by_row(rows).clamp(min=1)).sum()
         loss.backward()
-        each = self._each_row(rows)
+        each, whole = self._each_row(rows), layout.views(grad)
         norms_B = _norms(each)
         finite_B = norms_B.isfinite()
         if finite_B.all():
             # Autograd's sum of the same gradients shows whether Opacus has seen every use of every parameter.
-            ours, whole = each.items(), layout.views(grad)
-            missed = torch.stack([(per_row.sum(0) - whole[name]).norm() for name, per_row in ours]).norm()
+            missed = torch.stack([(per_row.sum(0) - whole[name]).norm() for name, per_row in each.items()]).norm()
             if missed > ROUNDING * norms_B.sum():
                 raise RunError(
                     f"{KEY} needs each row's own gradient, but those that Opacus gives for this model do not sum up "
@@ -148,16 +146,14 @@ class PrivateTrainer:
 
     def _each_row(self, count: int) -> dict[str, torch.Tensor]:
         """Returns each trained tensor's gradients (B, ...) of the rows' summed losses, by the layout's names."""
-        each = {}
-        for name, parameter in self.trainable.network.named_parameters():
-            if parameter.requires_grad:
-                per_row = vars(parameter)["grad_sample"]
-                if not isinstance(per_row, torch.Tensor) or per_row.shape != (count, *parameter.shape):
-                    raise RunError(
-                        f"{KEY} needs each row's own gradient, which Opacus does not give for {name} of this model: "
-                        f"{ADAPTERS}, or take another model.base"
-                    )
-                each[name] = per_row
+        trained = {name: p for name, p in self.trainable.network.named_parameters() if p.requires_grad}
+        each = {name: vars(parameter)["grad_sample"] for name, parameter in trained.items()}
+        for name, per_row in each.items():
+            if not isinstance(per_row, torch.Tensor) or per_row.shape != (count, *trained[name].shape):
+                raise RunError(
+                    f"{KEY} needs each row's own gradient, which Opacus does not give for {name} of this model: "
+                    f"{ADAPTERS}, or take another model.base"
+                )
         return each
 
     def _add_noise(self, summed: torch.Tensor) -> None:
@@ -203,9 +199,8 @@ def _hook_class() -> Any:
     try:
         from opacus.grad_sample import GradSampleHooks  # an extra, and the import takes a second
     except ImportError:
-        raise RunError(
-            f'{KEY} needs the library Opacus, which is not installed: pip install "fedpost[opacus]"'
-        ) from None
+        why = f'{KEY} needs the library Opacus, which is not installed: pip install "fedpost[opacus]"'
+        raise RunError(why) from None
     return GradSampleHooks
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,21 +28,19 @@ from strategies.core.layout import Layout
 from strategies.core.protocol import Broadcast, ClientState, Update, Vector
 from strategies.transforms.chain import bits, encode
 
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True)
-class Attempted(Generic[Result]):
+class Attempted:
     """A client's result (None: it could not be trained), and why each earlier attempt, or all of them, failed."""
 
     client: int
-    result: Result | None
+    result: Any
     why: tuple[str, ...] = ()
 
 
 def attempted(
-    unit: Unit, train: Callable[[Unit], list[Result]], retries: int, why: tuple[str, ...] = ()
-) -> list[Attempted[Result]]:
+    unit: Unit, train: Callable[[Unit], list[Any]], retries: int, why: tuple[str, ...] = ()
+) -> list[Attempted]:
     """Returns what `train` makes of each client of a unit, in their order.
 
     A unit that runs out of memory is halved. Another, and a client alone, is tried `retries` times more; then the
@@ -54,8 +52,7 @@ def attempted(
         if isinstance(error, torch.AcceleratorError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # no call of CUDA works here any more: the pool starts another process
-        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        short = out_of_memory or "can't allocate memory" in str(error)
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         cause = f"{type(error).__name__}: {last_line(error)}"
     # Only here does nothing refer to the error's frames any more, and to the tensors in them.
     if torch.cuda.is_available():
@@ -117,9 +114,9 @@ class ClientRunner:
 
     def receive(self, message: BroadcastMessage) -> Broadcast:
         """Returns what all clients here receive."""
-        federation, rank = self.federation, self.peers.rank
-        broadcast = message.received(federation.strategy, self.layout, federation.seed, rank)
-        return replace(broadcast, whole_norm=self.peers.whole_norm) if rank is not None else broadcast
+        federation, peers = self.federation, self.peers
+        broadcast = message.received(federation.strategy, self.layout, federation.seed, peers.rank)
+        return broadcast if peers.rank is None else replace(broadcast, whole_norm=peers.whole_norm)
 
     def received_by(self, client: int, broadcast: Broadcast) -> Broadcast:
         """Returns what one client receives: it knows its own LoRA rank, where ranks are mixed."""
@@ -148,12 +145,11 @@ class ClientRunner:
             results = self.trainer_of(clients, message).updates(jobs, federation, lent=len(present) == 1)
             return [(job, *result) for job, result in zip(jobs, results, strict=True)]
 
-        attempts: Sequence[Attempted[Any]] = []
         try:
-            if present and self.peers.rank is None:
-                attempts = attempted(present, train, federation.clients.retries)
-            elif present:
-                attempts = [Attempted(present[0], train(present)[0])]
+            if self.peers.rank is None:
+                attempts = attempted(present, train, federation.clients.retries) if present else []
+            else:
+                attempts = [Attempted(client, train((client,))[0]) for client in present]
         except NonFiniteUpdate as error:  # on all ranks
             attempts = [Attempted(present[0], error)]
         trained_s = (time.monotonic() - began) / max(1, len(present))
