@@ -128,9 +128,8 @@ def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
 
     causal_config(model)
     try:
-        network, loaded = AutoModelForCausalLM.from_pretrained(
-            model.base, **_origin(model), **_options(model), output_loading_info=True
-        )
+        options = {**_origin(model), **_options(model), "output_loading_info": True}
+        network, loaded = AutoModelForCausalLM.from_pretrained(model.base, **options)
     except Exception as error:  # the base's own code may raise anything
         raise RunError(f"the weights of model.base {model.base!r} cannot be loaded: {_first_line(error)}") from error
     if loaded["missing_keys"]:  # transformers initializes them at random

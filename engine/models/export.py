@@ -108,11 +108,8 @@ def _save_adapter(folder: Path, layout: Layout, read: Read, network: Any, model:
 def _whole(trainable: Trainable, base: Any) -> dict[str, torch.Tensor]:
     """Returns the state dict of the model without adapters, with their products added to the adapted weights."""
     # Parameters are views into the flat vector, but safetensors saves only tensors that own their memory.
-    state = {
-        name.replace(".base_layer.", "."): tensor.detach().cpu().clone()
-        for name, tensor in base.state_dict().items()
-        if "lora_" not in name
-    }
+    weights = {name: tensor for name, tensor in base.state_dict().items() if "lora_" not in name}
+    state = {name.replace(".base_layer.", "."): tensor.detach().cpu().clone() for name, tensor in weights.items()}
     pairs = trainable.layout.lora_pairs(trainable.flat.detach())
     for pair, layer in zip(pairs, trainable.adapted_layers(), strict=True):
         weight = state[f"{pair.name.removeprefix('base_model.model.')}.weight"]

@@ -57,5 +57,4 @@ def start_holder(node_id: str, gpu: str, buffer: ray.ObjectRef[Any]) -> Any:
     """Starts the holder of GPU `gpu` on a node. It asks Ray for no GPU share: the slots' shares cover it."""
     environment = {"CUDA_VISIBLE_DEVICES": gpu, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
     there, runtime = NodeAffinitySchedulingStrategy(node_id, soft=False), {"env_vars": environment}
-    actor = ray.remote(BaseHolder).options(num_cpus=0, scheduling_strategy=there, runtime_env=runtime)
-    return actor.remote(buffer)
+    return ray.remote(BaseHolder).options(num_cpus=0, scheduling_strategy=there, runtime_env=runtime).remote(buffer)

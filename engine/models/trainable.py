@@ -55,8 +55,7 @@ class Trainable:
 
     def adapted_layers(self) -> list[Any]:
         """Returns the linear base layers that have LoRA adapters, in the order of `layout.lora_pairs`."""
-        pairs = self.layout.lora_pairs(self.flat.data)
-        layers = (self.network.get_submodule(pair.name).base_layer for pair in pairs)
+        layers = (self.network.get_submodule(pair.name).base_layer for pair in self.layout.lora_pairs(self.flat.data))
         return [layer for layer in layers if is_linear(layer)]
 
     def set_rank(self, rank: int | None) -> None:

@@ -77,9 +77,7 @@ class PoolEvaluator:
     def personal(self, broadcast: BroadcastMessage, round_: int) -> Losses:
         """Returns the loss of each client's own model; nothing if no client has one."""
         shared, clients, limit = share(broadcast), self.judged("heldout"), self._limit("heldout")
-        losses = self._map(
-            clients, "heldout", lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit)
-        )
+        losses = self._map(clients, "heldout", lambda actor, part: actor.evaluate_personal.remote(part, shared, limit))
         return {"heldout": self._record(losses, round_, "heldout", "loss_personal", protocol=True)} if losses else {}
 
     def judged(self, split: str) -> np.ndarray:
@@ -93,8 +91,8 @@ class PoolEvaluator:
         return self.parts.pool.map(clients, costs, call)
 
     def _limit(self, split: str) -> int:
-        """The most rows that count: `server_rows` of the server's rows, `rows` of a client's."""
-        return self.parts.federation.evaluate.server_rows if split == "server" else self.parts.federation.evaluate.rows
+        evaluate = self.parts.federation.evaluate
+        return evaluate.server_rows if split == "server" else evaluate.rows
 
     def _record(self, losses: list[ClientLoss], round_: int, split: str, name: str, *, protocol: bool = False) -> float:
         """Writes the mean losses and returns that of the held-out term, such as nats per token.
@@ -184,8 +182,7 @@ def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) ->
     steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
     start = shards.vector(parts.initial)
     yield Evaluated(state.round, evaluator.local_only(start, state.round, steps, "local_only"), "local_only")
-    everybody = list(range(clients))
-    trained_P = parts.pool.ask(lambda actor: actor.centralized.remote(everybody, start, total), long=True)
+    trained_P = parts.pool.ask(lambda actor: actor.centralized.remote([*range(clients)], start, total), long=True)
     pooled = share(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))))
     yield Evaluated(state.round, evaluator.losses(pooled, state.round, "loss_centralized"), "centralized")
     move_base(shards, None, state)

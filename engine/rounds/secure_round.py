@@ -157,8 +157,7 @@ class SecureCollector:
         pool, shared, known = self.relay.shards.pool, share(broadcast), None
         units = pool.units(work, broadcast.lanes)
         if session.parameters.active:
-            cohort = tuple(work.clients.tolist())
-            known = pool.ask(lambda actor: actor.roster.remote(cohort, self.relay.authority))
+            known = pool.ask(lambda actor: actor.roster.remote(tuple(work.clients.tolist()), self.relay.authority))
         pool.deaths = 0
         while True:
             collected.sessions += 1
@@ -215,8 +214,7 @@ class SecureCollector:
         self._admit(survivors.clients, session.round + 1)
         collected.note("client", "survivors", requests.values())
         wanted = {slot: {c: requests[c] for c in members[slot] if c in requests} for slot in trained}
-        wanted = {slot: clients for slot, clients in wanted.items() if clients}
-        answers = _flat(relay.trip("unmask", wanted, void=False))
+        answers = _flat(relay.trip("unmask", {slot: asked for slot, asked in wanted.items() if asked}, void=False))
         collected.note("server", "share", answers)
         removals = server.unmask(answers)
         collected.messages.append(Message("server", "sum", 1, session.sums.nbytes))
@@ -317,5 +315,4 @@ class SecureCollector:
 def start_relay(shards: Shards, on_slot_death: str) -> Relay:
     """Returns a relay with an authority of its own, beside the driver: no other node's end is the authority's."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    authority = ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote()
-    return Relay(shards, authority, on_slot_death)
+    return Relay(shards, ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote(), on_slot_death)

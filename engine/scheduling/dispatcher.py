@@ -220,8 +220,7 @@ class Dispatcher:
             self._queue(unit)
         # A slot answers in the order in which it is asked: it was working on the first chunk when it ended, and the
         # chunk may be at fault unless the slot's node has ended.
-        outside = isinstance(error, ActorUnavailableError) or self.slots.lost_with_node(slot)
-        suspected = [] if outside else begun[:1]
+        suspected = [] if isinstance(error, ActorUnavailableError) or self.slots.lost_with_node(slot) else begun[:1]
         for unit in chain.from_iterable(begun[len(suspected) :]):
             self._queue(unit)
         for chunk in suspected:

@@ -220,11 +220,8 @@ class Pool:
     def units(self, work: Work, lanes: int) -> list[Unit]:
         """Groups the clients of a round by kind, and into units that train together where their kind has lanes."""
         numbers = self.kinds_for(work.clients)
-        units: list[Unit] = []
-        for number, kind in enumerate(self.worker_kinds):
-            part = work.of(numbers == number)
-            units += units_of(part.clients, part.steps, lanes if kind.lanes else 1)
-        return units
+        parts = [(work.of(numbers == number), kind.lanes) for number, kind in enumerate(self.worker_kinds)]
+        return [unit for part, many in parts for unit in units_of(part.clients, part.steps, lanes if many else 1)]
 
     def train(self, work: Work, message: Any, lanes: int) -> Worked:
         """Does one round's local work. A slot that dies takes its sum with it: the units in it run again elsewhere."""

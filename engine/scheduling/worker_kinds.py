@@ -202,8 +202,7 @@ class Gangs:
         clients, zero = self.federation.clients, self.federation.clients.zero
         assert zero is not None
         self.end(slot, None)  # a driver before this one may have left it
-        resources = {"CPU": clients.num_cpus, "GPU": clients.num_gpus}
-        bundle = {name: share for name, share in resources.items() if share}
+        bundle = {name: n for name, n in (("CPU", clients.num_cpus), ("GPU", clients.num_gpus)) if n}
         group = placement_group([bundle] * zero.ranks, strategy="PACK", name=f"{self.folder} gang {slot}")
         environment = {"env_vars": rank_environment(gpu=clients.num_gpus > 0)}
         options = {"num_cpus": clients.num_cpus, "num_gpus": clients.num_gpus, "runtime_env": environment}
@@ -228,8 +227,7 @@ class Gangs:
         """Lets the ranks meet and read base and rows; the answer is the layout, and how vectors are cut."""
         leader, *followers = ranks = self.ranks(gang)
         leader_tokens, *tokens = [columns.seen_by(rank, None, None) for rank in ranks]
-        places: list[Place] = ray.get([rank.place.remote() for rank in ranks])
-        refuse_shared_gpus([(place.node_id, place.gpu) for place in places])
+        refuse_shared_gpus([(place.node_id, place.gpu) for place in ray.get([rank.place.remote() for rank in ranks])])
         address, port = ray.get(leader.address.remote())
         for rank, folder in zip(followers, tokens, strict=True):
             rank.follow.remote(leader, "form", address, port, folder)

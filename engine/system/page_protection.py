@@ -38,6 +38,5 @@ def _call(name: str, buffer: np.ndarray, argument: int, failed: str) -> None:
     start = -(-buffer.ctypes.data // page) * page
     length = (buffer.ctypes.data + buffer.nbytes) // page * page - start
     if length > 0 and sys.platform.startswith("linux"):
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc[name](ctypes.c_void_p(start), ctypes.c_size_t(length), argument) != 0:
+        if ctypes.CDLL(None, use_errno=True)[name](ctypes.c_void_p(start), ctypes.c_size_t(length), argument) != 0:
             raise OSError(ctypes.get_errno(), failed)

@@ -59,9 +59,8 @@ class ZeroTrainer:
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trained, train.optimizer)
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        self.engine: Any = deepspeed.initialize(
-            model=network, optimizer=optimizer, model_parameters=trained, config=ds_config(model, zero)
-        )[0]
+        options = {"optimizer": optimizer, "model_parameters": trained, "config": ds_config(model, zero)}
+        self.engine: Any = deepspeed.initialize(model=network, **options)[0]
         for name, buffer in network.named_buffers():
             buffer.data = buffers[name].to(buffer.device)  # with bf16 deepspeed rounds rotary tables too
         self.zero: Any = self.engine.optimizer
@@ -73,12 +72,10 @@ class ZeroTrainer:
             padded = [p.partition_numel() for p in self.zero.fp16_groups[0]]
         else:
             (self.master,) = self.zero.single_partition_of_fp32_groups
-            unit = self.zero.nccl_start_alignment_factor
-            self.partition = Partition.contiguous(self.layout.size, self.ranks, unit)
+            self.partition = Partition.contiguous(self.layout.size, self.ranks, self.zero.nccl_start_alignment_factor)
             padded = [int(self.zero.partition_size[0])]
         lengths = [last - first for first, last in self.partition.parts[self.rank]]
-        starts = np.cumsum([0, *padded[:-1]]).tolist()
-        self.pieces = list(zip(starts, lengths, strict=True))
+        self.pieces = list(zip(np.cumsum([0, *padded[:-1]]).tolist(), lengths, strict=True))  # starts and lengths
         assert sum(padded) == self.master.numel(), "deepspeed partitions parameters in another way"
         self.device: torch.device = self.master.device  # of the shard: the CPU if the optimizer is offloaded
         # Where the network computes, and batches and the tensors of collectives must lie.

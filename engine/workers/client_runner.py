@@ -121,8 +121,7 @@ class ClientRunner:
     def received_by(self, client: int, broadcast: Broadcast) -> Broadcast:
         """Returns what one client receives: it knows its own LoRA rank, where ranks are mixed."""
         peft = self.federation.model.peft
-        rank = peft.rank_of(client, self.federation.seed) if isinstance(peft, Lora) else None
-        return replace(broadcast, rank=rank)
+        return replace(broadcast, rank=peft.rank_of(client, self.federation.seed) if isinstance(peft, Lora) else None)
 
     def state_of(self, client: int, round_: int) -> ClientState:
         """Returns what the client keeps from the rounds before."""
@@ -161,8 +160,7 @@ class ClientRunner:
                 traffic = self._traffic(self.received_by(client, broadcast))
                 reports[client] = Report(client, traffic, failed=str(result))
             else:
-                report = self._hand_over(result, message, accumulator, trained_s)
-                reports[client] = replace(report, tried=attempt.why)
+                reports[client] = replace(self._hand_over(result, message, accumulator, trained_s), tried=attempt.why)
         seconds = (time.monotonic() - began) / max(1, len(present))  # adding up large updates takes its time too
         reports |= {client: replace(reports[client], seconds=seconds) for client in present}
         return [reports[client] for client in unit]
@@ -170,8 +168,7 @@ class ClientRunner:
     def _job(self, client: int, broadcast: Broadcast) -> Job:
         rows = self.tokens.rows(client, "train")
         weight = self.federation.privacy.weight(rows.num_rows, self.largest)
-        received = self.received_by(client, broadcast)
-        return Job(client, rows, weight, received, self.state_of(client, broadcast.round))
+        return Job(client, rows, weight, self.received_by(client, broadcast), self.state_of(client, broadcast.round))
 
     def _hand_over(
         self, trained: Trained, message: BroadcastMessage, accumulator: Accumulator, trained_s: float
