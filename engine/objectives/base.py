@@ -114,7 +114,7 @@ def term_metrics(objective: Objective) -> dict[str, tuple[str, str]]:
 
 def client_figures(objective: Objective, metrics: Mapping[str, float]) -> dict[str, float]:
     """Returns what is summed over clients, from a client's metrics: each term's sum and its units, and the tokens."""
-    figures = {}
+    figures: dict[str, float] = {}
     for name, (mean, units) in term_metrics(objective).items():
         figures |= {f"term.{name}": metrics[mean] * metrics[units], f"units.{name}": metrics[units]}
     return {**figures, "tokens": metrics["tokens"]}

@@ -74,15 +74,14 @@ class ClearCollector:
 
     def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
         """Dispatches the work of a round, which starts from `broadcast`, and collects its sums."""
-        availability = self.federation.clients.availability
-        gone = availability.gone(work.clients, self.federation.seed, broadcast.round, self.trace)
+        federation = self.federation
+        gone = federation.clients.availability.gone(work.clients, federation.seed, broadcast.round, self.trace)
         there = work.of(~np.isin(work.clients, list(gone))) if gone else work
         worked = self.shards.pool.train(there, share(broadcast), broadcast.lanes)
-        reports = worked.reports
-        good = [report for report in reports if report.good]
+        reports, good = worked.reports, [report for report in worked.reports if report.good]
         sums, read = self.shards.sums(worked) if good else ([], 0)
         messages, nbytes = _messages(reports, good), broadcast.nbytes + read + worked.nbytes
-        metrics, why = _metrics(good, self.federation.train.objective), reasons(gone, reports)
+        metrics, why = _metrics(good, federation.train.objective), reasons(gone, reports)
         return Collected(reports, sums, metrics, messages, why, store_bytes=nbytes, busy=worked.busy)
 
     def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
@@ -112,7 +111,7 @@ def shortfall(federation: Federation, store: Store, reports: Sequence[Report], c
 
 def first_names(names: list[str]) -> str:
     """Returns the first five names."""
-    return ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def reasons(gone: Mapping[int, Leaving], reports: Iterable[Report]) -> dict[int, str]:

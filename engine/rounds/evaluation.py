@@ -148,8 +148,8 @@ class Evaluation:
         return every > 0 and state.round > 0 and state.round % every == 0
 
     def _evaluate(self, state: ShardedState, *, overlap: bool) -> Iterator[Event]:
-        evaluator, parts = self.evaluator, self.evaluator.parts
-        began, vector = time.monotonic(), parts.shards.vector(state)
+        evaluator, parts, began = self.evaluator, self.evaluator.parts, time.monotonic()
+        vector = parts.shards.vector(state)
         if overlap:
             self.pending = evaluator.begin(vector, state.round)
             parts.pool.later = [later for _, later in self.pending.parts]

@@ -10,6 +10,8 @@ from engine.records.metrics import Logs
 from engine.rounds.collectors import Collected
 from engine.scheduling.pool import Pool
 
+Faults = tuple[Fault, ...]
+Metrics = dict[str, float]
 NO_UPDATE = ("sum", "metric")  # kinds of messages to the server that no protocol of updates counts
 
 
@@ -22,14 +24,14 @@ class Recorder:
     logs: Logs
     round: int = 0
 
-    def faults(self, more: Iterable[Fault] = ()) -> tuple[Fault, ...]:
+    def faults(self, more: Iterable[Fault] = ()) -> Faults:
         """Writes down and returns `more` faults and those of the pool since the last call."""
         faults = (*self.pool.faults, *more)
         self.pool.faults.clear()
         self.logs.faults.happened(self.round, faults, self.logs.metrics.wall_s)
         return faults
 
-    def collected(self, collected: Collected) -> tuple[Fault, ...]:
+    def collected(self, collected: Collected) -> Faults:
         """Writes down who failed or dropped out, also of a round that ends the run; returns the faults."""
         faults = self.faults(
             Fault("client", self.store.name(report.client), why)
@@ -41,31 +43,25 @@ class Recorder:
         return faults
 
     def played(
-        self,
-        collected: Collected,
-        faults: tuple[Fault, ...],
-        round_s: float,
-        apply_s: float,
-        privacy: dict[str, float],
-        statement: str | None,
+        self, collected: Collected, faults: Faults, times: Metrics, privacy: Metrics, statement: str | None
     ) -> RoundDone:
-        """Writes down a round; `privacy` is what noise has cost as metrics, `statement` the same in words."""
+        """Writes down a round; `times` are in seconds, `privacy` is the noise's cost, `statement` the same in words."""
         round_, metrics, good, gone = self.round, self.logs.metrics, collected.good, self._gone(collected)
         failed = {self.store.name(report.client): report.why for report in collected.reports if report.why is not None}
         if collected.by_client:
             names = self.store.names([report.client for report in good])
             metrics.add_each(round_, "train", names, [report.metrics for report in good])
         clients, aborted = 0 if collected.aborted else len(good), float(collected.aborted is not None)
-        tokens_per_s, messages = collected.metrics["tokens"] / round_s, collected.messages
+        round_s, messages = times["round_s"], collected.messages
+        tokens_per_s = collected.metrics["tokens"] / round_s
         down = sum(sent.nbytes for sent in messages if sent.party != "server")
         up = sum(sent.nbytes for sent in messages if sent.party == "server" and sent.kind not in NO_UPDATE)
-        times = {"round_s": round_s, "apply_s": apply_s, "tokens_per_s": tokens_per_s}
         counts = {"clients": clients, "failed": len(failed), "dropped": len(gone), "aborted": aborted}
         sizes = {"protocol_bytes_down": down, "protocol_bytes_up": up, "store_bytes": collected.store_bytes}
         others = {"balance": self._balance(collected.busy), "faults": len(faults)}
         clipped = {} if collected.clipped is None else {"clipped": collected.clipped}
         metrics.add(round_, "train", None, **collected.metrics)
-        metrics.add(round_, "engine", None, **times, **counts, **sizes, **others, **clipped)
+        metrics.add(round_, "engine", None, **times, tokens_per_s=tokens_per_s, **counts, **sizes, **others, **clipped)
         if privacy:
             metrics.add(round_, "privacy", None, **privacy)
         for sent in messages:

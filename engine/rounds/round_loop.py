@@ -69,12 +69,11 @@ class RoundLoop:
         state, self.privacy.clip = apply(self.shards, state, collected.sums, noise, clip)
         if collected.sums:
             self.journal.model = round_
-        ended = time.monotonic()
+        times = {"round_s": time.monotonic() - began, "apply_s": time.monotonic() - applying}
         self._settle(work, collected, round_)
 
         # Record it.
-        statement = self.privacy.statement
-        return state, self.recorder.played(collected, faults, ended - began, ended - applying, privacy, statement)
+        return state, self.recorder.played(collected, faults, times, privacy, self.privacy.statement)
 
     def saved(self, state: ShardedState) -> Saved:
         """Returns all that a resumed run starts from."""

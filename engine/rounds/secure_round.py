@@ -4,7 +4,7 @@ The driver never holds an unmasked update: secrets and vectors stay in the worke
 messages between them, adds masked vectors up, and counts every message for the ledger by whom it reaches.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,6 +39,7 @@ MOST_CLIPPED = 0.01  # a share of coordinates: more is warned about
 Shortfall = Callable[[Sequence[Report], int, int], str | None]
 Gone = Mapping[int, Phase]  # who drops out, and before which answer
 Placed = dict[int, tuple[Unit, ...]]  # the units of work of each slot
+Members = dict[int, list[int]]  # the clients of each slot
 Answers = dict[int, Any]  # by slot
 Known = dict[int, bytes] | None  # the public identities in the active profile
 
@@ -63,18 +64,17 @@ class Relay:
 
     def answers(self, waits: Mapping[int, Callable[[], Any]], *, void: bool) -> Answers:
         """Returns what slots answer; replaces those that die, and then with `void` raises _SlotLost."""
-        answers, lost = {}, False
+        answers = {}
         for slot, wait in waits.items():
             try:
                 answers[slot] = wait()
             except LOST as error:
                 self.shards.pool.replace(slot, error)
-                lost = True
             except RayTaskError as error:
                 if isinstance(error.cause, SecAggAbort):
                     raise error.cause from error
                 raise
-        if lost and void:
+        if void and len(answers) < len(waits):
             raise _SlotLost
         return answers
 
@@ -87,6 +87,12 @@ class Relay:
 
 def _flat(answers: Mapping[int, list[Any]]) -> list[Any]:
     return [message for of_slot in answers.values() for message in of_slot]
+
+
+def _by_slot(messages: Mapping[int, Any], members: Members, slots: Iterable[int]) -> dict[int, dict[int, Any]]:
+    """Sorts messages to clients by the clients' slots, without slots that get none."""
+    by_slot = {slot: {c: messages[c] for c in members[slot] if c in messages} for slot in slots}
+    return {slot: of_slot for slot, of_slot in by_slot.items() if of_slot}
 
 
 def placement(units: list[Unit], costs: list[float], slots: Sequence[int]) -> Placed:
@@ -193,8 +199,7 @@ class SecureCollector:
         boxes = sum(len(inbox.boxes) for inbox in inboxes.values())
         collected.messages.append(Message("other clients", "share", boxes, sum(i.nbytes for i in inboxes.values())))
 
-        of_slots = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in sealed}
-        trained = relay.trip("masked", {slot: inbox for slot, inbox in of_slots.items() if inbox}, shared)
+        trained = relay.trip("masked", _by_slot(inboxes, members, sealed), shared)
         self._note_reports(collected, trained, members, gone)
         masked: dict[int, MaskedSum] = {slot: answer for slot, (_, answer) in trained.items() if answer.clients}
         # What ranks of a gang hold beside their message; a slot that has lost it has lost its clients.
@@ -213,16 +218,13 @@ class SecureCollector:
         requests = server.requests(agreements)
         self._admit(survivors.clients, session.round + 1)
         collected.note("client", "survivors", requests.values())
-        wanted = {slot: {c: requests[c] for c in members[slot] if c in requests} for slot in trained}
-        answers = _flat(relay.trip("unmask", {slot: asked for slot, asked in wanted.items() if asked}, void=False))
+        answers = _flat(relay.trip("unmask", _by_slot(requests, members, trained), void=False))
         collected.note("server", "share", answers)
         removals = server.unmask(answers)
         collected.messages.append(Message("server", "sum", 1, session.sums.nbytes))
         return session, server.total(), removals, shards
 
-    def _note_reports(
-        self, collected: Collected, trained: Answers, members: Mapping[int, Sequence[int]], gone: Gone
-    ) -> None:
+    def _note_reports(self, collected: Collected, trained: Answers, members: Members, gone: Gone) -> None:
         """Notes the reports of the slots that have answered, their seconds of work, and whose slots have not."""
         reports = (report for of_slot, _ in trained.values() for report in of_slot)
         collected.reports = sorted(reports, key=lambda report: report.client)

@@ -29,6 +29,7 @@ from strategies.secagg.ring import Sums
 MaskedTotal = tuple[Session, np.ndarray, Masks, list[Any]]
 # What the server learns of it: the number of clients, their weight, the sums as the rule reads them, figures by name.
 UnmaskedSums = tuple[int, float, list[Any], dict[str, float]]
+Next = tuple[ShardedState, float]  # the state and the clipping norm after a round
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,7 @@ class DriverShards:
         aggregate, figures = ring_aggregate(totals, self.federation, self.pool.layout, plan, session.round)
         return totals.count, totals.weight, [aggregate], figures
 
-    def step(
-        self, state: ShardedState, sums: list[Aggregate], plan: CentralPlan | None, clip: float
-    ) -> tuple[ShardedState, float]:
+    def step(self, state: ShardedState, sums: list[Aggregate], plan: CentralPlan | None, clip: float) -> Next:
         """Applies the server's step in this process."""
         layout = self.pool.layout
         live = {} if plan is None else live_masks(self.federation, layout, state.round)
@@ -143,8 +142,7 @@ class RankShards:
 
     def read(self, part: Any) -> ServerState:
         """Returns a shard as it is mapped from the object store."""
-        shard: Shard = ray.get(part)
-        return shard.state(0, self.federation.seed)
+        return Shard.state(ray.get(part), 0, self.federation.seed)
 
     def hold(self, shard: ServerState) -> Reference:
         """Puts a shard into the object store."""
@@ -190,9 +188,7 @@ class RankShards:
             except LOST as error:
                 self.pool.replace(0, error)
 
-    def step(
-        self, state: ShardedState, sums: list[tuple[Reference, ...]], plan: CentralPlan | None, clip: float
-    ) -> tuple[ShardedState, float]:
+    def step(self, state: ShardedState, sums: list[Any], plan: CentralPlan | None, clip: float) -> Next:
         """Lets the ranks of the first gang apply the server's step, each to its shard of the state and of all sums."""
         self.pool.deaths, arguments = 0, (state.round, self.population, plan, clip)
         while True:
@@ -217,9 +213,7 @@ class RankShards:
 Shards = DriverShards | RankShards
 
 
-def apply(
-    shards: Shards, state: ShardedState, sums: list[Any], plan: CentralPlan | None, clip: float
-) -> tuple[ShardedState, float]:
+def apply(shards: Shards, state: ShardedState, sums: list[Any], plan: CentralPlan | None, clip: float) -> Next:
     """Returns the next state and the next clipping norm; without `sums` the same model one round later.
 
     With a `plan` the sums get its noise first, or noise is all that moves the model; then what clients did to their

@@ -122,8 +122,6 @@ class Dispatcher:
         while self._busy() or self.running or self.beside:
             self._hand_out()
             owed = [*self.running, *self.beside]
-            if not owed:
-                continue
             patience = allowed and max(0.0, min(self.since.values()) + allowed - time.monotonic())
             ready, _ = ray.wait(owed, num_returns=1, timeout=patience)
             if ready:

@@ -124,8 +124,7 @@ class Pool:
         zero = self.federation.clients.zero
         if len(self.worker_kinds) == 1 or zero is None:
             return np.zeros(len(clients), np.int64)
-        numbers: np.ndarray = (self.rows_by_client[clients] < zero.from_rows).astype(np.int64)
-        return numbers
+        return np.where(self.rows_by_client[clients] < zero.from_rows, 1, 0)
 
     def ranks(self, slot: int) -> Sequence[Any]:
         """Returns the actors of a slot's processes, the one that speaks for it first."""

@@ -90,10 +90,9 @@ def wait_for_places(actors: list[Any], federation: Federation) -> list[Place]:
 def process_beside_driver(spawn: Callable[..., Any], actors: list[Any], places: list[Place]) -> Any:
     """Returns a slot on the driver's node, where store and base lie, else an actor that takes no resources."""
     here = ray.get_runtime_context().get_node_id()
-    for actor, place in zip(actors, places, strict=True):
-        if place.node_id == here:
-            return actor
-    return spawn(num_cpus=0, num_gpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
+    beside = [actor for actor, place in zip(actors, places, strict=True) if place.node_id == here]
+    strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+    return beside[0] if beside else spawn(num_cpus=0, num_gpus=0, scheduling_strategy=strategy)
 
 
 @dataclass

@@ -44,8 +44,8 @@ class PrivateTrainer:
     private; an empty sample is a step of noise alone. The correction and the optimizer work on this private gradient.
     `train.clip` is ignored: it would not harm privacy, but the mean's norm is mostly noise, which would shrink steps.
 
-    `words` is the client's source of noise. Epsilon does not cover the metrics (the loss and
-    numbers of tokens) and the number of rows. The rows' gradients take P floats for each of `train.batch` rows.
+    `words` is the client's source of noise. Epsilon does not cover the metrics (the loss and numbers of tokens) and the
+    number of rows. The rows' gradients take P floats for each of `train.batch` rows.
     """
 
     lanes = 1

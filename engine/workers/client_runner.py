@@ -202,12 +202,11 @@ class ClientRunner:
 
     def _refuse_useless(self, update: Update, after: Mapping[str, Vector]) -> None:
         """Raises NonFiniteUpdate, on all ranks if one has cause, for an update or a state that nothing can use."""
-        finite = all(tensor.isfinite().all() for tensor in after.values())
+        finite, bound = all(tensor.isfinite().all() for tensor in after.values()), math.nan
         if self.peers.rank is None:  # the accumulator looks at the update itself
             if not finite:
                 raise NonFiniteUpdate("its new client state holds NaN or infinity")
             return
-        bound = math.nan
         with suppress(NonFiniteUpdate):
             bound = finite_bound(update) if finite else math.nan
         largest = self.peers.largest(bound)

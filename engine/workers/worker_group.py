@@ -132,10 +132,8 @@ class Gang(Rank):
         """Returns what the first rank answers when all ranks do the same; GangLost when one of them cannot."""
         try:
             return getattr(self, method)(*arguments)
-        except LOST:
-            raise
         except Exception as error:
-            if _is_users(error, method):
+            if isinstance(error, LOST) or _is_users(error, method):
                 raise
             raise _lost(error, method) from None
 
