@@ -81,10 +81,6 @@ class Trainable:
 
     def use_weights(self, merged: torch.Tensor | None) -> None:
         """Points the adapted layers at `merged` (uint8, from `merged_weights`), or at the base's weights if None."""
-        offset = 0
-        for layer, weight in zip(self.adapted_layers(), self.originals, strict=True):
-            if merged is None:
-                layer.weight.data = weight
-                continue
-            layer.weight.data = merged[offset : offset + weight.nbytes].view(weight.dtype).view(weight.shape)
-            offset += weight.nbytes
+        parts = self.originals if merged is None else merged.split([weight.nbytes for weight in self.originals])
+        for layer, weight, part in zip(self.adapted_layers(), self.originals, parts, strict=True):
+            layer.weight.data = part.view(weight.dtype).view(weight.shape)

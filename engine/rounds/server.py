@@ -190,16 +190,14 @@ class RankShards:
 
     def step(self, state: ShardedState, sums: list[Any], plan: CentralPlan | None, clip: float) -> Next:
         """Lets the ranks of the first gang apply the server's step, each to its shard of the state and of all sums."""
-        self.pool.deaths, arguments = 0, (state.round, self.population, plan, clip)
-        while True:
-            after = [
-                rank.serve.options(num_returns=2).remote(part, *arguments, *parts)
-                for rank, part, *parts in zip(self.pool.ranks(0), state.parts, *sums, strict=True)
-            ]
-            try:
-                return self._kept(state.round + 1, after), clip
-            except LOST as error:
-                self.pool.replace(0, error)
+        rest = (state.round, self.population, plan, clip)
+
+        def serve(_: Any) -> ShardedState:
+            shards = zip(self.pool.ranks(0), state.parts, *sums, strict=True)
+            after = [rank.serve.options(num_returns=2).remote(part, *rest, *parts) for rank, part, *parts in shards]
+            return self._kept(state.round + 1, after)
+
+        return self.pool.retried(serve), clip
 
     def merged(self, state: ShardedState) -> None:
         """Returns None: gangs refuse rules that merge into the base."""

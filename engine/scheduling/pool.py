@@ -323,7 +323,7 @@ class Pool:
 
     def ask(self, call: Callable[[Any], Reference], *, long: bool = False) -> Any:
         """Returns the result of `call(actor)` in the first slot, without a time limit if it may take `long`."""
-        return self._retried(lambda actor: within(None if long else self.timeout_s, call(actor)))
+        return self.retried(lambda actor: within(None if long else self.timeout_s, call(actor)))
 
     def export(self, folder: Path, message: Any, card: str) -> None:
         """Writes the model folder: files come one at a time, from the first slot; one that dies is replaced."""
@@ -338,9 +338,9 @@ class Pool:
                 except StopIteration:
                     return
 
-        self._retried(lambda actor: write_folder(folder, files(actor)))
+        self.retried(lambda actor: write_folder(folder, files(actor)))
 
-    def _retried(self, work: Callable[[Any], Any]) -> Any:
+    def retried(self, work: Callable[[Any], Any]) -> Any:
         """Returns what `work` does with the first slot, and does it again with another when that slot dies."""
         self.deaths = 0
         while True:

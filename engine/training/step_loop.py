@@ -133,14 +133,10 @@ class Progress:
         terms = term_metrics(objective)
         totals = {name: summed(total.item()) for name, total in self.sums.items()}  # none after empty samples alone
         means = {name: totals.get(name, 0.0) / max(1, self.counts[name]) for name in terms}
-        metrics = {
-            "loss": sum((means[name] for name in objective.losses), 0.0),
-            "rows": float(self.training.rows.num_rows),
-            "steps": float(self.taken),
-            "tokens": float(summed(self.tokens)),
-            "learned": float(self.counts[next(iter(terms))]),
-            "rates": self.rates,
-        }
+        loss, learned = sum((means[name] for name in objective.losses), 0.0), self.counts[next(iter(terms))]
+        rows, steps, tokens = float(self.training.rows.num_rows), float(self.taken), float(summed(self.tokens))
+        metrics = {"loss": loss, "rows": rows, "steps": steps, "tokens": tokens, "learned": float(learned)}
+        metrics["rates"] = self.rates
         for name, (mean_key, units_key) in terms.items():
             metrics |= {mean_key: means[name], units_key: float(self.counts[name])}
         return metrics

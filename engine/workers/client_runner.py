@@ -26,6 +26,7 @@ from engine.training.local_training import Job, Trainer
 from engine.training.step_loop import steps_of
 from strategies.core.layout import Layout
 from strategies.core.protocol import Broadcast, ClientState, Update, Vector
+from strategies.core.sharding import Partition
 from strategies.transforms.chain import bits, encode
 
 
@@ -76,6 +77,7 @@ class Peers:
     """What a process asks of the ranks that are one worker, all at the same time; `rank` is None in a group of one."""
 
     rank: int | None = None
+    partition: Partition | None = None  # how the ranks cut vectors into shards
     summed: Callable[[float], float] = float
     largest: Callable[[float], float] = float
     from_first: Callable[[Any], Any] = lambda value: value

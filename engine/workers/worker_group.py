@@ -65,9 +65,9 @@ class Rank(WorkerProcess):
         trainer = ZeroTrainer(network, tokenizer.pad_token_id, model, zero, federation.train)
         heap.keep(gathered=zero.stage == 3)
         largest = partial(_largest, trainer.works_on, zero.ranks)
-        peers, layout = Peers(self.rank, trainer.summed, largest, _from_first), trainer.layout
-        self.attached = Attached(self, tokens, trainer, tokenizer, lambda *_: trainer, layout, peers, trainer.partition)
-        return layout, trainer.partition
+        peers = Peers(self.rank, trainer.partition, trainer.summed, largest, _from_first)
+        self.attached = Attached(self, tokens, trainer, tokenizer, lambda *_: trainer, trainer.layout, peers)
+        return trainer.layout, trainer.partition
 
     def base_bytes(self) -> int:
         """Returns the size of the base's weights, of all ranks together."""
