@@ -46,15 +46,10 @@ def lora_config(model: Model) -> Any:
 
     peft = model.peft
     assert isinstance(peft, Lora)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=model.base,
-        revision=model.revision,
-        r=peft.r,
-        lora_alpha=peft.alpha,
-        lora_dropout=peft.dropout,
-        target_modules=peft.targets if isinstance(peft.targets, str) else list(peft.targets),
-    )
+    origin = {"task_type": "CAUSAL_LM", "base_model_name_or_path": model.base, "revision": model.revision}
+    sizes = {"r": peft.r, "lora_alpha": peft.alpha, "lora_dropout": peft.dropout}
+    targets = peft.targets if isinstance(peft.targets, str) else list(peft.targets)
+    return LoraConfig(**origin, **sizes, target_modules=targets)
 
 
 def refuse_other_adapters(network: nn.Module, federation: Federation) -> None:

@@ -163,8 +163,7 @@ class Dispatcher:
     def _chunk(self, kind: int) -> list[Unit]:
         share, allowed = max(LEAST_S, self.left[kind] / (SHARES * self.living[kind])), self.slots.timeout_s
         if allowed is not None:
-            # Half of it is left for work that takes longer than expected. If costs are not in seconds, a first chunk is
-            # rather short.
+            # Half is left for work that takes longer than expected. If costs are not seconds, a first chunk is short.
             share = min(share, allowed / 2 / (self.slowest or 1.0))
         queue, chunk, cost = self.queues[kind], list[Unit](), 0.0
         while queue and (not chunk or cost + self.cost[queue[0]] <= share):

@@ -134,14 +134,12 @@ class LaneTrainer:
             if isinstance(self.dropout, nn.Dropout) and self.dropout.p > 0:
                 x_KNI = x_KNI * self._dropped(active, x.to(x_KNI.dtype), self.dropout.p).view_as(x_KNI)
             out_KNO, down_KNR = out.view(len(active), -1, out.shape[-1]), torch.bmm(x_KNI, pair.a_RI.mT)
-            scale, *others = set(self.scales)
-            if others:
-                scale_K = self._row(self.scales).to(down_KNR.dtype)
-                product_KNO = torch.bmm(down_KNR * scale_K[:, None, None], pair.b_OR.mT)
+            scale: Any = self.scales[0]
+            if len(set(self.scales)) > 1:
+                scale = self._row(self.scales).to(down_KNR.dtype)[:, None, None]
             elif out.dtype == down_KNR.dtype:
                 return torch.baddbmm(out_KNO, down_KNR, pair.b_OR.mT, alpha=scale).view(out.shape)
-            else:
-                product_KNO = torch.bmm(down_KNR * scale, pair.b_OR.mT)
+            product_KNO = torch.bmm(down_KNR * scale, pair.b_OR.mT)
             added: torch.Tensor = (out_KNO + product_KNO).to(out.dtype).view(out.shape)
             return added
 
