@@ -91,8 +91,8 @@ class PoolEvaluator:
         return self.parts.pool.map(clients, costs, call)
 
     def _limit(self, split: str) -> int:
-        evaluate = self.parts.federation.evaluate
-        return evaluate.server_rows if split == "server" else evaluate.rows
+        """The most rows that count: `server_rows` of the server's rows, `rows` of a client's."""
+        return self.parts.federation.evaluate.server_rows if split == "server" else self.parts.federation.evaluate.rows
 
     def _record(self, losses: list[ClientLoss], round_: int, split: str, name: str, *, protocol: bool = False) -> float:
         """Writes the mean losses and returns that of the held-out term, such as nats per token.

@@ -151,5 +151,4 @@ def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None 
         collector = SecureCollector(federation, relay, most_tokens, journal, too_few, trace)
         collector.refuse_small_ring(privacy.plan, privacy.clip, federation.cohort.largest(parts.population), round_)
     recorder, states = Recorder(store, parts.pool, logs, round_), parts.folder / "client_state"
-    parts_of_loop = (planner, shards, collector, too_few, privacy, journal, recorder, states)
-    return RoundLoop(federation, *parts_of_loop, lanes, aborts)
+    return RoundLoop(federation, planner, shards, collector, too_few, privacy, journal, recorder, states, lanes, aborts)
