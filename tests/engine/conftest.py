@@ -122,9 +122,7 @@ def make_private(make_trainable: Callable[..., Trainable], bases: dict[str, Path
         plan = ExamplePlan(z, clip, Scheme("poisson", 1.0), 1e-5)
         plain = LocalTrainer(trainable, 0, train)
         plain.objective = options.get("objective", plain.objective)
-        trainer = PrivateTrainer(plain, plan)
-        trainer.words = seeded_words(np.random.default_rng(11))
-        return trainer
+        return PrivateTrainer(plain, plan, seeded_words(np.random.default_rng(11)))
 
     return made
 

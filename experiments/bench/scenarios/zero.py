@@ -234,7 +234,8 @@ def loaded(rank: int, model: Model, zero: Zero) -> tuple[float, float] | None:
 
     The shard is the whole model in stages 1 and 2. Pages of the mapped file do not count: they can be evicted.
     """
-    from engine.models.deepspeed_model import shape_of, zero_model
+    from engine.models.deepspeed_model import zero_model
+    from engine.models.trainable import shape_of
 
     heap.give_back()
     if "RssAnon" not in memory():

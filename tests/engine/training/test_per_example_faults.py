@@ -145,13 +145,6 @@ def test_training_that_moves_nothing_is_an_error(make_private: MakePrivate, rows
     assert not change(make_private(1.0), rows, replace(ONE_STEP, optimizer=Sgd(lr=0.0))).any()
 
 
-def test_noise_without_a_source_is_a_bug(make_private: MakePrivate, rows: pa.RecordBatch) -> None:
-    trainer = make_private(z=1.0)
-    trainer.words = None
-    with pytest.raises(AssertionError, match="set before each client"):
-        change(trainer, rows)
-
-
 def test_tied_parameters_are_refused(make_private: MakePrivate) -> None:
     message = r"not supported for tied parameters, and lm_head\.weight is .*embed_tokens\.weight: train adapters"
     with pytest.raises(ValueError, match=message):
