@@ -173,7 +173,8 @@ class Evaluation:
 def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
     """After the last round spends the federation's steps on one pooled model, and in equal parts on each client's own.
 
-    Evaluates both. Every round has an equal part of a model's steps, with the learning rates of `train.over_rounds` and `over_steps`.
+    Evaluates both. Every round has an equal part of a model's steps, with the learning rates of `train.over_rounds` and
+    `over_steps`.
     """
     parts, shards, clients = evaluator.parts, evaluator.parts.shards, evaluator.parts.population
     if state.round < parts.federation.rounds:
