@@ -48,14 +48,12 @@ def column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
 
 def keys(table: pa.Table, key: str, name: str) -> Coded:
     """A column of clients, in the order of their names. Raises DataError where it is missing, null or empty."""
-    codes, values = _coded(table, key, name)
-    return _in_order(codes, values.cast(pa.string()), by=values.cast(pa.string()))
+    return _coded(table, key, name, by_text=True)
 
 
 def labels(table: pa.Table, key: str, name: str) -> Coded:
     """A column of labels, in the order of their values: 2 before 10. Raises DataError as `keys` does."""
-    codes, values = _coded(table, key, name)
-    return _in_order(codes, values.cast(pa.string()), by=values)
+    return _coded(table, key, name, by_text=False)
 
 
 def numbers(table: pa.Table, key: str, name: str) -> NDArray[np.float64]:
@@ -101,22 +99,16 @@ def _contents(turns: pa.Array) -> pa.Array:
     return pc.binary_join(pa.LargeListArray.from_arrays(offsets, contents), pa.scalar("\n", pa.large_string()))
 
 
-def _coded(table: pa.Table, key: str, name: str) -> tuple[NDArray[np.int32], pa.Array]:
-    """The number of each row's value, and the values in the order of their first rows."""
+def _coded(table: pa.Table, key: str, name: str, by_text: bool) -> Coded:
     cells = column(table, key, name)
     if pa.types.is_dictionary(cells.type):
         cells = cells.cast(cells.type.value_type)
     if pa.types.is_nested(cells.type):
         raise DataError(f"{key} names {name!r}, which holds {cells.type}: name text or numbers")
-    encoded = cells.dictionary_encode().unify_dictionaries()
-    if not encoded.num_chunks:
-        return np.empty(0, np.int32), pa.array([], cells.type)
-    values = encoded.chunk(0).dictionary
-    codes: NDArray[np.int32] = np.concatenate(
-        [pc.fill_null(chunk.indices, -1).to_numpy() for chunk in encoded.chunks], dtype=np.int32
-    )
+    encoded = cells.combine_chunks().dictionary_encode()
+    codes = pc.fill_null(encoded.indices, -1).to_numpy()
     try:
-        names = nan_is_null(values).cast(pa.string())
+        names = nan_is_null(encoded.dictionary).cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise DataError(
             f"{key} names {name!r}, which holds {cells.type} that is not all text: "
@@ -130,12 +122,8 @@ def _coded(table: pa.Table, key: str, name: str) -> tuple[NDArray[np.int32], pa.
             f"{key} names {name!r}, which is null or empty in {len(nameless)} of {table.num_rows} rows: "
             f"fill it in, or leave those rows out of the source; the first is {str(first)[:SHOWN]}"
         )
-    return codes, values
-
-
-def _in_order(codes: NDArray[np.int32], values: pa.StringArray, by: pa.Array) -> Coded:
-    order = pc.array_sort_indices(by)
-    return Coded(np.argsort(order.to_numpy()).astype(np.int32)[codes], values.take(order))
+    order = pc.array_sort_indices(names if by_text else encoded.dictionary)
+    return Coded(np.argsort(order.to_numpy()).astype(np.int32)[codes], names.take(order))
 
 
 def array_of(values: list[Any]) -> pa.Array | pa.ChunkedArray:

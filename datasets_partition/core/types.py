@@ -131,11 +131,9 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """A text that changes when the rows change although this section does not; it makes another store."""
-        ...
 
     def load(self) -> Rows:
         """All rows, in a fixed order. Raises DataError for what a user can correct."""
-        ...
 
 
 class Partitioner(Protocol):
@@ -143,4 +141,3 @@ class Partitioner(Protocol):
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """The client of each row; the same on any machine. Raises DataError for what a user can correct."""
-        ...

@@ -11,16 +11,7 @@ import pyarrow.compute as pc
 
 from datasets_partition.core.columns import array_of, as_text, joined, nan_is_null
 from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import (
-    COLUMNS,
-    TURNS,
-    UNPAIRED_PREFERENCE,
-    OnRows,
-    Rows,
-    content_columns,
-    format_of,
-    ignore,
-)
+from datasets_partition.core.types import COLUMNS, TURNS, OnRows, Rows, content_columns, format_of, ignore
 from datasets_partition.formats.forms import (
     BESIDE_TURNS,
     EXPECTED,
@@ -61,7 +52,6 @@ class Conversion:
         self.skipped: Counter[str] = Counter()
         self.first: tuple[str, bool, bool] | None = None  # its format, whether it holds turns, whether it has a client
         self.tables: list[pa.Table] = []
-        self.kept = 0
 
     def add_batch(
         self, batch: pa.RecordBatch, file: str, numbers: Sequence[int], unit: str, known: Faults | None = None
@@ -193,11 +183,10 @@ class Conversion:
             return
         table = pa.table({name: part[name] for part in (content, others) for name in part.column_names})
         # Beside a prompt and a completion a boolean label would mean an unpaired preference.
-        if "label" in others.column_names and format_of(table) == UNPAIRED_PREFERENCE:
+        if "label" in others.column_names and "label" in content_columns(table):
             table = table.set_column(table.column_names.index("label"), "label", table["label"].cast(pa.string()))
         self.tables.append(table)
-        self.kept += table.num_rows
-        self.on_rows(self.kept)
+        self.on_rows(sum(table.num_rows for table in self.tables))
 
 
 def _others(names: list[str], form: Form, content: list[str]) -> list[str]:
@@ -313,8 +302,7 @@ def _faults_of(batch: pa.RecordBatch, required: list[str]) -> Faults:
         nameless = pc.fill_null(pc.equal(batch["client"], ""), True)
         faults = _where(nameless, BadRow("has a null or empty client")) | faults
     for name in required:
-        if batch[name].null_count:
-            faults = _where(batch[name].is_null(), BadRow(f"has a null {name}")) | faults
+        faults = _where(batch[name].is_null(), BadRow(f"has a null {name}")) | faults
     return faults
 
 

@@ -30,10 +30,7 @@ TRUE, FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """The rows of one file, or of a folder of files with the right endings.
-
-    `columns` gives a column's name in the file: {prompt = "question"}.
-    """
+    """The rows of a file, or of a folder's files; `columns` gives a column's name there: {prompt = "question"}."""
 
     kind: str
     path: str
@@ -173,17 +170,15 @@ def _records(file: SourceFile) -> Iterator[tuple[int, list[str] | BadRow]]:
     csv.field_size_limit(FIELD_BYTES)
     with file.buffered() as stream:
         reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline=""), strict=True)
-        while True:
+        record: list[str] | BadRow | None = []
+        while record is not None:
             line = reader.line_num + 1
             try:
-                values = next(reader)
-            except StopIteration:
-                return
+                record = next(reader, None)
             except csv.Error as error:
-                yield line, BadRow("is not CSV", f"{error}; a quote within quotes is written twice")
-            else:
-                if values:
-                    yield line, values
+                record = BadRow("is not CSV", f"{error}; a quote within quotes is written twice")
+            if record:
+                yield line, record
 
 
 def _is_text(values: list[str]) -> bool:

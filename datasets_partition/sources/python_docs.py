@@ -38,16 +38,14 @@ class PythonDocs:
 
     def fingerprint(self) -> str:
         """The versions of Python and of the packages."""
-        versions = [f"python=={platform.python_version()}"]
-        for package in self.packages:
-            try:
-                versions.append(f"{package}=={version(package)}")
-            except PackageNotFoundError:
-                raise DataError(
-                    f"data.source.packages names {package!r}, which is not installed: "
-                    f"install it or take it out of the list"
-                ) from None
-        return " ".join(versions)
+        try:
+            versions = [f"{package}=={version(package)}" for package in self.packages]
+        except PackageNotFoundError as error:
+            raise DataError(
+                f"data.source.packages names {error.name!r}, which is not installed: "
+                "install it or take it out of the list"
+            ) from None
+        return " ".join([f"python=={platform.python_version()}", *versions])
 
     def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows, with `client`, `prompt` and `completion`, in a fixed order, each content once."""
@@ -84,14 +82,11 @@ def documented(path: Path, prompt_chars: int) -> Iterator[tuple[str, str]]:
     nodes = [node for node in ast.walk(tree) if isinstance(node, Definition) and ast.get_docstring(node) is not None]
     # A prompt holds no docstring: a method's is another row's completion. A docstring on the signature's line cannot be
     # cut out, and makes no row either.
-    hidden: set[int] = set()
-    for node in nodes:
-        lines_of = _lines(node.body[0])
-        if lines_of.start != node.lineno:
-            hidden.update(lines_of)
+    nodes = [node for node in nodes if node.body[0].lineno != node.lineno]
+    hidden = {number for node in nodes for number in _lines(node.body[0])}
     for node in nodes:
         paragraph = " ".join((ast.get_docstring(node) or "").strip().split("\n\n")[0].split())
-        if not paragraph or node.body[0].lineno == node.lineno:
+        if not paragraph:
             continue
         kept = [lines[number - 1] for number in _lines(node) if number not in hidden]
         indent = node.col_offset
