@@ -150,6 +150,11 @@ def nan_is_null(values: pa.Array) -> pa.Array:
     return pc.if_else(pc.is_nan(values), None, values) if pa.types.is_floating(values.type) else values
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values of this type are lists, of any or of one length."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def joined(tables: list[pa.Table]) -> pa.Table:
     """All rows of all tables: null where a table lacks a column, text where columns share no type."""
     for name in dict.fromkeys(name for table in tables for name in table.column_names):

@@ -128,4 +128,5 @@ def shared_out(rows: int, weights: NDArray[np.float64], offset: float = 0.5) -> 
     edges = np.cumsum(weights)
     # An offset just below 1 may be rounded up to 1.
     edges = np.minimum(np.floor(edges / edges[-1] * rows + offset), rows).astype(np.int64)
-    return np.diff(edges, prepend=0)
+    counts: NDArray[np.int64] = np.diff(edges, prepend=0)
+    return counts

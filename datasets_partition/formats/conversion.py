@@ -9,25 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datasets_partition.core.columns import array_of, as_text, joined, nan_is_null
+from datasets_partition.core.columns import array_of, as_text, is_list, joined, nan_is_null
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import COLUMNS, TURNS, OnRows, Rows, content_columns, format_of, ignore
-from datasets_partition.formats.forms import (
-    BESIDE_TURNS,
-    EXPECTED,
-    NAMES,
-    BadRow,
-    Form,
-    OnBadRow,
-    Row,
-    form_of,
-    kind_of,
-)
+from datasets_partition.formats.forms import BESIDE_TURNS, NAMES, BadRow, Form, OnBadRow, Row, form_of, kind_of
 
 # Rows converted at once: few enough for the 2 GiB of text in one Arrow array, many enough for Arrow to pay off.
 ROWS_PER_BATCH = 16384
 
 Faults = dict[int, BadRow]  # by the row's position in its batch
+EXPECTED = (
+    "text; messages; prompt and completion; prompt, chosen and rejected; "
+    "instruction and output; conversations; or prompt alone"
+)
 # Other columns of these names would make a table look like one of another format.
 RESERVED = frozenset[str]().union(*COLUMNS.values()) - {"label"}
 
@@ -70,7 +64,7 @@ class Conversion:
             )
         content = _content_of(batch, form, file)
         owned = "client" in batch.schema.names
-        if form.flat and not any(_is_list(values.type) for values in content.columns):
+        if form.flat and not any(is_list(values.type) for values in content.columns):
             required = [name for name in content.schema.names if name in (*form.needs, "label")]
             faults = _faults_of(batch, required) | (known or {})
             good = _without(content, faults)
@@ -260,17 +254,13 @@ def _content_of(batch: pa.RecordBatch, form: Form, file: str) -> pa.RecordBatch:
     columns = []
     for name in known:
         kind = batch[name].type
-        if not (pa.types.is_string(kind) or pa.types.is_null(kind) or _is_list(kind) or name == "label"):
+        if not (pa.types.is_string(kind) or pa.types.is_null(kind) or is_list(kind) or name == "label"):
             raise DataError(
                 f"{file} has {kind} in its column {name}, which must hold text or turns: convert it, or name another "
                 f"column in data.source.columns"
             )
         columns.append(batch[name].cast(pa.string()) if pa.types.is_null(kind) else batch[name])
     return pa.RecordBatch.from_arrays(columns, names=known)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _with_owner(batch: pa.RecordBatch, file: str) -> pa.RecordBatch:

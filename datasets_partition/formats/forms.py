@@ -198,19 +198,14 @@ FORMS = (
     Form(("text",), _text_row, _text_flat, without=PAIR),
     Form(("prompt",), _prompt_row, dict, without=frozenset(["text", "chosen", "rejected", *ALPACA_COLUMNS])),
 )
-FORM_COLUMNS = frozenset[str]().union(*(form.needs for form in FORMS))
 # The keys that data.source.columns takes.
 NAMES = (*dict.fromkeys(name for form in FORMS for name in (*form.needs, *form.optional)), "client")
-EXPECTED = (
-    "text; messages; prompt and completion; prompt, chosen and rejected; "
-    "instruction and output; conversations; or prompt alone"
-)
 
 
 @lru_cache(maxsize=1024)
 def form_of(names: frozenset[str], mapped: frozenset[str]) -> Form | None:
     """The form of a row with the columns `names`, if any; columns that the user has `mapped` decide between several."""
-    decided = mapped & FORM_COLUMNS
+    decided = mapped & {name for form in FORMS for name in form.needs}
     for form in FORMS:
         if names.issuperset(form.needs) and decided.issubset(form.needs) and (decided or not form.without & names):
             return form

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from datasets_partition.core.columns import Coded, column, texts
+from datasets_partition.core.columns import Coded, column, is_list, texts
 from datasets_partition.core.dealing import above_zero, at_least, enough_rows, numbered, text_columns
 from datasets_partition.core.errors import DataError
 from datasets_partition.core.types import Assignment
@@ -133,10 +133,9 @@ def _described(numbers: pa.StringArray, codes: NDArray[np.int32], vectors: Any, 
 def embedded(table: pa.Table, name: str) -> NDArray[np.float32]:
     """A column of lists of numbers of one length, as a matrix. Raises DataError where it holds anything else."""
     lists = column(table, "data.partition.embedding", name)
-    kind = lists.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+    if not is_list(lists.type):
         raise DataError(
-            f"data.partition.embedding names {name!r}, which holds {kind}: name a column of lists of numbers"
+            f"data.partition.embedding names {name!r}, which holds {lists.type}: name a column of lists of numbers"
         )
     lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
     if len(lengths) != 1 or not lengths[0]:

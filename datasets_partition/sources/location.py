@@ -91,10 +91,8 @@ class SourceFile:
     @contextmanager
     def buffered(self) -> Iterator[io.BufferedReader]:
         """Like `opened`, for lines of text; decompressed if name or content is gzip's. Raises DataError for Parquet."""
-        with (
-            self.opened() as stream,
-            self.whole("gzip", "fetch or compress it", gzip.BadGzipFile, EOFError, zlib.error),
-        ):
+        errors = gzip.BadGzipFile, EOFError, zlib.error
+        with self.opened() as stream, self.whole("gzip", "fetch or compress it", *errors):
             is_packed = stream.read(2) == b"\x1f\x8b" or self.path.lower().endswith(".gz")
             stream.seek(0)
             lines = io.BufferedReader(gzip.GzipFile(fileobj=stream) if is_packed else stream, 2**20)

@@ -85,11 +85,15 @@ def readable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def sweep(folder: Path) -> None:
-    """Removes scratch folders of `folder` whose writers were killed a day or longer ago."""
+def ready(folder: Path, key: str, remote: str | None) -> bool:
+    """Whether `folder` was sealed under `key`, here or at `remote`; DataError if it is damaged or holds another."""
     for scratch in folder.parent.glob(f".{folder.name}-*"):
-        if time.time() - scratch.stat().st_mtime > DAY_S:
+        if time.time() - scratch.stat().st_mtime > DAY_S:  # its writer was killed
             shutil.rmtree(scratch, ignore_errors=True)
+    if not folder.exists() and not (remote and fetch(remote, folder)):
+        return False
+    refuse_another(folder, key)
+    return True
 
 
 @contextmanager

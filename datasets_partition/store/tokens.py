@@ -133,10 +133,7 @@ def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None, 
     digest = sha256(key.encode()).hexdigest()
     name = f"tokens-{digest[:16]}"
     folder, remote = store.folder / name, within(shared, name) if shared else None
-    sealed.sweep(folder)
-    if folder.exists() or (remote and sealed.fetch(remote, folder)):
-        sealed.refuse_another(folder, digest)
-    else:
+    if not sealed.ready(folder, digest, remote):
         with sealed.written_whole(folder) as scratch:
             _write(store, encode, scratch, on_rows)
             sealed.seal(scratch, digest, {})
