@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import content_columns
+from datasets_partition.core.types import DataError, content_columns
 
 # The canonical column that a column of the source has become (see forms.py).
 KEPT_IN = dict(text="completion", output="completion", instruction="prompt", input="prompt", conversations="messages")

@@ -1,4 +1,4 @@
-"""The central types: canonical tables, sources and their rows, partitioners and their assignments; checks of all.
+"""The central types: canonical tables, sources and their rows, partitioners and their assignments; checks and errors.
 
 Every source returns a canonical table. It has one format; its content columns say which.
 
@@ -19,8 +19,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from datasets_partition.core.errors import DataError
-
 PROMPT_COMPLETION = "prompt_completion"
 MESSAGES = "messages"
 PREFERENCE = "preference"
@@ -39,6 +37,12 @@ COLUMNS = {
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 OnRows = Callable[[int], None]  # called now and then with the number of rows so far
 TURN = {(field.name, field.type) for field in TURNS.value_type}
+
+
+class DataError(ValueError):
+    """Says in one sentence what is wrong with rows, a source or a partition and what works instead."""
+
+    exit_code = 2  # of the command, as for wrong usage
 
 
 def format_of(table: pa.Table) -> str:

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datasets_partition.core.columns import array_of, as_text, is_list, joined, nan_is_null
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import COLUMNS, TURNS, OnRows, Rows, content_columns, format_of, ignore
+from datasets_partition.core.types import COLUMNS, TURNS, DataError, OnRows, Rows, content_columns, format_of, ignore
 from datasets_partition.formats.forms import BESIDE_TURNS, NAMES, BadRow, Form, OnBadRow, Row, form_of, kind_of
 
 # Rows converted at once: few enough for the 2 GiB of text in one Arrow array, many enough for Arrow to pay off.
@@ -64,16 +63,16 @@ class Conversion:
             )
         content = _content_of(batch, form, file)
         owned = "client" in batch.schema.names
-        if form.flat and not any(is_list(values.type) for values in content.columns):
-            required = [name for name in content.schema.names if name in (*form.needs, "label")]
-            faults = _faults_of(batch, required) | (known or {})
+        flat = None if any(is_list(values.type) for values in content.columns) else form.flat
+        required = {*form.needs, "label"} if flat else {"label"}
+        faults = _faults_of(batch, [name for name in content.schema.names if name in required]) | (known or {})
+        if flat:
             good = _without(content, faults)
-            table = pa.table(form.flat({name: good[name] for name in good.schema.names}))
+            table = pa.table(flat({name: good[name] for name in good.schema.names}))
             if table.num_rows and (fault := self._other(format_of(table), False, owned)):
                 faults = dict.fromkeys(range(len(batch)), fault) | faults
                 table = table.slice(0, 0)
         else:
-            faults = _faults_of(batch, ["label"] if "label" in content.schema.names else []) | (known or {})
             table = self._row_by_row(content, form, owned, faults)
         for position, fault in sorted(faults.items()):
             self._refuse(f"{file} {unit} {numbers[position]}", fault)
@@ -140,12 +139,11 @@ class Conversion:
     def _split(self, row: Row) -> tuple[Row, Row]:
         """A row's content, and its other columns."""
         original = row
-        if self.columns:
-            if missing := [theirs for theirs in self.columns.values() if theirs not in row]:
-                raise BadRow(f"has no column {missing[0]!r}, which data.source.columns names", _has(original))
-            mapped = {*self.columns, *self.columns.values()}
-            row = {name: value for name, value in row.items() if name not in mapped}
-            row |= {name: original[theirs] for name, theirs in self.columns.items()}
+        if missing := [theirs for theirs in self.columns.values() if theirs not in row]:
+            raise BadRow(f"has no column {missing[0]!r}, which data.source.columns names", _has(row))
+        mapped = {*self.columns, *self.columns.values()}
+        row = {name: value for name, value in row.items() if name not in mapped}
+        row |= {name: original[theirs] for name, theirs in self.columns.items()}
         form = form_of(frozenset(row), frozenset(self.columns))
         if form is None:
             raise BadRow("fits no format", f"{_has(original)}; it needs {EXPECTED}")

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from datasets_partition.core import dealing, draws
 from datasets_partition.core.columns import Coded, labels
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Assignment
+from datasets_partition.core.types import Assignment, DataError
 
 # More tries are not worth their time: a try over a million clients takes seconds.
 TRIES = 20
@@ -45,16 +44,7 @@ class Shards:
         """Raises DataError if a row has no label, or there are fewer shards than asked for."""
         coded = labels(table, "data.partition.label", self.label)
         dealing.enough_rows(self.clients, table.num_rows)
-        size, shards, counts = self._cut(table.num_rows)
-        order, _ = dealing.by_label(coded, rng)
-        owners = np.full(shards + 1, -1, np.int32)  # the last is for the rows that fill no shard
-        owners[rng.permutation(shards)[: counts.sum()]] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        clients = dealing.placed(order, owners[np.minimum(np.arange(table.num_rows) // size, shards)])
-        return Assignment(clients, dealing.numbered(self.clients), category=coded.texts())
-
-    def _cut(self, rows: int) -> tuple[int, int, NDArray[np.int64]]:
-        """The rows of a shard, how many shards there are, and how many each client gets."""
-        wanted = self.clients * (self.shards or 1)
+        wanted, rows = self.clients * (self.shards or 1), table.num_rows
         size = self.shard_rows or max(rows // wanted, 1)
         shards = -(-rows // size) if self.keep_rest else rows // size
         if shards < wanted:
@@ -63,7 +53,12 @@ class Shards:
                 f"but {rows} distinct rows make only {shards} of {size} rows: ask for fewer clients or shards, "
                 "or for smaller ones"
             )
-        return size, shards, dealing.even(shards if self.shards is None else wanted, self.clients)
+        counts = dealing.even(shards if self.shards is None else wanted, self.clients)
+        order, _ = dealing.by_label(coded, rng)
+        owners = np.full(shards + 1, -1, np.int32)  # the last is for the rows that fill no shard
+        owners[rng.permutation(shards)[: counts.sum()]] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        clients = dealing.placed(order, owners[np.minimum(np.arange(rows) // size, shards)])
+        return Assignment(clients, dealing.numbered(self.clients), category=coded.texts())
 
 
 @dataclass(frozen=True, kw_only=True)

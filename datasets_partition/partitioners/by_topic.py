@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from datasets_partition.core.columns import Coded, column, is_list, texts
 from datasets_partition.core.dealing import above_zero, at_least, enough_rows, numbered, text_columns
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Assignment
+from datasets_partition.core.types import Assignment, DataError
 from datasets_partition.partitioners.by_label import Dirichlet
 
 # Topics are computed from at most SAMPLE rows; the others go to the nearest topic, BLOCK rows at a time.

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from datasets_partition.core.dealing import joined, positions
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Assignment, Partitioner
+from datasets_partition.core.types import Assignment, DataError, Partitioner
 from datasets_partition.partitioners.by_label import Dirichlet, Distribution, InnerDirichlet, Pathological, Shards
 from datasets_partition.partitioners.by_size import BySize, Iid, SizeCap
 from datasets_partition.partitioners.by_topic import ByTopic

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from datasets_partition.core.columns import Coded, column, keys
 from datasets_partition.core.dealing import at_least, even, joined, numbered, positions
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Assignment
+from datasets_partition.core.types import Assignment, DataError
 
 # What a column of text may hold, tried in this order: numbers, or ISO dates and times, without or with a time zone.
 FORMS = (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC"))

@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import OnRows, Rows, ignore
+from datasets_partition.core.types import DataError, OnRows, Rows, ignore
 from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion, Faults
 from datasets_partition.formats.forms import BadRow, OnBadRow
 from datasets_partition.sources.location import SourceFile, fingerprint, source_files

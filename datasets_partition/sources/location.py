@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 
 
 def located(location: str) -> tuple[fs.FileSystem, str]:

@@ -13,8 +13,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import OnRows, Rows, ignore
+from datasets_partition.core.types import DataError, OnRows, Rows, ignore
 
 SCHEMA = pa.schema([("client", pa.string()), ("prompt", pa.string()), ("completion", pa.string())])
 

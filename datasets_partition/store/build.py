@@ -15,8 +15,14 @@ import pyarrow.parquet as pq
 
 from datasets_partition import Sources
 from datasets_partition.core.columns import labels
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Partitioner, Source, content_columns, refuse_misfit, refuse_other_rows
+from datasets_partition.core.types import (
+    DataError,
+    Partitioner,
+    Source,
+    content_columns,
+    refuse_misfit,
+    refuse_other_rows,
+)
 from datasets_partition.partitioners.combined import Combined, parts_of, unit_of
 from datasets_partition.sources.location import is_local, node_cache, within
 from datasets_partition.store import sealed

@@ -19,7 +19,7 @@ from uuid import uuid4
 import pyarrow as pa
 from pyarrow import fs
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.sources.location import first_line, is_local, located, node_cache
 
 MANIFEST, INDEX = "manifest.json", "index.arrow"

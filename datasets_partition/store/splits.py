@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from datasets_partition.core.dealing import positions
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 
 
 class Held(NamedTuple):
@@ -83,8 +83,7 @@ def _nearest(counts: Any) -> Any:
 
 def content_numbers(table: pa.Table, columns: tuple[str, ...]) -> NDArray[np.int64]:
     """A number for each row, equal where and only where rows agree in all `columns`: compared, not hashed."""
-    numbers = np.zeros(table.num_rows, dtype=np.int64)
-    contents = 1
+    numbers, contents = np.zeros(table.num_rows, dtype=np.int64), 1
     for name in columns:
         if contents == len(numbers):
             break  # all rows differ already
@@ -92,11 +91,8 @@ def content_numbers(table: pa.Table, columns: tuple[str, ...]) -> NDArray[np.int
         if pa.types.is_nested(values.type):
             values = pa.array([json.dumps(value) for value in values.to_pylist()], pa.large_string())
         codes, different = _coded(values)
-        if contents > 1 and different > 1:
-            # Both are at most the number of rows, so that the product does not overflow.
-            codes, different = _coded(pa.array(numbers * different + codes))
-        if different > 1:
-            numbers, contents = codes, different
+        # Both are at most the number of rows, so that the product does not overflow.
+        numbers, contents = _coded(pa.array(numbers * different + codes))
     return numbers
 
 

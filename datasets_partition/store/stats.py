@@ -3,7 +3,7 @@
 Reads no row's text. The server's rows are counted separately, and are part of no other figure here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -15,12 +15,6 @@ from numpy.typing import NDArray
 from datasets_partition.store.sealed import readable
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
-
-# What the manifest counts of the rows and clients that are not in the store.
-LEFT_OUT = (
-    *("duplicate_rows", "duplicate_clients", "skipped_rows"),
-    *("left_out_clients", "left_out_rows", "unassigned_rows"),
-)
 
 
 @dataclass(frozen=True)
@@ -137,16 +131,15 @@ class Skew:
         clients, training = slice(store.num_clients), slice(store.num_training)
         train, heldout = store.counts("train").astype(np.int64), store.counts("heldout").astype(np.int64)
         rows = (train + heldout)[clients]
+        counted = {field.name for field in fields(cls)} & store.manifest.keys() - {"rows"}
         return cls(
             training_clients=store.num_training,
-            unseen_clients=store.num_clients - store.num_training,
             train_rows=int(train.sum()),
             heldout_rows=int(heldout[training].sum()),
             unseen_rows=int(rows[store.num_training :].sum()),
-            server_rows=int(heldout[store.num_clients :].sum()),
             rows=Sizes(rows),
             categories=_categories(store, rows),
-            **{name: store.manifest[name] for name in LEFT_OUT},
+            **{name: store.manifest[name] for name in counted},
         )
 
 
@@ -159,8 +152,7 @@ def _categories(store: Store, rows: NDArray[np.int64]) -> Categories | None:
             return None
         with pq.ParquetFile(path, **options) as file:
             values = file.read(columns=["category"])["category"].slice(0, rows.sum())
-    values = values.cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries()
-    codes = np.concatenate([chunk.indices.to_numpy() for chunk in values.chunks]).astype(np.int64)
-    names = values.chunk(0).dictionary.to_pylist()
+    values = values.cast(pa.dictionary(pa.int32(), pa.string())).combine_chunks()
+    codes, names = values.indices.to_numpy().astype(np.int64), values.dictionary.to_pylist()
     pairs, counts = np.unique(np.repeat(np.arange(len(rows)), rows) * len(names) + codes, return_counts=True)
     return Categories(names, pairs // len(names), pairs % len(names), counts)

@@ -10,7 +10,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources import location
 from datasets_partition.sources.files import Jsonl
