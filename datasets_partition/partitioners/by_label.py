@@ -115,8 +115,7 @@ class Pathological:
             return (np.arange(self.clients)[:, None] + np.arange(self.classes)) % values
         blocks = []
         step = max(BLOCK // values, 1)
-        for first in range(0, self.clients, step):
-            clients = np.arange(first, min(first + step, self.clients))
+        for clients in np.split(np.arange(self.clients), range(step, self.clients, step)):
             drawn = rng.random((len(clients), values))
             if self.mode == "first_deterministic":
                 drawn[np.arange(len(clients)), clients % values] = -1.0

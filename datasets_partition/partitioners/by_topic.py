@@ -58,8 +58,8 @@ class ByTopic:
                 f"ask for {table.num_rows} topics or fewer"
             )
         enough_rows(self.clients, table.num_rows, self.min_rows)  # before k-means, which takes long
-        codes, names = self._clustered(table, rng)
-        largest = int(np.bincount(codes).max(initial=0))
+        topics = self._clustered(table, rng)
+        largest = int(np.bincount(topics.codes).max(initial=0))
         if self.topics > 1 and largest > LARGEST * table.num_rows:
             raise DataError(
                 f"data.partition finds one topic with {largest} of {table.num_rows} rows among {self.topics}, which is "
@@ -69,14 +69,14 @@ class ByTopic:
         law = Dirichlet(
             label="topic", clients=self.clients, alpha=self.alpha, min_rows=self.min_rows, balanced=self.balanced
         )
-        return law.divide(Coded(codes, names), rng)
+        return law.divide(topics, rng)
 
-    def _clustered(self, table: pa.Table, rng: np.random.Generator) -> tuple[NDArray[np.int32], pa.StringArray]:
-        """The topic of each row, and the topics' names."""
+    def _clustered(self, table: pa.Table, rng: np.random.Generator) -> Coded:
         try:
             from sklearn.cluster import KMeans
             from sklearn.decomposition import TruncatedSVD
-            from sklearn.preprocessing import normalize
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import Normalizer
             from threadpoolctl import threadpool_limits
         except ImportError:
             raise DataError(
@@ -89,18 +89,13 @@ class ByTopic:
         sample = vectors if rows <= size else vectors[np.sort(rng.permutation(rows)[:size])]
         # One thread: several would add numbers in the order in which they happen to finish.
         with threadpool_limits(limits=1):
-            svd = None
-            if words is not None and min(sample.shape) > DIMENSIONS:
-                svd = TruncatedSVD(DIMENSIONS, random_state=seed).fit(sample)
-
-            def reduced(some: Any) -> Any:
-                return some if svd is None else normalize(svd.transform(some))
-
-            means = KMeans(self.topics, random_state=seed, n_init=3).fit(reduced(sample))
-            blocks = [means.predict(reduced(vectors[first : first + BLOCK])) for first in range(0, rows, BLOCK)]
+            is_wide = words is not None and min(sample.shape) > DIMENSIONS
+            reduction = [TruncatedSVD(DIMENSIONS, random_state=seed), Normalizer()] if is_wide else []
+            means = make_pipeline(*reduction, KMeans(self.topics, random_state=seed, n_init=3)).fit(sample)
+            blocks = [means.predict(vectors[first : first + BLOCK]) for first in range(0, rows, BLOCK)]
         clusters: NDArray[np.int32] = np.concatenate(blocks).astype(np.int32)
         names = numbered(self.topics)
-        return clusters, names if words is None else _described(names, clusters, vectors, words)
+        return Coded(clusters, names if words is None else _described(names, clusters, vectors, words))
 
     def _tf_idf(self, table: pa.Table) -> tuple[Any, list[str]]:
         """The rows' vectors (rows, features), sparse; and the features, which are words."""

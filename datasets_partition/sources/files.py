@@ -131,7 +131,9 @@ class CsvFiles(Files):
         label = self.columns.get("label", "" if "label" in self.columns.values() else "label")
         for file in files:
             parts = list(_csv_parts(file))
-            is_boolean = _is_boolean([batch[label] for batch, *_ in parts if batch.schema.names.count(label) == 1])
+            labels = [batch[label] for batch, *_ in parts if batch.schema.names.count(label) == 1]
+            values = set(pc.unique(pa.chunked_array(labels, pa.string())).to_pylist()) - {""}
+            is_boolean = values and values.issubset({*TRUE, *FALSE})
             for batch, lines, faults in parts:
                 typed = _with_boolean(batch, label) if is_boolean else batch
                 conversion.add_batch(typed, file.name, lines, "line", faults)
@@ -187,12 +189,6 @@ def _is_text(values: list[str]) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _is_boolean(labels: list[pa.Array]) -> bool:
-    """Whether all values that are not empty are true or false, and there are some."""
-    values = set[str]().union(*(pc.unique(part).to_pylist() for part in labels)) - {""}
-    return bool(values) and values.issubset({*TRUE, *FALSE})
 
 
 def _with_boolean(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:

@@ -91,7 +91,8 @@ def _prepare(
     loaded, skipped = loaded_rows
     if not loaded.num_rows:
         raise DataError(f"the source gives no rows: {source!r}")
-    table, columns = _gatherable(loaded), content_columns(loaded)
+    wide = pa.schema([field.with_type(_wide(field.type)) for field in loaded.schema])
+    table, columns = loaded.cast(wide).combine_chunks(), content_columns(loaded)
     on_step(f"looking for duplicates among {table.num_rows:,} rows")
     numbers = content_numbers(table, columns)
     if splits.duplicates == "drop":
@@ -186,12 +187,8 @@ def _clients(table: pa.Table) -> int:
     return pc.count_distinct(table["client"]).as_py() if "client" in table.column_names else 0
 
 
-def _gatherable(table: pa.Table) -> pa.Table:
-    """The same rows in types that can be gathered beyond 2 GiB."""
-    return table.cast(pa.schema([field.with_type(_wide(field.type)) for field in table.schema])).combine_chunks()
-
-
 def _wide(kind: pa.DataType) -> pa.DataType:
+    """The type of the same values whose rows can be gathered beyond 2 GiB."""
     if pa.types.is_string(kind):
         return pa.large_string()
     if pa.types.is_list(kind):

@@ -23,7 +23,6 @@ from datasets_partition.core.types import DataError
 from datasets_partition.sources.location import first_line, is_local, located, node_cache
 
 MANIFEST, INDEX = "manifest.json", "index.arrow"
-DAY_S = 86_400
 MAGIC = {".parquet": 4, ".arrow": 6}  # length of the bytes that end a file
 
 
@@ -88,7 +87,7 @@ def readable(folder: Path) -> Iterator[None]:
 def ready(folder: Path, key: str, remote: str | None) -> bool:
     """Whether `folder` was sealed under `key`, here or at `remote`; DataError if it is damaged or holds another."""
     for scratch in folder.parent.glob(f".{folder.name}-*"):
-        if time.time() - scratch.stat().st_mtime > DAY_S:  # its writer was killed
+        if time.time() - scratch.stat().st_mtime > 86_400:  # a day: its writer was killed
             shutil.rmtree(scratch, ignore_errors=True)
     if not folder.exists() and not (remote and fetch(remote, folder)):
         return False
