@@ -1,7 +1,4 @@
-"""Columns as partitioners read them, and Python values of any kind as columns.
-
-A function that reads a column takes the recipe's key that names it, so that an error can name the key.
-"""
+"""Columns as partitioners read them, with errors that name the recipe's `key`; and Python values as columns."""
 
 import json
 from typing import Any, NamedTuple

@@ -18,8 +18,7 @@ Floats = NDArray[np.float64]
 LN2_HIGH, LN2_LOW = 0.693147180369123816490, 1.90821492927058770002e-10
 LOG_SERIES = [1 / (2 * power + 1) for power in range(12)]
 EXP_SERIES = [1 / math.factorial(power) for power in range(15)]
-# Draws in one block, so that the many small operations stay in the cache.
-BLOCK = 1 << 15
+BLOCK = 1 << 15  # draws in one block, so that the many small operations stay in the cache
 
 
 def log(x: Floats) -> Floats:
@@ -63,9 +62,8 @@ def log_gamma(rng: np.random.Generator, alpha: float | Sequence[float], size: in
     which makes them Gamma(alpha, 1).
     """
     blocks = np.split(np.resize(np.array(alpha, dtype=np.float64), size), range(BLOCK, size, BLOCK))
-    return np.concatenate(
-        [_log_gamma_above_one(rng, some + 1) + log(1 - rng.random(len(some))) / some for some in blocks]
-    )
+    draws = [_log_gamma_above_one(rng, some + 1) + log(1 - rng.random(len(some))) / some for some in blocks]
+    return np.concatenate(draws)
 
 
 def _log_gamma_above_one(rng: np.random.Generator, alphas: Floats) -> Floats:

@@ -54,9 +54,7 @@ def format_of(table: pa.Table) -> str:
         if names.issuperset(columns):
             return name
     known = "; ".join(", ".join(columns) for columns in COLUMNS.values())
-    raise DataError(
-        f"the source gives the columns {', '.join(table.column_names)}, which make no format: the formats are {known}"
-    )
+    raise DataError(f"the source gives the columns {', '.join(table.column_names)}, which make no format: give {known}")
 
 
 def content_columns(table: pa.Table) -> tuple[str, ...]:
@@ -100,9 +98,7 @@ def refuse_other_rows(given: object, source: object) -> None:
         if not (is_turns or pa.types.is_string(kind) or pa.types.is_large_string(kind) or name == "label"):
             raise DataError(f"{named} gives {kind} as its {name}, which must hold text or turns of role and content")
         if nulls := sum(part.null_count for part in parts):
-            raise DataError(
-                f"{named} gives {nulls} nulls in its {name}: leave such rows out, and count them in skipped"
-            )
+            raise DataError(f"{named} gives {nulls} nulls in its {name}: leave such rows out and count them in skipped")
 
 
 def refuse_misfit(given: object, rows: int, partitioner: object) -> None:

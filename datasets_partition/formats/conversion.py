@@ -15,7 +15,6 @@ from datasets_partition.formats.forms import BESIDE_TURNS, NAMES, BadRow, Form, 
 
 # Rows converted at once: few enough for the 2 GiB of text in one Arrow array, many enough for Arrow to pay off.
 ROWS_PER_BATCH = 16384
-
 Faults = dict[int, BadRow]  # by the row's position in its batch
 EXPECTED = (
     "text; messages; prompt and completion; prompt, chosen and rejected; "

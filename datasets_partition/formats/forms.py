@@ -1,7 +1,4 @@
-"""The forms in which users keep rows, as TRL, Alpaca and ShareGPT name them, and the canonical format of each.
-
-Forms of plain text convert whole Arrow columns too, so that millions of rows take seconds; both give the same rows.
-"""
+"""The forms in which users keep rows, as TRL, Alpaca and ShareGPT name them, and the canonical format of each."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -96,7 +93,8 @@ def shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 class Form(NamedTuple):
     """A way to keep a row: the columns that it needs, those that it may have, and the conversions.
 
-    `row` raises BadRow. `flat` takes columns of text without nulls. A row with a column of `without` has not this form.
+    `row` raises BadRow. `flat` makes the same of columns of text without nulls, millions of rows in seconds. A row with
+    a column of `without` does not have this form.
     """
 
     needs: tuple[str, ...]

@@ -11,10 +11,8 @@ from datasets_partition.core import dealing, draws
 from datasets_partition.core.columns import Coded, labels
 from datasets_partition.core.types import Assignment, DataError
 
-# More tries are not worth their time: a try over a million clients takes seconds.
-TRIES = 20
-# Random numbers in one block of clients, so that memory does not grow with clients times labels.
-BLOCK = 1 << 22
+TRIES = 20  # more are not worth their time: a try over a million clients takes seconds
+BLOCK = 1 << 22  # random numbers in one block of clients: memory does not grow with clients times labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,6 @@ class Pathological:
             )
         order, label_rows = dealing.by_label(coded, rng)
         chosen = self._chosen(len(label_rows), rng)
-
         # A part for each label of each client, label after label.
         by_part_label = np.argsort(chosen.ravel(), kind="stable")
         part_label = chosen.ravel()[by_part_label]
@@ -142,9 +139,7 @@ class Distribution:
             raise DataError("data.partition.shares has lists of different lengths: give one share a client for each")
         for value, row in self.shares.items():
             if not all(0 <= share < float("inf") for share in row) or not any(row):
-                raise DataError(
-                    f"data.partition.shares of {value!r} is {list(row)}: give numbers from 0 up, and one above 0"
-                )
+                raise DataError(f"data.partition.shares of {value!r} is {list(row)}: give none below 0 and one above 0")
         for client, shares in enumerate(zip(*self.shares.values(), strict=True)):
             if not any(shares):
                 raise DataError(f"data.partition.shares gives client {client} nothing: give it a share, or take it out")
@@ -272,12 +267,10 @@ class InnerDirichlet:
         logs = draws.log_gamma(rng, self.alpha, len(sizes) * len(label_rows)).reshape(len(sizes), -1)
         turns = _turns(sizes, rng)
         drawn = _drawn(logs, label_rows, turns, rng)
-
         clients = np.full(table.num_rows, -1, np.int32)
-        by_drawn = np.argsort(drawn, kind="stable")
         taken = np.bincount(drawn, minlength=len(label_rows))
         starts = np.cumsum(label_rows) - label_rows
-        clients[order[np.repeat(starts, taken) + dealing.positions(taken)]] = turns[by_drawn]
+        clients[order[np.repeat(starts, taken) + dealing.positions(taken)]] = turns[np.argsort(drawn, kind="stable")]
         return Assignment(clients, dealing.numbered(len(sizes)), category=coded.texts())
 
 

@@ -19,8 +19,7 @@ BLOCK = 1 << 16
 # Words are reduced to a few dimensions: among thousands, of which a short text has few, topics are less even.
 # (Mini-batch k-means sometimes leaves nearly all short texts in one topic.)
 DIMENSIONS = 64
-# With a larger share of the rows in one topic there is no skew to create.
-LARGEST = 0.9
+LARGEST = 0.9  # with a larger share of the rows in one topic there is no skew to create
 WORDS, LETTERS = 3, 12  # words in a topic's name, and letters of each
 
 

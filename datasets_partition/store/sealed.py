@@ -1,7 +1,7 @@
 """Folders of the cache with a manifest, written last: what they were made from, and the sizes of their files.
 
-It holds a digest of itself, the index, and the footers of the other files, which locate all other bytes; pages of
-Parquet have their own checksums. Errors name a damaged folder and say that it may be removed.
+It holds a digest of itself, the index and the footers of the other files, which locate all other bytes; pages of
+Parquet have their own checksums.
 """
 
 import json

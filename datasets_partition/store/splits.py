@@ -67,7 +67,6 @@ class Splits:
         candidates = np.unique(people[kept])
         drawn = min(_nearest(self.unseen * len(candidates)), len(candidates) - 1)
         unseen = kept & np.isin(people, rng.permutation(candidates)[:drawn])
-
         held = np.minimum(_nearest(self.heldout * rows), np.maximum(rows - 1, 0))
         held = np.where(kept, np.where(unseen, rows, held), 0)
         # Each client's rows in a random order, or from the last to the first: the first ones of each are held out.

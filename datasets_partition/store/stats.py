@@ -1,7 +1,4 @@
-"""How unevenly a store's rows are spread over its clients, in numbers: sizes, categories, token lengths.
-
-Reads no row's text. The server's rows are counted separately, and are part of no other figure here.
-"""
+"""How unevenly rows are spread over clients; the server's rows are counted apart, and no row's text is read."""
 
 from dataclasses import dataclass, fields
 from functools import cached_property

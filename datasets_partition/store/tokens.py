@@ -19,10 +19,8 @@ from datasets_partition.sources.location import within
 from datasets_partition.store import sealed
 from datasets_partition.store.store import SplitName, Store, column, write_arrow
 
-# Rows encoded at once. Clients whose first rows lie in the same window of this size share a record batch.
-ROWS_PER_BATCH = 4096
-# Reads of clients' rows after which their pages are released: each may keep a third of a megabyte mapped.
-READS_MAPPED = 16
+ROWS_PER_BATCH = 4096  # encoded at once; clients whose first rows lie in one window of this size share a record batch
+READS_MAPPED = 16  # reads of clients' rows after which pages are released: each may keep a third of a megabyte mapped
 BATCHES_KNOWN = 256  # a few kilobytes each
 TOKENS_AT_ONCE = 32_768  # up to here the system reads all with the first page, faster than advice would be
 
