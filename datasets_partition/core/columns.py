@@ -44,12 +44,35 @@ def column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
 
 def keys(table: pa.Table, key: str, name: str) -> Coded:
     """A column of clients, in the order of their names. Raises DataError where it is missing, null or empty."""
-    return _coded(table, key, name, by_text=True)
+    return labels(table, key, name, by_text=True)
 
 
-def labels(table: pa.Table, key: str, name: str) -> Coded:
-    """A column of labels, in the order of their values: 2 before 10. Raises DataError as `keys` does."""
-    return _coded(table, key, name, by_text=False)
+def labels(table: pa.Table, key: str, name: str, by_text: bool = False) -> Coded:
+    """A column of labels, in the order of their values, 2 before 10, or of their texts. DataError as in `keys`."""
+    cells = column(table, key, name)
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.cast(cells.type.value_type)
+    if pa.types.is_nested(cells.type):
+        raise DataError(f"{key} names {name!r}, which holds {cells.type}: name text or numbers")
+    encoded = cells.combine_chunks().dictionary_encode()
+    codes = pc.fill_null(encoded.indices, -1).to_numpy()
+    try:
+        names = nan_is_null(encoded.dictionary).cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(
+            f"{key} names {name!r}, which holds {cells.type} that is not all text: "
+            "save the column as UTF-8 text or as numbers, or name another one"
+        ) from None
+    is_empty = np.append(pc.fill_null(pc.equal(names, ""), True).to_numpy(zero_copy_only=False), True)
+    if len(nameless := np.flatnonzero(is_empty[codes])):
+        # Its content names the row: a number would count in the file, and duplicates have been dropped since.
+        (first,) = table.slice(int(nameless[0]), 1).to_pylist()
+        raise DataError(
+            f"{key} names {name!r}, which is null or empty in {len(nameless)} of {table.num_rows} rows: "
+            f"fill it in, or leave those rows out of the source; the first is {str(first)[:SHOWN]}"
+        )
+    order = pc.array_sort_indices(names if by_text else encoded.dictionary)
+    return Coded(np.argsort(order.to_numpy()).astype(np.int32)[codes], names.take(order))
 
 
 def numbers(table: pa.Table, key: str, name: str) -> NDArray[np.float64]:
@@ -93,33 +116,6 @@ def _contents(turns: pa.Array) -> pa.Array:
     lengths = pc.fill_null(pc.list_value_length(turns), 0).to_numpy(zero_copy_only=False)
     offsets = np.append(0, np.cumsum(lengths, dtype=np.int64))
     return pc.binary_join(pa.LargeListArray.from_arrays(offsets, contents), pa.scalar("\n", pa.large_string()))
-
-
-def _coded(table: pa.Table, key: str, name: str, by_text: bool) -> Coded:
-    cells = column(table, key, name)
-    if pa.types.is_dictionary(cells.type):
-        cells = cells.cast(cells.type.value_type)
-    if pa.types.is_nested(cells.type):
-        raise DataError(f"{key} names {name!r}, which holds {cells.type}: name text or numbers")
-    encoded = cells.combine_chunks().dictionary_encode()
-    codes = pc.fill_null(encoded.indices, -1).to_numpy()
-    try:
-        names = nan_is_null(encoded.dictionary).cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise DataError(
-            f"{key} names {name!r}, which holds {cells.type} that is not all text: "
-            "save the column as UTF-8 text or as numbers, or name another one"
-        ) from None
-    is_empty = np.append(pc.fill_null(pc.equal(names, ""), True).to_numpy(zero_copy_only=False), True)
-    if len(nameless := np.flatnonzero(is_empty[codes])):
-        # Its content names the row: a number would count in the file, and duplicates have been dropped since.
-        (first,) = table.slice(int(nameless[0]), 1).to_pylist()
-        raise DataError(
-            f"{key} names {name!r}, which is null or empty in {len(nameless)} of {table.num_rows} rows: "
-            f"fill it in, or leave those rows out of the source; the first is {str(first)[:SHOWN]}"
-        )
-    order = pc.array_sort_indices(names if by_text else encoded.dictionary)
-    return Coded(np.argsort(order.to_numpy()).astype(np.int32)[codes], names.take(order))
 
 
 def array_of(values: list[Any]) -> pa.Array | pa.ChunkedArray:

@@ -58,8 +58,7 @@ def normal(rng: np.random.Generator, size: int) -> Floats:
 def log_gamma(rng: np.random.Generator, alpha: float | Sequence[float], size: int) -> Floats:
     """Logarithms of draws from Gamma(alpha, 1), since the draws themselves underflow to 0 for a small alpha.
 
-    Several alphas are used in turn. Draws from Gamma(alpha + 1, 1) by Marsaglia and Tsang (2000), times U^(1 / alpha),
-    which makes them Gamma(alpha, 1).
+    Several alphas are used in turn. Draws from Gamma(alpha + 1, 1) (Marsaglia and Tsang 2000), times U^(1 / alpha).
     """
     blocks = np.split(np.resize(np.array(alpha, dtype=np.float64), size), range(BLOCK, size, BLOCK))
     draws = [_log_gamma_above_one(rng, some + 1) + log(1 - rng.random(len(some))) / some for some in blocks]

@@ -93,8 +93,7 @@ def shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 class Form(NamedTuple):
     """A way to keep a row: the columns that it needs, those that it may have, and the conversions.
 
-    `row` raises BadRow. `flat` makes the same of columns of text without nulls, millions of rows in seconds. A row with
-    a column of `without` does not have this form.
+    `row` raises BadRow; `flat` converts columns of text without nulls. Rows of this form have no column of `without`.
     """
 
     needs: tuple[str, ...]

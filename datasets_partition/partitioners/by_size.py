@@ -56,9 +56,8 @@ class BySize:
     """Rows dealt at random to clients whose sizes follow `law`, or are `sizes`; rows beyond these are nobody's.
 
     Client i of 1, 2, ... has a share like i (linear), i^2 (square) or e^i (exponential), rounded down, the last also
-    the rest: flwr-datasets' LinearPartitioner, SquarePartitioner and ExponentialPartitioner, or SizePartitioner. With
-    lognormal, each client has one row and a share of the others like exp(`sigma` x), x standard normal; with dirichlet,
-    shares drawn from Dirichlet(`alpha`).
+    the rest: flwr-datasets' LinearPartitioner, SquarePartitioner and ExponentialPartitioner, or SizePartitioner. Others
+    give a row to each, then shares like exp(`sigma` x), x standard normal (lognormal), or from Dirichlet(`alpha`).
     """
 
     kind: Literal["size"] = "size"

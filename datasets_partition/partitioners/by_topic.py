@@ -14,8 +14,7 @@ from datasets_partition.core.types import Assignment, DataError
 from datasets_partition.partitioners.by_label import Dirichlet
 
 # Topics are computed from at most SAMPLE rows; the others go to the nearest topic, BLOCK rows at a time.
-SAMPLE = 1 << 15
-BLOCK = 1 << 16
+SAMPLE, BLOCK = 1 << 15, 1 << 16
 # Words are reduced to a few dimensions: among thousands, of which a short text has few, topics are less even.
 # (Mini-batch k-means sometimes leaves nearly all short texts in one topic.)
 DIMENSIONS = 64

@@ -84,8 +84,7 @@ def _parsed(line: bytes) -> dict[str, Any] | BadRow:
         return BadRow("is not UTF-8", f"{error.reason}; save the file as UTF-8")
     except json.JSONDecodeError as error:
         where = f"at character {error.colno}" if error.lineno == 1 else "at its end"
-        detail = f"{error.msg} {where}; each line must be one whole row, as jq -c writes it"
-        return BadRow("is not JSON", detail)
+        return BadRow("is not JSON", f"{error.msg} {where}; each line must be one whole row, as jq -c writes it")
     except (ValueError, RecursionError) as error:
         return BadRow("is not JSON", f"{error}; each line must be one whole row")
     return row if isinstance(row, dict) else BadRow("is not a JSON object")
@@ -135,8 +134,11 @@ class CsvFiles(Files):
             values = set(pc.unique(pa.chunked_array(labels, pa.string())).to_pylist()) - {""}
             is_boolean = values and values.issubset({*TRUE, *FALSE})
             for batch, lines, faults in parts:
-                typed = _with_boolean(batch, label) if is_boolean else batch
-                conversion.add_batch(typed, file.name, lines, "line", faults)
+                if is_boolean:
+                    text, null = batch[label], pa.scalar(None, pa.bool_())
+                    boolean = pc.if_else(pc.equal(text, ""), null, pc.is_in(text, pa.array(TRUE)))
+                    batch = batch.set_column(batch.schema.get_field_index(label), label, boolean)
+                conversion.add_batch(batch, file.name, lines, "line", faults)
 
 
 def _csv_parts(file: SourceFile) -> Iterator[tuple[pa.RecordBatch, list[int], Faults]]:
@@ -184,17 +186,8 @@ def _records(file: SourceFile) -> Iterator[tuple[int, list[str] | BadRow]]:
 
 def _is_text(values: list[str]) -> bool:
     """Whether all bytes were UTF-8: others have been read as halves of surrogate pairs, which do not encode."""
-    try:
-        "".join(values).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _with_boolean(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
-    values = batch[name]
-    boolean = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.bool_()), pc.is_in(values, pa.array(TRUE)))
-    return batch.set_column(batch.schema.get_field_index(name), name, boolean)
+    text = "".join(values)
+    return text.encode(errors="ignore").decode() == text
 
 
 @dataclass(frozen=True, kw_only=True)

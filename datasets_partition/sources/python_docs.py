@@ -79,8 +79,7 @@ def documented(path: Path, prompt_chars: int) -> Iterator[tuple[str, str]]:
         return  # broken on purpose, or not UTF-8: such files exist in installed packages
     lines = text.split("\n")  # as `ast` counts them: not at form feeds
     nodes = [node for node in ast.walk(tree) if isinstance(node, Definition) and ast.get_docstring(node) is not None]
-    # A prompt holds no docstring: a method's is another row's completion. A docstring on the signature's line cannot be
-    # cut out, and makes no row either.
+    # Prompts hold no docstring: a method's completes another row. One on its signature's line cannot be cut out.
     nodes = [node for node in nodes if node.body[0].lineno != node.lineno]
     hidden = {number for node in nodes for number in _lines(node.body[0])}
     for node in nodes:
@@ -97,5 +96,4 @@ def documented(path: Path, prompt_chars: int) -> Iterator[tuple[str, str]]:
 
 def _lines(node: ast.stmt) -> range:
     """The lines of a piece of code, from 1."""
-    assert node.end_lineno is not None
-    return range(node.lineno, node.end_lineno + 1)
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)

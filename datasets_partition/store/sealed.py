@@ -1,7 +1,6 @@
 """Folders of the cache with a manifest, written last: what they were made from, and the sizes of their files.
 
-It holds a digest of itself, the index and the footers of the other files, which locate all other bytes; pages of
-Parquet have their own checksums.
+It holds a digest of itself, the index and the other files' footers, which locate all else; Parquet has checksums.
 """
 
 import json

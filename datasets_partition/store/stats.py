@@ -44,8 +44,7 @@ class Sizes:
     def gini(self) -> float:
         """The Gini coefficient: half the mean absolute difference of two clients, over the mean (Gini 1912).
 
-        Over ascending sizes x it is sum_i (2 i - n - 1) x_i / (n sum_i x_i), i = 1 ... n: 0 where all are the same,
-        1 - 1/n where one client has everything.
+        Over ascending x: sum_i (2 i - n - 1) x_i / (n sum_i x_i), i = 1 ... n, from 0 (all the same) to 1 - 1/n.
         """
         ordered, n = np.sort(self.each).astype(np.float64), len(self.each)
         ranks = 2 * np.arange(1, n + 1) - n - 1
@@ -125,14 +124,13 @@ class Skew:
     @classmethod
     def of(cls, store: Store) -> "Skew":
         """Counts the rows and clients of `store`."""
-        clients, training = slice(store.num_clients), slice(store.num_training)
         train, heldout = store.counts("train").astype(np.int64), store.counts("heldout").astype(np.int64)
-        rows = (train + heldout)[clients]
+        rows = (train + heldout)[: store.num_clients]
         counted = {field.name for field in fields(cls)} & store.manifest.keys() - {"rows"}
         return cls(
             training_clients=store.num_training,
             train_rows=int(train.sum()),
-            heldout_rows=int(heldout[training].sum()),
+            heldout_rows=int(heldout[: store.num_training].sum()),
             unseen_rows=int(rows[store.num_training :].sum()),
             rows=Sizes(rows),
             categories=_categories(store, rows),

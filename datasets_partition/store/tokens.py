@@ -1,6 +1,7 @@
 """Token columns: an objective's encoding of each row, computed once and mapped into the memory of every slot."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -146,7 +147,7 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
     edges = np.flatnonzero(np.diff(batch, prepend=-1, append=batch[-1] + 1))
     start, kept_train, kept_heldout, tokens = (np.zeros_like(train) for _ in range(4))
     writer: pa.RecordBatchFileWriter | None = None
-    try:
+    with ExitStack() as closing:
         for first, last in pairwise(edges):
             members = slice(first, last)
             begin = store.starts[members] - store.starts[first]
@@ -162,13 +163,10 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
             encoded = encoded.filter(stays)
             ends = np.concatenate([[0], np.cumsum(pc.list_value_length(encoded["input_ids"]).to_numpy())])
             tokens[members] = ends[start[members] + kept_train[members]] - ends[start[members]]
-            writer = writer or pa.ipc.new_file(folder / "tokens.arrow", encoded.schema)
+            writer = writer or closing.enter_context(pa.ipc.new_file(folder / "tokens.arrow", encoded.schema))
             columns = [chunks.combine_chunks() for chunks in encoded.columns]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=encoded.schema))
             on_rows(int(store.starts[first]) + rows.num_rows)
-    finally:
-        if writer:
-            writer.close()
     counts = [batch, start, kept_train, kept_heldout, train - kept_train, heldout - kept_heldout]
     columns = [store.index["name"], *(pa.array(values.astype(np.int32)) for values in counts), pa.array(tokens)]
     write_arrow(folder / "index.arrow", pa.table(columns, schema=INDEX))
