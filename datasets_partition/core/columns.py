@@ -14,8 +14,7 @@ from datasets_partition.core.types import DataError, content_columns
 KEPT_IN = dict(text="completion", output="completion", instruction="prompt", input="prompt", conversations="messages")
 SHOWN = 160  # letters of a row that an error shows
 WHOLE = 2**53  # up to here floats represent every whole number
-# Raised by Arrow for values or columns without a common type.
-NO_COMMON_TYPE = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
+NO_COMMON_TYPE = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)  # raised by Arrow
 
 
 class Coded(NamedTuple):

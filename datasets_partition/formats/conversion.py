@@ -27,8 +27,8 @@ RESERVED = frozenset[str]().union(*COLUMNS.values()) - {"label"}
 class Conversion:
     """Collects a source's rows, batch by batch; `rows` returns them as one table of one format, the first good row's.
 
-    `columns` gives the file's name of a form's column, or of `client`: {"prompt": "question"}. Bad rows raise
-    DataError, or are left out and counted by their reasons, as `on_bad_row` says.
+    `columns` maps a form's columns, or `client`, to the file's: {"prompt": "question"}. `on_bad_row` says whether a bad
+    row raises DataError, or is left out and counted by its reason.
     """
 
     def __init__(self, columns: dict[str, str], on_bad_row: OnBadRow, on_rows: OnRows = ignore) -> None:

@@ -178,8 +178,8 @@ class Dirichlet:
     A small `alpha` gives a label to few clients; several numbers are one for each client, whose share grows with its
     number. With `balanced`, clients with more rows than the mean get none of the labels that follow. Proportions are
     drawn again until each client has `min_rows` rows; with `min_rows = 0` a client without rows is left out.
-    Yurochkin et al. 2019 (arXiv 1905.12022, section 4) and flwr-datasets' DirichletPartitioner, which rounds each cut
-    down and so favors the last client; here the cuts are unbiased.
+    Yurochkin et al. 2019 (arXiv 1905.12022, section 4). Cuts are unbiased; flwr-datasets' DirichletPartitioner rounds
+    each down and so favors the last client.
     """
 
     kind: Literal["dirichlet"] = "dirichlet"

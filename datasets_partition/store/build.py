@@ -63,7 +63,6 @@ def build(
     remote = None if is_local(cache) else within(cache, key[:16])
     folder = (node_cache() if remote else Path(cache)) / key[:16]
     sealed.refuse_unwritable(cache)
-
     if not sealed.ready(folder, key, remote):
         write = _prepare(source, partitioner, splits, seed, on_step, label)
         try:

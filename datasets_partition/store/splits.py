@@ -54,9 +54,8 @@ class Splits:
     def assign(self, clients: NDArray[np.int32], people: NDArray[np.int64], rng: np.random.Generator) -> Held:
         """Decides for rows in the partition's order, whose clients are `clients` (one int32 a row).
 
-        `people` holds the number of each client's person: all clients of a person are unseen, or none. Shares are
-        rounded to the nearest count, halves up, but a client keeps at least one training row, and at least one person
-        trains. Raises DataError if every client has fewer than `min_rows` rows.
+        `people` numbers each client's person: all clients of a person are unseen, or none. Counts are rounded, halves
+        up, but each client keeps a training row, and a person trains. DataError if no client has `min_rows` rows.
         """
         rows = np.bincount(clients, minlength=len(people))
         kept = rows >= self.min_rows

@@ -70,8 +70,7 @@ class Categories:
         """The label divergence: the distance of a client's mixture p of categories from that of all clients, q.
 
         The Jensen-Shannon divergence to base 2 (Lin 1991, "Divergence measures based on the Shannon entropy"),
-        (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2, as the mean over clients, weighted by rows: 0 where all have the
-        same mixture, near 1 where many clients share no category.
+        (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2, averaged over rows: 0 for equal mixtures, near 1 for disjoint.
         """
         rows = np.bincount(self.clients, self.counts)[self.clients]
         p, q = self.counts / rows, (self.totals / self.totals.sum())[self.codes]
