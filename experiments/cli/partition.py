@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Column, Table
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import OnRows
+from datasets_partition.core.types import DataError, OnRows
 from datasets_partition.sources.location import within
 from datasets_partition.store.sealed import put
 from datasets_partition.store.stats import Sizes, Skew, TokenLengths
