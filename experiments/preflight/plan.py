@@ -6,8 +6,8 @@ Legend: P trained parameters.
 
 import os
 import warnings
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.table import Table
@@ -33,8 +33,7 @@ MOST_RANKS = 1024
 STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Elements of a model, its trained part and largest tensor; bytes of an element, and of a row for its passes."""
 
     parameters: int
@@ -45,8 +44,7 @@ class Sizes:
     logits: int  # of its loss
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """Bytes of one process, a slot or a rank."""
 
     weights: float
@@ -59,7 +57,7 @@ class Need:
     @property
     def total(self) -> float:
         """Their sum."""
-        return float(sum(vars(self).values()))
+        return float(sum(self))
 
 
 def meta_network(model: Model) -> Any:
@@ -87,7 +85,7 @@ def sizes(model: Model, max_length: int) -> Sizes:
     known, saved = set(map(id, parameters)), dict[int, int]()
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in known and (tensor._base is None or id(tensor._base) not in known):
+        if known.isdisjoint((id(tensor), id(tensor._base))):
             storage = tensor.untyped_storage()
             saved[storage._cdata] = storage.nbytes()
         return tensor
@@ -123,17 +121,14 @@ def rank_need(counts: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need
     ranks, trained = zero.ranks, counts.trained * FLOAT
     # Of the master weights, their gradient and each moment: float32, even if the weights are float32 too.
     shard = 0.0 if zero.offload == "cpu" and recipe.clients.num_gpus else trained / ranks
-    weights = counts.parameters * counts.itemsize / (ranks if zero.stage == 3 else 1) + shard
-    if zero.stage == 3:
-        weights += (counts.largest + LIVE) * counts.itemsize
+    elements = counts.parameters / ranks + counts.largest + LIVE if zero.stage == 3 else counts.parameters
     gradients = (trained if zero.stage == 1 else shard) + min(BUCKET, counts.trained) * FLOAT
-    rows = -(-recipe.train.batch // ranks)
     activations = counts.activations // 4 if zero.checkpointing else counts.activations
     return Need(
-        weights,
+        elements * counts.itemsize + shard,
         gradients + shard,  # DeepSpeed's, and a flat copy for the optimizer
         _moments(recipe) * shard,
-        HEAP * (activations + counts.logits) * rows,
+        HEAP * (activations + counts.logits) * -(-recipe.train.batch // ranks),
         counts.trained * (FLOAT + GRID) / ranks,  # a client's delta, and the sum
         process,
     )
@@ -219,7 +214,7 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     for stage in STAGES:
         needs[f"stage {stage}, {zero.ranks} ranks"] = rank_need(counts, recipe, replace(zero, stage=stage), gang)
     for name, need in needs.items():
-        amounts = [f"{value / GIB:,.2f}" for value in (*vars(need).values(), need.total)]
+        amounts = [f"{value / GIB:,.2f}" for value in (*need, need.total)]
         table.add_row(name, *amounts, "yes" if need.total <= SPARE * device else "no")
     screen.print(table)
     if least := smallest(counts, recipe, device, gang):
@@ -228,16 +223,12 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     else:
         screen.print(f"no gang of up to {MOST_RANKS:,} ranks fits such a device")
     slots, gangs = counted(clients, devices, os.cpu_count() or 1)
-    base = counts.parameters * counts.itemsize
-    moved = counts.trained * (FLOAT + GRID * (slots + gangs))
-    screen.print(
-        f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots)"
-        + (f", and the base's {base / GIB:,.3f} GiB once" if slots else "")
-    )
+    base, moved = counts.parameters * counts.itemsize, counts.trained * (FLOAT + GRID * (slots + gangs))
+    once = f", and the base's {base / GIB:,.3f} GiB once" if slots else ""
+    screen.print(f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots){once}")
     rank = rank_need(counts, recipe, zero, gang).total
     whole = on_fullest(clients, slots, gangs * zero.ranks, devices, slot.total, rank, base)
-    fits = whole <= SPARE * device
-    verdict = "it fits" if fits else "it does not fit"
+    verdict = "it fits" if (fits := whole <= SPARE * device) else "it does not fit"
     screen.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")
     return fits
 

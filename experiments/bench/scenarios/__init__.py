@@ -1,1 +1,1 @@
-"""One benchmark a file; its `measure` gives the figures."""
+"""The scenarios: functions that add their figures to a Bench."""

@@ -120,8 +120,7 @@ def population(bench: Bench) -> None:
         played = in_fresh_process(_play, parts[most], most, LARGE_COHORT)
         bench.add(f"ms_per_client_cohort_{power(LARGE_COHORT)}", *played.ms_per_client(LARGE_COHORT))
     bench.add("start_s", starts[-1].start_s, f"s until the first round of {most:,} clients")
-    growth = starts[-1].rss_mb - starts[0].rss_mb
-    bench.add("driver_rss_growth_mb", growth, f"MB from {fewest:,} to {most:,} clients")
+    bench.add("driver_rss_growth_mb", starts[-1].rss_mb - starts[0].rss_mb, f"MB from {fewest:,} to {most:,} clients")
 
 
 def _write_store(bench: Bench, clients: int) -> None:
