@@ -76,12 +76,18 @@ def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compare
                 bare_P.copy_(vector_P)
 
         run = experiments.run(work, out=folder, on_event=follow)
-    first = load_checkpoint(run.folder / "checkpoints", 1)
-    assert first is not None
-    engine_P, what = first.state.parts[0].params, "after the first round the engine's and the bare loop's vectors"
+    engine_P = after_first_round(run.folder)
+    what = "after the first round the engine's and the bare loop's vectors"
     apart = largest_difference(what, engine_P, bare_P, tolerance)
     share = float((engine_P - bare_P).norm() / (bare_P - start_P).norm())
     return Compared(metric(run, "round_s"), seconds, statistics.mean(metric(run, "tokens", "train")), apart, share)
+
+
+def after_first_round(folder: Path) -> torch.Tensor:
+    """The trained parameters of a run after its first round; a gang's ranks have a part each."""
+    saved = load_checkpoint(folder / "checkpoints", 1)
+    assert saved is not None
+    return torch.cat([part.params for part in saved.state.parts])
 
 
 @contextmanager

@@ -83,10 +83,7 @@ def _tree_mb(command: int) -> tuple[float, float]:
 
 
 def stored_bytes() -> float:
-    """The bytes of all objects that the stores of all nodes have taken in since they started, by Ray's own count.
-
-    Small objects, which Ray sends inside its messages, are not among them. RunError without the extra `bench`.
-    """
+    """Bytes of objects that all nodes' stores have taken in (not those in Ray's messages); RunError without grpcio."""
     if find_spec("grpc") is None:
         raise RunError('this benchmark asks Ray by grpcio: pip install "fedpost[bench]"')
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address

@@ -20,7 +20,7 @@ from engine.messages.errors import RunError
 from engine.models.adapters import with_adapters
 from engine.models.base_model import causal_config
 from engine.models.deepspeed_config import BUCKET, LIVE
-from engine.scheduling.placement import asked_or_fitting, slots_that_fit
+from engine.scheduling.placement import slot_counts
 from experiments.config.recipe import Recipe
 from experiments.preflight.processes import in_fresh_process, memory
 from experiments.report.terminal import console
@@ -30,6 +30,7 @@ SPARE = 0.9  # the share of a device's memory that is planned with
 HEAP = 1.5  # memory that the allocator holds over the live tensors of a step, measured with glibc
 RAY = 20 * 2**20  # bytes that Ray adds to a process
 MOST_RANKS = 1024
+ANY_CPUS = 10**9  # for a given number of slots, which a plan takes as it is
 STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 
@@ -149,22 +150,14 @@ def smallest(counts: Sizes, recipe: Recipe, device: float, process: float) -> Ze
 
 def counted(clients: Clients, devices: int, cpus: int) -> tuple[int, int]:
     """The numbers of plain slots and gangs of a run; devices have a GPU each, or `cpus` CPUs; RunError without room."""
-    zero, slots = clients.zero, clients.slots
-    gangs = zero.gangs if zero is not None and zero.from_rows else 0  # beside plain slots
-    if clients.num_gpus or slots == "auto":
-        # The number of CPUs beside the GPUs is unknown here.
-        asked = replace(clients, num_cpus=0.0) if clients.num_gpus else clients
-        nodes = [{"GPU": float(devices)}] if clients.num_gpus else [{"CPU": float(cpus)}] * devices
-        room, ranks = slots_that_fit(asked, nodes), 1 if zero is None else zero.ranks
-        fit = room - gangs * ranks if gangs else room // ranks
-        if fit < 1:
-            wanted = f"{gangs} gangs of {ranks} ranks and a plain slot" if gangs else f"a gang of {ranks} ranks"
-            raise RunError(
-                f"{wanted} are more than the {room} processes that fit on {devices} devices: give more --devices, or "
-                f"lower clients.zero.ranks"
-            )
-        slots = asked_or_fitting(clients, fit)
-    return (slots, gangs) if zero is None or gangs else (0, slots)
+    nodes = [{"CPU": float(cpus if clients.slots == "auto" else ANY_CPUS)}] * devices
+    if clients.num_gpus:  # the number of CPUs beside the GPUs is unknown here
+        clients, nodes = replace(clients, num_cpus=0.0), [{"GPU": float(devices)}]
+    try:
+        gangs, slots = slot_counts(clients, nodes)
+    except RunError as error:
+        raise RunError(f"{error}, or give more --devices") from error
+    return slots, gangs
 
 
 def on_fullest(clients: Clients, plain: int, ranks: int, devices: int, slot: float, rank: float, base: float) -> float:

@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from datasets_partition.core.types import Partitioner
 from datasets_partition.partitioners.by_label import Dirichlet
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.files import ParquetFiles
@@ -189,18 +188,22 @@ def time_both(kind: str, rows: int) -> tuple[float, float]:
     """
     table, flwr = labelled(rows), import_module("flwr_datasets.partitioner")
     dataset = import_module("datasets").Dataset.from_dict(table.to_pydict())
-    if kind == "natural":
-        our_clients, ours = _ours(Natural(), table)
-        partitioners, theirs = _theirs(lambda seed: flwr.NaturalIdPartitioner("client"), dataset)
-        refuse_other_rows(_rows_of_each(our_clients[0]), _their_rows(partitioners[0]))
-        return ours, theirs
-    our_clients, ours = _ours(Dirichlet(label="label", clients=CLIENTS, alpha=ALPHA), table)
+    natural = kind == "natural"
+    partitioner = Natural() if natural else Dirichlet(label="label", clients=CLIENTS, alpha=ALPHA)
     make = partial(flwr.DirichletPartitioner, CLIENTS, "label", ALPHA, min_partition_size=1)
-    partitioners, theirs = _theirs(lambda seed: make(seed=seed), dataset)
-    labels = table["label"].to_numpy().astype(np.int64)
-    our_counts = [_counts(_rows_of_each(clients), labels) for clients in our_clients]
-    refuse_another_law(our_counts, [_counts(_their_rows(partitioner), labels) for partitioner in partitioners])
-    return ours, theirs
+    partitioners = [flwr.NaturalIdPartitioner("client") if natural else make(seed=seed) for seed in range(THEIR_TRIES)]
+    for each in partitioners:
+        each.dataset = dataset
+    calls = [partial(partitioner.assign, table, rng(seed, "bench")) for seed in range(OUR_TRIES)]
+    assigned, our_s = _timed(calls)
+    _, their_s = _timed([partial(each.load_partition, 0) for each in partitioners])  # it makes all clients
+    ours, theirs = (_rows_of_each(each.clients) for each in assigned), map(_their_rows, partitioners)
+    if natural:
+        refuse_other_rows(next(ours), next(theirs))
+    else:
+        labels = table["label"].to_numpy().astype(np.int64)
+        refuse_another_law(*([_counts(rows, labels) for rows in draws] for draws in (ours, theirs)))
+    return our_s, their_s
 
 
 def labelled(rows: int) -> pa.Table:
@@ -233,21 +236,6 @@ def _timed(work: Sequence[Callable[[], Any]]) -> tuple[list[Any], float]:
     """What each of some calls returns, and the median of their processor time in seconds."""
     timed = [seconds_of(call, clock=time.process_time) for call in work]
     return [result for _, result in timed], statistics.median(seconds for (seconds,), _ in timed)
-
-
-def _ours(partitioner: Partitioner, table: pa.Table) -> tuple[list[NDArray[np.int32]], float]:
-    """The clients of the rows by several seeds, and the median time."""
-    calls = [partial(partitioner.assign, table, rng(seed, "bench")) for seed in range(OUR_TRIES)]
-    assigned, seconds = _timed(calls)
-    return [each.clients for each in assigned], seconds
-
-
-def _theirs(make: Callable[[int], Any], dataset: Any) -> tuple[list[Any], float]:
-    """Their partitioners by several seeds, and the median time: the first client asked for has all of them made."""
-    partitioners = [make(seed) for seed in range(THEIR_TRIES)]
-    for partitioner in partitioners:
-        partitioner.dataset = dataset
-    return partitioners, _timed([partial(each.load_partition, 0) for each in partitioners])[1]
 
 
 def _rows_of_each(owners: NDArray[np.int32]) -> list[NDArray[np.int64]]:

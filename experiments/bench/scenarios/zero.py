@@ -28,11 +28,11 @@ from engine.config.sections import Model, Zero
 from engine.config.train import Train
 from engine.models.base_model import always_the_same_bits
 from engine.objectives.token_batch import token_losses
-from engine.records.checkpoint import load_checkpoint
 from engine.system import allocator as heap
 from engine.system.rendezvous import meet
 from engine.training.step_loop import Training, batches
 from engine.workers.token_columns import token_columns
+from experiments.bench.bare import after_first_round
 from experiments.bench.harness import Bench, largest_difference, metric, seconds_of, write_llama
 from experiments.bench.sampling import sampled, stored_bytes, workers_mb
 from experiments.bench.scenarios.bare_loop import CLIENTS, lora_recipe, write_lora_inputs
@@ -102,10 +102,8 @@ def _measure_stage(bench: Bench, work: Recipe, zero: Zero, where: str) -> None:
 
 def gate(folder: Path, zero: Zero, plain: list[np.ndarray]) -> float:
     """How far a run's shards after its first round are from the `plain` ones; ValueError where that is too far."""
-    saved, what = load_checkpoint(folder / "checkpoints", 1), "after the first round the gang and bare loops"
-    assert saved is not None
-    shards = np.concatenate([part.params.numpy() for part in saved.state.parts])
-    return largest_difference(f"stage {zero.stage}: {what}", shards, np.concatenate(plain), TOLERANCE)
+    what = f"stage {zero.stage}: after the first round the gang and bare loops"
+    return largest_difference(what, after_first_round(folder), np.concatenate(plain), TOLERANCE)
 
 
 def _growth(bench: Bench, work: Recipe, zero: Zero, stage: str, name: str) -> tuple[float | None, str]:
@@ -187,7 +185,7 @@ def bare(rank: int, work: Recipe, zero: Zero, token_folder: Path, cohort: list[i
 
     def speed() -> float:
         seconds, trained = seconds_of(lambda: _bare_loop(trainer, rows, train, stream(client)), tries)
-        return trained / statistics.median(seconds)
+        return float(trained / statistics.median(seconds))
 
     speeds = [speed()]
     heap.keep(gathered=zero.stage == 3)  # as a gang does; the bare loop counts with the faster setting
@@ -200,7 +198,8 @@ def bare(rank: int, work: Recipe, zero: Zero, token_folder: Path, cohort: list[i
     reset_s, _ = seconds_of(reset, 7)
     client_s, _ = seconds_of(lambda: trainer.train([Training(rows, start_S, stream(client), 0)], train), tries)
     first_S = start_S.add_(total_S, alpha=1 / weights).cpu().numpy()
-    return Bare(*map(statistics.median, (fresh_s, reset_s, client_s)), max(speeds), first_S)
+    fresh_median, reset_median, client_median = map(statistics.median, (fresh_s, reset_s, client_s))
+    return Bare(fresh_median, reset_median, client_median, max(speeds), first_S)
 
 
 def _bare_loop(trainer: Any, rows: Any, train: Train, stream: np.random.Generator) -> float:
