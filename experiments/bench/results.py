@@ -111,10 +111,9 @@ def show_results(scenario: str, figures: dict[str, Figure], as_json: bool, chart
 def write_results(scenario: str, figures: dict[str, Figure], charts: Sequence[Markup] = ()) -> Path:
     """Writes `results.parquet`, `summary.json` and `report.html` into `runs/bench-SCENARIO-TIME`; returns the first."""
     facts = {"scenario": scenario, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine()}
-    folder = RUNS / f"bench-{scenario}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True)
-    rows = [{"figure": name, "value": figure.value, "unit": figure.unit, **facts} for name, figure in figures.items()]
-    table = pa.Table.from_pylist(rows)
+    (folder := RUNS / f"bench-{scenario}-{time.strftime('%Y%m%d-%H%M%S')}").mkdir(parents=True)
+    rows = ({"figure": name, "value": value, "unit": unit, **facts} for name, (value, unit) in figures.items())
+    table = pa.Table.from_pylist(list(rows))
     table = table.set_column(1, "value", table["value"].cast(pa.float64()))  # all may be missing, or integers
     pq.write_table(table, folder / RESULTS)
     summary = {**facts, "figures": {name: figure.value for name, figure in figures.items()}}

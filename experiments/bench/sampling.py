@@ -39,14 +39,12 @@ def sampled(read: Callable[[], T], every_s: float) -> Iterator[list[T]]:
 
 
 def workers_mb(titles: tuple[str, ...], *kinds: str) -> list[float]:
-    """MB of each process below this one that is a Ray actor with one of these titles: the sum of the kinds.
-
-    A kind is a name of `memory`, or "Pss", in which a page that n processes share counts as 1/n of a page.
-    """
+    """MB of each Ray actor with one of these titles below this process, of kinds of `memory` or "Pss", in sum."""
     readings = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess, OSError):
             if any(f"ray::{title}" in "".join(process.cmdline()) for title in titles):
+                # A page that n processes share counts as 1/n of a page.
                 pss = process.memory_full_info().pss / 2**20 if "Pss" in kinds else 0.0
                 held = memory(process.pid) | {"Pss": pss}
                 readings.append(sum(held.get(kind, 0.0) for kind in kinds))

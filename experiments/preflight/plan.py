@@ -202,8 +202,7 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
         f"devices of {device / GIB:,.1f} GiB, {SPARE:.0%} of which may be used"
     )
     heads = ("weights", "gradients", "optimizer", "activations", "updates", "itself", "GiB", "fits")
-    table, slot = Table("a process of", *heads), slot_need(counts, recipe, plain)
-    needs = {"a plain slot": slot}
+    table, needs = Table("a process of", *heads), {"a plain slot": slot_need(counts, recipe, plain)}
     for stage in STAGES:
         needs[f"stage {stage}, {zero.ranks} ranks"] = rank_need(counts, recipe, replace(zero, stage=stage), gang)
     for name, need in needs.items():
@@ -219,8 +218,8 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     base, moved = counts.parameters * counts.itemsize, counts.trained * (FLOAT + GRID * (slots + gangs))
     once = f", and the base's {base / GIB:,.3f} GiB once" if slots else ""
     screen.print(f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots){once}")
-    rank = rank_need(counts, recipe, zero, gang).total
-    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, slot.total, rank, base)
+    slot, rank = needs["a plain slot"].total, rank_need(counts, recipe, zero, gang).total
+    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, slot, rank, base)
     verdict = "it fits" if (fits := whole <= SPARE * device) else "it does not fit"
     screen.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")
     return fits

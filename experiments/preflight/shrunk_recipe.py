@@ -49,10 +49,7 @@ BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
 
 
 def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
-    """The recipe with the smallest cohort that its strategy and its privacy accept, and with `base` for its base.
-
-    It reads `folder`/rows.parquet, which needs rows of `clients_of` clients.
-    """
+    """The recipe over `base` and `folder`/rows.parquet, with the smallest cohort that strategy and privacy accept."""
     last = recipe.cohort.size if isinstance(recipe.cohort, UniformCohort) else 2**12
     cohort = COHORT
     while cohort < last:

@@ -22,9 +22,8 @@ from experiments.preflight.processes import in_fresh_process
 
 CLIENTS, COHORT, ROWS = 40, 10, 24  # of `lora`
 # Rows of a step, tokens of a row, lanes, and a cohort that fills the lanes of each slot equally often.
-# The first is the recipe that other frameworks were measured on.
 CASES = (
-    (4, 128, 1, COHORT),
+    (4, 128, 1, COHORT),  # the recipe that other frameworks were measured on
     *((batch, 32, 8, 32) for batch in (1, 2, 4)),
     *((batch, 128, 8, 16) for batch in (1, 2, 4)),
     *((batch, 32, 1, COHORT) for batch in (1, 2, 4)),
@@ -82,12 +81,9 @@ def _add_memory(bench: Bench, work: Recipe) -> None:
 
 def tiny_recipe(bench: Bench, cohort: int, rounds: int, lanes: int, rows: Path | None = None) -> Recipe:
     """One step of all rows of a client: full tuning, or with several lanes LoRA, without which there are none."""
-    return bench.recipe(
-        *(f"rounds={rounds}", f"clients={{slots={PROCESSES}, lanes={lanes}}}", f"cohort.size={cohort}"),
-        f'train={{steps=1, batch={TINY_ROWS}, max_length=16, optimizer={{kind="sgd", lr=0.1}}}}',
-        f"model.peft={'none' if lanes == 1 else 'lora'}",
-        rows=rows,
-    )
+    clients, peft = f"clients={{slots={PROCESSES}, lanes={lanes}}}", f"model.peft={'none' if lanes == 1 else 'lora'}"
+    train = f'train={{steps=1, batch={TINY_ROWS}, max_length=16, optimizer={{kind="sgd", lr=0.1}}}}'
+    return bench.recipe(f"rounds={rounds}", f"cohort.size={cohort}", clients, train, peft, rows=rows)
 
 
 def tiny(bench: Bench) -> None:
@@ -120,10 +116,8 @@ def big_update(bench: Bench) -> None:
     """Measures time and memory of an update of 25 million parameters with hardly any training."""
     write_llama(bench.folder / "base", (64, 64, 1, 2), vocabulary=VOCABULARY // 10 if bench.small else VOCABULARY)
     write_rows(bench.folder, 40, 1, 8)
-    work = bench.recipe(
-        *(f"rounds={3 if bench.small else 8}", f"clients.slots={PROCESSES}", "cohort.size=20", "model.peft=none"),
-        'train={steps=1, batch=1, max_length=8, optimizer={kind="sgd", lr=0.1}}',
-    )
+    size = f"rounds={3 if bench.small else 8}", f"clients.slots={PROCESSES}", "cohort.size=20", "model.peft=none"
+    work = bench.recipe(*size, 'train={steps=1, batch=1, max_length=8, optimizer={kind="sgd", lr=0.1}}')
     compared = compare(work, bench.folder / "run")
     bench.add("time_ratio", 1 / compared.ratio, "times the bare loop's time")
     bench.add("apart", compared.apart, "largest difference")
@@ -144,11 +138,10 @@ def gpu(bench: Bench) -> None:
         clients = f"clients={{slots=1, num_gpus={int(has_gpu)}, lanes={lanes}}}"
         rounds = 3 if bench.small else 6
         work = lora_recipe(bench, rounds, batch, length, "cohort.size=32", 'model.dtype="bfloat16"', clients)
-        what = f"{batch} rows of {length} tokens a step, {lanes} clients at once"
-        bench.say(f"{what}: the first round in float32")
+        bench.say(f"{batch} rows of {length} tokens a step, {lanes} clients at once: the first round in float32")
         single = replace(work, rounds=2, model=replace(work.model, dtype="float32"))
         bench.add(f"apart_{case}", compare(single, bench.folder / f"gate-{case}").apart, "largest difference")
-        bench.say(f"{what}: {work.rounds} rounds")
+        bench.say(f"the same: {work.rounds} rounds in bfloat16")
         compared = compare(work, bench.folder / f"run-{case}", tolerance=math.inf)
         if not compared.share <= SHARE:
             raise ValueError(f"{case}: in bfloat16 the loops' changes differ by {compared.share:.0%} of the change")
@@ -167,9 +160,8 @@ def flops_per_token(model: Model, length: int) -> float:
     """Operations of a token of a row of `length`, forward and backward without gradients of frozen weights."""
     from experiments.preflight.plan import meta_network, on_meta  # imports transformers
 
-    network = meta_network(model)
     with FlopCounterMode(display=False) as counted:
-        on_meta(network, length).sum().backward()
+        on_meta(meta_network(model), length).sum().backward()
     return float(counted.get_total_flops()) / length
 
 

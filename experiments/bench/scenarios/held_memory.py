@@ -21,10 +21,8 @@ def memory(bench: Bench) -> None:
     llama, vocabulary = ((768, 2048, 2, 12), None) if bench.small else ((768, 2048, 12, 12), 27_000)  # 482 MB
     write_llama(bench.folder / "base", llama, vocabulary=vocabulary)
     write_rows(bench.folder, 8, 2, 16)
-    work = bench.recipe(
-        *("rounds=2", "clients={slots=1, num_cpus=0.25}", "cohort.size=8"),
-        'train={steps=1, batch=1, max_length=16, optimizer={kind="sgd", lr=0.1}}',
-    )
+    train = 'train={steps=1, batch=1, max_length=16, optimizer={kind="sgd", lr=0.1}}'
+    work = bench.recipe("rounds=2", "clients={slots=1, num_cpus=0.25}", "cohort.size=8", train)
     bench.say("the gate: one slot and a bare loop")
     bench.add("apart", compare(work, bench.folder / "gate").apart, "largest difference to the bare loop")
     counts, most_mb = (1, 2) if bench.small else (1, 2, 4), list[float]()
@@ -48,10 +46,8 @@ def plan(bench: Bench) -> None:
     llama, vocabulary = ((256, 512, 4, 4), None) if bench.small else ((1024, 2816, 12, 8), 8192)
     write_llama(bench.folder / "base", llama, vocabulary=vocabulary)
     write_rows(bench.folder, 4, 8, 3 * 64)
-    work = bench.recipe(
-        *("rounds=2", "cohort.size=2", "train={steps=2, batch=4, max_length=64}", "model.peft=none"),
-        "clients={slots=1, zero={stage=3, ranks=2}}",
-    )
+    train, gangs = "train={steps=2, batch=4, max_length=64}", "clients={slots=1, zero={stage=3, ranks=2}}"
+    work = bench.recipe("rounds=2", "cohort.size=2", train, gangs, "model.peft=none")
     shape = sizes(work.model, work.train.max_length)
     _compare(bench, work, "stage_3", "Rank", rank_need(shape, work, Zero(stage=3, ranks=2), gang))
 

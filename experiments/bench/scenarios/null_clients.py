@@ -1,7 +1,4 @@
-"""`fedpost bench overhead` and `population`: rounds of null clients, which show the engine's cost.
-
-The slots are the engine's but for their trainer: it trains nothing, and returns the same change for each client.
-"""
+"""`fedpost bench overhead` and `population`: rounds of null clients, which train nothing, show the engine's cost."""
 
 import statistics
 import time
@@ -135,10 +132,9 @@ def null_recipe(bench: Bench, clients: int, cohort: int, size_mb: float) -> Reci
     if not (bench.folder / "rows.parquet").exists():
         write_rows(bench.folder, clients, 1, 8)
     rank = max(1, round(size_mb * 2**20 / 4 / 1024))
-    return bench.recipe(
-        *("rounds=1", f"clients.slots={SLOTS}", f"cohort.size={cohort}", "train={steps=1, batch=1, max_length=16}"),
-        *(f'model.base="{base}"', f'model.peft={{kind="lora", r={rank}, targets=["q_proj"]}}'),
-    )
+    model = f'model={{base="{base}", peft={{kind="lora", r={rank}, targets=["q_proj"]}}}}'
+    size = "rounds=1", f"clients.slots={SLOTS}", f"cohort.size={cohort}", "train={steps=1, batch=1, max_length=16}"
+    return bench.recipe(*size, model)
 
 
 def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:

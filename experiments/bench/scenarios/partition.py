@@ -182,10 +182,7 @@ def has_flwr() -> bool:
 
 
 def time_both(kind: str, rows: int) -> tuple[float, float]:
-    """Our and their seconds for the natural or the Dirichlet partition of `rows` rows; ValueError if they disagree.
-
-    The median of processor time until the rows of every client are known: a busy machine favors neither library.
-    """
+    """Our and their median seconds until the rows of every client are known; ValueError if the partitions disagree."""
     table, flwr = labelled(rows), import_module("flwr_datasets.partitioner")
     dataset = import_module("datasets").Dataset.from_dict(table.to_pydict())
     natural = kind == "natural"
@@ -233,7 +230,7 @@ def refuse_another_law(ours: list[NDArray[np.int64]], theirs: list[NDArray[np.in
 
 
 def _timed(work: Sequence[Callable[[], Any]]) -> tuple[list[Any], float]:
-    """What each of some calls returns, and the median of their processor time in seconds."""
+    """What some calls return, and the median of their processor seconds: a busy machine favors neither library."""
     timed = [seconds_of(call, clock=time.process_time) for call in work]
     return [result for _, result in timed], statistics.median(seconds for (seconds,), _ in timed)
 

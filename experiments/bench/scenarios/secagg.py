@@ -189,7 +189,11 @@ def secagg(bench: Bench) -> None:
         rounds[mode].append(Rounds.of(bench.run(recipe, str(turn))[0]))
     add_rounds(bench, rounds["off"], rounds["full"])
     bench.say(f"the mask loop: {KEYS} keys, {COORDINATES:,} coordinates")
-    bench.add("mask_gb_per_s", mask_speed(), "GB/s of one core")
+    keys = tuple(os.urandom(32) for _ in range(KEYS))
+    masks, values_L = Masks(32, keys[::2], keys[1::2]), np.ones(COORDINATES, np.uint32)
+    seconds, _ = seconds_of(lambda: masks.apply(values_L), TRIES, time.thread_time)
+    speed = KEYS * values_L.nbytes / statistics.median(seconds) / 1e9
+    bench.add("mask_gb_per_s", speed, "GB/s of keystream that one core adds to a vector")
     bench.add("core_s_1000x5m", None, "core-s")  # in the small size there is no such session
     for clients in size.cohorts:
         for coordinates in size.coordinates:
@@ -206,14 +210,6 @@ def refuse_other_bits() -> None:
         if not (np.array_equal(full.total_S, ideal.total_S) and np.array_equal(full.total_S, full.expected_S)):
             what = f"secure aggregation of {clients} clients gives other bits than the sum of their vectors"
             raise ValueError(f"{what}: its times say nothing")
-
-
-def mask_speed() -> float:
-    """GB of keystream that one core adds to a vector in a second, the median of some tries."""
-    keys = tuple(os.urandom(32) for _ in range(KEYS))
-    masks, values_L = Masks(32, keys[::2], keys[1::2]), np.ones(COORDINATES, np.uint32)
-    seconds, _ = seconds_of(lambda: masks.apply(values_L), TRIES, time.thread_time)
-    return KEYS * values_L.nbytes / statistics.median(seconds) / 1e9
 
 
 def add_rounds(bench: Bench, plain: list[Rounds], secured: list[Rounds]) -> None:

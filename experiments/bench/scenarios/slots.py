@@ -1,7 +1,4 @@
-"""`fedpost bench slots` and `scale`: how rounds get faster with more slots.
-
-`scale` plays a recipe of your own on any cluster; `slots` plays small ones, here and on simulated nodes with GPUs.
-"""
+"""`fedpost bench scale` (your recipe, any cluster) and `slots` (small ones, simulated nodes too): rounds by slots."""
 
 import statistics
 from dataclasses import replace
@@ -46,10 +43,7 @@ class Scaled(NamedTuple):
 def study(
     work: Recipe, slots: list[int], address: str | None = None, *, weak: bool = False, rounds: int = ROUNDS
 ) -> list[Scaled]:
-    """Plays the recipe's first rounds with each number of slots; `weak`: the cohort grows with the slots.
-
-    Raises RunError if slots do not fit, ValueError if another number of them leads to other bits.
-    """
+    """Plays a recipe by slots (`weak`: clients grow with them); RunError without room, ValueError for other bits."""
     results, reference, clients = list[Scaled](), b"", work.clients
     work = replace(work, evaluate=replace(work.evaluate, every=0, finetune=0, without_privacy=False))
     with TemporaryDirectory(prefix="fedpost-bench-") as name:

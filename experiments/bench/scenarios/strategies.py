@@ -126,10 +126,7 @@ def plans(small: bool = False) -> list[Plan]:
 
 
 def strategies(bench: Bench, out: Path | None = None) -> None:
-    """Runs the cells that the benchmark's folder lacks and writes the comparison there: each cell's held-out loss.
-
-    A cell whose run fails, for example because it diverges, is named and left out.
-    """
+    """Runs the cells that the benchmark's folder lacks, compares all, and leaves out those that fail (or diverge)."""
     out = out or RUNS / ("bench-strategies" + (f"-small-{time.strftime('%Y%m%d-%H%M%S')}" if bench.small else ""))
     planned, results = plans(bench.small), []
     for number, plan in enumerate(planned, 1):
@@ -150,11 +147,7 @@ def strategies(bench: Bench, out: Path | None = None) -> None:
 
 
 class Result(NamedTuple):
-    """A rule's figures with a seed: losses in nats per token at the end, bytes a client and round, median seconds.
-
-    `worst_tenth` is the mean loss of the tenth of the clients that has the highest. `personal` evaluates each client on
-    the model that it would use: a personal one once it has it, else the global one. NaN: there is no such figure.
-    """
+    """A cell's figures: losses in nats per token at the end, bytes a client and round, median seconds; NaN: none."""
 
     partition: str
     rule: str
@@ -163,8 +156,8 @@ class Result(NamedTuple):
     before: float
     heldout: float
     unseen: float
-    worst_tenth: float
-    personal: float
+    worst_tenth: float  # the mean of the tenth of the clients that has the highest losses
+    personal: float  # of each client on the model that it would use: a personal one once it has it, else the global one
     personal_worst_tenth: float
     bytes_up: float
     bytes_down: float

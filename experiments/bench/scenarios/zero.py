@@ -218,16 +218,13 @@ def _bare_loop(trainer: Any, rows: Any, train: Train, stream: np.random.Generato
 
 
 def loaded(rank: int, model: Model, zero: Zero) -> tuple[float, float] | None:
-    """The most MB that loading a model adds to a process, and MB of its shard with the largest tensor.
-
-    The shard is the whole model in stages 1 and 2. Pages of the mapped file do not count: they can be evicted.
-    """
+    """The most MB that loading a model adds to a process, and MB of its shard with the largest tensor."""
     from engine.models.deepspeed_model import shape_of, zero_model
 
     heap.give_back()
     if "RssAnon" not in memory():
         return None
-    with sampled(lambda: memory()["RssAnon"], 0.002) as held:
+    with sampled(lambda: memory()["RssAnon"], 0.002) as held:  # pages of the mapped file can be evicted
         network = zero_model(model, zero, 0, rank)
     sizes = {name: int(np.prod(shape_of(p))) * p.element_size() for name, p in network.named_parameters()}
     shard = sum(sizes.values()) / (zero.ranks if zero.stage == 3 else 1)
