@@ -117,8 +117,7 @@ class Played(NamedTuple):
 
 def session_of(clients: int, coordinates: int, mode: Mode = "full", bits: int = 32) -> Session:
     """A session for weighted vectors of `coordinates`, with the k and t that `choose` gives for the cohort."""
-    sums = Sums((Sum("delta", coordinates, 1.0, "weighted"),), clients, bits)
-    return Session(0, 0, choose(clients), sums, mode)
+    return Session(0, 0, choose(clients), Sums((Sum("delta", coordinates, 1.0, "weighted"),), clients, bits), mode)
 
 
 def play(session: Session, sampled: int, gone: Mapping[int, Phase]) -> Played:
@@ -193,7 +192,7 @@ def secagg(bench: Bench) -> None:
     masks, values_L = Masks(32, keys[::2], keys[1::2]), np.ones(COORDINATES, np.uint32)
     seconds, _ = seconds_of(lambda: masks.apply(values_L), TRIES, time.thread_time)
     speed = KEYS * values_L.nbytes / statistics.median(seconds) / 1e9
-    bench.add("mask_gb_per_s", speed, "GB/s of keystream that one core adds to a vector")
+    bench.add("mask_gb_per_s", speed, "GB/s of one core")
     bench.add("core_s_1000x5m", None, "core-s")  # in the small size there is no such session
     for clients in size.cohorts:
         for coordinates in size.coordinates:
