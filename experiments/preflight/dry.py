@@ -68,13 +68,14 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         with environment(**hidden_gpus(gpus)), ray_session(None, num_cpus=cpus, num_gpus=gpus):
             first = run(work, out=folder / "run", on_event=events.append)
             again, resumed = _interrupted(work, first, folder / "again")
+        started = next(event for event in events if isinstance(event, Started))
         base = f"{recipe.model.base}: {described(config)}", f"random: {described(small)}"
         changed = {"model.base": base, "data": (_source(recipe), rows.said)} | _changes(recipe, work)
         proofs = [
             Proof("configuration", True, f"{len(leaves(tomllib.loads(to_toml(recipe))))} keys, which are compatible"),
-            Proof("model", True, f"{small.architectures[0]} loads and trains: {_trained(events, first)}"),
+            Proof("model", True, f"{small.architectures[0]} loads and trains: {_trained(started, first)}"),
             Proof("rows", True, f"{rows.said}, split and tokenized"),
-            _placement(work.clients, events),
+            _placement(work.clients, started),
             *_rounds(work, events),
             _resume(work, first, again, resumed),
             _export(first, work.model.base),
@@ -109,11 +110,9 @@ def _changes(recipe: Recipe, work: Recipe) -> dict[str, tuple[str, str]]:
     old, new = (leaves(tomllib.loads(to_toml(each))) for each in (recipe, work))
     changed = {}
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(
-            ("data.", "model.base", "model.revision", "checkpoint.")
-        ):
-            values = (each.get(key, "unset") for each in (old, new))
-            real, dry = (f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+        before, after = (values.get(key, "unset") for values in (old, new))
+        if before != after and not key.startswith(("data.", "model.base", "model.revision", "checkpoint.")):
+            real, dry = (f"{value:g}" if isinstance(value, float) else str(value) for value in (before, after))
             changed[key] = real, dry
     return changed
 
@@ -124,8 +123,7 @@ def _source(recipe: Recipe) -> str:
     return f"{type(source).__name__}{f' {where}' if where else ''}, {partition}"
 
 
-def _trained(events: list[Event], finished: Run) -> str:
-    started = next(event for event in events if isinstance(event, Started))
+def _trained(started: Started, finished: Run) -> str:
     adapter = finished.model / "adapter_config.json"
     if not adapter.exists():
         return f"{started.parameters:,} parameters"
@@ -133,8 +131,7 @@ def _trained(events: list[Event], finished: Run) -> str:
     return f"adapters on {', '.join(sorted({layer.rpartition('.')[2] for layer in layers}))}"
 
 
-def _placement(clients: Clients, events: list[Event]) -> Proof:
-    started = next(event for event in events if isinstance(event, Started))
+def _placement(clients: Clients, started: Started) -> Proof:
     zero, asked, (processes, cpus, gpus) = clients.zero, clients.slots, _needs(clients)
     assert isinstance(asked, int)  # a shrunk recipe's
     what = f"{started.slots} slots" if zero is None else f"a gang of {zero.ranks} ranks"
