@@ -2,8 +2,7 @@
 
 It trains and averages the same clients on the same batches, with separate code wherever the engine's could hide a
 fault: PEFT's model as it is, one tensor after another, a plain float32 sum. The processes share the vector and the
-sums in memory. Slots on a GPU are measured against one process that has the GPU for itself.
-Legend: P trained parameters, K processes.
+sums in memory. On a GPU it is one process, which has the GPU for itself. Legend: P trained parameters, K processes.
 """
 
 import statistics

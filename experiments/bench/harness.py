@@ -1,7 +1,4 @@
-"""The harness of all benchmarks: figures, progress on stderr, one folder and one Ray, inputs, recipes, timing, gates.
-
-A scenario is a function of its name in a file of `scenarios/`, which adds figures to a `Bench`.
-"""
+"""The harness of all benchmarks: figures, progress on stderr, one folder and one Ray, inputs, recipes, times, gates."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,6 @@
 """`fedpost plan`: the memory and the space in Ray's object store that a recipe needs, estimated without running it.
 
-Parameters are counted on the meta device, activations by a forward pass there: a configuration suffices, no weights.
-Legend: P trained parameters.
+Parameters are counted on the meta device, activations by a forward pass there: weights are not needed. P: trained ones.
 """
 
 import os

@@ -1,7 +1,4 @@
-"""A recipe shrunk to a minute on a laptop: the same sections with few clients, rows and steps, and two rounds.
-
-Its rows are shortened ones of some of the recipe's clients, or random ones if its data is not here.
-"""
+"""A recipe shrunk to a minute on a laptop: the same sections with few clients, rows and steps, and two rounds."""
 
 import math
 import typing
@@ -132,7 +129,7 @@ class Drawn(NamedTuple):
 
 
 def draw_rows(recipe: Recipe, clients: int, max_length: int, cache: Path) -> Drawn:
-    """Rows for `clients` clients, short enough for `max_length` tokens of any tokenizer; raises errors of the data."""
+    """Rows of up to `max_length` tokens: shortened ones of some clients, or made-up ones; raises the data's errors."""
     data, why = recipe.data, out_of_reach(recipe)
     counts = [ROWS * (1 + client % 2) for client in range(clients)]
     names = pa.array([f"{client:05d}" for client, count in enumerate(counts) for _ in range(count)])

@@ -1,1 +1,1 @@
-"""The scenarios: functions that add their figures to a Bench."""
+"""The scenarios: functions of their names, which add figures to a Bench."""

@@ -55,8 +55,7 @@ def zero(bench: Bench) -> None:
     if not bench.small:  # some 600 MB, so that a shard stands out from what a process takes anyway
         write_llama(bench.folder / "large", (1024, 2816, 12, 8), vocabulary=8192)
     for stage in STAGES:
-        gang = Zero(stage=stage, ranks=RANKS)
-        _measure_stage(bench, work, gang, "")
+        _measure_stage(bench, work, gang := Zero(stage=stage, ranks=RANKS), "")
         if not bench.small:
             bench.say(f"stage {stage}: loading a larger model")
             sizes = in_ranks(gang, False, loaded, replace(work.model, base=str(bench.folder / "large")), gang)
