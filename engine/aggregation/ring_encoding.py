@@ -14,8 +14,7 @@ import torch
 from engine.config.federation import Federation
 from engine.objectives.base import Objective, client_figures, figure_bounds
 from strategies.core.layout import Layout
-from strategies.core.live import with_frozen, without_frozen
-from strategies.core.protocol import Aggregate, Mask, Size, Update
+from strategies.core.protocol import Aggregate, Mask, Size, Update, with_frozen, without_frozen
 from strategies.core.seeds import rng
 from strategies.privacy.checks import NoisePlan
 from strategies.privacy.distributed import DistributedPlan

@@ -1,6 +1,6 @@
-"""What travels between server and clients, and what both keep. Legend: P parameters, K clients."""
+"""What travels between server and clients, and what both keep. Legend: P parameters, K clients, N live coordinates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -94,3 +94,14 @@ class Size:
     values: int
     bits: int = 32
     extra: int = 0
+
+
+def without_frozen(vectors: Mapping[str, Vector], live: Mapping[str, Mask]) -> dict[str, Vector]:
+    """Each vector's live coordinates (N,); whole where `live` has no mask of its name."""
+    return {name: vector[live[name]] if name in live else vector for name, vector in vectors.items()}
+
+
+def with_frozen(vectors: Mapping[str, Vector], live: Mapping[str, Mask]) -> dict[str, Vector]:
+    """The vectors (P,) that `without_frozen` shortened, with zeros in the frozen coordinates."""
+    zeros = {name: vectors[name].new_zeros(len(mask)) for name, mask in live.items() if name in vectors}
+    return {**vectors, **{name: whole.masked_scatter_(live[name], vectors[name]) for name, whole in zeros.items()}}

@@ -5,8 +5,7 @@ from typing import Literal
 
 from strategies.core.base import Rule, named
 from strategies.core.errors import StrategyError
-from strategies.privacy.adaptive import AdaptiveDp
-from strategies.privacy.central import CentralDp, CentralPlan
+from strategies.privacy.central import AdaptiveDp, CentralDp, CentralPlan
 from strategies.privacy.distributed import DistributedDp, DistributedPlan
 from strategies.privacy.per_example import ExampleDp, ExamplePlan
 

@@ -21,8 +21,8 @@ from engine.aggregation.ring_shard import RingShard
 from engine.aggregation.server_step import noisy, server_step
 from engine.config.privacy import Privacy, SecAgg
 from engine.config.train import Sgd, Train
+from strategies.averaging.drift import Scaffold
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.scaffold import Scaffold
 from strategies.core.cohort import UniformCohort
 from strategies.core.layout import LORA_A, LORA_B, Layout
 from strategies.core.lora_algebra import count, slices
@@ -31,8 +31,7 @@ from strategies.core.sharding import Partition
 from strategies.lora.frozen_half import FedSvd, FfaLora, RoLora
 from strategies.lora.products import Flora
 from strategies.personalized.personal_models import FedDpa, FedSaLora
-from strategies.privacy.adaptive import AdaptiveDp
-from strategies.privacy.central import CentralDp
+from strategies.privacy.central import AdaptiveDp, CentralDp
 from strategies.privacy.distributed import DistributedDp
 from strategies.secagg.masks import Masks
 

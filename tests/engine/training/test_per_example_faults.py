@@ -19,7 +19,7 @@ from engine.objectives.token_batch import Batch, token_losses
 from engine.training.local_training import Job
 from engine.training.per_example import PrivateTrainer
 from engine.training.step_loop import Training
-from strategies.averaging.proximal import FedProx
+from strategies.averaging.drift import FedProx
 from strategies.core.protocol import Broadcast, Update
 from strategies.privacy.noise_source import seeded_words
 

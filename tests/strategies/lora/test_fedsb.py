@@ -7,7 +7,7 @@ from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Broadcast, ServerState, Update
 from strategies.core.seeds import rng
-from strategies.lora.fedsb import FedSb
+from strategies.lora.frozen_half import FedSb
 from strategies.privacy.central import CentralDp
 from strategies.privacy.noise_source import seeded_words
 

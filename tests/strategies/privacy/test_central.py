@@ -11,9 +11,8 @@ from scipy import stats
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.protocol import Aggregate, Update
 from strategies.core.seeds import rng
-from strategies.privacy.adaptive import WITHIN, AdaptiveDp
 from strategies.privacy.budget import delta_for
-from strategies.privacy.central import BLOCK, CentralDp, CentralPlan, bounded, with_noise
+from strategies.privacy.central import BLOCK, WITHIN, AdaptiveDp, CentralDp, CentralPlan, bounded, with_noise
 from strategies.privacy.noise_source import seeded_words
 from strategies.privacy.per_example import ExampleDp
 

@@ -14,20 +14,18 @@ import torch
 from engine.aggregation.exact_sum import ExactSum, merge
 from experiments.cli.contract import engine_stored, engine_sum
 from strategies import Strategies
+from strategies.averaging.drift import Scaffold
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.reweighting import FedNova, QFedAvg
-from strategies.averaging.scaffold import Scaffold
 from strategies.contract.case import FULL, LORA, Case
 from strategies.core.base import Rule, named
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, ServerState, Update
 from strategies.core.seeds import rng
-from strategies.lora.flexlora import FlexLora
 from strategies.lora.hetlora import HetLora
-from strategies.lora.products import FedExLora, Flora
-from strategies.privacy.adaptive import WITHIN, AdaptiveDp, AdaptivePlan
-from strategies.privacy.central import CentralDp, CentralPlan
+from strategies.lora.products import FedExLora, FlexLora, Flora
+from strategies.privacy.central import WITHIN, AdaptiveDp, AdaptivePlan, CentralDp, CentralPlan
 from strategies.privacy.checks import check_dp
 from strategies.privacy.distributed import DistributedDp
 from strategies.privacy.integers import signs
