@@ -9,8 +9,7 @@ from strategies.lora.frozen_half import FedSb, FedSvd, FfaLora, RoLora
 from strategies.lora.hetlora import HetLora
 from strategies.lora.products import FedExLora, FlexLora, Flora
 from strategies.personalized.personal_models import Ditto, FedDpa, FedSaLora, LocalOnly
-from strategies.robust.reading_each import Bulyan, Krum, Median, MultiKrum, TrimmedMean
-from strategies.robust.sums import CenteredClipping, Rfa
+from strategies.robust.rules import Bulyan, CenteredClipping, Krum, Median, MultiKrum, Rfa, TrimmedMean
 from strategies.transforms.chain import Clip
 from strategies.transforms.lossy import Int8, Projection, Sign, TopK
 

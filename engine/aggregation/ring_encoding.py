@@ -19,7 +19,7 @@ from strategies.core.seeds import rng
 from strategies.privacy.checks import NoisePlan
 from strategies.privacy.distributed import DistributedPlan
 from strategies.privacy.integers import signs
-from strategies.privacy.noise_source import Words, byte_words, seeded_words
+from strategies.privacy.noise import Words, byte_words, seeded_words
 from strategies.secagg.ring import Sum, Sums, Totals
 
 NOISY = "noisy"  # the sum of everything under distributed noise

@@ -89,12 +89,8 @@ class Scaffold(AveragingRule):
     keeps_state: ClassVar[bool] = True
     zero_moments: ClassVar[tuple[str, ...]] = ("c",)
     sends_moments: ClassVar[bool] = True
+    needs_optimizer: ClassVar[NeedsSgd] = NeedsSgd("counts on what plain SGD does", momentum=0.0, divides=True)
     paper: ClassVar[str] = "arXiv 1910.06378"
-
-    @property
-    def needs_optimizer(self) -> NeedsSgd:
-        """SGD without momentum, whose learning rate is divided by."""
-        return NeedsSgd("counts on what plain SGD does", momentum=0.0, divides=True)
 
     def correct(
         self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL

@@ -21,8 +21,7 @@ class ServerState:
 
     `merged_delta` is what the rule has added to the base: the products (O, I) of `layout.product_shapes`, scale
     included, one after another in one vector; None while the base is unchanged. The engine sets three more, which
-    never change: the `layout` of the vector, the recipe's `seed` for rules that draw, and the `population`, the number
-    of clients that can be sampled.
+    never change: the `layout` of the vector, the recipe's `seed` for draws, and the `population` of clients to sample.
     """
 
     round: int

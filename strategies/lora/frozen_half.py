@@ -68,8 +68,7 @@ class RoLora(FrozenHalf):
     """Rounds 0, 2, ...: B += lr * sum_k p_k delta_k B, A frozen; rounds 1, 3, ...: the same for A, B frozen. Exact.
 
     Reads the sum (Chen et al. 2025). B comes first: while B is zero, A has no gradient. Both halves go down each round,
-    since a client may have missed the round before. Trap: an optimizer state kept from the last round would move the
-    frozen half.
+    since a client may have missed the round before. Trap: a kept optimizer state would move the frozen half.
     """
 
     kind: Literal["rolora"] = "rolora"
@@ -124,12 +123,10 @@ class FedSb(FrozenHalf):
 
     kind: Literal["fedsb"] = "fedsb"
     keeps_basis: ClassVar[bool] = False
+    needs_optimizer: ClassVar[NeedsSgd] = NeedsSgd(
+        "trains within the span of its basis, which adaptive optimizers leave", 'use "ffa"'
+    )
     paper: ClassVar[str] = "arXiv 2502.15436"
-
-    @property
-    def needs_optimizer(self) -> NeedsSgd:
-        """SGD with any momentum."""
-        return NeedsSgd("trains within the span of its basis, which adaptive optimizers leave", 'use "ffa"')
 
     def broadcast(self, state: ServerState) -> Broadcast:
         """The global vector, and from round 1 on B0 in "basis", where B lies in the vector."""

@@ -12,17 +12,7 @@ import torch
 
 from strategies.core.base import AveragingRule, Ends, Finished
 from strategies.core.layout import LORA_A, LORA_B, Layout, unpacked
-from strategies.core.lora_algebra import (
-    count,
-    floats_at,
-    folded,
-    product_change,
-    products,
-    put,
-    start_at,
-    unmarked,
-    zeroed,
-)
+from strategies.core.lora_algebra import floats_at, folded, product_change, products, put, start_at, unmarked, zeroed
 from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
 from strategies.core.ranges import Range
 from strategies.core.seeds import torch_rng
@@ -58,10 +48,6 @@ class ProductRule(AveragingRule, ABC):
         extras = {name: update.weight * change for name, change in changes.items()}
         delta = zeroed(update.delta.clone(), broadcast.layout, LORA_A, LORA_B)
         return replace(update, delta=delta, extras=extras), client_state
-
-    def beside(self, layout: Layout) -> dict[str, int]:
-        """The products' changes."""
-        return {"product": layout.product_size}
 
     def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but the adapters, whose products travel beside."""
@@ -131,14 +117,10 @@ class FedExLora(AveragingRule):
         change = product_change(broadcast.params + update.delta, broadcast.params, broadcast.layout)
         return replace(update, extras={"product": update.weight * change}), client_state
 
-    def beside(self, layout: Layout) -> dict[str, int]:
-        """The products' changes."""
-        return {"product": layout.product_size}
-
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """The vector and the last correction down, the vector up, from which the server makes the product."""
         layout = broadcast.layout
-        factors = merged_clients(broadcast) * count(layout, LORA_A, LORA_B)
+        factors = merged_clients(broadcast) * (layout.size - floats_at(layout, 0))
         return layout.size + min(layout.product_size, factors), layout.size
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
@@ -179,8 +161,7 @@ class FlexLora(ProductRule):
     A client of rank r_k gets the first r_k rows and columns, under its own scale. It sends the difference between its
     product and the round's D, and D moves by lr times the mean of that: zeros move nothing, so that differential
     privacy may clip them and divide by the expected cohort. Reads sums. The result is exact where the largest rank is
-    the layers' full rank, else the best approximation of D. With mixed ranks a client's product lacks everything beyond
-    its rank, and D loses its share of that.
+    the layers' full rank, else the best approximation of D. With mixed ranks D loses a client's share beyond its rank.
 
     `sketch` = 0: clients send the dense products' changes. Above 0: with shared random Q (I, S) and T (L, O),
     S = rank + sketch, L = 2 S + 1, they send X Q and T X for their change X, which are sums as well and far smaller
@@ -220,10 +201,8 @@ class FlexLora(ProductRule):
         if not any(extra.any() for extra in aggregate.extras.values()):
             return moved  # other factors of the same product would only add their rounding
         drawn = self._drawn(state) if self.sketch else {}
-        wanted = {
-            name: before + aggregate.extras[name] * (self.lr / aggregate.weight)
-            for name, before in self._seen(state.params, state.layout, drawn).items()
-        }
+        before, lr = self._seen(state.params, state.layout, drawn), self.lr / aggregate.weight
+        wanted = {name: seen + aggregate.extras[name] * lr for name, seen in before.items()}
         params = moved.params.clone()
         factors = self._factors(wanted, state.layout, drawn)
         for pair, (u_OR, s_R, v_RI) in zip(state.layout.lora_pairs(params), factors, strict=True):

@@ -47,9 +47,10 @@ class Transform(ABC):
         return size
 
 
-def encode(
-    transforms: Sequence[Transform], update: Update, broadcast: Broadcast, client_state: ClientState
-) -> Finished:
+Chain = Sequence[Transform]
+
+
+def encode(transforms: Chain, update: Update, broadcast: Broadcast, client_state: ClientState) -> Finished:
     """The update as it leaves the client, and the transforms' part alone of the client's next state.
 
     `client_state` is the whole state from before the round; the next one is that of the strategy's `finish` and this.
@@ -66,7 +67,7 @@ def encode(
     return update, kept
 
 
-def decode(transforms: Sequence[Transform], aggregate: Aggregate, state: ServerState) -> tuple[Aggregate, ServerState]:
+def decode(transforms: Chain, aggregate: Aggregate, state: ServerState) -> tuple[Aggregate, ServerState]:
     """The aggregate that the strategy applies, before it does; `state` is that of the round's broadcast."""
     rng = torch_rng(state.seed, state.round, -1, "decode")
     for transform in reversed(transforms):
@@ -74,7 +75,7 @@ def decode(transforms: Sequence[Transform], aggregate: Aggregate, state: ServerS
     return aggregate, state
 
 
-def bits(transforms: Sequence[Transform], floats: int) -> int:
+def bits(transforms: Chain, floats: int) -> int:
     """The number of bits that a client sends for an update of `floats` float32 numbers; 32 each without transforms."""
     size = Size(floats, floats)
     for transform in transforms:

@@ -32,7 +32,7 @@ from strategies.lora.hetlora import HetLora
 from strategies.lora.products import FlexLora
 from strategies.privacy.central import WITHIN, AdaptiveDp, CentralDp, CentralPlan
 from strategies.privacy.distributed import DistributedDp
-from strategies.robust.sums import CenteredClipping
+from strategies.robust.rules import CenteredClipping
 from strategies.secagg.ring import Sums
 from strategies.transforms.chain import Clip, Transform, encode
 from strategies.transforms.lossy import Int8, Projection, Sign, TopK

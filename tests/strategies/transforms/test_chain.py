@@ -15,8 +15,7 @@ from strategies.averaging.drift import FedProx
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update
-from strategies.robust.reading_each import Krum, Median
-from strategies.robust.sums import Rfa
+from strategies.robust.rules import Krum, Median, Rfa
 from strategies.transforms.chain import Clip, Transform, bits, decode, encode
 from strategies.transforms.lossy import Int8, Projection, Sign, TopK
 
