@@ -134,7 +134,7 @@ def test_both_terms_of_the_objective_arrive_at_the_server(example, tiny_base, se
     expected = {name: sum(s[name][0] for s in sums) / sum(s[name][1] for s in sums) for name in ("focal", "nll")}
     if secure:
         ring = ring_sums(federation, layout, None, 0.0, 2, 100, 0)
-        total = RingSum(RingShard(ring, {}), federation, layout, None, 0)
+        total = RingSum(RingShard(ring, {}), federation, None, 0)
         for client, result in enumerate(trained):
             total.add(Update(client, 1.0, result.end - start, metrics=result.metrics))
         _, figures = ring_aggregate(ring.decode(total.masked([])), federation, layout, None, 0)

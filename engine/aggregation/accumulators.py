@@ -17,26 +17,26 @@ from engine.config.federation import Federation
 from engine.messages.reports import UpdateMessage
 from engine.objectives.base import client_figures
 from strategies.core.errors import StrategyError
-from strategies.core.layout import Layout
 from strategies.core.protocol import Update
 from strategies.core.seeds import rng
 from strategies.secagg.masks import Masks, wrap
 
 
 class Accumulator(Protocol):
-    """Takes updates one after another; see ExactSum, SingleUpdates and RingSum."""
+    """What a worker has for its clients' updates: ExactSum, SingleUpdates or RingSum.
+
+    Each is filled by `add` and emptied by its owner: `ExactSum.take` ends a round, `SingleUpdates.take` a chunk. The
+    first session of a round begins a new RingSum: a later session masks the same sum again, so it is never taken.
+    """
 
     def add(self, update: Update) -> None:
-        """Takes one update; NonFiniteUpdate, and no change, where it cannot be used."""
+        """Adds one update; NonFiniteUpdate, and no change, where it cannot be used."""
         ...
 
 
 @dataclass
 class SingleUpdates:
-    """Keeps each client's update for a rule that reads them.
-
-    Values may be as large as they like: a liar's are for the rule to survive.
-    """
+    """Keeps each client's update for a rule that reads them, however large its values: they may be a liar's."""
 
     updates: dict[int, UpdateMessage] = field(default_factory=dict)
 
@@ -45,25 +45,27 @@ class SingleUpdates:
         finite_bound(update)
         self.updates[update.client] = UpdateMessage.of(update)
 
+    def take(self) -> dict[int, UpdateMessage]:
+        """Returns the updates by client since the last time, and forgets them."""
+        updates, self.updates = self.updates, {}
+        return updates
 
+
+@dataclass
 class RingSum:
     """Adds up clients' ring vectors, or a rank's shards of them, which leave the process only under masks.
 
     `summed` adds a figure up over the worker's ranks.
     """
 
-    def __init__(
-        self,
-        shard: RingShard,
-        federation: Federation,
-        layout: Layout,
-        plan: Plan,
-        round_: int,
-        summed: Callable[[float], float] = float,
-    ) -> None:
-        self.shard, self.federation, self.layout, self.plan = shard, federation, layout, plan
-        self.round, self.summed = round_, summed
-        self.total_S = np.zeros(shard.length, np.uint32)
+    shard: RingShard
+    federation: Federation
+    plan: Plan
+    round: int
+    summed: Callable[[float], float] = float
+
+    def __post_init__(self) -> None:
+        self.total_S = np.zeros(self.shard.length, np.uint32)
 
     def add(self, update: Update) -> None:
         """Adds one client; NonFiniteUpdate where values, weight or training loss have no place in the ring."""
@@ -71,14 +73,12 @@ class RingSum:
         objective = self.federation.train.objective
         if not all(map(math.isfinite, client_figures(objective, update.metrics).values())):
             raise NonFiniteUpdate("its training loss is no number")
+        shard = self.shard
         try:
-            self.shard.sums.encode_head(update.weight)
+            shard.sums.encode_head(update.weight)
         except StrategyError as error:
             raise NonFiniteUpdate(str(error)) from error
-        shard = self.shard
-        values, clipped = ring_values(
-            update, shard.sums, self.federation, self.layout, self.plan, self.round, shard.live_S
-        )
+        values, clipped = ring_values(update, shard.sums, self.federation, self.plan, self.round, shard.live_S)
         figures = figures_of(update, objective, int(self.summed(clipped)))
         if shard.rank == 0:
             values |= {name: np.array([figure], np.float64) for name, figure in figures.items()}

@@ -7,7 +7,7 @@ smallest integer.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -101,15 +101,14 @@ class OnGrid:
         return stretch
 
 
+@dataclass
 class ExactSum:
-    """Adds clients' updates in place; `part` shows the sum, `close` hands it over and starts again at zero."""
+    """Adds clients' updates in place; `part` shows the sum, `take` hands it over and begins again at zero."""
 
-    def __init__(self) -> None:
-        self._empty()
-
-    def _empty(self) -> None:
-        self.vectors: dict[str, OnGrid] = {}
-        self.weight, self.count, self.bound = 0, 0, 0.0
+    vectors: dict[str, OnGrid] = field(default_factory=dict)
+    weight: int = 0
+    count: int = 0
+    bound: float = 0.0
 
     def add(self, update: Update) -> None:
         """Adds weight * delta and the unweighted extras.
@@ -123,8 +122,7 @@ class ExactSum:
         for name, tensor in tensors.items():
             if name not in self.vectors:
                 self.vectors[name] = OnGrid(tensor.numel())
-            length = len(self.vectors[name].steps_P)
-            if length != tensor.numel():
+            if (length := len(self.vectors[name].steps_P)) != tensor.numel():
                 raise ValueError(
                     f"{name!r} has {tensor.numel()} values for client {update.client}, and {length} for others: what a "
                     f"strategy adds up must be of one length"
@@ -139,10 +137,9 @@ class ExactSum:
         if not self.bound + bound < LIMIT:
             for vector, values_P, weight in added:
                 vector.take_out(values_P, weight)
-            if not np.isfinite(bound):
-                raise NonFiniteUpdate(NOT_FINITE)
-            if bound >= LIMIT:
-                raise NonFiniteUpdate(f"its update reaches {bound:.3g}, beyond the exact sum's range of {LIMIT:.3g}")
+            if not bound < LIMIT:
+                reaches = f"its update reaches {bound:.3g}, beyond the exact sum's range of {LIMIT:.3g}"
+                raise NonFiniteUpdate(reaches if np.isfinite(bound) else NOT_FINITE)
         _check(self.bound + bound)
         self.bound += bound
         self.weight += round(update.weight * STEP)
@@ -154,10 +151,10 @@ class ExactSum:
         vectors = {name: vector.stretch(first, size) for name, vector in self.vectors.items()}
         return PartialSum(vectors, self.weight, self.count, self.bound, lengths)
 
-    def close(self) -> PartialSum:
-        """Returns the sum of all that was added since the last close."""
+    def take(self) -> PartialSum:
+        """Returns the sum of all that was added since the last time, and forgets it."""
         whole = self.part(0, max((len(vector.steps_P) for vector in self.vectors.values()), default=0))
-        self._empty()
+        self.vectors, self.weight, self.count, self.bound = {}, 0, 0, 0.0
         return whole
 
 
@@ -217,11 +214,11 @@ def merge_parts(parts: Iterable[list[PartialSum]]) -> Aggregate | None:
 
 def cut(partial: PartialSum, partition: Partition, rank: int) -> PartialSum:
     """Returns a rank's shard of a sum of whole vectors; vectors not as long as delta are whole in each rank."""
-    vectors = dict(partial.vectors)
     whole = len(partial.vectors["delta"])
-    for name, vector in partial.vectors.items():
-        if len(vector) == whole:
-            vectors[name] = partition.cut(torch.from_numpy(vector), rank).numpy()
+    vectors = {
+        name: partition.cut(torch.from_numpy(vector), rank).numpy() if len(vector) == whole else vector
+        for name, vector in partial.vectors.items()
+    }
     return replace(partial, vectors=vectors, lengths={name: len(vector) for name, vector in vectors.items()})
 
 

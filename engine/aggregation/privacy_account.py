@@ -5,10 +5,12 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from engine.aggregation.ring_encoding import live_lengths
+from engine.aggregation.exact_sum import STEP
+from engine.aggregation.ring_encoding import live_lengths, ring_sums
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
@@ -17,26 +19,26 @@ from strategies.privacy.accounting import Epsilon
 from strategies.privacy.central import CentralPlan
 from strategies.privacy.checks import NoisePlan
 
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan of noise, and what the user should know about it."""
-
-    plan: NoisePlan
-    warned: tuple[str, ...]
+COARSE = 0.01  # of a coordinate; int8, which is known to train well, rounds to 1/127 of the largest one
 
 
-def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: int) -> Planned | None:
-    """Returns the noise of a run whose clients have `rows` (N,); None without differential privacy.
+class Planned(NamedTuple):
+    """A plan of noise, None without differential privacy, and what the user should know about it."""
+
+    plan: NoisePlan | None
+    warned: tuple[str, ...] = ()
+
+
+def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: int) -> Planned:
+    """Returns the noise of a run whose clients have `rows` (N,); ValueError where none gives the epsilon asked for.
 
     Example-level noise is for the client with the fewest rows, and for `steps` local steps in all its rounds; its delta
-    is for the rows of all clients. Takes seconds where the noise for an epsilon is searched. ValueError where there is
-    none.
+    is for the rows of all clients. Takes seconds where the noise for an epsilon is searched.
     """
     dp, rounds, cohort, clients = federation.privacy.dp, federation.rounds, federation.cohort, len(rows)
+    plan: NoisePlan | None = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        plan: NoisePlan
         if dp.adds_to == "sum":
             plan = dp.plan(cohort, clients, rounds)
         elif dp.adds_to == "ring":
@@ -46,10 +48,36 @@ def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: 
         elif dp.adds_to == "gradients":
             batch = federation.train.batch * federation.train.accumulate
             plan = dp.plan(int(rows.min()), int(rows.sum()), batch, steps)
-        else:
-            return None
-    messages = tuple(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
+    messages = (str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
     return Planned(plan, tuple(dict.fromkeys(messages)))
+
+
+def coarse_weights(federation: Federation, layout: Layout, plan: NoisePlan | None, rows: np.ndarray) -> str | None:
+    """Returns a warning if a large `privacy.rows_cap` leaves typical clients, of those with `rows` (N,), few steps.
+
+    A typical client has the median of rows, and an update whose P coordinates are the clipping norm over sqrt(P), or
+    secure aggregation's bound where that is less. Rounding is off by up to a step.
+    """
+    privacy, cap = federation.privacy, federation.privacy.rows_cap
+    if cap is None or not privacy.public_weights or federation.strategy.weighs_alike:
+        return None
+    if plan is not None and plan.adds_to == "ring":  # its noise is far above the ring's steps
+        return None
+    step, size, clip = 1 / STEP, math.inf, math.inf
+    if plan is not None and plan.adds_to == "sum":
+        clip = plan.clip
+        size = clip / math.sqrt(max(1, live_lengths(federation, layout, 0)["delta"]))
+    if privacy.secure:
+        sums = ring_sums(federation, layout, plan, clip, max(2, federation.cohort.largest(len(rows))), 1, 0)
+        step, size = 1 / sums.scale("delta"), min(size, privacy.secagg.bound)
+    typical = int(min(cap, max(1, np.median(rows))))
+    share = step * cap / (typical * size)
+    if share <= COARSE:
+        return None
+    return (
+        f"with privacy.rows_cap = {cap} a client with {typical} rows has the weight {typical / cap:.2g}, and rounding "
+        f"moves its coordinates by up to {share:.2g} of their size: set privacy.rows_cap to a usual number of rows"
+    )
 
 
 @dataclass
@@ -87,12 +115,12 @@ class Spending:
         try:
             facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             fresh = max(round_, int(facts.get("rounds", 0))) + int(facts.get("uncopied", 0))
-            charged, statement = round_ if simulated else fresh, facts.get("statement")
+            charged = round_ if simulated else fresh
+            return cls(path, plan, simulated, weights, charged, facts.get("statement"), outside, unit)
         except (ValueError, TypeError, AttributeError) as error:
             raise RunError(
                 f"{path}, the record of privacy spent, cannot be read ({error}): start again in another --out"
             ) from error
-        return cls(path, plan, simulated, weights, charged, statement, outside, unit)
 
     def charge(self, steps: int) -> Epsilon:
         """Counts one more round, in which a client takes `steps` noisy steps, on disk; returns the cost of all."""
@@ -147,24 +175,21 @@ class PrivacyAccount:
 
         ValueError where no noise gives what the recipe asks for.
         """
-        dp, shown = federation.privacy.dp, federation.shown_rows
+        privacy, shown = federation.privacy, federation.shown_rows
         if clip is None:
-            clip = dp.clip if dp.adds_to == "sum" else 0.0
-        planned = plan_noise(federation, layout, rows, steps * federation.rounds)
-        warned = () if shown is None else (f"{shown}, which privacy would have kept with their clients",)
-        if planned is None:
+            clip = privacy.dp.clip if privacy.dp.adds_to == "sum" else 0.0
+        plan, warned = plan_noise(federation, layout, rows, steps * federation.rounds)
+        if shown is not None:
+            warned += (f"{shown}, which privacy would have kept with their clients",)
+        if coarse := coarse_weights(federation, layout, plan, rows):
+            warned += (coarse,)
+        if plan is None:
             return cls(clip=clip, steps=steps, warned=warned)
-        path, simulated = folder / "privacy.json", federation.privacy.simulated
+        path, weights = folder / "privacy.json", privacy.describe_weights(federation.strategy)
         spending = Spending.open(
-            path,
-            planned.plan,
-            federation.privacy.describe_weights(federation.strategy),
-            simulated=simulated,
-            round_=round_,
-            outside=shown,
-            unit=unit,
+            path, plan, weights, simulated=privacy.simulated, round_=round_, outside=shown, unit=unit
         )
-        return cls(planned.plan, spending, clip, steps, planned.warned + warned)
+        return cls(plan, spending, clip, steps, warned)
 
     @property
     def central(self) -> CentralPlan | None:

@@ -52,13 +52,7 @@ def rounding(sums: Sums) -> float:
 
 
 def ring_values(
-    update: Update,
-    sums: Sums,
-    federation: Federation,
-    layout: Layout,
-    plan: Plan,
-    round_: int,
-    live: Mapping[str, Mask],
+    update: Update, sums: Sums, federation: Federation, plan: Plan, round_: int, live: Mapping[str, Mask]
 ) -> tuple[dict[str, np.ndarray], int]:
     """Returns a client's values by sum, without its figures, and how many coordinates a sum's bound cuts.
 

@@ -5,6 +5,7 @@ their weight), of which the first rank's counts; the clients' figures are in the
 Legend: H coordinates of the head, S of the shard, head included.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,19 +50,16 @@ class RingShard:
         return {name: self.partition.cut(mask, self.rank) for name, mask in self.live.items()}
 
     @cached_property
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> list[Piece]:
         """What the shard consists of after its head, in order."""
-        return tuple(self._pieces())
-
-    def _pieces(self) -> Iterator[Piece]:
+        pieces = []
         for entry in self.sums.sums:
-            if entry.name.startswith(FIGURE) or self.partition is None:
-                if self.rank == 0:
-                    yield Piece(entry.name, 0, entry.length)
-                continue
-            mask = self.live.get(entry.name)
-            partition = self.partition if mask is None else self.partition.of(mask)
-            yield from (Piece(entry.name, first, last) for first, last in partition.parts[self.rank])
+            mask, parts = self.live.get(entry.name), [(0, entry.length)] if self.rank == 0 else []
+            if not entry.name.startswith(FIGURE) and self.partition is not None:
+                partition = self.partition if mask is None else self.partition.of(mask)
+                parts = list(partition.parts[self.rank])
+            pieces += [Piece(entry.name, first, last) for first, last in parts]
+        return pieces
 
     @cached_property
     def head(self) -> int:
@@ -101,16 +99,16 @@ class RingShard:
 
         Raises ValueError, and changes nothing, where the lengths are not those of the sums.
         """
-        lengths = dict.fromkeys(values, 0)
+        lengths = Counter(dict.fromkeys(values, 0))
         for piece in self.pieces:
-            lengths[piece.name] = lengths.get(piece.name, 0) + piece.last - piece.first
+            lengths[piece.name] += piece.last - piece.first
         given = {name: len(vector) for name, vector in values.items()}
         if given != lengths:
-            raise ValueError(f"the sums have {lengths} coordinates here, and were given {given}")
+            raise ValueError(f"the sums have {dict(lengths)} coordinates here, and were given {given}")
         total_S[: self.head] += self.sums.encode_head(weight)
-        used = dict.fromkeys(values, 0)
+        used: Counter[str] = Counter()
         for piece, total in self.views(total_S[self.head :]):
-            part = values[piece.name][used[piece.name] : used[piece.name] + len(total)]
+            part = values[piece.name][used[piece.name] :][: len(total)]
             used[piece.name] += len(total)
             total += self.sums.encode_part(piece.name, part, weight, draws, piece.first)
 

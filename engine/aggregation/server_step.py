@@ -25,11 +25,7 @@ def server_step(
     live: Mapping[str, Mask],
     rank: int = 0,
 ) -> tuple[ServerState, float]:
-    """Returns the next state of a shard and the next clipping norm.
-
-    With a `plan` its noise is added to the sums first; a round without clients is then noise alone. `layout`, `live`
-    and `rank` are as in `noisy`. There must be an aggregate or a plan.
-    """
+    """Returns the next state of a shard and the next clipping norm; there must be an aggregate or a plan (`noisy`)."""
     if plan is not None:
         aggregate, clip = noisy(aggregate, plan, clip, federation, layout, state.round, live, rank)
     assert aggregate is not None, "without sums and without noise the model stays as it is"

@@ -47,11 +47,10 @@ class Trace:
         numbers = pc.index_in(table["client"], pa.array(names, pa.string()))
         first, last = table["first"], table["last"]
         # A comparison with null is null, and a null here is refused before.
+        known = f"whose clients are {', '.join(map(repr, names[:3]))} and so on"
         faults = {
             "has an empty value": pc.or_(pc.or_(pc.is_null(table["client"]), pc.is_null(first)), pc.is_null(last)),
-            f"names no client of the data, whose clients are {', '.join(map(repr, names[:3]))} and so on": pc.is_null(
-                numbers
-            ),
+            f"names no client of the data, {known}": pc.is_null(numbers),
             "ends before it begins": pc.less(last, first),
             "begins before round 1, which is the first": pc.less(first, 1),
         }
@@ -63,7 +62,7 @@ class Trace:
                 )
         clients = numbers.to_numpy()
         order = np.argsort(clients, kind="stable")
-        spans = np.stack([first.to_numpy(), last.to_numpy()], axis=1)[order]
+        spans = np.stack([first, last], axis=1)[order]
         return cls(np.searchsorted(clients[order], np.arange(len(names) + 1)), spans)
 
     def away(self, client: int, round_: int) -> bool:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from engine.config.compatibility import check_together
-from engine.config.privacy_checks import check_privacy
 from engine.config.sections import Sections
 from engine.messages.checks import at_least
 from engine.messages.errors import RunError
@@ -17,7 +16,6 @@ class Federation(Sections):
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise RunError(f"name becomes a folder's name: not empty, no '/', no leading '.', not {self.name!r}")
         check_together(self)
-        check_privacy(self)
         at_least("recipe", 1, rounds=self.rounds)
         if self.seed < 0:
             raise RunError(f"recipe.seed must be at least 0, not {self.seed}")

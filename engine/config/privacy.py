@@ -1,8 +1,10 @@
 """The privacy section of a recipe: what the server may see, and how little sums may say about one client or row."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from engine.messages.checks import at_least, below_one
@@ -43,7 +45,6 @@ class SecAgg:
     max_aborts: int = 3
 
     def __post_init__(self) -> None:
-        """Raises RunError for a value out of range."""
         below_one("privacy.secagg", corrupt=self.corrupt, dropout=self.dropout)
         at_least("privacy.secagg", 2, min_contributors=self.min_contributors)
         at_least("privacy.secagg", 0, max_aborts=self.max_aborts)
@@ -86,9 +87,9 @@ Dp = NoDp | CentralDp | AdaptiveDp | DistributedDp | ExampleDp
 class Privacy:
     """Secure aggregation and differential privacy, and the weights that go with them.
 
-    `rows_cap` R is a number of rows that everybody may know. With it a client's weight is min(rows, R) / R, whatever
-    the other clients have. Rules that weigh clients by their rows need it under secure aggregation and client-level
-    noise: rows over the largest client's, as without privacy, would tell each client the size of the largest.
+    `rows_cap` R is a public number of rows; a client's rows above it do not count. Rules that weigh clients by rows
+    need it under secure aggregation and client-level noise, where a weight is min(rows, R) / R: a divisor that follows
+    the cohort, as without privacy, would tell each client how many rows others have.
     """
 
     secagg: SecAgg = field(default_factory=SecAgg)
@@ -96,9 +97,7 @@ class Privacy:
     rows_cap: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises RunError for a value out of range."""
-        if self.rows_cap is not None:
-            at_least("privacy", 1, rows_cap=self.rows_cap)
+        at_least("privacy", 1, rows_cap=self.rows_cap)
 
     @property
     def on(self) -> bool:
@@ -120,14 +119,27 @@ class Privacy:
         """Whether a client's weight may depend only on its own rows and on what everybody knows."""
         return self.secure or self.dp.unit == "client"
 
-    def weight(self, rows: int, most: int) -> float:
-        """A client's weight, from 0 to 1, before its strategy sees it; the largest client has `most` rows.
+    def full_rows(self, cohort_rows: np.ndarray, largest: int) -> float:
+        """The number of rows that has the weight 1 in a round; NaN where weights are public and do not ask for it.
+
+        The population's largest client has `largest` rows. The result is `largest` (or the cap) over the power of two
+        that gives the cohort's largest client a weight above 1/2: the exact sum's grid has a fixed step, and a huge
+        client elsewhere must not make it coarse. A power of two changes means by the grid's rounding alone.
+        """
+        if self.public_weights:
+            return math.nan
+        full = self.rows_cap or largest
+        most = min(full, int(cohort_rows.max(initial=1)))
+        return math.ldexp(full, 1 - (full // most).bit_length())
+
+    def weight(self, rows: int, full_rows: float) -> float:
+        """A client's weight, from 0 to 1, before its strategy sees it; `full_rows` is the round's.
 
         1 under privacy without `rows_cap`, where only rules that weigh all clients alike are accepted.
         """
-        if self.rows_cap is not None:
-            return min(rows, self.rows_cap) / self.rows_cap
-        return 1.0 if self.public_weights else rows / most
+        if self.public_weights:
+            return min(rows, self.rows_cap) / self.rows_cap if self.rows_cap else 1.0
+        return min(rows, self.rows_cap or rows) / full_rows
 
     def describe_weights(self, strategy: Rule) -> str:
         """Where the clients' weights come from, for the statement of epsilon."""

@@ -98,8 +98,8 @@ class Zero:
 
     Each rank takes a slot's share of Ray's resources. `offload` keeps the optimizer's state on the CPU, `checkpointing`
     recomputes activations in the backward pass. A rank that is silent for `timeout_s` ends its gang. With `from_rows`,
-    so many `gangs` take the clients with at least that many training rows, and clients.slots plain slots take the
-    others; without it all slots are gangs.
+    that number of `gangs` takes the clients with at least `from_rows` training rows, and clients.slots plain slots take
+    the others; without it all slots are gangs.
     """
 
     stage: Literal[1, 2, 3] = 3
@@ -142,8 +142,8 @@ class Clients:
     zero: Zero | None = None
 
     def __post_init__(self) -> None:
-        counts = {"slots": self.slots, "threads": self.threads, "lanes": self.lanes}
-        at_least("clients", 1, **{name: count for name, count in counts.items() if count != "auto"})
+        slots, lanes = (None if count == "auto" else count for count in (self.slots, self.lanes))
+        at_least("clients", 1, slots=slots, threads=self.threads, lanes=lanes)
         at_least("clients", 0, num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_failed=self.max_failed)
         at_least("clients", 0, retries=self.retries, min_share=self.min_share)
         if self.min_share > 1:
@@ -218,13 +218,11 @@ class Sections:
     @property
     def samples(self) -> int:
         """How many held-out rows the run shows at its end: under privacy none, unless the recipe asks for them."""
-        if self.evaluate.samples is not None:
-            return self.evaluate.samples
-        return 0 if self.privacy.on else 3
+        default = 0 if self.privacy.on else 3
+        return default if self.evaluate.samples is None else self.evaluate.samples
 
     @property
     def shown_rows(self) -> str | None:
         """What the run shows of rows although it has privacy, in words; None if nothing."""
-        if not (self.privacy.on and self.samples):
-            return None
-        return f"{self.samples} held-out rows are shown word for word (evaluate.samples)"
+        rows = f"{self.samples} held-out rows are shown word for word (evaluate.samples)"
+        return rows if self.privacy.on and self.samples else None

@@ -17,12 +17,8 @@ from engine.objectives.sft import Sft
 
 BY_KIND = Field(discriminator="kind") if get_args(Objectives) else Field()  # a union of one has no members
 NEEDS_MORE = {"LBFGS", "SparseAdam", "Muon"}  # a closure, sparse gradients, matrices: a flat vector has none of them
-# `torch.optim` holds modules and functions too.
-OPTIMIZERS = tuple(
-    name
-    for name in sorted(set(torch.optim.__all__) - {"Optimizer", *NEEDS_MORE})
-    if isinstance(vars(torch.optim)[name], type)
-)
+OTHERS = set(torch.optim.__all__) - {"Optimizer", *NEEDS_MORE}  # modules and functions among them
+OPTIMIZERS = tuple(name for name in sorted(OTHERS) if isinstance(vars(torch.optim)[name], type))
 DECAYS = ("weight_decay", "lambd")  # options that shrink parameters whatever their gradients are
 
 
@@ -66,10 +62,8 @@ class TorchOptimizer:
     def __post_init__(self) -> None:
         at_least("train.optimizer", 0, lr=self.lr)
         if self.name not in OPTIMIZERS:
-            near = difflib.get_close_matches(self.name, OPTIMIZERS, 1, 0.0)[0]
-            raise RunError(
-                f"train.optimizer.name is {self.name!r}; did you mean {near!r}? There is {', '.join(OPTIMIZERS)}"
-            )
+            near, known = difflib.get_close_matches(self.name, OPTIMIZERS, 1, 0.0)[0], ", ".join(OPTIMIZERS)
+            raise RunError(f"train.optimizer.name is {self.name!r}; did you mean {near!r}? There is {known}")
         taken = self._parameters.keys() - {"params", "lr"}
         for option in self.options.keys() - taken:
             raise RunError(f"torch.optim.{self.name} has no option {option!r}; it takes {', '.join(sorted(taken))}")

@@ -1,5 +1,6 @@
 """What the clients of a round start from, as it crosses Ray. Legend: P parameters, S of a rank's shard."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,7 @@ class BroadcastMessage:
     dp: NoisePlan | None = None  # how clients bound what they send, and their noise
     clip: float = 0.0  # the round's clipping norm
     lanes: int = 1  # the most clients that train together
+    full_rows: float = math.nan  # the rows of weight 1; NaN where weights are public, and outside of training
 
     @classmethod
     def of(cls, broadcast: Broadcast) -> "BroadcastMessage":

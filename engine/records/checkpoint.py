@@ -69,10 +69,9 @@ def save_checkpoint(folder: Path, saved: Saved, keep: int, read: Read = as_it_is
 
 
 def load_checkpoint(folder: Path, last: int | None = None, hold: Hold = as_it_is) -> Saved | None:
-    """Returns the newest readable checkpoint of `folder` (up to round `last`); None if there is no checkpoint.
+    """Returns the newest readable checkpoint of `folder` (up to round `last`), None without any.
 
-    `hold` gets one shard after another and returns what the state holds of it. RunError if there are some checkpoints
-    and none can be read.
+    `hold` gets one shard after another and returns what the state holds of it. RunError if no checkpoint can be read.
     """
     checkpoints = [path for path in _checkpoints(folder) if last is None or int(path.name) <= last]
     passed_over: tuple[str, ...] = ()
@@ -91,7 +90,7 @@ def _load(folder: Path, passed_over: tuple[str, ...], hold: Hold) -> Saved:
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     if facts["digest"] != _digest(facts):
         raise ValueError(f"{FACTS} is not as it was written")
-    round_, digests = int(facts["round"]), {str(name): str(digest) for name, digest in facts["files"].items()}
+    round_, digests = int(facts["round"]), dict(facts["files"])
     if not digests or digests.keys() not in ({STATE}, {SHARD.format(rank) for rank in range(len(digests))}):
         raise ValueError(f"it lists no state: {', '.join(digests) or 'nothing'}")
     parts, nbytes = [], 0

@@ -5,7 +5,6 @@ again, and a run that is resumed, read the same state as before. No process hold
 With several nodes the folder must be on a disk that all of them see.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from engine.messages.errors import RunError
+from engine.system.atomic import write_file
 from strategies.core.protocol import ClientState
 
 RANK = "shard-"  # each rank of a gang keeps its shards in a folder with its number
@@ -55,16 +55,7 @@ class ClientStates:
         """
         path = self._path(client, round_)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with scratch.open("wb") as file:
-                file.write(save({name: tensor.contiguous() for name, tensor in memory.items()}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
+        write_file(path, save({name: tensor.contiguous() for name, tensor in memory.items()}))
         needed = [number for number in self._rounds(client) if number <= oldest]
         for number in sorted(needed)[:-1]:
             self._path(client, number).unlink(missing_ok=True)

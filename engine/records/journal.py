@@ -6,7 +6,7 @@ played again, by a new driver or after --resume, may therefore unmask the same c
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
@@ -33,28 +33,24 @@ class Unmasked:
 
 @dataclass
 class Journal:
-    """A run's unmasked sums, one file a round in `folder`; `entries` are by round, None where a file cannot be read.
+    """A run's unmasked sums, one file a round in `run`'s folder; nothing of them is held in memory.
 
     `elsewhere` is the URI of the run folder's copy, which gets each file at once: a run that continues from there must
     know every sum. `model` names the present model as `Unmasked` does; whoever adds a sum to the model sets it.
     """
 
-    folder: Path
+    run: Path
     elsewhere: str | None = None
     model: int = 0
-    entries: dict[int, Unmasked | None] = field(default_factory=dict)
 
-    @classmethod
-    def open(cls, run: Path, elsewhere: str | None, model: int) -> "Journal":
-        """Reads the journal of a run whose present model is `model`."""
-        folder = run / JOURNAL
-        numbers = {path: path.stem.removeprefix("round-") for path in sorted(folder.glob("round-*.json"))}
-        entries = {int(number): _read(path, int(number)) for path, number in numbers.items() if number.isdecimal()}
-        return cls(folder, elsewhere, model, entries)
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.run / JOURNAL
 
     def clients(self, round_: int) -> frozenset[int] | None:
         """Returns the clients whose sum of this round has been asked for; None if none, or its file is damaged."""
-        entry = self.entries.get(round_)
+        entry = _read(self._path(round_), round_)
         return None if entry is None else frozenset(entry.clients)
 
     def admit(self, round_: int, clients: Sequence[int], refuse_thin: Callable[[Sequence[int]], None]) -> None:
@@ -63,11 +59,12 @@ class Journal:
         SumRefused, and nothing is written, if this sum and an earlier one together could tell what too few clients
         sent: `refuse_thin` raises it for the clients by which two sums of one model differ.
         """
-        asked, entry = tuple(sorted(clients)), self.entries.get(round_)
-        if round_ in self.entries and entry is None:
+        asked, path = tuple(sorted(clients)), self._path(round_)
+        entry = _read(path, round_)
+        if entry is None and path.exists():
             raise SumRefused(
-                f"a sum of this round was asked for before, and {self._path(round_)}, which says of whom, cannot be "
-                f"read: another sum could tell one client's update"
+                f"a sum of this round was asked for before, and {path}, which says of whom, cannot be read: another "
+                f"sum could tell one client's update"
             )
         if entry is not None and entry.clients != asked:
             changed = len(set(entry.clients) ^ set(asked))
@@ -77,22 +74,31 @@ class Journal:
             )
         before = entry.models if entry else ()
         if self.model not in before:  # otherwise this is the same sum, which tells nothing new
-            for other, past in self.entries.items():
+            for other in self._after_model():
                 if other != round_:
-                    self._refuse_beside(other, past, asked, refuse_thin)
+                    self._refuse_beside(other, asked, refuse_thin)
         # Written even if nothing is new: a driver may have died before the copy elsewhere had it.
-        self._write(round_, Unmasked(asked, tuple(dict.fromkeys((*before, self.model)))))
+        facts = {"round": round_, "clients": asked, "models": [*dict.fromkeys((*before, self.model))]}
+        content = json.dumps(facts | {"digest": _digest(facts)}).encode()
+        make_folder(self.folder)
+        write_file(path, content)
+        if self.elsewhere is not None:
+            _copy(content, within(self.elsewhere, f"{JOURNAL}/{path.name}"))
 
-    def _refuse_beside(
-        self, other: int, past: Unmasked | None, asked: tuple[int, ...], refuse_thin: Callable[[Sequence[int]], None]
-    ) -> None:
+    def _after_model(self) -> list[int]:
+        """Returns the rounds after the present model that have a file: no other can have had a sum from it."""
+        numbers = (path.stem.removeprefix("round-") for path in self.folder.glob("round-*.json"))
+        return sorted(int(number) for number in numbers if number.isdecimal() and int(number) > self.model)
+
+    def _refuse_beside(self, other: int, asked: tuple[int, ...], refuse_thin: Callable[[Sequence[int]], None]) -> None:
         """Raises SumRefused if another round had a sum from the present model that `asked` is too close to."""
-        if past is None and other > self.model:
+        past = _read(self._path(other), other)
+        if past is None:
             raise SumRefused(
                 f"round {other} may have had a sum of nearly the same clients from the same model, and "
                 f"{self._path(other)}, which says of whom, cannot be read: start again with another seed"
             )
-        if past is None or self.model not in past.models or past.clients == asked:
+        if self.model not in past.models or past.clients == asked:
             return
         try:
             refuse_thin(sorted(set(past.clients) ^ set(asked)))
@@ -101,15 +107,6 @@ class Journal:
                 f"round {other} had a sum from the same model, and of the clients that are in one of the two sums "
                 f"alone {error}: the difference could tell one client's update"
             ) from None
-
-    def _write(self, round_: int, entry: Unmasked) -> None:
-        facts = {"round": round_, **asdict(entry)}
-        content = json.dumps(facts | {"digest": _digest(facts)}).encode()
-        make_folder(self.folder)
-        write_file(self._path(round_), content)
-        if self.elsewhere is not None:
-            _copy(content, within(self.elsewhere, f"{JOURNAL}/{self._path(round_).name}"))
-        self.entries[round_] = entry
 
     def _path(self, round_: int) -> Path:
         return self.folder / f"round-{round_:05d}.json"

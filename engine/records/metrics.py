@@ -1,8 +1,8 @@
 """A run's metrics, ledger and faults, in one Parquet file a round each: a round that is run again replaces its own."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,35 +14,19 @@ from engine.messages.errors import RunError
 from engine.messages.events import DROPOUT, Fault
 from engine.system.atomic import write_file
 
-METRICS = pa.schema(
-    [
-        ("round", pa.int32()),
-        ("split", pa.string()),
-        ("client", pa.string()),
-        ("name", pa.string()),
-        ("value", pa.float64()),
-        ("wall_s", pa.float64()),
-    ]
-)
-LEDGER = pa.schema(
-    [
-        ("round", pa.int32()),
-        ("party", pa.string()),
-        ("kind", pa.string()),
-        ("count", pa.int64()),
-        ("bytes", pa.int64()),
-        ("mode", pa.string()),
-    ]
-)
-FAULTS = pa.schema(
-    [
-        ("round", pa.int32()),
-        ("kind", pa.string()),
-        ("who", pa.string()),
-        ("why", pa.string()),
-        ("wall_s", pa.float64()),
-    ]
-)
+ROUND, TEXT, COUNT, NUMBER = pa.int32(), pa.string(), pa.int64(), pa.float64()
+METRICS = pa.schema({"round": ROUND, "split": TEXT, "client": TEXT, "name": TEXT, "value": NUMBER, "wall_s": NUMBER})
+LEDGER = pa.schema({"round": ROUND, "party": TEXT, "kind": TEXT, "count": COUNT, "bytes": COUNT, "mode": TEXT})
+FAULTS = pa.schema({"round": ROUND, "kind": TEXT, "who": TEXT, "why": TEXT, "wall_s": NUMBER})
+JUDGED = ("heldout", "unseen", "server")  # splits that models are evaluated on
+AT_END = {  # columns of the loss table by names of metrics
+    "loss": "end",
+    "loss_local_only": "local only",
+    "loss_centralized": "centralized",
+    "loss_not_private": "not private",
+    "loss_personal": "personal",
+    "loss_finetuned": "fine-tuned",
+}
 
 
 @dataclass
@@ -56,14 +40,8 @@ class RoundLog:
     def note(self, **columns: Any) -> None:
         """Adds rows by column: lists of one length, or one value for all of these rows."""
         length = next((len(values) for values in columns.values() if isinstance(values, list)), 1)
-        arrays = []
-        for name, type_ in zip(self.schema.names, self.schema.types, strict=True):
-            values = columns[name]
-            column = (
-                pa.array(values, type_) if isinstance(values, list) else pa.repeat(pa.scalar(values, type_), length)
-            )
-            arrays.append(column)
-        self.blocks.append(pa.Table.from_arrays(arrays, schema=self.schema))
+        lists = {name: values if isinstance(values, list) else [values] * length for name, values in columns.items()}
+        self.blocks.append(pa.table(lists, self.schema))
 
     def flush(self, round_: int) -> None:
         """Writes the round's file, whole or not at all, and drops its rows."""
@@ -94,16 +72,17 @@ class Metrics(RoundLog):
 
     def add(self, round_: int, split: str, client: str | None, **values: float) -> None:
         """Adds one row per named value."""
-        names, figures = list(values), list(values.values())
-        self.note(round=round_, split=split, client=client, name=names, value=figures, wall_s=self.wall_s)
+        self.add_each(round_, split, [client], [values])
 
     def judged(self, round_: int) -> bool:
         """Returns whether the file of a round holds an evaluation of the model after it."""
         path = _file(self.folder, round_)
-        losses = [("round", "=", round_), ("name", "=", "loss"), ("split", "in", ("heldout", "unseen", "server"))]
+        losses = [("round", "=", round_), ("name", "=", "loss"), ("split", "in", JUDGED)]
         return path.exists() and pq.read_table(path, filters=losses).num_rows > 0
 
-    def add_each(self, round_: int, split: str, clients: list[str], values: list[dict[str, float]]) -> None:
+    def add_each(
+        self, round_: int, split: str, clients: Sequence[str | None], values: Sequence[Mapping[str, float]]
+    ) -> None:
         """Adds one row per named value of each client."""
         self.note(
             round=round_,
@@ -136,8 +115,8 @@ class Faults(RoundLog):
     def happened(self, round_: int, faults: Sequence[Fault], wall_s: float) -> None:
         """Adds the faults of a round, which may be of thousands of clients."""
         if faults:
-            columns = {key: [asdict(fault)[key] for fault in faults] for key in ("kind", "who", "why")}
-            self.note(round=round_, **columns, wall_s=wall_s)
+            kinds, who, why = map(list, zip(*((fault.kind, fault.who, fault.why) for fault in faults), strict=True))
+            self.note(round=round_, kind=kinds, who=who, why=why, wall_s=wall_s)
 
     def flush(self, round_: int) -> None:
         """Appends to the round's file, if there is anything to write.
@@ -145,9 +124,9 @@ class Faults(RoundLog):
         Drop-outs of the file are replaced: a round that is played again has the same ones.
         """
         path = _file(self.folder, round_)
+        if self.blocks and path.exists():
+            self.blocks.insert(0, pq.read_table(path, schema=FAULTS, filters=pc.field("kind") != DROPOUT))
         if self.blocks:
-            before = [pq.read_table(path, schema=FAULTS, filters=pc.field("kind") != DROPOUT)] if path.exists() else []
-            self.blocks[:0] = before
             super().flush(round_)
 
     def forget_after(self, round_: int) -> None:
@@ -170,6 +149,11 @@ class Logs(NamedTuple):
         """Writes the round's files."""
         for log in self:
             log.flush(round_)
+
+    def clear(self) -> None:
+        """Drops the rows of a round that is not to be written."""
+        for log in self:
+            log.blocks.clear()
 
 
 def _file(folder: Path, round_: int) -> Path:
@@ -200,17 +184,10 @@ def loss_table(folder: Path, last: int) -> dict[str, dict[str, float]]:
     Arrow drops the rows of single clients while it reads, and only the first and the last round are read: the rows of
     a long run with many clients do not fit into memory as Python objects.
     """
-    columns = {("loss", 0): "round 0", ("loss_local_only", last): "local only"}
-    columns |= {("loss_centralized", last): "centralized", ("loss", last): "end"}
-    columns |= {("loss_not_private", last): "not private"}
-    columns |= {("loss_personal", last): "personal", ("loss_finetuned", last): "fine-tuned"}
-    field = pc.field
-    aggregate = field("client").is_null() & field("split").isin(("heldout", "unseen", "server"))
-    aggregate &= field("name").isin([name for name, _ in columns])
     table: dict[str, dict[str, float]] = {}
-    for round_ in sorted({0, last}):
+    for round_, columns in ((0, {"loss": "round 0"}), (last, AT_END)):
         path = _file(folder, round_)
+        aggregate = pc.field("client").is_null() & pc.field("split").isin(JUDGED) & pc.field("name").isin([*columns])
         for row in pq.read_table(path, filters=aggregate).to_pylist() if path.exists() else ():
-            if column := columns.get((row["name"], round_)):
-                table.setdefault(column, {})[row["split"]] = row["value"]
+            table.setdefault(columns[row["name"]], {})[row["split"]] = row["value"]
     return table

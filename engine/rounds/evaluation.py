@@ -201,11 +201,13 @@ def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedSta
     parts, federation, recorder = evaluator.parts, evaluator.parts.federation, loop.recorder
     evaluate = replace(federation.evaluate, without_privacy=False)
     parts = replace(parts, federation=replace(federation, privacy=Privacy(), evaluate=evaluate))
-    plain_loop = round_loop(parts, Logs.under(parts.folder), loop.lanes)  # these logs are never flushed
+    logs = Logs.under(parts.folder)
+    plain_loop = round_loop(parts, logs, loop.lanes)
     move_base(parts.shards, state, None)
     plain = parts.initial
     while plain.round < federation.rounds:
         plain, played = plain_loop.play(plain)
+        logs.clear()
         recorder.logs.faults.happened(state.round, played.faults, recorder.logs.metrics.wall_s)
     losses = evaluator.losses(parts.shards.vector(plain), state.round, "loss_not_private")
     move_base(parts.shards, plain, state)

@@ -68,6 +68,11 @@ class Planner:
         """Returns how many steps each of the clients (N,) takes in a round."""
         return np.array([steps_of(int(rows), self.federation.train) for rows in self.tokens.counts("train")[clients]])
 
+    def full_rows(self, cohort: np.ndarray) -> float:
+        """Returns the number of rows that has the weight 1 in a cohort (N,)."""
+        rows = self.tokens.counts("train")
+        return self.federation.privacy.full_rows(rows[cohort], int(rows.max()))
+
     def total_steps(self) -> int:
         """Returns how many steps all cohorts of the run take together."""
         cohort, seed, rounds = self.federation.cohort, self.federation.seed, range(self.federation.rounds)

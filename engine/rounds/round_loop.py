@@ -55,7 +55,7 @@ class RoundLoop:
         # Plan: who trains, on which version of the model, within which norm and with which noise.
         work = self.planner.work(state.round)
         clip, privacy = self.privacy.clip, self.privacy.charge()
-        broadcast = self._broadcast(state, len(work.clients))
+        broadcast = self._broadcast(state, work)
 
         # Dispatch the work and collect what the server may learn of it.
         collected = self.collector.collect(work, broadcast)
@@ -81,12 +81,13 @@ class RoundLoop:
         wall_s, costs = self.recorder.logs.metrics.wall_s, self.planner.costs.sums.tolist()
         return Saved(state, wall_s, self.privacy.clip, self.aborts, self.lanes, costs, last_sum=self.journal.model)
 
-    def _broadcast(self, state: ShardedState, clients: int) -> Any:
+    def _broadcast(self, state: ShardedState, work: Work) -> Any:
         plan, clip = self.privacy.plan, 0.0
         if plan is not None:
-            clip = self.collector.client_clip(plan, self.privacy.clip, clients, state.round)
-        oldest = self.planner.oldest(state.round)
-        return replace(self.shards.broadcast(state), oldest=oldest, lanes=self.lanes, dp=plan, clip=clip)
+            clip = self.collector.client_clip(plan, self.privacy.clip, len(work.clients), state.round)
+        oldest, full_rows = self.planner.oldest(state.round), self.planner.full_rows(work.clients)
+        broadcast = self.shards.broadcast(state)
+        return replace(broadcast, oldest=oldest, lanes=self.lanes, dp=plan, clip=clip, full_rows=full_rows)
 
     def _abort_if_too_few(self, collected: Collected, cohort: int, round_: int) -> None:
         """Takes the sums out of a round in which too few clients gave an update; RunError if that ends the run."""
@@ -142,7 +143,7 @@ def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None 
     steps = planner.most_steps() * shards.trainings(parts.initial)  # all trainings of a client see its rows
     unit = parts.store.manifest.get("unit")
     privacy = PrivacyAccount.open(federation, parts.pool.layout, parts.folder, rows, steps, round_, clip, unit)
-    journal = Journal.open(parts.folder, parts.elsewhere, saved.last_sum if saved else 0)
+    journal = Journal(parts.folder, parts.elsewhere, saved.last_sum if saved else 0)
     too_few = partial(shortfall, federation, store)
     path = federation.clients.availability.trace
     trace = None if path is None else Trace.open(Path(path), store.names(list(range(store.num_clients))))

@@ -107,7 +107,6 @@ class ClientRunner:
 
     def __post_init__(self) -> None:
         self.rows: np.ndarray = self.tokens.counts("train")  # training rows of each client (N,)
-        self.largest = int(self.rows.max())
 
     def run(self, chunk: Sequence[Unit], message: BroadcastMessage, accumulator: Accumulator) -> list[Report]:
         """Trains units one after another; `accumulator` takes each update that counts."""
@@ -143,7 +142,7 @@ class ClientRunner:
         present, began = tuple(client for client in unit if client not in reports), time.monotonic()
 
         def train(clients: Unit) -> list[Trained]:
-            jobs = [self._job(client, broadcast) for client in clients]
+            jobs = [self._job(client, message, broadcast) for client in clients]
             # Updates may be lent from the trainer's memory if nothing else is trained before they are handed over.
             results = self.trainer_of(clients, message).updates(jobs, federation, lent=len(present) == 1)
             return [(job, *result) for job, result in zip(jobs, results, strict=True)]
@@ -171,9 +170,9 @@ class ClientRunner:
         reports |= {client: replace(reports[client], seconds=seconds) for client in present}
         return [reports[client] for client in unit]
 
-    def _job(self, client: int, broadcast: Broadcast) -> Job:
+    def _job(self, client: int, message: BroadcastMessage, broadcast: Broadcast) -> Job:
         rows = self.tokens.rows(client, "train")
-        weight = self.federation.privacy.weight(rows.num_rows, self.largest)
+        weight = self.federation.privacy.weight(rows.num_rows, message.full_rows)
         received = self.received_by(client, broadcast)
         return Job(client, rows, weight, received, self.state_of(client, broadcast.round))
 

@@ -57,7 +57,7 @@ class SecureTraining:
         work = peers.from_first(self.clients.pending(inboxes) if leads else None)
         if work.fresh:
             shard, federation = self._shard(work.session), runner.federation
-            ring = RingSum(shard, federation, runner.layout, message.dp, message.round, peers.summed)
+            ring = RingSum(shard, federation, message.dp, message.round, peers.summed)
             self.rings = {message.round: ring}
         ring = self.rings[message.round]
         reports = runner.run(work.units, message, ring) if work.units else []

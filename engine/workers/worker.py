@@ -58,6 +58,7 @@ class ClientActor(WorkerProcess):
         import peft  # noqa: F401  # takes seconds: here all slots take them at the same time
 
         super().__init__(federation, folder)
+        self.each = SingleUpdates()
 
     def load_base(self) -> tuple[int, PackedBase, np.ndarray]:
         """Returns the base's number of bytes, its index and the bytes, of which the last two stay in the store."""
@@ -84,9 +85,9 @@ class ClientActor(WorkerProcess):
 
     def run_each(self, chunk: list[Unit], message: BroadcastMessage) -> Any:
         """As `run`, but returns each client's update beside the reports, None where it could not be used."""
-        single = SingleUpdates()
-        reports = self.attached.runner.run(chunk, message, single)
-        return reports, *(single.updates.get(report.client) for report in reports)
+        reports = self.attached.runner.run(chunk, message, self.each)
+        updates = self.each.take()
+        return reports, *(updates.get(report.client) for report in reports)
 
     def best_lanes(self, message: BroadcastMessage, most: int, clients: int, neighbors: int) -> int:
         """Returns how many lanes are fastest, up to `most`; slots, the `neighbors` share the node's memory."""
@@ -95,11 +96,11 @@ class ClientActor(WorkerProcess):
 
     def forget_sum(self) -> None:
         """Starts again at zero."""
-        self.sum.close()
+        self.sum.take()
 
     def close_in_shards(self, partition: Partition) -> tuple[int | PartialSum, ...]:
         """Returns the bytes of the sum since the last close, and the sum as groups of ranks cut it."""
-        partial = self.sum.close()
+        partial = self.sum.take()
         return partial.nbytes, *(cut(partial, partition, rank) for rank in range(len(partition.parts)))
 
     def export(self, message: BroadcastMessage, card: str) -> Iterator[tuple[str, bytes]]:

@@ -92,7 +92,7 @@ class Rank(WorkerProcess):
 
     def close_round(self) -> tuple[int, PartialSum]:
         """Returns the bytes of this rank's shard of the sum since the last close, and the shard for the store."""
-        partial = self.sum.close()
+        partial = self.sum.take()
         return partial.nbytes, partial
 
     def follow(self, leader: Any, method: str, *arguments: Any) -> None:

@@ -23,7 +23,7 @@ def engine_sum(updates: list[Update]) -> Aggregate:
     running = ExactSum()
     for update in updates:
         running.add(update)
-    return merge([running.close()])
+    return merge([running.take()])
 
 
 def engine_stored(state: ServerState) -> ServerState:

@@ -168,8 +168,8 @@ class Rule(ABC):
 class AveragingRule(Rule):
     """A rule around the clients' mean change: theta += lr * sum_k p_k delta_k with p_k = w_k / sum w.
 
-    `weighting` sets w_k: "examples" is the client's number of training rows over the largest client's, or
-    min(rows, R) / R with privacy.rows_cap = R; "uniform" is 1.
+    `weighting` sets w_k: "examples" is the client's number of training rows over a number that all clients of a round
+    share, or min(rows, R) / R with privacy.rows_cap = R; "uniform" is 1.
     """
 
     lr: ServerLr = 1.0

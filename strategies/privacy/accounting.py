@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -157,17 +157,24 @@ def least_noise(epsilon: Callable[[float], float], target: float) -> float:
 
 def _of_poisson(z: float, scheme: Scheme, steps: int, delta: float) -> float:
     """Privacy loss distributions (Doroshenko et al. 2022, arXiv 2207.04380): an upper bound however coarse the grid."""
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, TruncatedSubsampledGaussianDpEvent
-    from dp_accounting.pld import PLDAccountant
+    loss = _poisson_loss(z, scheme, 1 << steps.bit_length(), delta)
+    return float(loss.self_compose(steps).get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=2)
+def _poisson_loss(z: float, scheme: Scheme, most: int, delta: float) -> Any:
+    """The privacy loss of one step on a grid for up to `most` of them: a run asks for a new one when they double."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.pld import privacy_loss_distribution as pld
     from dp_accounting.rdp import RdpAccountant
 
     event = PoissonSampledDpEvent(scheme.rate, GaussianDpEvent(z))
-    rough = float(RdpAccountant(ORDERS).compose(event, steps).get_epsilon(delta))
-    if scheme.cap is not None:
-        event = TruncatedSubsampledGaussianDpEvent(scheme.population, scheme.rate, scheme.cap, z)
-    # The grid adds about its square for each step.
-    grid = max(FINEST, math.sqrt(SHARE * rough / steps))
-    return float(PLDAccountant(value_discretization_interval=grid).compose(event, steps).get_epsilon(delta))
+    rough = float(RdpAccountant(ORDERS).compose(event, most // 2).get_epsilon(delta))
+    grid = max(FINEST, math.sqrt(SHARE * rough / most))  # which adds about its square for each step
+    if scheme.cap is None:
+        return pld.from_gaussian_mechanism(z, value_discretization_interval=grid, sampling_prob=scheme.rate)
+    drawn = scheme.population, scheme.rate, scheme.cap
+    return pld.from_truncated_subsampled_gaussian_mechanism(*drawn, z, value_discretization_interval=grid)
 
 
 def _of_fixed(z: float, scheme: Scheme, steps: int, delta: float) -> float:

@@ -32,7 +32,7 @@ def play_round():
             )
             sent.append(update)
             running.add(update)
-        return strategy.apply(state, merge([running.close()])), sent, client_states
+        return strategy.apply(state, merge([running.take()])), sent, client_states
 
     return play
 

@@ -36,7 +36,7 @@ def partial(*given: Update) -> PartialSum:
     running = ExactSum()
     for update in given:
         running.add(update)
-    return running.close()
+    return running.take()
 
 
 def bits(aggregate: Aggregate) -> tuple[object, ...]:
@@ -51,7 +51,7 @@ def test_no_order_and_no_grouping_into_slots_changes_a_bit(given: list[Update], 
     slots = [ExactSum() for _ in range(data.draw(st.integers(1, 4)))]
     for update in shuffled:
         data.draw(st.sampled_from(slots)).add(update)
-    assert bits(merge([slot.close() for slot in slots])) == bits(merge([partial(*given)]))
+    assert bits(merge([slot.take() for slot in slots])) == bits(merge([partial(*given)]))
 
 
 @settings(deadline=None)
@@ -93,7 +93,7 @@ def test_vectors_of_several_lengths_are_refused_before_anything_is_added() -> No
     for wrong in (Update(1, 1.0, torch.ones(2)), Update(1, 1.0, torch.ones(3), {"c": torch.ones(3)})):
         with pytest.raises(ValueError, match=r"values for client 1, and \d for others: .* must be of one length"):
             running.add(wrong)
-    assert bits(merge([running.close()])) == bits(merge([partial(good)]))
+    assert bits(merge([running.take()])) == bits(merge([partial(good)]))
 
 
 def test_parts_of_sums_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_parts_of_sums_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None
         [replace(taken, vectors={n: v.copy() for n, v in taken.vectors.items()}) for taken in part] for part in parts
     ]
     merged = merge_parts(copied)
-    assert merged is not None and bits(merged) == bits(merge([total.close() for total in running]))
+    assert merged is not None and bits(merged) == bits(merge([total.take() for total in running]))
     assert copied == [[], [], []], "what has been merged is let go"
 
 
@@ -133,9 +133,9 @@ def test_vectors_longer_than_a_block() -> None:
 def test_closing_starts_again_at_nothing() -> None:
     running = ExactSum()
     running.add(Update(0, 1.0, torch.ones(2)))
-    first = running.close()
+    first = running.take()
     running.add(Update(1, 1.0, torch.full((2,), 5.0)))
-    assert merge([running.close()]).total.tolist() == [5, 5]
+    assert merge([running.take()]).total.tolist() == [5, 5]
     assert merge([first]).total.tolist() == [1, 1]
 
 
@@ -155,7 +155,7 @@ def test_what_is_not_finite_is_refused_and_leaves_no_trace(bad: Update) -> None:
     running.add(good)
     with pytest.raises(NonFiniteUpdate, match="its update holds NaN or infinity"):
         running.add(bad)
-    ours, expected = running.close(), partial(good)
+    ours, expected = running.take(), partial(good)
     assert (ours.weight, ours.count, ours.bound) == (expected.weight, expected.count, expected.bound)
     assert {name: sums.tolist() for name, sums in ours.vectors.items()} == {
         name: sums.tolist() for name, sums in expected.vectors.items()
@@ -170,11 +170,11 @@ def test_blocks_before_a_bad_one_are_taken_out_again(late: float) -> None:
     running.add(good)
     if late < LIMIT:
         running.add(bad)
-        assert running.close().vectors["delta"][-1] == round(late * STEP) + round(np.float32(0.3) * (0.5 * STEP))
+        assert running.take().vectors["delta"][-1] == round(late * STEP) + round(np.float32(0.3) * (0.5 * STEP))
         return
     with pytest.raises(NonFiniteUpdate):
         running.add(bad)
-    assert np.array_equal(running.close().vectors["delta"], partial(good).vectors["delta"])
+    assert np.array_equal(running.take().vectors["delta"], partial(good).vectors["delta"])
 
 
 @pytest.mark.parametrize("huge", [LIMIT, 1e38])
@@ -183,12 +183,12 @@ def test_the_range_is_checked_before_anything_is_added(huge: float) -> None:
     running.add(Update(0, 1.0, torch.ones(1)))
     with pytest.raises(NonFiniteUpdate, match="beyond the exact sum's range"):  # of one client: it alone is left out
         running.add(Update(1, 1.0, torch.tensor([huge])))
-    assert merge([running.close()]).total.tolist() == [1]
+    assert merge([running.take()]).total.tolist() == [1]
     running.add(Update(0, 1.0, torch.tensor([LIMIT / 2])))
     with pytest.raises(ValueError, match="beyond the exact sum's range") as caught:  # of several: nobody's fault alone
         running.add(Update(1, 1.0, torch.tensor([LIMIT / 2])))
     assert not isinstance(caught.value, NonFiniteUpdate)
-    assert merge([running.close()]).total.tolist() == [LIMIT / 2]
+    assert merge([running.take()]).total.tolist() == [LIMIT / 2]
 
 
 def test_the_range_is_checked_over_all_slots() -> None:

@@ -78,7 +78,7 @@ def test_a_large_delta_is_said(small_recipe):
 
 
 def test_without_privacy_there_is_no_plan(small_recipe):
-    assert plan_noise(small_recipe(), LAYOUT, np.full(100, 4), 12) is None
+    assert plan_noise(small_recipe(), LAYOUT, np.full(100, 4), 12) == (None, ())
 
 
 SHOWN = "2 held-out rows are shown word for word (evaluate.samples)"
@@ -96,6 +96,28 @@ def test_rows_that_are_shown_are_in_the_statement_and_said_at_the_start(small_re
     assert (
         account(DP).warned == account("privacy.secagg.mode=full").warned == account("evaluate.samples=2").warned == ()
     )
+
+
+@pytest.mark.parametrize(
+    ("privacy", "share"),
+    [
+        # A ring of 32 bits for 4 clients has (2^31 - 1) // 4 - 1 steps for the bound of 1.
+        ("secagg={mode='full'}", 20_000_000 / 10 / 536_870_910),
+        # Three coordinates of a vector of norm 3e-5, on a grid of 2^-40.
+        ("dp={kind='central', noise_multiplier=0.0, delta=1e-3, clip=3e-5}", 2e6 * 2**-40 * 3**0.5 / 3e-5),
+    ],
+    ids=["ring", "grid"],
+)
+def test_a_cap_far_above_the_usual_rows_is_said(small_recipe, tmp_path, privacy, share):
+    def warned(cap, strategy="fedavg"):
+        changes = f"privacy={{rows_cap={cap}, {privacy}}}", f"strategy={{kind='{strategy}'}}", "cohort.size=4"
+        return PrivacyAccount.open(small_recipe(*changes), LAYOUT, tmp_path, np.array([4, 10, 2_000_000]), 3).warned
+
+    assert warned(20) == ()
+    least = int(20_000_000 * 0.01 / share)  # from here on a hundredth of a coordinate is lost
+    assert warned(int(0.99 * least)) == ()
+    (warning,) = warned(int(1.01 * least))
+    assert "a client with 10 rows" in warning and "0.01 of their size: set privacy.rows_cap" in warning
 
 
 def test_delta_for_a_row_follows_the_number_of_all_rows(small_recipe):

@@ -124,7 +124,7 @@ class Mechanism:
             exact = ExactSum()
             exact.add(update)
             return exact
-        ring = RingSum(RingShard(sums, masks), self.federation, LORA, self.plan, round_)
+        ring = RingSum(RingShard(sums, masks), self.federation, self.plan, round_)
         ring.add(update)
         return ring.masked([])
 
@@ -147,7 +147,7 @@ class Mechanism:
             parts.append(self.part(update, clip, state.round))
         sums, aggregate = self.sums(state.round), None
         if parts and sums is None:
-            aggregate = merge([taken.close() for taken in parts])
+            aggregate = merge([taken.take() for taken in parts])
         elif parts:
             totals = sums.decode(np.sum(parts, axis=0, dtype=np.uint32))
             aggregate, _ = ring_aggregate(totals, self.federation, LORA, self.plan, state.round)

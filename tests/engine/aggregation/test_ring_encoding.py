@@ -41,7 +41,7 @@ def test_an_attack_on_the_ring_stays_below_epsilon_and_would_notice_a_quarter_of
         sums = ring_sums(federation, LAYOUT, plan, 0.0, CLIENTS, MOST_TOKENS, 0)
 
         def seen(round_: int, delta: torch.Tensor) -> float:
-            ring = RingSum(RingShard(sums, {}), federation, LAYOUT, plan, round_)
+            ring = RingSum(RingShard(sums, {}), federation, plan, round_)
             for client, change in enumerate([delta, *[torch.full((LENGTH,), 0.1)] * (CLIENTS - 1)]):
                 ring.add(Update(client, 1.0, change, metrics=TOLD))
             total = sums.decode(ring.masked([]))

@@ -3,14 +3,15 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
 from datasets_partition.store.build import build
 from engine.aggregation.accumulators import RingSum
-from engine.aggregation.exact_sum import merge
+from engine.aggregation.exact_sum import ExactSum, merge
 from engine.aggregation.ring_encoding import live_masks, ring_aggregate, ring_sums
 from engine.aggregation.ring_shard import RingShard
 from engine.config.federation import Federation
@@ -22,7 +23,7 @@ from engine.workers.worker import ClientActor
 from experiments.cli.contract import engine_stored, engine_sum
 from strategies import Strategies
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.reweighting import FedNova
+from strategies.averaging.reweighting import FedNova, QFedAvg
 from strategies.contract.case import LORA, Case, drawn
 from strategies.core.base import Rule
 from strategies.core.protocol import GLOBAL, Update
@@ -42,13 +43,51 @@ SUMS = SecAgg(mode="ideal")
 
 def test_weights_by_hand() -> None:
     capped = Privacy(dp=CENTRAL, rows_cap=CAP)
-    assert [capped.weight(rows, most=2000) for rows in (1, 20, 50, 2000)] == [0.02, 0.4, 1.0, 1.0]
-    assert Privacy(secagg=SUMS, rows_cap=CAP).weight(20, most=2000) == 0.4
-    # Without a cap all must count the same, and what the largest client has is never asked for.
-    assert Privacy(dp=CENTRAL).weight(20, most=2000) == Privacy(secagg=SUMS).weight(20, most=2000) == 1.0
+    assert [capped.weight(rows, 2000) for rows in (1, 20, 50, 2000)] == [0.02, 0.4, 1.0, 1.0]
+    assert Privacy(secagg=SUMS, rows_cap=CAP).weight(20, 2000) == 0.4
+    # Without a cap all count the same, and no other client's rows are asked for.
+    assert Privacy(dp=CENTRAL).weight(20, 2000) == Privacy(secagg=SUMS).weight(20, 2000) == 1.0
     # What is private of a row is so before it leaves the client.
-    assert Privacy().weight(20, most=2000) == 0.01
-    assert Privacy(dp=ExampleDp(noise_multiplier=1.0)).weight(20, most=2000) == 0.01
+    assert Privacy().weight(20, 2000) == 0.01
+    assert Privacy(dp=ExampleDp(noise_multiplier=1.0)).weight(20, 2000) == 0.01
+    assert Privacy(rows_cap=CAP).weight(2000, 50) == 1.0
+
+
+def test_the_cohort_s_largest_client_weighs_more_than_half() -> None:
+    def full(rows: list[int], largest: int, **privacy: Any) -> float:
+        return Privacy(**privacy).full_rows(np.array(rows, np.int64), largest)
+
+    assert full([10, 1_000_000], 1_000_000) == full([500_001], 1_000_000) == 1_000_000
+    assert full([500_000], 1_000_000) == 500_000  # exactly half
+    assert full([10, 20], 1_000_000) == 1_000_000 / 2**15
+    assert Privacy().weight(20, full([10, 20], 1_000_000)) == 0.65536  # 20 * 2^15 / 1,000,000
+    assert full([1], 2**31 - 1) == (2**31 - 1) / 2**30
+    assert full([], 7) == 7 / 4  # nobody takes part, as in an empty Poisson cohort
+    assert full([10, 2000], 2000, rows_cap=CAP) == CAP and full([10], 2000, rows_cap=CAP) == CAP / 4
+    # Under privacy nothing about the cohort's rows reaches a client.
+    assert math.isnan(full([10], 2000, rows_cap=CAP, secagg=SUMS)) and math.isnan(full([10], 2000, dp=CENTRAL))
+
+
+@pytest.mark.parametrize("largest", [20, 1_000_000, 5_000_000, 2**31 - 1])
+@pytest.mark.parametrize("rule", [FedAvg(), FedNova(), QFedAvg(), FlexLora(), Flora()], ids=lambda rule: rule.kind)
+def test_a_huge_client_elsewhere_makes_no_sum_coarser(rule: Rule, largest: int) -> None:
+    """Clients move by 1e-6; each is off by 2^-41, with a weight above 1/2 (FedNova's above 1/6, after three steps)."""
+    rows, running, exact, weights = (10, 20), ExactSum(), dict[str, torch.Tensor](), 0.0
+    full_rows = Privacy().full_rows(np.array(rows), largest)
+    broadcast = rule.broadcast(replace(rule.init(drawn(LORA, 0), LORA), population=2))
+    for client, number in enumerate(rows):
+        metrics = {"steps": 3.0, "rates": 0.3, "loss_before": 1.0}
+        delta = 1e-6 * drawn(LORA, 1, client).clamp(-1, 1)
+        update, _ = rule.finish(Update(client, number / full_rows, delta, metrics=metrics), broadcast, {})
+        running.add(update)
+        weights += update.weight
+        for name, vector in {"delta": update.weight * update.delta.double(), **update.extras}.items():
+            exact[name] = exact.get(name, torch.zeros(1)) + vector.double()
+    aggregate = merge([running.take()])
+    assert aggregate.weight == pytest.approx(weights, rel=1e-6)
+    for name, vector in {"delta": aggregate.total, **aggregate.extras}.items():
+        size = weights if name == "bend" else exact[name].abs().max()  # qfedavg adds it to the weights
+        assert (vector - exact[name]).abs().max() <= 3e-6 * size, name
 
 
 @pytest.mark.parametrize("cap", [None, 6], ids=["rows over the largest", "capped"])
@@ -60,12 +99,13 @@ def test_a_slot_weighs_its_clients_before_their_rule_sees_them(small_recipe, tmp
     _, packed, base = slot.load_base()
     layout, initial = slot.attach(packed, base, slot.tokenize(store, None), first=True)
     state = recipe.strategy.init(torch.from_numpy(initial), layout)
-    slot.run([(0,), (1,), (7,)], BroadcastMessage.of(recipe.strategy.broadcast(state)))
+    message = replace(BroadcastMessage.of(recipe.strategy.broadcast(state)), full_rows=8.0)
+    slot.run([(0,), (1,), (7,)], message)
     release(base)
     rows = slot.attached.runner.tokens.counts("train").tolist()
-    expected = [rows[client] / max(rows) if cap is None else min(rows[client], cap) / cap for client in (0, 1, 7)]
+    expected = [min(rows[client], cap or rows[client]) / 8 for client in (0, 1, 7)]
     assert min(rows) < 6 < max(rows)
-    assert merge([slot.sum.close()]).weight == pytest.approx(sum(expected), rel=1e-6)
+    assert merge([slot.sum.take()]).weight == pytest.approx(sum(expected), rel=1e-6)
 
 
 @dataclass(frozen=True)
@@ -169,7 +209,7 @@ def test_where_nobody_moves_the_model_stays_for_twenty_secured_rounds(federation
     metrics = {"steps": 1.0, "rates": 0.1, "loss": 1.0, "learned": 10.0, "tokens": 12.0}
     for _ in range(20):
         broadcast = rule.broadcast(state)
-        ring = RingSum(RingShard(sums, live_masks(federation, LORA, state.round)), federation, LORA, None, state.round)
+        ring = RingSum(RingShard(sums, live_masks(federation, LORA, state.round)), federation, None, state.round)
         for client, number in rows.items():
             weight = federation.privacy.weight(number, max(rows.values()))
             still = rule.starts(broadcast, {})[GLOBAL] - broadcast.params

@@ -1,8 +1,10 @@
 """What a run has unmasked: on disk before anybody is asked for shares, and what that forbids."""
 
+import json
+
 import pytest
 
-from engine.records.journal import Journal, SumRefused, Unmasked
+from engine.records.journal import Journal, SumRefused
 
 
 def anybody(clients):
@@ -15,11 +17,17 @@ def fewer_than_two(clients):
 
 
 def reopened(journal, model=0):
-    return Journal.open(journal.folder.parent, journal.elsewhere, model)
+    return Journal(journal.run, journal.elsewhere, model)
+
+
+def entries(journal):
+    """Which clients' sums were asked for, from which models, by round."""
+    facts = [json.loads(path.read_text()) for path in journal.folder.iterdir()]
+    return {entry["round"]: (entry["clients"], entry["models"]) for entry in facts}
 
 
 def test_a_round_has_one_set_of_survivors_whatever_the_model(tmp_path):
-    journal = Journal.open(tmp_path, None, 0)
+    journal = Journal(tmp_path, None, 0)
     assert journal.clients(1) is None and not journal.folder.exists()
     journal.admit(1, [3, 1, 2], anybody)
     journal.admit(1, [1, 2, 3], anybody)
@@ -29,11 +37,11 @@ def test_a_round_has_one_set_of_survivors_whatever_the_model(tmp_path):
         with pytest.raises(SumRefused, match="a sum of 3 clients of this round was asked for before"):
             again.admit(1, others, anybody)
     again.admit(1, [1, 2, 3], anybody)
-    assert reopened(again).entries == {1: Unmasked((1, 2, 3), (0, 7))}
+    assert entries(again) == {1: ([1, 2, 3], [0, 7])}
 
 
 def test_sums_of_one_model_are_the_same_clients_or_differ_by_enough(tmp_path):
-    journal = Journal.open(tmp_path, None, 4)
+    journal = Journal(tmp_path, None, 4)
     journal.admit(5, [1, 2, 3], fewer_than_two)
     with pytest.raises(SumRefused, match=r"round 5 had a sum from the same model.* 1 is there"):
         journal.admit(6, [1, 2], fewer_than_two)
@@ -44,7 +52,7 @@ def test_sums_of_one_model_are_the_same_clients_or_differ_by_enough(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_counts_as_asked(tmp_path):
-    journal = Journal.open(tmp_path, None, 0)
+    journal = Journal(tmp_path, None, 0)
     journal.admit(1, [1, 2, 3], anybody)
     file = tmp_path / "unmasked" / "round-00001.json"
     whole = file.read_bytes()
@@ -58,13 +66,13 @@ def test_a_file_that_cannot_be_read_counts_as_asked(tmp_path):
 
 def test_a_copy_has_it_before_shares_are_asked_for_and_the_run_ends_where_it_cannot(tmp_path):
     there = (tmp_path / "there").as_uri()
-    journal = Journal.open(tmp_path / "here", there, 0)
+    journal = Journal(tmp_path / "here", there, 0)
     journal.admit(1, [1, 2, 3], anybody)
-    assert Journal.open(tmp_path / "there", None, 0).entries == journal.entries == {1: Unmasked((1, 2, 3), (0,))}
+    assert entries(Journal(tmp_path / "there")) == entries(journal) == {1: ([1, 2, 3], [0])}
     (tmp_path / "there" / "unmasked" / "round-00001.json").unlink()  # the driver died before it was copied
     reopened(journal).admit(1, [1, 2, 3], anybody)
-    assert Journal.open(tmp_path / "there", None, 0).entries == journal.entries
+    assert entries(Journal(tmp_path / "there")) == entries(journal)
     (tmp_path / "file").touch()
-    lost = Journal.open(tmp_path / "here", (tmp_path / "file").as_uri(), 1)
+    lost = Journal(tmp_path / "here", (tmp_path / "file").as_uri(), 1)
     with pytest.raises(OSError, match=r"cannot be written .*run again with --resume"):
         lost.admit(2, [1, 2, 3], anybody)

@@ -115,6 +115,7 @@ def play(pool, small_recipe, tmp_path):
         recipe = small_recipe("clients.slots=3", UNIFORM, *changes, *([f"privacy.secagg.mode={mode}"] if mode else []))
         state = ServerState(round_, torch.from_numpy(slots.initial), layout=slots.layout, seed=recipe.seed)
         wire = replace(BroadcastMessage.of(recipe.strategy.broadcast(state)), dp=dp, clip=clip, lanes=lanes)
+        wire = replace(wire, full_rows=20)
         shards = DriverShards(recipe, slots, len(COHORT))
         if mode is None:
             return ClearCollector(recipe, shards).collect(work(cohort, costs), wire)

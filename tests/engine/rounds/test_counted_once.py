@@ -1,6 +1,7 @@
 """Each client of a round is in the sum once: a slot that adds one twice is found out."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ def test_a_client_that_is_added_twice_ends_the_round(ray_session, small_recipe, 
     store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
     slots = Pool.start(recipe, tmp_path, store)
     state = ServerState(0, torch.from_numpy(slots.initial.copy()), layout=slots.layout, seed=recipe.seed)
-    work, wire = Work(CLIENTS, np.ones(3), np.ones(3)), BroadcastMessage.of(recipe.strategy.broadcast(state))
+    work = Work(CLIENTS, np.ones(3), np.ones(3))
+    wire = replace(BroadcastMessage.of(recipe.strategy.broadcast(state)), full_rows=20)
     collector = ClearCollector(recipe, DriverShards(recipe, slots, len(CLIENTS)))
     try:
         (aggregate,) = collector.collect(work, wire).sums

@@ -73,7 +73,7 @@ class Slot(SecureClients):
     def masked(self, inboxes, message):
         work = self.pending(inboxes)
         if work.fresh:
-            self.ring = RingSum(RingShard(work.session.sums, {}), self.federation, LAYOUT, None, message.round)
+            self.ring = RingSum(RingShard(work.session.sums, {}), self.federation, None, message.round)
         reports = [self.trained(client) for unit in work.units for client in unit]
         return self.answer(self.ring.masked(self.masks(reports, inboxes)))
 
@@ -105,7 +105,7 @@ class Pool:
 
     def before_shares(self):
         """What is on disk when clients are asked for shares."""
-        self.chance.written.append(Journal.open(self.folder, None, 0).clients(self.round))
+        self.chance.written.append(Journal(self.folder, None, 0).clients(self.round))
 
 
 class Whole(DriverShards):
@@ -165,7 +165,7 @@ def play(federation, folder, seed, kind):
     saved = (0, b"initial", 0)
     while saved[0] < ROUNDS:
         round_, model, last_sum = saved
-        journal, pool = kind.open(folder, None, last_sum), Pool(federation, chance, folder)
+        journal, pool = kind(folder, None, last_sum), Pool(federation, chance, folder)
         relay = HereRelay(Whole(federation, pool, POPULATION), None, death)
         collector = SecureCollector(federation, relay, 1000, journal, half_failed)
         try:
@@ -237,7 +237,7 @@ def test_no_two_sums_of_one_model_are_nearly_of_the_same_clients(histories, mode
 def test_a_round_with_too_few_updates_leaves_the_model_and_has_no_sum(small_recipe, tmp_path):
     """Its sum would stand beside the next one's, from the same model."""
     federation, chance = small_recipe(UNIFORM, "privacy.secagg={mode='full', threshold=2}"), Chance(1)
-    pool, journal = Pool(federation, chance, tmp_path), Journal.open(tmp_path, None, 0)
+    pool, journal = Pool(federation, chance, tmp_path), Journal(tmp_path, None, 0)
     relay, cohort = HereRelay(Whole(federation, pool, POPULATION), None, "void"), np.arange(5)
     collector = SecureCollector(federation, relay, 1000, journal, lambda *_: "all are too few")
     wire = BroadcastMessage.of(Broadcast(0, torch.zeros(POPULATION)))

@@ -97,7 +97,7 @@ def loop_of(federation, folder, *collected):
         Given(list(collected)),
         partial(shortfall, federation, store),
         PrivacyAccount(),
-        Journal.open(folder, None, 0),
+        Journal(folder, None, 0),
         Recorder(store, pool, Logs.under(folder)),
         folder / "client_state",
     )
@@ -121,6 +121,8 @@ def test_a_round_by_hand(tmp_path):
     state, played = loop.play(loop.shards.initial())
     assert (state.round, params(state), loop.journal.model) == (1, [2.0, 0.0], 1)
     (broadcast,) = loop.collector.broadcasts
+    rows = ROWS[loop.planner.work(0).clients].max()
+    assert ROWS.max() == 8 and 1 / 2 < rows / broadcast.full_rows <= 1
     assert broadcast.vector().tolist() == [1.0, 2.0] and broadcast.round == 0
     assert (played.round, played.loss, played.clients) == (1, 2.0, 2)
     assert (played.gone, played.faults) == ({"client-3": "asleep"}, (Fault("slot", "1", "killed"),))

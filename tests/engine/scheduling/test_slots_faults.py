@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_a_death_while_merging_costs_one_slot_and_not_the_run(started, tmp_path)
 
 def initial(slots):
     """The initial vector as slots are sent it."""
-    return BroadcastMessage.of(Broadcast(0, borrow(slots.initial)))
+    return replace(BroadcastMessage.of(Broadcast(0, borrow(slots.initial))), full_rows=20)
 
 
 def random_delta(layout):

@@ -18,7 +18,7 @@ from strategies.core.layout import Layout
 from strategies.core.protocol import Broadcast, Update
 
 LAYOUT = Layout(("w",), ((4,),))
-MESSAGE = BroadcastMessage.of(Broadcast(0, torch.zeros(4)))
+MESSAGE = replace(BroadcastMessage.of(Broadcast(0, torch.zeros(4))), full_rows=2)
 METRICS = {"loss": 1.0, "learned": 2.0, "tokens": 3.0}
 
 
@@ -64,7 +64,7 @@ def test_updates_reach_the_accumulator_with_their_traffic(runner):
     reports = runner([0.5, 0.0, 0.0, 0.25]).run([(0, 1), (2,)], MESSAGE, total)
     assert [report.client for report in reports] == [0, 1, 2] and all(report.good for report in reports)
     assert {(report.metrics[DOWN], report.metrics[UP]) for report in reports} == {(16.0, 16.0)}
-    closed = total.close()
+    closed = total.take()
     assert closed.count == 3 and (closed.vectors["delta"] / 2**40).tolist() == [1.5, 0.0, 0.0, 0.75]
 
 

@@ -76,7 +76,7 @@ def a_round(
         wanted = wanted + weight * dense(end, state.merged_delta, state.layout, scale)
         weights += weight
         running.add(strategy.finish(Update(client, weight, end - broadcast.params), broadcast, ClientState())[0])
-    after = strategy.apply(state, merge([running.close()]))
+    after = strategy.apply(state, merge([running.take()]))
     after_OI = dense(after.params, after.merged_delta, after.layout, after.layout.scale)
     return after, float((after_OI - wanted / weights).abs().max())
 

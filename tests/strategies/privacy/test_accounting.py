@@ -122,6 +122,14 @@ def test_a_search_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert noise_multiplier(2.5, poisson(0.013), 30, 1e-5) == first
 
 
+@pytest.mark.parametrize("scheme", [poisson(0.01), Scheme("poisson", 0.01, 10_000, 180)], ids=["poisson", "capped"])
+def test_the_loss_of_a_step_is_computed_for_few_of_a_run_s_rounds(scheme: Scheme) -> None:
+    accounting._poisson_loss.cache_clear()
+    costs = [epsilon(1.1, scheme, steps, 1e-5) for steps in range(1, 41)]
+    assert accounting._poisson_loss.cache_info().misses == 6  # up to 1, 3, 7, 15, 31 and 63 steps
+    assert costs == sorted(costs)
+
+
 def test_searches_end_at_both_ends() -> None:
     assert least_noise(lambda z: 0.0, 1.0) == pytest.approx(accounting.LEAST, rel=1)
     with pytest.raises(ValueError, match=r"no noise multiplier up to 1e\+06 gives epsilon 1\.0"):

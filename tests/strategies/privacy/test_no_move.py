@@ -72,7 +72,7 @@ def private_round(
         change = scale * torch.from_numpy(rng(1, state.round, client, "initial").normal(size=case.layout.size)).float()
         total.add(plan.encode(case.client(received, client, {}, change)[0], clip))
     if clients:
-        aggregate = merge([total.close()])
+        aggregate = merge([total.take()])
     else:
         lengths = case.strategy.beside(case.layout) | ({WITHIN: 1} if isinstance(plan, AdaptivePlan) else {})
         extras = {name: torch.zeros(length) for name, length in lengths.items()}
@@ -157,7 +157,7 @@ def small_round(strategy: Rule, ends: list[torch.Tensor], clip: float, expected:
         update, _ = strategy.finish(Update(client, 0.25, end - broadcast.params), broadcast, {})
         total.add(plan.encode(update, clip))
     extras = {name: torch.zeros(length) for name, length in strategy.beside(SMALL).items()}
-    aggregate = merge([total.close()]) if ends else Aggregate(0.0, torch.zeros(4), extras, 0)
+    aggregate = merge([total.take()]) if ends else Aggregate(0.0, torch.zeros(4), extras, 0)
     return strategy.apply(state, plan.decode(aggregate, clip, no_words, {})[0])
 
 

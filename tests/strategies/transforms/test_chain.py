@@ -40,7 +40,7 @@ def received(chain: Sequence[Transform], updates: list[Update], round_: int = 0)
     for update in sent:
         running.add(update)
     state = ServerState(round_, torch.zeros(SIZE), seed=7)
-    return decode(chain, replace(merge([running.close()]), each=sent), state)[0]
+    return decode(chain, replace(merge([running.take()]), each=sent), state)[0]
 
 
 def over_rounds(chain: Sequence[Transform], deltas: list[torch.Tensor]) -> tuple[torch.Tensor, ClientState]:
