@@ -129,7 +129,7 @@ class Rule(ABC):
         return None
 
     def beside(self, layout: Layout) -> dict[str, int]:
-        """Names and lengths of the sums that clients send beside their delta; by default its products, if sent."""
+        """Names and lengths of the sums that clients send beside the delta: by default products if `sends_products`."""
         return {"product": layout.product_size} if self.sends_products else {}
 
     def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
