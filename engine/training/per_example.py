@@ -15,8 +15,8 @@ from engine.objectives.base import Term, counted
 from engine.training.local_training import LocalTrainer, client_updates
 from engine.training.step_loop import Progress, Training, steps_of, take_steps
 from strategies.core.protocol import Mask, Vector
-from strategies.privacy.noise_source import Words, normal
-from strategies.privacy.per_example import ExamplePlan
+from strategies.privacy.budget import ExamplePlan
+from strategies.privacy.noise import Words, normal
 
 KEY = 'privacy.dp.kind = "example"'
 ADAPTERS = 'train adapters of linear layers alone (model.peft.kind = "lora" and targets)'

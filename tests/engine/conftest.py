@@ -22,8 +22,8 @@ from engine.objectives.sft import Sft
 from engine.training.local_training import LocalTrainer
 from engine.training.per_example import PrivateTrainer
 from strategies.privacy.accounting import Scheme
-from strategies.privacy.noise_source import seeded_words
-from strategies.privacy.per_example import ExamplePlan
+from strategies.privacy.budget import ExamplePlan
+from strategies.privacy.noise import seeded_words
 
 VOCABULARY = 300
 PROMPTS = ["", "say th", "name a color: ", "one and two are ", "count to ten: "]

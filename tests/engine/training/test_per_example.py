@@ -19,7 +19,7 @@ from engine.training.per_example import PrivateTrainer, row_gradients, samples
 from engine.training.step_loop import Trained, Training
 from strategies.averaging.reweighting import QFedAvg
 from strategies.core.protocol import Broadcast
-from strategies.privacy.noise_source import normal, seeded_words
+from strategies.privacy.noise import normal, seeded_words
 
 ONE_STEP = Train(steps=1, batch=2, accumulate=3, optimizer=Sgd(lr=1.0))  # all five rows, in pieces of 2, 2 and 1
 

@@ -19,9 +19,9 @@ from engine.objectives.token_batch import Batch, token_losses
 from engine.training.local_training import Job
 from engine.training.per_example import PrivateTrainer
 from engine.training.step_loop import Training
-from strategies.averaging.proximal import FedProx
+from strategies.averaging.drift import FedProx
 from strategies.core.protocol import Broadcast, Update
-from strategies.privacy.noise_source import seeded_words
+from strategies.privacy.noise import seeded_words
 
 ONE_STEP = Train(steps=1, batch=2, accumulate=3, optimizer=Sgd(lr=1.0))  # all five rows, in pieces of 2, 2 and 1
 

@@ -1,21 +1,118 @@
-"""Fewer numbers: the largest coordinates, or a random projection that all clients of a round share.
+"""Transforms that lose a part of the update: fewer bits a coordinate, fewer coordinates, or a random projection.
 
-Top-k (Stich et al. 2018, arXiv 1809.07599, algorithm 1); the count sketch (Weinberger et al. 2009, arXiv 0902.2206),
-used on federated updates by FetchSGD (arXiv 2007.07682). Legend: P parameters, M coordinates that travel.
+Legend: P parameters, N blocks of B neighboring coordinates, M coordinates that travel.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from strategies.core.base import Finished
 from strategies.core.errors import require
-from strategies.core.protocol import Aggregate, Broadcast, ServerState, Size, Vector
-from strategies.core.ranges import SHARE, Range
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Update, Vector
+from strategies.core.ranges import AT_LEAST_1, SHARE, Range
 from strategies.core.seeds import rng as stream
-from strategies.transforms.chain import Lossy
+from strategies.transforms.chain import Transform
+
+ERROR = "error"  # the name of the residual in a transform's part of the client's state
+
+
+@dataclass(frozen=True)
+class Lossy(Transform, ABC):
+    """A transform that loses a part of the update and, with error feedback, sends it later.
+
+    The client keeps the residual e: it sends C(delta + e) and keeps e <- delta + e - C(delta + e), so that over the
+    rounds the sum of what arrived is the sum of the deltas minus the last e. A coordinate that did not move this round
+    (frozen by the rule, or beyond the client's rank) sends nothing, and its residual waits: a frozen tensor stays where
+    it is. Trap: a residual is sent when the client next takes part, which in a large population is late or never.
+    """
+
+    error_feedback: bool = True
+
+    @abstractmethod
+    def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
+        """What travels in place of the vector, and what the server makes of that, (P,)."""
+
+    @property
+    def keeps_state(self) -> bool:
+        """The residual, with error feedback."""
+        return self.error_feedback
+
+    def encode(self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator) -> Finished:
+        """The squeezed delta with the residual of earlier rounds in it, and the new residual."""
+        if not self.error_feedback:
+            return replace(update, delta=self.squeeze(update.delta, broadcast, rng)[0]), {}
+        delta_P = update.delta
+        error_P = client_state.get(ERROR, torch.zeros_like(delta_P))
+        sent, seen_P = self.squeeze(torch.where(delta_P == 0, 0, delta_P + error_P), broadcast, rng)
+        return replace(update, delta=sent), {ERROR: delta_P + error_P - seen_P}
+
+
+@dataclass(frozen=True)
+class Blockwise(Lossy, ABC):
+    """A quantization of blocks of `block` neighboring coordinates, each with a float32 scale. Zeros stay zeros."""
+
+    block: Annotated[int, Range("is the number of coordinates that share a scale", AT_LEAST_1)] = 1024
+    bits: ClassVar[int]  # of a value
+
+    @abstractmethod
+    def quantized(self, x_NB: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        """The values (N, B) that the bits stand for."""
+
+    def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
+        """The values on each block's grid."""
+        x_NB = F.pad(x_P, (0, -x_P.numel() % self.block)).view(-1, self.block)
+        sent = self.quantized(x_NB, rng).flatten()[: x_P.numel()]
+        return sent, sent
+
+    def size(self, size: Size) -> Size:
+        """The bits, and a scale for each block, or for each value if these are fewer."""
+        scales = min(size.values, -(-size.length // self.block))
+        return replace(size, bits=min(size.bits, self.bits), extra=size.extra + 32 * scales)
+
+
+@dataclass(frozen=True)
+class Int8(Blockwise):
+    """C(x) = s q with s = max|x| / 127 in each block and q = x / s rounded up with the probability of its fraction.
+
+    QSGD (Alistarh et al. 2017, arXiv 1610.02132), scaled by the maximum. Unbiased: E[C(x)] = x. Client state: the
+    residual, less than a rounding step. The server adds the values that the integers stand for.
+    """
+
+    kind: Literal["int8"] = "int8"
+    bits: ClassVar[int] = 8
+
+    def quantized(self, x_NB: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        """Multiples of 1/127 of each block's largest value, rounded at random."""
+        scale_N1 = x_NB.abs().amax(dim=1, keepdim=True) / 127
+        level_NB = x_NB / torch.where(scale_N1 > 0, scale_N1, 1)
+        low_NB = level_NB.floor()
+        up_NB = torch.rand(x_NB.shape, generator=rng) < level_NB - low_NB
+        return (low_NB + up_NB).clamp(-127, 127) * scale_N1
+
+
+@dataclass(frozen=True)
+class Sign(Blockwise):
+    """C(x) = sign(x) * |x|_1 / d in each block of d coordinates: one bit each, and a float32 for the block.
+
+    EF-SignSGD (Karimireddy et al. 2019, arXiv 1901.09847, algorithm 1). Client state: the residual. A zero does not
+    count in d, since it comes from a frozen tensor or from another transform, of which the receiver knows. The paper
+    takes a layer for a block. Trap: biased, so that without error feedback it need not converge, as the paper shows.
+    """
+
+    kind: Literal["sign"] = "sign"
+    bits: ClassVar[int] = 1
+
+    def quantized(self, x_NB: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        """Each block's mean magnitude with the signs."""
+        scale_N1 = x_NB.abs().sum(dim=1, keepdim=True) / x_NB.count_nonzero(dim=1)[:, None].clamp(min=1)
+        return x_NB.sign() * scale_N1
+
 
 Share = Annotated[float, Range("is what is kept of the update", SHARE)]
 
