@@ -100,6 +100,6 @@ class QFedAvg(AveragingRule):
 
 
 def accumulated(steps: float, momentum: float) -> float:
-    """|a|_1 of so many steps: the j-th gradient from the end counts 1 + m + ... + m^(j-1)."""
+    """|a|_1 after `steps` steps: the j-th gradient from the end counts 1 + m + ... + m^(j-1)."""
     faded: float = momentum**steps
     return (steps - momentum * (1 - faded) / (1 - momentum)) / (1 - momentum)

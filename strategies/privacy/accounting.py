@@ -36,7 +36,7 @@ class Scheme:
     """How the units of a sum are drawn from `population`: each by itself with `rate`, or round(rate * population).
 
     "none": epsilon does not count on sampling, so that it holds also against those who know who takes part. The other
-    two hold only against those who do not. `cap`: a larger Poisson sample is cut to so many at random.
+    two hold only against those who do not. `cap`: a larger Poisson sample is cut to that size at random.
     """
 
     sampling: Sampling = "none"
@@ -78,7 +78,7 @@ class Noise(ABC):
 
     @abstractmethod
     def cost(self, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
-        """The epsilon of so many steps, and how it was computed."""
+        """The epsilon of `steps` sums, and how it was computed."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class RingNoise(Noise):
 
 @lru_cache(maxsize=4096)
 def spent(noise: Noise, scheme: Scheme, steps: int, delta: float, unit: Unit, *, simulated: bool) -> Epsilon:
-    """The cost of so many steps. `steps` counts the sums that one unit may be in: without sampling, its own rounds.
+    """What the steps cost. `steps` counts the sums that one unit may be in: without sampling, its own rounds.
 
     Whatever is released beside the noisy sums (losses, who takes part) is not covered.
     """
@@ -130,7 +130,7 @@ def spent(noise: Noise, scheme: Scheme, steps: int, delta: float, unit: Unit, *,
 
 @lru_cache(maxsize=256)
 def noise_multiplier(target: float, scheme: Scheme, steps: int, delta: float) -> float:
-    """The least z of normal noise, to a share of 10^-4, with which so many steps cost at most the target epsilon."""
+    """The least z of normal noise, to a share of 10^-4, with which the steps cost at most the target epsilon."""
     return least_noise(lambda z: Gaussian(z).cost(scheme, steps, delta)[0] if steps else 0.0, target)
 
 

@@ -110,5 +110,5 @@ class ExamplePlan:
     delta: float
 
     def spent(self, steps: int, *, simulated: bool) -> Epsilon:
-        """The epsilon of so many local steps for a row of the client with the fewest rows; others' rows cost less."""
+        """The epsilon of `steps` local steps for a row of the client with the fewest rows; others' rows cost less."""
         return spent(Gaussian(self.noise_multiplier), self.scheme, steps, self.delta, "example", simulated=simulated)

@@ -58,7 +58,7 @@ class CentralDp(ClientBudget):
         return Scheme(sampling, cohort.expected(clients) / clients, clients, cap)
 
     def plan(self, cohort: Cohort, clients: int, rounds: int) -> "CentralPlan":
-        """The noise of so many rounds with cohorts of this population; takes seconds where z follows from epsilon."""
+        """The noise of all rounds with cohorts of this population; takes seconds where z follows from epsilon."""
         scheme, delta = self.scheme(cohort, clients), delta_for(self.delta, clients)
         z = self.normal_multiplier(scheme, rounds, delta)
         return CentralPlan(z, self.clip, cohort.expected(clients), scheme, delta, self.joint)
@@ -92,7 +92,7 @@ class CentralPlan:
         return self._noisy(aggregate, self.noise_multiplier * clip, words, live), clip
 
     def spent(self, rounds: int, *, simulated: bool) -> Epsilon:
-        """The epsilon of so many rounds for a client."""
+        """The epsilon that `rounds` rounds cost a client."""
         return spent(Gaussian(self.noise_multiplier), self.scheme, rounds, self.delta, "client", simulated=simulated)
 
     def _noisy(self, aggregate: Aggregate, deviation: float, words: Words, live: Mapping[str, Mask]) -> Aggregate:

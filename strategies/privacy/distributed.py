@@ -117,7 +117,7 @@ class DistributedPlan:
         return Aggregate(self.divisor, delta_P, sums, max(1, round(self.divisor)))
 
     def spent(self, rounds: int, *, simulated: bool) -> Epsilon:
-        """The epsilon of so many rounds for a client; rounds without it need not count."""
+        """The epsilon that `rounds` rounds cost a client; rounds without it need not count."""
         return spent(self.noise, self.scheme, rounds, self.delta, "client", simulated=simulated)
 
 

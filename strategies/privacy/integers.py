@@ -54,7 +54,7 @@ def _hadamard(y_D: np.ndarray) -> np.ndarray:
 
 
 def inflated(norm: float, dimension: int) -> float:
-    """The largest L2 norm after rounding, for a norm of so many ring steps before.
+    """The largest L2 norm after rounding, for a norm before it, in steps of the ring.
 
     min(norm + sqrt(D), sqrt(norm^2 + D / 4 + sqrt(2 log(1 / beta)) (norm + sqrt(D) / 2))), theorem 1.
     """

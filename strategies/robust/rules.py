@@ -41,7 +41,7 @@ class RobustRule(AveragingRule, ABC):
         """The rule itself: one vector (P,) from those of the clients."""
 
     def way_out(self, count: int) -> str:
-        """The setting that makes the rule work with so many updates."""
+        """The setting that makes the rule work with `count` updates."""
         return "take another strategy"
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
@@ -62,7 +62,7 @@ class ByzantineRule(RobustRule, ABC):
     f: Annotated[int, Range("is the number of clients that may lie")] = 1
 
     def way_out(self, count: int) -> str:
-        """The largest f that the rule allows for so many updates."""
+        """The largest f that the rule allows for `count` updates."""
         fits = [f for f in range(self.f) if replace(self, f=f).smallest_cohort() <= count]
         return f"set strategy.f = {fits[-1]}" if fits else super().way_out(count)
 

@@ -99,7 +99,7 @@ def choose(
     # The complete graph. t shares of either kind must be out of reach: corrupt clients give both, others only one.
     lies = semi_malicious or active
     least = (clients + most_corrupt) // 2 + 1 if lies else most_corrupt + 1
-    # A majority costs nothing where so many survive.
+    # A majority costs nothing where at least a majority survives.
     t = max(2, least, min(survivors, clients // 2 + 1))
     none = f"no threshold tolerates {most_corrupt} corrupt clients and {clients - survivors} drop-outs of {clients}"
     short = f"{least} shares would be needed, and {survivors} clients survive; expect fewer of either"

@@ -68,7 +68,7 @@ class Session:
         return b"fedpost secagg keys" + facts + _number(keys.client) + keys.cipher_key + keys.mask_key
 
     def enough(self, left: int, phase: Phase, whose: str) -> None:
-        """Aborts unless the shares of so many holders recover a secret."""
+        """Aborts unless the shares of the `left` holders recover a secret."""
         t = self.parameters.threshold
         abort_unless(left >= t, phase, f"{left} clients are left to recover {whose}, and it takes {t}")
 

@@ -197,7 +197,7 @@ class Projection(Lossy):
 
 
 def share_of(share: float, values: int) -> int:
-    """That share of so many values, at least one."""
+    """The number of values that are the `share` of all, at least one."""
     return max(1, round(share * values))
 
 
