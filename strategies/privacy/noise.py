@@ -209,7 +209,7 @@ def discrete_gaussian(words: Words, count: int, deviation: int) -> np.ndarray:
 
 
 def _discrete_laplace(words: Words, tries: int, scale: int) -> np.ndarray:
-    """Numbers with probabilities in proportion to exp(-|y| / scale), those of `tries` that are accepted (algorithm 2)."""
+    """Numbers with probabilities in proportion to exp(-|y| / scale): the accepted of `tries` (algorithm 2)."""
     rest = below(words, tries, scale)
     rest = rest[coin_exp(words, rest, scale)]
     wholes = np.zeros(len(rest), np.int64)
