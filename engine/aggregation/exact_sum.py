@@ -214,7 +214,7 @@ def merge_parts(parts: Iterable[list[PartialSum]]) -> Aggregate | None:
 
 def cut(partial: PartialSum, partition: Partition, rank: int) -> PartialSum:
     """Returns a rank's shard of a sum of whole vectors; vectors not as long as delta are whole in each rank."""
-    whole = len(partial.vectors["delta"])
+    whole = len(partial.vectors["delta"]) if partial.count else 0  # without clients there are no vectors
     vectors = {
         name: partition.cut(torch.from_numpy(vector), rank).numpy() if len(vector) == whole else vector
         for name, vector in partial.vectors.items()

@@ -51,6 +51,13 @@ class RoundLog:
         write_file(_file(self.folder, round_), sink.getvalue().to_pybytes())
         self.blocks.clear()
 
+    def append(self, round_: int) -> None:
+        """Adds the rows since the last flush, if there are any, to those of the round's file."""
+        path = _file(self.folder, round_)
+        if self.blocks:
+            self.blocks[:0] = [pq.read_table(path, schema=self.schema)] if path.exists() else []
+            RoundLog.flush(self, round_)
+
     def forget_after(self, round_: int) -> None:
         """Removes the files of rounds after `round_`, which a resumed run will write again."""
         for path in round_files(self.folder):
@@ -74,10 +81,10 @@ class Metrics(RoundLog):
         """Adds one row per named value."""
         self.add_each(round_, split, [client], [values])
 
-    def judged(self, round_: int) -> bool:
-        """Returns whether the file of a round holds an evaluation of the model after it."""
+    def judged(self, round_: int, name: str = "loss") -> bool:
+        """Returns whether the file of a round holds a loss of the model after it, or of another by its `name`."""
         path = _file(self.folder, round_)
-        losses = [("round", "=", round_), ("name", "=", "loss"), ("split", "in", JUDGED)]
+        losses = [("round", "=", round_), ("name", "=", name), ("split", "in", JUDGED)]
         return path.exists() and pq.read_table(path, filters=losses).num_rows > 0
 
     def add_each(
@@ -119,7 +126,7 @@ class Faults(RoundLog):
             self.note(round=round_, kind=kinds, who=who, why=why, wall_s=wall_s)
 
     def flush(self, round_: int) -> None:
-        """Appends to the round's file, if there is anything to write.
+        """Adds the faults of a round that was played to its file, if there are any.
 
         Drop-outs of the file are replaced: a round that is played again has the same ones.
         """
@@ -149,6 +156,11 @@ class Logs(NamedTuple):
         """Writes the round's files."""
         for log in self:
             log.flush(round_)
+
+    def append(self, round_: int) -> None:
+        """Adds to the files of a round that has been written."""
+        for log in self:
+            log.append(round_)
 
     def clear(self) -> None:
         """Drops the rows of a round that is not to be written."""

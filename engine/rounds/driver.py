@@ -107,12 +107,12 @@ class Driver:
 
         evaluator = PoolEvaluator(parts, logs)
         evaluation = Evaluation(evaluator)
-        callbacks: list[Callback] = [evaluation.after_round]  # in this order after each round
-        if plan.baselines:
-            callbacks.append(partial(baselines, evaluator, loop))
+        # In this order: after each round, and once the model is exported.
+        callbacks: list[Callback] = [evaluation.after_round, loop.recorder.after_round]
+        callbacks.append(partial(write_checkpoint, parts, loop))
+        comparisons: list[Callback] = [partial(baselines, evaluator, loop)] if plan.baselines else []
         if federation.evaluate.without_privacy:
-            callbacks.append(partial(without_privacy, evaluator, loop))
-        callbacks += [loop.recorder.after_round, partial(write_checkpoint, parts, loop)]
+            comparisons.append(partial(without_privacy, evaluator, loop))
 
         state = saved.state if saved else parts.initial
         move_base(parts.shards, None, state)
@@ -129,7 +129,7 @@ class Driver:
                 yield Stopped(state.round)
                 break
         else:
-            yield from finish(evaluator, loop, state)
+            yield from finish(evaluator, loop, state, comparisons)
         pool.stop()
 
     def _parts(self, pool: Pool) -> RunParts:
@@ -159,11 +159,11 @@ class Driver:
         for log in recorder.logs:
             log.forget_after(saved.state.round if saved else -1)
         recorder.faults(self.plan.lost)
-        recorder.logs.faults.flush(recorder.round)
+        recorder.logs.faults.append(recorder.round)
 
 
 def _record_last_faults(recorder: Recorder) -> None:
     """Writes faults after the last round, or of a round that has ended the run."""
     recorder.faults()
     with suppress(OSError):  # the disk may be what is at fault
-        recorder.logs.faults.flush(recorder.round)
+        recorder.logs.faults.append(recorder.round)

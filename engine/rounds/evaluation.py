@@ -10,7 +10,8 @@ import numpy as np
 
 from engine.config.privacy import Privacy
 from engine.messages.broadcast import BroadcastMessage, share
-from engine.messages.events import Evaluated, Event
+from engine.messages.errors import RunError
+from engine.messages.events import Evaluated, Event, Fault
 from engine.messages.reports import FLOAT_BYTES
 from engine.messages.shards import ShardedState, borrow
 from engine.records.metrics import Logs
@@ -171,13 +172,12 @@ class Evaluation:
 
 
 def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
-    """After the last round spends the federation's steps on one pooled model, and in equal parts on each client's own.
+    """Spends the federation's steps on one pooled model, and in equal parts on each client's own; evaluates both.
 
-    Evaluates both. Every round has an equal part of a model's steps, with the learning rates of `train.over_rounds` and
-    `over_steps`.
+    Every round has an equal part of a model's steps, with the learning rates of `train.over_rounds` and `over_steps`.
     """
     parts, shards, clients = evaluator.parts, evaluator.parts.shards, evaluator.parts.population
-    if state.round < parts.federation.rounds:
+    if evaluator.logs.metrics.judged(state.round, "loss_centralized"):  # before the run was resumed
         return
     move_base(shards, state, None)
     total = loop.planner.total_steps()
@@ -192,20 +192,27 @@ def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) ->
 
 
 def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
-    """After the last round plays all again without privacy, which shows its cost; writes only faults and losses."""
+    """Shows what privacy costs: plays the rounds again without it, of which only faults and losses are written."""
     parts, federation, recorder = evaluator.parts, evaluator.parts.federation, loop.recorder
-    if state.round < federation.rounds:
+    if evaluator.logs.metrics.judged(state.round, "loss_not_private"):  # before the run was resumed
         return
-    evaluate = replace(federation.evaluate, without_privacy=False)
-    parts = replace(parts, federation=replace(federation, privacy=Privacy(), evaluate=evaluate))
+    privacy, evaluate = (
+        Privacy(rows_cap=federation.privacy.rows_cap),
+        replace(federation.evaluate, without_privacy=False),
+    )
+    parts = replace(parts, federation=replace(federation, privacy=privacy, evaluate=evaluate))
     logs = Logs.under(parts.folder)
     plain_loop = round_loop(parts, logs, loop.lanes)
     move_base(parts.shards, state, None)
     plain = parts.initial
-    while plain.round < federation.rounds:
-        plain, played = plain_loop.play(plain)
-        logs.clear()
-        recorder.logs.faults.happened(state.round, played.faults, recorder.logs.metrics.wall_s)
-    losses = evaluator.losses(parts.shards.vector(plain), state.round, "loss_not_private")
+    try:
+        while plain.round < federation.rounds:
+            plain, played = plain_loop.play(plain)
+            logs.clear()
+            recorder.logs.faults.happened(state.round, played.faults, recorder.logs.metrics.wall_s)
+    except RunError as error:  # such as training that diverges where nothing is clipped; the run itself has its model
+        recorder.faults([Fault("round", str(plain.round + 1), f"played again without privacy: {error}")])
+    else:
+        losses = evaluator.losses(parts.shards.vector(plain), state.round, "loss_not_private")
+        yield Evaluated(state.round, losses, "not_private")
     move_base(parts.shards, plain, state)
-    yield Evaluated(state.round, losses, "not_private")

@@ -1,8 +1,9 @@
 """Writes what a run leaves: checkpoints, and at its end the model and samples of its texts."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from engine.messages.events import Checkpointed, Event, Finished, Sample
@@ -11,7 +12,7 @@ from engine.models.export import model_card
 from engine.records.checkpoint import save_checkpoint
 from engine.records.metrics import loss_table
 from engine.rounds.evaluation import PoolEvaluator
-from engine.rounds.round_loop import RoundLoop, RunParts
+from engine.rounds.round_loop import Callback, RoundLoop, RunParts
 from engine.rounds.server import move_base
 from engine.system.atomic import write_file
 from engine.training.generation import Prompt, as_text
@@ -30,13 +31,24 @@ def write_checkpoint(
         yield Checkpointed(state.round)
 
 
-def finish(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
-    """Exports the folder `model` first, which is what the run is for, and then writes samples."""
+def finish(
+    evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState, comparisons: Sequence[Callback]
+) -> Iterator[Event]:
+    """Exports the folder `model` first, which is what the run is for; then come the comparisons, and samples."""
     parts, shards = evaluator.parts, evaluator.parts.shards
-    losses, merged = loss_table(parts.folder / "metrics", state.round), shards.merged(state) is not None
-    card = model_card(parts.federation, losses, parts.store.manifest, merged=merged, spent=loop.privacy.statement)
+    metrics, merged = parts.folder / "metrics", shards.merged(state) is not None
+    card = partial(
+        model_card, parts.federation, manifest=parts.store.manifest, merged=merged, spent=loop.privacy.statement
+    )
+    parts.pool.export(parts.folder / "model", shards.vector(state), card(losses=loss_table(metrics, state.round)))
+    for compare in comparisons:
+        yield from compare(state)
+        evaluator.logs.append(state.round)
+    losses = loss_table(metrics, state.round)
+    if comparisons:
+        write_file(parts.folder / "model" / "README.md", card(losses=losses).encode())
+
     rows, vector = _sampled_rows(evaluator), shards.vector(state)
-    parts.pool.export(parts.folder / "model", vector, card)
 
     def continuations(vector: Any) -> Any:
         prompts = [prompt for prompt, _ in rows]

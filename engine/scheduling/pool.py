@@ -74,7 +74,9 @@ class Pool:
         """
         gangs, processes = slot_counts(federation.clients, _resources())
         kind_of = [0] * gangs + [int(gangs > 0)] * processes
-        worker_kinds: tuple[WorkerKind, ...] = (kinds.Gangs(federation, folder),) if gangs else ()
+        worker_kinds: tuple[WorkerKind, ...] = (
+            (kinds.Gangs(federation, Patience.of(federation), folder),) if gangs else ()
+        )
         actors: list[Any] = [worker_kinds[0].spawn(slot) for slot in range(gangs)]
         spawn = partial(kinds.spawn_process, federation, folder, cls.client)
         actors += [spawn() for _ in range(processes)]
@@ -132,7 +134,7 @@ class Pool:
 
     def refuse_lost_memory(self) -> None:
         """Raises RunError if clients keep state in a folder that not every process's node sees."""
-        ray.get([rank.refuse_lost_memory.remote() for slot in range(self.size) for rank in self.ranks(slot)])
+        ray.get([rank.refuse_lost_memory.remote() for slot in self.alive for rank in self.ranks(slot)])
 
     def rebase(self, merged_delta: np.ndarray | None) -> None:
         """Adds a merged delta (see ServerState) to the base's weights, once a node; None: back to the first base."""

@@ -193,6 +193,7 @@ class Gangs:
     """Slots of several ranks each, made again as a whole when a rank is lost. Each gang reads the base by itself."""
 
     federation: Federation
+    patience: Patience
     folder: Path
     may_shrink = lanes = False
 
@@ -225,9 +226,11 @@ class Gangs:
     def attach(self, gang: GangHandle, columns: TokenColumns, *, first: bool) -> Reference:
         """Lets the ranks meet and read base and rows; the answer is the layout, and how vectors are cut."""
         leader, *followers = ranks = self.ranks(gang)
-        leader_tokens, *tokens = [columns.seen_by(rank, None, None) for rank in ranks]
-        refuse_shared_gpus([(place.node_id, place.gpu) for place in ray.get([rank.place.remote() for rank in ranks])])
-        address, port = ray.get(leader.address.remote())
+        answer_s, start_s = self.patience.answer_s, self.patience.start_s
+        leader_tokens, *tokens = [columns.seen_by(rank, answer_s, start_s) for rank in ranks]
+        places = within(answer_s, [rank.place.remote() for rank in ranks])
+        refuse_shared_gpus([(place.node_id, place.gpu) for place in places])
+        address, port = within(answer_s, leader.address.remote())
         for rank, folder in zip(followers, tokens, strict=True):
             rank.follow.remote(leader, "form", address, port, folder)
         return leader.lead.remote("form", address, port, leader_tokens)
