@@ -1,8 +1,7 @@
 """The exact sum: weighted updates on a fixed grid of int64, the same bits in any order. Legend: P parameters.
 
-A value x with weight w is rounded to the grid step 2^-40; integers add without rounding, so any order of clients,
-chunks and slots gives the same result. Ranges are checked before the cast, where NaN and overflow would all become the
-smallest integer.
+A value x with weight w is rounded to the grid step 2^-40; integers add without rounding. Ranges are checked before the
+cast, where NaN and overflow would all become the smallest integer.
 """
 
 from collections import Counter
@@ -33,10 +32,9 @@ class NonFiniteUpdate(ValueError):
 
 @dataclass(frozen=True)
 class PartialSum:
-    """A slot's part of a round: sums on the grid (int64), the sum of weights on the grid, and how many clients.
+    """A slot's part of a round: sums on the grid (int64), the sum of weights on the grid, and the number of clients.
 
-    `bound` is the sum of weight * max |x|, by which overflow is judged. `lengths` are those of the whole vectors, of
-    which `vectors` may be a part.
+    `bound` is the sum of weight * max |x|, which is checked for overflow. `vectors` may be parts of `lengths`.
     """
 
     vectors: dict[str, np.ndarray]
@@ -60,11 +58,8 @@ class OnGrid:
         self.scratch_B = np.empty(min(BLOCK, length))
 
     def add(self, values_P: np.ndarray, weight: float, limit: float) -> float:
-        """Adds weight * values (P,), and nothing if |weight * value| reaches `limit`; returns the largest.
-
-        Both are done in one pass, since reading a large vector takes longer than the arithmetic.
-        """
-        largest = 0.0
+        """Adds weight * values (P,), and nothing if |weight * value| reaches `limit`; returns the largest."""
+        largest = 0.0  # in the same pass: reading a large vector takes longer than the arithmetic
         for block, values_B in enumerate(_blocks(values_P)):
             reached = weight * _peak(values_B)
             if not reached < limit:  # NaN is not
@@ -123,10 +118,8 @@ class ExactSum:
             if name not in self.vectors:
                 self.vectors[name] = OnGrid(tensor.numel())
             if (length := len(self.vectors[name].steps_P)) != tensor.numel():
-                raise ValueError(
-                    f"{name!r} has {tensor.numel()} values for client {update.client}, and {length} for others: what a "
-                    f"strategy adds up must be of one length"
-                )
+                given = f"{name!r} has {tensor.numel()} values for client {update.client}, and {length} for others"
+                raise ValueError(f"{given}: what a strategy adds up must be of one length")
         bound, added = 0.0, list[tuple[OnGrid, np.ndarray, float]]()
         for name, tensor in tensors.items():
             values_P, weight = tensor.detach().numpy(), update.weight if name == "delta" else 1.0
@@ -193,8 +186,10 @@ def merge_parts(parts: Iterable[list[PartialSum]]) -> Aggregate | None:
     weight, count = 0, 0
     filled: Counter[str] = Counter()
     for part in parts:
-        weight, count = sum(partial.weight for partial in part), sum(partial.count for partial in part)
-        _check(sum(partial.bound for partial in part))
+        weight, count, bound = (
+            sum(getattr(partial, name) for partial in part) for name in ("weight", "count", "bound")
+        )
+        _check(bound)
         contributing = [partial for partial in part if partial.count]
         part.clear()
         for name, length in contributing[0].lengths.items() if contributing else ():
