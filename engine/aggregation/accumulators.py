@@ -20,10 +20,7 @@ from strategies.secagg.masks import Masks, wrap
 
 
 class Accumulator(Protocol):
-    """What takes clients' updates: ExactSum (for a round), SingleUpdates (for a chunk), or RingSum.
-
-    A RingSum is never emptied: a later session of its round masks the same sum again.
-    """
+    """ExactSum, SingleUpdates, or RingSum, which is never emptied: a later session of its round masks the same sum."""
 
     def add(self, update: Update) -> None:
         """Adds one update; NonFiniteUpdate, and no change, where it cannot be used."""
@@ -49,16 +46,13 @@ class SingleUpdates:
 
 @dataclass
 class RingSum:
-    """Adds up clients' shards (S,) of the ring vector, which leave the process only under masks.
-
-    `summed` adds a figure up over the worker's ranks.
-    """
+    """Adds up clients' shards (S,) of the ring vector, which leave the process only under masks."""
 
     shard: RingShard
     federation: Federation
     plan: Plan
     round: int
-    summed: Callable[[float], float] = float
+    summed: Callable[[float], float] = float  # of a figure over the worker's ranks
 
     def __post_init__(self) -> None:
         self.total_S = np.zeros(self.shard.length, np.uint32)

@@ -106,10 +106,7 @@ class ExactSum:
     bound: float = 0.0
 
     def add(self, update: Update) -> None:
-        """Adds weight * delta and the unweighted extras.
-
-        Raises NonFiniteUpdate, and RunError if all updates together leave the grid's range; the sum is then as before.
-        """
+        """Adds weight * delta and the unweighted extras; on NonFiniteUpdate, or RunError for all, nothing changes."""
         assert "delta" not in update.extras and update.delta.ndim == 1
         if not np.isfinite(update.weight):
             raise NonFiniteUpdate(NOT_FINITE)
@@ -178,20 +175,15 @@ def merge(partials: list[PartialSum]) -> Aggregate:
 
 
 def merge_parts(parts: Iterable[list[PartialSum]]) -> Aggregate | None:
-    """As `merge`, from the slots' sums part by part; None if no client contributed.
-
-    Each list is emptied before the next one is asked for, so that the store can free what was in it.
-    """
+    """As `merge`, from the slots' sums part by part; None if no client contributed."""
     totals: dict[str, np.ndarray] = {}
     weight, count = 0, 0
     filled: Counter[str] = Counter()
     for part in parts:
-        weight, count, bound = (
-            sum(getattr(partial, name) for partial in part) for name in ("weight", "count", "bound")
-        )
-        _check(bound)
+        weight, count = sum(partial.weight for partial in part), sum(partial.count for partial in part)
+        _check(sum(partial.bound for partial in part))
         contributing = [partial for partial in part if partial.count]
-        part.clear()
+        part.clear()  # so that the store can free it before the next part comes
         for name, length in contributing[0].lengths.items() if contributing else ():
             if name not in totals:
                 totals[name] = np.empty(length, np.float32)

@@ -119,9 +119,8 @@ class PrivacyAccount:
             fresh = max(round_, int(facts.get("rounds", 0))) + int(facts.get("uncopied", 0))
             account.charged, account.statement = round_ if privacy.simulated else fresh, facts.get("statement")
         except (ValueError, TypeError, AttributeError) as error:
-            raise RunError(
-                f"{path}, the record of privacy spent, cannot be read ({error}): start again in another --out"
-            ) from error
+            why = f"{path}, the record of privacy spent, cannot be read ({error}): start again in another --out"
+            raise RunError(why) from error
         return account
 
     @property

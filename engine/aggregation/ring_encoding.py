@@ -1,7 +1,4 @@
-"""What a ring vector of secure aggregation holds: the update, the sums beside it, and the client's figures.
-
-Legend: D coordinates after the rotation.
-"""
+"""What a ring vector of secure aggregation holds: the update, the sums beside it, and the client's figures."""
 
 import math
 import os
@@ -55,10 +52,7 @@ def rounding(sums: Sums) -> float:
 def ring_values(
     update: Update, sums: Sums, federation: Federation, plan: Plan, round_: int, live: Mapping[str, Mask]
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Returns a client's values by sum, without its figures, and how many coordinates a sum's bound cuts.
-
-    `live` are the masks of the update at hand, which may be a shard. Noise is seeded unless secure aggregation is real.
-    """
+    """Returns a client's values by sum, without figures, and how many a bound clips; `live` masks what is given."""
     values = without_frozen({"delta": update.delta, **update.extras}, live)
     if plan is not None and plan.adds_to == "ring":
         words, extras = noise(federation, round_, update.client), {name: values[name] for name in update.extras}
@@ -110,7 +104,7 @@ def travelling(federation: Federation, layout: Layout) -> int:
 
 
 def _signs(federation: Federation, plan: DistributedPlan, round_: int) -> np.ndarray:
-    """Returns the round's random rotation (D,), the same for everybody."""
+    """Returns the signs (D,) of the round's random rotation to D coordinates, the same for everybody."""
     return signs(rng(federation.seed, round_, -1, "rotation"), plan.ring.dimension)
 
 

@@ -79,10 +79,7 @@ class RingShard:
     def encode_into(
         self, total_S: np.ndarray, values: Mapping[str, np.ndarray], weight: float, draws: np.random.Generator
     ) -> None:
-        """Adds a client's values, by sum, to a shard's total; rounding is that of the whole vector.
-
-        Raises ValueError, and changes nothing, where the lengths are not those of the sums.
-        """
+        """Adds a client's values, rounded as in the whole vector; ValueError, and no change, for wrong lengths."""
         lengths, given = Counter[str](), Counter({name: len(vector) for name, vector in values.items()})
         for name, _, place in self.pieces:
             lengths[name] += place.stop - place.start
@@ -102,10 +99,7 @@ class RingShard:
     def unmasked(
         self, masked: list[np.ndarray], removals: Masks, count: int, weight: float
     ) -> tuple[dict[str, float], AggregateShard]:
-        """Returns the figures in this shard, and the shard of the sums, from all slots' masked shards without heads.
-
-        This is the server's part, of `count` clients with the given sum of weights.
-        """
+        """Returns this shard's figures and sums, from all slots' masked shards without heads, of `count` clients."""
         total_S = np.zeros(self.length, np.uint32)
         for values in masked:
             total_S[self.head :] += values

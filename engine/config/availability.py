@@ -37,8 +37,7 @@ class Trace:
     def open(cls, path: Path, names: list[str]) -> "Trace":
         """Reads a Parquet or CSV file of client (its name), first, last; `names` are in the order of client numbers.
 
-        Names are text, also in a CSV file: "007" is not client "7". RunError for a file that cannot be read, a client
-        that is not in `names`, and rows that are no span of rounds.
+        Names are text, also in a CSV file: "007" is not client "7". RunError for a wrong file, name, or span of rounds.
         """
         table = _read(path)
         numbers = pc.index_in(table["client"], pa.array(names, pa.string()))
@@ -115,9 +114,10 @@ class Availability:
 
     def __post_init__(self) -> None:
         below_one("clients.availability", dropout=self.dropout)
-        for name, seconds in {"deadline_s": self.deadline_s, "step_s": self.step_s}.items():
-            if seconds is not None and (not seconds > 0 or (name == "step_s" and seconds == math.inf)):
-                raise RunError(f"clients.availability.{name} must be above 0, not {seconds}")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise RunError(f"clients.availability.deadline_s must be above 0, not {self.deadline_s}")
+        if self.step_s is not None and not 0 < self.step_s < math.inf:
+            raise RunError(f"clients.availability.step_s must be above 0, not {self.step_s}")
         if not 0 <= self.slowness < math.inf:
             raise RunError(f"clients.availability.slowness is a sigma, and must be at least 0, not {self.slowness}")
         if self.step_s is not None and self.deadline_s is None:

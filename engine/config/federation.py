@@ -23,10 +23,7 @@ Refusals = Iterator[tuple[object, str]]  # conditions that must not hold, and th
 
 @dataclass(frozen=True, kw_only=True)
 class Federation(Sections):
-    """Sections that are valid by themselves and together.
-
-    RunError, or StrategyError, for the first two that do not go together, and what works in their place.
-    """
+    """Sections that are valid by themselves and together; RunError or StrategyError where they are not."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
@@ -173,8 +170,7 @@ def _overlap(recipe: Sections) -> Refusals:
 
 def works_in_gangs(strategy: Rule) -> bool:
     """Whether a client under this rule may be a gang of ZeRO ranks, each with its shard of the vectors."""
-    whole = strategy.personalizes or strategy.merges_into_base
-    return strategy.reads == "sum" and strategy.elementwise and not whole
+    return strategy.reads == "sum" and strategy.elementwise and not (strategy.personalizes or strategy.merges_into_base)
 
 
 def _gangs(recipe: Sections) -> Refusals:

@@ -45,10 +45,7 @@ class Saved:
 
 
 def save_checkpoint(folder: Path, saved: Saved, keep: int, read: Read = lambda shard: shard) -> None:
-    """Writes `folder/NNNNN` for the state's round and removes all but the last `keep` up to it.
-
-    `read` fetches one shard after another, so that one at a time is in this process.
-    """
+    """Writes `folder/NNNNN` for the state's round, one shard in memory at a time; removes all but the last `keep`."""
     for scratch in filter(Path.is_dir, folder.glob(".[0-9]*")):  # of processes that were killed while they wrote
         shutil.rmtree(scratch, ignore_errors=True)
     round_ = saved.state.round
@@ -61,10 +58,7 @@ def save_checkpoint(folder: Path, saved: Saved, keep: int, read: Read = lambda s
 
 
 def load_checkpoint(folder: Path, last: int | None = None, hold: Hold = lambda shard: shard) -> Saved | None:
-    """Returns the newest readable checkpoint of `folder` (up to round `last`), None without any.
-
-    `hold` gets one shard after another and returns what the state holds of it. RunError if no checkpoint can be read.
-    """
+    """Returns the newest readable checkpoint up to round `last`, None without any; RunError if none can be read."""
     checkpoints = [path for path in _checkpoints(folder) if last is None or int(path.name) <= last]
     passed_over: tuple[str, ...] = ()
     for path in reversed(checkpoints):
@@ -87,14 +81,9 @@ def _load(folder: Path, passed_over: tuple[str, ...], hold: Hold) -> Saved:
         raise ValueError(f"it lists no state: {', '.join(digests) or 'nothing'}")
     parts, nbytes = [], 0
     for name in sorted(digests):
-        content = (folder / name).read_bytes()
-        if sha256(content).hexdigest() != digests[name]:
-            raise ValueError(f"{name} is not as it was written")
-        tensors = load(content)
-        nbytes += sum(tensor.nbytes for tensor in tensors.values())
-        params, residual = tensors.pop("params"), tensors.pop("residual", None)
-        moments = {name.removeprefix(MOMENT): tensor for name, tensor in tensors.items()}
-        parts.append(hold(ServerState(round_, params, moments, residual)))
+        shard, size = _shard(folder / name, digests[name], round_)
+        parts.append(hold(shard))
+        nbytes += size
     figures = float(facts["wall_s"]), float(facts["clip"]), int(facts["aborts"]), int(facts["lanes"])
     last_sum = int(facts.get("last_sum", round_))  # earlier versions' checkpoints do not have it
     costs = [float(cost) for cost in facts["costs"]]
@@ -119,6 +108,18 @@ def _digest(facts: dict[str, Any]) -> str:
 def _content(shard: ServerState) -> bytes:
     residual = {} if shard.merged_delta is None else {"residual": shard.merged_delta}
     return save({"params": shard.params, **{MOMENT + name: value for name, value in shard.moments.items()}, **residual})
+
+
+def _shard(path: Path, digest: str, round_: int) -> tuple[ServerState, int]:
+    """Reads a shard and its size in bytes; ValueError if the file has changed."""
+    content = path.read_bytes()
+    if sha256(content).hexdigest() != digest:
+        raise ValueError(f"{path.name} is not as it was written")
+    tensors = load(content)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    params, residual = tensors.pop("params"), tensors.pop("residual", None)
+    moments = {name.removeprefix(MOMENT): tensor for name, tensor in tensors.items()}
+    return ServerState(round_, params, moments, residual), nbytes
 
 
 def _checkpoints(folder: Path) -> list[Path]:
