@@ -168,8 +168,7 @@ def _blocks(vector_P: np.ndarray) -> Iterator[np.ndarray]:
 
 def merge(partials: list[PartialSum]) -> Aggregate:
     """Returns the sum over all slots as float32 vectors; RunError if no client contributed or the range is exceeded."""
-    aggregate = merge_parts([[*partials]])
-    if aggregate is None:
+    if (aggregate := merge_parts([[*partials]])) is None:
         raise RunError("no client of the cohort gave an update, so there is nothing to average")
     return aggregate
 

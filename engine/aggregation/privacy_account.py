@@ -40,7 +40,7 @@ def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: 
     return plan, tuple(dict.fromkeys(messages))
 
 
-def coarse_weights(federation: Federation, layout: Layout, plan: Plan, rows: np.ndarray) -> str | None:
+def coarse_weights(federation: Federation, layout: Layout, plan: Plan, rows: np.ndarray) -> tuple[str, ...]:
     """Returns a warning if a large `privacy.rows_cap` leaves typical clients, of those with `rows` (N,), few steps.
 
     A typical client has the median of rows, and an update whose P coordinates are the clipping norm over sqrt(P), or
@@ -49,21 +49,20 @@ def coarse_weights(federation: Federation, layout: Layout, plan: Plan, rows: np.
     privacy, cap = federation.privacy, federation.privacy.rows_cap
     # Distributed noise is far above the ring's steps.
     if cap is None or not privacy.public_weights or federation.strategy.weighs_alike or privacy.dp.adds_to == "ring":
-        return None
+        return ()
     step, size, clip = 1 / STEP, math.inf, math.inf
     if plan is not None and plan.adds_to == "sum":
-        clip = plan.clip
-        size = clip / math.sqrt(max(1, live_lengths(federation, layout, 0)["delta"]))
+        clip, size = plan.clip, plan.clip / math.sqrt(max(1, live_lengths(federation, layout, 0)["delta"]))
     if privacy.secure:
         sums = ring_sums(federation, layout, plan, clip, max(2, federation.cohort.largest(len(rows))), 1, 0)
         step, size = 1 / sums.scale("delta"), min(size, privacy.secagg.bound)
     typical = int(min(cap, max(1, np.median(rows))))
     share = step * cap / (typical * size)
     if share <= 0.01:  # int8, which is known to train well, rounds to 1/127 of the largest coordinate
-        return None
+        return ()
     return (
         f"with privacy.rows_cap = {cap} a client with {typical} rows has the weight {typical / cap:.2g}, and rounding "
-        f"moves its coordinates by up to {share:.2g} of their size: set privacy.rows_cap to a usual number of rows"
+        f"moves its coordinates by up to {share:.2g} of their size: set privacy.rows_cap to a usual number of rows",
     )
 
 
@@ -109,8 +108,7 @@ class PrivacyAccount:
         plan, warned = plan_noise(federation, layout, rows, steps * federation.rounds)
         if federation.shown_rows is not None:
             warned += (f"{federation.shown_rows}, which privacy would have kept with their clients",)
-        if coarse := coarse_weights(federation, layout, plan, rows):
-            warned += (coarse,)
+        warned += coarse_weights(federation, layout, plan, rows)
         account = cls(federation, path, plan, clip, steps, unit, warned)
         if plan is None:
             return account

@@ -23,13 +23,10 @@ from strategies.secagg.ring import Sums
 
 @dataclass(frozen=True)
 class RingShard:
-    """The coordinates of the ring vector that are a rank's; without a `partition` all belong to the only rank.
-
-    `live` are the strategy's masks (P,) of whole vectors: the ring leaves frozen coordinates out.
-    """
+    """The coordinates of the ring vector that are a rank's; without a `partition` all belong to the only rank."""
 
     sums: Sums
-    live: Mapping[str, Mask]
+    live: Mapping[str, Mask]  # (P,), of whole vectors: the ring leaves frozen coordinates out
     partition: Partition | None = None
     rank: int = 0
 

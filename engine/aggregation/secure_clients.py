@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from hmac import digest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -19,8 +19,7 @@ from strategies.secagg.masks import Masks
 from strategies.secagg.protocol import Phase, Session
 
 
-@dataclass(frozen=True)
-class Opening:
+class Opening(NamedTuple):
     """A session of `cohort` begins, of which this slot has `units`; `gone` drop out before they answer a phase."""
 
     session: Session
@@ -43,8 +42,7 @@ class Authority:
         return self._secret
 
 
-@dataclass(frozen=True)
-class SecureWork:
+class SecureWork(NamedTuple):
     """What a worker still has to train before it masks its sum; with `fresh` its ring sum begins at zero."""
 
     session: Session
@@ -83,7 +81,7 @@ class SecureClients:
         return [member.shares(listed) for member in self._staying("shares").values()]
 
     def pending(self, inboxes: Mapping[int, messages.Inbox]) -> SecureWork:
-        """Third trip, first part: who of the clients that go on is still to be trained, each once a round."""
+        """Third trip, first part: returns the clients that still have to train, each once a round."""
         assert self._opened is not None
         staying = self._staying("masked input")
         self._members = {client: member for client, member in staying.items() if client in inboxes}
@@ -93,12 +91,12 @@ class SecureClients:
         return SecureWork(self._opened.session, tuple(tuple(unit) for unit in left if unit), not self._reports)
 
     def masks(self, reports: Iterable[Report], inboxes: Mapping[int, messages.Inbox]) -> list[Masks]:
-        """Third trip, second part: notes what became of the pending clients, and gives the masks of all in the sum."""
+        """Third trip, second part: takes the pending clients' reports; returns the masks of all clients in the sum."""
         self._reports |= {report.client: report for report in reports}
         return [self._members[client].masks(inboxes[client]) for client in self._added()]
 
     def answer(self, masked: np.ndarray) -> tuple[list[Report], messages.MaskedSum]:
-        """Third trip, last part: what the slot says. Reports tell no figures and no errors."""
+        """Third trip, last part: returns all reports, without figures and errors, and the masked sum."""
         assert self._opened is not None
         reports = [replace(report, metrics={DOWN: report.metrics[DOWN]}, tried=()) for report in self._reports.values()]
         return reports, messages.MaskedSum(self._added(), masked, self._opened.session.sums.nbytes)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from datasets_partition.sources.location import located, within
 from engine.system.atomic import make_folder, write_file
@@ -20,8 +21,7 @@ class SumRefused(ValueError):
     """A sum must not be unmasked: it could tell what too few clients sent."""
 
 
-@dataclass(frozen=True)
-class Unmasked:
+class Unmasked(NamedTuple):
     """The clients whose sum was asked for in a round, and from which models, by the last round whose sum is in them."""
 
     clients: tuple[int, ...]
