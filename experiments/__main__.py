@@ -8,12 +8,8 @@ import typer
 
 from experiments.cli.commands import COMMANDS
 
-app = typer.Typer(
-    help="Federated post-training of open language models, simulated on Ray.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+SUMMARY = "Federated post-training of open language models, simulated on Ray."
+app = typer.Typer(help=SUMMARY, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in COMMANDS:
     app.command()(command)
 

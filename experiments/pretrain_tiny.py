@@ -2,10 +2,8 @@
 
     python -m experiments.pretrain_tiny --out experiments/models/tiny
 
-The corpus is named, versioned and hashed below. Nothing of it is in the rows of the source `python_docs`: the packages
-are others, and a file that shares a function with those rows is left out.
-Two cores with AVX512-BF16 take about an hour.
-Legend: B windows a step, T tokens a window.
+The packages of the corpus are not those of the source `python_docs`, and a file that shares a function with its rows is
+left out. Two cores with AVX512-BF16 take about an hour. Legend: B windows a step, T tokens a window.
 """
 
 import argparse
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from datasets_partition.sources.python_docs import PythonDocs, documented
@@ -57,10 +56,8 @@ CORPUS = {  # wheel: its sha256; every package's metadata declare a BSD, MIT or 
     "xarray==2026.9.0": "fe349fa871628b1a0a5217af3fe1283a2862d5485156e6eda354fffb81c3bb7c",
     "zarr==3.1.6": "b5a82c5079d1c3d4ee8f06746fa3b9a98a7d804300fa3f4be154362a33e1207e",
 }
-SEED = 20261122
-TOKENS = 14_000_000
-T = 256
-B = 16
+SEED, TOKENS = 20261122, 14_000_000
+T, B = 256, 16
 MUON_LR, ADAM_LR, WARMUP = 4e-3, 3e-3, 100
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -93,24 +90,19 @@ def documents(wheels: list[Path], folder: Path) -> Iterator[str]:
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 4,096 entries; nothing is unknown to it."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    signs: dict[str, Any] = {"special_tokens": [END, PAD], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=4096, show_progress=False, **signs))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=512)
 
 
 def windows(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """All texts with an end token after each, as one stream cut into int64 windows [N, T]."""
     end = tokenizer.convert_tokens_to_ids(END)
-    backend = tokenizer.backend_tokenizer
-    pieces = [[*encoding.ids, end] for encoding in backend.encode_batch(texts)]
-    stream = np.concatenate([np.array(piece, np.int64) for piece in pieces])
+    encodings = tokenizer.backend_tokenizer.encode_batch(texts)
+    stream = np.concatenate([np.array([*encoding.ids, end], np.int64) for encoding in encodings])
     return stream[: len(stream) // T * T].reshape(-1, T)
 
 
@@ -120,40 +112,31 @@ def train(model: LlamaForCausalLM, data_NT: np.ndarray, out: Path) -> dict[str, 
     steps = min(TOKENS // (B * T), len(data_NT) // B)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=ADAM_LR, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
-    ]
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / WARMUP, 1 - s / steps)) for o in optimizers
-    ]
+    muon = torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, lr=ADAM_LR, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
+    schedules = [LambdaLR(each, lambda s: min((s + 1) / WARMUP, 1 - s / steps)) for each in (muon, adam)]
     compiled: Any = torch.compile(model)
 
     def loss_of(window_BT: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            loss: torch.Tensor = compiled(input_ids=window_BT, labels=window_BT, use_cache=False).loss
-            return loss
+            return compiled(input_ids=window_BT, labels=window_BT, use_cache=False).loss  # type: ignore[no-any-return]
 
     started = time.monotonic()
     for step in range(steps):
         loss = loss_of(torch.from_numpy(data_NT[step * B : (step + 1) * B]))
         loss.backward()
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        for optimizer, schedule in zip((muon, adam), schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            seconds = time.monotonic() - started
-            print(f"step {step:5d}/{steps}  loss {loss.item():.3f}  {seconds:6.0f} s", flush=True)
+            print(f"step {step:5d}/{steps}  loss {loss.item():.3f}  {time.monotonic() - started:6.0f} s", flush=True)
         if step % 500 == 499:
             save(model, out)  # what an interrupted night leaves behind is a model too
     with torch.no_grad():
         held_loss = sum(loss_of(torch.from_numpy(held[i : i + B])).item() for i in range(0, 64, B)) / (64 / B)
-    return {
-        "tokens": steps * B * T,
-        "held_out_loss": round(held_loss, 3),
-        "minutes": round((time.monotonic() - started) / 60, 1),
-    }
+    minutes = round((time.monotonic() - started) / 60, 1)
+    return {"tokens": steps * B * T, "held_out_loss": round(held_loss, 3), "minutes": minutes}
 
 
 def save(model: LlamaForCausalLM, out: Path) -> None:
@@ -203,26 +186,16 @@ def main() -> None:
     torch.set_num_threads(2)
     with TemporaryDirectory() as name:
         texts = list(documents(download(Path(name)), Path(name)))
-    order = np.random.Generator(np.random.Philox(SEED)).permutation(len(texts))
-    texts = [texts[i] for i in order]
+    texts = [texts[i] for i in np.random.Generator(np.random.Philox(SEED)).permutation(len(texts))]
     print(f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} million characters", flush=True)
     tokenizer = train_tokenizer(texts[::8])
     data_NT = windows(texts, tokenizer)
     print(f"{data_NT.size / 1e6:.1f} million tokens", flush=True)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
+    sizes: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512}
+    sizes |= {"num_hidden_layers": 6, "num_attention_heads": 6, "max_position_embeddings": 512}
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    ids["pad_token_id"] = tokenizer.pad_token_id
+    model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **sizes, **ids))
     out.mkdir(parents=True, exist_ok=True)
     figures = train(model, data_NT, out)
     save(model, out)

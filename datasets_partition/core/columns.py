@@ -1,7 +1,4 @@
-"""Columns as partitioners read them, and Python values of any kind as columns.
-
-A function that reads a column takes the recipe's key that names it, so that an error can name the key.
-"""
+"""Columns as partitioners read them, with errors that name the recipe's `key`; and Python values as columns."""
 
 import json
 from typing import Any, NamedTuple
@@ -11,15 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import content_columns
+from datasets_partition.core.types import DataError, content_columns
 
 # The canonical column that a column of the source has become (see forms.py).
 KEPT_IN = dict(text="completion", output="completion", instruction="prompt", input="prompt", conversations="messages")
 SHOWN = 160  # letters of a row that an error shows
 WHOLE = 2**53  # up to here floats represent every whole number
-# Raised by Arrow for values or columns without a common type.
-NO_COMMON_TYPE = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
+NO_COMMON_TYPE = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)  # raised by Arrow
 
 
 class Coded(NamedTuple):
@@ -48,14 +43,35 @@ def column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
 
 def keys(table: pa.Table, key: str, name: str) -> Coded:
     """A column of clients, in the order of their names. Raises DataError where it is missing, null or empty."""
-    codes, values = _coded(table, key, name)
-    return _in_order(codes, values.cast(pa.string()), by=values.cast(pa.string()))
+    return labels(table, key, name, by_text=True)
 
 
-def labels(table: pa.Table, key: str, name: str) -> Coded:
-    """A column of labels, in the order of their values: 2 before 10. Raises DataError as `keys` does."""
-    codes, values = _coded(table, key, name)
-    return _in_order(codes, values.cast(pa.string()), by=values)
+def labels(table: pa.Table, key: str, name: str, by_text: bool = False) -> Coded:
+    """A column of labels, in the order of their values, 2 before 10, or of their texts. DataError as in `keys`."""
+    cells = column(table, key, name)
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.cast(cells.type.value_type)
+    if pa.types.is_nested(cells.type):
+        raise DataError(f"{key} names {name!r}, which holds {cells.type}: name text or numbers")
+    encoded = cells.combine_chunks().dictionary_encode()
+    codes = pc.fill_null(encoded.indices, -1).to_numpy()
+    try:
+        names = nan_is_null(encoded.dictionary).cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(
+            f"{key} names {name!r}, which holds {cells.type} that is not all text: "
+            "save the column as UTF-8 text or as numbers, or name another one"
+        ) from None
+    is_empty = np.append(pc.fill_null(pc.equal(names, ""), True).to_numpy(zero_copy_only=False), True)
+    if len(nameless := np.flatnonzero(is_empty[codes])):
+        # Its content names the row: a number would count in the file, and duplicates have been dropped since.
+        (first,) = table.slice(int(nameless[0]), 1).to_pylist()
+        raise DataError(
+            f"{key} names {name!r}, which is null or empty in {len(nameless)} of {table.num_rows} rows: "
+            f"fill it in, or leave those rows out of the source; the first is {str(first)[:SHOWN]}"
+        )
+    order = pc.array_sort_indices(names if by_text else encoded.dictionary)
+    return Coded(np.argsort(order.to_numpy()).astype(np.int32)[codes], names.take(order))
 
 
 def numbers(table: pa.Table, key: str, name: str) -> NDArray[np.float64]:
@@ -101,43 +117,6 @@ def _contents(turns: pa.Array) -> pa.Array:
     return pc.binary_join(pa.LargeListArray.from_arrays(offsets, contents), pa.scalar("\n", pa.large_string()))
 
 
-def _coded(table: pa.Table, key: str, name: str) -> tuple[NDArray[np.int32], pa.Array]:
-    """The number of each row's value, and the values in the order of their first rows."""
-    cells = column(table, key, name)
-    if pa.types.is_dictionary(cells.type):
-        cells = cells.cast(cells.type.value_type)
-    if pa.types.is_nested(cells.type):
-        raise DataError(f"{key} names {name!r}, which holds {cells.type}: name text or numbers")
-    encoded = cells.dictionary_encode().unify_dictionaries()
-    if not encoded.num_chunks:
-        return np.empty(0, np.int32), pa.array([], cells.type)
-    values = encoded.chunk(0).dictionary
-    codes: NDArray[np.int32] = np.concatenate(
-        [pc.fill_null(chunk.indices, -1).to_numpy() for chunk in encoded.chunks], dtype=np.int32
-    )
-    try:
-        names = nan_is_null(values).cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise DataError(
-            f"{key} names {name!r}, which holds {cells.type} that is not all text: "
-            "save the column as UTF-8 text or as numbers, or name another one"
-        ) from None
-    is_empty = np.append(pc.fill_null(pc.equal(names, ""), True).to_numpy(zero_copy_only=False), True)
-    if len(nameless := np.flatnonzero(is_empty[codes])):
-        # Its content names the row: a number would count in the file, and duplicates have been dropped since.
-        (first,) = table.slice(int(nameless[0]), 1).to_pylist()
-        raise DataError(
-            f"{key} names {name!r}, which is null or empty in {len(nameless)} of {table.num_rows} rows: "
-            f"fill it in, or leave those rows out of the source; the first is {str(first)[:SHOWN]}"
-        )
-    return codes, values
-
-
-def _in_order(codes: NDArray[np.int32], values: pa.StringArray, by: pa.Array) -> Coded:
-    order = pc.array_sort_indices(by)
-    return Coded(np.argsort(order.to_numpy()).astype(np.int32)[codes], values.take(order))
-
-
 def array_of(values: list[Any]) -> pa.Array | pa.ChunkedArray:
     """Python values, as in JSON, in the Arrow type that they share; as text if they share none or are objects."""
     try:
@@ -160,6 +139,11 @@ def as_text(value: Any) -> str | None:
 def nan_is_null(values: pa.Array) -> pa.Array:
     """The same values, with null for NaN among floats: pandas writes missing values as NaN."""
     return pc.if_else(pc.is_nan(values), None, values) if pa.types.is_floating(values.type) else values
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values of this type are lists, of any or of one length."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def joined(tables: list[pa.Table]) -> pa.Table:

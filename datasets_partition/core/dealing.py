@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from datasets_partition.core.columns import Coded
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 
 
 def at_least(least: int, **fields: int | None) -> None:

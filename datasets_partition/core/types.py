@@ -1,4 +1,4 @@
-"""The central types: canonical tables, sources and their rows, partitioners and their assignments; checks of all.
+"""The central types: canonical tables, sources and their rows, partitioners and their assignments; checks and errors.
 
 Every source returns a canonical table. It has one format; its content columns say which.
 
@@ -18,8 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-
-from datasets_partition.core.errors import DataError
 
 PROMPT_COMPLETION = "prompt_completion"
 MESSAGES = "messages"
@@ -41,6 +39,12 @@ OnRows = Callable[[int], None]  # called now and then with the number of rows so
 TURN = {(field.name, field.type) for field in TURNS.value_type}
 
 
+class DataError(ValueError):
+    """Says in one sentence what is wrong with rows, a source or a partition and what works instead."""
+
+    exit_code = 2  # of the command, as for wrong usage
+
+
 def format_of(table: pa.Table) -> str:
     """The format of a canonical table, a key of COLUMNS. Raises DataError if its columns make none."""
     names = set(table.column_names)
@@ -50,9 +54,7 @@ def format_of(table: pa.Table) -> str:
         if names.issuperset(columns):
             return name
     known = "; ".join(", ".join(columns) for columns in COLUMNS.values())
-    raise DataError(
-        f"the source gives the columns {', '.join(table.column_names)}, which make no format: the formats are {known}"
-    )
+    raise DataError(f"the source gives the columns {', '.join(table.column_names)}, which make no format: give {known}")
 
 
 def content_columns(table: pa.Table) -> tuple[str, ...]:
@@ -96,9 +98,7 @@ def refuse_other_rows(given: object, source: object) -> None:
         if not (is_turns or pa.types.is_string(kind) or pa.types.is_large_string(kind) or name == "label"):
             raise DataError(f"{named} gives {kind} as its {name}, which must hold text or turns of role and content")
         if nulls := sum(part.null_count for part in parts):
-            raise DataError(
-                f"{named} gives {nulls} nulls in its {name}: leave such rows out, and count them in skipped"
-            )
+            raise DataError(f"{named} gives {nulls} nulls in its {name}: leave such rows out and count them in skipped")
 
 
 def refuse_misfit(given: object, rows: int, partitioner: object) -> None:
@@ -131,11 +131,9 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """A text that changes when the rows change although this section does not; it makes another store."""
-        ...
 
     def load(self) -> Rows:
         """All rows, in a fixed order. Raises DataError for what a user can correct."""
-        ...
 
 
 class Partitioner(Protocol):
@@ -143,4 +141,3 @@ class Partitioner(Protocol):
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """The client of each row; the same on any machine. Raises DataError for what a user can correct."""
-        ...

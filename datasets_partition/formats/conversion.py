@@ -9,34 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datasets_partition.core.columns import array_of, as_text, joined, nan_is_null
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import (
-    COLUMNS,
-    TURNS,
-    UNPAIRED_PREFERENCE,
-    OnRows,
-    Rows,
-    content_columns,
-    format_of,
-    ignore,
-)
-from datasets_partition.formats.forms import (
-    BESIDE_TURNS,
-    EXPECTED,
-    NAMES,
-    BadRow,
-    Form,
-    OnBadRow,
-    Row,
-    form_of,
-    kind_of,
-)
+from datasets_partition.core.columns import array_of, as_text, is_list, joined, nan_is_null
+from datasets_partition.core.types import COLUMNS, TURNS, DataError, OnRows, Rows, content_columns, format_of, ignore
+from datasets_partition.formats.forms import BESIDE_TURNS, NAMES, BadRow, Form, OnBadRow, Row, form_of, kind_of
 
 # Rows converted at once: few enough for the 2 GiB of text in one Arrow array, many enough for Arrow to pay off.
 ROWS_PER_BATCH = 16384
-
 Faults = dict[int, BadRow]  # by the row's position in its batch
+EXPECTED = (
+    "text; messages; prompt and completion; prompt, chosen and rejected; "
+    "instruction and output; conversations; or prompt alone"
+)
 # Other columns of these names would make a table look like one of another format.
 RESERVED = frozenset[str]().union(*COLUMNS.values()) - {"label"}
 
@@ -44,8 +27,8 @@ RESERVED = frozenset[str]().union(*COLUMNS.values()) - {"label"}
 class Conversion:
     """Collects a source's rows, batch by batch; `rows` returns them as one table of one format, the first good row's.
 
-    `columns` gives the file's name of a form's column, or of `client`: {"prompt": "question"}. Bad rows raise
-    DataError, or are left out and counted by their reasons, as `on_bad_row` says.
+    `columns` maps a form's columns, or `client`, to the file's: {"prompt": "question"}. `on_bad_row` says whether a bad
+    row raises DataError, or is left out and counted by its reason.
     """
 
     def __init__(self, columns: dict[str, str], on_bad_row: OnBadRow, on_rows: OnRows = ignore) -> None:
@@ -61,7 +44,6 @@ class Conversion:
         self.skipped: Counter[str] = Counter()
         self.first: tuple[str, bool, bool] | None = None  # its format, whether it holds turns, whether it has a client
         self.tables: list[pa.Table] = []
-        self.kept = 0
 
     def add_batch(
         self, batch: pa.RecordBatch, file: str, numbers: Sequence[int], unit: str, known: Faults | None = None
@@ -80,16 +62,16 @@ class Conversion:
             )
         content = _content_of(batch, form, file)
         owned = "client" in batch.schema.names
-        if form.flat and not any(_is_list(values.type) for values in content.columns):
-            required = [name for name in content.schema.names if name in (*form.needs, "label")]
-            faults = _faults_of(batch, required) | (known or {})
+        flat = None if any(is_list(values.type) for values in content.columns) else form.flat
+        required = {*form.needs, "label"} if flat else {"label"}
+        faults = _faults_of(batch, [name for name in content.schema.names if name in required]) | (known or {})
+        if flat:
             good = _without(content, faults)
-            table = pa.table(form.flat({name: good[name] for name in good.schema.names}))
+            table = pa.table(flat({name: good[name] for name in good.schema.names}))
             if table.num_rows and (fault := self._other(format_of(table), False, owned)):
                 faults = dict.fromkeys(range(len(batch)), fault) | faults
                 table = table.slice(0, 0)
         else:
-            faults = _faults_of(batch, ["label"] if "label" in content.schema.names else []) | (known or {})
             table = self._row_by_row(content, form, owned, faults)
         for position, fault in sorted(faults.items()):
             self._refuse(f"{file} {unit} {numbers[position]}", fault)
@@ -156,12 +138,11 @@ class Conversion:
     def _split(self, row: Row) -> tuple[Row, Row]:
         """A row's content, and its other columns."""
         original = row
-        if self.columns:
-            if missing := [theirs for theirs in self.columns.values() if theirs not in row]:
-                raise BadRow(f"has no column {missing[0]!r}, which data.source.columns names", _has(original))
-            mapped = {*self.columns, *self.columns.values()}
-            row = {name: value for name, value in row.items() if name not in mapped}
-            row |= {name: original[theirs] for name, theirs in self.columns.items()}
+        if missing := [theirs for theirs in self.columns.values() if theirs not in row]:
+            raise BadRow(f"has no column {missing[0]!r}, which data.source.columns names", _has(row))
+        mapped = {*self.columns, *self.columns.values()}
+        row = {name: value for name, value in row.items() if name not in mapped}
+        row |= {name: original[theirs] for name, theirs in self.columns.items()}
         form = form_of(frozenset(row), frozenset(self.columns))
         if form is None:
             raise BadRow("fits no format", f"{_has(original)}; it needs {EXPECTED}")
@@ -193,11 +174,10 @@ class Conversion:
             return
         table = pa.table({name: part[name] for part in (content, others) for name in part.column_names})
         # Beside a prompt and a completion a boolean label would mean an unpaired preference.
-        if "label" in others.column_names and format_of(table) == UNPAIRED_PREFERENCE:
+        if "label" in others.column_names and "label" in content_columns(table):
             table = table.set_column(table.column_names.index("label"), "label", table["label"].cast(pa.string()))
         self.tables.append(table)
-        self.kept += table.num_rows
-        self.on_rows(self.kept)
+        self.on_rows(sum(table.num_rows for table in self.tables))
 
 
 def _others(names: list[str], form: Form, content: list[str]) -> list[str]:
@@ -271,17 +251,13 @@ def _content_of(batch: pa.RecordBatch, form: Form, file: str) -> pa.RecordBatch:
     columns = []
     for name in known:
         kind = batch[name].type
-        if not (pa.types.is_string(kind) or pa.types.is_null(kind) or _is_list(kind) or name == "label"):
+        if not (pa.types.is_string(kind) or pa.types.is_null(kind) or is_list(kind) or name == "label"):
             raise DataError(
                 f"{file} has {kind} in its column {name}, which must hold text or turns: convert it, or name another "
                 f"column in data.source.columns"
             )
         columns.append(batch[name].cast(pa.string()) if pa.types.is_null(kind) else batch[name])
     return pa.RecordBatch.from_arrays(columns, names=known)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _with_owner(batch: pa.RecordBatch, file: str) -> pa.RecordBatch:
@@ -313,8 +289,7 @@ def _faults_of(batch: pa.RecordBatch, required: list[str]) -> Faults:
         nameless = pc.fill_null(pc.equal(batch["client"], ""), True)
         faults = _where(nameless, BadRow("has a null or empty client")) | faults
     for name in required:
-        if batch[name].null_count:
-            faults = _where(batch[name].is_null(), BadRow(f"has a null {name}")) | faults
+        faults = _where(batch[name].is_null(), BadRow(f"has a null {name}")) | faults
     return faults
 
 

@@ -1,7 +1,4 @@
-"""The forms in which users keep rows, as TRL, Alpaca and ShareGPT name them, and the canonical format of each.
-
-Forms of plain text convert whole Arrow columns too, so that millions of rows take seconds; both give the same rows.
-"""
+"""The forms in which users keep rows, as TRL, Alpaca and ShareGPT name them, and the canonical format of each."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -96,7 +93,7 @@ def shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 class Form(NamedTuple):
     """A way to keep a row: the columns that it needs, those that it may have, and the conversions.
 
-    `row` raises BadRow. `flat` takes columns of text without nulls. A row with a column of `without` has not this form.
+    `row` raises BadRow; `flat` converts columns of text without nulls. Rows of this form have no column of `without`.
     """
 
     needs: tuple[str, ...]
@@ -198,19 +195,14 @@ FORMS = (
     Form(("text",), _text_row, _text_flat, without=PAIR),
     Form(("prompt",), _prompt_row, dict, without=frozenset(["text", "chosen", "rejected", *ALPACA_COLUMNS])),
 )
-FORM_COLUMNS = frozenset[str]().union(*(form.needs for form in FORMS))
 # The keys that data.source.columns takes.
 NAMES = (*dict.fromkeys(name for form in FORMS for name in (*form.needs, *form.optional)), "client")
-EXPECTED = (
-    "text; messages; prompt and completion; prompt, chosen and rejected; "
-    "instruction and output; conversations; or prompt alone"
-)
 
 
 @lru_cache(maxsize=1024)
 def form_of(names: frozenset[str], mapped: frozenset[str]) -> Form | None:
     """The form of a row with the columns `names`, if any; columns that the user has `mapped` decide between several."""
-    decided = mapped & FORM_COLUMNS
+    decided = mapped & {name for form in FORMS for name in form.needs}
     for form in FORMS:
         if names.issuperset(form.needs) and decided.issubset(form.needs) and (decided or not form.without & names):
             return form

@@ -9,13 +9,10 @@ from numpy.typing import NDArray
 
 from datasets_partition.core import dealing, draws
 from datasets_partition.core.columns import Coded, labels
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Assignment
+from datasets_partition.core.types import Assignment, DataError
 
-# More tries are not worth their time: a try over a million clients takes seconds.
-TRIES = 20
-# Random numbers in one block of clients, so that memory does not grow with clients times labels.
-BLOCK = 1 << 22
+TRIES = 20  # more are not worth their time: a try over a million clients takes seconds
+BLOCK = 1 << 22  # random numbers in one block of clients: memory does not grow with clients times labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +42,7 @@ class Shards:
         """Raises DataError if a row has no label, or there are fewer shards than asked for."""
         coded = labels(table, "data.partition.label", self.label)
         dealing.enough_rows(self.clients, table.num_rows)
-        size, shards, counts = self._cut(table.num_rows)
-        order, _ = dealing.by_label(coded, rng)
-        owners = np.full(shards + 1, -1, np.int32)  # the last is for the rows that fill no shard
-        owners[rng.permutation(shards)[: counts.sum()]] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        clients = dealing.placed(order, owners[np.minimum(np.arange(table.num_rows) // size, shards)])
-        return Assignment(clients, dealing.numbered(self.clients), category=coded.texts())
-
-    def _cut(self, rows: int) -> tuple[int, int, NDArray[np.int64]]:
-        """The rows of a shard, how many shards there are, and how many each client gets."""
-        wanted = self.clients * (self.shards or 1)
+        wanted, rows = self.clients * (self.shards or 1), table.num_rows
         size = self.shard_rows or max(rows // wanted, 1)
         shards = -(-rows // size) if self.keep_rest else rows // size
         if shards < wanted:
@@ -63,7 +51,12 @@ class Shards:
                 f"but {rows} distinct rows make only {shards} of {size} rows: ask for fewer clients or shards, "
                 "or for smaller ones"
             )
-        return size, shards, dealing.even(shards if self.shards is None else wanted, self.clients)
+        counts = dealing.even(shards if self.shards is None else wanted, self.clients)
+        order, _ = dealing.by_label(coded, rng)
+        owners = np.full(shards + 1, -1, np.int32)  # the last is for the rows that fill no shard
+        owners[rng.permutation(shards)[: counts.sum()]] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        clients = dealing.placed(order, owners[np.minimum(np.arange(rows) // size, shards)])
+        return Assignment(clients, dealing.numbered(self.clients), category=coded.texts())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +88,6 @@ class Pathological:
             )
         order, label_rows = dealing.by_label(coded, rng)
         chosen = self._chosen(len(label_rows), rng)
-
         # A part for each label of each client, label after label.
         by_part_label = np.argsort(chosen.ravel(), kind="stable")
         part_label = chosen.ravel()[by_part_label]
@@ -120,8 +112,7 @@ class Pathological:
             return (np.arange(self.clients)[:, None] + np.arange(self.classes)) % values
         blocks = []
         step = max(BLOCK // values, 1)
-        for first in range(0, self.clients, step):
-            clients = np.arange(first, min(first + step, self.clients))
+        for clients in np.split(np.arange(self.clients), range(step, self.clients, step)):
             drawn = rng.random((len(clients), values))
             if self.mode == "first_deterministic":
                 drawn[np.arange(len(clients)), clients % values] = -1.0
@@ -148,9 +139,7 @@ class Distribution:
             raise DataError("data.partition.shares has lists of different lengths: give one share a client for each")
         for value, row in self.shares.items():
             if not all(0 <= share < float("inf") for share in row) or not any(row):
-                raise DataError(
-                    f"data.partition.shares of {value!r} is {list(row)}: give numbers from 0 up, and one above 0"
-                )
+                raise DataError(f"data.partition.shares of {value!r} is {list(row)}: give none below 0 and one above 0")
         for client, shares in enumerate(zip(*self.shares.values(), strict=True)):
             if not any(shares):
                 raise DataError(f"data.partition.shares gives client {client} nothing: give it a share, or take it out")
@@ -189,8 +178,8 @@ class Dirichlet:
     A small `alpha` gives a label to few clients; several numbers are one for each client, whose share grows with its
     number. With `balanced`, clients with more rows than the mean get none of the labels that follow. Proportions are
     drawn again until each client has `min_rows` rows; with `min_rows = 0` a client without rows is left out.
-    Yurochkin et al. 2019 (arXiv 1905.12022, section 4) and flwr-datasets' DirichletPartitioner, which rounds each cut
-    down and so favors the last client; here the cuts are unbiased.
+    Yurochkin et al. 2019 (arXiv 1905.12022, section 4). Cuts are unbiased; flwr-datasets' DirichletPartitioner rounds
+    each down and so favors the last client.
     """
 
     kind: Literal["dirichlet"] = "dirichlet"
@@ -278,12 +267,10 @@ class InnerDirichlet:
         logs = draws.log_gamma(rng, self.alpha, len(sizes) * len(label_rows)).reshape(len(sizes), -1)
         turns = _turns(sizes, rng)
         drawn = _drawn(logs, label_rows, turns, rng)
-
         clients = np.full(table.num_rows, -1, np.int32)
-        by_drawn = np.argsort(drawn, kind="stable")
         taken = np.bincount(drawn, minlength=len(label_rows))
         starts = np.cumsum(label_rows) - label_rows
-        clients[order[np.repeat(starts, taken) + dealing.positions(taken)]] = turns[by_drawn]
+        clients[order[np.repeat(starts, taken) + dealing.positions(taken)]] = turns[np.argsort(drawn, kind="stable")]
         return Assignment(clients, dealing.numbered(len(sizes)), category=coded.texts())
 
 

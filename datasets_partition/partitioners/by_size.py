@@ -9,8 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from datasets_partition.core import dealing, draws
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Assignment
+from datasets_partition.core.types import Assignment, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +45,10 @@ class SizeCap:
 
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Cuts the table, or draws from it."""
-        rows, order = table.num_rows, np.arange(table.num_rows)
-        if self.surplus == "split":
-            counts = dealing.even(rows, -(-rows // self.rows))
-            return Assignment(dealing.dealt(order, counts), dealing.numbered(len(counts)))
-        order = rng.permutation(rows) if rows > self.rows else order
-        return Assignment(dealing.dealt(order, np.array([min(rows, self.rows)])), dealing.numbered(1))
+        rows, drops = table.num_rows, self.surplus == "drop"
+        order = rng.permutation(rows) if drops and rows > self.rows else np.arange(rows)
+        counts = np.array([min(rows, self.rows)]) if drops else dealing.even(rows, -(-rows // self.rows))
+        return Assignment(dealing.dealt(order, counts), dealing.numbered(len(counts)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +56,8 @@ class BySize:
     """Rows dealt at random to clients whose sizes follow `law`, or are `sizes`; rows beyond these are nobody's.
 
     Client i of 1, 2, ... has a share like i (linear), i^2 (square) or e^i (exponential), rounded down, the last also
-    the rest: flwr-datasets' LinearPartitioner, SquarePartitioner and ExponentialPartitioner, or SizePartitioner. With
-    lognormal, each client has one row and a share of the others like exp(`sigma` x), x standard normal; with dirichlet,
-    shares drawn from Dirichlet(`alpha`).
+    the rest: flwr-datasets' LinearPartitioner, SquarePartitioner and ExponentialPartitioner, or SizePartitioner. Others
+    give a row to each, then shares like exp(`sigma` x), x standard normal (lognormal), or from Dirichlet(`alpha`).
     """
 
     kind: Literal["size"] = "size"

@@ -8,20 +8,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from datasets_partition.core.columns import Coded, column, texts
+from datasets_partition.core.columns import Coded, column, is_list, texts
 from datasets_partition.core.dealing import above_zero, at_least, enough_rows, numbered, text_columns
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Assignment
+from datasets_partition.core.types import Assignment, DataError
 from datasets_partition.partitioners.by_label import Dirichlet
 
 # Topics are computed from at most SAMPLE rows; the others go to the nearest topic, BLOCK rows at a time.
-SAMPLE = 1 << 15
-BLOCK = 1 << 16
+SAMPLE, BLOCK = 1 << 15, 1 << 16
 # Words are reduced to a few dimensions: among thousands, of which a short text has few, topics are less even.
 # (Mini-batch k-means sometimes leaves nearly all short texts in one topic.)
 DIMENSIONS = 64
-# With a larger share of the rows in one topic there is no skew to create.
-LARGEST = 0.9
+LARGEST = 0.9  # with a larger share of the rows in one topic there is no skew to create
 WORDS, LETTERS = 3, 12  # words in a topic's name, and letters of each
 
 
@@ -59,8 +56,8 @@ class ByTopic:
                 f"ask for {table.num_rows} topics or fewer"
             )
         enough_rows(self.clients, table.num_rows, self.min_rows)  # before k-means, which takes long
-        codes, names = self._clustered(table, rng)
-        largest = int(np.bincount(codes).max(initial=0))
+        topics = self._clustered(table, rng)
+        largest = int(np.bincount(topics.codes).max(initial=0))
         if self.topics > 1 and largest > LARGEST * table.num_rows:
             raise DataError(
                 f"data.partition finds one topic with {largest} of {table.num_rows} rows among {self.topics}, which is "
@@ -70,14 +67,14 @@ class ByTopic:
         law = Dirichlet(
             label="topic", clients=self.clients, alpha=self.alpha, min_rows=self.min_rows, balanced=self.balanced
         )
-        return law.divide(Coded(codes, names), rng)
+        return law.divide(topics, rng)
 
-    def _clustered(self, table: pa.Table, rng: np.random.Generator) -> tuple[NDArray[np.int32], pa.StringArray]:
-        """The topic of each row, and the topics' names."""
+    def _clustered(self, table: pa.Table, rng: np.random.Generator) -> Coded:
         try:
             from sklearn.cluster import KMeans
             from sklearn.decomposition import TruncatedSVD
-            from sklearn.preprocessing import normalize
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import Normalizer
             from threadpoolctl import threadpool_limits
         except ImportError:
             raise DataError(
@@ -90,18 +87,13 @@ class ByTopic:
         sample = vectors if rows <= size else vectors[np.sort(rng.permutation(rows)[:size])]
         # One thread: several would add numbers in the order in which they happen to finish.
         with threadpool_limits(limits=1):
-            svd = None
-            if words is not None and min(sample.shape) > DIMENSIONS:
-                svd = TruncatedSVD(DIMENSIONS, random_state=seed).fit(sample)
-
-            def reduced(some: Any) -> Any:
-                return some if svd is None else normalize(svd.transform(some))
-
-            means = KMeans(self.topics, random_state=seed, n_init=3).fit(reduced(sample))
-            blocks = [means.predict(reduced(vectors[first : first + BLOCK])) for first in range(0, rows, BLOCK)]
+            is_wide = words is not None and min(sample.shape) > DIMENSIONS
+            reduction = [TruncatedSVD(DIMENSIONS, random_state=seed), Normalizer()] if is_wide else []
+            means = make_pipeline(*reduction, KMeans(self.topics, random_state=seed, n_init=3)).fit(sample)
+            blocks = [means.predict(vectors[first : first + BLOCK]) for first in range(0, rows, BLOCK)]
         clusters: NDArray[np.int32] = np.concatenate(blocks).astype(np.int32)
         names = numbered(self.topics)
-        return clusters, names if words is None else _described(names, clusters, vectors, words)
+        return Coded(clusters, names if words is None else _described(names, clusters, vectors, words))
 
     def _tf_idf(self, table: pa.Table) -> tuple[Any, list[str]]:
         """The rows' vectors (rows, features), sparse; and the features, which are words."""
@@ -133,10 +125,9 @@ def _described(numbers: pa.StringArray, codes: NDArray[np.int32], vectors: Any, 
 def embedded(table: pa.Table, name: str) -> NDArray[np.float32]:
     """A column of lists of numbers of one length, as a matrix. Raises DataError where it holds anything else."""
     lists = column(table, "data.partition.embedding", name)
-    kind = lists.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+    if not is_list(lists.type):
         raise DataError(
-            f"data.partition.embedding names {name!r}, which holds {kind}: name a column of lists of numbers"
+            f"data.partition.embedding names {name!r}, which holds {lists.type}: name a column of lists of numbers"
         )
     lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
     if len(lengths) != 1 or not lengths[0]:

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from datasets_partition.core.dealing import joined, positions
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Assignment, Partitioner
+from datasets_partition.core.types import Assignment, DataError, Partitioner
 from datasets_partition.partitioners.by_label import Dirichlet, Distribution, InnerDirichlet, Pathological, Shards
 from datasets_partition.partitioners.by_size import BySize, Iid, SizeCap
 from datasets_partition.partitioners.by_topic import ByTopic
@@ -43,10 +42,8 @@ class Combined:
         owned = np.lexsort((order, first.clients))[counts[0] :]  # the first rows are nobody's
         if isinstance(self.then, SizeCap):
             return _capped(first, owned, counts[1:], self.then, rng)
-
-        clients = np.full(table.num_rows, -1, np.int32)
+        clients, known = np.full(table.num_rows, -1, np.int32), 0
         parts: list[Assignment] = []
-        known = 0
         for number, rows in enumerate(np.split(owned, np.cumsum(counts[1:])[:-1])):
             client = f"for the client {first.names[number].as_py()!r} of data.partition.first: "
             with _renamed_keys("data.partition.then", client):
@@ -54,7 +51,6 @@ class Combined:
             clients[rows] = np.where(part.clients < 0, -1, part.clients + known)
             parts.append(part)
             known += len(part.names)
-
         category, ranks = first.category, first.order
         if parts[0].category is not None:
             place = np.full(table.num_rows, -1)

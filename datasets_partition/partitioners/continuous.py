@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from datasets_partition.core import draws
 from datasets_partition.core.columns import numbers, texts
 from datasets_partition.core.dealing import at_least, dealt, enough_rows, even, numbered, text_columns
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Assignment
+from datasets_partition.core.types import Assignment, DataError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from datasets_partition.core.columns import Coded, column, keys
+from datasets_partition.core.columns import column, keys
 from datasets_partition.core.dealing import at_least, even, joined, numbered, positions
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Assignment
+from datasets_partition.core.types import Assignment, DataError
 
 # What a column of text may hold, tried in this order: numbers, or ISO dates and times, without or with a time zone.
 FORMS = (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC"))
@@ -53,10 +52,18 @@ class GroupedNatural:
     def assign(self, table: pa.Table, rng: np.random.Generator) -> Assignment:
         """Uses no randomness. Raises DataError for rows without a key, too few keys, or parts of the same name."""
         coded = keys(table, "data.partition.key", self.key)
-        if self.max_rows is not None:
-            return _split(coded, self.max_rows)
-        group = self._groups(len(coded.values))
-        return Assignment(group[coded.codes], numbered(int(group.max()) + 1))
+        if self.max_rows is None:
+            group = self._groups(len(coded.values))
+            return Assignment(group[coded.codes], numbered(int(group.max()) + 1))
+        rows = np.bincount(coded.codes, minlength=len(coded.values))
+        parts = -(-rows // self.max_rows)
+        # Row i of n in m parts goes to the part floor(i m / n), which makes the parts even.
+        part = positions(rows) * np.repeat(parts, rows) // np.repeat(rows, rows)
+        clients = np.empty(table.num_rows, np.int32)
+        clients[np.argsort(coded.codes, kind="stable")] = np.repeat(np.cumsum(parts) - parts, rows) + part
+        owners = np.repeat(np.arange(len(parts)), parts)
+        names = joined(coded.values, owners, pa.array(positions(parts)).cast(pa.string()))
+        return Assignment(clients, names, people=coded.values.take(pa.array(owners)))
 
     def _groups(self, values: int) -> NDArray[np.int32]:
         """The group of each key, -1 for those that are dropped."""
@@ -73,20 +80,6 @@ class GroupedNatural:
         if self.rest == "drop":
             groups[groups == whole] = -1
         return groups
-
-
-def _split(coded: Coded, max_rows: int) -> Assignment:
-    """A client for each value, or several for a value with more than `max_rows` rows."""
-    rows = np.bincount(coded.codes, minlength=len(coded.values))
-    parts = -(-rows // max_rows)
-    order = np.argsort(coded.codes, kind="stable")
-    # Row i of n in m parts goes to the part floor(i m / n), which makes the parts even.
-    part = positions(rows) * np.repeat(parts, rows) // np.repeat(rows, rows)
-    clients = np.empty(len(order), np.int32)
-    clients[order] = np.repeat(np.cumsum(parts) - parts, rows) + part
-    owners = np.repeat(np.arange(len(parts)), parts)
-    names = joined(coded.values, owners, pa.array(positions(parts)).cast(pa.string()))
-    return Assignment(clients, names, people=coded.values.take(pa.array(owners)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import OnRows, Rows, ignore
+from datasets_partition.core.types import DataError, OnRows, Rows, ignore
 from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion, Faults
 from datasets_partition.formats.forms import BadRow, OnBadRow
 from datasets_partition.sources.location import SourceFile, fingerprint, source_files
@@ -30,10 +29,7 @@ TRUE, FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """The rows of one file, or of a folder of files with the right endings.
-
-    `columns` gives a column's name in the file: {prompt = "question"}.
-    """
+    """The rows of a file, or of a folder's files; `columns` gives a column's name there: {prompt = "question"}."""
 
     kind: str
     path: str
@@ -88,8 +84,7 @@ def _parsed(line: bytes) -> dict[str, Any] | BadRow:
         return BadRow("is not UTF-8", f"{error.reason}; save the file as UTF-8")
     except json.JSONDecodeError as error:
         where = f"at character {error.colno}" if error.lineno == 1 else "at its end"
-        detail = f"{error.msg} {where}; each line must be one whole row, as jq -c writes it"
-        return BadRow("is not JSON", detail)
+        return BadRow("is not JSON", f"{error.msg} {where}; each line must be one whole row, as jq -c writes it")
     except (ValueError, RecursionError) as error:
         return BadRow("is not JSON", f"{error}; each line must be one whole row")
     return row if isinstance(row, dict) else BadRow("is not a JSON object")
@@ -135,10 +130,15 @@ class CsvFiles(Files):
         label = self.columns.get("label", "" if "label" in self.columns.values() else "label")
         for file in files:
             parts = list(_csv_parts(file))
-            is_boolean = _is_boolean([batch[label] for batch, *_ in parts if batch.schema.names.count(label) == 1])
+            labels = [batch[label] for batch, *_ in parts if batch.schema.names.count(label) == 1]
+            values = set(pc.unique(pa.chunked_array(labels, pa.string())).to_pylist()) - {""}
+            is_boolean = values and values.issubset({*TRUE, *FALSE})
             for batch, lines, faults in parts:
-                typed = _with_boolean(batch, label) if is_boolean else batch
-                conversion.add_batch(typed, file.name, lines, "line", faults)
+                if is_boolean:
+                    text, null = batch[label], pa.scalar(None, pa.bool_())
+                    boolean = pc.if_else(pc.equal(text, ""), null, pc.is_in(text, pa.array(TRUE)))
+                    batch = batch.set_column(batch.schema.get_field_index(label), label, boolean)
+                conversion.add_batch(batch, file.name, lines, "line", faults)
 
 
 def _csv_parts(file: SourceFile) -> Iterator[tuple[pa.RecordBatch, list[int], Faults]]:
@@ -173,38 +173,21 @@ def _records(file: SourceFile) -> Iterator[tuple[int, list[str] | BadRow]]:
     csv.field_size_limit(FIELD_BYTES)
     with file.buffered() as stream:
         reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline=""), strict=True)
-        while True:
+        record: list[str] | BadRow | None = []
+        while record is not None:
             line = reader.line_num + 1
             try:
-                values = next(reader)
-            except StopIteration:
-                return
+                record = next(reader, None)
             except csv.Error as error:
-                yield line, BadRow("is not CSV", f"{error}; a quote within quotes is written twice")
-            else:
-                if values:
-                    yield line, values
+                record = BadRow("is not CSV", f"{error}; a quote within quotes is written twice")
+            if record:
+                yield line, record
 
 
 def _is_text(values: list[str]) -> bool:
     """Whether all bytes were UTF-8: others have been read as halves of surrogate pairs, which do not encode."""
-    try:
-        "".join(values).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _is_boolean(labels: list[pa.Array]) -> bool:
-    """Whether all values that are not empty are true or false, and there are some."""
-    values = set[str]().union(*(pc.unique(part).to_pylist() for part in labels)) - {""}
-    return bool(values) and values.issubset({*TRUE, *FALSE})
-
-
-def _with_boolean(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
-    values = batch[name]
-    boolean = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.bool_()), pc.is_in(values, pa.array(TRUE)))
-    return batch.set_column(batch.schema.get_field_index(name), name, boolean)
+    text = "".join(values)
+    return text.encode(errors="ignore").decode() == text
 
 
 @dataclass(frozen=True, kw_only=True)

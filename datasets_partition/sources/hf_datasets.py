@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import OnRows, Rows, ignore
+from datasets_partition.core.types import DataError, OnRows, Rows, ignore
 from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion
 from datasets_partition.formats.forms import OnBadRow
 from datasets_partition.sources.location import SourceFile, fingerprint, first_line, is_local, source_files

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 
 
 def located(location: str) -> tuple[fs.FileSystem, str]:
@@ -90,19 +89,13 @@ class SourceFile:
             raise DataError(f"{self.name} is not a whole {kind} file ({first_line(error)}): {remedy} again") from None
 
     @contextmanager
-    def unpacked(self) -> Iterator[Any]:
-        """Like `opened`, and decompressed if the name ends in .gz, or the content is gzip's whatever the name."""
-        with self.opened() as stream:
+    def buffered(self) -> Iterator[io.BufferedReader]:
+        """Like `opened`, for lines of text; decompressed if name or content is gzip's. Raises DataError for Parquet."""
+        errors = gzip.BadGzipFile, EOFError, zlib.error
+        with self.opened() as stream, self.whole("gzip", "fetch or compress it", *errors):
             is_packed = stream.read(2) == b"\x1f\x8b" or self.path.lower().endswith(".gz")
             stream.seek(0)
-            with self.whole("gzip", "fetch or compress it", gzip.BadGzipFile, EOFError, zlib.error):
-                yield gzip.GzipFile(fileobj=stream) if is_packed else stream
-
-    @contextmanager
-    def buffered(self) -> Iterator[io.BufferedReader]:
-        """Like `unpacked`, for lines of text. Raises DataError for a Parquet file."""
-        with self.unpacked() as stream:
-            lines = io.BufferedReader(stream, 2**20)
+            lines = io.BufferedReader(gzip.GzipFile(fileobj=stream) if is_packed else stream, 2**20)
             if lines.peek(4).startswith(b"PAR1"):
                 raise DataError(f'{self.name} is a Parquet file: read it with data.source.kind = "parquet"')
             yield lines

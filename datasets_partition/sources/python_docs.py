@@ -13,8 +13,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import OnRows, Rows, ignore
+from datasets_partition.core.types import DataError, OnRows, Rows, ignore
 
 SCHEMA = pa.schema([("client", pa.string()), ("prompt", pa.string()), ("completion", pa.string())])
 
@@ -38,16 +37,14 @@ class PythonDocs:
 
     def fingerprint(self) -> str:
         """The versions of Python and of the packages."""
-        versions = [f"python=={platform.python_version()}"]
-        for package in self.packages:
-            try:
-                versions.append(f"{package}=={version(package)}")
-            except PackageNotFoundError:
-                raise DataError(
-                    f"data.source.packages names {package!r}, which is not installed: "
-                    f"install it or take it out of the list"
-                ) from None
-        return " ".join(versions)
+        try:
+            versions = [f"{package}=={version(package)}" for package in self.packages]
+        except PackageNotFoundError as error:
+            raise DataError(
+                f"data.source.packages names {error.name!r}, which is not installed: "
+                "install it or take it out of the list"
+            ) from None
+        return " ".join([f"python=={platform.python_version()}", *versions])
 
     def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows, with `client`, `prompt` and `completion`, in a fixed order, each content once."""
@@ -82,16 +79,12 @@ def documented(path: Path, prompt_chars: int) -> Iterator[tuple[str, str]]:
         return  # broken on purpose, or not UTF-8: such files exist in installed packages
     lines = text.split("\n")  # as `ast` counts them: not at form feeds
     nodes = [node for node in ast.walk(tree) if isinstance(node, Definition) and ast.get_docstring(node) is not None]
-    # A prompt holds no docstring: a method's is another row's completion. A docstring on the signature's line cannot be
-    # cut out, and makes no row either.
-    hidden: set[int] = set()
-    for node in nodes:
-        lines_of = _lines(node.body[0])
-        if lines_of.start != node.lineno:
-            hidden.update(lines_of)
+    # Prompts hold no docstring: a method's completes another row. One on its signature's line cannot be cut out.
+    nodes = [node for node in nodes if node.body[0].lineno != node.lineno]
+    hidden = {number for node in nodes for number in _lines(node.body[0])}
     for node in nodes:
         paragraph = " ".join((ast.get_docstring(node) or "").strip().split("\n\n")[0].split())
-        if not paragraph or node.body[0].lineno == node.lineno:
+        if not paragraph:
             continue
         kept = [lines[number - 1] for number in _lines(node) if number not in hidden]
         indent = node.col_offset
@@ -103,5 +96,4 @@ def documented(path: Path, prompt_chars: int) -> Iterator[tuple[str, str]]:
 
 def _lines(node: ast.stmt) -> range:
     """The lines of a piece of code, from 1."""
-    assert node.end_lineno is not None
-    return range(node.lineno, node.end_lineno + 1)
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)

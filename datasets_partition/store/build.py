@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,19 +12,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from datasets_partition import Sources
 from datasets_partition.core.columns import labels
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Partitioner, Source, content_columns, refuse_misfit, refuse_other_rows
+from datasets_partition.core.types import (
+    DataError,
+    Partitioner,
+    Source,
+    content_columns,
+    refuse_misfit,
+    refuse_other_rows,
+)
 from datasets_partition.partitioners.combined import Combined, parts_of, unit_of
 from datasets_partition.sources.location import is_local, node_cache, within
 from datasets_partition.store import sealed
 from datasets_partition.store.splits import Splits, content_numbers, first_of_each, refuse_leaks
 from datasets_partition.store.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, write_arrow
 
-GROUPS_AT_ONCE = 64
+OnStep = Callable[[str], None]
+ROWS_AT_ONCE = 64 * ROWS_PER_GROUP
 
 
 def build(
@@ -34,7 +39,7 @@ def build(
     splits: Splits,
     seed: int,
     cache: str,
-    on_step: Callable[[str], None] = lambda step: None,
+    on_step: OnStep = lambda step: None,
     label: str | None = None,
 ) -> Path:
     """Returns the folder of the store in `cache`, whose name is a hash of everything that its rows depend on.
@@ -55,22 +60,17 @@ def build(
         "label": label,
     }
     key = sha256(json.dumps(origin).encode()).hexdigest()
-    name = key[:16]
-    remote = None if is_local(cache) else within(cache, name)
-    folder = (node_cache() if remote else Path(cache)) / name
+    remote = None if is_local(cache) else within(cache, key[:16])
+    folder = (node_cache() if remote else Path(cache)) / key[:16]
     sealed.refuse_unwritable(cache)
-    sealed.sweep(folder)
-    if folder.exists() or (remote and sealed.fetch(remote, folder)):
-        sealed.refuse_another(folder, key)
-    else:
-        content = _content(source, partitioner, splits, seed, on_step, label)
+    if not sealed.ready(folder, key, remote):
+        write = _prepare(source, partitioner, splits, seed, on_step, label)
         try:
             code_version = version("fedpost")
         except PackageNotFoundError:
             code_version = "not installed: run from its folder"
         with sealed.written_whole(folder) as scratch:
-            content.write(scratch, on_step)
-            sealed.seal(scratch, key, {**origin, "fedpost": code_version, **content.counts})
+            sealed.seal(scratch, key, {**origin, "fedpost": code_version, **write(scratch)})
         if remote:
             on_step(f"copying the store to {cache}")
     if remote:
@@ -78,37 +78,10 @@ def build(
     return folder
 
 
-@dataclass(frozen=True)
-class _Content:
-    """What a store will hold: rows, the store's order of them, their owners, and the index of the clients."""
-
-    table: pa.Table
-    schema: pa.Schema
-    order: NDArray[np.int64]
-    owners: pa.StringArray
-    index: pa.Table
-    counts: dict[str, Any]
-
-    def write(self, folder: Path, on_step: Callable[[str], None]) -> None:
-        at_once = ROWS_PER_GROUP * GROUPS_AT_ONCE
-        options = {"write_statistics": ["client"], "write_page_checksum": True}
-        with pq.ParquetWriter(folder / "rows.parquet", self.schema, **options) as writer:
-            for first in range(0, len(self.order), at_once):
-                on_step(f"writing rows {first:,} of {len(self.order):,}")
-                group = self.table.take(self.order[first : first + at_once])
-                group = group.add_column(0, "client", self.owners.slice(first, at_once))
-                writer.write_table(group.cast(self.schema), row_group_size=ROWS_PER_GROUP)
-        write_arrow(folder / "index.arrow", self.index)
-
-
-def _content(
-    source: Source,
-    partitioner: Partitioner,
-    splits: Splits,
-    seed: int,
-    on_step: Callable[[str], None],
-    label: str | None,
-) -> _Content:
+def _prepare(
+    source: Source, partitioner: Partitioner, splits: Splits, seed: int, on_step: OnStep, label: str | None
+) -> Callable[[Path], dict[str, Any]]:
+    """Gives rows to clients; returns the function that writes them into a folder and returns the manifest's counts."""
     on_step("reading the rows")
     # A user's source takes no listener, not even one that extends ours.
     listener = [lambda rows: on_step(f"reading the rows: {rows:,} so far")] if type(source) in get_args(Sources) else []
@@ -117,7 +90,8 @@ def _content(
     loaded, skipped = loaded_rows
     if not loaded.num_rows:
         raise DataError(f"the source gives no rows: {source!r}")
-    table, columns = _gatherable(loaded), content_columns(loaded)
+    wide = pa.schema([field.with_type(_wide(field.type)) for field in loaded.schema])
+    table, columns = loaded.cast(wide).combine_chunks(), content_columns(loaded)
     on_step(f"looking for duplicates among {table.num_rows:,} rows")
     numbers = content_numbers(table, columns)
     if splits.duplicates == "drop":
@@ -162,6 +136,17 @@ def _content(
         category = {"category": labels(table, "data.label", label).texts()}
     elif given.category is not None:
         category = {"category": given.category.take(pa.array(np.cumsum(~server) - 1, mask=server))}
+    total = np.bincount(ids[clients[stored]], minlength=len(kept))
+    heldout = np.bincount(ids[clients[stored]], held.heldout[stored], minlength=len(kept)).astype(np.int64)
+    names = given.names.take(kept)
+    if len(servers):
+        names = pa.concat_arrays([names, pa.nulls(1, pa.string())])
+        total, heldout = np.append(total, len(servers)), np.append(heldout, len(servers))
+    index = pa.table([names, np.cumsum(total) - total, total - heldout, heldout], names=INDEX.names).cast(INDEX)
+    content = pa.table(category | {name: table[name] for name in columns})
+    stored_as = [pa.field(name, pa.string()) for name in category] + [loaded.schema.field(name) for name in columns]
+    schema = pa.schema([("client", pa.string()), *stored_as])
+    unit = unit_of(partitioner, int(np.bincount(people).max()), loaded.column_names)
     counts = {
         "rows": len(stored),
         "clients": len(kept),
@@ -173,20 +158,21 @@ def _content(
         "left_out_rows": len(owned) - len(stored),
         "unassigned_rows": int(np.count_nonzero(given.clients < 0)),
         "skipped_rows": skipped,
+        **({"unit": unit} if unit else {}),
     }
-    if unit := unit_of(partitioner, int(np.bincount(people).max()), loaded.column_names):
-        counts["unit"] = unit
-    content = pa.table(category | {name: table[name] for name in columns})
-    stored_as = [pa.field(name, pa.string()) for name in category] + [loaded.schema.field(name) for name in columns]
-    schema = pa.schema([("client", pa.string()), *stored_as])
-    total = np.bincount(ids[clients[stored]], minlength=len(kept))
-    heldout = np.bincount(ids[clients[stored]], held.heldout[stored], minlength=len(kept)).astype(np.int64)
-    names = given.names.take(kept)
-    if len(servers):
-        names = pa.concat_arrays([names, pa.nulls(1, pa.string())])
-        total, heldout = np.append(total, len(servers)), np.append(heldout, len(servers))
-    index = pa.table([names, np.cumsum(total) - total, total - heldout, heldout], names=INDEX.names).cast(INDEX)
-    return _Content(content, schema, order, owners, index, counts)
+
+    def write(folder: Path) -> dict[str, Any]:
+        options = {"write_statistics": ["client"], "write_page_checksum": True}
+        with pq.ParquetWriter(folder / "rows.parquet", schema, **options) as writer:
+            for first in range(0, len(order), ROWS_AT_ONCE):
+                on_step(f"writing rows {first:,} of {len(order):,}")
+                group = content.take(order[first : first + ROWS_AT_ONCE])
+                group = group.add_column(0, "client", owners.slice(first, ROWS_AT_ONCE))
+                writer.write_table(group.cast(schema), row_group_size=ROWS_PER_GROUP)
+        write_arrow(folder / "index.arrow", index)
+        return counts
+
+    return write
 
 
 def rng(seed: int, purpose: str) -> np.random.Generator:
@@ -200,12 +186,8 @@ def _clients(table: pa.Table) -> int:
     return pc.count_distinct(table["client"]).as_py() if "client" in table.column_names else 0
 
 
-def _gatherable(table: pa.Table) -> pa.Table:
-    """The same rows in types that can be gathered beyond 2 GiB."""
-    return table.cast(pa.schema([field.with_type(_wide(field.type)) for field in table.schema])).combine_chunks()
-
-
 def _wide(kind: pa.DataType) -> pa.DataType:
+    """The type of the same values whose rows can be gathered beyond 2 GiB."""
     if pa.types.is_string(kind):
         return pa.large_string()
     if pa.types.is_list(kind):

@@ -1,7 +1,6 @@
 """Folders of the cache with a manifest, written last: what they were made from, and the sizes of their files.
 
-It holds a digest of itself, the index, and the footers of the other files, which locate all other bytes; pages of
-Parquet have their own checksums. Errors name a damaged folder and say that it may be removed.
+It holds a digest of itself, the index and the other files' footers, which locate all else; Parquet has checksums.
 """
 
 import json
@@ -19,11 +18,10 @@ from uuid import uuid4
 import pyarrow as pa
 from pyarrow import fs
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.sources.location import first_line, is_local, located, node_cache
 
 MANIFEST, INDEX = "manifest.json", "index.arrow"
-DAY_S = 86_400
 MAGIC = {".parquet": 4, ".arrow": 6}  # length of the bytes that end a file
 
 
@@ -85,11 +83,15 @@ def readable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def sweep(folder: Path) -> None:
-    """Removes scratch folders of `folder` whose writers were killed a day or longer ago."""
+def ready(folder: Path, key: str, remote: str | None) -> bool:
+    """Whether `folder` was sealed under `key`, here or at `remote`; DataError if it is damaged or holds another."""
     for scratch in folder.parent.glob(f".{folder.name}-*"):
-        if time.time() - scratch.stat().st_mtime > DAY_S:
+        if time.time() - scratch.stat().st_mtime > 86_400:  # a day: its writer was killed
             shutil.rmtree(scratch, ignore_errors=True)
+    if not folder.exists() and not (remote and fetch(remote, folder)):
+        return False
+    refuse_another(folder, key)
+    return True
 
 
 @contextmanager

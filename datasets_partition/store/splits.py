@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from datasets_partition.core.dealing import positions
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 
 
 class Held(NamedTuple):
@@ -54,9 +54,8 @@ class Splits:
     def assign(self, clients: NDArray[np.int32], people: NDArray[np.int64], rng: np.random.Generator) -> Held:
         """Decides for rows in the partition's order, whose clients are `clients` (one int32 a row).
 
-        `people` holds the number of each client's person: all clients of a person are unseen, or none. Shares are
-        rounded to the nearest count, halves up, but a client keeps at least one training row, and at least one person
-        trains. Raises DataError if every client has fewer than `min_rows` rows.
+        `people` numbers each client's person: all clients of a person are unseen, or none. Counts are rounded, halves
+        up, but each client keeps a training row, and a person trains. DataError if no client has `min_rows` rows.
         """
         rows = np.bincount(clients, minlength=len(people))
         kept = rows >= self.min_rows
@@ -67,7 +66,6 @@ class Splits:
         candidates = np.unique(people[kept])
         drawn = min(_nearest(self.unseen * len(candidates)), len(candidates) - 1)
         unseen = kept & np.isin(people, rng.permutation(candidates)[:drawn])
-
         held = np.minimum(_nearest(self.heldout * rows), np.maximum(rows - 1, 0))
         held = np.where(kept, np.where(unseen, rows, held), 0)
         # Each client's rows in a random order, or from the last to the first: the first ones of each are held out.
@@ -83,8 +81,7 @@ def _nearest(counts: Any) -> Any:
 
 def content_numbers(table: pa.Table, columns: tuple[str, ...]) -> NDArray[np.int64]:
     """A number for each row, equal where and only where rows agree in all `columns`: compared, not hashed."""
-    numbers = np.zeros(table.num_rows, dtype=np.int64)
-    contents = 1
+    numbers, contents = np.zeros(table.num_rows, dtype=np.int64), 1
     for name in columns:
         if contents == len(numbers):
             break  # all rows differ already
@@ -92,11 +89,8 @@ def content_numbers(table: pa.Table, columns: tuple[str, ...]) -> NDArray[np.int
         if pa.types.is_nested(values.type):
             values = pa.array([json.dumps(value) for value in values.to_pylist()], pa.large_string())
         codes, different = _coded(values)
-        if contents > 1 and different > 1:
-            # Both are at most the number of rows, so that the product does not overflow.
-            codes, different = _coded(pa.array(numbers * different + codes))
-        if different > 1:
-            numbers, contents = codes, different
+        # Both are at most the number of rows, so that the product does not overflow.
+        numbers, contents = _coded(pa.array(numbers * different + codes))
     return numbers
 
 

@@ -1,9 +1,6 @@
-"""How unevenly a store's rows are spread over its clients, in numbers: sizes, categories, token lengths.
+"""How unevenly rows are spread over clients; the server's rows are counted apart, and no row's text is read."""
 
-Reads no row's text. The server's rows are counted separately, and are part of no other figure here.
-"""
-
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -15,12 +12,6 @@ from numpy.typing import NDArray
 from datasets_partition.store.sealed import readable
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
-
-# What the manifest counts of the rows and clients that are not in the store.
-LEFT_OUT = (
-    *("duplicate_rows", "duplicate_clients", "skipped_rows"),
-    *("left_out_clients", "left_out_rows", "unassigned_rows"),
-)
 
 
 @dataclass(frozen=True)
@@ -53,8 +44,7 @@ class Sizes:
     def gini(self) -> float:
         """The Gini coefficient: half the mean absolute difference of two clients, over the mean (Gini 1912).
 
-        Over ascending sizes x it is sum_i (2 i - n - 1) x_i / (n sum_i x_i), i = 1 ... n: 0 where all are the same,
-        1 - 1/n where one client has everything.
+        Over ascending x: sum_i (2 i - n - 1) x_i / (n sum_i x_i), i = 1 ... n, from 0 (all the same) to 1 - 1/n.
         """
         ordered, n = np.sort(self.each).astype(np.float64), len(self.each)
         ranks = 2 * np.arange(1, n + 1) - n - 1
@@ -80,8 +70,7 @@ class Categories:
         """The label divergence: the distance of a client's mixture p of categories from that of all clients, q.
 
         The Jensen-Shannon divergence to base 2 (Lin 1991, "Divergence measures based on the Shannon entropy"),
-        (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2, as the mean over clients, weighted by rows: 0 where all have the
-        same mixture, near 1 where many clients share no category.
+        (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2, averaged over rows: 0 for equal mixtures, near 1 for disjoint.
         """
         rows = np.bincount(self.clients, self.counts)[self.clients]
         p, q = self.counts / rows, (self.totals / self.totals.sum())[self.codes]
@@ -134,19 +123,17 @@ class Skew:
     @classmethod
     def of(cls, store: Store) -> "Skew":
         """Counts the rows and clients of `store`."""
-        clients, training = slice(store.num_clients), slice(store.num_training)
         train, heldout = store.counts("train").astype(np.int64), store.counts("heldout").astype(np.int64)
-        rows = (train + heldout)[clients]
+        rows = (train + heldout)[: store.num_clients]
+        counted = {field.name for field in fields(cls)} & store.manifest.keys() - {"rows"}
         return cls(
             training_clients=store.num_training,
-            unseen_clients=store.num_clients - store.num_training,
             train_rows=int(train.sum()),
-            heldout_rows=int(heldout[training].sum()),
+            heldout_rows=int(heldout[: store.num_training].sum()),
             unseen_rows=int(rows[store.num_training :].sum()),
-            server_rows=int(heldout[store.num_clients :].sum()),
             rows=Sizes(rows),
             categories=_categories(store, rows),
-            **{name: store.manifest[name] for name in LEFT_OUT},
+            **{name: store.manifest[name] for name in counted},
         )
 
 
@@ -159,8 +146,7 @@ def _categories(store: Store, rows: NDArray[np.int64]) -> Categories | None:
             return None
         with pq.ParquetFile(path, **options) as file:
             values = file.read(columns=["category"])["category"].slice(0, rows.sum())
-    values = values.cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries()
-    codes = np.concatenate([chunk.indices.to_numpy() for chunk in values.chunks]).astype(np.int64)
-    names = values.chunk(0).dictionary.to_pylist()
+    values = values.cast(pa.dictionary(pa.int32(), pa.string())).combine_chunks()
+    codes, names = values.indices.to_numpy().astype(np.int64), values.dictionary.to_pylist()
     pairs, counts = np.unique(np.repeat(np.arange(len(rows)), rows) * len(names) + codes, return_counts=True)
     return Categories(names, pairs // len(names), pairs % len(names), counts)

@@ -23,8 +23,7 @@ SplitName = Literal["train", "heldout"]
 
 # Part of a store's key: raise it when the layout of a store or of its token columns changes, or the drawing of rows.
 STORE_VERSION = 5
-# Rows in a row group, the smallest unit that Parquet reads: about the rows of one client.
-ROWS_PER_GROUP = 1024
+ROWS_PER_GROUP = 1024  # the smallest unit that Parquet reads: about the rows of one client
 INDEX = pa.schema([("name", pa.string()), ("start", pa.int64()), ("train", pa.int32()), ("heldout", pa.int32())])
 
 

@@ -1,6 +1,7 @@
 """Token columns: an objective's encoding of each row, computed once and mapped into the memory of every slot."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -19,10 +20,8 @@ from datasets_partition.sources.location import within
 from datasets_partition.store import sealed
 from datasets_partition.store.store import SplitName, Store, column, write_arrow
 
-# Rows encoded at once. Clients whose first rows lie in the same window of this size share a record batch.
-ROWS_PER_BATCH = 4096
-# Reads of clients' rows after which their pages are released: each may keep a third of a megabyte mapped.
-READS_MAPPED = 16
+ROWS_PER_BATCH = 4096  # encoded at once; clients whose first rows lie in one window of this size share a record batch
+READS_MAPPED = 16  # reads of clients' rows after which pages are released: each may keep a third of a megabyte mapped
 BATCHES_KNOWN = 256  # a few kilobytes each
 TOKENS_AT_ONCE = 32_768  # up to here the system reads all with the first page, faster than advice would be
 
@@ -133,10 +132,7 @@ def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None, 
     digest = sha256(key.encode()).hexdigest()
     name = f"tokens-{digest[:16]}"
     folder, remote = store.folder / name, within(shared, name) if shared else None
-    sealed.sweep(folder)
-    if folder.exists() or (remote and sealed.fetch(remote, folder)):
-        sealed.refuse_another(folder, digest)
-    else:
+    if not sealed.ready(folder, digest, remote):
         with sealed.written_whole(folder) as scratch:
             _write(store, encode, scratch, on_rows)
             sealed.seal(scratch, digest, {})
@@ -151,7 +147,7 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
     edges = np.flatnonzero(np.diff(batch, prepend=-1, append=batch[-1] + 1))
     start, kept_train, kept_heldout, tokens = (np.zeros_like(train) for _ in range(4))
     writer: pa.RecordBatchFileWriter | None = None
-    try:
+    with ExitStack() as closing:
         for first, last in pairwise(edges):
             members = slice(first, last)
             begin = store.starts[members] - store.starts[first]
@@ -167,13 +163,10 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
             encoded = encoded.filter(stays)
             ends = np.concatenate([[0], np.cumsum(pc.list_value_length(encoded["input_ids"]).to_numpy())])
             tokens[members] = ends[start[members] + kept_train[members]] - ends[start[members]]
-            writer = writer or pa.ipc.new_file(folder / "tokens.arrow", encoded.schema)
+            writer = writer or closing.enter_context(pa.ipc.new_file(folder / "tokens.arrow", encoded.schema))
             columns = [chunks.combine_chunks() for chunks in encoded.columns]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=encoded.schema))
             on_rows(int(store.starts[first]) + rows.num_rows)
-    finally:
-        if writer:
-            writer.close()
     counts = [batch, start, kept_train, kept_heldout, train - kept_train, heldout - kept_heldout]
     columns = [store.index["name"], *(pa.array(values.astype(np.int32)) for values in counts), pa.array(tokens)]
     write_arrow(folder / "index.arrow", pa.table(columns, schema=INDEX))

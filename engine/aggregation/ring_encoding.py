@@ -11,13 +11,12 @@ import torch
 from engine.config.federation import Federation
 from engine.objectives.base import figure_bounds
 from strategies.core.layout import Layout
-from strategies.core.live import with_frozen, without_frozen
-from strategies.core.protocol import Aggregate, Mask, Size, Update
+from strategies.core.protocol import Aggregate, Mask, Size, Update, with_frozen, without_frozen
 from strategies.core.seeds import rng
 from strategies.privacy.checks import NoisePlan
 from strategies.privacy.distributed import DistributedPlan
 from strategies.privacy.integers import signs
-from strategies.privacy.noise_source import Words, byte_words, seeded_words
+from strategies.privacy.noise import Words, byte_words, seeded_words
 from strategies.secagg.ring import Sum, Sums, Totals
 
 NOISY = "noisy"  # the sum of everything under distributed noise

@@ -14,8 +14,7 @@ import torch
 
 from engine.aggregation.ring_encoding import FIGURE
 from engine.messages.shards import AggregateShard
-from strategies.core.live import with_frozen
-from strategies.core.protocol import Mask
+from strategies.core.protocol import Mask, with_frozen
 from strategies.core.sharding import Partition
 from strategies.secagg.masks import Masks
 from strategies.secagg.ring import Sums

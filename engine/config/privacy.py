@@ -11,10 +11,9 @@ from engine.messages.checks import at_least, below_one
 from engine.messages.errors import RunError
 from strategies.core.base import Rule
 from strategies.core.errors import StrategyError
-from strategies.privacy.adaptive import AdaptiveDp
-from strategies.privacy.central import CentralDp
+from strategies.privacy.budget import ExampleDp
+from strategies.privacy.central import AdaptiveDp, CentralDp
 from strategies.privacy.distributed import DistributedDp
-from strategies.privacy.per_example import ExampleDp
 from strategies.secagg.parameters import Parameters, choose
 from strategies.secagg.ring import Sum, Sums
 

@@ -25,10 +25,7 @@ def share(message: Any) -> Any:
 
 @dataclass(frozen=True)
 class BroadcastMessage:
-    """A broadcast whose only shard is whole, or references to all shards of the server's state, cut by `partition`.
-
-    The server makes the broadcast of a whole vector; with shards each worker makes its own from the state.
-    """
+    """A broadcast whose only shard is whole, or references to the server's state in shards, cut by `partition`."""
 
     round: int
     shards: tuple[Any, ...]

@@ -7,8 +7,6 @@ from functools import cached_property
 
 import numpy as np
 
-from strategies.privacy.central import CentralPlan
-
 Unit = tuple[int, ...]  # clients that train together in lanes, or one client
 
 
@@ -39,15 +37,6 @@ class Work:
     @cached_property
     def _cost_by_client(self) -> dict[int, float]:
         return dict(zip(self.clients.tolist(), self.costs.tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class Served:
-    """What the server's part of a round needs beside the sums: the population, the noise, and the clipping norm."""
-
-    population: int
-    plan: CentralPlan | None
-    clip: float
 
 
 def halves(unit: Unit) -> list[Unit]:

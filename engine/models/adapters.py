@@ -46,15 +46,10 @@ def lora_config(model: Model) -> Any:
 
     peft = model.peft
     assert isinstance(peft, Lora)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=model.base,
-        revision=model.revision,
-        r=peft.r,
-        lora_alpha=peft.alpha,
-        lora_dropout=peft.dropout,
-        target_modules=peft.targets if isinstance(peft.targets, str) else list(peft.targets),
-    )
+    origin = {"task_type": "CAUSAL_LM", "base_model_name_or_path": model.base, "revision": model.revision}
+    sizes = {"r": peft.r, "lora_alpha": peft.alpha, "lora_dropout": peft.dropout}
+    targets = peft.targets if isinstance(peft.targets, str) else list(peft.targets)
+    return LoraConfig(**origin, **sizes, target_modules=targets)
 
 
 def refuse_other_adapters(network: nn.Module, federation: Federation) -> None:
@@ -63,7 +58,7 @@ def refuse_other_adapters(network: nn.Module, federation: Federation) -> None:
     if not isinstance(peft, Lora) or not (strategy.needs_lora or strategy.merges_into_base or strategy.sends_products):
         return
     places = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
-    for name in [name for name, parameter in network.named_parameters() if parameter.requires_grad]:
+    for name in (name for name, parameter in network.named_parameters() if parameter.requires_grad):
         module, marker, rest = name.partition(".lora_")
         layer: Any = network.get_submodule(module).base_layer if marker else None
         if layer is None or not is_linear(layer) or not rest.startswith(("A.", "B.")):

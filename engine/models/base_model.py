@@ -1,7 +1,6 @@
 """Reads a base model into one buffer that processes share, and maps a network onto that buffer.
 
-transformers is imported inside functions: it takes 220 MB and four seconds, and the command and the driver, which
-import this module too, never need it.
+Functions import transformers: it takes 220 MB and four seconds, and the command and the driver never need it.
 """
 
 import os
@@ -82,9 +81,8 @@ def causal_config(model: Model) -> Any:
         what = "is neither a folder with a config.json nor a model that the hub gives"
         raise _refusal(model, what, error) from error
     architectures = config.architectures or []
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or any(
-        "CausalLM" not in a and "LMHead" not in a for a in architectures
-    ):
+    causal = all("CausalLM" in name or "LMHead" in name for name in architectures)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
         kind = ", ".join(architectures) or type(config).__name__
         what = f"is a {kind}, not a causal language model: choose one whose class ends in ForCausalLM"
         raise RunError(f"model.base {model.base!r} {what}")
@@ -130,9 +128,8 @@ def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
 
     causal_config(model)
     try:
-        network, loaded = AutoModelForCausalLM.from_pretrained(
-            model.base, **_origin(model), **_options(model), output_loading_info=True
-        )
+        options = {**_origin(model), **_options(model), "output_loading_info": True}
+        network, loaded = AutoModelForCausalLM.from_pretrained(model.base, **options)
     except Exception as error:  # the base's own code may raise anything
         raise RunError(f"the weights of model.base {model.base!r} cannot be loaded: {_first_line(error)}") from error
     if loaded["missing_keys"]:  # transformers initializes them at random
@@ -144,9 +141,7 @@ def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
 def _pack(network: Any, model: Model) -> tuple[PackedBase, np.ndarray]:
     persistent = network.state_dict()
     tensors = persistent | {name: buffer for name, buffer in network.named_buffers() if name not in persistent}
-    index: dict[str, Entry] = {}
-    offsets: dict[int, int] = {}  # tied tensors share their bytes
-    end = 0
+    index, offsets, end = dict[str, Entry](), dict[int, int](), 0  # tied tensors share their offset
     for name, tensor in tensors.items():
         if tensor.data_ptr() not in offsets:
             offsets[tensor.data_ptr()] = end

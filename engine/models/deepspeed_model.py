@@ -18,7 +18,6 @@ from engine.models.adapters import with_adapters
 from engine.models.base_model import causal_config, empty_network, map_base, read_base
 from engine.models.deepspeed_config import ds_config
 from engine.system.rendezvous import wait_for_the_first
-from strategies.core.layout import Layout
 
 ROWS = 1024  # rows of two tensors that are compared at a time
 Stored = tuple[str, str]  # the file of a tensor, and its key there
@@ -44,18 +43,6 @@ def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Modul
         network.enable_input_require_grads()
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return trained
-
-
-def trained_layout(network: torch.nn.Module, model: Model) -> Layout:
-    """Makes the layout of the flat vector of trained parameters, with whole shapes where ranks hold slices."""
-    scale = model.peft.alpha / model.peft.r if isinstance(model.peft, Lora) else 1.0
-    trained = [(name, shape_of(p)) for name, p in network.named_parameters() if p.requires_grad]
-    return Layout(tuple(name for name, _ in trained), tuple(shape for _, shape in trained), scale)
-
-
-def shape_of(parameter: Any) -> tuple[int, ...]:
-    """Returns the shape of the whole parameter, also where this rank holds a slice."""
-    return tuple(vars(parameter).get("ds_shape", parameter.shape))
 
 
 def _in_shards(model: Model, zero: Zero) -> PreTrainedModel:
@@ -106,10 +93,8 @@ def _equal(a: Stored, b: Stored, dtype: torch.dtype) -> bool:
     with safe_open(a[0], framework="pt") as file_a, safe_open(b[0], framework="pt") as file_b:
         left, right = file_a.get_slice(a[1]), file_b.get_slice(b[1])
         shape = left.get_shape()
-        return shape == right.get_shape() and all(
-            torch.equal(left[first : first + ROWS].to(dtype), right[first : first + ROWS].to(dtype))
-            for first in range(0, shape[0], ROWS)
-        )
+        parts = (slice(first, first + ROWS) for first in range(0, shape[0], ROWS))
+        return shape == right.get_shape() and all(torch.equal(left[p].to(dtype), right[p].to(dtype)) for p in parts)
 
 
 def _read_slice(parameter: Any, weight: Any) -> None:
@@ -129,11 +114,10 @@ def _read_slice(parameter: Any, weight: Any) -> None:
 
 def _weight_files(model: Model) -> list[str]:
     """Finds the base's safetensors files in its folder or on the hub."""
-    revision = {"revision": model.revision}
-    file = cached_file(model.base, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **revision)
-    if file is not None:
+    options = {"revision": model.revision, "_raise_exceptions_for_missing_entries": False}
+    if file := cached_file(model.base, SAFE_WEIGHTS_NAME, **options):
         return [file]
-    index = cached_file(model.base, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **revision)
+    index = cached_file(model.base, SAFE_WEIGHTS_INDEX_NAME, **options)
     if index is None:
         raise RunError(f"model.base {model.base!r} has no safetensors, which a gang of stage 3 reads: convert it")
-    return list(get_checkpoint_shard_files(model.base, index, **revision)[0])
+    return list(get_checkpoint_shard_files(model.base, index, revision=model.revision)[0])

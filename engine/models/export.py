@@ -39,11 +39,7 @@ def export_files(
     def save(folder: Path) -> None:
         if isinstance(network, PeftModel) and not merged:
             flat = trainable.flat.detach().cpu()
-
-            def read(first: int, last: int) -> torch.Tensor:
-                return flat[first:last].clone()
-
-            _save_adapter(folder, trainable.layout, read, network, model)
+            _save_adapter(folder, trainable.layout, lambda first, last: flat[first:last].clone(), network, model)
         else:
             base = network.get_base_model() if isinstance(network, PeftModel) else network
             base.save_pretrained(folder, state_dict=_whole(trainable, base))
@@ -84,13 +80,11 @@ def _folder_files(save: Callable[[Path], None], tokenizer: Tokenizer, card: str)
 
 def _weight_files(layout: Layout, read: Read, dtype: torch.dtype) -> Iterator[tuple[str, bytes]]:
     """Yields safetensors files of the tensors, then their index."""
-    groups: list[list[Place]] = [[]]
-    filled = 0
+    groups, filled = [list[Place]()], 0
     for place in layout.places():
         nbytes = (place[3] - place[2]) * dtype.itemsize
         if groups[-1] and filled + nbytes > FILE_BYTES:
-            groups.append([])
-            filled = 0
+            groups, filled = [*groups, []], 0
         groups[-1].append(place)
         filled += nbytes
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
@@ -114,11 +108,8 @@ def _save_adapter(folder: Path, layout: Layout, read: Read, network: Any, model:
 def _whole(trainable: Trainable, base: Any) -> dict[str, torch.Tensor]:
     """Returns the state dict of the model without adapters, with their products added to the adapted weights."""
     # Parameters are views into the flat vector, but safetensors saves only tensors that own their memory.
-    state = {
-        name.replace(".base_layer.", "."): tensor.detach().cpu().clone()
-        for name, tensor in base.state_dict().items()
-        if "lora_" not in name
-    }
+    weights = {name: tensor for name, tensor in base.state_dict().items() if "lora_" not in name}
+    state = {name.replace(".base_layer.", "."): tensor.detach().cpu().clone() for name, tensor in weights.items()}
     pairs = trainable.layout.lora_pairs(trainable.flat.detach())
     for pair, layer in zip(pairs, trainable.adapted_layers(), strict=True):
         weight = state[f"{pair.name.removeprefix('base_model.model.')}.weight"]

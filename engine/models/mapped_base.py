@@ -56,9 +56,5 @@ class BaseHolder:
 def start_holder(node_id: str, gpu: str, buffer: ray.ObjectRef[Any]) -> Any:
     """Starts the holder of GPU `gpu` on a node. It asks Ray for no GPU share: the slots' shares cover it."""
     environment = {"CUDA_VISIBLE_DEVICES": gpu, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-    actor = ray.remote(BaseHolder).options(
-        num_cpus=0,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-        runtime_env={"env_vars": environment},
-    )
-    return actor.remote(buffer)
+    there, runtime = NodeAffinitySchedulingStrategy(node_id, soft=False), {"env_vars": environment}
+    return ray.remote(BaseHolder).options(num_cpus=0, scheduling_strategy=there, runtime_env=runtime).remote(buffer)

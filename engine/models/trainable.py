@@ -12,6 +12,18 @@ from engine.models.adapters import is_linear, is_transposed, with_adapters
 from strategies.core.layout import Layout
 
 
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """Returns the shape of the whole parameter, also where a rank of a gang holds a slice."""
+    return tuple(vars(parameter).get("ds_shape", parameter.shape))
+
+
+def trained_layout(network: nn.Module, model: Model) -> Layout:
+    """Makes the layout of the flat vector of trained parameters, with whole shapes where ranks hold slices."""
+    scale = model.peft.alpha / model.peft.r if isinstance(model.peft, Lora) else 1.0
+    trained = {name: shape_of(p) for name, p in network.named_parameters() if p.requires_grad}
+    return Layout(tuple(trained), tuple(trained.values()), scale)
+
+
 class Trainable:
     """A network whose trained tensors are views into one flat vector `flat` (P,), float32 or wider, on its device.
 
@@ -28,12 +40,10 @@ class Trainable:
             for layer in self.network.modules():
                 if isinstance(layer, GradientCheckpointingLayer):  # transformers' base class of decoder layers
                     layer.compile(dynamic=True)
+        self.layout = trained_layout(self.network, model)
         trained = [(name, p) for name, p in self.network.named_parameters() if p.requires_grad]
-        scale = model.peft.alpha / model.peft.r if isinstance(model.peft, Lora) else 1.0
-        self.layout = Layout.of(trained, scale)
-        device = trained[0][1].device
         precision = torch.promote_types(trained[0][1].dtype, torch.float32)
-        self.flat = nn.Parameter(torch.cat([p.detach().reshape(-1).to(precision) for _, p in trained]).to(device))
+        self.flat = nn.Parameter(torch.cat([p.detach().reshape(-1).to(precision) for _, p in trained]))
         self.grad = torch.zeros_like(self.flat)
         self.flat.grad = self.grad
         values, grads = self.layout.views(self.flat.data), self.layout.views(self.grad)
@@ -45,8 +55,7 @@ class Trainable:
 
     def adapted_layers(self) -> list[Any]:
         """Returns the linear base layers that have LoRA adapters, in the order of `layout.lora_pairs`."""
-        pairs = self.layout.lora_pairs(self.flat.data)
-        layers = (self.network.get_submodule(pair.name).base_layer for pair in pairs)
+        layers = (self.network.get_submodule(pair.name).base_layer for pair in self.layout.lora_pairs(self.flat.data))
         return [layer for layer in layers if is_linear(layer)]
 
     def set_rank(self, rank: int | None) -> None:
@@ -72,10 +81,6 @@ class Trainable:
 
     def use_weights(self, merged: torch.Tensor | None) -> None:
         """Points the adapted layers at `merged` (uint8, from `merged_weights`), or at the base's weights if None."""
-        offset = 0
-        for layer, weight in zip(self.adapted_layers(), self.originals, strict=True):
-            if merged is None:
-                layer.weight.data = weight
-                continue
-            layer.weight.data = merged[offset : offset + weight.nbytes].view(weight.dtype).view(weight.shape)
-            offset += weight.nbytes
+        parts = self.originals if merged is None else merged.split([weight.nbytes for weight in self.originals])
+        for layer, weight, part in zip(self.adapted_layers(), self.originals, parts, strict=True):
+            layer.weight.data = part.view(weight.dtype).view(weight.shape)

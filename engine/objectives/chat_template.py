@@ -25,9 +25,8 @@ def encode_conversations(conversations: list[Turns], tokenizer: Tokenizer) -> tu
         )
     try:
         if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-            marked = tokenizer.apply_chat_template(
-                conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
+            options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+            marked = tokenizer.apply_chat_template(conversations, **options)
             return marked["input_ids"], marked["assistant_masks"]
         return _by_prefixes(conversations, tokenizer)
     except TemplateError as error:
@@ -43,8 +42,7 @@ def _by_prefixes(conversations: list[Turns], tokenizer: Tokenizer) -> tuple[list
 
     ids, masks = [], []
     for turns in conversations:
-        whole = rendered(turns)
-        spans = []
+        whole, spans = rendered(turns), []
         for number, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
@@ -62,7 +60,6 @@ def _by_prefixes(conversations: list[Turns], tokenizer: Tokenizer) -> tuple[list
         tokens = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         ids.append(tokens["input_ids"])
         # As in TRL's masks, a token that starts before a turn and reaches into it belongs to the turn.
-        masks.append(
-            [int(any(start < to and end > since for since, to in spans)) for start, end in tokens["offset_mapping"]]
-        )
+        places = tokens["offset_mapping"]
+        masks.append([int(any(start < to and end > since for since, to in spans)) for start, end in places])
     return ids, masks

@@ -7,21 +7,15 @@ from typing import ClassVar, Literal
 import pyarrow as pa
 from torch import nn
 
-from datasets_partition.core.types import (
-    MESSAGES,
-    PREFERENCE,
-    PROMPT_ONLY,
-    UNPAIRED_PREFERENCE,
-    content_columns,
-    format_of,
-)
+from datasets_partition.core import types as formats
 from engine.messages.errors import RunError
 from engine.objectives.base import Need, Term, Tokenizer
 from engine.objectives.chat_template import encode_conversations
 from engine.objectives.token_batch import Batch, flattened, lengths, token_losses
 
 # Formats that SFT does not learn from, as people call them.
-REFUSED = {PREFERENCE: "preference pairs", UNPAIRED_PREFERENCE: "unpaired preferences", PROMPT_ONLY: "prompts alone"}
+REFUSED = {formats.PREFERENCE: "preference pairs", formats.UNPAIRED_PREFERENCE: "unpaired preferences"}
+REFUSED |= {formats.PROMPT_ONLY: "prompts alone"}
 NLL = "nll"
 
 
@@ -42,14 +36,14 @@ class Sft:
 
     def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
         """Makes `input_ids` and `mask` (1 = learned), null if nothing is learned; RunError for other formats."""
-        kind = format_of(rows)
+        kind = formats.format_of(rows)
         if kind in REFUSED:
             raise RunError(
                 f'train.objective = "sft" learns from text, prompt and completion, or messages, but the rows are '
-                f"{REFUSED[kind]} ({', '.join(content_columns(rows))}): name a prompt and a completion in "
+                f"{REFUSED[kind]} ({', '.join(formats.content_columns(rows))}): name a prompt and a completion in "
                 f"data.source.columns"
             )
-        if kind == MESSAGES:
+        if kind == formats.MESSAGES:
             ids, masks = encode_conversations(rows["messages"].to_pylist(), tokenizer)
         else:
             ids, masks = _encode_completions(rows, tokenizer)
@@ -57,12 +51,8 @@ class Sft:
             (row[:max_length], mask[:max_length]) if any(mask[1:max_length]) else (None, None)
             for row, mask in zip(ids, masks, strict=True)
         ]
-        return pa.table(
-            {
-                "input_ids": pa.array([row for row, _ in cut], pa.list_(pa.int32())),
-                "mask": pa.array([mask for _, mask in cut], pa.list_(pa.int8())),
-            }
-        )
+        input_ids = pa.array([row for row, _ in cut], pa.list_(pa.int32()))
+        return pa.table({"input_ids": input_ids, "mask": pa.array([mask for _, mask in cut], pa.list_(pa.int8()))})
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded on the right with `pad` to the longest."""

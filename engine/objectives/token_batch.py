@@ -97,8 +97,7 @@ def token_losses(network: nn.Module, batch: Batch, *, every_logit: bool = False)
 
 def lengths(rows: pa.RecordBatch) -> np.ndarray:
     """Returns the number of tokens of each encoded row (B,)."""
-    lengths_B: np.ndarray = np.diff(rows["input_ids"].offsets.to_numpy())
-    return lengths_B
+    return np.diff(rows["input_ids"].offsets.to_numpy())
 
 
 def flattened(lists: pa.ListArray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A round's local work: what the server gets of it, here in the clear; secure_round.py has it as secured sums."""
+"""Collects what the server gets of a round's local work, here in the clear; secure_round.py collects secured sums."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,10 +33,10 @@ class Collected:
     """What the server gets of a round: reports by client, the sums (none: nobody took part, or aborted), metrics.
 
     `metrics` are the cohort's: the mean `loss`, NaN if nothing was trained, the `tokens`, and the means of the
-    objective's terms if it has several. `clipped` is the share of the coordinates
-    that the bounds of secure aggregation have cut (None without it). With `by_client` the reports hold each client's
-    own metrics. `gone` says why clients came too late or not at all, `aborted` why there are no sums,
-    `too_few` the same if too few clients gave an update. `busy` are the workers' seconds of work.
+    objective's terms if it has several. `clipped` is the share of the coordinates that the bounds of secure aggregation
+    have cut (None without it). With `by_client` the reports hold each client's own metrics. `gone` says why clients
+    came too late or not at all, `aborted` why there are no sums, `too_few` the same if too few clients gave an update.
+    `busy` are the workers' seconds of work.
     """
 
     reports: list[Report] = field(default_factory=list)
@@ -74,15 +74,14 @@ class ClearCollector:
 
     def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
         """Dispatches the work of a round, which starts from `broadcast`, and collects its sums."""
-        availability = self.federation.clients.availability
-        gone = availability.gone(work.clients, self.federation.seed, broadcast.round, self.trace)
+        federation = self.federation
+        gone = federation.clients.availability.gone(work.clients, federation.seed, broadcast.round, self.trace)
         there = work.of(~np.isin(work.clients, list(gone))) if gone else work
         worked = self.shards.pool.train(there, share(broadcast), broadcast.lanes)
-        reports = worked.reports
-        good = [report for report in reports if report.good]
+        reports, good = worked.reports, [report for report in worked.reports if report.good]
         sums, read = self.shards.sums(worked) if good else ([], 0)
         messages, nbytes = _messages(reports, good), broadcast.nbytes + read + worked.nbytes
-        metrics, why = _metrics(good, self.federation.train.objective), reasons(gone, reports)
+        metrics, why = _metrics(good, federation.train.objective), reasons(gone, reports)
         return Collected(reports, sums, metrics, messages, why, store_bytes=nbytes, busy=worked.busy)
 
     def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
@@ -112,7 +111,7 @@ def shortfall(federation: Federation, store: Store, reports: Sequence[Report], c
 
 def first_names(names: list[str]) -> str:
     """Returns the first five names."""
-    return ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def reasons(gone: Mapping[int, Leaving], reports: Iterable[Report]) -> dict[int, str]:
@@ -123,11 +122,9 @@ def reasons(gone: Mapping[int, Leaving], reports: Iterable[Report]) -> dict[int,
 
 def _metrics(good: list[Report], objective: Objective) -> dict[str, float]:
     """The cohort's metrics, from the sums of all clients' figures."""
-    figures = dict.fromkeys(figure_bounds(objective, 0), 0.0)
-    for report in good:
-        for name, value in client_figures(objective, report.metrics).items():
-            figures[name] += value
-    return figure_metrics(objective, figures)
+    clients = [client_figures(objective, report.metrics) for report in good]
+    sums = {name: sum((client[name] for client in clients), 0.0) for name in figure_bounds(objective, 0)}
+    return figure_metrics(objective, sums)
 
 
 def _messages(reports: list[Report], good: list[Report]) -> list[Message]:

@@ -4,6 +4,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from engine.rounds.evaluation import Evaluation, PoolEvaluator, baselines, witho
 from engine.rounds.outputs import finish, write_checkpoint
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
-from engine.rounds.round_loop import RunParts, round_loop
-from engine.rounds.server import DriverShards, RankShards, Shards, move_base
+from engine.rounds.round_loop import Callback, RunParts, round_loop
+from engine.rounds.server import DriverShards, RankShards, move_base
 from engine.scheduling.pool import Pool
 from engine.system.allocator import use_large_pages
 from engine.system.atomic import write_file
@@ -82,7 +83,9 @@ class Driver:
         yield Preparing("starting slots, reading the base, tokenizing rows")
         pool = Pool.start(federation, plan.folder / "client_state", plan.store, plan.shared)
         parts = self._parts(pool)
-        saved = self._saved(parts.shards)
+        saved = load_checkpoint(plan.folder / "checkpoints", hold=parts.shards.hold) if plan.resume else None
+        if saved is not None:
+            parts.shards.refuse_other(saved.state)
         logs = Logs.under(plan.folder, federation.privacy.secagg.mode, saved.wall_s if saved else 0.0)
         lanes = saved.lanes if saved else choose_lanes(federation, parts.shards, parts.initial, parts.population)
         loop = round_loop(parts, logs, lanes, saved)
@@ -104,6 +107,13 @@ class Driver:
 
         evaluator = PoolEvaluator(parts, logs)
         evaluation = Evaluation(evaluator)
+        callbacks: list[Callback] = [evaluation.after_round]  # in this order after each round
+        if plan.baselines:
+            callbacks.append(partial(baselines, evaluator, loop))
+        if federation.evaluate.without_privacy:
+            callbacks.append(partial(without_privacy, evaluator, loop))
+        callbacks += [loop.recorder.after_round, partial(write_checkpoint, parts, loop)]
+
         state = saved.state if saved else parts.initial
         move_base(parts.shards, None, state)
         yield from evaluation.before_rounds(state, resumed=saved is not None)
@@ -112,16 +122,10 @@ class Driver:
         while state.round < federation.rounds:
             state, played = loop.play(state)
             yield played
-            yield from evaluation.after_round(state)
-            last = state.round == federation.rounds
-            if last and plan.baselines:
-                yield from baselines(evaluator, loop, state)
-            if last and federation.evaluate.without_privacy:
-                yield from without_privacy(evaluator, loop, state)
-            logs.flush(state.round)
-            stopping = self.stopping and not last
-            yield from write_checkpoint(parts, loop, state, stopping=stopping)
-            if stopping:
+            for callback in callbacks:
+                yield from callback(state)
+            if self.stopping and state.round < federation.rounds:
+                yield from write_checkpoint(parts, loop, state, stopping=True)
                 yield Stopped(state.round)
                 break
         else:
@@ -129,34 +133,32 @@ class Driver:
         pool.stop()
 
     def _parts(self, pool: Pool) -> RunParts:
-        """What all rounds work with; RunError where the clients' rows are not good for training."""
+        """Returns what all rounds work with; RunError if clients have nothing to train on."""
         federation, plan = self.federation, self.plan
         store, tokens = Store.open(plan.store), Tokens.open(pool.columns.folder)
-        _refuse_empty_clients(tokens, federation)
+        if empty := tokens.empty_clients():
+            raise RunError(
+                f"{len(empty)} clients have no training row left after the cut to train.max_length = "
+                f"{federation.train.max_length}, which takes their whole completions: {first_names(empty)}; "
+                f"raise train.max_length, or drop small clients with data.splits.min_rows"
+            )
         population = store.num_training
         federation.cohort.sample(population, federation.seed, 0)  # which raises an error if it cannot
         shards = (DriverShards if pool.partition is None else RankShards)(federation, pool, population)
         return RunParts(federation, pool, shards, shards.initial(), store, tokens, plan.folder, plan.elsewhere)
 
-    def _saved(self, shards: Shards) -> Saved | None:
-        checkpoints = self.plan.folder / "checkpoints"
-        saved = load_checkpoint(checkpoints, hold=shards.hold) if self.plan.resume else None
-        if saved is not None:
-            shards.refuse_other(saved.state)
-        return saved
-
     def _begin_folder(self, pool: Pool, recorder: Recorder, saved: Saved | None) -> None:
         """Writes the run folder's first files, now that model, data and resources have been found good."""
-        plan = self.plan
-        for name, content in plan.files.items():
-            plan.folder.mkdir(parents=True, exist_ok=True)
-            write_file(plan.folder / name, content)
+        folder = self.plan.folder
+        for name, content in self.plan.files.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(folder / name, content)
         if self.federation.keeps_state:
-            (plan.folder / "client_state").mkdir(exist_ok=True)
+            (folder / "client_state").mkdir(exist_ok=True)
             pool.refuse_lost_memory()
         for log in recorder.logs:
             log.forget_after(saved.state.round if saved else -1)
-        recorder.faults(plan.lost)
+        recorder.faults(self.plan.lost)
         recorder.logs.faults.flush(recorder.round)
 
 
@@ -165,13 +167,3 @@ def _record_last_faults(recorder: Recorder) -> None:
     recorder.faults()
     with suppress(OSError):  # the disk may be what is at fault
         recorder.logs.faults.flush(recorder.round)
-
-
-def _refuse_empty_clients(tokens: Tokens, federation: Federation) -> None:
-    empty = tokens.empty_clients()
-    if empty:
-        raise RunError(
-            f"{len(empty)} clients have no training row left after the cut to train.max_length = "
-            f"{federation.train.max_length}, which takes their whole completions: {first_names(empty)}; "
-            f"raise train.max_length, or drop small clients with data.splits.min_rows"
-        )

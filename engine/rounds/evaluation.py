@@ -1,10 +1,9 @@
-"""Evaluation on the pool: held-out losses during a run, and of other models on the same rows. Legend: P parameters."""
+"""Evaluates models on the pool: held-out losses during a run, and those of baselines. Legend: P parameters."""
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,10 +34,6 @@ class Pending:
     parts: list[tuple[str, Later]]
 
 
-def _evaluate(actor: Any, chunk: list[int], vector: Any, limit: int) -> Reference:
-    return actor.evaluate.remote(chunk, vector, limit)
-
-
 @dataclass(frozen=True)
 class PoolEvaluator:
     """Evaluates models on the pool and writes their losses. A `vector` stands for a model: see DriverShards.vector."""
@@ -52,12 +47,13 @@ class PoolEvaluator:
 
     def begin(self, vector: Any, round_: int) -> Pending:
         """Begins an evaluation, for workers that have nothing else to do."""
-        parts = []
-        for split in SPLITS:
-            call = partial(_evaluate, vector=vector, limit=self._limit(split))
-            chunks = np.array_split(self.judged(split), CHUNKS * self.parts.pool.size)
-            parts.append((split, Later(deque(chunk.tolist() for chunk in chunks if len(chunk)), call)))
-        return Pending(round_, parts)
+
+        def later(split: str) -> Later:
+            limit, chunks = self._limit(split), np.array_split(self.judged(split), CHUNKS * self.parts.pool.size)
+            left = deque(chunk.tolist() for chunk in chunks if len(chunk))
+            return Later(left, lambda actor, chunk: actor.evaluate.remote(chunk, vector, limit))
+
+        return Pending(round_, [(split, later(split)) for split in SPLITS])
 
     def end(self, pending: Pending, name: str = "loss", *, protocol: bool = True) -> Losses:
         """Returns the losses of a pending evaluation; evaluates now what no worker has had time for."""
@@ -81,9 +77,7 @@ class PoolEvaluator:
     def personal(self, broadcast: BroadcastMessage, round_: int) -> Losses:
         """Returns the loss of each client's own model; nothing if no client has one."""
         shared, clients, limit = share(broadcast), self.judged("heldout"), self._limit("heldout")
-        losses = self._map(
-            clients, "heldout", lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit)
-        )
+        losses = self._map(clients, "heldout", lambda actor, part: actor.evaluate_personal.remote(part, shared, limit))
         return {"heldout": self._record(losses, round_, "heldout", "loss_personal", protocol=True)} if losses else {}
 
     def judged(self, split: str) -> np.ndarray:
@@ -143,8 +137,8 @@ class Evaluation:
             pending, self.pending, pool.later = self.pending, None, []
             yield Evaluated(pending.round, self.evaluator.end(pending))
         last = state.round == federation.rounds
-        overlap = federation.evaluate.overlap and not last
         if last or self._is_due(state):
+            overlap = federation.evaluate.overlap and not last
             yield from self._evaluate(state, overlap=overlap)
             if not overlap:
                 yield from self._personal(state, last=last)
@@ -154,8 +148,8 @@ class Evaluation:
         return every > 0 and state.round > 0 and state.round % every == 0
 
     def _evaluate(self, state: ShardedState, *, overlap: bool) -> Iterator[Event]:
-        evaluator, parts = self.evaluator, self.evaluator.parts
-        began, vector = time.monotonic(), parts.shards.vector(state)
+        evaluator, parts, began = self.evaluator, self.evaluator.parts, time.monotonic()
+        vector = parts.shards.vector(state)
         if overlap:
             self.pending = evaluator.begin(vector, state.round)
             parts.pool.later = [later for _, later in self.pending.parts]
@@ -167,10 +161,9 @@ class Evaluation:
     def _personal(self, state: ShardedState, *, last: bool) -> Iterator[Event]:
         """The clients' own models, if they have any; at the end also the global one, trained a little by each."""
         evaluator, parts = self.evaluator, self.evaluator.parts
-        if parts.federation.strategy.personalizes:
-            losses = evaluator.personal(parts.shards.broadcast(state), state.round)
-            if losses:
-                yield Evaluated(state.round, losses, "personal")
+        personalizes = parts.federation.strategy.personalizes
+        if personalizes and (losses := evaluator.personal(parts.shards.broadcast(state), state.round)):
+            yield Evaluated(state.round, losses, "personal")
         if last and parts.federation.evaluate.finetune:
             steps = np.full(parts.population, parts.federation.evaluate.finetune)
             losses = evaluator.local_only(parts.shards.vector(state), state.round, steps, "finetuned")
@@ -178,27 +171,31 @@ class Evaluation:
 
 
 def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
-    """Spends the federation's steps on one pooled model, and in equal parts on each client's own; evaluates both.
+    """After the last round spends the federation's steps on one pooled model, and in equal parts on each client's own.
 
-    Every round has an equal part of a model's steps, with the learning rates of `train.over_rounds` and `over_steps`.
+    Evaluates both. Every round has an equal part of a model's steps, with the learning rates of `train.over_rounds` and
+    `over_steps`.
     """
     parts, shards, clients = evaluator.parts, evaluator.parts.shards, evaluator.parts.population
+    if state.round < parts.federation.rounds:
+        return
     move_base(shards, state, None)
     total = loop.planner.total_steps()
     # The remainder goes to some clients, one step each; if there are fewer steps than clients, all take one.
     steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
     start = shards.vector(parts.initial)
     yield Evaluated(state.round, evaluator.local_only(start, state.round, steps, "local_only"), "local_only")
-    everybody = list(range(clients))
-    trained_P = parts.pool.ask(lambda actor: actor.centralized.remote(everybody, start, total), long=True)
+    trained_P = parts.pool.ask(lambda actor: actor.centralized.remote([*range(clients)], start, total), long=True)
     pooled = share(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))))
     yield Evaluated(state.round, evaluator.losses(pooled, state.round, "loss_centralized"), "centralized")
     move_base(shards, None, state)
 
 
 def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
-    """Shows what privacy costs: plays the rounds again without it, of which only faults and losses are written."""
+    """After the last round plays all again without privacy, which shows its cost; writes only faults and losses."""
     parts, federation, recorder = evaluator.parts, evaluator.parts.federation, loop.recorder
+    if state.round < federation.rounds:
+        return
     evaluate = replace(federation.evaluate, without_privacy=False)
     parts = replace(parts, federation=replace(federation, privacy=Privacy(), evaluate=evaluate))
     logs = Logs.under(parts.folder)

@@ -1,4 +1,4 @@
-"""What a run leaves: checkpoints, and at its end the model as files, then what it writes before and after."""
+"""Writes what a run leaves: checkpoints, and at its end the model and samples of its texts."""
 
 import json
 from collections.abc import Iterator
@@ -20,39 +20,35 @@ from strategies.core.seeds import rng
 SAMPLE_TOKENS = 40
 
 
-def write_checkpoint(parts: RunParts, loop: RoundLoop, state: ShardedState, *, stopping: bool) -> Iterator[Event]:
+def write_checkpoint(
+    parts: RunParts, loop: RoundLoop, state: ShardedState, *, stopping: bool = False
+) -> Iterator[Event]:
     """Writes a checkpoint if it is the round's turn by `checkpoint.every`, or the last one, or the run is stopping."""
-    every, keep = parts.federation.checkpoint.every, parts.federation.checkpoint.keep
-    if stopping or state.round == parts.federation.rounds or state.round % every == 0:
-        save_checkpoint(parts.folder / "checkpoints", loop.saved(state), keep, parts.shards.read)
+    checkpoint = parts.federation.checkpoint
+    if stopping or state.round == parts.federation.rounds or state.round % checkpoint.every == 0:
+        save_checkpoint(parts.folder / "checkpoints", loop.saved(state), checkpoint.keep, parts.shards.read)
         yield Checkpointed(state.round)
 
 
 def finish(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
     """Exports the folder `model` first, which is what the run is for, and then writes samples."""
     parts, shards = evaluator.parts, evaluator.parts.shards
-    losses = loss_table(parts.folder / "metrics", state.round)
-    merged, spent = shards.merged(state) is not None, loop.privacy.statement
-    card = model_card(parts.federation, losses, parts.store.manifest, merged=merged, spent=spent)
-    rows = _sampled_rows(evaluator)
-    prompts = [prompt for prompt, _ in rows]
-    vector = shards.vector(state)
+    losses, merged = loss_table(parts.folder / "metrics", state.round), shards.merged(state) is not None
+    card = model_card(parts.federation, losses, parts.store.manifest, merged=merged, spent=loop.privacy.statement)
+    rows, vector = _sampled_rows(evaluator), shards.vector(state)
     parts.pool.export(parts.folder / "model", vector, card)
 
-    def continuations(vector: Any) -> list[str]:
-        texts: list[str] = parts.pool.ask(lambda actor: actor.generate.remote(vector, prompts, SAMPLE_TOKENS))
-        return texts
+    def continuations(vector: Any) -> Any:
+        prompts = [prompt for prompt, _ in rows]
+        return parts.pool.ask(lambda actor: actor.generate.remote(vector, prompts, SAMPLE_TOKENS))
 
     after = continuations(vector)
     del vector  # the object store need not hold two
     move_base(shards, state, None)
     before = continuations(shards.vector(parts.initial))
-    samples = [
-        Sample(as_text(prompt), completion, old, new)
-        for (prompt, completion), old, new in zip(rows, before, after, strict=True)
-    ]
-    content = json.dumps([asdict(sample) for sample in samples], indent=1)
-    write_file(parts.folder / "samples.json", content.encode())
+    texts = zip(rows, before, after, strict=True)
+    samples = [Sample(as_text(prompt), completion, old, new) for (prompt, completion), old, new in texts]
+    write_file(parts.folder / "samples.json", json.dumps([asdict(sample) for sample in samples], indent=1).encode())
     yield Finished(parts.folder, losses, samples)
 
 

@@ -1,15 +1,18 @@
-"""What a run writes about a round: metrics, ledger and faults, from what was collected."""
+"""Writes a round's metrics, ledger and faults, from what was collected."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from datasets_partition.store.store import Store
-from engine.messages.events import DROPOUT, Fault, RoundDone
+from engine.messages.events import DROPOUT, Event, Fault, RoundDone
+from engine.messages.shards import ShardedState
 from engine.records.metrics import Logs
 from engine.rounds.collectors import Collected
 from engine.scheduling.pool import Pool
 
+Faults = tuple[Fault, ...]
+Metrics = dict[str, float]
 NO_UPDATE = ("sum", "metric")  # kinds of messages to the server that no protocol of updates counts
 
 
@@ -22,14 +25,14 @@ class Recorder:
     logs: Logs
     round: int = 0
 
-    def faults(self, more: Iterable[Fault] = ()) -> tuple[Fault, ...]:
+    def faults(self, more: Iterable[Fault] = ()) -> Faults:
         """Writes down and returns `more` faults and those of the pool since the last call."""
         faults = (*self.pool.faults, *more)
         self.pool.faults.clear()
         self.logs.faults.happened(self.round, faults, self.logs.metrics.wall_s)
         return faults
 
-    def collected(self, collected: Collected) -> tuple[Fault, ...]:
+    def collected(self, collected: Collected) -> Faults:
         """Writes down who failed or dropped out, also of a round that ends the run; returns the faults."""
         faults = self.faults(
             Fault("client", self.store.name(report.client), why)
@@ -41,51 +44,36 @@ class Recorder:
         return faults
 
     def played(
-        self,
-        collected: Collected,
-        faults: tuple[Fault, ...],
-        round_s: float,
-        apply_s: float,
-        privacy: dict[str, float],
-        statement: str | None,
+        self, collected: Collected, faults: Faults, times: Metrics, privacy: Metrics, statement: str | None
     ) -> RoundDone:
-        """Writes down a round; `privacy` is what noise has cost as metrics, `statement` the same in words."""
+        """Writes down a round; `times` are in seconds, `privacy` is the noise's cost, `statement` the same in words."""
         round_, metrics, good, gone = self.round, self.logs.metrics, collected.good, self._gone(collected)
         failed = {self.store.name(report.client): report.why for report in collected.reports if report.why is not None}
         if collected.by_client:
             names = self.store.names([report.client for report in good])
             metrics.add_each(round_, "train", names, [report.metrics for report in good])
-        clients = 0 if collected.aborted else len(good)
-        loss, tokens = collected.metrics["loss"], collected.metrics["tokens"]
-        sent_down = sum(sent.nbytes for sent in collected.messages if sent.party != "server")
-        sent_up = sum(
-            sent.nbytes for sent in collected.messages if sent.party == "server" and sent.kind not in NO_UPDATE
-        )
+        clients, aborted = 0 if collected.aborted else len(good), float(collected.aborted is not None)
+        round_s, messages = times["round_s"], collected.messages
+        tokens_per_s = collected.metrics["tokens"] / round_s
+        down = sum(sent.nbytes for sent in messages if sent.party != "server")
+        up = sum(sent.nbytes for sent in messages if sent.party == "server" and sent.kind not in NO_UPDATE)
+        counts = {"clients": clients, "failed": len(failed), "dropped": len(gone), "aborted": aborted}
+        sizes = {"protocol_bytes_down": down, "protocol_bytes_up": up, "store_bytes": collected.store_bytes}
+        others = {"balance": self._balance(collected.busy), "faults": len(faults)}
+        clipped = {} if collected.clipped is None else {"clipped": collected.clipped}
         metrics.add(round_, "train", None, **collected.metrics)
-        metrics.add(
-            round_,
-            "engine",
-            None,
-            round_s=round_s,
-            apply_s=apply_s,
-            tokens_per_s=tokens / round_s,
-            clients=clients,
-            failed=len(failed),
-            dropped=len(gone),
-            aborted=float(collected.aborted is not None),
-            protocol_bytes_down=sent_down,
-            protocol_bytes_up=sent_up,
-            store_bytes=collected.store_bytes,
-            balance=self._balance(collected.busy),
-            faults=len(faults),
-            **({} if collected.clipped is None else {"clipped": collected.clipped}),
-        )
+        metrics.add(round_, "engine", None, **times, tokens_per_s=tokens_per_s, **counts, **sizes, **others, **clipped)
         if privacy:
             metrics.add(round_, "privacy", None, **privacy)
-        for sent in collected.messages:
+        for sent in messages:
             self.logs.ledger.received(round_, sent.party, sent.kind, sent.count, sent.nbytes)
-        shown = loss, round_s, tokens / round_s, clients, failed, gone, collected.aborted
+        shown = collected.metrics["loss"], round_s, tokens_per_s, clients, failed, gone, collected.aborted
         return RoundDone(round_, *shown, statement, faults)
+
+    def after_round(self, state: ShardedState) -> Iterator[Event]:
+        """Writes the files of the round."""
+        self.logs.flush(state.round)
+        yield from ()
 
     def _gone(self, collected: Collected) -> dict[str, str]:
         return dict(zip(self.store.names([*collected.gone]), collected.gone.values(), strict=True))

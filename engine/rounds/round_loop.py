@@ -1,10 +1,10 @@
 """One round after another, on one page: plan, dispatch, collect, decode, apply, record."""
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,8 +13,9 @@ from datasets_partition.store.tokens import Tokens
 from engine.aggregation.privacy_account import PrivacyAccount
 from engine.config.availability import Trace
 from engine.config.federation import Federation
+from engine.messages.broadcast import BroadcastMessage
 from engine.messages.errors import RunError
-from engine.messages.events import RoundDone
+from engine.messages.events import Event, RoundDone
 from engine.messages.shards import ShardedState
 from engine.messages.tasks import Work
 from engine.records.checkpoint import Saved
@@ -29,6 +30,7 @@ from engine.rounds.server import Shards, apply
 from engine.scheduling.pool import Pool
 
 Collector = ClearCollector | SecureCollector
+Callback = Callable[[ShardedState], Iterator[Event]]  # what a run does after each round: see driver.py
 
 
 @dataclass
@@ -69,25 +71,23 @@ class RoundLoop:
         state, self.privacy.clip = apply(self.shards, state, collected.sums, noise, clip)
         if collected.sums:
             self.journal.model = round_
-        ended = time.monotonic()
+        times = {"round_s": time.monotonic() - began, "apply_s": time.monotonic() - applying}
         self._settle(work, collected, round_)
 
         # Record it.
-        statement = self.privacy.statement
-        return state, self.recorder.played(collected, faults, ended - began, ended - applying, privacy, statement)
+        return state, self.recorder.played(collected, faults, times, privacy, self.privacy.statement)
 
     def saved(self, state: ShardedState) -> Saved:
         """Returns all that a resumed run starts from."""
         wall_s, costs = self.recorder.logs.metrics.wall_s, self.planner.costs.sums.tolist()
         return Saved(state, wall_s, self.privacy.clip, self.aborts, self.lanes, costs, last_sum=self.journal.model)
 
-    def _broadcast(self, state: ShardedState, work: Work) -> Any:
-        plan, clip = self.privacy.plan, 0.0
-        if plan is not None:
-            clip = self.collector.client_clip(plan, self.privacy.clip, len(work.clients), state.round)
-        oldest, full_rows = self.planner.oldest(state.round), self.planner.full_rows(work.clients)
+    def _broadcast(self, state: ShardedState, work: Work) -> BroadcastMessage:
+        plan, oldest = self.privacy.plan, self.planner.oldest(state.round)
+        clients, lanes, full_rows = len(work.clients), self.lanes, self.planner.full_rows(work.clients)
+        clip = 0.0 if plan is None else self.collector.client_clip(plan, self.privacy.clip, clients, state.round)
         broadcast = self.shards.broadcast(state)
-        return replace(broadcast, oldest=oldest, lanes=self.lanes, dp=plan, clip=clip, full_rows=full_rows)
+        return replace(broadcast, oldest=oldest, lanes=lanes, dp=plan, clip=clip, full_rows=full_rows)
 
     def _abort_if_too_few(self, collected: Collected, cohort: int, round_: int) -> None:
         """Takes the sums out of a round in which too few clients gave an update; RunError if that ends the run."""
@@ -116,7 +116,7 @@ class RoundLoop:
 
 @dataclass(frozen=True)
 class RunParts:
-    """What all of a run's rounds work with."""
+    """What all rounds of a run work with."""
 
     federation: Federation
     pool: Pool
@@ -138,24 +138,21 @@ def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None 
     federation, store, shards = parts.federation, parts.store, parts.shards
     costs = Costs(np.array(saved.costs)) if saved and saved.costs else Costs()
     planner = Planner(federation, parts.tokens, parts.population, costs)
-    round_, clip = (saved.state.round, saved.clip) if saved else (0, None)
-    rows = parts.tokens.counts("train")[: parts.population]
+    begun = (saved.state.round, saved.clip, saved.aborts, saved.last_sum) if saved else (0, None, 0, 0)
+    round_, clip, aborts, last_sum = begun
+    rows, unit = parts.tokens.counts("train")[: parts.population], store.manifest.get("unit")
     steps = planner.most_steps() * shards.trainings(parts.initial)  # all trainings of a client see its rows
-    unit = parts.store.manifest.get("unit")
     privacy = PrivacyAccount.open(federation, parts.pool.layout, parts.folder, rows, steps, round_, clip, unit)
-    journal = Journal(parts.folder, parts.elsewhere, saved.last_sum if saved else 0)
+    journal = Journal(parts.folder, parts.elsewhere, last_sum)
     too_few = partial(shortfall, federation, store)
     path = federation.clients.availability.trace
     trace = None if path is None else Trace.open(Path(path), store.names(list(range(store.num_clients))))
-    collector: Collector
+    collector: Collector = ClearCollector(federation, shards, trace)
     if federation.privacy.secure:
         train = federation.train
         most_tokens = planner.most_steps() * train.batch * train.accumulate * train.max_length
         relay = start_relay(shards, federation.privacy.secagg.on_slot_death)
         collector = SecureCollector(federation, relay, most_tokens, journal, too_few, trace)
         collector.refuse_small_ring(privacy.plan, privacy.clip, federation.cohort.largest(parts.population), round_)
-    else:
-        collector = ClearCollector(federation, shards, trace)
     recorder, states = Recorder(store, parts.pool, logs, round_), parts.folder / "client_state"
-    kept = (lanes, saved.aborts if saved else 0)
-    return RoundLoop(federation, planner, shards, collector, too_few, privacy, journal, recorder, states, *kept)
+    return RoundLoop(federation, planner, shards, collector, too_few, privacy, journal, recorder, states, lanes, aborts)

@@ -4,7 +4,7 @@ The driver never holds an unmasked update: secrets and vectors stay in the worke
 messages between them, adds masked vectors up, and counts every message for the ledger by whom it reaches.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,7 +30,6 @@ from engine.rounds.collectors import Collected, Message, reasons
 from engine.rounds.server import MaskedTotal, Shards
 from engine.system.failures import LOST, within
 from strategies.core.errors import StrategyError
-from strategies.core.layout import Layout
 from strategies.secagg.messages import MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session
 from strategies.secagg.ring import Sums
@@ -40,6 +39,7 @@ MOST_CLIPPED = 0.01  # a share of coordinates: more is warned about
 Shortfall = Callable[[Sequence[Report], int, int], str | None]
 Gone = Mapping[int, Phase]  # who drops out, and before which answer
 Placed = dict[int, tuple[Unit, ...]]  # the units of work of each slot
+Members = dict[int, list[int]]  # the clients of each slot
 Answers = dict[int, Any]  # by slot
 Known = dict[int, bytes] | None  # the public identities in the active profile
 
@@ -64,18 +64,17 @@ class Relay:
 
     def answers(self, waits: Mapping[int, Callable[[], Any]], *, void: bool) -> Answers:
         """Returns what slots answer; replaces those that die, and then with `void` raises _SlotLost."""
-        answers, lost = {}, False
+        answers = {}
         for slot, wait in waits.items():
             try:
                 answers[slot] = wait()
             except LOST as error:
                 self.shards.pool.replace(slot, error)
-                lost = True
             except RayTaskError as error:
                 if isinstance(error.cause, SecAggAbort):
                     raise error.cause from error
                 raise
-        if lost and void:
+        if void and len(answers) < len(waits):
             raise _SlotLost
         return answers
 
@@ -88,6 +87,12 @@ class Relay:
 
 def _flat(answers: Mapping[int, list[Any]]) -> list[Any]:
     return [message for of_slot in answers.values() for message in of_slot]
+
+
+def _by_slot(messages: Mapping[int, Any], members: Members, slots: Iterable[int]) -> dict[int, dict[int, Any]]:
+    """Sorts messages to clients by the clients' slots, without slots that get none."""
+    by_slot = {slot: {c: messages[c] for c in members[slot] if c in messages} for slot in slots}
+    return {slot: of_slot for slot, of_slot in by_slot.items() if of_slot}
 
 
 def placement(units: list[Unit], costs: list[float], slots: Sequence[int]) -> Placed:
@@ -115,10 +120,6 @@ class SecureCollector:
     shortfall: Shortfall
     trace: Trace | None = None
 
-    @property
-    def _layout(self) -> Layout:
-        return self.relay.shards.pool.layout
-
     def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
         """Plays one secured round; it is aborted if the cohort, or what is left of it, is too small."""
         secagg, cohort, collected = self.federation.privacy.secagg, work.clients, Collected(by_client=False)
@@ -133,13 +134,10 @@ class SecureCollector:
         except (SumRefused, StrategyError) as error:
             collected.aborted = str(error)
             return collected
-        sums = self.sums(plan, broadcast.clip, len(cohort), broadcast.round)
+        sums, gone = self.sums(plan, broadcast.clip, len(cohort), broadcast.round), self._gone(work, broadcast.round)
         session = Session(broadcast.round, 0, parameters, sums, secagg.mode)
-        gone = self._gone(work, broadcast.round)
         leaving = {client: leaves.before for client, leaves in gone.items()}
-        total = self._play(session, work, broadcast, leaving, least, collected)
-
-        if total is not None:
+        if (total := self._play(session, work, broadcast, leaving, least, collected)) is not None:
             count, weight, unmasked, figures = self.relay.shards.unmasked(total, plan)
             if weight == 0:
                 collected.aborted = "all weights are less than the ring's steps: raise privacy.secagg.bits"
@@ -147,11 +145,10 @@ class SecureCollector:
                 collected.sums = unmasked
                 collected.metrics = figure_metrics(self.federation.train.objective, figures)
                 collected.clipped = self._clipped(figures, count, broadcast.round)
-        down = round(sum(report.metrics[DOWN] for report in collected.reports))
+        down, pool = round(sum(report.metrics[DOWN] for report in collected.reports)), self.relay.shards.pool
         collected.messages.insert(0, Message("client", "sum", len(collected.reports) if down else 0, down))
         collected.gone = reasons(gone, collected.reports) | collected.gone
-        sessions_length = collected.sessions * self.relay.shards.pool.size * sums.length
-        collected.store_bytes = FLOAT_BYTES * (self._layout.size + sessions_length)
+        collected.store_bytes = FLOAT_BYTES * (pool.layout.size + collected.sessions * pool.size * sums.length)
         return collected
 
     def _play(
@@ -166,8 +163,7 @@ class SecureCollector:
         pool, shared, known = self.relay.shards.pool, share(broadcast), None
         units = pool.units(work, broadcast.lanes)
         if session.parameters.active:
-            cohort = tuple(work.clients.tolist())
-            known = pool.ask(lambda actor: actor.roster.remote(cohort, self.relay.authority))
+            known = pool.ask(lambda actor: actor.roster.remote(tuple(work.clients.tolist()), self.relay.authority))
         pool.deaths = 0
         while True:
             collected.sessions += 1
@@ -203,8 +199,7 @@ class SecureCollector:
         boxes = sum(len(inbox.boxes) for inbox in inboxes.values())
         collected.messages.append(Message("other clients", "share", boxes, sum(i.nbytes for i in inboxes.values())))
 
-        of_slots = {slot: {c: inboxes[c] for c in members[slot] if c in inboxes} for slot in sealed}
-        trained = relay.trip("masked", {slot: inbox for slot, inbox in of_slots.items() if inbox}, shared)
+        trained = relay.trip("masked", _by_slot(inboxes, members, sealed), shared)
         self._note_reports(collected, trained, members, gone)
         masked: dict[int, MaskedSum] = {slot: answer for slot, (_, answer) in trained.items() if answer.clients}
         # What ranks of a gang hold beside their message; a slot that has lost it has lost its clients.
@@ -223,17 +218,13 @@ class SecureCollector:
         requests = server.requests(agreements)
         self._admit(survivors.clients, session.round + 1)
         collected.note("client", "survivors", requests.values())
-        wanted = {slot: {c: requests[c] for c in members[slot] if c in requests} for slot in trained}
-        wanted = {slot: clients for slot, clients in wanted.items() if clients}
-        answers = _flat(relay.trip("unmask", wanted, void=False))
+        answers = _flat(relay.trip("unmask", _by_slot(requests, members, trained), void=False))
         collected.note("server", "share", answers)
         removals = server.unmask(answers)
         collected.messages.append(Message("server", "sum", 1, session.sums.nbytes))
         return session, server.total(), removals, shards
 
-    def _note_reports(
-        self, collected: Collected, trained: Answers, members: Mapping[int, Sequence[int]], gone: Gone
-    ) -> None:
+    def _note_reports(self, collected: Collected, trained: Answers, members: Members, gone: Gone) -> None:
         """Notes the reports of the slots that have answered, their seconds of work, and whose slots have not."""
         reports = (report for of_slot, _ in trained.values() for report in of_slot)
         collected.reports = sorted(reports, key=lambda report: report.client)
@@ -277,23 +268,23 @@ class SecureCollector:
 
     def refuse_small_ring(self, plan: Plan, clip: float, clients: int, round_: int) -> None:
         """Raises an error if a cohort of `clients` does not fit the graph or the ring of a round from `round_` on."""
-        clients = max(2, clients)
-        self.federation.privacy.secagg.parameters(clients)
+        self.federation.privacy.secagg.parameters(max(2, clients))
         for later in range(round_, self.federation.rounds):
-            self.client_clip(plan, clip, clients, later)
+            self.client_clip(plan, clip, max(2, clients), later)
 
     def sums(self, plan: Plan, clip: float, clients: int, round_: int) -> Sums:
         """Returns what a round's session with `clients` clients adds up; StrategyError if the ring is too small."""
-        return ring_sums(self.federation, self._layout, plan, clip, clients, self.most_tokens, round_)
+        return ring_sums(self.federation, self.relay.shards.pool.layout, plan, clip, clients, self.most_tokens, round_)
 
     def _clipped(self, figures: dict[str, float], clients: int, round_: int) -> float:
         """Returns the share of the clients' coordinates that bounds have cut, and warns of a large one."""
-        lengths = live_lengths(self.federation, self._layout, round_)
+        pool = self.relay.shards.pool
+        lengths = live_lengths(self.federation, pool.layout, round_)
         cut = max(0.0, figures["clipped"]) / (clients * max(1, sum(lengths.values())))
         if cut > MOST_CLIPPED:
             bounds = "privacy.secagg.bound" + (" or bounds" if len(lengths) > 1 else "")
             why = f"{cut:.1%} of the coordinates that clients sent are beyond what the ring takes, and were cut"
-            self.relay.shards.pool.faults.append(Fault("round", str(round_ + 1), f"{why}: raise {bounds}"))
+            pool.faults.append(Fault("round", str(round_ + 1), f"{why}: raise {bounds}"))
         return cut
 
     def _gone(self, work: Work, round_: int) -> dict[int, Leaving]:
@@ -302,8 +293,8 @@ class SecureCollector:
         gone = federation.clients.availability.gone(work.clients, federation.seed, round_, self.trace)
         if before is None:
             return gone
-        others = [client for client in work.clients.tolist() if client not in before]
-        return {client: Leaving("masked input", LEFT_OUT) for client in others} | gone
+        others = (client for client in work.clients.tolist() if client not in before)
+        return dict.fromkeys(others, Leaving("masked input", LEFT_OUT)) | gone
 
     def _refuse_thin(self, clients: Sequence[int], least: int) -> None:
         """Raises SumRefused if a sum would be of so few that it tells of one of them, or has too little noise."""
@@ -326,5 +317,4 @@ class SecureCollector:
 def start_relay(shards: Shards, on_slot_death: str) -> Relay:
     """Returns a relay with an authority of its own, beside the driver: no other node's end is the authority's."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    authority = ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote()
-    return Relay(shards, authority, on_slot_death)
+    return Relay(shards, ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote(), on_slot_death)

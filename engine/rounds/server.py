@@ -1,8 +1,4 @@
-"""The server's half of a strategy: a model state, which is a tuple of shards, and the rule that makes the next one.
-
-A whole vector is one shard, which `DriverShards` works on in this process. With `RankShards` each rank of the first
-gang works on a shard of its own, and the driver knows references. Rules, checkpoints and callbacks never ask which.
-"""
+"""The server's half of a strategy: applies the rule to a model state, which is a tuple of shards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +14,6 @@ from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.errors import RunError
 from engine.messages.shards import Shard, ShardedState, borrow
-from engine.messages.tasks import Served
 from engine.scheduling.dispatcher import Worked
 from engine.scheduling.pool import Pool
 from engine.scheduling.worker_kinds import Reference
@@ -34,6 +29,7 @@ from strategies.secagg.ring import Sums
 MaskedTotal = tuple[Session, np.ndarray, Masks, list[Any]]
 # What the server learns of it: the number of clients, their weight, the sums as the rule reads them, figures by name.
 UnmaskedSums = tuple[int, float, list[Any], dict[str, float]]
+Next = tuple[ShardedState, float]  # the state and the clipping norm after a round
 
 
 @dataclass(frozen=True)
@@ -82,11 +78,8 @@ class DriverShards:
 
     def sums(self, worked: Worked) -> tuple[list[Aggregate], int]:
         """Returns the sum over all workers, or the updates one by one where the rule reads each, and their bytes."""
-        nbytes, good = 0, sum(report.good for report in worked.reports)
-        if self.federation.strategy.reads == "sum":
-            (aggregate,) = worked.sums
-        else:
-            aggregate, nbytes = _each(worked.each)
+        good, reads = sum(report.good for report in worked.reports), self.federation.strategy.reads
+        aggregate, nbytes = (worked.sums[0], 0) if reads == "sum" else _each(worked.each)
         assert aggregate.count == good, f"{aggregate.count} updates in the sum, and {good} clients that gave one"
         return [aggregate], nbytes
 
@@ -105,9 +98,7 @@ class DriverShards:
         aggregate, figures = ring_aggregate(totals, self.federation, self.pool.layout, plan, session.round)
         return totals.count, totals.weight, [aggregate], figures
 
-    def step(
-        self, state: ShardedState, sums: list[Aggregate], plan: CentralPlan | None, clip: float
-    ) -> tuple[ShardedState, float]:
+    def step(self, state: ShardedState, sums: list[Aggregate], plan: CentralPlan | None, clip: float) -> Next:
         """Applies the server's step in this process."""
         layout = self.pool.layout
         live = {} if plan is None else live_masks(self.federation, layout, state.round)
@@ -124,9 +115,8 @@ class DriverShards:
         return part.merged_delta
 
     def _whole(self, state: ShardedState) -> ServerState:
-        (part,) = state.parts
-        whole: ServerState = part.state(state.round, self.federation.seed, self.population)
-        return replace(whole, layout=self.pool.layout)
+        part: Shard = state.parts[0]
+        return replace(part.state(state.round, self.federation.seed, self.population), layout=self.pool.layout)
 
 
 @dataclass(frozen=True)
@@ -152,8 +142,7 @@ class RankShards:
 
     def read(self, part: Any) -> ServerState:
         """Returns a shard as it is mapped from the object store."""
-        shard: Shard = ray.get(part)
-        return shard.state(0, self.federation.seed)
+        return Shard.state(ray.get(part), 0, self.federation.seed)
 
     def hold(self, shard: ServerState) -> Reference:
         """Puts a shard into the object store."""
@@ -199,20 +188,16 @@ class RankShards:
             except LOST as error:
                 self.pool.replace(0, error)
 
-    def step(
-        self, state: ShardedState, sums: list[tuple[Reference, ...]], plan: CentralPlan | None, clip: float
-    ) -> tuple[ShardedState, float]:
+    def step(self, state: ShardedState, sums: list[Any], plan: CentralPlan | None, clip: float) -> Next:
         """Lets the ranks of the first gang apply the server's step, each to its shard of the state and of all sums."""
-        self.pool.deaths, served = 0, Served(self.population, plan, clip)
-        while True:
-            after = [
-                rank.serve.options(num_returns=2).remote(part, state.round, served, *parts)
-                for rank, part, *parts in zip(self.pool.ranks(0), state.parts, *sums, strict=True)
-            ]
-            try:
-                return self._kept(state.round + 1, after), clip
-            except LOST as error:
-                self.pool.replace(0, error)
+        rest = (state.round, self.population, plan, clip)
+
+        def serve(_: Any) -> ShardedState:
+            shards = zip(self.pool.ranks(0), state.parts, *sums, strict=True)
+            after = [rank.serve.options(num_returns=2).remote(part, *rest, *parts) for rank, part, *parts in shards]
+            return self._kept(state.round + 1, after)
+
+        return self.pool.retried(serve), clip
 
     def merged(self, state: ShardedState) -> None:
         """Returns None: gangs refuse rules that merge into the base."""
@@ -226,9 +211,7 @@ class RankShards:
 Shards = DriverShards | RankShards
 
 
-def apply(
-    shards: Shards, state: ShardedState, sums: list[Any], plan: CentralPlan | None, clip: float
-) -> tuple[ShardedState, float]:
+def apply(shards: Shards, state: ShardedState, sums: list[Any], plan: CentralPlan | None, clip: float) -> Next:
     """Returns the next state and the next clipping norm; without `sums` the same model one round later.
 
     With a `plan` the sums get its noise first, or noise is all that moves the model; then what clients did to their

@@ -60,8 +60,8 @@ class SlotResults:
     units: list[Unit] = field(default_factory=list)
 
 
-class Slots(Protocol):
-    """What a dispatcher asks of a pool."""
+class _Slots(Protocol):
+    """What a dispatcher asks of a Pool, which documents it."""
 
     federation: Federation
     kind_of: list[int]
@@ -71,17 +71,10 @@ class Slots(Protocol):
     deaths: int
 
     @property
-    def timeout_s(self) -> float | None:
-        """See Pool."""
-
-    def kinds_for(self, clients: np.ndarray) -> np.ndarray:
-        """See Pool."""
-
-    def lost_with_node(self, slot: int) -> bool:
-        """See Pool."""
-
-    def replace(self, slot: int, error: Exception) -> None:
-        """See Pool."""
+    def timeout_s(self) -> float | None: ...
+    def kinds_for(self, clients: np.ndarray) -> np.ndarray: ...
+    def lost_with_node(self, slot: int) -> bool: ...
+    def replace(self, slot: int, error: Exception) -> None: ...
 
 
 class Dispatcher:
@@ -95,7 +88,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        slots: Slots,
+        slots: _Slots,
         units: list[Unit],
         cost: Callable[[Unit], float],
         call: Callable[[Any, list[Unit]], Any],
@@ -129,8 +122,6 @@ class Dispatcher:
         while self._busy() or self.running or self.beside:
             self._hand_out()
             owed = [*self.running, *self.beside]
-            if not owed:
-                continue
             patience = allowed and max(0.0, min(self.since.values()) + allowed - time.monotonic())
             ready, _ = ray.wait(owed, num_returns=1, timeout=patience)
             if ready:
@@ -170,7 +161,11 @@ class Dispatcher:
         self.since.setdefault(slot, time.monotonic())
 
     def _chunk(self, kind: int) -> list[Unit]:
-        queue, share, chunk, cost = self.queues[kind], self._share(kind), list[Unit](), 0.0
+        share, allowed = max(LEAST_S, self.left[kind] / (SHARES * self.living[kind])), self.slots.timeout_s
+        if allowed is not None:
+            # Half is left for work that takes longer than expected. If costs are not seconds, a first chunk is short.
+            share = min(share, allowed / 2 / (self.slowest or 1.0))
+        queue, chunk, cost = self.queues[kind], list[Unit](), 0.0
         while queue and (not chunk or cost + self.cost[queue[0]] <= share):
             if chunk and (queue[0] in self.suspects or chunk[0] in self.suspects):
                 break
@@ -178,12 +173,6 @@ class Dispatcher:
             cost += self.cost[chunk[-1]]
         self.left[kind] -= cost
         return chunk
-
-    def _share(self, kind: int) -> float:
-        share, allowed = max(LEAST_S, self.left[kind] / (SHARES * self.living[kind])), self.slots.timeout_s
-        # Half of it is left for work that takes longer than expected. If costs are not in seconds, a first chunk is
-        # rather short.
-        return share if allowed is None else min(share, allowed / 2 / (self.slowest or 1.0))
 
     def _take(self, ready: Any) -> None:
         slot = (self.beside.get(ready) or self.running[ready])[0]
@@ -220,15 +209,15 @@ class Dispatcher:
     def _lose(self, slot: int, error: Exception) -> None:
         """Queues again all that a dead slot has done or begun, but for what it has answered of `later`."""
         begun = [self.running.pop(reference)[1] for reference, (other, _) in [*self.running.items()] if other == slot]
-        for reference in [reference for reference, (other, _, _) in self.beside.items() if other == slot]:
-            _, waiting, part = self.beside.pop(reference)
-            waiting.chunks.append(part)
+        for reference, (other, waiting, part) in [*self.beside.items()]:
+            if other == slot:
+                del self.beside[reference]
+                waiting.chunks.append(part)
         for unit in self.finished.pop(slot, SlotResults()).units:
             self._queue(unit)
         # A slot answers in the order in which it is asked: it was working on the first chunk when it ended, and the
         # chunk may be at fault unless the slot's node has ended.
-        outside = isinstance(error, ActorUnavailableError) or self.slots.lost_with_node(slot)
-        suspected = [] if outside else begun[:1]
+        suspected = [] if isinstance(error, ActorUnavailableError) or self.slots.lost_with_node(slot) else begun[:1]
         for unit in chain.from_iterable(begun[len(suspected) :]):
             self._queue(unit)
         for chunk in suspected:
@@ -236,8 +225,7 @@ class Dispatcher:
         self.since.pop(slot, None)
         self.slots.replace(slot, error)
         self.free[slot] = AHEAD
-        for gone in [other for other in self.free if other not in self.slots.alive]:
-            del self.free[gone]
+        self.free = {other: room for other, room in self.free.items() if other in self.slots.alive}
         self.living = Counter(self.slots.kind_of[other] for other in self.slots.alive)
 
     def _suspect(self, chunk: list[Unit], error: Exception) -> None:

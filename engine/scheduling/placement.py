@@ -8,20 +8,17 @@ from engine.messages.errors import RunError
 
 def slots_that_fit(clients: Clients, nodes: list[dict[str, float]]) -> int:
     """Returns how many slots the nodes' resources hold; RunError, with what was asked and what exists, if none."""
-    fit = 0
-    for node in nodes:
-        shares = [node.get("CPU", 0.0) / clients.num_cpus if clients.num_cpus else math.inf]
-        gpus = node.get("GPU", 0.0)
+    fit, sizes = 0, [(node.get("GPU", 0.0), node.get("CPU", 0.0)) for node in nodes]
+    for gpus, cpus in sizes:
+        shares = [cpus / clients.num_cpus if clients.num_cpus else math.inf]
         if 0 < clients.num_gpus < 1:  # a fraction lies on one GPU
             shares.append(gpus * math.floor(1 / clients.num_gpus + 1e-6))
         elif clients.num_gpus:
             shares.append(gpus / clients.num_gpus)
         fit += math.floor(min(shares) + 1e-6)
     if fit == 0:
-        largest = "no node at all"
-        if nodes:
-            node = max(nodes, key=lambda node: (node.get("GPU", 0.0), node.get("CPU", 0.0)))
-            largest = f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs"
+        gpus, cpus = max(sizes, default=(0.0, 0.0))
+        largest = f"{cpus:g} CPUs and {gpus:g} GPUs" if nodes else "no node at all"
         raise RunError(
             f"a slot needs {clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs on one node, but the largest of "
             f"{len(nodes)} has {largest}: lower clients.num_cpus or clients.num_gpus"
@@ -49,10 +46,10 @@ def slot_counts(clients: Clients, nodes: list[dict[str, float]]) -> tuple[int, i
             )
         return zero.gangs, asked_or_fitting(clients, fit - taken)
     if fit < zero.ranks:
-        total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+        cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
         raise RunError(
             f"a gang needs {zero.ranks} ranks of {clients.num_cpus:g} CPUs and {clients.num_gpus:g} GPUs each, but all "
-            f"nodes together have {total['CPU']:g} CPUs and {total['GPU']:g} GPUs: lower clients.zero.ranks, "
+            f"nodes together have {cpus:g} CPUs and {gpus:g} GPUs: lower clients.zero.ranks, "
             f"clients.num_cpus or clients.num_gpus"
         )
     return asked_or_fitting(clients, fit // zero.ranks), 0

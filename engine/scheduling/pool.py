@@ -124,8 +124,7 @@ class Pool:
         zero = self.federation.clients.zero
         if len(self.worker_kinds) == 1 or zero is None:
             return np.zeros(len(clients), np.int64)
-        numbers: np.ndarray = (self.rows_by_client[clients] < zero.from_rows).astype(np.int64)
-        return numbers
+        return np.where(self.rows_by_client[clients] < zero.from_rows, 1, 0)
 
     def ranks(self, slot: int) -> Sequence[Any]:
         """Returns the actors of a slot's processes, the one that speaks for it first."""
@@ -220,11 +219,8 @@ class Pool:
     def units(self, work: Work, lanes: int) -> list[Unit]:
         """Groups the clients of a round by kind, and into units that train together where their kind has lanes."""
         numbers = self.kinds_for(work.clients)
-        units: list[Unit] = []
-        for number, kind in enumerate(self.worker_kinds):
-            part = work.of(numbers == number)
-            units += units_of(part.clients, part.steps, lanes if kind.lanes else 1)
-        return units
+        parts = [(work.of(numbers == number), kind.lanes) for number, kind in enumerate(self.worker_kinds)]
+        return [unit for part, many in parts for unit in units_of(part.clients, part.steps, lanes if many else 1)]
 
     def train(self, work: Work, message: Any, lanes: int) -> Worked:
         """Does one round's local work. A slot that dies takes its sum with it: the units in it run again elsewhere."""
@@ -239,13 +235,16 @@ class Pool:
             each.update(zip(clients, updates, strict=True))
             return reports
 
+        def give_up(client: int, why: str) -> Report:
+            return Report.of_nothing(client, (f"its slot died of it: {why}",))
+
         reports: dict[int, Report] = {}
         sums, nbytes, busy = list[Any](), 0, [0.0] * self.size
         finished: dict[int, SlotResults] = {}
         ended: dict[Unit, None] = {}  # in the order in which they were
         todo, self.deaths, lost_sums = self.units(work, lanes), 0, 0
         while todo:
-            dispatcher = Dispatcher(self, todo, work.cost, call, self.later, _given_up, finished)
+            dispatcher = Dispatcher(self, todo, work.cost, call, self.later, give_up, finished)
             finished, todo = dispatcher.run(), []
             for report in dispatcher.given_up:
                 reports[report.client] = report
@@ -303,7 +302,8 @@ class Pool:
 
     def _cut_sums(self, slots: tuple[int, ...]) -> Taken:
         """Returns each slot's sum as references to its shards, which stay in the store."""
-        closing = {slot: self.close(slot) for slot in slots}
+        assert self.partition is not None
+        closing = {slot: self._kind(slot).close(self.actors[slot], self.partition) for slot in slots}
         sums, nbytes, lost = dict[tuple[int, ...], Any](), 0, dict[int, Exception]()
         for slot, (sizes, shards) in closing.items():
             try:
@@ -312,11 +312,6 @@ class Pool:
             except LOST as error:
                 lost[slot] = error
         return sums, nbytes, lost
-
-    def close(self, slot: int) -> tuple[list[Reference], list[Reference]]:
-        """Returns references to the bytes of a slot's sum and to its shards, where vectors are cut."""
-        assert self.partition is not None
-        return self._kind(slot).close(self.actors[slot], self.partition)
 
     def map(self, clients: np.ndarray, costs: np.ndarray, call: Callable[[Any, list[int]], Reference]) -> list[Any]:
         """Returns the results of `call(actor, chunk)` for `clients` (N,), flat; the largest `costs` (N,) come first."""
@@ -328,7 +323,7 @@ class Pool:
 
     def ask(self, call: Callable[[Any], Reference], *, long: bool = False) -> Any:
         """Returns the result of `call(actor)` in the first slot, without a time limit if it may take `long`."""
-        return self._retried(lambda actor: within(None if long else self.timeout_s, call(actor)))
+        return self.retried(lambda actor: within(None if long else self.timeout_s, call(actor)))
 
     def export(self, folder: Path, message: Any, card: str) -> None:
         """Writes the model folder: files come one at a time, from the first slot; one that dies is replaced."""
@@ -343,9 +338,9 @@ class Pool:
                 except StopIteration:
                     return
 
-        self._retried(lambda actor: write_folder(folder, files(actor)))
+        self.retried(lambda actor: write_folder(folder, files(actor)))
 
-    def _retried(self, work: Callable[[Any], Any]) -> Any:
+    def retried(self, work: Callable[[Any], Any]) -> Any:
         """Returns what `work` does with the first slot, and does it again with another when that slot dies."""
         self.deaths = 0
         while True:
@@ -357,10 +352,6 @@ class Pool:
 
 def _resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _given_up(client: int, why: str) -> Report:
-    return Report.of_nothing(client, (f"its slot died of it: {why}",))
 
 
 def is_lost(update: Reference) -> bool:

@@ -6,7 +6,6 @@ Their methods raise one of LOST when a slot dies; the pool replaces it.
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,10 +90,9 @@ def wait_for_places(actors: list[Any], federation: Federation) -> list[Place]:
 def process_beside_driver(spawn: Callable[..., Any], actors: list[Any], places: list[Place]) -> Any:
     """Returns a slot on the driver's node, where store and base lie, else an actor that takes no resources."""
     here = ray.get_runtime_context().get_node_id()
-    for actor, place in zip(actors, places, strict=True):
-        if place.node_id == here:
-            return actor
-    return spawn(num_cpus=0, num_gpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
+    beside = [actor for actor, place in zip(actors, places, strict=True) if place.node_id == here]
+    strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+    return beside[0] if beside else spawn(num_cpus=0, num_gpus=0, scheduling_strategy=strategy)
 
 
 @dataclass
@@ -179,14 +177,15 @@ class GangHandle:
         self.leader, self.followers = leader, followers
 
     def __getattr__(self, method: str) -> Any:
-        return (
-            SimpleNamespace(remote=partial(self._all, method)) if method in TOGETHER else getattr(self.leader, method)
-        )
+        if method not in TOGETHER:
+            return getattr(self.leader, method)
 
-    def _all(self, method: str, *arguments: Any) -> Reference:
-        for follower in self.followers:
-            follower.follow.remote(self.leader, method, *arguments)
-        return self.leader.lead.remote(method, *arguments)
+        def remote(*arguments: Any) -> Reference:
+            for follower in self.followers:
+                follower.follow.remote(self.leader, method, *arguments)
+            return self.leader.lead.remote(method, *arguments)
+
+        return SimpleNamespace(remote=remote)
 
 
 @dataclass(frozen=True)
@@ -202,21 +201,17 @@ class Gangs:
         clients, zero = self.federation.clients, self.federation.clients.zero
         assert zero is not None
         self.end(slot, None)  # a driver before this one may have left it
-        bundle = {"CPU": clients.num_cpus, "GPU": clients.num_gpus}
-        bundle = {name: share for name, share in bundle.items() if share}
+        bundle = {name: n for name, n in (("CPU", clients.num_cpus), ("GPU", clients.num_gpus)) if n}
         group = placement_group([bundle] * zero.ranks, strategy="PACK", name=f"{self.folder} gang {slot}")
-        ranks = [
-            ray.remote(Rank if rank else Gang)
-            .options(
-                num_cpus=clients.num_cpus,
-                num_gpus=clients.num_gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
-                runtime_env={"env_vars": rank_environment(gpu=clients.num_gpus > 0)},
-            )
-            .remote(self.federation, self.folder, rank)
-            for rank in range(zero.ranks)
-        ]
-        return GangHandle(*ranks)
+        environment = {"env_vars": rank_environment(gpu=clients.num_gpus > 0)}
+        options = {"num_cpus": clients.num_cpus, "num_gpus": clients.num_gpus, "runtime_env": environment}
+
+        def spawned(rank: int) -> Any:
+            there = PlacementGroupSchedulingStrategy(group, rank)
+            actor = ray.remote(Rank if rank else Gang).options(**options, scheduling_strategy=there)
+            return actor.remote(self.federation, self.folder, rank)
+
+        return GangHandle(*map(spawned, range(zero.ranks)))
 
     def end(self, slot: int, gang: GangHandle | None) -> None:
         """Removes a gang's placement group: Ray ends what runs in it, stopped or not."""
@@ -231,8 +226,7 @@ class Gangs:
         """Lets the ranks meet and read base and rows; the answer is the layout, and how vectors are cut."""
         leader, *followers = ranks = self.ranks(gang)
         leader_tokens, *tokens = [columns.seen_by(rank, None, None) for rank in ranks]
-        places: list[Place] = ray.get([rank.place.remote() for rank in ranks])
-        refuse_shared_gpus([(place.node_id, place.gpu) for place in places])
+        refuse_shared_gpus([(place.node_id, place.gpu) for place in ray.get([rank.place.remote() for rank in ranks])])
         address, port = ray.get(leader.address.remote())
         for rank, folder in zip(followers, tokens, strict=True):
             rank.follow.remote(leader, "form", address, port, folder)

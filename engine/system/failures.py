@@ -4,14 +4,8 @@ import re
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-)
+from ray import exceptions
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError
 
 
 class GangLost(Exception):
@@ -26,7 +20,8 @@ class SlotSilent(Exception):
     """A slot has not answered for longer than the recipe allows."""
 
 
-LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError, GangLost, SlotSilent)
+ENDED = (exceptions.RayActorError, exceptions.OutOfMemoryError, exceptions.NodeDiedError, ObjectLostError)
+LOST = (*ENDED, GangLost, SlotSilent)
 
 
 def within(seconds: float | None, references: Any) -> Any:

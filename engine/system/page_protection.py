@@ -8,8 +8,8 @@ import numpy as np
 
 PROT_READ, PROT_WRITE = 1, 2
 UNPROTECTED = "the shared base cannot be protected against writes"
-# A buffer of so many bytes surely lies in the object store. Ray sends small ones within its messages, into memory of
-# this process alone, whose pages would come back as zeros.
+# Bytes of a buffer that surely lies in the object store. Ray sends small ones within its messages, into memory of this
+# process alone, whose pages would come back as zeros.
 IN_STORE = 2**20
 
 
@@ -34,12 +34,9 @@ def drop_pages(buffer: np.ndarray) -> None:
 
 
 def _call(name: str, buffer: np.ndarray, argument: int, failed: str) -> None:
-    if not sys.platform.startswith("linux"):
-        return
     page = mmap.PAGESIZE
     start = -(-buffer.ctypes.data // page) * page
     length = (buffer.ctypes.data + buffer.nbytes) // page * page - start
-    if length > 0:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc[name](ctypes.c_void_p(start), ctypes.c_size_t(length), argument) != 0:
+    if length > 0 and sys.platform.startswith("linux"):
+        if ctypes.CDLL(None, use_errno=True)[name](ctypes.c_void_p(start), ctypes.c_size_t(length), argument) != 0:
             raise OSError(ctypes.get_errno(), failed)

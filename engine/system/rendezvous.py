@@ -22,9 +22,8 @@ def meet(
     timeout = timedelta(seconds=timeout_s)
     # Without a socket the store would listen on all addresses.
     listener: dict[str, Any] = {} if listening is None else {"master_listen_fd": listening.detach()}
-    store = dist.TCPStore(  # type: ignore[attr-defined]  # as torch's documentation names it
-        address, port, ranks, is_master=rank == 0, timeout=timeout, **listener
-    )
+    options = {"is_master": rank == 0, "timeout": timeout, **listener}
+    store = dist.TCPStore(address, port, ranks, **options)  # type: ignore[attr-defined]  # as torch documents it
     backend = "nccl" if gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would need a compiler, and is of no use here
@@ -44,9 +43,7 @@ def wait_for_the_first(rank: int) -> None:
 
 def rank_environment(*, gpu: bool) -> dict[str, str]:
     """Returns the environment variables that a rank's process needs when it starts."""
-    variables = {"LOCAL_RANK": "0"}  # Ray shows a rank its own devices alone
-    if not gpu:
-        variables["DS_ACCELERATOR"] = "cpu"
+    variables = {"LOCAL_RANK": "0"} | ({} if gpu else {"DS_ACCELERATOR": "cpu"})  # Ray shows a rank its own devices
     if ray.util.get_node_ip_address().startswith(LOOPBACK):
         name = "lo0" if sys.platform == "darwin" else "lo"
         variables |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}

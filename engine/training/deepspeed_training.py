@@ -23,7 +23,7 @@ from engine.aggregation.exact_sum import NonFiniteUpdate
 from engine.config.sections import Model, Zero
 from engine.config.train import Train
 from engine.models.deepspeed_config import ds_config
-from engine.models.deepspeed_model import shape_of, trained_layout
+from engine.models.trainable import shape_of, trained_layout
 from engine.objectives.base import Objective, Tokenizer, require_provided, term_sums
 from engine.objectives.token_batch import Batch
 from engine.training.generation import Prompt, continuations
@@ -59,9 +59,8 @@ class ZeroTrainer:
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trained, train.optimizer)
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        self.engine: Any = deepspeed.initialize(
-            model=network, optimizer=optimizer, model_parameters=trained, config=ds_config(model, zero)
-        )[0]
+        options = {"optimizer": optimizer, "model_parameters": trained, "config": ds_config(model, zero)}
+        self.engine: Any = deepspeed.initialize(model=network, **options)[0]
         for name, buffer in network.named_buffers():
             buffer.data = buffers[name].to(buffer.device)  # with bf16 deepspeed rounds rotary tables too
         self.zero: Any = self.engine.optimizer
@@ -73,12 +72,10 @@ class ZeroTrainer:
             padded = [p.partition_numel() for p in self.zero.fp16_groups[0]]
         else:
             (self.master,) = self.zero.single_partition_of_fp32_groups
-            unit = self.zero.nccl_start_alignment_factor
-            self.partition = Partition.contiguous(self.layout.size, self.ranks, unit)
+            self.partition = Partition.contiguous(self.layout.size, self.ranks, self.zero.nccl_start_alignment_factor)
             padded = [int(self.zero.partition_size[0])]
         lengths = [last - first for first, last in self.partition.parts[self.rank]]
-        starts = np.cumsum([0, *padded[:-1]]).tolist()
-        self.pieces = [(start, length) for start, length in zip(starts, lengths, strict=True)]
+        self.pieces = list(zip(np.cumsum([0, *padded[:-1]]).tolist(), lengths, strict=True))  # starts and lengths
         assert sum(padded) == self.master.numel(), "deepspeed partitions parameters in another way"
         self.device: torch.device = self.master.device  # of the shard: the CPU if the optimizer is offloaded
         # Where the network computes, and batches and the tensors of collectives must lie.
@@ -95,8 +92,7 @@ class ZeroTrainer:
         return weights_S if less is None else weights_S.sub_(less)
 
     def _put(self, flat: torch.Tensor, shard_S: torch.Tensor) -> None:
-        lengths = [length for _, length in self.pieces]
-        for (start, length), values in zip(self.pieces, shard_S.split(lengths), strict=True):
+        for (start, length), values in zip(self.pieces, shard_S.split([n for _, n in self.pieces]), strict=True):
             flat[start : start + length] = values
 
     @torch.no_grad()
@@ -142,8 +138,7 @@ class ZeroTrainer:
             zero.params_already_reduced = dict.fromkeys(zero.params_already_reduced, False)
         else:
             if self.offload:
-                zero.accumulated_grads_in_cpu = {}
-                zero._offload_accumulated_param_ids = set()
+                zero.accumulated_grads_in_cpu, zero._offload_accumulated_param_ids = {}, set()
             zero._release_preflattened_grad_buffers()
             for gradients in (zero.averaged_gradients, zero.all_grad_tensors):
                 gradients.update(dict.fromkeys(gradients))
@@ -167,8 +162,7 @@ class ZeroTrainer:
         counts = {name: self.summed(sum(units[name] * share for units, share in shares)) for name in shares[0][0]}
         client.count({name: int(count) for name, count in counts.items()}, sum(p.tokens * share for p, share in pieces))
         for piece, share in pieces:
-            terms = self.objective.terms(self.engine, piece)
-            totals = {name: term.total() for name, term in terms.items()}
+            totals = {name: term.total() for name, term in self.objective.terms(self.engine, piece).items()}
             losses = self.objective.losses
             loss = reduce(add, (totals[name] * (share * self.ranks / max(1, counts[name])) for name in losses))
             self.engine.backward(loss, scale_wrt_gas=False)
@@ -218,8 +212,7 @@ class ZeroTrainer:
         numbers, most = np.arange(rows.num_rows), -(-rows.num_rows // self.ranks)
         mine = numbers[self.rank :: self.ranks]
         dealt = []
-        for first in range(0, most, micro):
-            some = mine[first : first + micro]
+        for some in (mine[first : first + micro] for first in range(0, most, micro)):
             piece = self.objective.collate(rows.take(some if len(some) else numbers[:1]), self.pad)
             dealt.append((piece.to(self.works_on), int(len(some) > 0)))
         return dealt

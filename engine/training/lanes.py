@@ -90,22 +90,20 @@ class LaneTrainer:
 
     def gradients(self, active: list[Progress], train: Train) -> None:
         """Computes the gradients of all lanes' next steps, a piece of each at a time."""
-        layout, lanes = self.trainable.layout, len(active)
+        layout, lanes, losses = self.trainable.layout, len(active), self.objective.losses
         self.scales = [layout.scale if c.training.rank is None else layout.scale_at(c.training.rank) for c in active]
         self.grad_KP[:lanes].zero_()
         steps = [self.plain.cut(client.next_rows(), train.batch) for client in active]
         counts_K = [counted(self.objective, step) for step in steps]
         for client, step, counts in zip(active, steps, counts_K, strict=True):
             client.count(counts, sum(piece.tokens for piece in step))
-        losses = self.objective.losses
         share_K = {name: 1 / self._row([max(1, counts[name]) for counts in counts_K]) for name in losses}
         for turn in range(max(map(len, steps))):
             pieces = [step[turn] if turn < len(step) else None for step in steps]
             self.shapes = {lane: piece.ids_BT.shape for lane, piece in enumerate(pieces) if piece is not None}
             together = Batch.side_by_side(pieces, self.plain.pad).to(self.device)
-            terms = self.objective.terms(self.trainable.network, together, every_logit=self.every_logit)
-            rows = len(together.ids_BT)
-            totals_K = {name: term.by_row(rows).view(lanes, -1).sum(1) for name, term in terms.items()}
+            terms = self.objective.terms(self.trainable.network, together, every_logit=self.every_logit).items()
+            totals_K = {name: term.by_row(len(together.ids_BT)).view(lanes, -1).sum(1) for name, term in terms}
             torch.stack([(totals_K[name] * share_K[name]).sum() for name in losses]).sum().backward()
             for lane, client in enumerate(active):
                 client.add({name: total_K[lane] for name, total_K in totals_K.items()})
@@ -136,14 +134,12 @@ class LaneTrainer:
             if isinstance(self.dropout, nn.Dropout) and self.dropout.p > 0:
                 x_KNI = x_KNI * self._dropped(active, x.to(x_KNI.dtype), self.dropout.p).view_as(x_KNI)
             out_KNO, down_KNR = out.view(len(active), -1, out.shape[-1]), torch.bmm(x_KNI, pair.a_RI.mT)
-            scale, *others = set(self.scales)
-            if others:
-                scale_K = self._row(self.scales).to(down_KNR.dtype)
-                product_KNO = torch.bmm(down_KNR * scale_K[:, None, None], pair.b_OR.mT)
+            scale: Any = self.scales[0]
+            if len(set(self.scales)) > 1:
+                scale = self._row(self.scales).to(down_KNR.dtype)[:, None, None]
             elif out.dtype == down_KNR.dtype:
                 return torch.baddbmm(out_KNO, down_KNR, pair.b_OR.mT, alpha=scale).view(out.shape)
-            else:
-                product_KNO = torch.bmm(down_KNR * scale, pair.b_OR.mT)
+            product_KNO = torch.bmm(down_KNR * scale, pair.b_OR.mT)
             added: torch.Tensor = (out_KNO + product_KNO).to(out.dtype).view(out.shape)
             return added
 
@@ -163,13 +159,10 @@ class LaneTrainer:
     def _leaves(self, lanes: int) -> list[LoraPair]:
         """Returns each layer's matrices in the first lanes: leaves of autograd whose gradients lie in `grad_KP`."""
         if lanes not in self.leaves:
-            layout, leaves = self.trainable.layout, []
-            grads = layout.lora_pairs(self.grad_KP[:lanes])
-            for pair, grad in zip(layout.lora_pairs(self.flat_KP[:lanes]), grads, strict=True):
-                a_KRI, b_KOR = pair.a_RI.requires_grad_(), pair.b_OR.requires_grad_()
-                a_KRI.grad, b_KOR.grad = grad.a_RI, grad.b_OR
-                leaves.append(LoraPair(pair.name, a_KRI, b_KOR, pair.scale))
-            self.leaves[lanes] = leaves
+            vectors, grads = (self.trainable.layout.lora_pairs(x_KP[:lanes]) for x_KP in (self.flat_KP, self.grad_KP))
+            self.leaves[lanes] = [*vectors]
+            for pair, grad in zip(self.leaves[lanes], grads, strict=True):
+                pair.a_RI.requires_grad_().grad, pair.b_OR.requires_grad_().grad = grad.a_RI, grad.b_OR
         return self.leaves[lanes]
 
 

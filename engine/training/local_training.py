@@ -18,7 +18,6 @@ from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
 from engine.training.generation import Prompt, continuations
 from engine.training.optimizers import clip, make_optimizer
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, pieces, take_steps
-from strategies.core.base import Rule
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Update, Vector
 from strategies.core.seeds import rng, seed_torch, torch_seed
 
@@ -64,8 +63,7 @@ def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *,
     """Trains clients; returns each one's finished update and new state. A `lent` update lasts until the next call."""
     sent = [job.broadcast for job in jobs]  # on the CPU, where the strategy finishes updates
     moved = {id(broadcast.params): _on(trainer.device, broadcast) for broadcast in sent}  # lanes share one vector
-    received = [replace(moved[id(broadcast.params)], rank=broadcast.rank) for broadcast in sent]
-    jobs = [replace(job, broadcast=broadcast) for job, broadcast in zip(jobs, received, strict=True)]
+    jobs = [replace(j, broadcast=replace(moved[id(j.broadcast.params)], rank=j.broadcast.rank)) for j in jobs]
     ends, metrics, moments = ([dict[str, Any]() for _ in jobs] for _ in range(3))
     if federation.strategy.loss_before:
         for job, figures in zip(jobs, metrics, strict=True):
@@ -98,6 +96,10 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
     state = {name: tensor.to(device) for name, tensor in part(job.state, STRATEGY).items()}
     starts = strategy.starts(broadcast, state)
     by_row = federation.privacy.dp.kind == "example"
+
+    def correct(run: str, grad_KP: Vector, params_KP: Vector) -> None:
+        strategy.correct(grad_KP, params_KP, broadcast, state, run)
+
     return {
         run: Training(
             job.rows,
@@ -106,7 +108,7 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
             torch_seed(seed, broadcast.round, job.client, "dropout"),
             rank=broadcast.rank,
             # None where there is no correction, which saves gangs copies.
-            correct=partial(_correct, strategy, broadcast, state, run) if strategy.corrects else None,
+            correct=partial(correct, run) if strategy.corrects else None,
             rate=train.over_rounds.factor(broadcast.round, federation.rounds),
             moments=part(job.state, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
             less=broadcast.params if lent and len(starts) == 1 else None,
@@ -114,12 +116,6 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
         )
         for run, start in starts.items()
     }
-
-
-def _correct(
-    strategy: Rule, broadcast: Broadcast, state: ClientState, run: str, grad_KP: Vector, params_KP: Vector
-) -> None:
-    strategy.correct(grad_KP, params_KP, broadcast, state, run)
 
 
 def _on(device: torch.device, broadcast: Broadcast) -> Broadcast:
@@ -185,10 +181,10 @@ class LocalTrainer:
 
     def loss_terms(self, rows: pa.RecordBatch, batch: int) -> TermSums:
         """Returns each term's sum and count over all rows, by the vector now in the model."""
-        if self.trainable.network.training:
-            self.trainable.network.eval()
-        network, pieces = self.trainable.network, self.cut(rows, batch)
-        return term_sums(self.objective, network, ((piece.to(self.device), 1) for piece in pieces))
+        network = self.trainable.network
+        if network.training:
+            network.eval()
+        return term_sums(self.objective, network, ((piece.to(self.device), 1) for piece in self.cut(rows, batch)))
 
     def generate(self, tokenizer: Tokenizer, prompts: list[Prompt], tokens: int) -> list[str]:
         """Returns greedy continuations of at most `tokens` tokens by the vector now in the model."""

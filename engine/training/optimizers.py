@@ -43,8 +43,8 @@ def reset(optimizer: torch.optim.Optimizer, lane: int | None = None) -> None:
 def kept(optimizer: torch.optim.Optimizer, lane: int = 0) -> ClientState:
     """Returns a copy of a lane's optimizer state, for the client state."""
     (flat,) = optimizer.param_groups[lane]["params"]
-    state = optimizer.state.get(flat, {})
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    state = optimizer.state.get(flat, {}).items()
+    return {name: tensor.detach().cpu().clone() for name, tensor in state if isinstance(tensor, torch.Tensor)}
 
 
 def restore(optimizer: torch.optim.Optimizer, state: ClientState, lane: int = 0) -> None:

@@ -15,8 +15,8 @@ from engine.objectives.base import Term, counted
 from engine.training.local_training import LocalTrainer, client_updates
 from engine.training.step_loop import Progress, Training, steps_of, take_steps
 from strategies.core.protocol import Mask, Vector
-from strategies.privacy.noise_source import Words, normal
-from strategies.privacy.per_example import ExamplePlan
+from strategies.privacy.budget import ExamplePlan
+from strategies.privacy.noise import Words, normal
 
 KEY = 'privacy.dp.kind = "example"'
 ADAPTERS = 'train adapters of linear layers alone (model.peft.kind = "lora" and targets)'
@@ -44,8 +44,8 @@ class PrivateTrainer:
     private; an empty sample is a step of noise alone. The correction and the optimizer work on this private gradient.
     `train.clip` is ignored: it would not harm privacy, but the mean's norm is mostly noise, which would shrink steps.
 
-    The caller sets the source of noise, `words`, before each client. Epsilon does not cover the metrics (the loss and
-    numbers of tokens) and the number of rows. The rows' gradients take P floats for each of `train.batch` rows.
+    `words` is the client's source of noise. Epsilon does not cover the metrics (the loss and numbers of tokens) and the
+    number of rows. The rows' gradients take P floats for each of `train.batch` rows.
     """
 
     lanes = 1
@@ -55,15 +55,14 @@ class PrivateTrainer:
     train = take_steps
     updates = client_updates
 
-    def __init__(self, plain: LocalTrainer, plan: ExamplePlan) -> None:
+    def __init__(self, plain: LocalTrainer, plan: ExamplePlan, words: Words) -> None:
         """RunError if Opacus is missing or trained parameters are tied."""
         _hook_class()
         _refuse_ties(plain.trainable.network)
-        self.plain, self.plan = plain, plan
+        self.plain, self.plan, self.words = plain, plan, words
         self.trainable, self.objective, self.optimizer = plain.trainable, plain.objective, plain.optimizer
         self.device, self.correct = plain.device, plain.correct
         self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
-        self.words: Words | None = None
         self.live: Mask | None = None
         self._hooks: Any = None
         self._steps, self._moving = 0, False
@@ -113,8 +112,7 @@ class PrivateTrainer:
 
     def _add_clipped(self, terms: dict[str, Term], rows: int, summed: torch.Tensor) -> None:
         """Adds the piece's clipped gradients to `summed` (P,)."""
-        grad, layout = self.trainable.grad, self.trainable.layout
-        grad.zero_()
+        layout, grad = self.trainable.layout, self.trainable.grad.zero_()
         # A row's loss is the sum of its terms' means. Clipping below divides by the first term's count, so that no
         # row's gradient depends on another's count.
         first, *others = (terms[name] for name in self.objective.losses)
@@ -123,13 +121,12 @@ class PrivateTrainer:
         for term in others:
             loss = loss + (term.by_row(rows) * count_B / term.counts_by_row(rows).clamp(min=1)).sum()
         loss.backward()
-        each = self._each_row(rows)
+        each, whole = self._each_row(rows), layout.views(grad)
         norms_B = _norms(each)
         finite_B = norms_B.isfinite()
         if finite_B.all():
             # Autograd's sum of the same gradients shows whether Opacus has seen every use of every parameter.
-            ours, whole = each.items(), layout.views(grad)
-            missed = torch.stack([(per_row.sum(0) - whole[name]).norm() for name, per_row in ours]).norm()
+            missed = torch.stack([(per_row.sum(0) - whole[name]).norm() for name, per_row in each.items()]).norm()
             if missed > ROUNDING * norms_B.sum():
                 raise RunError(
                     f"{KEY} needs each row's own gradient, but those that Opacus gives for this model do not sum up "
@@ -149,23 +146,20 @@ class PrivateTrainer:
 
     def _each_row(self, count: int) -> dict[str, torch.Tensor]:
         """Returns each trained tensor's gradients (B, ...) of the rows' summed losses, by the layout's names."""
-        each = {}
-        for name, parameter in self.trainable.network.named_parameters():
-            if parameter.requires_grad:
-                per_row = vars(parameter)["grad_sample"]
-                if not isinstance(per_row, torch.Tensor) or per_row.shape != (count, *parameter.shape):
-                    raise RunError(
-                        f"{KEY} needs each row's own gradient, which Opacus does not give for {name} of this model: "
-                        f"{ADAPTERS}, or take another model.base"
-                    )
-                each[name] = per_row
+        trained = {name: p for name, p in self.trainable.network.named_parameters() if p.requires_grad}
+        each = {name: vars(parameter)["grad_sample"] for name, parameter in trained.items()}
+        for name, per_row in each.items():
+            if not isinstance(per_row, torch.Tensor) or per_row.shape != (count, *trained[name].shape):
+                raise RunError(
+                    f"{KEY} needs each row's own gradient, which Opacus does not give for {name} of this model: "
+                    f"{ADAPTERS}, or take another model.base"
+                )
         return each
 
     def _add_noise(self, summed: torch.Tensor) -> None:
         """Adds the plan's noise to the live coordinates of `summed` (P,) that a client of this LoRA rank has."""
         z, rank = self.plan.noise_multiplier, self.trainable.rank
         if z > 0:
-            assert self.words is not None, "the source of noise is set before each client"
             count = len(summed) if self.live is None else int(self.live.sum())
             noise = torch.from_numpy(normal(self.words, count)).float().to(summed.device)
             if self.live is None:
@@ -205,9 +199,8 @@ def _hook_class() -> Any:
     try:
         from opacus.grad_sample import GradSampleHooks  # an extra, and the import takes a second
     except ImportError:
-        raise RunError(
-            f'{KEY} needs the library Opacus, which is not installed: pip install "fedpost[opacus]"'
-        ) from None
+        why = f'{KEY} needs the library Opacus, which is not installed: pip install "fedpost[opacus]"'
+        raise RunError(why) from None
     return GradSampleHooks
 
 

@@ -2,7 +2,6 @@
 
 A backend gives batches and gradients and takes the optimizer's step: one client at a time (local_training.py), several
 in lanes (lanes.py), with example-level privacy (per_example.py), or over the ranks of a gang (deepspeed_training.py).
-Learning rates, the strategy's correction, clipping and metrics are the same for all of them, and are here.
 """
 
 from collections import Counter
@@ -26,13 +25,12 @@ def batches(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.nd
 
     A step takes `train.batch` * `train.accumulate` rows. Each pass shuffles all rows, and its last step takes the rest.
     """
-    per_step = train.batch * train.accumulate
+    per_step, order = train.batch * train.accumulate, np.arange(0)
     per_pass = -(-rows // per_step)
-    order = np.arange(0)
     for step in range(steps_of(rows, train)):
-        if step % per_pass == 0:
-            order = rng.permutation(rows)
         start = step % per_pass * per_step
+        if start == 0:
+            order = rng.permutation(rows)
         yield order[start : start + per_step]
 
 
@@ -44,8 +42,7 @@ def pieces(lengths_B: np.ndarray, most_tokens: int) -> list[np.ndarray]:
     """
     if len(lengths_B) * int(lengths_B.max()) <= most_tokens:
         return [np.arange(len(lengths_B))]
-    order, cut = np.argsort(-lengths_B, kind="stable"), list[np.ndarray]()
-    first = 0
+    order, cut, first = np.argsort(-lengths_B, kind="stable"), list[np.ndarray](), 0
     while first < len(order):
         rows = max(1, most_tokens // int(lengths_B[order[first]]))
         cut.append(order[first : first + rows])
@@ -136,14 +133,10 @@ class Progress:
         terms = term_metrics(objective)
         totals = {name: summed(total.item()) for name, total in self.sums.items()}  # none after empty samples alone
         means = {name: totals.get(name, 0.0) / max(1, self.counts[name]) for name in terms}
-        metrics = {
-            "loss": sum((means[name] for name in objective.losses), 0.0),
-            "rows": float(self.training.rows.num_rows),
-            "steps": float(self.taken),
-            "tokens": float(summed(self.tokens)),
-            "learned": float(self.counts[next(iter(terms))]),
-            "rates": self.rates,
-        }
+        loss, learned = sum((means[name] for name in objective.losses), 0.0), self.counts[next(iter(terms))]
+        rows, steps, tokens = float(self.training.rows.num_rows), float(self.taken), float(summed(self.tokens))
+        metrics = {"loss": loss, "rows": rows, "steps": steps, "tokens": tokens, "learned": float(learned)}
+        metrics["rates"] = self.rates
         for name, (mean_key, units_key) in terms.items():
             metrics |= {mean_key: means[name], units_key: float(self.counts[name])}
         return metrics
@@ -196,9 +189,7 @@ def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) ->
     A client that has taken its steps leaves its lane to the next. If none is waiting, the last lane moves up, so that
     the lanes in use stay side by side.
     """
-    waiting = iter(enumerate(trainings))
-    trained: dict[int, Trained] = {}
-    active: list[Progress] = []
+    waiting, trained, active = iter(enumerate(trainings)), dict[int, Trained](), list[Progress]()
 
     def begun(lane: int, place: int, training: Training) -> Progress:
         restore(backend.optimizer, training.moments or {}, lane)
@@ -230,8 +221,7 @@ def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) ->
                 metrics = client.metrics(backend.objective, backend.summed)
                 moments = {} if client.training.moments is None else kept(backend.optimizer, lane)
                 trained[client.place] = Trained(backend.end(lane, client.training), metrics, moments)
-                following = next(waiting, None)
-                if following is not None:
+                if (following := next(waiting, None)) is not None:
                     active[lane] = begun(lane, *following)
                     continue
                 last = active.pop()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,23 +26,22 @@ from engine.training.local_training import Job, Trainer
 from engine.training.step_loop import steps_of
 from strategies.core.layout import Layout
 from strategies.core.protocol import Broadcast, ClientState, Update, Vector
+from strategies.core.sharding import Partition
 from strategies.transforms.chain import bits, encode
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Attempted(Generic[Result]):
+class Attempted:
     """A client's result (None: it could not be trained), and why each earlier attempt, or all of them, failed."""
 
     client: int
-    result: Result | None
+    result: Any
     why: tuple[str, ...] = ()
 
 
 def attempted(
-    unit: Unit, train: Callable[[Unit], list[Result]], retries: int, why: tuple[str, ...] = ()
-) -> list[Attempted[Result]]:
+    unit: Unit, train: Callable[[Unit], list[Any]], retries: int, why: tuple[str, ...] = ()
+) -> list[Attempted]:
     """Returns what `train` makes of each client of a unit, in their order.
 
     A unit that runs out of memory is halved. Another, and a client alone, is tried `retries` times more; then the
@@ -54,8 +53,7 @@ def attempted(
         if isinstance(error, torch.AcceleratorError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # no call of CUDA works here any more: the pool starts another process
-        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        short = out_of_memory or "can't allocate memory" in str(error)
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         cause = f"{type(error).__name__}: {last_line(error)}"
     # Only here does nothing refer to the error's frames any more, and to the tensors in them.
     if torch.cuda.is_available():
@@ -79,6 +77,7 @@ class Peers:
     """What a process asks of the ranks that are one worker, all at the same time; `rank` is None in a group of one."""
 
     rank: int | None = None
+    partition: Partition | None = None  # how the ranks cut vectors into shards
     summed: Callable[[float], float] = float
     largest: Callable[[float], float] = float
     from_first: Callable[[Any], Any] = lambda value: value
@@ -116,15 +115,14 @@ class ClientRunner:
 
     def receive(self, message: BroadcastMessage) -> Broadcast:
         """Returns what all clients here receive."""
-        federation, rank = self.federation, self.peers.rank
-        broadcast = message.received(federation.strategy, self.layout, federation.seed, rank)
-        return replace(broadcast, whole_norm=self.peers.whole_norm) if rank is not None else broadcast
+        federation, peers = self.federation, self.peers
+        broadcast = message.received(federation.strategy, self.layout, federation.seed, peers.rank)
+        return broadcast if peers.rank is None else replace(broadcast, whole_norm=peers.whole_norm)
 
     def received_by(self, client: int, broadcast: Broadcast) -> Broadcast:
         """Returns what one client receives: it knows its own LoRA rank, where ranks are mixed."""
         peft = self.federation.model.peft
-        rank = peft.rank_of(client, self.federation.seed) if isinstance(peft, Lora) else None
-        return replace(broadcast, rank=rank)
+        return replace(broadcast, rank=peft.rank_of(client, self.federation.seed) if isinstance(peft, Lora) else None)
 
     def state_of(self, client: int, round_: int) -> ClientState:
         """Returns what the client keeps from the rounds before."""
@@ -147,12 +145,11 @@ class ClientRunner:
             results = self.trainer_of(clients, message).updates(jobs, federation, lent=len(present) == 1)
             return [(job, *result) for job, result in zip(jobs, results, strict=True)]
 
-        attempts: Sequence[Attempted[Any]] = []
         try:
-            if present and self.peers.rank is None:
-                attempts = attempted(present, train, federation.clients.retries)
-            elif present:
-                attempts = [Attempted(present[0], train(present)[0])]
+            if self.peers.rank is None:
+                attempts = attempted(present, train, federation.clients.retries) if present else []
+            else:
+                attempts = [Attempted(client, train((client,))[0]) for client in present]
         except NonFiniteUpdate as error:  # on all ranks
             attempts = [Attempted(present[0], error)]
         trained_s = (time.monotonic() - began) / max(1, len(present))
@@ -164,8 +161,7 @@ class ClientRunner:
                 traffic = self._traffic(self.received_by(client, broadcast))
                 reports[client] = Report(client, traffic, failed=str(result))
             else:
-                report = self._hand_over(result, message, accumulator, trained_s)
-                reports[client] = replace(report, tried=attempt.why)
+                reports[client] = replace(self._hand_over(result, message, accumulator, trained_s), tried=attempt.why)
         seconds = (time.monotonic() - began) / max(1, len(present))  # adding up large updates takes its time too
         reports |= {client: replace(reports[client], seconds=seconds) for client in present}
         return [reports[client] for client in unit]
@@ -208,12 +204,11 @@ class ClientRunner:
 
     def _refuse_useless(self, update: Update, after: Mapping[str, Vector]) -> None:
         """Raises NonFiniteUpdate, on all ranks if one has cause, for an update or a state that nothing can use."""
-        finite = all(tensor.isfinite().all() for tensor in after.values())
+        finite, bound = all(tensor.isfinite().all() for tensor in after.values()), math.nan
         if self.peers.rank is None:  # the accumulator looks at the update itself
             if not finite:
                 raise NonFiniteUpdate("its new client state holds NaN or infinity")
             return
-        bound = math.nan
         with suppress(NonFiniteUpdate):
             bound = finite_bound(update) if finite else math.nan
         largest = self.peers.largest(bound)

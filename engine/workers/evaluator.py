@@ -103,8 +103,7 @@ class Evaluator:
         """Returns the vector (P,) after `steps` steps from that of the message on the pooled rows of all clients."""
         rows = pa.concat_batches([self.runner.tokens.rows(client, "train") for client in clients])
         (trained,) = self._train(rows, message, steps, POOLED)
-        end: np.ndarray = trained.end.cpu().numpy()
-        return end
+        return trained.end.cpu().numpy()
 
     def _loss(self, client: int, limit: int) -> ClientLoss:
         federation = self.runner.federation

@@ -28,7 +28,6 @@ from engine.workers import token_columns as columns
 from engine.workers.client_runner import ALONE, ClientRunner, Peers, TrainerOf
 from engine.workers.evaluator import Evaluator
 from strategies.core.layout import Layout
-from strategies.core.sharding import Partition
 from strategies.secagg.masks import Masks
 from strategies.secagg.messages import Inbox, MaskedSum
 from strategies.secagg.protocol import Session
@@ -46,8 +45,8 @@ def part(path: str) -> Callable[..., Any]:
 class SecureTraining:
     """Trains a worker's clients into a ring sum and masks this rank's shard; the first rank alone has secrets."""
 
-    def __init__(self, runner: ClientRunner, clients: SecureClients, partition: Partition | None = None) -> None:
-        self.runner, self.clients, self.partition = runner, clients, partition
+    def __init__(self, runner: ClientRunner, clients: SecureClients) -> None:
+        self.runner, self.clients = runner, clients
         self.rings: dict[int, RingSum] = {}  # by round: that of the present one
         self.masked_S = np.empty(0, np.uint32)  # after the head
 
@@ -62,7 +61,7 @@ class SecureTraining:
         ring = self.rings[message.round]
         reports = runner.run(work.units, message, ring) if work.units else []
         masked_S = ring.masked(peers.from_first(self.clients.masks(reports, inboxes) if leads else None))
-        if self.partition is None:
+        if peers.partition is None:
             return self.clients.answer(masked_S)
         head, self.masked_S = np.split(masked_S, [ring.shard.head])
         return self.clients.answer(head) if leads else None
@@ -78,8 +77,9 @@ class SecureTraining:
         return self._shard(session).unmasked(list(masked), removals, count, weight)
 
     def _shard(self, session: Session) -> RingShard:
-        live = live_masks(self.runner.federation, self.runner.layout, session.round)
-        return RingShard(session.sums, live, self.partition, self.runner.peers.rank or 0)
+        runner, peers = self.runner, self.runner.peers
+        live = live_masks(runner.federation, runner.layout, session.round)
+        return RingShard(session.sums, live, peers.partition, peers.rank or 0)
 
 
 class Attached:
@@ -94,14 +94,13 @@ class Attached:
         trainer_of: TrainerOf,
         layout: Layout,
         peers: Peers = ALONE,
-        partition: Partition | None = None,
         base: Any = None,
     ) -> None:
         self.trainer, self.tokenizer, self.base = trainer, tokenizer, base
         states = ClientStates(process.folder if peers.rank is None else process.folder / f"{RANK}{peers.rank}")
         self.runner = ClientRunner(process.federation, Tokens.open(tokens), states, trainer_of, layout, peers)
         self.evaluator = Evaluator(self.runner, trainer, tokenizer)
-        self.secure = SecureTraining(self.runner, process.secure, partition)
+        self.secure = SecureTraining(self.runner, process.secure)
 
 
 class WorkerProcess:

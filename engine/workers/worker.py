@@ -31,19 +31,16 @@ class Trainers:
 
     def __init__(self, federation: Federation, plain: LocalTrainer) -> None:
         self.federation, self.plain = federation, plain
-        self.lanes: LaneTrainer | None = None
-        self.private: PrivateTrainer | None = None
+        self.lanes: LaneTrainer | None = None  # made when it is first needed
 
     def of(self, unit: Unit, message: BroadcastMessage) -> Trainer:
-        """Returns the unit's trainer; one is made when it is first needed."""
+        """Returns the unit's trainer."""
         if len(unit) > 1:
             self.lanes = self.lanes or LaneTrainer(self.plain, message.lanes, self.federation.train)
             return self.lanes
         if message.dp is None or message.dp.adds_to != "gradients":
             return self.plain
-        self.private = self.private or PrivateTrainer(self.plain, message.dp)
-        self.private.words = noise(self.federation, message.round, unit[0])
-        return self.private
+        return PrivateTrainer(self.plain, message.dp, noise(self.federation, message.round, unit[0]))
 
 
 class ClientActor(WorkerProcess):

@@ -1,8 +1,7 @@
 """Ranks: processes that together are one slot, a gang, with one DeepSpeed engine for the gang's life.
 
-The driver talks to the first rank as it talks to a ClientActor, and asks the others to do the same at the same time
-with their own shards, which it never sees. A rank's death or silence ends its gang: collectives fail, or run into
-their timeout, and the pool makes a new one. Legend: P parameters, S of a rank's shard.
+All ranks do the same at the same time, each with its own shard. A rank's death or silence ends its gang: collectives
+fail, or run into their timeout, and the pool makes a new one. Legend: P parameters, S of a rank's shard.
 """
 
 import socket
@@ -22,7 +21,6 @@ from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.shards import AggregateShard, Shard, borrow
-from engine.messages.tasks import Served
 from engine.models.adapters import refuse_other_adapters
 from engine.models.base_model import load_tokenizer
 from engine.models.export import sharded_files
@@ -32,9 +30,10 @@ from engine.system.rendezvous import meet
 from engine.workers.client_runner import Peers
 from engine.workers.process import Attached, WorkerProcess, part
 from strategies.core.layout import Layout
-from strategies.core.protocol import Aggregate, ServerState
+from strategies.core.protocol import ServerState
 from strategies.core.seeds import torch_seed
 from strategies.core.sharding import Partition
+from strategies.privacy.central import CentralPlan
 
 
 class Rank(WorkerProcess):
@@ -66,28 +65,30 @@ class Rank(WorkerProcess):
         trainer = ZeroTrainer(network, tokenizer.pad_token_id, model, zero, federation.train)
         heap.keep(gathered=zero.stage == 3)
         largest = partial(_largest, trainer.works_on, zero.ranks)
-        peers, layout = Peers(self.rank, trainer.summed, largest, _from_first), trainer.layout
-        self.attached = Attached(self, tokens, trainer, tokenizer, lambda *_: trainer, layout, peers, trainer.partition)
-        return layout, trainer.partition
+        peers = Peers(self.rank, trainer.partition, trainer.summed, largest, _from_first)
+        self.attached = Attached(self, tokens, trainer, tokenizer, lambda *_: trainer, trainer.layout, peers)
+        return trainer.layout, trainer.partition
 
     def base_bytes(self) -> int:
         """Returns the size of the base's weights, of all ranks together."""
-        nbytes: int = self.attached.trainer.nbytes
-        return nbytes
+        return int(self.attached.trainer.nbytes)
 
     def initial(self) -> tuple[int, Shard]:
         """Returns the bytes of the state's shard before the first round, and the shard, which stays in the store."""
         trainer = self.attached.trainer
         return _stored(self.federation.strategy.init(trainer.weights().cpu(), trainer.layout))
 
-    def serve(self, shard: Shard, round_: int, served: Served, *sums: PartialSum | AggregateShard) -> tuple[int, Shard]:
-        """The server's part of a round for one shard: the sum over all slots, noise, then the rule; as `initial`."""
-        state = shard.state(round_, self.federation.seed, served.population)
+    def serve(
+        self, shard: Shard, round_: int, population: int, plan: CentralPlan | None, clip: float, *sums: Any
+    ) -> tuple[int, Shard]:
+        """Does the server's part of a round for one shard: sums the slots' `sums` up, adds noise, applies the rule."""
+        state = shard.state(round_, self.federation.seed, population)
         trainer, layout = self.attached.trainer, Layout(("shard",), ((len(shard.params),),))
-        masks = live_masks(self.federation, trainer.layout, round_).items() if served.plan is not None else ()
+        masks = live_masks(self.federation, trainer.layout, round_).items() if plan is not None else ()
         live = {name: trainer.partition.cut(mask, self.rank) for name, mask in masks}
-        plan, clip = served.plan, served.clip
-        state, _ = server_step(state, aggregate_of(sums), plan, clip, self.federation, layout, live, self.rank)
+        unmasked = sums and isinstance(sums[0], AggregateShard)  # secure aggregation gives one sum, over all slots
+        aggregate = sums[0].aggregate() if unmasked else merge([*sums]) if sums else None
+        state, _ = server_step(state, aggregate, plan, clip, self.federation, layout, live, self.rank)
         return _stored(state)
 
     def close_round(self) -> tuple[int, PartialSum]:
@@ -131,19 +132,10 @@ class Gang(Rank):
         """Returns what the first rank answers when all ranks do the same; GangLost when one of them cannot."""
         try:
             return getattr(self, method)(*arguments)
-        except LOST:
-            raise
         except Exception as error:
-            if _is_users(error, method):
+            if isinstance(error, LOST) or _is_users(error, method):
                 raise
             raise _lost(error, method) from None
-
-
-def aggregate_of(sums: tuple[PartialSum | AggregateShard, ...]) -> Aggregate | None:
-    """Returns a shard of the sum over all slots: exact parts, or one that is unmasked already; None of nobody."""
-    parts = [entry for entry in sums if isinstance(entry, PartialSum)]
-    unmasked = [entry for entry in sums if isinstance(entry, AggregateShard)]
-    return unmasked[0].aggregate() if unmasked else merge(parts) if parts else None
 
 
 def _stored(state: ServerState) -> tuple[int, Shard]:

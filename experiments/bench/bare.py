@@ -2,8 +2,7 @@
 
 It trains and averages the same clients on the same batches, with separate code wherever the engine's could hide a
 fault: PEFT's model as it is, one tensor after another, a plain float32 sum. The processes share the vector and the
-sums in memory. Slots on a GPU are measured against one process that has the GPU for itself.
-Legend: P trained parameters, K processes.
+sums in memory. On a GPU it is one process, which has the GPU for itself. Legend: P trained parameters, K processes.
 """
 
 import statistics
@@ -35,27 +34,22 @@ from strategies.core.seeds import rng, torch_seed
 
 PROCESSES = 2
 TOLERANCE = 2e-5  # of the vector after a round: one flat tensor and many round differently, and AdamW amplifies it
-LOOK_S = 0.005
 _process: dict[str, Any] = {}  # what each process of the loop holds
 
 
 class Compared(NamedTuple):
-    """Seconds of each round, of the engine and of the bare loop, tokens of a round, and how far vectors are apart.
-
-    `apart` is the largest difference after the first round, `share` the difference's norm over that of the change.
-    """
+    """The seconds of all rounds of both loops, and how far their vectors are apart after the first round."""
 
     engine_s: list[float]
     bare_s: list[float]
-    tokens: float
-    apart: float
-    share: float
+    tokens: float  # of a mean round
+    apart: float  # the largest difference
+    share: float  # the norm of the difference over that of the change
 
     @property
     def ratio(self) -> float:
         """The engine's speed over the bare loop's: the median of the rounds but the first."""
-        pairs = zip(self.engine_s[1:], self.bare_s[1:], strict=True)
-        return statistics.median(bare / engine for engine, bare in pairs)
+        return statistics.median(bare / engine for engine, bare in zip(self.engine_s[1:], self.bare_s[1:], strict=True))
 
     @property
     def best_round_s(self) -> float:
@@ -64,11 +58,8 @@ class Compared(NamedTuple):
 
 
 def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compared:
-    """Plays both loops' rounds in turn, so that both find the machine in the same state.
-
-    Raises ValueError if the vectors are more than `tolerance` apart after the first round.
-    """
-    seconds = list[float]()
+    """Plays both loops' rounds in turn; ValueError if the vectors are over `tolerance` apart after the first round."""
+    seconds = list[float]()  # of the bare loop; taking turns, both find the machine in the same state
     with bare_loop(work, build_store(work)) as (vector_P, play):
         start_P, bare_P = vector_P.clone(), vector_P.clone()
 
@@ -76,7 +67,7 @@ def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compare
             if isinstance(event, RoundDone) and event.round < work.rounds:
                 # The driver goes on to its next event, which says that the checkpoint is written, and no further.
                 while not (folder / "checkpoints" / f"{event.round:05d}").exists():
-                    time.sleep(LOOK_S)
+                    time.sleep(0.005)
             elif not isinstance(event, Finished):
                 return
             seconds.append(play(len(seconds)))
@@ -84,12 +75,18 @@ def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compare
                 bare_P.copy_(vector_P)
 
         run = experiments.run(work, out=folder, on_event=follow)
-    first = load_checkpoint(run.folder / "checkpoints", 1)
-    assert first is not None
-    engine_P, what = first.state.parts[0].params, "after the first round the engine's and the bare loop's vectors"
+    engine_P = after_first_round(run.folder)
+    what = "after the first round the engine's and the bare loop's vectors"
     apart = largest_difference(what, engine_P, bare_P, tolerance)
     share = float((engine_P - bare_P).norm() / (bare_P - start_P).norm())
     return Compared(metric(run, "round_s"), seconds, statistics.mean(metric(run, "tokens", "train")), apart, share)
+
+
+def after_first_round(folder: Path) -> torch.Tensor:
+    """The trained parameters of a run after its first round; a gang's ranks have a part each."""
+    saved = load_checkpoint(folder / "checkpoints", 1)
+    assert saved is not None
+    return torch.cat([part.params for part in saved.state.parts])
 
 
 @contextmanager
@@ -109,7 +106,6 @@ def bare_loop(work: Recipe, store: Path) -> Iterator[tuple[torch.Tensor, Callabl
             for total_P in totals_KP:
                 vector_P.add_(total_P, alpha=1 / weight)
 
-        pool.submit(_is_ready).result()
         yield vector_P, lambda round_: seconds_of(lambda: play(round_))[0][0]
 
 
@@ -139,17 +135,12 @@ def _start(work: Recipe, tokens: Path, vector_P: torch.Tensor, totals_KP: torch.
     _process.update(totals_KP=totals_KP)
 
 
-def _is_ready() -> bool:
-    return bool(_process)
-
-
 def _train(job: tuple[int, int, list[int]]) -> float:
-    """Trains some clients of a round, adds weight * delta into their part of the totals, and returns all weights."""
+    """Trains some clients of a round, sums weight * delta in their row of the totals, and returns the weights' sum."""
     round_, part, clients = job
     work, network, tokens = _process["work"], _process["network"], _process["tokens"]
     vector_P, local_P, total_P = _process["vector_P"], _process["local_P"], _process["totals_KP"][part].zero_()
-    train, trained, weights = work.train, _trained(network), 0.0
-    largest = int(tokens.counts("train").max())
+    train, trained, largest, weights = work.train, _trained(network), int(tokens.counts("train").max()), 0.0
     for client in clients:
         rows = tokens.rows(client, "train")
         local_P.copy_(vector_P)

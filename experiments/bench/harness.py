@@ -1,7 +1,4 @@
-"""The harness of all benchmarks: figures, progress on stderr, one folder and one Ray, inputs, recipes, timing, gates.
-
-A scenario is a function of its name in a file of `scenarios/`, which adds figures to a `Bench`.
-"""
+"""The harness of all benchmarks: figures, progress on stderr, one folder and one Ray, inputs, recipes, times, gates."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +28,6 @@ FILES = {
 WITHOUT_RAY = {"partition", "population", "slots"}  # they start their own, or none
 TEXTS = 4096  # different texts, from which the rows are drawn
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-EVERY_S = 2.0  # seconds between two progress lines of a step that reports often
 DEMO = (RECIPES / "demo.toml").read_text(encoding="utf-8")
 # Short prompts of the standard library alone, and short rows: the demo in seconds.
 SMALL_DEMO = (
@@ -51,19 +47,14 @@ class Bench:
     """A running scenario: its folder, whether it is small, and the figures that it has measured so far."""
 
     def __init__(self, folder: Path, small: bool) -> None:
-        self.folder, self.small = folder, small
-        self.figures: dict[str, Figure] = {}
+        self.folder, self.small, self.figures = folder, small, dict[str, Figure]()
         self.began = self.last_line = time.monotonic()
 
-    def say(self, step: str) -> None:
-        """Prints the seconds since the start and the step that begins."""
-        self.last_line = time.monotonic()
-        say(f"{self.last_line - self.began:6.1f} s  {step}", error=True)
-
-    def say_now_and_then(self, step: str) -> None:
-        """Prints one of many small steps, unless the last line is recent."""
-        if time.monotonic() - self.last_line >= EVERY_S:
-            self.say(step)
+    def say(self, step: str, pause_s: float = 0.0) -> None:
+        """Prints the seconds since the start and the step that begins, unless the last line is younger than a pause."""
+        if (now := time.monotonic()) - self.last_line >= pause_s:
+            self.last_line = now
+            say(f"{now - self.began:6.1f} s  {step}", error=True)
 
     def add(self, name: str, value: float | None, unit: str) -> None:
         """Adds a figure."""
@@ -76,14 +67,11 @@ class Bench:
             name = "bench"
             seed = 1
             evaluate = {{ every = 0, rows = 1 }}
-            checkpoint = {{ keep = 1000 }}
-            [data]
-            source = {{ kind = "parquet", path = "{rows / "rows.parquet"}" }}
-            splits = {{ heldout = 0.0, unseen = 0.0, duplicates = "keep" }}
-            cache = "{rows / "stores"}"
-            [model]
-            base = "{self.folder / "base"}"
-            [train]
+            checkpoint.keep = 1000
+            data.source = {{ kind = "parquet", path = "{rows / "rows.parquet"}" }}
+            data.splits = {{ heldout = 0.0, unseen = 0.0, duplicates = "keep" }}
+            data.cache = "{rows / "stores"}"
+            model.base = "{self.folder / "base"}"
             """
         return parse_recipe(text, [*changes])
 
@@ -100,16 +88,15 @@ class Bench:
 
 def scenario_of(name: str) -> Callable[[Bench], None]:
     """The scenario of that name."""
-    file = import_module(f"experiments.bench.scenarios.{FILES.get(name, name)}")
-    return getattr(file, name)  # type: ignore[no-any-return]
+    scenario: Callable[[Bench], None] = getattr(import_module(f"{__package__}.scenarios.{FILES.get(name, name)}"), name)
+    return scenario
 
 
 def measure(name: str, small: bool) -> dict[str, Figure]:
     """Returns the figures of a scenario, which has a folder and a Ray while it runs."""
-    scenario, alone = scenario_of(name), name in WITHOUT_RAY
-    with TemporaryDirectory(prefix="fedpost-bench-") as folder, nullcontext() if alone else ray_session(None):
-        bench = Bench(Path(folder), small)
-        scenario(bench)
+    scenario, session = scenario_of(name), nullcontext() if name in WITHOUT_RAY else ray_session(None)
+    with TemporaryDirectory(prefix="fedpost-bench-") as folder, session:
+        scenario(bench := Bench(Path(folder), small))
     return bench.figures
 
 
@@ -120,8 +107,8 @@ def write_llama(folder: Path, sizes: Sequence[int], *, vocabulary: int | None = 
 
     tokenizer: Any = _bytes_tokenizer() if of_bytes else AutoTokenizer.from_pretrained(SHIPPED["tiny"])
     torch.manual_seed(0)
-    named = dict(zip(SIZES, sizes, strict=True))
-    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary or len(tokenizer), **named)).save_pretrained(folder)
+    config = LlamaConfig(vocab_size=vocabulary or len(tokenizer), **dict(zip(SIZES, sizes, strict=True)))
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -145,9 +132,9 @@ def write_rows(folder: Path, clients: int, rows: int | np.ndarray, words: int) -
     texts = pa.array([tokenizer.decode(draw.integers(300, 4000, words)) for _ in range(TEXTS)])
     owners = np.repeat(np.arange(clients), rows)
     picked = pa.array(draw.integers(0, TEXTS, len(owners)))
-    names = pa.array(np.char.zfill(owners.astype("U7"), 7))
     folder.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"client": names, "text": texts.take(picked)}), folder / "rows.parquet")
+    table = pa.table({"client": pa.array(np.char.zfill(owners.astype("U7"), 7)), "text": texts.take(picked)})
+    pq.write_table(table, folder / "rows.parquet")
 
 
 def metric(run: Run, name: str, split: str = "engine") -> list[float]:
@@ -162,8 +149,7 @@ def seconds_of(
     """The seconds that each of `tries` calls takes by a clock, and what the last one returned."""
     seconds, result = [], None
     for _ in range(tries):
-        began = clock()
-        result = work()
+        began, result = clock(), work()
         seconds.append(clock() - began)
     return seconds, result
 

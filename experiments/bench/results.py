@@ -44,9 +44,7 @@ class Cell(NamedTuple):
 Tables = dict[str, list[list[Cell]]]  # by caption; the first row has the heads
 
 
-def render(
-    tables: dict[str, list[list[Cell]]], notes: Sequence[tuple[str, str]], charts: Sequence[Markup] = ()
-) -> bytes:
+def render(tables: Tables, notes: Sequence[tuple[str, str]], charts: Sequence[Markup] = ()) -> bytes:
     """The page: tables, labelled notes, and charts; all but the charts is escaped."""
     largest = defaultdict[str, float](float)
     for cell in chain(*chain(*tables.values())):
@@ -111,15 +109,11 @@ def show_results(scenario: str, figures: dict[str, Figure], as_json: bool, chart
 
 
 def write_results(scenario: str, figures: dict[str, Figure], charts: Sequence[Markup] = ()) -> Path:
-    """Writes `results.parquet`, `summary.json` and `report.html` into `runs/bench-SCENARIO-TIME`; returns the first.
-
-    In the first, each figure is a row with the machine beside it; the second is one object, for scripts that compare.
-    """
+    """Writes `results.parquet`, `summary.json` and `report.html` into `runs/bench-SCENARIO-TIME`; returns the first."""
     facts = {"scenario": scenario, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine()}
-    folder = RUNS / f"bench-{scenario}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True)
-    rows = [{"figure": name, "value": figure.value, "unit": figure.unit, **facts} for name, figure in figures.items()]
-    table = pa.Table.from_pylist(rows)
+    (folder := RUNS / f"bench-{scenario}-{time.strftime('%Y%m%d-%H%M%S')}").mkdir(parents=True)
+    rows = ({"figure": name, "value": value, "unit": unit, **facts} for name, (value, unit) in figures.items())
+    table = pa.Table.from_pylist(list(rows))
     table = table.set_column(1, "value", table["value"].cast(pa.float64()))  # all may be missing, or integers
     pq.write_table(table, folder / RESULTS)
     summary = {**facts, "figures": {name: figure.value for name, figure in figures.items()}}
@@ -154,7 +148,7 @@ def _commit() -> str:
 
 
 def _cpu() -> str:
-    models = list[str]()
     with suppress(OSError):  # not Linux
-        models = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    return next(iter(models), "") or platform.processor() or "unknown"
+        if model := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
+            return model[1]
+    return platform.processor() or "unknown"

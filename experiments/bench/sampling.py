@@ -17,7 +17,6 @@ from experiments.config.recipe import Recipe, to_toml
 from experiments.preflight.processes import memory
 
 DAEMONS = ("raylet", "gcs_server", "log_monitor", "monitor.py", "dashboard", "Agent", "runtime_env", "ray::IDLE")
-EVERY_S = 0.25
 T = TypeVar("T")
 
 
@@ -40,15 +39,12 @@ def sampled(read: Callable[[], T], every_s: float) -> Iterator[list[T]]:
 
 
 def workers_mb(titles: tuple[str, ...], *kinds: str) -> list[float]:
-    """MB of each process below this one that is a Ray actor with one of these titles: the sum of the kinds.
-
-    A kind is a name of `memory`, or "Pss": a page that n processes share counts as 1/n of a page.
-    """
+    """MB of each Ray actor with one of these titles below this process, of kinds of `memory` or "Pss", in sum."""
     readings = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess, OSError):
-            line = "".join(process.cmdline())
-            if any(f"ray::{title}" in line for title in titles):
+            if any(f"ray::{title}" in "".join(process.cmdline()) for title in titles):
+                # A page that n processes share counts as 1/n of a page.
                 pss = process.memory_full_info().pss / 2**20 if "Pss" in kinds else 0.0
                 held = memory(process.pid) | {"Pss": pss}
                 readings.append(sum(held.get(kind, 0.0) for kind in kinds))
@@ -63,7 +59,7 @@ def command_mb(work: Recipe, folder: Path) -> tuple[float, float]:
     with (
         (folder / "output").open("wb") as output,
         subprocess.Popen(command, stdout=output, stderr=output) as process,
-        sampled(lambda: _tree_mb(process.pid), EVERY_S) as readings,
+        sampled(lambda: _tree_mb(process.pid), 0.25) as readings,
     ):
         process.wait()
     if process.returncode:
@@ -85,10 +81,7 @@ def _tree_mb(command: int) -> tuple[float, float]:
 
 
 def stored_bytes() -> float:
-    """The bytes of all objects that the stores of all nodes have taken in since they started, by Ray's own count.
-
-    Small objects, which Ray sends inside its messages, are not among them. RunError without the extra `bench`.
-    """
+    """Bytes of objects that all nodes' stores have taken in (not those in Ray's messages); RunError without grpcio."""
     if find_spec("grpc") is None:
         raise RunError('this benchmark asks Ray by grpcio: pip install "fedpost[bench]"')
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address

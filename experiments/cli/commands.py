@@ -1,16 +1,16 @@
 """The commands. Each imports what it needs when it runs, so that `fedpost --help` answers at once."""
 
-import os
+import json
 import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 from typer import Argument, Option
 
 from engine.messages.errors import RunError
-from experiments.report.terminal import say
+from experiments.report.terminal import console, say
 
 RecipePath = Annotated[Path, Argument(metavar="RECIPE", help="A recipe in TOML.")]
 Changes = Annotated[list[str] | None, Option("--set", metavar="A.B=C", help="Change a key of the recipe (repeatable).")]
@@ -38,18 +38,13 @@ SCENARIOS = {
     "zero": "gangs of DeepSpeed ranks: resets, tokens/s against a bare loop, bytes and memory",
     "strategies": "the demo's model under every strategy, resumable, about two hours on two cores",
 }
-BUG = (
-    "This is a bug in fedpost. Please report it in the issue tracker of the project, with the recipe, the command, and "
-    "the traceback that --debug shows."
-)
+BUG = "This is a bug in fedpost. Please report it in the issue tracker of the project, with the recipe, the command, "
+BUG += "and the traceback that --debug shows."
 P = ParamSpec("P")
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """The command, with errors turned into a message on stderr and an exit code; `debug` adds the traceback.
-
-    2 stands for what the user can fix, 1 for a bug of ours, 130 for Ctrl-C.
-    """
+    """The command with errors as messages and exit codes: 2 if the user can fix it, 1 for a bug, 130 for Ctrl-C."""
 
     @wraps(command)
     def run(*arguments: P.args, **options: P.kwargs) -> None:
@@ -89,9 +84,9 @@ def run(
     """Train a recipe across its clients and leave a run folder."""
     from experiments.config.recipe import load_recipe
 
+    options: dict[str, Any] = {"out": out, "resume": resume, "baselines": baselines, "address": address}
     if dry:
-        options = {"--out": out, "--resume": resume, "--baselines": baselines, "--address": address}
-        if refused := ", ".join(name for name, value in options.items() if value):
+        if refused := ", ".join(f"--{name}" for name, value in options.items() if value):
             raise RunError(f"--dry runs on this machine alone and leaves nothing behind: leave out {refused}")
         from experiments.preflight.dry import show_dry
 
@@ -102,16 +97,7 @@ def run(
 
     loaded = load_recipe(recipe, changes)
     with Screen(loaded.rounds, out) as screen, stopped_by_interrupt(screen.say, lambda: screen.started) as stop:
-        run_recipe(
-            loaded,
-            out=out,
-            resume=resume,
-            baselines=baselines,
-            address=address,
-            on_event=screen.show,
-            stop=stop,
-            accept_changes=accept_changes,
-        )
+        run_recipe(loaded, **options, on_event=screen.show, stop=stop, accept_changes=accept_changes)
 
 
 @guarded
@@ -183,16 +169,14 @@ def strategies(
         from experiments.cli.contract import show_check
 
         raise SystemExit(int(not show_check(check)))
-    from experiments.cli.listing import show_strategies
+    from experiments.cli.listing import listing
 
-    show_strategies()
+    console().print(*listing(), sep="\n")
 
 
 @guarded
 def schema() -> None:
     """Print the JSON schema of a recipe."""
-    import json
-
     from experiments.config.recipe import schema as recipe_schema
 
     say(json.dumps(recipe_schema(), indent=1))
@@ -232,7 +216,7 @@ def bench(
         raise RunError(f"there is no benchmark {scenario!r}; there is {', '.join(SCENARIOS)}")
     if (scenario == "scale") != (recipe is not None):
         raise RunError("fedpost bench scale takes a recipe, and no other benchmark does")
-    settle_ray(address or os.environ.get("RAY_ADDRESS"))  # the scenarios import ray
+    settle_ray(address)  # the scenarios import ray
     if recipe is not None:
         from experiments.bench.scenarios.slots import scale
 

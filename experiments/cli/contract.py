@@ -53,8 +53,7 @@ def show_check(named: str) -> bool:
         if len(skipped) == len(listed):
             screen.print(plain(f"-       {name} (does not apply: {skipped[0]})", "dim"))
             continue
-        mark = plain("failed ", "red") if failures else plain("ok     ", "green")
-        screen.print(mark, plain(name))
+        screen.print(plain("failed ", "red") if failures else plain("ok     ", "green"), plain(name))
         for line in [line for failure in failures for line in failure.split("\n")]:
             screen.print(plain(f"        {line}"))
     kept = f"{broken} of {len(CHECKS)} promises are broken" if broken else "the contract is kept"
@@ -82,10 +81,8 @@ def _made(named: str) -> Any:
         raise RunError(f"--check takes MODULE:CLASS, such as my_module:MyStrategy, not {named!r}")
     kind = imported("--check", named, "apply")
     if missing := lacks(kind):
-        raise RunError(
-            f"{named} is not a strategy, it lacks {', '.join(missing)}: extend strategies.core.base.Rule, "
-            f"which has a default for everything but apply"
-        )
+        remedy = "extend strategies.core.base.Rule, which has a default for everything but apply"
+        raise RunError(f"{named} is not a strategy, it lacks {', '.join(missing)}: {remedy}")
     if needed := [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]:
         raise RunError(f"{named} is checked with its defaults, and these keys have none: {', '.join(needed)}")
     return kind()

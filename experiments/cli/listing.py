@@ -10,7 +10,7 @@ from typing import get_args
 from rich.text import Text
 
 from engine.config.federation import works_in_gangs
-from experiments.report.terminal import console, plain
+from experiments.report.terminal import plain
 from strategies import Strategies, Transforms
 
 WIDTH = 100
@@ -28,13 +28,8 @@ LEGEND = {
 }
 
 
-def show_strategies() -> None:
-    """Prints each strategy with what it reads, needs and allows, its summary and its keys; then the transforms."""
-    console().print(*listing(), sep="\n")
-
-
 def listing() -> Iterator[Text]:
-    """The list, line by line."""
+    """Each strategy with what it reads, needs and allows, its summary and its keys; then the transforms."""
     yield _row("kind", "reads", "LoRA", "ranks", "gangs", "state", "paper", style="bold underline")
     for strategy in (member() for member in get_args(Strategies)):
         lora, ranks = "needed" if strategy.needs_lora else "-", "mixed" if strategy.mixed_ranks else "-"
@@ -53,8 +48,7 @@ def listing() -> Iterator[Text]:
 
 def first_sentence(docstring: str) -> str:
     """The text up to the first full stop, in one line."""
-    text = " ".join(docstring.split())
-    return re.split(r"(?<=[^.]\.)\s", text, maxsplit=1)[0]
+    return re.split(r"(?<=[^.]\.)\s", " ".join(docstring.split()), maxsplit=1)[0]
 
 
 def _row(*cells: str, style: str = "") -> Text:

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Column, Table
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import OnRows
+from datasets_partition.core.types import DataError, OnRows
 from datasets_partition.sources.location import within
 from datasets_partition.store.sealed import put
 from datasets_partition.store.stats import Sizes, Skew, TokenLengths
@@ -23,7 +22,6 @@ from experiments.config.recipe import Recipe, located
 from experiments.report.terminal import console, plain
 from experiments.runs.api import build_store, shared_store
 
-LARGEST = 3  # how many clients are named
 NAME_WIDTH = 19  # of the table's first column, so that its parts are aligned
 DIGITS = str.maketrans("", "", "0123456789,")
 
@@ -37,20 +35,17 @@ def show_partition(recipe: Recipe) -> None:
         skew = Skew.of(store)
     screen.print(plain(store.folder, "bold"), soft_wrap=True)
     screen.print(_table(_rows(store, skew, vars(recipe.data.partition).get("clients"))))
-
     rows, shared = skew.rows.total + skew.server_rows, shared_store(recipe, store.folder)
     with _steps(screen) as show:  # in a table of its own, since tokenizing many rows takes long
         step = "tokenizing rows (once: runs of this recipe reuse them)"
         show(step)
-        tokens = _token_lengths(recipe, store, shared, lambda row: show(f"{step}: {row:,} of {rows:,}"))
+        tokens = _lengths(recipe, store, shared, lambda row: show(f"{step}: {row:,} of {rows:,}"))
     max_length = recipe.train.max_length
     lines = {"tokens": f"not counted: {tokens}"} if isinstance(tokens, str) else _tokens(tokens[1], max_length)
     screen.print(_table(lines))
-
     with _steps(screen) as show:
         show("drawing pictures")
-        # Imported here, since the first import of matplotlib on a machine takes long.
-        from experiments.report.pictures import draw_skew, draw_tokens
+        from experiments.report.pictures import draw_skew, draw_tokens  # the first import of matplotlib takes long
 
         pictures = {store.folder / name: content for name, content in draw_skew(skew, store.name).items()}
         if not isinstance(tokens, str) and len(tokens[1].rows):
@@ -66,9 +61,7 @@ def show_partition(recipe: Recipe) -> None:
         screen.print(plain(f"{'also in':<{NAME_WIDTH}} {shared}"), soft_wrap=True)
 
 
-def _token_lengths(
-    recipe: Recipe, store: Store, shared: str | None, on_rows: OnRows
-) -> tuple[Path, TokenLengths] | str:
+def _lengths(recipe: Recipe, store: Store, shared: str | None, on_rows: OnRows) -> tuple[Path, TokenLengths] | str:
     """The folder of the token columns and the lengths; or why there are none, such as a base that cannot be loaded."""
     from transformers.utils import logging as transformers_logging
 
@@ -86,8 +79,13 @@ def _token_lengths(
 
 def _rows(store: Store, skew: Skew, clients: int | None) -> dict[str, str]:
     """The lines about rows; `clients` is how many clients the partition should make, if it says so."""
-    largest = np.argsort(-skew.rows.each, kind="stable")[:LARGEST].tolist()
+    largest = np.argsort(-skew.rows.each, kind="stable")[:3].tolist()
     server = f", and {skew.server_rows:,} of the server" if skew.server_rows else ""
+    gone = f", and {skew.duplicate_clients:,} clients with them" if skew.duplicate_clients else ""
+    label = "none: the partition goes by no label or topic, and data.label names no column"
+    if skew.categories is not None:
+        label = f"{skew.categories.divergence:.2f} over {len(skew.categories.names):,} categories (0: each client has "
+        label += "the overall mixture, 1: nothing in common)"
     lines = {
         "clients": f"{store.num_clients:,} ({skew.training_clients:,} train, {skew.unseen_clients:,} unseen)",
         "rows": f"{skew.rows.total:,} ({skew.train_rows:,} to train on, {skew.heldout_rows:,} held out, "
@@ -95,13 +93,9 @@ def _rows(store: Store, skew: Skew, clients: int | None) -> dict[str, str]:
         "rows of a client": _spread(skew.rows),
         "largest": ", ".join(f"{store.name(client)} ({skew.rows.each[client]:,})" for client in largest),
         "Gini coefficient": f"{skew.rows.gini:.2f} (0: all clients have the same, 1: one client has all)",
+        "label divergence": label,
+        "duplicates removed": f"{skew.duplicate_rows:,} rows{gone}",
     }
-    label = "none: the partition goes by no label or topic, and data.label names no column"
-    if skew.categories is not None:
-        label = f"{skew.categories.divergence:.2f} over {len(skew.categories.names):,} categories (0: each client has "
-        label += "the overall mixture, 1: nothing in common)"
-    gone = f", and {skew.duplicate_clients:,} clients with them" if skew.duplicate_clients else ""
-    lines |= {"label divergence": label, "duplicates removed": f"{skew.duplicate_rows:,} rows{gone}"}
     if skew.skipped_rows:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skew.skipped_rows.items())
         lines["skipped"] = f"{sum(skew.skipped_rows.values()):,} rows of the source ({reasons})"
@@ -137,8 +131,7 @@ def _spread(sizes: Sizes) -> str:
 
 
 def _table(lines: dict[str, str]) -> Table:
-    columns = Column(width=NAME_WIDTH), Column()
-    table = Table(*columns, box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(Column(width=NAME_WIDTH), Column(), box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name, value in lines.items():
         table.add_row(plain(name), plain(value))
     return table

@@ -4,14 +4,13 @@ import textwrap
 from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from datasets_partition.sources.location import is_local, within
 from engine.messages.events import DriverLost, Evaluated, Event, Finished, Preparing, RoundDone, Sample, Started
 from experiments.report.terminal import console, inert, plain
 
 SPLITS = {"heldout": "held-out rows", "unseen": "unseen clients", "server": "the server's rows"}
-FEW = 5
 
 
 class Screen:
@@ -63,10 +62,8 @@ class Screen:
         self.started = True
         slots = f"{event.slots} slots" if event.slots > 1 else "1 slot"
         fewer = f" ({event.asked} were asked for, no more fit)" if event.asked not in ("auto", event.slots) else ""
-        self._line(
-            f"{event.training} training clients and {event.unseen} unseen ones on {slots}{fewer}; "
-            f"{event.parameters:,} trained parameters on a shared base of {event.base_bytes / 1e6:.1f} MB"
-        )
+        model = f"{event.parameters:,} trained parameters on a shared base of {event.base_bytes / 1e6:.1f} MB"
+        self._line(f"{event.training} training clients and {event.unseen} unseen ones on {slots}{fewer}; {model}")
         if event.lanes > 1:
             self._line(f"clients train in {event.lanes} lanes of each slot")
         if event.dropped_rows:
@@ -84,10 +81,8 @@ class Screen:
         self.progress.update(self.task, description="round", completed=event.round)
         loss = f"train loss {event.loss:.3f}" if event.clients else "nobody trained  "
         dropped = f" ({len(event.gone)} dropped out)" if event.gone else ""
-        self._line(
-            f"round {event.round:>3}/{self.rounds}  {loss}  {event.clients} clients{dropped}  "
-            f"{event.seconds:5.1f} s  {event.tokens_per_s:,.0f} tokens/s"
-        )
+        speed = f"{event.seconds:5.1f} s  {event.tokens_per_s:,.0f} tokens/s"
+        self._line(f"round {event.round:>3}/{self.rounds}  {loss}  {event.clients} clients{dropped}  {speed}")
         if event.aborted is not None:
             self.say(f"  no sum, the model stays as it was: {event.aborted}")
         for fault in event.faults:
@@ -99,7 +94,7 @@ class Screen:
         for client, why in event.gone.items():
             reasons.setdefault(why.partition(":")[0], []).append(client)
         for why, clients in reasons.items():
-            few = ", ".join(map(repr, clients[:FEW])) + ", ..." * (len(clients) > FEW)
+            few = ", ".join(map(repr, clients[:5])) + ", ..." * (len(clients) > 5)
             self._line(f"  {len(clients):,} client{'s' * (len(clients) > 1)} {why}: {few}", "dim")
         if event.round == self.rounds:
             if event.epsilon is not None:
@@ -110,11 +105,8 @@ class Screen:
         self.progress.stop()
         for number, sample in enumerate(event.samples, 1):
             self.console.print(_sample(number, sample))
-        table = Table(title="loss in nats per token", title_justify="left")
-        table.add_column("rows of")
-        for column in event.losses:
-            table.add_column(plain(column), justify="right")
-        table.add_column("change", justify="right")
+        columns = [Column(plain(name), justify="right") for name in (*event.losses, "change")]
+        table = Table("rows of", *columns, title="loss in nats per token", title_justify="left")
         for split, title in SPLITS.items():
             values = {column: losses.get(split) for column, losses in event.losses.items()}
             first, last = values.get("round 0"), values.get("end")
@@ -137,8 +129,7 @@ def _losses(losses: dict[str, float]) -> str:
 def _sample(number: int, sample: Sample) -> Table:
     """A prompt's signature, and below it what the author and the model wrote."""
     signature = next((line for line in sample.prompt.splitlines() if line.startswith(("def ", "class ", "async "))), "")
-    title = plain(f"sample {number}: {signature[:90]}")
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    table = Table(title=plain(f"sample {number}: {signature[:90]}"), title_justify="left", show_header=False, box=None)
     for name, text in (("author", sample.reference), ("before", sample.before), ("after", sample.after)):
         table.add_row(plain(name, "dim"), plain(textwrap.shorten(text, 200, placeholder=" ...")))
     return table

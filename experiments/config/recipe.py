@@ -39,15 +39,12 @@ GONE = {
 
 @dataclass(frozen=True)
 class Data:
-    """Where rows come from, which client has which, which are held back from training, and the folder of stores.
-
-    `label` names a column whose values are counted for each client; by default it is what the partition goes by.
-    """
+    """Where rows come from, which client has which, which are held back from training, and the folder of stores."""
 
     source: Annotated[Sources, Field(discriminator="kind")]
     partition: Annotated[Partitioners, Field(discriminator="kind")] = field(default_factory=Natural)
     splits: Splits = field(default_factory=Splits)
-    label: str | None = None
+    label: str | None = None  # the column whose values are counted for each client; None: what the partition goes by
     cache: str = "runs/stores"
 
 
@@ -61,10 +58,8 @@ class Recipe(Federation):
         super().__post_init__()
         clients = vars(self.data.partition).get("clients")  # of kinds that make a given number
         if clients is not None and self.cohort.size is not None and self.cohort.size > clients:
-            raise RunError(
-                f"cohort.size is {self.cohort.size:g}, but the partition makes only {clients} clients: "
-                f"lower it, or raise data.partition.clients"
-            )
+            what = f"cohort.size is {self.cohort.size:g}, but the partition makes only {clients} clients"
+            raise RunError(f"{what}: lower it, or raise data.partition.clients")
 
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
@@ -89,7 +84,7 @@ def parse_recipe(text: str, changes: list[str] | None = None, origin: str = "the
         tree = tomllib.loads(text)
     except RecursionError:
         raise RunError(f"{origin} is nested too deeply to be a recipe") from None
-    except ValueError as error:  # not valid, or a number of more digits than Python reads
+    except ValueError as error:  # also a number of more digits than Python reads
         raise RunError(f"{origin} is not valid TOML: {error}") from error
     for change in changes or []:
         _change(tree, change)
@@ -97,7 +92,7 @@ def parse_recipe(text: str, changes: list[str] | None = None, origin: str = "the
         if isinstance(tree.get("cohort"), dict):
             tree["cohort"].setdefault("kind", "uniform")
         for path in BY_KIND:
-            _expand(tree, path)
+            _expand(tree, *path)
         objects = take_out(tree)
         # Through JSON: only there does strict mode take tables for dataclasses and arrays for tuples.
         recipe = _ADAPTER.validate_json(json.dumps(tree, default=_no_date), strict=True, extra="forbid")
@@ -159,18 +154,15 @@ def _no_date(value: object) -> object:
     raise RunError(f"a recipe has no dates or times, but this holds {value}: put it in quotes if it is text")
 
 
-def _expand(tree: dict[str, Any], path: tuple[str, ...]) -> None:
-    for part in path[:-1]:
-        below = tree.get(part)
-        if not isinstance(below, dict):
-            return
-        tree = below
-    section = tree.get(path[-1])
-    if isinstance(section, str):
-        tree[path[-1]] = {"kind": section}
+def _expand(tree: Any, part: str, *below: str) -> None:
+    section = tree.get(part) if isinstance(tree, dict) else None
+    if below:
+        _expand(section, *below)
+    elif isinstance(section, str):
+        tree[part] = {"kind": section}
     elif isinstance(section, dict) and section.get("kind") == "combined":
-        for part in COMBINED:
-            _expand(section, (part,))
+        for held in COMBINED:
+            _expand(section, held)
 
 
 def _sentences(faults: list[Any]) -> list[str]:
@@ -198,7 +190,7 @@ def _sentence(key: str, fault: Any) -> str:
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"the key {key!r} is missing"
     if kind == "union_tag_not_found":
-        kinds = " or ".join(repr(_tag(member)) for member in _members(_walk(fault["loc"])[1]))
+        kinds = " or ".join(repr(member.kind) for member in _members(_walk(fault["loc"])[1]))
         return f"{key!r} needs a kind: {kinds}"
     if kind == "union_tag_invalid":
         tag, expected = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
@@ -220,7 +212,7 @@ def _walk(where: tuple[Any, ...]) -> tuple[list[str], Any]:
     kind: Any = Recipe
     for part in where:
         members = _members(kind)
-        tagged = [member for member in members if _tag(member) == part]
+        tagged = [member for member in members if getattr(member, "kind", None) == part]
         if len(members) > 1 and tagged:
             kind = tagged[0]
             continue
@@ -238,7 +230,3 @@ def _members(kind: Any) -> list[Any]:
         kind = get_args(kind)[0]
     choices = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     return [choice for choice in choices if is_dataclass(choice)]
-
-
-def _tag(member: Any) -> Any:
-    return next((f.default for f in fields(member) if f.name == "kind"), None)

@@ -27,16 +27,10 @@ MODULES: dict[str, str] = {}  # the user's modules that this process has importe
 
 
 def take_out(tree: dict[str, Any]) -> dict[Place, Any]:
-    """Replaces the user's classes in a recipe's tree by shipped kinds; returns the objects that they stand for.
-
-    Raises RunError if a module or class cannot be imported or does not take the keys.
-    """
+    """Replaces the user's classes in a recipe's tree by shipped kinds, returns their objects; RunError on a fault."""
     objects: dict[Place, Any] = {}
     for root, (methods, stand_in) in PLACES.items():
-        above: Any = tree
-        for part in root[:-1]:
-            above = above.get(part) if isinstance(above, dict) else None
-        waiting = [(above, root)]
+        waiting: list[tuple[Any, Place]] = [(tree.get(root[0]) if root[1:] else tree, root)]
         while waiting:
             above, place = waiting.pop()
             section: Any = above.get(place[-1]) if isinstance(above, dict) else None
@@ -55,8 +49,7 @@ def put_back(tree: dict[str, Any], recipe: Any) -> None:
         section, kind = tree, type(value)
         for part in above:
             section = section[part]
-        keys = {name: value for name, value in section[key].items() if name != "kind"}
-        section[key] = {"kind": f"{kind.__module__}:{kind.__name__}", **keys}
+        section[key] = {"kind": None} | section[key] | {"kind": f"{kind.__module__}:{kind.__name__}"}  # the kind first
 
 
 def user_parts(recipe: Any) -> dict[Place, Any]:
@@ -80,11 +73,9 @@ def replaced(section: Any, place: Place, value: Any) -> Any:
 def _made(place: str, given: dict[str, Any], methods: Place) -> Any:
     kind = imported(f"{place}.kind", given["kind"], *methods)
     if missing := lacks(kind) if "apply" in methods else []:
-        raise RunError(
-            f"{place}.kind names {given['kind']!r}, which has no {', '.join(missing)}: extend "
-            f"strategies.core.base.Rule, which has a default for all but apply, and run `fedpost strategies --check "
-            f"{given['kind']}`"
-        )
+        what = f"{place}.kind names {given['kind']!r}, which has no {', '.join(missing)}"
+        remedy = "extend strategies.core.base.Rule, which has a default for all but apply"
+        raise RunError(f"{what}: {remedy}, and run `fedpost strategies --check {given['kind']}`")
     keys = {key: value for key, value in given.items() if key != "kind"}
     try:
         return TypeAdapter(kind).validate_json(json.dumps(keys), strict=True, extra="forbid")
@@ -103,10 +94,8 @@ def imported(place: str, kind: str, *methods: str) -> Any:
     try:
         module = importlib.import_module(name)
     except Exception as error:
-        raise RunError(
-            f"{place} names {kind!r}, but importing {name!r} fails ({type(error).__name__}: {error}): "
-            f"run from the folder that holds it, or fix it"
-        ) from error
+        what = f"{place} names {kind!r}, but importing {name!r} fails ({type(error).__name__}: {error})"
+        raise RunError(f"{what}: run from the folder that holds it, or fix it") from error
     if module.__file__ is not None and name.split(".")[0] not in SHIPPED:
         MODULES[module.__file__] = name
     member = vars(module).get(attribute)
@@ -117,10 +106,7 @@ def imported(place: str, kind: str, *methods: str) -> Any:
 
 
 def line_at_fault(traceback: str) -> str | None:
-    """The last line of a user's module that a traceback's text passes through, in words; None if there is none.
-
-    Text, since a traceback from another process comes as text.
-    """
+    """The last line of a user's module in a traceback (text, as other processes send it), in words; None if none."""
     for file, line, function in reversed(re.findall(r'File "(.+?)", line (\d+), in (\S+)', traceback)):
         if file in MODULES:
             return f"your module {MODULES[file]}: {function}, line {line} of {file}"

@@ -47,10 +47,7 @@ class Dry(NamedTuple):
 
 
 def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) -> Dry:
-    """Runs the shrunk recipe in a temporary folder, and resumes it from its first checkpoint.
-
-    Raises the errors that would end the real run too, and RunError if the base is unknown here.
-    """
+    """Runs the shrunk recipe and resumes it; raises what would end the real run too, and RunError for unknown bases."""
     with environment(**ALONE), TemporaryDirectory(prefix="fedpost-dry-") as name:
         # Imported here, since it imports libraries that read the environment.
         from experiments.preflight.shrunk_base import base_config, described, shrunk, stand_in_tokenizer, write_base
@@ -71,13 +68,14 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         with environment(**hidden_gpus(gpus)), ray_session(None, num_cpus=cpus, num_gpus=gpus):
             first = run(work, out=folder / "run", on_event=events.append)
             again, resumed = _interrupted(work, first, folder / "again")
-        changed = {"model.base": (f"{recipe.model.base}: {described(config)}", f"random: {described(small)}")}
-        changed |= {"data": (_source(recipe), rows.said)} | _changes(recipe, work)
+        started = next(event for event in events if isinstance(event, Started))
+        base = f"{recipe.model.base}: {described(config)}", f"random: {described(small)}"
+        changed = {"model.base": base, "data": (_source(recipe), rows.said)} | _changes(recipe, work)
         proofs = [
             Proof("configuration", True, f"{len(leaves(tomllib.loads(to_toml(recipe))))} keys, which are compatible"),
-            Proof("model", True, f"{small.architectures[0]} loads and trains: {_trained(events, first)}"),
+            Proof("model", True, f"{small.architectures[0]} loads and trains: {_trained(started, first)}"),
             Proof("rows", True, f"{rows.said}, split and tokenized"),
-            _placement(work.clients, events),
+            _placement(work.clients, started),
             *_rounds(work, events),
             _resume(work, first, again, resumed),
             _export(first, work.model.base),
@@ -120,13 +118,12 @@ def _changes(recipe: Recipe, work: Recipe) -> dict[str, tuple[str, str]]:
 
 
 def _source(recipe: Recipe) -> str:
-    source, partition = (type(part).__name__ for part in (recipe.data.source, recipe.data.partition))
-    where = vars(recipe.data.source).get("path") or vars(recipe.data.source).get("name")
-    return f"{source}{f' {where}' if where else ''}, {partition}"
+    source, partition = recipe.data.source, type(recipe.data.partition).__name__
+    where = vars(source).get("path") or vars(source).get("name")
+    return f"{type(source).__name__}{f' {where}' if where else ''}, {partition}"
 
 
-def _trained(events: list[Event], finished: Run) -> str:
-    started = next(event for event in events if isinstance(event, Started))
+def _trained(started: Started, finished: Run) -> str:
     adapter = finished.model / "adapter_config.json"
     if not adapter.exists():
         return f"{started.parameters:,} parameters"
@@ -134,18 +131,17 @@ def _trained(events: list[Event], finished: Run) -> str:
     return f"adapters on {', '.join(sorted({layer.rpartition('.')[2] for layer in layers}))}"
 
 
-def _placement(clients: Clients, events: list[Event]) -> Proof:
-    started = next(event for event in events if isinstance(event, Started))
+def _placement(clients: Clients, started: Started) -> Proof:
     zero, asked, (processes, cpus, gpus) = clients.zero, clients.slots, _needs(clients)
     assert isinstance(asked, int)  # a shrunk recipe's
     what = f"{started.slots} slots" if zero is None else f"a gang of {zero.ranks} ranks"
     if zero is not None and zero.from_rows:
         asked += zero.gangs
         what += f" and {processes - zero.ranks} plain slot"
+    what += f" of {asked} asked for" if started.slots < asked else ""
     each = f"num_cpus = {clients.num_cpus:g} and num_gpus = {clients.num_gpus:g}"
-    fewer = f" of {asked} asked for" if started.slots < asked else ""
     on = f"logical CPUs: {cpus}, logical GPUs: {gpus}"
-    return Proof("placement", started.slots == asked, f"{what}{fewer} with {each}; {on}")
+    return Proof("placement", started.slots == asked, f"{what} with {each}; {on}")
 
 
 def _rounds(work: Recipe, events: list[Event]) -> list[Proof]:
@@ -156,12 +152,10 @@ def _rounds(work: Recipe, events: list[Event]) -> list[Proof]:
     counts = " and ".join(str(event.clients) for event in rounds)
     kind = vars(work.strategy).get("kind", type(work.strategy).__name__)
     strategy = f"{kind}, {len(rounds)} rounds of {counts} clients"
-    if failed:
-        strategy += f"; {len(failed)} failed: {next(iter(failed.values()))}"
-    if aborted:
-        strategy += f"; no result in {len(aborted)}: {aborted[0]}"
-    secagg, dp = work.privacy.secagg, work.privacy.dp
-    private = [f"secure aggregation ({secagg.mode})"] if work.privacy.secure else []
+    strategy += f"; {len(failed)} failed: {next(iter(failed.values()))}" if failed else ""
+    strategy += f"; no result in {len(aborted)}: {aborted[0]}" if aborted else ""
+    dp = work.privacy.dp
+    private = [f"secure aggregation ({work.privacy.secagg.mode})"] if work.privacy.secure else []
     private += [] if dp.unit is None else [f"{dp.kind} noise, {rounds[-1].epsilon}"]
     holds = not aborted and not failed and all(event.clients for event in rounds)
     said = "; ".join(private) or "the recipe asks for none"
@@ -179,18 +173,16 @@ def _resume(work: Recipe, first: Run, again: Run, resumed: int | None) -> Proof:
 def _export(finished: Run, base: str) -> Proof:
     """Loads the model, or the adapter onto its base, without fedpost and runs it on a few tokens."""
     import torch
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(finished.model)
-    adapter = (finished.model / "adapter_config.json").exists()
-    network: Any = AutoModelForCausalLM.from_pretrained(base if adapter else finished.model)
-    if adapter:
-        from peft import PeftModel
-
+    tokenizer, adapter = AutoTokenizer.from_pretrained(finished.model), finished.model / "adapter_config.json"
+    kind, whole = ("a PEFT adapter", base) if adapter.exists() else ("a model", finished.model)
+    network: Any = AutoModelForCausalLM.from_pretrained(whole)
+    if adapter.exists():
         network = PeftModel.from_pretrained(network, finished.model)
     with torch.no_grad():
         logits = network(torch.tensor([tokenizer("the end")["input_ids"]])).logits
-    kind = "a PEFT adapter" if adapter else "a model"
     return Proof("export", bool(logits.isfinite().all()), f"{kind}, which transformers loads and runs")
 
 
@@ -198,8 +190,7 @@ def _left(recipe: Recipe, rows: Drawn) -> list[str]:
     """What only the real run can show."""
     clients, model, has_noise = recipe.clients, recipe.model, recipe.privacy.dp.unit is not None
     processes, cpus, gpus = _needs(clients)
-    need = f"{processes:,} slots or ranks ({cpus:,} CPUs, {gpus:,} GPUs)"
-    room = "slots" if clients.slots == "auto" else need
+    room = "slots" if clients.slots == "auto" else f"{processes:,} slots or ranks ({cpus:,} CPUs, {gpus:,} GPUs)"
     kernels = f"GPU kernels ({model.attention} in {model.dtype})" + (", NCCL" if clients.zero else "")
     left = {
         f"whether the cluster has room for {room}, its network, shared disks": True,

@@ -1,13 +1,12 @@
 """`fedpost plan`: the memory and the space in Ray's object store that a recipe needs, estimated without running it.
 
-Parameters are counted on the meta device, activations by a forward pass there: a configuration suffices, no weights.
-Legend: P trained parameters.
+Parameters are counted on the meta device, activations by a forward pass there: weights are not needed. P: trained ones.
 """
 
 import os
 import warnings
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.table import Table
@@ -20,7 +19,7 @@ from engine.messages.errors import RunError
 from engine.models.adapters import with_adapters
 from engine.models.base_model import causal_config
 from engine.models.deepspeed_config import BUCKET, LIVE
-from engine.scheduling.placement import asked_or_fitting, slots_that_fit
+from engine.scheduling.placement import slot_counts
 from experiments.config.recipe import Recipe
 from experiments.preflight.processes import in_fresh_process, memory
 from experiments.report.terminal import console
@@ -30,11 +29,11 @@ SPARE = 0.9  # the share of a device's memory that is planned with
 HEAP = 1.5  # memory that the allocator holds over the live tensors of a step, measured with glibc
 RAY = 20 * 2**20  # bytes that Ray adds to a process
 MOST_RANKS = 1024
+ANY_CPUS = 10**9  # for a given number of slots, which a plan takes as it is
 STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Elements of a model, its trained part and largest tensor; bytes of an element, and of a row for its passes."""
 
     parameters: int
@@ -45,8 +44,7 @@ class Sizes:
     logits: int  # of its loss
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """Bytes of one process, a slot or a rank."""
 
     weights: float
@@ -59,7 +57,7 @@ class Need:
     @property
     def total(self) -> float:
         """Their sum."""
-        return float(sum(vars(self).values()))
+        return float(sum(self))
 
 
 def meta_network(model: Model) -> Any:
@@ -87,7 +85,7 @@ def sizes(model: Model, max_length: int) -> Sizes:
     known, saved = set(map(id, parameters)), dict[int, int]()
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in known and (tensor._base is None or id(tensor._base) not in known):
+        if known.isdisjoint((id(tensor), id(tensor._base))):
             storage = tensor.untyped_storage()
             saved[storage._cdata] = storage.nbytes()
         return tensor
@@ -123,17 +121,14 @@ def rank_need(counts: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need
     ranks, trained = zero.ranks, counts.trained * FLOAT
     # Of the master weights, their gradient and each moment: float32, even if the weights are float32 too.
     shard = 0.0 if zero.offload == "cpu" and recipe.clients.num_gpus else trained / ranks
-    weights = counts.parameters * counts.itemsize / (ranks if zero.stage == 3 else 1) + shard
-    if zero.stage == 3:
-        weights += (counts.largest + LIVE) * counts.itemsize
+    elements = counts.parameters / ranks + counts.largest + LIVE if zero.stage == 3 else counts.parameters
     gradients = (trained if zero.stage == 1 else shard) + min(BUCKET, counts.trained) * FLOAT
-    rows = -(-recipe.train.batch // ranks)
     activations = counts.activations // 4 if zero.checkpointing else counts.activations
     return Need(
-        weights,
+        elements * counts.itemsize + shard,
         gradients + shard,  # DeepSpeed's, and a flat copy for the optimizer
         _moments(recipe) * shard,
-        HEAP * (activations + counts.logits) * rows,
+        HEAP * (activations + counts.logits) * -(-recipe.train.batch // ranks),
         counts.trained * (FLOAT + GRID) / ranks,  # a client's delta, and the sum
         process,
     )
@@ -154,22 +149,14 @@ def smallest(counts: Sizes, recipe: Recipe, device: float, process: float) -> Ze
 
 def counted(clients: Clients, devices: int, cpus: int) -> tuple[int, int]:
     """The numbers of plain slots and gangs of a run; devices have a GPU each, or `cpus` CPUs; RunError without room."""
-    zero, slots = clients.zero, clients.slots
-    gangs = zero.gangs if zero is not None and zero.from_rows else 0  # beside plain slots
-    if clients.num_gpus or slots == "auto":
-        # The number of CPUs beside the GPUs is unknown here.
-        asked = replace(clients, num_cpus=0.0) if clients.num_gpus else clients
-        nodes = [{"GPU": float(devices)}] if clients.num_gpus else [{"CPU": float(cpus)}] * devices
-        room, ranks = slots_that_fit(asked, nodes), 1 if zero is None else zero.ranks
-        fit = room - gangs * ranks if gangs else room // ranks
-        if fit < 1:
-            wanted = f"{gangs} gangs of {ranks} ranks and a plain slot" if gangs else f"a gang of {ranks} ranks"
-            raise RunError(
-                f"{wanted} are more than the {room} processes that fit on {devices} devices: give more --devices, or "
-                f"lower clients.zero.ranks"
-            )
-        slots = asked_or_fitting(clients, fit)
-    return (slots, gangs) if zero is None or gangs else (0, slots)
+    nodes = [{"CPU": float(cpus if clients.slots == "auto" else ANY_CPUS)}] * devices
+    if clients.num_gpus:  # the number of CPUs beside the GPUs is unknown here
+        clients, nodes = replace(clients, num_cpus=0.0), [{"GPU": float(devices)}]
+    try:
+        gangs, slots = slot_counts(clients, nodes)
+    except RunError as error:
+        raise RunError(f"{error}, or give more --devices") from error
+    return slots, gangs
 
 
 def on_fullest(clients: Clients, plain: int, ranks: int, devices: int, slot: float, rank: float, base: float) -> float:
@@ -214,12 +201,11 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
         f"devices of {device / GIB:,.1f} GiB, {SPARE:.0%} of which may be used"
     )
     heads = ("weights", "gradients", "optimizer", "activations", "updates", "itself", "GiB", "fits")
-    table, slot = Table("a process of", *heads), slot_need(counts, recipe, plain)
-    needs = {"a plain slot": slot}
+    table, needs = Table("a process of", *heads), {"a plain slot": slot_need(counts, recipe, plain)}
     for stage in STAGES:
         needs[f"stage {stage}, {zero.ranks} ranks"] = rank_need(counts, recipe, replace(zero, stage=stage), gang)
     for name, need in needs.items():
-        amounts = [f"{value / GIB:,.2f}" for value in (*vars(need).values(), need.total)]
+        amounts = [f"{value / GIB:,.2f}" for value in (*need, need.total)]
         table.add_row(name, *amounts, "yes" if need.total <= SPARE * device else "no")
     screen.print(table)
     if least := smallest(counts, recipe, device, gang):
@@ -228,16 +214,12 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     else:
         screen.print(f"no gang of up to {MOST_RANKS:,} ranks fits such a device")
     slots, gangs = counted(clients, devices, os.cpu_count() or 1)
-    base = counts.parameters * counts.itemsize
-    moved = counts.trained * (FLOAT + GRID * (slots + gangs))
-    screen.print(
-        f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots)"
-        + (f", and the base's {base / GIB:,.3f} GiB once" if slots else "")
-    )
-    rank = rank_need(counts, recipe, zero, gang).total
-    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, slot.total, rank, base)
-    fits = whole <= SPARE * device
-    verdict = "it fits" if fits else "it does not fit"
+    base, moved = counts.parameters * counts.itemsize, counts.trained * (FLOAT + GRID * (slots + gangs))
+    once = f", and the base's {base / GIB:,.3f} GiB once" if slots else ""
+    screen.print(f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots){once}")
+    slot, rank = needs["a plain slot"].total, rank_need(counts, recipe, zero, gang).total
+    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, slot, rank, base)
+    verdict = "it fits" if (fits := whole <= SPARE * device) else "it does not fit"
     screen.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")
     return fits
 

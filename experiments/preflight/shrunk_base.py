@@ -70,8 +70,8 @@ def family_keys(name: str) -> dict[str, Any] | None:
 def shrunk(config: Any, tokenizer: Any) -> Any:
     """The same architecture with few and narrow layers, and with the tokenizer's vocabulary.
 
-    It keeps each kind of layer, the ratio of heads to keys, the ratios of the feed-forward and attention widths to the
-    model's width, tied embeddings, and every key that is not a size.
+    It keeps each kind of layer, the ratio of heads to keys, the feed-forward and attention widths over the model's
+    width, tied embeddings, and every key that is not a size.
     """
     old: dict[str, Any] = config.to_dict()
     hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
@@ -95,18 +95,16 @@ def shrunk(config: Any, tokenizer: Any) -> Any:
     new |= {name: max(8, 8 * round(old[name] * width / hidden / 8)) for name in WIDTHS if old.get(name)}
     new |= {name: min(old[name], most) for name, most in {**MOST, owner: new_keys}.items() if old.get(name)}
     if old.get("rope_parameters"):
-        new["rope_parameters"] = _resized(old["rope_parameters"], HEAD)
+        new["rope_parameters"] = _resized(old["rope_parameters"])
     old.pop("quantization_config", None)
     return type(config).from_dict(old | new)
 
 
-def _resized(rope: dict[str, Any], head: int) -> dict[str, Any]:
-    """Rotary parameters for heads of that size: lists of factors are cut to their pairs."""
-    pairs = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
-    return {
-        name: _resized(value, head) if isinstance(value, dict) else value[:pairs] if isinstance(value, list) else value
-        for name, value in rope.items()
-    }
+def _resized(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters for heads of HEAD: lists of factors are cut to their pairs."""
+    pairs = int(HEAD * rope.get("partial_rotary_factor", 1.0)) // 2
+    resized = {name: _resized(value) for name, value in rope.items() if isinstance(value, dict)}
+    return rope | resized | {name: value[:pairs] for name, value in rope.items() if isinstance(value, list)}
 
 
 def described(config: Any) -> str:

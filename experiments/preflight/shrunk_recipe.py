@@ -1,11 +1,9 @@
-"""A recipe shrunk to a minute on a laptop: the same sections with few clients, rows and steps, and two rounds.
-
-Its rows are shortened ones of some of the recipe's clients, or random ones if its data is not here.
-"""
+"""A recipe shrunk to a minute on a laptop: the same sections with few clients, rows and steps, and two rounds."""
 
 import math
 import typing
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +29,8 @@ from strategies.core.seeds import rng
 ROUNDS, SLOTS, COHORT, SPARE = 2, 2, 6, 2
 ROWS = 8  # of every second client; the others have twice as many
 LENGTH = 64
-LITTLE_NOISE = 0.01
 PATIENCE_S = (120.0, math.inf)  # time limits, since a large machine is faster than this one
 TOO_MUCH = 256 * 2**20  # bytes of files that take too long to read
-TURNS = 4
 # The least and the most that numbers of a section may be; 0, "auto" and what is unset stay.
 BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
     "splits": {"heldout": (1 / ROWS, 0.25), "unseen": (1 / COHORT, 0.5), "server": (1 / ROWS, 0.25)},
@@ -50,19 +46,14 @@ BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
 
 
 def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
-    """The recipe with the smallest cohort that its strategy and its privacy accept, and with `base` for its base.
-
-    It reads `folder`/rows.parquet, which needs rows of `clients_of` clients.
-    """
+    """The recipe over `base` and `folder`/rows.parquet, with the smallest cohort that strategy and privacy accept."""
     last = recipe.cohort.size if isinstance(recipe.cohort, UniformCohort) else 2**12
-    cohort = min(COHORT, last)
-    while True:
-        try:
+    cohort = COHORT
+    while cohort < last:
+        with suppress(RunError, StrategyError):
             return _of_cohort(recipe, base, folder, cohort)
-        except (RunError, StrategyError):
-            if cohort == last:
-                raise
-            cohort = min(2 * cohort, last)
+        cohort *= 2
+    return _of_cohort(recipe, base, folder, last)
 
 
 def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
@@ -115,7 +106,7 @@ def bearable(recipe: Recipe, population: int) -> Recipe:
             with warnings.catch_warnings(action="ignore"):
                 dp.plan(cohort, population, ROUNDS)
         except StrategyError:
-            dp = replace(dp, epsilon=None, noise_multiplier=LITTLE_NOISE)
+            dp = replace(dp, epsilon=None, noise_multiplier=0.01)
     left = recipe.clients.availability
     for round_ in range(ROUNDS):
         drawn, least = cohort.sample(population, recipe.seed, round_), 1
@@ -125,8 +116,8 @@ def bearable(recipe: Recipe, population: int) -> Recipe:
             least = max(least, math.ceil(dp.survivors * cohort.expected(population)))
         if len(drawn) - len(left.gone(drawn, recipe.seed, round_)) < least:
             left = replace(left, dropout=0.0)
-    clients = replace(recipe.clients, availability=left)
-    return replace(recipe, privacy=replace(recipe.privacy, dp=dp), clients=clients)
+    privacy, clients = replace(recipe.privacy, dp=dp), replace(recipe.clients, availability=left)
+    return replace(recipe, privacy=privacy, clients=clients)
 
 
 class Drawn(NamedTuple):
@@ -138,10 +129,7 @@ class Drawn(NamedTuple):
 
 
 def draw_rows(recipe: Recipe, clients: int, max_length: int, cache: Path) -> Drawn:
-    """Rows for `clients` clients, short enough for `max_length` tokens of any tokenizer.
-
-    If the recipe's rows are here, its source, partition and splits are tried: their errors are raised.
-    """
+    """Rows of up to `max_length` tokens: shortened ones of some clients, or made-up ones; raises the data's errors."""
     data, why = recipe.data, out_of_reach(recipe)
     counts = [ROWS * (1 + client % 2) for client in range(clients)]
     names = pa.array([f"{client:05d}" for client, count in enumerate(counts) for _ in range(count)])
@@ -157,11 +145,8 @@ def draw_rows(recipe: Recipe, clients: int, max_length: int, cache: Path) -> Dra
     if source is data.source:
         recipe.cohort.sample(store.num_training, recipe.seed, 0)  # raises an error if the cohort is too large
     kept = content_columns(store.read_rows(0, "train"))
-    parts = []
-    for client, count in enumerate(counts):
-        rows = store.read_rows(client % store.num_training, "train").select(kept)
-        parts.append(rows.take(np.arange(count) % rows.num_rows))
-    table = pa.concat_tables(parts)
+    parts = (store.read_rows(client % store.num_training, "train").select(kept) for client in range(clients))
+    table = pa.concat_tables(part.take(np.arange(n) % part.num_rows) for part, n in zip(parts, counts, strict=True))
     short = {name: _shortened(table[name], name, few) for name in kept}
     said = f"the first rows of {min(clients, store.num_training):,} of {store.num_training:,} clients"
     return Drawn(pa.table({"client": names} | short), True, said)
@@ -186,7 +171,7 @@ def _shortened(values: pa.ChunkedArray, name: str, few: int) -> pa.Array:
     def turns(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
         # Up to the first answer: later turns are not needed.
         last = next((number for number, turn in enumerate(value) if turn["role"] == "assistant"), len(value))
-        return [turn | {"content": turn["content"][: few // 2]} for turn in value[: last + 1][-TURNS:]]
+        return [turn | {"content": turn["content"][: few // 2]} for turn in value[: last + 1][-4:]]
 
     kind = values.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):

@@ -1,7 +1,4 @@
-"""Charts as inline SVG: text stays text, and the style sheet of the page has the colors for light, dark and print.
-
-Each function returns a `<figure>` as Markup; whatever comes from a run goes through `Markup.format`, which escapes it.
-"""
+"""Charts as SVG in a `<figure>`: `Markup.format` escapes a run's texts, and the page's style sheet has the colors."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -49,8 +46,7 @@ class Axis:
     def at(self, value: float) -> float:
         """The pixel of a value; a logarithmic axis takes positive values only."""
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
-        share = (value - low) / (high - low)
-        return round(self.start + share * (self.end - self.start), 1)
+        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
 
 
 def number(value: float) -> str:
@@ -96,17 +92,14 @@ def _linear(low: float, high: float, start: float, end: float, write: Format, wh
         low, high = (0.0, 2 * pad) if low == 0 else (low - pad, high + pad)
     raw = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
-    if whole:
-        step = max(1.0, step)
+    step = max(1.0 if whole else 0.0, next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     places = max(0, -math.floor(math.log10(step) + 1e-9))
 
     def tick(value: float) -> str:  # all plain numbers have the same decimals: 2.0, 2.5
         return f"{value:,.{places}f}".replace("-", MINUS) if write is number and places < 5 else write(value)
 
-    ticks = [(i * step, tick(i * step)) for i in range(first, last + 1)]
-    return Axis(first * step, last * step, start, end, ticks)
+    return Axis(first * step, last * step, start, end, [(i * step, tick(i * step)) for i in range(first, last + 1)])
 
 
 def _log(low: float, high: float, start: float, end: float, write: Format) -> Axis:
@@ -148,11 +141,8 @@ def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> Markup:
     return out + _svg('<text class="t m" x="{}" y="{}">{}</text>', middle, HEIGHT - 5, x_label)
 
 
-def _figure(title: str, body: Markup | None, alt: str, keys: Sequence[Series] = (), bars: bool = False,
-            note: str = "") -> Markup:  # fmt: skip
+def _figure(title: str, body: Markup, alt: str, note: str, keys: Sequence[Series] = (), bars: bool = False) -> Markup:
     out = _svg("<figure><figcaption>{}</figcaption>", title)
-    if body is None:
-        return out + _svg('<div class="empty"><p class="none">no data</p><p class="note">{}</p></div></figure>', note)
     legend, bar = Markup(""), Markup('<rect class="f" width="12" height="12" y="1" x="6"/>')
     for key in keys:
         mark = bar if bars else _svg('<path class="l" d="M0 7H24"{}/>', _dash(key))
@@ -171,22 +161,17 @@ def _dash(series: Series) -> Markup:
 
 def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, write: Format = number,
           zero: bool = False, note: str = "") -> Markup:  # fmt: skip
-    """Lines over rounds; a `level` runs across the chart.
-
-    The axis starts at 0 if `zero` is set, but is logarithmic if the largest value is more than 30 times the smallest.
-    """
-    shown = [s for s in series if _finite(s.points)]
-    every = [p for s in shown for p in _finite(s.points)]
-    if not every:
+    """Lines over rounds; with `zero` from 0, or on a logarithmic axis if values differ by a factor of more than 30."""
+    shown = [(s, points) for s in series if (points := _finite(s.points))]
+    if not shown:
         return empty(title)
-    xs, ys = [x for x, _ in every], [y for _, y in every]
+    xs, ys = zip(*(point for _, points in shown for point in points), strict=True)
     log = zero and min(ys) > 1e-300 and max(ys) > 30 * min(ys)
     x = _linear(min(xs), max(xs), LEFT, WIDTH - RIGHT, number, whole=True)
     scale, low = (_log, min(ys)) if log else (_linear, min(0.0, *ys) if zero else min(ys))
     y = scale(low, max(ys), HEIGHT - BOTTOM, TOP, write)
     body, alt = _axes(x, y, x_label, y_label), []
-    for line in shown:
-        points = _finite(line.points)
+    for line, points in shown:
         alt.append(f"{line.label}: {write(points[0][1])}")
         if line.level:
             points = [(x.low, points[0][1]), (x.high, points[0][1])]
@@ -199,37 +184,32 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, writ
             for a, b in pixels:
                 body += _svg('<circle class="f c{}" cx="{}" cy="{}" r="2.6"/>', line.color, a, b)
     note = f"{note} Logarithmic scale.".lstrip() if log else note
-    return _figure(title, body, f"{title}. {'; '.join(alt)}.", shown, note=note)
+    return _figure(title, body, f"{title}. {'; '.join(alt)}.", note, [s for s, _ in shown])
 
 
-def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str, write: Format = number,
-            note: str = "") -> Markup:  # fmt: skip
+def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str) -> Markup:
     """Stacked bars over rounds; of many rounds, a bar is the mean of several neighbors."""
-    values: dict[float, list[float]] = {}
-    for i, layer in enumerate(series):
-        for a, b in _finite(layer.points):
-            values.setdefault(a, [0.0] * len(series))[i] = max(b, 0.0)
-    if not values:
+    shown = [(s, dict(points)) for s in series if (points := _finite(s.points))]
+    if not shown:
         return empty(title)
-    rounds = sorted(values)
+    rounds = sorted(set[float]().union(*(values for _, values in shown)))
     group = math.ceil(len(rounds) / MAX_BARS)
     x = _linear(min(rounds), max(rounds), LEFT + 10, WIDTH - RIGHT - 10, number, whole=True)
     groups = [rounds[i : i + group] for i in range(0, len(rounds), group)]
-    bars = [(sum(part) / len(part), np.mean([values[r] for r in part], axis=0).tolist()) for part in groups]
-    y = _linear(0.0, max(sum(layers) for _, layers in bars), HEIGHT - BOTTOM, TOP, write)
+    means = [[sum(max(values.get(r, 0.0), 0.0) for r in part) / len(part) for _, values in shown] for part in groups]
+    y = _linear(0.0, max(map(sum, means)), HEIGHT - BOTTOM, TOP, number)
     wide = round(min(20.0, 0.74 * group * (x.end - x.start) / (x.high - x.low)), 1)
     body = _axes(x, y, x_label, y_label)
-    for at, layers in bars:
-        below = 0.0
-        for layer, value in zip(series, layers, strict=True):
+    for part, heights in zip(groups, means, strict=True):
+        at, below = sum(part) / len(part), 0.0
+        for (layer, _), value in zip(shown, heights, strict=True):
             top, bottom = y.at(below + value), y.at(below)
             below += value
             if bottom > top:
                 body += _bar(layer.color, x.at(at) - wide / 2, top, wide, bottom - top)
-    shown = [(s, [b for _, b in _finite(s.points)]) for s in series if _finite(s.points)]
-    alt = "; ".join(f"{s.label}: {write(sum(v) / len(v))} on average" for s, v in shown)
-    note = f"{note} A bar is the mean of {group} rounds.".lstrip() if group > 1 else note
-    return _figure(title, body, f"{title}. {alt}.", [s for s, _ in shown], bars=True, note=note)
+    alt = "; ".join(f"{s.label}: {number(sum(v.values()) / len(v))} on average" for s, v in shown)
+    note = f"A bar is the mean of {group} rounds." if group > 1 else ""
+    return _figure(title, body, f"{title}. {alt}.", note, [s for s, _ in shown], bars=True)
 
 
 def _bar(color: int, x: float, top: float, width: float, height: float) -> Markup:
@@ -239,14 +219,12 @@ def _bar(color: int, x: float, top: float, width: float, height: float) -> Marku
 
 def empty(title: str, note: str = "") -> Markup:
     """A chart without data."""
-    return _figure(title, None, "", note=note)
+    body = '<div class="empty"><p class="none">no data</p><p class="note">{}</p></div>'
+    return _svg("<figure><figcaption>{}</figcaption>" + body + "</figure>", title, note)
 
 
 def pairs(title: str, clients: pa.Table, x_label: str, y_label: str, note: str) -> Markup:
-    """A mark for each client and the line of no change; clients that got worse are triangles.
-
-    `clients` has columns client, before, after, and is sorted by the change.
-    """
+    """A mark for each client (client, before, after; sorted by the change), a triangle for those that got worse."""
     values = np.concatenate([clients["before"].to_numpy(), clients["after"].to_numpy()])
     low, high = float(values.min()), float(values.max())
     x = _linear(low, high, LEFT, WIDTH - RIGHT, number)
@@ -266,7 +244,7 @@ def pairs(title: str, clients: pa.Table, x_label: str, y_label: str, note: str) 
             body += _svg('<circle class="p c1" cx="{}" cy="{}" r="3">{}</circle>', a, b, tip)
     if len(clients) > MAX_POINTS:
         note += f" {MAX_POINTS:,} of {len(clients):,} clients are drawn, evenly over the change."
-    return _figure(title, body, f"{title}. {note}", note=note)
+    return _figure(title, body, f"{title}. {note}", note)
 
 
 def histogram(title: str, values: NDArray[np.float64], x_label: str, y_label: str, note: str) -> Markup:
@@ -285,4 +263,4 @@ def histogram(title: str, values: NDArray[np.float64], x_label: str, y_label: st
     for i, count in enumerate(counts):
         if count:
             body += _bar(1, x.start + i * step + 0.5, y.at(count), step - 1, y.start - y.at(count))
-    return _figure(title, body, f"{title}. {note}", note=note)
+    return _figure(title, body, f"{title}. {note}", note)

@@ -51,10 +51,7 @@ JUDGED_BY = ("seed", "model.base", "train.max_length", "evaluate.rows", "evaluat
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> Path:
-    """Writes the page about one run, or about several side by side, to `out`, completely or not at all.
-
-    Raises RunError if a folder is not a run, a file of it cannot be read, or `out` is a folder.
-    """
+    """Writes the page about one run, or about several side by side, to `out`; RunError if one cannot be read."""
     if not run_folders:
         raise RunError("a report needs at least one run folder")
     if out.is_dir():
@@ -72,9 +69,8 @@ def write_report(run_folders: Sequence[Path], out: Path) -> Path:
 
 def _unlike(runs: Sequence[Run]) -> list[str]:
     """What makes the losses of runs be of other rows, or of other tokens of them."""
-    data = {run.manifest.get("data.key") for run in runs}
     keys = [key for key in JUDGED_BY if len({run.recipe.get(key) for run in runs}) > 1]
-    return ["data"] * (len(data) > 1) + keys
+    return ["data"] * (len({run.manifest.get("data.key") for run in runs}) > 1) + keys
 
 
 def _unit(run: Run) -> str:
@@ -153,8 +149,7 @@ def _charts(run: Run) -> dict[str, Markup]:
     def engine(label: str, name: str, color: int, dash: str = "") -> Series:
         return Series(label, run.points("engine", name), color, dash)
 
-    rows = run.rows["value"].to_numpy()
-    rows = rows[rows > 0]
+    rows = run.rows.filter(pc.field("value") > 0)["value"].to_numpy()
     note = _hidden(run)
     if len(rows):
         note = f"{len(rows):,} clients trained, with a median of {number(float(np.median(rows)))} rows."

@@ -1,7 +1,4 @@
-"""Pictures of a store's skew as PNG files: rows per client, categories of clients, lengths in tokens.
-
-Figures avoid pyplot, whose state is global. Color-blind readers can distinguish the colors (Okabe and Ito).
-"""
+"""Pictures of a store's skew as PNG files, drawn without pyplot, whose state is global."""
 
 import io
 import warnings
@@ -13,14 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from datasets_partition.store.stats import Categories, Sizes, Skew, TokenLengths
 from experiments.report.charts import spread
 from experiments.report.terminal import inert
 
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"  # color-blind readers can distinguish them (Okabe and Ito)
 MOST_BARS, MOST_POINTS = 60, 2000  # clients with a bar each; points of the outline that replaces more bars
 MOST_CLIENTS, MOST_CATEGORIES = 60, 30  # rows and columns of the heat map
 MOST_LETTERS = 28
@@ -41,7 +38,6 @@ def draw_tokens(lengths: TokenLengths, max_length: int) -> dict[str, bytes]:
     left, right = figure.subplots(1, 2)
     _token_rows(left, lengths.rows, max_length)
     _by_size(right, lengths.clients, "tokens")
-    right.set_title("Tokens per client")
     return {"token_lengths.png": _png(figure)}
 
 
@@ -49,8 +45,6 @@ def _rows_per_client(rows: Sizes) -> bytes:
     figure = _figure(11, 4.5)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _by_size(left, rows, "rows")
-    left.set_title("Rows per client")
-
     # The Lorenz curve; the Gini coefficient is the area between it and the diagonal over the area of the triangle.
     clients = len(rows.each)
     held = np.concatenate([[0], np.cumsum(np.sort(rows.each)[::-1])]) / rows.total
@@ -59,9 +53,9 @@ def _rows_per_client(rows: Sizes) -> bytes:
     right.plot(at / clients, held[at], color=BLUE, linewidth=1.8)
     right.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
     right.text(0.97, 0.04, f"Gini coefficient {rows.gini:.2f}\ndashed: all clients the same", ha="right", va="bottom")
-    right.set(xlim=(0, 1), ylim=(0, 1), xlabel="share of the clients, the largest first", ylabel="share of the rows")
+    right.set(title="What the largest clients hold", xlim=(0, 1), ylim=(0, 1))
+    right.set(xlabel="share of the clients, the largest first", ylabel="share of the rows")
     _write_ticks(right, _percent)
-    right.set_title("What the largest clients hold")
     return _png(figure)
 
 
@@ -79,13 +73,13 @@ def _by_size(axes: Axes, sizes: Sizes, what: str) -> None:
     # A client may have no tokens at all, which a logarithmic axis cannot show.
     least = int(sizes.each[sizes.each > 0].min(initial=max(1, sizes.most)))
     if sizes.most > SKEWED * least:
-        axes.set_yscale("log")
-        axes.set_ylim(0.8 * least, 3 * sizes.most)
+        axes.set(yscale="log", ylim=(0.8 * least, 3 * sizes.most))
     else:
         axes.set_ylim(0, 1.18 * max(1, sizes.most))  # room for the legend
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     _write_ticks(axes, _number)
-    axes.set(xlim=(0.5, clients + 0.5), xlabel="clients, the largest first", ylabel=what)
+    axes.set(title=f"{what.capitalize()} per client", xlim=(0.5, clients + 0.5))
+    axes.set(xlabel="clients, the largest first", ylabel=what)
     axes.legend(loc="upper right", framealpha=1)
 
 
@@ -126,7 +120,6 @@ def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str])
     cells = line[categories.clients[inside]], column[categories.codes[inside]]
     np.add.at(counts, cells, categories.counts[inside])
     shares = counts / counts.sum(axis=1, keepdims=True)
-
     # Cells are high enough for the color bar's label; below them are the names of the categories, rotated.
     cells_high, names_high = max(1.7, 0.19 * len(shares)), 0.075 * max(map(len, columns))
     figure = _figure(max(7, 3.5 + 0.34 * len(columns)), 1.7 + cells_high + names_high)
@@ -141,17 +134,17 @@ def _categories(categories: Categories, rows: Sizes, name: Callable[[int], str])
     axes.set_yticks(np.arange(len(labels)), labels, fontsize=8, parse_math=False)
     axes.set_xticks(np.arange(len(columns)), columns, fontsize=8, rotation=90, parse_math=False)
     axes.set(xlabel="category, the most frequent first", ylabel="client (its rows)")
-    few = len(drawn) < len(by_size)
-    which = f"{len(drawn)} of {len(by_size):,} clients, evenly spaced by size" if few else "every client"
+    spaced = f"{len(drawn)} of {len(by_size):,} clients, evenly spaced by size"
+    which = spaced if len(drawn) < len(by_size) else "every client"
     axes.set_title(f"Categories of {which}\nlabel divergence {categories.divergence:.2f}", fontsize=11)
     bar = figure.colorbar(image, ax=axes, label="share of the client's rows", shrink=min(1.0, 12 / len(shares)))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(_percent))
+    bar.ax.yaxis.set_major_formatter(_percent)
     return _png(figure)
 
 
-def _write_ticks(axes: Axes, write: Callable[[float], str]) -> None:
+def _write_ticks(axes: Axes, write: Callable[[float, object], str]) -> None:
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+        axis.set_major_formatter(write)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -161,8 +154,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _short(name: str) -> str:
     """A line that fits beside the heat map; of a long name the beginning and the end."""
-    line = inert(name)
-    half = MOST_LETTERS // 2
+    line, half = inert(name), MOST_LETTERS // 2
     return line if len(line) <= MOST_LETTERS else f"{line[:half]}…{line[-half + 1 :]}"
 
 
@@ -186,7 +178,6 @@ def _percent(value: float, _: object = None) -> str:
 def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        # Characters that the font lacks are drawn as boxes.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # such characters are drawn as boxes
         figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
     return file.getvalue()

@@ -1,7 +1,6 @@
 """Reads what a report needs from a run folder, which may be foreign: only TOML, JSON and Parquet, no code."""
 
 import json
-import os
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from datasets_partition.sources.location import first_line
 from engine.messages.errors import RunError
 from engine.messages.events import DROPOUT
 from engine.records.metrics import FAULTS, LEDGER, METRICS, round_files
@@ -20,7 +20,6 @@ from experiments.report import charts
 MAX_LISTED = 40  # faults, and other things that a table of the page lists
 MANY = 200_000  # rows of single clients that are kept before they are merged
 OF_CLIENTS = pa.schema([("client", pa.string()), ("value", pa.float64())])
-UNUSED = {"wall_s", "mode"}  # columns that a report does not need
 
 
 @dataclass
@@ -55,14 +54,9 @@ def read_run(folder: Path) -> Run:
     if not file.is_file():
         raise RunError(f"{folder} is not a run folder: that is what `fedpost run` writes, with a recipe.toml inside")
     refuse_ways_out(folder)
-    try:
-        text = file.read_text("utf-8")
-        recipe = _texts(tomllib.loads(text))
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{file} is not valid TOML: {error}") from error
+    recipe, manifest, privacy = (_texts(folder / name) for name in ("recipe.toml", "manifest.json", "privacy.json"))
     name = recipe.get("name") or folder.resolve().name
-    manifest, privacy = _json(folder / "manifest.json"), _json(folder / "privacy.json")
-    run = Run(name, recipe, text, manifest, privacy.get("statement", ""))
+    run = Run(name, recipe, file.read_text("utf-8"), manifest, privacy.get("statement", ""))
     for table in _tables(folder / "metrics", METRICS):
         _add_metrics(run, table)
     run.rows, run.losses = _most(run.rows), [(round_, _most(losses)) for round_, losses in run.losses]
@@ -83,41 +77,34 @@ def read_run(folder: Path) -> Run:
 
 def refuse_ways_out(folder: Path) -> None:
     """Raises RunError if a run folder holds a link that leads out of it, or something like a pipe."""
-    inside = folder.resolve()
-    for here, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = os.path.join(here, name)
-            if os.path.islink(path) and not Path(path).resolve().is_relative_to(inside):
-                raise RunError(f"{path} is a link that leads out of the run folder: replace it by its target")
-        for path in (os.path.join(here, name) for name in files):
-            if not os.path.isfile(path):
-                raise RunError(f"{path} is neither a file nor a folder: remove it")
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise RunError(f"{path} is a link that leads out of the run folder: replace it by its target")
+        if not (path.is_file() or path.is_dir()):
+            raise RunError(f"{path} is neither a file nor a folder: remove it")
 
 
 def _tables(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     """Yields the tables of a log, one round after another; RunError if a file is damaged."""
-    columns = [column for column in schema if column.name not in UNUSED]
-    names = [column.name for column in columns]
+    columns = pa.schema([column for column in schema if column.name not in ("wall_s", "mode")])
     for file in round_files(folder):
         try:
-            table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=names)
+            table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=columns.names)
             table.validate(full=True)  # for example that text is UTF-8
-            yield table.select(names).cast(pa.schema(columns))
+            yield table.select(columns.names).cast(columns)
         except (pa.ArrowException, OSError, KeyError) as error:
-            first = (str(error).splitlines() or ["no reason given"])[0]
-            raise RunError(f"{file} cannot be read, it may be truncated or not be a file of a run: {first}") from error
+            what = f"{file} cannot be read, it may be truncated or not be a file of a run"
+            raise RunError(f"{what}: {first_line(error)}") from error
 
 
-def _json(file: Path) -> dict[str, str]:
-    """The values of a JSON object as text by dotted keys; none if there is no such file."""
+def _texts(file: Path) -> dict[str, str]:
+    """The values of a TOML or JSON file as text by dotted keys; none if there is no such file."""
+    language, read = ("TOML", tomllib.loads) if file.suffix == ".toml" else ("JSON", json.loads)
     try:
-        return _texts(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+        values = leaves(read(file.read_text("utf-8"))) if file.is_file() else {}
+        return {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in values.items()}
     except (ValueError, RecursionError, AttributeError) as error:
-        raise RunError(f"{file} is not valid JSON: {error}") from error
-
-
-def _texts(tree: dict[str, Any]) -> dict[str, str]:
-    return {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in leaves(tree).items()}
+        raise RunError(f"{file} is not valid {language}: {error}") from error
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

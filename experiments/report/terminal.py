@@ -1,11 +1,10 @@
-"""What the commands write to a terminal: all text is shown as text, wherever it comes from.
+"""What the commands write to a terminal: all text is shown as text, also names, rows, generations and errors.
 
-Names, rows, generations and errors come from outside. Rich would take part of them for markup, and the terminal for
-commands: to clear the screen, to fill the clipboard, to write from right to left.
+Rich would take part of it for markup, and the terminal for commands, such as to clear the screen or fill the clipboard.
 """
 
 import sys
-import unicodedata
+from unicodedata import category
 
 from rich.console import Console
 from rich.text import Text
@@ -13,10 +12,8 @@ from rich.text import Text
 
 def inert(text: object) -> str:
     r"""The text in one line, with escapes such as `\x1b` for control and invisible characters and lone surrogates."""
-    return "".join(
-        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
-        for c in str(text)
-    )
+    shown = (c if c.isprintable() or category(c) == "Zs" else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(shown)
 
 
 def inert_lines(text: object) -> str:

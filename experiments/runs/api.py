@@ -9,7 +9,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,14 +151,11 @@ def shared_store(recipe: Recipe, store: Path) -> str | None:
 
 
 def settle_ray(address: str | None) -> None:
-    """Sets what Ray reads from the environment, part of it as soon as it is imported: so call this before that.
-
-    A Ray that is to be started here, without an `address`, stays on loopback and asks for a token.
-    """
+    """Sets what Ray reads from the environment when it is imported; without `address`, it keeps Ray on loopback."""
     # Unused objects leave the store at once and not once a second: a round may be shorter than that.
     names = ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_free_objects_period_milliseconds")
     settings = dict.fromkeys(names, "0")
-    if address is None and "ray" not in sys.modules:
+    if not (address or os.environ.get("RAY_ADDRESS")) and "ray" not in sys.modules:
         # The first keeps Ray on loopback, despite its name. The token is known to this process alone; Ray would leave
         # one in the home folder.
         settings |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
@@ -169,10 +166,7 @@ def settle_ray(address: str | None) -> None:
 
 @contextmanager
 def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
-    """Joins the Ray at `address` (or the one of the Ray job that this is), or starts one on loopback and ends it again.
-
-    A Ray that is started here has `resources` (num_cpus, num_gpus), by default those of the machine.
-    """
+    """Joins the Ray at `address` or of this Ray job, or starts one with `resources` on loopback, and ends it again."""
     address = address or os.environ.get("RAY_ADDRESS")
     settle_ray(address)
     import ray
@@ -201,20 +195,16 @@ def _require_answer(address: str) -> None:
     import socket
 
     if address.startswith("ray://"):
-        raise RunError(
-            f"{address} is the address of a Ray client server, which streams no results: give HOST:PORT of the head "
-            f"(the port is 6379 by default), or submit the run as a Ray job"
-        )
+        remedy = "give HOST:PORT of the head (the port is 6379 by default), or submit the run as a Ray job"
+        raise RunError(f"{address} is the address of a Ray client server, which streams no results: {remedy}")
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return  # "auto" and the like: Ray knows where to look
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
-        raise RunError(
-            f"there is no Ray at {address} ({error}): start one with `ray start --head`, "
-            f"or leave --address out to run on this machine alone"
-        ) from error
+        remedy = "start one with `ray start --head`, or leave --address out to run on this machine alone"
+        raise RunError(f"there is no Ray at {address} ({error}): {remedy}") from error
 
 
 def shipped_code() -> dict[str, Any]:
@@ -230,11 +220,9 @@ def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
 
     from experiments.runs.digests import digests
 
-    versions = {name: version(name) for name in PACKAGES}
-    try:
+    versions = {name: version(name) for name in PACKAGES} | {"fedpost": "not installed: run from its folder"}
+    with suppress(PackageNotFoundError):
         versions["fedpost"] = version("fedpost")
-    except PackageNotFoundError:
-        versions["fedpost"] = "not installed: run from its folder"
     model = recipe.model
     return {
         "seed": recipe.seed,

@@ -26,8 +26,7 @@ def digests(recipe: Recipe) -> dict[str, str]:
         if trace is not None and Path(trace).is_file():  # otherwise reading the trace explains what is wrong
             values["clients.availability.trace"] = _digest(Path(trace))
         for part in user_parts(recipe).values():
-            code = sys.modules[type(part).__module__].__file__
-            if code is not None:
+            if (code := sys.modules[type(part).__module__].__file__) is not None:
                 values[f"the code of {type(part).__module__}"] = sha256(Path(code).read_bytes()).hexdigest()
     except OSError as error:
         raise RunError(f"a file that the recipe names cannot be read ({error}): allow reading it") from error

@@ -19,13 +19,10 @@ if TYPE_CHECKING:
     from experiments.config.recipe import Recipe
 
 FUTILE = 3  # drivers in a row that may die without finishing a new round; a further one ends the run
-LOOK_S = 0.2
 FULL = {errno.ENOSPC, errno.EDQUOT}
 # An OSError with one of these is about a user's file or disk; others, such as a lost connection, are not.
-FILES = FULL | {
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO),
-}
+FILES = FULL | {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM}
+FILES |= {errno.EROFS, errno.EFBIG, errno.EIO}
 
 
 class RunStopped(Exception):
@@ -33,10 +30,7 @@ class RunStopped(Exception):
 
 
 def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> Iterator["Event"]:
-    """Yields a driver's events; if it dies, or a slot dies while it starts, a new one resumes from the last checkpoint.
-
-    Once `stop` is set, the current round is the last.
-    """
+    """Yields a driver's events until `stop` is set and the round ends; a driver that dies is replaced and resumes."""
     import ray
     from ray.exceptions import RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -77,11 +71,9 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
             # It is dead, or lost a slot while it started, or lost with a node what only its last checkpoint has.
             futile, why = futile + 1, last_line(cause)
             if futile > FUTILE:
-                raise RunError(
-                    f"the driver ended {futile} times without getting further ({why}): if memory ran out, lower "
-                    f"clients.slots or take a smaller model or cohort; then continue from the last checkpoint with "
-                    f"--resume"
-                ) from error
+                what = f"the driver ended {futile} times without getting further ({why})"
+                remedy = "if memory ran out, lower clients.slots or take a smaller model or cohort"
+                raise RunError(f"{what}: {remedy}; then continue from the last checkpoint with --resume") from error
             resume = plan.resume or any((plan.folder / "checkpoints").glob("[0-9]*"))
             plan = replace(plan, resume=resume, lost=(*plan.lost, Fault("driver", "the driver", why)))
             yield DriverLost(why)
@@ -92,7 +84,7 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
 
 def _pass_on(stop: threading.Event, over: threading.Event, driver: Any) -> None:
     """Asks the driver to stop once `stop` is set: in a thread, since a signal's handler may interrupt a call of Ray."""
-    while not over.wait(LOOK_S):
+    while not over.wait(0.2):
         if stop.is_set():
             driver.stop.remote()
             return
@@ -117,13 +109,9 @@ def stopped_by_interrupt(say: Callable[[str], None], begun: Callable[[], bool]) 
 
 
 def explanation(error: BaseException) -> str | None:
-    """What to tell the user about an error of the user's; None for any other, which is a bug of ours.
-
-    The user's errors are those whose class has `exit_code = 2`, those of files and disks, and those of a module that
-    the recipe names.
-    """
+    """What to tell the user about an error that the user can fix; None for any other, which is a bug of ours."""
     cause = origin(error)
-    if getattr(cause, "exit_code", None) == 2:
+    if getattr(cause, "exit_code", None) == 2:  # of a class for the user's errors
         return str(cause)
     if line := line_at_fault("".join(traceback.format_exception(error))):
         return f"{type(cause).__name__}: {cause} (in {line}); --debug shows the traceback"

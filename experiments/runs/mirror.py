@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
@@ -16,8 +15,7 @@ from pyarrow import fs
 from datasets_partition.sources.location import first_line, is_local, located, node_cache
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
-from experiments.report.run_folder import leaves
-from experiments.runs.resuming import FINISHED, locked
+from experiments.runs.resuming import FINISHED, facts_of, locked
 
 # The seals, which make other files count: a checkpoint's facts, a run's recipe, that a run has finished. They are
 # copied after all others, in this order, and removed before all others, so that the copy can always be resumed.
@@ -30,10 +28,7 @@ AHEAD = 2
 
 
 def working_folder(out: Path | str | None, resume: bool) -> tuple[Path | None, Callable[[], None]]:
-    """The local folder that a run works in, and a function that copies it to `out` if that is a URI.
-
-    Raises RunError if the URI cannot be read, holds a run that must not be overwritten, or has no run to resume.
-    """
+    """The local folder that a run works in, and a function that copies it to `out` if that is a URI."""
     if not isinstance(out, str) or is_local(out):
         return None if out is None else Path(out), lambda: None
     mirror = Mirror(out, resume)
@@ -41,16 +36,13 @@ def working_folder(out: Path | str | None, resume: bool) -> tuple[Path | None, C
 
 
 class Mirror:
-    """Keeps the folder at a URI a copy of `folder`, in any state that this is in.
-
-    `folder` is empty at the start, or has the complete files of the run to resume.
-    """
+    """Keeps the folder at a URI a copy of `folder`, which at first is empty or has all files of the run to resume."""
 
     def __init__(self, location: str, resume: bool) -> None:
+        """Raises RunError if the URI cannot be read, holds a run that must stay, or has none to resume."""
         self.location = location
         self.system, self.path = located(location)
-        name = f"{PurePosixPath(self.path).name}-{sha256(location.encode()).hexdigest()[:12]}"
-        home = node_cache() / "runs" / name
+        home = node_cache() / "runs" / f"{PurePosixPath(self.path).name}-{sha256(location.encode()).hexdigest()[:12]}"
         self.folder = home / "run"
         home.mkdir(parents=True, exist_ok=True)
         self.lock = locked(home, location)  # first, since another command may be working in the folder
@@ -76,10 +68,9 @@ class Mirror:
         # Checkpoints are listed first: the files that they depend on were there before them, and are listed too.
         here = _stamps(self.folder, CHECKPOINTS) | _stamps(self.folder, "", but=CHECKPOINTS)
         if RECIPE in self.copied and RECIPE not in here:
-            raise RunError(
-                f"{self.folder}, the local folder of the run, has been deleted: set TMPDIR to a folder that lasts as "
-                f"long as the run, and run again with --resume; what was copied to {self.location} is complete"
-            )
+            remedy = "set TMPDIR to a folder that lasts as long as the run, and run again with --resume"
+            what = f"{self.folder}, the local folder of the run, has been deleted: {remedy}"
+            raise RunError(f"{what}; what was copied to {self.location} is complete")
         changed = {name for name, stamp in here.items() if self.copied.get(name) != stamp}
         try:
             for seal in {_seal(name) for name in changed} & self.copied.keys() - {RECIPE}:
@@ -92,10 +83,8 @@ class Mirror:
             if not broken:
                 self._forget(self.copied.keys() - here.keys())
         except OSError as error:
-            raise RunError(
-                f"{self.location} cannot be written: {first_line(error)}; what was copied there before is complete: "
-                f"free space or allow writing, and run again with --resume"
-            ) from error
+            what = f"{self.location} cannot be written: {first_line(error)}; what was copied there before is complete"
+            raise RunError(f"{what}: free space or allow writing, and run again with --resume") from error
 
     def _copy(self, files: dict[str, Path], stamps: dict[str, tuple[int, int]]) -> None:
         for folder in sorted({PurePosixPath(self.path, name).parent for name in files}):
@@ -136,7 +125,7 @@ def _charge_uncopied(folder: Path) -> None:
     """Adds to a run's privacy account the rounds that it may lack, if resuming would draw fresh noise for them."""
     account, charged = folder / ACCOUNT, dict[str, Any](rounds=0, statement="")
     try:
-        keys = leaves(tomllib.loads((folder / RECIPE).read_text(encoding="utf-8")))
+        keys = facts_of(folder / RECIPE)
         if keys.get("privacy.secagg.mode") != "full" or keys.get("privacy.dp.kind", "none") == "none":
             return
         if account.exists():

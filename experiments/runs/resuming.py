@@ -21,19 +21,14 @@ from experiments.report.run_folder import leaves, refuse_ways_out
 RUNS = Path("runs")
 FINISHED = "finished.json"  # written last: the rounds that the model, the samples and the report are of
 # Keys that may change when a run is resumed: no bit of the result depends on them, unless clients fail.
-FREE = {
-    *("clients.max_failed", "clients.num_cpus", "clients.retries", "clients.slots", "clients.timeout_s"),
-    *("clients.zero.gangs", "clients.zero.timeout_s", "data.cache"),
-}
+FREE = {"clients.max_failed", "clients.num_cpus", "clients.retries", "clients.slots", "clients.timeout_s", "data.cache"}
+FREE |= {"clients.zero.gangs", "clients.zero.timeout_s"}
 # These decide which rows are judged, and one table compares the losses of all rounds.
 JUDGED = {"evaluate.rows", "evaluate.server_rows"}
 
 
 def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Recipe]:
-    """The run's folder, and the recipe with the values that an earlier part of the run has measured for "auto".
-
-    Raises RunError if the folder holds a run that must not be overwritten, or none to resume.
-    """
+    """The run's folder, and the recipe with what was measured for "auto"; RunError if a run blocks it or is missing."""
     if out is None:
         earlier = sorted(RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}/recipe.toml"))
         if resume and not earlier:
@@ -64,10 +59,8 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
     # Rounds depend on their total number by a schedule over rounds, or by noise that is calibrated for all of them.
     by_rounds = recipe.train.over_rounds.kind != "constant" or recipe.privacy.dp.kind != "none"
     if changed and (by_rounds or changed != {"rounds"}):
-        raise RunError(
-            f"{out} was begun with another recipe, which differs in {', '.join(sorted(changed))}: resume it with the "
-            f"recipe it was begun with ({old}), or choose another --out"
-        )
+        what = f"{out} was begun with another recipe, which differs in {', '.join(sorted(changed))}"
+        raise RunError(f"{what}: resume it with the recipe it was begun with ({old}), or choose another --out")
     return out, recipe
 
 
@@ -77,11 +70,8 @@ def mark_finished(folder: Path, rounds: int) -> None:
 
 
 def finished_rounds(folder: Path) -> int | None:
-    """The rounds after which a run has finished; None if it has not, or the file is damaged.
-
-    It may have gone on since: it has finished only if these are the rounds of its recipe.
-    """
-    rounds = _facts(folder / FINISHED).get("rounds")
+    """The rounds after which a run has finished, perhaps to go on with a recipe of more; None if it never has."""
+    rounds = facts_of(folder / FINISHED).get("rounds")
     return rounds if isinstance(rounds, int) else None
 
 
@@ -90,36 +80,31 @@ def earlier_parts(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
     if not file.exists() and not any((folder / "checkpoints").glob("[0-9]*")):
         return {}
-    facts = _facts(file)
+    facts = facts_of(file)
     if "data.key" not in facts:
         raise RunError(f"{file} is not the manifest of a run: choose another --out")
     return facts
 
 
 def continued(folder: Path, before: dict[str, Any], manifest: dict[str, Any], accept: bool) -> dict[str, Any]:
-    """The manifest of a run that continues, with what its earlier parts left in it, `before` by dotted keys.
+    """The manifest of a run that continues the manifest `before` (by dotted keys); it lists accepted changes.
 
-    Raises RunError if the rows have changed, or, unless the caller accepts that, versions, the base, code, or the
-    trace. The manifest lists accepted changes.
+    Raises RunError if the rows have changed, or, unless `accept` is set, versions, the base, code, or the trace.
     """
     now = leaves(manifest)
     if before.get("data.key", now["data.key"]) != now["data.key"]:
         raise RunError(f"the data has changed since the run in {folder} was begun: choose another --out")
-    changed = [
-        key.removeprefix("digests.") if key.startswith("digests.") else f"{key} ({value}, now {now[key]})"
-        for key, value in before.items()
-        if key.startswith(("versions.", "digests.")) and now.get(key, value) != value
-    ]
-    if changed and not accept:
-        raise RunError(
-            f"{' and '.join(changed)} changed since the run in {folder} was begun: restore what it was begun with, "
-            f"choose another --out, or give --accept-changes to continue in spite of that, which the report will show "
-            f"(with model.revision set, a base from the hub never changes)"
-        )
-    accepted = before.get("accepted_changes", [])
-    accepted = [*(accepted if isinstance(accepted, list) else []), *changed]
     # Digests of earlier parts stay: a base from the hub has none until it is downloaded.
     known = {key.removeprefix("digests."): value for key, value in before.items() if key.startswith("digests.")}
+    changed = [key for key, value in known.items() if manifest["digests"].get(key, value) != value]
+    versions = {key: value for key, value in before.items() if key.startswith("versions.")}
+    changed += [f"{key} ({value}, now {now[key]})" for key, value in versions.items() if now.get(key, value) != value]
+    if changed and not accept:
+        remedy = "restore what it was begun with, choose another --out, or give --accept-changes to continue in spite "
+        remedy += "of that, which the report will show (with model.revision set, a base from the hub never changes)"
+        raise RunError(f"{' and '.join(changed)} changed since the run in {folder} was begun: {remedy}")
+    accepted = before.get("accepted_changes", [])
+    accepted = [*(accepted if isinstance(accepted, list) else []), *changed]
     return manifest | {"digests": known | manifest["digests"]} | ({"accepted_changes": accepted} if accepted else {})
 
 
@@ -129,30 +114,27 @@ def second_sums(folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> tuple
         return ()
     notes: tuple[str, ...] = ()
     if recipe.evaluate.without_privacy:
-        notes += (
-            "evaluate.without_privacy plays the same rounds again in the clear, and both together reveal what secure "
-            "aggregation hides (docs/privacy.md): use it for study only",
-        )
+        risk = "both together reveal what secure aggregation hides (docs/privacy.md): use it for study only"
+        notes += (f"evaluate.without_privacy plays the same rounds again in the clear, and {risk}",)
     same = manifest["seed"], manifest["data"]["key"]
     names = [
         file.parent.name
         for file in sorted(folder.resolve().parent.glob("*/manifest.json"))
-        if (facts := _facts(file)) and (facts.get("seed"), facts.get("data.key")) == same
+        if (facts := facts_of(file)) and (facts.get("seed"), facts.get("data.key")) == same
         if file.parent.name != folder.name and _had_sums(file.parent)
     ]
     if names:
         few = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-        notes += (
-            f"{few} had sums of the same clients with the same data and seed, and two sums that differ by one client "
-            f"may reveal its update (docs/privacy.md)",
-        )
+        risk = "two sums that differ by one client may reveal its update (docs/privacy.md)"
+        notes += (f"{few} had sums of the same clients with the same data and seed, and {risk}",)
     return notes
 
 
-def _facts(file: Path) -> dict[str, Any]:
-    """The values of a JSON file by their dotted keys; none if it is missing, damaged, or no object."""
+def facts_of(file: Path) -> dict[str, Any]:
+    """The values of a JSON or TOML file by their dotted keys; none if it is missing, damaged, or no object."""
+    read = tomllib.loads if file.suffix == ".toml" else json.loads
     try:
-        return leaves(json.loads(file.read_text(encoding="utf-8")))
+        return leaves(read(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, AttributeError):
         return {}
 
@@ -161,13 +143,8 @@ def _had_sums(run: Path) -> bool:
     """Whether a run's server has had sums of clients: unmasked ones, or without secure aggregation those of rounds."""
     if any(run.glob(f"{JOURNAL}/*.json")):
         return True
-    if not any(run.glob("checkpoints/[0-9]*")):
-        return False
-    try:
-        recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
-        return bool(recipe.get("privacy", {}).get("secagg", {}).get("mode", "off") == "off")
-    except (OSError, ValueError, AttributeError):  # a foreign or damaged folder
-        return False
+    recipe = facts_of(run / "recipe.toml")
+    return bool(recipe) and any(run.glob("checkpoints/[0-9]*")) and recipe.get("privacy.secagg.mode", "off") == "off"
 
 
 def _begun_with(file: Path, recipe: Recipe) -> Recipe:
@@ -178,10 +155,8 @@ def _begun_with(file: Path, recipe: Recipe) -> Recipe:
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file} is not the recipe of a run ({error}): choose another --out") from error
     if named:
-        raise RunError(
-            f"{file} names code that the recipe to resume with does not ({', '.join(sorted(named))}): "
-            f"resume it with the recipe it was begun with, or choose another --out"
-        )
+        what = f"{file} names code that the recipe to resume with does not ({', '.join(sorted(named))})"
+        raise RunError(f"{what}: resume it with the recipe it was begun with, or choose another --out")
     return parse_recipe(text, origin=str(file))
 
 
@@ -201,9 +176,8 @@ class Lock:
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(
-                f"another command on this machine is working on {location}: wait for its end, or choose another --out"
-            ) from None
+            what = f"another command on this machine is working on {location}"
+            raise RunError(f"{what}: wait for its end, or choose another --out") from None
         except OSError:
             pass  # some network file systems cannot lock folders
 

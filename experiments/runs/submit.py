@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 RESERVED = ("working_dir", "py_modules")  # the keys of a runtime environment that submitting sets
 TOKENS, TOKEN_FILE = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}, Path("~/.ray/auth_token")
-TAIL = 10  # lines
 PATIENCE_S = 60
 STOP_WAIT_S = 60  # after which Ray kills a job that it has asked to end
 Answer = TypeVar("Answer")
@@ -56,20 +55,19 @@ def submit(
     environment = environment_of(here, runtime_env)
     client, job = job_client(address), f"fedpost-{secrets.token_hex(6)}"
     say(f"job {job} at {address}, run folder {out}")
-    if detach:
+    with nullcontext() if detach else _stopped_with_us(job, address):
         _send(client, job, command, environment)
-        say(f"to see its progress:  fedpost status {job} --address {address}")
-        say(f"to stop it:           fedpost stop {job} --address {address}")
-        return 0
-    with _stopped_with_us(job, address):
-        _send(client, job, command, environment)
-        return _follow(client, job)
+        if not detach:
+            return _follow(client, job)
+    say(f"to see its progress:  fedpost status {job} --address {address}")
+    say(f"to stop it:           fedpost stop {job} --address {address}")
+    return 0
 
 
 def show_status(job: str, address: str) -> None:
     """Prints a job's state and the end of its log; RunError if there is no such job."""
     client = job_client(address)
-    lines = _ask(client.get_job_logs, job).splitlines()[-TAIL:]
+    lines = _ask(client.get_job_logs, job).splitlines()[-10:]
     say("\n  ".join([f"{job}: {_state(_ask(client.get_job_info, job))}", *lines]))
 
 
@@ -88,10 +86,8 @@ def stop(job: str, address: str) -> None:
 def job_client(address: str) -> "JobSubmissionClient":
     """A client of the job server at `address`; RunError within seconds if none answers there."""
     if not address.startswith(("http://", "https://")):
-        raise RunError(
-            f"{address} is not the address of a job server: give that of Ray's dashboard, such as "
-            f"http://127.0.0.1:8265 (only `fedpost run --address` takes HOST:PORT of the head)"
-        )
+        hint = "such as http://127.0.0.1:8265 (only `fedpost run --address` takes HOST:PORT of the head)"
+        raise RunError(f"{address} is not the address of a job server: give that of Ray's dashboard, {hint}")
     # `ray start` and `ray.init` use a token that exists; Ray's job client does so only in this mode.
     if TOKENS & os.environ.keys() or TOKEN_FILE.expanduser().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -108,27 +104,22 @@ def job_client(address: str) -> "JobSubmissionClient":
         requests.get(f"{address}/api/version", timeout=5)  # the client's first request has no timeout
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise RunError(
-            f"the job server at {address} asks for another token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
-            f"RAY_AUTH_TOKEN_PATH, as they are set where it runs"
-        ) from error
+        remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as they are set where it runs"
+        raise RunError(f"the job server at {address} asks for another token: {remedy}") from error
     except (requests.JSONDecodeError, RuntimeError, KeyError) as error:
         raise RunError(f"what answers at {address} is not a job server of Ray") from error
     except (requests.RequestException, ConnectionError) as error:
-        raise RunError(
-            f"no job server answers at {address}: `ray start --head` starts one where ray[default] is installed; for a "
-            f"remote cluster forward the port of its dashboard"
-        ) from error
+        remedy = "`ray start --head` starts one where ray[default] is installed"
+        hint = "for a remote cluster forward the port of its dashboard"
+        raise RunError(f"no job server answers at {address}: {remedy}; {hint}") from error
 
 
 def run_command(recipe: Path, here: Path) -> list[str]:
     """The command that runs a recipe of the uploaded folder `here`; RunError if the recipe is not uploaded with it."""
     path = recipe.resolve()
     if not path.is_relative_to(here) or path.is_relative_to(here / RUNS):
-        raise RunError(
-            f"the recipe {recipe} is not in what is sent to the cluster, the current folder without {RUNS}/: copy it "
-            f"into {here}, or submit from the folder that holds it"
-        )
+        what = f"the recipe {recipe} is not in what is sent to the cluster, the current folder without {RUNS}/"
+        raise RunError(f"{what}: copy it into {here}, or submit from the folder that holds it")
     # -P: packages of the same names in the uploaded folder must not hide fedpost's.
     return ["python", "-P", "-m", "experiments", "run", path.relative_to(here).as_posix()]
 
@@ -154,10 +145,8 @@ def _read_environment(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunError(f"the runtime environment {file} cannot be read: {first_line(error)}") from error
     if not isinstance(keys, dict) or any(key in keys for key in RESERVED):
-        raise RunError(
-            f"{file} should hold keys of Ray's runtime environments in YAML, such as pip or env_vars, and neither "
-            f"{' nor '.join(RESERVED)}, which submitting sets"
-        )
+        what = f"{file} should hold keys of Ray's runtime environments in YAML, such as pip or env_vars"
+        raise RunError(f"{what}, and neither {' nor '.join(RESERVED)}, which submitting sets")
     return keys
 
 
@@ -206,9 +195,8 @@ def _ask(ask: Callable[[str], Answer], job: str, patience_s: float = 0.0) -> Ans
             if "does not exist" in str(error):
                 raise RunError(f"there is no job {job} on the job server") from error
             if time.monotonic() > last:
-                raise RunError(
-                    f"the job server does not answer ({_last_line(error)}); job {job} may go on: see `fedpost status`"
-                ) from error
+                what = f"the job server does not answer ({_last_line(error)})"
+                raise RunError(f"{what}; job {job} may go on: see `fedpost status`") from error
             time.sleep(1)
 
 
@@ -224,14 +212,10 @@ def _state(info: "JobDetails") -> str:
 
 @contextmanager
 def _stopped_with_us(job: str, address: str) -> Iterator[None]:
-    """Stops the job if this process ends before the block does, also by SIGKILL or a closed terminal.
-
-    A separate process waits for a line from this one; if this one dies, the input ends without a line.
-    """
+    """Stops the job if this process dies in the block, even by SIGKILL: a guard waits for a line or the input's end."""
     ending = [sys.executable, "-m", "experiments", "stop", job, "--address", address]
-    guard = subprocess.Popen(
-        ["sh", "-c", 'read _ || exec "$@"', "sh", *ending], stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True
-    )
+    waiting = ["sh", "-c", 'read _ || exec "$@"', "sh", *ending]
+    guard = subprocess.Popen(waiting, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True)
     assert guard.stdin is not None
     try:
         yield

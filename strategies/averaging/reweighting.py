@@ -62,8 +62,7 @@ class QFedAvg(AveragingRule):
     share of the rows and then weighs them the same; `weighting` "examples" is for a uniform cohort, w_k then the rows.
 
     Traps: q = 0 is FedAvg. 1 / lr is meant for SGD; with an adaptive local optimizer |delta_k|^2 / lr is so large that
-    the model hardly moves: set `lipschitz`, or a q near 0. Losses must not be negative. Each round costs one more
-    forward pass over the client's rows.
+    the model hardly moves: set `lipschitz` or a small q. Losses must be at least 0. A round costs a forward pass more.
     """
 
     kind: Literal["qfedavg"] = "qfedavg"
@@ -72,12 +71,8 @@ class QFedAvg(AveragingRule):
     lipschitz: Annotated[float | None, Range("is the gradients' Lipschitz constant", ABOVE_0)] = None
     elementwise: ClassVar[bool] = False
     loss_before: ClassVar[bool] = True
+    bounded_weights: ClassVar[bool] = False  # a loss has no bound
     paper: ClassVar[str] = "arXiv 1905.10497"
-
-    @property
-    def bounded_weights(self) -> bool:
-        """A loss has no bound."""
-        return False
 
     @property
     def needs_optimizer(self) -> NeedsSgd | None:
@@ -105,6 +100,6 @@ class QFedAvg(AveragingRule):
 
 
 def accumulated(steps: float, momentum: float) -> float:
-    """|a|_1 of so many steps: the j-th gradient from the end counts 1 + m + ... + m^(j-1)."""
+    """|a|_1 after `steps` steps: the j-th gradient from the end counts 1 + m + ... + m^(j-1)."""
     faded: float = momentum**steps
     return (steps - momentum * (1 - faded) / (1 - momentum)) / (1 - momentum)

@@ -1,8 +1,4 @@
-"""A strategy under test: a simulation of what the engine does with it, without the training.
-
-The sum of updates and the way of a state to disk and back are the engine's, so the caller brings both.
-Legend: P parameters, K clients.
-"""
+"""A strategy under test: what the engine does with it, without the training. Legend: P parameters, K clients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +24,7 @@ def drawn(layout: Layout, first: int, second: int = 0) -> Vector:
 
 @dataclass(frozen=True)
 class Case:
-    """A strategy on a layout; `summed` and `stored` are the engine's exact sum and a checkpoint written and read."""
+    """A strategy on a layout; `summed` and `stored` are the engine's: its sum, and a checkpoint written and read."""
 
     strategy: Rule
     layout: Layout
@@ -113,15 +109,15 @@ def tensors(value: object, name: str = "") -> dict[str, torch.Tensor]:
         case torch.Tensor():
             return {name: value}
         case dict():
-            pairs = list(value.items())
+            members = value
         case tuple() | list():
-            pairs = list(enumerate(value))
+            members = dict(enumerate(value))
         case ServerState() | Broadcast() | Aggregate() | Update():
-            pairs = list(vars(value).items())
+            members = vars(value)
         case _:
             return {}
-    inner = (tensors(member, f"{name}.{key}".lstrip(".")) for key, member in pairs)
-    return {path: tensor for members in inner for path, tensor in members.items()}
+    inner = (tensors(member, f"{name}.{key}".lstrip(".")) for key, member in members.items())
+    return {path: tensor for named in inner for path, tensor in named.items()}
 
 
 def copied(value: object) -> dict[str, torch.Tensor]:
@@ -138,6 +134,12 @@ def difference(left: object, right: object) -> str | None:
 
 class DoesNotApply(Exception):
     """The strategy does not make the promise that a check tests."""
+
+
+def only_where(promised: bool, otherwise: str) -> None:
+    """Raises DoesNotApply with the reason unless the strategy makes the promise."""
+    if not promised:
+        raise DoesNotApply(otherwise)
 
 
 def hold(kept: bool, sentence: str) -> None:

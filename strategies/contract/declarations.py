@@ -1,17 +1,14 @@
-"""The part of the contract on what a class declares: the engine checks recipes by it, so it must be true.
-
-Legend: P parameters, K clients.
-"""
+"""The part of the contract on what a class declares: the engine checks recipes by it, so it must be true."""
 
 import pickle
+from contextlib import suppress
 from dataclasses import FrozenInstanceError, replace
 
 import torch
 
-from strategies.contract.case import LORA, Case, DoesNotApply, difference, drawn, hold, same
+from strategies.contract.case import LORA, Case, difference, drawn, hold, only_where, same
 from strategies.core.protocol import ClientState
 
-CLOSE = 1e-5
 TINY = 1e-6
 
 
@@ -23,11 +20,9 @@ def it_travels_and_says_what_it_is(case: Case) -> None:
     hold(bool(strategy.paper and strategy.__doc__), "it has no docstring, or its paper is empty")
     for name in ("mixed_ranks", "merges_into_base", "sends_products"):
         hold(strategy.needs_lora or not getattr(strategy, name), f"{name} is True, which needs_lora must be too")
-    try:
+    with suppress(FrozenInstanceError):
         strategy.kind = "other"  # type: ignore[attr-defined]  # the protocol leaves the tag to each member
-    except FrozenInstanceError:
-        return
-    raise AssertionError("its fields can be changed: write @dataclass(frozen=True)")
+        raise AssertionError("its fields can be changed: write @dataclass(frozen=True)")
 
 
 def what_happens_is_what_the_class_says(case: Case) -> None:
@@ -47,8 +42,7 @@ def what_happens_is_what_the_class_says(case: Case) -> None:
 
 def it_reads_no_more_than_it_says(case: Case) -> None:
     """`reads` is honest: a rule that says "sum" gives the same from the sum alone as with each update beside it."""
-    if case.strategy.reads != "sum":
-        raise DoesNotApply(f'reads is "{case.strategy.reads}": it says that the sum is not enough')
+    only_where(case.strategy.reads == "sum", f'reads is "{case.strategy.reads}": it says that the sum is not enough')
     now = case.after(2)
     blind, seeing = now.aggregate, replace(now.aggregate, each=tuple(now.updates))
     without, with_each = (case.strategy.apply(now.state, aggregate) for aggregate in (blind, seeing))
@@ -78,8 +72,7 @@ def client_state_is_kept_where_the_class_says_so_and_is_used(case: Case) -> None
 
 def gradients_are_corrected_only_where_the_class_says_so(case: Case) -> None:
     """`corrects` is honest: without it `correct` leaves every gradient as it is."""
-    if case.strategy.corrects:
-        raise DoesNotApply("corrects is True: it may change gradients")
+    only_where(not case.strategy.corrects, "corrects is True: it may change gradients")
     now, grad_1P = case.after(2), drawn(case.layout, 3)[None]
     for run in case.strategy.starts(now.broadcast, now.client_states[0]):
         corrected_1P = grad_1P.clone()
@@ -100,8 +93,7 @@ def products_are_sent_where_the_class_says_so(case: Case) -> None:
 def the_basis_stays_where_the_class_says_so(case: Case) -> None:
     """`keeps_basis` is honest: the same coordinates are live in all rounds, and a tiny change is a tiny move."""
     strategy = case.strategy
-    if not strategy.keeps_basis:
-        raise DoesNotApply("keeps_basis is False: coordinates may change their meaning")
+    only_where(strategy.keeps_basis, "keeps_basis is False: coordinates may change their meaning")
     for round_ in (1, 2):
         live, first = strategy.live(round_, case.layout), strategy.live(0, case.layout)
         same(live, first, "keeps_basis is True, but rounds differ in what is live")
@@ -116,8 +108,7 @@ def the_basis_stays_where_the_class_says_so(case: Case) -> None:
 
 def coordinates_are_picked_only_where_the_class_says_so(case: Case) -> None:
     """`picks_coordinates` is honest: trainings that differ everywhere send other numbers in all that is live."""
-    if case.strategy.picks_coordinates:
-        raise DoesNotApply("picks_coordinates is True: clients may leave out coordinates by their data")
+    only_where(not case.strategy.picks_coordinates, "picks_coordinates is True: clients may leave out coordinates")
     now = case.after(1)
     changes = [0.01 * drawn(case.layout, 7, k) - now.state.params / 2 for k in range(2)]
     first, second = (case.client(now.broadcast, 0, now.client_states[0], change)[0].delta for change in changes)
@@ -128,9 +119,8 @@ def coordinates_are_picked_only_where_the_class_says_so(case: Case) -> None:
 def weights_are_as_the_class_says(case: Case) -> None:
     """`bounded_weights` and `weighs_alike` are honest: weights of at most 1 stay from 0 to 1, or become 1."""
     strategy = case.strategy
-    if not strategy.bounded_weights:
-        hold(not strategy.weighs_alike, "weighs_alike is True, but bounded_weights is False")
-        raise DoesNotApply("bounded_weights is False")
+    hold(strategy.bounded_weights or not strategy.weighs_alike, "weighs_alike is True, but bounded_weights is False")
+    only_where(strategy.bounded_weights, "bounded_weights is False")
     now = case.after(2)
     for client in range(5):  # their weights are 0.5 to 1, their losses above 1
         change = 1e3 * drawn(case.layout, 9, client)
@@ -142,8 +132,7 @@ def weights_are_as_the_class_says(case: Case) -> None:
 
 def extras_that_are_changes_are_zero_without_training(case: Case) -> None:
     """`extras_are_changes` is honest: a client whose training changed nothing sends zeros beside its delta."""
-    if not case.strategy.extras_are_changes:
-        raise DoesNotApply("extras_are_changes is False")
+    only_where(case.strategy.extras_are_changes, "extras_are_changes is False")
     for rounds in (0, 2):
         updates, _ = case.after(rounds).cohort(scale=0.0)
         moved = sorted({name for update in updates for name, extra in update.extras.items() if extra.any()})
@@ -152,8 +141,7 @@ def extras_that_are_changes_are_zero_without_training(case: Case) -> None:
 
 def an_untrained_client_rests_at_zero_where_the_class_says_so(case: Case) -> None:
     """`rests_at_zero` is honest: momentum on the server or state on the client sends nothing by itself."""
-    if not case.strategy.rests_at_zero:
-        raise DoesNotApply("rests_at_zero is False")
+    only_where(case.strategy.rests_at_zero, "rests_at_zero is False")
     for rounds in (0, 2):
         updates, _ = case.after(rounds).cohort(scale=0.0)
         moved = any(update.delta.any() for update in updates)
@@ -163,8 +151,8 @@ def an_untrained_client_rests_at_zero_where_the_class_says_so(case: Case) -> Non
 def a_client_of_a_lower_rank_trains_and_leaves_only_its_own(case: Case) -> None:
     """`mixed_ranks` is honest: beyond a client's rank A and B are zero, and s_k B_k A_k is the cut global product."""
     strategy = case.strategy
-    if not strategy.mixed_ranks or case.layout is not LORA:
-        raise DoesNotApply("mixed_ranks is False" if not strategy.mixed_ranks else "there are no adapters")
+    only_where(strategy.mixed_ranks, "mixed_ranks is False")
+    only_where(case.layout is LORA, "there are no adapters")
     now = case.after(1)
     broadcast = replace(now.broadcast, rank=1)
     (start,) = strategy.starts(broadcast, {}).values()
@@ -172,7 +160,7 @@ def a_client_of_a_lower_rank_trains_and_leaves_only_its_own(case: Case) -> None:
         empty = not cut.a_RI[1:].any() and not cut.b_OR[:, 1:].any()
         hold(empty, "a client of rank 1 starts with more than the first row of A and column of B")
         expected, product = LORA.scale * whole.b_OR[:, :1] @ whole.a_RI[:1], LORA.scale_at(1) * cut.b_OR @ cut.a_RI
-        hold(torch.allclose(product, expected, rtol=CLOSE, atol=CLOSE), "alpha / rank is not folded into the product")
+        hold(torch.allclose(product, expected, rtol=1e-5, atol=1e-5), "alpha / rank is not folded into the product")
     (down, up), (down_2, up_2) = (strategy.floats(replace(broadcast, rank=rank)) for rank in (1, 2))
     fewer = down <= down_2 and up <= up_2 and (down, up) != (down_2, up_2)
     hold(fewer, "floats does not count less traffic for a client of a lower rank")
@@ -183,8 +171,8 @@ def a_client_of_a_lower_rank_trains_and_leaves_only_its_own(case: Case) -> None:
 
 def an_untrained_client_of_a_lower_rank_sends_zeros(case: Case) -> None:
     """`keeps_higher_ranks` is honest: also what lies beyond the client's own rank stays as it is."""
-    if not case.strategy.keeps_higher_ranks or case.layout is not LORA:
-        raise DoesNotApply("keeps_higher_ranks is False" if case.layout is LORA else "there are no adapters")
+    only_where(case.layout is LORA, "there are no adapters")
+    only_where(case.strategy.keeps_higher_ranks, "keeps_higher_ranks is False")
     for rounds in (0, 2):
         broadcast = replace(case.after(rounds).broadcast, rank=1)
         update, _ = case.client(broadcast, 0, {}, torch.zeros(LORA.size))

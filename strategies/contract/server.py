@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from strategies.contract.case import SEED, Case, DoesNotApply, copied, difference, drawn, hold, same, tensors
+from strategies.contract.case import SEED, Case, copied, difference, drawn, hold, only_where, same, tensors
 from strategies.core.protocol import NO_LAYOUT, ServerState, Vector
 
 CLOSE = 1e-5
@@ -111,8 +111,7 @@ def the_state_survives_a_checkpoint(case: Case) -> None:
 def shards_are_worked_on_as_the_whole(case: Case) -> None:
     """`elementwise` is honest: broadcast, correct, finish and apply on parts of the vectors give parts of the whole."""
     strategy, now, size = case.strategy, case.after(2), case.layout.size
-    if not strategy.elementwise:
-        raise DoesNotApply("elementwise is False: it needs whole vectors")
+    only_where(strategy.elementwise, "elementwise is False: it needs whole vectors")
     aggregate, change, grad = now.aggregate, drawn(case.layout, 5), drawn(case.layout, 6)[None]
 
     def results(part: slice) -> dict[str, torch.Tensor]:

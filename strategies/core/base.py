@@ -22,8 +22,7 @@ Decay = Annotated[float, Range("is what a moment keeps", BELOW_1)]
 class NeedsSgd:
     """Why a rule works only with SGD on its clients, and what to take `instead`; both end an error message.
 
-    `momentum` is the one that the rule counts on; None: any. `constant` asks for one learning rate within a round, and
-    `divides` for one above 0.
+    `momentum` is what the rule counts on (None: any); `constant` asks for one rate a round, `divides` for one above 0.
     """
 
     why: str
@@ -130,8 +129,8 @@ class Rule(ABC):
         return None
 
     def beside(self, layout: Layout) -> dict[str, int]:
-        """Names and lengths of the sums that clients send beside their delta, as extras of the update."""
-        return {}
+        """Names and lengths of the sums that clients send beside the delta: by default products if `sends_products`."""
+        return {"product": layout.product_size} if self.sends_products else {}
 
     def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """Where all clients of a round send zeros by the rule: False in the mask (P,) of "delta" or of an extra.
@@ -143,8 +142,7 @@ class Rule(ABC):
     def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """The coordinates that the client's training `run` may move, whether it sends them or not; None: all.
 
-        Example-level privacy clips and adds noise to these alone, so `correct` must zero all other gradients, unless
-        they are zero by themselves.
+        Example-level privacy clips and adds noise to these alone: `correct` must zero all other gradients.
         """
         return self.live(broadcast.round, broadcast.layout).get("delta") if self.sends_all_it_trains else None
 

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from strategies.core.errors import require
+from strategies.core.ranges import ABOVE_0, AT_LEAST_1, SHARE, Range, check_ranges
 from strategies.core.seeds import rng
 
 
@@ -43,17 +44,14 @@ class PoissonCohort:
     """
 
     kind: Literal["poisson"] = "poisson"
-    rate: float | None = None
-    size: float | None = None
-    cap: int | None = None
+    rate: Annotated[float | None, Range("is each client's probability", SHARE)] = None
+    size: Annotated[float | None, Range("is the expected number of clients", ABOVE_0)] = None
+    cap: Annotated[int | None, Range("is the largest number of clients", AT_LEAST_1)] = None
 
     def __post_init__(self) -> None:
-        rate, size, cap = self.rate, self.size, self.cap
-        require((rate is None) != (size is None), "a poisson cohort needs cohort.rate or cohort.size, one of them")
-        require(rate is None or 0 < rate <= 1, f"cohort.rate must be above 0 and at most 1, not {rate}")
-        expected = f"cohort.size is how many clients are expected and must be above 0, not {size}"
-        require(size is None or 0 < size < math.inf, expected)
-        require(cap is None or cap >= 1, f"cohort.cap must be at least 1, not {cap}")
+        check_ranges(self, "cohort.")
+        either = (self.rate is None) != (self.size is None)
+        require(either, "a poisson cohort needs cohort.rate or cohort.size, one of them")
 
     def probability(self, clients: int) -> float:
         """The probability of each client; StrategyError when there are too few clients for the size."""

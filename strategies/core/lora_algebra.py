@@ -1,7 +1,4 @@
-"""What the LoRA rules share: halves, ranks and products of adapters.
-
-Legend: P parameters, K clients, R rank, I inputs and O outputs of a layer.
-"""
+"""What the LoRA rules share. Legend: P parameters, K clients, R rank, I inputs and O outputs of a layer."""
 
 import torch
 
@@ -12,11 +9,6 @@ from strategies.core.protocol import Broadcast, Mask, Vector
 def slices(layout: Layout, *markers: str) -> list[slice]:
     """Where the tensors with one of these markers in their names lie in the flat vector."""
     return [slice(first, last) for name, _, first, last in layout.places() if any(mark in name for mark in markers)]
-
-
-def count(layout: Layout, *markers: str) -> int:
-    """The number of elements of the tensors with these markers."""
-    return sum(part.stop - part.start for part in slices(layout, *markers))
 
 
 def zeroed(x: torch.Tensor, layout: Layout, *markers: str) -> torch.Tensor:
@@ -31,13 +23,17 @@ def unmarked(layout: Layout, *markers: str) -> Mask:
     return zeroed(torch.ones(layout.size, dtype=torch.bool), layout, *markers)
 
 
+def without(x: torch.Tensor, layout: Layout, rows: slice) -> torch.Tensor:
+    """The same vectors (P,) or (K, P), with zeros written into these rows of A and columns of B."""
+    for pair in layout.lora_pairs(x):
+        pair.a_RI[..., rows, :] = 0
+        pair.b_OR[..., rows] = 0
+    return x
+
+
 def all_but(layout: Layout, rows: slice) -> Mask:
     """The coordinates (P,) of everything but these rows of A and columns of B."""
-    mask = torch.ones(layout.size, dtype=torch.bool)
-    for pair in layout.lora_pairs(mask):
-        pair.a_RI[rows] = False
-        pair.b_OR[:, rows] = False
-    return mask
+    return without(torch.ones(layout.size, dtype=torch.bool), layout, rows)
 
 
 def products(vector: Vector, layout: Layout) -> Vector:
@@ -60,11 +56,9 @@ def start_at(broadcast: Broadcast, rank: int | None) -> Vector:
 
     Rows of A and columns of B that are both zero have zero gradients, so they stay zero in training.
     """
-    vector = broadcast.params.clone()
-    for pair in broadcast.layout.lora_pairs(vector):
-        if rank is not None:
-            pair.a_RI[rank:] = 0
-            pair.b_OR[:, rank:] = 0
+    layout = broadcast.layout
+    vector = without(broadcast.params.clone(), layout, slice(layout.rank if rank is None else rank, None))
+    for pair in layout.lora_pairs(vector):
         pair.b_OR.div_(fold(broadcast))
     return vector
 
@@ -79,7 +73,7 @@ def folded(end: Vector, broadcast: Broadcast) -> Vector:
 
 def floats_at(layout: Layout, rank: int | None) -> int:
     """The number of elements of a vector with LoRA pairs of this rank (None: the layout's; 0: without pairs)."""
-    adapters = count(layout, LORA_A, LORA_B)
+    adapters: int = sum(part.stop - part.start for part in slices(layout, LORA_A, LORA_B))
     return layout.size - adapters + adapters * (layout.rank if rank is None else rank) // layout.rank
 
 

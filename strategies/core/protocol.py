@@ -1,6 +1,6 @@
-"""What travels between server and clients, and what both keep. Legend: P parameters, K clients."""
+"""What travels between server and clients, and what both keep. Legend: P parameters, K clients, N live coordinates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,8 +21,7 @@ class ServerState:
 
     `merged_delta` is what the rule has added to the base: the products (O, I) of `layout.product_shapes`, scale
     included, one after another in one vector; None while the base is unchanged. The engine sets three more, which
-    never change: the `layout` of the vector, the recipe's `seed` for rules that draw, and the `population`, the number
-    of clients that can be sampled.
+    never change: the `layout` of the vector, the recipe's `seed` for draws, and the `population` of clients to sample.
     """
 
     round: int
@@ -94,3 +93,14 @@ class Size:
     values: int
     bits: int = 32
     extra: int = 0
+
+
+def without_frozen(vectors: Mapping[str, Vector], live: Mapping[str, Mask]) -> dict[str, Vector]:
+    """Each vector's live coordinates (N,); whole where `live` has no mask of its name."""
+    return {name: vector[live[name]] if name in live else vector for name, vector in vectors.items()}
+
+
+def with_frozen(vectors: Mapping[str, Vector], live: Mapping[str, Mask]) -> dict[str, Vector]:
+    """The vectors (P,) that `without_frozen` shortened, with zeros in the frozen coordinates."""
+    zeros = {name: vectors[name].new_zeros(len(mask)) for name, mask in live.items() if name in vectors}
+    return {**vectors, **{name: whole.masked_scatter_(live[name], vectors[name]) for name, whole in zeros.items()}}

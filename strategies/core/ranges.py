@@ -12,6 +12,7 @@ AT_LEAST_0: Bounds = ("at least 0", lambda x: 0 <= x < math.inf)
 AT_LEAST_1: Bounds = ("at least 1", lambda x: 1 <= x < math.inf)
 ABOVE_0: Bounds = ("a number above 0", lambda x: 0 < x < math.inf)
 BELOW_1: Bounds = ("at least 0 and below 1", lambda x: 0 <= x < 1)
+INSIDE: Bounds = ("above 0 and below 1", lambda x: 0 < x < 1)
 SHARE: Bounds = ("above 0 and at most 1", lambda x: 0 < x <= 1)
 
 

@@ -1,7 +1,4 @@
-"""HetLoRA: clients have and prune ranks of their own, the norm is the weight (Cho et al. 2024, arXiv 2401.06432).
-
-Legend: P parameters, K clients.
-"""
+"""HetLoRA: clients have and prune ranks of their own, the norm is the weight (Cho et al. 2024, arXiv 2401.06432)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,7 +8,7 @@ import torch
 
 from strategies.core.base import Ends, Finished, Rule, ServerLr, Vectors, step
 from strategies.core.layout import Layout, LoraPair
-from strategies.core.lora_algebra import all_but, floats_at, folded, start_at
+from strategies.core.lora_algebra import all_but, floats_at, folded, start_at, without
 from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
 from strategies.core.ranges import SHARE, Range
 
@@ -88,7 +85,7 @@ class HetLora(Rule):
         start, end, tail = start_at(broadcast, rank), broadcast.params + update.delta, slice(self._kept(rank), rank)
         if tail_product(end, broadcast.layout, tail) < tail_product(start, broadcast.layout, tail):
             rank = tail.start
-            end[~all_but(broadcast.layout, tail)] = 0
+            without(end, broadcast.layout, tail)
         end = folded(end, broadcast)
         weights = {"norm": norm_of_products(end, broadcast.layout), "examples": update.weight, "uniform": 1.0}
         update = replace(update, delta=end - broadcast.params, weight=weights[self.weighting])
@@ -133,8 +130,6 @@ def tail_product(vector: Vector, layout: Layout, tail: slice) -> float:
 
 def norm_of_products(vector: Vector, layout: Layout) -> float:
     """The Frobenius norm of all s B A together, by |B A|^2 = sum of (B' B) * (A A'), without any product."""
-    squares = [
-        pair.scale**2 * float(((pair.b_OR.T @ pair.b_OR) * (pair.a_RI @ pair.a_RI.T)).sum())
-        for pair in layout.lora_pairs(vector)
-    ]
+    pairs = layout.lora_pairs(vector)
+    squares = (x.scale**2 * float(((x.b_OR.T @ x.b_OR) * (x.a_RI @ x.a_RI.T)).sum()) for x in pairs)
     return math.sqrt(max(0.0, sum(squares)))

@@ -12,7 +12,7 @@ import torch
 
 from strategies.core.base import AveragingRule, Ends, Finished, Rule, Vectors
 from strategies.core.layout import LORA_B, Layout, unpacked
-from strategies.core.lora_algebra import all_but, unmarked, zeroed
+from strategies.core.lora_algebra import all_but, unmarked, without, zeroed
 from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
 from strategies.core.ranges import Bounds, Range
 
@@ -174,19 +174,13 @@ class FedDpa(AveragingRule):
         self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """Freezes the local adapter, in the personal training the global one."""
-        frozen = _frozen(broadcast.layout, run)
-        for grad_P in grad_KP:
-            for pair in broadcast.layout.lora_pairs(grad_P):
-                pair.a_RI[frozen] = 0
-                pair.b_OR[:, frozen] = 0
+        without(grad_KP, broadcast.layout, _frozen(broadcast.layout, run))
 
     def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Keeps the local adapter and sends no change of it."""
         assert ends is not None
         update, client_state = super().finish(update, broadcast, client_state, ends)
-        delta = update.delta.clone()
-        for part in _local(delta, broadcast.layout):
-            part.zero_()
+        delta = without(update.delta.clone(), broadcast.layout, _frozen(broadcast.layout, GLOBAL))
         local = torch.cat([part.flatten() for part in _local(ends[PERSONAL], broadcast.layout)])
         return replace(update, delta=delta), client_state | {"local": local}
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from strategies.core.errors import StrategyError, require
+from strategies.core.errors import require
 
 Unit = Literal["client", "example"]
 Sampling = Literal["none", "poisson", "fixed"]
@@ -22,6 +22,7 @@ Relation = Literal["zero out one", "add or remove one", "replace one"]
 Accountant = Literal["exact", "PLD", "RDP"]
 
 RELATIONS: dict[Sampling, Relation] = {"none": "zero out one", "poisson": "add or remove one", "fixed": "replace one"}
+DRAWN = dict(none="without amplification", poisson="Poisson sampling", fixed="fixed-size sampling without replacement")
 SHARE = 5e-4  # of epsilon: about what the grid of the privacy loss may add to it
 FINEST = 1e-4  # grid of the privacy loss: below it, a second and more for one epsilon
 LEAST, MOST = 1e-3, 1e6  # noise multipliers that are tried
@@ -35,7 +36,7 @@ class Scheme:
     """How the units of a sum are drawn from `population`: each by itself with `rate`, or round(rate * population).
 
     "none": epsilon does not count on sampling, so that it holds also against those who know who takes part. The other
-    two hold only against those who do not. `cap`: a larger Poisson sample is cut to so many at random.
+    two hold only against those who do not. `cap`: a larger Poisson sample is cut to that size at random.
     """
 
     sampling: Sampling = "none"
@@ -67,16 +68,9 @@ class Epsilon:
     simulated: bool
 
     def __str__(self) -> str:
-        drawn = {
-            "none": "without amplification",
-            "poisson": "Poisson sampling",
-            "fixed": "fixed-size sampling without replacement",
-        }
         label = ", simulated" if self.simulated else ""
-        return (
-            f"epsilon {self.epsilon:.4g} at delta {self.delta:.3g} for one {self.unit} ({self.relation}), "
-            f"{drawn[self.sampling]}, {self.steps} steps, {self.accountant}{label}"
-        )
+        cost = f"epsilon {self.epsilon:.4g} at delta {self.delta:.3g} for one {self.unit} ({self.relation})"
+        return f"{cost}, {DRAWN[self.sampling]}, {self.steps} steps, {self.accountant}{label}"
 
 
 class Noise(ABC):
@@ -84,7 +78,7 @@ class Noise(ABC):
 
     @abstractmethod
     def cost(self, scheme: Scheme, steps: int, delta: float) -> tuple[float, Accountant]:
-        """The epsilon of so many steps, and how it was computed."""
+        """The epsilon of `steps` sums, and how it was computed."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,10 @@ class Gaussian(Noise):
             return _of_fixed(z, scheme, steps, delta), "RDP"
         # A rate of 1 is no sampling, and has a closed form; with a cap, somebody may still be left out.
         if scheme.sampling == "none" or (scheme.rate == 1 and scheme.cap is None):
-            return _of_all(z, steps, delta), "exact"
+            from dp_accounting import get_epsilon_gaussian
+
+            # Balle and Wang 2018 (arXiv 1805.06530), theorem 8: many normal sums are one with less noise.
+            return float(get_epsilon_gaussian(z / math.sqrt(steps), delta)), "exact"
         return _of_poisson(z, scheme, steps, delta), "PLD"
 
 
@@ -123,7 +120,7 @@ class RingNoise(Noise):
 
 @lru_cache(maxsize=4096)
 def spent(noise: Noise, scheme: Scheme, steps: int, delta: float, unit: Unit, *, simulated: bool) -> Epsilon:
-    """The cost of so many steps. `steps` counts the sums that one unit may be in: without sampling, its own rounds.
+    """What the steps cost. `steps` counts the sums that one unit may be in: without sampling, its own rounds.
 
     Whatever is released beside the noisy sums (losses, who takes part) is not covered.
     """
@@ -133,7 +130,7 @@ def spent(noise: Noise, scheme: Scheme, steps: int, delta: float, unit: Unit, *,
 
 @lru_cache(maxsize=256)
 def noise_multiplier(target: float, scheme: Scheme, steps: int, delta: float) -> float:
-    """The least z of normal noise, to a share of 10^-4, with which so many steps cost at most the target epsilon."""
+    """The least z of normal noise, to a share of 10^-4, with which the steps cost at most the target epsilon."""
     return least_noise(lambda z: Gaussian(z).cost(scheme, steps, delta)[0] if steps else 0.0, target)
 
 
@@ -142,10 +139,8 @@ def least_noise(epsilon: Callable[[float], float], target: float) -> float:
     high = 1.0
     while epsilon(high) > target:
         high *= 2
-        if high > MOST:
-            raise StrategyError(
-                f"no noise multiplier up to {MOST:g} gives epsilon {target}: allow more, or fewer rounds"
-            )
+        none = f"no noise multiplier up to {MOST:g} gives epsilon {target}: allow more, or fewer rounds"
+        require(high <= MOST, none)
     low = high / 2
     while epsilon(low) <= target:
         low, high = low / 2, low
@@ -158,13 +153,6 @@ def least_noise(epsilon: Callable[[float], float], target: float) -> float:
 
 
 # dp-accounting takes a second to import, so only a call that needs an epsilon imports it.
-
-
-def _of_all(z: float, steps: int, delta: float) -> float:
-    """Balle and Wang 2018 (arXiv 1805.06530), theorem 8: many normal sums are one with less noise."""
-    from dp_accounting import get_epsilon_gaussian
-
-    return float(get_epsilon_gaussian(z / math.sqrt(steps), delta))
 
 
 def _of_poisson(z: float, scheme: Scheme, steps: int, delta: float) -> float:
@@ -190,10 +178,7 @@ def _poisson_loss(z: float, scheme: Scheme, most: int, delta: float) -> Any:
 
 
 def _of_fixed(z: float, scheme: Scheme, steps: int, delta: float) -> float:
-    """Wang, Balle, Kasiviswanathan 2019 (arXiv 1808.00087), theorem 27.
-
-    One unit in another's place changes the sum by up to twice the largest norm.
-    """
+    """Wang et al. 2019 (arXiv 1808.00087), theorem 27; one unit in another's place moves the sum by twice the norm."""
     from dp_accounting import GaussianDpEvent, NeighboringRelation, SampledWithoutReplacementDpEvent
     from dp_accounting.rdp import RdpAccountant
 

@@ -1,23 +1,26 @@
 """Central differential privacy: the server adds normal noise to the sum (McMahan et al. 2018, arXiv 1710.06963).
 
 Clients clip; the holder of the sum draws the noise and divides by a constant. Whoever sees the sum before the noise
-sees it unprotected. Legend: P parameters.
+sees it unprotected. Adaptive clipping lets the norm follow the updates (Andrew et al. 2021, "Differentially Private
+Learning with Adaptive Clipping", arXiv 1905.03871, algorithm 1). Legend: P parameters.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from strategies.core.errors import StrategyError
-from strategies.core.live import with_frozen, without_frozen
-from strategies.core.protocol import Aggregate, Mask, Update, Vector
+from strategies.core.errors import require
+from strategies.core.protocol import Aggregate, Mask, Update, Vector, with_frozen, without_frozen
+from strategies.core.ranges import ABOVE_0, INSIDE, Range
 from strategies.privacy.accounting import Epsilon, Gaussian, Sampling, Scheme, spent
-from strategies.privacy.budget import ClientBudget, Cohort, delta_for
-from strategies.privacy.noise_source import Words, normal
+from strategies.privacy.budget import ClientBudget, Cohort, Norm, delta_for
+from strategies.privacy.noise import Words, normal
 
+Decoded = tuple[Aggregate, float]  # the noisy sums, and the next round's clipping norm
+WholeNorm = Callable[[float], float]  # as in `Broadcast`
 BLOCK = 2**20  # numbers of noise at a time
 MARGIN = 2.0**-22  # float32 rounds each product up by less: the clipped norm is at most the bound, not about it
 
@@ -42,22 +45,20 @@ class CentralDp(ClientBudget):
     def scheme(self, cohort: Cohort, clients: int) -> Scheme:
         """The sampling scheme of the cohort; StrategyError for one whose epsilon would be false."""
         sampling = self.claims(cohort)
-        if sampling == "poisson" and cohort.kind != "poisson":
-            raise StrategyError(
-                'privacy.dp.sampling is "poisson", but the cohort has a fixed size, for which a Poisson epsilon would '
-                'be false: set cohort.kind = "poisson", or sampling = "fixed" or "none"'
-            )
-        if sampling == "fixed" and cohort.kind == "poisson":
-            raise StrategyError(
-                'privacy.dp.sampling is "fixed", but a Poisson cohort has no fixed size: set it to "poisson" or "none"'
-            )
+        size = (
+            'privacy.dp.sampling is "poisson", but the cohort has a fixed size, where a Poisson epsilon would be false'
+        )
+        drawn = sampling != "poisson" or cohort.kind == "poisson"
+        require(drawn, f'{size}: set cohort.kind = "poisson", or sampling = "fixed" or "none"')
+        varies = 'privacy.dp.sampling is "fixed", but a Poisson cohort has no fixed size: set it to "poisson" or "none"'
+        require(sampling != "fixed" or cohort.kind != "poisson", varies)
         if sampling == "none":
             return Scheme()
         cap = cohort.cap if cohort.kind == "poisson" else None
         return Scheme(sampling, cohort.expected(clients) / clients, clients, cap)
 
     def plan(self, cohort: Cohort, clients: int, rounds: int) -> "CentralPlan":
-        """The noise of so many rounds with cohorts of this population; takes seconds where z follows from epsilon."""
+        """The noise of all rounds with cohorts of this population; takes seconds where z follows from epsilon."""
         scheme, delta = self.scheme(cohort, clients), delta_for(self.delta, clients)
         z = self.normal_multiplier(scheme, rounds, delta)
         return CentralPlan(z, self.clip, cohort.expected(clients), scheme, delta, self.joint)
@@ -65,7 +66,7 @@ class CentralDp(ClientBudget):
 
 @dataclass(frozen=True)
 class CentralPlan:
-    """z, the first clipping norm, the divisor, and the scheme under which epsilon is true.
+    """Noise that the server adds to the sum, for the unit of a client; `clip` is the first clipping norm.
 
     `beside` are lengths of the sums that it needs beside the rule's, by name; their coordinates are at most 1/2.
     """
@@ -79,22 +80,19 @@ class CentralPlan:
     delta: float
     joint: bool
 
-    def encode(self, update: Update, clip: float, whole_norm: Callable[[float], float] = float) -> Update:
+    def encode(self, update: Update, clip: float, whole_norm: WholeNorm = float) -> Update:
         """The client's half, after all transforms: its part in the sums; `whole_norm` is that of `Broadcast`."""
         return bounded(update, clip, self.joint, whole_norm)[0]
 
-    def decode(
-        self, aggregate: Aggregate, clip: float, words: Words, live: Mapping[str, Mask] | None = None
-    ) -> tuple[Aggregate, float]:
+    def decode(self, aggregate: Aggregate, clip: float, words: Words, live: Mapping[str, Mask]) -> Decoded:
         """The noisy sums as if of `divisor` clients, and the next round's clipping norm; before transforms decode.
 
-        Call it once for each round, whether clients took part or not. `live` is the strategy's: frozen coordinates get
-        no noise.
+        Call it once for each round, whether clients took part or not. Coordinates that are not `live` get no noise.
         """
-        return self._noisy(aggregate, self.noise_multiplier * clip, words, live or {}), clip
+        return self._noisy(aggregate, self.noise_multiplier * clip, words, live), clip
 
     def spent(self, rounds: int, *, simulated: bool) -> Epsilon:
-        """The epsilon of so many rounds for a client."""
+        """The epsilon that `rounds` rounds cost a client."""
         return spent(Gaussian(self.noise_multiplier), self.scheme, rounds, self.delta, "client", simulated=simulated)
 
     def _noisy(self, aggregate: Aggregate, deviation: float, words: Words, live: Mapping[str, Mask]) -> Aggregate:
@@ -118,27 +116,19 @@ def with_noise(x_P: Vector, deviation: float, words: Words) -> Vector:
     return noisy_P
 
 
-def bounded(
-    update: Update, clip: float, joint: bool, whole_norm: Callable[[float], float] = float
-) -> tuple[Update, float]:
+def bounded(update: Update, clip: float, joint: bool, whole_norm: WholeNorm = float) -> tuple[Update, float]:
     """The update with |(delta, extras)| <= clip, and the norm that it had before.
 
     `whole_norm` is that of `Broadcast`, since the update may be a shard. With a weight from 0 to 1 the client moves the
     sums of weight * delta and of extras by at most `clip`, together. StrategyError for extras that are not clipped and
-    for other weights: to cut a weight would not cut the extras that the rule has built with it. ValueError for NaN and
-    infinity.
+    for other weights: a cut weight would not cut the extras that the rule built with it. ValueError for NaN or inf.
     """
-    if update.extras and not joint:
-        raise StrategyError(
-            f"client {update.client} sends {sorted(update.extras)} beside its delta, which nothing clips"
-        )
-    if not 0 <= update.weight <= 1:
-        raise StrategyError(
-            f"client {update.client} has the weight {update.weight}, and clipping needs one from 0 to 1"
-        )
-    norm = whole_norm(norm_of(update.delta, update.extras))
+    sender, parts = f"client {update.client}", [update.delta, *update.extras.values()]
+    require(joint or not update.extras, f"{sender} sends {sorted(update.extras)} beside its delta, which nothing clips")
+    require(0 <= update.weight <= 1, f"{sender} has the weight {update.weight}, and clipping needs one from 0 to 1")
+    norm = whole_norm(math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts)))
     if not math.isfinite(norm):
-        raise ValueError(f"the update of client {update.client} holds NaN or infinity")
+        raise ValueError(f"the update of {sender} holds NaN or infinity")
     if norm <= clip:
         return update, norm
     factor = clip / norm * (1 - MARGIN)
@@ -146,7 +136,63 @@ def bounded(
     return replace(update, delta=update.delta * factor, extras=extras), norm
 
 
-def norm_of(delta: Vector, extras: Mapping[str, Vector]) -> float:
-    """The L2 norm of delta and extras as one vector."""
-    parts = [delta, *extras.values()]
-    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))
+WITHIN = "dp.within"  # the name of the sum of 1[norm <= clip] - 1/2
+LARGEST_STEP = 20.0  # of the norm's logarithm in one round, whatever the noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveDp(CentralDp):
+    """clip <- clip exp(-rate (b - quantile)), b the noisy share of clients with |update| <= clip; `clip` is the first.
+
+    Each client sends 1[norm <= clip] - 1/2 beside its update, and the sum gets noise of `quantile_noise`, by
+    default a twentieth of the expected cohort. In return the update's noise grows to
+    z_delta = (z^-2 - (2 quantile_noise)^-2)^(-1/2), so that both sums together cost as much as one with z (theorem 1).
+    """
+
+    kind: Literal["adaptive"] = "adaptive"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    clip: Norm = 0.1
+    quantile: Annotated[float, Range("is a share of the clients", INSIDE)] = 0.5
+    rate: Annotated[float, Range("is how fast the clipping norm moves", ABOVE_0)] = 0.2
+    quantile_noise: Annotated[float | None, Range("is the noise of that share's sum", ABOVE_0)] = None
+
+    def plan(self, cohort: Cohort, clients: int, rounds: int) -> "AdaptivePlan":
+        """As for fixed clipping; StrategyError where the quantile's noise alone costs more than z allows."""
+        plan = super().plan(cohort, clients, rounds)
+        noise = plan.divisor / 20 if self.quantile_noise is None else self.quantile_noise
+        nothing = f"a noise multiplier of {plan.noise_multiplier:.4g} leaves nothing for the clipping norm's own noise"
+        mend = 'raise cohort.size or privacy.dp.quantile_noise, or set privacy.dp.kind = "central"'
+        enough = plan.noise_multiplier < 2 * noise
+        require(enough, f"{nothing} of {noise:.4g}, which must be above half of it: {mend}")
+        return AdaptivePlan(**vars(plan), quantile=self.quantile, rate=self.rate, quantile_noise=noise)
+
+
+@dataclass(frozen=True)
+class AdaptivePlan(CentralPlan):
+    """As `CentralPlan`, the server's noise on the sum for the unit of a client; the norm follows the updates."""
+
+    beside: ClassVar[Mapping[str, int]] = {WITHIN: 1}
+    quantile: float
+    rate: float
+    quantile_noise: float
+
+    @property
+    def update_noise(self) -> float:
+        """z_delta."""
+        z = self.noise_multiplier
+        return z / math.sqrt(1 - (z / (2 * self.quantile_noise)) ** 2)
+
+    def encode(self, update: Update, clip: float, whole_norm: WholeNorm = float) -> Update:
+        """The clipped update, and as one more sum whether it had to be clipped."""
+        update, norm = bounded(update, clip, self.joint, whole_norm)
+        within = torch.tensor([0.5 if norm <= clip else -0.5])
+        return replace(update, extras=update.extras | {WITHIN: within})
+
+    def decode(self, aggregate: Aggregate, clip: float, words: Words, live: Mapping[str, Mask]) -> Decoded:
+        """The noisy sums without the quantile's, and the next clipping norm."""
+        noise = self.quantile_noise if self.noise_multiplier else 0.0
+        within = with_noise(aggregate.extras[WITHIN], noise, words).item()
+        share = 0.5 + within / self.divisor
+        step = -self.rate * (share - self.quantile)
+        rest = {name: extra for name, extra in aggregate.extras.items() if name != WITHIN}
+        noisy = self._noisy(replace(aggregate, extras=rest), self.update_noise * clip, words, live)
+        return noisy, clip * math.exp(max(-LARGEST_STEP, min(LARGEST_STEP, step)))

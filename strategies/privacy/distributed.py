@@ -13,14 +13,13 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from strategies.core.errors import StrategyError, require
+from strategies.core.errors import require
 from strategies.core.protocol import Aggregate, Update
 from strategies.privacy.accounting import Epsilon, RingNoise, Scheme, least_noise, spent
 from strategies.privacy.budget import ClientBudget, Cohort, delta_for
 from strategies.privacy.central import bounded
-from strategies.privacy.integer_noise import DiscreteGaussianSum, SkellamSum, discrete_gaussian, skellam
 from strategies.privacy.integers import Ring, fit, inflated, largest_l1, rotate, rotate_back, rounded
-from strategies.privacy.noise_source import Words
+from strategies.privacy.noise import DiscreteGaussianSum, SkellamSum, Words, discrete_gaussian, skellam
 
 NoiseKind = Literal["skellam", "discrete_gaussian"]
 
@@ -41,11 +40,9 @@ class DistributedDp(ClientBudget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sampling in ("poisson", "fixed"):
-            raise StrategyError(
-                "secure aggregation tells the server who takes part, and a round without a sum, which tells how many "
-                'came, so that no sampling hides anything: set privacy.dp.sampling = "none"'
-            )
+        seen = "secure aggregation tells the server who takes part, and how many came to a round without a sum"
+        claims = self.sampling in ("poisson", "fixed")
+        require(not claims, f'{seen}, so that no sampling hides anything: set privacy.dp.sampling = "none"')
         none = 'distributed noise of 0 is none: set privacy.dp.kind = "none" and keep privacy.secagg'
         require(self.noise_multiplier != 0, none)
         shares = "privacy.dp.survivors and .corrupt are shares of the cohort, 0 <= corrupt < survivors <= 1"
@@ -53,25 +50,20 @@ class DistributedDp(ClientBudget):
         require(fit_together, f"{shares}, not {self.corrupt} and {self.survivors}")
 
     def plan(self, cohort: Cohort, clients: int, rounds: int, length: int, bits: int = 32) -> "DistributedPlan":
-        """The noise for sums of `length` numbers (extras included) in a ring of so many bits.
-
-        StrategyError where the ring is too small, naming what fits.
-        """
-        if cohort.kind == "poisson" and cohort.cap is None:
-            expected = cohort.expected(clients)
-            raise StrategyError(
-                f"a ring must know its largest cohort: set cohort.cap, such as to "
-                f"{math.ceil(expected + 6 * math.sqrt(expected))}"
-            )
+        """The noise for sums of `length` numbers, extras included; StrategyError where the ring is too small."""
+        expected = cohort.expected(clients)
+        cap = math.ceil(expected + 6 * math.sqrt(expected))
+        capped = cohort.kind != "poisson" or cohort.cap is not None
+        require(capped, f"a ring must know its largest cohort: set cohort.cap, such as to {cap}")
         return _planned(self, cohort, clients, rounds, length, bits, delta_for(self.delta, clients))
 
-    def at(self, z: float, cohort: Cohort, clients: int, length: int, bits: int) -> "tuple[Ring, RingNoise, int]":
+    def at(self, z: float, cohort: Cohort, clients: int, length: int, bits: int) -> tuple[Ring, RingNoise, int]:
         """The ring, its noise's divergences, and the least number of survivors for a noise multiplier."""
         expected = cohort.expected(clients)
         least = math.ceil(self.survivors * expected - 1e-9)
         honest = least - math.floor(self.corrupt * expected + 1e-9)
-        if honest < 1:
-            raise StrategyError(f"of {least} survivors none is honest: expect fewer corrupt clients, or larger cohorts")
+        none = f"of {least} survivors none is honest: expect fewer corrupt clients, or larger cohorts"
+        require(honest >= 1, none)
         ring = fit(cohort.largest(clients), honest, self.clip, z, length, bits)
         norm = inflated(self.clip * ring.scale, ring.dimension)
         if self.noise == "skellam":
@@ -81,7 +73,7 @@ class DistributedDp(ClientBudget):
 
 @dataclass(frozen=True)
 class DistributedPlan:
-    """The ring, each client's noise, and the least number of survivors.
+    """Noise of which each client adds a part in the ring, for the unit of a client.
 
     Fewer than `least` survivors bring too little noise: their sum must not be unmasked.
     """
@@ -116,11 +108,8 @@ class DistributedPlan:
 
     def decode(self, total_D: np.ndarray, survivors: int, extras: Mapping[str, int], signs_D: np.ndarray) -> Aggregate:
         """The noisy sums as if of `divisor` clients, from the sum as signed numbers; `extras` are lengths by name."""
-        if survivors < self.least:
-            raise StrategyError(
-                f"{survivors} clients' noise is less than epsilon counts on, which is that of {self.least}: the round "
-                f"is void"
-            )
+        less = f"{survivors} clients' noise is less than epsilon counts on, which is that of {self.least}"
+        require(survivors >= self.least, f"{less}: the round is void")
         x_P = torch.from_numpy(rotate_back(total_D / self.ring.scale, signs_D, self.length)).float()
         names = sorted(extras)
         delta_P, *rest = x_P.split([self.length - sum(extras.values()), *(extras[name] for name in names)])
@@ -128,7 +117,7 @@ class DistributedPlan:
         return Aggregate(self.divisor, delta_P, sums, max(1, round(self.divisor)))
 
     def spent(self, rounds: int, *, simulated: bool) -> Epsilon:
-        """The epsilon of so many rounds for a client; rounds without it need not count."""
+        """The epsilon that `rounds` rounds cost a client; rounds without it need not count."""
         return spent(self.noise, self.scheme, rounds, self.delta, "client", simulated=simulated)
 
 
@@ -145,10 +134,7 @@ def _planned(
         assert dp.epsilon is not None
         z = least_noise(epsilon, dp.epsilon)
     ring, noise, least = dp.at(z, cohort, clients, length, bits)
-    if ring.deviation == 0:
-        raise StrategyError(
-            f"a ring of {bits} bits is too small for {ring.clients} clients with a noise multiplier of {z:.4g}: "
-            f"take more bits, fewer clients, or more noise"
-        )
+    small = f"a ring of {bits} bits is too small for {ring.clients} clients with a noise multiplier of {z:.4g}"
+    require(ring.deviation > 0, f"{small}: take more bits, fewer clients, or more noise")
     expected = cohort.expected(clients)
     return DistributedPlan(z, dp.clip, expected, least, ring, noise, dp.noise, delta, dp.joint, length)

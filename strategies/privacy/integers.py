@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from strategies.privacy.integer_noise import LARGEST
-from strategies.privacy.noise_source import Words, uniform
+from strategies.privacy.noise import LARGEST, Words, uniform
 
 LOG_BIAS = 0.5  # log(1 / beta): a rounding is refused with a probability of at most beta = e^-1/2, as in the paper
 WRAP = 1e-6  # the probability, in a round, that rotation or noise makes a coordinate larger than planned
@@ -55,7 +54,7 @@ def _hadamard(y_D: np.ndarray) -> np.ndarray:
 
 
 def inflated(norm: float, dimension: int) -> float:
-    """The largest L2 norm after rounding, for a norm of so many ring steps before.
+    """The largest L2 norm after rounding, for a norm before it, in steps of the ring.
 
     min(norm + sqrt(D), sqrt(norm^2 + D / 4 + sqrt(2 log(1 / beta)) (norm + sqrt(D) / 2))), theorem 1.
     """
@@ -69,10 +68,7 @@ def largest_l1(norm: float, dimension: int) -> float:
 
 
 def rounded(y_D: np.ndarray, bound: float, words: Words) -> np.ndarray:
-    """Whole numbers (D,) int64, each up or down at random with the right mean, again until |q| <= bound.
-
-    The refusals change the mean a little.
-    """
+    """Whole numbers (D,) int64, rounded at random with the right mean, until |q| <= bound, which shifts it a little."""
     while True:
         up_D = y_D + uniform(words, len(y_D))
         q_D: np.ndarray = np.floor(up_D, out=up_D)
@@ -85,8 +81,7 @@ def rounded(y_D: np.ndarray, bound: float, words: Words) -> np.ndarray:
 class Ring:
     """At most `clients` clients, `scale` ring steps for 1, noise of `deviation` steps from each client.
 
-    A coordinate of the sum stays within `signal` before the noise, except with a probability of WRAP. A deviation of 0
-    means that the ring is too small.
+    Before the noise a coordinate of the sum exceeds `signal` with probability WRAP. Deviation 0: the ring is too small.
     """
 
     clients: int
@@ -100,8 +95,7 @@ class Ring:
     def bound(self) -> int:
         """What a coordinate of the noisy sum stays within, except with a small probability; it fits the ring.
 
-        A coordinate that wraps is wrong by the whole ring; the privacy is the same, since it needs no more than the
-        noisy sum modulo 2^b.
+        A coordinate that wraps is wrong by the whole ring, and as private: privacy needs the sum modulo 2^b alone.
         """
         return math.ceil(self.signal + _widths(self.dimension) * math.sqrt(self.clients) * self.deviation)
 

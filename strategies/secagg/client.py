@@ -12,16 +12,7 @@ from strategies.secagg.masks import Masks
 from strategies.secagg.messages import Agreement, Inbox, KeyList, Keys, Shares, Survivors, Unmasking, UnmaskRequest
 from strategies.secagg.parameters import holders, neighbors
 from strategies.secagg.primitives import KEY_BYTES, Tampered
-from strategies.secagg.protocol import (
-    BOX,
-    Party,
-    SecAggAbort,
-    Session,
-    abort_unless,
-    box_context,
-    once,
-    signed_survivors,
-)
+from strategies.secagg.protocol import Party, Session, abort_unless, box_context, once, signed_survivors
 from strategies.secagg.shamir import SHARE_BYTES
 
 
@@ -53,14 +44,12 @@ class Client(Party):
     Both come from outside the session, since the server could lie about them.
     """
 
-    def __init__(
-        self, session: Session, client: int, identity: bytes = b"", roster: Mapping[int, bytes] | None = None
-    ) -> None:
+    def __init__(self, session: Session, client: int, identity: bytes = b"", roster: Mapping[int, bytes] = {}) -> None:
         if session.parameters.active and not (identity and roster):
             raise ValueError("the active profile needs the client's identity key and everybody's public ones")
         super().__init__(session)
         self._client = client
-        self._state = Secrets(identity, dict(roster or {}))
+        self._state = Secrets(identity, dict(roster))
 
     def __repr__(self) -> str:
         return f"Client({self._client}, phase={self._phase!r})"
@@ -90,7 +79,7 @@ class Client(Party):
             public = {keys.client: keys for keys in listed.keys}
             cipher_keys = {v: public[v].cipher_key for v in around}
             mask_keys = {v: public[v].mask_key for v in around}
-            state.box_keys = primitives.agree(state.cipher_key, cipher_keys, state.sid, BOX)
+            state.box_keys = primitives.agree(state.cipher_key, cipher_keys, state.sid, b"fedpost secagg box")
             state.pair_keys = primitives.agree(state.mask_key, mask_keys, state.sid, self.session.mask_purpose("pair"))
             state.seed = primitives.private_key()
             of = holders(self._client, around, parameters)
@@ -112,10 +101,9 @@ class Client(Party):
             self.session.enough(among, "masked input", f"client {client}'s secrets")
             for v, box in inbox.boxes.items():
                 try:
-                    context = box_context(state.sid, v, client)
-                    state.shares[v] = self._primitives.open(state.box_keys[v], box, context)
+                    state.shares[v] = self._primitives.open(state.box_keys[v], box, box_context(state.sid, v, client))
                 except Tampered as reason:
-                    raise SecAggAbort("masked input", f"client {v}'s share was tampered with: {reason}") from None
+                    raise Tampered(f"client {v}'s share was tampered with: {reason}") from None
             state.present = (*inbox.boxes, client)
             added = [state.pair_keys[v] for v in inbox.boxes if v < client]
             added.append(self._primitives.derive(state.seed, state.sid, self.session.mask_purpose("self")))
@@ -161,11 +149,8 @@ class Client(Party):
         state, parameters = self._state, self.session.parameters
         graph = (listed.degree, listed.threshold) == (parameters.degree, parameters.threshold)
         abort_unless(graph, "shares", "the server means to use another number of neighbors or another threshold")
-        n, fewest, most = (
-            len(once([keys.client for keys in listed.keys], "shares")),
-            parameters.fewest,
-            parameters.clients,
-        )
+        n, fewest = len(once([keys.client for keys in listed.keys], "shares")), parameters.fewest
+        most = parameters.clients
         abort_unless(fewest <= n <= most, "shares", f"{n} clients offer keys; it takes {fewest} to {most}")
         echoed = [keys.cipher_key + keys.mask_key for keys in listed.keys if keys.client == self._client]
         abort_unless(echoed == [state.offered], "shares", "the keys that this client offered are missing or altered")

@@ -18,10 +18,7 @@ _ZEROS = memoryview(bytes(4 * (PIECE + WORDS)))
 
 @dataclass(frozen=True)
 class Masks:
-    """Keys of masks, with their signs; they stay with the client that they belong to, its ranks included.
-
-    `bits` is the ring's b. There are no keys in mode "ideal".
-    """
+    """Keys of masks, with their signs, for a ring of `bits`: they stay with their client. Mode "ideal" has none."""
 
     bits: int
     added: tuple[bytes, ...] = field(default=(), repr=False)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from strategies.core.errors import StrategyError
+from strategies.core.errors import require
 
 # Half of 2^-40 each: the graph is not connected, or a client has too many corrupt neighbors.
 SECURITY = -41 * math.log(2)
@@ -35,18 +35,14 @@ class Parameters:
 
     def __post_init__(self) -> None:
         n, k, t = self.clients, self.degree, self.threshold
-        if n < 2:
-            raise StrategyError(f"secure aggregation needs a cohort of at least 2 clients, not {n}")
-        if not (k == n - 1 or (2 <= k < n and k % 2 == 0)):
-            raise StrategyError(f"the number of neighbors must be {n - 1} or an even number below, not {k}")
+        require(n >= 2, f"secure aggregation needs a cohort of at least 2 clients, not {n}")
+        graph = k == n - 1 or (2 <= k < n and k % 2 == 0)
+        require(graph, f"the number of neighbors must be {n - 1} or an even number below, not {k}")
         most = n if self.complete else k
-        if not 2 <= t <= most:
-            raise StrategyError(f"the threshold must be 2 to {most}, the number of holders of a share, not {t}")
-        if self.active and (not self.complete or n > LARGEST_ACTIVE or 2 * t <= n):
-            raise StrategyError(
-                f"the active profile needs the complete graph, a cohort of at most {LARGEST_ACTIVE}, and a threshold "
-                f"above half of it, not {k} neighbors, a cohort of {n} and a threshold of {t}"
-            )
+        require(2 <= t <= most, f"the threshold must be 2 to {most}, the number of holders of a share, not {t}")
+        needs = f"the complete graph, a cohort of at most {LARGEST_ACTIVE}, and a threshold above half of it"
+        holds = not self.active or (self.complete and n <= LARGEST_ACTIVE and 2 * t > n)
+        require(holds, f"the active profile needs {needs}, not {k} neighbors, a cohort of {n} and a threshold of {t}")
 
     @property
     def complete(self) -> bool:
@@ -85,8 +81,8 @@ def choose(
     `semi_malicious`: the server sets the graph up honestly and lies afterwards about who dropped out. Small cohorts and
     the active profile get the complete graph. StrategyError where no t tolerates both shares.
     """
-    if not (0 <= corrupt < 1 and 0 <= dropout < 1):
-        raise StrategyError(f"shares of corrupt clients and drop-outs must be in [0, 1), not {corrupt} and {dropout}")
+    shares = f"shares of corrupt clients and drop-outs must be in [0, 1), not {corrupt} and {dropout}"
+    require(0 <= corrupt < 1 and 0 <= dropout < 1, shares)
     most_corrupt = math.floor(clients * corrupt + 1e-9)
     survivors = math.ceil(clients * (1 - dropout) - 1e-9)
     if clients >= SMALLEST_RING and not active:
@@ -103,13 +99,11 @@ def choose(
     # The complete graph. t shares of either kind must be out of reach: corrupt clients give both, others only one.
     lies = semi_malicious or active
     least = (clients + most_corrupt) // 2 + 1 if lies else most_corrupt + 1
-    # A majority costs nothing where so many survive.
+    # A majority costs nothing where at least a majority survives.
     t = max(2, least, min(survivors, clients // 2 + 1))
-    if t > max(survivors, 2):
-        raise StrategyError(
-            f"no threshold tolerates {most_corrupt} corrupt clients and {clients - survivors} drop-outs of {clients}: "
-            f"{least} shares would be needed, and {survivors} clients survive; expect fewer of either"
-        )
+    none = f"no threshold tolerates {most_corrupt} corrupt clients and {clients - survivors} drop-outs of {clients}"
+    short = f"{least} shares would be needed, and {survivors} clients survive; expect fewer of either"
+    require(t <= max(survivors, 2), f"{none}: {short}")
     return Parameters(clients, clients - 1, t, active)
 
 

@@ -27,7 +27,6 @@ TAG_BYTES = 16
 SIGNATURE_BYTES = 64
 BOX_BYTES = NONCE_BYTES + 2 * SHARE_BYTES + TAG_BYTES  # a share of each of two secrets
 
-
 Mode = Literal["ideal", "full"]
 
 
@@ -51,10 +50,7 @@ class Primitives:
         return self.public_key(private) == public
 
     def agree(self, private: bytes, public: Mapping[int, bytes], salt: bytes, purpose: bytes) -> dict[int, bytes]:
-        """The key in common with each client: HKDF of X25519.
-
-        Tampered for a point of low order: the exchange would give zeros, which the package refuses.
-        """
+        """The key in common with each client: HKDF of X25519. Tampered for a point of low order, which gives zeros."""
         mine = X25519PrivateKey.from_private_bytes(private)  # as slow as an exchange, so once for all
         keys = {}
         for client, theirs in public.items():

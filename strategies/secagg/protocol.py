@@ -12,13 +12,10 @@ from typing import Literal
 
 from strategies.secagg.messages import KeyList, Keys
 from strategies.secagg.parameters import Parameters
-from strategies.secagg.primitives import PRIMITIVES, Mode, Primitives, Tampered
+from strategies.secagg.primitives import PRIMITIVES, Mode, Tampered
 from strategies.secagg.ring import Sums
 
 Phase = Literal["keys", "shares", "masked input", "agreement", "unmask"]
-
-TAG = b"fedpost secagg 1"
-BOX = b"fedpost secagg box"
 
 
 class SecAggAbort(Exception):
@@ -35,10 +32,7 @@ class SecAggAbort(Exception):
 
 @dataclass(frozen=True)
 class Session:
-    """One aggregation: everybody knows these facts from the recipe, and nobody accepts others from the server.
-
-    `attempt` counts the sessions of a round, each with keys of its own.
-    """
+    """Session `attempt` of a round: everybody knows it from the recipe, and nobody accepts another from the server."""
 
     round: int
     attempt: int
@@ -52,16 +46,11 @@ class Session:
             raise ValueError(f"the ring is made for {ring} clients, and {invited} are invited")
 
     @property
-    def primitives(self) -> Primitives:
-        """Real cryptography, or its stand-in."""
-        return PRIMITIVES[self.mode]
-
-    @property
     def facts(self) -> bytes:
         """All fields as bytes."""
         p = self.parameters
         numbers = f"{self.round}/{self.attempt}/{p.clients}/{p.degree}/{p.threshold}/{p.active}/{self.mode}"
-        return TAG + numbers.encode() + self.sums.digest
+        return f"fedpost secagg 1{numbers}".encode() + self.sums.digest
 
     def identity(self, listed: KeyList) -> bytes:
         """The session's id: a hash of the facts, everybody's keys, and the order of clients on the ring."""
@@ -79,7 +68,7 @@ class Session:
         return b"fedpost secagg keys" + facts + _number(keys.client) + keys.cipher_key + keys.mask_key
 
     def enough(self, left: int, phase: Phase, whose: str) -> None:
-        """Aborts unless the shares of so many holders recover a secret."""
+        """Aborts unless the shares of the `left` holders recover a secret."""
         t = self.parameters.threshold
         abort_unless(left >= t, phase, f"{left} clients are left to recover {whose}, and it takes {t}")
 
@@ -89,7 +78,7 @@ class Party:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._primitives = session.primitives
+        self._primitives = PRIMITIVES[session.mode]
         self._phase = ""
 
     def _forget(self) -> None:

@@ -13,13 +13,11 @@ from typing import Literal
 
 import numpy as np
 
-from strategies.core.errors import StrategyError
+from strategies.core.errors import require
 from strategies.secagg.masks import wrap
 
 BLOCK = 16_384  # elements at a time: the float64 intermediate stays in the cache
 DRAWS = 4  # float64 that one step of Philox's counter gives
-
-Kind = Literal["weighted", "plain", "noisy"]
 
 
 @dataclass(frozen=True)
@@ -27,19 +25,18 @@ class Sum:
     """A sum that a strategy needs: `length` coordinates and how each is bounded.
 
     "weighted" and "plain" are numbers, clipped to +-bound; the first are multiplied by the client's weight. "noisy" is
-    whole numbers that the caller has scaled and added noise to: they are reduced and never refused, and `bound`, a
-    whole number, is that of their sum.
+    whole numbers that the caller has scaled and added noise to: never refused; the whole `bound` is that of their sum.
     """
 
     name: str
     length: int
     bound: float
-    kind: Kind = "plain"
+    kind: Literal["weighted", "plain", "noisy"] = "plain"
 
     def __post_init__(self) -> None:
-        if self.length < 0 or not 0 < self.bound < math.inf:
-            values = f"{self.bound}, {self.length}"
-            raise StrategyError(f"the sum {self.name!r} needs a bound above 0 and a length, not {values}")
+        proper = self.length >= 0 and 0 < self.bound < math.inf
+        values = f"{self.bound}, {self.length}"
+        require(proper, f"the sum {self.name!r} needs a bound above 0 and a length, not {values}")
 
 
 @dataclass(frozen=True)
@@ -65,21 +62,16 @@ class Sums:
     bits: int = 32
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 32:
-            raise StrategyError(f"secure aggregation's ring has 2 to 32 bits, not {self.bits}")
+        require(2 <= self.bits <= 32, f"secure aggregation's ring has 2 to 32 bits, not {self.bits}")
         if len({entry.name for entry in self.sums}) != len(self.sums):
             raise ValueError("two sums have the same name")
-        if self.peak < 2:
-            raise StrategyError(
-                f"a cohort of {self.clients} does not fit a ring of {self.bits} bits: at most {self.half // 2} clients "
-                f"do; take more bits or a smaller cohort"
-            )
+        most = f"at most {self.half // 2} clients do; take more bits or a smaller cohort"
+        require(self.peak >= 2, f"a cohort of {self.clients} does not fit a ring of {self.bits} bits: {most}")
         for entry in self.sums:
-            if entry.kind == "noisy" and entry.bound > self.half:
-                reach = f"the sum {entry.name!r} reaches {int(entry.bound)}"
-                raise StrategyError(f"{reach}, and this ring ends at {self.half}")
-            if not math.isfinite(self.peak / entry.bound):
-                raise StrategyError(f"the bound of the sum {entry.name!r} is too small: {entry.bound}")
+            reach = f"the sum {entry.name!r} reaches {int(entry.bound)}, and this ring ends at {self.half}"
+            require(entry.kind != "noisy" or entry.bound <= self.half, reach)
+            small = f"the bound of the sum {entry.name!r} is too small: {entry.bound}"
+            require(math.isfinite(self.peak / entry.bound), small)
 
     @property
     def half(self) -> int:
@@ -127,8 +119,7 @@ class Sums:
 
     def level(self, weight: float) -> int:
         """A weight as a whole number of levels; StrategyError unless it is from 0 to 1."""
-        if not 0 <= weight <= 1:
-            raise StrategyError("a client's weight must be a number from 0 to 1")
+        require(0 <= weight <= 1, "a client's weight must be a number from 0 to 1")
         return round(weight * self.weight_levels)
 
     def encode_head(self, weight: float) -> np.ndarray:

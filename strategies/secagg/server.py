@@ -97,10 +97,8 @@ class Server(Party):
             self._commitments = {message.client: message.commitment for message in sent}
             self._recoverable(self._commitments.keys(), "shares")
             self._total = np.zeros(self._hold, np.uint32)
-            return {
-                u: Inbox(u, {message.client: message.boxes[u] for message in sent if u in message.boxes})
-                for u in self._commitments
-            }
+            boxes = {u: {m.client: m.boxes[u] for m in sent if u in m.boxes} for u in self._commitments}
+            return {u: Inbox(u, sealed) for u, sealed in boxes.items()}
 
     def add(self, masked: MaskedSum) -> None:
         """Third trip: adds a masked vector, or a slot's sum of them."""
@@ -121,12 +119,10 @@ class Server(Party):
 
     def requests(self, agreements: Iterable[Agreement] = ()) -> dict[int, UnmaskRequest]:
         """Begins the last trip: requests to all survivors, in the active profile to those who agreed."""
-        signatures = {}
-        after: Phase = "masked input"
-        if self.session.parameters.active:
-            signatures, after = self._agreed(list(agreements)), "agreement"
-        with self._turn("unmask", after, reached="asked"):
-            self._asked = set(signatures) if self.session.parameters.active else set(self._arrived)
+        active = self.session.parameters.active
+        signatures = self._agreed(list(agreements)) if active else {}
+        with self._turn("unmask", after="agreement" if active else "masked input", reached="asked"):
+            self._asked = set(signatures if active else self._arrived)
             requests = {}
             for u in sorted(self._asked):
                 near = [v for v in (*self._around[u], u) if v in self._commitments]
@@ -164,8 +160,7 @@ class Server(Party):
         """The negation of the survivors' own masks and of those that they share with the dead."""
         primitives, session = self._primitives, self.session
         reconstruction = Reconstruction(session.parameters.threshold)
-        added: list[bytes] = []
-        subtracted: list[bytes] = []
+        added, subtracted = list[bytes](), list[bytes]()
         for u, shares in sorted(seeds.items()):
             session.enough(len(shares), "unmask", f"the mask of client {u}")
             seed = primitives.recover(reconstruction, shares)

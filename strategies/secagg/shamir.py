@@ -6,6 +6,7 @@ polynomial of degree t - 1 whose constant term is the secret; any t shares recov
 
 import secrets
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 PRIME = 2**256 + 297
 SECRET_BYTES = 32
@@ -42,9 +43,7 @@ def at_zero(points: Sequence[int], prime: int = PRIME) -> list[int]:
 
 def _inverses(values: Sequence[int], prime: int) -> list[int]:
     """All inverses by a single inversion: products from the left, then divided out from the right (Montgomery 1987)."""
-    products = [1]
-    for value in values:
-        products.append(products[-1] * value % prime)
+    products = list(accumulate(values, lambda product, value: product * value % prime, initial=1))
     rest = pow(products[-1], -1, prime)
     inverses = []
     for i in range(len(values) - 1, -1, -1):

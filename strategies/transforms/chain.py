@@ -1,21 +1,16 @@
-"""The chain of transforms, encoded on the client and decoded in reverse on the server, and what lossy ones share.
-
-Legend: P parameters, N blocks of B neighboring coordinates.
-"""
+"""The chain of transforms, encoded on the client and decoded in reverse on the server, and the lossless one, Clip."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from strategies.core.base import Finished
-from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Update, Vector
-from strategies.core.ranges import check_ranges
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Size, Update
+from strategies.core.ranges import ABOVE_0, Range, check_ranges
 from strategies.core.seeds import torch_rng
-
-ERROR = "error"  # the name of the residual in a transform's part of the client's state
 
 
 @dataclass(frozen=True)
@@ -52,9 +47,10 @@ class Transform(ABC):
         return size
 
 
-def encode(
-    transforms: Sequence[Transform], update: Update, broadcast: Broadcast, client_state: ClientState
-) -> Finished:
+Chain = Sequence[Transform]
+
+
+def encode(transforms: Chain, update: Update, broadcast: Broadcast, client_state: ClientState) -> Finished:
     """The update as it leaves the client, and the transforms' part alone of the client's next state.
 
     `client_state` is the whole state from before the round; the next one is that of the strategy's `finish` and this.
@@ -71,7 +67,7 @@ def encode(
     return update, kept
 
 
-def decode(transforms: Sequence[Transform], aggregate: Aggregate, state: ServerState) -> tuple[Aggregate, ServerState]:
+def decode(transforms: Chain, aggregate: Aggregate, state: ServerState) -> tuple[Aggregate, ServerState]:
     """The aggregate that the strategy applies, before it does; `state` is that of the round's broadcast."""
     rng = torch_rng(state.seed, state.round, -1, "decode")
     for transform in reversed(transforms):
@@ -79,7 +75,7 @@ def decode(transforms: Sequence[Transform], aggregate: Aggregate, state: ServerS
     return aggregate, state
 
 
-def bits(transforms: Sequence[Transform], floats: int) -> int:
+def bits(transforms: Chain, floats: int) -> int:
     """The number of bits that a client sends for an update of `floats` float32 numbers; 32 each without transforms."""
     size = Size(floats, floats)
     for transform in transforms:
@@ -88,31 +84,19 @@ def bits(transforms: Sequence[Transform], floats: int) -> int:
 
 
 @dataclass(frozen=True)
-class Lossy(Transform, ABC):
-    """A transform that loses a part of the update and, with error feedback, sends it later.
+class Clip(Transform):
+    """delta <- delta * min(1, bound / |delta|), the L2 norm of the whole vector.
 
-    The client keeps the residual e: it sends C(delta + e) and keeps e <- delta + e - C(delta + e), so that over the
-    rounds the sum of what arrived is the sum of the deltas minus the last e. A coordinate that did not move this round
-    (frozen by the rule, or beyond the client's rank) sends nothing, and its residual waits: a frozen tensor stays where
-    it is. Trap: a residual is sent when the client next takes part, which in a large population is late or never.
+    It bounds what one client can do to a sum, so it goes with rules that read the sum alone. Extras are left as they
+    are. Traps: the clients themselves clip, so against those that lie it helps only if somebody checks. Transforms
+    after it in the chain may lengthen the update again (error feedback, projection); as the last one it always holds.
     """
 
-    error_feedback: bool = True
-
-    @abstractmethod
-    def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
-        """What travels in place of the vector, and what the server makes of that, (P,)."""
-
-    @property
-    def keeps_state(self) -> bool:
-        """The residual, with error feedback."""
-        return self.error_feedback
+    kind: Literal["clip"] = "clip"
+    bound: Annotated[float, Range("is the largest L2 norm", ABOVE_0)] = 1.0
+    works_on_shards: ClassVar[bool] = True
 
     def encode(self, update: Update, broadcast: Broadcast, client_state: ClientState, rng: torch.Generator) -> Finished:
-        """The squeezed delta with the residual of earlier rounds in it, and the new residual."""
-        if not self.error_feedback:
-            return replace(update, delta=self.squeeze(update.delta, broadcast, rng)[0]), {}
-        delta_P = update.delta
-        error_P = client_state.get(ERROR, torch.zeros_like(delta_P))
-        sent, seen_P = self.squeeze(torch.where(delta_P == 0, 0, delta_P + error_P), broadcast, rng)
-        return replace(update, delta=sent), {ERROR: delta_P + error_P - seen_P}
+        """The delta, shortened if it is too long."""
+        norm = broadcast.whole_norm(float(torch.linalg.vector_norm(update.delta, dtype=torch.float64)))
+        return (update if norm <= self.bound else replace(update, delta=update.delta * (self.bound / norm))), {}

@@ -22,8 +22,8 @@ from engine.objectives.sft import Sft
 from engine.training.local_training import LocalTrainer
 from engine.training.per_example import PrivateTrainer
 from strategies.privacy.accounting import Scheme
-from strategies.privacy.noise_source import seeded_words
-from strategies.privacy.per_example import ExamplePlan
+from strategies.privacy.budget import ExamplePlan
+from strategies.privacy.noise import seeded_words
 
 VOCABULARY = 300
 PROMPTS = ["", "say th", "name a color: ", "one and two are ", "count to ten: "]
@@ -122,9 +122,7 @@ def make_private(make_trainable: Callable[..., Trainable], bases: dict[str, Path
         plan = ExamplePlan(z, clip, Scheme("poisson", 1.0), 1e-5)
         plain = LocalTrainer(trainable, 0, train)
         plain.objective = options.get("objective", plain.objective)
-        trainer = PrivateTrainer(plain, plan)
-        trainer.words = seeded_words(np.random.default_rng(11))
-        return trainer
+        return PrivateTrainer(plain, plan, seeded_words(np.random.default_rng(11)))
 
     return made
 

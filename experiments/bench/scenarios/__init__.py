@@ -1,1 +1,1 @@
-"""One benchmark a file; its `measure` gives the figures."""
+"""The scenarios: functions of their names, which add figures to a Bench."""

@@ -1,8 +1,7 @@
 """`fedpost bench lora`, `tiny`, `big_update`, `cohort` and `gpu`: whole rounds against a bare PyTorch loop in one run.
 
-No figure is printed unless both have the same vector after the first round. On a GPU, where the bare loop is one
-process that has it for itself, that holds in float32; in bfloat16, which is timed, both have the same but for what
-AdamW makes of its rounding.
+No figure is printed unless both have the same vector after the first round. On a GPU, which the bare loop's one process
+has for itself, this gate is in float32; bfloat16, which is timed, differs by what AdamW makes of its rounding.
 """
 
 import math
@@ -21,26 +20,24 @@ from experiments.bench.sampling import command_mb
 from experiments.config.recipe import Recipe
 from experiments.preflight.processes import in_fresh_process
 
-CLIENTS, COHORT, ROWS, STEPS = 40, 10, 24, 4  # of `lora`
+CLIENTS, COHORT, ROWS = 40, 10, 24  # of `lora`
 # Rows of a step, tokens of a row, lanes, and a cohort that fills the lanes of each slot equally often.
-# The first is the recipe that other frameworks were measured on.
 CASES = (
-    (4, 128, 1, COHORT),
+    (4, 128, 1, COHORT),  # the recipe that other frameworks were measured on
     *((batch, 32, 8, 32) for batch in (1, 2, 4)),
     *((batch, 128, 8, 16) for batch in (1, 2, 4)),
     *((batch, 32, 1, COHORT) for batch in (1, 2, 4)),
     *((batch, 128, 1, COHORT) for batch in (1, 2)),
 )
 TINY = (16, 24, 1, 2)  # ten thousand parameters
-SIZES = {"1e3": (1_000, 100, 20), "1e5": (100_000, 1_000, 6)}  # clients, cohort, rounds of `tiny`
 TINY_ROWS, WORDS = 8, 8
+SIZES = {"1e3": (1_000, 100, 20), "1e5": (100_000, 1_000, 6)}  # clients, cohort, rounds of `tiny`
+SMALL_SIZES = {"1e3": (1_000, 100, 2), "1e5": (2_000, 200, 2)}
 LANES = 25  # a cohort of 100 fills them twice in each slot
-VOCABULARY = 195_000  # of `big_update`: twice times the width of 64, 25 million parameters, and a step on one short row
-# Rows of a step, tokens of a row, and lanes of `gpu`.
-GPU_CASES = ((1, 128, 1), (1, 128, 16), (2, 128, 16), (1, 512, 8), (2, 512, 8))
+VOCABULARY = 195_000  # of `big_update`: twice times the width of 64, 25 million parameters
+GPU_CASES = ((1, 128, 1), (1, 128, 16), (2, 128, 16), (1, 512, 8), (2, 512, 8))  # rows of a step, tokens, lanes
 SHARE = 0.05  # of the change in bfloat16; on a CPU it is 0.0003
 SQUARE, TRIES = 8192, 1000  # of the matrix product that shows the GPU's rate: enough of them to raise its clock
-CLIENTS_PER_S = "of the bare loop's clients/s"
 
 
 def case_name(batch: int, length: int, lanes: int) -> str:
@@ -50,8 +47,7 @@ def case_name(batch: int, length: int, lanes: int) -> str:
 
 def lora_recipe(bench: Bench, rounds: int, batch: int, length: int, *changes: str) -> Recipe:
     """LoRA clients of 4 steps each, with further changes."""
-    adamw = 'optimizer={kind="adamw", eps=1e-6}'
-    train = f"train={{steps={STEPS}, batch={batch}, max_length={length}, {adamw}}}"
+    train = f'train={{steps=4, batch={batch}, max_length={length}, optimizer={{kind="adamw", eps=1e-6}}}}'
     return bench.recipe(f"rounds={rounds}", f"clients.slots={PROCESSES}", f"cohort.size={COHORT}", train, *changes)
 
 
@@ -65,10 +61,9 @@ def lora(bench: Bench) -> None:
     """Measures tokens per second of LoRA clients by case, in lanes and one at a time, and all processes' memory."""
     write_lora_inputs(bench)
     for place, (batch, length, lanes, size) in enumerate(CASES[:2] if bench.small else CASES):
-        end, rounds = f"_{case_name(batch, length, lanes)}" if place else "", 8 if place else 15
+        end, rounds = f"_{case_name(batch, length, lanes)}" if place else "", 2 if bench.small else 8 if place else 15
         bench.say(f"{batch} rows of {length} tokens a step, {lanes} of {size} clients at once")
-        changes = f"clients.lanes={lanes}", f"cohort.size={size}"
-        work = lora_recipe(bench, 2 if bench.small else rounds, batch, length, *changes)
+        work = lora_recipe(bench, rounds, batch, length, f"clients.lanes={lanes}", f"cohort.size={size}")
         compared = compare(work, bench.folder / f"run{end}")
         bench.add(f"efficiency{end}", compared.ratio, "of the bare loop's tokens/s")
         bench.add(f"apart{end}", compared.apart, "largest difference")
@@ -86,56 +81,47 @@ def _add_memory(bench: Bench, work: Recipe) -> None:
 
 def tiny_recipe(bench: Bench, cohort: int, rounds: int, lanes: int, rows: Path | None = None) -> Recipe:
     """One step of all rows of a client: full tuning, or with several lanes LoRA, without which there are none."""
-    return bench.recipe(
-        *(f"rounds={rounds}", f"clients={{slots={PROCESSES}, lanes={lanes}}}", f"cohort.size={cohort}"),
-        f'train={{steps=1, batch={TINY_ROWS}, max_length=16, optimizer={{kind="sgd", lr=0.1}}}}',
-        f"model.peft={'none' if lanes == 1 else 'lora'}",
-        rows=rows,
-    )
+    clients, peft = f"clients={{slots={PROCESSES}, lanes={lanes}}}", f"model.peft={'none' if lanes == 1 else 'lora'}"
+    train = f'train={{steps=1, batch={TINY_ROWS}, max_length=16, optimizer={{kind="sgd", lr=0.1}}}}'
+    return bench.recipe(f"rounds={rounds}", f"cohort.size={cohort}", clients, train, peft, rows=rows)
 
 
 def tiny(bench: Bench) -> None:
     """Measures clients per second where a client is one small step: one at a time, and in the smaller size in lanes."""
     write_llama(bench.folder / "base", TINY, of_bytes=True)
-    for size, (clients, cohort, rounds) in SIZES.items():
-        rows = bench.folder / size
-        if bench.small:
-            clients, cohort, rounds = (2_000, 200, 2) if size == "1e5" else (clients, cohort, 2)
+    for size, (clients, cohort, rounds) in (SMALL_SIZES if bench.small else SIZES).items():
         bench.say(f"rows of {clients:,} clients")
-        write_rows(rows, clients, TINY_ROWS, WORDS)
+        write_rows(rows := bench.folder / size, clients, TINY_ROWS, WORDS)
         for key, lanes in ((f"clients_ratio_{size}", 1), ("lanes_ratio", LANES))[: 2 if size == "1e3" else 1]:
             bench.say(f"{rounds} rounds of {cohort:,} of them, {lanes} at once")
             compared = compare(tiny_recipe(bench, cohort, rounds, lanes, rows), rows / key)
-            bench.add(key, compared.ratio, CLIENTS_PER_S)
+            bench.add(key, compared.ratio, "of the bare loop's clients/s")
             bench.add(f"apart_{key}", compared.apart, "largest difference")
             bench.add(f"ms_per_client_{key}", compared.best_round_s / cohort * 1e3, "ms, best round")
 
 
 def cohort(bench: Bench) -> None:
     """Measures milliseconds a client of `tiny` and the ratio to the bare loop by the size of the cohort."""
-    cohorts = (100,) if bench.small else (10, 100, 1_000, 10_000)
+    cohorts = {100: 3} if bench.small else {10: 8, 100: 8, 1_000: 8, 10_000: 3}  # rounds by cohort
     write_llama(bench.folder / "base", TINY, of_bytes=True)
-    write_rows(bench.folder, cohorts[-1], TINY_ROWS, WORDS)
-    for size in cohorts:
-        rounds = 3 if bench.small or size > 1_000 else 8
+    write_rows(bench.folder, max(cohorts), TINY_ROWS, WORDS)
+    for size, rounds in cohorts.items():
         bench.say(f"{rounds} rounds of {size:,} clients")
         compared = compare(tiny_recipe(bench, size, rounds, lanes=1), bench.folder / f"run-{size}")
         bench.add(f"ms_per_client_{size}", compared.best_round_s / size * 1e3, "ms, the best round")
-        bench.add(f"clients_ratio_{size}", compared.ratio, CLIENTS_PER_S)
+        bench.add(f"clients_ratio_{size}", compared.ratio, "of the bare loop's clients/s")
 
 
 def big_update(bench: Bench) -> None:
     """Measures time and memory of an update of 25 million parameters with hardly any training."""
     write_llama(bench.folder / "base", (64, 64, 1, 2), vocabulary=VOCABULARY // 10 if bench.small else VOCABULARY)
     write_rows(bench.folder, 40, 1, 8)
-    work = bench.recipe(
-        *(f"rounds={3 if bench.small else 8}", f"clients.slots={PROCESSES}", "cohort.size=20", "model.peft=none"),
-        'train={steps=1, batch=1, max_length=8, optimizer={kind="sgd", lr=0.1}}',
-    )
+    size = f"rounds={3 if bench.small else 8}", f"clients.slots={PROCESSES}", "cohort.size=20", "model.peft=none"
+    work = bench.recipe(*size, 'train={steps=1, batch=1, max_length=8, optimizer={kind="sgd", lr=0.1}}')
     compared = compare(work, bench.folder / "run")
     bench.add("time_ratio", 1 / compared.ratio, "times the bare loop's time")
-    _add_memory(bench, work)
     bench.add("apart", compared.apart, "largest difference")
+    _add_memory(bench, work)
 
 
 def gpu(bench: Bench) -> None:
@@ -150,13 +136,12 @@ def gpu(bench: Bench) -> None:
     for batch, length, lanes in GPU_CASES[:2] if bench.small else GPU_CASES:
         case = case_name(batch, length, lanes)
         clients = f"clients={{slots=1, num_gpus={int(has_gpu)}, lanes={lanes}}}"
-        changes = "cohort.size=32", 'model.dtype="bfloat16"', clients
-        work = lora_recipe(bench, 3 if bench.small else 6, batch, length, *changes)
-        what = f"{batch} rows of {length} tokens a step, {lanes} clients at once"
-        bench.say(f"{what}: the first round in float32")
+        rounds = 3 if bench.small else 6
+        work = lora_recipe(bench, rounds, batch, length, "cohort.size=32", 'model.dtype="bfloat16"', clients)
+        bench.say(f"{batch} rows of {length} tokens a step, {lanes} clients at once: the first round in float32")
         single = replace(work, rounds=2, model=replace(work.model, dtype="float32"))
         bench.add(f"apart_{case}", compare(single, bench.folder / f"gate-{case}").apart, "largest difference")
-        bench.say(f"{what}: {work.rounds} rounds")
+        bench.say(f"the same: {work.rounds} rounds in bfloat16")
         compared = compare(work, bench.folder / f"run-{case}", tolerance=math.inf)
         if not compared.share <= SHARE:
             raise ValueError(f"{case}: in bfloat16 the loops' changes differ by {compared.share:.0%} of the change")
@@ -175,9 +160,8 @@ def flops_per_token(model: Model, length: int) -> float:
     """Operations of a token of a row of `length`, forward and backward without gradients of frozen weights."""
     from experiments.preflight.plan import meta_network, on_meta  # imports transformers
 
-    network = meta_network(model)
     with FlopCounterMode(display=False) as counted:
-        on_meta(network, length).sum().backward()
+        on_meta(meta_network(model), length).sum().backward()
     return float(counted.get_total_flops()) / length
 
 

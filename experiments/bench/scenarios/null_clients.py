@@ -1,10 +1,8 @@
-"""`fedpost bench overhead` and `population`: rounds of null clients, which show the engine's cost.
-
-The slots are the engine's but for their trainer: it trains nothing, and returns the same change for each client.
-"""
+"""`fedpost bench overhead` and `population`: rounds of null clients, which train nothing, show the engine's cost."""
 
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from experiments.bench.sampling import stored_bytes
 from experiments.config.recipe import Recipe, located
 from experiments.preflight.processes import in_fresh_process, memory
 from experiments.runs.api import build_store, ray_session
+from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
 from strategies.core.protocol import ClientState, Update
 
@@ -101,36 +100,28 @@ def overhead(bench: Bench) -> None:
 def population(bench: Bench) -> None:
     """Measures the driver's growth and start by the population, with one cohort; and a large cohort of the largest."""
     populations = (1_000, 10_000) if bench.small else (1_000, 10_000, 100_000, 1_000_000)
-    parts = {clients: Bench(bench.folder / power(clients), bench.small) for clients in populations}
-    for clients, part in parts.items():
+    works, starts = dict[int, Recipe](), list[NullRounds]()
+    for clients in populations:
+        part = Bench(bench.folder / power(clients), bench.small)
         part.folder.mkdir()
         bench.say(f"rows of {clients:,} clients")
-        in_fresh_process(_write_store, part, clients)
-    starts: list[NullRounds] = []
-    for clients, part in parts.items():  # after all stores are built, so that all starts find the same machine
+        works[clients] = null_recipe(part, clients, COHORT, 0)
+        token_columns(build_store(works[clients]), located(works[clients]))
+    for clients, work in works.items():  # after all stores are built, so that all starts find the same machine
         bench.say(f"a cohort of {COHORT:,} of {clients:,} clients")
         # The fresh process is the driver: the memory of building the store is not in it.
-        starts.append(played := in_fresh_process(_play, part, clients, COHORT))
+        starts.append(played := in_fresh_process(play, work, bench.folder / f"run-{clients}", 3))
         bench.add(f"start_s_{power(clients)}", played.start_s, "s until the first round")
         bench.add(f"ms_per_client_{power(clients)}", *played.ms_per_client(COHORT))
         bench.add(f"driver_rss_mb_{power(clients)}", played.rss_mb, "MB")
     fewest, *_, most = populations
     if not bench.small:
         bench.say(f"a cohort of {LARGE_COHORT:,} of {most:,} clients")
-        played = in_fresh_process(_play, parts[most], most, LARGE_COHORT)
+        large = replace(works[most], cohort=UniformCohort(size=LARGE_COHORT))
+        played = in_fresh_process(play, large, bench.folder / "run-large", 3)
         bench.add(f"ms_per_client_cohort_{power(LARGE_COHORT)}", *played.ms_per_client(LARGE_COHORT))
     bench.add("start_s", starts[-1].start_s, f"s until the first round of {most:,} clients")
-    growth = starts[-1].rss_mb - starts[0].rss_mb
-    bench.add("driver_rss_growth_mb", growth, f"MB from {fewest:,} to {most:,} clients")
-
-
-def _write_store(bench: Bench, clients: int) -> None:
-    work = located(null_recipe(bench, clients, COHORT, 0))
-    token_columns(build_store(work), work)
-
-
-def _play(bench: Bench, clients: int, cohort: int) -> NullRounds:
-    return play(null_recipe(bench, clients, cohort, 0), bench.folder / f"run-{cohort}", 3)
+    bench.add("driver_rss_growth_mb", starts[-1].rss_mb - starts[0].rss_mb, f"MB from {fewest:,} to {most:,} clients")
 
 
 def null_recipe(bench: Bench, clients: int, cohort: int, size_mb: float) -> Recipe:
@@ -141,10 +132,9 @@ def null_recipe(bench: Bench, clients: int, cohort: int, size_mb: float) -> Reci
     if not (bench.folder / "rows.parquet").exists():
         write_rows(bench.folder, clients, 1, 8)
     rank = max(1, round(size_mb * 2**20 / 4 / 1024))
-    return bench.recipe(
-        *("rounds=1", f"clients.slots={SLOTS}", f"cohort.size={cohort}", "train={steps=1, batch=1, max_length=16}"),
-        *(f'model.base="{base}"', f'model.peft={{kind="lora", r={rank}, targets=["q_proj"]}}'),
-    )
+    model = f'model={{base="{base}", peft={{kind="lora", r={rank}, targets=["q_proj"]}}}}'
+    size = "rounds=1", f"clients.slots={SLOTS}", f"cohort.size={cohort}", "train={steps=1, batch=1, max_length=16}"
+    return bench.recipe(*size, model)
 
 
 def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:

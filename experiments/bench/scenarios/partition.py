@@ -1,8 +1,7 @@
 """`fedpost bench partition`: stores of up to a million clients, and partitions against those of flwr-datasets.
 
-No figure is printed unless the rows that are read back from each store are those that were put in, and both libraries'
-partitions of the same rows agree. All that it builds, about 3 GB in full size, is in the folder for temporary files and
-deleted in the end.
+No figure is printed unless each store gives back the rows that were put in, and both libraries' partitions of the same
+rows agree. It builds about 3 GB in full size, in the folder for temporary files, and deletes them at the end.
 """
 
 import statistics
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from datasets_partition.core.types import Partitioner
 from datasets_partition.partitioners.by_label import Dirichlet
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.files import ParquetFiles
@@ -37,9 +36,7 @@ ROWS, WORDS, SEED = 10, 8, 1  # rows of a client, words of a row
 CHECKED, TRIES, ROUNDS = 20, 21, 5
 ROWS_PER_CLIENT, LABELS, CLIENTS, ALPHA = 100, 10, 100, 0.5
 OUR_TRIES, THEIR_TRIES = 5, 3
-# Of the two-sample Kolmogorov-Smirnov test: samples of one law are further apart once in a million times.
-FAR = 2.69
-ROWS_AT_ONCE = 1 << 17
+FAR = 2.69  # of the two-sample Kolmogorov-Smirnov test: samples of one law are further apart once in a million times
 
 
 class Size(NamedTuple):
@@ -58,7 +55,7 @@ SMALL = Size((10**2, 10**4), cohort=100, compared=(10**4,), slots=1)
 def partition(bench: Bench) -> None:
     """Measures stores and partitions; ValueError when a store lacks rows, or a partition is not what it should be."""
     size = SMALL if bench.small else FULL
-    smallest, largest = size.populations[0], size.populations[-1]
+    smallest, *_, largest = size.populations
     slots: dict[int, dict[str, float]] = {}
     for population in size.populations:
         with TemporaryDirectory(dir=bench.folder) as name:
@@ -74,13 +71,12 @@ def partition(bench: Bench) -> None:
             _measure_reading(bench, folder, tokens.folder, population, size.cohort)
             if population in (smallest, largest):
                 bench.say(f"{population:,} clients: reading as a slot does")
-                held = [
-                    in_fresh_process(_read_as_slot, folder, tokens.folder, smallest // 2) for _ in range(size.slots)
-                ]
+                read = _read_as_slot, folder, tokens.folder, smallest // 2
+                held = [in_fresh_process(*read) for _ in range(size.slots)]
                 slots[population] = {kind: statistics.median(each[kind] for each in held) for kind in held[0]}
     for figure, kind in (("slot_rss_growth_mb", "VmRSS"), ("slot_private_growth_mb", "RssAnon")):
-        least, most = slots[smallest].get(kind), slots[largest].get(kind)  # unknown on some systems
-        bench.add(figure, None if least is None or most is None else most - least, "MB")
+        known = kind in slots[smallest]  # on some systems it is not
+        bench.add(figure, slots[largest][kind] - slots[smallest][kind] if known else None, "MB")
     compare_with_flwr(bench, size.compared)
 
 
@@ -92,12 +88,11 @@ def write_rows(path: Path, population: int) -> None:
     owners = random.permutation(np.repeat(np.arange(population), ROWS))
     schema = pa.schema([("client", pa.string()), ("text", pa.string())])
     with pq.ParquetWriter(path, schema) as writer:
-        for first in range(0, len(owners), ROWS_AT_ONCE):
-            some = pa.array(owners[first : first + ROWS_AT_ONCE]).cast(pa.string())
+        for some in np.split(owners, range(1 << 17, len(owners), 1 << 17)):
             drawn = words.take(pa.array(random.integers(0, len(words), len(some) * WORDS)))
             ends = np.arange(0, len(drawn) + 1, WORDS, dtype=np.int32)
             texts = pc.binary_join(pa.ListArray.from_arrays(ends, drawn), " ")
-            writer.write_table(pa.table([some, texts], schema=schema))
+            writer.write_table(pa.table([pa.array(some).cast(pa.string()), texts], schema=schema))
 
 
 def to_bytes(rows: pa.Table) -> pa.Table:
@@ -132,7 +127,7 @@ def _measure_reading(bench: Bench, folder: Path, tokens: Path, population: int, 
     bench.add(f"open_ms_{power(population)}", statistics.median(opening) * 1e3, "ms")
     if store.num_training < cohort:
         return
-    kind, rounds = UniformCohort(size=cohort), iter(range(TRIES))
+    kind, rounds = UniformCohort(size=cohort), count()
     drawn = kind.sample(store.num_training, SEED, 0)
     if len(np.unique(drawn)) != cohort or drawn.min() < 0 or drawn.max() >= store.num_training:
         raise ValueError(f"a cohort of {cohort:,} is not one of different training clients")
@@ -153,8 +148,8 @@ def _read_as_slot(folder: Path, tokens: Path, cohort: int) -> dict[str, float]:
 
 def _build(source: Path, cache: Path, population: int, bench: Bench) -> tuple[Path, dict[str, Figure]]:
     """A store, and the wall and processor time of its build, and the most memory of this process, which built it."""
-    began, cpu = time.perf_counter(), time.process_time()
-    folder = build(ParquetFiles(path=str(source)), Natural(), Splits(), SEED, str(cache), bench.say_now_and_then)
+    began, cpu, say = time.perf_counter(), time.process_time(), partial(bench.say, pause_s=2.0)
+    folder = build(ParquetFiles(path=str(source)), Natural(), Splits(), SEED, str(cache), say)
     seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu
     return folder, {
         "build_rows_per_s": Figure(population * ROWS / seconds, "rows/s"),
@@ -187,29 +182,25 @@ def has_flwr() -> bool:
 
 
 def time_both(kind: str, rows: int) -> tuple[float, float]:
-    """Our and their seconds for the natural or the Dirichlet partition of `rows` rows; ValueError if they disagree.
-
-    The median of processor time until the rows of every client are known: a busy machine favors neither library.
-    """
-    table = labelled(rows)
+    """Our and their median seconds until the rows of every client are known; ValueError if the partitions disagree."""
+    table, flwr = labelled(rows), import_module("flwr_datasets.partitioner")
     dataset = import_module("datasets").Dataset.from_dict(table.to_pydict())
-    flwr = import_module("flwr_datasets.partitioner")
-
-    if kind == "natural":
-        our_clients, ours = _ours(Natural(), table)
-        partitioners, theirs = _theirs(lambda seed: flwr.NaturalIdPartitioner("client"), dataset)
-        refuse_other_rows(_rows_of_each(our_clients[0]), _their_rows(partitioners[0]))
+    natural = kind == "natural"
+    partitioner = Natural() if natural else Dirichlet(label="label", clients=CLIENTS, alpha=ALPHA)
+    make = partial(flwr.DirichletPartitioner, CLIENTS, "label", ALPHA, min_partition_size=1)
+    partitioners = [flwr.NaturalIdPartitioner("client") if natural else make(seed=seed) for seed in range(THEIR_TRIES)]
+    for each in partitioners:
+        each.dataset = dataset
+    calls = [partial(partitioner.assign, table, rng(seed, "bench")) for seed in range(OUR_TRIES)]
+    assigned, our_s = _timed(calls)
+    _, their_s = _timed([partial(each.load_partition, 0) for each in partitioners])  # it makes all clients
+    ours, theirs = (_rows_of_each(each.clients) for each in assigned), map(_their_rows, partitioners)
+    if natural:
+        refuse_other_rows(next(ours), next(theirs))
     else:
-        our_clients, ours = _ours(Dirichlet(label="label", clients=CLIENTS, alpha=ALPHA), table)
-        partitioners, theirs = _theirs(
-            lambda seed: flwr.DirichletPartitioner(CLIENTS, "label", ALPHA, min_partition_size=1, seed=seed), dataset
-        )
         labels = table["label"].to_numpy().astype(np.int64)
-        refuse_another_law(
-            [_counts(_rows_of_each(clients), labels) for clients in our_clients],
-            [_counts(_their_rows(partitioner), labels) for partitioner in partitioners],
-        )
-    return ours, theirs
+        refuse_another_law(*([_counts(rows, labels) for rows in draws] for draws in (ours, theirs)))
+    return our_s, their_s
 
 
 def labelled(rows: int) -> pa.Table:
@@ -231,35 +222,17 @@ def refuse_another_law(ours: list[NDArray[np.int64]], theirs: list[NDArray[np.in
     both = np.stack(ours), np.stack(theirs)
     shares = [np.sort((counts / counts.sum(axis=1, keepdims=True)).ravel()) for counts in both]
     sizes = [np.sort(counts.sum(axis=2).ravel()) for counts in both]
-    for ours_sorted, theirs_sorted in (shares, sizes):
-        values = np.concatenate([ours_sorted, theirs_sorted])
-        ours_below, theirs_below = (
-            np.searchsorted(sample, values, side="right") / len(sample) for sample in (ours_sorted, theirs_sorted)
-        )
-        far = FAR * np.sqrt(1 / len(ours_sorted) + 1 / len(theirs_sorted))
-        if np.abs(ours_below - theirs_below).max() > far:
+    for samples in (shares, sizes):
+        values = np.concatenate(samples)
+        below = [np.searchsorted(sample, values, side="right") / len(sample) for sample in samples]
+        if np.abs(below[0] - below[1]).max() > FAR * np.sqrt(sum(1 / len(sample) for sample in samples)):
             raise ValueError("the Dirichlet partition is of another law than that of flwr-datasets")
 
 
 def _timed(work: Sequence[Callable[[], Any]]) -> tuple[list[Any], float]:
-    """What each of some calls returns, and the median of their processor time in seconds."""
+    """What some calls return, and the median of their processor seconds: a busy machine favors neither library."""
     timed = [seconds_of(call, clock=time.process_time) for call in work]
     return [result for _, result in timed], statistics.median(seconds for (seconds,), _ in timed)
-
-
-def _ours(partitioner: Partitioner, table: pa.Table) -> tuple[list[NDArray[np.int32]], float]:
-    """The clients of the rows by several seeds, and the median time."""
-    draws = (rng(seed, "bench") for seed in range(OUR_TRIES))
-    assigned, seconds = _timed([partial(partitioner.assign, table, draw) for draw in draws])
-    return [each.clients for each in assigned], seconds
-
-
-def _theirs(make: Callable[[int], Any], dataset: Any) -> tuple[list[Any], float]:
-    """Their partitioners by several seeds, and the median time: the first client asked for has all of them made."""
-    partitioners = [make(seed) for seed in range(THEIR_TRIES)]
-    for partitioner in partitioners:
-        partitioner.dataset = dataset
-    return partitioners, _timed([partial(each.load_partition, 0) for each in partitioners])[1]
 
 
 def _rows_of_each(owners: NDArray[np.int32]) -> list[NDArray[np.int64]]:

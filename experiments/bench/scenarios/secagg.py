@@ -4,11 +4,9 @@ No figure is printed unless mode "full" gives the bits of "ideal" with drop-outs
 the sum of what its clients encoded, and the secured demo the losses of the plain one.
 
 A session plays all parties in one process. Keys, shares, boxes, messages, checks and the server's sums are real for all
-clients. Only what a client does to each of its coordinates, encoding and masking, may be done to some of them
-("sampled"), and its seconds be scaled to the whole: units then say "extrapolated". Seconds of clients and server are of
-one core's processor time, so that other work on the machine counts little; those of rounds are of the wall.
-
-Legend: L ring coordinates, S of them sampled.
+clients. Clients may encode and mask a sample of their coordinates alone; these seconds are scaled to the whole, and
+their units say "extrapolated". Seconds of clients and server are one core's processor time, on which other work on the
+machine has little effect; those of rounds are wall time. Legend: L ring coordinates, S of them sampled.
 """
 
 import os
@@ -16,7 +14,7 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -37,7 +35,6 @@ from strategies.secagg.server import Server
 
 SEED = 1
 SCALED = ("encode", "mask")  # a client's steps whose work grows with its vector
-T = TypeVar("T")
 Answer = TypeVar("Answer", Keys, Shares, MaskedSum, Unmasking)
 COORDINATES, KEYS, TRIES = 5_000_000, 31, 7  # of the mask loop: a client's vector, and its masks with 30 neighbors
 # Cohort, coordinates, bits. Complete graphs, and a ring; vectors that end within a piece of the mask loop.
@@ -80,21 +77,18 @@ class Rounds(NamedTuple):
 
 CHANGES = ('name="bench-secagg"', "cohort.size=32", "evaluate.every=0", "evaluate.rows=1")
 # There and back, so that a machine that becomes slower or faster favors neither mode.
-FULL = Size(
-    *((32, 100, 1000), (100_000, 1_000_000, COORDINATES), 2**18),
-    *(("off", "full", "full", "off"), (*CHANGES, "rounds=4")),
-)
+FULL = Size((32, 100, 1000), (10**5, 10**6, COORDINATES), 2**18, ("off", "full", "full", "off"), (*CHANGES, "rounds=4"))
 SMALL = Size((8, 32), (20_000,), 2**14, ("off", "full"), (*CHANGES, "rounds=2", *SMALL_DEMO))
 
 
 class Clock(defaultdict[str, float]):
     """Seconds of this thread's processor time by step."""
 
-    def __call__(self, step: str, work: Callable[..., T], *arguments: object) -> T:
+    def __call__(self, step: str, work: Callable[..., Any], *arguments: object) -> Any:
         """Returns what `work` returns, and adds its time to the step's."""
         (seconds,), result = seconds_of(lambda: work(*arguments), clock=time.thread_time)
         self[step] += seconds
-        return result  # type: ignore[no-any-return]
+        return result
 
 
 class Played(NamedTuple):
@@ -123,8 +117,7 @@ class Played(NamedTuple):
 
 def session_of(clients: int, coordinates: int, mode: Mode = "full", bits: int = 32) -> Session:
     """A session for weighted vectors of `coordinates`, with the k and t that `choose` gives for the cohort."""
-    sums = Sums((Sum("delta", coordinates, 1.0, "weighted"),), clients, bits)
-    return Session(0, 0, choose(clients), sums, mode)
+    return Session(0, 0, choose(clients), Sums((Sum("delta", coordinates, 1.0, "weighted"),), clients, bits), mode)
 
 
 def play(session: Session, sampled: int, gone: Mapping[int, Phase]) -> Played:
@@ -164,7 +157,7 @@ def play(session: Session, sampled: int, gone: Mapping[int, Phase]) -> Played:
     keys = list(answers("keys", everybody, lambda u: client("keys", members[u].keys)))
     listed = server("key_list", party.key_list, keys)
     traffic["down"] += len(keys) * listed.nbytes
-    present = sorted(key.client for key in keys)
+    present = [key.client for key in keys]
     shares = list(answers("shares", present, lambda u: client("shares", members[u].shares, listed)))
     inboxes = server("inboxes", party.inboxes, shares)
     traffic["down"] += sum(inbox.nbytes for inbox in inboxes.values())
@@ -177,11 +170,9 @@ def play(session: Session, sampled: int, gone: Mapping[int, Phase]) -> Played:
     server("recover", party.unmask, given)
     total_S = server("unmask", party.total)[:sampled]
     wrap(expected_S, sums.bits)
-
     scale = sums.length / sampled
     steps = {step: s / len(everybody) * (scale if step in SCALED else 1) for step, s in client.items()}
-    up, down = traffic["up"], traffic["down"]
-    return Played(session.parameters, total_S, expected_S, scale, steps, dict(server), up, down)
+    return Played(session.parameters, total_S, expected_S, scale, steps, dict(server), traffic["up"], traffic["down"])
 
 
 def secagg(bench: Bench) -> None:
@@ -197,7 +188,11 @@ def secagg(bench: Bench) -> None:
         rounds[mode].append(Rounds.of(bench.run(recipe, str(turn))[0]))
     add_rounds(bench, rounds["off"], rounds["full"])
     bench.say(f"the mask loop: {KEYS} keys, {COORDINATES:,} coordinates")
-    bench.add("mask_gb_per_s", mask_speed(), "GB/s of one core")
+    keys = tuple(os.urandom(32) for _ in range(KEYS))
+    masks, values_L = Masks(32, keys[::2], keys[1::2]), np.ones(COORDINATES, np.uint32)
+    seconds, _ = seconds_of(lambda: masks.apply(values_L), TRIES, time.thread_time)
+    speed = KEYS * values_L.nbytes / statistics.median(seconds) / 1e9
+    bench.add("mask_gb_per_s", speed, "GB/s of one core")
     bench.add("core_s_1000x5m", None, "core-s")  # in the small size there is no such session
     for clients in size.cohorts:
         for coordinates in size.coordinates:
@@ -216,23 +211,14 @@ def refuse_other_bits() -> None:
             raise ValueError(f"{what}: its times say nothing")
 
 
-def mask_speed() -> float:
-    """GB of keystream that one core adds to a vector in a second, the median of some tries."""
-    keys = tuple(os.urandom(32) for _ in range(KEYS))
-    masks, values_L = Masks(32, keys[::2], keys[1::2]), np.ones(COORDINATES, np.uint32)
-    seconds, _ = seconds_of(lambda: masks.apply(values_L), TRIES, time.thread_time)
-    return KEYS * values_L.nbytes / statistics.median(seconds) / 1e9
-
-
 def add_rounds(bench: Bench, plain: list[Rounds], secured: list[Rounds]) -> None:
     """Adds the times and messages of both kinds of runs; ValueError if their losses differ."""
     plain_losses, secured_losses = zip(*((p.losses, s.losses) for p in plain for s in secured), strict=True)
     what = "the losses of the plain and the secured run, in nats per token,"
     apart = largest_difference(what, plain_losses, secured_losses, LOSSES)
     before, after = (statistics.median(s for run in runs for s in run.seconds) for runs in (plain, secured))
-    first, last = (statistics.median(run.seconds) for run in (plain[0], plain[-1]))
     bench.add("round_ratio_n32", after / before, "ratio")
-    noise = last / first if len(plain) > 1 else None
+    noise = statistics.median(plain[-1].seconds) / statistics.median(plain[0].seconds) if len(plain) > 1 else None
     bench.add("plain_ratio_n32", noise, "ratio of two plain runs: noise")
     bench.add("plain_round_s_n32", before, "s of wall time")
     bench.add("secured_round_s_n32", after, "s of wall time")
@@ -248,7 +234,7 @@ def play_session(clients: int, coordinates: int, sampled: int) -> tuple[Played, 
     play(session_of(4, 10), sampled, {})  # loads what the session needs, which is not measured
     before = memory().get("VmRSS")
     # The phase where a drop-out costs most: the clients have masked, and the server must compute their masks itself.
-    gone: Mapping[int, Phase] = {u: "masked input" for u in range(max(1, int(DROPPED * clients)))}
+    gone: dict[int, Phase] = dict.fromkeys(range(max(1, int(DROPPED * clients))), "masked input")
     played = play(session_of(clients, coordinates), sampled, gone)
     if not np.array_equal(played.total_S, played.expected_S):
         raise ValueError(f"the session of {clients} clients gives another sum than that of their vectors")

@@ -1,10 +1,8 @@
-"""`fedpost bench slots` and `scale`: how rounds get faster with more slots.
-
-`scale` plays a recipe of your own on any cluster; `slots` plays small ones, here and on simulated nodes with GPUs.
-"""
+"""`fedpost bench scale` (your recipe, any cluster) and `slots` (small ones, simulated nodes too): rounds by slots."""
 
 import statistics
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -28,7 +26,6 @@ from strategies.core.cohort import UniformCohort
 from strategies.core.seeds import rng
 
 ROUNDS = 4  # of `scale`
-CLIENTS, COHORT = 200, 40
 PER_SLOT = 5  # clients of a cohort that grows with the slots
 NODES, GPUS, SHARE = 3, 2, 0.5  # logical GPUs: Ray places by them, and the slots compute on the CPU
 BALANCE = "mean over longest work of a slot"
@@ -46,13 +43,8 @@ class Scaled(NamedTuple):
 def study(
     work: Recipe, slots: list[int], address: str | None = None, *, weak: bool = False, rounds: int = ROUNDS
 ) -> list[Scaled]:
-    """Plays the recipe's first rounds with each number of slots; `weak`: the cohort grows with the slots.
-
-    Raises RunError if slots do not fit, ValueError if another number of them leads to other bits.
-    """
-    results: list[Scaled] = []
-    reference: bytes | None = None
-    clients = work.clients
+    """Plays a recipe by slots (`weak`: clients grow with them); RunError without room, ValueError for other bits."""
+    results, reference, clients = list[Scaled](), b"", work.clients
     work = replace(work, evaluate=replace(work.evaluate, every=0, finetune=0, without_privacy=False))
     with TemporaryDirectory(prefix="fedpost-bench-") as name:
         bench = Bench(Path(name), small=False)
@@ -84,7 +76,7 @@ def _play(work: Recipe, folder: Path, slots: int, address: str | None) -> tuple[
     run = experiments.run(work, out=folder, address=address, on_event=refuse_fewer)
     each = (metric(run, name) for name in ("tokens_per_s", "balance"))
     speed, balance = (statistics.median(values[1:] or values) for values in each)
-    newest = sorted((run.folder / "checkpoints").iterdir())[-1]
+    newest = max((run.folder / "checkpoints").iterdir())
     state = b"".join(file.read_bytes() for file in sorted(newest.glob("*.safetensors")))
     return speed, balance, state, load_recipe(run.folder / "recipe.toml").clients
 
@@ -92,11 +84,8 @@ def _play(work: Recipe, folder: Path, slots: int, address: str | None) -> tuple[
 def as_figures(results: list[Scaled], prefix: str = "") -> dict[str, Figure]:
     """The study's figures by name."""
     units = {"tokens_per_s": "tokens/s", "efficiency": "of as many times a slot alone", "balance": BALANCE}
-    return {
-        f"{prefix}{name}_{result.slots}": Figure(getattr(result, name), unit)
-        for result in results
-        for name, unit in units.items()
-    }
+    both = product(results, units.items())
+    return {f"{prefix}{name}_{each.slots}": Figure(getattr(each, name), unit) for each, (name, unit) in both}
 
 
 def scale(recipe: Path, slots: str, address: str | None, weak: bool, as_json: bool) -> None:
@@ -110,8 +99,7 @@ def scale(recipe: Path, slots: str, address: str | None, weak: bool, as_json: bo
 
 def draw(results: list[Scaled]) -> list[Markup]:
     """Charts of tokens per second and of efficiency by slots, beside the ideal."""
-    alone = results[0].tokens_per_s / results[0].slots
-    charts = []
+    alone, charts = results[0].tokens_per_s / results[0].slots, []
     for title, name, ideal in (("Tokens per second", "tokens_per_s", alone), ("Efficiency", "efficiency", None)):
         line = [(each.slots, ideal * each.slots if ideal else 1.0) for each in results]
         measured = Series("measured", [(each.slots, getattr(each, name)) for each in results], 1)
@@ -136,13 +124,10 @@ def slots(bench: Bench) -> None:
 
 def _measure_uneven(bench: Bench, rounds: int) -> None:
     """Measures how evenly two slots work on clients with lognormal numbers of rows, all of which are trained on."""
-    counts = np.ceil(rng(0, 0, -1, "sample").lognormal(1.5, 1.0, CLIENTS)).astype(int)
-    write_rows(rows := bench.folder / "uneven", CLIENTS, counts, 64)
-    work = bench.recipe(
-        *(f"rounds={rounds}", f"clients.slots={PROCESSES}", f"cohort.size={COHORT}"),
-        "train={epochs=1, batch=2, max_length=64}",
-        rows=rows,
-    )
+    counts = np.ceil(rng(0, 0, -1, "sample").lognormal(1.5, 1.0, 200)).astype(int)
+    write_rows(rows := bench.folder / "uneven", len(counts), counts, 64)
+    size = f"rounds={rounds}", f"clients.slots={PROCESSES}", "cohort.size=40"
+    work = bench.recipe(*size, "train={epochs=1, batch=2, max_length=64}", rows=rows)
     balance = metric(bench.run(work, "uneven/run")[0], "balance")
     bench.add("balance_lognormal", statistics.median(balance), BALANCE)
     bench.add("balance_lognormal_worst", min(balance), BALANCE)
@@ -154,9 +139,8 @@ def _measure_cluster(bench: Bench, work: Recipe, rounds: int) -> None:
 
     share = 1.0 if bench.small else SHARE
     slots = round(NODES * GPUS / share)
-    head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False}
     with environment(**hidden_gpus(GPUS)):
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster = Cluster(True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
         try:
             for _ in range(NODES):
                 cluster.add_node(num_cpus=1, num_gpus=GPUS)

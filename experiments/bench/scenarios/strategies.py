@@ -1,18 +1,18 @@
 """`fedpost bench strategies`: the demo's model under every rule, on two partitions.
 
-A cell is a rule, a partition and a seed, with a run folder for itself. Finished cells are kept, killed ones go on from
-their checkpoints, and table, page and Parquet are written again after each cell.
-
-Unless a rule's reason says otherwise, all have the demo's AdamW with its learning rate of 0.003, and clients with equal
-weights. Nothing else is tuned. Rules whose theory assumes SGD have SGD, and are to be compared with FedAvg on SGD.
+A cell is a rule, a partition and a seed, with its own run folder. Finished cells are kept, killed ones resume from
+their checkpoints, and table, page and Parquet are written again after each cell. Unless a rule's reason says otherwise,
+all have the demo's AdamW with its learning rate of 0.003, and clients with equal weights; nothing else is tuned. Rules
+whose theory assumes SGD have SGD: compare them with FedAvg on SGD.
 """
 
 import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,8 +60,7 @@ NO_LIARS = "its defaults, and nobody lies"
 PERSONAL = "what counts is its personal loss"
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """A rule of the comparison: its name in it, its changes to the recipe, and why those; `main`: with all seeds."""
 
     name: str
@@ -99,8 +98,7 @@ RULES = (
 )
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """A cell before it has run."""
 
     rule: Rule
@@ -118,24 +116,18 @@ def plans(small: bool = False) -> list[Plan]:
     if small:
         rules = [rule for rule in RULES if rule.name in SMALL_RULES]
         return [Plan(rule, "natural", parse_recipe(DEMO, [*SMALL_CHANGES, *rule.changes])) for rule in rules]
-    first, *others = SEEDS
-    planned = []
+    planned, (first, *others) = [], SEEDS
     for main, seed in ((True, first), (False, first), *((True, seed) for seed in others)):
-        for partition, changes in PARTITIONS.items():
-            for rule in (rule for rule in RULES if rule.main == main):
-                name = f'name="{partition}-{rule.name}-seed{seed}"'
-                recipe = parse_recipe(DEMO, [*CHANGES, *changes, *rule.changes, f"seed={seed}", name])
-                planned.append(Plan(rule, partition, recipe))
+        for partition, rule in product(PARTITIONS, (rule for rule in RULES if rule.main == main)):
+            keys = f"seed={seed}", f'name="{partition}-{rule.name}-seed{seed}"'
+            recipe = parse_recipe(DEMO, [*CHANGES, *PARTITIONS[partition], *rule.changes, *keys])
+            planned.append(Plan(rule, partition, recipe))
     return planned
 
 
 def strategies(bench: Bench, out: Path | None = None) -> None:
-    """Runs the cells that the benchmark's folder lacks and writes the comparison there: each cell's held-out loss.
-
-    A cell whose run fails, for example because it diverges, is named and left out.
-    """
-    if out is None:
-        out = RUNS / (f"bench-strategies-small-{time.strftime('%Y%m%d-%H%M%S')}" if bench.small else "bench-strategies")
+    """Runs the cells that the benchmark's folder lacks, compares all, and leaves out those that fail (or diverge)."""
+    out = out or RUNS / ("bench-strategies" + (f"-small-{time.strftime('%Y%m%d-%H%M%S')}" if bench.small else ""))
     planned, results = plans(bench.small), []
     for number, plan in enumerate(planned, 1):
         folder = out / plan.name
@@ -154,13 +146,8 @@ def strategies(bench: Bench, out: Path | None = None) -> None:
     bench.say(f"{len(results)} cells: {out / 'table.md'}, {out / 'report.html'}, {out / 'cells.parquet'}")
 
 
-@dataclass(frozen=True)
-class Result:
-    """A rule's figures with a seed: losses in nats per token at the end, bytes a client and round, median seconds.
-
-    `worst_tenth` is the mean loss of the tenth of the clients that has the highest. `personal` evaluates each client on
-    the model that it would use: a personal one once it has it, else the global one. NaN: there is no such figure.
-    """
+class Result(NamedTuple):
+    """A cell's figures: losses in nats per token at the end, bytes a client and round, median seconds; NaN: none."""
 
     partition: str
     rule: str
@@ -169,8 +156,8 @@ class Result:
     before: float
     heldout: float
     unseen: float
-    worst_tenth: float
-    personal: float
+    worst_tenth: float  # the mean of the tenth of the clients that has the highest losses
+    personal: float  # of each client on the model that it would use: a personal one once it has it, else the global one
     personal_worst_tenth: float
     bytes_up: float
     bytes_down: float
@@ -194,8 +181,8 @@ def read_result(folder: Path, rule: str, partition: str, recipe: Recipe) -> Resu
 
     losses, personal, tokens = map(at_end, ("loss", "loss_personal", "tokens"))
     used = losses | personal
-    mean = sum(used[client] * tokens[client] for client in used) / sum(tokens[client] for client in used)
     worst, personal_worst = (worst_tenth(list(each.values())) for each in (losses, used))
+    mean = sum(used[client] * tokens[client] for client in used) / sum(tokens[client] for client in used)
     mean, personal_worst = (mean, personal_worst) if personal else (math.nan, math.nan)
     ways = (sum(engine(f"protocol_bytes_{way}")) / sum(engine("clients")) for way in ("up", "down"))
     seconds = (statistics.median(engine(name)) for name in ("round_s", "apply_s"))
@@ -212,7 +199,7 @@ def compare(results: Sequence[Result], out: Path) -> None:
     """Writes cells.parquet, table.md and report.html into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     sink, shown = pa.BufferOutputStream(), tables(results)
-    pq.write_table(pa.Table.from_pylist([asdict(result) for result in results]), sink)
+    pq.write_table(pa.Table.from_pylist([result._asdict() for result in results]), sink)
     write_file(out / "cells.parquet", sink.getvalue().to_pybytes())
     write_file(out / "table.md", markdown(shown).encode())
     write_file(out / "report.html", render(shown, []))

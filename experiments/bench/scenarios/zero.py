@@ -1,9 +1,9 @@
-"""`fedpost bench zero`: what it costs to be many clients in one gang, for ZeRO stages 1 to 3 with two ranks on the CPU.
+"""`fedpost bench zero`: what it costs to train many clients in one gang, by ZeRO stage, with two ranks on the CPU.
 
 On GPUs, if there are any, the same is measured with a whole one for each rank. No figure is printed unless a run's
-first round leads where bare DeepSpeed loops lead, each client in a fresh engine. The bare loop is DeepSpeed's, on the
-same batches in the same kind of processes, without Ray, resets, sums or a server. A gang's tokens per second are of
-whole rounds. Legend: S of a rank's shard.
+first round leads where bare DeepSpeed loops lead, each client in a fresh engine. The bare loop trains on the same
+batches in the same kind of processes, without Ray, resets, sums or a server. A gang's tokens per second are of whole
+rounds. Legend: S of a rank's shard.
 """
 
 import gc
@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import socket
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -29,22 +28,21 @@ from engine.config.sections import Model, Zero
 from engine.config.train import Train
 from engine.models.base_model import always_the_same_bits
 from engine.objectives.token_batch import token_losses
-from engine.records.checkpoint import load_checkpoint
 from engine.system import allocator as heap
 from engine.system.rendezvous import meet
 from engine.training.step_loop import Training, batches
 from engine.workers.token_columns import token_columns
+from experiments.bench.bare import after_first_round
 from experiments.bench.harness import Bench, largest_difference, metric, seconds_of, write_llama
 from experiments.bench.sampling import sampled, stored_bytes, workers_mb
 from experiments.bench.scenarios.bare_loop import CLIENTS, lora_recipe, write_lora_inputs
-from experiments.config.recipe import Recipe, parse_recipe, to_toml
+from experiments.config.recipe import Recipe
 from experiments.preflight.processes import memory
 from experiments.runs.api import build_store
 from strategies.core.seeds import rng, torch_seed
 
 STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 RANKS = 2
-ON_GPU = "_gpu"  # the end of the figures' names
 TOLERANCE = 2e-5  # of weights after a round: both do the same, and add in another order
 LOOPBACK = "127.0.0.1"
 
@@ -52,16 +50,12 @@ LOOPBACK = "127.0.0.1"
 def zero(bench: Bench) -> None:
     """Measures all stages; ValueError when the two loops disagree on the CPU."""
     write_lora_inputs(bench)
-    steps, rounds, cohort = (2, 2, 2) if bench.small else (10, 5, 10)
-    work = lora_recipe(
-        *(bench, rounds, 4, 128, "model.peft=none", "clients.slots=1"),
-        *(f"train.steps={steps}", f"cohort.size={cohort}"),
-    )
+    rounds, size = (2, ("train.steps=2", "cohort.size=2")) if bench.small else (5, ("train.steps=10", "cohort.size=10"))
+    work = lora_recipe(bench, rounds, 4, 128, "model.peft=none", "clients.slots=1", *size)
     if not bench.small:  # some 600 MB, so that a shard stands out from what a process takes anyway
         write_llama(bench.folder / "large", (1024, 2816, 12, 8), vocabulary=8192)
     for stage in STAGES:
-        gang = Zero(stage=stage, ranks=RANKS)
-        _measure_stage(bench, work, gang, "")
+        _measure_stage(bench, work, gang := Zero(stage=stage, ranks=RANKS), "")
         if not bench.small:
             bench.say(f"stage {stage}: loading a larger model")
             sizes = in_ranks(gang, False, loaded, replace(work.model, base=str(bench.folder / "large")), gang)
@@ -71,7 +65,7 @@ def zero(bench: Bench) -> None:
     on_gpu = replace(work, clients=replace(work.clients, num_gpus=1.0))
     for stage in STAGES if gpus else ():
         try:
-            _measure_stage(bench, on_gpu, Zero(stage=stage, ranks=min(RANKS, gpus)), ON_GPU)
+            _measure_stage(bench, on_gpu, Zero(stage=stage, ranks=min(RANKS, gpus)), "_gpu")
         except (ValueError, RuntimeError) as error:  # the CPU's figures stand
             bench.say(f"stage {stage} on GPUs: no figures, since {error}")
 
@@ -107,19 +101,14 @@ def _measure_stage(bench: Bench, work: Recipe, zero: Zero, where: str) -> None:
 
 def gate(folder: Path, zero: Zero, plain: list[np.ndarray]) -> float:
     """How far a run's shards after its first round are from the `plain` ones; ValueError where that is too far."""
-    saved = load_checkpoint(folder / "checkpoints", 1)
-    assert saved is not None
-    shards = np.concatenate([part.params.numpy() for part in saved.state.parts])
     what = f"stage {zero.stage}: after the first round the gang and bare loops"
-    return largest_difference(what, shards, np.concatenate(plain), TOLERANCE)
+    return largest_difference(what, after_first_round(folder), np.concatenate(plain), TOLERANCE)
 
 
 def _growth(bench: Bench, work: Recipe, zero: Zero, stage: str, name: str) -> tuple[float | None, str]:
     """How the ranks' memory grows from client to client, once the first quarter of them is past."""
-    rounds = 2 if bench.small else 20
-    short = parse_recipe(to_toml(work), ["train.steps=1", f"rounds={rounds}"])
-    short = replace(short, clients=replace(short.clients, zero=zero))
-    cohort = work.cohort.expected(CLIENTS)
+    rounds, cohort, clients = 2 if bench.small else 20, work.cohort.expected(CLIENTS), replace(work.clients, zero=zero)
+    short = replace(work, rounds=rounds, train=replace(work.train, steps=1), clients=clients)
     bench.say(f"{stage}: {rounds * cohort:g} short clients in one gang")
     _, held = bench.run(short, name, lambda: sum(workers_mb(("Gang", "Rank"), "RssAnon")))
     if not all(held):
@@ -169,15 +158,14 @@ def bare(rank: int, work: Recipe, zero: Zero, token_folder: Path, cohort: list[i
     from engine.models.deepspeed_model import zero_model
     from engine.training.deepspeed_training import ZeroTrainer
 
-    model, train, seed = work.model, work.train, work.seed
-    tokens = Tokens.open(token_folder)
+    train, tokens = work.train, Tokens.open(token_folder)
 
     def fresh() -> ZeroTrainer:
-        network = zero_model(model, zero, torch_seed(seed, 0, -1, "initial"), rank)
-        return ZeroTrainer(network, 0, model, zero, train)
+        network = zero_model(work.model, zero, torch_seed(work.seed, 0, -1, "initial"), rank)
+        return ZeroTrainer(network, 0, work.model, zero, train)
 
     def stream(client: int) -> np.random.Generator:
-        return rng(seed, 0, client, "batches")
+        return rng(work.seed, 0, client, "batches")
 
     trainer = fresh()  # the first engine also loads libraries: it is not timed
     start_S = trainer.weights()
@@ -192,16 +180,15 @@ def bare(rank: int, work: Recipe, zero: Zero, token_folder: Path, cohort: list[i
         _bare_loop(trainer, rows, train, stream(client))
         total_S.add_(trainer.weights().sub_(start_S), alpha=rows.num_rows)
         weights += rows.num_rows
-    client = cohort[0]
-    rows = tokens.rows(client, "train")
+    client, rows = cohort[0], tokens.rows(cohort[0], "train")
 
     def speed() -> float:
-        began = time.perf_counter()
-        return _bare_loop(trainer, rows, train, stream(client)) / (time.perf_counter() - began)
+        seconds, trained = seconds_of(lambda: _bare_loop(trainer, rows, train, stream(client)), tries)
+        return float(trained / statistics.median(seconds))
 
-    speeds = [statistics.median(speed() for _ in range(tries))]
+    speeds = [speed()]
     heap.keep(gathered=zero.stage == 3)  # as a gang does; the bare loop counts with the faster setting
-    speeds.append(statistics.median(speed() for _ in range(tries)))
+    speeds.append(speed())
 
     def reset() -> None:
         trainer.become(start_S)
@@ -234,12 +221,13 @@ def loaded(rank: int, model: Model, zero: Zero) -> tuple[float, float] | None:
 
     The shard is the whole model in stages 1 and 2. Pages of the mapped file do not count: they can be evicted.
     """
-    from engine.models.deepspeed_model import shape_of, zero_model
+    from engine.models.deepspeed_model import zero_model
+    from engine.models.trainable import shape_of
 
     heap.give_back()
     if "RssAnon" not in memory():
         return None
-    with sampled(lambda: memory()["RssAnon"], 0.002) as held:
+    with sampled(lambda: memory()["RssAnon"], 0.002) as held:  # pages of the mapped file can be evicted
         network = zero_model(model, zero, 0, rank)
     sizes = {name: int(np.prod(shape_of(p))) * p.element_size() for name, p in network.named_parameters()}
     shard = sum(sizes.values()) / (zero.ranks if zero.stage == 3 else 1)

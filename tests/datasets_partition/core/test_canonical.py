@@ -1,8 +1,7 @@
 import pyarrow as pa
 import pytest
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import COLUMNS, TURNS, content_columns, format_of
+from datasets_partition.core.types import COLUMNS, TURNS, DataError, content_columns, format_of
 
 TEXT = pa.array(["x"])
 LABELS = {"boolean": pa.array([True]), "category": pa.array(["a"])}

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from datasets_partition.core.columns import keys, labels, numbers, texts
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 
 
 def test_keys_are_in_the_order_of_their_text_and_labels_of_their_values():

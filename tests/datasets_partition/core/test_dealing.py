@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from datasets_partition.core.columns import labels
 from datasets_partition.core.dealing import by_label, dealt, even, joined, listed, numbered, shared_out
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 
 
 def test_numbers_are_padded_so_that_they_sort():

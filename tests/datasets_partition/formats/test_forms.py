@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import extract_prompt
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import TURNS, Rows
+from datasets_partition.core.types import TURNS, DataError, Rows
 from datasets_partition.formats.conversion import Conversion
 from datasets_partition.formats.forms import shared
 

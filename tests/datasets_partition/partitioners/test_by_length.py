@@ -1,7 +1,7 @@
 import pyarrow as pa
 import pytest
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.partitioners.continuous import ByLength
 
 TABLE = pa.table({"prompt": ["aaaa", "éé", "", "a"], "completion": ["a", "", None, "aaa"], "note": ["", "", "abc", ""]})

@@ -3,7 +3,7 @@ import datetime
 import pyarrow as pa
 import pytest
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.partitioners.natural import ByTime
 
 

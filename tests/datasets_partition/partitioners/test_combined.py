@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.partitioners.by_label import Dirichlet
 from datasets_partition.partitioners.by_size import Iid, SizeCap
 from datasets_partition.partitioners.combined import Combined

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.partitioners.natural import GroupedNatural
 
 TABLE = pa.table({"client": ["c", "a", "e", "b", "d", "a"]})

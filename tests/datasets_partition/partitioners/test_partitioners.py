@@ -11,7 +11,7 @@ import pytest
 from pydantic import Field, TypeAdapter, ValidationError
 
 from datasets_partition import Partitioners
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.partitioners.by_label import Dirichlet, Distribution, InnerDirichlet, Pathological, Shards
 from datasets_partition.partitioners.by_size import BySize, Iid, SizeCap
 from datasets_partition.partitioners.by_topic import ByTopic

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.partitioners.continuous import ByLength, Continuous
 from datasets_partition.partitioners.natural import ByTime, Natural
 from datasets_partition.sources.files import CsvFiles

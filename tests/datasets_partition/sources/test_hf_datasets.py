@@ -8,8 +8,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import TURNS
+from datasets_partition.core.types import TURNS, DataError
 from datasets_partition.sources.files import ParquetFiles
 from datasets_partition.sources.hf_datasets import HfDatasets
 

@@ -7,8 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import TURNS
+from datasets_partition.core.types import TURNS, DataError
 from datasets_partition.sources.files import ParquetFiles
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.sources.python_docs import PROMPT_END, SCHEMA, PythonDocs, documented
 
 FILE = '''

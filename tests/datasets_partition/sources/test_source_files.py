@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.sources import location as module
 from datasets_partition.sources.files import Jsonl
 from datasets_partition.sources.location import fingerprint, source_files

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets_partition import Sources
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Source, content_columns
+from datasets_partition.core.types import DataError, Source, content_columns
 from datasets_partition.sources.files import CsvFiles, Jsonl, ParquetFiles, TextFiles
 from datasets_partition.sources.hf_datasets import HfDatasets
 from datasets_partition.sources.python_docs import PythonDocs

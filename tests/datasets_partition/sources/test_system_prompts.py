@@ -5,8 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Rows
+from datasets_partition.core.types import DataError, Rows
 from datasets_partition.formats.conversion import Conversion
 
 SAY = {"role": "user", "content": "Say a"}

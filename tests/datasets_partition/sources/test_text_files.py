@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.sources.files import TextFiles
 
 FILES = {

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.core.types import Rows as Loaded
 from datasets_partition.partitioners.by_size import Iid
 from datasets_partition.partitioners.natural import Natural

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datasets_partition.core.errors import DataError
-from datasets_partition.core.types import Assignment
+from datasets_partition.core.types import Assignment, DataError
 from datasets_partition.core.types import Rows as Loaded
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.store.build import build

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.store.splits import content_numbers, first_of_each, refuse_leaks
 
 COLUMNS = ("prompt", "completion")

@@ -10,7 +10,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources import location
 from datasets_partition.sources.files import Jsonl
@@ -41,7 +41,7 @@ def test_a_store_at_a_uri_is_made_once_and_fetched_by_other_machines(
     rows = Store.open(first).read_rows(1, "train")
 
     shutil.rmtree(first)
-    monkeypatch.setattr(building, "_content", None)  # building again would fail
+    monkeypatch.setattr(building, "_prepare", None)  # building again would fail
     assert build(source, Natural(), Splits(), 7, cache) == first
     assert Store.open(first).read_rows(1, "train") == rows
 
@@ -74,7 +74,7 @@ def test_rows_and_stores_in_an_object_store(
     assert rows["completion"].to_pylist()[0].startswith("text ")
     shutil.rmtree(first)
     with monkeypatch.context() as patched:
-        patched.setattr(building, "_content", None)  # building again would fail
+        patched.setattr(building, "_prepare", None)  # building again would fail
         assert build(elsewhere, Natural(), Splits(), 7, cache) == first
     assert Store.open(first).read_rows(1, "train") == rows
     assert build(source, Natural(), Splits(), 7, cache) != first

@@ -44,7 +44,7 @@ def stored(
     folder.mkdir()
     pq.write_table(pa.table(columns), folder / "rows.parquet", row_group_size=ROWS_PER_GROUP)
     write_arrow(folder / "index.arrow", pa.table(index, schema=INDEX))
-    manifest = {"clients": len(train), "unseen_clients": train.count(0), **COUNTS}
+    manifest = {"clients": len(train), "unseen_clients": train.count(0), "server_rows": server, **COUNTS}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return Store.open(folder)
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.store.sealed import written_whole
 from datasets_partition.store.stats import Skew
 from datasets_partition.store.store import INDEX, ROWS_PER_GROUP, Store, write_arrow

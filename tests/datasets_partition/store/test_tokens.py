@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from datasets_partition.core.errors import DataError
+from datasets_partition.core.types import DataError
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.files import Jsonl
 from datasets_partition.store import tokens as tokenizing

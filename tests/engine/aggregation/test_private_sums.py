@@ -28,17 +28,14 @@ from strategies.contract.case import LORA, METRICS, Case, drawn
 from strategies.core.base import Rule
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.protocol import GLOBAL, ClientState, ServerState, Update
-from strategies.lora.flexlora import FlexLora
 from strategies.lora.hetlora import HetLora
-from strategies.privacy.adaptive import WITHIN, AdaptiveDp
-from strategies.privacy.central import CentralDp, CentralPlan
+from strategies.lora.products import FlexLora
+from strategies.privacy.central import WITHIN, AdaptiveDp, CentralDp, CentralPlan
 from strategies.privacy.distributed import DistributedDp
-from strategies.robust.sums import CenteredClipping
+from strategies.robust.rules import CenteredClipping
 from strategies.secagg.ring import Sums
-from strategies.transforms.chain import Transform, encode
-from strategies.transforms.clip import Clip
-from strategies.transforms.quantization import Int8, Sign
-from strategies.transforms.shortening import Projection, TopK
+from strategies.transforms.chain import Clip, Transform, encode
+from strategies.transforms.lossy import Int8, Projection, Sign, TopK
 
 CLIP, CAP, ROUNDS = 0.3, 50, 20
 ROWS = [1, 20, 2000, 30, 70]  # of each client, below and above the cap

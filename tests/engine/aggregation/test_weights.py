@@ -27,13 +27,11 @@ from strategies.averaging.reweighting import FedNova, QFedAvg
 from strategies.contract.case import LORA, Case, drawn
 from strategies.core.base import Rule
 from strategies.core.protocol import GLOBAL, Update
-from strategies.lora.flexlora import FlexLora
 from strategies.lora.hetlora import HetLora
-from strategies.lora.products import FedExLora, Flora
-from strategies.privacy.adaptive import AdaptiveDp
-from strategies.privacy.central import CentralDp
+from strategies.lora.products import FedExLora, FlexLora, Flora
+from strategies.privacy.budget import ExampleDp
+from strategies.privacy.central import AdaptiveDp, CentralDp
 from strategies.privacy.distributed import DistributedDp
-from strategies.privacy.per_example import ExampleDp
 
 CAP, CLIP = 50, 1.0
 LARGEST = 20

@@ -7,7 +7,7 @@ import torch
 
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.shards import Shard
-from strategies.averaging.scaffold import Scaffold
+from strategies.averaging.drift import Scaffold
 from strategies.core.layout import Layout
 from strategies.core.sharding import Partition
 

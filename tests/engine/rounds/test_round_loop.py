@@ -27,7 +27,7 @@ from engine.rounds.planner import Planner
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import RoundLoop
 from engine.rounds.server import DriverShards, move_base
-from strategies.averaging.scaffold import Scaffold
+from strategies.averaging.drift import Scaffold
 from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, ServerState

@@ -18,7 +18,7 @@ from strategies.core.protocol import Broadcast
 from strategies.lora.frozen_half import FfaLora, RoLora
 from strategies.lora.hetlora import HetLora
 from strategies.personalized.personal_models import FedDpa, FedSaLora
-from strategies.privacy.per_example import ExampleDp
+from strategies.privacy.budget import ExampleDp
 
 
 @pytest.fixture

@@ -19,9 +19,8 @@ from engine.models.trainable import Trainable
 from engine.training.lanes import LaneTrainer
 from engine.training.local_training import Job, LocalTrainer
 from strategies import Strategies
+from strategies.averaging.drift import FedProx, Scaffold
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.proximal import FedProx
-from strategies.averaging.scaffold import Scaffold
 from strategies.core.protocol import ClientState, Update
 from strategies.lora.hetlora import HetLora
 

@@ -13,8 +13,8 @@ from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable
 from engine.objectives.token_batch import token_losses
 from engine.training.local_training import Job, LocalTrainer
+from strategies.averaging.drift import FedProx
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.proximal import FedProx
 from strategies.core.protocol import Broadcast, Update
 
 Training = Callable[..., Federation]

@@ -19,7 +19,7 @@ from engine.training.per_example import PrivateTrainer, row_gradients, samples
 from engine.training.step_loop import Trained, Training
 from strategies.averaging.reweighting import QFedAvg
 from strategies.core.protocol import Broadcast
-from strategies.privacy.noise_source import normal, seeded_words
+from strategies.privacy.noise import normal, seeded_words
 
 ONE_STEP = Train(steps=1, batch=2, accumulate=3, optimizer=Sgd(lr=1.0))  # all five rows, in pieces of 2, 2 and 1
 
@@ -206,8 +206,8 @@ def test_on_a_gpu(bases: dict[str, Path], rows: pa.RecordBatch, make_private: Ma
     packed, buffer = read_base(model)
     trainable = Trainable(map_base(packed, torch.from_numpy(buffer).cuda()), model, 3)
     on_cpu = make_private(1.0, 0.1)
-    trainer = PrivateTrainer(LocalTrainer(trainable, 0, ONE_STEP), on_cpu.plan)
-    trainer.words = seeded_words(np.random.default_rng(11))
+    words = seeded_words(np.random.default_rng(11))
+    trainer = PrivateTrainer(LocalTrainer(trainable, 0, ONE_STEP), on_cpu.plan, words)
     start = start_of(on_cpu)
     end = steps(trainer, rows, start.cuda(), ONE_STEP, 9).end.cpu()
     torch.testing.assert_close(end - start, change(on_cpu, rows), rtol=1e-3, atol=1e-4)

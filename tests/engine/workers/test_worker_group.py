@@ -76,7 +76,7 @@ def trained(pool, slot, chunk, state):
     """The reports of a chunk, and the sum of its clients as a vector on the grid."""
     message = BroadcastMessage(state.round, state.parts, partition=pool.partition, full_rows=FULL_ROWS)
     reports = ray.get(pool.actors[slot].run.remote([(client,) for client in chunk], message))
-    shards = ray.get(pool.close(slot)[1])
+    shards = ray.get(pool.worker_kinds[0].close(pool.actors[slot], pool.partition)[1])
     return reports, pool.partition.join([torch.from_numpy(shard.vectors["delta"].copy()) for shard in shards])
 
 

@@ -1,7 +1,6 @@
 """What is read of a cell's run folder, and how cells are shown."""
 
 import math
-from dataclasses import replace
 
 import pytest
 
@@ -49,9 +48,9 @@ CELL = Result("natural", "fedavg", 7, 15, 4.5, 3.8, 3.9, 4.4, math.nan, math.nan
 
 
 def test_the_table_has_means_spreads_and_the_distance_to_fedavg_of_the_same_seed():
-    other = replace(CELL, rule="ffa", heldout=3.9, bytes_up=350e3)
-    cells = [CELL, replace(CELL, seed=8, heldout=4.0), other, replace(other, seed=8, heldout=4.3)]
-    cells.append(replace(CELL, partition="topics", server_s=0.25))
+    other = CELL._replace(rule="ffa", heldout=3.9, bytes_up=350e3)
+    cells = [CELL, CELL._replace(seed=8, heldout=4.0), other, other._replace(seed=8, heldout=4.3)]
+    cells.append(CELL._replace(partition="topics", server_s=0.25))
     lines = markdown(tables(cells)).splitlines()
     assert "Partition natural, 15 rounds; held-out loss before training 4.500." in lines
     assert "| fedavg | 2 | 3.900 ± 0.100 |  | 3.900 | 4.400 |  |  | 700 | 700 | 3.0 |  |" in lines
@@ -63,8 +62,8 @@ def test_the_table_has_means_spreads_and_the_distance_to_fedavg_of_the_same_seed
 
 
 def test_the_page_has_a_table_for_each_partition_also_without_a_baseline(tmp_path):
-    half = replace(CELL, rule="ffa", heldout=1.9, personal=3.0)
-    for cells, captions in (([CELL], 1), ([half], 1), ([CELL, half, replace(CELL, partition="topics")], 2)):
+    half = CELL._replace(rule="ffa", heldout=1.9, personal=3.0)
+    for cells, captions in (([CELL], 1), ([half], 1), ([CELL, half, CELL._replace(partition="topics")], 2)):
         compare(cells, tmp_path)
         page = (tmp_path / "report.html").read_text()
         assert page.count("<caption>") == captions

@@ -14,8 +14,8 @@ from engine.config.sections import FullTuning, Lora
 from engine.config.train import AdamW, Sgd
 from engine.messages.errors import RunError
 from experiments.config.recipe import RECIPES, Recipe, load_recipe, located, parse_recipe, schema, to_toml
+from strategies.averaging.drift import FedProx
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.proximal import FedProx
 
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED_RECIPES = sorted(RECIPES.glob("*.toml"))

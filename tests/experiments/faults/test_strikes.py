@@ -15,8 +15,8 @@ import ray.cloudpickle
 
 import experiments
 from engine.messages.events import RoundDone
+from strategies.averaging.drift import Scaffold
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.scaffold import Scaffold
 
 ADAPTER = "adapter_model.safetensors"
 QUIET = ("evaluate.every=0", "rounds=3", "cohort.size=8", "clients.slots=1")

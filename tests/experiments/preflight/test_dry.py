@@ -199,7 +199,7 @@ def test_fewer_slots_than_asked_for_prove_no_placement(tmp_path):
     from engine.messages.events import Started
 
     def started(slots):
-        return [Started(slots, 2, 6, 2, 0, 10, 10, 0, None, 1)]
+        return Started(slots, 2, 6, 2, 0, 10, 10, 0, None, 1)
 
     for changes, asked in (
         ((), 2),

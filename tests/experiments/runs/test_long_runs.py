@@ -48,11 +48,12 @@ class NullDriver(Driver):
 
 @pytest.mark.slow
 def test_memory_is_flat_and_the_report_reads_no_client_as_an_object(ray_session, tmp_path, monkeypatch, full):
-    rounds, clients = (2000, 1000) if full else (40, 100)
+    rounds, clients, slots = (2000, 1000, 2) if full else (20, 100, 1)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr("engine.rounds.driver.Driver", NullDriver)
     recipe = null_recipe(Bench(tmp_path, small=True), 2 * clients, clients, 0)
-    recipe = replace(recipe, rounds=rounds, checkpoint=Checkpoint(every=rounds))
+    sections = {"checkpoint": Checkpoint(every=rounds), "clients": replace(recipe.clients, slots=slots)}
+    recipe = replace(recipe, rounds=rounds, **sections)
     command = []
 
     def note(event):

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies.averaging.drift import FedDyn
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.proximal import FedDyn
 from strategies.core.protocol import Update
 
 FIRST = [Update(0, 1.0, torch.tensor([2.0, 0.0, -4.0])), Update(1, 0.5, torch.tensor([0.0, 4.0, 2.0]))]

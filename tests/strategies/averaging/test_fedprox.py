@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from strategies.averaging.drift import FedProx
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.proximal import FedProx
 from strategies.core.protocol import Aggregate, Broadcast, ServerState
 
 GOT = Broadcast(0, torch.tensor([1.0, 2.0, 3.0]))

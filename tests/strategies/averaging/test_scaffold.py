@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies.averaging.drift import Scaffold
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.scaffold import Scaffold
 from strategies.core.protocol import Update
 
 FIRST = [

@@ -15,7 +15,7 @@ from strategies.core.base import Rule
 from strategies.core.lora_algebra import products, put, svd
 from strategies.core.protocol import GLOBAL
 from strategies.lora.hetlora import HetLora
-from strategies.robust.sums import CenteredClipping
+from strategies.robust.rules import CenteredClipping
 
 MEMBERS = [kind() for kind in get_args(Strategies)]
 CASES = [case for member in MEMBERS for case in cases(member)]

@@ -87,9 +87,9 @@ def test_a_poisson_cohort_may_be_empty_and_says_what_to_expect() -> None:
     [
         ({}, r"needs cohort\.rate or cohort\.size, one of them"),
         ({"rate": 0.1, "size": 3}, r"needs cohort\.rate or cohort\.size, one of them"),
-        ({"rate": 0.0}, r"cohort\.rate must be above 0 and at most 1, not 0\.0"),
-        ({"size": 0.0}, r"cohort\.size is how many clients are expected and must be above 0"),
-        ({"rate": 0.1, "cap": 0}, r"cohort\.cap must be at least 1, not 0"),
+        ({"rate": 0.0}, r"cohort\.rate is each client's probability and must be above 0 and at most 1, not 0\.0"),
+        ({"size": 0.0}, r"cohort\.size is the expected number of clients and must be a number above 0"),
+        ({"rate": 0.1, "cap": 0}, r"cohort\.cap is the largest number of clients and must be at least 1, not 0"),
     ],
 )
 def test_faults_of_poisson_cohorts(wrong: dict[str, float], message: str) -> None:

@@ -15,11 +15,9 @@ from engine.aggregation.exact_sum import ExactSum, merge
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import Layout
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, ServerState, Update
-from strategies.lora.fedsb import FedSb
-from strategies.lora.flexlora import FlexLora
-from strategies.lora.frozen_half import FedSvd, FfaLora, RoLora
+from strategies.lora.frozen_half import FedSb, FedSvd, FfaLora, RoLora
 from strategies.lora.hetlora import HetLora
-from strategies.lora.products import FedExLora, Flora
+from strategies.lora.products import FedExLora, FlexLora, Flora
 
 SHAPES = ((6, 5), (4, 7))
 ROUNDS, STEPS, RATE = 5, 3, 0.15

@@ -7,9 +7,9 @@ from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Broadcast, ServerState, Update
 from strategies.core.seeds import rng
-from strategies.lora.fedsb import FedSb
+from strategies.lora.frozen_half import FedSb
 from strategies.privacy.central import CentralDp
-from strategies.privacy.noise_source import seeded_words
+from strategies.privacy.noise import seeded_words
 
 LAYOUT = Layout(("norm", "q.lora_A.default.weight", "q.lora_B.default.weight"), ((1,), (1, 2), (2, 1)), scale=2.0)
 

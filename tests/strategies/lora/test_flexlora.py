@@ -7,7 +7,7 @@ import torch
 
 from strategies.core.layout import Layout
 from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ServerState, Update
-from strategies.lora.flexlora import FlexLora
+from strategies.lora.products import FlexLora
 
 # alpha = 2 * 2: a client of rank 1 has the scale 4.
 LAYOUT = Layout(("norm", "q.lora_A.default.weight", "q.lora_B.default.weight"), ((1,), (2, 2), (2, 2)), scale=2.0)

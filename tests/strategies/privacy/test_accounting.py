@@ -17,7 +17,7 @@ from strategies.privacy.accounting import (
     spent,
 )
 from strategies.privacy.central import CentralDp
-from strategies.privacy.integer_noise import DiscreteGaussianSum, SkellamSum
+from strategies.privacy.noise import DiscreteGaussianSum, SkellamSum
 
 
 def epsilon(z: float, scheme: Scheme, steps: int, delta: float) -> float:
@@ -181,7 +181,7 @@ def test_the_bound_on_sums_of_discrete_gaussians_is_above_the_exact_divergence()
 
 @pytest.mark.parametrize("delta", [0, 1, -1e-5])
 def test_delta_must_be_a_probability(delta: float) -> None:
-    with pytest.raises(ValueError, match="delta must be above 0 and below 1"):
+    with pytest.raises(ValueError, match="must be above 0 and below 1"):
         CentralDp(noise_multiplier=1.0, delta=delta)
 
 
@@ -190,5 +190,5 @@ def test_schemes_and_targets_that_make_no_sense() -> None:
         Scheme("poisson", 0)
     with pytest.raises(ValueError, match="need to know the population"):
         Scheme("fixed", 0.5)
-    with pytest.raises(ValueError, match="epsilon must be a number above 0, not 0"):
+    with pytest.raises(ValueError, match="must be a number above 0, not 0"):
         CentralDp(epsilon=0)

@@ -11,11 +11,9 @@ from scipy import stats
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.protocol import Aggregate, Update
 from strategies.core.seeds import rng
-from strategies.privacy.adaptive import WITHIN, AdaptiveDp
-from strategies.privacy.budget import delta_for
-from strategies.privacy.central import BLOCK, CentralDp, CentralPlan, bounded, with_noise
-from strategies.privacy.noise_source import seeded_words
-from strategies.privacy.per_example import ExampleDp
+from strategies.privacy.budget import ExampleDp, delta_for
+from strategies.privacy.central import BLOCK, WITHIN, AdaptiveDp, CentralDp, CentralPlan, bounded, with_noise
+from strategies.privacy.noise import seeded_words
 
 Bound = Callable[[np.ndarray, np.ndarray, float, float], float]
 
@@ -79,7 +77,7 @@ def plan(z: float = 2.0, clip: float = 0.5, joint: bool = False) -> CentralPlan:
 
 def test_the_server_adds_noise_of_z_clip_and_divides_by_a_constant() -> None:
     aggregate = Aggregate(7.0, torch.full((10**6,), 3.0), {"c": torch.zeros(1000)}, 9)
-    noisy, clip = plan(joint=True).decode(aggregate, 0.5, words())
+    noisy, clip = plan(joint=True).decode(aggregate, 0.5, words(), {})
     assert (noisy.weight, noisy.count, clip) == (20.0, 20, 0.5)
     noise = noisy.total.double() - 3
     assert float(noise.std()) == pytest.approx(1.0, rel=0.003)
@@ -124,10 +122,13 @@ def test_no_noise_is_an_infinite_epsilon() -> None:
     [
         ({}, "needs noise_multiplier or epsilon, one of them"),
         ({"noise_multiplier": 1.0, "epsilon": 1.0}, "needs noise_multiplier or epsilon, one of them"),
-        ({"noise_multiplier": 0.0, "epsilon": 8.0}, "asks for epsilon 8 with a noise multiplier of 0"),
-        ({"noise_multiplier": -1.0}, "noise_multiplier must be a number of at least 0, not -1.0"),
-        ({"epsilon": 0.0}, "epsilon must be a number above 0, not 0.0"),
-        ({"noise_multiplier": 1.0, "delta": 1.0}, "delta must be above 0 and below 1, not 1.0"),
+        ({"noise_multiplier": 0.0, "epsilon": 8.0}, "asks for epsilon 8.0 with a noise multiplier of 0"),
+        (
+            {"noise_multiplier": -1.0},
+            "noise_multiplier is the noise over the largest norm and must be at least 0, not -1.0",
+        ),
+        ({"epsilon": 0.0}, r"privacy\.dp\.epsilon is .* and must be a number above 0, not 0.0"),
+        ({"noise_multiplier": 1.0, "delta": 1.0}, r"privacy\.dp\.delta is .* and must be above 0 and below 1, not 1.0"),
         ({"noise_multiplier": 1.0, "clip": 0.0}, r"privacy\.dp\.clip is the largest L2 norm"),
     ],
 )
@@ -137,7 +138,7 @@ def test_faults_of_the_section(wrong: dict[str, float], message: str) -> None:
 
 
 def test_an_epsilon_that_the_cohort_does_not_bear_is_refused() -> None:
-    with pytest.raises(ValueError, match="the cohort has a fixed size, for which a Poisson epsilon would be false"):
+    with pytest.raises(ValueError, match="the cohort has a fixed size, where a Poisson epsilon would be false"):
         CentralDp(noise_multiplier=1.0, sampling="poisson").plan(UniformCohort(size=5), 100, 1)
     with pytest.raises(ValueError, match="a Poisson cohort has no fixed size"):
         CentralDp(noise_multiplier=1.0, sampling="fixed").plan(PoissonCohort(size=5), 100, 1)
@@ -158,7 +159,7 @@ def follow(dp: AdaptiveDp, rounds: int = 100, cohort: int = 100) -> float:
         sent = [plan.encode(Update(k, 1.0, torch.tensor([norm])), clip) for k, norm in enumerate(norms.tolist())]
         extras = {WITHIN: sum((update.extras[WITHIN] for update in sent), torch.zeros(1))}
         total = sum((update.delta for update in sent), torch.zeros(1))
-        noisy, clip = plan.decode(Aggregate(cohort, total, extras, cohort), clip, words(round_))
+        noisy, clip = plan.decode(Aggregate(cohort, total, extras, cohort), clip, words(round_), {})
         assert noisy.extras == {}
     return clip
 
@@ -179,7 +180,7 @@ def test_one_step_of_the_clipping_norm_by_hand() -> None:
     assert (inside.extras[WITHIN].item(), outside.extras[WITHIN].item()) == (0.5, -0.5)
     # three of four within: 2 exp(-0.2 (0.75 - 0.5))
     aggregate = Aggregate(4.0, torch.zeros(1), {WITHIN: torch.tensor([1.0])}, 4)
-    assert plan.decode(aggregate, 2.0, words())[1] == pytest.approx(2 * math.exp(-0.05))
+    assert plan.decode(aggregate, 2.0, words(), {})[1] == pytest.approx(2 * math.exp(-0.05))
 
 
 def test_both_sums_together_cost_what_one_does() -> None:
@@ -187,7 +188,7 @@ def test_both_sums_together_cost_what_one_does() -> None:
     # z^-2 = z_delta^-2 + (2 sigma_b)^-2, with sigma_b = 100 / 20
     assert plan.update_noise**-2 + (2 * 5.0) ** -2 == pytest.approx(1.0)
     aggregate = Aggregate(100.0, torch.zeros(10**6), {WITHIN: torch.zeros(1)}, 100)
-    noise = plan.decode(aggregate, 0.5, words())[0].total
+    noise = plan.decode(aggregate, 0.5, words(), {})[0].total
     assert float(noise.std()) == pytest.approx(0.5 * plan.update_noise, rel=0.003)
 
 

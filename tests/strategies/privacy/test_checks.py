@@ -6,13 +6,12 @@ import pytest
 
 from strategies import Strategies
 from strategies.averaging.fedavg import FedAvg
-from strategies.lora.flexlora import FlexLora
+from strategies.lora.products import FlexLora
 from strategies.personalized.personal_models import LocalOnly
-from strategies.privacy.adaptive import AdaptiveDp
-from strategies.privacy.central import CentralDp
+from strategies.privacy.budget import ExampleDp
+from strategies.privacy.central import AdaptiveDp, CentralDp
 from strategies.privacy.checks import check_dp
 from strategies.privacy.distributed import DistributedDp
-from strategies.privacy.per_example import ExampleDp
 
 KINDS = [kind(noise_multiplier=0.1) for kind in (CentralDp, AdaptiveDp, DistributedDp)]
 UNIFORM = FedAvg(weighting="uniform")

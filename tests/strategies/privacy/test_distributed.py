@@ -14,9 +14,8 @@ from strategies.core.protocol import Update
 from strategies.core.seeds import rng
 from strategies.privacy import distributed as dp_distributed
 from strategies.privacy.distributed import DistributedDp, DistributedPlan
-from strategies.privacy.integer_noise import SkellamSum
 from strategies.privacy.integers import fit, inflated, largest_l1, padded, rotate, rotate_back, rounded, signs
-from strategies.privacy.noise_source import byte_words, seeded_words
+from strategies.privacy.noise import SkellamSum, byte_words, seeded_words
 
 
 def words(seed: int = 1):

@@ -14,24 +14,22 @@ import torch
 from engine.aggregation.exact_sum import ExactSum, merge
 from experiments.cli.contract import engine_stored, engine_sum
 from strategies import Strategies
+from strategies.averaging.drift import Scaffold
 from strategies.averaging.fedavg import FedAvg
 from strategies.averaging.reweighting import FedNova, QFedAvg
-from strategies.averaging.scaffold import Scaffold
 from strategies.contract.case import FULL, LORA, Case
 from strategies.core.base import Rule, named
 from strategies.core.cohort import PoissonCohort, UniformCohort
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, ServerState, Update
 from strategies.core.seeds import rng
-from strategies.lora.flexlora import FlexLora
 from strategies.lora.hetlora import HetLora
-from strategies.lora.products import FedExLora, Flora
-from strategies.privacy.adaptive import WITHIN, AdaptiveDp, AdaptivePlan
-from strategies.privacy.central import CentralDp, CentralPlan
+from strategies.lora.products import FedExLora, FlexLora, Flora
+from strategies.privacy.central import WITHIN, AdaptiveDp, AdaptivePlan, CentralDp, CentralPlan
 from strategies.privacy.checks import check_dp
 from strategies.privacy.distributed import DistributedDp
 from strategies.privacy.integers import signs
-from strategies.privacy.noise_source import Words, seeded_words
+from strategies.privacy.noise import Words, seeded_words
 
 ROUNDS, CLIP, POPULATION = 20, 0.05, 9
 COHORTS = {  # the expected cohort, and how many clients come, round after round
@@ -79,7 +77,7 @@ def private_round(
         lengths = case.strategy.beside(case.layout) | ({WITHIN: 1} if isinstance(plan, AdaptivePlan) else {})
         extras = {name: torch.zeros(length) for name, length in lengths.items()}
         aggregate = Aggregate(0.0, torch.zeros(case.layout.size), extras, 0)
-    aggregate, clip = plan.decode(aggregate, clip, no_words)
+    aggregate, clip = plan.decode(aggregate, clip, no_words, {})
     return case.strategy.apply(state, aggregate), clip
 
 
@@ -160,7 +158,7 @@ def small_round(strategy: Rule, ends: list[torch.Tensor], clip: float, expected:
         total.add(plan.encode(update, clip))
     extras = {name: torch.zeros(length) for name, length in strategy.beside(SMALL).items()}
     aggregate = merge([total.take()]) if ends else Aggregate(0.0, torch.zeros(4), extras, 0)
-    return strategy.apply(state, plan.decode(aggregate, clip, no_words)[0])
+    return strategy.apply(state, plan.decode(aggregate, clip, no_words, {})[0])
 
 
 def product_of(state: ServerState) -> torch.Tensor:

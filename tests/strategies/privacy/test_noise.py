@@ -8,8 +8,18 @@ import pytest
 from scipy import stats
 
 from strategies.core.seeds import rng
-from strategies.privacy.integer_noise import discrete_gaussian, log_poisson, poisson, skellam
-from strategies.privacy.noise_source import below, byte_words, coin_exp, normal, seeded_words, uniform
+from strategies.privacy.noise import (
+    below,
+    byte_words,
+    coin_exp,
+    discrete_gaussian,
+    log_poisson,
+    normal,
+    poisson,
+    seeded_words,
+    skellam,
+    uniform,
+)
 
 LEAST_P = 1e-4  # seeds are fixed: what passes once passes always
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.protocol import Update
-from strategies.robust.sums import CenteredClipping
+from strategies.robust.rules import CenteredClipping
 
 FIRST = [Update(0, 1.0, torch.tensor([3.0, 4.0, 0.0])), Update(1, 0.25, torch.tensor([0.0, 0.0, 10.0]))]
 SECOND = [Update(0, 1.0, torch.tensor([1.5, 2.0, 14.5])), Update(1, 0.25, torch.tensor([1.5, 2.0, 2.5]))]

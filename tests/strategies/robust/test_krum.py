@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from strategies.robust.reading_each import Bulyan, Krum, MultiKrum, ranked
+from strategies.robust.rules import Bulyan, Krum, MultiKrum, ranked
 
 # |a - b|^2 = 1, |a - c|^2 = 4, |a - d|^2 = 2, |b - c|^2 = 5, |b - d|^2 = 1, |c - d|^2 = 2; e is far away
 A, B, C, D, E = (

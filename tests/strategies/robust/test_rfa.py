@@ -4,7 +4,7 @@ import torch
 
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, ServerState, Update
-from strategies.robust.sums import Rfa
+from strategies.robust.rules import Rfa
 
 LAYOUT = Layout(("w",), ((3,),))
 ON_A_LINE = [torch.tensor([x, 0.0, 0.0]) for x in (1.0, 2.0, 4.0)]

@@ -11,16 +11,13 @@ from hypothesis import strategies as st
 
 from engine.aggregation.exact_sum import ExactSum, merge
 from strategies import Transforms
+from strategies.averaging.drift import FedProx
 from strategies.averaging.fedavg import FedAvg
-from strategies.averaging.proximal import FedProx
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update
-from strategies.robust.reading_each import Krum, Median
-from strategies.robust.sums import Rfa
-from strategies.transforms.chain import Transform, bits, decode, encode
-from strategies.transforms.clip import Clip
-from strategies.transforms.quantization import Int8, Sign
-from strategies.transforms.shortening import Projection, TopK
+from strategies.robust.rules import Krum, Median, Rfa
+from strategies.transforms.chain import Clip, Transform, bits, decode, encode
+from strategies.transforms.lossy import Int8, Projection, Sign, TopK
 
 SIZE = 40
 LOSSY = [TopK, Int8, Sign, Projection]

@@ -9,9 +9,8 @@ import torch
 
 from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update
 from strategies.core.seeds import torch_rng
-from strategies.transforms.clip import Clip
-from strategies.transforms.quantization import Int8, Sign
-from strategies.transforms.shortening import Projection, TopK, drawn
+from strategies.transforms.chain import Clip
+from strategies.transforms.lossy import Int8, Projection, Sign, TopK, drawn
 
 
 def sent(
@@ -99,7 +98,7 @@ def decoded(transform: Projection, y: list[float], round_: int, size: int) -> li
 
 def test_projection_adds_up_buckets_with_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     table = np.array([0, 1, 0]), np.array([1, 1, -1], np.int8)
-    monkeypatch.setattr("strategies.transforms.shortening.drawn", lambda *place: table)
+    monkeypatch.setattr("strategies.transforms.lossy.drawn", lambda *place: table)
     # S = [[1, 0, -1], [0, 1, 0]]: y = (5 - 3, 4); S' y = (2, 4, -2)
     plain = Projection(share=0.67, error_feedback=False)
     assert sent(plain, [5, 4, 3]) == ([2, 4], [])

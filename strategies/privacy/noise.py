@@ -1,4 +1,6 @@
-"""Noise of whole numbers that several clients add: Skellam or discrete Gaussian, with its Rényi divergences.
+"""Noise from uniform words: exact coin flips, normal numbers, and whole numbers whose sum several clients add.
+
+The caller decides where the words come from: a generator of `seeds`, or the operating system where noise is secret.
 
 Skellam: Agarwal et al. 2021, "The Skellam Mechanism for Differentially Private Federated Learning", arXiv 2110.04995.
 Each client adds the difference of two Poisson numbers; sums of them are Skellam again, so that the surviving clients
@@ -12,7 +14,79 @@ from dataclasses import dataclass
 import numpy as np
 
 from strategies.privacy.accounting import RingNoise
-from strategies.privacy.noise_source import Words, below, coin_exp, uniform
+
+Words = Callable[[int], np.ndarray]  # N -> N uniform words, (N,) uint64
+
+
+def seeded_words(rng: np.random.Generator) -> Words:
+    """The words of a generator."""
+    return lambda count: rng.integers(0, 2**64, count, np.uint64)
+
+
+def byte_words(read: Callable[[int], bytes]) -> Words:
+    """Words of bytes such as those of `os.urandom`."""
+    return lambda count: np.frombuffer(read(8 * count), np.uint64)
+
+
+def uniform(words: Words, count: int) -> np.ndarray:
+    """Numbers in (0, 1), never 0 or 1: the middles of 2^52 parts, each of which float64 holds exactly."""
+    return ((words(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def below(words: Words, count: int, bound: int) -> np.ndarray:
+    """Whole numbers of 0 to bound - 1 (N,) int64, exactly uniform: the last words are drawn again."""
+    assert 1 <= bound <= 2**50  # so that nearly every word can be used
+    last = np.uint64(2**64 // bound * bound - 1)
+    drawn = words(count)
+    high = np.flatnonzero(drawn > last)
+    if len(high):
+        drawn = drawn.copy()
+        while len(high):
+            drawn[high] = words(len(high))
+            high = high[drawn[high] > last]
+    return (drawn % np.uint64(bound)).astype(np.int64)
+
+
+def coin_exp(words: Words, above_N: np.ndarray, under: int) -> np.ndarray:
+    """True with probability exp(-above / under), each; exact (Canonne et al. 2020, arXiv 2004.00010, algorithm 1)."""
+    ones_N, rest_N = np.divmod(above_N, under)
+    coins_N = _coin_exp_below_one(words, rest_N, under)
+    index = np.flatnonzero(coins_N & (ones_N > 0))
+    flips = 0
+    while len(index):  # exp(-k) is k coins of exp(-1)
+        flips += 1
+        heads = _coin_exp_below_one(words, np.ones(len(index), np.int64), 1)
+        coins_N[index[~heads]] = False
+        index = index[heads & (ones_N[index] > flips)]
+    return coins_N
+
+
+def _coin_exp_below_one(words: Words, above_N: np.ndarray, under: int) -> np.ndarray:
+    """Coins of above / (under k) for k = 1, 2, ... until one fails: the series of exp, if the failing k is odd."""
+    odd = np.zeros(len(above_N), bool)
+    index = np.arange(len(above_N))
+    k = 0
+    while len(index):
+        k += 1
+        heads = below(words, len(index), under) < above_N[index]
+        if k > 1:
+            heads &= below(words, len(index), k) == 0
+        odd[index[~heads]] = k % 2 == 1
+        index = index[heads]
+    return odd
+
+
+def normal(words: Words, count: int) -> np.ndarray:
+    """Standard normal numbers (N,) float64 (Box and Muller 1958), up to 8.6 in size.
+
+    They are not safe from an adversary who reads the last bits of the noisy sum (Mironov 2012, "On Significance of the
+    Least Significant Bits for Differential Privacy"); noise of whole numbers is.
+    """
+    half = -(-count // 2)
+    radius_H = np.sqrt(-2 * np.log(uniform(words, half)))
+    angle_H = 2 * np.pi * uniform(words, half)
+    return np.concatenate([radius_H * np.cos(angle_H), radius_H * np.sin(angle_H)])[:count]
+
 
 LARGEST = 2**24  # of the standard deviation: nothing below leaves int64
 SMALL = 10.0  # means below are drawn by inversion
@@ -98,10 +172,7 @@ def log_poisson(k_N: np.ndarray, mean: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DiscreteGaussianSum(RingNoise):
-    """The sum of `clients` independent discrete Gaussians in each of `dimension` coordinates.
-
-    `deviation` is each client's, `norm` the largest L2 norm of one client's integers.
-    """
+    """The sum of `clients` discrete Gaussians in each coordinate; `norm` is the largest of one client's integers."""
 
     clients: int
     deviation: int
@@ -138,7 +209,7 @@ def discrete_gaussian(words: Words, count: int, deviation: int) -> np.ndarray:
 
 
 def _discrete_laplace(words: Words, tries: int, scale: int) -> np.ndarray:
-    """Numbers with probabilities in proportion to exp(-|y| / scale), the accepted of so many tries (algorithm 2)."""
+    """Numbers with probabilities in proportion to exp(-|y| / scale): the accepted of `tries` (algorithm 2)."""
     rest = below(words, tries, scale)
     rest = rest[coin_exp(words, rest, scale)]
     wholes = np.zeros(len(rest), np.int64)
@@ -154,7 +225,7 @@ def _discrete_laplace(words: Words, tries: int, scale: int) -> np.ndarray:
 
 
 def _filled(count: int, draw: Callable[[int], np.ndarray]) -> np.ndarray:
-    """So many numbers (N,) int64 from a sampler that takes how many are missing and gives more or fewer."""
+    """`count` numbers (N,) int64 from a sampler that is asked for the missing ones and gives more or fewer."""
     parts, missing = [np.empty(0, np.int64)], count
     while missing > 0:
         parts.append(draw(missing)[:missing])

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Broadcast, ServerState, Update
-from strategies.robust import reading_each as robust
-from strategies.robust.reading_each import Bulyan, Krum, Median, MultiKrum, TrimmedMean, squared_distances
-from strategies.robust.sums import Rfa
+from strategies.robust import rules as robust
+from strategies.robust.rules import Bulyan, Krum, Median, MultiKrum, Rfa, TrimmedMean, squared_distances
 
 DELTAS = [[1.0, 9.0, -4.0], [2.0, 0.0, 0.0], [6.0, 3.0, 100.0], [4.0, 1.0, 2.0], [-50.0, 2.0, 1.0]]
 RULES = [Median(), TrimmedMean(), Krum(), MultiKrum(), Bulyan(), Rfa()]

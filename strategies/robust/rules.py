@@ -1,8 +1,9 @@
-"""Rules that read each update: they check the number of updates and work in blocks of coordinates.
+"""Robust rules, in blocks of coordinates: most read each update; a secure sum can serve the last two.
 
 The median and the trimmed mean (Yin et al. 2018, arXiv 1803.01498, algorithm 1); Krum and Multi-Krum (Blanchard et al.
-2017, arXiv 1703.02757, section 4); Bulyan (El Mhamdi et al. 2018, arXiv 1802.07927).
-Legend: K clients, P parameters, B the coordinates of a block, S selected clients.
+2017, arXiv 1703.02757, section 4); Bulyan (El Mhamdi et al. 2018, arXiv 1802.07927). Centered clipping (Karimireddy et
+al. 2021, arXiv 2012.10333) and, with several sums a round, RFA (Pillutla et al. 2022, arXiv 1912.13445, algorithms 1
+and 2). Legend: K clients, P parameters, B the coordinates of a block, S selected clients.
 """
 
 import math
@@ -14,10 +15,10 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import torch
 
-from strategies.core.base import AveragingRule, Reads, named
-from strategies.core.errors import StrategyError
-from strategies.core.protocol import Aggregate, ServerState, Vector
-from strategies.core.ranges import AT_LEAST_1, Bounds, Range
+from strategies.core.base import AveragingRule, Ends, Finished, Reads, named
+from strategies.core.errors import require
+from strategies.core.protocol import Aggregate, Broadcast, ClientState, ServerState, Update, Vector
+from strategies.core.ranges import ABOVE_0, AT_LEAST_1, Bounds, Range
 
 BELOW_HALF: Bounds = ("at least 0 and below 0.5", lambda x: 0 <= x < 0.5)
 ELEMENTS = 2**21  # of a block, over all clients: what is in memory at once does not grow with K or P
@@ -40,18 +41,16 @@ class RobustRule(AveragingRule, ABC):
         """The rule itself: one vector (P,) from those of the clients."""
 
     def way_out(self, count: int) -> str:
-        """The setting that makes the rule work with so many updates."""
+        """The setting that makes the rule work with `count` updates."""
         return "take another strategy"
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """theta += lr * combine(deltas); StrategyError with the way out when they are fewer than the rule needs."""
         assert aggregate.each is not None
         count, needed = len(aggregate.each), self.smallest_cohort()
-        if count < needed:
-            raise StrategyError(
-                f"{named(self)} as set needs the updates of at least {needed} clients a round, but {count} came: raise "
-                f"cohort.size so that {needed} always come, or {self.way_out(count)}"
-            )
+        few = f"{named(self)} as set needs the updates of at least {needed} clients a round, but {count} came"
+        way_out = f"raise cohort.size so that {needed} always come, or {self.way_out(count)}"
+        require(count >= needed, f"{few}: {way_out}")
         step = self.combine([update.delta for update in aggregate.each])
         return replace(state, round=state.round + 1, params=state.params + self.lr * step)
 
@@ -63,7 +62,7 @@ class ByzantineRule(RobustRule, ABC):
     f: Annotated[int, Range("is the number of clients that may lie")] = 1
 
     def way_out(self, count: int) -> str:
-        """The largest f that the rule allows for so many updates."""
+        """The largest f that the rule allows for `count` updates."""
         fits = [f for f in range(self.f) if replace(self, f=f).smallest_cohort() <= count]
         return f"set strategy.f = {fits[-1]}" if fits else super().way_out(count)
 
@@ -173,8 +172,7 @@ class Bulyan(ByzantineRule):
     Krum selects the S updates one by one. Reads each update. Needs K >= 4f + 3. The median is one of the values, of an
     even S the lower middle one (the paper leaves it open); of two values equally near the lower is taken. Krum runs
     again on the rest after each selection; its number of neighbors, then K - f - 2 of a smaller K, is kept at one or
-    more. The authors' later code averages several updates at each selection and selects two fewer; this is the paper's
-    rule.
+    more. The authors' later code averages several updates at each selection and selects two fewer than the paper.
     """
 
     kind: Literal["bulyan"] = "bulyan"
@@ -231,8 +229,7 @@ def mean_of_rows(x_KB: torch.Tensor) -> torch.Tensor:
 def squared_distances(deltas: Sequence[Vector]) -> torch.Tensor:
     """|delta_i - delta_j|^2 for all pairs (K, K), in float64 from products of blocks.
 
-    Not centered: an attacker's huge vector would then drown the honest ones' distances. This way the error of a pair is
-    1e-16 of that pair's own squared norms.
+    Not centered: an attacker's huge vector would drown other distances. A pair errs by 1e-16 of its own squared norms.
     """
     products_KK = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
     for _, x_KB in blocks(deltas):
@@ -253,3 +250,86 @@ def ranked(squares_KK: torch.Tensor, f: int) -> list[int]:
     nearest_KK = squares_KK.clone().fill_diagonal_(torch.inf).sort(dim=1).values  # without the distance to itself
     scores = nearest_KK[:, :neighbors].sum(dim=1).tolist()
     return sorted(range(len(scores)), key=scores.__getitem__)
+
+
+@dataclass(frozen=True)
+class CenteredClipping(AveragingRule):
+    """v += mean_k clip(delta_k - v, tau), theta += lr v, where clip(x, tau) = x min(1, tau / |x|).
+
+    One pass of the paper's rule, from the last round's v, which is broadcast. Reads the sum: a client's update is its
+    clipped distance from v. All clients weigh the same, since an attacker would claim many rows.
+
+    Traps: the clients themselves clip, so this holds against poisoned data and broken training, but against a client
+    that breaks the protocol only if its update is proven or checked to be within tau. tau must be about the distance of
+    honest changes from their mean: far above, nothing is clipped; far below, v follows slowly. The paper's guarantee
+    also needs momentum on the clients (train.state = "keep").
+    """
+
+    kind: Literal["centred_clipping"] = "centred_clipping"
+    weighting: Literal["uniform"] = "uniform"
+    tau: Annotated[float, Range("is the norm that is clipped to", ABOVE_0)] = 1.0
+    elementwise: ClassVar[bool] = False
+    zero_moments: ClassVar[tuple[str, ...]] = ("v",)
+    sends_moments: ClassVar[bool] = True
+    rests_at_zero: ClassVar[bool] = False  # a client at rest sends -v
+    paper: ClassVar[str] = "arXiv 2012.10333"
+
+    def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
+        """Sends clip(delta - v, tau)."""
+        update, client_state = super().finish(update, broadcast, client_state, ends)
+        apart = update.delta - broadcast.extras["v"]
+        norm = torch.linalg.vector_norm(apart, dtype=torch.float64).item()
+        return replace(update, delta=apart * (self.tau / max(norm, self.tau))), client_state
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """v += mean clip(delta - v, tau), theta += lr v."""
+        v = state.moments["v"] + aggregate.total / aggregate.weight
+        return replace(state, round=state.round + 1, params=state.params + self.lr * v, moments={"v": v})
+
+
+@dataclass(frozen=True)
+class Rfa(AveragingRule):
+    """theta += lr * z after `passes` times z <- sum b_k delta_k / sum b_k, b_k = p_k / max(nu, |delta_k - z|).
+
+    The smoothed Weiszfeld algorithm for argmin_z sum p_k |delta_k - z|. A pass is a sum over the updates, which a
+    secure sum can give: it reads "passes", and a real client receives z and sends b_k delta_k in each. z starts at
+    zero, the server's model, so that one pass is the paper's one-step RFA and one huge update moves it little from the
+    first pass on; the authors' code starts at the plain mean and counts that as its first pass. Trap: an attacker may
+    still claim a large p_k (see `weighting`).
+    """
+
+    kind: Literal["rfa"] = "rfa"
+    passes: Annotated[int, Range("is the number of sums over the updates", AT_LEAST_1)] = 3
+    nu: Annotated[float, Range("keeps distances away from 0", ABOVE_0)] = 1e-6
+    reads: ClassVar[Reads] = "passes"
+    elementwise: ClassVar[bool] = False
+    paper: ClassVar[str] = "arXiv 1912.13445"
+
+    def floats(self, broadcast: Broadcast) -> tuple[int, int]:
+        """A vector down and a vector up for each pass; the first z is the global vector's own zero."""
+        down, up = super().floats(broadcast)
+        return down + (self.passes - 1) * broadcast.params.numel(), self.passes * up
+
+    def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """theta += lr * the geometric median of the deltas."""
+        assert aggregate.each is not None
+        deltas = [update.delta for update in aggregate.each]
+        weights_K = torch.tensor([update.weight for update in aggregate.each], dtype=torch.float64)
+        z_P = torch.zeros_like(state.params)
+        for _ in range(self.passes):
+            z_P = weighted_mean(deltas, weights_K / distances(deltas, z_P).clamp(min=self.nu))
+        return replace(state, round=state.round + 1, params=state.params + self.lr * z_P)
+
+
+def distances(deltas: Sequence[Vector], z_P: Vector) -> torch.Tensor:
+    """|delta_k - z| for every client (K,), in float64."""
+    squares_K = torch.zeros(len(deltas), dtype=torch.float64)
+    for part, x_KB in blocks(deltas):
+        squares_K += (x_KB.double() - z_P[part]).square().sum(dim=1)
+    return squares_K.sqrt()
+
+
+def weighted_mean(deltas: Sequence[Vector], weights_K: torch.Tensor) -> Vector:
+    """sum b_k delta_k / sum b_k (P,)."""
+    shares_K = weights_K / weights_K.sum()
+    return by_coordinate(deltas, lambda x_KB: (shares_K @ x_KB.double()).float())
