@@ -1,7 +1,4 @@
-"""What takes clients' updates in a worker: the exact sum, the ring sum of secure aggregation, or each by itself.
-
-Legend: P parameters, S coordinates of a shard of the ring vector.
-"""
+"""What takes clients' updates in a worker: the exact sum, the ring sum of secure aggregation, or each by itself."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from engine.aggregation.exact_sum import NonFiniteUpdate, finite_bound
-from engine.aggregation.ring_encoding import Plan, figures_of, ring_values
+from engine.aggregation.ring_encoding import CLIPPED, FIGURE, Plan, ring_values
 from engine.aggregation.ring_shard import RingShard
 from engine.config.federation import Federation
 from engine.messages.reports import UpdateMessage
@@ -23,11 +20,7 @@ from strategies.secagg.masks import Masks, wrap
 
 
 class Accumulator(Protocol):
-    """What a worker has for its clients' updates: ExactSum, SingleUpdates or RingSum.
-
-    Each is filled by `add` and emptied by its owner: `ExactSum.take` ends a round, `SingleUpdates.take` a chunk. The
-    first session of a round begins a new RingSum: a later session masks the same sum again, so it is never taken.
-    """
+    """ExactSum, SingleUpdates, or RingSum, which is never emptied: a later session of its round masks the same sum."""
 
     def add(self, update: Update) -> None:
         """Adds one update; NonFiniteUpdate, and no change, where it cannot be used."""
@@ -53,16 +46,13 @@ class SingleUpdates:
 
 @dataclass
 class RingSum:
-    """Adds up clients' ring vectors, or a rank's shards of them, which leave the process only under masks.
-
-    `summed` adds a figure up over the worker's ranks.
-    """
+    """Adds up clients' shards (S,) of the ring vector, which leave the process only under masks."""
 
     shard: RingShard
     federation: Federation
     plan: Plan
     round: int
-    summed: Callable[[float], float] = float
+    summed: Callable[[float], float] = float  # of a figure over the worker's ranks
 
     def __post_init__(self) -> None:
         self.total_S = np.zeros(self.shard.length, np.uint32)
@@ -70,8 +60,8 @@ class RingSum:
     def add(self, update: Update) -> None:
         """Adds one client; NonFiniteUpdate where values, weight or training loss have no place in the ring."""
         finite_bound(update)
-        objective = self.federation.train.objective
-        if not all(map(math.isfinite, client_figures(objective, update.metrics).values())):
+        figures = client_figures(self.federation.train.objective, update.metrics)
+        if not all(map(math.isfinite, figures.values())):
             raise NonFiniteUpdate("its training loss is no number")
         shard = self.shard
         try:
@@ -79,9 +69,9 @@ class RingSum:
         except StrategyError as error:
             raise NonFiniteUpdate(str(error)) from error
         values, clipped = ring_values(update, shard.sums, self.federation, self.plan, self.round, shard.live_S)
-        figures = figures_of(update, objective, int(self.summed(clipped)))
+        figures[CLIPPED] = self.summed(clipped)
         if shard.rank == 0:
-            values |= {name: np.array([figure], np.float64) for name, figure in figures.items()}
+            values |= {FIGURE + name: np.array([figure], np.float64) for name, figure in figures.items()}
         draws = rng(self.federation.seed, self.round, update.client, "rounding")
         shard.encode_into(self.total_S, values, update.weight, draws)
 

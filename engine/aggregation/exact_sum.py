@@ -1,8 +1,7 @@
 """The exact sum: weighted updates on a fixed grid of int64, the same bits in any order. Legend: P parameters.
 
-A value x with weight w is rounded to the grid step 2^-40; integers add without rounding, so any order of clients,
-chunks and slots gives the same result. Ranges are checked before the cast, where NaN and overflow would all become the
-smallest integer.
+A value x with weight w is rounded to the grid step 2^-40; integers add without rounding. Ranges are checked before the
+cast, where NaN and overflow would all become the smallest integer.
 """
 
 from collections import Counter
@@ -33,10 +32,9 @@ class NonFiniteUpdate(ValueError):
 
 @dataclass(frozen=True)
 class PartialSum:
-    """A slot's part of a round: sums on the grid (int64), the sum of weights on the grid, and how many clients.
+    """A slot's part of a round: sums on the grid (int64), the sum of weights on the grid, and the number of clients.
 
-    `bound` is the sum of weight * max |x|, by which overflow is judged. `lengths` are those of the whole vectors, of
-    which `vectors` may be a part.
+    `bound` is the sum of weight * max |x|, which is checked for overflow. `vectors` may be parts of `lengths`.
     """
 
     vectors: dict[str, np.ndarray]
@@ -60,11 +58,8 @@ class OnGrid:
         self.scratch_B = np.empty(min(BLOCK, length))
 
     def add(self, values_P: np.ndarray, weight: float, limit: float) -> float:
-        """Adds weight * values (P,), and nothing if |weight * value| reaches `limit`; returns the largest.
-
-        Both are done in one pass, since reading a large vector takes longer than the arithmetic.
-        """
-        largest = 0.0
+        """Adds weight * values (P,), and nothing if |weight * value| reaches `limit`; returns the largest."""
+        largest = 0.0  # in the same pass: reading a large vector takes longer than the arithmetic
         for block, values_B in enumerate(_blocks(values_P)):
             reached = weight * _peak(values_B)
             if not reached < limit:  # NaN is not
@@ -111,10 +106,7 @@ class ExactSum:
     bound: float = 0.0
 
     def add(self, update: Update) -> None:
-        """Adds weight * delta and the unweighted extras.
-
-        Raises NonFiniteUpdate, and RunError if all updates together leave the grid's range; the sum is then as before.
-        """
+        """Adds weight * delta and the unweighted extras; on NonFiniteUpdate, or RunError for all, nothing changes."""
         assert "delta" not in update.extras and update.delta.ndim == 1
         if not np.isfinite(update.weight):
             raise NonFiniteUpdate(NOT_FINITE)
@@ -123,10 +115,8 @@ class ExactSum:
             if name not in self.vectors:
                 self.vectors[name] = OnGrid(tensor.numel())
             if (length := len(self.vectors[name].steps_P)) != tensor.numel():
-                raise ValueError(
-                    f"{name!r} has {tensor.numel()} values for client {update.client}, and {length} for others: what a "
-                    f"strategy adds up must be of one length"
-                )
+                given = f"{name!r} has {tensor.numel()} values for client {update.client}, and {length} for others"
+                raise ValueError(f"{given}: what a strategy adds up must be of one length")
         bound, added = 0.0, list[tuple[OnGrid, np.ndarray, float]]()
         for name, tensor in tensors.items():
             values_P, weight = tensor.detach().numpy(), update.weight if name == "delta" else 1.0
@@ -178,17 +168,13 @@ def _blocks(vector_P: np.ndarray) -> Iterator[np.ndarray]:
 
 def merge(partials: list[PartialSum]) -> Aggregate:
     """Returns the sum over all slots as float32 vectors; RunError if no client contributed or the range is exceeded."""
-    aggregate = merge_parts([[*partials]])
-    if aggregate is None:
+    if (aggregate := merge_parts([[*partials]])) is None:
         raise RunError("no client of the cohort gave an update, so there is nothing to average")
     return aggregate
 
 
 def merge_parts(parts: Iterable[list[PartialSum]]) -> Aggregate | None:
-    """As `merge`, from the slots' sums part by part; None if no client contributed.
-
-    Each list is emptied before the next one is asked for, so that the store can free what was in it.
-    """
+    """As `merge`, from the slots' sums part by part; None if no client contributed."""
     totals: dict[str, np.ndarray] = {}
     weight, count = 0, 0
     filled: Counter[str] = Counter()
@@ -196,7 +182,7 @@ def merge_parts(parts: Iterable[list[PartialSum]]) -> Aggregate | None:
         weight, count = sum(partial.weight for partial in part), sum(partial.count for partial in part)
         _check(sum(partial.bound for partial in part))
         contributing = [partial for partial in part if partial.count]
-        part.clear()
+        part.clear()  # so that the store can free it before the next part comes
         for name, length in contributing[0].lengths.items() if contributing else ():
             if name not in totals:
                 totals[name] = np.empty(length, np.float32)

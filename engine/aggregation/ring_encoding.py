@@ -1,7 +1,4 @@
-"""What a ring vector of secure aggregation holds: the update, the sums beside it, and the client's figures.
-
-Legend: P parameters, D coordinates after the rotation, L ring coordinates.
-"""
+"""What a ring vector of secure aggregation holds: the update, the sums beside it, and the client's figures."""
 
 import math
 import os
@@ -12,7 +9,7 @@ import numpy as np
 import torch
 
 from engine.config.federation import Federation
-from engine.objectives.base import Objective, client_figures, figure_bounds
+from engine.objectives.base import figure_bounds
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Mask, Size, Update, with_frozen, without_frozen
 from strategies.core.seeds import rng
@@ -54,10 +51,7 @@ def rounding(sums: Sums) -> float:
 def ring_values(
     update: Update, sums: Sums, federation: Federation, plan: Plan, round_: int, live: Mapping[str, Mask]
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Returns a client's values by sum, without its figures, and how many coordinates a sum's bound cuts.
-
-    `live` are the masks of the update at hand, which may be a shard. Noise is seeded unless secure aggregation is real.
-    """
+    """Returns a client's values by sum, without figures, and how many a bound clips; `live` masks what is given."""
     values = without_frozen({"delta": update.delta, **update.extras}, live)
     if plan is not None and plan.adds_to == "ring":
         words, extras = noise(federation, round_, update.client), {name: values[name] for name in update.extras}
@@ -69,37 +63,29 @@ def ring_values(
     return {name: value.numpy() for name, value in values.items()}, clipped
 
 
-def figures_of(update: Update, objective: Objective, clipped: int) -> dict[str, float]:
-    """Returns a client's figures by the names of their sums; `clipped` coordinates were cut by a bound."""
-    figures = {**client_figures(objective, update.metrics), CLIPPED: float(clipped)}
-    return {FIGURE + name: value for name, value in figures.items()}
-
-
 def ring_aggregate(
     totals: Totals, federation: Federation, layout: Layout, plan: Plan, round_: int
 ) -> tuple[Aggregate, dict[str, float]]:
     """Returns what the server learns: the sums as floats, and the figures by name."""
-    figures = {name: float(total[0]) for name, total in totals.sums.items() if name.startswith(FIGURE)}
-    figures = {name.removeprefix(FIGURE): value for name, value in figures.items()}
+    sums = totals.sums
+    figures = {name.removeprefix(FIGURE): float(sums[name][0]) for name in sums if name.startswith(FIGURE)}
     live = live_masks(federation, layout, round_)
     if plan is not None and plan.adds_to == "ring":
         lengths = live_lengths(federation, layout, round_)
         plan = replace(plan, length=sum(lengths.values()))
         del lengths["delta"]
-        noisy_D = totals.sums[NOISY]
-        short = plan.decode(noisy_D, totals.count, lengths, _signs(federation, plan, round_))
+        short = plan.decode(sums[NOISY], totals.count, lengths, _signs(federation, plan, round_))
         whole = with_frozen({"delta": short.total, **short.extras}, live)
         return replace(short, total=whole.pop("delta"), extras=whole), figures
-    vectors = ((name, total) for name, total in totals.sums.items() if not name.startswith(FIGURE))
-    whole = with_frozen({name: torch.from_numpy(total.astype(np.float32)) for name, total in vectors}, live)
+    names = (name for name in sums if not name.startswith(FIGURE))
+    whole = with_frozen({name: torch.from_numpy(sums[name].astype(np.float32)) for name in names}, live)
     return Aggregate(totals.weight, whole.pop("delta"), whole, totals.count), figures
 
 
 def live_masks(federation: Federation, layout: Layout, round_: int) -> dict[str, Mask]:
     """Returns the strategy's masks of a round for what travels: a delta that a transform shortens has none."""
-    shortened = travelling(federation, layout) != layout.size
-    live = federation.strategy.live(round_, layout)
-    return {name: mask for name, mask in live.items() if name != "delta" or not shortened}
+    masks, whole = federation.strategy.live(round_, layout), travelling(federation, layout) == layout.size
+    return {name: mask for name, mask in masks.items() if whole or name != "delta"}
 
 
 def live_lengths(federation: Federation, layout: Layout, round_: int) -> dict[str, int]:
@@ -117,7 +103,7 @@ def travelling(federation: Federation, layout: Layout) -> int:
 
 
 def _signs(federation: Federation, plan: DistributedPlan, round_: int) -> np.ndarray:
-    """Returns the round's random rotation (D,), the same for everybody."""
+    """Returns the signs (D,) of the round's random rotation to D coordinates, the same for everybody."""
     return signs(rng(federation.seed, round_, -1, "rotation"), plan.ring.dimension)
 
 

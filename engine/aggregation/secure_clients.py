@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from hmac import digest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -13,35 +13,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from engine.messages.reports import DOWN, Report
 from engine.messages.tasks import Unit
+from strategies.secagg import messages
 from strategies.secagg.client import Client
 from strategies.secagg.masks import Masks
-from strategies.secagg.messages import (
-    Agreement,
-    Inbox,
-    KeyList,
-    Keys,
-    MaskedSum,
-    Shares,
-    Survivors,
-    Unmasking,
-    UnmaskRequest,
-)
 from strategies.secagg.protocol import Phase, Session
 
 
-@dataclass(frozen=True)
-class Opening:
+class Opening(NamedTuple):
     """A session of `cohort` begins, of which this slot has `units`; `gone` drop out before they answer a phase."""
 
     session: Session
     cohort: tuple[int, ...]
     units: tuple[Unit, ...]
     gone: Mapping[int, Phase]
-
-    @property
-    def clients(self) -> Unit:
-        """The slot's clients."""
-        return tuple(client for unit in self.units for client in unit)
 
 
 class Authority:
@@ -58,8 +42,7 @@ class Authority:
         return self._secret
 
 
-@dataclass(frozen=True)
-class SecureWork:
+class SecureWork(NamedTuple):
     """What a worker still has to train before it masks its sum; with `fresh` its ring sum begins at zero."""
 
     session: Session
@@ -79,60 +62,54 @@ class SecureClients:
         self._members: dict[int, Client] = {}
         self._summed: tuple[int, bytes] = (-1, b"")  # the round and the sums that the ring sum is of
         self._reports: dict[int, Report] = {}  # of clients that were trained for it, or could not be
-        self._fresh = True
 
-    def open(self, opening: Opening, authority: Any) -> list[Keys]:
+    def open(self, opening: Opening, authority: Any) -> list[messages.Keys]:
         """First trip. In the active profile clients have identities, which `authority` (an actor) vouches for."""
         session, self._opened = opening.session, opening
         summed = (session.round, session.sums.digest)
         if summed != self._summed:
-            self._summed = summed
-            self._start_over()
+            self._summed, self._reports = summed, {}
+        clients = [client for unit in opening.units for client in unit]
         secret = ray.get(authority.secret.remote()) if session.parameters.active else b""
         known = _roster(secret, opening.cohort) if secret else {}
-        private = {client: _identity(secret, client) if secret else b"" for client in opening.clients}
-        self._members = {client: Client(session, client, private[client], known) for client in opening.clients}
+        private = {client: _identity(secret, client) if secret else b"" for client in clients}
+        self._members = {client: Client(session, client, private[client], known) for client in clients}
         return [member.keys() for member in self._staying("keys").values()]
 
-    def shares(self, listed: KeyList) -> list[Shares]:
+    def shares(self, listed: messages.KeyList) -> list[messages.Shares]:
         """Second trip."""
         return [member.shares(listed) for member in self._staying("shares").values()]
 
-    def pending(self, inboxes: Mapping[int, Inbox]) -> SecureWork:
-        """Third trip, first part: who of the clients that go on is still to be trained, each once a round."""
+    def pending(self, inboxes: Mapping[int, messages.Inbox]) -> SecureWork:
+        """Third trip, first part: returns the clients that still have to train, each once a round."""
         assert self._opened is not None
         staying = self._staying("masked input")
         self._members = {client: member for client, member in staying.items() if client in inboxes}
         if not set(self._reports) <= set(self._members):
-            self._start_over()  # a client in the sum has dropped out since, and nobody can be taken out of a sum
+            self._reports = {}  # a client in the sum has dropped out since, and nobody can be taken out of a sum
         left = [[c for c in unit if c in self._members and c not in self._reports] for unit in self._opened.units]
-        work = SecureWork(self._opened.session, tuple(tuple(unit) for unit in left if unit), self._fresh)
-        self._fresh = False
-        return work
+        return SecureWork(self._opened.session, tuple(tuple(unit) for unit in left if unit), not self._reports)
 
-    def masks(self, reports: Iterable[Report], inboxes: Mapping[int, Inbox]) -> list[Masks]:
-        """Third trip, second part: notes what became of the pending clients, and gives the masks of all in the sum."""
+    def masks(self, reports: Iterable[Report], inboxes: Mapping[int, messages.Inbox]) -> list[Masks]:
+        """Third trip, second part: takes the pending clients' reports; returns the masks of all clients in the sum."""
         self._reports |= {report.client: report for report in reports}
         return [self._members[client].masks(inboxes[client]) for client in self._added()]
 
-    def answer(self, masked: np.ndarray) -> tuple[list[Report], MaskedSum]:
-        """Third trip, last part: what the slot says. Reports tell no figures and no errors."""
+    def answer(self, masked: np.ndarray) -> tuple[list[Report], messages.MaskedSum]:
+        """Third trip, last part: returns all reports, without figures and errors, and the masked sum."""
         assert self._opened is not None
         reports = [replace(report, metrics={DOWN: report.metrics[DOWN]}, tried=()) for report in self._reports.values()]
-        return reports, MaskedSum(self._added(), masked, self._opened.session.sums.nbytes)
+        return reports, messages.MaskedSum(self._added(), masked, self._opened.session.sums.nbytes)
 
     def _added(self) -> tuple[int, ...]:
         return tuple(sorted(client for client, report in self._reports.items() if report.good))
 
-    def _start_over(self) -> None:
-        self._reports, self._fresh = {}, True
-
-    def agree(self, survivors: Survivors) -> list[Agreement]:
+    def agree(self, survivors: messages.Survivors) -> list[messages.Agreement]:
         """The active profile's trip."""
         alive = set(survivors.clients)
         return [member.agree(survivors) for client, member in self._staying("agreement").items() if client in alive]
 
-    def unmask(self, requests: Mapping[int, UnmaskRequest]) -> list[Unmasking]:
+    def unmask(self, requests: Mapping[int, messages.UnmaskRequest]) -> list[messages.Unmasking]:
         """Last trip."""
         return [m.unmask(requests[client]) for client, m in self._staying("unmask").items() if client in requests]
 

@@ -1,7 +1,4 @@
-"""The server's part of a round on one shard of the model: noise, transforms in reverse, the rule.
-
-A whole vector is one shard: see engine/rounds/server.py.
-"""
+"""The server's part of a round on one shard of the model: noise, transforms in reverse, the rule."""
 
 from collections.abc import Mapping
 

@@ -28,10 +28,7 @@ COLUMNS = {"client": pa.string(), "first": pa.int64(), "last": pa.int64()}
 
 @dataclass(frozen=True)
 class Trace:
-    """The rounds in which clients are there: `spans` (S, 2) of first and last ones, those of client c from `starts[c]`.
-
-    Clients without a span are always there.
-    """
+    """Rounds in which clients are there, always without a span: `spans` (S, 2), those of client c from `starts[c]`."""
 
     starts: np.ndarray
     spans: np.ndarray
@@ -40,8 +37,7 @@ class Trace:
     def open(cls, path: Path, names: list[str]) -> "Trace":
         """Reads a Parquet or CSV file of client (its name), first, last; `names` are in the order of client numbers.
 
-        Names are text, also in a CSV file: "007" is not client "7". RunError for a file that cannot be read, a client
-        that is not in `names`, and rows that are no span of rounds.
+        Names are text, also in a CSV file: "007" is not client "7". RunError for a wrong file, name, or span of rounds.
         """
         table = _read(path)
         numbers = pc.index_in(table["client"], pa.array(names, pa.string()))
@@ -57,13 +53,11 @@ class Trace:
         for fault, rows in faults.items():
             if (row := pc.index(rows, True).as_py()) >= 0:
                 said = ", ".join(f"{name} = {table[name][row].as_py()!r}" for name in COLUMNS)
-                raise RunError(
-                    f"row {row + 1} of the trace {path} (clients.availability.trace) {fault}: correct it ({said})"
-                )
-        clients = numbers.to_numpy()
+                place = f"row {row + 1} of the trace {path} (clients.availability.trace)"
+                raise RunError(f"{place} {fault}: correct it ({said})")
+        clients, spans = numbers.to_numpy(), np.stack([first, last], axis=1)
         order = np.argsort(clients, kind="stable")
-        spans = np.stack([first, last], axis=1)[order]
-        return cls(np.searchsorted(clients[order], np.arange(len(names) + 1)), spans)
+        return cls(np.searchsorted(clients[order], np.arange(len(names) + 1)), spans[order])
 
     def away(self, client: int, round_: int) -> bool:
         """Whether a client is missing in a round, counted from 1."""
@@ -90,7 +84,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def too_late(seconds: float) -> str:
-    """Says why a client that is this many seconds late does not count."""
+    """Returns why a late client does not count."""
     return f"too late: {seconds:.3g} s after clients.availability.deadline_s"
 
 
@@ -107,8 +101,7 @@ class Availability:
 
     The seed draws who drops out; under secure aggregation they leave before they offer keys, shares or their vector.
     With `step_s`, the seconds of an optimizer step for the median client, time is simulated: each client has a fixed
-    slowdown, drawn lognormally with sigma `slowness`, and late clients need not train. Without it the clock decides,
-    which differs from run to run.
+    slowdown, drawn lognormally with sigma `slowness`, and late clients need not train. Without it the clock decides.
     `trace` is a Parquet or CSV file of `client` (its name), `first` and `last`: clients in it are there in these
     rounds, counted from 1, and in no others; a client may have several rows.
     """
@@ -128,9 +121,8 @@ class Availability:
         if not 0 <= self.slowness < math.inf:
             raise RunError(f"clients.availability.slowness is a sigma, and must be at least 0, not {self.slowness}")
         if self.step_s is not None and self.deadline_s is None:
-            raise RunError(
-                "clients.availability.step_s simulates clients' time, which only a deadline uses: set deadline_s too"
-            )
+            why = "simulates clients' time, which only a deadline uses: set deadline_s too"
+            raise RunError(f"clients.availability.step_s {why}")
         if self.slowness and self.step_s is None:
             raise RunError("clients.availability.slowness is the spread of clients around step_s: set step_s too")
 
@@ -154,12 +146,11 @@ class Availability:
     def gone(self, cohort: Iterable[int], seed: int, round_: int, trace: Trace | None = None) -> dict[int, Leaving]:
         """The clients of the cohort that drop out in a round (counted from 0), and before which answer."""
         gone: dict[int, Leaving] = {}
-        if not self.dropout and trace is None:  # no draws for a large cohort
-            return gone
         for client in map(int, cohort):
-            draw = rng(seed, round_, client, "availability")
             if trace is not None and trace.away(client, round_ + 1):
                 gone[client] = Leaving(LEAVES[0], AWAY)
-            elif draw.random() < self.dropout:
-                gone[client] = Leaving(LEAVES[draw.integers(3)], DRAWN)
+            elif self.dropout:  # no draws for a large cohort without it
+                draw = rng(seed, round_, client, "availability")
+                if draw.random() < self.dropout:
+                    gone[client] = Leaving(LEAVES[draw.integers(3)], DRAWN)
         return gone

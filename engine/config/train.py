@@ -75,8 +75,7 @@ class TorchOptimizer:
     def option(self, name: str) -> float | bool:
         """The value of an option, torch's own where the recipe gives none; 0 if the optimizer does not have it."""
         default = self._parameters[name].default if name in self._parameters else 0.0
-        value: float | bool = self.options.get(name, default)
-        return value
+        return self.options.get(name, default)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Checkpoints: a run's state on disk as safetensors and JSON, never pickle; each is there whole or not at all.
 
-A model state is a tuple of shards, a file each; a whole vector is one shard. The facts hold the digest of each other
-file, so that a change on disk is noticed.
+Each shard of the model state is a file. The facts hold the digest of each other file, so that changes are noticed.
 """
 
 import json
@@ -12,7 +11,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -46,19 +44,10 @@ class Saved:
     last_sum: int = 0
 
 
-def as_it_is(shard: Any) -> Any:
-    """Returns the shard unchanged: its tensors are in this process."""
-    return shard
-
-
-def save_checkpoint(folder: Path, saved: Saved, keep: int, read: Read = as_it_is) -> None:
-    """Writes `folder/NNNNN` for the state's round and removes all but the last `keep` up to it.
-
-    `read` fetches one shard after another, so that one at a time is in this process.
-    """
-    for scratch in folder.glob(".[0-9]*"):
-        if scratch.is_dir():
-            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed while it wrote
+def save_checkpoint(folder: Path, saved: Saved, keep: int, read: Read = lambda shard: shard) -> None:
+    """Writes `folder/NNNNN` for the state's round, one shard in memory at a time; removes all but the last `keep`."""
+    for scratch in filter(Path.is_dir, folder.glob(".[0-9]*")):  # of processes that were killed while they wrote
+        shutil.rmtree(scratch, ignore_errors=True)
     round_ = saved.state.round
     facts = {name: value for name, value in vars(saved).items() if name not in ("state", "passed_over")}
     write_folder(folder / f"{round_:05d}", _files(saved.state.parts, facts | {"round": round_}, read))
@@ -68,11 +57,8 @@ def save_checkpoint(folder: Path, saved: Saved, keep: int, read: Read = as_it_is
         shutil.rmtree(path)
 
 
-def load_checkpoint(folder: Path, last: int | None = None, hold: Hold = as_it_is) -> Saved | None:
-    """Returns the newest readable checkpoint of `folder` (up to round `last`), None without any.
-
-    `hold` gets one shard after another and returns what the state holds of it. RunError if no checkpoint can be read.
-    """
+def load_checkpoint(folder: Path, last: int | None = None, hold: Hold = lambda shard: shard) -> Saved | None:
+    """Returns the newest readable checkpoint up to round `last`, None without any; RunError if none can be read."""
     checkpoints = [path for path in _checkpoints(folder) if last is None or int(path.name) <= last]
     passed_over: tuple[str, ...] = ()
     for path in reversed(checkpoints):
@@ -87,8 +73,8 @@ def load_checkpoint(folder: Path, last: int | None = None, hold: Hold = as_it_is
 
 
 def _load(folder: Path, passed_over: tuple[str, ...], hold: Hold) -> Saved:
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    if facts["digest"] != _digest(facts):
+    facts = dict(json.loads((folder / FACTS).read_text(encoding="utf-8")))
+    if facts.pop("digest") != _digest(facts):
         raise ValueError(f"{FACTS} is not as it was written")
     round_, digests = int(facts["round"]), dict(facts["files"])
     if not digests or digests.keys() not in ({STATE}, {SHARD.format(rank) for rank in range(len(digests))}):
@@ -108,7 +94,7 @@ def _files(parts: tuple[Any, ...], facts: dict[str, Any], read: Read) -> Iterato
     """Yields the files of a checkpoint one after another, the facts last."""
     digests = {}
     for rank, part in enumerate(parts):
-        name, content = STATE if len(parts) == 1 else SHARD.format(rank), save(_tensors(read(part)))
+        name, content = STATE if len(parts) == 1 else SHARD.format(rank), _content(read(part))
         digests[name] = sha256(content).hexdigest()
         yield name, content
     facts |= {"files": digests}
@@ -116,14 +102,12 @@ def _files(parts: tuple[Any, ...], facts: dict[str, Any], read: Read) -> Iterato
 
 
 def _digest(facts: dict[str, Any]) -> str:
-    """The digest of all other facts."""
-    rest = {name: value for name, value in facts.items() if name != "digest"}
-    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _tensors(shard: ServerState) -> dict[str, torch.Tensor]:
+def _content(shard: ServerState) -> bytes:
     residual = {} if shard.merged_delta is None else {"residual": shard.merged_delta}
-    return {"params": shard.params} | {MOMENT + name: moment for name, moment in shard.moments.items()} | residual
+    return save({"params": shard.params, **{MOMENT + name: value for name, value in shard.moments.items()}, **residual})
 
 
 def _shard(path: Path, digest: str, round_: int) -> tuple[ServerState, int]:

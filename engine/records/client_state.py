@@ -1,8 +1,7 @@
 """Client state on disk: what a client keeps from round to round, one small safetensors file per client and round.
 
-A state becomes current with its round, and states are kept back to the oldest checkpoint, so that a client that is run
-again, and a run that is resumed, read the same state as before. No process holds any: the page cache is the cache.
-With several nodes the folder must be on a disk that all of them see.
+States are kept back to the oldest checkpoint, so that a client that is run again, and a run that is resumed, read the
+same state as before. No process holds any: the page cache is the cache.
 """
 
 from collections.abc import Iterable
@@ -49,15 +48,11 @@ class ClientStates:
             raise RunError(f"the client state {path} cannot be read ({error}): start again in another --out") from error
 
     def write(self, client: int, round_: int, memory: ClientState, oldest: int) -> None:
-        """Writes the client's state after `round_`, whole or not at all (OSError).
-
-        States that no round from `oldest` on can ask for are removed.
-        """
+        """Writes the state after `round_`, whole or not at all (OSError); removes states not read from `oldest` on."""
         path = self._path(client, round_)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, save({name: tensor.contiguous() for name, tensor in memory.items()}))
-        needed = [number for number in self._rounds(client) if number <= oldest]
-        for number in sorted(needed)[:-1]:
+        for number in sorted(number for number in self._rounds(client) if number <= oldest)[:-1]:
             self._path(client, number).unlink(missing_ok=True)
 
     def forget(self, client: int, round_: int) -> None:
@@ -72,10 +67,7 @@ class ClientStates:
 
 
 def forget_round(folder: Path, clients: Iterable[int], round_: int) -> None:
-    """Removes the states that clients have written in a round whose sum they are not in.
-
-    Plain slots keep states in `folder`, the ranks of gangs in folders of their own in it.
-    """
+    """Removes the states that clients have written in a round whose sum they are not in."""
     for states in (ClientStates(folder), *map(ClientStates, sorted(folder.glob(f"{RANK}*")))):
         for client in clients:
             states.forget(int(client), round_)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from datasets_partition.sources.location import located, within
 from engine.system.atomic import make_folder, write_file
@@ -20,12 +21,8 @@ class SumRefused(ValueError):
     """A sum must not be unmasked: it could tell what too few clients sent."""
 
 
-@dataclass(frozen=True)
-class Unmasked:
-    """The clients whose sum was asked for in a round, and from which models.
-
-    A model is named by the last round whose sum is in it.
-    """
+class Unmasked(NamedTuple):
+    """The clients whose sum was asked for in a round, and from which models, by the last round whose sum is in them."""
 
     clients: tuple[int, ...]
     models: tuple[int, ...]
@@ -36,17 +33,12 @@ class Journal:
     """A run's unmasked sums, one file a round in `run`'s folder; nothing of them is held in memory.
 
     `elsewhere` is the URI of the run folder's copy, which gets each file at once: a run that continues from there must
-    know every sum. `model` names the present model as `Unmasked` does; whoever adds a sum to the model sets it.
+    know every sum. `model` names the present model as `Unmasked` does: the caller sets it with each sum in the model.
     """
 
     run: Path
     elsewhere: str | None = None
     model: int = 0
-
-    @property
-    def folder(self) -> Path:
-        """Where its files are."""
-        return self.run / JOURNAL
 
     def clients(self, round_: int) -> frozenset[int] | None:
         """Returns the clients whose sum of this round has been asked for; None if none, or its file is damaged."""
@@ -54,7 +46,7 @@ class Journal:
         return None if entry is None else frozenset(entry.clients)
 
     def admit(self, round_: int, clients: Sequence[int], refuse_thin: Callable[[Sequence[int]], None]) -> None:
-        """Records that the sum of `clients` is about to be asked for; returns once that is on disk.
+        """Writes to disk that the sum of `clients` is about to be asked for.
 
         SumRefused, and nothing is written, if this sum and an earlier one together could tell what too few clients
         sent: `refuse_thin` raises it for the clients by which two sums of one model differ.
@@ -74,42 +66,39 @@ class Journal:
             )
         before = entry.models if entry else ()
         if self.model not in before:  # otherwise this is the same sum, which tells nothing new
-            for other in self._after_model():
-                if other != round_:
-                    self._refuse_beside(other, asked, refuse_thin)
+            self._refuse_close(round_, asked, refuse_thin)
         # Written even if nothing is new: a driver may have died before the copy elsewhere had it.
         facts = {"round": round_, "clients": asked, "models": [*dict.fromkeys((*before, self.model))]}
         content = json.dumps(facts | {"digest": _digest(facts)}).encode()
-        make_folder(self.folder)
+        make_folder(path.parent)
         write_file(path, content)
         if self.elsewhere is not None:
             _copy(content, within(self.elsewhere, f"{JOURNAL}/{path.name}"))
 
-    def _after_model(self) -> list[int]:
-        """Returns the rounds after the present model that have a file: no other can have had a sum from it."""
-        numbers = (path.stem.removeprefix("round-") for path in self.folder.glob("round-*.json"))
-        return sorted(int(number) for number in numbers if number.isdecimal() and int(number) > self.model)
-
-    def _refuse_beside(self, other: int, asked: tuple[int, ...], refuse_thin: Callable[[Sequence[int]], None]) -> None:
+    def _refuse_close(self, round_: int, asked: tuple[int, ...], refuse_thin: Callable[[Sequence[int]], None]) -> None:
         """Raises SumRefused if another round had a sum from the present model that `asked` is too close to."""
-        past = _read(self._path(other), other)
-        if past is None:
-            raise SumRefused(
-                f"round {other} may have had a sum of nearly the same clients from the same model, and "
-                f"{self._path(other)}, which says of whom, cannot be read: start again with another seed"
-            )
-        if self.model not in past.models or past.clients == asked:
-            return
-        try:
-            refuse_thin(sorted(set(past.clients) ^ set(asked)))
-        except SumRefused as error:
-            raise SumRefused(
-                f"round {other} had a sum from the same model, and of the clients that are in one of the two sums "
-                f"alone {error}: the difference could tell one client's update"
-            ) from None
+        numbers = (path.stem.removeprefix("round-") for path in (self.run / JOURNAL).glob("round-*.json"))
+        for other in sorted(int(number) for number in numbers if number.isdecimal()):
+            if other <= self.model or other == round_:  # rounds up to the model's had no sum from it
+                continue
+            past = _read(self._path(other), other)
+            if past is None:
+                raise SumRefused(
+                    f"round {other} may have had a sum of nearly the same clients from the same model, and "
+                    f"{self._path(other)}, which says of whom, cannot be read: start again with another seed"
+                )
+            if self.model not in past.models or past.clients == asked:
+                continue
+            try:
+                refuse_thin(sorted(set(past.clients) ^ set(asked)))
+            except SumRefused as error:
+                raise SumRefused(
+                    f"round {other} had a sum from the same model, and of the clients that are in one of the two sums "
+                    f"alone {error}: the difference could tell one client's update"
+                ) from None
 
     def _path(self, round_: int) -> Path:
-        return self.folder / f"round-{round_:05d}.json"
+        return self.run / JOURNAL / f"round-{round_:05d}.json"
 
 
 def _copy(content: bytes, place: str) -> None:

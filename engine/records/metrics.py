@@ -60,9 +60,8 @@ class RoundLog:
 
     def forget_after(self, round_: int) -> None:
         """Removes the files of rounds after `round_`, which a resumed run will write again."""
-        for path in round_files(self.folder):
-            if _round(path) > round_:
-                path.unlink()
+        for path in (path for path in round_files(self.folder) if _round(path) > round_):
+            path.unlink()
 
 
 class Metrics(RoundLog):
@@ -77,28 +76,24 @@ class Metrics(RoundLog):
         """The seconds of this run, including those before it was resumed."""
         return time.monotonic() - self.started
 
-    def add(self, round_: int, split: str, client: str | None, **values: float) -> None:
-        """Adds one row per named value."""
-        self.add_each(round_, split, [client], [values])
-
     def judged(self, round_: int, name: str = "loss") -> bool:
         """Returns whether the file of a round holds a loss of the model after it, or of another by its `name`."""
         path = _file(self.folder, round_)
         losses = [("round", "=", round_), ("name", "=", name), ("split", "in", JUDGED)]
         return path.exists() and pq.read_table(path, filters=losses).num_rows > 0
 
+    def add(self, round_: int, split: str, client: str | None, **values: float) -> None:
+        """Adds one row per named value."""
+        self.add_each(round_, split, [client], [values])
+
     def add_each(
         self, round_: int, split: str, clients: Sequence[str | None], values: Sequence[Mapping[str, float]]
     ) -> None:
         """Adds one row per named value of each client."""
-        self.note(
-            round=round_,
-            split=split,
-            client=[client for client, figures in zip(clients, values, strict=True) for _ in figures],
-            name=[name for figures in values for name in figures],
-            value=[value for figures in values for value in figures.values()],
-            wall_s=self.wall_s,
-        )
+        names = [client for client, figures in zip(clients, values, strict=True) for _ in figures]
+        keys = [name for figures in values for name in figures]
+        column = [value for figures in values for value in figures.values()]
+        self.note(round=round_, split=split, client=names, name=keys, value=column, wall_s=self.wall_s)
 
 
 class Ledger(RoundLog):
@@ -122,8 +117,8 @@ class Faults(RoundLog):
     def happened(self, round_: int, faults: Sequence[Fault], wall_s: float) -> None:
         """Adds the faults of a round, which may be of thousands of clients."""
         if faults:
-            kinds, who, why = map(list, zip(*((fault.kind, fault.who, fault.why) for fault in faults), strict=True))
-            self.note(round=round_, kind=kinds, who=who, why=why, wall_s=wall_s)
+            columns = {name: [getattr(fault, name) for fault in faults] for name in ("kind", "who", "why")}
+            self.note(round=round_, **columns, wall_s=wall_s)
 
     def flush(self, round_: int) -> None:
         """Adds the faults of a round that was played to its file, if there are any.
@@ -131,7 +126,7 @@ class Faults(RoundLog):
         Drop-outs of the file are replaced: a round that is played again has the same ones.
         """
         path = _file(self.folder, round_)
-        if self.blocks and path.exists():
+        if self.blocks and path.exists():  # a round that is played again has the same drop-outs
             self.blocks.insert(0, pq.read_table(path, schema=FAULTS, filters=pc.field("kind") != DROPOUT))
         if self.blocks:
             super().flush(round_)
@@ -191,12 +186,9 @@ def read_log(folder: Path) -> pa.Table:
 
 
 def loss_table(folder: Path, last: int) -> dict[str, dict[str, float]]:
-    """Reads aggregate losses by column (round 0, end, baselines) and split from a run's `metrics` folder.
-
-    Arrow drops the rows of single clients while it reads, and only the first and the last round are read: the rows of
-    a long run with many clients do not fit into memory as Python objects.
-    """
+    """Reads aggregate losses by column (round 0, end, baselines) and split from a run's `metrics` folder."""
     table: dict[str, dict[str, float]] = {}
+    # Arrow drops the rows of single clients while it reads: as Python objects they would not fit into memory.
     for round_, columns in ((0, {"loss": "round 0"}), (last, AT_END)):
         path = _file(folder, round_)
         aggregate = pc.field("client").is_null() & pc.field("split").isin(JUDGED) & pc.field("name").isin([*columns])

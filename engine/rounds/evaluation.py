@@ -196,10 +196,8 @@ def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedSta
     parts, federation, recorder = evaluator.parts, evaluator.parts.federation, loop.recorder
     if evaluator.logs.metrics.judged(state.round, "loss_not_private"):  # before the run was resumed
         return
-    privacy, evaluate = (
-        Privacy(rows_cap=federation.privacy.rows_cap),
-        replace(federation.evaluate, without_privacy=False),
-    )
+    privacy = Privacy(rows_cap=federation.privacy.rows_cap)
+    evaluate = replace(federation.evaluate, without_privacy=False)
     parts = replace(parts, federation=replace(federation, privacy=privacy, evaluate=evaluate))
     logs = Logs.under(parts.folder)
     plain_loop = round_loop(parts, logs, loop.lanes)

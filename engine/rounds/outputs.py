@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from engine.messages.events import Checkpointed, Event, Finished, Sample
@@ -37,16 +36,17 @@ def finish(
     """Exports the folder `model` first, which is what the run is for; then come the comparisons, and samples."""
     parts, shards = evaluator.parts, evaluator.parts.shards
     metrics, merged = parts.folder / "metrics", shards.merged(state) is not None
-    card = partial(
-        model_card, parts.federation, manifest=parts.store.manifest, merged=merged, spent=loop.privacy.statement
-    )
-    parts.pool.export(parts.folder / "model", shards.vector(state), card(losses=loss_table(metrics, state.round)))
+
+    def card() -> str:
+        losses, facts = loss_table(metrics, state.round), parts.store.manifest
+        return model_card(parts.federation, losses, facts, merged=merged, spent=loop.privacy.statement)
+
+    parts.pool.export(parts.folder / "model", shards.vector(state), card())
     for compare in comparisons:
         yield from compare(state)
         evaluator.logs.append(state.round)
-    losses = loss_table(metrics, state.round)
     if comparisons:
-        write_file(parts.folder / "model" / "README.md", card(losses=losses).encode())
+        write_file(parts.folder / "model" / "README.md", card().encode())
 
     rows, vector = _sampled_rows(evaluator), shards.vector(state)
 
@@ -61,7 +61,7 @@ def finish(
     texts = zip(rows, before, after, strict=True)
     samples = [Sample(as_text(prompt), completion, old, new) for (prompt, completion), old, new in texts]
     write_file(parts.folder / "samples.json", json.dumps([asdict(sample) for sample in samples], indent=1).encode())
-    yield Finished(parts.folder, losses, samples)
+    yield Finished(parts.folder, loss_table(metrics, state.round), samples)
 
 
 def _sampled_rows(evaluator: PoolEvaluator) -> list[tuple[Prompt, str]]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from datasets_partition.store.tokens import Tokens
-from engine.config.compatibility import excludes_lanes
-from engine.config.federation import Federation
+from engine.config.federation import Federation, excludes_lanes
 from engine.messages.reports import Report
 from engine.messages.shards import ShardedState
 from engine.messages.tasks import Work

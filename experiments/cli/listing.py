@@ -9,7 +9,7 @@ from typing import get_args
 
 from rich.text import Text
 
-from engine.config.compatibility import works_in_gangs
+from engine.config.federation import works_in_gangs
 from experiments.report.terminal import plain
 from strategies import Strategies, Transforms
 

@@ -116,7 +116,7 @@ def secured(recipe, plan, state, updates):
 def test_what_is_frozen_stays_bit_for_bit_and_all_else_gets_the_noise(federation, strategy, kind):
     """Clients change nothing, so that what moves is noise: of z clip / clients in each live coordinate."""
     recipe = federated(federation, strategy, KINDS[kind], "ideal" if kind == "distributed" else "off")
-    plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12).plan
+    plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12)[0]
     state, clip = strategy.init(drawn(99), LAYOUT), CLIP
     for round_ in range(4):
         before, frozen, live = state, frozen_in(strategy, round_), live_masks(recipe, LAYOUT, round_)
@@ -141,7 +141,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_all_else_gets_the_noise(federation
 def test_the_local_adapter_of_feddpa_gets_no_noise(federation, kind):
     strategy = FedDpa(**UNIFORM)
     recipe = federated(federation, strategy, KINDS[kind], "ideal" if kind == "distributed" else "off")
-    plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12).plan
+    plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12)[0]
     state = strategy.init(drawn(99), LAYOUT)
     if kind == "central":
         aggregate, _ = noisy(None, plan, CLIP, recipe, LAYOUT, 0, live_masks(recipe, LAYOUT, 0))
@@ -155,7 +155,7 @@ def test_the_local_adapter_of_feddpa_gets_no_noise(federation, kind):
 
 def test_control_variates_of_frozen_coordinates_get_no_noise(federation):
     recipe = federated(federation, HalfScaffold(), KINDS["central"])
-    plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12).plan
+    plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12)[0]
     live = recipe.strategy.live(0, LAYOUT)["delta"]
     aggregate, _ = noisy(None, plan, CLIP, recipe, LAYOUT, 0, live_masks(recipe, LAYOUT, 0))
     assert aggregate.extras["c"][live].all() and not aggregate.extras["c"][~live].any()
@@ -169,7 +169,7 @@ def test_the_ring_holds_live_coordinates_alone(federation):
 
     def length(strategy, round_=0, dp=None):
         recipe = federated(federation, strategy, dp, "ideal")
-        plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12).plan if dp else None
+        plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12)[0] if dp else None
         return ring_sums(recipe, LAYOUT, plan, CLIP, CLIENTS, MOST_TOKENS, round_)
 
     assert length(FedAvg()).length == 2 + 5300 + 4
@@ -242,7 +242,7 @@ def test_shards_of_a_secured_sum_are_the_whole_bit_for_bit(federation, strategy,
 @pytest.mark.parametrize("cut", ["contiguous", "by_tensor"])
 def test_a_shards_noise_is_on_its_live_coordinates(federation, cut):
     recipe = federated(federation, HalfScaffold(), KINDS["central"])
-    plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12).plan
+    plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12)[0]
     partition = Partition.contiguous(LAYOUT.size, 2) if cut == "contiguous" else Partition.by_tensor(LAYOUT, 2)
     mask, totals = recipe.strategy.live(0, LAYOUT)["delta"], []
     for rank in range(2):
@@ -258,12 +258,9 @@ def test_fewer_coordinates_change_no_epsilon(federation):
     """The noise in each coordinate is as before. A shorter ring is finer, and rounds away less of epsilon."""
     for kind, dp in KINDS.items():
         mode = "ideal" if kind == "distributed" else "off"
-        spent = [
-            plan_noise(federated(federation, rule, dp, mode), LAYOUT, np.full(100, 4), 12)
-            .plan.spent(4, simulated=True)
-            .epsilon
-            for rule in (FedAvg(**UNIFORM), FfaLora(**UNIFORM))
-        ]
+        recipes = (federated(federation, rule, dp, mode) for rule in (FedAvg(**UNIFORM), FfaLora(**UNIFORM)))
+        plans = [plan_noise(recipe, LAYOUT, np.full(100, 4), 12)[0] for recipe in recipes]
+        spent = [plan.spent(4, simulated=True).epsilon for plan in plans]
         if kind == "distributed":
             assert spent[1] <= spent[0] == pytest.approx(spent[1], rel=1e-6)
         else:

@@ -185,7 +185,7 @@ def accepted(federation: Federation, rule: Rule, noise: str, chains=CHAINS, expe
                 )
             except ValueError:
                 continue
-            yield Mechanism(recipe, plan_noise(recipe, LORA, np.array(4 * ROWS), 3).plan)
+            yield Mechanism(recipe, plan_noise(recipe, LORA, np.array(4 * ROWS), 3)[0])
             break
 
 

@@ -22,13 +22,13 @@ def reopened(journal, model=0):
 
 def entries(journal):
     """Which clients' sums were asked for, from which models, by round."""
-    facts = [json.loads(path.read_text()) for path in journal.folder.iterdir()]
+    facts = [json.loads(path.read_text()) for path in (journal.run / "unmasked").iterdir()]
     return {entry["round"]: (entry["clients"], entry["models"]) for entry in facts}
 
 
 def test_a_round_has_one_set_of_survivors_whatever_the_model(tmp_path):
     journal = Journal(tmp_path, None, 0)
-    assert journal.clients(1) is None and not journal.folder.exists()
+    assert journal.clients(1) is None and not (journal.run / "unmasked").exists()
     journal.admit(1, [3, 1, 2], anybody)
     journal.admit(1, [1, 2, 3], anybody)
     again = reopened(journal, model=7)

@@ -3,16 +3,23 @@
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from engine.aggregation.privacy_account import PrivacyAccount, Spending
+from engine.aggregation.privacy_account import PrivacyAccount
+from engine.config.federation import Federation
+from engine.config.privacy import Privacy
+from engine.config.sections import Model
+from engine.config.train import Train
 from engine.messages.events import DROPOUT, Fault
 from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, save_checkpoint
 from engine.records.journal import Journal
 from engine.records.metrics import Logs
+from strategies.averaging.fedavg import FedAvg
 from strategies.core.cohort import UniformCohort
+from strategies.core.layout import Layout
 from strategies.core.protocol import ServerState
 from strategies.privacy.central import CentralDp
 
@@ -23,10 +30,11 @@ class NullRun:
     """All that the driver keeps of records, and null rounds of many clients that pass through it."""
 
     def __init__(self, folder: Path) -> None:
-        plan = CentralDp(noise_multiplier=1.0, delta=1e-3).plan(UniformCohort(size=CLIENTS), CLIENTS, 100)
-        spending = Spending.open(folder / "privacy.json", plan, "weights", simulated=False, round_=0)
+        sections = {"cohort": UniformCohort(size=CLIENTS), "strategy": FedAvg(weighting="uniform")}
+        privacy = Privacy(dp=CentralDp(noise_multiplier=1.0, delta=1e-3))
+        run = Federation(name="x", seed=1, rounds=100, model=Model(), train=Train(steps=1), privacy=privacy, **sections)
         self.folder, self.logs, self.journal = folder, Logs.under(folder), Journal(folder)
-        self.privacy = PrivacyAccount(plan, spending, 1.0, 1)
+        self.privacy = PrivacyAccount.open(run, Layout(("w",), ((3,),)), folder, np.full(CLIENTS, 4), 1)
 
     def play(self, round_: int, *, written: bool) -> None:
         clients = list(range(CLIENTS))

@@ -243,7 +243,7 @@ def test_a_round_with_too_few_updates_leaves_the_model_and_has_no_sum(small_reci
     wire = BroadcastMessage.of(Broadcast(0, torch.zeros(POPULATION)))
     collected = collector.collect(Work(cohort, np.ones(5, int), np.ones(5)), wire)
     assert collected.sums == [] and collected.too_few == "all are too few" and collected.too_few in collected.aborted
-    assert chance.held == [] and not journal.folder.exists()
+    assert chance.held == [] and not (journal.run / "unmasked").exists()
 
 
 def test_without_a_journal_there_are_such_sums(histories):

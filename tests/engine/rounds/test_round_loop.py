@@ -96,7 +96,7 @@ def loop_of(federation, folder, *collected):
         DriverShards(federation, pool, POPULATION),
         Given(list(collected)),
         partial(shortfall, federation, store),
-        PrivacyAccount(),
+        PrivacyAccount(federation, folder / "privacy.json"),
         Journal(folder, None, 0),
         Recorder(store, pool, Logs.under(folder)),
         folder / "client_state",

@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 import experiments
 from datasets_partition.sources import location
 from datasets_partition.sources.location import located, within
-from engine.aggregation.privacy_account import Spending, plan_noise
+from engine.aggregation.privacy_account import PrivacyAccount
 from engine.messages.events import RoundDone, Started
 from experiments.config.recipe import to_toml
 from experiments.runs import mirror
@@ -251,16 +251,14 @@ def test_noise_that_may_have_been_drawn_since_the_account_was_copied_is_charged(
     """The last checkpoint is of round 2, if there is any, and one more round is played."""
     dp = "privacy.dp={kind='distributed', noise_multiplier=2.0, delta=1e-3}"
     recipe = small_recipe(dp, f"privacy.secagg.mode='{mode}'", "strategy={kind='fedavg', weighting='uniform'}")
-    plan = plan_noise(recipe, Layout(("w",), ((3,),)), np.full(100, 4), 12).plan
     there = tmp_path / "there"
     folder, copy = working_folder(there.as_uri(), resume=False)
     write(folder, SEALED | {"recipe.toml": to_toml(recipe)})
 
     def charge(round_):
-        simulated = recipe.privacy.simulated
-        spending = Spending.open(folder / "privacy.json", plan, "", simulated=simulated, round_=round_)
-        spending.charge(3)
-        return spending.charged
+        account = PrivacyAccount.open(recipe, Layout(("w",), ((3,),)), folder, np.full(100, 4), 3, round_)
+        account.charge()
+        return account.charged
 
     for round_ in range(copied):
         charge(round_)
