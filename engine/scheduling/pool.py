@@ -74,15 +74,14 @@ class Pool:
         """
         gangs, processes = slot_counts(federation.clients, _resources())
         kind_of = [0] * gangs + [int(gangs > 0)] * processes
-        worker_kinds: tuple[WorkerKind, ...] = (
-            (kinds.Gangs(federation, Patience.of(federation), folder),) if gangs else ()
-        )
+        patience = Patience.of(federation)
+        worker_kinds: tuple[WorkerKind, ...] = (kinds.Gangs(federation, patience, folder),) if gangs else ()
         actors: list[Any] = [worker_kinds[0].spawn(slot) for slot in range(gangs)]
         spawn = partial(kinds.spawn_process, federation, folder, cls.client)
         actors += [spawn() for _ in range(processes)]
         places = kinds.wait_for_places(actors, federation)
 
-        reader, base_bytes, patience = actors[0], 0, Patience.of(federation)
+        reader, base_bytes = actors[0], 0
         if processes:
             reader = kinds.process_beside_driver(spawn, actors[gangs:], places[gangs:])
             stored, *base = reader.load_base.options(num_returns=3).remote()

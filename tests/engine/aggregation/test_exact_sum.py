@@ -125,6 +125,13 @@ def test_cut_shards_what_is_as_long_as_delta_and_keeps_the_rest_whole() -> None:
         assert (aggregate.weight, aggregate.count) == (0.75, 2)
 
 
+def test_a_slot_without_updates_hands_empty_shards_in() -> None:
+    partition = Partition((((0, 1), (3, 4)), ((1, 3),)))
+    shard = cut(ExactSum().take(), partition, 1)
+    assert shard.count == 0
+    assert merge([shard, partial(Update(1, 0.5, torch.ones(2)))]).count == 1
+
+
 def test_vectors_longer_than_a_block() -> None:
     delta = torch.arange(2.0 * BLOCK + 3)
     assert torch.equal(merge([partial(Update(0, 1.0, delta), Update(1, 1.0, delta))]).total, 2 * delta)

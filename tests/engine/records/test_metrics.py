@@ -117,6 +117,27 @@ def test_who_drops_out_of_a_round_that_is_played_again_is_noted_once(tmp_path: P
     ]
 
 
+def test_later_faults_of_a_round_leave_its_drop_outs(tmp_path: Path) -> None:
+    faults = Faults(tmp_path)
+    faults.happened(3, [Fault(DROPOUT, "ann", "drawn")], 1.0)
+    faults.flush(3)
+    faults.happened(3, [Fault("driver", "1", "killed")], 2.0)
+    faults.append(3)
+    assert read_log(tmp_path)["who"].to_pylist() == ["ann", "1"]
+
+
+def test_metrics_are_added_to_a_round_that_has_been_written(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path)
+    metrics.add(3, "heldout", None, loss=1.0)
+    metrics.flush(3)
+    assert metrics.judged(3) and not metrics.judged(3, "loss_not_private")
+    metrics.add(3, "heldout", None, loss_not_private=2.0)
+    metrics.append(3)
+    metrics.append(3)  # nothing is added twice
+    assert read_log(tmp_path)["name"].to_pylist() == ["loss", "loss_not_private"]
+    assert metrics.judged(3) and metrics.judged(3, "loss_not_private")
+
+
 def test_what_went_wrong_is_kept_when_a_round_is_played_again(tmp_path: Path) -> None:
     for why in ("first", "second"):
         faults = Faults(tmp_path)

@@ -20,7 +20,12 @@ from experiments.runs import driving
 DEATHS = ("manifest.json", "round-00001.parquet", "00001", "model", "samples.json")
 TIMES = {"round_s", "apply_s", "evaluate_s", "tokens_per_s", "balance", "store_bytes"}
 SECURE = ("strategy=ditto", "privacy.secagg.mode=full", "privacy.rows_cap=4")
-NOISY = ("evaluate.overlap=true", "privacy.dp={kind='central', clip=1.0, noise_multiplier=1.0}", "privacy.rows_cap=4")
+NOISY = (
+    "evaluate.overlap=true",
+    "evaluate.without_privacy=true",
+    "privacy.dp={kind='central', clip=1.0, noise_multiplier=1.0}",
+    "privacy.rows_cap=4",
+)
 
 
 class DyingDriver(Driver):
@@ -47,22 +52,18 @@ def in_process(monkeypatch):
     pools = []
 
     class KeptPool(Pool):
-        """Starts once."""
+        """Starts once, and leaves its slots to the next driver."""
 
-        def start(self, *arguments):
-            if not hasattr(self, "begun"):
-                self.begun = super().start(*arguments)
-            return self.begun
+        @classmethod
+        def start(cls, *arguments):
+            pools[:] = pools or [super().start(*arguments)]
+            pools[0].later = []
+            return pools[0]
 
         def stop(self):
             """Leaves the slots to the next driver."""
 
-    def kept(*arguments):
-        pools[:] = pools or [KeptPool(*arguments)]
-        pools[0].later = []
-        return pools[0]
-
-    monkeypatch.setattr(driver, "Pool", kept)
+    monkeypatch.setattr(driver, "Pool", KeptPool)
     monkeypatch.setattr(driving, "drive", lambda recipe, plan, stop: Driver(recipe, plan).run())
     yield
     for pool in pools:
