@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("engine", "strategies", "datasets_partition", "experiments")
+PACKAGES = ("engine", "strategies", "datasets_partition", "experiments", "tests")
 EMPTY_NAMES = {"found", "got", "one", "own", "done", "told"}  # they say that there is something, and not what
 RIDDLES = (
     "How a cohort's work is had",
@@ -73,7 +73,7 @@ def test_an_empty_name_is_seen(source: str) -> None:
 
 def test_no_sentence_is_a_riddle() -> None:
     pages = [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]
-    pages += [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-    pages += [path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    pages += [path for path in files if path != Path(__file__)]
     texts = {path: " ".join(path.read_text("utf-8").replace("#", " ").split()) for path in pages}
     assert [(path.name, riddle) for path, text in texts.items() for riddle in RIDDLES if riddle in text] == []

@@ -72,8 +72,8 @@ def test_parts_with_too_few_rows_are_left_out_and_their_person_still_counts_once
     parts = Combined(first=Natural(), then=Natural(key="topic"))
     store = store_of(parts, tmp_path, Splits(heldout=0.1, unseen=0.2, min_rows=5))
     assert store.num_clients == 40 and store.num_clients - store.num_training == 8
-    one = store_of(GroupedNatural(max_rows=4), tmp_path, Splits(heldout=0, unseen=0.99))
-    assert len(people(one, 0, one.num_training)) == 1  # one person always trains
+    almost_all = store_of(GroupedNatural(max_rows=4), tmp_path, Splits(heldout=0, unseen=0.99))
+    assert len(people(almost_all, 0, almost_all.num_training)) == 1  # one person always trains
 
 
 @pytest.mark.parametrize(

@@ -171,12 +171,12 @@ def test_of_large_files_a_part_is_read_and_small_ones_whole(tmp_path):
 def test_a_base_of_the_hub_is_known_by_its_commit(small_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     recipe, here = small_recipe("model.base=some/model"), tmp_path / "models--some--model"
-    own = digests.digests(recipe)
-    assert own.keys() == {"the code of fedpost"}
+    without_base = digests.digests(recipe)
+    assert without_base.keys() == {"the code of fedpost"}
     for commit in ("a" * 40, "b" * 40):
         (here / "snapshots" / commit).mkdir(parents=True)
         (here / "snapshots" / commit / "config.json").write_text("{}")
         (here / "refs").mkdir(exist_ok=True)
         (here / "refs" / "main").write_text(commit)
-        assert digests.digests(recipe) == own | {"model.base": f"commit {commit}"}
-    assert digests.digests(small_recipe("model.base=no name")) == own
+        assert digests.digests(recipe) == without_base | {"model.base": f"commit {commit}"}
+    assert digests.digests(small_recipe("model.base=no name")) == without_base
