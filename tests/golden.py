@@ -195,8 +195,10 @@ def vectors(run: Path) -> dict[str, np.ndarray]:
     (*_, last) = sorted((run / "checkpoints").iterdir())
     places = ((last, "*"), (run / "model", "*"), (run / "client_state", "**/*"), (run / "memory", "**/*"))
     files = sorted(file for folder, name in places for file in folder.glob(f"{name}.safetensors"))
-    places = {file: str(file.relative_to(run)).replace("memory/", "client_state/") for file in files}  # an older name
-    return {f"{place}:{name}": x for file, place in places.items() for name, x in sorted(load_file(file).items())}
+    tensors = {f"{file.relative_to(run)}:{name}": x for file in files for name, x in sorted(load_file(file).items())}
+    for older, name in (("memory/", "client_state/"), (":residual", ":merged_delta")):
+        tensors = {key.replace(older, name): x for key, x in tensors.items()}
+    return tensors
 
 
 def metrics(run: Path) -> list[str]:

@@ -106,8 +106,8 @@ def _digest(facts: dict[str, Any]) -> str:
 
 
 def _content(shard: ServerState) -> bytes:
-    residual = {} if shard.merged_delta is None else {"residual": shard.merged_delta}
-    return save({"params": shard.params, **{MOMENT + name: value for name, value in shard.moments.items()}, **residual})
+    merged = {} if shard.merged_delta is None else {"merged_delta": shard.merged_delta}
+    return save({"params": shard.params, **{MOMENT + name: value for name, value in shard.moments.items()}, **merged})
 
 
 def _shard(path: Path, digest: str, round_: int) -> tuple[ServerState, int]:
@@ -117,9 +117,9 @@ def _shard(path: Path, digest: str, round_: int) -> tuple[ServerState, int]:
         raise ValueError(f"{path.name} is not as it was written")
     tensors = load(content)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    params, residual = tensors.pop("params"), tensors.pop("residual", None)
+    params, merged_delta = tensors.pop("params"), tensors.pop("merged_delta", None)
     moments = {name.removeprefix(MOMENT): tensor for name, tensor in tensors.items()}
-    return ServerState(round_, params, moments, residual), nbytes
+    return ServerState(round_, params, moments, merged_delta), nbytes
 
 
 def _checkpoints(folder: Path) -> list[Path]:

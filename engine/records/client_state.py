@@ -20,14 +20,14 @@ SHELVES = 256  # folders, so that no single one holds all clients
 STRATEGY, OPTIMIZER = "strategy.", "optimizer."  # owners of entries; a transform's begin with transform0. and so on
 
 
-def part(memory: ClientState, owner: str) -> ClientState:
+def part(state: ClientState, owner: str) -> ClientState:
     """Returns the entries of one owner, under its own names."""
-    return {name.removeprefix(owner): tensor for name, tensor in memory.items() if name.startswith(owner)}
+    return {name.removeprefix(owner): tensor for name, tensor in state.items() if name.startswith(owner)}
 
 
-def named(memory: ClientState, owner: str) -> ClientState:
+def named(state: ClientState, owner: str) -> ClientState:
     """Returns an owner's entries under the names that they have among all entries."""
-    return {owner + name: tensor for name, tensor in memory.items()}
+    return {owner + name: tensor for name, tensor in state.items()}
 
 
 class ClientStates:
@@ -47,11 +47,11 @@ class ClientStates:
         except SafetensorError as error:
             raise RunError(f"the client state {path} cannot be read ({error}): start again in another --out") from error
 
-    def write(self, client: int, round_: int, memory: ClientState, oldest: int) -> None:
+    def write(self, client: int, round_: int, state: ClientState, oldest: int) -> None:
         """Writes the state after `round_`, whole or not at all (OSError); removes states not read from `oldest` on."""
         path = self._path(client, round_)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, save({name: tensor.contiguous() for name, tensor in memory.items()}))
+        write_file(path, save({name: tensor.contiguous() for name, tensor in state.items()}))
         for number in sorted(number for number in self._rounds(client) if number <= oldest)[:-1]:
             self._path(client, number).unlink(missing_ok=True)
 

@@ -155,7 +155,7 @@ class Driver:
             write_file(folder / name, content)
         if self.federation.keeps_state:
             (folder / "client_state").mkdir(exist_ok=True)
-            pool.refuse_lost_memory()
+            pool.refuse_lost_states()
         for log in recorder.logs:
             log.forget_after(saved.state.round if saved else -1)
         recorder.faults(self.plan.lost)

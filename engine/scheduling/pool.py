@@ -131,9 +131,9 @@ class Pool:
         """Returns the actors of a slot's processes, the one that speaks for it first."""
         return self._kind(slot).ranks(self.actors[slot])
 
-    def refuse_lost_memory(self) -> None:
+    def refuse_lost_states(self) -> None:
         """Raises RunError if clients keep state in a folder that not every process's node sees."""
-        ray.get([rank.refuse_lost_memory.remote() for slot in self.alive for rank in self.ranks(slot)])
+        ray.get([rank.refuse_lost_states.remote() for slot in self.alive for rank in self.ranks(slot)])
 
     def rebase(self, merged_delta: np.ndarray | None) -> None:
         """Adds a merged delta (see ServerState) to the base's weights, once a node; None: back to the first base."""
@@ -175,7 +175,7 @@ class Pool:
                     self.faults.append(Fault("slot", str(slot), "the cluster has no place for another in its stead"))
                     return
                 within(self.patience.start_s, kind.attach(actor, self.columns, first=False))
-                self.answer([rank.refuse_lost_memory.remote() for rank in kind.ranks(actor)])
+                self.answer([rank.refuse_lost_states.remote() for rank in kind.ranks(actor)])
                 kind.restore(actor)
                 return
             except LOST as again:

@@ -134,7 +134,7 @@ class WorkerProcess:
         gpus = context.get_accelerator_ids().get("GPU", [])
         return Place(context.get_node_id(), gpus[0] if self.device.type == "cuda" else None)
 
-    def refuse_lost_memory(self) -> None:
+    def refuse_lost_states(self) -> None:
         """Raises RunError if clients keep state, and this process's node does not see its folder."""
         if self.federation.keeps_state:
             refuse_unseen(self.folder)

@@ -24,7 +24,7 @@ def drawn(size: int, seed: int, scale: float) -> torch.Tensor:
     return scale * torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-def residual_of(trainable: Trainable) -> torch.Tensor:
+def merged_delta_of(trainable: Trainable) -> torch.Tensor:
     return drawn(sum(o * i for o, i in trainable.layout.product_shapes), 1, 0.05)
 
 
@@ -35,9 +35,9 @@ def test_an_adapters_product_in_the_base_is_that_adapter(
     adapted, based = make_trainable(bases[name]), make_trainable(bases[name])
     adapted.flat.data.copy_(adapted.initial + drawn(adapted.layout.size, 3, 0.1))
     pairs = list(adapted.layout.lora_pairs(adapted.flat.data))
-    residual = torch.cat([(pair.scale * pair.b_OR @ pair.a_RI).reshape(-1) for pair in pairs])
+    merged_delta = torch.cat([(pair.scale * pair.b_OR @ pair.a_RI).reshape(-1) for pair in pairs])
     plain = logits(based.network)
-    merged = based.merged_weights(residual.numpy())
+    merged = based.merged_weights(merged_delta.numpy())
     based.use_weights(torch.from_numpy(merged))
     torch.testing.assert_close(logits(based.network), logits(adapted.network), rtol=0, atol=2e-5)
     assert not torch.allclose(logits(based.network), plain, atol=1e-3)
@@ -45,14 +45,14 @@ def test_an_adapters_product_in_the_base_is_that_adapter(
     assert torch.equal(logits(based.network), plain)
 
 
-def test_residuals_replace_each_other_and_do_not_pile_up(
+def test_merged_deltas_replace_each_other_and_do_not_pile_up(
     bases: dict[str, Path], make_trainable: Callable[..., Trainable]
 ) -> None:
     trainable = make_trainable(bases["tied"])
-    residual = residual_of(trainable)
-    once = trainable.merged_weights(residual.numpy())
-    trainable.use_weights(torch.from_numpy(trainable.merged_weights((3 * residual).numpy())))
-    assert (trainable.merged_weights(residual.numpy()) == once).all()
+    merged_delta = merged_delta_of(trainable)
+    once = trainable.merged_weights(merged_delta.numpy())
+    trainable.use_weights(torch.from_numpy(trainable.merged_weights((3 * merged_delta).numpy())))
+    assert (trainable.merged_weights(merged_delta.numpy()) == once).all()
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "gpt2"])
@@ -65,7 +65,7 @@ def test_base_products_and_adapter_are_exported_as_one_model(
 ) -> None:
     trainable = make_trainable(bases[name])
     trainable.flat.data.copy_(trainable.initial + drawn(trainable.layout.size, 3, 0.1))
-    trainable.use_weights(torch.from_numpy(trainable.merged_weights(residual_of(trainable).numpy())))
+    trainable.use_weights(torch.from_numpy(trainable.merged_weights(merged_delta_of(trainable).numpy())))
     model = Model(base=str(bases[name]), peft=Lora(r=4, alpha=8))
     before = logits(trainable.network)
     for file, content in export_files(trainable, model, tokenizer, "card", merged=True).items():

@@ -62,7 +62,7 @@ def test_which_round_names_the_model_comes_back_and_older_checkpoints_name_their
     assert loaded(tmp_path).last_sum == 3
 
 
-def test_without_moments_and_residual(tmp_path: Path) -> None:
+def test_without_moments_and_merged_delta(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, Saved(ShardedState(0, (ServerState(0, torch.zeros(2)),)), 0.0), keep=1)
     assert (vector(loaded(tmp_path)).moments, vector(loaded(tmp_path)).merged_delta) == ({}, None)
 

@@ -184,11 +184,11 @@ def test_a_few_steps_on_the_pooled_rows_are_better_for_all(started):
 def test_memory_in_a_folder_that_a_slot_does_not_see_is_refused(started, tmp_path):
     slots = started("strategy=ditto")
     with pytest.raises(ValueError, match=r"which is not seen on the node .*: put --out on a disk that all nodes share"):
-        slots.refuse_lost_memory()
+        slots.refuse_lost_states()
     (tmp_path / "client_state").mkdir()
-    slots.refuse_lost_memory()
+    slots.refuse_lost_states()
 
 
 def test_a_run_that_remembers_nothing_needs_no_such_folder(started):
     slots = started()
-    slots.refuse_lost_memory()
+    slots.refuse_lost_states()
