@@ -107,7 +107,7 @@ def test_every_rule_that_reads_more_than_a_sum_is_refused(small_recipe, kind, mo
                 UNIFORM,
                 FULL,
             ],
-            "which tells how many came",
+            "how many came to a round without a sum",
             ["privacy.dp.sampling=none"],
         ),
         (["evaluate.without_privacy=true", CAPPED], "there is no privacy to do without", [FULL]),

@@ -48,7 +48,9 @@ def test_readings_are_taken_before_a_block_and_while_it_runs():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kinds", [("Pss",), ("RssAnon", "RssFile"), ("RssAnon",)])
 def test_the_memory_of_workers_is_read_by_their_titles(kinds):
-    with subprocess.Popen([sys.executable, "-c", "input()", "ray::Rank.steps"], stdin=subprocess.PIPE) as process:
+    command, pipe = [sys.executable, "-c", "print(flush=True); input()", "ray::Rank.steps"], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+        process.stdout.readline()  # its title is there
         assert workers_mb(("Gang",), *kinds) == []
         (held,) = workers_mb(("Gang", "Rank"), *kinds)
         assert 0 < held <= psutil.Process(process.pid).memory_info().rss / 2**20 + 1

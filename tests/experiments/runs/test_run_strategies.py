@@ -19,7 +19,7 @@ CASES = {
     "krum": ["strategy={kind='multi_krum', f=1}"],
     "fedsa, compressed and private": [
         "strategy={kind='fedsa', weighting='uniform'}",
-        "transforms=[{kind='topk', share=0.25}, {kind='int8'}]",
+        "transforms=[{kind='int8'}]",
         "privacy.secagg.mode=ideal",
         "privacy.dp={kind='adaptive', noise_multiplier=0.3}",
         "clients.availability.dropout=0.1",
