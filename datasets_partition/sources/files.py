@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ TRUE, FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files:
+class Files(ABC):
     """The rows of a file, or of a folder's files; `columns` gives a column's name there: {prompt = "question"}."""
 
     kind: str
@@ -47,8 +48,8 @@ class Files:
         self._add(source_files(self.path, self.endings), conversion)
         return conversion.rows(self.path)
 
-    def _add(self, files: list[SourceFile], conversion: Conversion) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _add(self, files: list[SourceFile], conversion: Conversion) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

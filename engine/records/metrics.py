@@ -126,7 +126,7 @@ class Faults(RoundLog):
         Drop-outs of the file are replaced: a round that is played again has the same ones.
         """
         path = _file(self.folder, round_)
-        if self.blocks and path.exists():  # a round that is played again has the same drop-outs
+        if self.blocks and path.exists():
             self.blocks.insert(0, pq.read_table(path, schema=FAULTS, filters=pc.field("kind") != DROPOUT))
         if self.blocks:
             super().flush(round_)

@@ -23,9 +23,10 @@ SAMPLE_TOKENS = 40
 def write_checkpoint(
     parts: RunParts, loop: RoundLoop, state: ShardedState, *, stopping: bool = False
 ) -> Iterator[Event]:
-    """Writes a checkpoint if it is the round's turn by `checkpoint.every`, or the last one, or the run is stopping."""
+    """Writes a checkpoint if it is the turn of the round, or the last round; if `stopping`, where it was not its turn."""
     checkpoint = parts.federation.checkpoint
-    if stopping or state.round == parts.federation.rounds or state.round % checkpoint.every == 0:
+    is_turn = state.round == parts.federation.rounds or state.round % checkpoint.every == 0
+    if is_turn != stopping:
         save_checkpoint(parts.folder / "checkpoints", loop.saved(state), checkpoint.keep, parts.shards.read)
         yield Checkpointed(state.round)
 

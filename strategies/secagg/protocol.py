@@ -4,6 +4,7 @@ SecAgg+ (Bell et al. 2020, CCS, algorithms 2 and 3) on the complete graph is Sec
 4). The trips, as `client.py` and `server.py` play them: keys, shares, masked input, agreement (active profile), unmask.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Session:
         abort_unless(left >= t, phase, f"{left} clients are left to recover {whose}, and it takes {t}")
 
 
-class Party:
+class Party(ABC):
     """A state machine of one session; any error in a phase makes it forget everything and answer nothing more."""
 
     def __init__(self, session: Session) -> None:
@@ -81,8 +82,8 @@ class Party:
         self._primitives = PRIMITIVES[session.mode]
         self._phase = ""
 
-    def _forget(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _forget(self) -> None: ...
 
     @contextmanager
     def _turn(self, phase: Phase, after: str, reached: str | None = None) -> Iterator[None]:

@@ -221,7 +221,9 @@ def test_checkpoints_are_written_in_their_turn_and_when_the_run_stops_but_once(t
     events = []
     for round_ in (1, 2, 3):
         state = replace(loop.shards.initial(), round=round_)
-        events += [*write_checkpoint(parts, loop, state, stopping=round_ > 1)]
+        events += [*write_checkpoint(parts, loop, state)]
+        if round_ > 1:
+            events += [*write_checkpoint(parts, loop, state, stopping=True)]
     assert events == [Checkpointed(2), Checkpointed(3)]
     assert load_checkpoint(tmp_path / "checkpoints").state.round == 3
 

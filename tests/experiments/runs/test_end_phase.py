@@ -10,10 +10,12 @@ import pytest
 import ray.cloudpickle
 
 import experiments
+from engine.messages.errors import RunError
 from engine.messages.events import DriverLost
 from engine.records.metrics import read_log
 from engine.rounds import driver
 from engine.rounds.driver import Driver
+from engine.rounds.round_loop import RoundLoop
 from engine.scheduling.pool import Pool
 from experiments.runs import driving
 
@@ -99,6 +101,22 @@ def result(out):
     }
     metrics = read_log(out / "metrics").filter(~pc.field("name").isin(list(TIMES))).drop_columns("wall_s")
     return names, contents, metrics.to_pylist(), read_log(out / "ledger").to_pylist()
+
+
+def test_rounds_without_privacy_that_fail_are_a_fault_and_the_run_has_its_model(
+    ray_session, small_recipe, tmp_path, in_process, monkeypatch
+):
+    play, out = RoundLoop.play, tmp_path / "run"
+
+    def diverging(loop, state):
+        if loop.federation.privacy.dp.kind == "none":
+            raise RunError("training diverged")
+        return play(loop, state)
+
+    monkeypatch.setattr(RoundLoop, "play", diverging)
+    run = experiments.run(small_recipe("rounds=1", "cohort.size=4", *NOISY), out=out)
+    assert (run.model / "README.md").exists() and "not private" not in run.losses
+    assert read_log(out / "faults")["why"].to_pylist() == ["played again without privacy: training diverged"]
 
 
 @pytest.mark.slow
