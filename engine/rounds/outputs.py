@@ -23,7 +23,7 @@ SAMPLE_TOKENS = 40
 def write_checkpoint(
     parts: RunParts, loop: RoundLoop, state: ShardedState, *, stopping: bool = False
 ) -> Iterator[Event]:
-    """Writes a checkpoint if it is the turn of the round, or the last round; if `stopping`, where it was not its turn."""
+    """Writes a checkpoint if it is the turn of the round, or the last round; if `stopping`, where it was not."""
     checkpoint = parts.federation.checkpoint
     is_turn = state.round == parts.federation.rounds or state.round % checkpoint.every == 0
     if is_turn != stopping:
