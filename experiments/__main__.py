@@ -6,10 +6,17 @@ import sys
 
 import typer
 
-from experiments.cli.commands import COMMANDS
+from experiments.cli.commands import COMMANDS, main_options
 
 SUMMARY = "Federated post-training of open language models, simulated on Ray."
-app = typer.Typer(help=SUMMARY, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help=SUMMARY,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.callback()(main_options)
 for command in COMMANDS:
     app.command()(command)
 

@@ -85,7 +85,7 @@ class HfDatasets:
             raise DataError(
                 f"{KEY} is {self.name!r}, which is no folder here and does not come from the hub "
                 f"({type(error).__name__}: {first_line(error)}): correct the name, connect to the network, or give a "
-                f"folder that save_to_disk wrote"
+                f"folder that save_to_disk wrote (there is none at {Path(self.name).expanduser().absolute()})"
             ) from None
         return dataset[self._chosen(list(dataset))] if isinstance(dataset, dict) else dataset
 

@@ -110,7 +110,7 @@ def source_files(location: str, suffixes: tuple[str, ...], key: str = "data.sour
     try:
         info = system.get_file_info(path)
         if info.type == fs.FileType.NotFound:
-            raise DataError(f"{key} is {location!r}, where there is no file or folder: correct the path")
+            raise DataError(f"{key} is {location!r}, {_no_file(location)}: correct the path")
         if info.type == fs.FileType.File:
             return [SourceFile(system, path, location, "")]
         below = system.get_file_info(fs.FileSelector(path, recursive=True))
@@ -125,6 +125,13 @@ def source_files(location: str, suffixes: tuple[str, ...], key: str = "data.sour
             f"{key} is {location!r}, a folder without a file that ends in {' or '.join(suffixes)}: correct the path"
         )
     return [SourceFile(system, base + name, within(location, name), name) for name in wanted]
+
+
+def _no_file(location: str) -> str:
+    if not is_local(location) or Path(location).expanduser().is_absolute():
+        return "where there is no file or folder"
+    path = Path(location).absolute()
+    return f"and there is no file or folder {path} (relative paths start at the folder that the command runs in)"
 
 
 def fingerprint(files: list[SourceFile]) -> str:

@@ -54,6 +54,11 @@ def _adapters(recipe: Sections) -> Refusals:
         f"{name} splits the rank into {strategy.rank_parts} equal parts, but model.peft.r is {peft.r}: set it to "
         f"{peft.r + strategy.rank_parts - rest}, and alpha to keep alpha / r",
     )
+    yield (
+        recipe.model.start is not None and strategy.begins_fresh,
+        f"{name} makes its bases of what round 0 adds to fresh adapters, and a start would take their place: leave "
+        f'model.start out, or take another rule, such as "ffa"',
+    )
     if peft.ranks and not strategy.mixed_ranks:
         able = " or ".join(repr(rule().kind) for rule in get_args(Strategies) if rule.mixed_ranks)
         why = f"needs one rank for all clients, but model.peft.ranks mixes them: leave it out, or use {able}"

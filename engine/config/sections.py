@@ -1,6 +1,6 @@
 """The engine's sections of a recipe: plain values with defaults, importable without ray, transformers or peft."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
@@ -74,14 +74,16 @@ class FullTuning:
 class Model:
     """The base model ("tiny", which is shipped, a Hugging Face name, or a folder), and the part of it that is trained.
 
-    `attention` is transformers' name for the kernel. `compile` lets torch compile the layers, which takes up to a
+    With `start` rounds begin from what an earlier run has trained: its folder, or any PEFT adapter's, or a URI of either.
+    `attention` is transformers' name for the kernel; "auto" is "sdpa" where the model has it. `compile` lets torch compile the layers, which takes up to a
     minute for each slot and pays off in long runs. `trust_remote_code` runs Python code that comes with the base.
     """
 
     base: str = "tiny"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    start: str | None = None
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     compile: bool = False
     trust_remote_code: bool = False
     peft: Annotated[Lora | FullTuning, Field(discriminator="kind")] = field(default_factory=Lora)
@@ -90,6 +92,13 @@ class Model:
     def public_base(self) -> str:
         """The base's name for what is published with the model: of a local folder its last name alone."""
         return Path(self.base).name if Path(self.base).is_absolute() else self.base
+
+    @property
+    def weights(self) -> "Model":
+        """The model whose weights are read: where all are trained and there is a start, that."""
+        if self.start is None or self.peft.kind != "none":
+            return self
+        return replace(self, base=self.start, start=None, revision=None)
 
 
 @dataclass(frozen=True)

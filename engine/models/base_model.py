@@ -3,9 +3,11 @@
 Functions import transformers: it takes 220 MB and four seconds, and the command and the driver never need it.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,11 @@ import torch
 
 from engine.config.sections import Model
 from engine.messages.errors import RunError
-from engine.objectives.base import Tokenizer
 
+ADAPTER = "adapter_config.json"  # the file by which PEFT knows an adapter
 ALIGNMENT = 64  # bytes at which each tensor starts, as vector instructions need it
 CAUSAL = "AutoModelForCausalLM"
+LONGEST = 400  # characters of a library's message
 
 
 @dataclass(frozen=True)
@@ -51,35 +54,19 @@ def always_the_same_bits() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def load_tokenizer(model: Model) -> Tokenizer:
-    """Loads the base's tokenizer, with its end token as pad token if it has none; RunError if it cannot be used."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(model.base, **_origin(model))
-    except Exception as error:  # the base's own code may raise anything
-        raise _refusal(model, "has no tokenizer that can be loaded", error) from error
-    if not tokenizer.is_fast:
-        raise RunError(f"the tokenizer of model.base {model.base!r} is no fast one: convert it to a tokenizer.json")
-    if tokenizer.eos_token is None:
-        raise RunError(f"the tokenizer of model.base {model.base!r} has no end token, which fine-tuning needs")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def causal_config(model: Model) -> Any:
     """Loads the base's configuration and registers its own code's class; RunError if it is no causal language model."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    _refuse_adapter(model.base)
     try:
-        config = AutoConfig.from_pretrained(model.base, **_origin(model))
+        config = AutoConfig.from_pretrained(model.base, **origin(model))
         if model.trust_remote_code and CAUSAL in (vars(config).get("auto_map") or {}):
             _register(config, model)
     except Exception as error:  # the base's own code may raise anything
         what = "is neither a folder with a config.json nor a model that the hub gives"
-        raise _refusal(model, what, error) from error
+        raise refusal(model, what, error) from error
     architectures = config.architectures or []
     causal = all("CausalLM" in name or "LMHead" in name for name in architectures)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
@@ -89,19 +76,53 @@ def causal_config(model: Model) -> Any:
     return config
 
 
+def _refuse_adapter(base: str) -> None:
+    """Raises RunError for a folder that a run, or PEFT, has written for `model.start`."""
+    run, folder = Path(base), Path(base)
+    if (run / "recipe.toml").is_file() and (run / "model").is_dir():
+        folder = run / "model"
+    elif not (folder / ADAPTER).is_file():
+        return
+    if not (folder / ADAPTER).is_file():
+        raise RunError(f"model.base {base!r} is the folder of a run: set model.base to its model, {folder}")
+    try:
+        name = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        name = None
+    what = f"model.base {base!r} is an adapter for the base {name!r}"
+    raise RunError(f"{what}: set model.base to where that base is, and model.start to {base!r}")
+
+
 def empty_network(model: Model, config: Any | None = None) -> Any:
     """Makes the base's network without its weights."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(causal_config(model) if config is None else config, **_options(model))
+    config = causal_config(model) if config is None else config
+    return AutoModelForCausalLM.from_config(config, **_options(model, config))
 
 
-def _origin(model: Model) -> dict[str, Any]:
+def origin(model: Model) -> dict[str, Any]:
+    """Makes the options by which transformers' from_pretrained finds the base's files."""
     return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
 
 
-def _options(model: Model) -> dict[str, Any]:
-    return {"dtype": getattr(torch, model.dtype), "attn_implementation": model.attention}
+def _options(model: Model, config: Any) -> dict[str, Any]:
+    return {"dtype": getattr(torch, model.dtype), "attn_implementation": _attention(model, config)}
+
+
+def _attention(model: Model, config: Any) -> str:
+    """Returns the attention kernel; RunError for one that the base's class does not have."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    has = {"eager": True, "sdpa": kind._supports_sdpa, "flash_attention_2": kind._supports_flash_attn}
+    if model.attention == "auto":
+        return "sdpa" if has["sdpa"] else "eager"
+    if not has[model.attention]:
+        able = ", ".join(f'"{name}"' for name, is_there in has.items() if is_there)
+        what = f'model.attention is "{model.attention}", which {kind.__name__} does not have'
+        raise RunError(f"{what}: leave it out, or take one of {able}")
+    return model.attention
 
 
 def _register(config: Any, model: Model) -> None:
@@ -115,8 +136,9 @@ def _register(config: Any, model: Model) -> None:
     AutoModelForCausalLM.register(type(config), add_generation_mixin_to_remote_model(kind), exist_ok=True)
 
 
-def _refusal(model: Model, what: str, error: Exception) -> RunError:
-    what = f"{what}: {_first_line(error)}"
+def refusal(model: Model, what: str, error: Exception) -> RunError:
+    """Makes the error that says what is wrong with the base, from what loading it has raised."""
+    what = f"{what}: {reason(error)}"
     if "trust_remote_code=True" in str(error):
         what = "needs model.trust_remote_code = true, which runs code that comes with the model"
     return RunError(f"model.base {model.base!r} {what}")
@@ -126,12 +148,13 @@ def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
     """Reads the base's weights from disk or the hub into one uint8 buffer; RunError if they cannot be used."""
     from transformers import AutoModelForCausalLM
 
-    causal_config(model)
+    model = model.weights
+    config = causal_config(model)
+    options = {**origin(model), **_options(model, config), "output_loading_info": True}
     try:
-        options = {**_origin(model), **_options(model), "output_loading_info": True}
         network, loaded = AutoModelForCausalLM.from_pretrained(model.base, **options)
     except Exception as error:  # the base's own code may raise anything
-        raise RunError(f"the weights of model.base {model.base!r} cannot be loaded: {_first_line(error)}") from error
+        raise RunError(f"the weights of model.base {model.base!r} cannot be loaded: {reason(error)}") from error
     if loaded["missing_keys"]:  # transformers initializes them at random
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
         raise RunError(f"the weights of model.base {model.base!r} are not whole: {missing} and others are missing")
@@ -175,5 +198,15 @@ def map_base(packed: PackedBase, buffer: torch.Tensor) -> Any:
     return network.requires_grad_(False)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+def reason(error: BaseException) -> str:
+    """Returns a library's whole message in one line; of an error that the hub has answered with, the hub's own."""
+    from huggingface_hub.errors import GatedRepoError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if said := getattr(cause, "server_message", None):
+            remedy = "; ask for access on its page, and set HF_TOKEN" if isinstance(cause, GatedRepoError) else ""
+            return f"{said.strip().rstrip('.')}{remedy}"
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

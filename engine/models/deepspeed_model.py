@@ -50,7 +50,7 @@ def _in_shards(model: Model, zero: Zero) -> PreTrainedModel:
     with deepspeed.zero.Init(config_dict_or_path=ds_config(model, zero)), no_init_weights():
         network: PreTrainedModel = empty_network(model, config)
     try:
-        stored = _stored(network, _weight_files(model))
+        stored = _stored(network, _weight_files(model.weights))
         for target, source in list(network.all_tied_weights_keys.items()):
             if {target, source} <= stored.keys() and not _equal(stored[target], stored[source], network.dtype):
                 del network.all_tied_weights_keys[target]  # the configuration says tied, but the tensors differ

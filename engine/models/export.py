@@ -126,6 +126,7 @@ def model_card(
     adapter = isinstance(model.peft, Lora) and not merged
     training = store["clients"] - store["unseen_clients"]
     revision = f" at revision `{model.revision}`" if model.revision else ""
+    begun = "- Begun from an earlier model (`model.start`).\n" if model.start else ""
     amount = f"{train.steps} steps" if train.steps is not None else f"{train.epochs} epochs"
     splits = {"heldout": "held-out rows of training clients", "unseen": "clients that never trained"}
     splits["server"] = "rows of the server"
@@ -135,6 +136,7 @@ def model_card(
         for s, text in splits.items()
         if any(s in column for column in losses.values())
     ]
+    table = f"{header}{chr(10).join(lines)}\n\n" if lines else ""
     trust = ", trust_remote_code=True" if model.trust_remote_code else ""
     load = (
         "from peft import PeftModel\n"
@@ -161,10 +163,8 @@ tags: [fedpost, federated]
 - Strategy `{federation.strategy!r}`, {federation.rounds} rounds, seed {federation.seed}.
 - {federation.cohort.expected(training):g} of {training} clients a round, {amount} of batch {train.batch} each.
 - Data: {source}.
-{privacy}
-{header}{chr(10).join(lines)}
-
-```python
+{begun}{privacy}
+{table}```python
 {load}
 ```
 

@@ -14,6 +14,7 @@ from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.errors import RunError
 from engine.messages.shards import Shard, ShardedState, borrow
+from engine.models.start import adapter_start
 from engine.scheduling.dispatcher import Worked
 from engine.scheduling.pool import Pool
 from engine.scheduling.worker_kinds import Reference
@@ -43,7 +44,9 @@ class DriverShards:
     def initial(self) -> ShardedState:
         """Returns the state before the first round."""
         assert self.pool.initial is not None
-        state = self.federation.strategy.init(borrow(self.pool.initial), self.pool.layout)
+        start = adapter_start(self.federation.model, self.pool.layout)
+        vector = borrow(self.pool.initial) if start is None else start
+        state = self.federation.strategy.init(vector, self.pool.layout)
         return ShardedState(0, (self.hold(state),))
 
     def refuse_other(self, state: ShardedState) -> None:
@@ -129,7 +132,11 @@ class RankShards:
 
     def initial(self) -> ShardedState:
         """Returns the state before the first round."""
-        return self._kept(0, [rank.initial.options(num_returns=2).remote() for rank in self.pool.ranks(0)])
+        assert self.pool.partition is not None
+        model, layout = self.federation.model, self.pool.layout
+        starts = (adapter_start(model, layout, part) for part in self.pool.partition.parts)
+        ranks = zip(self.pool.ranks(0), starts, strict=True)
+        return self._kept(0, [rank.initial.options(num_returns=2).remote(start) for rank, start in ranks])
 
     def refuse_other(self, state: ShardedState) -> None:
         """Raises RunError if a state from a checkpoint is of another number of ranks."""

@@ -1,12 +1,12 @@
 """A run's token columns: made once beside the driver, and copied to every node that does not see their folder."""
 
 import json
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from datasets_partition.core.types import OnRows, ignore
@@ -15,7 +15,7 @@ from datasets_partition.store.sealed import written_whole
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import tokenize
 from engine.config.federation import Federation
-from engine.models.base_model import load_tokenizer
+from engine.models.tokenizer import embedded_tokens, load_tokenizer, refuse_unembedded
 
 Parts = dict[str, list[Any]]  # a file's name -> references to its pieces
 PIECE_BYTES = 64 * 2**20
@@ -27,9 +27,15 @@ def token_columns(store: Path, federation: Federation, shared: str | None = None
     tokenizer, model = load_tokenizer(federation.model), federation.model
     objective, length = federation.train.objective, federation.train.max_length
     known = [tokenizer.get_vocab(), repr(tokenizer), tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()]
-    words = sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    rows = embedded_tokens(model)
+    words = sha256(json.dumps([*known, rows], sort_keys=True).encode()).hexdigest()
     key = f"{TOKENS_VERSION}/{model.base}@{model.revision}/{objective!r}/{length}/{words}"
-    encode = partial(objective.encode, tokenizer=tokenizer, max_length=length)
+
+    def encode(table: pa.Table) -> pa.Table:
+        encoded = objective.encode(table, tokenizer, length)
+        refuse_unembedded(encoded, tokenizer, rows, model)
+        return encoded
+
     return tokenize(Store.open(store), key, encode, shared, on_rows).folder
 
 

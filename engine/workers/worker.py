@@ -13,9 +13,10 @@ from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.tasks import Unit
 from engine.models.adapters import refuse_other_adapters
-from engine.models.base_model import PackedBase, load_tokenizer, read_base
+from engine.models.base_model import PackedBase, read_base
 from engine.models.export import export_files
 from engine.models.mapped_base import MappedBase
+from engine.models.tokenizer import load_tokenizer, padding
 from engine.system.page_protection import drop_pages
 from engine.training.lanes import LaneTrainer, adapted_layers, best_lanes
 from engine.training.local_training import LocalTrainer, Trainer
@@ -68,7 +69,7 @@ class ClientActor(WorkerProcess):
         seed = torch_seed(federation.seed, 0, -1, "initial")
         mapped = MappedBase(packed, base, federation.model, seed, self.device)
         trainable, tokenizer = mapped.trainable, load_tokenizer(federation.model)
-        trainer = LocalTrainer(trainable, tokenizer.pad_token_id, federation.train)
+        trainer = LocalTrainer(trainable, padding(tokenizer, trainable.network), federation.train)
         refuse_other_adapters(trainable.network, federation)
         if isinstance(federation.clients.lanes, int) and federation.clients.lanes > 1:
             adapted_layers(trainable)  # refuses models that lanes cannot train

@@ -22,8 +22,8 @@ from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.shards import AggregateShard, Shard, borrow
 from engine.models.adapters import refuse_other_adapters
-from engine.models.base_model import load_tokenizer
 from engine.models.export import sharded_files
+from engine.models.tokenizer import load_tokenizer, padding
 from engine.system import allocator as heap
 from engine.system.failures import LOST, GangLost, ShardLost, last_line
 from engine.system.rendezvous import meet
@@ -62,7 +62,7 @@ class Rank(WorkerProcess):
         heap.give_back()
         network = zero_model(model, zero, torch_seed(federation.seed, 0, -1, "initial"), self.rank)
         refuse_other_adapters(network, federation)
-        trainer = ZeroTrainer(network, tokenizer.pad_token_id, model, zero, federation.train)
+        trainer = ZeroTrainer(network, padding(tokenizer, network), model, zero, federation.train)
         heap.keep(gathered=zero.stage == 3)
         largest = partial(_largest, trainer.works_on, zero.ranks)
         peers = Peers(self.rank, trainer.partition, trainer.summed, largest, _from_first)
@@ -73,10 +73,14 @@ class Rank(WorkerProcess):
         """Returns the size of the base's weights, of all ranks together."""
         return int(self.attached.trainer.nbytes)
 
-    def initial(self) -> tuple[int, Shard]:
-        """Returns the bytes of the state's shard before the first round, and the shard, which stays in the store."""
+    def initial(self, start: torch.Tensor | None = None) -> tuple[int, Shard]:
+        """Returns the bytes of the state's shard before the first round, and the shard, which stays in the store.
+
+        `start` (S,) is what the recipe names to begin from, in place of the model's own weights.
+        """
         trainer = self.attached.trainer
-        return _stored(self.federation.strategy.init(trainer.weights().cpu(), trainer.layout))
+        weights = trainer.weights().cpu() if start is None else start
+        return _stored(self.federation.strategy.init(weights, trainer.layout))
 
     def serve(
         self, shard: Shard, round_: int, population: int, plan: CentralPlan | None, clip: float, *sums: Any

@@ -26,7 +26,7 @@ from engine.system.atomic import write_file
 from experiments.bench.harness import Figure
 from experiments.report.terminal import inert_lines, say
 from experiments.runs.api import PACKAGES
-from experiments.runs.resuming import RUNS
+from experiments.runs.resuming import RUNS, new_folder
 
 RESULTS = "results.parquet"
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
@@ -111,7 +111,7 @@ def show_results(scenario: str, figures: dict[str, Figure], as_json: bool, chart
 def write_results(scenario: str, figures: dict[str, Figure], charts: Sequence[Markup] = ()) -> Path:
     """Writes `results.parquet`, `summary.json` and `report.html` into `runs/bench-SCENARIO-TIME`; returns the first."""
     facts = {"scenario": scenario, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine()}
-    (folder := RUNS / f"bench-{scenario}-{time.strftime('%Y%m%d-%H%M%S')}").mkdir(parents=True)
+    folder = new_folder(RUNS, f"bench-{scenario}")
     rows = ({"figure": name, "value": value, "unit": unit, **facts} for name, (value, unit) in figures.items())
     table = pa.Table.from_pylist(list(rows))
     table = table.set_column(1, "value", table["value"].cast(pa.float64()))  # all may be missing, or integers

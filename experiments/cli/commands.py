@@ -69,6 +69,21 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
+def show_version(wanted: bool) -> None:
+    """Prints the version and ends the command if it is `wanted`."""
+    if wanted:
+        from experiments.runs.api import fedpost_version
+
+        say(f"fedpost {fedpost_version()}")
+        raise SystemExit(0)
+
+
+def main_options(
+    version: Annotated[bool, Option("--version", callback=show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Takes the options that stand before a command."""
+
+
 @guarded
 def run(
     recipe: RecipePath,

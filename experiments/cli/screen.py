@@ -44,6 +44,8 @@ class Screen:
                 self._started(event)
             case RoundDone():
                 self._round(event)
+            case Evaluated() if not event.losses:
+                pass  # nothing is held out
             case Evaluated(round_, losses, None):
                 self.console.print(plain(f"round {round_:>3}/{self.rounds} "), plain(_losses(losses), "bold"))
             case Evaluated(_, losses, baseline):
@@ -113,7 +115,8 @@ class Screen:
             if first is not None and last is not None:
                 cells = ["" if value is None else f"{value:.3f}" for value in values.values()]
                 table.add_row(title, *cells, f"{100 * (last / first - 1):+.1f}%")
-        self.console.print(table)
+        if table.row_count:
+            self.console.print(table)
         clear, private = (event.losses.get(column, {}).get("heldout") for column in ("not private", "end"))
         if clear is not None and private is not None:
             cost = f"{private - clear:+.3f} nats per token on held-out rows"

@@ -6,6 +6,7 @@ Imports neither ray nor transformers, so that `fedpost schema` and the errors of
 import difflib
 import json
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -120,12 +121,19 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def located(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths of its trace, and of its base if it is a folder: processes have other folders."""
+    """The recipe with absolute paths of its trace, and of its base if it is a folder: processes have other folders.
+
+    RunError for a base that is neither a folder nor a possible name on the hub.
+    """
     base, clients, trace = recipe.model.base, recipe.clients, recipe.clients.availability.trace
-    folder = SHIPPED.get(base, Path(base))
+    folder = SHIPPED.get(base, Path(base).expanduser())
+    if not folder.is_dir() and (base.count("/") > 1 or base.startswith(("/", "./", "../", "~"))):  # no name on the hub
+        where = f"there is no folder {folder.absolute()} (relative paths start at the folder that the command runs in)"
+        raise RunError(f"model.base is {base!r}, and {where}: correct the path, or give a name on the Hugging Face hub")
     path = str(folder.resolve()) if folder.is_dir() else base
     if trace is not None:
-        clients = replace(clients, availability=replace(clients.availability, trace=str(Path(trace).resolve())))
+        trace = str(Path(trace).expanduser().resolve())
+        clients = replace(clients, availability=replace(clients.availability, trace=trace))
     return replace(recipe, model=replace(recipe.model, base=path), clients=clients)
 
 
@@ -182,10 +190,10 @@ def _sentence(key: str, fault: Any) -> str:
     if key in GONE:
         return f"there is no key {key!r} any more; {GONE[key]}"
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = [f.name for member in _members(_walk(fault["loc"][:-1])[1]) for f in fields(member)]
-        near = difflib.get_close_matches(str(fault["loc"][-1]), known, 1, 0.0)
-        section = key.rpartition(".")[0]
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        kind_above, section = _walk(fault["loc"][:-1])[1], key.rpartition(".")[0]
+        known = [f.name for member in _members(kind_above) for f in fields(member)]
+        near = _near(str(fault["loc"][-1]), known, [*_keys(kind_above, section)])
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         return f"there is no key {key!r}; {hint}{f'[{section}]' if section else 'A recipe'} takes {', '.join(known)}"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"the key {key!r} is missing"
@@ -200,6 +208,32 @@ def _sentence(key: str, fault: Any) -> str:
         text = str(fault["ctx"]["error"])
         return text.replace("data.partition", key) if key.startswith("data.partition.") else text
     return f"{key!r} should be {_complaint(fault)}, not {fault['input']!r}"
+
+
+def _near(wrong: str, known: list[str], below: list[str]) -> list[str]:
+    """What a key may have meant: one of its section's `known` keys, or keys `below` or elsewhere, with their paths."""
+
+    def ending(names: list[str], paths: list[str]) -> list[str]:
+        return [path for path in dict.fromkeys(paths) if path.rpartition(".")[2] in names][:3]
+
+    def alike(paths: list[str], cutoff: float) -> list[str]:
+        return difflib.get_close_matches(wrong, {path.rpartition(".")[2] for path in paths}, 1, cutoff)
+
+    return (
+        ending([wrong], below)
+        or alike(known, 0.6)
+        or ending([wrong], [*_keys(Recipe)])
+        or ending(alike(below, 0.75), below)
+    )
+
+
+def _keys(kind: Any, path: str = "", above: tuple[Any, ...] = ()) -> Iterator[str]:
+    """The dotted keys at and below a field of this type, each section of a kind once on the way down."""
+    for member in _members(kind):
+        hints = get_type_hints(member, include_extras=True)
+        for key in (f.name for f in fields(member) if member not in above):
+            yield (place := f"{path}.{key}" if path else key)
+            yield from _keys(hints[key], place, (*above, member))
 
 
 def _complaint(fault: Any) -> str:

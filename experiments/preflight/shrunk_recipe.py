@@ -74,7 +74,7 @@ def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
     return replace(
         recipe,
         rounds=ROUNDS,
-        model=replace(model, base=str(base), revision=None, compile=False, attention=attention),
+        model=replace(model, base=str(base), revision=None, start=None, compile=False, attention=attention),
         data=Data(rows, Natural(), splits, None, str(folder)),
         clients=_bounded("clients", clients, **few),
         cohort=drawn,

@@ -9,7 +9,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +81,7 @@ def run(
     from experiments.runs.digests import digests
     from experiments.runs.driving import RunStopped, drive
     from experiments.runs.mirror import working_folder
+    from experiments.runs.start import started
 
     if isinstance(recipe, Path | str):
         recipe = load_recipe(Path(recipe))
@@ -88,10 +89,10 @@ def run(
         raise RunError("--baselines trains in one process, but clients.zero asks for gangs: leave one of them out")
     place, copy = working_folder(out, resume)
     folder, recipe = resuming.run_folder(recipe, place, resume)
-    with resuming.alone_in(folder):
+    with resuming.alone_in(folder, new=place is None and not resume), started(recipe) as (beginning, start_digest):
         on_event(Preparing("reading the data and assigning rows to clients"))
         store = build_store(recipe)
-        manifest = _manifest(recipe, store)
+        manifest = _manifest(recipe, store, start_digest)
         if resume:
             manifest = resuming.continued(folder, resuming.earlier_parts(folder), manifest, accept_changes)
         files = {"recipe.toml": to_toml(recipe).encode(), "manifest.json": json.dumps(manifest, indent=1).encode()}
@@ -103,11 +104,13 @@ def run(
             at_end.callback(copy)
             shared = shared_store(recipe, store)
             elsewhere = out if isinstance(out, str) and not is_local(out) else None
-            notes = resuming.second_sums(folder, recipe, manifest)
+            notes = resuming.second_sums(folder, recipe, manifest) + _without_losses(recipe, store)
+            if recipe.model.start is not None and recipe.privacy.dp.kind != "none":
+                notes += ("epsilon is that of this run: what model.start has learned from the same people adds to it",)
             if accepted := manifest.get("accepted_changes"):
                 notes += (f"this run continues in spite of changes since it was begun: {', '.join(accepted)}",)
             plan = RunPlan(store, folder.resolve(), files, shared, resume, baselines, elsewhere=elsewhere, notes=notes)
-            for event in drive(located(recipe), plan, stop):
+            for event in drive(located(beginning), plan, stop):
                 if isinstance(event, Finished):
                     finished = replace(event, folder=folder)
                     continue
@@ -141,6 +144,20 @@ def build_store(recipe: Recipe, on_step: Callable[[str], None] = lambda step: No
     data = recipe.data
     cache = str(Path(data.cache).expanduser().resolve()) if is_local(data.cache) else data.cache
     return build(data.source, data.partition, data.splits, recipe.seed, cache, on_step, data.label)
+
+
+def _without_losses(recipe: Recipe, folder: Path) -> tuple[str, ...]:
+    """A note if no training client has a held-out row."""
+    from datasets_partition.store.store import Store
+
+    store, share = Store.open(folder), recipe.data.splits.heldout
+    if store.counts("heldout")[: store.num_training].any():
+        return ()
+    rest = "" if store.counts("heldout").any() else ", so that there are no losses to show"
+    if not share:
+        return (f"nothing is held out{rest}: see data.splits",) if rest else ()
+    why = f"data.splits.heldout = {share:g} of a client's rows is less than half a row: raise it, or data.splits.unseen"
+    return (f"no training client has a held-out row{rest}; {why}",)
 
 
 def shared_store(recipe: Recipe, store: Path) -> str | None:
@@ -177,6 +194,7 @@ def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address is None:
+            _require_short_path()
             ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet, **resources)
         else:
             _require_answer(address)
@@ -188,6 +206,17 @@ def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_short_path() -> None:
+    """Raises RunError if Ray's sockets would have longer paths than the system allows."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    folder, longest = get_default_ray_temp_dir(), 103 if sys.platform == "darwin" else 107
+    socket = f"{folder}/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    if (excess := len(os.fsencode(socket)) - longest) > 0:
+        what = f"the folder for temporary files has too long a name for Ray's sockets ({folder}, {excess} bytes too long)"
+        raise RunError(f"{what}: set RAY_TMPDIR to a folder with a shorter one, such as RAY_TMPDIR=/tmp")
 
 
 def _require_answer(address: str) -> None:
@@ -214,20 +243,29 @@ def shipped_code() -> dict[str, Any]:
     return {"py_modules": [str(ROOT / name) for name in ("engine", "strategies", "datasets_partition", "experiments")]}
 
 
-def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
-    """Versions, seed, data, base and digests: what a run with the same bits needs."""
+def fedpost_version() -> str:
+    """The installed version, or that there is none."""
     from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fedpost")
+    except PackageNotFoundError:
+        return "not installed: run from its folder"
+
+
+def _manifest(recipe: Recipe, store: Path, start_digest: dict[str, str]) -> dict[str, Any]:
+    """Versions, seed, data, base, start and digests: what a run with the same bits needs."""
+    from importlib.metadata import version
 
     from experiments.runs.digests import digests
 
-    versions = {name: version(name) for name in PACKAGES} | {"fedpost": "not installed: run from its folder"}
-    with suppress(PackageNotFoundError):
-        versions["fedpost"] = version("fedpost")
+    versions = {name: version(name) for name in PACKAGES} | {"fedpost": fedpost_version()}
     model = recipe.model
     return {
         "seed": recipe.seed,
         "base": {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code},
-        "digests": digests(recipe),
+        **({} if model.start is None else {"start": model.start}),
+        "digests": digests(recipe) | start_digest,
         "versions": versions,
         "python": platform.python_version(),
         "system": platform.system(),

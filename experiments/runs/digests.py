@@ -21,10 +21,10 @@ def digests(recipe: Recipe) -> dict[str, str]:
     trace, values = recipe.clients.availability.trace, dict[str, str]()
     try:
         values["the code of fedpost"] = code_digest()
-        if base := _base(recipe.model):
+        if base := base_digest(recipe.model):
             values["model.base"] = base
         if trace is not None and Path(trace).is_file():  # otherwise reading the trace explains what is wrong
-            values["clients.availability.trace"] = _digest(Path(trace))
+            values["clients.availability.trace"] = file_digest(Path(trace))
         for part in user_parts(recipe).values():
             if (code := sys.modules[type(part).__module__].__file__) is not None:
                 values[f"the code of {type(part).__module__}"] = sha256(Path(code).read_bytes()).hexdigest()
@@ -45,12 +45,13 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def _base(model: Model) -> str | None:
+def base_digest(model: Model) -> str | None:
+    """The digest of a base's folder, or its commit on the hub; None until that is on this machine."""
     folder = Path(model.base)
     if not folder.is_dir():
         return _commit(model)
     files = sorted(path for path in folder.iterdir() if path.suffix in BASE and path.is_file())
-    return sha256("".join(f"{path.name} {_digest(path)}\n" for path in files).encode()).hexdigest()
+    return sha256("".join(f"{path.name} {file_digest(path)}\n" for path in files).encode()).hexdigest()
 
 
 def _commit(model: Model) -> str | None:
@@ -64,7 +65,8 @@ def _commit(model: Model) -> str | None:
     return f"commit {Path(config).parent.name}" if isinstance(config, str) else None
 
 
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """The digest of a file, of a large one in parts."""
     size = file.stat().st_size
     whole = size <= BLOCK * BLOCKS
     starts = range(0, size, BLOCK) if whole else [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]

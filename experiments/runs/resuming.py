@@ -30,10 +30,12 @@ JUDGED = {"evaluate.rows", "evaluate.server_rows"}
 def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Recipe]:
     """The run's folder, and the recipe with what was measured for "auto"; RunError if a run blocks it or is missing."""
     if out is None:
-        earlier = sorted(RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}/recipe.toml"))
-        if resume and not earlier:
+        if not resume:
+            return new_folder(RUNS, recipe.name), recipe
+        earlier = sorted(RUNS.glob(f"{recipe.name}-{'[0-9]' * 8}-{'[0-9]' * 6}*/recipe.toml"))
+        if not earlier:
             raise RunError(f"there is no run of {recipe.name!r} in {RUNS} to resume: leave --resume out to start one")
-        out = earlier[-1].parent if resume else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = earlier[-1].parent
     old = out / "recipe.toml"
     if not resume:
         # What a run leaves that was killed while it wrote its first file does not count.
@@ -62,6 +64,20 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
         what = f"{out} was begun with another recipe, which differs in {', '.join(sorted(changed))}"
         raise RunError(f"{what}: resume it with the recipe it was begun with ({old}), or choose another --out")
     return out, recipe
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Makes the folder parent/NAME-TIME; waits for the next second if another command has just made it."""
+    while True:
+        folder = parent / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            time.sleep(0.1)
+        else:
+            return folder
 
 
 def mark_finished(folder: Path, rounds: int) -> None:
@@ -197,9 +213,12 @@ def locked(folder: Path, location: str) -> Lock:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Makes and locks a run folder, and removes it if it is still empty at the end; RunError as `locked`."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+def alone_in(folder: Path, *, new: bool = False) -> Iterator[None]:
+    """Makes and locks a run folder, and removes it if it is still empty at the end; RunError as `locked`.
+
+    A `new` one has been made for this run.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()] if not new else [folder, folder.parent]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = locked(folder.resolve(), str(folder))

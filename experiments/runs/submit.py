@@ -47,13 +47,14 @@ def submit(
     if out is None and "--resume" in flags:
         raise RunError("--resume needs the --out of the run to continue")
     # Ray removes the job's working folder, which the run folder must outlive.
-    out = out or str(RUNS / f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    token = secrets.token_hex(6)  # two jobs may be submitted in the same second
+    out = out or str(RUNS / f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}-{token}")
     refuse_password(out)
     out = str(Path(out).absolute()) if is_local(out) else out
     options = [part for change in changes for part in ("--set", change)] + ["--out", out, *flags]
     command = run_command(recipe, here) + options
     environment = environment_of(here, runtime_env)
-    client, job = job_client(address), f"fedpost-{secrets.token_hex(6)}"
+    client, job = job_client(address), f"fedpost-{token}"
     say(f"job {job} at {address}, run folder {out}")
     with nullcontext() if detach else _stopped_with_us(job, address):
         _send(client, job, command, environment)

@@ -47,6 +47,7 @@ class Rule(ABC):
     mixed_ranks: ClassVar[bool] = False  # clients may have adapters of different ranks
     elementwise: ClassVar[bool] = True  # both halves work alike on parts of the vectors
     keeps_basis: ClassVar[bool] = True  # a coordinate means the same, and is trained or not, in all rounds
+    begins_fresh: ClassVar[bool] = False  # its first round needs adapters whose product is zero: no start goes with it
     merges_into_base: ClassVar[bool] = False  # `apply` changes the base: the state gets a merged delta
     sends_update: ClassVar[bool] = True  # anything leaves the client
     sends_products: ClassVar[bool] = False  # products of adapters, or sketches of them, travel beside the update

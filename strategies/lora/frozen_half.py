@@ -122,6 +122,7 @@ class FedSb(FrozenHalf):
     """
 
     kind: Literal["fedsb"] = "fedsb"
+    begins_fresh: ClassVar[bool] = True  # else the bases would be those of the start, and not of what round 0 adds
     keeps_basis: ClassVar[bool] = False
     needs_optimizer: ClassVar[NeedsSgd] = NeedsSgd(
         "trains within the span of its basis, which adaptive optimizers leave", 'use "ffa"'

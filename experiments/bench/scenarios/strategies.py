@@ -24,7 +24,7 @@ from engine.system.atomic import write_file
 from experiments.bench.harness import DEMO, SMALL_DEMO, Bench
 from experiments.bench.results import Cell, Tables, render
 from experiments.config.recipe import Recipe, parse_recipe, to_toml
-from experiments.runs.resuming import RUNS, finished_rounds
+from experiments.runs.resuming import RUNS, finished_rounds, new_folder
 
 PARTITIONS = {
     "natural": (),
@@ -127,7 +127,8 @@ def plans(small: bool = False) -> list[Plan]:
 
 def strategies(bench: Bench, out: Path | None = None) -> None:
     """Runs the cells that the benchmark's folder lacks, compares all, and leaves out those that fail (or diverge)."""
-    out = out or RUNS / ("bench-strategies" + (f"-small-{time.strftime('%Y%m%d-%H%M%S')}" if bench.small else ""))
+    if out is None:
+        out = new_folder(RUNS, "bench-strategies-small") if bench.small else RUNS / "bench-strategies"
     planned, results = plans(bench.small), []
     for number, plan in enumerate(planned, 1):
         folder = out / plan.name

@@ -1,0 +1,91 @@
+"""Reads the vector that rounds begin from out of an adapter's folder. Legend: P trained parameters, S of a shard."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.config.sections import Lora, Model
+from engine.messages.errors import RunError
+from strategies.core.layout import Layout
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+# Initializations of PEFT's that change the base's weights too, so that the adapter alone says nothing.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def adapter_start(
+    model: Model, layout: Layout, intervals: Sequence[tuple[int, int]] | None = None
+) -> torch.Tensor | None:
+    """Reads the start's vector (P,), or these intervals of it, one after another; None where weights are the start.
+
+    Float32, on the CPU. RunError if the recipe names no start that fits what is trained.
+    """
+    if model.start is None or not isinstance(model.peft, Lora):
+        return None
+    folder = Path(model.start)
+    _check_scale(folder, model, layout)
+    try:
+        with safe_open(folder / TENSORS, framework="pt") as tensors:
+            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+            _check_shapes(shapes, model, layout)
+            parts = []
+            for first, last in intervals or [(0, layout.size)]:
+                for name, _, start, end in layout.places():
+                    if (low := max(first, start)) < (high := min(last, end)):
+                        flat = tensors.get_tensor(stored_name(name)).reshape(-1)
+                        parts.append(flat[low - start : high - start].float())
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder / TENSORS} (model.start) cannot be read: {error}") from error
+    vector = torch.cat(parts) if parts else torch.zeros(0)
+    if not torch.isfinite(vector).all():
+        raise RunError(f"{folder / TENSORS} (model.start) holds numbers that are not finite: choose another start")
+    return vector
+
+
+def stored_name(name: str) -> str:
+    """Returns the name under which PEFT stores a trained tensor."""
+    return name.replace(".default", "")
+
+
+def _check_scale(folder: Path, model: Model, layout: Layout) -> None:
+    """Raises RunError if the adapter's product has another factor than the recipe's, or more than the adapter."""
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        rank, alpha = config["r"], config["lora_alpha"]
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+        what = f"{folder / CONFIG} (model.start) is not that of a LoRA adapter ({type(error).__name__}: {error})"
+        raise RunError(f"{what}: name a folder that PEFT or fedpost has written") from error
+    initialization = config.get("init_lora_weights")
+    if isinstance(initialization, str) and initialization.lower().startswith(CHANGES_BASE):
+        raise RunError(
+            f"the adapter {folder} (model.start) was begun with init_lora_weights = {initialization!r}, which changes "
+            f"the base's weights too: convert it to a plain one as PEFT's save_pretrained does "
+            f"(path_initial_model_for_weight_conversion)"
+        )
+    if config.get("alpha_pattern") or not math.isclose(scale, layout.scale):
+        has = f"alpha = {alpha:g} at rank {rank}" + ", and others by layer" * bool(config.get("alpha_pattern"))
+        raise RunError(
+            f"the adapter {folder} (model.start) scales its product by {scale:g} ({has}), and the recipe's by "
+            f"{layout.scale:g}: set model.peft.r and alpha to what the adapter was made with"
+        )
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]], model: Model, layout: Layout) -> None:
+    """Raises RunError unless the adapter has exactly the recipe's tensors."""
+    wanted = {stored_name(name): shape for name, shape in zip(layout.names, layout.shapes, strict=True)}
+    if shapes == wanted:
+        return
+    where = f"the adapter {model.start} (model.start) does not fit the recipe"
+    if missing := sorted(wanted.keys() - shapes.keys()):
+        raise RunError(f"{where}: it has no {missing[0]}; set model.peft.targets to the layers that it adapts")
+    if more := sorted(shapes.keys() - wanted.keys()):
+        raise RunError(f"{where}, which does not train its {more[0]}: set model.peft.targets to the layers it adapts")
+    name = next(name for name, shape in wanted.items() if shapes[name] != shape)
+    what = f"{where}: its {name} has the shape {list(shapes[name])}, and the recipe's {list(wanted[name])}"
+    raise RunError(f"{what}; set model.peft.r to the adapter's rank, and model.base to the base it was made for")
