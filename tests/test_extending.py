@@ -20,7 +20,8 @@ from engine.config.federation import Federation
 from engine.config.privacy import Privacy, SecAgg
 from engine.config.sections import Lora, Model
 from engine.config.train import Sgd, Train
-from engine.models.base_model import load_tokenizer, map_base, read_base
+from engine.models.base_model import map_base, read_base
+from engine.models.tokenizer import load_tokenizer
 from engine.models.trainable import Trainable
 from engine.objectives.base import client_figures, figure_metrics
 from engine.objectives.sft import Sft

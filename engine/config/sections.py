@@ -74,9 +74,10 @@ class FullTuning:
 class Model:
     """The base model ("tiny", which is shipped, a Hugging Face name, or a folder), and the part of it that is trained.
 
-    With `start` rounds begin from what an earlier run has trained: its folder, or any PEFT adapter's, or a URI of either.
-    `attention` is transformers' name for the kernel; "auto" is "sdpa" where the model has it. `compile` lets torch compile the layers, which takes up to a
-    minute for each slot and pays off in long runs. `trust_remote_code` runs Python code that comes with the base.
+    With `start` rounds begin from what an earlier run has trained: its folder, any PEFT adapter's, or a URI of either.
+    `attention` is transformers' name for the kernel; "auto" is "sdpa" where the model has it, else "eager". `compile`
+    lets torch compile the layers, which takes up to a minute for each slot and pays off in long runs.
+    `trust_remote_code` runs Python code that comes with the base.
     """
 
     base: str = "tiny"

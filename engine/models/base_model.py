@@ -208,5 +208,7 @@ def reason(error: BaseException) -> str:
             remedy = "; ask for access on its page, and set HF_TOKEN" if isinstance(cause, GatedRepoError) else ""
             return f"{said.strip().rstrip('.')}{remedy}"
         cause = cause.__cause__ or cause.__context__
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = " ".join(str(error).split()).rstrip(".")
+    if not text or not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+        text = f"{type(error).__name__}: {text}"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

@@ -1,5 +1,6 @@
 """Loads a base's tokenizer, and refuses tokens for which the base has no embedding."""
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -7,29 +8,51 @@ import pyarrow.compute as pc
 
 from engine.config.sections import Model
 from engine.messages.errors import RunError
-from engine.models.base_model import origin, refusal
+from engine.models.base_model import origin, reason, refusal
 from engine.objectives.base import Tokenizer
+
+SOURCES = (".model", ".tiktoken")  # endings of files that tokenizers are made of
 
 
 def load_tokenizer(model: Model) -> Tokenizer:
     """Loads the base's tokenizer, with its end token as pad token if it has none; RunError if it cannot be used."""
     from transformers import AutoTokenizer
 
+    folder = Path(model.base)
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(model.base, **origin(model))
     except Exception as error:  # the base's own code may raise anything
-        raise refusal(model, "has no tokenizer that can be loaded", error) from error
+        if not folder.is_dir() or (folder / "tokenizer.json").is_file():
+            raise refusal(model, "has no tokenizer that can be loaded", error) from error
+        sources = sorted(path.name for path in folder.iterdir() if path.match("vocab.*") or path.suffix in SOURCES)
+        why = f" and {sources[0]} cannot be made into one ({reason(error)})" if sources else ""
+        raise RunError(
+            f"model.base {model.base!r} has no tokenizer.json{why}: copy the tokenizer's files of the model that it "
+            f"was made from into that folder"
+        ) from error
+    where = f"the tokenizer of model.base {model.base!r}"
     if not tokenizer.is_fast:
-        raise RunError(f"the tokenizer of model.base {model.base!r} is no fast one: convert it to a tokenizer.json")
+        what = f"is a {type(tokenizer).__name__}, which is slow and does not tell where in the text a token lies"
+        raise RunError(f"{where} {what}: convert it to a tokenizer.json with the library tokenizers")
     if tokenizer.eos_token is None:
-        raise RunError(f"the tokenizer of model.base {model.base!r} has no end token, which fine-tuning needs")
+        remedy = 'name one in its tokenizer_config.json, as "eos_token"'
+        raise RunError(f"{where} has no end token, which fine-tuning needs: {remedy}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = _with_default(tokenizer.chat_template)
     return tokenizer
 
 
+def _with_default(templates: str | dict[str, str] | None) -> str | dict[str, str] | None:
+    """Returns chat templates with the only one that is not for tools as "default", if they are named and lack that."""
+    if isinstance(templates, dict) and "default" not in templates:
+        usual = [text for name, text in templates.items() if name != "tool_use"]
+        return {**templates, "default": usual[0]} if len(usual) == 1 else templates
+    return templates
+
+
 def padding(tokenizer: Tokenizer, network: Any) -> int:
-    """Returns the token that fills rows up: the pad token, or 0 where that has no embedding, since padding is masked."""
+    """Returns the token that pads rows: the pad token, or 0 where that has no embedding, since padding is masked."""
     rows: int = network.get_input_embeddings().num_embeddings
     pad: int = tokenizer.pad_token_id
     return pad if pad < rows else 0

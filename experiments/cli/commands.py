@@ -78,9 +78,10 @@ def show_version(wanted: bool) -> None:
         raise SystemExit(0)
 
 
-def main_options(
-    version: Annotated[bool, Option("--version", callback=show_version, is_eager=True, help="Show the version.")] = False,
-) -> None:
+Version = Annotated[bool, Option("--version", callback=show_version, is_eager=True, help="Show the version.")]
+
+
+def main_options(version: Version = False) -> None:
     """Takes the options that stand before a command."""
 
 

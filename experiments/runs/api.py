@@ -215,8 +215,8 @@ def _require_short_path() -> None:
     folder, longest = get_default_ray_temp_dir(), 103 if sys.platform == "darwin" else 107
     socket = f"{folder}/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
     if (excess := len(os.fsencode(socket)) - longest) > 0:
-        what = f"the folder for temporary files has too long a name for Ray's sockets ({folder}, {excess} bytes too long)"
-        raise RunError(f"{what}: set RAY_TMPDIR to a folder with a shorter one, such as RAY_TMPDIR=/tmp")
+        what = f"the folder for temporary files, {folder}, has a path that is {excess} bytes too long for Ray's sockets"
+        raise RunError(f"{what}: set RAY_TMPDIR to a shorter one, such as RAY_TMPDIR=/tmp")
 
 
 def _require_answer(address: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from datasets_partition.sources.location import first_line, is_local, located as file_system, node_cache
+from datasets_partition.sources.location import first_line, is_local, node_cache
+from datasets_partition.sources.location import located as file_system
 from engine.messages.errors import RunError
 from experiments.config.recipe import Recipe, located
 from experiments.runs.digests import base_digest, file_digest

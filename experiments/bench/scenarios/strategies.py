@@ -8,7 +8,6 @@ whose theory assumes SGD have SGD: compare them with FedAvg on SGD.
 
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from engine.config.sections import FullTuning, Lora, Model
-from engine.models.base_model import load_tokenizer, map_base, read_base
+from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT sets it right for GPT-2
@@ -162,31 +162,6 @@ def test_weights_of_another_shape(bases: dict[str, Path], tmp_path: Path) -> Non
     (folder / "config.json").write_text(config.replace('"intermediate_size": 48', '"intermediate_size": 40'))
     with pytest.raises(ValueError, match="cannot be loaded"):
         read_base(Model(base=str(folder)))
-
-
-def test_tokenizers(bases: dict[str, Path], tmp_path: Path) -> None:
-    assert load_tokenizer(Model(base=str(bases["tied"]))).eos_token_id == 1
-    with pytest.raises(ValueError, match="has no tokenizer that can be loaded"):
-        load_tokenizer(Model(base=str(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("ending", "complaint"), [({"pad_token": None}, None), ({"eos_token": None}, "has no end token")]
-)
-def test_tokens_that_a_tokenizer_lacks(
-    bases: dict[str, Path], tmp_path: Path, ending: dict[str, None], complaint: str | None
-) -> None:
-    tokenizer = load_tokenizer(Model(base=str(bases["tied"])))
-    for token, value in ending.items():
-        setattr(tokenizer, token, value)
-    copytree(bases["tied"], tmp_path / "base", ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
-    tokenizer.save_pretrained(tmp_path / "base")
-    model = Model(base=str(tmp_path / "base"))
-    if complaint:
-        with pytest.raises(ValueError, match=complaint):
-            load_tokenizer(model)
-    else:
-        assert load_tokenizer(model).pad_token == "<end>"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from shutil import copytree
 import pytest
 
 from engine.config.sections import Model
-from engine.models.base_model import causal_config, load_tokenizer, read_base
+from engine.models.base_model import causal_config, read_base
+from engine.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture
