@@ -199,14 +199,18 @@ def map_base(packed: PackedBase, buffer: torch.Tensor) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """Returns a library's whole message in one line; of an error that the hub has answered with, the hub's own."""
-    from huggingface_hub.errors import GatedRepoError
+    """Returns a library's whole message in one line, and what the hub says of a base that it does not give."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
     cause: BaseException | None = error
     while cause is not None:
-        if said := getattr(cause, "server_message", None):
-            remedy = "; ask for access on its page, and set HF_TOKEN" if isinstance(cause, GatedRepoError) else ""
-            return f"{said.strip().rstrip('.')}{remedy}"
+        if isinstance(cause, GatedRepoError):
+            said = " ".join((cause.server_message or str(cause)).split()).rstrip(".")
+            return f"{said}; ask for access on its page, and set HF_TOKEN"
+        if isinstance(cause, LocalEntryNotFoundError):
+            why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
+            return f"{why}, and it is not among the files that have been downloaded"
         cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split()).rstrip(".")
     if not text or not isinstance(error, OSError | ValueError | RuntimeError | ImportError):

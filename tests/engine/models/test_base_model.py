@@ -147,6 +147,25 @@ def test_a_pickled_base_is_read_as_weights_alone(bases: dict[str, Path], tmp_pat
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_a_base_in_several_files_in_a_folder_with_a_space(
+    bases: dict[str, Path], tmp_path: Path, pickled: bool
+) -> None:
+    folder = copytree(bases["untied"], tmp_path / "my base", ignore=lambda *_: ["model.safetensors"])
+    plain(bases["untied"]).save_pretrained(folder, max_shard_size="40KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    if pickled:
+        index = folder / "model.safetensors.index.json"
+        (folder / "pytorch_model.bin.index.json").write_text(index.read_text().replace(".safetensors", ".bin"))
+        for shard in shards:
+            torch.save(load_file(shard), shard.with_suffix(".bin"))
+        for path in (index, *shards):
+            path.unlink()
+    packed, buffer = read_base(Model(base=str(folder)))
+    assert torch.equal(logits(map_base(packed, torch.from_numpy(buffer))), logits(plain(bases["untied"])))
+
+
 def test_weights_that_lack_a_tensor_are_not_drawn_at_random(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = copytree(bases["tied"], tmp_path / "partial")
     weights = load_file(folder / "model.safetensors")
