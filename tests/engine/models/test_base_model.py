@@ -12,8 +12,13 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    BloomConfig,
+    Gemma2Config,
+    GPTJConfig,
+    GptOssConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -84,6 +89,39 @@ def test_weights_that_a_configuration_calls_tied_and_that_are_two_stay_two(
     packed, buffer = read_base(Model(base=str(folder)))
     assert torch.equal(logits(map_base(packed, torch.from_numpy(buffer))), logits(plain(folder)))
     assert not torch.equal(logits(plain(folder)), logits(plain(bases["tied"])))
+
+
+TINY = {"vocab_size": 30, "hidden_size": 16, "num_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 1}
+WITHOUT_SDPA: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "gemma2": (Gemma2Config, {"head_dim": 8, "num_key_value_heads": 1, "intermediate_size": 24}),
+    "gpt_oss": (
+        GptOssConfig,
+        {"head_dim": 8, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "bloom": (BloomConfig, {}),
+    "gptj": (GPTJConfig, {"n_positions": 32, "rotary_dim": 8, "intermediate_size": 24}),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_SDPA)
+def test_the_default_attention_is_one_that_the_model_has(name: str, tmp_path: Path) -> None:
+    kind, keys = WITHOUT_SDPA[name]
+    AutoModelForCausalLM.from_config(kind(num_hidden_layers=2, **TINY, **keys)).save_pretrained(tmp_path)
+    packed, buffer = read_base(Model(base=str(tmp_path)))
+    network = map_base(packed, torch.from_numpy(buffer))
+    assert network.config._attn_implementation == "eager"
+    assert torch.equal(logits(network), logits(plain(tmp_path)))
+    for attention in ("sdpa", "flash_attention_2")[: 1 + (name == "bloom")]:
+        refused = (
+            rf'model\.attention is "{attention}", which \w+ForCausalLM does not have: leave it out, or take one of'
+        )
+        with pytest.raises(ValueError, match=refused):
+            read_base(Model(base=str(tmp_path), attention=attention))
+
+
+def test_where_the_model_has_sdpa_the_default_is_that(bases: dict[str, Path]) -> None:
+    packed, buffer = read_base(Model(base=str(bases["tied"])))
+    assert map_base(packed, torch.from_numpy(buffer)).config._attn_implementation == "sdpa"
 
 
 def test_two_models_share_one_buffer(bases: dict[str, Path]) -> None:
