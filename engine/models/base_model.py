@@ -71,8 +71,9 @@ def causal_config(model: Model) -> Any:
     causal = all("CausalLM" in name or "LMHead" in name for name in architectures)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
         kind = ", ".join(architectures) or type(config).__name__
-        what = f"is a {kind}, not a causal language model: choose one whose class ends in ForCausalLM"
-        raise RunError(f"model.base {model.base!r} {what}")
+        beside = config.get_text_config() is not config
+        why = "which has a language model beside other parts" if beside else "not a causal language model"
+        raise RunError(f"model.base {model.base!r} is a {kind}, {why}: choose one whose class ends in ForCausalLM")
     return config
 
 

@@ -14,6 +14,7 @@ from transformers import (
     BertForMaskedLM,
     BloomConfig,
     Gemma2Config,
+    Gemma3Config,
     GPTJConfig,
     GptOssConfig,
     LlamaConfig,
@@ -142,6 +143,20 @@ def test_no_folder_and_no_name_of_the_hub(tmp_path: Path) -> None:
         read_base(Model(base=str(tmp_path)))
 
 
+def test_an_adapter_or_a_run_as_base_says_where_it_belongs(
+    bases: dict[str, Path], make_trainable: Callable[..., Trainable], tmp_path: Path
+) -> None:
+    make_trainable(bases["tied"]).network.save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "recipe.toml").touch()
+    for folder in (tmp_path / "run", tmp_path / "run" / "model"):
+        refused = f"model.base '{folder}' is an adapter for the base '{bases['tied']}': set model.base to where that "
+        with pytest.raises(ValueError, match=f"{refused}base is, and model.start to '{folder}'$"):
+            read_base(Model(base=str(folder)))
+    (tmp_path / "run" / "model" / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"run' is the folder of a run: set model.base to its model, .*/run/model$"):
+        read_base(Model(base=str(tmp_path / "run")))
+
+
 def test_other_kinds_of_models_are_refused(tmp_path: Path) -> None:
     small = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertForMaskedLM(BertConfig(intermediate_size=8, **small)).save_pretrained(tmp_path / "bert")
@@ -150,6 +165,13 @@ def test_other_kinds_of_models_are_refused(tmp_path: Path) -> None:
     for folder, kind in (("bert", "BertForMaskedLM"), ("classifier", "LlamaForSequenceClassification")):
         with pytest.raises(ValueError, match=f"is a {kind}, not a causal language model"):
             read_base(Model(base=str(tmp_path / folder)))
+
+
+def test_a_language_model_beside_a_vision_tower_is_refused(tmp_path: Path) -> None:
+    Gemma3Config(architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(tmp_path)
+    refused = "is a Gemma3ForConditionalGeneration, which has a language model beside other parts: choose one whose"
+    with pytest.raises(ValueError, match=refused):
+        read_base(Model(base=str(tmp_path)))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors"], ids=["absent", "empty", "other"])
