@@ -104,7 +104,7 @@ def run(
             at_end.callback(copy)
             shared = shared_store(recipe, store)
             elsewhere = out if isinstance(out, str) and not is_local(out) else None
-            notes = resuming.second_sums(folder, recipe, manifest) + _without_losses(recipe, store)
+            notes = resuming.second_sums(folder, recipe, manifest) + without_losses(recipe, store)
             if recipe.model.start is not None and recipe.privacy.dp.kind != "none":
                 notes += ("epsilon is that of this run: what model.start has learned from the same people adds to it",)
             if accepted := manifest.get("accepted_changes"):
@@ -146,7 +146,7 @@ def build_store(recipe: Recipe, on_step: Callable[[str], None] = lambda step: No
     return build(data.source, data.partition, data.splits, recipe.seed, cache, on_step, data.label)
 
 
-def _without_losses(recipe: Recipe, folder: Path) -> tuple[str, ...]:
+def without_losses(recipe: Recipe, folder: Path) -> tuple[str, ...]:
     """A note if no training client has a held-out row."""
     from datasets_partition.store.store import Store
 
@@ -194,7 +194,7 @@ def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address is None:
-            _require_short_path()
+            require_short_path()
             ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet, **resources)
         else:
             _require_answer(address)
@@ -208,7 +208,7 @@ def ray_session(address: str | None, **resources: Any) -> Iterator[None]:
         ray.shutdown()
 
 
-def _require_short_path() -> None:
+def require_short_path() -> None:
     """Raises RunError if Ray's sockets would have longer paths than the system allows."""
     from ray._common.utils import get_default_ray_temp_dir
 

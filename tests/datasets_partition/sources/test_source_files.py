@@ -41,6 +41,13 @@ def test_a_path_may_start_at_home_or_here(tmp_path: Path, monkeypatch: pytest.Mo
             assert stream.read() == b"content"
 
 
+def test_a_relative_path_that_is_not_there_is_shown_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tried = rf"is 'rows/x\.a', and there is no file or folder {tmp_path}/rows/x\.a \(relative paths start at the folder"
+    with pytest.raises(DataError, match=tried):
+        names("rows/x.a")
+
+
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^data\.source\.path is '.*none', where there is no file or folder: correct"):
         names(str(tmp_path / "none"))

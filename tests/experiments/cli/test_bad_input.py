@@ -1,6 +1,7 @@
 """What a user can get wrong: one clear sentence with the way out, and nothing half-written."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 import experiments
 from engine.messages.events import RoundDone
 from experiments.config.recipe import to_toml
-from experiments.runs.api import build_store
+from experiments.runs.api import build_store, require_short_path
 from strategies.averaging.fedavg import FedAvg
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -181,3 +182,15 @@ def test_a_fault_of_ours_exits_with_1_and_offers_the_traceback(recipe_file, tmp_
         [sys.executable, "-c", program, "run", recipe_file], cwd=ROOT, capture_output=True, text=True
     )
     assert ended.returncode == 1 and "RuntimeError: planted" in ended.stderr and "--debug" in ended.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS allows fewer bytes and does not read TMPDIR")
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_folder_for_temporary_files_whose_path_is_too_long_for_sockets(monkeypatch, variable):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    rest = len(f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store")
+    monkeypatch.setenv(variable, "/" + "l" * (106 - rest))  # 107 bytes, as many as Linux allows
+    require_short_path()
+    monkeypatch.setenv(variable, "/" + "l" * (116 - rest))
+    with pytest.raises(ValueError, match=r"/ll+/ray, has a path that is 10 bytes too long for Ray's sockets: set"):
+        require_short_path()

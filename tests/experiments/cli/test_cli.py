@@ -5,6 +5,7 @@ import os
 import secrets
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,11 @@ def test_help_lists_the_commands_and_loads_nothing_heavy(command):
     assert ended.returncode == 0
     for name in ("run", "submit", "status", "stop", "plan", "partition", "report", "strategies", "schema", "bench"):
         assert name in ended.stdout
+
+
+def test_version_and_short_help(command):
+    assert command("--version").stdout == f"fedpost {version('fedpost')}\n"
+    assert command("run", "-h").stdout.splitlines()[1:4] == command("run", "--help").stdout.splitlines()[1:4]
 
 
 def test_schema_and_strategies(command):

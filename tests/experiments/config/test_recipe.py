@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jsonschema
 import pytest
 import tomli_w
 
-from engine.config.sections import FullTuning, Lora
+from engine.config.sections import FullTuning, Lora, Model
 from engine.config.train import AdamW, Sgd
 from engine.messages.errors import RunError
 from experiments.config.recipe import RECIPES, Recipe, load_recipe, located, parse_recipe, schema, to_toml
@@ -134,6 +135,11 @@ def test_malformed_changes(change: str, said: str) -> None:
             "no key 'train.optimizer.momentun'; did you mean 'momentum'? [train.optimizer] takes",
         ),
         ({"strategy": {"kind": "fedavg", "mu": 1.0}}, "no key 'strategy.mu'"),
+        ({"train": {"steps": 1, "lr": 0.1}}, "no key 'train.lr'; did you mean 'train.optimizer.lr'? [train] takes"),
+        ({"lr": 0.1}, "no key 'lr'; did you mean 'train.optimizer.lr' or 'strategy.lr'? A recipe takes"),
+        ({"train": {"steps": 1, "heldout": 0.1}}, "did you mean 'data.splits.heldout'? [train] takes"),
+        ({"model": {"rank": 4}}, "did you mean 'model.peft.ranks'? [model] takes"),
+        ({"train": {"steps": 1, "patience": 4}}, "there is no key 'train.patience'; [train] takes"),
         ({"data": {"source": {"kind": "jsonl", "path": "x", "pth": "y"}}}, "'data.source.pth'; did you mean 'path'?"),
         ({"privacy": {"secagg": {"mod": "off"}}}, "no key 'privacy.secagg.mod'; did you mean 'mode'?"),
         (
@@ -307,3 +313,17 @@ def test_the_schema_is_one_and_describes_the_resolved_recipes() -> None:
     for path in SHIPPED_RECIPES:
         validator.validate(tomllib.loads(to_toml(load_recipe(path))))
     assert not validator.is_valid(LEAST | {"seed": "seven"})
+
+
+@pytest.mark.parametrize("base", ["bases/mine/small", "./mine", "../mine", "/mine", "~/mine"])
+def test_a_base_that_is_no_folder_and_no_name_on_the_hub_shows_the_path_that_was_tried(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    recipe = replace(load_recipe(RECIPES / "demo.toml"), model=Model(base=base))
+    tried = Path(base).expanduser().absolute()
+    with pytest.raises(RunError, match=rf"model\.base is '{base}', and there is no folder {tried} \(relative paths"):
+        located(recipe)
+    tried.mkdir(parents=True)
+    assert located(recipe).model.base == str(tried.resolve())

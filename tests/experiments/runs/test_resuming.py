@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from experiments.config.recipe import to_toml
-from experiments.runs.resuming import mark_finished, run_folder, second_sums
+from experiments.runs import resuming
+from experiments.runs.resuming import alone_in, mark_finished, new_folder, run_folder, second_sums
 
 
 @pytest.fixture
@@ -121,3 +122,33 @@ def test_a_secured_run_names_what_else_gives_sums_of_its_clients(small_recipe, t
     (note,) = second_sums(tmp_path / "a", secured("full", "evaluate.without_privacy=true"), manifest)
     assert note.startswith("evaluate.without_privacy plays the same rounds again in the clear")
     assert second_sums(tmp_path / "new", secured("ideal"), manifest) == ()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that shows the same second three times, and then the next."""
+    seconds = iter(["20261130-120000"] * 3 + ["20261130-120001"])
+    monkeypatch.setattr(resuming.time, "strftime", lambda _: next(seconds))
+
+
+def test_two_runs_of_one_second_have_two_folders(tmp_path, clock):
+    folders = [new_folder(tmp_path / "runs", "small") for _ in range(2)]
+    assert [folder.name for folder in folders] == ["small-20261130-120000", "small-20261130-120001"]
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_a_new_folder_that_nothing_is_written_into_is_removed(small_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, _ = run_folder(small_recipe(), None, False)
+    with alone_in(folder, new=True):
+        assert folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_newest_run_is_resumed_also_one_that_was_submitted(small_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = small_recipe()
+    for name in ("small-20261130-120000", "small-20261130-120001-0f3a", "small-other-20261130-120002"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "recipe.toml").write_text(to_toml(recipe))
+    assert run_folder(recipe, None, True)[0].name == "small-20261130-120001-0f3a"
