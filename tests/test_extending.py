@@ -16,9 +16,10 @@ import torch
 from engine.aggregation.accumulators import RingSum
 from engine.aggregation.ring_encoding import ring_aggregate, ring_sums
 from engine.aggregation.ring_shard import RingShard
+from engine.config.adapters import Lora
 from engine.config.federation import Federation
 from engine.config.privacy import Privacy, SecAgg
-from engine.config.sections import Lora, Model
+from engine.config.sections import Model
 from engine.config.train import Sgd, Train
 from engine.models.base_model import load_tokenizer, map_base, read_base
 from engine.models.trainable import Trainable

@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from engine.config.sections import Lora, Model, Zero
+from engine.config.sections import Model, Zero
 from engine.messages.errors import RunError
 from engine.models.adapters import with_adapters
 from engine.models.base_model import causal_config, empty_network, map_base, read_base
@@ -36,9 +36,8 @@ def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Modul
     if zero.stage < 3:
         wait_for_the_first(rank)
         _tie_as_first_rank(network)
-    network.requires_grad_(not isinstance(model.peft, Lora))
     torch.manual_seed(seed)
-    trained: torch.nn.Module = with_adapters(network, model) if isinstance(model.peft, Lora) else network
+    trained: torch.nn.Module = with_adapters(network, model)
     if zero.checkpointing:
         network.enable_input_require_grads()
         network.gradient_checkpointing_enable({"use_reentrant": False})

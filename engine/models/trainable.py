@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.config.sections import Lora, Model
+from engine.config.sections import Model
 from engine.messages.shards import borrow
 from engine.models.adapters import is_linear, is_transposed, with_adapters
-from strategies.core.layout import Layout
+from strategies.core.layout import LORA_A, Layout
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:
@@ -19,9 +19,11 @@ def shape_of(parameter: Any) -> tuple[int, ...]:
 
 def trained_layout(network: nn.Module, model: Model) -> Layout:
     """Makes the layout of the flat vector of trained parameters, with whole shapes where ranks hold slices."""
-    scale = model.peft.alpha / model.peft.r if isinstance(model.peft, Lora) else 1.0
     trained = {name: shape_of(p) for name, p in network.named_parameters() if p.requires_grad}
-    return Layout(tuple(trained), tuple(trained.values()), scale)
+    layers = (network.get_submodule(name.split(LORA_A)[0]) for name in trained if LORA_A in name)
+    scales: list[float] = [layer.scaling["default"] for layer in layers]
+    differ = tuple(scales) if len(set(scales)) > 1 else ()
+    return Layout(tuple(trained), tuple(trained.values()), scales[0] if scales else 1.0, differ)
 
 
 class Trainable:
@@ -33,7 +35,7 @@ class Trainable:
 
     def __init__(self, network: Any, model: Model, seed: int) -> None:
         torch.manual_seed(seed)
-        self.network = with_adapters(network, model) if isinstance(model.peft, Lora) else network.requires_grad_(True)
+        self.network = with_adapters(network, model)
         if model.compile:
             from transformers.modeling_layers import GradientCheckpointingLayer
 

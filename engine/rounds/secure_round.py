@@ -18,7 +18,6 @@ from engine.aggregation.ring_encoding import Plan, live_lengths, ring_sums, roun
 from engine.aggregation.secure_clients import Authority, Opening
 from engine.config.availability import DIED_WITH_SLOT, LEFT_OUT, Leaving, Trace
 from engine.config.federation import Federation
-from engine.config.sections import Lora
 from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.errors import RunError
 from engine.messages.events import Fault
@@ -301,7 +300,7 @@ class SecureCollector:
         if len(clients) < least:
             raise SumRefused(f"{len(clients)} clients are there, and it takes {least}")
         peft, rule = self.federation.model.peft, self.federation.strategy
-        if not isinstance(peft, Lora) or not peft.ranks or rule.sends_products:
+        if not peft.ranks or rule.sends_products:
             return
         ranks = [peft.rank_of(int(client), self.federation.seed) or peft.r for client in clients]
         contributors = self.federation.privacy.secagg.min_contributors

@@ -16,7 +16,6 @@ from datasets_partition.store.tokens import Tokens
 from engine.aggregation.accumulators import Accumulator
 from engine.aggregation.exact_sum import LIMIT, NonFiniteUpdate, finite_bound
 from engine.config.federation import Federation
-from engine.config.sections import Lora
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Unit, halves
@@ -122,7 +121,7 @@ class ClientRunner:
     def received_by(self, client: int, broadcast: Broadcast) -> Broadcast:
         """Returns what one client receives: it knows its own LoRA rank, where ranks are mixed."""
         peft = self.federation.model.peft
-        return replace(broadcast, rank=peft.rank_of(client, self.federation.seed) if isinstance(peft, Lora) else None)
+        return replace(broadcast, rank=peft.rank_of(client, self.federation.seed))
 
     def state_of(self, client: int, round_: int) -> ClientState:
         """Returns what the client keeps from the rounds before."""

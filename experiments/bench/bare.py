@@ -18,9 +18,8 @@ import torch
 import experiments
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
-from engine.config.sections import Lora
 from engine.messages.events import Event, Finished, RoundDone
-from engine.models.adapters import lora_config
+from engine.models.adapters import peft_config
 from engine.objectives.token_batch import token_losses
 from engine.records.checkpoint import load_checkpoint
 from engine.system.allocator import use_large_pages
@@ -116,8 +115,8 @@ def _network(work: Recipe) -> Any:
 
     network = AutoModelForCausalLM.from_pretrained(work.model.base, dtype=getattr(torch, work.model.dtype))
     torch.manual_seed(torch_seed(work.seed, 0, -1, "initial"))
-    if isinstance(work.model.peft, Lora):
-        network = get_peft_model(network.requires_grad_(False), lora_config(work.model))
+    if work.model.peft.peft_class is not None:
+        network = get_peft_model(network.requires_grad_(False), peft_config(work.model))
     return network.train()
 
 

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from datasets_partition import Partitioners, Sources
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.store.splits import Splits
+from engine.config.adapters import REFUSED_KINDS
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from experiments.config.user_code import COMBINED, put_back, replaced, take_out
@@ -182,8 +183,13 @@ def _sentence(key: str, fault: Any) -> str:
     if key in GONE:
         return f"there is no key {key!r} any more; {GONE[key]}"
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = [f.name for member in _members(_walk(fault["loc"][:-1])[1]) for f in fields(member)]
-        near = difflib.get_close_matches(str(fault["loc"][-1]), known, 1, 0.0)
+        members = _members(_walk(fault["loc"][:-1])[1])
+        known = [f.name for member in members for f in fields(member)]
+        last = str(fault["loc"][-1])
+        peft = [
+            short for member in members for short, name in getattr(member, "peft_names", {}).items() if name == last
+        ]
+        near = peft or difflib.get_close_matches(last, known, 1, 0.0)
         section = key.rpartition(".")[0]
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"there is no key {key!r}; {hint}{f'[{section}]' if section else 'A recipe'} takes {', '.join(known)}"
@@ -194,6 +200,8 @@ def _sentence(key: str, fault: Any) -> str:
         return f"{key!r} needs a kind: {kinds}"
     if kind == "union_tag_invalid":
         tag, expected = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
+        if key == "model.peft" and tag in REFUSED_KINDS:
+            return f"model.peft has no kind {tag!r}, which {REFUSED_KINDS[tag]}"
         near = difflib.get_close_matches(tag, [each.strip().strip("'") for each in expected.split(",")], 1, 0.0)
         return f"{key!r} has no kind {tag!r}; did you mean {near[0]!r}? There is {expected}"
     if kind == "value_error":

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
-from engine.config.sections import Clients, Lora, Model, Zero
+from engine.config.sections import Clients, Model, Zero
 from engine.config.train import Sgd
 from engine.messages.errors import RunError
 from engine.models.adapters import with_adapters
@@ -66,7 +66,7 @@ def meta_network(model: Model) -> Any:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
         base: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
-        return with_adapters(base.requires_grad_(False), model) if isinstance(model.peft, Lora) else base
+        return with_adapters(base, model)
 
 
 def on_meta(network: Any, length: int) -> torch.Tensor:

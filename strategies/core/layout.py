@@ -23,12 +23,14 @@ class LoraPair:
 class Layout:
     """The place of each trainable tensor in the flat vector: names, shapes, and the scale (alpha / r) of LoRA pairs.
 
-    Tensors lie one after another in the order of `names`, without gaps; `size` is the vector's length P.
+    Tensors lie one after another in the order of `names`, without gaps; `size` is the vector's length P. `scales` has
+    each pair's own scale where they differ.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     scale: float = 1.0
+    scales: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, tensors: Iterable[tuple[str, torch.Tensor]], scale: float = 1.0) -> "Layout":
@@ -82,9 +84,9 @@ class Layout:
     def lora_pairs(self, flat: torch.Tensor) -> Iterator[LoraPair]:
         """The LoRA pairs of `flat` (P,) or (K, P) as views; none when the model is tuned in full."""
         views = self.views(flat)
-        for name, a_RI in views.items():
-            if LORA_A in name:
-                yield LoraPair(name.split(LORA_A)[0], a_RI, views[name.replace(LORA_A, LORA_B)], self.scale)
+        names = [name for name in self.names if LORA_A in name]
+        for name, scale in zip(names, self.scales or (self.scale,) * len(names), strict=True):
+            yield LoraPair(name.split(LORA_A)[0], views[name], views[name.replace(LORA_A, LORA_B)], scale)
 
 
 def unpacked(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:

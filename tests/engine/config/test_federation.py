@@ -16,6 +16,27 @@ LIKE_RANKS = 'model.peft={kind="lora", r=8, ranks=[{r=4, share=0.5}, {r=8, share
     ("changes", "said", "mended"),
     [
         (["strategy=ffa", "model.peft=none"], r"'ffa' works on adapters, .*\"fedavg\"", ["strategy=fedavg"]),
+        (
+            ["strategy=ffa", "model.peft=ia3"],
+            r"'ffa' works on adapters, but model.peft is \"ia3\"",
+            ["strategy=fedavg"],
+        ),
+        (
+            ["strategy=ffa", 'model.peft={kind="lora", rank_pattern={q_proj=2}}'],
+            r"'ffa' needs one rank in all layers, .* or use \"fedavg\"",
+            ["strategy=fedavg"],
+        ),
+        (
+            ["model.peft=ln_tuning", 'model.dtype="bfloat16"'],
+            r'kind = "ln_tuning" trains weights of the base, which needs model.dtype = "float32"',
+            ['model.dtype="float32"'],
+        ),
+        (
+            ['model.peft={kind="lora", bias="all"}', 'model.dtype="bfloat16"'],
+            r"model.peft.bias trains weights of the base",
+            ['model.dtype="float32"'],
+        ),
+        (["model.peft=vera", GANGS], r'model.peft.kind = "vera" does not work with gangs', ["model.peft=lora"]),
         ([LIKE_RANKS], r"'fedavg' needs one rank .* use 'flora' or 'flexlora' or 'hetlora'", ["strategy=hetlora"]),
         (
             ["strategy=feddpa", "model.peft={kind='lora', r=3}"],

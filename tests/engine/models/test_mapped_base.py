@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from engine.config.sections import Lora, Model
+from engine.config.adapters import Lora
+from engine.config.sections import Model
 from engine.models.export import export_files
 from engine.models.trainable import Trainable
 

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 import torch
 
+from engine.config.adapters import FullTuning, Lora
 from engine.config.federation import Federation
-from engine.config.sections import FullTuning, Lora
 from engine.config.train import AdamW, Sgd, Train
 from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable

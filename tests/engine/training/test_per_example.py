@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from engine.config.adapters import FullTuning, Lora
 from engine.config.federation import Federation
-from engine.config.sections import FullTuning, Lora, Model
+from engine.config.sections import Model
 from engine.config.train import Sgd, Train
 from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import tomli_w
 
-from engine.config.sections import FullTuning, Lora
+from engine.config.adapters import FullTuning, Lora
 from engine.config.train import AdamW, Sgd
 from engine.messages.errors import RunError
 from experiments.config.recipe import RECIPES, Recipe, load_recipe, located, parse_recipe, schema, to_toml
@@ -186,6 +186,13 @@ def test_a_value_of_the_wrong_type(sections: dict[str, Any], said: str) -> None:
         ({"data": {"source": "jsonnl"}}, "'data.source' has no kind 'jsonnl'; did you mean 'jsonl'?"),
         ({"train": {"steps": 1, "optimizer": {"kind": 3}}}, "'train.optimizer' has no kind"),
         ({"model": {"peft": 8}}, "'model.peft'"),
+        (
+            {"model": {"peft": "adalora"}},
+            "model.peft has no kind 'adalora', which prunes directions by each client's own",
+        ),
+        ({"model": {"peft": "eva"}}, "model.peft has no kind 'eva', which is a way to start"),
+        ({"model": {"peft": {"kind": "lora", "lora_alpha": 8}}}, "'model.peft.lora_alpha'; did you mean 'alpha'?"),
+        ({"model": {"peft": {"kind": "ia3", "target_modules": ["q"]}}}, "did you mean 'targets'?"),
     ],
 )
 def test_kinds(sections: dict[str, Any], said: str) -> None:
