@@ -138,7 +138,7 @@ class Lora(Tuning):
 
     peft_class: ClassVar[str] = "LoraConfig"
     title: ClassVar[str] = "A LoRA adapter"
-    peft_names: ClassVar[Mapping[str, str]] = Tuning.peft_names | {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+    peft_names: ClassVar[Mapping[str, str]] = {**Tuning.peft_names, "alpha": "lora_alpha", "dropout": "lora_dropout"}
 
     def __post_init__(self) -> None:
         at_least("model.peft", 1, r=self.r)

@@ -20,7 +20,7 @@ def shape_of(parameter: Any) -> tuple[int, ...]:
 def trained_layout(network: nn.Module, model: Model) -> Layout:
     """Makes the layout of the flat vector of trained parameters, with whole shapes where ranks hold slices."""
     trained = {name: shape_of(p) for name, p in network.named_parameters() if p.requires_grad}
-    layers = (network.get_submodule(name.split(LORA_A)[0]) for name in trained if LORA_A in name)
+    layers: list[Any] = [network.get_submodule(name.split(LORA_A)[0]) for name in trained if LORA_A in name]
     scales: list[float] = [layer.scaling["default"] for layer in layers]
     differ = tuple(scales) if len(set(scales)) > 1 else ()
     return Layout(tuple(trained), tuple(trained.values()), scales[0] if scales else 1.0, differ)

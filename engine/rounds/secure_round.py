@@ -302,7 +302,9 @@ class SecureCollector:
         peft, rule = self.federation.model.peft, self.federation.strategy
         if not peft.ranks or rule.sends_products:
             return
-        ranks = [peft.rank_of(int(client), self.federation.seed) or peft.r for client in clients]
+        ranks = [
+            peft.rank_of(int(client), self.federation.seed) or 0 for client in clients
+        ]  # all have one of their own
         contributors = self.federation.privacy.secagg.min_contributors
         for rank in sorted(set(ranks)):
             count = sum(other >= rank for other in ranks)

@@ -17,7 +17,7 @@ Scale = float | torch.Tensor
 class Lanes(NamedTuple):
     """What the lanes of a step bring: their trained tensors (K, ...) by name, and dropout's factors on an input."""
 
-    count: int
+    active: int
     leaves: Mapping[str, torch.Tensor]
     dropped: Callable[[torch.Tensor], torch.Tensor] | None  # None: nothing is dropped
 
@@ -43,7 +43,7 @@ def lora(name: str, layer: Any, x: torch.Tensor, lanes: Lanes, scale: Scale) -> 
     out = layer.base_layer(x)
     a_KRI, b_KOR = _pair(name, lanes)
     x_KNI = _inputs(x, lanes, a_KRI.dtype)
-    out_KNO, down_KNR = out.view(lanes.count, -1, out.shape[-1]), torch.bmm(x_KNI, a_KRI.mT)
+    out_KNO, down_KNR = out.view(lanes.active, -1, out.shape[-1]), torch.bmm(x_KNI, a_KRI.mT)
     if isinstance(scale, float) and out.dtype == down_KNR.dtype:
         return torch.baddbmm(out_KNO, down_KNR, b_KOR.mT, alpha=scale).view(out.shape)
     product_KNO = torch.bmm(down_KNR * scale, b_KOR.mT)
@@ -63,7 +63,7 @@ def dora(name: str, layer: Any, x: torch.Tensor, lanes: Lanes, scale: Scale) -> 
     magnitude_KO = lanes.leaves[f"{name}.lora_magnitude_vector.default.weight"]
     x_KNI = _inputs(x, lanes, a_KRI.dtype)
     weight_OI = (base.weight.T if is_transposed(base) else base.weight).to(a_KRI.dtype)
-    out_KNO = out.view(lanes.count, -1, out.shape[-1]).to(a_KRI.dtype)
+    out_KNO = out.view(lanes.active, -1, out.shape[-1]).to(a_KRI.dtype)
     if lanes.dropped is not None:  # PEFT drops inputs of the scaled base too
         base_KNO = x_KNI @ weight_OI.T
     else:
@@ -94,5 +94,5 @@ def _pair(name: str, lanes: Lanes) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _inputs(x: torch.Tensor, lanes: Lanes, dtype: torch.dtype) -> torch.Tensor:
     """The inputs (K, N, I) of each lane, with dropout."""
-    x_KNI = x.reshape(lanes.count, -1, x.shape[-1]).to(dtype)
+    x_KNI = x.reshape(lanes.active, -1, x.shape[-1]).to(dtype)
     return x_KNI if lanes.dropped is None else x_KNI * lanes.dropped(x.to(dtype)).view_as(x_KNI)
