@@ -72,15 +72,15 @@ class ClearCollector:
     shards: Shards
     trace: Trace | None = None
 
-    def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
-        """Dispatches the work of a round, which starts from `broadcast`, and collects its sums."""
+    def collect(self, work: Work, message: BroadcastMessage) -> Collected:
+        """Dispatches the work of a round, which starts from `message`, and collects its sums."""
         federation = self.federation
-        gone = federation.clients.availability.gone(work.clients, federation.seed, broadcast.round, self.trace)
+        gone = federation.clients.availability.gone(work.clients, federation.seed, message.round, self.trace)
         there = work.of(~np.isin(work.clients, list(gone))) if gone else work
-        worked = self.shards.pool.train(there, share(broadcast), broadcast.lanes)
+        worked = self.shards.pool.train(there, share(message), message.lanes)
         reports, good = worked.reports, [report for report in worked.reports if report.good]
         sums, read = self.shards.sums(worked) if good else ([], 0)
-        messages, nbytes = _messages(reports, good), broadcast.nbytes + read + worked.nbytes
+        messages, nbytes = _messages(reports, good), message.nbytes + read + worked.nbytes
         metrics, why = _metrics(good, federation.train.objective), reasons(gone, reports)
         return Collected(reports, sums, metrics, messages, why, store_bytes=nbytes, busy=worked.busy)
 

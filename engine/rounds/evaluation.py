@@ -37,22 +37,22 @@ class Pending:
 
 @dataclass(frozen=True)
 class PoolEvaluator:
-    """Evaluates models on the pool and writes their losses. A `vector` stands for a model: see DriverShards.vector."""
+    """Evaluates models on the pool and writes their losses. A `message` carries one: DriverShards.model_message."""
 
     parts: RunParts
     logs: Logs
 
-    def losses(self, vector: Any, round_: int, name: str = "loss", *, protocol: bool = False) -> Losses:
+    def losses(self, message: Any, round_: int, name: str = "loss", *, protocol: bool = False) -> Losses:
         """Returns the loss of each split that has rows; a baseline is no part of the federation's `protocol`."""
-        return self.end(self.begin(vector, round_), name, protocol=protocol)
+        return self.end(self.begin(message, round_), name, protocol=protocol)
 
-    def begin(self, vector: Any, round_: int) -> Pending:
+    def begin(self, message: Any, round_: int) -> Pending:
         """Begins an evaluation, for workers that have nothing else to do."""
 
         def later(split: str) -> Later:
             limit, chunks = self._limit(split), np.array_split(self.judged(split), CHUNKS * self.parts.pool.size)
             left = deque(chunk.tolist() for chunk in chunks if len(chunk))
-            return Later(left, lambda actor, chunk: actor.evaluate.remote(chunk, vector, limit))
+            return Later(left, lambda actor, chunk: actor.evaluate.remote(chunk, message, limit))
 
         return Pending(round_, [(split, later(split)) for split in SPLITS])
 
@@ -75,9 +75,9 @@ class PoolEvaluator:
         )
         return {"heldout": self._record(losses, round_, "heldout", f"loss_{name}")}
 
-    def personal(self, broadcast: BroadcastMessage, round_: int) -> Losses:
+    def personal(self, message: BroadcastMessage, round_: int) -> Losses:
         """Returns the loss of each client's own model; nothing if no client has one."""
-        shared, clients, limit = share(broadcast), self.judged("heldout"), self._limit("heldout")
+        shared, clients, limit = share(message), self.judged("heldout"), self._limit("heldout")
         losses = self._map(clients, "heldout", lambda actor, part: actor.evaluate_personal.remote(part, shared, limit))
         return {"heldout": self._record(losses, round_, "heldout", "loss_personal", protocol=True)} if losses else {}
 
@@ -150,12 +150,12 @@ class Evaluation:
 
     def _evaluate(self, state: ShardedState, *, overlap: bool) -> Iterator[Event]:
         evaluator, parts, began = self.evaluator, self.evaluator.parts, time.monotonic()
-        vector = parts.shards.vector(state)
+        message = parts.shards.model_message(state)
         if overlap:
-            self.pending = evaluator.begin(vector, state.round)
+            self.pending = evaluator.begin(message, state.round)
             parts.pool.later = [later for _, later in self.pending.parts]
             return
-        losses = evaluator.losses(vector, state.round, protocol=True)
+        losses = evaluator.losses(message, state.round, protocol=True)
         evaluator.logs.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
         yield Evaluated(state.round, losses)
 
@@ -163,11 +163,11 @@ class Evaluation:
         """The clients' own models, if they have any; at the end also the global one, trained a little by each."""
         evaluator, parts = self.evaluator, self.evaluator.parts
         personalizes = parts.federation.strategy.personalizes
-        if personalizes and (losses := evaluator.personal(parts.shards.broadcast(state), state.round)):
+        if personalizes and (losses := evaluator.personal(parts.shards.broadcast_message(state), state.round)):
             yield Evaluated(state.round, losses, "personal")
         if last and parts.federation.evaluate.finetune:
             steps = np.full(parts.population, parts.federation.evaluate.finetune)
-            losses = evaluator.local_only(parts.shards.vector(state), state.round, steps, "finetuned")
+            losses = evaluator.local_only(parts.shards.model_message(state), state.round, steps, "finetuned")
             yield Evaluated(state.round, losses, "finetuned")
 
 
@@ -183,7 +183,7 @@ def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) ->
     total = loop.planner.total_steps()
     # The remainder goes to some clients, one step each; if there are fewer steps than clients, all take one.
     steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
-    start = shards.vector(parts.initial)
+    start = shards.model_message(parts.initial)
     yield Evaluated(state.round, evaluator.local_only(start, state.round, steps, "local_only"), "local_only")
     trained_P = parts.pool.ask(lambda actor: actor.centralized.remote([*range(clients)], start, total), long=True)
     pooled = share(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))))
@@ -211,6 +211,6 @@ def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedSta
     except RunError as error:  # such as training that diverges where nothing is clipped; the run itself has its model
         recorder.faults([Fault("round", str(plain.round + 1), f"played again without privacy: {error}")])
     else:
-        losses = evaluator.losses(parts.shards.vector(plain), state.round, "loss_not_private")
+        losses = evaluator.losses(parts.shards.model_message(plain), state.round, "loss_not_private")
         yield Evaluated(state.round, losses, "not_private")
     move_base(parts.shards, plain, state)

@@ -42,23 +42,23 @@ def finish(
         losses, facts = loss_table(metrics, state.round), parts.store.manifest
         return model_card(parts.federation, losses, facts, merged=merged, spent=loop.privacy.statement)
 
-    parts.pool.export(parts.folder / "model", shards.vector(state), card())
+    parts.pool.export(parts.folder / "model", shards.model_message(state), card())
     for compare in comparisons:
         yield from compare(state)
         evaluator.logs.append(state.round)
     if comparisons:
         write_file(parts.folder / "model" / "README.md", card().encode())
 
-    rows, vector = _sampled_rows(evaluator), shards.vector(state)
+    rows, message = _sampled_rows(evaluator), shards.model_message(state)
 
-    def continuations(vector: Any) -> Any:
+    def continuations(message: Any) -> Any:
         prompts = [prompt for prompt, _ in rows]
-        return parts.pool.ask(lambda actor: actor.generate.remote(vector, prompts, SAMPLE_TOKENS))
+        return parts.pool.ask(lambda actor: actor.generate.remote(message, prompts, SAMPLE_TOKENS))
 
-    after = continuations(vector)
-    del vector  # the object store need not hold two
+    after = continuations(message)
+    del message  # the object store need not hold two
     move_base(shards, state, None)
-    before = continuations(shards.vector(parts.initial))
+    before = continuations(shards.model_message(parts.initial))
     texts = zip(rows, before, after, strict=True)
     samples = [Sample(as_text(prompt), completion, old, new) for (prompt, completion), old, new in texts]
     write_file(parts.folder / "samples.json", json.dumps([asdict(sample) for sample in samples], indent=1).encode())

@@ -57,10 +57,10 @@ class RoundLoop:
         # Plan: who trains, on which version of the model, within which norm and with which noise.
         work = self.planner.work(state.round)
         clip, privacy = self.privacy.clip, self.privacy.charge()
-        broadcast = self._broadcast(state, work)
+        message = self._round_message(state, work)
 
         # Dispatch the work and collect what the server may learn of it.
-        collected = self.collector.collect(work, broadcast)
+        collected = self.collector.collect(work, message)
         self.planner.learn(work, collected.reports)
         faults = self.recorder.collected(collected)
         self._abort_if_too_few(collected, len(work.clients), round_)
@@ -82,12 +82,12 @@ class RoundLoop:
         wall_s, costs = self.recorder.logs.metrics.wall_s, self.planner.costs.sums.tolist()
         return Saved(state, wall_s, self.privacy.clip, self.aborts, self.lanes, costs, last_sum=self.journal.model)
 
-    def _broadcast(self, state: ShardedState, work: Work) -> BroadcastMessage:
+    def _round_message(self, state: ShardedState, work: Work) -> BroadcastMessage:
         plan, oldest = self.privacy.plan, self.planner.oldest(state.round)
         clients, lanes, full_rows = len(work.clients), self.lanes, self.planner.full_rows(work.clients)
         clip = 0.0 if plan is None else self.collector.client_clip(plan, self.privacy.clip, clients, state.round)
-        broadcast = self.shards.broadcast(state)
-        return replace(broadcast, oldest=oldest, lanes=lanes, dp=plan, clip=clip, full_rows=full_rows)
+        message = self.shards.broadcast_message(state)
+        return replace(message, oldest=oldest, lanes=lanes, dp=plan, clip=clip, full_rows=full_rows)
 
     def _abort_if_too_few(self, collected: Collected, cohort: int, round_: int) -> None:
         """Takes the sums out of a round in which too few clients gave an update; RunError if that ends the run."""

@@ -120,13 +120,13 @@ class SecureCollector:
     shortfall: Shortfall
     trace: Trace | None = None
 
-    def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
+    def collect(self, work: Work, message: BroadcastMessage) -> Collected:
         """Plays one secured round; it is aborted if the cohort, or what is left of it, is too small."""
         secagg, cohort, collected = self.federation.privacy.secagg, work.clients, Collected(by_client=False)
         assert secagg.mode != "off"
         if not len(cohort):
             return collected
-        plan = broadcast.dp
+        plan = message.dp
         least = max(secagg.min_contributors, plan.least if plan is not None and plan.adds_to == "ring" else 0)
         try:
             self._refuse_thin(cohort.tolist(), least)
@@ -134,17 +134,17 @@ class SecureCollector:
         except (SumRefused, StrategyError) as error:
             collected.aborted = str(error)
             return collected
-        sums, gone = self.sums(plan, broadcast.clip, len(cohort), broadcast.round), self._gone(work, broadcast.round)
-        session = Session(broadcast.round, 0, parameters, sums, secagg.mode)
+        sums, gone = self.sums(plan, message.clip, len(cohort), message.round), self._gone(work, message.round)
+        session = Session(message.round, 0, parameters, sums, secagg.mode)
         leaving = {client: leaves.before for client, leaves in gone.items()}
-        if (total := self._play(session, work, broadcast, leaving, least, collected)) is not None:
+        if (total := self._play(session, work, message, leaving, least, collected)) is not None:
             count, weight, unmasked, figures = self.relay.shards.unmasked(total, plan)
             if weight == 0:
                 collected.aborted = "all weights are less than the ring's steps: raise privacy.secagg.bits"
             else:
                 collected.sums = unmasked
                 collected.metrics = figure_metrics(self.federation.train.objective, figures)
-                collected.clipped = self._clipped(figures, count, broadcast.round)
+                collected.clipped = self._clipped(figures, count, message.round)
         down, pool = round(sum(report.metrics[DOWN] for report in collected.reports)), self.relay.shards.pool
         collected.messages.insert(0, Message("client", "sum", len(collected.reports) if down else 0, down))
         collected.gone = reasons(gone, collected.reports) | collected.gone
@@ -152,7 +152,7 @@ class SecureCollector:
         return collected
 
     def _play(
-        self, session: Session, work: Work, broadcast: BroadcastMessage, gone: Gone, least: int, collected: Collected
+        self, session: Session, work: Work, message: BroadcastMessage, gone: Gone, least: int, collected: Collected
     ) -> MaskedTotal | None:
         """Plays sessions until one ends; returns the sum, None if it is aborted.
 
@@ -160,8 +160,8 @@ class SecureCollector:
         if too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
         could tell the difference between them.
         """
-        pool, shared, known = self.relay.shards.pool, share(broadcast), None
-        units = pool.units(work, broadcast.lanes)
+        pool, shared, known = self.relay.shards.pool, share(message), None
+        units = pool.units(work, message.lanes)
         if session.parameters.active:
             known = pool.ask(lambda actor: actor.roster.remote(tuple(work.clients.tolist()), self.relay.authority))
         pool.deaths = 0

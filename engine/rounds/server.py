@@ -68,11 +68,11 @@ class DriverShards:
         strategy = self.federation.strategy
         return len(strategy.starts(strategy.broadcast(self._whole(state)), {}))
 
-    def broadcast(self, state: ShardedState) -> BroadcastMessage:
+    def broadcast_message(self, state: ShardedState) -> BroadcastMessage:
         """Returns what the clients of the next round start from."""
         return BroadcastMessage.of(self.federation.strategy.broadcast(self._whole(state)))
 
-    def vector(self, state: ShardedState) -> Any:
+    def model_message(self, state: ShardedState) -> Any:
         """Returns the model as workers take it, to evaluate it, to generate with it, or to export it."""
         return share(BroadcastMessage.of(Broadcast(state.round, self._whole(state).params)))
 
@@ -152,11 +152,11 @@ class RankShards:
         """Returns 1: rules with personal models need whole vectors."""
         return 1
 
-    def broadcast(self, state: ShardedState) -> BroadcastMessage:
+    def broadcast_message(self, state: ShardedState) -> BroadcastMessage:
         """Returns the shards; each rank computes from its own what a client receives."""
         return BroadcastMessage(state.round, state.parts, state.nbytes, self.pool.partition)
 
-    vector = broadcast
+    model_message = broadcast_message
 
     def sums(self, worked: Worked) -> tuple[list[tuple[Reference, ...]], int]:
         """Returns the sum of each worker, in shards."""

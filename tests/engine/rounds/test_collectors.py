@@ -114,16 +114,16 @@ def play(pool, small_recipe, tmp_path):
     ):
         recipe = small_recipe("clients.slots=3", UNIFORM, *changes, *([f"privacy.secagg.mode={mode}"] if mode else []))
         state = ServerState(round_, torch.from_numpy(slots.initial), layout=slots.layout, seed=recipe.seed)
-        wire = replace(BroadcastMessage.of(recipe.strategy.broadcast(state)), dp=dp, clip=clip, lanes=lanes)
-        wire = replace(wire, full_rows=20)
+        message = replace(BroadcastMessage.of(recipe.strategy.broadcast(state)), dp=dp, clip=clip, lanes=lanes)
+        message = replace(message, full_rows=20)
         shards = DriverShards(recipe, slots, len(COHORT))
         if mode is None:
-            return ClearCollector(recipe, shards).collect(work(cohort, costs), wire)
+            return ClearCollector(recipe, shards).collect(work(cohort, costs), message)
         for actor in slots.actors:  # a slot keeps its clients' sum for the sessions of one round
             ray.get(actor.forget.remote())
         relay = Relay(shards, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
         arguments = recipe, relay, MOST_TOKENS, Journal(tmp_path), lambda *_: None
-        return SecureCollector(*arguments).collect(work(cohort, costs), wire)
+        return SecureCollector(*arguments).collect(work(cohort, costs), message)
 
     return collect
 

@@ -55,10 +55,10 @@ class Given:
     """Collects what it is given."""
 
     collected: list[Collected]
-    broadcasts: list = field(default_factory=list)
+    messages: list = field(default_factory=list)
 
-    def collect(self, work, broadcast):
-        self.broadcasts.append(broadcast)
+    def collect(self, work, message):
+        self.messages.append(message)
         return self.collected.pop(0)
 
 
@@ -120,10 +120,10 @@ def test_a_round_by_hand(tmp_path):
     loop.recorder.pool.faults.append(Fault("slot", "1", "killed"))
     state, played = loop.play(loop.shards.initial())
     assert (state.round, params(state), loop.journal.model) == (1, [2.0, 0.0], 1)
-    (broadcast,) = loop.collector.broadcasts
+    (message,) = loop.collector.messages
     rows = ROWS[loop.planner.work(0).clients].max()
-    assert ROWS.max() == 8 and 1 / 2 < rows / broadcast.full_rows <= 1
-    assert broadcast.vector().tolist() == [1.0, 2.0] and broadcast.round == 0
+    assert ROWS.max() == 8 and 1 / 2 < rows / message.full_rows <= 1
+    assert message.vector().tolist() == [1.0, 2.0] and message.round == 0
     assert (played.round, played.loss, played.clients) == (1, 2.0, 2)
     assert (played.gone, played.faults) == ({"client-3": "asleep"}, (Fault("slot", "1", "killed"),))
     loop.recorder.logs.flush(1)
