@@ -70,7 +70,7 @@ class Trainable:
             if isinstance(layer, LoraLayer):
                 layer.scaling["default"] = scale
 
-    def merged_weights(self, merged_delta: np.ndarray) -> np.ndarray:
+    def merge_weights(self, merged_delta: np.ndarray) -> np.ndarray:
         """Adds `merged_delta` (float32, the products in order) to the adapted layers' weights; as uint8 bytes."""
         parts, products = [], self.layout.products(borrow(merged_delta))
         for layer, weight, product_OI in zip(self.adapted_layers(), self.originals, products, strict=True):
@@ -79,8 +79,8 @@ class Trainable:
             parts.append(changed.to(weight.dtype).reshape(-1).view(torch.uint8).cpu())
         return torch.cat(parts).numpy()
 
-    def use_weights(self, merged: torch.Tensor | None) -> None:
-        """Points the adapted layers at `merged` (uint8, from `merged_weights`), or at the base's weights if None."""
+    def use_merged(self, merged: torch.Tensor | None) -> None:
+        """Points the adapted layers at `merged` (uint8, from `merge_weights`), or at the base's weights if None."""
         parts = self.originals if merged is None else merged.split([weight.nbytes for weight in self.originals])
         for layer, weight, part in zip(self.adapted_layers(), self.originals, parts, strict=True):
             layer.weight.data = part.view(weight.dtype).view(weight.shape)

@@ -23,7 +23,7 @@ from engine.rounds.outputs import finish, write_checkpoint
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import Callback, RunParts, round_loop
-from engine.rounds.server import DriverShards, RankShards, move_base
+from engine.rounds.server import DriverShards, RankShards, merge_into_base
 from engine.scheduling.pool import Pool
 from engine.system.allocator import use_large_pages
 from engine.system.atomic import write_file
@@ -115,7 +115,7 @@ class Driver:
             comparisons.append(partial(without_privacy, evaluator, loop))
 
         state = saved.state if saved else parts.initial
-        move_base(parts.shards, None, state)
+        merge_into_base(parts.shards, None, state)
         yield from evaluation.before_rounds(state, resumed=saved is not None)
         if saved is None:
             logs.flush(state.round)

@@ -16,7 +16,7 @@ from engine.messages.reports import FLOAT_BYTES
 from engine.messages.shards import ShardedState, borrow
 from engine.records.metrics import Logs
 from engine.rounds.round_loop import RoundLoop, RunParts, round_loop
-from engine.rounds.server import move_base
+from engine.rounds.server import merge_into_base
 from engine.scheduling.dispatcher import Later
 from engine.scheduling.worker_kinds import Reference
 from engine.workers.evaluator import ClientLoss, pooled
@@ -179,7 +179,7 @@ def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) ->
     parts, shards, clients = evaluator.parts, evaluator.parts.shards, evaluator.parts.population
     if evaluator.logs.metrics.judged(state.round, "loss_centralized"):  # before the run was resumed
         return
-    move_base(shards, state, None)
+    merge_into_base(shards, state, None)
     total = loop.planner.total_steps()
     # The remainder goes to some clients, one step each; if there are fewer steps than clients, all take one.
     steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
@@ -188,7 +188,7 @@ def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) ->
     trained_P = parts.pool.ask(lambda actor: actor.centralized.remote([*range(clients)], start, total), long=True)
     pooled = share(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))))
     yield Evaluated(state.round, evaluator.losses(pooled, state.round, "loss_centralized"), "centralized")
-    move_base(shards, None, state)
+    merge_into_base(shards, None, state)
 
 
 def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
@@ -201,7 +201,7 @@ def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedSta
     parts = replace(parts, federation=replace(federation, privacy=privacy, evaluate=evaluate))
     logs = Logs.under(parts.folder)
     plain_loop = round_loop(parts, logs, loop.lanes)
-    move_base(parts.shards, state, None)
+    merge_into_base(parts.shards, state, None)
     plain = parts.initial
     try:
         while plain.round < federation.rounds:
@@ -213,4 +213,4 @@ def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedSta
     else:
         losses = evaluator.losses(parts.shards.model_message(plain), state.round, "loss_not_private")
         yield Evaluated(state.round, losses, "not_private")
-    move_base(parts.shards, plain, state)
+    merge_into_base(parts.shards, plain, state)

@@ -12,7 +12,7 @@ from engine.records.checkpoint import save_checkpoint
 from engine.records.metrics import loss_table
 from engine.rounds.evaluation import PoolEvaluator
 from engine.rounds.round_loop import Callback, RoundLoop, RunParts
-from engine.rounds.server import move_base
+from engine.rounds.server import merge_into_base
 from engine.system.atomic import write_file
 from engine.training.generation import Prompt, as_text
 from strategies.core.seeds import rng
@@ -36,7 +36,7 @@ def finish(
 ) -> Iterator[Event]:
     """Exports the folder `model` first, which is what the run is for; then come the comparisons, and samples."""
     parts, shards = evaluator.parts, evaluator.parts.shards
-    metrics, merged = parts.folder / "metrics", shards.merged(state) is not None
+    metrics, merged = parts.folder / "metrics", shards.merged_delta(state) is not None
 
     def card() -> str:
         losses, facts = loss_table(metrics, state.round), parts.store.manifest
@@ -57,7 +57,7 @@ def finish(
 
     after = continuations(message)
     del message  # the object store need not hold two
-    move_base(shards, state, None)
+    merge_into_base(shards, state, None)
     before = continuations(shards.model_message(parts.initial))
     texts = zip(rows, before, after, strict=True)
     samples = [Sample(as_text(prompt), completion, old, new) for (prompt, completion), old, new in texts]

@@ -109,7 +109,7 @@ class DriverShards:
             raise StrategyError(f"{named} changes the base: declare merges_into_base = True in its class")
         return ShardedState(after.round, (self.hold(after),)), clip
 
-    def merged(self, state: ShardedState) -> np.ndarray | None:
+    def merged_delta(self, state: ShardedState) -> np.ndarray | None:
         """Returns what the rule has added to the base's weights: see ServerState."""
         part: Shard = state.parts[0]
         return part.merged_delta
@@ -199,7 +199,7 @@ class RankShards:
 
         return self.pool.retried(serve), clip
 
-    def merged(self, state: ShardedState) -> None:
+    def merged_delta(self, state: ShardedState) -> None:
         """Returns None: gangs refuse rules that merge into the base."""
 
     def _kept(self, round_: int, shards: list[tuple[Reference, Reference]]) -> ShardedState:
@@ -220,16 +220,16 @@ def apply(shards: Shards, state: ShardedState, sums: list[Any], plan: CentralPla
     if not sums and plan is None:  # nobody took part, as in an empty Poisson cohort
         return replace(state, round=state.round + 1), clip
     after, clip = shards.step(state, sums, plan, clip)
-    move_base(shards, state, after)
+    merge_into_base(shards, state, after)
     return after, clip
 
 
-def move_base(shards: Shards, before: ShardedState | None, after: ShardedState | None) -> None:
+def merge_into_base(shards: Shards, before: ShardedState | None, after: ShardedState | None) -> None:
     """Gives workers the base with what `after` has merged into it in place of `before`; None is the recipe's base."""
-    old, new = (None if state is None else shards.merged(state) for state in (before, after))
+    old, new = (None if state is None else shards.merged_delta(state) for state in (before, after))
     unchanged = old is new if old is None or new is None else np.may_share_memory(old, new)
     if not unchanged:
-        shards.pool.rebase(new)
+        shards.pool.merge_into_base(new)
 
 
 def _each(references: Mapping[int, Any]) -> tuple[Aggregate, int]:

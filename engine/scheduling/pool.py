@@ -135,14 +135,14 @@ class Pool:
         """Raises RunError if clients keep state in a folder that not every process's node sees."""
         ray.get([rank.refuse_lost_states.remote() for slot in self.alive for rank in self.ranks(slot)])
 
-    def rebase(self, merged_delta: np.ndarray | None) -> None:
+    def merge_into_base(self, merged_delta: np.ndarray | None) -> None:
         """Adds a merged delta (see ServerState) to the base's weights, once a node; None: back to the first base."""
         for kind in self.worker_kinds:
-            kind.use_merged(merged_delta)
+            kind.prepare_merge(merged_delta)
         self.deaths = 0
         for slot in list(self.alive):
             try:
-                self._kind(slot).restore(self.actors[slot])
+                self._kind(slot).merge_into(self.actors[slot])
             except LOST as error:
                 self.replace(slot, error)
 
@@ -176,7 +176,7 @@ class Pool:
                     return
                 within(self.patience.start_s, kind.attach(actor, self.columns, first=False))
                 self.answer([rank.refuse_lost_states.remote() for rank in kind.ranks(actor)])
-                kind.restore(actor)
+                kind.merge_into(actor)
                 return
             except LOST as again:
                 error = again

@@ -47,7 +47,7 @@ class ClientActor(WorkerProcess):
     """One slot: `attach` gives it base and rows, `run` trains chunks, `forget_sum` resets the sum after a round."""
 
     part_of_sum = part("sum.part")
-    merged_weights, use_weights = part("attached.base.trainable.merged_weights"), part("attached.base.use")
+    merge_weights, use_merged = part("attached.base.trainable.merge_weights"), part("attached.base.use_merged")
     evaluate_personal, local_only = part("attached.evaluator.personal"), part("attached.evaluator.local_only")
     centralized = part("attached.evaluator.centralized")
 

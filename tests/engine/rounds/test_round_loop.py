@@ -26,7 +26,7 @@ from engine.rounds.outputs import write_checkpoint
 from engine.rounds.planner import Planner
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import RoundLoop
-from engine.rounds.server import DriverShards, move_base
+from engine.rounds.server import DriverShards, merge_into_base
 from strategies.averaging.drift import Scaffold
 from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
@@ -72,7 +72,7 @@ class Bases:
     faults: list = field(default_factory=list)
     alive: tuple = (0, 1)
 
-    def rebase(self, merged_delta):
+    def merge_into_base(self, merged_delta):
         self.merged.append(merged_delta)
 
 
@@ -200,7 +200,7 @@ def test_the_base_follows_what_a_state_has_merged_and_only_that():
         for delta in (None, torch.ones(3))
     )
     for before, after in ((None, plain), (plain, plain), (None, merged), (merged, merged), (merged, None)):
-        move_base(shards, before, after)
+        merge_into_base(shards, before, after)
     first, second = shards.pool.merged
     assert first.tolist() == [1, 1, 1] and second is None
 
