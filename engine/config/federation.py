@@ -48,11 +48,12 @@ def _adapters(recipe: Sections) -> Refusals:
         why = f'{name} works on adapters, but model.peft is "none": use LoRA, or "fedavg"'
         yield strategy.needs_lora or strategy.merges_into_base or strategy.sends_products, why
         return
-    rest = peft.r % strategy.rank_parts
+    multiple = strategy.lora_rank_multiple
+    rest = peft.r % multiple
     yield (
         rest,
-        f"{name} splits the rank into {strategy.rank_parts} equal parts, but model.peft.r is {peft.r}: set it to "
-        f"{peft.r + strategy.rank_parts - rest}, and alpha to keep alpha / r",
+        f"{name} splits the rank into {multiple} equal parts, but model.peft.r is {peft.r}: set it to "
+        f"{peft.r + multiple - rest}, and alpha to keep alpha / r",
     )
     if peft.ranks and not strategy.mixed_ranks:
         able = " or ".join(repr(rule().kind) for rule in get_args(Strategies) if rule.mixed_ranks)

@@ -54,7 +54,7 @@ class Lora:
         if self.ranks and (max(s.r for s in self.ranks) != self.r or abs(sum(s.share for s in self.ranks) - 1) > 1e-6):
             raise RunError(f"model.peft.ranks must have shares that sum to 1, and {self.r} (model.peft.r) as largest r")
 
-    def rank_of(self, client: int, seed: int) -> int | None:
+    def lora_rank_of(self, client: int, seed: int) -> int | None:
         """The rank of a client; None where all have the recipe's."""
         if not self.ranks:
             return None

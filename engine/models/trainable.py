@@ -49,7 +49,7 @@ class Trainable:
         values, grads = self.layout.views(self.flat.data), self.layout.views(self.grad)
         for name, parameter in trained:
             parameter.data, parameter.grad = values[name], grads[name]
-        self.rank: int | None = None
+        self.lora_rank: int | None = None
         self.initial = self.flat.detach().cpu().clone()
         self.originals = [layer.weight.data for layer in self.adapted_layers()]  # what the base itself has there
 
@@ -58,14 +58,14 @@ class Trainable:
         layers = (self.network.get_submodule(pair.name).base_layer for pair in self.layout.lora_pairs(self.flat.data))
         return [layer for layer in layers if is_linear(layer)]
 
-    def set_rank(self, rank: int | None) -> None:
-        """Scales the adapters for a client of LoRA rank `rank`, or for the recipe's rank if None."""
-        if rank == self.rank:  # almost always: saves a walk over the model
+    def set_lora_rank(self, lora_rank: int | None) -> None:
+        """Scales the adapters for a client of rank `lora_rank`, or for the recipe's rank if None."""
+        if lora_rank == self.lora_rank:  # almost always: saves a walk over the model
             return
         from peft.tuners.lora import LoraLayer
 
-        self.rank = rank
-        scale = self.layout.scale if rank is None else self.layout.scale_at(rank)
+        self.lora_rank = lora_rank
+        scale = self.layout.scale if lora_rank is None else self.layout.scale_at(lora_rank)
         for layer in self.network.modules():
             if isinstance(layer, LoraLayer):
                 layer.scaling["default"] = scale

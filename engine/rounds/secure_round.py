@@ -303,13 +303,13 @@ class SecureCollector:
         peft, rule = self.federation.model.peft, self.federation.strategy
         if not isinstance(peft, Lora) or not peft.ranks or rule.sends_products:
             return
-        ranks = [peft.rank_of(int(client), self.federation.seed) or peft.r for client in clients]
+        lora_ranks = [peft.lora_rank_of(int(client), self.federation.seed) or peft.r for client in clients]
         contributors = self.federation.privacy.secagg.min_contributors
-        for rank in sorted(set(ranks)):
-            count = sum(other >= rank for other in ranks)
+        for lora_rank in sorted(set(lora_ranks)):
+            count = sum(other >= lora_rank for other in lora_ranks)
             if count < contributors:
                 raise SumRefused(
-                    f"{count} clients have rank {rank} or more, and privacy.secagg.min_contributors asks "
+                    f"{count} clients have rank {lora_rank} or more, and privacy.secagg.min_contributors asks "
                     f"for {contributors} for each coordinate"
                 )
 

@@ -96,9 +96,9 @@ class ZeroTrainer:
             flat[start : start + length] = values
 
     @torch.no_grad()
-    def become(self, vector: Vector, rank: int | None = None) -> None:
+    def become(self, vector: Vector, lora_rank: int | None = None) -> None:
         """Sets the weights from all ranks' shards `vector` (S,) and clears everything that earlier clients left."""
-        assert rank is None, "all clients of a gang have the recipe's LoRA rank"
+        assert lora_rank is None, "all clients of a gang have the recipe's LoRA rank"
         self._reset()
         self._put(self.master.data, vector.to(self.master.device))
         if self.stage == 3:
@@ -150,7 +150,7 @@ class ZeroTrainer:
 
     def begin(self, lane: int, training: Training) -> None:
         """Puts the start into the model."""
-        self.become(training.start, training.rank)
+        self.become(training.start, training.lora_rank)
         self.engine.train()
         seed_torch(training.dropout + self.rank)  # each rank draws dropout for its own rows
 

@@ -91,7 +91,8 @@ class LaneTrainer:
     def gradients(self, active: list[Progress], train: Train) -> None:
         """Computes the gradients of all lanes' next steps, a piece of each at a time."""
         layout, lanes, losses = self.trainable.layout, len(active), self.objective.losses
-        self.scales = [layout.scale if c.training.rank is None else layout.scale_at(c.training.rank) for c in active]
+        lora_ranks = [client.training.lora_rank for client in active]
+        self.scales = [layout.scale if rank is None else layout.scale_at(rank) for rank in lora_ranks]
         self.grad_KP[:lanes].zero_()
         steps = [self.plain.cut(client.next_rows(), train.batch) for client in active]
         counts_K = [counted(self.objective, step) for step in steps]

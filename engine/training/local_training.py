@@ -43,7 +43,7 @@ class Trainer(Protocol):
     def device(self) -> torch.device:
         """Where the vector lies."""
 
-    def become(self, vector: Vector, rank: int | None = None) -> None:
+    def become(self, vector: Vector, lora_rank: int | None = None) -> None:
         """Puts the vector (P,) of a client of this LoRA rank into the model; None is the recipe's rank."""
 
     def loss_terms(self, rows: pa.RecordBatch, batch: int) -> TermSums:
@@ -63,11 +63,11 @@ def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *,
     """Trains clients; returns each one's finished update and new state. A `lent` update lasts until the next call."""
     sent = [job.broadcast for job in jobs]  # on the CPU, where the strategy finishes updates
     moved = {id(broadcast.params): _on(trainer.device, broadcast) for broadcast in sent}  # lanes share one vector
-    jobs = [replace(j, broadcast=replace(moved[id(j.broadcast.params)], rank=j.broadcast.rank)) for j in jobs]
+    jobs = [replace(j, broadcast=replace(moved[id(j.broadcast.params)], lora_rank=j.broadcast.lora_rank)) for j in jobs]
     ends, metrics, moments = ([dict[str, Any]() for _ in jobs] for _ in range(3))
     if federation.strategy.loss_before:
         for job, figures in zip(jobs, metrics, strict=True):
-            trainer.become(job.broadcast.params, job.broadcast.rank)
+            trainer.become(job.broadcast.params, job.broadcast.lora_rank)
             terms = trainer.loss_terms(job.rows, federation.train.batch)
             counted_terms = (terms[name] for name in federation.train.objective.losses)
             figures["loss_before"] = sum(total / max(1, count) for total, count in counted_terms)
@@ -106,7 +106,7 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
             start,
             rng(seed, broadcast.round, job.client, "batches" if run == GLOBAL else "personal"),
             torch_seed(seed, broadcast.round, job.client, "dropout"),
-            rank=broadcast.rank,
+            lora_rank=broadcast.lora_rank,
             # None where there is no correction, which saves gangs copies.
             correct=partial(correct, run) if strategy.corrects else None,
             rate=train.over_rounds.factor(broadcast.round, federation.rounds),
@@ -141,14 +141,14 @@ class LocalTrainer:
         self.max_length = train.max_length
         self.optimizer = make_optimizer([trainable.flat], train.optimizer)  # it sees one tensor, and so is fast
 
-    def become(self, vector: Vector, rank: int | None = None) -> None:
+    def become(self, vector: Vector, lora_rank: int | None = None) -> None:
         """Puts the vector (P,) of a client of this LoRA rank into the model; None is the recipe's rank."""
-        self.trainable.set_rank(rank)
+        self.trainable.set_lora_rank(lora_rank)
         self.trainable.flat.data.copy_(vector)
 
     def begin(self, lane: int, training: Training) -> None:
         """Puts the start into the model."""
-        self.become(training.start, training.rank)
+        self.become(training.start, training.lora_rank)
         seed_torch(training.dropout)
         if not self.trainable.network.training:  # train() walks over all layers
             self.trainable.network.train()

@@ -158,7 +158,7 @@ class PrivateTrainer:
 
     def _add_noise(self, summed: torch.Tensor) -> None:
         """Adds the plan's noise to the live coordinates of `summed` (P,) that a client of this LoRA rank has."""
-        z, rank = self.plan.noise_multiplier, self.trainable.rank
+        z, lora_rank = self.plan.noise_multiplier, self.trainable.lora_rank
         if z > 0:
             count = len(summed) if self.live is None else int(self.live.sum())
             noise = torch.from_numpy(normal(self.words, count)).float().to(summed.device)
@@ -166,10 +166,10 @@ class PrivateTrainer:
                 summed.add_(noise, alpha=z * self.plan.clip)
             else:
                 summed[self.live] += noise * (z * self.plan.clip)
-        if rank is not None:
+        if lora_rank is not None:
             for pair in self.trainable.layout.lora_pairs(summed):
-                pair.a_RI[rank:] = 0
-                pair.b_OR[:, rank:] = 0
+                pair.a_RI[lora_rank:] = 0
+                pair.b_OR[:, lora_rank:] = 0
 
 
 def _norms(each: dict[str, torch.Tensor]) -> torch.Tensor:

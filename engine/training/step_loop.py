@@ -65,7 +65,7 @@ Correct = Callable[[torch.Tensor, torch.Tensor], None]  # changes gradients (K, 
 class Training:
     """One client's local training on encoded `rows` from the vector `start` (P,), or a rank's shard of it.
 
-    `stream` draws the batches, `dropout` is torch's seed. `rank` is the client's LoRA rank if ranks are mixed.
+    `stream` draws the batches, `dropout` is torch's seed. `lora_rank` is the client's own where they are mixed.
     `correct` may change each step's gradient; `rate` is a factor on all learning rates. With `moments` the optimizer
     continues from that state and the result has the new one; None starts from nothing. The result is a copy of the
     vector, or with `less` the vector minus `less`, which may lie in the trainer's memory until the next training.
@@ -77,7 +77,7 @@ class Training:
     start: Vector
     stream: np.random.Generator
     dropout: int
-    rank: int | None = None
+    lora_rank: int | None = None
     correct: Correct | None = None
     rate: float = 1.0
     moments: ClientState | None = None

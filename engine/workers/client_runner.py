@@ -122,7 +122,8 @@ class ClientRunner:
     def received_by(self, client: int, broadcast: Broadcast) -> Broadcast:
         """Returns what one client receives: it knows its own LoRA rank, where ranks are mixed."""
         peft = self.federation.model.peft
-        return replace(broadcast, rank=peft.rank_of(client, self.federation.seed) if isinstance(peft, Lora) else None)
+        lora_rank = peft.lora_rank_of(client, self.federation.seed) if isinstance(peft, Lora) else None
+        return replace(broadcast, lora_rank=lora_rank)
 
     def state_of(self, client: int, round_: int) -> ClientState:
         """Returns what the client keeps from the rounds before."""

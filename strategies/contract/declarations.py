@@ -154,18 +154,18 @@ def a_client_of_a_lower_rank_trains_and_leaves_only_its_own(case: Case) -> None:
     only_where(strategy.mixed_ranks, "mixed_ranks is False")
     only_where(case.layout is LORA, "there are no adapters")
     now = case.after(1)
-    broadcast = replace(now.broadcast, rank=1)
+    broadcast = replace(now.broadcast, lora_rank=1)
     (start,) = strategy.starts(broadcast, {}).values()
     for cut, whole in zip(LORA.lora_pairs(start), LORA.lora_pairs(broadcast.params), strict=True):
         empty = not cut.a_RI[1:].any() and not cut.b_OR[:, 1:].any()
         hold(empty, "a client of rank 1 starts with more than the first row of A and column of B")
         expected, product = LORA.scale * whole.b_OR[:, :1] @ whole.a_RI[:1], LORA.scale_at(1) * cut.b_OR @ cut.a_RI
         hold(torch.allclose(product, expected, rtol=1e-5, atol=1e-5), "alpha / rank is not folded into the product")
-    (down, up), (down_2, up_2) = (strategy.floats(replace(broadcast, rank=rank)) for rank in (1, 2))
+    (down, up), (down_2, up_2) = (strategy.floats(replace(broadcast, lora_rank=r)) for r in (1, 2))
     fewer = down <= down_2 and up <= up_2 and (down, up) != (down_2, up_2)
     hold(fewer, "floats does not count less traffic for a client of a lower rank")
     still = torch.zeros(LORA.size)
-    mixed = [case.client(replace(broadcast, rank=1 + k % 2), k, {}, still)[0] for k in case.clients]
+    mixed = [case.client(replace(broadcast, lora_rank=1 + k % 2), k, {}, still)[0] for k in case.clients]
     hold(strategy.apply(now.state, case.aggregate(mixed)).round == 2, "apply on mixed ranks does not count the round")
 
 
@@ -174,7 +174,7 @@ def an_untrained_client_of_a_lower_rank_sends_zeros(case: Case) -> None:
     only_where(case.layout is LORA, "there are no adapters")
     only_where(case.strategy.keeps_higher_ranks, "keeps_higher_ranks is False")
     for rounds in (0, 2):
-        broadcast = replace(case.after(rounds).broadcast, rank=1)
+        broadcast = replace(case.after(rounds).broadcast, lora_rank=1)
         update, _ = case.client(broadcast, 0, {}, torch.zeros(LORA.size))
         moved = ", ".join(name for name, sent in {"delta": update.delta, **update.extras}.items() if sent.any())
         hold(not moved, f"keeps_higher_ranks is True, but an untrained client of rank 1 sends {moved}")

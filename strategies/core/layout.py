@@ -55,13 +55,13 @@ class Layout:
             offset += prod(shape)
 
     @property
-    def rank(self) -> int:
+    def lora_rank(self) -> int:
         """The rank of the LoRA pairs, the largest where clients differ; 0 when the model is tuned in full."""
         return max((shape[0] for name, shape in zip(self.names, self.shapes, strict=True) if LORA_A in name), default=0)
 
-    def scale_at(self, rank: int) -> float:
-        """alpha / rank: the scale of the product on a client that has another rank than the layout's."""
-        return self.scale * self.rank / rank
+    def scale_at(self, lora_rank: int) -> float:
+        """alpha / lora_rank: the scale of the product on a client that has another rank than the layout's."""
+        return self.scale * self.lora_rank / lora_rank
 
     @property
     def product_shapes(self) -> tuple[tuple[int, int], ...]:

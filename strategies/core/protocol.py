@@ -37,17 +37,17 @@ class ServerState:
 class Broadcast:
     """What the clients of a round receive: the global vector, and the rule's `extras`.
 
-    The engine sets `rank` on the client where ranks are mixed: the adapters then have the scale
-    `layout.scale_at(rank)`, and rows of A and columns of B from `rank` on are zero and must stay zero. `seed` is the
-    recipe's, for what all clients of a round draw alike. `whole_norm` turns the L2 norm of the part at hand into that
-    of the whole vector; the two differ only in a gang of ZeRO ranks.
+    The engine sets `lora_rank` on the client where LoRA ranks are mixed: the adapters then have the scale
+    `layout.scale_at(lora_rank)`, and rows of A and columns of B from `lora_rank` on are zero and must stay zero.
+    `seed` is the recipe's, for what all clients of a round draw alike. `whole_norm` turns the L2 norm of the part at
+    hand into that of the whole vector; the two differ only in a gang of ZeRO ranks.
     """
 
     round: int
     params: Vector
     extras: dict[str, Vector] = field(default_factory=dict)
     layout: Layout = NO_LAYOUT
-    rank: int | None = None
+    lora_rank: int | None = None
     seed: int = 0
     whole_norm: Callable[[float], float] = float
 

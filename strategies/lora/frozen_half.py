@@ -155,7 +155,7 @@ class FedSb(FrozenHalf):
             return super().live(round_, layout)
         mask = unmarked(layout, LORA_A, LORA_B)
         for pair in layout.lora_pairs(mask):
-            pair.b_OR[: layout.rank] = True
+            pair.b_OR[: layout.lora_rank] = True
         return {"delta": mask}
 
     def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:

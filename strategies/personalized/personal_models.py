@@ -158,7 +158,7 @@ class FedDpa(AveragingRule):
     kind: Literal["feddpa"] = "feddpa"
     mix: Annotated[float, Range("is what the global adapter loses to the local one", MIX)] = 0.5
     needs_lora: ClassVar[bool] = True
-    rank_parts: ClassVar[int] = 2
+    lora_rank_multiple: ClassVar[int] = 2
     keeps_state: ClassVar[bool] = True
     personalizes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
@@ -197,7 +197,7 @@ class FedDpa(AveragingRule):
         return all_but(broadcast.layout, _frozen(broadcast.layout, run))
 
     def _mixed(self, broadcast: Broadcast, client_state: ClientState) -> Vector:
-        mixed, half = broadcast.params.clone(), broadcast.layout.rank // 2
+        mixed, half = broadcast.params.clone(), broadcast.layout.lora_rank // 2
         for pair in broadcast.layout.lora_pairs(mixed):
             pair.b_OR[:, :half] *= 1 - self.mix
         if "local" in client_state:
@@ -209,11 +209,11 @@ class FedDpa(AveragingRule):
 
 def _frozen(layout: Layout, run: str) -> slice:
     """The rows of A and columns of B that a training leaves alone."""
-    half = layout.rank // 2
+    half = layout.lora_rank // 2
     return slice(half) if run == PERSONAL else slice(half, None)
 
 
 def _local(vector: Vector, layout: Layout) -> list[torch.Tensor]:
     """The local adapter's halves of A and B in a vector (P,), as views."""
-    half = layout.rank // 2
+    half = layout.lora_rank // 2
     return list(chain.from_iterable((pair.a_RI[half:], pair.b_OR[:, half:]) for pair in layout.lora_pairs(vector)))

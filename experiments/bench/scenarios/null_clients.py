@@ -131,8 +131,8 @@ def null_recipe(bench: Bench, clients: int, cohort: int, size_mb: float) -> Reci
         write_llama(base, (64, 128, 1, 2) if size_mb < 1 else (512, 1024, 1, 2))
     if not (bench.folder / "rows.parquet").exists():
         write_rows(bench.folder, clients, 1, 8)
-    rank = max(1, round(size_mb * 2**20 / 4 / 1024))
-    model = f'model={{base="{base}", peft={{kind="lora", r={rank}, targets=["q_proj"]}}}}'
+    lora_rank = max(1, round(size_mb * 2**20 / 4 / 1024))
+    model = f'model={{base="{base}", peft={{kind="lora", r={lora_rank}, targets=["q_proj"]}}}}'
     size = "rounds=1", f"clients.slots={SLOTS}", f"cohort.size={cohort}", "train={steps=1, batch=1, max_length=16}"
     return bench.recipe(*size, model)
 

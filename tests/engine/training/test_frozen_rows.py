@@ -25,13 +25,13 @@ from strategies.privacy.budget import ExampleDp
 def rule_of_rows(federation, make_private, rows):
     """Trains one client with example-level noise; gives the start, where its training `run` ended, and its trainer."""
 
-    def trained(strategy, z, clip, run="global", state=None, round_=0, rank=None):
+    def trained(strategy, z, clip, run="global", state=None, round_=0, lora_rank=None):
         recipe = replace(federation, strategy=strategy, privacy=Privacy(dp=ExampleDp(noise_multiplier=1.0)))
         recipe = replace(recipe, train=Train(steps=1, batch=8, optimizer=Sgd(lr=1.0)))
         trainer = make_private(z, clip)
         layout = trainer.trainable.layout
         noise = torch.from_numpy(np.random.default_rng(5).standard_normal(layout.size)).float()
-        broadcast = Broadcast(round_, trainer.trainable.initial + 0.02 * noise, layout=layout, rank=rank)
+        broadcast = Broadcast(round_, trainer.trainable.initial + 0.02 * noise, layout=layout, lora_rank=lora_rank)
         training = _trainings(Job(1, rows, 1.0, broadcast, state or {}), recipe, trainer.device, lent=False)[run]
         (result,) = trainer.train([training], recipe.train)
         return training.start, result.end, trainer
@@ -128,7 +128,7 @@ def test_rounds_of_example_level_noise_leave_the_frozen_half_alone(rule_of_rows,
 
 def test_what_a_client_has_pruned_stays_pruned_under_noise(rule_of_rows):
     state = {"strategy.rank": torch.tensor([2.0])}
-    start, end, trainer = rule_of_rows(HetLora(), 1.0, 0.5, state=state, rank=3)
+    start, end, trainer = rule_of_rows(HetLora(), 1.0, 0.5, state=state, lora_rank=3)
     for before, after in zip(
         trainer.trainable.layout.lora_pairs(start), trainer.trainable.layout.lora_pairs(end), strict=True
     ):

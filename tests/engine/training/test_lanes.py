@@ -71,11 +71,11 @@ def jobs(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, **
     made = []
     for client in range(CLIENTS):
         start = trainer.trainable.initial + 0.02 * noise
-        rank = peft.rank_of(client, federation.seed)
-        for pair in layout.lora_pairs(start) if rank else ():
-            pair.a_RI[rank:], pair.b_OR[:, rank:] = 0, 0
+        lora_rank = peft.lora_rank_of(client, federation.seed)
+        for pair in layout.lora_pairs(start) if lora_rank else ():
+            pair.a_RI[lora_rank:], pair.b_OR[:, lora_rank:] = 0, 0
         state = federation.strategy.init(start, layout)
-        broadcast = replace(federation.strategy.broadcast(state), round=2, layout=layout, rank=rank)
+        broadcast = replace(federation.strategy.broadcast(state), round=2, layout=layout, lora_rank=lora_rank)
         part = rows.slice(client % 3, 1 + (3 * client) % 5)
         made.append(Job(client, part, 0.5, broadcast, client_state.get(f"of_{client}", {})))
     return made
