@@ -113,10 +113,10 @@ def _optimizer(recipe: Sections) -> Refusals:
 def _schedules(recipe: Sections) -> Refusals:
     """A warm-up that is longer than what it is part of never reaches the learning rate."""
     train = recipe.train
-    parts = [("over_rounds", train.over_rounds, recipe.rounds, "the run", "rounds")]
+    schedules = [("over_rounds", train.over_rounds, recipe.rounds, "the run", "rounds")]
     if train.steps is not None:  # epochs are of as many steps as a client's rows give
-        parts.append(("over_steps", train.over_steps, train.steps, "a round", "steps"))
-    for key, schedule, length, what, unit in parts:
+        schedules.append(("over_steps", train.over_steps, train.steps, "a round", "steps"))
+    for key, schedule, length, what, unit in schedules:
         yield (
             schedule.warmup > length,
             f"train.{key}.warmup is {schedule.warmup}, and {what} has {length} {unit}: set it to {length} or less, or "

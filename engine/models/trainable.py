@@ -72,15 +72,15 @@ class Trainable:
 
     def merge_weights(self, merged_delta: np.ndarray) -> np.ndarray:
         """Adds `merged_delta` (float32, the products in order) to the adapted layers' weights; as uint8 bytes."""
-        parts, products = [], self.layout.products(borrow(merged_delta))
+        weights, products = [], self.layout.products(borrow(merged_delta))
         for layer, weight, product_OI in zip(self.adapted_layers(), self.originals, products, strict=True):
             product = product_OI.T if is_transposed(layer) else product_OI
             changed = weight.float() + product.to(weight.device)
-            parts.append(changed.to(weight.dtype).reshape(-1).view(torch.uint8).cpu())
-        return torch.cat(parts).numpy()
+            weights.append(changed.to(weight.dtype).reshape(-1).view(torch.uint8).cpu())
+        return torch.cat(weights).numpy()
 
     def use_merged(self, merged: torch.Tensor | None) -> None:
         """Points the adapted layers at `merged` (uint8, from `merge_weights`), or at the base's weights if None."""
-        parts = self.originals if merged is None else merged.split([weight.nbytes for weight in self.originals])
-        for layer, weight, part in zip(self.adapted_layers(), self.originals, parts, strict=True):
-            layer.weight.data = part.view(weight.dtype).view(weight.shape)
+        flat_weights = self.originals if merged is None else merged.split([weight.nbytes for weight in self.originals])
+        for layer, original, flat in zip(self.adapted_layers(), self.originals, flat_weights, strict=True):
+            layer.weight.data = flat.view(original.dtype).view(original.shape)

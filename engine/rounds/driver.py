@@ -22,7 +22,7 @@ from engine.rounds.evaluation import Evaluation, PoolEvaluator, baselines, witho
 from engine.rounds.outputs import finish, write_checkpoint
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
-from engine.rounds.round_loop import Callback, RunParts, round_loop
+from engine.rounds.round_loop import Callback, RunSetup, round_loop
 from engine.rounds.server import DriverShards, RankShards, merge_into_base
 from engine.scheduling.pool import Pool
 from engine.system.allocator import use_large_pages
@@ -82,21 +82,21 @@ class Driver:
 
         yield Preparing("starting slots, reading the base, tokenizing rows")
         pool = Pool.start(federation, plan.folder / "client_state", plan.store, plan.shared)
-        parts = self._parts(pool)
-        saved = load_checkpoint(plan.folder / "checkpoints", hold=parts.shards.hold) if plan.resume else None
+        setup = self._setup(pool)
+        saved = load_checkpoint(plan.folder / "checkpoints", hold=setup.shards.hold) if plan.resume else None
         if saved is not None:
-            parts.shards.refuse_other(saved.state)
+            setup.shards.refuse_other(saved.state)
         logs = Logs.under(plan.folder, federation.privacy.secagg.mode, saved.wall_s if saved else 0.0)
-        lanes = saved.lanes if saved else choose_lanes(federation, parts.shards, parts.initial, parts.population)
-        loop = round_loop(parts, logs, lanes, saved)
+        lanes = saved.lanes if saved else choose_lanes(federation, setup.shards, setup.initial, setup.population)
+        loop = round_loop(setup, logs, lanes, saved)
         at_end.callback(_record_last_faults, loop.recorder)
         self._begin_folder(pool, loop.recorder, saved)
         yield Started(
             pool.size,
             federation.clients.slots,
-            training=parts.population,
-            unseen=parts.store.num_clients - parts.population,
-            dropped_rows=int(sum(parts.tokens.dropped(split).sum() for split in ("train", "heldout"))),
+            training=setup.population,
+            unseen=setup.store.num_clients - setup.population,
+            dropped_rows=int(sum(setup.tokens.dropped(split).sum() for split in ("train", "heldout"))),
             parameters=pool.layout.size,
             base_bytes=pool.base_bytes,
             without_gpu=pool.without_gpu,
@@ -105,17 +105,17 @@ class Driver:
             notes=plan.notes + loop.privacy.warned + (saved.passed_over if saved else ()),
         )
 
-        evaluator = PoolEvaluator(parts, logs)
+        evaluator = PoolEvaluator(setup, logs)
         evaluation = Evaluation(evaluator)
         # In this order: after each round, and once the model is exported.
         callbacks: list[Callback] = [evaluation.after_round, loop.recorder.after_round]
-        callbacks.append(partial(write_checkpoint, parts, loop))
+        callbacks.append(partial(write_checkpoint, setup, loop))
         comparisons: list[Callback] = [partial(baselines, evaluator, loop)] if plan.baselines else []
         if federation.evaluate.without_privacy:
             comparisons.append(partial(without_privacy, evaluator, loop))
 
-        state = saved.state if saved else parts.initial
-        merge_into_base(parts.shards, None, state)
+        state = saved.state if saved else setup.initial
+        merge_into_base(setup.shards, None, state)
         yield from evaluation.before_rounds(state, resumed=saved is not None)
         if saved is None:
             logs.flush(state.round)
@@ -125,14 +125,14 @@ class Driver:
             for callback in callbacks:
                 yield from callback(state)
             if self.stopping and state.round < federation.rounds:
-                yield from write_checkpoint(parts, loop, state, stopping=True)
+                yield from write_checkpoint(setup, loop, state, stopping=True)
                 yield Stopped(state.round)
                 break
         else:
             yield from finish(evaluator, loop, state, comparisons)
         pool.stop()
 
-    def _parts(self, pool: Pool) -> RunParts:
+    def _setup(self, pool: Pool) -> RunSetup:
         """Returns what all rounds work with; RunError if clients have nothing to train on."""
         federation, plan = self.federation, self.plan
         store, tokens = Store.open(plan.store), Tokens.open(pool.columns.folder)
@@ -145,7 +145,7 @@ class Driver:
         population = store.num_training
         federation.cohort.sample(population, federation.seed, 0)  # which raises an error if it cannot
         shards = (DriverShards if pool.partition is None else RankShards)(federation, pool, population)
-        return RunParts(federation, pool, shards, shards.initial(), store, tokens, plan.folder, plan.elsewhere)
+        return RunSetup(federation, pool, shards, shards.initial(), store, tokens, plan.folder, plan.elsewhere)
 
     def _begin_folder(self, pool: Pool, recorder: Recorder, saved: Saved | None) -> None:
         """Writes the run folder's first files, now that model, data and resources have been found good."""

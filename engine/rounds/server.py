@@ -48,19 +48,19 @@ class DriverShards:
 
     def refuse_other(self, state: ShardedState) -> None:
         """Raises RunError if a state from a checkpoint is of another model."""
-        parameters, size = [part.params.size for part in state.parts], self.pool.layout.size
+        parameters, size = [shard.params.size for shard in state.shards], self.pool.layout.size
         if parameters != [size]:
             raise RunError(
                 f"the checkpoint holds {' + '.join(map(str, parameters))} parameters, the recipe's model has {size}: "
                 f"resume with the recipe that it was written with"
             )
 
-    def read(self, part: Shard) -> ServerState:
-        """Returns the tensors of a part of the state."""
-        return part.state(0, self.federation.seed)
+    def read(self, shard: Shard) -> ServerState:
+        """Returns the tensors of a shard."""
+        return shard.state(0, self.federation.seed)
 
     def hold(self, shard: ServerState) -> Shard:
-        """Returns a shard as a part of the state."""
+        """Returns a shard as the state keeps it."""
         return Shard.of(shard.params, shard.moments, shard.merged_delta)
 
     def trainings(self, state: ShardedState) -> int:
@@ -111,12 +111,12 @@ class DriverShards:
 
     def merged_delta(self, state: ShardedState) -> np.ndarray | None:
         """Returns what the rule has added to the base's weights: see ServerState."""
-        part: Shard = state.parts[0]
-        return part.merged_delta
+        shard: Shard = state.shards[0]
+        return shard.merged_delta
 
     def _whole(self, state: ShardedState) -> ServerState:
-        part: Shard = state.parts[0]
-        return replace(part.state(state.round, self.federation.seed, self.population), layout=self.pool.layout)
+        shard: Shard = state.shards[0]
+        return replace(shard.state(state.round, self.federation.seed, self.population), layout=self.pool.layout)
 
 
 @dataclass(frozen=True)
@@ -134,15 +134,15 @@ class RankShards:
     def refuse_other(self, state: ShardedState) -> None:
         """Raises RunError if a state from a checkpoint is of another number of ranks."""
         ranks = len(self.pool.ranks(0))
-        if len(state.parts) != ranks:
+        if len(state.shards) != ranks:
             raise RunError(
                 f"the checkpoint does not hold {ranks} shards, as clients.zero.ranks asks: "
                 f"resume with the recipe that it was written with"
             )
 
-    def read(self, part: Any) -> ServerState:
+    def read(self, shard: Reference) -> ServerState:
         """Returns a shard as it is mapped from the object store."""
-        return Shard.state(ray.get(part), 0, self.federation.seed)
+        return Shard.state(ray.get(shard), 0, self.federation.seed)
 
     def hold(self, shard: ServerState) -> Reference:
         """Puts a shard into the object store."""
@@ -154,7 +154,7 @@ class RankShards:
 
     def broadcast_message(self, state: ShardedState) -> BroadcastMessage:
         """Returns the shards; each rank computes from its own what a client receives."""
-        return BroadcastMessage(state.round, state.parts, state.nbytes, self.pool.partition)
+        return BroadcastMessage(state.round, state.shards, state.nbytes, self.pool.partition)
 
     model_message = broadcast_message
 
@@ -193,8 +193,8 @@ class RankShards:
         rest = (state.round, self.population, plan, clip)
 
         def serve(_: Any) -> ShardedState:
-            shards = zip(self.pool.ranks(0), state.parts, *sums, strict=True)
-            after = [rank.serve.options(num_returns=2).remote(part, *rest, *parts) for rank, part, *parts in shards]
+            shards = zip(self.pool.ranks(0), state.shards, *sums, strict=True)
+            after = [rank.serve.options(num_returns=2).remote(shard, *rest, *each) for rank, shard, *each in shards]
             return self._kept(state.round + 1, after)
 
         return self.pool.retried(serve), clip
@@ -205,7 +205,7 @@ class RankShards:
     def _kept(self, round_: int, shards: list[tuple[Reference, Reference]]) -> ShardedState:
         """Returns the state of these shards, given as references to bytes and shard, once all of them are there."""
         nbytes = sum(self.pool.answer([nbytes for nbytes, _ in shards]))
-        return ShardedState(round_, tuple(part for _, part in shards), nbytes)
+        return ShardedState(round_, tuple(shard for _, shard in shards), nbytes)
 
 
 Shards = DriverShards | RankShards

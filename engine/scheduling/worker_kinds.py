@@ -23,7 +23,7 @@ from engine.models.mapped_base import start_holder
 from engine.scheduling.placement import refuse_shared_gpus
 from engine.system.failures import LOST, ShardLost, within
 from engine.system.rendezvous import rank_environment
-from engine.workers.token_columns import Parts, put_tokens
+from engine.workers.token_columns import TokenPieces, put_tokens
 from engine.workers.worker import ClientActor
 from engine.workers.worker_group import Gang, Rank
 from strategies.core.sharding import Partition
@@ -52,18 +52,18 @@ class Patience:
 
 @dataclass
 class TokenColumns:
-    """The run's token columns in `folder`; `parts` are a copy in the object store, once a node has needed one."""
+    """The run's token columns in `folder`; `pieces` are a copy in the object store, once a node has needed one."""
 
     folder: Path
-    parts: Parts | None = None
+    pieces: TokenPieces | None = None
 
     def seen_by(self, actor: Any, answer_s: float | None, start_s: float | None) -> Path:
         """Returns the folder where an actor's node has the columns, and brings them there if it does not."""
         seen: Path | None = within(answer_s, actor.find_tokens.remote(self.folder))
         if seen is not None:
             return seen
-        self.parts = self.parts or put_tokens(self.folder)
-        received: Path = within(start_s, actor.receive_tokens.remote(self.folder, self.parts))
+        self.pieces = self.pieces or put_tokens(self.folder)
+        received: Path = within(start_s, actor.receive_tokens.remote(self.folder, self.pieces))
         return received
 
 
@@ -159,7 +159,7 @@ class Processes:
 
     def close(self, actor: Any, partition: Partition) -> tuple[list[Reference], list[Reference]]:
         """Returns references to the bytes of a slot's sum and to its shards; the slot cuts the sum."""
-        nbytes, *shards = actor.close_in_shards.options(num_returns=1 + len(partition.parts)).remote(partition)
+        nbytes, *shards = actor.close_in_shards.options(num_returns=1 + len(partition.intervals)).remote(partition)
         return [nbytes], shards
 
     def cause(self, error: Exception, actor: Any) -> Exception:

@@ -74,7 +74,7 @@ class ZeroTrainer:
             (self.master,) = self.zero.single_partition_of_fp32_groups
             self.partition = Partition.contiguous(self.layout.size, self.ranks, self.zero.nccl_start_alignment_factor)
             padded = [int(self.zero.partition_size[0])]
-        lengths = [last - first for first, last in self.partition.parts[self.rank]]
+        lengths = [last - first for first, last in self.partition.intervals[self.rank]]
         self.pieces = list(zip(np.cumsum([0, *padded[:-1]]).tolist(), lengths, strict=True))  # starts and lengths
         assert sum(padded) == self.master.numel(), "deepspeed partitions parameters in another way"
         self.device: torch.device = self.master.device  # of the shard: the CPU if the optimizer is offloaded
@@ -178,8 +178,8 @@ class ZeroTrainer:
         """Clips the gradient to an L2 norm over all ranks; 0 leaves it alone."""
         if norm > 0:
             grad = self.master.grad
-            parts = [grad[start : start + length] for start, length in self.pieces]
-            squares = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in parts]).sum()
+            pieces = [grad[start : start + length] for start, length in self.pieces]
+            squares = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in pieces]).sum()
             grad *= min(1.0, norm / (math.sqrt(self.summed(squares.item())) + 1e-6))
 
     def step(self, adjust: Callable[[], None]) -> None:
@@ -196,8 +196,8 @@ class ZeroTrainer:
     def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
         """Returns each term's sum and count over all rows, by the present weights; the same on all ranks."""
         self.engine.eval()
-        parts = (rows.slice(first, batch) for first in range(0, rows.num_rows, batch))
-        sums = term_sums(self.objective, self.engine, chain.from_iterable(self._dealt(part, batch) for part in parts))
+        batches = (rows.slice(first, batch) for first in range(0, rows.num_rows, batch))
+        sums = term_sums(self.objective, self.engine, chain.from_iterable(self._dealt(few, batch) for few in batches))
         return {name: (self.summed(total), int(self.summed(count))) for name, (total, count) in sums.items()}
 
     @torch.no_grad()

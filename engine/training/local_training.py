@@ -14,7 +14,7 @@ from engine.config.train import Train
 from engine.models.trainable import Trainable
 from engine.objectives.base import Objective, TermSums, Tokenizer, counted, require_provided, step_loss, term_sums
 from engine.objectives.token_batch import Batch, lengths
-from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
+from engine.records.client_state import OPTIMIZER, STRATEGY, named, owned_by
 from engine.training.generation import Prompt, continuations
 from engine.training.optimizers import clip, make_optimizer
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, pieces, take_steps
@@ -24,7 +24,7 @@ from strategies.core.seeds import rng, seed_torch, torch_seed
 
 @dataclass(frozen=True)
 class Job:
-    """A client's part of a round: its encoded rows, its weight in the sum, the broadcast, and its client state."""
+    """A client's work in a round: its encoded rows, its weight in the sum, the broadcast, and its client state."""
 
     client: int
     rows: pa.RecordBatch
@@ -85,7 +85,7 @@ def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *,
     for job, broadcast, vectors, figures, state in zip(jobs, sent, ends, metrics, moments, strict=True):
         on_cpu = {name: end.cpu() for name, end in vectors.items()}
         update = Update(job.client, job.weight, on_cpu.pop(GLOBAL), metrics=figures)
-        update, after = federation.strategy.finish(update, broadcast, part(job.state, STRATEGY), on_cpu)
+        update, after = federation.strategy.finish(update, broadcast, owned_by(job.state, STRATEGY), on_cpu)
         finished.append((update, named(after, STRATEGY) | state))
     return finished
 
@@ -93,7 +93,7 @@ def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *,
 def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: bool) -> dict[str, Training]:
     """Makes all trainings of a client in a round, by the strategy's name for each."""
     strategy, train, seed, broadcast = federation.strategy, federation.train, federation.seed, job.broadcast
-    state = {name: tensor.to(device) for name, tensor in part(job.state, STRATEGY).items()}
+    state = {name: tensor.to(device) for name, tensor in owned_by(job.state, STRATEGY).items()}
     starts = strategy.starts(broadcast, state)
     by_row = federation.privacy.dp.kind == "example"
 
@@ -110,7 +110,7 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
             # None where there is no correction, which saves gangs copies.
             correct=partial(correct, run) if strategy.corrects else None,
             rate=train.over_rounds.factor(broadcast.round, federation.rounds),
-            moments=part(job.state, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
+            moments=owned_by(job.state, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
             less=broadcast.params if lent and len(starts) == 1 else None,
             live=strategy.trained(broadcast, state, run) if by_row else None,
         )

@@ -60,7 +60,7 @@ def attempted(
         torch.cuda.empty_cache()
     why = (*why, cause if len(unit) == 1 else f"in lanes with clients {', '.join(map(str, unit))}: {cause}")
     if len(unit) > 1 and short:
-        return [attempt for part in halves(unit) for attempt in attempted(part, train, retries, why)]
+        return [attempt for half in halves(unit) for attempt in attempted(half, train, retries, why)]
     if retries:
         return attempted(unit, train, retries - 1, why)
     if len(unit) > 1:

@@ -46,7 +46,7 @@ class Trainers:
 class ClientActor(WorkerProcess):
     """One slot: `attach` gives it base and rows, `run` trains chunks, `forget_sum` resets the sum after a round."""
 
-    part_of_sum = part("sum.part")
+    section_of_sum = part("sum.section")
     merge_weights, use_merged = part("attached.base.trainable.merge_weights"), part("attached.base.use_merged")
     evaluate_personal, local_only = part("attached.evaluator.personal"), part("attached.evaluator.local_only")
     centralized = part("attached.evaluator.centralized")
@@ -98,7 +98,7 @@ class ClientActor(WorkerProcess):
     def close_in_shards(self, partition: Partition) -> tuple[int | PartialSum, ...]:
         """Returns the bytes of the sum since the last close, and the sum as groups of ranks cut it."""
         partial = self.sum.take()
-        return partial.nbytes, *(cut(partial, partition, rank) for rank in range(len(partition.parts)))
+        return partial.nbytes, *(cut(partial, partition, rank) for rank in range(len(partition.intervals)))
 
     def export(self, message: BroadcastMessage, card: str) -> Iterator[tuple[str, bytes]]:
         """Yields the files of the model folder, one after another."""

@@ -193,15 +193,15 @@ def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str) ->
     if not shown:
         return empty(title)
     rounds = sorted(set[float]().union(*(values for _, values in shown)))
-    group = math.ceil(len(rounds) / MAX_BARS)
+    neighbors = math.ceil(len(rounds) / MAX_BARS)
     x = _linear(min(rounds), max(rounds), LEFT + 10, WIDTH - RIGHT - 10, number, whole=True)
-    groups = [rounds[i : i + group] for i in range(0, len(rounds), group)]
-    means = [[sum(max(values.get(r, 0.0), 0.0) for r in part) / len(part) for _, values in shown] for part in groups]
+    groups = [rounds[i : i + neighbors] for i in range(0, len(rounds), neighbors)]
+    means = [[sum(max(values.get(r, 0.0), 0.0) for r in group) / len(group) for _, values in shown] for group in groups]
     y = _linear(0.0, max(map(sum, means)), HEIGHT - BOTTOM, TOP, number)
-    wide = round(min(20.0, 0.74 * group * (x.end - x.start) / (x.high - x.low)), 1)
+    wide = round(min(20.0, 0.74 * neighbors * (x.end - x.start) / (x.high - x.low)), 1)
     body = _axes(x, y, x_label, y_label)
-    for part, heights in zip(groups, means, strict=True):
-        at, below = sum(part) / len(part), 0.0
+    for group, heights in zip(groups, means, strict=True):
+        at, below = sum(group) / len(group), 0.0
         for (layer, _), value in zip(shown, heights, strict=True):
             top, bottom = y.at(below + value), y.at(below)
             below += value

@@ -93,7 +93,7 @@ def run(
         store = build_store(recipe)
         manifest = _manifest(recipe, store)
         if resume:
-            manifest = resuming.continued(folder, resuming.earlier_parts(folder), manifest, accept_changes)
+            manifest = resuming.continued(folder, resuming.earlier_manifest(folder), manifest, accept_changes)
         files = {"recipe.toml": to_toml(recipe).encode(), "manifest.json": json.dumps(manifest, indent=1).encode()}
         finished: Finished | None = None
         begun = resume

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from engine.messages.errors import RunError
-from experiments.config.user_code import line_at_fault, user_parts
+from experiments.config.user_code import line_at_fault, user_objects
 
 if TYPE_CHECKING:
     from engine.messages.events import Event
@@ -39,9 +39,9 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
     from engine.rounds.driver import Driver
     from engine.system.failures import LOST, cause_of, last_line
 
-    for part in user_parts(recipe).values():
+    for user_object in user_objects(recipe).values():
         # The code itself travels, so that no other process needs the file.
-        ray.cloudpickle.register_pickle_by_value(sys.modules[type(part).__module__])
+        ray.cloudpickle.register_pickle_by_value(sys.modules[type(user_object).__module__])
     # On this node, since it reads and writes this machine's folders; the second thread takes the request to stop.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)

@@ -89,5 +89,5 @@ class Layout:
 
 def unpacked(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
     """The tensors of these shapes that lie one after another in `flat`, as views."""
-    parts = flat.split([prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    flats = flat.split([prod(shape) for shape in shapes])
+    return [each.view(shape) for each, shape in zip(flats, shapes, strict=True)]

@@ -131,9 +131,9 @@ class FedSaLora(AveragingRule):
         if "b" not in client_state:
             return None
         vector = broadcast.params.clone()
-        parts = [pair.b_OR for pair in broadcast.layout.lora_pairs(vector)]
-        for part, b_OR in zip(parts, unpacked(client_state["b"], [part.shape for part in parts]), strict=True):
-            part.copy_(b_OR)
+        matrices = [pair.b_OR for pair in broadcast.layout.lora_pairs(vector)]
+        for global_OR, b_OR in zip(matrices, unpacked(client_state["b"], [b.shape for b in matrices]), strict=True):
+            global_OR.copy_(b_OR)
         return vector
 
     def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
@@ -181,7 +181,7 @@ class FedDpa(AveragingRule):
         assert ends is not None
         update, client_state = super().finish(update, broadcast, client_state, ends)
         delta = without(update.delta.clone(), broadcast.layout, _frozen(broadcast.layout, GLOBAL))
-        local = torch.cat([part.flatten() for part in _local(ends[PERSONAL], broadcast.layout)])
+        local = torch.cat([tensor.flatten() for tensor in _local(ends[PERSONAL], broadcast.layout)])
         return replace(update, delta=delta), client_state | {"local": local}
 
     def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
@@ -201,9 +201,9 @@ class FedDpa(AveragingRule):
         for pair in broadcast.layout.lora_pairs(mixed):
             pair.b_OR[:, :half] *= 1 - self.mix
         if "local" in client_state:
-            parts = _local(mixed, broadcast.layout)
-            for part, kept in zip(parts, unpacked(client_state["local"], [part.shape for part in parts]), strict=True):
-                part.copy_(kept)
+            tensors = _local(mixed, broadcast.layout)
+            for tensor, kept in zip(tensors, unpacked(client_state["local"], [x.shape for x in tensors]), strict=True):
+                tensor.copy_(kept)
         return mixed
 
 

@@ -123,10 +123,10 @@ def bounded(update: Update, clip: float, joint: bool, whole_norm: WholeNorm = fl
     sums of weight * delta and of extras by at most `clip`, together. StrategyError for extras that are not clipped and
     for other weights: a cut weight would not cut the extras that the rule built with it. ValueError for NaN or inf.
     """
-    sender, parts = f"client {update.client}", [update.delta, *update.extras.values()]
+    sender, vectors = f"client {update.client}", [update.delta, *update.extras.values()]
     require(joint or not update.extras, f"{sender} sends {sorted(update.extras)} beside its delta, which nothing clips")
     require(0 <= update.weight <= 1, f"{sender} has the weight {update.weight}, and clipping needs one from 0 to 1")
-    norm = whole_norm(math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts)))
+    norm = whole_norm(math.hypot(*(float(torch.linalg.vector_norm(vector, dtype=torch.float64)) for vector in vectors)))
     if not math.isfinite(norm):
         raise ValueError(f"the update of {sender} holds NaN or infinity")
     if norm <= clip:

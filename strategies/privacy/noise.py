@@ -226,8 +226,8 @@ def _discrete_laplace(words: Words, tries: int, scale: int) -> np.ndarray:
 
 def _filled(count: int, draw: Callable[[int], np.ndarray]) -> np.ndarray:
     """`count` numbers (N,) int64 from a sampler that is asked for the missing ones and gives more or fewer."""
-    parts, missing = [np.empty(0, np.int64)], count
+    draws, missing = [np.empty(0, np.int64)], count
     while missing > 0:
-        parts.append(draw(missing)[:missing])
-        missing -= len(parts[-1])
-    return np.concatenate(parts)
+        draws.append(draw(missing)[:missing])
+        missing -= len(draws[-1])
+    return np.concatenate(draws)

@@ -243,8 +243,8 @@ def _rows_of_each(owners: NDArray[np.int32]) -> list[NDArray[np.int64]]:
 
 def _their_rows(partitioner: Any) -> list[NDArray[np.int64]]:
     """The rows of each of their clients, ascending."""
-    parts = (partitioner.load_partition(client) for client in range(partitioner.num_partitions))
-    return [np.sort(np.array(part["row"][:])) for part in parts]
+    clients = (partitioner.load_partition(client) for client in range(partitioner.num_partitions))
+    return [np.sort(np.array(client["row"][:])) for client in clients]
 
 
 def _counts(rows_of_each: list[NDArray[np.int64]], labels: NDArray[np.int64]) -> NDArray[np.int64]:

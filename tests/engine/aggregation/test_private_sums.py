@@ -132,7 +132,7 @@ class Mechanism:
         """The sums that the server sees, by name, in units of 1 (of the ring's steps under distributed noise)."""
         sums = self.sums(round_)
         if sums is None:
-            steps = [taken.part(0, 1000).vectors for taken in parts]
+            steps = [taken.section(0, 1000).vectors for taken in parts]
             return {name: sum(step[name] for step in steps) / STEP for name in steps[0]}
         totals = sums.decode(np.sum(parts, axis=0, dtype=np.uint32)).sums
         return {name: total.astype(float) for name, total in totals.items() if not name.startswith(FIGURE)}

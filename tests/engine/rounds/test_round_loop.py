@@ -110,7 +110,7 @@ def good_round():
 
 
 def params(state):
-    (shard,) = state.parts
+    (shard,) = state.shards
     return shard.params.tolist()
 
 
@@ -208,8 +208,8 @@ def test_the_base_follows_what_a_state_has_merged_and_only_that():
 def test_a_checkpoint_of_another_model_is_refused():
     shards = DriverShards(recipe(), Bases(), POPULATION)
     shards.refuse_other(ShardedState(3, (Shard(np.zeros(2), {}),)))
-    for parts in ((3,), (1, 1)):
-        state = ShardedState(3, tuple(Shard(np.zeros(length), {}) for length in parts))
+    for lengths in ((3,), (1, 1)):
+        state = ShardedState(3, tuple(Shard(np.zeros(length), {}) for length in lengths))
         with pytest.raises(RunError, match="the recipe's model has 2: resume"):
             shards.refuse_other(state)
 
@@ -217,13 +217,13 @@ def test_a_checkpoint_of_another_model_is_refused():
 def test_checkpoints_are_written_in_their_turn_and_when_the_run_stops_but_once(tmp_path):
     federation = recipe(checkpoint=Checkpoint(every=2, keep=9))
     loop = loop_of(federation, tmp_path)
-    parts = SimpleNamespace(federation=federation, folder=tmp_path, shards=loop.shards)
+    setup = SimpleNamespace(federation=federation, folder=tmp_path, shards=loop.shards)
     events = []
     for round_ in (1, 2, 3):
         state = replace(loop.shards.initial(), round=round_)
-        events += [*write_checkpoint(parts, loop, state)]
+        events += [*write_checkpoint(setup, loop, state)]
         if round_ > 1:
-            events += [*write_checkpoint(parts, loop, state, stopping=True)]
+            events += [*write_checkpoint(setup, loop, state, stopping=True)]
     assert events == [Checkpointed(2), Checkpointed(3)]
     assert load_checkpoint(tmp_path / "checkpoints").state.round == 3
 

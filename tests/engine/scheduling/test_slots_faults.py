@@ -23,7 +23,7 @@ BLOCK = 256  # of the sums of these slots, so that small ones have several
 
 
 class Dying(ClientActor):
-    """Dies of the first merge and of the first second part of a sum, and is stopped by the first texts and export.
+    """Dies of the first merge and of the first second section of a sum, and is stopped by the first texts and export.
 
     If there is a file `stops`, it is stopped by the first two merges too, and when it is given its base again.
     """
@@ -32,10 +32,10 @@ class Dying(ClientActor):
         sums.BLOCK = BLOCK
         super().__init__(*arguments)
 
-    def part_of_sum(self, first, size):
+    def section_of_sum(self, first, size):
         if first and self.first("died of a sum"):
             os._exit(1)
-        return super().part_of_sum(first, size)
+        return super().section_of_sum(first, size)
 
     def run(self, chunk, message):
         for unit in chunk:
@@ -95,7 +95,7 @@ def started(ray_session, small_recipe, tmp_path, monkeypatch):
 
 
 def test_a_slot_that_dies_of_handing_over_its_sum_costs_its_own_clients_alone(started, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.scheduling.pool.PART", 2 * BLOCK)
+    monkeypatch.setattr("engine.scheduling.pool.SECTION", 2 * BLOCK)
     slots = started("clients.slots=2")
     clients = np.arange(6)
     message = initial(slots)

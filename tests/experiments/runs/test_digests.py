@@ -16,7 +16,7 @@ from engine.messages.events import Started
 from experiments.config.recipe import to_toml
 from experiments.runs import digests, driving
 from experiments.runs.api import _manifest, build_store
-from experiments.runs.resuming import continued, earlier_parts
+from experiments.runs.resuming import continued, earlier_manifest
 
 OWN = """
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def retrained(folder):
 
 def resumed(run, recipe, accept=False):
     """The manifest with which the run would continue now."""
-    return continued(run, earlier_parts(run), _manifest(recipe, build_store(recipe)), accept)
+    return continued(run, earlier_manifest(run), _manifest(recipe, build_store(recipe)), accept)
 
 
 @pytest.mark.parametrize(
