@@ -1,8 +1,7 @@
-"""What all worker processes have: placement, token columns, a sum, the clients of secure aggregation, and parts."""
+"""What all worker processes have: placement, token columns, a sum, and the clients of secure aggregation."""
 
 import logging
 from collections.abc import Callable
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,11 @@ from strategies.secagg.messages import Inbox, MaskedSum
 from strategies.secagg.protocol import Session
 
 
-def part(path: str) -> Callable[..., Any]:
-    """Makes a remote method that calls the method of a part, such as "secure.open", which documents it."""
+def delegate(method_of: Callable[["WorkerProcess"], Callable[..., Any]]) -> Callable[..., Any]:
+    """Makes an actor's method out of a component's, which documents it: Ray calls only methods of the actor itself."""
 
-    def method(self: Any, *arguments: Any) -> Any:
-        return attrgetter(path)(self)(*arguments)
+    def method(self: "WorkerProcess", *arguments: Any) -> Any:
+        return method_of(self)(*arguments)
 
     return method
 
@@ -109,10 +108,14 @@ class WorkerProcess:
     attached: Attached  # made when base and rows have come
 
     find_tokens, receive_tokens = staticmethod(columns.find_tokens), staticmethod(columns.receive_tokens)
-    open, shares, agree = part("secure.open"), part("secure.shares"), part("secure.agree")
-    unmask, roster = part("secure.unmask"), part("secure.roster")
-    masked = part("attached.secure.masked")
-    evaluate, generate = part("attached.evaluator.losses"), part("attached.evaluator.generate")
+    open = delegate(lambda process: process.secure.open)
+    shares = delegate(lambda process: process.secure.shares)
+    agree = delegate(lambda process: process.secure.agree)
+    unmask = delegate(lambda process: process.secure.unmask)
+    roster = delegate(lambda process: process.secure.roster)
+    masked = delegate(lambda process: process.attached.secure.masked)
+    evaluate = delegate(lambda process: process.attached.evaluator.losses)
+    generate = delegate(lambda process: process.attached.evaluator.generate)
 
     def __init__(self, federation: Federation, folder: Path) -> None:
         from transformers.utils import logging as transformers_logging

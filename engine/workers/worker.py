@@ -20,7 +20,7 @@ from engine.system.page_protection import drop_pages
 from engine.training.lanes import LaneTrainer, adapted_layers, best_lanes
 from engine.training.local_training import LocalTrainer, Trainer
 from engine.training.per_example import PrivateTrainer
-from engine.workers.process import Attached, WorkerProcess, part
+from engine.workers.process import Attached, WorkerProcess, delegate
 from strategies.core.layout import Layout
 from strategies.core.seeds import torch_seed
 from strategies.core.sharding import Partition
@@ -46,10 +46,12 @@ class Trainers:
 class ClientActor(WorkerProcess):
     """One slot: `attach` gives it base and rows, `run` trains chunks, `forget_sum` resets the sum after a round."""
 
-    section_of_sum = part("sum.section")
-    merge_weights, use_merged = part("attached.base.trainable.merge_weights"), part("attached.base.use_merged")
-    evaluate_personal, local_only = part("attached.evaluator.personal"), part("attached.evaluator.local_only")
-    centralized = part("attached.evaluator.centralized")
+    section_of_sum = delegate(lambda process: process.sum.section)
+    merge_weights = delegate(lambda process: process.attached.base.trainable.merge_weights)
+    use_merged = delegate(lambda process: process.attached.base.use_merged)
+    evaluate_personal = delegate(lambda process: process.attached.evaluator.personal)
+    local_only = delegate(lambda process: process.attached.evaluator.local_only)
+    centralized = delegate(lambda process: process.attached.evaluator.centralized)
 
     def __init__(self, federation: Federation, folder: Path) -> None:
         import peft  # noqa: F401  # takes seconds: here all slots take them at the same time

@@ -28,7 +28,7 @@ from engine.system import allocator as heap
 from engine.system.failures import LOST, GangLost, ShardLost, last_line
 from engine.system.rendezvous import meet
 from engine.workers.client_runner import Peers
-from engine.workers.process import Attached, WorkerProcess, part
+from engine.workers.process import Attached, WorkerProcess, delegate
 from strategies.core.layout import Layout
 from strategies.core.protocol import ServerState
 from strategies.core.seeds import torch_seed
@@ -39,7 +39,8 @@ from strategies.privacy.central import CentralPlan
 class Rank(WorkerProcess):
     """One process of a gang."""
 
-    masked_shard, unmask_shard = part("attached.secure.masked_shard"), part("attached.secure.unmask_shard")
+    masked_shard = delegate(lambda process: process.attached.secure.masked_shard)
+    unmask_shard = delegate(lambda process: process.attached.secure.unmask_shard)
 
     def __init__(self, federation: Federation, folder: Path, rank: int) -> None:
         super().__init__(federation, folder)
