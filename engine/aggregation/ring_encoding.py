@@ -22,13 +22,12 @@ from strategies.secagg.ring import Sum, Sums, Totals
 NOISY = "noisy"  # the sum of everything under distributed noise
 FIGURE = "figure: "  # begins the names of sums of what training measures, such as the loss's terms
 CLIPPED = "clipped"
-Plan = NoisePlan | None
 
 
 def ring_sums(
-    federation: Federation, layout: Layout, plan: Plan, clip: float, clients: int, most_tokens: int, round_: int
+    federation: Federation, layout: Layout, plan: NoisePlan | None, clip: float, clients: int, tokens: int, round_: int
 ) -> Sums:
-    """Returns the sums of a session of `clients`, none of which trains on more than `most_tokens` tokens."""
+    """Returns the sums of a session of `clients`, none of which trains on more than `tokens` tokens."""
     secagg, lengths = federation.privacy.secagg, live_lengths(federation, layout, round_)
     if plan is not None and plan.adds_to == "ring":
         sums = [Sum(NOISY, plan.ring.dimension, plan.ring.bound, "noisy")]
@@ -37,7 +36,7 @@ def ring_sums(
         sums = [Sum("delta", lengths["delta"], min(secagg.bound, clip) if central else secagg.bound, "weighted")]
         sums += [Sum(name, length, secagg.bounds[name]) for name, length in lengths.items() if name != "delta"]
         sums += [Sum(name, length, 0.5) for name, length in (central.beside if central else {}).items()]
-    bounds = {**figure_bounds(federation.train.objective, most_tokens), CLIPPED: max(1, sum(lengths.values()))}
+    bounds = {**figure_bounds(federation.train.objective, tokens), CLIPPED: max(1, sum(lengths.values()))}
     figures = (Sum(FIGURE + name, 1, bound) for name, bound in bounds.items())
     return secagg.sums((*sums, *figures), clients)
 
@@ -49,7 +48,7 @@ def rounding(sums: Sums) -> float:
 
 
 def ring_values(
-    update: Update, sums: Sums, federation: Federation, plan: Plan, round_: int, live: Mapping[str, Mask]
+    update: Update, sums: Sums, federation: Federation, plan: NoisePlan | None, round_: int, live: Mapping[str, Mask]
 ) -> tuple[dict[str, np.ndarray], int]:
     """Returns a client's values by sum, without figures, and how many a bound clips; `live` masks what is given."""
     values = without_frozen({"delta": update.delta, **update.extras}, live)
@@ -64,7 +63,7 @@ def ring_values(
 
 
 def ring_aggregate(
-    totals: Totals, federation: Federation, layout: Layout, plan: Plan, round_: int
+    totals: Totals, federation: Federation, layout: Layout, plan: NoisePlan | None, round_: int
 ) -> tuple[Aggregate, dict[str, float]]:
     """Returns what the server learns: the sums as floats, and the figures by name."""
     sums = totals.sums

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from datasets_partition.store.store import Store
-from engine.aggregation.ring_encoding import Plan
 from engine.config.availability import Leaving, Trace, too_late
 from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage, share
@@ -16,6 +15,7 @@ from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Work
 from engine.objectives.base import Objective, client_figures, figure_bounds, figure_metrics
 from engine.rounds.server import Shards
+from strategies.privacy.checks import NoisePlan
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ClearCollector:
         metrics, why = _metrics(good, federation.train.objective), reasons(gone, reports)
         return Collected(reports, sums, metrics, messages, why, store_bytes=nbytes, busy=worked.busy)
 
-    def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
+    def client_clip(self, plan: NoisePlan | None, clip: float, clients: int, round_: int) -> float:
         """Returns the norm to which clients clip where the server counts on `clip`: nothing is rounded on the way."""
         return clip
 

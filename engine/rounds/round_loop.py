@@ -83,11 +83,11 @@ class RoundLoop:
         return Saved(state, wall_s, self.privacy.clip, self.aborts, self.lanes, costs, last_sum=self.journal.model)
 
     def _round_message(self, state: ShardedState, work: Work) -> BroadcastMessage:
-        plan, oldest = self.privacy.plan, self.planner.oldest(state.round)
+        plan, oldest = self.privacy.noise_plan, self.planner.oldest(state.round)
         clients, lanes, full_rows = len(work.clients), self.lanes, self.planner.full_rows(work.clients)
         clip = 0.0 if plan is None else self.collector.client_clip(plan, self.privacy.clip, clients, state.round)
         message = self.shards.broadcast_message(state)
-        return replace(message, oldest=oldest, lanes=lanes, dp=plan, clip=clip, full_rows=full_rows)
+        return replace(message, oldest=oldest, lanes=lanes, noise_plan=plan, clip=clip, full_rows=full_rows)
 
     def _abort_if_too_few(self, collected: Collected, cohort: int, round_: int) -> None:
         """Takes the sums out of a round in which too few clients gave an update; RunError if that ends the run."""
@@ -153,6 +153,7 @@ def round_loop(setup: RunSetup, logs: Logs, lanes: int = 1, saved: Saved | None 
         most_tokens = planner.most_steps() * train.batch * train.accumulate * train.max_length
         relay = start_relay(shards, federation.privacy.secagg.on_slot_death)
         collector = SecureCollector(federation, relay, most_tokens, journal, too_few, trace)
-        collector.refuse_small_ring(privacy.plan, privacy.clip, federation.cohort.largest(setup.population), round_)
+        largest = federation.cohort.largest(setup.population)
+        collector.refuse_small_ring(privacy.noise_plan, privacy.clip, largest, round_)
     recorder, states = Recorder(store, setup.pool, logs, round_), setup.folder / "client_state"
     return RoundLoop(federation, planner, shards, collector, too_few, privacy, journal, recorder, states, lanes, aborts)

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.aggregation.ring_encoding import Plan, live_lengths, ring_sums, rounding
+from engine.aggregation.ring_encoding import live_lengths, ring_sums, rounding
 from engine.aggregation.secure_clients import Authority, Opening
 from engine.config.availability import DIED_WITH_SLOT, LEFT_OUT, Leaving, Trace
 from engine.config.federation import Federation
@@ -30,6 +30,7 @@ from engine.rounds.collectors import Collected, Message, reasons
 from engine.rounds.server import MaskedTotal, Shards
 from engine.system.failures import LOST, within
 from strategies.core.errors import StrategyError
+from strategies.privacy.checks import NoisePlan
 from strategies.secagg.messages import MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session
 from strategies.secagg.ring import Sums
@@ -126,7 +127,7 @@ class SecureCollector:
         assert secagg.mode != "off"
         if not len(cohort):
             return collected
-        plan = message.dp
+        plan = message.noise_plan
         least = max(secagg.min_contributors, plan.least if plan is not None and plan.adds_to == "ring" else 0)
         try:
             self._refuse_thin(cohort.tolist(), least)
@@ -253,7 +254,7 @@ class SecureCollector:
             self.relay.shards.pool.faults.append(Fault("round", str(round_), str(error)))
             raise SecAggAbort("unmask", str(error)) from None
 
-    def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
+    def client_clip(self, plan: NoisePlan | None, clip: float, clients: int, round_: int) -> float:
         """Returns the norm to which clients clip: less than the server counts on, by what a ring's rounding may add."""
         sums = self.sums(plan, clip, max(1, clients), round_)
         if plan is None or plan.adds_to != "sum":
@@ -266,13 +267,13 @@ class SecureCollector:
             )
         return room
 
-    def refuse_small_ring(self, plan: Plan, clip: float, clients: int, round_: int) -> None:
+    def refuse_small_ring(self, plan: NoisePlan | None, clip: float, clients: int, round_: int) -> None:
         """Raises an error if a cohort of `clients` does not fit the graph or the ring of a round from `round_` on."""
         self.federation.privacy.secagg.parameters(max(2, clients))
         for later in range(round_, self.federation.rounds):
             self.client_clip(plan, clip, max(2, clients), later)
 
-    def sums(self, plan: Plan, clip: float, clients: int, round_: int) -> Sums:
+    def sums(self, plan: NoisePlan | None, clip: float, clients: int, round_: int) -> Sums:
         """Returns what a round's session with `clients` clients adds up; StrategyError if the ring is too small."""
         return ring_sums(self.federation, self.relay.shards.pool.layout, plan, clip, clients, self.most_tokens, round_)
 

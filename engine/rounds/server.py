@@ -8,7 +8,7 @@ import numpy as np
 import ray
 import torch
 
-from engine.aggregation.ring_encoding import Plan, live_masks, ring_aggregate
+from engine.aggregation.ring_encoding import live_masks, ring_aggregate
 from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage, share
@@ -21,6 +21,7 @@ from engine.system.failures import LOST
 from strategies.core.errors import StrategyError
 from strategies.core.protocol import Aggregate, Broadcast, ServerState
 from strategies.privacy.central import CentralPlan
+from strategies.privacy.checks import NoisePlan
 from strategies.secagg.masks import Masks
 from strategies.secagg.protocol import Session
 from strategies.secagg.ring import Sums
@@ -91,7 +92,7 @@ class DriverShards:
         """Returns references to what of a slot's masked vector is not in its message: nothing."""
         return None
 
-    def unmasked(self, masked: MaskedTotal, plan: Plan) -> UnmaskedSums:
+    def unmasked(self, masked: MaskedTotal, plan: NoisePlan | None) -> UnmaskedSums:
         """Returns the sums as floats, and the figures; messages come without masks."""
         session, total_L, _, _ = masked
         totals = session.sums.decode(total_L)
@@ -140,7 +141,7 @@ class RankShards:
                 f"resume with the recipe that it was written with"
             )
 
-    def read(self, shard: Reference) -> ServerState:
+    def read(self, shard: Any) -> ServerState:
         """Returns a shard as it is mapped from the object store."""
         return Shard.state(ray.get(shard), 0, self.federation.seed)
 
@@ -172,7 +173,7 @@ class RankShards:
         self.pool.answer([there for there, _ in shards])
         return [shard for _, shard in shards]
 
-    def unmasked(self, masked: MaskedTotal, plan: Plan) -> UnmaskedSums:
+    def unmasked(self, masked: MaskedTotal, plan: NoisePlan | None) -> UnmaskedSums:
         """Lets the ranks of the first gang unmask their shards, which stay in the store; returns the figures."""
         session, total_L, removals, shards_by_slot = masked
         totals = session.sums.decode_head(total_L)

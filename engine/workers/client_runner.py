@@ -185,9 +185,9 @@ class ClientRunner:
             return Report(job.client, traffic, late=late)
         try:
             self._refuse_useless(update, after)
-            if message.dp is not None and message.dp.adds_to == "sum":
+            if message.noise_plan is not None and message.noise_plan.adds_to == "sum":
                 finite_bound(update)
-                update = message.dp.encode(update, message.clip, job.broadcast.whole_norm)
+                update = message.noise_plan.encode(update, message.clip, job.broadcast.whole_norm)
             accumulator.add(update)
         except NonFiniteUpdate as error:
             return Report(job.client, traffic, failed=str(error))

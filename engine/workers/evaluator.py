@@ -87,7 +87,7 @@ class Evaluator:
             received = self.runner.received_by(client, broadcast)
             personal = strategy.personal(received, owned_by(self.runner.state_of(client, message.round), STRATEGY))
             if personal is not None:
-                self.trainer.become(personal, received.rank)
+                self.trainer.become(personal, received.lora_rank)
                 losses.append(self._loss(client, limit))
         return losses
 

@@ -55,7 +55,7 @@ class SecureTraining:
         work = peers.from_first(self.clients.pending(inboxes) if leads else None)
         if work.fresh:
             shard, federation = self._shard(work.session), runner.federation
-            ring = RingSum(shard, federation, message.dp, message.round, peers.summed)
+            ring = RingSum(shard, federation, message.noise_plan, message.round, peers.summed)
             self.rings = {message.round: ring}
         ring = self.rings[message.round]
         reports = runner.run(work.units, message, ring) if work.units else []
@@ -98,14 +98,15 @@ class Attached:
         self.trainer, self.tokenizer, self.base = trainer, tokenizer, base
         states = ClientStates(process.folder if peers.rank is None else process.folder / f"{RANK}{peers.rank}")
         self.runner = ClientRunner(process.federation, Tokens.open(tokens), states, trainer_of, layout, peers)
-        self.evaluator = Evaluator(self.runner, trainer, tokenizer)
-        self.secure = SecureTraining(self.runner, process.secure)
+        self.evaluator: Evaluator = Evaluator(self.runner, trainer, tokenizer)
+        self.secure: SecureTraining = SecureTraining(self.runner, process.secure)
 
 
 class WorkerProcess:
     """A process that Ray has placed; `folder` is where client state lies. Of a group of ranks each is one."""
 
     attached: Attached  # made when base and rows have come
+    secure: SecureClients
 
     find_tokens, receive_tokens = staticmethod(columns.find_tokens), staticmethod(columns.receive_tokens)
     open = delegate(lambda process: process.secure.open)

@@ -38,9 +38,9 @@ class Trainers:
         if len(unit) > 1:
             self.lanes = self.lanes or LaneTrainer(self.plain, message.lanes, self.federation.train)
             return self.lanes
-        if message.dp is None or message.dp.adds_to != "gradients":
+        if message.noise_plan is None or message.noise_plan.adds_to != "gradients":
             return self.plain
-        return PrivateTrainer(self.plain, message.dp, noise(self.federation, message.round, unit[0]))
+        return PrivateTrainer(self.plain, message.noise_plan, noise(self.federation, message.round, unit[0]))
 
 
 class ClientActor(WorkerProcess):

@@ -208,7 +208,7 @@ def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str) ->
             if bottom > top:
                 body += _bar(layer.color, x.at(at) - wide / 2, top, wide, bottom - top)
     alt = "; ".join(f"{s.label}: {number(sum(v.values()) / len(v))} on average" for s, v in shown)
-    note = f"A bar is the mean of {group} rounds." if group > 1 else ""
+    note = f"A bar is the mean of {neighbors} rounds." if neighbors > 1 else ""
     return _figure(title, body, f"{title}. {alt}.", note, [s for s, _ in shown], bars=True)
 
 

@@ -98,7 +98,7 @@ def run(
         finished: Finished | None = None
         begun = resume
         with ray_session(address), ExitStack() as at_end:
-            from engine.rounds.driver import RunPlan  # imports ray, whose environment is only now complete
+            from engine.rounds.driver import RunOptions  # imports ray, whose environment is only now complete
 
             at_end.callback(copy)
             shared = shared_store(recipe, store)
@@ -106,8 +106,8 @@ def run(
             notes = resuming.second_sums(folder, recipe, manifest)
             if accepted := manifest.get("accepted_changes"):
                 notes += (f"this run continues in spite of changes since it was begun: {', '.join(accepted)}",)
-            plan = RunPlan(store, folder.resolve(), files, shared, resume, baselines, elsewhere=elsewhere, notes=notes)
-            for event in drive(located(recipe), plan, stop):
+            options = RunOptions(store, folder.resolve(), files, shared, resume, baselines, (), elsewhere, notes)
+            for event in drive(located(recipe), options, stop):
                 if isinstance(event, Finished):
                     finished = replace(event, folder=folder)
                     continue
