@@ -69,7 +69,7 @@ class RingSum:
             shard.sums.encode_head(update.weight)
         except StrategyError as error:
             raise NonFiniteUpdate(str(error)) from error
-        values, clipped = ring_values(update, shard.sums, self.federation, self.plan, self.round, shard.live_S)
+        values, clipped = ring_values(update, shard.sums, self.federation, self.plan, self.round, shard.sent_masks_S)
         figures[CLIPPED] = self.summed(clipped)
         if shard.rank == 0:
             values |= {FIGURE + name: np.array([figure], np.float64) for name, figure in figures.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.aggregation.exact_sum import STEP
-from engine.aggregation.ring_encoding import live_lengths, ring_sums
+from engine.aggregation.ring_encoding import ring_sums, sent_lengths_of
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
@@ -33,8 +33,8 @@ def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: 
         if dp.adds_to == "sum":
             plan = dp.plan(cohort, clients, rounds)
         elif dp.adds_to == "ring":
-            # One ring for all rounds: a round with fewer live coordinates fills up with zeros.
-            length = max(sum(live_lengths(federation, layout, round_).values()) for round_ in range(rounds))
+            # One ring for all rounds: a round that sends fewer coordinates fills up with zeros.
+            length = max(sum(sent_lengths_of(federation, layout, round_).values()) for round_ in range(rounds))
             plan = dp.plan(cohort, clients, rounds, length, federation.privacy.secagg.bits)
         elif dp.adds_to == "gradients":
             batch = federation.train.batch * federation.train.accumulate
@@ -55,7 +55,7 @@ def coarse_weights(federation: Federation, layout: Layout, plan: NoisePlan | Non
         return ()
     step, size, clip = 1 / STEP, math.inf, math.inf
     if plan is not None and plan.adds_to == "sum":
-        clip, size = plan.clip, plan.clip / math.sqrt(max(1, live_lengths(federation, layout, 0)["delta"]))
+        clip, size = plan.clip, plan.clip / math.sqrt(max(1, sent_lengths_of(federation, layout, 0)["delta"]))
     if privacy.secure:
         sums = ring_sums(federation, layout, plan, clip, max(2, federation.cohort.largest(len(rows))), 1, 0)
         step, size = 1 / sums.scale("delta"), min(size, privacy.secagg.bound)

@@ -28,7 +28,7 @@ def ring_sums(
     federation: Federation, layout: Layout, plan: NoisePlan | None, clip: float, clients: int, tokens: int, round_: int
 ) -> Sums:
     """Returns the sums of a session of `clients`, none of which trains on more than `tokens` tokens."""
-    secagg, lengths = federation.privacy.secagg, live_lengths(federation, layout, round_)
+    secagg, lengths = federation.privacy.secagg, sent_lengths_of(federation, layout, round_)
     if plan is not None and plan.adds_to == "ring":
         sums = [Sum(NOISY, plan.ring.dimension, plan.ring.bound, "noisy")]
     else:
@@ -48,10 +48,10 @@ def rounding(sums: Sums) -> float:
 
 
 def ring_values(
-    update: Update, sums: Sums, federation: Federation, plan: NoisePlan | None, round_: int, live: Mapping[str, Mask]
+    update: Update, sums: Sums, federation: Federation, plan: NoisePlan | None, round_: int, masks: Mapping[str, Mask]
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Returns a client's values by sum, without figures, and how many a bound clips; `live` masks what is given."""
-    values = without_frozen({"delta": update.delta, **update.extras}, live)
+    """Returns a client's values by sum, without figures, and how many a bound clips; `masks` say what is sent."""
+    values = without_frozen({"delta": update.delta, **update.extras}, masks)
     if plan is not None and plan.adds_to == "ring":
         words, extras = noise(federation, round_, update.client), {name: values[name] for name in update.extras}
         plan = replace(plan, length=sum(map(len, values.values())))
@@ -68,29 +68,29 @@ def ring_aggregate(
     """Returns what the server learns: the sums as floats, and the figures by name."""
     sums = totals.sums
     figures = {name.removeprefix(FIGURE): float(sums[name][0]) for name in sums if name.startswith(FIGURE)}
-    live = live_masks(federation, layout, round_)
+    sent_masks = sent_masks_of(federation, layout, round_)
     if plan is not None and plan.adds_to == "ring":
-        lengths = live_lengths(federation, layout, round_)
+        lengths = sent_lengths_of(federation, layout, round_)
         plan = replace(plan, length=sum(lengths.values()))
         del lengths["delta"]
         short = plan.decode(sums[NOISY], totals.count, lengths, _signs(federation, plan, round_))
-        whole = with_frozen({"delta": short.total, **short.extras}, live)
+        whole = with_frozen({"delta": short.total, **short.extras}, sent_masks)
         return replace(short, total=whole.pop("delta"), extras=whole), figures
     names = (name for name in sums if not name.startswith(FIGURE))
-    whole = with_frozen({name: torch.from_numpy(sums[name].astype(np.float32)) for name in names}, live)
+    whole = with_frozen({name: torch.from_numpy(sums[name].astype(np.float32)) for name in names}, sent_masks)
     return Aggregate(totals.weight, whole.pop("delta"), whole, totals.count), figures
 
 
-def live_masks(federation: Federation, layout: Layout, round_: int) -> dict[str, Mask]:
+def sent_masks_of(federation: Federation, layout: Layout, round_: int) -> dict[str, Mask]:
     """Returns the strategy's masks of a round for what travels: a delta that a transform shortens has none."""
-    masks, whole = federation.strategy.live(round_, layout), travelling(federation, layout) == layout.size
+    masks, whole = federation.strategy.sent_masks(round_, layout), travelling(federation, layout) == layout.size
     return {name: mask for name, mask in masks.items() if whole or name != "delta"}
 
 
-def live_lengths(federation: Federation, layout: Layout, round_: int) -> dict[str, int]:
-    """Returns how many coordinates of the delta and of each sum beside it are live in a round."""
+def sent_lengths_of(federation: Federation, layout: Layout, round_: int) -> dict[str, int]:
+    """Returns how many coordinates of the delta and of each sum beside it are sent in a round."""
     lengths = {"delta": travelling(federation, layout), **federation.strategy.beside(layout)}
-    return lengths | {name: int(mask.sum()) for name, mask in live_masks(federation, layout, round_).items()}
+    return lengths | {name: int(mask.sum()) for name, mask in sent_masks_of(federation, layout, round_).items()}
 
 
 def travelling(federation: Federation, layout: Layout) -> int:

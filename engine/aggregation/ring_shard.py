@@ -25,16 +25,16 @@ class RingShard:
     """The coordinates of the ring vector that are a rank's; without a `partition` all belong to the only rank."""
 
     sums: Sums
-    live: Mapping[str, Mask]  # (P,), of whole vectors: the ring leaves frozen coordinates out
+    sent_masks: Mapping[str, Mask]  # (P,), of whole vectors: the ring leaves frozen coordinates out
     partition: Partition | None = None
     rank: int = 0
 
     @cached_property
-    def live_S(self) -> Mapping[str, Mask]:
+    def sent_masks_S(self) -> Mapping[str, Mask]:
         """The masks of this shard of the vectors."""
         if self.partition is None:
-            return self.live
-        return {name: self.partition.cut(mask, self.rank) for name, mask in self.live.items()}
+            return self.sent_masks
+        return {name: self.partition.cut(mask, self.rank) for name, mask in self.sent_masks.items()}
 
     @cached_property
     def head(self) -> int:
@@ -46,7 +46,7 @@ class RingShard:
         """What follows the head, in order: a sum's name, the first coordinate in it, and the place in the shard."""
         pieces, start = [], self.head
         for entry in self.sums.sums:
-            mask, intervals = self.live.get(entry.name), [(0, entry.length)] if self.rank == 0 else []
+            mask, intervals = self.sent_masks.get(entry.name), [(0, entry.length)] if self.rank == 0 else []
             if not entry.name.startswith(FIGURE) and self.partition is not None:
                 partition = self.partition if mask is None else self.partition.of(mask)
                 intervals = list(partition.intervals[self.rank])
@@ -108,5 +108,5 @@ class RingShard:
             else:
                 pieces.setdefault(name, []).append(values.astype(np.float32))
         vectors = {name: torch.from_numpy(np.concatenate(vectors)) for name, vectors in pieces.items()}
-        whole = {name: vector.numpy() for name, vector in with_frozen(vectors, self.live_S).items()}
+        whole = {name: vector.numpy() for name, vector in with_frozen(vectors, self.sent_masks_S).items()}
         return figures, AggregateShard(weight, whole.pop("delta"), whole, count)

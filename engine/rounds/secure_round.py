@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.aggregation.ring_encoding import live_lengths, ring_sums, rounding
+from engine.aggregation.ring_encoding import ring_sums, rounding, sent_lengths_of
 from engine.aggregation.secure_clients import Authority, Opening
 from engine.config.availability import DIED_WITH_SLOT, LEFT_OUT, Leaving, Trace
 from engine.config.federation import Federation
@@ -280,7 +280,7 @@ class SecureCollector:
     def _clipped(self, figures: dict[str, float], clients: int, round_: int) -> float:
         """Returns the share of the clients' coordinates that bounds have cut, and warns of a large one."""
         pool = self.relay.shards.pool
-        lengths = live_lengths(self.federation, pool.layout, round_)
+        lengths = sent_lengths_of(self.federation, pool.layout, round_)
         cut = max(0.0, figures["clipped"]) / (clients * max(1, sum(lengths.values())))
         if cut > MOST_CLIPPED:
             bounds = "privacy.secagg.bound" + (" or bounds" if len(lengths) > 1 else "")

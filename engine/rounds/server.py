@@ -8,7 +8,7 @@ import numpy as np
 import ray
 import torch
 
-from engine.aggregation.ring_encoding import live_masks, ring_aggregate
+from engine.aggregation.ring_encoding import ring_aggregate, sent_masks_of
 from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage, share
@@ -102,9 +102,9 @@ class DriverShards:
     def step(self, state: ShardedState, sums: list[Aggregate], plan: CentralPlan | None, clip: float) -> Next:
         """Applies the server's step in this process."""
         layout = self.pool.layout
-        live = {} if plan is None else live_masks(self.federation, layout, state.round)
+        sent_masks = {} if plan is None else sent_masks_of(self.federation, layout, state.round)
         aggregate = sums[0] if sums else None
-        after, clip = server_step(self._whole(state), aggregate, plan, clip, self.federation, layout, live)
+        after, clip = server_step(self._whole(state), aggregate, plan, clip, self.federation, layout, sent_masks)
         if after.merged_delta is not None and not self.federation.strategy.merges_into_base:
             named = type(self.federation.strategy).__name__
             raise StrategyError(f"{named} changes the base: declare merges_into_base = True in its class")

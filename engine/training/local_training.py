@@ -112,7 +112,7 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
             rate=train.over_rounds.factor(broadcast.round, federation.rounds),
             moments=owned_by(job.state, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
             less=broadcast.params if lent and len(starts) == 1 else None,
-            live=strategy.trained(broadcast, state, run) if by_row else None,
+            trained_mask=strategy.trained_mask(broadcast, state, run) if by_row else None,
         )
         for run, start in starts.items()
     }

@@ -69,7 +69,7 @@ class Training:
     `correct` may change each step's gradient; `rate` is a factor on all learning rates. With `moments` the optimizer
     continues from that state and the result has the new one; None starts from nothing. The result is a copy of the
     vector, or with `less` the vector minus `less`, which may lie in the trainer's memory until the next training.
-    Example-level privacy clips and adds noise on the coordinates in `live`; None means all. `factor` stands in for
+    Example-level privacy clips and adds noise on the coordinates in `trained_mask`; None: all. `factor` stands in for
     `train.over_steps`: of a step's number and all steps it makes the factor on the learning rate.
     """
 
@@ -82,7 +82,7 @@ class Training:
     rate: float = 1.0
     moments: ClientState | None = None
     less: Vector | None = None
-    live: Mask | None = None
+    trained_mask: Mask | None = None
     factor: Callable[[int, int], float] | None = None
 
 

@@ -12,7 +12,7 @@ import torch
 from datasets_partition.store.tokens import Tokens
 from engine.aggregation.accumulators import RingSum
 from engine.aggregation.exact_sum import ExactSum
-from engine.aggregation.ring_encoding import live_masks
+from engine.aggregation.ring_encoding import sent_masks_of
 from engine.aggregation.ring_shard import RingShard
 from engine.aggregation.secure_clients import SecureClients
 from engine.config.federation import Federation
@@ -77,8 +77,8 @@ class SecureTraining:
 
     def _shard(self, session: Session) -> RingShard:
         runner, peers = self.runner, self.runner.peers
-        live = live_masks(runner.federation, runner.layout, session.round)
-        return RingShard(session.sums, live, peers.partition, peers.rank or 0)
+        sent_masks = sent_masks_of(runner.federation, runner.layout, session.round)
+        return RingShard(session.sums, sent_masks, peers.partition, peers.rank or 0)
 
 
 class Attached:

@@ -91,12 +91,12 @@ def products_are_sent_where_the_class_says_so(case: Case) -> None:
 
 
 def the_basis_stays_where_the_class_says_so(case: Case) -> None:
-    """`keeps_basis` is honest: the same coordinates are live in all rounds, and a tiny change is a tiny move."""
+    """`keeps_basis` is honest: the same coordinates are sent in all rounds, and a tiny change is a tiny move."""
     strategy = case.strategy
     only_where(strategy.keeps_basis, "keeps_basis is False: coordinates may change their meaning")
     for round_ in (1, 2):
-        live, first = strategy.live(round_, case.layout), strategy.live(0, case.layout)
-        same(live, first, "keeps_basis is True, but rounds differ in what is live")
+        sent_masks, first = strategy.sent_masks(round_, case.layout), strategy.sent_masks(0, case.layout)
+        same(sent_masks, first, "keeps_basis is True, but rounds differ in what is sent")
     now = case.after(0)
     aggregate, factor = now.aggregate, TINY if strategy.extras_are_changes else 1.0
     each = aggregate.each and tuple(replace(update, delta=TINY * update.delta) for update in aggregate.each)
@@ -107,12 +107,12 @@ def the_basis_stays_where_the_class_says_so(case: Case) -> None:
 
 
 def coordinates_are_picked_only_where_the_class_says_so(case: Case) -> None:
-    """`picks_coordinates` is honest: trainings that differ everywhere send other numbers in all that is live."""
+    """`picks_coordinates` is honest: trainings that differ everywhere send other numbers wherever they send any."""
     only_where(not case.strategy.picks_coordinates, "picks_coordinates is True: clients may leave out coordinates")
     now = case.after(1)
     changes = [0.01 * drawn(case.layout, 7, k) - now.state.params / 2 for k in range(2)]
     first, second = (case.client(now.broadcast, 0, now.client_states[0], change)[0].delta for change in changes)
-    alike = (first == second) & case.strategy.live(1, case.layout).get("delta", torch.tensor(True))
+    alike = (first == second) & case.strategy.sent_masks(1, case.layout).get("delta", torch.tensor(True))
     hold(not alike.any(), "picks_coordinates is False, but clients whose training differs send the same numbers")
 
 

@@ -1,4 +1,4 @@
-"""What travels between server and clients, and what both keep. Legend: P parameters, K clients, N live coordinates."""
+"""What travels between server and clients, and what both keep. Legend: P parameters, K clients, N sent coordinates."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -95,12 +95,12 @@ class Size:
     extra: int = 0
 
 
-def without_frozen(vectors: Mapping[str, Vector], live: Mapping[str, Mask]) -> dict[str, Vector]:
-    """Each vector's live coordinates (N,); whole where `live` has no mask of its name."""
-    return {name: vector[live[name]] if name in live else vector for name, vector in vectors.items()}
+def without_frozen(vectors: Mapping[str, Vector], masks: Mapping[str, Mask]) -> dict[str, Vector]:
+    """Each vector's sent coordinates (N,); whole where `masks` has no mask of its name."""
+    return {name: vector[masks[name]] if name in masks else vector for name, vector in vectors.items()}
 
 
-def with_frozen(vectors: Mapping[str, Vector], live: Mapping[str, Mask]) -> dict[str, Vector]:
+def with_frozen(vectors: Mapping[str, Vector], masks: Mapping[str, Mask]) -> dict[str, Vector]:
     """The vectors (P,) that `without_frozen` shortened, with zeros in the frozen coordinates."""
-    zeros = {name: vectors[name].new_zeros(len(mask)) for name, mask in live.items() if name in vectors}
-    return {**vectors, **{name: whole.masked_scatter_(live[name], vectors[name]) for name, whole in zeros.items()}}
+    zeros = {name: vectors[name].new_zeros(len(mask)) for name, mask in masks.items() if name in vectors}
+    return {**vectors, **{name: zero.masked_scatter_(masks[name], vectors[name]) for name, zero in zeros.items()}}

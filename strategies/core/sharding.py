@@ -31,9 +31,9 @@ class Partition:
                 of_rank.append((start + first, start + last))
         return cls(tuple(map(tuple, by_rank)))
 
-    def of(self, live: torch.Tensor) -> "Partition":
+    def of(self, mask: torch.Tensor) -> "Partition":
         """The partition of the vector that holds only the elements of a mask (P,), one after another."""
-        before = torch.cat([torch.zeros(1, dtype=torch.int64), live.cumsum(0)])
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), mask.cumsum(0)])
         return Partition(
             tuple(tuple((int(before[i]), int(before[j])) for i, j in of_rank) for of_rank in self.intervals)
         )

@@ -92,7 +92,7 @@ class HetLora(Rule):
         update = replace(update, delta=end - broadcast.params, weight=weights[self.weighting])
         return update, client_state | {"rank": torch.tensor([float(lora_rank)])}
 
-    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
+    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """The rank that the client has kept."""
         (lora_rank,) = lora_ranks(broadcast, client_state)
         return all_but(broadcast.layout, slice(lora_rank, None))

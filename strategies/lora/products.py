@@ -31,7 +31,7 @@ class ProductRule(AveragingRule, ABC):
     keeps_basis: ClassVar[bool] = False
     sends_products: ClassVar[bool] = True
     extras_are_changes: ClassVar[bool] = True
-    sends_all_it_trains: ClassVar[bool] = False
+    trains_what_it_sends: ClassVar[bool] = False
 
     @abstractmethod
     def changes(self, end: Vector, broadcast: Broadcast) -> dict[str, Vector]:
@@ -49,7 +49,7 @@ class ProductRule(AveragingRule, ABC):
         delta = zeroed(update.delta.clone(), broadcast.layout, LORA_A, LORA_B)
         return replace(update, delta=delta, extras=extras), client_state
 
-    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+    def sent_masks(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but the adapters, whose products travel beside."""
         return {"delta": unmarked(layout, LORA_A, LORA_B)}
 

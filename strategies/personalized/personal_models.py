@@ -68,8 +68,8 @@ class LocalOnly(Rule):
 
     kind: Literal["local"] = "local"
     sends_update: ClassVar[bool] = False
-    sends_all_it_trains: ClassVar[bool] = False
-    receives_live: ClassVar[bool] = True  # nothing: every client had the initial vector before the first round
+    trains_what_it_sends: ClassVar[bool] = False
+    receives_what_it_sends: ClassVar[bool] = True  # nothing: every client had the initial vector before the first round
     keeps_state: ClassVar[bool] = True
     personalizes: ClassVar[bool] = True
     paper: ClassVar[str] = "baseline"
@@ -87,7 +87,7 @@ class LocalOnly(Rule):
         """The client's own vector, once it has one."""
         return client_state.get("own")
 
-    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+    def sent_masks(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """Nothing of the delta."""
         return {"delta": torch.zeros(layout.size, dtype=torch.bool)}
 
@@ -110,8 +110,8 @@ class FedSaLora(AveragingRule):
     personalizes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
-    sends_all_it_trains: ClassVar[bool] = False
-    receives_live: ClassVar[bool] = True
+    trains_what_it_sends: ClassVar[bool] = False
+    receives_what_it_sends: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2410.01463"
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
@@ -136,7 +136,7 @@ class FedSaLora(AveragingRule):
             global_OR.copy_(b_OR)
         return vector
 
-    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+    def sent_masks(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but B."""
         return {"delta": unmarked(layout, LORA_B)}
 
@@ -163,7 +163,7 @@ class FedDpa(AveragingRule):
     personalizes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
-    receives_live: ClassVar[bool] = True
+    receives_what_it_sends: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2403.19211"
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
@@ -188,11 +188,11 @@ class FedDpa(AveragingRule):
         """The sum of both adapters, once the client has a local one."""
         return self._mixed(broadcast, client_state) if "local" in client_state else None
 
-    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+    def sent_masks(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but the local adapter."""
         return {"delta": all_but(layout, _frozen(layout, GLOBAL))}
 
-    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
+    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """All but the other training's adapter."""
         return all_but(broadcast.layout, _frozen(broadcast.layout, run))
 

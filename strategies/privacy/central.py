@@ -84,21 +84,21 @@ class CentralPlan:
         """The client's half, after all transforms: its part in the sums; `whole_norm` is that of `Broadcast`."""
         return bounded(update, clip, self.joint, whole_norm)[0]
 
-    def decode(self, aggregate: Aggregate, clip: float, words: Words, live: Mapping[str, Mask]) -> Decoded:
+    def decode(self, aggregate: Aggregate, clip: float, words: Words, sent_masks: Mapping[str, Mask]) -> Decoded:
         """The noisy sums as if of `divisor` clients, and the next round's clipping norm; before transforms decode.
 
-        Call it once for each round, whether clients took part or not. Coordinates that are not `live` get no noise.
+        Call it once for each round, whether clients took part or not. Coordinates outside of `sent_masks` get no noise.
         """
-        return self._noisy(aggregate, self.noise_multiplier * clip, words, live), clip
+        return self._noisy(aggregate, self.noise_multiplier * clip, words, sent_masks), clip
 
     def spent(self, rounds: int, *, simulated: bool) -> Epsilon:
         """The epsilon that `rounds` rounds cost a client."""
         return spent(Gaussian(self.noise_multiplier), self.scheme, rounds, self.delta, "client", simulated=simulated)
 
-    def _noisy(self, aggregate: Aggregate, deviation: float, words: Words, live: Mapping[str, Mask]) -> Aggregate:
+    def _noisy(self, aggregate: Aggregate, deviation: float, words: Words, sent_masks: Mapping[str, Mask]) -> Aggregate:
         sums = {"delta": aggregate.total} | {name: aggregate.extras[name] for name in sorted(aggregate.extras)}
-        sums = {name: with_noise(x, deviation, words) for name, x in without_frozen(sums, live).items()}
-        extras = with_frozen(sums, live)
+        sums = {name: with_noise(x, deviation, words) for name, x in without_frozen(sums, sent_masks).items()}
+        extras = with_frozen(sums, sent_masks)
         total = extras.pop("delta")
         # The number of clients is as private as what they sent.
         return replace(aggregate, weight=self.divisor, total=total, extras=extras, count=max(1, round(self.divisor)))
@@ -187,12 +187,12 @@ class AdaptivePlan(CentralPlan):
         within = torch.tensor([0.5 if norm <= clip else -0.5])
         return replace(update, extras=update.extras | {WITHIN: within})
 
-    def decode(self, aggregate: Aggregate, clip: float, words: Words, live: Mapping[str, Mask]) -> Decoded:
+    def decode(self, aggregate: Aggregate, clip: float, words: Words, sent_masks: Mapping[str, Mask]) -> Decoded:
         """The noisy sums without the quantile's, and the next clipping norm."""
         noise = self.quantile_noise if self.noise_multiplier else 0.0
         within = with_noise(aggregate.extras[WITHIN], noise, words).item()
         share = 0.5 + within / self.divisor
         step = -self.rate * (share - self.quantile)
         rest = {name: extra for name, extra in aggregate.extras.items() if name != WITHIN}
-        noisy = self._noisy(replace(aggregate, extras=rest), self.update_noise * clip, words, live)
+        noisy = self._noisy(replace(aggregate, extras=rest), self.update_noise * clip, words, sent_masks)
         return noisy, clip * math.exp(max(-LARGEST_STEP, min(LARGEST_STEP, step)))
