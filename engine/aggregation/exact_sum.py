@@ -143,9 +143,9 @@ class ExactSum:
 
     def take(self) -> PartialSum:
         """Returns the sum of all that was added since the last time, and forgets it."""
-        whole = self.section(0, max((len(vector.steps_P) for vector in self.vectors.values()), default=0))
+        partial = self.section(0, max((len(vector.steps_P) for vector in self.vectors.values()), default=0))
         self.vectors, self.weight, self.count, self.bound = {}, 0, 0, 0.0
-        return whole
+        return partial
 
 
 def finite_bound(update: Update) -> float:
@@ -200,9 +200,9 @@ def merge_sections(sections: Iterable[list[PartialSum]]) -> Aggregate | None:
 
 def cut(partial: PartialSum, partition: Partition, rank: int) -> PartialSum:
     """Returns a rank's shard of a sum of whole vectors; vectors not as long as delta are whole in each rank."""
-    whole = len(partial.vectors["delta"]) if partial.count else 0  # without clients there are no vectors
+    delta_length = len(partial.vectors["delta"]) if partial.count else 0  # without clients there are no vectors
     vectors = {
-        name: partition.cut(torch.from_numpy(vector), rank).numpy() if len(vector) == whole else vector
+        name: partition.cut(torch.from_numpy(vector), rank).numpy() if len(vector) == delta_length else vector
         for name, vector in partial.vectors.items()
     }
     return replace(partial, vectors=vectors, lengths={name: len(vector) for name, vector in vectors.items()})

@@ -74,17 +74,17 @@ def ring_aggregate(
         plan = replace(plan, length=sum(lengths.values()))
         del lengths["delta"]
         short = plan.decode(sums[NOISY], totals.count, lengths, _signs(federation, plan, round_))
-        whole = with_frozen({"delta": short.total, **short.extras}, sent_masks)
-        return replace(short, total=whole.pop("delta"), extras=whole), figures
+        vectors = with_frozen({"delta": short.total, **short.extras}, sent_masks)
+        return replace(short, total=vectors.pop("delta"), extras=vectors), figures
     names = (name for name in sums if not name.startswith(FIGURE))
-    whole = with_frozen({name: torch.from_numpy(sums[name].astype(np.float32)) for name in names}, sent_masks)
-    return Aggregate(totals.weight, whole.pop("delta"), whole, totals.count), figures
+    vectors = with_frozen({name: torch.from_numpy(sums[name].astype(np.float32)) for name in names}, sent_masks)
+    return Aggregate(totals.weight, vectors.pop("delta"), vectors, totals.count), figures
 
 
 def sent_masks_of(federation: Federation, layout: Layout, round_: int) -> dict[str, Mask]:
     """Returns the strategy's masks of a round for what travels: a delta that a transform shortens has none."""
-    masks, whole = federation.strategy.sent_masks(round_, layout), travelling(federation, layout) == layout.size
-    return {name: mask for name, mask in masks.items() if whole or name != "delta"}
+    masks, unshortened = federation.strategy.sent_masks(round_, layout), travelling(federation, layout) == layout.size
+    return {name: mask for name, mask in masks.items() if unshortened or name != "delta"}
 
 
 def sent_lengths_of(federation: Federation, layout: Layout, round_: int) -> dict[str, int]:

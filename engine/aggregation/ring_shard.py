@@ -108,5 +108,5 @@ class RingShard:
             else:
                 pieces.setdefault(name, []).append(values.astype(np.float32))
         vectors = {name: torch.from_numpy(np.concatenate(vectors)) for name, vectors in pieces.items()}
-        whole = {name: vector.numpy() for name, vector in with_frozen(vectors, self.sent_masks_S).items()}
-        return figures, AggregateShard(weight, whole.pop("delta"), whole, count)
+        arrays = {name: vector.numpy() for name, vector in with_frozen(vectors, self.sent_masks_S).items()}
+        return figures, AggregateShard(weight, arrays.pop("delta"), arrays, count)

@@ -111,9 +111,9 @@ class PoolEvaluator:
                 ordered = sorted(losses, key=lambda loss: loss.client)
                 names = self.setup.store.names([loss.client for loss in ordered])
                 logs.metrics.add_each(round_, split, names, [loss.metrics(name, objective) for loss in ordered])
-        whole = pooled(losses, objective)
-        metrics = whole.metrics(name, objective)
-        counts = {"tokens": metrics.pop("tokens"), "rows": float(whole.rows)}
+        pooled_loss = pooled(losses, objective)
+        metrics = pooled_loss.metrics(name, objective)
+        counts = {"tokens": metrics.pop("tokens"), "rows": float(pooled_loss.rows)}
         logs.metrics.add(round_, split, None, **metrics, **(counts if protocol else {}))
         return metrics[name]
 

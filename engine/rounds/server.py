@@ -67,15 +67,15 @@ class DriverShards:
     def trainings(self, state: ShardedState) -> int:
         """Returns how many vectors a client trains in a round: personal models are trained beside the global one."""
         strategy = self.federation.strategy
-        return len(strategy.starts(strategy.broadcast(self._whole(state)), {}))
+        return len(strategy.starts(strategy.broadcast(self._server_state(state)), {}))
 
     def broadcast_message(self, state: ShardedState) -> BroadcastMessage:
         """Returns what the clients of the next round start from."""
-        return BroadcastMessage.of(self.federation.strategy.broadcast(self._whole(state)))
+        return BroadcastMessage.of(self.federation.strategy.broadcast(self._server_state(state)))
 
     def model_message(self, state: ShardedState) -> Any:
         """Returns the model as workers take it, to evaluate it, to generate with it, or to export it."""
-        return share(BroadcastMessage.of(Broadcast(state.round, self._whole(state).params)))
+        return share(BroadcastMessage.of(Broadcast(state.round, self._server_state(state).params)))
 
     def sums(self, worked: Worked) -> tuple[list[Aggregate], int]:
         """Returns the sum over all workers, or the updates one by one where the rule reads each, and their bytes."""
@@ -104,7 +104,7 @@ class DriverShards:
         layout = self.pool.layout
         sent_masks = {} if plan is None else sent_masks_of(self.federation, layout, state.round)
         aggregate = sums[0] if sums else None
-        after, clip = server_step(self._whole(state), aggregate, plan, clip, self.federation, layout, sent_masks)
+        after, clip = server_step(self._server_state(state), aggregate, plan, clip, self.federation, layout, sent_masks)
         if after.merged_delta is not None and not self.federation.strategy.merges_into_base:
             named = type(self.federation.strategy).__name__
             raise StrategyError(f"{named} changes the base: declare merges_into_base = True in its class")
@@ -115,7 +115,7 @@ class DriverShards:
         shard: Shard = state.shards[0]
         return shard.merged_delta
 
-    def _whole(self, state: ShardedState) -> ServerState:
+    def _server_state(self, state: ShardedState) -> ServerState:
         shard: Shard = state.shards[0]
         return replace(shard.state(state.round, self.federation.seed, self.population), layout=self.pool.layout)
 

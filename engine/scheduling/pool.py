@@ -296,12 +296,12 @@ class Pool:
                 yield section
 
         try:
-            whole = merge_sections(sections())
+            total = merge_sections(sections())
         except LOST as error:
             return {}, nbytes, {asked: error}
         for slot in slots:
             self.actors[slot].forget_sum.remote()
-        return {slots: whole}, nbytes, {}
+        return {slots: total}, nbytes, {}
 
     def _cut_sums(self, slots: tuple[int, ...]) -> Taken:
         """Returns each slot's sum as references to its shards, which stay in the store."""

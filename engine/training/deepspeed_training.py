@@ -86,10 +86,10 @@ class ZeroTrainer:
         """Returns a copy of this rank's shard (S,) in `flat`, without deepspeed's padding."""
         return torch.cat([flat[start : start + length] for start, length in self.pieces])
 
-    def weights(self, less: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns a copy of this rank's shard (S,) of the present vector, minus `less` if given."""
+    def weights(self, origin: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns a copy of this rank's shard (S,) of the present vector, minus `origin` if given."""
         weights_S = self.shard(self.master.data)
-        return weights_S if less is None else weights_S.sub_(less)
+        return weights_S if origin is None else weights_S.sub_(origin)
 
     def _put(self, flat: torch.Tensor, shard_S: torch.Tensor) -> None:
         for (start, length), values in zip(self.pieces, shard_S.split([n for _, n in self.pieces]), strict=True):
@@ -190,8 +190,8 @@ class ZeroTrainer:
             raise NonFiniteUpdate("its gradient holds NaN or infinity")
 
     def end(self, lane: int, training: Training) -> Vector:
-        """Returns this rank's shard of the vector, minus `training.less` if given."""
-        return self.weights(training.less)
+        """Returns this rank's shard of the vector, minus `training.origin` if given."""
+        return self.weights(training.origin)
 
     def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
         """Returns each term's sum and count over all rows, by the present weights; the same on all ranks."""

@@ -123,9 +123,9 @@ class LaneTrainer:
         clip(self.grad_KP[: len(self.scales)], norm)
 
     def end(self, lane: int, training: Training) -> Vector:
-        """Returns a copy of the lane's vector, or the vector minus `training.less`."""
+        """Returns a copy of the lane's vector, or the vector minus `training.origin`."""
         flat_P = self.flat_KP[lane]
-        return flat_P.clone() if training.less is None else flat_P - training.less
+        return flat_P.clone() if training.origin is None else flat_P - training.origin
 
     def _forward(self, number: int, layer: Any, active: list[Progress]) -> Any:
         def forward(x: torch.Tensor) -> torch.Tensor:

@@ -52,15 +52,17 @@ class Trainer(Protocol):
     def train(self, trainings: Sequence[Training], train: Train) -> list[Trained]:
         """Does all trainings; returns their results in order."""
 
-    def updates(self, jobs: list[Job], federation: Federation, *, lent: bool = False) -> list[Finished]:
+    def updates(self, jobs: list[Job], federation: Federation, *, in_place: bool = False) -> list[Finished]:
         """Trains clients for a round: see `client_updates`."""
 
     def generate(self, tokenizer: Tokenizer, prompts: list[Prompt], tokens: int) -> list[str]:
         """Returns greedy continuations of at most `tokens` tokens by the vector now in the model."""
 
 
-def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *, lent: bool = False) -> list[Finished]:
-    """Trains clients; returns each one's finished update and new state. A `lent` update lasts until the next call."""
+def client_updates(
+    trainer: Trainer, jobs: list[Job], federation: Federation, *, in_place: bool = False
+) -> list[Finished]:
+    """Trains clients; returns finished updates and new states. An update `in_place` lasts until the next training."""
     sent = [job.broadcast for job in jobs]  # on the CPU, where the strategy finishes updates
     moved = {id(broadcast.params): _on(trainer.device, broadcast) for broadcast in sent}  # lanes share one vector
     jobs = [replace(j, broadcast=replace(moved[id(j.broadcast.params)], lora_rank=j.broadcast.lora_rank)) for j in jobs]
@@ -71,13 +73,13 @@ def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *,
             terms = trainer.loss_terms(job.rows, federation.train.batch)
             counted_terms = (terms[name] for name in federation.train.objective.losses)
             figures["loss_before"] = sum(total / max(1, count) for total, count in counted_terms)
-    trainings = [_trainings(job, federation, trainer.device, lent=lent) for job in jobs]
+    trainings = [_trainings(job, federation, trainer.device, in_place=in_place) for job in jobs]
     for run in dict.fromkeys(run for by_run in trainings for run in by_run):
         members = [place for place, by_run in enumerate(trainings) if run in by_run]
         results = trainer.train([trainings[place][run] for place in members], federation.train)
         for place, trained in zip(members, results, strict=True):
-            whole = run == GLOBAL and trainings[place][run].less is None
-            ends[place][run] = trained.end.sub_(jobs[place].broadcast.params) if whole else trained.end
+            is_end = run == GLOBAL and trainings[place][run].origin is None
+            ends[place][run] = trained.end.sub_(jobs[place].broadcast.params) if is_end else trained.end
             moments[place] |= named(trained.moments, f"{OPTIMIZER}{run}.")
             if run == GLOBAL:
                 metrics[place] |= trained.metrics
@@ -90,7 +92,7 @@ def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *,
     return finished
 
 
-def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: bool) -> dict[str, Training]:
+def _trainings(job: Job, federation: Federation, device: torch.device, *, in_place: bool) -> dict[str, Training]:
     """Makes all trainings of a client in a round, by the strategy's name for each."""
     strategy, train, seed, broadcast = federation.strategy, federation.train, federation.seed, job.broadcast
     state = {name: tensor.to(device) for name, tensor in owned_by(job.state, STRATEGY).items()}
@@ -111,7 +113,7 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
             correct=partial(correct, run) if strategy.corrects else None,
             rate=train.over_rounds.factor(broadcast.round, federation.rounds),
             moments=owned_by(job.state, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
-            less=broadcast.params if lent and len(starts) == 1 else None,
+            origin=broadcast.params if in_place and len(starts) == 1 else None,
             trained_mask=strategy.trained_mask(broadcast, state, run) if by_row else None,
         )
         for run, start in starts.items()
@@ -175,9 +177,9 @@ class LocalTrainer:
         clip(self.trainable.grad[None], norm)
 
     def end(self, lane: int, training: Training) -> Vector:
-        """Returns a copy of the vector, or the vector minus `training.less` in its place: new pages cost time."""
+        """Returns a copy of the vector, or the vector minus `training.origin` in its place: new pages cost time."""
         flat = self.trainable.flat.detach()
-        return flat.clone() if training.less is None else flat.sub_(training.less)
+        return flat.clone() if training.origin is None else flat.sub_(training.origin)
 
     def loss_terms(self, rows: pa.RecordBatch, batch: int) -> TermSums:
         """Returns each term's sum and count over all rows, by the vector now in the model."""

@@ -121,12 +121,12 @@ class PrivateTrainer:
         for term in others:
             loss = loss + (term.by_row(rows) * count_B / term.counts_by_row(rows).clamp(min=1)).sum()
         loss.backward()
-        each, whole = self._each_row(rows), layout.views(grad)
+        each, of_all = self._each_row(rows), layout.views(grad)
         norms_B = _norms(each)
         finite_B = norms_B.isfinite()
         if finite_B.all():
             # Autograd's sum of the same gradients shows whether Opacus has seen every use of every parameter.
-            missed = torch.stack([(per_row.sum(0) - whole[name]).norm() for name, per_row in each.items()]).norm()
+            missed = torch.stack([(per_row.sum(0) - of_all[name]).norm() for name, per_row in each.items()]).norm()
             if missed > ROUNDING * norms_B.sum():
                 raise RunError(
                     f"{KEY} needs each row's own gradient, but those that Opacus gives for this model do not sum up "

@@ -66,8 +66,8 @@ def _commit(model: Model) -> str | None:
 
 def _digest(file: Path) -> str:
     size = file.stat().st_size
-    whole = size <= BLOCK * BLOCKS
-    starts = range(0, size, BLOCK) if whole else [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
+    is_small = size <= BLOCK * BLOCKS
+    starts = range(0, size, BLOCK) if is_small else [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
     digest = sha256(str(size).encode())
     with file.open("rb") as opened:
         for start in starts:

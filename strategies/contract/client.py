@@ -98,5 +98,5 @@ def the_traffic_is_counted_in_whole_numbers(case: Case) -> None:
     """floats says how many numbers go down and up, as integers of at least 0."""
     for rounds in range(3):
         counts = case.strategy.floats(case.after(rounds).broadcast)
-        whole = all(isinstance(count, int) and count >= 0 for count in counts) and len(counts) == 2
-        hold(whole, f"floats gives {counts} after {rounds} rounds, not two whole numbers of at least 0")
+        are_counts = all(isinstance(count, int) and count >= 0 for count in counts) and len(counts) == 2
+        hold(are_counts, f"floats gives {counts} after {rounds} rounds, not two whole numbers of at least 0")

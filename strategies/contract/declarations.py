@@ -156,10 +156,10 @@ def a_client_of_a_lower_rank_trains_and_leaves_only_its_own(case: Case) -> None:
     now = case.after(1)
     broadcast = replace(now.broadcast, lora_rank=1)
     (start,) = strategy.starts(broadcast, {}).values()
-    for cut, whole in zip(LORA.lora_pairs(start), LORA.lora_pairs(broadcast.params), strict=True):
+    for cut, uncut in zip(LORA.lora_pairs(start), LORA.lora_pairs(broadcast.params), strict=True):
         empty = not cut.a_RI[1:].any() and not cut.b_OR[:, 1:].any()
         hold(empty, "a client of rank 1 starts with more than the first row of A and column of B")
-        expected, product = LORA.scale * whole.b_OR[:, :1] @ whole.a_RI[:1], LORA.scale_at(1) * cut.b_OR @ cut.a_RI
+        expected, product = LORA.scale * uncut.b_OR[:, :1] @ uncut.a_RI[:1], LORA.scale_at(1) * cut.b_OR @ cut.a_RI
         hold(torch.allclose(product, expected, rtol=1e-5, atol=1e-5), "alpha / rank is not folded into the product")
     (down, up), (down_2, up_2) = (strategy.floats(replace(broadcast, lora_rank=r)) for r in (1, 2))
     fewer = down <= down_2 and up <= up_2 and (down, up) != (down_2, up_2)

@@ -93,8 +93,8 @@ def what_travels_is_flat_contiguous_and_float32(case: Case) -> None:
     for name, tensor in tensors((state, broadcast, updates, client_states, starts)).items():
         flat = tensor.dtype == torch.float32 and tensor.ndim == 1 and tensor.is_contiguous()
         hold(flat, f"{name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, not one contiguous float32 vector")
-    whole = state.params.shape == broadcast.params.shape == updates[0].delta.shape == (case.layout.size,)
-    hold(whole, f"params and delta must keep the layout's {case.layout.size} elements")
+    fits = state.params.shape == broadcast.params.shape == updates[0].delta.shape == (case.layout.size,)
+    hold(fits, f"params and delta must keep the layout's {case.layout.size} elements")
     if state.merged_delta is not None:
         length, expected = state.merged_delta.numel(), case.layout.product_size
         hold(length == expected, f"the merged delta has {length} elements; the layout's products have {expected}")
@@ -130,7 +130,7 @@ def shards_are_worked_on_as_the_whole(case: Case) -> None:
         after = strategy.apply(state, seen)
         return tensors({"gradient": grads, "update": update, "client state": kept, "next state": after})
 
-    first, second, whole = results(slice(0, 4)), results(slice(4, size)), results(slice(0, size))
-    for name, tensor in whole.items():
+    first, second, uncut = results(slice(0, 4)), results(slice(4, size)), results(slice(0, size))
+    for name, tensor in uncut.items():
         joined = torch.cat([first[name], second[name]], dim=-1) if tensor.numel() == size else first[name]
         same(joined, tensor, f"elementwise is True, but parts of the vectors give another {name!r} than the whole")
