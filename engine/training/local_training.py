@@ -64,8 +64,8 @@ def client_updates(
 ) -> list[Finished]:
     """Trains clients; returns finished updates and new states. An update `in_place` lasts until the next training."""
     sent = [job.broadcast for job in jobs]  # on the CPU, where the strategy finishes updates
-    moved = {id(broadcast.params): _on(trainer.device, broadcast) for broadcast in sent}  # lanes share one vector
-    jobs = [replace(j, broadcast=replace(moved[id(j.broadcast.params)], lora_rank=j.broadcast.lora_rank)) for j in jobs]
+    on_device = _on(trainer.device, sent)
+    jobs = [replace(job, broadcast=broadcast) for job, broadcast in zip(jobs, on_device, strict=True)]
     ends, metrics, moments = ([dict[str, Any]() for _ in jobs] for _ in range(3))
     if federation.strategy.loss_before:
         for job, figures in zip(jobs, metrics, strict=True):
@@ -120,9 +120,14 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, in_pla
     }
 
 
-def _on(device: torch.device, broadcast: Broadcast) -> Broadcast:
-    extras = {name: extra.to(device) for name, extra in broadcast.extras.items()}
-    return replace(broadcast, params=broadcast.params.to(device), extras=extras)
+def _on(device: torch.device, broadcasts: list[Broadcast]) -> list[Broadcast]:
+    """Returns the broadcasts with their vectors on the device; a vector that several clients share is copied once."""
+    vectors = {id(vector): vector for sent in broadcasts for vector in (sent.params, *sent.extras.values())}
+    moved = {key: vector.to(device) for key, vector in vectors.items()}
+    return [
+        replace(sent, params=moved[id(sent.params)], extras={name: moved[id(x)] for name, x in sent.extras.items()})
+        for sent in broadcasts
+    ]
 
 
 class LocalTrainer:
