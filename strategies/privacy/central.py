@@ -26,14 +26,9 @@ MARGIN = 2.0**-22  # float32 rounds each product up by less: the clipped norm is
 
 
 @dataclass(frozen=True, kw_only=True)
-class CentralDp(ClientBudget):
-    """sum_k w_k clip(delta_k) + N(0, z^2 clip^2), over the expected number of clients in place of the sum of weights.
+class ServerNoise(ClientBudget):
+    """What the kinds of central noise share: clients clip, the server adds the noise to the sum."""
 
-    The divisor is a constant, or it would tell how many took part. With weights below 1 this shortens the steps, for
-    which a larger server learning rate makes up. `sampling` "auto": epsilon counts on Poisson cohorts alone.
-    """
-
-    kind: Literal["central"] = "central"
     adds_to: ClassVar[Literal["sum"]] = "sum"
 
     def claims(self, cohort: Cohort) -> Sampling:
@@ -62,6 +57,17 @@ class CentralDp(ClientBudget):
         scheme, delta = self.scheme(cohort, clients), delta_for(self.delta, clients)
         z = self.normal_multiplier(scheme, rounds, delta)
         return CentralPlan(z, self.clip, cohort.expected(clients), scheme, delta, self.joint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentralDp(ServerNoise):
+    """sum_k w_k clip(delta_k) + N(0, z^2 clip^2), over the expected number of clients in place of the sum of weights.
+
+    The divisor is a constant, or it would tell how many took part. With weights below 1 this shortens the steps, for
+    which a larger server learning rate makes up. `sampling` "auto": epsilon counts on Poisson cohorts alone.
+    """
+
+    kind: Literal["central"] = "central"
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ LARGEST_STEP = 20.0  # of the norm's logarithm in one round, whatever the noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveDp(CentralDp):
+class AdaptiveDp(ServerNoise):
     """clip <- clip exp(-rate (b - quantile)), b the noisy share of clients with |update| <= clip; `clip` is the first.
 
     Each client sends 1[norm <= clip] - 1/2 beside its update, and the sum gets noise of `quantile_noise`, by
@@ -149,7 +155,7 @@ class AdaptiveDp(CentralDp):
     z_delta = (z^-2 - (2 quantile_noise)^-2)^(-1/2), so that both sums together cost as much as one with z (theorem 1).
     """
 
-    kind: Literal["adaptive"] = "adaptive"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["adaptive"] = "adaptive"
     clip: Norm = 0.1
     quantile: Annotated[float, Range("is a share of the clients", INSIDE)] = 0.5
     rate: Annotated[float, Range("is how fast the clipping norm moves", ABOVE_0)] = 0.2
