@@ -78,9 +78,7 @@ class PoolEvaluator:
     def personal(self, message: BroadcastMessage, round_: int) -> Losses:
         """Returns the loss of each client's own model; nothing if no client has one."""
         shared, clients, limit = share(message), self.judged("heldout"), self._limit("heldout")
-        losses = self._map(
-            clients, "heldout", lambda actor, chunk: actor.evaluate_personal.remote(chunk, shared, limit)
-        )
+        losses = self._map(clients, "heldout", lambda actor, some: actor.evaluate_personal.remote(some, shared, limit))
         return {"heldout": self._record(losses, round_, "heldout", "loss_personal", protocol=True)} if losses else {}
 
     def judged(self, split: str) -> np.ndarray:

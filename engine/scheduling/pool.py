@@ -221,9 +221,7 @@ class Pool:
         """Groups the clients of a round by kind, and into units that train together where their kind has lanes."""
         numbers = self.kinds_for(work.clients)
         by_kind = [(work.of(numbers == number), kind.lanes) for number, kind in enumerate(self.worker_kinds)]
-        return [
-            unit for of_kind, many in by_kind for unit in units_of(of_kind.clients, of_kind.steps, lanes if many else 1)
-        ]
+        return [unit for its, many in by_kind for unit in units_of(its.clients, its.steps, lanes if many else 1)]
 
     def train(self, work: Work, message: Any, lanes: int) -> Worked:
         """Does one round's local work. A slot that dies takes its sum with it: the units in it run again elsewhere."""

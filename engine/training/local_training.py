@@ -52,17 +52,15 @@ class Trainer(Protocol):
     def train(self, trainings: Sequence[Training], train: Train) -> list[Trained]:
         """Does all trainings; returns their results in order."""
 
-    def updates(self, jobs: list[Job], federation: Federation, *, in_place: bool = False) -> list[Finished]:
+    def updates(self, jobs: list[Job], federation: Federation, *, view: bool = False) -> list[Finished]:
         """Trains clients for a round: see `client_updates`."""
 
     def generate(self, tokenizer: Tokenizer, prompts: list[Prompt], tokens: int) -> list[str]:
         """Returns greedy continuations of at most `tokens` tokens by the vector now in the model."""
 
 
-def client_updates(
-    trainer: Trainer, jobs: list[Job], federation: Federation, *, in_place: bool = False
-) -> list[Finished]:
-    """Trains clients; returns finished updates and new states. An update `in_place` lasts until the next training."""
+def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *, view: bool = False) -> list[Finished]:
+    """Trains clients; returns finished updates and new states. With `view` an update lasts until the next training."""
     sent = [job.broadcast for job in jobs]  # on the CPU, where the strategy finishes updates
     on_device = _on(trainer.device, sent)
     jobs = [replace(job, broadcast=broadcast) for job, broadcast in zip(jobs, on_device, strict=True)]
@@ -73,7 +71,7 @@ def client_updates(
             terms = trainer.loss_terms(job.rows, federation.train.batch)
             counted_terms = (terms[name] for name in federation.train.objective.losses)
             figures["loss_before"] = sum(total / max(1, count) for total, count in counted_terms)
-    trainings = [_trainings(job, federation, trainer.device, in_place=in_place) for job in jobs]
+    trainings = [_trainings(job, federation, trainer.device, view=view) for job in jobs]
     for run in dict.fromkeys(run for by_run in trainings for run in by_run):
         members = [place for place, by_run in enumerate(trainings) if run in by_run]
         results = trainer.train([trainings[place][run] for place in members], federation.train)
@@ -92,7 +90,7 @@ def client_updates(
     return finished
 
 
-def _trainings(job: Job, federation: Federation, device: torch.device, *, in_place: bool) -> dict[str, Training]:
+def _trainings(job: Job, federation: Federation, device: torch.device, *, view: bool) -> dict[str, Training]:
     """Makes all trainings of a client in a round, by the strategy's name for each."""
     strategy, train, seed, broadcast = federation.strategy, federation.train, federation.seed, job.broadcast
     state = {name: tensor.to(device) for name, tensor in owned_by(job.state, STRATEGY).items()}
@@ -113,7 +111,7 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, in_pla
             correct=partial(correct, run) if strategy.corrects else None,
             rate=train.over_rounds.factor(broadcast.round, federation.rounds),
             moments=owned_by(job.state, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
-            origin=broadcast.params if in_place and len(starts) == 1 else None,
+            origin=broadcast.params if view and len(starts) == 1 else None,
             trained_mask=strategy.trained_mask(broadcast, state, run) if by_row else None,
         )
         for run, start in starts.items()

@@ -142,8 +142,8 @@ class ClientRunner:
 
         def train(clients: Unit) -> list[Trained]:
             jobs = [self._job(client, message, broadcast) for client in clients]
-            # Updates may lie in the trainer's memory if nothing else is trained before they are handed over.
-            results = self.trainer_of(clients, message).updates(jobs, federation, in_place=len(present) == 1)
+            # Updates may be views of the trainer's memory if nothing else is trained before they are handed over.
+            results = self.trainer_of(clients, message).updates(jobs, federation, view=len(present) == 1)
             return [(job, *result) for job, result in zip(jobs, results, strict=True)]
 
         try:

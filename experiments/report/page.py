@@ -195,8 +195,7 @@ def render(runs: Sequence[Run]) -> str:
     sections = {"facts": _facts, "summary": _summary, "charts": _charts, "clients": _clients}
     sections |= {"ledger": _ledger, "failures": _failures}
     view = [
-        {"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run}
-        | {k: show(run) for k, show in sections.items()}
+        {"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run} | {k: s(run) for k, s in sections.items()}
         for i, run in enumerate(runs)
     ]
     overlay = []

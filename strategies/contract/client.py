@@ -45,8 +45,7 @@ def what_is_frozen_is_neither_sent_nor_trained(case: Case) -> None:
             for name, mask in masks.items():
                 fits = mask.dtype == torch.bool and mask.shape == sent[name].shape
                 hold(fits, f"sent_masks' mask of {name!r} is not one bool for each of its numbers")
-                frozen = f"a client changes coordinates of {name!r} that sent_masks calls frozen"
-                hold(not sent[name][~mask].any(), frozen)
+                hold(not sent[name][~mask].any(), f"it changes coordinates of {name!r} that sent_masks calls frozen")
         for run in strategy.starts(broadcast, client_state):
             trained_mask = strategy.trained_mask(broadcast, client_state, run)
             if trained_mask is None:
@@ -56,8 +55,7 @@ def what_is_frozen_is_neither_sent_nor_trained(case: Case) -> None:
             if not strategy.mixed_ranks:  # whose rows beyond a rank have no gradient to begin with
                 grad = torch.ones(1, case.layout.size)
                 strategy.correct(grad, drawn(case.layout, 1)[None], broadcast, client_state, run)
-                still = "correct leaves a gradient where trained_mask says that nothing moves"
-                hold(not grad[:, ~trained_mask].any(), still)
+                hold(not grad[:, ~trained_mask].any(), "correct leaves gradients where trained_mask says nothing moves")
 
 
 def lanes_are_corrected_as_single_clients(case: Case) -> None:

@@ -48,8 +48,8 @@ def product_change(end: Vector, start: Vector, layout: Layout) -> Vector:
 
 def fold(broadcast: Broadcast) -> float:
     """s_k / s: the scale of a client of another rank, over the layout's."""
-    layout, lora_rank = broadcast.layout, broadcast.lora_rank
-    return 1.0 if lora_rank is None else layout.scale_at(lora_rank) / layout.scale
+    layout, r_k = broadcast.layout, broadcast.lora_rank
+    return 1.0 if r_k is None else layout.scale_at(r_k) / layout.scale
 
 
 def start_at(broadcast: Broadcast, lora_rank: int | None) -> Vector:
@@ -58,8 +58,7 @@ def start_at(broadcast: Broadcast, lora_rank: int | None) -> Vector:
     Rows of A and columns of B that are both zero have zero gradients, so they stay zero in training.
     """
     layout = broadcast.layout
-    first_zero = layout.lora_rank if lora_rank is None else lora_rank
-    vector = without(broadcast.params.clone(), layout, slice(first_zero, None))
+    vector = without(broadcast.params.clone(), layout, slice(lora_rank or layout.lora_rank, None))
     for pair in layout.lora_pairs(vector):
         pair.b_OR.div_(fold(broadcast))
     return vector

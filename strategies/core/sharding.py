@@ -34,9 +34,7 @@ class Partition:
     def of(self, mask: torch.Tensor) -> "Partition":
         """The partition of the vector that holds only the elements of a mask (P,), one after another."""
         before = torch.cat([torch.zeros(1, dtype=torch.int64), mask.cumsum(0)])
-        return Partition(
-            tuple(tuple((int(before[i]), int(before[j])) for i, j in of_rank) for of_rank in self.intervals)
-        )
+        return Partition(tuple(tuple((int(before[i]), int(before[j])) for i, j in cuts) for cuts in self.intervals))
 
     def length(self, rank: int) -> int:
         """S, the number of elements of a rank's shard."""

@@ -72,7 +72,7 @@ class HetLora(Rule):
         present = lora_ranks(broadcast, client_state)
         for client, (grad_P, params_P) in enumerate(zip(grad_KP, params_KP, strict=True)):
             lora_rank = present[client % len(present)]
-            tail = slice(self._kept(lora_rank), lora_rank)
+            tail = self._tail(lora_rank)
             grads = broadcast.layout.lora_pairs(grad_P)
             for grad, pair in zip(grads, broadcast.layout.lora_pairs(params_P), strict=True):
                 a_norm, b_norm = tail_norms(pair, tail)
@@ -82,8 +82,7 @@ class HetLora(Rule):
     def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Prunes, folds the client's scale into B, and sets the weight."""
         (lora_rank,) = lora_ranks(broadcast, client_state)
-        start, end = start_at(broadcast, lora_rank), broadcast.params + update.delta
-        tail = slice(self._kept(lora_rank), lora_rank)
+        start, end, tail = start_at(broadcast, lora_rank), broadcast.params + update.delta, self._tail(lora_rank)
         if tail_product(end, broadcast.layout, tail) < tail_product(start, broadcast.layout, tail):
             lora_rank = tail.start
             without(end, broadcast.layout, tail)
@@ -107,8 +106,8 @@ class HetLora(Rule):
             return replace(state, round=state.round + 1)
         return step(state, aggregate, self.lr)
 
-    def _kept(self, lora_rank: int) -> int:
-        return max(1, math.floor(self.gamma * lora_rank))
+    def _tail(self, lora_rank: int) -> slice:
+        return slice(max(1, math.floor(self.gamma * lora_rank)), lora_rank)
 
 
 def lora_ranks(broadcast: Broadcast, client_state: ClientState) -> list[int]:

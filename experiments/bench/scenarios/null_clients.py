@@ -41,7 +41,7 @@ class NullTrainer(LocalTrainer):
     """Trains nothing: each client's change is CHANGE everywhere."""
 
     def updates(
-        self, jobs: list[Job], federation: Federation, *, in_place: bool = False
+        self, jobs: list[Job], federation: Federation, *, view: bool = False
     ) -> list[tuple[Update, ClientState]]:
         """Returns the updates of all jobs at once."""
         delta = torch.full((self.trainable.layout.size,), CHANGE)

@@ -32,7 +32,7 @@ def rule_of_rows(federation, make_private, rows):
         layout = trainer.trainable.layout
         noise = torch.from_numpy(np.random.default_rng(5).standard_normal(layout.size)).float()
         broadcast = Broadcast(round_, trainer.trainable.initial + 0.02 * noise, layout=layout, lora_rank=lora_rank)
-        training = _trainings(Job(1, rows, 1.0, broadcast, state or {}), recipe, trainer.device, in_place=False)[run]
+        training = _trainings(Job(1, rows, 1.0, broadcast, state or {}), recipe, trainer.device, view=False)[run]
         (result,) = trainer.train([training], recipe.train)
         return training.start, result.end, trainer
 

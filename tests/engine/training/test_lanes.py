@@ -116,11 +116,11 @@ def test_a_client_is_the_same_as_alone(pair: Pair, lane_recipe: Any, rows: pa.Re
     the_same(one_by_one(alone, some, federation), expected, 0)
 
 
-def in_place(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, ClientState]]:
+def viewed(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, ClientState]]:
     """Each client's update as a slot takes it, which copies it before the next client."""
     results = []
     for job in some:
-        ((update, client_state),) = trainer.updates([job], federation, in_place=True)
+        ((update, client_state),) = trainer.updates([job], federation, view=True)
         results.append((replace(update, delta=update.delta.clone()), client_state))
     return results
 
@@ -192,7 +192,7 @@ def test_every_strategy_allows_lanes(pair: Pair, lane_recipe: Any, rows: pa.Reco
     alone, lanes = pair(federation)
     first = jobs(alone, federation, rows)
     expected = one_by_one(alone, first, federation)
-    for (update, client_state), (other, remembered) in zip(in_place(alone, first, federation), expected, strict=True):
+    for (update, client_state), (other, remembered) in zip(viewed(alone, first, federation), expected, strict=True):
         assert torch.equal(update.delta, other.delta)
         assert all(
             torch.equal((update.extras | client_state)[name], it) for name, it in (other.extras | remembered).items()

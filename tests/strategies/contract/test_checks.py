@@ -291,7 +291,7 @@ class Prunes(HetLora):
         (Centers, "an_untrained_client_rests_at_zero_where_the_class_says_so", "have not trained send a change"),
         (Cuts, "an_untrained_client_of_a_lower_rank_sends_zeros", "an untrained client of rank 1 sends delta"),
         (Leaks, "what_is_frozen_is_neither_sent_nor_trained", "coordinates of 'delta' that sent_masks calls frozen"),
-        (Creeps, "what_is_frozen_is_neither_sent_nor_trained", "leaves a gradient where trained_mask says"),
+        (Creeps, "what_is_frozen_is_neither_sent_nor_trained", "leaves gradients where trained_mask says"),
         (Stays, "rounds_count_up_by_one", "apply must add one to round"),
         (Heavy, "weights_are_as_the_class_says", "bounded_weights is True, but"),
         (Melts, "it_travels_and_says_what_it_is", "frozen=True"),
