@@ -117,7 +117,7 @@ class ClientRunner:
         """Returns what all clients here receive."""
         federation, peers = self.federation, self.peers
         broadcast = message.received(federation.strategy, self.layout, federation.seed, peers.rank)
-        return broadcast if peers.rank is None else replace(broadcast, whole_norm=peers.whole_norm)
+        return replace(broadcast, whole_norm=peers.whole_norm)
 
     def received_by(self, client: int, broadcast: Broadcast) -> Broadcast:
         """Returns what one client receives: it knows its own LoRA rank, where ranks are mixed."""
