@@ -67,11 +67,11 @@ class PoolEvaluator:
                 losses[split] = self._record(later.results, pending.round, split, name, protocol=protocol)
         return losses
 
-    def local_only(self, start: Any, round_: int, steps: np.ndarray, name: str) -> Losses:
+    def local_only(self, message: Any, round_: int, steps: np.ndarray, name: str) -> Losses:
         """Returns the loss where each client that is evaluated trains alone for its `steps` (N,), as loss_`name`."""
         clients = self.judged("heldout")
         losses = self.setup.pool.map(
-            clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, start, steps[chunk].tolist())
+            clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, message, steps[chunk].tolist())
         )
         return {"heldout": self._record(losses, round_, "heldout", f"loss_{name}")}
 
@@ -183,11 +183,11 @@ def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) ->
     total = loop.planner.total_steps()
     # The remainder goes to some clients, one step each; if there are fewer steps than clients, all take one.
     steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
-    start = shards.model_message(setup.initial)
-    yield Evaluated(state.round, evaluator.local_only(start, state.round, steps, "local_only"), "local_only")
-    trained_P = setup.pool.ask(lambda actor: actor.centralized.remote([*range(clients)], start, total), long=True)
-    pooled = share(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))))
-    yield Evaluated(state.round, evaluator.losses(pooled, state.round, "loss_centralized"), "centralized")
+    message = shards.model_message(setup.initial)
+    yield Evaluated(state.round, evaluator.local_only(message, state.round, steps, "local_only"), "local_only")
+    trained_P = setup.pool.ask(lambda actor: actor.centralized.remote([*range(clients)], message, total), long=True)
+    pooled_message = share(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))))
+    yield Evaluated(state.round, evaluator.losses(pooled_message, state.round, "loss_centralized"), "centralized")
     merge_into_base(shards, None, state)
 
 
