@@ -76,7 +76,7 @@ class Tuning:
         """The key because of which weights of the base, or copies of them, are trained; None if none are."""
         return None
 
-    def rank_of(self, client: int, seed: int) -> int | None:
+    def lora_rank_of(self, client: int, seed: int) -> int | None:
         """The LoRA rank of a client; None where all have the recipe's."""
         return None
 
@@ -198,7 +198,7 @@ class Lora(Tuning):
             return "model.peft.bias"
         return "model.peft.modules_to_save" if self.modules_to_save else None
 
-    def rank_of(self, client: int, seed: int) -> int | None:
+    def lora_rank_of(self, client: int, seed: int) -> int | None:
         """The rank of a client; None where all have the recipe's."""
         if not self.ranks:
             return None

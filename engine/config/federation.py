@@ -55,11 +55,12 @@ def _adapters(recipe: Sections) -> Refusals:
         return
     why = f"{name} needs one rank in all layers, but model.peft.rank_pattern gives some their own: leave it out"
     yield works_on_pairs(strategy) and peft.rank_pattern, f'{why}, or use "fedavg"'
-    rest = peft.r % strategy.rank_parts
+    multiple = strategy.lora_rank_multiple
+    rest = peft.r % multiple
     yield (
         rest,
-        f"{name} splits the rank into {strategy.rank_parts} equal parts, but model.peft.r is {peft.r}: set it to "
-        f"{peft.r + strategy.rank_parts - rest}, and alpha to keep alpha / r",
+        f"{name} splits the rank into {multiple} equal parts, but model.peft.r is {peft.r}: set it to "
+        f"{peft.r + multiple - rest}, and alpha to keep alpha / r",
     )
     if peft.ranks and not strategy.mixed_ranks:
         able = " or ".join(repr(rule().kind) for rule in get_args(Strategies) if rule.mixed_ranks)
@@ -119,10 +120,10 @@ def _optimizer(recipe: Sections) -> Refusals:
 def _schedules(recipe: Sections) -> Refusals:
     """A warm-up that is longer than what it is part of never reaches the learning rate."""
     train = recipe.train
-    parts = [("over_rounds", train.over_rounds, recipe.rounds, "the run", "rounds")]
+    schedules = [("over_rounds", train.over_rounds, recipe.rounds, "the run", "rounds")]
     if train.steps is not None:  # epochs are of as many steps as a client's rows give
-        parts.append(("over_steps", train.over_steps, train.steps, "a round", "steps"))
-    for key, schedule, length, what, unit in parts:
+        schedules.append(("over_steps", train.over_steps, train.steps, "a round", "steps"))
+    for key, schedule, length, what, unit in schedules:
         yield (
             schedule.warmup > length,
             f"train.{key}.warmup is {schedule.warmup}, and {what} has {length} {unit}: set it to {length} or less, or "

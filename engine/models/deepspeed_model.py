@@ -92,8 +92,8 @@ def _equal(a: Stored, b: Stored, dtype: torch.dtype) -> bool:
     with safe_open(a[0], framework="pt") as file_a, safe_open(b[0], framework="pt") as file_b:
         left, right = file_a.get_slice(a[1]), file_b.get_slice(b[1])
         shape = left.get_shape()
-        parts = (slice(first, first + ROWS) for first in range(0, shape[0], ROWS))
-        return shape == right.get_shape() and all(torch.equal(left[p].to(dtype), right[p].to(dtype)) for p in parts)
+        blocks = (slice(first, first + ROWS) for first in range(0, shape[0], ROWS))
+        return shape == right.get_shape() and all(torch.equal(left[b].to(dtype), right[b].to(dtype)) for b in blocks)
 
 
 def _read_slice(parameter: Any, weight: Any) -> None:

@@ -42,7 +42,7 @@ def export_files(
             _save_adapter(folder, trainable.layout, lambda first, last: flat[first:last].clone(), network, model)
         else:
             base = network.get_base_model() if isinstance(network, PeftModel) else network
-            base.save_pretrained(folder, state_dict=_whole(trainable, base))
+            base.save_pretrained(folder, state_dict=_full_state_dict(trainable, base))
 
     return dict(_folder_files(save, tokenizer, card))
 
@@ -114,7 +114,7 @@ def _save_adapter(folder: Path, layout: Layout, read: Read, network: Any, model:
     config.save_pretrained(str(folder))
 
 
-def _whole(trainable: Trainable, base: Any) -> dict[str, torch.Tensor]:
+def _full_state_dict(trainable: Trainable, base: Any) -> dict[str, torch.Tensor]:
     """Returns the state dict of the model without adapters, with their products added to the adapted weights."""
     # Parameters are views into the flat vector, but safetensors saves only tensors that own their memory.
     weights = {name: tensor for name, tensor in base.state_dict().items() if "lora_" not in name}

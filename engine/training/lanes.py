@@ -63,7 +63,7 @@ class LaneTrainer:
         self.optimizer = make_optimizer([{"params": [row]} for row in self.rows], train.optimizer)
         self.dropout = dropout_of(self.trainable.network)
         self.leaves: dict[int, dict[str, torch.Tensor]] = {}
-        self.ranks: list[int | None] = []  # LoRA ranks of the lanes in use
+        self.lora_ranks: list[int | None] = []  # LoRA ranks of the lanes in use
         self.shapes: dict[int, torch.Size] = {}  # of the pieces now in the model, by lane
         self.generators: dict[int, torch.Generator] = {}  # of dropout, by the client's place
 
@@ -96,7 +96,7 @@ class LaneTrainer:
     def gradients(self, active: list[Progress], train: Train) -> None:
         """Computes the gradients of all lanes' next steps, a piece of each at a time."""
         lanes, losses = len(active), self.objective.losses
-        self.ranks = [client.training.rank for client in active]
+        self.lora_ranks = [client.training.lora_rank for client in active]
         self.grad_KP[:lanes].zero_()
         steps = [self.plain.cut(client.next_rows(), train.batch) for client in active]
         counts_K = [counted(self.objective, step) for step in steps]
@@ -124,12 +124,12 @@ class LaneTrainer:
 
     def clip(self, norm: float) -> None:
         """Clips the gradient of each lane in use."""
-        clip(self.grad_KP[: len(self.ranks)], norm)
+        clip(self.grad_KP[: len(self.lora_ranks)], norm)
 
     def end(self, lane: int, training: Training) -> Vector:
-        """Returns a copy of the lane's vector, or the vector minus `training.less`."""
+        """Returns a copy of the lane's vector, or the vector minus `training.origin`."""
         flat_P = self.flat_KP[lane]
-        return flat_P.clone() if training.less is None else flat_P - training.less
+        return flat_P.clone() if training.origin is None else flat_P - training.origin
 
     def _forward(self, name: str, layer: Any, form: Form, active: list[Progress]) -> Any:
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ class LaneTrainer:
 
     def _scale(self, name: str) -> float | torch.Tensor:
         """Returns the scale of a layer's products; (K, 1, 1) if lanes have different LoRA ranks."""
-        layout, ranks = self.trainable.layout, self.ranks
+        layout, ranks = self.trainable.layout, self.lora_ranks
         scales = [self.own_scales.get(name, 1.0) if rank is None else layout.scale_at(rank) for rank in ranks]
         return scales[0] if len(set(scales)) == 1 else self._row(scales)[:, None, None]
 

@@ -82,10 +82,10 @@ def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compare
 
 
 def after_first_round(folder: Path) -> torch.Tensor:
-    """The trained parameters of a run after its first round; a gang's ranks have a part each."""
+    """The trained parameters of a run after its first round; a gang's ranks have a shard each."""
     saved = load_checkpoint(folder / "checkpoints", 1)
     assert saved is not None
-    return torch.cat([part.params for part in saved.state.parts])
+    return torch.cat([shard.params for shard in saved.state.shards])
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def bare_loop(work: Recipe, store: Path) -> Iterator[tuple[torch.Tensor, Callabl
 
         def play(round_: int) -> None:
             cohort = work.cohort.sample(clients, work.seed, round_).tolist()
-            jobs = [(round_, part, cohort[part::processes]) for part in range(processes)]
+            jobs = [(round_, number, cohort[number::processes]) for number in range(processes)]
             weight = sum(pool.map(_train, jobs))
             for total_P in totals_KP:
                 vector_P.add_(total_P, alpha=1 / weight)
@@ -136,9 +136,9 @@ def _start(work: Recipe, tokens: Path, vector_P: torch.Tensor, totals_KP: torch.
 
 def _train(job: tuple[int, int, list[int]]) -> float:
     """Trains some clients of a round, sums weight * delta in their row of the totals, and returns the weights' sum."""
-    round_, part, clients = job
+    round_, number, clients = job
     work, network, tokens = _process["work"], _process["network"], _process["tokens"]
-    vector_P, local_P, total_P = _process["vector_P"], _process["local_P"], _process["totals_KP"][part].zero_()
+    vector_P, local_P, total_P = _process["vector_P"], _process["local_P"], _process["totals_KP"][number].zero_()
     train, trained, largest, weights = work.train, _trained(network), int(tokens.counts("train").max()), 0.0
     for client in clients:
         rows = tokens.rows(client, "train")

@@ -136,12 +136,12 @@ def _change(tree: dict[str, Any], change: str) -> None:
         raise RunError(f"--set takes a.b=value, not {change!r}")
     *path, last = key.strip().split(".")
     table = tree
-    for part in path:
-        below = table.setdefault(part, {})
+    for name in path:
+        below = table.setdefault(name, {})
         if isinstance(below, str):  # the short form: strategy = "fedavg"
-            below = table[part] = {"kind": below}
+            below = table[name] = {"kind": below}
         if not isinstance(below, dict):
-            raise RunError(f"--set {change}: {part} is a value, not a section")
+            raise RunError(f"--set {change}: {name} is a value, not a section")
         table = below
     try:
         table[last] = tomllib.loads(f"value = {value}")["value"]
@@ -155,12 +155,12 @@ def _no_date(value: object) -> object:
     raise RunError(f"a recipe has no dates or times, but this holds {value}: put it in quotes if it is text")
 
 
-def _expand(tree: Any, part: str, *below: str) -> None:
-    section = tree.get(part) if isinstance(tree, dict) else None
+def _expand(tree: Any, key: str, *below: str) -> None:
+    section = tree.get(key) if isinstance(tree, dict) else None
     if below:
         _expand(section, *below)
     elif isinstance(section, str):
-        tree[part] = {"kind": section}
+        tree[key] = {"kind": section}
     elif isinstance(section, dict) and section.get("kind") == "combined":
         for held in COMBINED:
             _expand(section, held)
@@ -218,17 +218,17 @@ def _walk(where: tuple[Any, ...]) -> tuple[list[str], Any]:
     """The TOML keys of one of pydantic's places, which also name choices of unions, and the type of what is there."""
     path: list[str] = []
     kind: Any = Recipe
-    for part in where:
+    for step in where:
         members = _members(kind)
-        tagged = [member for member in members if getattr(member, "kind", None) == part]
+        tagged = [member for member in members if getattr(member, "kind", None) == step]
         if len(members) > 1 and tagged:
             kind = tagged[0]
             continue
         if path and not members:
             break
-        path.append(str(part))
-        if not isinstance(part, int):  # an item of a list, whose type is the list's
-            kind = get_type_hints(members[0], include_extras=True).get(part)
+        path.append(str(step))
+        if not isinstance(step, int):  # an item of a list, whose type is the list's
+            kind = get_type_hints(members[0], include_extras=True).get(step)
     return path, kind
 
 

@@ -218,9 +218,9 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     once = f", and the base's {base / GIB:,.3f} GiB once" if slots else ""
     screen.print(f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots){once}")
     slot, rank = needs["a plain slot"].total, rank_need(counts, recipe, zero, gang).total
-    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, slot, rank, base)
-    verdict = "it fits" if (fits := whole <= SPARE * device) else "it does not fit"
-    screen.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")
+    fullest = on_fullest(clients, slots, gangs * zero.ranks, devices, slot, rank, base)
+    verdict = "it fits" if (fits := fullest <= SPARE * device) else "it does not fit"
+    screen.print(f"as the recipe is: {fullest / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")
     return fits
 
 

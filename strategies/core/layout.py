@@ -57,13 +57,13 @@ class Layout:
             offset += prod(shape)
 
     @property
-    def rank(self) -> int:
+    def lora_rank(self) -> int:
         """The rank of the LoRA pairs, the largest where clients differ; 0 when the model is tuned in full."""
         return max((shape[0] for name, shape in zip(self.names, self.shapes, strict=True) if LORA_A in name), default=0)
 
-    def scale_at(self, rank: int) -> float:
-        """alpha / rank: the scale of the product on a client that has another rank than the layout's."""
-        return self.scale * self.rank / rank
+    def scale_at(self, lora_rank: int) -> float:
+        """alpha / lora_rank: the scale of the product on a client that has another rank than the layout's."""
+        return self.scale * self.lora_rank / lora_rank
 
     @property
     def product_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -91,5 +91,5 @@ class Layout:
 
 def unpacked(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
     """The tensors of these shapes that lie one after another in `flat`, as views."""
-    parts = flat.split([prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    flats = flat.split([prod(shape) for shape in shapes])
+    return [each.view(shape) for each, shape in zip(flats, shapes, strict=True)]

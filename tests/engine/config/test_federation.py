@@ -128,10 +128,10 @@ def test_private_clients_of_mixed_ranks_leave_each_others_ranks_alone(small_reci
 
 def test_ranks_are_drawn_by_their_shares(small_recipe):
     recipe = small_recipe(LIKE_RANKS, "strategy=flora")
-    ranks = [recipe.model.peft.rank_of(client, recipe.seed) for client in range(400)]
+    ranks = [recipe.model.peft.lora_rank_of(client, recipe.seed) for client in range(400)]
     assert set(ranks) == {4, 8} and 160 < ranks.count(4) < 240
-    assert ranks == [recipe.model.peft.rank_of(client, recipe.seed) for client in range(400)]
-    assert small_recipe().model.peft.rank_of(3, 1) is None
+    assert ranks == [recipe.model.peft.lora_rank_of(client, recipe.seed) for client in range(400)]
+    assert small_recipe().model.peft.lora_rank_of(3, 1) is None
     for wrong in ("[{r=4, share=0.5}, {r=8, share=0.4}]", "[{r=4, share=1.0}]"):
         with pytest.raises(ValueError, match=r"shares that sum to 1, and 8 \(model\.peft\.r\) as largest r"):
             small_recipe(f'model.peft={{kind="lora", r=8, ranks={wrong}}}', "strategy=flora")

@@ -71,11 +71,11 @@ def jobs(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, **
     made = []
     for client in range(CLIENTS):
         start = trainer.trainable.initial + 0.02 * noise
-        rank = peft.rank_of(client, federation.seed)
-        for pair in layout.lora_pairs(start) if rank else ():
-            pair.a_RI[rank:], pair.b_OR[:, rank:] = 0, 0
+        lora_rank = peft.lora_rank_of(client, federation.seed)
+        for pair in layout.lora_pairs(start) if lora_rank else ():
+            pair.a_RI[lora_rank:], pair.b_OR[:, lora_rank:] = 0, 0
         state = federation.strategy.init(start, layout)
-        broadcast = replace(federation.strategy.broadcast(state), round=2, layout=layout, rank=rank)
+        broadcast = replace(federation.strategy.broadcast(state), round=2, layout=layout, lora_rank=lora_rank)
         part = rows.slice(client % 3, 1 + (3 * client) % 5)
         made.append(Job(client, part, 0.5, broadcast, client_state.get(f"of_{client}", {})))
     return made
@@ -116,11 +116,11 @@ def test_a_client_is_the_same_as_alone(pair: Pair, lane_recipe: Any, rows: pa.Re
     the_same(one_by_one(alone, some, federation), expected, 0)
 
 
-def lent(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, ClientState]]:
+def viewed(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, ClientState]]:
     """Each client's update as a slot takes it, which copies it before the next client."""
     results = []
     for job in some:
-        ((update, client_state),) = trainer.updates([job], federation, lent=True)
+        ((update, client_state),) = trainer.updates([job], federation, view=True)
         results.append((replace(update, delta=update.delta.clone()), client_state))
     return results
 
@@ -203,7 +203,7 @@ def test_every_strategy_allows_lanes(pair: Pair, lane_recipe: Any, rows: pa.Reco
     alone, lanes = pair(federation)
     first = jobs(alone, federation, rows)
     expected = one_by_one(alone, first, federation)
-    for (update, client_state), (other, remembered) in zip(lent(alone, first, federation), expected, strict=True):
+    for (update, client_state), (other, remembered) in zip(viewed(alone, first, federation), expected, strict=True):
         assert torch.equal(update.delta, other.delta)
         assert all(
             torch.equal((update.extras | client_state)[name], it) for name, it in (other.extras | remembered).items()
