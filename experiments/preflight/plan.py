@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from engine.config.sections import Clients, Model, Zero
 from engine.config.train import Sgd
 from engine.messages.errors import RunError
-from engine.models.adapters import with_adapters
+from engine.models.adapters import refuse_other_adapters, with_adapters
 from engine.models.base_model import causal_config
 from engine.models.deepspeed_config import BUCKET, LIVE
 from engine.scheduling.placement import slot_counts
@@ -80,7 +80,11 @@ def on_meta(network: Any, length: int) -> torch.Tensor:
 
 def sizes(model: Model, max_length: int) -> Sizes:
     """Counts a model from its configuration; RunError if there is none."""
-    network = meta_network(model)
+    return sizes_of(meta_network(model), model, max_length)
+
+
+def sizes_of(network: Any, model: Model, max_length: int) -> Sizes:
+    """Counts a network on the meta device."""
     parameters = list(network.parameters())
     known, saved = set(map(id, parameters)), dict[int, int]()
 
@@ -192,7 +196,9 @@ def _imported() -> tuple[float, float]:
 def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     """Prints the plan for devices of `device_gib` GiB; returns whether the recipe fits."""
     screen = console(soft_wrap=False)
-    counts = sizes(recipe.model, recipe.train.max_length)
+    network = meta_network(recipe.model)
+    refuse_other_adapters(network, recipe)
+    counts = sizes_of(network, recipe.model, recipe.train.max_length)
     clients, zero = recipe.clients, recipe.clients.zero or Zero()
     device = (device_gib or _this_machine()) * GIB
     plain, gang = process_bytes()
