@@ -242,7 +242,7 @@ def _privacy(recipe: Sections) -> Refusals:
         yield (
             strategy.reads != "sum",
             f"{name} reads {what}, and secure aggregation gives the server one sum a round: take a rule that reads the "
-            f'sum ("centred_clipping", or the transform "clip", bound what a liar can do), or set '
+            f'sum ("centered_clipping", or the transform "clip", bound what a liar can do), or set '
             f'privacy.secagg.mode = "off"',
         )
         yield not strategy.sends_update, f"{name} sends nothing that could be summed: leave privacy.secagg out"

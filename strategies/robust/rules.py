@@ -265,7 +265,7 @@ class CenteredClipping(AveragingRule):
     also needs momentum on the clients (train.state = "keep").
     """
 
-    kind: Literal["centred_clipping"] = "centred_clipping"
+    kind: Literal["centered_clipping"] = "centered_clipping"
     weighting: Literal["uniform"] = "uniform"
     tau: Annotated[float, Range("is the norm that is clipped to", ABOVE_0)] = 1.0
     elementwise: ClassVar[bool] = False

@@ -88,7 +88,7 @@ RULES = (
     _plain("fedadagrad", "strategy.lr=5e-3", why="as FedAdam"),
     _plain("fedyogi", "strategy.lr=5e-3", why="as FedAdam"),
     _plain("diloco", 'train.state="keep"', why="its clients keep their optimizer's state"),
-    *map(_plain, ("feddyn", "centred_clipping", "flora")),
+    *map(_plain, ("feddyn", "centered_clipping", "flora")),
     Rule("hetlora", ("strategy=hetlora",), "its weights, by norm; one rank for all"),
     *(_plain(kind, why=NO_LIARS) for kind in ("median", "trimmed_mean", "krum", "multi_krum", "bulyan", "rfa")),
     Rule("local", ("strategy=local",), PERSONAL),
