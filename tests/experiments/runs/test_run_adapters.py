@@ -1,4 +1,4 @@
-"""Whole runs of adapters beside LoRA on real Ray: the same bits on other slots, and plain PEFT loads what they leave."""
+"""Whole runs of adapters beside LoRA on real Ray: the same bits on other slots, and plain PEFT loads the result."""
 
 import pytest
 import torch
