@@ -90,8 +90,8 @@ def documents(wheels: list[Path], folder: Path) -> Iterator[str]:
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 4,096 entries; nothing is unknown to it."""
     tokenizer = Tokenizer(models.BPE())
-    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     signs: dict[str, Any] = {"special_tokens": [END, PAD], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=4096, show_progress=False, **signs))

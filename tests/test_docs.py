@@ -12,7 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-PLANTED = ("engine/objectives/focal.py", "strategies/transforms/half.py")  # files that extending.md lets readers add
+PLANTED = (
+    "engine/config/fourierft.py",
+    "engine/objectives/focal.py",
+    "strategies/transforms/half.py",
+)  # files that extending.md lets readers add
 UNLIMITED = ("docs/extending.md",)  # holds complete examples
 
 MAX_COLUMNS = 110  # of running text

@@ -16,11 +16,14 @@ import torch
 from engine.aggregation.accumulators import RingSum
 from engine.aggregation.ring_encoding import ring_aggregate, ring_sums
 from engine.aggregation.ring_shard import RingShard
+from engine.config.adapters import Lora
 from engine.config.federation import Federation
 from engine.config.privacy import Privacy, SecAgg
-from engine.config.sections import Lora, Model
+from engine.config.sections import Clients, Model
 from engine.config.train import Sgd, Train
+from engine.messages.errors import RunError
 from engine.models.base_model import map_base, read_base
+from engine.models.export import export_files
 from engine.models.tokenizer import load_tokenizer
 from engine.models.trainable import Trainable
 from engine.objectives.base import client_figures, figure_metrics
@@ -61,6 +64,7 @@ def test_the_page_has_the_doors_that_there_are():
         "my_data.py",
         "strategies/transforms/half.py",
         "engine/objectives/focal.py",
+        "engine/config/fourierft.py",
     }
 
 
@@ -148,9 +152,38 @@ def test_both_terms_of_the_objective_arrive_at_the_server(example, tiny_base, se
     assert metrics == pytest.approx({"loss": expected["focal"], "tokens": figures["tokens"], **means}, rel=1e-3)
 
 
-def test_an_objective_in_the_union_is_a_kind_of_the_recipe(example, tmp_path):
+def test_the_adapter_trains_and_plain_peft_loads_it(example, tiny_base, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    fourier = example("engine/config/fourierft.py").FourierFT(n_frequency=50)
+    model, train = Model(base=str(tiny_base), peft=fourier), Train(steps=2, batch=2, optimizer=Sgd(lr=10.0))
+    federation = Federation(name="x", seed=1, rounds=1, model=model, train=train)
+    with pytest.raises(RunError, match=r'model.peft.kind = "fourierft" does not work with several lanes'):
+        replace(federation, clients=Clients(lanes=2))
+    packed, buffer = read_base(model)
+    trainable = Trainable(map_base(packed, torch.from_numpy(buffer)), model, 0)
+    trainer, tokenizer = LocalTrainer(trainable, 0, train), load_tokenizer(model)
+    texts = pa.table({"prompt": ["ab is ", "c is "], "completion": ["ba", "c"]})
+    rows = Sft().encode(texts, tokenizer, 32).combine_chunks().to_batches()[0]
+    trained = trainer.train([Training(rows, trainable.initial, np.random.default_rng(0), 0)], train)[0]
+    assert not torch.equal(trained.end, trainable.initial)
+    trainer.become(trained.end)
+    for file, content in export_files(trainable, model, tokenizer, "card").items():
+        (tmp_path / file).write_bytes(content)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, trainable.network.eval()(ids).logits)
+
+
+def test_an_objective_or_an_adapter_in_its_union_is_a_kind_of_the_recipe(example, tmp_path):
     example("engine/objectives/focal.py")
+    example("engine/config/fourierft.py")
     script = """
+import engine.config.adapters, fourierft
+fourierft.FourierFT.__module__ = "engine.config.fourierft"
+engine.config.adapters.Adapters |= fourierft.FourierFT  # as its line in the union would
 import engine.objectives, focal
 focal.Focal.__module__ = "engine.objectives.focal"  # where its file would be
 engine.objectives.Objectives = engine.objectives.Sft | focal.Focal  # as its line in the union would
@@ -159,6 +192,8 @@ from experiments.config.recipe import parse_recipe, to_toml
 text = open(REPLACE).read()
 recipe = parse_recipe(text, ['train.objective={kind="focal", gamma=1.0}'])
 assert recipe.train.objective == focal.Focal(gamma=1.0) and parse_recipe(to_toml(recipe), []) == recipe
+recipe = parse_recipe(text, ['model.peft={kind="fourierft", n_frequency=7}'])
+assert recipe.model.peft == fourierft.FourierFT(n_frequency=7) and parse_recipe(to_toml(recipe), []) == recipe
 assert parse_recipe(text, ["train.objective=sft"]).train.objective == engine.objectives.Sft()
 try:
     parse_recipe(text, ["train.objective=foca"])

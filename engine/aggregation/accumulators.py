@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from engine.aggregation.exact_sum import NonFiniteUpdate, finite_bound
-from engine.aggregation.ring_encoding import CLIPPED, FIGURE, Plan, ring_values
+from engine.aggregation.ring_encoding import CLIPPED, FIGURE, ring_values
 from engine.aggregation.ring_shard import RingShard
 from engine.config.federation import Federation
 from engine.messages.reports import UpdateMessage
@@ -16,6 +16,7 @@ from engine.objectives.base import client_figures
 from strategies.core.errors import StrategyError
 from strategies.core.protocol import Update
 from strategies.core.seeds import rng
+from strategies.privacy.checks import NoisePlan
 from strategies.secagg.masks import Masks, wrap
 
 
@@ -50,7 +51,7 @@ class RingSum:
 
     shard: RingShard
     federation: Federation
-    plan: Plan
+    plan: NoisePlan | None
     round: int
     summed: Callable[[float], float] = float  # of a figure over the worker's ranks
 
@@ -68,7 +69,7 @@ class RingSum:
             shard.sums.encode_head(update.weight)
         except StrategyError as error:
             raise NonFiniteUpdate(str(error)) from error
-        values, clipped = ring_values(update, shard.sums, self.federation, self.plan, self.round, shard.live_S)
+        values, clipped = ring_values(update, shard.sums, self.federation, self.plan, self.round, shard.sent_masks_S)
         figures[CLIPPED] = self.summed(clipped)
         if shard.rank == 0:
             values |= {FIGURE + name: np.array([figure], np.float64) for name, figure in figures.items()}

@@ -32,9 +32,9 @@ class NonFiniteUpdate(ValueError):
 
 @dataclass(frozen=True)
 class PartialSum:
-    """A slot's part of a round: sums on the grid (int64), the sum of weights on the grid, and the number of clients.
+    """A slot's share of a round: sums on the grid (int64), the sum of weights on the grid, and the number of clients.
 
-    `bound` is the sum of weight * max |x|, which is checked for overflow. `vectors` may be parts of `lengths`.
+    `bound` is the sum of weight * max |x|, which is checked for overflow. `vectors` may be a section of `lengths`.
     """
 
     vectors: dict[str, np.ndarray]
@@ -98,7 +98,7 @@ class OnGrid:
 
 @dataclass
 class ExactSum:
-    """Adds clients' updates in place; `part` shows the sum, `take` hands it over and begins again at zero."""
+    """Adds clients' updates in place; `section` shows the sum, `take` hands it over and begins again at zero."""
 
     vectors: dict[str, OnGrid] = field(default_factory=dict)
     weight: int = 0
@@ -135,7 +135,7 @@ class ExactSum:
         self.weight += round(update.weight * STEP)
         self.count += 1
 
-    def part(self, first: int, size: int) -> PartialSum:
+    def section(self, first: int, size: int) -> PartialSum:
         """Returns `size` elements of each vector from the block at `first` on: views, until something is added."""
         lengths = {name: len(vector.steps_P) for name, vector in self.vectors.items()}
         vectors = {name: vector.stretch(first, size) for name, vector in self.vectors.items()}
@@ -143,9 +143,9 @@ class ExactSum:
 
     def take(self) -> PartialSum:
         """Returns the sum of all that was added since the last time, and forgets it."""
-        whole = self.part(0, max((len(vector.steps_P) for vector in self.vectors.values()), default=0))
+        partial = self.section(0, max((len(vector.steps_P) for vector in self.vectors.values()), default=0))
         self.vectors, self.weight, self.count, self.bound = {}, 0, 0, 0.0
-        return whole
+        return partial
 
 
 def finite_bound(update: Update) -> float:
@@ -168,21 +168,21 @@ def _blocks(vector_P: np.ndarray) -> Iterator[np.ndarray]:
 
 def merge(partials: list[PartialSum]) -> Aggregate:
     """Returns the sum over all slots as float32 vectors; RunError if no client contributed or the range is exceeded."""
-    if (aggregate := merge_parts([[*partials]])) is None:
+    if (aggregate := merge_sections([[*partials]])) is None:
         raise RunError("no client of the cohort gave an update, so there is nothing to average")
     return aggregate
 
 
-def merge_parts(parts: Iterable[list[PartialSum]]) -> Aggregate | None:
-    """As `merge`, from the slots' sums part by part; None if no client contributed."""
+def merge_sections(sections: Iterable[list[PartialSum]]) -> Aggregate | None:
+    """As `merge`, from the slots' sums section by section; None if no client contributed."""
     totals: dict[str, np.ndarray] = {}
     weight, count = 0, 0
     filled: Counter[str] = Counter()
-    for part in parts:
-        weight, count = sum(partial.weight for partial in part), sum(partial.count for partial in part)
-        _check(sum(partial.bound for partial in part))
-        contributing = [partial for partial in part if partial.count]
-        part.clear()  # so that the store can free it before the next part comes
+    for section in sections:
+        weight, count = sum(partial.weight for partial in section), sum(partial.count for partial in section)
+        _check(sum(partial.bound for partial in section))
+        contributing = [partial for partial in section if partial.count]
+        section.clear()  # so that the store can free it before the next section comes
         for name, length in contributing[0].lengths.items() if contributing else ():
             if name not in totals:
                 totals[name] = np.empty(length, np.float32)
@@ -200,9 +200,9 @@ def merge_parts(parts: Iterable[list[PartialSum]]) -> Aggregate | None:
 
 def cut(partial: PartialSum, partition: Partition, rank: int) -> PartialSum:
     """Returns a rank's shard of a sum of whole vectors; vectors not as long as delta are whole in each rank."""
-    whole = len(partial.vectors["delta"]) if partial.count else 0  # without clients there are no vectors
+    delta_length = len(partial.vectors["delta"]) if partial.count else 0  # without clients there are no vectors
     vectors = {
-        name: partition.cut(torch.from_numpy(vector), rank).numpy() if len(vector) == whole else vector
+        name: partition.cut(torch.from_numpy(vector), rank).numpy() if len(vector) == delta_length else vector
         for name, vector in partial.vectors.items()
     }
     return replace(partial, vectors=vectors, lengths={name: len(vector) for name, vector in vectors.items()})

@@ -9,29 +9,32 @@ from pathlib import Path
 import numpy as np
 
 from engine.aggregation.exact_sum import STEP
-from engine.aggregation.ring_encoding import Plan, live_lengths, ring_sums
+from engine.aggregation.ring_encoding import ring_sums, sent_lengths_of
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.system.atomic import write_file
 from strategies.core.layout import Layout
 from strategies.privacy.central import CentralPlan
+from strategies.privacy.checks import NoisePlan
+
+Planned = tuple[NoisePlan | None, tuple[str, ...]]  # the noise of a run, and warnings
 
 
-def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: int) -> tuple[Plan, tuple[str, ...]]:
+def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: int) -> Planned:
     """Returns the noise of a run whose clients have `rows` (N,), and warnings; ValueError if none gives the epsilon.
 
     Example-level noise is for the client with the fewest rows, and for `steps` local steps in all its rounds; its delta
     is for the rows of all clients. Takes seconds where the noise for an epsilon is searched.
     """
     dp, rounds, cohort, clients = federation.privacy.dp, federation.rounds, federation.cohort, len(rows)
-    plan: Plan = None
+    plan: NoisePlan | None = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if dp.adds_to == "sum":
             plan = dp.plan(cohort, clients, rounds)
         elif dp.adds_to == "ring":
-            # One ring for all rounds: a round with fewer live coordinates fills up with zeros.
-            length = max(sum(live_lengths(federation, layout, round_).values()) for round_ in range(rounds))
+            # One ring for all rounds: a round that sends fewer coordinates fills up with zeros.
+            length = max(sum(sent_lengths_of(federation, layout, round_).values()) for round_ in range(rounds))
             plan = dp.plan(cohort, clients, rounds, length, federation.privacy.secagg.bits)
         elif dp.adds_to == "gradients":
             batch = federation.train.batch * federation.train.accumulate
@@ -40,7 +43,7 @@ def plan_noise(federation: Federation, layout: Layout, rows: np.ndarray, steps: 
     return plan, tuple(dict.fromkeys(messages))
 
 
-def coarse_weights(federation: Federation, layout: Layout, plan: Plan, rows: np.ndarray) -> tuple[str, ...]:
+def coarse_weights(federation: Federation, layout: Layout, plan: NoisePlan | None, rows: np.ndarray) -> tuple[str, ...]:
     """Returns a warning if a large `privacy.rows_cap` leaves typical clients, of those with `rows` (N,), few steps.
 
     A typical client has the median of rows, and an update whose P coordinates are the clipping norm over sqrt(P), or
@@ -52,7 +55,7 @@ def coarse_weights(federation: Federation, layout: Layout, plan: Plan, rows: np.
         return ()
     step, size, clip = 1 / STEP, math.inf, math.inf
     if plan is not None and plan.adds_to == "sum":
-        clip, size = plan.clip, plan.clip / math.sqrt(max(1, live_lengths(federation, layout, 0)["delta"]))
+        clip, size = plan.clip, plan.clip / math.sqrt(max(1, sent_lengths_of(federation, layout, 0)["delta"]))
     if privacy.secure:
         sums = ring_sums(federation, layout, plan, clip, max(2, federation.cohort.largest(len(rows))), 1, 0)
         step, size = 1 / sums.scale("delta"), min(size, privacy.secagg.bound)
@@ -78,7 +81,7 @@ class PrivacyAccount:
 
     federation: Federation
     path: Path
-    plan: Plan = None
+    noise_plan: NoisePlan | None = None
     clip: float = 0.0
     steps: int = 0
     unit: str | None = None
@@ -124,11 +127,11 @@ class PrivacyAccount:
     @property
     def central(self) -> CentralPlan | None:
         """The noise that the server adds to the sums, where it does."""
-        return self.plan if self.plan is not None and self.plan.adds_to == "sum" else None
+        return self.noise_plan if self.noise_plan is not None and self.noise_plan.adds_to == "sum" else None
 
     def charge(self) -> dict[str, float]:
         """Charges one more round on disk; returns the cost of all by names of metrics, nothing without noise."""
-        plan, federation = self.plan, self.federation
+        plan, federation = self.noise_plan, self.federation
         if plan is None:
             return {}
         self.charged += 1

@@ -22,14 +22,13 @@ from strategies.secagg.ring import Sum, Sums, Totals
 NOISY = "noisy"  # the sum of everything under distributed noise
 FIGURE = "figure: "  # begins the names of sums of what training measures, such as the loss's terms
 CLIPPED = "clipped"
-Plan = NoisePlan | None
 
 
 def ring_sums(
-    federation: Federation, layout: Layout, plan: Plan, clip: float, clients: int, most_tokens: int, round_: int
+    federation: Federation, layout: Layout, plan: NoisePlan | None, clip: float, clients: int, tokens: int, round_: int
 ) -> Sums:
-    """Returns the sums of a session of `clients`, none of which trains on more than `most_tokens` tokens."""
-    secagg, lengths = federation.privacy.secagg, live_lengths(federation, layout, round_)
+    """Returns the sums of a session of `clients`, none of which trains on more than `tokens` tokens."""
+    secagg, lengths = federation.privacy.secagg, sent_lengths_of(federation, layout, round_)
     if plan is not None and plan.adds_to == "ring":
         sums = [Sum(NOISY, plan.ring.dimension, plan.ring.bound, "noisy")]
     else:
@@ -37,7 +36,7 @@ def ring_sums(
         sums = [Sum("delta", lengths["delta"], min(secagg.bound, clip) if central else secagg.bound, "weighted")]
         sums += [Sum(name, length, secagg.bounds[name]) for name, length in lengths.items() if name != "delta"]
         sums += [Sum(name, length, 0.5) for name, length in (central.beside if central else {}).items()]
-    bounds = {**figure_bounds(federation.train.objective, most_tokens), CLIPPED: max(1, sum(lengths.values()))}
+    bounds = {**figure_bounds(federation.train.objective, tokens), CLIPPED: max(1, sum(lengths.values()))}
     figures = (Sum(FIGURE + name, 1, bound) for name, bound in bounds.items())
     return secagg.sums((*sums, *figures), clients)
 
@@ -49,10 +48,10 @@ def rounding(sums: Sums) -> float:
 
 
 def ring_values(
-    update: Update, sums: Sums, federation: Federation, plan: Plan, round_: int, live: Mapping[str, Mask]
+    update: Update, sums: Sums, federation: Federation, plan: NoisePlan | None, round_: int, masks: Mapping[str, Mask]
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Returns a client's values by sum, without figures, and how many a bound clips; `live` masks what is given."""
-    values = without_frozen({"delta": update.delta, **update.extras}, live)
+    """Returns a client's values by sum, without figures, and how many a bound clips; `masks` say what is sent."""
+    values = without_frozen({"delta": update.delta, **update.extras}, masks)
     if plan is not None and plan.adds_to == "ring":
         words, extras = noise(federation, round_, update.client), {name: values[name] for name in update.extras}
         plan = replace(plan, length=sum(map(len, values.values())))
@@ -64,34 +63,34 @@ def ring_values(
 
 
 def ring_aggregate(
-    totals: Totals, federation: Federation, layout: Layout, plan: Plan, round_: int
+    totals: Totals, federation: Federation, layout: Layout, plan: NoisePlan | None, round_: int
 ) -> tuple[Aggregate, dict[str, float]]:
     """Returns what the server learns: the sums as floats, and the figures by name."""
     sums = totals.sums
     figures = {name.removeprefix(FIGURE): float(sums[name][0]) for name in sums if name.startswith(FIGURE)}
-    live = live_masks(federation, layout, round_)
+    sent_masks = sent_masks_of(federation, layout, round_)
     if plan is not None and plan.adds_to == "ring":
-        lengths = live_lengths(federation, layout, round_)
+        lengths = sent_lengths_of(federation, layout, round_)
         plan = replace(plan, length=sum(lengths.values()))
         del lengths["delta"]
         short = plan.decode(sums[NOISY], totals.count, lengths, _signs(federation, plan, round_))
-        whole = with_frozen({"delta": short.total, **short.extras}, live)
-        return replace(short, total=whole.pop("delta"), extras=whole), figures
+        vectors = with_frozen({"delta": short.total, **short.extras}, sent_masks)
+        return replace(short, total=vectors.pop("delta"), extras=vectors), figures
     names = (name for name in sums if not name.startswith(FIGURE))
-    whole = with_frozen({name: torch.from_numpy(sums[name].astype(np.float32)) for name in names}, live)
-    return Aggregate(totals.weight, whole.pop("delta"), whole, totals.count), figures
+    vectors = with_frozen({name: torch.from_numpy(sums[name].astype(np.float32)) for name in names}, sent_masks)
+    return Aggregate(totals.weight, vectors.pop("delta"), vectors, totals.count), figures
 
 
-def live_masks(federation: Federation, layout: Layout, round_: int) -> dict[str, Mask]:
+def sent_masks_of(federation: Federation, layout: Layout, round_: int) -> dict[str, Mask]:
     """Returns the strategy's masks of a round for what travels: a delta that a transform shortens has none."""
-    masks, whole = federation.strategy.live(round_, layout), travelling(federation, layout) == layout.size
-    return {name: mask for name, mask in masks.items() if whole or name != "delta"}
+    masks, unshortened = federation.strategy.sent_masks(round_, layout), travelling(federation, layout) == layout.size
+    return {name: mask for name, mask in masks.items() if unshortened or name != "delta"}
 
 
-def live_lengths(federation: Federation, layout: Layout, round_: int) -> dict[str, int]:
-    """Returns how many coordinates of the delta and of each sum beside it are live in a round."""
+def sent_lengths_of(federation: Federation, layout: Layout, round_: int) -> dict[str, int]:
+    """Returns how many coordinates of the delta and of each sum beside it are sent in a round."""
     lengths = {"delta": travelling(federation, layout), **federation.strategy.beside(layout)}
-    return lengths | {name: int(mask.sum()) for name, mask in live_masks(federation, layout, round_).items()}
+    return lengths | {name: int(mask.sum()) for name, mask in sent_masks_of(federation, layout, round_).items()}
 
 
 def travelling(federation: Federation, layout: Layout) -> int:

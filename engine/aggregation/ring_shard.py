@@ -25,16 +25,16 @@ class RingShard:
     """The coordinates of the ring vector that are a rank's; without a `partition` all belong to the only rank."""
 
     sums: Sums
-    live: Mapping[str, Mask]  # (P,), of whole vectors: the ring leaves frozen coordinates out
+    sent_masks: Mapping[str, Mask]  # (P,), of whole vectors: the ring leaves frozen coordinates out
     partition: Partition | None = None
     rank: int = 0
 
     @cached_property
-    def live_S(self) -> Mapping[str, Mask]:
+    def sent_masks_S(self) -> Mapping[str, Mask]:
         """The masks of this shard of the vectors."""
         if self.partition is None:
-            return self.live
-        return {name: self.partition.cut(mask, self.rank) for name, mask in self.live.items()}
+            return self.sent_masks
+        return {name: self.partition.cut(mask, self.rank) for name, mask in self.sent_masks.items()}
 
     @cached_property
     def head(self) -> int:
@@ -46,11 +46,11 @@ class RingShard:
         """What follows the head, in order: a sum's name, the first coordinate in it, and the place in the shard."""
         pieces, start = [], self.head
         for entry in self.sums.sums:
-            mask, parts = self.live.get(entry.name), [(0, entry.length)] if self.rank == 0 else []
+            mask, intervals = self.sent_masks.get(entry.name), [(0, entry.length)] if self.rank == 0 else []
             if not entry.name.startswith(FIGURE) and self.partition is not None:
                 partition = self.partition if mask is None else self.partition.of(mask)
-                parts = list(partition.parts[self.rank])
-            for first, last in parts:
+                intervals = list(partition.intervals[self.rank])
+            for first, last in intervals:
                 pieces.append((entry.name, first, slice(start, start + last - first)))
                 start += last - first
         return pieces
@@ -84,8 +84,8 @@ class RingShard:
         total_S[: self.head] += self.sums.encode_head(weight)
         rest = {**values}
         for name, first, place in self.pieces:
-            part, rest[name] = np.split(rest[name], [place.stop - place.start])
-            total_S[place] += self.sums.encode_part(name, part, weight, draws, first)
+            piece, rest[name] = np.split(rest[name], [place.stop - place.start])
+            total_S[place] += self.sums.encode_piece(name, piece, weight, draws, first)
 
     def mask(self, values_S: np.ndarray, masks: Masks) -> None:
         """Applies masks in place."""
@@ -100,13 +100,13 @@ class RingShard:
         for values in masked:
             total_S[self.head :] += values
         self.mask(total_S, removals)
-        figures, parts = dict[str, float](), dict[str, list[np.ndarray]]()
+        figures, pieces = dict[str, float](), dict[str, list[np.ndarray]]()
         for name, _, place in self.pieces:
-            values = self.sums.decode_part(name, total_S[place])
+            values = self.sums.decode_piece(name, total_S[place])
             if name.startswith(FIGURE):
                 figures[name.removeprefix(FIGURE)] = float(values[0])
             else:
-                parts.setdefault(name, []).append(values.astype(np.float32))
-        vectors = {name: torch.from_numpy(np.concatenate(vectors)) for name, vectors in parts.items()}
-        whole = {name: vector.numpy() for name, vector in with_frozen(vectors, self.live_S).items()}
-        return figures, AggregateShard(weight, whole.pop("delta"), whole, count)
+                pieces.setdefault(name, []).append(values.astype(np.float32))
+        vectors = {name: torch.from_numpy(np.concatenate(vectors)) for name, vectors in pieces.items()}
+        arrays = {name: vector.numpy() for name, vector in with_frozen(vectors, self.sent_masks_S).items()}
+        return figures, AggregateShard(weight, arrays.pop("delta"), arrays, count)

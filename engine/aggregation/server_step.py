@@ -19,12 +19,12 @@ def server_step(
     clip: float,
     federation: Federation,
     layout: Layout,
-    live: Mapping[str, Mask],
+    sent_masks: Mapping[str, Mask],
     rank: int = 0,
 ) -> tuple[ServerState, float]:
     """Returns the next state of a shard and the next clipping norm; there must be an aggregate or a plan (`noisy`)."""
     if plan is not None:
-        aggregate, clip = noisy(aggregate, plan, clip, federation, layout, state.round, live, rank)
+        aggregate, clip = noisy(aggregate, plan, clip, federation, layout, state.round, sent_masks, rank)
     assert aggregate is not None, "without sums and without noise the model stays as it is"
     aggregate, state = decode(federation.transforms, aggregate, state)
     return federation.strategy.apply(state, aggregate), clip
@@ -37,15 +37,15 @@ def noisy(
     federation: Federation,
     layout: Layout,
     round_: int,
-    live: Mapping[str, Mask],
+    sent_masks: Mapping[str, Mask],
     rank: int = 0,
 ) -> tuple[Aggregate, float]:
     """Returns the sums with the server's noise, and the next clipping norm; without clients the sums are noise alone.
 
-    `layout` and the masks `live` are those of the shard's vectors, and each `rank` draws noise of its own.
+    `layout` and the `sent_masks` are those of the shard's vectors, and each `rank` draws noise of its own.
     """
     if aggregate is None:
         lengths = {**federation.strategy.beside(layout), **plan.beside}
         extras = {name: torch.zeros(length) for name, length in lengths.items()}
         aggregate = Aggregate(0.0, torch.zeros(travelling(federation, layout)), extras, 0)
-    return plan.decode(aggregate, clip, noise(federation, round_, -1 - rank), live)
+    return plan.decode(aggregate, clip, noise(federation, round_, -1 - rank), sent_masks)

@@ -37,22 +37,30 @@ class Federation(Sections):
             raise RunError(f"recipe.seed must be at least 0, not {self.seed}")
 
 
+def works_on_pairs(strategy: Rule) -> bool:
+    """Whether the rule works on the matrices A and B of adapters."""
+    return strategy.needs_lora or strategy.merges_into_base or strategy.sends_products
+
+
 def _adapters(recipe: Sections) -> Refusals:
     strategy, peft, name = recipe.strategy, recipe.model.peft, named(recipe.strategy)
-    if peft.kind == "none":
-        yield (
-            recipe.model.dtype != "float32" and recipe.clients.zero is None,
-            'model.peft = "none" trains all weights, which needs model.dtype = "float32", or clients.zero, whose ranks '
-            "keep float32 copies",
-        )
-        why = f'{name} works on adapters, but model.peft is "none": use LoRA, or "fedavg"'
-        yield strategy.needs_lora or strategy.merges_into_base or strategy.sends_products, why
+    yield (
+        peft.trains_base and recipe.model.dtype != "float32" and recipe.clients.zero is None,
+        f'{peft.trains_base} trains weights of the base, which needs model.dtype = "float32", or clients.zero, whose '
+        f"ranks keep float32 copies",
+    )
+    if peft.kind != "lora":
+        why = f'{name} works on adapters, but model.peft is "{peft.kind}": use LoRA, or "fedavg"'
+        yield works_on_pairs(strategy), why
         return
-    rest = peft.r % strategy.rank_parts
+    why = f"{name} needs one rank in all layers, but model.peft.rank_pattern gives some their own: leave it out"
+    yield works_on_pairs(strategy) and peft.rank_pattern, f'{why}, or use "fedavg"'
+    multiple = strategy.lora_rank_multiple
+    rest = peft.r % multiple
     yield (
         rest,
-        f"{name} splits the rank into {strategy.rank_parts} equal parts, but model.peft.r is {peft.r}: set it to "
-        f"{peft.r + strategy.rank_parts - rest}, and alpha to keep alpha / r",
+        f"{name} splits the rank into {multiple} equal parts, but model.peft.r is {peft.r}: set it to "
+        f"{peft.r + multiple - rest}, and alpha to keep alpha / r",
     )
     yield (
         recipe.model.start is not None and strategy.begins_fresh,
@@ -117,10 +125,10 @@ def _optimizer(recipe: Sections) -> Refusals:
 def _schedules(recipe: Sections) -> Refusals:
     """A warm-up that is longer than what it is part of never reaches the learning rate."""
     train = recipe.train
-    parts = [("over_rounds", train.over_rounds, recipe.rounds, "the run", "rounds")]
+    schedules = [("over_rounds", train.over_rounds, recipe.rounds, "the run", "rounds")]
     if train.steps is not None:  # epochs are of as many steps as a client's rows give
-        parts.append(("over_steps", train.over_steps, train.steps, "a round", "steps"))
-    for key, schedule, length, what, unit in parts:
+        schedules.append(("over_steps", train.over_steps, train.steps, "a round", "steps"))
+    for key, schedule, length, what, unit in schedules:
         yield (
             schedule.warmup > length,
             f"train.{key}.warmup is {schedule.warmup}, and {what} has {length} {unit}: set it to {length} or less, or "
@@ -138,14 +146,15 @@ def _transforms(recipe: Sections) -> Refusals:
     projections = sum(not transform.keeps_zeros for transform in recipe.transforms)
     yield projections > 1, "transforms has several projections: one with the product of their shares does as much"
     why = f"{name} keeps tensors as they are, which a projection's noise would move: use topk or int8"
-    yield projections and (strategy.freezes or (peft.kind == "lora" and peft.ranks)), why
+    yield projections and (strategy.freezes or peft.ranks), why
 
 
 def excludes_lanes(recipe: Sections) -> str | None:
     """The first key of the recipe that does not work with several lanes, whose clients share every step."""
-    clients = recipe.clients
+    clients, peft = recipe.clients, recipe.model.peft
+    if peft.outside_lanes is not None:
+        return peft.outside_lanes
     refused = {
-        'model.peft.kind = "none"': recipe.model.peft.kind != "lora",
         'privacy.dp.kind = "example"': recipe.privacy.dp.kind == "example",
         "clients.availability.deadline_s without step_s": clients.availability.by_clock,
         "model.compile": recipe.model.compile,
@@ -192,7 +201,7 @@ def _gangs(recipe: Sections) -> Refusals:
         "transforms of another kind than clip": not all(transform.works_on_shards for transform in recipe.transforms),
         "privacy.secagg beside clients.zero.from_rows": privacy.secure and zero.from_rows > 0,
         f"privacy.dp.kind = {privacy.dp.kind!r}": privacy.dp.kind not in ("none", "central"),
-        "model.peft.ranks": peft.kind == "lora" and bool(peft.ranks),
+        f"{peft.outside_gangs}": peft.outside_gangs is not None,
         "model.compile": recipe.model.compile,
         'train.state = "keep"': recipe.train.state == "keep",
         'train.optimizer.kind = "torch"': recipe.train.optimizer.kind == "torch",
@@ -238,7 +247,7 @@ def _privacy(recipe: Sections) -> Refusals:
         yield (
             strategy.reads != "sum",
             f"{name} reads {what}, and secure aggregation gives the server one sum a round: take a rule that reads the "
-            f'sum ("centred_clipping", or the transform "clip", bound what a liar can do), or set '
+            f'sum ("centered_clipping", or the transform "clip", bound what a liar can do), or set '
             f'privacy.secagg.mode = "off"',
         )
         yield not strategy.sends_update, f"{name} sends nothing that could be summed: leave privacy.secagg out"

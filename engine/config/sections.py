@@ -1,73 +1,20 @@
 """The engine's sections of a recipe: plain values with defaults, importable without ray, transformers or peft."""
 
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from engine.config.adapters import Adapters, Lora
 from engine.config.availability import Availability
 from engine.config.privacy import Privacy
 from engine.config.train import Train
-from engine.messages.checks import at_least, below_one
+from engine.messages.checks import at_least
 from engine.messages.errors import RunError
 from strategies import Cohorts, Strategies, Transforms
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.cohort import UniformCohort
-from strategies.core.seeds import rng
-
-
-@dataclass(frozen=True)
-class RankShare:
-    """Adapters of rank `r` for a `share` of the clients."""
-
-    r: int
-    share: float
-
-    def __post_init__(self) -> None:
-        at_least("model.peft.ranks", 1, r=self.r)
-        at_least("model.peft.ranks", 0, share=self.share)
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters on a frozen base, as PEFT's LoraConfig: the product of the matrices is scaled by alpha / r.
-
-    `targets` is "all-linear" or a list of module names (their last parts). `ranks` gives clients different ranks, by
-    shares that sum to 1, where the strategy allows it; the largest is `r`, and a client's scale is alpha / its rank.
-    """
-
-    kind: Literal["lora"] = "lora"
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    targets: str | tuple[str, ...] = "all-linear"
-    ranks: tuple[RankShare, ...] = ()
-
-    def __post_init__(self) -> None:
-        at_least("model.peft", 1, r=self.r)
-        at_least("model.peft", 0, alpha=self.alpha)
-        below_one("model.peft", dropout=self.dropout)
-        if not self.targets:
-            raise RunError('model.peft.targets is empty: name the layers to adapt, or write "all-linear"')
-        if self.ranks and (max(s.r for s in self.ranks) != self.r or abs(sum(s.share for s in self.ranks) - 1) > 1e-6):
-            raise RunError(f"model.peft.ranks must have shares that sum to 1, and {self.r} (model.peft.r) as largest r")
-
-    def rank_of(self, client: int, seed: int) -> int | None:
-        """The rank of a client; None where all have the recipe's."""
-        if not self.ranks:
-            return None
-        drawn = rng(seed, 0, client, "rank").random()
-        edges = accumulate(share.share for share in self.ranks)
-        return next((s.r for s, edge in zip(self.ranks, edges, strict=True) if drawn < edge), self.ranks[-1].r)
-
-
-@dataclass(frozen=True)
-class FullTuning:
-    """Training of all parameters of the base."""
-
-    kind: Literal["none"] = "none"
 
 
 @dataclass(frozen=True)
@@ -87,7 +34,7 @@ class Model:
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     compile: bool = False
     trust_remote_code: bool = False
-    peft: Annotated[Lora | FullTuning, Field(discriminator="kind")] = field(default_factory=Lora)
+    peft: Annotated[Adapters, Field(discriminator="kind")] = field(default_factory=Lora)
 
     @property
     def public_base(self) -> str:

@@ -32,7 +32,7 @@ class BroadcastMessage:
     nbytes: int = 0  # of the shards in the object store
     partition: Partition | None = None
     oldest: int = 0  # client state from before this round may be deleted
-    dp: NoisePlan | None = None  # how clients bound what they send, and their noise
+    noise_plan: NoisePlan | None = None  # how clients bound what they send, and their noise
     clip: float = 0.0  # the round's clipping norm
     lanes: int = 1  # the most clients that train together
     full_rows: float = math.nan  # the rows of weight 1; NaN where weights are public, and outside of training

@@ -68,5 +68,5 @@ class ShardedState:
     """The server's state after `round` in shards: Shards, or references to them, of `nbytes` in the object store."""
 
     round: int
-    parts: tuple[Any, ...]
+    shards: tuple[Any, ...]
     nbytes: int = 0

@@ -1,22 +1,25 @@
-"""The adapters that PEFT adds to a base, made from the recipe; a new kind of adapter is added here."""
+"""The adapters that PEFT adds to a base, made from the recipe. A new kind is a class in engine/config/adapters.py."""
 
+import re
+import warnings
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from engine.config.federation import Federation
-from engine.config.sections import Lora, Model
+from engine.config.federation import Federation, works_on_pairs
+from engine.config.sections import Model
 from engine.messages.errors import RunError
 from strategies.core.base import named
 
 
-def is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: nn.Module | None) -> bool:
     """Whether a layer is linear: torch's nn.Linear, or transformers' Conv1D with its transposed weight."""
     return isinstance(layer, nn.Linear) or is_transposed(layer)
 
 
-def is_transposed(layer: nn.Module) -> bool:
+def is_transposed(layer: nn.Module | None) -> bool:
     """Whether a linear layer stores its weight as (inputs, outputs), as GPT-2's Conv1D does."""
     from transformers.pytorch_utils import Conv1D
 
@@ -24,38 +27,113 @@ def is_transposed(layer: nn.Module) -> bool:
 
 
 def with_adapters(network: Any, model: Model) -> Any:
-    """Adds the recipe's LoRA adapters to the network, initialized from torch's seed; RunError for unknown layers."""
+    """Freezes the network and adds the recipe's adapters, initialized from torch's seed; without any, all is trained.
+
+    RunError if the network cannot have them, or a part of model.peft matches nothing.
+    """
     from peft import get_peft_model
 
-    assert isinstance(model.peft, Lora)
-    linear = sorted({name.rsplit(".")[-1] for name, module in network.named_modules() if is_linear(module)})
+    if model.peft.peft_class is None:
+        return network.requires_grad_(True)
+    modules, parameters = ([name for name, _ in each] for each in (network.named_modules(), network.named_parameters()))
+    layers = [name for name, layer in network.named_modules() if is_linear(layer)]
+    _check_expression(model, modules)
     try:
-        return get_peft_model(network, lora_config(model))
+        with warnings.catch_warnings():
+            # PEFT warns of patterns that it derives itself for experts' weights; the recipe's are checked below.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+            adapted = get_peft_model(network.requires_grad_(False), peft_config(model))
     except ValueError as error:
-        if "not found in the base model" not in str(error):
-            raise
-        raise RunError(
-            f"model.peft.targets {model.peft.targets!r} matches no layer of {model.base!r}, "
-            f'whose linear layers are {", ".join(linear)} (or write "all-linear")'
-        ) from error
+        raise _refusal(model, error, network, layers) from error
+    options = model.peft.options()
+    # PEFT takes the names of experts' layers for the parameters that hold them all: those it has matched.
+    targets = set(_listed(options, "target_modules")) & set(
+        _listed(vars(adapted.peft_config["default"]), "target_modules")
+    )
+    _check_matches(model, "targets", targets, modules, _linear(layers))
+    _check_matches(model, "modules_to_save", _listed(options, "modules_to_save"), modules, _linear(layers))
+    _check_matches(model, "target_parameters", _listed(options, "target_parameters"), parameters, "")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in options.get(key, {}):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules):
+                raise RunError(f"model.peft.{key}: {pattern!r} matches no layer of {model.base!r}, {_linear(layers)}")
+    return adapted
 
 
-def lora_config(model: Model) -> Any:
+def peft_config(model: Model) -> Any:
     """Makes PEFT's configuration of the adapter."""
-    from peft import LoraConfig
+    import peft
 
-    peft = model.peft
-    assert isinstance(peft, Lora)
     origin = {"task_type": "CAUSAL_LM", "base_model_name_or_path": model.base, "revision": model.revision}
-    sizes = {"r": peft.r, "lora_alpha": peft.alpha, "lora_dropout": peft.dropout}
-    targets = peft.targets if isinstance(peft.targets, str) else list(peft.targets)
-    return LoraConfig(**origin, **sizes, target_modules=targets)
+    assert model.peft.peft_class is not None
+    return getattr(peft, model.peft.peft_class)(**origin, **model.peft.options())
+
+
+def _check_expression(model: Model, modules: list[str]) -> None:
+    """Raises RunError if `targets` is text that is no regular expression of whole names of modules."""
+    targets = model.peft.options().get("target_modules")
+    if not isinstance(targets, str) or targets == "all-linear":
+        return
+    key = f"model.peft.targets = {targets!r}"
+    try:
+        expression = re.compile(targets)
+    except re.error as error:
+        raise RunError(
+            f'{key} is no regular expression ({error}): for names write a list, such as ["q_proj"]'
+        ) from error
+    if not any(map(expression.fullmatch, modules)):
+        hint = f"[{targets!r}]".replace("'", '"') if any(_ends(name, targets) for name in modules) else '["q_proj"]'
+        raise RunError(
+            f"{key} is text, and so a regular expression of whole names, which matches no layer of {model.base!r}: "
+            f"for last parts of names write a list, such as {hint}"
+        )
+
+
+def _check_matches(model: Model, key: str, wanted: Iterable[str], names: list[str], hint: str) -> None:
+    for name in sorted(wanted):
+        if not any(_ends(each, name) for each in names):
+            what = "parameter" if key == "target_parameters" else "layer"
+            raise RunError(f"model.peft.{key}: {name!r} matches no {what} of {model.base!r}{hint and ', '}{hint}")
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _listed(options: dict[str, Any], key: str) -> list[str]:
+    """The names under a key; none if it is missing or a regular expression."""
+    value = options.get(key) or ()
+    return [] if isinstance(value, str) else list(value)
+
+
+def _linear(layers: list[str]) -> str:
+    names = sorted({name.rsplit(".")[-1] for name in layers})
+    return f'whose linear layers are {", ".join(names)} (or write "all-linear")'
+
+
+def _refusal(model: Model, error: ValueError, network: Any, layers: list[str]) -> RunError:
+    """PEFT's refusal in a sentence that names the recipe's keys."""
+    said, key = str(error).strip(), f"model.peft of kind {model.peft.kind!r}"
+    if "not found in the base model" in said:
+        beside = model.peft.options().get("layers_to_transform")
+        where = f" in the layers {list(beside)} (layers_to_transform)" if beside else ""
+        targets = model.peft.options().get("target_modules")
+        return RunError(f"model.peft.targets {targets!r} matches no layer of {model.base!r}{where}, {_linear(layers)}")
+    if "Please specify `target_modules`" in said:
+        norms = {
+            name.rsplit(".")[-1] for name, layer in network.named_modules() if "norm" in type(layer).__name__.lower()
+        }
+        which = (
+            f"whose norm layers are {', '.join(sorted(norms))}" if model.peft.kind == "ln_tuning" else _linear(layers)
+        )
+        return RunError(f"{key} has no layers that PEFT knows for {model.base!r}, {which}: name them in targets")
+    return RunError(f"{key} cannot be added to {model.base!r}: {said.rstrip('.')}")
 
 
 def refuse_other_adapters(network: nn.Module, federation: Federation) -> None:
     """Raises RunError if the strategy works on A and B of linear layers, and something else is trained."""
     strategy, peft = federation.strategy, federation.model.peft
-    if not isinstance(peft, Lora) or not (strategy.needs_lora or strategy.merges_into_base or strategy.sends_products):
+    if peft.peft_class is None or not works_on_pairs(strategy):
         return
     places = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
     for name in (name for name, parameter in network.named_parameters() if parameter.requires_grad):

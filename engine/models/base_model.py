@@ -188,7 +188,8 @@ def map_base(packed: PackedBase, buffer: torch.Tensor) -> Any:
     """Makes the network with its weights as views into `buffer` (uint8, on any device), without a copy."""
     with torch.device("meta"):
         network = empty_network(packed.model, packed.config)
-    tensors = {name: _view(buffer, entry) for name, entry in packed.index.items()}
+    # `.data` has a version counter of its own; that of views is the buffer's, and PEFT raises it for experts' weights.
+    tensors = {name: _view(buffer, entry).data for name, entry in packed.index.items()}
     network.load_state_dict({n: t for n, t in tensors.items() if packed.index[n].persistent}, assign=True)
     if len({entry.offset for entry in packed.index.values()}) < len(packed.index):
         network.tie_weights()  # not if the configuration says tied but the file holds two tensors

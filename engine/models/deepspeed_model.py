@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from engine.config.sections import Lora, Model, Zero
+from engine.config.sections import Model, Zero
 from engine.messages.errors import RunError
 from engine.models.adapters import with_adapters
 from engine.models.base_model import causal_config, empty_network, map_base, read_base
@@ -36,9 +36,8 @@ def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Modul
     if zero.stage < 3:
         wait_for_the_first(rank)
         _tie_as_first_rank(network)
-    network.requires_grad_(not isinstance(model.peft, Lora))
     torch.manual_seed(seed)
-    trained: torch.nn.Module = with_adapters(network, model) if isinstance(model.peft, Lora) else network
+    trained: torch.nn.Module = with_adapters(network, model)
     if zero.checkpointing:
         network.enable_input_require_grads()
         network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -93,8 +92,8 @@ def _equal(a: Stored, b: Stored, dtype: torch.dtype) -> bool:
     with safe_open(a[0], framework="pt") as file_a, safe_open(b[0], framework="pt") as file_b:
         left, right = file_a.get_slice(a[1]), file_b.get_slice(b[1])
         shape = left.get_shape()
-        parts = (slice(first, first + ROWS) for first in range(0, shape[0], ROWS))
-        return shape == right.get_shape() and all(torch.equal(left[p].to(dtype), right[p].to(dtype)) for p in parts)
+        blocks = (slice(first, first + ROWS) for first in range(0, shape[0], ROWS))
+        return shape == right.get_shape() and all(torch.equal(left[b].to(dtype), right[b].to(dtype)) for b in blocks)
 
 
 def _read_slice(parameter: Any, weight: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from engine.config.federation import Federation
-from engine.config.sections import Lora, Model
+from engine.config.sections import Model
 from engine.models.adapters import is_transposed
 from engine.models.trainable import Trainable
 from engine.objectives.base import Tokenizer
@@ -42,7 +42,7 @@ def export_files(
             _save_adapter(folder, trainable.layout, lambda first, last: flat[first:last].clone(), network, model)
         else:
             base = network.get_base_model() if isinstance(network, PeftModel) else network
-            base.save_pretrained(folder, state_dict=_whole(trainable, base))
+            base.save_pretrained(folder, state_dict=_full_state_dict(trainable, base))
 
     return dict(_folder_files(save, tokenizer, card))
 
@@ -97,15 +97,24 @@ def _weight_files(layout: Layout, read: Read, dtype: torch.dtype) -> Iterator[tu
 
 
 def _save_adapter(folder: Path, layout: Layout, read: Read, network: Any, model: Model) -> None:
-    state = {name.replace(".default", ""): read(a, b).view(shape) for name, shape, a, b in layout.places()}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    from peft import get_peft_model_state_dict
+
+    trained = {name: read(first, last).view(shape) for name, shape, first, last in layout.places()}
+    shared = {name: matrix for name, matrix in network.named_buffers(remove_duplicate=False) if ".vera_" in name}
+    # "auto" would ask the hub whether the vocabulary has grown.
+    state = get_peft_model_state_dict(network, shared | trained, save_embedding_layers=False)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     config = copy(network.peft_config["default"])
     config.inference_mode = True
     config.base_model_name_or_path = model.public_base
     config.save_pretrained(str(folder))
 
 
-def _whole(trainable: Trainable, base: Any) -> dict[str, torch.Tensor]:
+def _full_state_dict(trainable: Trainable, base: Any) -> dict[str, torch.Tensor]:
     """Returns the state dict of the model without adapters, with their products added to the adapted weights."""
     # Parameters are views into the flat vector, but safetensors saves only tensors that own their memory.
     weights = {name: tensor for name, tensor in base.state_dict().items() if "lora_" not in name}
@@ -123,7 +132,7 @@ def model_card(
 ) -> str:
     """Writes the model folder's README.md; with `merged` that is a whole model, `spent` is the privacy budget."""
     model, train = federation.model, federation.train
-    adapter = isinstance(model.peft, Lora) and not merged
+    adapter = model.peft.peft_class is not None and not merged
     training = store["clients"] - store["unseen_clients"]
     revision = f" at revision `{model.revision}`" if model.revision else ""
     begun = "- Begun from an earlier model (`model.start`).\n" if model.start else ""
@@ -149,7 +158,13 @@ def model_card(
     )
     privacy = f"- Differential privacy: {spent}. The losses above are outside of it.\n" if spent else ""
     source = re.sub(r"(?<=['\"])(file://)?/([^'\"]*/)?", "", store["source"])  # no folders of absolute paths
-    what = "A LoRA adapter for" if adapter else "A whole model: merged products and adapters on" if merged else "All of"
+    what = (
+        f"{model.peft.title} for"
+        if adapter
+        else "A whole model: merged products and adapters on"
+        if merged
+        else "All of"
+    )
     return f"""---
 base_model: {model.public_base}
 library_name: {"peft" if adapter else "transformers"}

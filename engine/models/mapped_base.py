@@ -31,11 +31,11 @@ class MappedBase:
         buffer = rebuild_cuda_tensor(*base) if isinstance(base, tuple) else borrow(base).to(device)
         self.trainable = Trainable(map_base(packed, buffer), model, seed)
 
-    def use(self, merged: np.ndarray | None) -> None:
+    def use_merged(self, merged: np.ndarray | None) -> None:
         """Lets the model look at other weights (uint8) of the adapted layers; None: at those of the first base."""
         if merged is not None and self.device.type == "cpu":
             protect(merged)
-        self.trainable.use_weights(None if merged is None else borrow(merged).to(self.device))
+        self.trainable.use_merged(None if merged is None else borrow(merged).to(self.device))
         if self.merged is not None and self.device.type == "cpu":
             release(self.merged)
         self.merged = merged

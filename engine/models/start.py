@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from engine.config.sections import Lora, Model
+from engine.config.sections import Model
 from engine.messages.errors import RunError
 from strategies.core.layout import Layout
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+SHARED = "base_model.vera_"  # VeRA's random matrices, which follow from their key
+# Options that change what the same numbers mean.
+MEANING = {"use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "projection_prng_key", "block_share"}
 # Initializations of PEFT's that change the base's weights too, so that the adapter alone says nothing.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -25,13 +28,14 @@ def adapter_start(
 
     Float32, on the CPU. RunError if the recipe names no start that fits what is trained.
     """
-    if model.start is None or not isinstance(model.peft, Lora):
+    if model.start is None or model.peft.peft_class is None:
         return None
     folder = Path(model.start)
-    _check_scale(folder, model, layout)
+    _check_options(folder, model, layout)
     try:
         with safe_open(folder / TENSORS, framework="pt") as tensors:
-            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+            keys = [key for key in tensors.keys() if not key.startswith(SHARED)]  # noqa: SIM118
+            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
             _check_shapes(shapes, model, layout)
             parts = []
             for first, last in intervals or [(0, layout.size)]:
@@ -49,18 +53,23 @@ def adapter_start(
 
 def stored_name(name: str) -> str:
     """Returns the name under which PEFT stores a trained tensor."""
-    return name.replace(".default", "")
+    name = name.replace(".modules_to_save.default.", ".").replace(".default", "")
+    return name.removesuffix(".weight") if ".lora_magnitude_vector" in name else name
 
 
-def _check_scale(folder: Path, model: Model, layout: Layout) -> None:
-    """Raises RunError if the adapter's product has another factor than the recipe's, or more than the adapter."""
+def _check_options(folder: Path, model: Model, layout: Layout) -> None:
+    """Raises RunError if the adapter is of another kind than the recipe's, or its numbers mean something else."""
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        rank, alpha = config["r"], config["lora_alpha"]
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
-        what = f"{folder / CONFIG} (model.start) is not that of a LoRA adapter ({type(error).__name__}: {error})"
+        kind = config["peft_type"].lower()
+        if kind == "lora" and min(config["r"], config["lora_alpha"]) <= 0:
+            raise ValueError("r and lora_alpha must be above 0")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{folder / CONFIG} (model.start) is not that of an adapter ({type(error).__name__}: {error})"
         raise RunError(f"{what}: name a folder that PEFT or fedpost has written") from error
+    if kind != model.peft.kind:
+        what = f"the adapter {folder} (model.start) is of kind {kind!r}, and the recipe's of {model.peft.kind!r}"
+        raise RunError(f"{what}: set model.peft.kind to the adapter's")
     initialization = config.get("init_lora_weights")
     if isinstance(initialization, str) and initialization.lower().startswith(CHANGES_BASE):
         raise RunError(
@@ -68,11 +77,22 @@ def _check_scale(folder: Path, model: Model, layout: Layout) -> None:
             f"the base's weights too: convert it to a plain one as PEFT's save_pretrained does "
             f"(path_initial_model_for_weight_conversion)"
         )
-    if config.get("alpha_pattern") or not math.isclose(scale, layout.scale):
-        has = f"alpha = {alpha:g} at rank {rank}" + ", and others by layer" * bool(config.get("alpha_pattern"))
+    options = model.peft.options()
+    for key in sorted(MEANING & options.keys()):
+        theirs, ours = (each.get(key) or None for each in (config, options))
+        if key.endswith("_pattern"):  # without those that PEFT derives for experts' weights
+            theirs = {k: v for k, v in (theirs or {}).items() if not k.startswith(".*\\.") or k in (ours or {})} or None
+        if theirs != ours:
+            what = f"the adapter {folder} (model.start) was made with {key} = {theirs!r}, and the recipe's has {ours!r}"
+            raise RunError(f"{what}: set model.peft.{key} to the adapter's")
+    if model.peft.kind != "lora":
+        return
+    rank, alpha = config["r"], config["lora_alpha"]
+    root = math.sqrt if options["use_rslora"] else float
+    if not math.isclose(scale := alpha / root(rank), options["lora_alpha"] / root(options["r"])):
         raise RunError(
-            f"the adapter {folder} (model.start) scales its product by {scale:g} ({has}), and the recipe's by "
-            f"{layout.scale:g}: set model.peft.r and alpha to what the adapter was made with"
+            f"the adapter {folder} (model.start) scales its product by {scale:g} (alpha = {alpha:g} at rank {rank}), "
+            f"and the recipe's by {layout.scale:g}: set model.peft.r and alpha to what the adapter was made with"
         )
 
 

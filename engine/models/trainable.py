@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.config.sections import Lora, Model
+from engine.config.sections import Model
 from engine.messages.shards import borrow
 from engine.models.adapters import is_linear, is_transposed, with_adapters
-from strategies.core.layout import Layout
+from strategies.core.layout import LORA_A, Layout
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:
@@ -19,9 +19,11 @@ def shape_of(parameter: Any) -> tuple[int, ...]:
 
 def trained_layout(network: nn.Module, model: Model) -> Layout:
     """Makes the layout of the flat vector of trained parameters, with whole shapes where ranks hold slices."""
-    scale = model.peft.alpha / model.peft.r if isinstance(model.peft, Lora) else 1.0
     trained = {name: shape_of(p) for name, p in network.named_parameters() if p.requires_grad}
-    return Layout(tuple(trained), tuple(trained.values()), scale)
+    layers: list[Any] = [network.get_submodule(name.split(LORA_A)[0]) for name in trained if LORA_A in name]
+    scales: list[float] = [layer.scaling["default"] for layer in layers]
+    differ = tuple(scales) if len(set(scales)) > 1 else ()
+    return Layout(tuple(trained), tuple(trained.values()), scales[0] if scales else 1.0, differ)
 
 
 class Trainable:
@@ -33,7 +35,7 @@ class Trainable:
 
     def __init__(self, network: Any, model: Model, seed: int) -> None:
         torch.manual_seed(seed)
-        self.network = with_adapters(network, model) if isinstance(model.peft, Lora) else network.requires_grad_(True)
+        self.network = with_adapters(network, model)
         if model.compile:
             from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -49,7 +51,7 @@ class Trainable:
         values, grads = self.layout.views(self.flat.data), self.layout.views(self.grad)
         for name, parameter in trained:
             parameter.data, parameter.grad = values[name], grads[name]
-        self.rank: int | None = None
+        self.lora_rank: int | None = None
         self.initial = self.flat.detach().cpu().clone()
         self.originals = [layer.weight.data for layer in self.adapted_layers()]  # what the base itself has there
 
@@ -58,29 +60,29 @@ class Trainable:
         layers = (self.network.get_submodule(pair.name).base_layer for pair in self.layout.lora_pairs(self.flat.data))
         return [layer for layer in layers if is_linear(layer)]
 
-    def set_rank(self, rank: int | None) -> None:
-        """Scales the adapters for a client of LoRA rank `rank`, or for the recipe's rank if None."""
-        if rank == self.rank:  # almost always: saves a walk over the model
+    def set_lora_rank(self, lora_rank: int | None) -> None:
+        """Scales the adapters for a client of rank `lora_rank`, or for the recipe's rank if None."""
+        if lora_rank == self.lora_rank:  # almost always: saves a walk over the model
             return
         from peft.tuners.lora import LoraLayer
 
-        self.rank = rank
-        scale = self.layout.scale if rank is None else self.layout.scale_at(rank)
+        self.lora_rank = lora_rank
+        scale = self.layout.scale if lora_rank is None else self.layout.scale_at(lora_rank)
         for layer in self.network.modules():
             if isinstance(layer, LoraLayer):
                 layer.scaling["default"] = scale
 
-    def merged_weights(self, merged_delta: np.ndarray) -> np.ndarray:
+    def merge_weights(self, merged_delta: np.ndarray) -> np.ndarray:
         """Adds `merged_delta` (float32, the products in order) to the adapted layers' weights; as uint8 bytes."""
-        parts, products = [], self.layout.products(borrow(merged_delta))
+        weights, products = [], self.layout.products(borrow(merged_delta))
         for layer, weight, product_OI in zip(self.adapted_layers(), self.originals, products, strict=True):
             product = product_OI.T if is_transposed(layer) else product_OI
             changed = weight.float() + product.to(weight.device)
-            parts.append(changed.to(weight.dtype).reshape(-1).view(torch.uint8).cpu())
-        return torch.cat(parts).numpy()
+            weights.append(changed.to(weight.dtype).reshape(-1).view(torch.uint8).cpu())
+        return torch.cat(weights).numpy()
 
-    def use_weights(self, merged: torch.Tensor | None) -> None:
-        """Points the adapted layers at `merged` (uint8, from `merged_weights`), or at the base's weights if None."""
-        parts = self.originals if merged is None else merged.split([weight.nbytes for weight in self.originals])
-        for layer, weight, part in zip(self.adapted_layers(), self.originals, parts, strict=True):
-            layer.weight.data = part.view(weight.dtype).view(weight.shape)
+    def use_merged(self, merged: torch.Tensor | None) -> None:
+        """Points the adapted layers at `merged` (uint8, from `merge_weights`), or at the base's weights if None."""
+        flat_weights = self.originals if merged is None else merged.split([weight.nbytes for weight in self.originals])
+        for layer, original, flat in zip(self.adapted_layers(), self.originals, flat_weights, strict=True):
+            layer.weight.data = flat.view(original.dtype).view(original.shape)

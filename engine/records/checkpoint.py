@@ -50,7 +50,7 @@ def save_checkpoint(folder: Path, saved: Saved, keep: int, read: Read = lambda s
         shutil.rmtree(scratch, ignore_errors=True)
     round_ = saved.state.round
     facts = {name: value for name, value in vars(saved).items() if name not in ("state", "passed_over")}
-    write_folder(folder / f"{round_:05d}", _files(saved.state.parts, facts | {"round": round_}, read))
+    write_folder(folder / f"{round_:05d}", _files(saved.state.shards, facts | {"round": round_}, read))
     checkpoints = _checkpoints(folder)
     reached = [path for path in checkpoints if int(path.name) <= round_]
     for path in (*reached[:-keep], *checkpoints[len(reached) :]):  # a resumed run has passed over those after it
@@ -79,22 +79,22 @@ def _load(folder: Path, passed_over: tuple[str, ...], hold: Hold) -> Saved:
     round_, digests = int(facts["round"]), dict(facts["files"])
     if not digests or digests.keys() not in ({STATE}, {SHARD.format(rank) for rank in range(len(digests))}):
         raise ValueError(f"it lists no state: {', '.join(digests) or 'nothing'}")
-    parts, nbytes = [], 0
+    shards, nbytes = [], 0
     for name in sorted(digests):
         shard, size = _shard(folder / name, digests[name], round_)
-        parts.append(hold(shard))
+        shards.append(hold(shard))
         nbytes += size
     figures = float(facts["wall_s"]), float(facts["clip"]), int(facts["aborts"]), int(facts["lanes"])
     last_sum = int(facts.get("last_sum", round_))  # earlier versions' checkpoints do not have it
     costs = [float(cost) for cost in facts["costs"]]
-    return Saved(ShardedState(round_, tuple(parts), nbytes), *figures, costs, passed_over, last_sum)
+    return Saved(ShardedState(round_, tuple(shards), nbytes), *figures, costs, passed_over, last_sum)
 
 
-def _files(parts: tuple[Any, ...], facts: dict[str, Any], read: Read) -> Iterator[tuple[str, bytes]]:
+def _files(shards: tuple[Any, ...], facts: dict[str, Any], read: Read) -> Iterator[tuple[str, bytes]]:
     """Yields the files of a checkpoint one after another, the facts last."""
     digests = {}
-    for rank, part in enumerate(parts):
-        name, content = STATE if len(parts) == 1 else SHARD.format(rank), _content(read(part))
+    for rank, shard in enumerate(shards):
+        name, content = STATE if len(shards) == 1 else SHARD.format(rank), _content(read(shard))
         digests[name] = sha256(content).hexdigest()
         yield name, content
     facts |= {"files": digests}

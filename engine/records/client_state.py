@@ -20,7 +20,7 @@ SHELVES = 256  # folders, so that no single one holds all clients
 STRATEGY, OPTIMIZER = "strategy.", "optimizer."  # owners of entries; a transform's begin with transform0. and so on
 
 
-def part(state: ClientState, owner: str) -> ClientState:
+def owned_by(state: ClientState, owner: str) -> ClientState:
     """Returns the entries of one owner, under its own names."""
     return {name.removeprefix(owner): tensor for name, tensor in state.items() if name.startswith(owner)}
 

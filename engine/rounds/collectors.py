@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from datasets_partition.store.store import Store
-from engine.aggregation.ring_encoding import Plan
 from engine.config.availability import Leaving, Trace, too_late
 from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage, share
@@ -16,6 +15,7 @@ from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Work
 from engine.objectives.base import Objective, client_figures, figure_bounds, figure_metrics
 from engine.rounds.server import Shards
+from strategies.privacy.checks import NoisePlan
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,19 @@ class ClearCollector:
     shards: Shards
     trace: Trace | None = None
 
-    def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
-        """Dispatches the work of a round, which starts from `broadcast`, and collects its sums."""
+    def collect(self, work: Work, message: BroadcastMessage) -> Collected:
+        """Dispatches the work of a round, which starts from `message`, and collects its sums."""
         federation = self.federation
-        gone = federation.clients.availability.gone(work.clients, federation.seed, broadcast.round, self.trace)
+        gone = federation.clients.availability.gone(work.clients, federation.seed, message.round, self.trace)
         there = work.of(~np.isin(work.clients, list(gone))) if gone else work
-        worked = self.shards.pool.train(there, share(broadcast), broadcast.lanes)
+        worked = self.shards.pool.train(there, share(message), message.lanes)
         reports, good = worked.reports, [report for report in worked.reports if report.good]
         sums, read = self.shards.sums(worked) if good else ([], 0)
-        messages, nbytes = _messages(reports, good), broadcast.nbytes + read + worked.nbytes
+        messages, nbytes = _messages(reports, good), message.nbytes + read + worked.nbytes
         metrics, why = _metrics(good, federation.train.objective), reasons(gone, reports)
         return Collected(reports, sums, metrics, messages, why, store_bytes=nbytes, busy=worked.busy)
 
-    def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
+    def client_clip(self, plan: NoisePlan | None, clip: float, clients: int, round_: int) -> float:
         """Returns the norm to which clients clip where the server counts on `clip`: nothing is rounded on the way."""
         return clip
 

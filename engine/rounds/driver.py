@@ -22,8 +22,8 @@ from engine.rounds.evaluation import Evaluation, PoolEvaluator, baselines, witho
 from engine.rounds.outputs import finish, write_checkpoint
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
-from engine.rounds.round_loop import Callback, RunParts, round_loop
-from engine.rounds.server import DriverShards, RankShards, move_base
+from engine.rounds.round_loop import Callback, RunSetup, round_loop
+from engine.rounds.server import DriverShards, RankShards, merge_into_base
 from engine.scheduling.pool import Pool
 from engine.system.allocator import use_large_pages
 from engine.system.atomic import write_file
@@ -31,7 +31,7 @@ from engine.system.failures import cause_of
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class RunOptions:
     """Where a run reads and writes, and what it does beside the recipe's rounds."""
 
     store: Path
@@ -48,10 +48,10 @@ class RunPlan:
 class Driver:
     """One run of a federation, from the first actor to the exported model."""
 
-    def __init__(self, federation: Federation, plan: RunPlan) -> None:
+    def __init__(self, federation: Federation, options: RunOptions) -> None:
         use_large_pages()
         torch.set_num_threads(1)
-        self.federation, self.plan = federation, plan
+        self.federation, self.options = federation, options
         self.stopping = False
 
     def stop(self) -> None:
@@ -73,49 +73,49 @@ class Driver:
             if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise RunError(
-                f"the disk that holds {self.plan.folder} is full; free some space and run again with --resume: "
+                f"the disk that holds {self.options.folder} is full; free some space and run again with --resume: "
                 f"what was written before is whole"
             ) from error
 
     def _run(self, at_end: ExitStack) -> Iterator[Event]:
-        federation, plan = self.federation, self.plan
+        federation, options = self.federation, self.options
 
         yield Preparing("starting slots, reading the base, tokenizing rows")
-        pool = Pool.start(federation, plan.folder / "client_state", plan.store, plan.shared)
-        parts = self._parts(pool)
-        saved = load_checkpoint(plan.folder / "checkpoints", hold=parts.shards.hold) if plan.resume else None
+        pool = Pool.start(federation, options.folder / "client_state", options.store, options.shared)
+        setup = self._setup(pool)
+        saved = load_checkpoint(options.folder / "checkpoints", hold=setup.shards.hold) if options.resume else None
         if saved is not None:
-            parts.shards.refuse_other(saved.state)
-        logs = Logs.under(plan.folder, federation.privacy.secagg.mode, saved.wall_s if saved else 0.0)
-        lanes = saved.lanes if saved else choose_lanes(federation, parts.shards, parts.initial, parts.population)
-        loop = round_loop(parts, logs, lanes, saved)
+            setup.shards.refuse_other(saved.state)
+        logs = Logs.under(options.folder, federation.privacy.secagg.mode, saved.wall_s if saved else 0.0)
+        lanes = saved.lanes if saved else choose_lanes(federation, setup.shards, setup.initial, setup.population)
+        loop = round_loop(setup, logs, lanes, saved)
         at_end.callback(_record_last_faults, loop.recorder)
         self._begin_folder(pool, loop.recorder, saved)
         yield Started(
             pool.size,
             federation.clients.slots,
-            training=parts.population,
-            unseen=parts.store.num_clients - parts.population,
-            dropped_rows=int(sum(parts.tokens.dropped(split).sum() for split in ("train", "heldout"))),
+            training=setup.population,
+            unseen=setup.store.num_clients - setup.population,
+            dropped_rows=int(sum(setup.tokens.dropped(split).sum() for split in ("train", "heldout"))),
             parameters=pool.layout.size,
             base_bytes=pool.base_bytes,
             without_gpu=pool.without_gpu,
             resumed=saved.state.round if saved else None,
             lanes=lanes,
-            notes=plan.notes + loop.privacy.warned + (saved.passed_over if saved else ()),
+            notes=options.notes + loop.privacy.warned + (saved.passed_over if saved else ()),
         )
 
-        evaluator = PoolEvaluator(parts, logs)
+        evaluator = PoolEvaluator(setup, logs)
         evaluation = Evaluation(evaluator)
         # In this order: after each round, and once the model is exported.
         callbacks: list[Callback] = [evaluation.after_round, loop.recorder.after_round]
-        callbacks.append(partial(write_checkpoint, parts, loop))
-        comparisons: list[Callback] = [partial(baselines, evaluator, loop)] if plan.baselines else []
+        callbacks.append(partial(write_checkpoint, setup, loop))
+        comparisons: list[Callback] = [partial(baselines, evaluator, loop)] if options.baselines else []
         if federation.evaluate.without_privacy:
             comparisons.append(partial(without_privacy, evaluator, loop))
 
-        state = saved.state if saved else parts.initial
-        move_base(parts.shards, None, state)
+        state = saved.state if saved else setup.initial
+        merge_into_base(setup.shards, None, state)
         yield from evaluation.before_rounds(state, resumed=saved is not None)
         if saved is None:
             logs.flush(state.round)
@@ -125,17 +125,17 @@ class Driver:
             for callback in callbacks:
                 yield from callback(state)
             if self.stopping and state.round < federation.rounds:
-                yield from write_checkpoint(parts, loop, state, stopping=True)
+                yield from write_checkpoint(setup, loop, state, stopping=True)
                 yield Stopped(state.round)
                 break
         else:
             yield from finish(evaluator, loop, state, comparisons)
         pool.stop()
 
-    def _parts(self, pool: Pool) -> RunParts:
+    def _setup(self, pool: Pool) -> RunSetup:
         """Returns what all rounds work with; RunError if clients have nothing to train on."""
-        federation, plan = self.federation, self.plan
-        store, tokens = Store.open(plan.store), Tokens.open(pool.columns.folder)
+        federation, options = self.federation, self.options
+        store, tokens = Store.open(options.store), Tokens.open(pool.columns.folder)
         if empty := tokens.empty_clients():
             raise RunError(
                 f"{len(empty)} clients have no training row left after the cut to train.max_length = "
@@ -145,12 +145,12 @@ class Driver:
         population = store.num_training
         federation.cohort.sample(population, federation.seed, 0)  # which raises an error if it cannot
         shards = (DriverShards if pool.partition is None else RankShards)(federation, pool, population)
-        return RunParts(federation, pool, shards, shards.initial(), store, tokens, plan.folder, plan.elsewhere)
+        return RunSetup(federation, pool, shards, shards.initial(), store, tokens, options.folder, options.elsewhere)
 
     def _begin_folder(self, pool: Pool, recorder: Recorder, saved: Saved | None) -> None:
         """Writes the run folder's first files, now that model, data and resources have been found good."""
-        folder = self.plan.folder
-        for name, content in self.plan.files.items():
+        folder = self.options.folder
+        for name, content in self.options.files.items():
             folder.mkdir(parents=True, exist_ok=True)
             write_file(folder / name, content)
         if self.federation.keeps_state:
@@ -158,7 +158,7 @@ class Driver:
             pool.refuse_lost_states()
         for log in recorder.logs:
             log.forget_after(saved.state.round if saved else -1)
-        recorder.faults(self.plan.lost)
+        recorder.faults(self.options.lost)
         recorder.logs.faults.append(recorder.round)
 
 

@@ -15,8 +15,8 @@ from engine.messages.events import Evaluated, Event, Fault
 from engine.messages.reports import FLOAT_BYTES
 from engine.messages.shards import ShardedState, borrow
 from engine.records.metrics import Logs
-from engine.rounds.round_loop import RoundLoop, RunParts, round_loop
-from engine.rounds.server import move_base
+from engine.rounds.round_loop import RoundLoop, RunSetup, round_loop
+from engine.rounds.server import merge_into_base
 from engine.scheduling.dispatcher import Later
 from engine.scheduling.worker_kinds import Reference
 from engine.workers.evaluator import ClientLoss, pooled
@@ -32,34 +32,34 @@ class Pending:
     """An evaluation of the model after `round` that workers do beside the next round, by split."""
 
     round: int
-    parts: list[tuple[str, Later]]
+    by_split: list[tuple[str, Later]]
 
 
 @dataclass(frozen=True)
 class PoolEvaluator:
-    """Evaluates models on the pool and writes their losses. A `vector` stands for a model: see DriverShards.vector."""
+    """Evaluates models on the pool and writes their losses. A `message` carries one: DriverShards.model_message."""
 
-    parts: RunParts
+    setup: RunSetup
     logs: Logs
 
-    def losses(self, vector: Any, round_: int, name: str = "loss", *, protocol: bool = False) -> Losses:
-        """Returns the loss of each split that has rows; a baseline is no part of the federation's `protocol`."""
-        return self.end(self.begin(vector, round_), name, protocol=protocol)
+    def losses(self, message: Any, round_: int, name: str = "loss", *, protocol: bool = False) -> Losses:
+        """Returns the loss of each split that has rows; a baseline is outside of the federation's `protocol`."""
+        return self.end(self.begin(message, round_), name, protocol=protocol)
 
-    def begin(self, vector: Any, round_: int) -> Pending:
+    def begin(self, message: Any, round_: int) -> Pending:
         """Begins an evaluation, for workers that have nothing else to do."""
 
         def later(split: str) -> Later:
-            limit, chunks = self._limit(split), np.array_split(self.judged(split), CHUNKS * self.parts.pool.size)
+            limit, chunks = self._limit(split), np.array_split(self.judged(split), CHUNKS * self.setup.pool.size)
             left = deque(chunk.tolist() for chunk in chunks if len(chunk))
-            return Later(left, lambda actor, chunk: actor.evaluate.remote(chunk, vector, limit))
+            return Later(left, lambda actor, chunk: actor.evaluate.remote(chunk, message, limit))
 
         return Pending(round_, [(split, later(split)) for split in SPLITS])
 
     def end(self, pending: Pending, name: str = "loss", *, protocol: bool = True) -> Losses:
         """Returns the losses of a pending evaluation; evaluates now what no worker has had time for."""
         losses = {}
-        for split, later in pending.parts:
+        for split, later in pending.by_split:
             left = np.array([client for chunk in later.chunks for client in chunk], np.int64)
             later.chunks.clear()
             later.results.extend(self._map(left, split, later.call))
@@ -67,51 +67,51 @@ class PoolEvaluator:
                 losses[split] = self._record(later.results, pending.round, split, name, protocol=protocol)
         return losses
 
-    def local_only(self, start: Any, round_: int, steps: np.ndarray, name: str) -> Losses:
+    def local_only(self, message: Any, round_: int, steps: np.ndarray, name: str) -> Losses:
         """Returns the loss where each client that is evaluated trains alone for its `steps` (N,), as loss_`name`."""
         clients = self.judged("heldout")
-        losses = self.parts.pool.map(
-            clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, start, steps[chunk].tolist())
+        losses = self.setup.pool.map(
+            clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, message, steps[chunk].tolist())
         )
         return {"heldout": self._record(losses, round_, "heldout", f"loss_{name}")}
 
-    def personal(self, broadcast: BroadcastMessage, round_: int) -> Losses:
+    def personal(self, message: BroadcastMessage, round_: int) -> Losses:
         """Returns the loss of each client's own model; nothing if no client has one."""
-        shared, clients, limit = share(broadcast), self.judged("heldout"), self._limit("heldout")
-        losses = self._map(clients, "heldout", lambda actor, part: actor.evaluate_personal.remote(part, shared, limit))
+        shared, clients, limit = share(message), self.judged("heldout"), self._limit("heldout")
+        losses = self._map(clients, "heldout", lambda actor, some: actor.evaluate_personal.remote(some, shared, limit))
         return {"heldout": self._record(losses, round_, "heldout", "loss_personal", protocol=True)} if losses else {}
 
     def judged(self, split: str) -> np.ndarray:
         """Returns the clients (N,) of a split that have rows to be evaluated on."""
-        training, clients = self.parts.store.num_training, self.parts.store.num_clients
+        training, clients = self.setup.store.num_training, self.setup.store.num_clients
         first, last = {"heldout": (0, training), "unseen": (training, clients), "server": (clients, None)}[split]
-        return first + np.flatnonzero(self.parts.tokens.counts("heldout")[first:last])
+        return first + np.flatnonzero(self.setup.tokens.counts("heldout")[first:last])
 
     def _map(self, clients: np.ndarray, split: str, call: Callable[[Any, list[int]], Reference]) -> list[Any]:
-        costs = np.minimum(self.parts.tokens.counts("heldout")[clients], self._limit(split))
-        return self.parts.pool.map(clients, costs, call)
+        costs = np.minimum(self.setup.tokens.counts("heldout")[clients], self._limit(split))
+        return self.setup.pool.map(clients, costs, call)
 
     def _limit(self, split: str) -> int:
         """The most rows that count: `server_rows` of the server's rows, `rows` of a client's."""
-        return self.parts.federation.evaluate.server_rows if split == "server" else self.parts.federation.evaluate.rows
+        return self.setup.federation.evaluate.server_rows if split == "server" else self.setup.federation.evaluate.rows
 
     def _record(self, losses: list[ClientLoss], round_: int, split: str, name: str, *, protocol: bool = False) -> float:
         """Writes the mean losses and returns that of the held-out term, such as nats per token.
 
         In the `protocol` clients receive the global model and send their losses, but not under secure aggregation.
         """
-        logs, count, objective = self.logs, len(losses), self.parts.federation.train.objective
+        logs, count, objective = self.logs, len(losses), self.setup.federation.train.objective
         if protocol and split != "server":
             if name == "loss":
-                logs.ledger.received(round_, "client", "sum", count, count * self.parts.pool.layout.size * FLOAT_BYTES)
-            if not self.parts.federation.privacy.secure:
+                logs.ledger.received(round_, "client", "sum", count, count * self.setup.pool.layout.size * FLOAT_BYTES)
+            if not self.setup.federation.privacy.secure:
                 logs.ledger.received(round_, "server", "metric", count, count * FLOAT_BYTES)
                 ordered = sorted(losses, key=lambda loss: loss.client)
-                names = self.parts.store.names([loss.client for loss in ordered])
+                names = self.setup.store.names([loss.client for loss in ordered])
                 logs.metrics.add_each(round_, split, names, [loss.metrics(name, objective) for loss in ordered])
-        whole = pooled(losses, objective)
-        metrics = whole.metrics(name, objective)
-        counts = {"tokens": metrics.pop("tokens"), "rows": float(whole.rows)}
+        pooled_loss = pooled(losses, objective)
+        metrics = pooled_loss.metrics(name, objective)
+        counts = {"tokens": metrics.pop("tokens"), "rows": float(pooled_loss.rows)}
         logs.metrics.add(round_, split, None, **metrics, **(counts if protocol else {}))
         return metrics[name]
 
@@ -129,11 +129,11 @@ class Evaluation:
     def before_rounds(self, state: ShardedState, *, resumed: bool) -> Iterator[Event]:
         """Evaluates the state that the run starts from, unless a resumed run has done so."""
         if not resumed or (self._is_due(state) and not self.evaluator.logs.metrics.judged(state.round)):
-            yield from self._evaluate(state, overlap=resumed and self.evaluator.parts.federation.evaluate.overlap)
+            yield from self._evaluate(state, overlap=resumed and self.evaluator.setup.federation.evaluate.overlap)
 
     def after_round(self, state: ShardedState) -> Iterator[Event]:
         """Ends the pending evaluation, and evaluates the state if it is its turn."""
-        federation, pool = self.evaluator.parts.federation, self.evaluator.parts.pool
+        federation, pool = self.evaluator.setup.federation, self.evaluator.setup.pool
         if self.pending is not None:
             pending, self.pending, pool.later = self.pending, None, []
             yield Evaluated(pending.round, self.evaluator.end(pending))
@@ -145,64 +145,64 @@ class Evaluation:
                 yield from self._personal(state, last=last)
 
     def _is_due(self, state: ShardedState) -> bool:
-        every = self.evaluator.parts.federation.evaluate.every
+        every = self.evaluator.setup.federation.evaluate.every
         return every > 0 and state.round > 0 and state.round % every == 0
 
     def _evaluate(self, state: ShardedState, *, overlap: bool) -> Iterator[Event]:
-        evaluator, parts, began = self.evaluator, self.evaluator.parts, time.monotonic()
-        vector = parts.shards.vector(state)
+        evaluator, setup, began = self.evaluator, self.evaluator.setup, time.monotonic()
+        message = setup.shards.model_message(state)
         if overlap:
-            self.pending = evaluator.begin(vector, state.round)
-            parts.pool.later = [later for _, later in self.pending.parts]
+            self.pending = evaluator.begin(message, state.round)
+            setup.pool.later = [later for _, later in self.pending.by_split]
             return
-        losses = evaluator.losses(vector, state.round, protocol=True)
+        losses = evaluator.losses(message, state.round, protocol=True)
         evaluator.logs.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
         yield Evaluated(state.round, losses)
 
     def _personal(self, state: ShardedState, *, last: bool) -> Iterator[Event]:
         """The clients' own models, if they have any; at the end also the global one, trained a little by each."""
-        evaluator, parts = self.evaluator, self.evaluator.parts
-        personalizes = parts.federation.strategy.personalizes
-        if personalizes and (losses := evaluator.personal(parts.shards.broadcast(state), state.round)):
+        evaluator, setup = self.evaluator, self.evaluator.setup
+        personalizes = setup.federation.strategy.personalizes
+        if personalizes and (losses := evaluator.personal(setup.shards.broadcast_message(state), state.round)):
             yield Evaluated(state.round, losses, "personal")
-        if last and parts.federation.evaluate.finetune:
-            steps = np.full(parts.population, parts.federation.evaluate.finetune)
-            losses = evaluator.local_only(parts.shards.vector(state), state.round, steps, "finetuned")
+        if last and setup.federation.evaluate.finetune:
+            steps = np.full(setup.population, setup.federation.evaluate.finetune)
+            losses = evaluator.local_only(setup.shards.model_message(state), state.round, steps, "finetuned")
             yield Evaluated(state.round, losses, "finetuned")
 
 
 def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
-    """Spends the federation's steps on one pooled model, and in equal parts on each client's own; evaluates both.
+    """Spends the federation's steps on one pooled model, and in equal shares on each client's own; evaluates both.
 
-    Every round has an equal part of a model's steps, with the learning rates of `train.over_rounds` and `over_steps`.
+    Every round has an equal share of a model's steps, with the learning rates of `train.over_rounds` and `over_steps`.
     """
-    parts, shards, clients = evaluator.parts, evaluator.parts.shards, evaluator.parts.population
+    setup, shards, clients = evaluator.setup, evaluator.setup.shards, evaluator.setup.population
     if evaluator.logs.metrics.judged(state.round, "loss_centralized"):  # before the run was resumed
         return
-    move_base(shards, state, None)
+    merge_into_base(shards, state, None)
     total = loop.planner.total_steps()
     # The remainder goes to some clients, one step each; if there are fewer steps than clients, all take one.
     steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
-    start = shards.vector(parts.initial)
-    yield Evaluated(state.round, evaluator.local_only(start, state.round, steps, "local_only"), "local_only")
-    trained_P = parts.pool.ask(lambda actor: actor.centralized.remote([*range(clients)], start, total), long=True)
-    pooled = share(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))))
-    yield Evaluated(state.round, evaluator.losses(pooled, state.round, "loss_centralized"), "centralized")
-    move_base(shards, None, state)
+    message = shards.model_message(setup.initial)
+    yield Evaluated(state.round, evaluator.local_only(message, state.round, steps, "local_only"), "local_only")
+    trained_P = setup.pool.ask(lambda actor: actor.centralized.remote([*range(clients)], message, total), long=True)
+    pooled_message = share(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))))
+    yield Evaluated(state.round, evaluator.losses(pooled_message, state.round, "loss_centralized"), "centralized")
+    merge_into_base(shards, None, state)
 
 
 def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
     """Shows what privacy costs: plays the rounds again without it, of which only faults and losses are written."""
-    parts, federation, recorder = evaluator.parts, evaluator.parts.federation, loop.recorder
+    setup, federation, recorder = evaluator.setup, evaluator.setup.federation, loop.recorder
     if evaluator.logs.metrics.judged(state.round, "loss_not_private"):  # before the run was resumed
         return
     privacy = Privacy(rows_cap=federation.privacy.rows_cap)
     evaluate = replace(federation.evaluate, without_privacy=False)
-    parts = replace(parts, federation=replace(federation, privacy=privacy, evaluate=evaluate))
-    logs = Logs.under(parts.folder)
-    plain_loop = round_loop(parts, logs, loop.lanes)
-    move_base(parts.shards, state, None)
-    plain = parts.initial
+    setup = replace(setup, federation=replace(federation, privacy=privacy, evaluate=evaluate))
+    logs = Logs.under(setup.folder)
+    plain_loop = round_loop(setup, logs, loop.lanes)
+    merge_into_base(setup.shards, state, None)
+    plain = setup.initial
     try:
         while plain.round < federation.rounds:
             plain, played = plain_loop.play(plain)
@@ -211,6 +211,6 @@ def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedSta
     except RunError as error:  # such as training that diverges where nothing is clipped; the run itself has its model
         recorder.faults([Fault("round", str(plain.round + 1), f"played again without privacy: {error}")])
     else:
-        losses = evaluator.losses(parts.shards.vector(plain), state.round, "loss_not_private")
+        losses = evaluator.losses(setup.shards.model_message(plain), state.round, "loss_not_private")
         yield Evaluated(state.round, losses, "not_private")
-    move_base(parts.shards, plain, state)
+    merge_into_base(setup.shards, plain, state)

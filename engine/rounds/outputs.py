@@ -11,8 +11,8 @@ from engine.models.export import model_card
 from engine.records.checkpoint import save_checkpoint
 from engine.records.metrics import loss_table
 from engine.rounds.evaluation import PoolEvaluator
-from engine.rounds.round_loop import Callback, RoundLoop, RunParts
-from engine.rounds.server import move_base
+from engine.rounds.round_loop import Callback, RoundLoop, RunSetup
+from engine.rounds.server import merge_into_base
 from engine.system.atomic import write_file
 from engine.training.generation import Prompt, as_text
 from strategies.core.seeds import rng
@@ -21,13 +21,13 @@ SAMPLE_TOKENS = 40
 
 
 def write_checkpoint(
-    parts: RunParts, loop: RoundLoop, state: ShardedState, *, stopping: bool = False
+    setup: RunSetup, loop: RoundLoop, state: ShardedState, *, stopping: bool = False
 ) -> Iterator[Event]:
     """Writes a checkpoint if it is the turn of the round, or the last round; if `stopping`, where it was not."""
-    checkpoint = parts.federation.checkpoint
-    is_turn = state.round == parts.federation.rounds or state.round % checkpoint.every == 0
+    checkpoint = setup.federation.checkpoint
+    is_turn = state.round == setup.federation.rounds or state.round % checkpoint.every == 0
     if is_turn != stopping:
-        save_checkpoint(parts.folder / "checkpoints", loop.saved(state), checkpoint.keep, parts.shards.read)
+        save_checkpoint(setup.folder / "checkpoints", loop.saved(state), checkpoint.keep, setup.shards.read)
         yield Checkpointed(state.round)
 
 
@@ -35,39 +35,39 @@ def finish(
     evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState, comparisons: Sequence[Callback]
 ) -> Iterator[Event]:
     """Exports the folder `model` first, which is what the run is for; then come the comparisons, and samples."""
-    parts, shards = evaluator.parts, evaluator.parts.shards
-    metrics, merged = parts.folder / "metrics", shards.merged(state) is not None
+    setup, shards = evaluator.setup, evaluator.setup.shards
+    metrics, merged = setup.folder / "metrics", shards.merged_delta(state) is not None
 
     def card() -> str:
-        losses, facts = loss_table(metrics, state.round), parts.store.manifest
-        return model_card(parts.federation, losses, facts, merged=merged, spent=loop.privacy.statement)
+        losses, facts = loss_table(metrics, state.round), setup.store.manifest
+        return model_card(setup.federation, losses, facts, merged=merged, spent=loop.privacy.statement)
 
-    parts.pool.export(parts.folder / "model", shards.vector(state), card())
+    setup.pool.export(setup.folder / "model", shards.model_message(state), card())
     for compare in comparisons:
         yield from compare(state)
         evaluator.logs.append(state.round)
     if comparisons:
-        write_file(parts.folder / "model" / "README.md", card().encode())
+        write_file(setup.folder / "model" / "README.md", card().encode())
 
-    rows, vector = _sampled_rows(evaluator), shards.vector(state)
+    rows, message = _sampled_rows(evaluator), shards.model_message(state)
 
-    def continuations(vector: Any) -> Any:
+    def continuations(message: Any) -> Any:
         prompts = [prompt for prompt, _ in rows]
-        return parts.pool.ask(lambda actor: actor.generate.remote(vector, prompts, SAMPLE_TOKENS))
+        return setup.pool.ask(lambda actor: actor.generate.remote(message, prompts, SAMPLE_TOKENS))
 
-    after = continuations(vector)
-    del vector  # the object store need not hold two
-    move_base(shards, state, None)
-    before = continuations(shards.vector(parts.initial))
+    after = continuations(message)
+    del message  # the object store need not hold two
+    merge_into_base(shards, state, None)
+    before = continuations(shards.model_message(setup.initial))
     texts = zip(rows, before, after, strict=True)
     samples = [Sample(as_text(prompt), completion, old, new) for (prompt, completion), old, new in texts]
-    write_file(parts.folder / "samples.json", json.dumps([asdict(sample) for sample in samples], indent=1).encode())
-    yield Finished(parts.folder, loss_table(metrics, state.round), samples)
+    write_file(setup.folder / "samples.json", json.dumps([asdict(sample) for sample in samples], indent=1).encode())
+    yield Finished(setup.folder, loss_table(metrics, state.round), samples)
 
 
 def _sampled_rows(evaluator: PoolEvaluator) -> list[tuple[Prompt, str]]:
     """Prompt and completion (or last turn) of a few rows of unseen (else training) clients, drawn by the seed."""
-    federation, store = evaluator.parts.federation, evaluator.parts.store
+    federation, store = evaluator.setup.federation, evaluator.setup.store
     unseen = evaluator.judged("unseen")
     clients = unseen if len(unseen) else evaluator.judged("heldout")
     draw = rng(federation.seed, 0, -1, "sample")

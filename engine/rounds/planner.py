@@ -103,7 +103,7 @@ def choose_lanes(federation: Federation, shards: Shards, initial: ShardedState, 
     most = int(cohort.expected(population)) // shards.pool.size
     if excludes_lanes(federation) or federation.clients.zero or most < 2:
         return 1
-    vector = shards.vector(initial)
+    message = shards.model_message(initial)
     neighbors = max(Counter(shards.pool.nodes.values()).values())
-    lanes: int = shards.pool.ask(lambda actor: actor.best_lanes.remote(vector, most, population, neighbors))
+    lanes: int = shards.pool.ask(lambda actor: actor.best_lanes.remote(message, most, population, neighbors))
     return lanes

@@ -57,10 +57,10 @@ class RoundLoop:
         # Plan: who trains, on which version of the model, within which norm and with which noise.
         work = self.planner.work(state.round)
         clip, privacy = self.privacy.clip, self.privacy.charge()
-        broadcast = self._broadcast(state, work)
+        message = self._round_message(state, work)
 
         # Dispatch the work and collect what the server may learn of it.
-        collected = self.collector.collect(work, broadcast)
+        collected = self.collector.collect(work, message)
         self.planner.learn(work, collected.reports)
         faults = self.recorder.collected(collected)
         self._abort_if_too_few(collected, len(work.clients), round_)
@@ -82,12 +82,12 @@ class RoundLoop:
         wall_s, costs = self.recorder.logs.metrics.wall_s, self.planner.costs.sums.tolist()
         return Saved(state, wall_s, self.privacy.clip, self.aborts, self.lanes, costs, last_sum=self.journal.model)
 
-    def _broadcast(self, state: ShardedState, work: Work) -> BroadcastMessage:
-        plan, oldest = self.privacy.plan, self.planner.oldest(state.round)
+    def _round_message(self, state: ShardedState, work: Work) -> BroadcastMessage:
+        plan, oldest = self.privacy.noise_plan, self.planner.oldest(state.round)
         clients, lanes, full_rows = len(work.clients), self.lanes, self.planner.full_rows(work.clients)
         clip = 0.0 if plan is None else self.collector.client_clip(plan, self.privacy.clip, clients, state.round)
-        broadcast = self.shards.broadcast(state)
-        return replace(broadcast, oldest=oldest, lanes=lanes, dp=plan, clip=clip, full_rows=full_rows)
+        message = self.shards.broadcast_message(state)
+        return replace(message, oldest=oldest, lanes=lanes, noise_plan=plan, clip=clip, full_rows=full_rows)
 
     def _abort_if_too_few(self, collected: Collected, cohort: int, round_: int) -> None:
         """Takes the sums out of a round in which too few clients gave an update; RunError if that ends the run."""
@@ -115,7 +115,7 @@ class RoundLoop:
 
 
 @dataclass(frozen=True)
-class RunParts:
+class RunSetup:
     """What all rounds of a run work with."""
 
     federation: Federation
@@ -133,17 +133,17 @@ class RunParts:
         return self.store.num_training
 
 
-def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None = None) -> RoundLoop:
+def round_loop(setup: RunSetup, logs: Logs, lanes: int = 1, saved: Saved | None = None) -> RoundLoop:
     """Returns the loop of a run's rounds, from the start or from what was `saved`; ValueError if it cannot be."""
-    federation, store, shards = parts.federation, parts.store, parts.shards
+    federation, store, shards = setup.federation, setup.store, setup.shards
     costs = Costs(np.array(saved.costs)) if saved and saved.costs else Costs()
-    planner = Planner(federation, parts.tokens, parts.population, costs)
+    planner = Planner(federation, setup.tokens, setup.population, costs)
     begun = (saved.state.round, saved.clip, saved.aborts, saved.last_sum) if saved else (0, None, 0, 0)
     round_, clip, aborts, last_sum = begun
-    rows, unit = parts.tokens.counts("train")[: parts.population], store.manifest.get("unit")
-    steps = planner.most_steps() * shards.trainings(parts.initial)  # all trainings of a client see its rows
-    privacy = PrivacyAccount.open(federation, parts.pool.layout, parts.folder, rows, steps, round_, clip, unit)
-    journal = Journal(parts.folder, parts.elsewhere, last_sum)
+    rows, unit = setup.tokens.counts("train")[: setup.population], store.manifest.get("unit")
+    steps = planner.most_steps() * shards.trainings(setup.initial)  # all trainings of a client see its rows
+    privacy = PrivacyAccount.open(federation, setup.pool.layout, setup.folder, rows, steps, round_, clip, unit)
+    journal = Journal(setup.folder, setup.elsewhere, last_sum)
     too_few = partial(shortfall, federation, store)
     path = federation.clients.availability.trace
     trace = None if path is None else Trace.open(Path(path), store.names(list(range(store.num_clients))))
@@ -153,6 +153,7 @@ def round_loop(parts: RunParts, logs: Logs, lanes: int = 1, saved: Saved | None 
         most_tokens = planner.most_steps() * train.batch * train.accumulate * train.max_length
         relay = start_relay(shards, federation.privacy.secagg.on_slot_death)
         collector = SecureCollector(federation, relay, most_tokens, journal, too_few, trace)
-        collector.refuse_small_ring(privacy.plan, privacy.clip, federation.cohort.largest(parts.population), round_)
-    recorder, states = Recorder(store, parts.pool, logs, round_), parts.folder / "client_state"
+        largest = federation.cohort.largest(setup.population)
+        collector.refuse_small_ring(privacy.noise_plan, privacy.clip, largest, round_)
+    recorder, states = Recorder(store, setup.pool, logs, round_), setup.folder / "client_state"
     return RoundLoop(federation, planner, shards, collector, too_few, privacy, journal, recorder, states, lanes, aborts)

@@ -14,11 +14,10 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.aggregation.ring_encoding import Plan, live_lengths, ring_sums, rounding
+from engine.aggregation.ring_encoding import ring_sums, rounding, sent_lengths_of
 from engine.aggregation.secure_clients import Authority, Opening
 from engine.config.availability import DIED_WITH_SLOT, LEFT_OUT, Leaving, Trace
 from engine.config.federation import Federation
-from engine.config.sections import Lora
 from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.errors import RunError
 from engine.messages.events import Fault
@@ -30,6 +29,7 @@ from engine.rounds.collectors import Collected, Message, reasons
 from engine.rounds.server import MaskedTotal, Shards
 from engine.system.failures import LOST, within
 from strategies.core.errors import StrategyError
+from strategies.privacy.checks import NoisePlan
 from strategies.secagg.messages import MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session
 from strategies.secagg.ring import Sums
@@ -120,13 +120,13 @@ class SecureCollector:
     shortfall: Shortfall
     trace: Trace | None = None
 
-    def collect(self, work: Work, broadcast: BroadcastMessage) -> Collected:
+    def collect(self, work: Work, message: BroadcastMessage) -> Collected:
         """Plays one secured round; it is aborted if the cohort, or what is left of it, is too small."""
         secagg, cohort, collected = self.federation.privacy.secagg, work.clients, Collected(by_client=False)
         assert secagg.mode != "off"
         if not len(cohort):
             return collected
-        plan = broadcast.dp
+        plan = message.noise_plan
         least = max(secagg.min_contributors, plan.least if plan is not None and plan.adds_to == "ring" else 0)
         try:
             self._refuse_thin(cohort.tolist(), least)
@@ -134,17 +134,17 @@ class SecureCollector:
         except (SumRefused, StrategyError) as error:
             collected.aborted = str(error)
             return collected
-        sums, gone = self.sums(plan, broadcast.clip, len(cohort), broadcast.round), self._gone(work, broadcast.round)
-        session = Session(broadcast.round, 0, parameters, sums, secagg.mode)
+        sums, gone = self.sums(plan, message.clip, len(cohort), message.round), self._gone(work, message.round)
+        session = Session(message.round, 0, parameters, sums, secagg.mode)
         leaving = {client: leaves.before for client, leaves in gone.items()}
-        if (total := self._play(session, work, broadcast, leaving, least, collected)) is not None:
+        if (total := self._play(session, work, message, leaving, least, collected)) is not None:
             count, weight, unmasked, figures = self.relay.shards.unmasked(total, plan)
             if weight == 0:
                 collected.aborted = "all weights are less than the ring's steps: raise privacy.secagg.bits"
             else:
                 collected.sums = unmasked
                 collected.metrics = figure_metrics(self.federation.train.objective, figures)
-                collected.clipped = self._clipped(figures, count, broadcast.round)
+                collected.clipped = self._clipped(figures, count, message.round)
         down, pool = round(sum(report.metrics[DOWN] for report in collected.reports)), self.relay.shards.pool
         collected.messages.insert(0, Message("client", "sum", len(collected.reports) if down else 0, down))
         collected.gone = reasons(gone, collected.reports) | collected.gone
@@ -152,7 +152,7 @@ class SecureCollector:
         return collected
 
     def _play(
-        self, session: Session, work: Work, broadcast: BroadcastMessage, gone: Gone, least: int, collected: Collected
+        self, session: Session, work: Work, message: BroadcastMessage, gone: Gone, least: int, collected: Collected
     ) -> MaskedTotal | None:
         """Plays sessions until one ends; returns the sum, None if it is aborted.
 
@@ -160,8 +160,8 @@ class SecureCollector:
         if too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
         could tell the difference between them.
         """
-        pool, shared, known = self.relay.shards.pool, share(broadcast), None
-        units = pool.units(work, broadcast.lanes)
+        pool, shared, known = self.relay.shards.pool, share(message), None
+        units = pool.units(work, message.lanes)
         if session.parameters.active:
             known = pool.ask(lambda actor: actor.roster.remote(tuple(work.clients.tolist()), self.relay.authority))
         pool.deaths = 0
@@ -253,7 +253,7 @@ class SecureCollector:
             self.relay.shards.pool.faults.append(Fault("round", str(round_), str(error)))
             raise SecAggAbort("unmask", str(error)) from None
 
-    def client_clip(self, plan: Plan, clip: float, clients: int, round_: int) -> float:
+    def client_clip(self, plan: NoisePlan | None, clip: float, clients: int, round_: int) -> float:
         """Returns the norm to which clients clip: less than the server counts on, by what a ring's rounding may add."""
         sums = self.sums(plan, clip, max(1, clients), round_)
         if plan is None or plan.adds_to != "sum":
@@ -266,20 +266,20 @@ class SecureCollector:
             )
         return room
 
-    def refuse_small_ring(self, plan: Plan, clip: float, clients: int, round_: int) -> None:
+    def refuse_small_ring(self, plan: NoisePlan | None, clip: float, clients: int, round_: int) -> None:
         """Raises an error if a cohort of `clients` does not fit the graph or the ring of a round from `round_` on."""
         self.federation.privacy.secagg.parameters(max(2, clients))
         for later in range(round_, self.federation.rounds):
             self.client_clip(plan, clip, max(2, clients), later)
 
-    def sums(self, plan: Plan, clip: float, clients: int, round_: int) -> Sums:
+    def sums(self, plan: NoisePlan | None, clip: float, clients: int, round_: int) -> Sums:
         """Returns what a round's session with `clients` clients adds up; StrategyError if the ring is too small."""
         return ring_sums(self.federation, self.relay.shards.pool.layout, plan, clip, clients, self.most_tokens, round_)
 
     def _clipped(self, figures: dict[str, float], clients: int, round_: int) -> float:
         """Returns the share of the clients' coordinates that bounds have cut, and warns of a large one."""
         pool = self.relay.shards.pool
-        lengths = live_lengths(self.federation, pool.layout, round_)
+        lengths = sent_lengths_of(self.federation, pool.layout, round_)
         cut = max(0.0, figures["clipped"]) / (clients * max(1, sum(lengths.values())))
         if cut > MOST_CLIPPED:
             bounds = "privacy.secagg.bound" + (" or bounds" if len(lengths) > 1 else "")
@@ -301,15 +301,15 @@ class SecureCollector:
         if len(clients) < least:
             raise SumRefused(f"{len(clients)} clients are there, and it takes {least}")
         peft, rule = self.federation.model.peft, self.federation.strategy
-        if not isinstance(peft, Lora) or not peft.ranks or rule.sends_products:
+        if not peft.ranks or rule.sends_products:
             return
-        ranks = [peft.rank_of(int(client), self.federation.seed) or peft.r for client in clients]
+        lora_ranks = [peft.lora_rank_of(int(client), self.federation.seed) or 0 for client in clients]
         contributors = self.federation.privacy.secagg.min_contributors
-        for rank in sorted(set(ranks)):
-            count = sum(other >= rank for other in ranks)
+        for lora_rank in sorted(set(lora_ranks)):
+            count = sum(other >= lora_rank for other in lora_ranks)
             if count < contributors:
                 raise SumRefused(
-                    f"{count} clients have rank {rank} or more, and privacy.secagg.min_contributors asks "
+                    f"{count} clients have rank {lora_rank} or more, and privacy.secagg.min_contributors asks "
                     f"for {contributors} for each coordinate"
                 )
 

@@ -8,7 +8,7 @@ import numpy as np
 import ray
 import torch
 
-from engine.aggregation.ring_encoding import Plan, live_masks, ring_aggregate
+from engine.aggregation.ring_encoding import ring_aggregate, sent_masks_of
 from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage, share
@@ -22,6 +22,7 @@ from engine.system.failures import LOST
 from strategies.core.errors import StrategyError
 from strategies.core.protocol import Aggregate, Broadcast, ServerState
 from strategies.privacy.central import CentralPlan
+from strategies.privacy.checks import NoisePlan
 from strategies.secagg.masks import Masks
 from strategies.secagg.protocol import Session
 from strategies.secagg.ring import Sums
@@ -51,33 +52,33 @@ class DriverShards:
 
     def refuse_other(self, state: ShardedState) -> None:
         """Raises RunError if a state from a checkpoint is of another model."""
-        parameters, size = [part.params.size for part in state.parts], self.pool.layout.size
+        parameters, size = [shard.params.size for shard in state.shards], self.pool.layout.size
         if parameters != [size]:
             raise RunError(
                 f"the checkpoint holds {' + '.join(map(str, parameters))} parameters, the recipe's model has {size}: "
                 f"resume with the recipe that it was written with"
             )
 
-    def read(self, part: Shard) -> ServerState:
-        """Returns the tensors of a part of the state."""
-        return part.state(0, self.federation.seed)
+    def read(self, shard: Shard) -> ServerState:
+        """Returns the tensors of a shard."""
+        return shard.state(0, self.federation.seed)
 
     def hold(self, shard: ServerState) -> Shard:
-        """Returns a shard as a part of the state."""
+        """Returns a shard as the state keeps it."""
         return Shard.of(shard.params, shard.moments, shard.merged_delta)
 
     def trainings(self, state: ShardedState) -> int:
         """Returns how many vectors a client trains in a round: personal models are trained beside the global one."""
         strategy = self.federation.strategy
-        return len(strategy.starts(strategy.broadcast(self._whole(state)), {}))
+        return len(strategy.starts(strategy.broadcast(self._server_state(state)), {}))
 
-    def broadcast(self, state: ShardedState) -> BroadcastMessage:
+    def broadcast_message(self, state: ShardedState) -> BroadcastMessage:
         """Returns what the clients of the next round start from."""
-        return BroadcastMessage.of(self.federation.strategy.broadcast(self._whole(state)))
+        return BroadcastMessage.of(self.federation.strategy.broadcast(self._server_state(state)))
 
-    def vector(self, state: ShardedState) -> Any:
+    def model_message(self, state: ShardedState) -> Any:
         """Returns the model as workers take it, to evaluate it, to generate with it, or to export it."""
-        return share(BroadcastMessage.of(Broadcast(state.round, self._whole(state).params)))
+        return share(BroadcastMessage.of(Broadcast(state.round, self._server_state(state).params)))
 
     def sums(self, worked: Worked) -> tuple[list[Aggregate], int]:
         """Returns the sum over all workers, or the updates one by one where the rule reads each, and their bytes."""
@@ -94,7 +95,7 @@ class DriverShards:
         """Returns references to what of a slot's masked vector is not in its message: nothing."""
         return None
 
-    def unmasked(self, masked: MaskedTotal, plan: Plan) -> UnmaskedSums:
+    def unmasked(self, masked: MaskedTotal, plan: NoisePlan | None) -> UnmaskedSums:
         """Returns the sums as floats, and the figures; messages come without masks."""
         session, total_L, _, _ = masked
         totals = session.sums.decode(total_L)
@@ -104,22 +105,22 @@ class DriverShards:
     def step(self, state: ShardedState, sums: list[Aggregate], plan: CentralPlan | None, clip: float) -> Next:
         """Applies the server's step in this process."""
         layout = self.pool.layout
-        live = {} if plan is None else live_masks(self.federation, layout, state.round)
+        sent_masks = {} if plan is None else sent_masks_of(self.federation, layout, state.round)
         aggregate = sums[0] if sums else None
-        after, clip = server_step(self._whole(state), aggregate, plan, clip, self.federation, layout, live)
+        after, clip = server_step(self._server_state(state), aggregate, plan, clip, self.federation, layout, sent_masks)
         if after.merged_delta is not None and not self.federation.strategy.merges_into_base:
             named = type(self.federation.strategy).__name__
             raise StrategyError(f"{named} changes the base: declare merges_into_base = True in its class")
         return ShardedState(after.round, (self.hold(after),)), clip
 
-    def merged(self, state: ShardedState) -> np.ndarray | None:
+    def merged_delta(self, state: ShardedState) -> np.ndarray | None:
         """Returns what the rule has added to the base's weights: see ServerState."""
-        part: Shard = state.parts[0]
-        return part.merged_delta
+        shard: Shard = state.shards[0]
+        return shard.merged_delta
 
-    def _whole(self, state: ShardedState) -> ServerState:
-        part: Shard = state.parts[0]
-        return replace(part.state(state.round, self.federation.seed, self.population), layout=self.pool.layout)
+    def _server_state(self, state: ShardedState) -> ServerState:
+        shard: Shard = state.shards[0]
+        return replace(shard.state(state.round, self.federation.seed, self.population), layout=self.pool.layout)
 
 
 @dataclass(frozen=True)
@@ -134,22 +135,22 @@ class RankShards:
         """Returns the state before the first round."""
         assert self.pool.partition is not None
         model, layout = self.federation.model, self.pool.layout
-        starts = (adapter_start(model, layout, part) for part in self.pool.partition.parts)
+        starts = (adapter_start(model, layout, intervals) for intervals in self.pool.partition.intervals)
         ranks = zip(self.pool.ranks(0), starts, strict=True)
         return self._kept(0, [rank.initial.options(num_returns=2).remote(start) for rank, start in ranks])
 
     def refuse_other(self, state: ShardedState) -> None:
         """Raises RunError if a state from a checkpoint is of another number of ranks."""
         ranks = len(self.pool.ranks(0))
-        if len(state.parts) != ranks:
+        if len(state.shards) != ranks:
             raise RunError(
                 f"the checkpoint does not hold {ranks} shards, as clients.zero.ranks asks: "
                 f"resume with the recipe that it was written with"
             )
 
-    def read(self, part: Any) -> ServerState:
+    def read(self, shard: Any) -> ServerState:
         """Returns a shard as it is mapped from the object store."""
-        return Shard.state(ray.get(part), 0, self.federation.seed)
+        return Shard.state(ray.get(shard), 0, self.federation.seed)
 
     def hold(self, shard: ServerState) -> Reference:
         """Puts a shard into the object store."""
@@ -159,11 +160,11 @@ class RankShards:
         """Returns 1: rules with personal models need whole vectors."""
         return 1
 
-    def broadcast(self, state: ShardedState) -> BroadcastMessage:
+    def broadcast_message(self, state: ShardedState) -> BroadcastMessage:
         """Returns the shards; each rank computes from its own what a client receives."""
-        return BroadcastMessage(state.round, state.parts, state.nbytes, self.pool.partition)
+        return BroadcastMessage(state.round, state.shards, state.nbytes, self.pool.partition)
 
-    vector = broadcast
+    model_message = broadcast_message
 
     def sums(self, worked: Worked) -> tuple[list[tuple[Reference, ...]], int]:
         """Returns the sum of each worker, in shards."""
@@ -179,7 +180,7 @@ class RankShards:
         self.pool.answer([there for there, _ in shards])
         return [shard for _, shard in shards]
 
-    def unmasked(self, masked: MaskedTotal, plan: Plan) -> UnmaskedSums:
+    def unmasked(self, masked: MaskedTotal, plan: NoisePlan | None) -> UnmaskedSums:
         """Lets the ranks of the first gang unmask their shards, which stay in the store; returns the figures."""
         session, total_L, removals, shards_by_slot = masked
         totals = session.sums.decode_head(total_L)
@@ -200,19 +201,19 @@ class RankShards:
         rest = (state.round, self.population, plan, clip)
 
         def serve(_: Any) -> ShardedState:
-            shards = zip(self.pool.ranks(0), state.parts, *sums, strict=True)
-            after = [rank.serve.options(num_returns=2).remote(part, *rest, *parts) for rank, part, *parts in shards]
+            shards = zip(self.pool.ranks(0), state.shards, *sums, strict=True)
+            after = [rank.serve.options(num_returns=2).remote(shard, *rest, *each) for rank, shard, *each in shards]
             return self._kept(state.round + 1, after)
 
         return self.pool.retried(serve), clip
 
-    def merged(self, state: ShardedState) -> None:
+    def merged_delta(self, state: ShardedState) -> None:
         """Returns None: gangs refuse rules that merge into the base."""
 
     def _kept(self, round_: int, shards: list[tuple[Reference, Reference]]) -> ShardedState:
         """Returns the state of these shards, given as references to bytes and shard, once all of them are there."""
         nbytes = sum(self.pool.answer([nbytes for nbytes, _ in shards]))
-        return ShardedState(round_, tuple(part for _, part in shards), nbytes)
+        return ShardedState(round_, tuple(shard for _, shard in shards), nbytes)
 
 
 Shards = DriverShards | RankShards
@@ -227,16 +228,16 @@ def apply(shards: Shards, state: ShardedState, sums: list[Any], plan: CentralPla
     if not sums and plan is None:  # nobody took part, as in an empty Poisson cohort
         return replace(state, round=state.round + 1), clip
     after, clip = shards.step(state, sums, plan, clip)
-    move_base(shards, state, after)
+    merge_into_base(shards, state, after)
     return after, clip
 
 
-def move_base(shards: Shards, before: ShardedState | None, after: ShardedState | None) -> None:
+def merge_into_base(shards: Shards, before: ShardedState | None, after: ShardedState | None) -> None:
     """Gives workers the base with what `after` has merged into it in place of `before`; None is the recipe's base."""
-    old, new = (None if state is None else shards.merged(state) for state in (before, after))
+    old, new = (None if state is None else shards.merged_delta(state) for state in (before, after))
     unchanged = old is new if old is None or new is None else np.may_share_memory(old, new)
     if not unchanged:
-        shards.pool.rebase(new)
+        shards.pool.merge_into_base(new)
 
 
 def _each(references: Mapping[int, Any]) -> tuple[Aggregate, int]:

@@ -98,7 +98,7 @@ class Dispatcher:
     ) -> None:
         self.slots, self.call, self.later, self.give_up = slots, call, later or [], give_up
         self.finished = finished or {}
-        known = [*units, *(unit for part in self.finished.values() for unit in part.units)]
+        known = [*units, *(unit for of_slot in self.finished.values() for unit in of_slot.units)]
         self.cost = {unit: cost(unit) for unit in known}
         kinds = slots.kinds_for(np.array([unit[0] for unit in known], np.int64))
         self.kind = dict(zip(known, kinds.tolist(), strict=True))
@@ -148,12 +148,12 @@ class Dispatcher:
                     chunk = self._chunk(kind)
                     self.running[self.call(self.slots.actors[slot], chunk)] = (slot, chunk)
                     self._owes(slot)
-        # Once the training is over, what is later is no part of the round.
+        # Once the training is over, no more of `later` is handed out here.
         for slot in [slot for slot, room in self.free.items() if room == AHEAD and (self.running or self._busy())]:
             waiting = next((later for later in self.later if later.chunks), None)
             if waiting is not None:
-                part = waiting.chunks.popleft()
-                self.beside[waiting.call(self.slots.actors[slot], part)] = (slot, waiting, part)
+                clients = waiting.chunks.popleft()
+                self.beside[waiting.call(self.slots.actors[slot], clients)] = (slot, waiting, clients)
                 self._owes(slot)
 
     def _owes(self, slot: int) -> None:
@@ -204,15 +204,15 @@ class Dispatcher:
             self.since[slot] = time.monotonic()
 
     def _count_finished(self) -> int:
-        return sum(len(part.units) for part in self.finished.values())
+        return sum(len(of_slot.units) for of_slot in self.finished.values())
 
     def _lose(self, slot: int, error: Exception) -> None:
         """Queues again all that a dead slot has done or begun, but for what it has answered of `later`."""
         begun = [self.running.pop(reference)[1] for reference, (other, _) in [*self.running.items()] if other == slot]
-        for reference, (other, waiting, part) in [*self.beside.items()]:
+        for reference, (other, waiting, clients) in [*self.beside.items()]:
             if other == slot:
                 del self.beside[reference]
-                waiting.chunks.append(part)
+                waiting.chunks.append(clients)
         for unit in self.finished.pop(slot, SlotResults()).units:
             self._queue(unit)
         # A slot answers in the order in which it is asked: it was working on the first chunk when it ended, and the

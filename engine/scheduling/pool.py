@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from datasets_partition.store.tokens import Tokens
-from engine.aggregation.exact_sum import BLOCK, PartialSum, merge_parts
+from engine.aggregation.exact_sum import BLOCK, PartialSum, merge_sections
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.messages.events import Fault
@@ -30,7 +30,7 @@ from strategies.core.sharding import Partition
 
 MAX_DEATHS = 10  # and one for each slot, with nothing done between: beyond, the machine and not chance is at fault
 LOOK_S = 5.0  # between looks at what the cluster has, while a slot waits for a place
-PART = 64 * BLOCK  # elements of a sum that are handed over at once, so that no store needs to hold all of it
+SECTION = 64 * BLOCK  # elements of a sum that are handed over at once, so that no store needs to hold all of it
 # Sums by the slots that have handed them over, their bytes in the store, and how other slots ended meanwhile.
 Taken = tuple[dict[tuple[int, ...], Any], int, dict[int, Exception]]
 
@@ -135,14 +135,14 @@ class Pool:
         """Raises RunError if clients keep state in a folder that not every process's node sees."""
         ray.get([rank.refuse_lost_states.remote() for slot in self.alive for rank in self.ranks(slot)])
 
-    def rebase(self, merged_delta: np.ndarray | None) -> None:
+    def merge_into_base(self, merged_delta: np.ndarray | None) -> None:
         """Adds a merged delta (see ServerState) to the base's weights, once a node; None: back to the first base."""
         for kind in self.worker_kinds:
-            kind.use_merged(merged_delta)
+            kind.prepare_merge(merged_delta)
         self.deaths = 0
         for slot in list(self.alive):
             try:
-                self._kind(slot).restore(self.actors[slot])
+                self._kind(slot).merge_into(self.actors[slot])
             except LOST as error:
                 self.replace(slot, error)
 
@@ -176,7 +176,7 @@ class Pool:
                     return
                 within(self.patience.start_s, kind.attach(actor, self.columns, first=False))
                 self.answer([rank.refuse_lost_states.remote() for rank in kind.ranks(actor)])
-                kind.restore(actor)
+                kind.merge_into(actor)
                 return
             except LOST as again:
                 error = again
@@ -220,8 +220,8 @@ class Pool:
     def units(self, work: Work, lanes: int) -> list[Unit]:
         """Groups the clients of a round by kind, and into units that train together where their kind has lanes."""
         numbers = self.kinds_for(work.clients)
-        parts = [(work.of(numbers == number), kind.lanes) for number, kind in enumerate(self.worker_kinds)]
-        return [unit for part, many in parts for unit in units_of(part.clients, part.steps, lanes if many else 1)]
+        by_kind = [(work.of(numbers == number), kind.lanes) for number, kind in enumerate(self.worker_kinds)]
+        return [unit for its, many in by_kind for unit in units_of(its.clients, its.steps, lanes if many else 1)]
 
     def train(self, work: Work, message: Any, lanes: int) -> Worked:
         """Does one round's local work. A slot that dies takes its sum with it: the units in it run again elsewhere."""
@@ -256,10 +256,10 @@ class Pool:
             for slots, total in taken.items():
                 sums += [] if total is None else [total]
                 for slot in slots:
-                    part = finished.pop(slot)
-                    reports |= {report.client: report for report in part.results}
-                    busy[slot] += sum(report.seconds for report in part.results)
-                    ended |= dict.fromkeys(part.units)
+                    of_slot = finished.pop(slot)
+                    reports |= {report.client: report for report in of_slot.results}
+                    busy[slot] += sum(report.seconds for report in of_slot.results)
+                    ended |= dict.fromkeys(of_slot.units)
             for slot, error in died.items():
                 todo += finished.pop(slot).units
                 lost_sums += 1
@@ -271,7 +271,7 @@ class Pool:
         return Worked([reports[client] for client in sorted(reports)], sums, nbytes, each, busy)
 
     def _whole_sum(self, slots: tuple[int, ...]) -> Taken:
-        """Returns one sum over all these slots, taken part by part, so that nobody holds the slots' wide integers.
+        """Returns one sum over all these slots, taken by sections, so that nobody holds the slots' wide integers.
 
         All slots keep theirs until it is whole: if one dies meanwhile, the others still have them. If the rule reads
         single updates, there is no sum, and this shows who is still alive.
@@ -280,26 +280,26 @@ class Pool:
             return {}, 0, {}
         asked, nbytes = slots[0], 0
 
-        def parts() -> Iterator[list[PartialSum]]:
+        def sections() -> Iterator[list[PartialSum]]:
             nonlocal asked, nbytes
-            first, coming = 0, [self.actors[slot].part_of_sum.remote(0, PART) for slot in slots]
+            first, coming = 0, [self.actors[slot].section_of_sum.remote(0, SECTION) for slot in slots]
             while coming:
-                part = list[PartialSum]()
+                section = list[PartialSum]()
                 for slot in slots:
                     asked = slot
-                    part.append(self.answer(coming.pop(0)))
-                first, nbytes = first + PART, nbytes + sum(partial.nbytes for partial in part)
-                if any(first < length for partial in part for length in partial.lengths.values()):
-                    coming = [self.actors[slot].part_of_sum.remote(first, PART) for slot in slots]
-                yield part
+                    section.append(self.answer(coming.pop(0)))
+                first, nbytes = first + SECTION, nbytes + sum(partial.nbytes for partial in section)
+                if any(first < length for partial in section for length in partial.lengths.values()):
+                    coming = [self.actors[slot].section_of_sum.remote(first, SECTION) for slot in slots]
+                yield section
 
         try:
-            whole = merge_parts(parts())
+            total = merge_sections(sections())
         except LOST as error:
             return {}, nbytes, {asked: error}
         for slot in slots:
             self.actors[slot].forget_sum.remote()
-        return {slots: whole}, nbytes, {}
+        return {slots: total}, nbytes, {}
 
     def _cut_sums(self, slots: tuple[int, ...]) -> Taken:
         """Returns each slot's sum as references to its shards, which stay in the store."""
@@ -320,7 +320,7 @@ class Pool:
         units: list[Unit] = [(client,) for client in clients.tolist()]
         cost = dict(zip(units, costs.tolist(), strict=True)).__getitem__
         dispatcher = Dispatcher(self, units, cost, lambda actor, chunk: call(actor, [client for (client,) in chunk]))
-        return [result for part in dispatcher.run().values() for result in part.results]
+        return [result for of_slot in dispatcher.run().values() for result in of_slot.results]
 
     def ask(self, call: Callable[[Any], Reference], *, long: bool = False) -> Any:
         """Returns the result of `call(actor)` in the first slot, without a time limit if it may take `long`."""

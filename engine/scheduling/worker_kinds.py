@@ -23,7 +23,7 @@ from engine.models.mapped_base import start_holder
 from engine.scheduling.placement import refuse_shared_gpus
 from engine.system.failures import LOST, ShardLost, within
 from engine.system.rendezvous import rank_environment
-from engine.workers.token_columns import Parts, put_tokens
+from engine.workers.token_columns import TokenPieces, put_tokens
 from engine.workers.worker import ClientActor
 from engine.workers.worker_group import Gang, Rank
 from strategies.core.sharding import Partition
@@ -52,18 +52,18 @@ class Patience:
 
 @dataclass
 class TokenColumns:
-    """The run's token columns in `folder`; `parts` are a copy in the object store, once a node has needed one."""
+    """The run's token columns in `folder`; `pieces` are a copy in the object store, once a node has needed one."""
 
     folder: Path
-    parts: Parts | None = None
+    pieces: TokenPieces | None = None
 
     def seen_by(self, actor: Any, answer_s: float | None, start_s: float | None) -> Path:
         """Returns the folder where an actor's node has the columns, and brings them there if it does not."""
         seen: Path | None = within(answer_s, actor.find_tokens.remote(self.folder))
         if seen is not None:
             return seen
-        self.parts = self.parts or put_tokens(self.folder)
-        received: Path = within(start_s, actor.receive_tokens.remote(self.folder, self.parts))
+        self.pieces = self.pieces or put_tokens(self.folder)
+        received: Path = within(start_s, actor.receive_tokens.remote(self.folder, self.pieces))
         return received
 
 
@@ -139,27 +139,27 @@ class Processes:
         self.holders[key] = start_holder(node_id, gpu, self.buffer)
         return within(self.patience.start_s, self.holders[key].handle.remote())
 
-    def use_merged(self, merged_delta: np.ndarray | None) -> None:
-        """Sets the merged delta that `restore` gives to slots; None: back to the first base."""
+    def prepare_merge(self, merged_delta: np.ndarray | None) -> None:
+        """Sets the merged delta that `merge_into` gives to slots; None: back to the first base."""
         self.merged_delta, self.merged = (None if merged_delta is None else ray.put(merged_delta)), {}
 
-    def restore(self, actor: Any) -> None:
+    def merge_into(self, actor: Any) -> None:
         """Gives a new slot its node's weights with the merged delta, made once for each node."""
         answer_s, weights = self.patience.answer_s, None
         if self.merged_delta is not None:
             node = within(answer_s, actor.place.remote()).node_id
             if node not in self.merged:
-                merged = actor.merged_weights.remote(self.merged_delta)
+                merged = actor.merge_weights.remote(self.merged_delta)
                 ray.wait([merged], fetch_local=False, timeout=answer_s)
                 # If the slot died while merging, do not keep a reference to weights that never come.
                 within(answer_s, actor.place.remote())
                 self.merged[node] = merged
             weights = self.merged[node]
-        within(answer_s, actor.use_weights.remote(weights))
+        within(answer_s, actor.use_merged.remote(weights))
 
     def close(self, actor: Any, partition: Partition) -> tuple[list[Reference], list[Reference]]:
         """Returns references to the bytes of a slot's sum and to its shards; the slot cuts the sum."""
-        nbytes, *shards = actor.close_in_shards.options(num_returns=1 + len(partition.parts)).remote(partition)
+        nbytes, *shards = actor.close_in_shards.options(num_returns=1 + len(partition.intervals)).remote(partition)
         return [nbytes], shards
 
     def cause(self, error: Exception, actor: Any) -> Exception:
@@ -235,11 +235,11 @@ class Gangs:
             rank.follow.remote(leader, "form", address, port, folder)
         return leader.lead.remote("form", address, port, leader_tokens)
 
-    def use_merged(self, merged_delta: np.ndarray | None) -> None:
+    def prepare_merge(self, merged_delta: np.ndarray | None) -> None:
         """Rules that merge into the base do not work with gangs."""
         assert merged_delta is None
 
-    def restore(self, gang: GangHandle) -> None:
+    def merge_into(self, gang: GangHandle) -> None:
         """Does nothing: a gang holds no weights that a rule would have changed."""
 
     def close(self, gang: GangHandle, partition: Partition) -> tuple[list[Reference], list[Reference]]:

@@ -74,7 +74,7 @@ class ZeroTrainer:
             (self.master,) = self.zero.single_partition_of_fp32_groups
             self.partition = Partition.contiguous(self.layout.size, self.ranks, self.zero.nccl_start_alignment_factor)
             padded = [int(self.zero.partition_size[0])]
-        lengths = [last - first for first, last in self.partition.parts[self.rank]]
+        lengths = [last - first for first, last in self.partition.intervals[self.rank]]
         self.pieces = list(zip(np.cumsum([0, *padded[:-1]]).tolist(), lengths, strict=True))  # starts and lengths
         assert sum(padded) == self.master.numel(), "deepspeed partitions parameters in another way"
         self.device: torch.device = self.master.device  # of the shard: the CPU if the optimizer is offloaded
@@ -86,19 +86,19 @@ class ZeroTrainer:
         """Returns a copy of this rank's shard (S,) in `flat`, without deepspeed's padding."""
         return torch.cat([flat[start : start + length] for start, length in self.pieces])
 
-    def weights(self, less: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns a copy of this rank's shard (S,) of the present vector, minus `less` if given."""
+    def weights(self, origin: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns a copy of this rank's shard (S,) of the present vector, minus `origin` if given."""
         weights_S = self.shard(self.master.data)
-        return weights_S if less is None else weights_S.sub_(less)
+        return weights_S if origin is None else weights_S.sub_(origin)
 
     def _put(self, flat: torch.Tensor, shard_S: torch.Tensor) -> None:
         for (start, length), values in zip(self.pieces, shard_S.split([n for _, n in self.pieces]), strict=True):
             flat[start : start + length] = values
 
     @torch.no_grad()
-    def become(self, vector: Vector, rank: int | None = None) -> None:
+    def become(self, vector: Vector, lora_rank: int | None = None) -> None:
         """Sets the weights from all ranks' shards `vector` (S,) and clears everything that earlier clients left."""
-        assert rank is None, "all clients of a gang have the recipe's LoRA rank"
+        assert lora_rank is None, "all clients of a gang have the recipe's LoRA rank"
         self._reset()
         self._put(self.master.data, vector.to(self.master.device))
         if self.stage == 3:
@@ -150,7 +150,7 @@ class ZeroTrainer:
 
     def begin(self, lane: int, training: Training) -> None:
         """Puts the start into the model."""
-        self.become(training.start, training.rank)
+        self.become(training.start, training.lora_rank)
         self.engine.train()
         seed_torch(training.dropout + self.rank)  # each rank draws dropout for its own rows
 
@@ -178,8 +178,8 @@ class ZeroTrainer:
         """Clips the gradient to an L2 norm over all ranks; 0 leaves it alone."""
         if norm > 0:
             grad = self.master.grad
-            parts = [grad[start : start + length] for start, length in self.pieces]
-            squares = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in parts]).sum()
+            pieces = [grad[start : start + length] for start, length in self.pieces]
+            squares = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in pieces]).sum()
             grad *= min(1.0, norm / (math.sqrt(self.summed(squares.item())) + 1e-6))
 
     def step(self, adjust: Callable[[], None]) -> None:
@@ -190,14 +190,14 @@ class ZeroTrainer:
             raise NonFiniteUpdate("its gradient holds NaN or infinity")
 
     def end(self, lane: int, training: Training) -> Vector:
-        """Returns this rank's shard of the vector, minus `training.less` if given."""
-        return self.weights(training.less)
+        """Returns this rank's shard of the vector, minus `training.origin` if given."""
+        return self.weights(training.origin)
 
     def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
         """Returns each term's sum and count over all rows, by the present weights; the same on all ranks."""
         self.engine.eval()
-        parts = (rows.slice(first, batch) for first in range(0, rows.num_rows, batch))
-        sums = term_sums(self.objective, self.engine, chain.from_iterable(self._dealt(part, batch) for part in parts))
+        batches = (rows.slice(first, batch) for first in range(0, rows.num_rows, batch))
+        sums = term_sums(self.objective, self.engine, chain.from_iterable(self._dealt(few, batch) for few in batches))
         return {name: (self.summed(total), int(self.summed(count))) for name, (total, count) in sums.items()}
 
     @torch.no_grad()

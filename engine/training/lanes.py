@@ -4,11 +4,13 @@ A lane is a row of one stacked matrix, with its own gradient, optimizer state an
 of a lane at once, T tokens, N tokens of a lane, P trained parameters, I inputs and O outputs of a layer, R rank.
 """
 
+import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,18 +21,18 @@ from torch import nn
 from datasets_partition.store.tokens import Tokens
 from engine.config.train import Train
 from engine.messages.errors import RunError
-from engine.models.adapters import is_linear
 from engine.models.trainable import Trainable
 from engine.objectives.base import counted
 from engine.objectives.token_batch import Batch
 from engine.system import allocator as heap
+from engine.training.lane_forms import Form, Lanes, form_of
 from engine.training.local_training import LocalTrainer, client_updates
 from engine.training.optimizers import clip, make_optimizer
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, take_steps
-from strategies.core.layout import LoraPair
 from strategies.core.protocol import Vector
 
 KEY = "clients.lanes"
+ADAPTER = re.compile(r"\.(?:lora_|ia3_l)")  # what PEFT adds to a layer's name
 ALONE = f"set {KEY} = 1"
 SECONDS, STEPS = 6.0, 2  # for all trials together, and steps of each
 GAIN = 1.03  # a smaller gain is noise, and more lanes take more memory
@@ -50,15 +52,18 @@ class LaneTrainer:
         self.trainable, self.device, self.objective = plain.trainable, plain.device, plain.objective
         self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
         self.layers = adapted_layers(self.trainable)
+        self.own_scales = {pair.name: pair.scale for pair in self.trainable.layout.lora_pairs(self.trainable.flat.data)}
         # Logits of all positions, if the head has adapters: its inputs must be those of whole lanes.
-        self.every_logit = self.trainable.network.get_output_embeddings() in self.layers
+        self.every_logit = self.trainable.network.get_output_embeddings() in (
+            layer for layer, _ in self.layers.values()
+        )
         self.flat_KP = self.trainable.flat.data.new_zeros(lanes, self.trainable.layout.size)
         self.grad_KP = torch.zeros_like(self.flat_KP)
         self.rows = [nn.Parameter(row) for row in self.flat_KP]
         self.optimizer = make_optimizer([{"params": [row]} for row in self.rows], train.optimizer)
-        self.dropout = self.layers[0].lora_dropout["default"]
-        self.leaves: dict[int, list[LoraPair]] = {}
-        self.scales: list[float] = []  # of the lanes in use
+        self.dropout = dropout_of(self.trainable.network)
+        self.leaves: dict[int, dict[str, torch.Tensor]] = {}
+        self.lora_ranks: list[int | None] = []  # LoRA ranks of the lanes in use
         self.shapes: dict[int, torch.Size] = {}  # of the pieces now in the model, by lane
         self.generators: dict[int, torch.Generator] = {}  # of dropout, by the client's place
 
@@ -71,15 +76,15 @@ class LaneTrainer:
         """Makes the adapted layers compute in lanes."""
         self.generators.clear()
         self.trainable.network.train()
-        for number, layer in enumerate(self.layers):
-            layer.forward = self._forward(number, layer, active)
+        for name, (layer, form) in self.layers.items():
+            layer.forward = self._forward(name, layer, form, active)
         try:
             with warnings.catch_warnings():
                 # Gradients are views into one matrix, with other strides than torch would choose.
                 warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout", UserWarning)
                 yield
         finally:
-            for layer in self.layers:
+            for layer, _ in self.layers.values():
                 del layer.forward
             for row in self.rows:
                 row.grad = None
@@ -90,8 +95,8 @@ class LaneTrainer:
 
     def gradients(self, active: list[Progress], train: Train) -> None:
         """Computes the gradients of all lanes' next steps, a piece of each at a time."""
-        layout, lanes, losses = self.trainable.layout, len(active), self.objective.losses
-        self.scales = [layout.scale if c.training.rank is None else layout.scale_at(c.training.rank) for c in active]
+        lanes, losses = len(active), self.objective.losses
+        self.lora_ranks = [client.training.lora_rank for client in active]
         self.grad_KP[:lanes].zero_()
         steps = [self.plain.cut(client.next_rows(), train.batch) for client in active]
         counts_K = [counted(self.objective, step) for step in steps]
@@ -119,34 +124,30 @@ class LaneTrainer:
 
     def clip(self, norm: float) -> None:
         """Clips the gradient of each lane in use."""
-        clip(self.grad_KP[: len(self.scales)], norm)
+        clip(self.grad_KP[: len(self.lora_ranks)], norm)
 
     def end(self, lane: int, training: Training) -> Vector:
-        """Returns a copy of the lane's vector, or the vector minus `training.less`."""
+        """Returns a copy of the lane's vector, or the vector minus `training.origin`."""
         flat_P = self.flat_KP[lane]
-        return flat_P.clone() if training.less is None else flat_P - training.less
+        return flat_P.clone() if training.origin is None else flat_P - training.origin
 
-    def _forward(self, number: int, layer: Any, active: list[Progress]) -> Any:
+    def _forward(self, name: str, layer: Any, form: Form, active: list[Progress]) -> Any:
         def forward(x: torch.Tensor) -> torch.Tensor:
-            out = layer.base_layer(x)
-            pair = self._leaves(len(active))[number]
-            x_KNI = x.reshape(len(active), -1, x.shape[-1]).to(pair.a_RI.dtype)
-            if isinstance(self.dropout, nn.Dropout) and self.dropout.p > 0:
-                x_KNI = x_KNI * self._dropped(active, x.to(x_KNI.dtype), self.dropout.p).view_as(x_KNI)
-            out_KNO, down_KNR = out.view(len(active), -1, out.shape[-1]), torch.bmm(x_KNI, pair.a_RI.mT)
-            scale: Any = self.scales[0]
-            if len(set(self.scales)) > 1:
-                scale = self._row(self.scales).to(down_KNR.dtype)[:, None, None]
-            elif out.dtype == down_KNR.dtype:
-                return torch.baddbmm(out_KNO, down_KNR, pair.b_OR.mT, alpha=scale).view(out.shape)
-            product_KNO = torch.bmm(down_KNR * scale, pair.b_OR.mT)
-            added: torch.Tensor = (out_KNO + product_KNO).to(out.dtype).view(out.shape)
-            return added
+            dropped = partial(self._dropped, active) if self.dropout > 0 else None
+            scale = self._scale(name)
+            return form(name, layer, x, Lanes(len(active), self._leaves(len(active)), dropped), scale)
 
         return forward
 
-    def _dropped(self, active: list[Progress], x: torch.Tensor, p: float) -> torch.Tensor:
+    def _scale(self, name: str) -> float | torch.Tensor:
+        """Returns the scale of a layer's products; (K, 1, 1) if lanes have different LoRA ranks."""
+        layout, ranks = self.trainable.layout, self.lora_ranks
+        scales = [self.own_scales.get(name, 1.0) if rank is None else layout.scale_at(rank) for rank in ranks]
+        return scales[0] if len(set(scales)) == 1 else self._row(scales)[:, None, None]
+
+    def _dropped(self, active: list[Progress], x: torch.Tensor) -> torch.Tensor:
         """Draws dropout's factor on the inputs, for each lane in the shape that its rows have alone."""
+        p = self.dropout
         factor_KBTI = x.new_zeros(len(active), len(x) // len(active), *x.shape[1:])
         for lane, (rows, tokens) in self.shapes.items():
             client = active[lane]
@@ -156,23 +157,36 @@ class LaneTrainer:
             factor_KBTI[lane, :rows, :tokens] = drawn / (1 - p)
         return factor_KBTI
 
-    def _leaves(self, lanes: int) -> list[LoraPair]:
-        """Returns each layer's matrices in the first lanes: leaves of autograd whose gradients lie in `grad_KP`."""
+    def _leaves(self, lanes: int) -> dict[str, torch.Tensor]:
+        """Returns the trained tensors of the first lanes: leaves of autograd whose gradients lie in `grad_KP`."""
         if lanes not in self.leaves:
-            vectors, grads = (self.trainable.layout.lora_pairs(x_KP[:lanes]) for x_KP in (self.flat_KP, self.grad_KP))
-            self.leaves[lanes] = [*vectors]
-            for pair, grad in zip(self.leaves[lanes], grads, strict=True):
-                pair.a_RI.requires_grad_().grad, pair.b_OR.requires_grad_().grad = grad.a_RI, grad.b_OR
+            values, grads = (self.trainable.layout.views(x_KP[:lanes]) for x_KP in (self.flat_KP, self.grad_KP))
+            for name, value in values.items():
+                value.requires_grad_().grad = grads[name]
+            self.leaves[lanes] = values
         return self.leaves[lanes]
 
 
-def adapted_layers(trainable: Trainable) -> list[Any]:
-    """Returns the adapted layers; RunError if lanes cannot train this model."""
-    pairs = list(trainable.layout.lora_pairs(trainable.flat.data))
-    layers = [trainable.network.get_submodule(pair.name) for pair in pairs]
-    size = sum(pair.a_RI.numel() + pair.b_OR.numel() for pair in pairs)
-    if size != trainable.layout.size or not all(is_linear(layer.base_layer) for layer in layers):
-        raise RunError(f"{KEY} works with adapters of linear layers alone: name such layers in targets, or {ALONE}")
+def dropout_of(network: nn.Module) -> float:
+    """Returns the probability of the adapters' dropout, which all layers share."""
+    drops = (vars(module)["_modules"].get("lora_dropout") for module in network.modules())
+    return next((drop["default"].p for drop in drops if drop and isinstance(drop["default"], nn.Dropout)), 0.0)
+
+
+def adapted_layers(trainable: Trainable) -> dict[str, tuple[Any, Form]]:
+    """Returns the adapted layers by name, each with its form in lanes; RunError if lanes cannot train this model."""
+    names: dict[str, list[str]] = {}
+    for name in trainable.layout.names:
+        layer = ADAPTER.split(name)[0]
+        names.setdefault(layer, []).append(name.removeprefix(layer))
+    layers = dict[str, tuple[Any, Form]]()
+    for name, suffixes in names.items():
+        layer = None if "" in suffixes else trainable.network.get_submodule(name)
+        form = form_of(layer, suffixes)
+        if form is None:
+            where = name.removeprefix("base_model.model.")
+            raise RunError(f"{KEY} works with adapters of linear layers alone, which {where} is not: {ALONE}")
+        layers[name] = layer, form
     for name, value in trainable.network.config.to_dict().items():
         draws = "drop" in name and not name.startswith(("classifier", "summary"))
         if draws and isinstance(value, float) and value > 0:
@@ -180,8 +194,7 @@ def adapted_layers(trainable: Trainable) -> list[Any]:
                 f"the base drops activations by itself ({name} = {value:g} in its config.json), which {KEY} cannot "
                 f"draw for each client by itself: set that to 0 there, or {ALONE}"
             )
-    dropout = layers[0].lora_dropout["default"]
-    if trainable.flat.device.type == "cuda" and isinstance(dropout, nn.Dropout) and dropout.p > 0:
+    if trainable.flat.device.type == "cuda" and dropout_of(trainable.network) > 0:
         raise RunError(
             f"{KEY} cannot draw model.peft.dropout for each client by itself on a GPU: set it to 0, or {ALONE}"
         )

@@ -14,7 +14,7 @@ from engine.config.train import Train
 from engine.models.trainable import Trainable
 from engine.objectives.base import Objective, TermSums, Tokenizer, counted, require_provided, step_loss, term_sums
 from engine.objectives.token_batch import Batch, lengths
-from engine.records.client_state import OPTIMIZER, STRATEGY, named, part
+from engine.records.client_state import OPTIMIZER, STRATEGY, named, owned_by
 from engine.training.generation import Prompt, continuations
 from engine.training.optimizers import clip, make_optimizer
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, pieces, take_steps
@@ -24,7 +24,7 @@ from strategies.core.seeds import rng, seed_torch, torch_seed
 
 @dataclass(frozen=True)
 class Job:
-    """A client's part of a round: its encoded rows, its weight in the sum, the broadcast, and its client state."""
+    """A client's work in a round: its encoded rows, its weight in the sum, the broadcast, and its client state."""
 
     client: int
     rows: pa.RecordBatch
@@ -43,7 +43,7 @@ class Trainer(Protocol):
     def device(self) -> torch.device:
         """Where the vector lies."""
 
-    def become(self, vector: Vector, rank: int | None = None) -> None:
+    def become(self, vector: Vector, lora_rank: int | None = None) -> None:
         """Puts the vector (P,) of a client of this LoRA rank into the model; None is the recipe's rank."""
 
     def loss_terms(self, rows: pa.RecordBatch, batch: int) -> TermSums:
@@ -52,32 +52,32 @@ class Trainer(Protocol):
     def train(self, trainings: Sequence[Training], train: Train) -> list[Trained]:
         """Does all trainings; returns their results in order."""
 
-    def updates(self, jobs: list[Job], federation: Federation, *, lent: bool = False) -> list[Finished]:
+    def updates(self, jobs: list[Job], federation: Federation, *, view: bool = False) -> list[Finished]:
         """Trains clients for a round: see `client_updates`."""
 
     def generate(self, tokenizer: Tokenizer, prompts: list[Prompt], tokens: int) -> list[str]:
         """Returns greedy continuations of at most `tokens` tokens by the vector now in the model."""
 
 
-def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *, lent: bool = False) -> list[Finished]:
-    """Trains clients; returns each one's finished update and new state. A `lent` update lasts until the next call."""
+def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *, view: bool = False) -> list[Finished]:
+    """Trains clients; returns finished updates and new states. With `view` an update lasts until the next training."""
     sent = [job.broadcast for job in jobs]  # on the CPU, where the strategy finishes updates
-    moved = {id(broadcast.params): _on(trainer.device, broadcast) for broadcast in sent}  # lanes share one vector
-    jobs = [replace(j, broadcast=replace(moved[id(j.broadcast.params)], rank=j.broadcast.rank)) for j in jobs]
+    on_device = _on(trainer.device, sent)
+    jobs = [replace(job, broadcast=broadcast) for job, broadcast in zip(jobs, on_device, strict=True)]
     ends, metrics, moments = ([dict[str, Any]() for _ in jobs] for _ in range(3))
     if federation.strategy.loss_before:
         for job, figures in zip(jobs, metrics, strict=True):
-            trainer.become(job.broadcast.params, job.broadcast.rank)
+            trainer.become(job.broadcast.params, job.broadcast.lora_rank)
             terms = trainer.loss_terms(job.rows, federation.train.batch)
             counted_terms = (terms[name] for name in federation.train.objective.losses)
             figures["loss_before"] = sum(total / max(1, count) for total, count in counted_terms)
-    trainings = [_trainings(job, federation, trainer.device, lent=lent) for job in jobs]
+    trainings = [_trainings(job, federation, trainer.device, view=view) for job in jobs]
     for run in dict.fromkeys(run for by_run in trainings for run in by_run):
         members = [place for place, by_run in enumerate(trainings) if run in by_run]
         results = trainer.train([trainings[place][run] for place in members], federation.train)
         for place, trained in zip(members, results, strict=True):
-            whole = run == GLOBAL and trainings[place][run].less is None
-            ends[place][run] = trained.end.sub_(jobs[place].broadcast.params) if whole else trained.end
+            is_end = run == GLOBAL and trainings[place][run].origin is None
+            ends[place][run] = trained.end.sub_(jobs[place].broadcast.params) if is_end else trained.end
             moments[place] |= named(trained.moments, f"{OPTIMIZER}{run}.")
             if run == GLOBAL:
                 metrics[place] |= trained.metrics
@@ -85,15 +85,15 @@ def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *,
     for job, broadcast, vectors, figures, state in zip(jobs, sent, ends, metrics, moments, strict=True):
         on_cpu = {name: end.cpu() for name, end in vectors.items()}
         update = Update(job.client, job.weight, on_cpu.pop(GLOBAL), metrics=figures)
-        update, after = federation.strategy.finish(update, broadcast, part(job.state, STRATEGY), on_cpu)
+        update, after = federation.strategy.finish(update, broadcast, owned_by(job.state, STRATEGY), on_cpu)
         finished.append((update, named(after, STRATEGY) | state))
     return finished
 
 
-def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: bool) -> dict[str, Training]:
+def _trainings(job: Job, federation: Federation, device: torch.device, *, view: bool) -> dict[str, Training]:
     """Makes all trainings of a client in a round, by the strategy's name for each."""
     strategy, train, seed, broadcast = federation.strategy, federation.train, federation.seed, job.broadcast
-    state = {name: tensor.to(device) for name, tensor in part(job.state, STRATEGY).items()}
+    state = {name: tensor.to(device) for name, tensor in owned_by(job.state, STRATEGY).items()}
     starts = strategy.starts(broadcast, state)
     by_row = federation.privacy.dp.kind == "example"
 
@@ -106,21 +106,26 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, lent: 
             start,
             rng(seed, broadcast.round, job.client, "batches" if run == GLOBAL else "personal"),
             torch_seed(seed, broadcast.round, job.client, "dropout"),
-            rank=broadcast.rank,
+            lora_rank=broadcast.lora_rank,
             # None where there is no correction, which saves gangs copies.
             correct=partial(correct, run) if strategy.corrects else None,
             rate=train.over_rounds.factor(broadcast.round, federation.rounds),
-            moments=part(job.state, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
-            less=broadcast.params if lent and len(starts) == 1 else None,
-            live=strategy.trained(broadcast, state, run) if by_row else None,
+            moments=owned_by(job.state, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
+            origin=broadcast.params if view and len(starts) == 1 else None,
+            trained_mask=strategy.trained_mask(broadcast, state, run) if by_row else None,
         )
         for run, start in starts.items()
     }
 
 
-def _on(device: torch.device, broadcast: Broadcast) -> Broadcast:
-    extras = {name: extra.to(device) for name, extra in broadcast.extras.items()}
-    return replace(broadcast, params=broadcast.params.to(device), extras=extras)
+def _on(device: torch.device, broadcasts: list[Broadcast]) -> list[Broadcast]:
+    """Returns the broadcasts with their vectors on the device; a vector that several clients share is copied once."""
+    vectors = {id(vector): vector for sent in broadcasts for vector in (sent.params, *sent.extras.values())}
+    moved = {key: vector.to(device) for key, vector in vectors.items()}
+    return [
+        replace(sent, params=moved[id(sent.params)], extras={name: moved[id(x)] for name, x in sent.extras.items()})
+        for sent in broadcasts
+    ]
 
 
 class LocalTrainer:
@@ -141,14 +146,14 @@ class LocalTrainer:
         self.max_length = train.max_length
         self.optimizer = make_optimizer([trainable.flat], train.optimizer)  # it sees one tensor, and so is fast
 
-    def become(self, vector: Vector, rank: int | None = None) -> None:
+    def become(self, vector: Vector, lora_rank: int | None = None) -> None:
         """Puts the vector (P,) of a client of this LoRA rank into the model; None is the recipe's rank."""
-        self.trainable.set_rank(rank)
+        self.trainable.set_lora_rank(lora_rank)
         self.trainable.flat.data.copy_(vector)
 
     def begin(self, lane: int, training: Training) -> None:
         """Puts the start into the model."""
-        self.become(training.start, training.rank)
+        self.become(training.start, training.lora_rank)
         seed_torch(training.dropout)
         if not self.trainable.network.training:  # train() walks over all layers
             self.trainable.network.train()
@@ -175,9 +180,9 @@ class LocalTrainer:
         clip(self.trainable.grad[None], norm)
 
     def end(self, lane: int, training: Training) -> Vector:
-        """Returns a copy of the vector, or the vector minus `training.less` in its place: new pages cost time."""
+        """Returns a copy of the vector, or the vector minus `training.origin` in its place: new pages cost time."""
         flat = self.trainable.flat.detach()
-        return flat.clone() if training.less is None else flat.sub_(training.less)
+        return flat.clone() if training.origin is None else flat.sub_(training.origin)
 
     def loss_terms(self, rows: pa.RecordBatch, batch: int) -> TermSums:
         """Returns each term's sum and count over all rows, by the vector now in the model."""

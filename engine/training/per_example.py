@@ -39,8 +39,8 @@ class PrivateTrainer:
     """Trains one client at a time with example-level privacy. A backend of the step loop, and a Trainer.
 
     A step takes a Poisson sample of the rows. A row's gradient is that of its mean loss over its learned tokens, on the
-    parameters that are `live` in the training (None: all P), and is clipped to the L2 norm `plan.clip`. Their sum plus
-    N(0, (z clip)^2) on each live parameter is divided by the expected size of the sample, because the true size is
+    parameters in the training's `trained_mask` (None: all P), and is clipped to the L2 norm `plan.clip`. Their sum plus
+    N(0, (z clip)^2) on each of these is divided by the expected size of the sample, because the true size is
     private; an empty sample is a step of noise alone. The correction and the optimizer work on this private gradient.
     `train.clip` is ignored: it would not harm privacy, but the mean's norm is mostly noise, which would shrink steps.
 
@@ -63,7 +63,7 @@ class PrivateTrainer:
         self.trainable, self.objective, self.optimizer = plain.trainable, plain.objective, plain.optimizer
         self.device, self.correct = plain.device, plain.correct
         self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
-        self.live: Mask | None = None
+        self.trained_mask: Mask | None = None
         self._hooks: Any = None
         self._steps, self._moving = 0, False
 
@@ -75,7 +75,7 @@ class PrivateTrainer:
 
     def begin(self, lane: int, training: Training) -> None:
         """Puts the start into the model."""
-        self.live = None if training.live is None else training.live.to(self.device)
+        self.trained_mask = None if training.trained_mask is None else training.trained_mask.to(self.device)
         self._steps, self._moving = 0, False
         self.plain.begin(lane, training)
 
@@ -121,12 +121,12 @@ class PrivateTrainer:
         for term in others:
             loss = loss + (term.by_row(rows) * count_B / term.counts_by_row(rows).clamp(min=1)).sum()
         loss.backward()
-        each, whole = self._each_row(rows), layout.views(grad)
+        each, of_all = self._each_row(rows), layout.views(grad)
         norms_B = _norms(each)
         finite_B = norms_B.isfinite()
         if finite_B.all():
             # Autograd's sum of the same gradients shows whether Opacus has seen every use of every parameter.
-            missed = torch.stack([(per_row.sum(0) - whole[name]).norm() for name, per_row in each.items()]).norm()
+            missed = torch.stack([(per_row.sum(0) - of_all[name]).norm() for name, per_row in each.items()]).norm()
             if missed > ROUNDING * norms_B.sum():
                 raise RunError(
                     f"{KEY} needs each row's own gradient, but those that Opacus gives for this model do not sum up "
@@ -135,8 +135,8 @@ class PrivateTrainer:
         else:  # a row without a finite gradient adds nothing, because NaN or infinity would reveal it
             for per_row in each.values():
                 per_row[~finite_B] = 0
-        if self.live is not None:
-            for name, view in layout.views(self.live).items():
+        if self.trained_mask is not None:
+            for name, view in layout.views(self.trained_mask).items():
                 each[name] *= view
             norms_B = _norms(each)
         factor_B = torch.where(finite_B, (self.plan.clip * count_B / norms_B).clamp(max=1) / count_B, 0)
@@ -157,19 +157,19 @@ class PrivateTrainer:
         return each
 
     def _add_noise(self, summed: torch.Tensor) -> None:
-        """Adds the plan's noise to the live coordinates of `summed` (P,) that a client of this LoRA rank has."""
-        z, rank = self.plan.noise_multiplier, self.trainable.rank
+        """Adds the plan's noise to the trained coordinates of `summed` (P,) that a client of this LoRA rank has."""
+        z, lora_rank = self.plan.noise_multiplier, self.trainable.lora_rank
         if z > 0:
-            count = len(summed) if self.live is None else int(self.live.sum())
+            count = len(summed) if self.trained_mask is None else int(self.trained_mask.sum())
             noise = torch.from_numpy(normal(self.words, count)).float().to(summed.device)
-            if self.live is None:
+            if self.trained_mask is None:
                 summed.add_(noise, alpha=z * self.plan.clip)
             else:
-                summed[self.live] += noise * (z * self.plan.clip)
-        if rank is not None:
+                summed[self.trained_mask] += noise * (z * self.plan.clip)
+        if lora_rank is not None:
             for pair in self.trainable.layout.lora_pairs(summed):
-                pair.a_RI[rank:] = 0
-                pair.b_OR[:, rank:] = 0
+                pair.a_RI[lora_rank:] = 0
+                pair.b_OR[:, lora_rank:] = 0
 
 
 def _norms(each: dict[str, torch.Tensor]) -> torch.Tensor:

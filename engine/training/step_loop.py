@@ -65,11 +65,11 @@ Correct = Callable[[torch.Tensor, torch.Tensor], None]  # changes gradients (K, 
 class Training:
     """One client's local training on encoded `rows` from the vector `start` (P,), or a rank's shard of it.
 
-    `stream` draws the batches, `dropout` is torch's seed. `rank` is the client's LoRA rank if ranks are mixed.
+    `stream` draws the batches, `dropout` is torch's seed. `lora_rank` is the client's own where they are mixed.
     `correct` may change each step's gradient; `rate` is a factor on all learning rates. With `moments` the optimizer
     continues from that state and the result has the new one; None starts from nothing. The result is a copy of the
-    vector, or with `less` the vector minus `less`, which may lie in the trainer's memory until the next training.
-    Example-level privacy clips and adds noise on the coordinates in `live`; None means all. `factor` stands in for
+    vector, or with `origin` its change from there, which may lie in the trainer's memory until the next training.
+    Example-level privacy clips and adds noise on the coordinates in `trained_mask`; None: all. `factor` stands in for
     `train.over_steps`: of a step's number and all steps it makes the factor on the learning rate.
     """
 
@@ -77,12 +77,12 @@ class Training:
     start: Vector
     stream: np.random.Generator
     dropout: int
-    rank: int | None = None
+    lora_rank: int | None = None
     correct: Correct | None = None
     rate: float = 1.0
     moments: ClientState | None = None
-    less: Vector | None = None
-    live: Mask | None = None
+    origin: Vector | None = None
+    trained_mask: Mask | None = None
     factor: Callable[[int, int], float] | None = None
 
 
@@ -171,7 +171,7 @@ class Backend(Protocol):
         """Takes the optimizer's step, and calls `adjust` before, as soon as the gradients are complete."""
 
     def end(self, lane: int, training: Training) -> Vector:
-        """Returns the vector that a lane has reached, as `training.less` asks."""
+        """Returns the vector that a lane has reached, as `training.origin` asks."""
 
     def summed(self, value: float) -> float:
         """Adds a figure up over all ranks."""

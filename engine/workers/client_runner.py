@@ -16,7 +16,6 @@ from datasets_partition.store.tokens import Tokens
 from engine.aggregation.accumulators import Accumulator
 from engine.aggregation.exact_sum import LIMIT, NonFiniteUpdate, finite_bound
 from engine.config.federation import Federation
-from engine.config.sections import Lora
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Unit, halves
@@ -60,7 +59,7 @@ def attempted(
         torch.cuda.empty_cache()
     why = (*why, cause if len(unit) == 1 else f"in lanes with clients {', '.join(map(str, unit))}: {cause}")
     if len(unit) > 1 and short:
-        return [attempt for part in halves(unit) for attempt in attempted(part, train, retries, why)]
+        return [attempt for half in halves(unit) for attempt in attempted(half, train, retries, why)]
     if retries:
         return attempted(unit, train, retries - 1, why)
     if len(unit) > 1:
@@ -117,12 +116,12 @@ class ClientRunner:
         """Returns what all clients here receive."""
         federation, peers = self.federation, self.peers
         broadcast = message.received(federation.strategy, self.layout, federation.seed, peers.rank)
-        return broadcast if peers.rank is None else replace(broadcast, whole_norm=peers.whole_norm)
+        return replace(broadcast, whole_norm=peers.whole_norm)
 
     def received_by(self, client: int, broadcast: Broadcast) -> Broadcast:
         """Returns what one client receives: it knows its own LoRA rank, where ranks are mixed."""
         peft = self.federation.model.peft
-        return replace(broadcast, rank=peft.rank_of(client, self.federation.seed) if isinstance(peft, Lora) else None)
+        return replace(broadcast, lora_rank=peft.lora_rank_of(client, self.federation.seed))
 
     def state_of(self, client: int, round_: int) -> ClientState:
         """Returns what the client keeps from the rounds before."""
@@ -141,8 +140,8 @@ class ClientRunner:
 
         def train(clients: Unit) -> list[Trained]:
             jobs = [self._job(client, message, broadcast) for client in clients]
-            # Updates may be lent from the trainer's memory if nothing else is trained before they are handed over.
-            results = self.trainer_of(clients, message).updates(jobs, federation, lent=len(present) == 1)
+            # Updates may be views of the trainer's memory if nothing else is trained before they are handed over.
+            results = self.trainer_of(clients, message).updates(jobs, federation, view=len(present) == 1)
             return [(job, *result) for job, result in zip(jobs, results, strict=True)]
 
         try:
@@ -184,9 +183,9 @@ class ClientRunner:
             return Report(job.client, traffic, late=late)
         try:
             self._refuse_useless(update, after)
-            if message.dp is not None and message.dp.adds_to == "sum":
+            if message.noise_plan is not None and message.noise_plan.adds_to == "sum":
                 finite_bound(update)
-                update = message.dp.encode(update, message.clip, job.broadcast.whole_norm)
+                update = message.noise_plan.encode(update, message.clip, job.broadcast.whole_norm)
             accumulator.add(update)
         except NonFiniteUpdate as error:
             return Report(job.client, traffic, failed=str(error))

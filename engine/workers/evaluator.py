@@ -13,7 +13,7 @@ from engine.config.sections import Evaluate
 from engine.config.train import Train
 from engine.messages.broadcast import BroadcastMessage
 from engine.objectives.base import Objective, terms_of
-from engine.records.client_state import STRATEGY, part
+from engine.records.client_state import STRATEGY, owned_by
 from engine.training.generation import Prompt
 from engine.training.local_training import Trainer
 from engine.training.step_loop import Trained, Training
@@ -85,9 +85,9 @@ class Evaluator:
         broadcast = self.runner.receive(message)
         for client in chunk:
             received = self.runner.received_by(client, broadcast)
-            personal = strategy.personal(received, part(self.runner.state_of(client, message.round), STRATEGY))
+            personal = strategy.personal(received, owned_by(self.runner.state_of(client, message.round), STRATEGY))
             if personal is not None:
-                self.trainer.become(personal, received.rank)
+                self.trainer.become(personal, received.lora_rank)
                 losses.append(self._loss(client, limit))
         return losses
 

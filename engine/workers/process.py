@@ -1,8 +1,7 @@
-"""What all worker processes have: placement, token columns, a sum, the clients of secure aggregation, and parts."""
+"""What all worker processes have: placement, token columns, a sum, and the clients of secure aggregation."""
 
 import logging
 from collections.abc import Callable
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from datasets_partition.store.tokens import Tokens
 from engine.aggregation.accumulators import RingSum
 from engine.aggregation.exact_sum import ExactSum
-from engine.aggregation.ring_encoding import live_masks
+from engine.aggregation.ring_encoding import sent_masks_of
 from engine.aggregation.ring_shard import RingShard
 from engine.aggregation.secure_clients import SecureClients
 from engine.config.federation import Federation
@@ -33,11 +32,11 @@ from strategies.secagg.messages import Inbox, MaskedSum
 from strategies.secagg.protocol import Session
 
 
-def part(path: str) -> Callable[..., Any]:
-    """Makes a remote method that calls the method of a part, such as "secure.open", which documents it."""
+def delegate(method_of: Callable[["WorkerProcess"], Callable[..., Any]]) -> Callable[..., Any]:
+    """Makes an actor's method out of a component's, which documents it: Ray calls only methods of the actor itself."""
 
-    def method(self: Any, *arguments: Any) -> Any:
-        return attrgetter(path)(self)(*arguments)
+    def method(self: "WorkerProcess", *arguments: Any) -> Any:
+        return method_of(self)(*arguments)
 
     return method
 
@@ -56,7 +55,7 @@ class SecureTraining:
         work = peers.from_first(self.clients.pending(inboxes) if leads else None)
         if work.fresh:
             shard, federation = self._shard(work.session), runner.federation
-            ring = RingSum(shard, federation, message.dp, message.round, peers.summed)
+            ring = RingSum(shard, federation, message.noise_plan, message.round, peers.summed)
             self.rings = {message.round: ring}
         ring = self.rings[message.round]
         reports = runner.run(work.units, message, ring) if work.units else []
@@ -78,8 +77,8 @@ class SecureTraining:
 
     def _shard(self, session: Session) -> RingShard:
         runner, peers = self.runner, self.runner.peers
-        live = live_masks(runner.federation, runner.layout, session.round)
-        return RingShard(session.sums, live, peers.partition, peers.rank or 0)
+        sent_masks = sent_masks_of(runner.federation, runner.layout, session.round)
+        return RingShard(session.sums, sent_masks, peers.partition, peers.rank or 0)
 
 
 class Attached:
@@ -99,20 +98,25 @@ class Attached:
         self.trainer, self.tokenizer, self.base = trainer, tokenizer, base
         states = ClientStates(process.folder if peers.rank is None else process.folder / f"{RANK}{peers.rank}")
         self.runner = ClientRunner(process.federation, Tokens.open(tokens), states, trainer_of, layout, peers)
-        self.evaluator = Evaluator(self.runner, trainer, tokenizer)
-        self.secure = SecureTraining(self.runner, process.secure)
+        self.evaluator: Evaluator = Evaluator(self.runner, trainer, tokenizer)
+        self.secure: SecureTraining = SecureTraining(self.runner, process.secure)
 
 
 class WorkerProcess:
     """A process that Ray has placed; `folder` is where client state lies. Of a group of ranks each is one."""
 
     attached: Attached  # made when base and rows have come
+    secure: SecureClients
 
     find_tokens, receive_tokens = staticmethod(columns.find_tokens), staticmethod(columns.receive_tokens)
-    open, shares, agree = part("secure.open"), part("secure.shares"), part("secure.agree")
-    unmask, roster = part("secure.unmask"), part("secure.roster")
-    masked = part("attached.secure.masked")
-    evaluate, generate = part("attached.evaluator.losses"), part("attached.evaluator.generate")
+    open = delegate(lambda process: process.secure.open)
+    shares = delegate(lambda process: process.secure.shares)
+    agree = delegate(lambda process: process.secure.agree)
+    unmask = delegate(lambda process: process.secure.unmask)
+    roster = delegate(lambda process: process.secure.roster)
+    masked = delegate(lambda process: process.attached.secure.masked)
+    evaluate = delegate(lambda process: process.attached.evaluator.losses)
+    generate = delegate(lambda process: process.attached.evaluator.generate)
 
     def __init__(self, federation: Federation, folder: Path) -> None:
         from transformers.utils import logging as transformers_logging

@@ -17,7 +17,7 @@ from datasets_partition.store.tokens import tokenize
 from engine.config.federation import Federation
 from engine.models.tokenizer import embedded_tokens, load_tokenizer, refuse_unembedded
 
-Parts = dict[str, list[Any]]  # a file's name -> references to its pieces
+TokenPieces = dict[str, list[Any]]  # a file's name -> references to its pieces
 PIECE_BYTES = 64 * 2**20
 TOKENS_VERSION = 2  # raised whenever rows are encoded differently
 
@@ -44,22 +44,22 @@ def find_tokens(tokens: Path) -> Path | None:
     return next((folder for folder in (tokens, _copy(tokens)) if folder.is_dir()), None)
 
 
-def put_tokens(tokens: Path) -> Parts:
+def put_tokens(tokens: Path) -> TokenPieces:
     """Puts the columns' files into the object store, in pieces."""
-    parts: Parts = {}
+    pieces: TokenPieces = {}
     for file in tokens.iterdir():
         content = np.memmap(file, np.uint8, "r")
-        parts[file.name] = [ray.put(content[i : i + PIECE_BYTES]) for i in range(0, len(content), PIECE_BYTES)]
-    return parts
+        pieces[file.name] = [ray.put(content[i : i + PIECE_BYTES]) for i in range(0, len(content), PIECE_BYTES)]
+    return pieces
 
 
-def receive_tokens(tokens: Path, parts: Parts) -> Path:
+def receive_tokens(tokens: Path, pieces: TokenPieces) -> Path:
     """Writes a copy of the columns on this node, whole or not at all; returns its folder."""
     with written_whole(_copy(tokens)) as scratch:
-        for name, pieces in parts.items():
+        for name, references in pieces.items():
             with (scratch / name).open("wb") as file:
-                for piece in pieces:
-                    content: Any = ray.get(piece)
+                for reference in references:
+                    content: Any = ray.get(reference)
                     file.write(content)
     return _copy(tokens)
 

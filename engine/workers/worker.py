@@ -21,7 +21,7 @@ from engine.system.page_protection import drop_pages
 from engine.training.lanes import LaneTrainer, adapted_layers, best_lanes
 from engine.training.local_training import LocalTrainer, Trainer
 from engine.training.per_example import PrivateTrainer
-from engine.workers.process import Attached, WorkerProcess, part
+from engine.workers.process import Attached, WorkerProcess, delegate
 from strategies.core.layout import Layout
 from strategies.core.seeds import torch_seed
 from strategies.core.sharding import Partition
@@ -39,18 +39,20 @@ class Trainers:
         if len(unit) > 1:
             self.lanes = self.lanes or LaneTrainer(self.plain, message.lanes, self.federation.train)
             return self.lanes
-        if message.dp is None or message.dp.adds_to != "gradients":
+        if message.noise_plan is None or message.noise_plan.adds_to != "gradients":
             return self.plain
-        return PrivateTrainer(self.plain, message.dp, noise(self.federation, message.round, unit[0]))
+        return PrivateTrainer(self.plain, message.noise_plan, noise(self.federation, message.round, unit[0]))
 
 
 class ClientActor(WorkerProcess):
     """One slot: `attach` gives it base and rows, `run` trains chunks, `forget_sum` resets the sum after a round."""
 
-    part_of_sum = part("sum.part")
-    merged_weights, use_weights = part("attached.base.trainable.merged_weights"), part("attached.base.use")
-    evaluate_personal, local_only = part("attached.evaluator.personal"), part("attached.evaluator.local_only")
-    centralized = part("attached.evaluator.centralized")
+    section_of_sum = delegate(lambda process: process.sum.section)
+    merge_weights = delegate(lambda process: process.attached.base.trainable.merge_weights)
+    use_merged = delegate(lambda process: process.attached.base.use_merged)
+    evaluate_personal = delegate(lambda process: process.attached.evaluator.personal)
+    local_only = delegate(lambda process: process.attached.evaluator.local_only)
+    centralized = delegate(lambda process: process.attached.evaluator.centralized)
 
     def __init__(self, federation: Federation, folder: Path) -> None:
         import peft  # noqa: F401  # takes seconds: here all slots take them at the same time
@@ -99,7 +101,7 @@ class ClientActor(WorkerProcess):
     def close_in_shards(self, partition: Partition) -> tuple[int | PartialSum, ...]:
         """Returns the bytes of the sum since the last close, and the sum as groups of ranks cut it."""
         partial = self.sum.take()
-        return partial.nbytes, *(cut(partial, partition, rank) for rank in range(len(partition.parts)))
+        return partial.nbytes, *(cut(partial, partition, rank) for rank in range(len(partition.intervals)))
 
     def export(self, message: BroadcastMessage, card: str) -> Iterator[tuple[str, bytes]]:
         """Yields the files of the model folder, one after another."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ray.exceptions import ObjectLostError
 
 from engine.aggregation.exact_sum import PartialSum, merge
-from engine.aggregation.ring_encoding import live_masks
+from engine.aggregation.ring_encoding import sent_masks_of
 from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage
@@ -28,7 +28,7 @@ from engine.system import allocator as heap
 from engine.system.failures import LOST, GangLost, ShardLost, last_line
 from engine.system.rendezvous import meet
 from engine.workers.client_runner import Peers
-from engine.workers.process import Attached, WorkerProcess, part
+from engine.workers.process import Attached, WorkerProcess, delegate
 from strategies.core.layout import Layout
 from strategies.core.protocol import ServerState
 from strategies.core.seeds import torch_seed
@@ -39,7 +39,8 @@ from strategies.privacy.central import CentralPlan
 class Rank(WorkerProcess):
     """One process of a gang."""
 
-    masked_shard, unmask_shard = part("attached.secure.masked_shard"), part("attached.secure.unmask_shard")
+    masked_shard = delegate(lambda process: process.attached.secure.masked_shard)
+    unmask_shard = delegate(lambda process: process.attached.secure.unmask_shard)
 
     def __init__(self, federation: Federation, folder: Path, rank: int) -> None:
         super().__init__(federation, folder)
@@ -88,11 +89,11 @@ class Rank(WorkerProcess):
         """Does the server's part of a round for one shard: sums the slots' `sums` up, adds noise, applies the rule."""
         state = shard.state(round_, self.federation.seed, population)
         trainer, layout = self.attached.trainer, Layout(("shard",), ((len(shard.params),),))
-        masks = live_masks(self.federation, trainer.layout, round_).items() if plan is not None else ()
-        live = {name: trainer.partition.cut(mask, self.rank) for name, mask in masks}
+        masks = sent_masks_of(self.federation, trainer.layout, round_).items() if plan is not None else ()
+        sent_masks = {name: trainer.partition.cut(mask, self.rank) for name, mask in masks}
         unmasked = sums and isinstance(sums[0], AggregateShard)  # secure aggregation gives one sum, over all slots
         aggregate = sums[0].aggregate() if unmasked else merge([*sums]) if sums else None
-        state, _ = server_step(state, aggregate, plan, clip, self.federation, layout, live, self.rank)
+        state, _ = server_step(state, aggregate, plan, clip, self.federation, layout, sent_masks, self.rank)
         return _stored(state)
 
     def close_round(self) -> tuple[int, PartialSum]:

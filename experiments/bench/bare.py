@@ -18,9 +18,8 @@ import torch
 import experiments
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
-from engine.config.sections import Lora
 from engine.messages.events import Event, Finished, RoundDone
-from engine.models.adapters import lora_config
+from engine.models.adapters import peft_config
 from engine.objectives.token_batch import token_losses
 from engine.records.checkpoint import load_checkpoint
 from engine.system.allocator import use_large_pages
@@ -83,10 +82,10 @@ def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compare
 
 
 def after_first_round(folder: Path) -> torch.Tensor:
-    """The trained parameters of a run after its first round; a gang's ranks have a part each."""
+    """The trained parameters of a run after its first round; a gang's ranks have a shard each."""
     saved = load_checkpoint(folder / "checkpoints", 1)
     assert saved is not None
-    return torch.cat([part.params for part in saved.state.parts])
+    return torch.cat([shard.params for shard in saved.state.shards])
 
 
 @contextmanager
@@ -101,7 +100,7 @@ def bare_loop(work: Recipe, store: Path) -> Iterator[tuple[torch.Tensor, Callabl
 
         def play(round_: int) -> None:
             cohort = work.cohort.sample(clients, work.seed, round_).tolist()
-            jobs = [(round_, part, cohort[part::processes]) for part in range(processes)]
+            jobs = [(round_, number, cohort[number::processes]) for number in range(processes)]
             weight = sum(pool.map(_train, jobs))
             for total_P in totals_KP:
                 vector_P.add_(total_P, alpha=1 / weight)
@@ -116,8 +115,8 @@ def _network(work: Recipe) -> Any:
 
     network = AutoModelForCausalLM.from_pretrained(work.model.base, dtype=getattr(torch, work.model.dtype))
     torch.manual_seed(torch_seed(work.seed, 0, -1, "initial"))
-    if isinstance(work.model.peft, Lora):
-        network = get_peft_model(network.requires_grad_(False), lora_config(work.model))
+    if work.model.peft.peft_class is not None:
+        network = get_peft_model(network.requires_grad_(False), peft_config(work.model))
     return network.train()
 
 
@@ -137,9 +136,9 @@ def _start(work: Recipe, tokens: Path, vector_P: torch.Tensor, totals_KP: torch.
 
 def _train(job: tuple[int, int, list[int]]) -> float:
     """Trains some clients of a round, sums weight * delta in their row of the totals, and returns the weights' sum."""
-    round_, part, clients = job
+    round_, number, clients = job
     work, network, tokens = _process["work"], _process["network"], _process["tokens"]
-    vector_P, local_P, total_P = _process["vector_P"], _process["local_P"], _process["totals_KP"][part].zero_()
+    vector_P, local_P, total_P = _process["vector_P"], _process["local_P"], _process["totals_KP"][number].zero_()
     train, trained, largest, weights = work.train, _trained(network), int(tokens.counts("train").max()), 0.0
     for client in clients:
         rows = tokens.rows(client, "train")

@@ -32,7 +32,7 @@ def engine_stored(state: ServerState) -> ServerState:
         save_checkpoint(Path(folder), Saved(ShardedState(state.round, (state,)), 1.5), keep=1)
         loaded = load_checkpoint(Path(folder))
     assert loaded is not None
-    return cast(ServerState, loaded.state.parts[0])
+    return cast(ServerState, loaded.state.shards[0])
 
 
 def cases(strategy: Rule) -> list[Case]:

@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from datasets_partition import Partitioners, Sources
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.store.splits import Splits
+from engine.config.adapters import REFUSED_KINDS
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from experiments.config.user_code import COMBINED, put_back, replaced, take_out
@@ -143,12 +144,12 @@ def _change(tree: dict[str, Any], change: str) -> None:
         raise RunError(f"--set takes a.b=value, not {change!r}")
     *path, last = key.strip().split(".")
     table = tree
-    for part in path:
-        below = table.setdefault(part, {})
+    for name in path:
+        below = table.setdefault(name, {})
         if isinstance(below, str):  # the short form: strategy = "fedavg"
-            below = table[part] = {"kind": below}
+            below = table[name] = {"kind": below}
         if not isinstance(below, dict):
-            raise RunError(f"--set {change}: {part} is a value, not a section")
+            raise RunError(f"--set {change}: {name} is a value, not a section")
         table = below
     try:
         table[last] = tomllib.loads(f"value = {value}")["value"]
@@ -162,12 +163,12 @@ def _no_date(value: object) -> object:
     raise RunError(f"a recipe has no dates or times, but this holds {value}: put it in quotes if it is text")
 
 
-def _expand(tree: Any, part: str, *below: str) -> None:
-    section = tree.get(part) if isinstance(tree, dict) else None
+def _expand(tree: Any, key: str, *below: str) -> None:
+    section = tree.get(key) if isinstance(tree, dict) else None
     if below:
         _expand(section, *below)
     elif isinstance(section, str):
-        tree[part] = {"kind": section}
+        tree[key] = {"kind": section}
     elif isinstance(section, dict) and section.get("kind") == "combined":
         for held in COMBINED:
             _expand(section, held)
@@ -192,7 +193,10 @@ def _sentence(key: str, fault: Any) -> str:
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         kind_above, section = _walk(fault["loc"][:-1])[1], key.rpartition(".")[0]
         known = [f.name for member in _members(kind_above) for f in fields(member)]
-        near = _near(str(fault["loc"][-1]), known, [*_keys(kind_above, section)])
+        last = str(fault["loc"][-1])
+        names = [getattr(member, "peft_names", {}) for member in _members(kind_above)]
+        aliases = {name: key for keys in names for key, name in keys.items()}
+        near = [aliases[last]] if last in aliases else _near(last, known, [*_keys(kind_above, section)])
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         return f"there is no key {key!r}; {hint}{f'[{section}]' if section else 'A recipe'} takes {', '.join(known)}"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
@@ -202,6 +206,8 @@ def _sentence(key: str, fault: Any) -> str:
         return f"{key!r} needs a kind: {kinds}"
     if kind == "union_tag_invalid":
         tag, expected = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
+        if key == "model.peft" and tag in REFUSED_KINDS:
+            return f"model.peft has no kind {tag!r}, which {REFUSED_KINDS[tag]}"
         near = difflib.get_close_matches(tag, [each.strip().strip("'") for each in expected.split(",")], 1, 0.0)
         return f"{key!r} has no kind {tag!r}; did you mean {near[0]!r}? There is {expected}"
     if kind == "value_error":
@@ -244,17 +250,17 @@ def _walk(where: tuple[Any, ...]) -> tuple[list[str], Any]:
     """The TOML keys of one of pydantic's places, which also name choices of unions, and the type of what is there."""
     path: list[str] = []
     kind: Any = Recipe
-    for part in where:
+    for step in where:
         members = _members(kind)
-        tagged = [member for member in members if getattr(member, "kind", None) == part]
+        tagged = [member for member in members if getattr(member, "kind", None) == step]
         if len(members) > 1 and tagged:
             kind = tagged[0]
             continue
         if path and not members:
             break
-        path.append(str(part))
-        if not isinstance(part, int):  # an item of a list, whose type is the list's
-            kind = get_type_hints(members[0], include_extras=True).get(part)
+        path.append(str(step))
+        if not isinstance(step, int):  # an item of a list, whose type is the list's
+            kind = get_type_hints(members[0], include_extras=True).get(step)
     return path, kind
 
 

@@ -36,7 +36,7 @@ def take_out(tree: dict[str, Any]) -> dict[Place, Any]:
             section: Any = above.get(place[-1]) if isinstance(above, dict) else None
             kind = section.get("kind") if isinstance(section, dict) else None
             if kind == "combined":
-                waiting += [(section, (*place, part)) for part in COMBINED]
+                waiting += [(section, (*place, held)) for held in COMBINED]
             elif isinstance(kind, str) and ":" in kind:
                 objects[place] = _made(".".join(place), section, methods)
                 above[place[-1]] = {"kind": stand_in}
@@ -45,23 +45,23 @@ def take_out(tree: dict[str, Any]) -> dict[Place, Any]:
 
 def put_back(tree: dict[str, Any], recipe: Any) -> None:
     """Writes the user's objects of a recipe into its tree, under the kind that names their class."""
-    for (*above, key), value in user_parts(recipe).items():
+    for (*above, key), value in user_objects(recipe).items():
         section, kind = tree, type(value)
-        for part in above:
-            section = section[part]
+        for key_above in above:
+            section = section[key_above]
         section[key] = {"kind": None} | section[key] | {"kind": f"{kind.__module__}:{kind.__name__}"}  # the kind first
 
 
-def user_parts(recipe: Any) -> dict[Place, Any]:
+def user_objects(recipe: Any) -> dict[Place, Any]:
     """The objects of a recipe whose classes are the user's, by place."""
-    parts, waiting = dict[Place, Any](), list[tuple[Place, Any]]([((), recipe)])
+    objects, waiting = dict[Place, Any](), list[tuple[Place, Any]]([((), recipe)])
     while waiting:
         place, value = waiting.pop(0)
         if is_dataclass(value) and type(value).__module__.split(".")[0] not in SHIPPED:
-            parts[place] = value
+            objects[place] = value
         elif is_dataclass(value):
             waiting += [((*place, key.name), getattr(value, key.name)) for key in fields(value)]
-    return parts
+    return objects
 
 
 def replaced(section: Any, place: Place, value: Any) -> Any:

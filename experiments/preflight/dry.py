@@ -177,8 +177,8 @@ def _export(finished: Run, base: str) -> Proof:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, adapter = AutoTokenizer.from_pretrained(finished.model), finished.model / "adapter_config.json"
-    kind, whole = ("a PEFT adapter", base) if adapter.exists() else ("a model", finished.model)
-    network: Any = AutoModelForCausalLM.from_pretrained(whole)
+    kind, weights = ("a PEFT adapter", base) if adapter.exists() else ("a model", finished.model)
+    network: Any = AutoModelForCausalLM.from_pretrained(weights)
     if adapter.exists():
         network = PeftModel.from_pretrained(network, finished.model)
     with torch.no_grad():

@@ -13,10 +13,10 @@ from rich.table import Table
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
-from engine.config.sections import Clients, Lora, Model, Zero
+from engine.config.sections import Clients, Model, Zero
 from engine.config.train import Sgd
 from engine.messages.errors import RunError
-from engine.models.adapters import with_adapters
+from engine.models.adapters import refuse_other_adapters, with_adapters
 from engine.models.base_model import causal_config
 from engine.models.deepspeed_config import BUCKET, LIVE
 from engine.scheduling.placement import slot_counts
@@ -66,7 +66,7 @@ def meta_network(model: Model) -> Any:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
         base: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
-        return with_adapters(base.requires_grad_(False), model) if isinstance(model.peft, Lora) else base
+        return with_adapters(base, model)
 
 
 def on_meta(network: Any, length: int) -> torch.Tensor:
@@ -80,7 +80,11 @@ def on_meta(network: Any, length: int) -> torch.Tensor:
 
 def sizes(model: Model, max_length: int) -> Sizes:
     """Counts a model from its configuration; RunError if there is none."""
-    network = meta_network(model)
+    return sizes_of(meta_network(model), model, max_length)
+
+
+def sizes_of(network: Any, model: Model, max_length: int) -> Sizes:
+    """Counts a network on the meta device."""
     parameters = list(network.parameters())
     known, saved = set(map(id, parameters)), dict[int, int]()
 
@@ -192,7 +196,9 @@ def _imported() -> tuple[float, float]:
 def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     """Prints the plan for devices of `device_gib` GiB; returns whether the recipe fits."""
     screen = console(soft_wrap=False)
-    counts = sizes(recipe.model, recipe.train.max_length)
+    network = meta_network(recipe.model)
+    refuse_other_adapters(network, recipe)
+    counts = sizes_of(network, recipe.model, recipe.train.max_length)
     clients, zero = recipe.clients, recipe.clients.zero or Zero()
     device = (device_gib or _this_machine()) * GIB
     plain, gang = process_bytes()
@@ -218,9 +224,9 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     once = f", and the base's {base / GIB:,.3f} GiB once" if slots else ""
     screen.print(f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots){once}")
     slot, rank = needs["a plain slot"].total, rank_need(counts, recipe, zero, gang).total
-    whole = on_fullest(clients, slots, gangs * zero.ranks, devices, slot, rank, base)
-    verdict = "it fits" if (fits := whole <= SPARE * device) else "it does not fit"
-    screen.print(f"as the recipe is: {whole / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")
+    fullest = on_fullest(clients, slots, gangs * zero.ranks, devices, slot, rank, base)
+    verdict = "it fits" if (fits := fullest <= SPARE * device) else "it does not fit"
+    screen.print(f"as the recipe is: {fullest / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")
     return fits
 
 

@@ -145,8 +145,8 @@ def draw_rows(recipe: Recipe, clients: int, max_length: int, cache: Path) -> Dra
     if source is data.source:
         recipe.cohort.sample(store.num_training, recipe.seed, 0)  # raises an error if the cohort is too large
     kept = content_columns(store.read_rows(0, "train"))
-    parts = (store.read_rows(client % store.num_training, "train").select(kept) for client in range(clients))
-    table = pa.concat_tables(part.take(np.arange(n) % part.num_rows) for part, n in zip(parts, counts, strict=True))
+    by_client = (store.read_rows(client % store.num_training, "train").select(kept) for client in range(clients))
+    table = pa.concat_tables(rows.take(np.arange(n) % rows.num_rows) for rows, n in zip(by_client, counts, strict=True))
     short = {name: _shortened(table[name], name, few) for name in kept}
     said = f"the first rows of {min(clients, store.num_training):,} of {store.num_training:,} clients"
     return Drawn(pa.table({"client": names} | short), True, said)

@@ -85,14 +85,14 @@ def change(first: float, last: float) -> str:
     return f"{100 * (last - first) / abs(first):+.1f} %".replace("-", MINUS)
 
 
-def _linear(low: float, high: float, start: float, end: float, write: Format, whole: bool = False) -> Axis:
+def _linear(low: float, high: float, start: float, end: float, write: Format, integers: bool = False) -> Axis:
     """An axis with ticks at multiples of 1, 2 or 5 times a power of ten, also at its ends; `whole`: integers only."""
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-12):
         pad = abs(low) * 0.1 or 1.0  # a single value goes to the middle
         low, high = (0.0, 2 * pad) if low == 0 else (low - pad, high + pad)
     raw = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(raw))
-    step = max(1.0 if whole else 0.0, next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999))
+    step = max(1.0 if integers else 0.0, next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     places = max(0, -math.floor(math.log10(step) + 1e-9))
 
@@ -167,7 +167,7 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, writ
         return empty(title)
     xs, ys = zip(*(point for _, points in shown for point in points), strict=True)
     log = zero and min(ys) > 1e-300 and max(ys) > 30 * min(ys)
-    x = _linear(min(xs), max(xs), LEFT, WIDTH - RIGHT, number, whole=True)
+    x = _linear(min(xs), max(xs), LEFT, WIDTH - RIGHT, number, integers=True)
     scale, low = (_log, min(ys)) if log else (_linear, min(0.0, *ys) if zero else min(ys))
     y = scale(low, max(ys), HEIGHT - BOTTOM, TOP, write)
     body, alt = _axes(x, y, x_label, y_label), []
@@ -193,22 +193,22 @@ def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str) ->
     if not shown:
         return empty(title)
     rounds = sorted(set[float]().union(*(values for _, values in shown)))
-    group = math.ceil(len(rounds) / MAX_BARS)
-    x = _linear(min(rounds), max(rounds), LEFT + 10, WIDTH - RIGHT - 10, number, whole=True)
-    groups = [rounds[i : i + group] for i in range(0, len(rounds), group)]
-    means = [[sum(max(values.get(r, 0.0), 0.0) for r in part) / len(part) for _, values in shown] for part in groups]
+    neighbors = math.ceil(len(rounds) / MAX_BARS)
+    x = _linear(min(rounds), max(rounds), LEFT + 10, WIDTH - RIGHT - 10, number, integers=True)
+    groups = [rounds[i : i + neighbors] for i in range(0, len(rounds), neighbors)]
+    means = [[sum(max(values.get(r, 0.0), 0.0) for r in group) / len(group) for _, values in shown] for group in groups]
     y = _linear(0.0, max(map(sum, means)), HEIGHT - BOTTOM, TOP, number)
-    wide = round(min(20.0, 0.74 * group * (x.end - x.start) / (x.high - x.low)), 1)
+    wide = round(min(20.0, 0.74 * neighbors * (x.end - x.start) / (x.high - x.low)), 1)
     body = _axes(x, y, x_label, y_label)
-    for part, heights in zip(groups, means, strict=True):
-        at, below = sum(part) / len(part), 0.0
+    for group, heights in zip(groups, means, strict=True):
+        at, below = sum(group) / len(group), 0.0
         for (layer, _), value in zip(shown, heights, strict=True):
             top, bottom = y.at(below + value), y.at(below)
             below += value
             if bottom > top:
                 body += _bar(layer.color, x.at(at) - wide / 2, top, wide, bottom - top)
     alt = "; ".join(f"{s.label}: {number(sum(v.values()) / len(v))} on average" for s, v in shown)
-    note = f"A bar is the mean of {group} rounds." if group > 1 else ""
+    note = f"A bar is the mean of {neighbors} rounds." if neighbors > 1 else ""
     return _figure(title, body, f"{title}. {alt}.", note, [s for s, _ in shown], bars=True)
 
 
@@ -257,7 +257,7 @@ def histogram(title: str, values: NDArray[np.float64], x_label: str, y_label: st
     bins = round(decades * max(4, min(10, 24 / decades)))
     places = (np.log10(values / x.low) / decades * bins + 1e-9).astype(int)
     counts = np.bincount(np.minimum(places, bins - 1), minlength=bins).tolist()
-    y = _linear(0, max(counts), HEIGHT - BOTTOM, TOP, number, whole=True)
+    y = _linear(0, max(counts), HEIGHT - BOTTOM, TOP, number, integers=True)
     body = _axes(x, y, x_label, y_label)
     step = (x.end - x.start) / bins
     for i, count in enumerate(counts):

@@ -192,10 +192,10 @@ def _failures(run: Run) -> dict[str, Any]:
 
 def render(runs: Sequence[Run]) -> str:
     """The page as text: the same runs give the same bytes."""
-    parts = {"facts": _facts, "summary": _summary, "charts": _charts, "clients": _clients}
-    parts |= {"ledger": _ledger, "failures": _failures}
+    sections = {"facts": _facts, "summary": _summary, "charts": _charts, "clients": _clients}
+    sections |= {"ledger": _ledger, "failures": _failures}
     view = [
-        {"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run} | {name: p(run) for name, p in parts.items()}
+        {"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run} | {k: s(run) for k, s in sections.items()}
         for i, run in enumerate(runs)
     ]
     overlay = []

@@ -69,8 +69,8 @@ def read_run(folder: Path) -> Run:
     for table in _tables(folder / "faults", FAULTS):
         run.fault_count += table.num_rows
         is_dropout = pc.fill_null(pc.equal(table["kind"], DROPOUT), False)
-        for listed, part in ((run.faults, pc.invert(is_dropout)), (dropouts, is_dropout)):
-            listed += table.filter(part).slice(0, MAX_LISTED - len(listed)).to_pylist()
+        for listed, chosen in ((run.faults, pc.invert(is_dropout)), (dropouts, is_dropout)):
+            listed += table.filter(chosen).slice(0, MAX_LISTED - len(listed)).to_pylist()
     run.faults = (run.faults + dropouts)[:MAX_LISTED]  # dropouts last: there are many, and the recipe asks for them
     return run
 

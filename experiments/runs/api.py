@@ -94,12 +94,12 @@ def run(
         store = build_store(recipe)
         manifest = _manifest(recipe, store, start_digest)
         if resume:
-            manifest = resuming.continued(folder, resuming.earlier_parts(folder), manifest, accept_changes)
+            manifest = resuming.continued(folder, resuming.earlier_manifest(folder), manifest, accept_changes)
         files = {"recipe.toml": to_toml(recipe).encode(), "manifest.json": json.dumps(manifest, indent=1).encode()}
         finished: Finished | None = None
         begun = resume
         with ray_session(address), ExitStack() as at_end:
-            from engine.rounds.driver import RunPlan  # imports ray, whose environment is only now complete
+            from engine.rounds.driver import RunOptions  # imports ray, whose environment is only now complete
 
             at_end.callback(copy)
             shared = shared_store(recipe, store)
@@ -109,8 +109,8 @@ def run(
                 notes += ("epsilon is that of this run: what model.start has learned from the same people adds to it",)
             if accepted := manifest.get("accepted_changes"):
                 notes += (f"this run continues in spite of changes since it was begun: {', '.join(accepted)}",)
-            plan = RunPlan(store, folder.resolve(), files, shared, resume, baselines, elsewhere=elsewhere, notes=notes)
-            for event in drive(located(beginning), plan, stop):
+            options = RunOptions(store, folder.resolve(), files, shared, resume, baselines, (), elsewhere, notes)
+            for event in drive(located(beginning), options, stop):
                 if isinstance(event, Finished):
                     finished = replace(event, folder=folder)
                     continue

@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.config.sections import Model
 from engine.messages.errors import RunError
 from experiments.config.recipe import Recipe, located
-from experiments.config.user_code import SHIPPED, user_parts
+from experiments.config.user_code import SHIPPED, user_objects
 
 BASE = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"}  # files of a base's folder that are read
 # A file of up to 16 MiB is read whole; of a larger file as much is read, in evenly spaced blocks. Retrained weights
@@ -25,9 +25,9 @@ def digests(recipe: Recipe) -> dict[str, str]:
             values["model.base"] = base
         if trace is not None and Path(trace).is_file():  # otherwise reading the trace explains what is wrong
             values["clients.availability.trace"] = file_digest(Path(trace))
-        for part in user_parts(recipe).values():
-            if (code := sys.modules[type(part).__module__].__file__) is not None:
-                values[f"the code of {type(part).__module__}"] = sha256(Path(code).read_bytes()).hexdigest()
+        for user_object in user_objects(recipe).values():
+            if (code := sys.modules[type(user_object).__module__].__file__) is not None:
+                values[f"the code of {type(user_object).__module__}"] = sha256(Path(code).read_bytes()).hexdigest()
     except OSError as error:
         raise RunError(f"a file that the recipe names cannot be read ({error}): allow reading it") from error
     return values
@@ -68,8 +68,8 @@ def _commit(model: Model) -> str | None:
 def file_digest(file: Path) -> str:
     """The digest of a file, of a large one in parts."""
     size = file.stat().st_size
-    whole = size <= BLOCK * BLOCKS
-    starts = range(0, size, BLOCK) if whole else [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
+    is_small = size <= BLOCK * BLOCKS
+    starts = range(0, size, BLOCK) if is_small else [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
     digest = sha256(str(size).encode())
     with file.open("rb") as opened:
         for start in starts:

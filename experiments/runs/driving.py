@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from engine.messages.errors import RunError
-from experiments.config.user_code import line_at_fault, user_parts
+from experiments.config.user_code import line_at_fault, user_objects
 
 if TYPE_CHECKING:
     from engine.messages.events import Event
-    from engine.rounds.driver import RunPlan
+    from engine.rounds.driver import RunOptions
     from experiments.config.recipe import Recipe
 
 FUTILE = 3  # drivers in a row that may die without finishing a new round; a further one ends the run
@@ -29,7 +29,7 @@ class RunStopped(Exception):
     """The run was asked to stop and has ended before its last round."""
 
 
-def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> Iterator["Event"]:
+def drive(recipe: "Recipe", options: "RunOptions", stop: threading.Event | None) -> Iterator["Event"]:
     """Yields a driver's events until `stop` is set and the round ends; a driver that dies is replaced and resumes."""
     import ray
     from ray.exceptions import RayTaskError
@@ -39,15 +39,15 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
     from engine.rounds.driver import Driver
     from engine.system.failures import LOST, cause_of, last_line
 
-    for part in user_parts(recipe).values():
+    for user_object in user_objects(recipe).values():
         # The code itself travels, so that no other process needs the file.
-        ray.cloudpickle.register_pickle_by_value(sys.modules[type(part).__module__])
+        ray.cloudpickle.register_pickle_by_value(sys.modules[type(user_object).__module__])
     # On this node, since it reads and writes this machine's folders; the second thread takes the request to stop.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
     futile = furthest = 0
     while True:
-        driver: Any = actor.remote(recipe, plan)
+        driver: Any = actor.remote(recipe, options)
         over = threading.Event()
         if stop is not None:
             threading.Thread(target=_pass_on, args=(stop, over, driver), daemon=True).start()
@@ -56,7 +56,7 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
             for reference in driver.run.options(_generator_backpressure_num_objects=1).remote():
                 event = ray.get(reference)
                 if isinstance(event, Started):  # it has recorded the faults of `lost`
-                    plan = replace(plan, lost=())
+                    options = replace(options, lost=())
                 # Repeating a round is no progress: the fault may come after the round and before its checkpoint.
                 if isinstance(event, RoundDone) and event.round > furthest:
                     futile, furthest = 0, event.round
@@ -74,8 +74,8 @@ def drive(recipe: "Recipe", plan: "RunPlan", stop: threading.Event | None) -> It
                 what = f"the driver ended {futile} times without getting further ({why})"
                 remedy = "if memory ran out, lower clients.slots or take a smaller model or cohort"
                 raise RunError(f"{what}: {remedy}; then continue from the last checkpoint with --resume") from error
-            resume = plan.resume or any((plan.folder / "checkpoints").glob("[0-9]*"))
-            plan = replace(plan, resume=resume, lost=(*plan.lost, Fault("driver", "the driver", why)))
+            resume = options.resume or any((options.folder / "checkpoints").glob("[0-9]*"))
+            options = replace(options, resume=resume, lost=(*options.lost, Fault("driver", "the driver", why)))
             yield DriverLost(why)
         finally:
             over.set()

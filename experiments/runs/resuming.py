@@ -91,7 +91,7 @@ def finished_rounds(folder: Path) -> int | None:
     return rounds if isinstance(rounds, int) else None
 
 
-def earlier_parts(folder: Path) -> dict[str, Any]:
+def earlier_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the run to resume by dotted keys; empty if the run was killed before it wrote one."""
     file = folder / "manifest.json"
     if not file.exists() and not any((folder / "checkpoints").glob("[0-9]*")):
@@ -110,7 +110,7 @@ def continued(folder: Path, before: dict[str, Any], manifest: dict[str, Any], ac
     now = leaves(manifest)
     if before.get("data.key", now["data.key"]) != now["data.key"]:
         raise RunError(f"the data has changed since the run in {folder} was begun: choose another --out")
-    # Digests of earlier parts stay: a base from the hub has none until it is downloaded.
+    # Earlier digests stay: a base from the hub has none until it is downloaded.
     known = {key.removeprefix("digests."): value for key, value in before.items() if key.startswith("digests.")}
     changed = [key for key, value in known.items() if manifest["digests"].get(key, value) != value]
     versions = {key: value for key, value in before.items() if key.startswith("versions.")}

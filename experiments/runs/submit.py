@@ -51,7 +51,7 @@ def submit(
     out = out or str(RUNS / f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}-{token}")
     refuse_password(out)
     out = str(Path(out).absolute()) if is_local(out) else out
-    options = [part for change in changes for part in ("--set", change)] + ["--out", out, *flags]
+    options = [word for change in changes for word in ("--set", change)] + ["--out", out, *flags]
     command = run_command(recipe, here) + options
     environment = environment_of(here, runtime_env)
     client, job = job_client(address), f"fedpost-{token}"

@@ -34,28 +34,28 @@ def the_client_side_writes_nothing_but_its_gradient(case: Case) -> None:
 
 
 def what_is_frozen_is_neither_sent_nor_trained(case: Case) -> None:
-    """Updates are zero outside of `live`, and gradients are zero outside of `trained` after `correct`."""
+    """Updates are zero outside of `sent_masks`, and gradients outside of `trained_mask` after `correct`."""
     strategy = case.strategy
     for rounds in range(3):
         now = case.after(rounds)
-        live, broadcast, client_state = strategy.live(rounds, case.layout), now.broadcast, now.client_states[0]
+        masks, broadcast, client_state = strategy.sent_masks(rounds, case.layout), now.broadcast, now.client_states[0]
         for update in now.updates:
             sent = {"delta": update.delta, **update.extras}
-            hold(live.keys() <= sent.keys(), f"live has masks of {sorted(live)}, a client sends {sorted(sent)}")
-            for name, mask in live.items():
+            hold(masks.keys() <= sent.keys(), f"sent_masks has masks of {sorted(masks)}, a client sends {sorted(sent)}")
+            for name, mask in masks.items():
                 fits = mask.dtype == torch.bool and mask.shape == sent[name].shape
-                hold(fits, f"live's mask of {name!r} is not one bool for each of its numbers")
-                hold(not sent[name][~mask].any(), f"a client changes coordinates of {name!r} that live calls frozen")
+                hold(fits, f"sent_masks' mask of {name!r} is not one bool for each of its numbers")
+                hold(not sent[name][~mask].any(), f"it changes coordinates of {name!r} that sent_masks calls frozen")
         for run in strategy.starts(broadcast, client_state):
-            trained = strategy.trained(broadcast, client_state, run)
-            if trained is None:
+            trained_mask = strategy.trained_mask(broadcast, client_state, run)
+            if trained_mask is None:
                 continue
-            fits = trained.dtype == torch.bool and trained.shape == (case.layout.size,)
-            hold(fits, "trained is not one bool for each coordinate")
+            fits = trained_mask.dtype == torch.bool and trained_mask.shape == (case.layout.size,)
+            hold(fits, "trained_mask is not one bool for each coordinate")
             if not strategy.mixed_ranks:  # whose rows beyond a rank have no gradient to begin with
                 grad = torch.ones(1, case.layout.size)
                 strategy.correct(grad, drawn(case.layout, 1)[None], broadcast, client_state, run)
-                hold(not grad[:, ~trained].any(), "correct leaves a gradient where trained says that nothing moves")
+                hold(not grad[:, ~trained_mask].any(), "correct leaves gradients where trained_mask says nothing moves")
 
 
 def lanes_are_corrected_as_single_clients(case: Case) -> None:
@@ -96,5 +96,5 @@ def the_traffic_is_counted_in_whole_numbers(case: Case) -> None:
     """floats says how many numbers go down and up, as integers of at least 0."""
     for rounds in range(3):
         counts = case.strategy.floats(case.after(rounds).broadcast)
-        whole = all(isinstance(count, int) and count >= 0 for count in counts) and len(counts) == 2
-        hold(whole, f"floats gives {counts} after {rounds} rounds, not two whole numbers of at least 0")
+        are_counts = all(isinstance(count, int) and count >= 0 for count in counts) and len(counts) == 2
+        hold(are_counts, f"floats gives {counts} after {rounds} rounds, not two whole numbers of at least 0")

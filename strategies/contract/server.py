@@ -93,8 +93,8 @@ def what_travels_is_flat_contiguous_and_float32(case: Case) -> None:
     for name, tensor in tensors((state, broadcast, updates, client_states, starts)).items():
         flat = tensor.dtype == torch.float32 and tensor.ndim == 1 and tensor.is_contiguous()
         hold(flat, f"{name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, not one contiguous float32 vector")
-    whole = state.params.shape == broadcast.params.shape == updates[0].delta.shape == (case.layout.size,)
-    hold(whole, f"params and delta must keep the layout's {case.layout.size} elements")
+    fits = state.params.shape == broadcast.params.shape == updates[0].delta.shape == (case.layout.size,)
+    hold(fits, f"params and delta must keep the layout's {case.layout.size} elements")
     if state.merged_delta is not None:
         length, expected = state.merged_delta.numel(), case.layout.product_size
         hold(length == expected, f"the merged delta has {length} elements; the layout's products have {expected}")
@@ -114,23 +114,23 @@ def shards_are_worked_on_as_the_whole(case: Case) -> None:
     only_where(strategy.elementwise, "elementwise is False: it needs whole vectors")
     aggregate, change, grad = now.aggregate, drawn(case.layout, 5), drawn(case.layout, 6)[None]
 
-    def results(part: slice) -> dict[str, torch.Tensor]:
+    def results(place: slice) -> dict[str, torch.Tensor]:
         def cut(named: dict[str, Vector]) -> dict[str, Vector]:
-            return {name: vector[part] if vector.numel() == size else vector for name, vector in named.items()}
+            return {name: vector[place] if vector.numel() == size else vector for name, vector in named.items()}
 
         moments, client_state = cut(now.state.moments), cut(now.client_states[0])
-        state = replace(now.state, params=now.state.params[part], moments=moments, layout=NO_LAYOUT)
+        state = replace(now.state, params=now.state.params[place], moments=moments, layout=NO_LAYOUT)
         broadcast = strategy.broadcast(state)
-        grads = {run: grad[:, part].clone() for run in strategy.starts(broadcast, client_state)}
+        grads = {run: grad[:, place].clone() for run in strategy.starts(broadcast, client_state)}
         for run, grad_KP in grads.items():
-            strategy.correct(grad_KP, broadcast.params[None] + change[part], broadcast, client_state, run)
-        update, kept = case.client(broadcast, 0, client_state, change[part])
-        each = aggregate.each and tuple(replace(x, delta=x.delta[part], extras=cut(x.extras)) for x in aggregate.each)
-        seen = replace(aggregate, total=aggregate.total[part], extras=cut(aggregate.extras), each=each)
+            strategy.correct(grad_KP, broadcast.params[None] + change[place], broadcast, client_state, run)
+        update, kept = case.client(broadcast, 0, client_state, change[place])
+        each = aggregate.each and tuple(replace(x, delta=x.delta[place], extras=cut(x.extras)) for x in aggregate.each)
+        seen = replace(aggregate, total=aggregate.total[place], extras=cut(aggregate.extras), each=each)
         after = strategy.apply(state, seen)
         return tensors({"gradient": grads, "update": update, "client state": kept, "next state": after})
 
-    first, second, whole = results(slice(0, 4)), results(slice(4, size)), results(slice(0, size))
-    for name, tensor in whole.items():
+    first, second, uncut = results(slice(0, 4)), results(slice(4, size)), results(slice(0, size))
+    for name, tensor in uncut.items():
         joined = torch.cat([first[name], second[name]], dim=-1) if tensor.numel() == size else first[name]
         same(joined, tensor, f"elementwise is True, but parts of the vectors give another {name!r} than the whole")

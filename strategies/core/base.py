@@ -43,7 +43,7 @@ class Rule(ABC):
 
     reads: ClassVar[Reads] = "sum"  # or "passes", several sums of the same updates, or "each" update
     needs_lora: ClassVar[bool] = False  # it works on adapters
-    rank_parts: ClassVar[int] = 1  # it splits each adapter into this number of parts of equal rank
+    lora_rank_multiple: ClassVar[int] = 1  # it splits each adapter into so many of equal rank
     mixed_ranks: ClassVar[bool] = False  # clients may have adapters of different ranks
     elementwise: ClassVar[bool] = True  # both halves work alike on parts of the vectors
     keeps_basis: ClassVar[bool] = True  # a coordinate means the same, and is trained or not, in all rounds
@@ -63,8 +63,8 @@ class Rule(ABC):
     # What follows is for the defaults below alone:
     zero_moments: ClassVar[tuple[str, ...]] = ()  # the names of the moments (P,) that `init` sets to zero
     sends_moments: ClassVar[bool] = False  # `broadcast` sends all moments as extras
-    sends_all_it_trains: ClassVar[bool] = True  # `live` also says what is trained; otherwise that is everything
-    receives_live: ClassVar[bool] = False  # only what is live comes down: clients have the rest
+    trains_what_it_sends: ClassVar[bool] = True  # clients train what they send; otherwise everything
+    receives_what_it_sends: ClassVar[bool] = False  # only what they send comes down: clients have the rest
     paper: ClassVar[str] = "unpublished"
 
     def __post_init__(self) -> None:
@@ -133,28 +133,28 @@ class Rule(ABC):
         """Names and lengths of the sums that clients send beside the delta: by default products if `sends_products`."""
         return {"product": layout.product_size} if self.sends_products else {}
 
-    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+    def sent_masks(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """Where all clients of a round send zeros by the rule: False in the mask (P,) of "delta" or of an extra.
 
-        A vector without a mask is live everywhere. Frozen coordinates get no noise and no place in secure sums.
+        A vector without a mask is sent whole. Frozen coordinates get no noise and no place in secure sums.
         """
         return {}
 
-    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
+    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """The coordinates that the client's training `run` may move, whether it sends them or not; None: all.
 
         Example-level privacy clips and adds noise to these alone: `correct` must zero all other gradients.
         """
-        return self.live(broadcast.round, broadcast.layout).get("delta") if self.sends_all_it_trains else None
+        return self.sent_masks(broadcast.round, broadcast.layout).get("delta") if self.trains_what_it_sends else None
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """How many float32 numbers a real client would receive and send in a round."""
         size = broadcast.params.numel()
         layout = broadcast.layout if broadcast.layout.size == size else Layout(("shard",), ((size,),))
-        live = self.live(broadcast.round, layout)
+        sent_masks = self.sent_masks(broadcast.round, layout)
         lengths = {"delta": size, **self.beside(layout)}
-        sent = sum(int(live[name].sum()) if name in live else length for name, length in lengths.items())
-        return sent if self.receives_live else size + sum(map(torch.numel, broadcast.extras.values())), sent
+        sent = sum(int(sent_masks[name].sum()) if name in sent_masks else length for name, length in lengths.items())
+        return sent if self.receives_what_it_sends else size + sum(map(torch.numel, broadcast.extras.values())), sent
 
     def smallest_cohort(self) -> int:
         """The smallest number of updates in a round with which the rule makes sense."""

@@ -23,12 +23,14 @@ class LoraPair:
 class Layout:
     """The place of each trainable tensor in the flat vector: names, shapes, and the scale (alpha / r) of LoRA pairs.
 
-    Tensors lie one after another in the order of `names`, without gaps; `size` is the vector's length P.
+    Tensors lie one after another in the order of `names`, without gaps; `size` is the vector's length P. `scales` has
+    each pair's own scale where they differ.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     scale: float = 1.0
+    scales: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, tensors: Iterable[tuple[str, torch.Tensor]], scale: float = 1.0) -> "Layout":
@@ -55,13 +57,13 @@ class Layout:
             offset += prod(shape)
 
     @property
-    def rank(self) -> int:
+    def lora_rank(self) -> int:
         """The rank of the LoRA pairs, the largest where clients differ; 0 when the model is tuned in full."""
         return max((shape[0] for name, shape in zip(self.names, self.shapes, strict=True) if LORA_A in name), default=0)
 
-    def scale_at(self, rank: int) -> float:
-        """alpha / rank: the scale of the product on a client that has another rank than the layout's."""
-        return self.scale * self.rank / rank
+    def scale_at(self, lora_rank: int) -> float:
+        """alpha / lora_rank: the scale of the product on a client that has another rank than the layout's."""
+        return self.scale * self.lora_rank / lora_rank
 
     @property
     def product_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -82,12 +84,12 @@ class Layout:
     def lora_pairs(self, flat: torch.Tensor) -> Iterator[LoraPair]:
         """The LoRA pairs of `flat` (P,) or (K, P) as views; none when the model is tuned in full."""
         views = self.views(flat)
-        for name, a_RI in views.items():
-            if LORA_A in name:
-                yield LoraPair(name.split(LORA_A)[0], a_RI, views[name.replace(LORA_A, LORA_B)], self.scale)
+        names = [name for name in self.names if LORA_A in name]
+        for name, scale in zip(names, self.scales or (self.scale,) * len(names), strict=True):
+            yield LoraPair(name.split(LORA_A)[0], views[name], views[name.replace(LORA_A, LORA_B)], scale)
 
 
 def unpacked(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
     """The tensors of these shapes that lie one after another in `flat`, as views."""
-    parts = flat.split([prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    flats = flat.split([prod(shape) for shape in shapes])
+    return [each.view(shape) for each, shape in zip(flats, shapes, strict=True)]

@@ -13,8 +13,8 @@ def slices(layout: Layout, *markers: str) -> list[slice]:
 
 def zeroed(x: torch.Tensor, layout: Layout, *markers: str) -> torch.Tensor:
     """The same vectors (P,) or (K, P), with zeros written where the tensors with these markers lie."""
-    for part in slices(layout, *markers):
-        x[..., part] = 0
+    for place in slices(layout, *markers):
+        x[..., place] = 0
     return x
 
 
@@ -48,16 +48,17 @@ def product_change(end: Vector, start: Vector, layout: Layout) -> Vector:
 
 def fold(broadcast: Broadcast) -> float:
     """s_k / s: the scale of a client of another rank, over the layout's."""
-    return 1.0 if broadcast.rank is None else broadcast.layout.scale_at(broadcast.rank) / broadcast.layout.scale
+    layout, r_k = broadcast.layout, broadcast.lora_rank
+    return 1.0 if r_k is None else layout.scale_at(r_k) / layout.scale
 
 
-def start_at(broadcast: Broadcast, rank: int | None) -> Vector:
-    """The global vector as a client trains it: cut to `rank` (None: whole), with B such that s_k B is the global s B.
+def start_at(broadcast: Broadcast, lora_rank: int | None) -> Vector:
+    """The global vector as a client trains it, cut to `lora_rank` (None: whole); its B makes s_k B the global s B.
 
     Rows of A and columns of B that are both zero have zero gradients, so they stay zero in training.
     """
     layout = broadcast.layout
-    vector = without(broadcast.params.clone(), layout, slice(layout.rank if rank is None else rank, None))
+    vector = without(broadcast.params.clone(), layout, slice(lora_rank or layout.lora_rank, None))
     for pair in layout.lora_pairs(vector):
         pair.b_OR.div_(fold(broadcast))
     return vector
@@ -71,10 +72,11 @@ def folded(end: Vector, broadcast: Broadcast) -> Vector:
     return vector
 
 
-def floats_at(layout: Layout, rank: int | None) -> int:
+def floats_at(layout: Layout, lora_rank: int | None) -> int:
     """The number of elements of a vector with LoRA pairs of this rank (None: the layout's; 0: without pairs)."""
-    adapters: int = sum(part.stop - part.start for part in slices(layout, LORA_A, LORA_B))
-    return layout.size - adapters + adapters * (layout.rank if rank is None else rank) // layout.rank
+    adapters: int = sum(place.stop - place.start for place in slices(layout, LORA_A, LORA_B))
+    kept = adapters if lora_rank is None else adapters * lora_rank // layout.lora_rank
+    return layout.size - adapters + kept
 
 
 def svd(pair: LoraPair) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

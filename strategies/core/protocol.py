@@ -1,4 +1,4 @@
-"""What travels between server and clients, and what both keep. Legend: P parameters, K clients, N live coordinates."""
+"""What travels between server and clients, and what both keep. Legend: P parameters, K clients, N sent coordinates."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,17 +37,17 @@ class ServerState:
 class Broadcast:
     """What the clients of a round receive: the global vector, and the rule's `extras`.
 
-    The engine sets `rank` on the client where ranks are mixed: the adapters then have the scale
-    `layout.scale_at(rank)`, and rows of A and columns of B from `rank` on are zero and must stay zero. `seed` is the
-    recipe's, for what all clients of a round draw alike. `whole_norm` turns the L2 norm of the part at hand into that
-    of the whole vector; the two differ only in a gang of ZeRO ranks.
+    The engine sets `lora_rank` on the client where LoRA ranks are mixed: the adapters then have the scale
+    `layout.scale_at(lora_rank)`, and rows of A and columns of B from `lora_rank` on are zero and must stay zero.
+    `seed` is the recipe's, for what all clients of a round draw alike. `whole_norm` turns the L2 norm of the part at
+    hand into that of the whole vector; the two differ only in a gang of ZeRO ranks.
     """
 
     round: int
     params: Vector
     extras: dict[str, Vector] = field(default_factory=dict)
     layout: Layout = NO_LAYOUT
-    rank: int | None = None
+    lora_rank: int | None = None
     seed: int = 0
     whole_norm: Callable[[float], float] = float
 
@@ -95,12 +95,12 @@ class Size:
     extra: int = 0
 
 
-def without_frozen(vectors: Mapping[str, Vector], live: Mapping[str, Mask]) -> dict[str, Vector]:
-    """Each vector's live coordinates (N,); whole where `live` has no mask of its name."""
-    return {name: vector[live[name]] if name in live else vector for name, vector in vectors.items()}
+def without_frozen(vectors: Mapping[str, Vector], masks: Mapping[str, Mask]) -> dict[str, Vector]:
+    """Each vector's sent coordinates (N,); whole where `masks` has no mask of its name."""
+    return {name: vector[masks[name]] if name in masks else vector for name, vector in vectors.items()}
 
 
-def with_frozen(vectors: Mapping[str, Vector], live: Mapping[str, Mask]) -> dict[str, Vector]:
+def with_frozen(vectors: Mapping[str, Vector], masks: Mapping[str, Mask]) -> dict[str, Vector]:
     """The vectors (P,) that `without_frozen` shortened, with zeros in the frozen coordinates."""
-    zeros = {name: vectors[name].new_zeros(len(mask)) for name, mask in live.items() if name in vectors}
-    return {**vectors, **{name: whole.masked_scatter_(live[name], vectors[name]) for name, whole in zeros.items()}}
+    zeros = {name: vectors[name].new_zeros(len(mask)) for name, mask in masks.items() if name in vectors}
+    return {**vectors, **{name: zero.masked_scatter_(masks[name], vectors[name]) for name, zero in zeros.items()}}

@@ -45,7 +45,7 @@ class FrozenHalf(AveragingRule, ABC):
         delta = zeroed(update.delta.clone(), broadcast.layout, self.frozen(broadcast.round))
         return replace(update, delta=delta), client_state
 
-    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+    def sent_masks(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but the frozen half."""
         return {"delta": unmarked(layout, self.frozen(round_))}
 
@@ -59,7 +59,7 @@ class FfaLora(FrozenHalf):
     """
 
     kind: Literal["ffa"] = "ffa"
-    receives_live: ClassVar[bool] = True
+    receives_what_it_sends: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2403.12313"
 
 
@@ -111,7 +111,7 @@ class FedSb(FrozenHalf):
 
     The trained vector holds A0 and B = B0 R: the gradient of B is projected on the span of B0. With plain SGD, with or
     without momentum, that is the same as training R (clipping included: projected gradients have R's norm). A client
-    sends the change of R, in the first rows of B's place; nothing else of B is live, so that noise enters R alone.
+    sends the change of R, in the first rows of B's place; nothing else of B is sent, so that noise enters R alone.
     Trap: adaptive optimizers scale B's elements one by one, so their steps leave the span, and what is outside is cut
     off at the end. That is not Adam on R, hence plain SGD.
 
@@ -150,21 +150,21 @@ class FedSb(FrozenHalf):
             b_OR.zero_()[: len(r_RR)] = r_RR[: len(b_OR)]  # a layer of fewer outputs has fewer columns in B0
         return update, client_state
 
-    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+    def sent_masks(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but A, and from round 1 on no more of B's place than R takes."""
         if round_ == 0:
-            return super().live(round_, layout)
+            return super().sent_masks(round_, layout)
         mask = unmarked(layout, LORA_A, LORA_B)
         for pair in layout.lora_pairs(mask):
-            pair.b_OR[: layout.rank] = True
+            pair.b_OR[: layout.lora_rank] = True
         return {"delta": mask}
 
-    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
+    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """All but A."""
         return unmarked(broadcast.layout, LORA_A)
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
-        """What is live both ways, after the bases came down once, in round 1."""
+        """What is sent, both ways, after the bases came down once, in round 1."""
         _, sent = super().floats(broadcast)
         return (broadcast.layout.size if broadcast.round == 1 else sent), sent
 

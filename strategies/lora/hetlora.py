@@ -62,17 +62,17 @@ class HetLora(Rule):
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector cut to the client's rank."""
-        (rank,) = ranks(broadcast, client_state)
-        return {GLOBAL: start_at(broadcast, rank)}
+        (lora_rank,) = lora_ranks(broadcast, client_state)
+        return {GLOBAL: start_at(broadcast, lora_rank)}
 
     def correct(
         self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
     ) -> None:
         """Adds the gradient of penalty * |B_tail| |A_tail|."""
-        present = ranks(broadcast, client_state)
+        present = lora_ranks(broadcast, client_state)
         for client, (grad_P, params_P) in enumerate(zip(grad_KP, params_KP, strict=True)):
-            rank = present[client % len(present)]
-            tail = slice(self._kept(rank), rank)
+            lora_rank = present[client % len(present)]
+            tail = self._tail(lora_rank)
             grads = broadcast.layout.lora_pairs(grad_P)
             for grad, pair in zip(grads, broadcast.layout.lora_pairs(params_P), strict=True):
                 a_norm, b_norm = tail_norms(pair, tail)
@@ -81,24 +81,24 @@ class HetLora(Rule):
 
     def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Prunes, folds the client's scale into B, and sets the weight."""
-        (rank,) = ranks(broadcast, client_state)
-        start, end, tail = start_at(broadcast, rank), broadcast.params + update.delta, slice(self._kept(rank), rank)
+        (lora_rank,) = lora_ranks(broadcast, client_state)
+        start, end, tail = start_at(broadcast, lora_rank), broadcast.params + update.delta, self._tail(lora_rank)
         if tail_product(end, broadcast.layout, tail) < tail_product(start, broadcast.layout, tail):
-            rank = tail.start
+            lora_rank = tail.start
             without(end, broadcast.layout, tail)
         end = folded(end, broadcast)
         weights = {"norm": norm_of_products(end, broadcast.layout), "examples": update.weight, "uniform": 1.0}
         update = replace(update, delta=end - broadcast.params, weight=weights[self.weighting])
-        return update, client_state | {"rank": torch.tensor([float(rank)])}
+        return update, client_state | {"rank": torch.tensor([float(lora_rank)])}
 
-    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
+    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """The rank that the client has kept."""
-        (rank,) = ranks(broadcast, client_state)
-        return all_but(broadcast.layout, slice(rank, None))
+        (lora_rank,) = lora_ranks(broadcast, client_state)
+        return all_but(broadcast.layout, slice(lora_rank, None))
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """A vector of the client's rank both ways, as given: only the client knows what it has pruned since."""
-        return (floats_at(broadcast.layout, broadcast.rank),) * 2
+        return (floats_at(broadcast.layout, broadcast.lora_rank),) * 2
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """FedAvg's step; none while all products are zero."""
@@ -106,15 +106,15 @@ class HetLora(Rule):
             return replace(state, round=state.round + 1)
         return step(state, aggregate, self.lr)
 
-    def _kept(self, rank: int) -> int:
-        return max(1, math.floor(self.gamma * rank))
+    def _tail(self, lora_rank: int) -> slice:
+        return slice(max(1, math.floor(self.gamma * lora_rank)), lora_rank)
 
 
-def ranks(broadcast: Broadcast, client_state: ClientState) -> list[int]:
+def lora_ranks(broadcast: Broadcast, client_state: ClientState) -> list[int]:
     """The rank of the client, or of each client that trains in a lane, if their states say it."""
     if "rank" in client_state:
-        return [int(rank) for rank in client_state["rank"].flatten()]
-    return [broadcast.layout.rank if broadcast.rank is None else broadcast.rank]
+        return [int(lora_rank) for lora_rank in client_state["rank"].flatten()]
+    return [broadcast.layout.lora_rank if broadcast.lora_rank is None else broadcast.lora_rank]
 
 
 def tail_norms(pair: LoraPair, tail: slice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,7 +31,7 @@ class ProductRule(AveragingRule, ABC):
     keeps_basis: ClassVar[bool] = False
     sends_products: ClassVar[bool] = True
     extras_are_changes: ClassVar[bool] = True
-    sends_all_it_trains: ClassVar[bool] = False
+    trains_what_it_sends: ClassVar[bool] = False
 
     @abstractmethod
     def changes(self, end: Vector, broadcast: Broadcast) -> dict[str, Vector]:
@@ -39,7 +39,7 @@ class ProductRule(AveragingRule, ABC):
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
         """The global vector cut to the client's rank."""
-        return {GLOBAL: start_at(broadcast, broadcast.rank)}
+        return {GLOBAL: start_at(broadcast, broadcast.lora_rank)}
 
     def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Sends the products' changes beside the update, and none of the adapters."""
@@ -49,7 +49,7 @@ class ProductRule(AveragingRule, ABC):
         delta = zeroed(update.delta.clone(), broadcast.layout, LORA_A, LORA_B)
         return replace(update, delta=delta, extras=extras), client_state
 
-    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+    def sent_masks(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but the adapters, whose products travel beside."""
         return {"delta": unmarked(layout, LORA_A, LORA_B)}
 
@@ -74,13 +74,13 @@ class Flora(ProductRule):
 
     def changes(self, end: Vector, broadcast: Broadcast) -> dict[str, Vector]:
         """The product's change since the client's own start."""
-        start = folded(start_at(broadcast, broadcast.rank), broadcast)
+        start = folded(start_at(broadcast, broadcast.lora_rank), broadcast)
         return {"product": product_change(end, start, broadcast.layout)}
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """The last round's stack down (at first the seed says all), the client's own adapters up."""
         layout = broadcast.layout
-        return floats_at(layout, merged_clients(broadcast) * layout.rank), floats_at(layout, broadcast.rank)
+        return floats_at(layout, merged_clients(broadcast) * layout.lora_rank), floats_at(layout, broadcast.lora_rank)
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """merged delta += the product and its mean change, then new adapters; all other tensors as in FedAvg."""
@@ -192,7 +192,7 @@ class FlexLora(ProductRule):
 
     def floats(self, broadcast: Broadcast) -> tuple[int, int]:
         """The client's own adapters down; up as well, or the sketches."""
-        down = floats_at(broadcast.layout, broadcast.rank)
+        down = floats_at(broadcast.layout, broadcast.lora_rank)
         return down, super().floats(broadcast)[1] if self.sketch else down
 
     def apply(self, state: ServerState, aggregate: Aggregate) -> ServerState:
@@ -211,7 +211,7 @@ class FlexLora(ProductRule):
 
     def _sizes(self, layout: Layout) -> list[tuple[int, int, int, int]]:
         """(O, I, S, L) of each pair; a sketch is never larger than the product."""
-        shapes = [(o, i, min(layout.rank + self.sketch, o, i)) for o, i in layout.product_shapes]
+        shapes = [(o, i, min(layout.lora_rank + self.sketch, o, i)) for o, i in layout.product_shapes]
         return [(o, i, s, min(2 * s + 1, o)) for o, i, s in shapes]
 
     def _drawn(self, state: ServerState) -> dict[str, Vector]:

@@ -68,8 +68,8 @@ class LocalOnly(Rule):
 
     kind: Literal["local"] = "local"
     sends_update: ClassVar[bool] = False
-    sends_all_it_trains: ClassVar[bool] = False
-    receives_live: ClassVar[bool] = True  # nothing: every client had the initial vector before the first round
+    trains_what_it_sends: ClassVar[bool] = False
+    receives_what_it_sends: ClassVar[bool] = True  # nothing: every client had the initial vector before the first round
     keeps_state: ClassVar[bool] = True
     personalizes: ClassVar[bool] = True
     paper: ClassVar[str] = "baseline"
@@ -87,7 +87,7 @@ class LocalOnly(Rule):
         """The client's own vector, once it has one."""
         return client_state.get("own")
 
-    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+    def sent_masks(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """Nothing of the delta."""
         return {"delta": torch.zeros(layout.size, dtype=torch.bool)}
 
@@ -110,8 +110,8 @@ class FedSaLora(AveragingRule):
     personalizes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
-    sends_all_it_trains: ClassVar[bool] = False
-    receives_live: ClassVar[bool] = True
+    trains_what_it_sends: ClassVar[bool] = False
+    receives_what_it_sends: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2410.01463"
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
@@ -131,12 +131,12 @@ class FedSaLora(AveragingRule):
         if "b" not in client_state:
             return None
         vector = broadcast.params.clone()
-        parts = [pair.b_OR for pair in broadcast.layout.lora_pairs(vector)]
-        for part, b_OR in zip(parts, unpacked(client_state["b"], [part.shape for part in parts]), strict=True):
-            part.copy_(b_OR)
+        matrices = [pair.b_OR for pair in broadcast.layout.lora_pairs(vector)]
+        for global_OR, b_OR in zip(matrices, unpacked(client_state["b"], [b.shape for b in matrices]), strict=True):
+            global_OR.copy_(b_OR)
         return vector
 
-    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+    def sent_masks(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but B."""
         return {"delta": unmarked(layout, LORA_B)}
 
@@ -158,12 +158,12 @@ class FedDpa(AveragingRule):
     kind: Literal["feddpa"] = "feddpa"
     mix: Annotated[float, Range("is what the global adapter loses to the local one", MIX)] = 0.5
     needs_lora: ClassVar[bool] = True
-    rank_parts: ClassVar[int] = 2
+    lora_rank_multiple: ClassVar[int] = 2
     keeps_state: ClassVar[bool] = True
     personalizes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
-    receives_live: ClassVar[bool] = True
+    receives_what_it_sends: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2403.19211"
 
     def starts(self, broadcast: Broadcast, client_state: ClientState) -> dict[str, Vector]:
@@ -181,39 +181,39 @@ class FedDpa(AveragingRule):
         assert ends is not None
         update, client_state = super().finish(update, broadcast, client_state, ends)
         delta = without(update.delta.clone(), broadcast.layout, _frozen(broadcast.layout, GLOBAL))
-        local = torch.cat([part.flatten() for part in _local(ends[PERSONAL], broadcast.layout)])
+        local = torch.cat([tensor.flatten() for tensor in _local(ends[PERSONAL], broadcast.layout)])
         return replace(update, delta=delta), client_state | {"local": local}
 
     def personal(self, broadcast: Broadcast, client_state: ClientState) -> Vector | None:
         """The sum of both adapters, once the client has a local one."""
         return self._mixed(broadcast, client_state) if "local" in client_state else None
 
-    def live(self, round_: int, layout: Layout) -> dict[str, Mask]:
+    def sent_masks(self, round_: int, layout: Layout) -> dict[str, Mask]:
         """All but the local adapter."""
         return {"delta": all_but(layout, _frozen(layout, GLOBAL))}
 
-    def trained(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
+    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
         """All but the other training's adapter."""
         return all_but(broadcast.layout, _frozen(broadcast.layout, run))
 
     def _mixed(self, broadcast: Broadcast, client_state: ClientState) -> Vector:
-        mixed, half = broadcast.params.clone(), broadcast.layout.rank // 2
+        mixed, half = broadcast.params.clone(), broadcast.layout.lora_rank // 2
         for pair in broadcast.layout.lora_pairs(mixed):
             pair.b_OR[:, :half] *= 1 - self.mix
         if "local" in client_state:
-            parts = _local(mixed, broadcast.layout)
-            for part, kept in zip(parts, unpacked(client_state["local"], [part.shape for part in parts]), strict=True):
-                part.copy_(kept)
+            tensors = _local(mixed, broadcast.layout)
+            for tensor, kept in zip(tensors, unpacked(client_state["local"], [x.shape for x in tensors]), strict=True):
+                tensor.copy_(kept)
         return mixed
 
 
 def _frozen(layout: Layout, run: str) -> slice:
     """The rows of A and columns of B that a training leaves alone."""
-    half = layout.rank // 2
+    half = layout.lora_rank // 2
     return slice(half) if run == PERSONAL else slice(half, None)
 
 
 def _local(vector: Vector, layout: Layout) -> list[torch.Tensor]:
     """The local adapter's halves of A and B in a vector (P,), as views."""
-    half = layout.rank // 2
+    half = layout.lora_rank // 2
     return list(chain.from_iterable((pair.a_RI[half:], pair.b_OR[:, half:]) for pair in layout.lora_pairs(vector)))

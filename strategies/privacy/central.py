@@ -26,14 +26,9 @@ MARGIN = 2.0**-22  # float32 rounds each product up by less: the clipped norm is
 
 
 @dataclass(frozen=True, kw_only=True)
-class CentralDp(ClientBudget):
-    """sum_k w_k clip(delta_k) + N(0, z^2 clip^2), over the expected number of clients in place of the sum of weights.
+class ServerNoise(ClientBudget):
+    """What the kinds of central noise share: clients clip, the server adds the noise to the sum."""
 
-    The divisor is a constant, or it would tell how many took part. With weights below 1 this shortens the steps, for
-    which a larger server learning rate makes up. `sampling` "auto": epsilon counts on Poisson cohorts alone.
-    """
-
-    kind: Literal["central"] = "central"
     adds_to: ClassVar[Literal["sum"]] = "sum"
 
     def claims(self, cohort: Cohort) -> Sampling:
@@ -64,6 +59,17 @@ class CentralDp(ClientBudget):
         return CentralPlan(z, self.clip, cohort.expected(clients), scheme, delta, self.joint)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CentralDp(ServerNoise):
+    """sum_k w_k clip(delta_k) + N(0, z^2 clip^2), over the expected number of clients in place of the sum of weights.
+
+    The divisor is a constant, or it would tell how many took part. With weights below 1 this shortens the steps, for
+    which a larger server learning rate makes up. `sampling` "auto": epsilon counts on Poisson cohorts alone.
+    """
+
+    kind: Literal["central"] = "central"
+
+
 @dataclass(frozen=True)
 class CentralPlan:
     """Noise that the server adds to the sum, for the unit of a client; `clip` is the first clipping norm.
@@ -84,21 +90,21 @@ class CentralPlan:
         """The client's half, after all transforms: its part in the sums; `whole_norm` is that of `Broadcast`."""
         return bounded(update, clip, self.joint, whole_norm)[0]
 
-    def decode(self, aggregate: Aggregate, clip: float, words: Words, live: Mapping[str, Mask]) -> Decoded:
+    def decode(self, aggregate: Aggregate, clip: float, words: Words, sent_masks: Mapping[str, Mask]) -> Decoded:
         """The noisy sums as if of `divisor` clients, and the next round's clipping norm; before transforms decode.
 
-        Call it once for each round, whether clients took part or not. Coordinates that are not `live` get no noise.
+        Call it once for each round, whether clients took part or not. Coordinates outside of `sent_masks` get no noise.
         """
-        return self._noisy(aggregate, self.noise_multiplier * clip, words, live), clip
+        return self._noisy(aggregate, self.noise_multiplier * clip, words, sent_masks), clip
 
     def spent(self, rounds: int, *, simulated: bool) -> Epsilon:
         """The epsilon that `rounds` rounds cost a client."""
         return spent(Gaussian(self.noise_multiplier), self.scheme, rounds, self.delta, "client", simulated=simulated)
 
-    def _noisy(self, aggregate: Aggregate, deviation: float, words: Words, live: Mapping[str, Mask]) -> Aggregate:
+    def _noisy(self, aggregate: Aggregate, deviation: float, words: Words, sent_masks: Mapping[str, Mask]) -> Aggregate:
         sums = {"delta": aggregate.total} | {name: aggregate.extras[name] for name in sorted(aggregate.extras)}
-        sums = {name: with_noise(x, deviation, words) for name, x in without_frozen(sums, live).items()}
-        extras = with_frozen(sums, live)
+        sums = {name: with_noise(x, deviation, words) for name, x in without_frozen(sums, sent_masks).items()}
+        extras = with_frozen(sums, sent_masks)
         total = extras.pop("delta")
         # The number of clients is as private as what they sent.
         return replace(aggregate, weight=self.divisor, total=total, extras=extras, count=max(1, round(self.divisor)))
@@ -123,10 +129,10 @@ def bounded(update: Update, clip: float, joint: bool, whole_norm: WholeNorm = fl
     sums of weight * delta and of extras by at most `clip`, together. StrategyError for extras that are not clipped and
     for other weights: a cut weight would not cut the extras that the rule built with it. ValueError for NaN or inf.
     """
-    sender, parts = f"client {update.client}", [update.delta, *update.extras.values()]
+    sender, vectors = f"client {update.client}", [update.delta, *update.extras.values()]
     require(joint or not update.extras, f"{sender} sends {sorted(update.extras)} beside its delta, which nothing clips")
     require(0 <= update.weight <= 1, f"{sender} has the weight {update.weight}, and clipping needs one from 0 to 1")
-    norm = whole_norm(math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts)))
+    norm = whole_norm(math.hypot(*(float(torch.linalg.vector_norm(vector, dtype=torch.float64)) for vector in vectors)))
     if not math.isfinite(norm):
         raise ValueError(f"the update of {sender} holds NaN or infinity")
     if norm <= clip:
@@ -141,7 +147,7 @@ LARGEST_STEP = 20.0  # of the norm's logarithm in one round, whatever the noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveDp(CentralDp):
+class AdaptiveDp(ServerNoise):
     """clip <- clip exp(-rate (b - quantile)), b the noisy share of clients with |update| <= clip; `clip` is the first.
 
     Each client sends 1[norm <= clip] - 1/2 beside its update, and the sum gets noise of `quantile_noise`, by
@@ -149,7 +155,7 @@ class AdaptiveDp(CentralDp):
     z_delta = (z^-2 - (2 quantile_noise)^-2)^(-1/2), so that both sums together cost as much as one with z (theorem 1).
     """
 
-    kind: Literal["adaptive"] = "adaptive"  # type: ignore[assignment]  # the tag of the recipe's union differs by design
+    kind: Literal["adaptive"] = "adaptive"
     clip: Norm = 0.1
     quantile: Annotated[float, Range("is a share of the clients", INSIDE)] = 0.5
     rate: Annotated[float, Range("is how fast the clipping norm moves", ABOVE_0)] = 0.2
@@ -187,12 +193,12 @@ class AdaptivePlan(CentralPlan):
         within = torch.tensor([0.5 if norm <= clip else -0.5])
         return replace(update, extras=update.extras | {WITHIN: within})
 
-    def decode(self, aggregate: Aggregate, clip: float, words: Words, live: Mapping[str, Mask]) -> Decoded:
+    def decode(self, aggregate: Aggregate, clip: float, words: Words, sent_masks: Mapping[str, Mask]) -> Decoded:
         """The noisy sums without the quantile's, and the next clipping norm."""
         noise = self.quantile_noise if self.noise_multiplier else 0.0
         within = with_noise(aggregate.extras[WITHIN], noise, words).item()
         share = 0.5 + within / self.divisor
         step = -self.rate * (share - self.quantile)
         rest = {name: extra for name, extra in aggregate.extras.items() if name != WITHIN}
-        noisy = self._noisy(replace(aggregate, extras=rest), self.update_noise * clip, words, live)
+        noisy = self._noisy(replace(aggregate, extras=rest), self.update_noise * clip, words, sent_masks)
         return noisy, clip * math.exp(max(-LARGEST_STEP, min(LARGEST_STEP, step)))

@@ -41,6 +41,6 @@ def check_dp(dp: Dp, strategy: Rule, extras: Collection[str], secagg: Secagg, *,
     require(strategy.rests_at_zero, f"{moves}: {others}")
     joint = "set privacy.dp.joint = true to clip all of it together, or take a strategy with one sum"
     require(not extras or dp.joint, f"{beside} privacy.dp does not clip: {joint}")
-    part = "distributed noise is each client's small part, which hides nothing where the server sees single updates"
+    hides = "distributed noise is each client's small part, which hides nothing where the server sees single updates"
     summed = dp.adds_to != "ring" or secagg != "off"
-    require(summed, f'{part}: set privacy.secagg.mode, or privacy.dp.kind = "central"')
+    require(summed, f'{hides}: set privacy.secagg.mode, or privacy.dp.kind = "central"')

@@ -94,8 +94,8 @@ class DistributedPlan:
     def encode(self, update: Update, signs_D: np.ndarray, words: Words) -> np.ndarray:
         """The client's half, after all transforms: its noisy whole numbers (D,) int64, not yet modulo 2^b."""
         update, _ = bounded(update, self.clip, self.joint)
-        parts = [update.delta * update.weight, *(update.extras[name] for name in sorted(update.extras))]
-        x_P = torch.cat(parts).double().numpy()
+        vectors = [update.delta * update.weight, *(update.extras[name] for name in sorted(update.extras))]
+        x_P = torch.cat(vectors).double().numpy()
         if len(x_P) != self.length:
             raise ValueError(f"the sums have {self.length} numbers, and client {update.client} sends {len(x_P)}")
         y_D = rotate(x_P * self.ring.scale, signs_D)

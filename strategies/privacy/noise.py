@@ -145,10 +145,10 @@ def _by_rejection(words: Words, tries: int, mean: float) -> np.ndarray:
     inner = 0.9277 - 3.6224 / (b - 2)
     u_N, v_N = uniform(words, tries) - 0.5, uniform(words, tries)
     s_N = 0.5 - np.abs(u_N)
-    whole = math.floor(mean)  # apart: a large mean would take the digits that decide between neighbors
+    floor = math.floor(mean)  # apart: a large mean would take the digits that decide between neighbors
     never_N = (s_N < 0.013) & (v_N > s_N)
-    off_N = np.where(never_N, 0.0, np.floor((2 * a / s_N + b) * u_N + (mean - whole) + 0.43))
-    k_N: np.ndarray = off_N.astype(np.int64) + whole
+    off_N = np.where(never_N, 0.0, np.floor((2 * a / s_N + b) * u_N + (mean - floor) + 0.43))
+    k_N: np.ndarray = off_N.astype(np.int64) + floor
     sure_N = (s_N >= 0.07) & (v_N <= inner)
     fits_N = np.log(v_N) + log_area - np.log(a / s_N**2 + b) <= log_poisson(k_N, mean)
     kept: np.ndarray = k_N[(k_N >= 0) & ~never_N & (sure_N | fits_N)]
@@ -226,8 +226,8 @@ def _discrete_laplace(words: Words, tries: int, scale: int) -> np.ndarray:
 
 def _filled(count: int, draw: Callable[[int], np.ndarray]) -> np.ndarray:
     """`count` numbers (N,) int64 from a sampler that is asked for the missing ones and gives more or fewer."""
-    parts, missing = [np.empty(0, np.int64)], count
+    draws, missing = [np.empty(0, np.int64)], count
     while missing > 0:
-        parts.append(draw(missing)[:missing])
-        missing -= len(parts[-1])
-    return np.concatenate(parts)
+        draws.append(draw(missing)[:missing])
+        missing -= len(draws[-1])
+    return np.concatenate(draws)

@@ -201,15 +201,15 @@ def blocks(deltas: Sequence[Vector]) -> Iterator[tuple[slice, torch.Tensor]]:
     """The coordinates block by block: where the block lies, and a copy of it (K, B)."""
     length = max(1, ELEMENTS // len(deltas))
     for start in range(0, deltas[0].numel(), length):
-        part = slice(start, start + length)
-        yield part, torch.stack([delta[part] for delta in deltas])
+        block = slice(start, start + length)
+        yield block, torch.stack([delta[block] for delta in deltas])
 
 
 def by_coordinate(deltas: Sequence[Vector], rule: Callable[[torch.Tensor], torch.Tensor]) -> Vector:
     """The vector (P,) of `rule` on every block (K, B) of the clients' vectors."""
     combined = torch.empty_like(deltas[0])
-    for part, x_KB in blocks(deltas):
-        combined[part] = rule(x_KB)
+    for block, x_KB in blocks(deltas):
+        combined[block] = rule(x_KB)
     return combined
 
 
@@ -265,7 +265,7 @@ class CenteredClipping(AveragingRule):
     also needs momentum on the clients (train.state = "keep").
     """
 
-    kind: Literal["centred_clipping"] = "centred_clipping"
+    kind: Literal["centered_clipping"] = "centered_clipping"
     weighting: Literal["uniform"] = "uniform"
     tau: Annotated[float, Range("is the norm that is clipped to", ABOVE_0)] = 1.0
     elementwise: ClassVar[bool] = False
@@ -324,8 +324,8 @@ class Rfa(AveragingRule):
 def distances(deltas: Sequence[Vector], z_P: Vector) -> torch.Tensor:
     """|delta_k - z| for every client (K,), in float64."""
     squares_K = torch.zeros(len(deltas), dtype=torch.float64)
-    for part, x_KB in blocks(deltas):
-        squares_K += (x_KB.double() - z_P[part]).square().sum(dim=1)
+    for block, x_KB in blocks(deltas):
+        squares_K += (x_KB.double() - z_P[block]).square().sum(dim=1)
     return squares_K.sqrt()
 
 

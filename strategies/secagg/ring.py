@@ -126,7 +126,7 @@ class Sums:
         """The coordinates before the sums: 1, and the weight if a sum needs it."""
         return np.array([1, self.level(weight)] if self.weight_levels else [1], np.uint32)
 
-    def encode_part(
+    def encode_piece(
         self, name: str, values: np.ndarray, weight: float, rng: np.random.Generator, first: int = 0
     ) -> np.ndarray:
         """Coordinates `first` and on of one sum, as they are in the whole: a rank encodes its own shard alone.
@@ -159,8 +159,8 @@ class Sums:
 
     def decode(self, total_L: np.ndarray) -> Totals:
         """The sums of what clients encoded, from the sum of their ring vectors."""
-        parts = {name: total_L[start : start + self._entry(name).length] for name, start in self.starts.items()}
-        sums = {name: self.decode_part(name, part) for name, part in parts.items()}
+        pieces = {name: total_L[start : start + self._entry(name).length] for name, start in self.starts.items()}
+        sums = {name: self.decode_piece(name, piece) for name, piece in pieces.items()}
         return Totals(*self.decode_head(total_L), sums)
 
     def decode_head(self, total_L: np.ndarray) -> tuple[int, float]:
@@ -168,7 +168,7 @@ class Sums:
         count, levels = int(total_L[0]), self.weight_levels
         return count, int(total_L[1]) / levels if levels else float(count)
 
-    def decode_part(self, name: str, total: np.ndarray) -> np.ndarray:
+    def decode_piece(self, name: str, total: np.ndarray) -> np.ndarray:
         """Any coordinates of one sum: float64, or int64 for whole numbers."""
         shift = 32 - self.bits
         signed = (total << np.uint32(shift)).view(np.int32) >> np.int32(shift)  # the ring's sign bit moved to the top

@@ -151,8 +151,8 @@ class Server(Party):
         """The sum of the survivors' ring vectors (hold,) uint32, handed over."""
         with self._turn("unmask", after="unmask", reached="total"):
             self._removals.apply(self._total)
-            whole = not len(self._total) or self._total[0] == len(self._arrived)
-            abort_unless(whole, "unmask", "the coordinate that counts clients is wrong: a vector was not as agreed")
+            counted = not len(self._total) or self._total[0] == len(self._arrived)
+            abort_unless(counted, "unmask", "the coordinate that counts clients is wrong: a vector was not as agreed")
             total, self._total = self._total, np.zeros(0, np.uint32)
             return total
 

@@ -61,9 +61,9 @@ def encode(transforms: Chain, update: Update, broadcast: Broadcast, client_state
     kept: ClientState = {}
     for index, transform in enumerate(transforms):
         prefix = f"transform{index}.{transform.kind}."
-        part = {name.removeprefix(prefix): tensor for name, tensor in client_state.items() if name.startswith(prefix)}
-        update, part = transform.encode(update, broadcast, part, rng)
-        kept |= {prefix + name: tensor for name, tensor in part.items()}
+        before = {name.removeprefix(prefix): tensor for name, tensor in client_state.items() if name.startswith(prefix)}
+        update, after = transform.encode(update, broadcast, before, rng)
+        kept |= {prefix + name: tensor for name, tensor in after.items()}
     return update, kept
 
 

@@ -167,8 +167,8 @@ class Projection(Lossy):
 
     def squeeze(self, x_P: Vector, broadcast: Broadcast, rng: torch.Generator) -> tuple[Vector, Vector]:
         """The buckets (M,), and their way back (P,)."""
-        whole = x_P.numel() == broadcast.params.numel()
-        require(whole, "a chain of transforms may hold one projection, not two: give the one the smaller share")
+        uncut = x_P.numel() == broadcast.params.numel()
+        require(uncut, "a chain of transforms may hold one projection, not two: give the one the smaller share")
         bucket_P, sign_P = drawn(broadcast.seed, broadcast.round, x_P.numel(), share_of(self.share, x_P.numel()))
         buckets = np.bincount(bucket_P, x_P.numpy() * sign_P, share_of(self.share, x_P.numel()))
         sent = torch.from_numpy(buckets.astype(np.float32))

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from engine.config.adapters import FullTuning, Lora
 from engine.config.federation import Federation
-from engine.config.sections import FullTuning, Lora, Model
+from engine.config.sections import Model
 from engine.config.train import Sgd, Train
 from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable

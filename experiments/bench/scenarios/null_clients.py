@@ -14,7 +14,7 @@ from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
 from engine.models.base_model import PackedBase
 from engine.records.metrics import Logs
-from engine.rounds.round_loop import RunParts, round_loop
+from engine.rounds.round_loop import RunSetup, round_loop
 from engine.rounds.server import DriverShards
 from engine.scheduling.pool import Pool
 from engine.training.local_training import Job, LocalTrainer
@@ -41,7 +41,7 @@ class NullTrainer(LocalTrainer):
     """Trains nothing: each client's change is CHANGE everywhere."""
 
     def updates(
-        self, jobs: list[Job], federation: Federation, *, lent: bool = False
+        self, jobs: list[Job], federation: Federation, *, view: bool = False
     ) -> list[tuple[Update, ClientState]]:
         """Returns the updates of all jobs at once."""
         delta = torch.full((self.trainable.layout.size,), CHANGE)
@@ -102,10 +102,10 @@ def population(bench: Bench) -> None:
     populations = (1_000, 10_000) if bench.small else (1_000, 10_000, 100_000, 1_000_000)
     works, starts = dict[int, Recipe](), list[NullRounds]()
     for clients in populations:
-        part = Bench(bench.folder / power(clients), bench.small)
-        part.folder.mkdir()
+        smaller = Bench(bench.folder / power(clients), bench.small)
+        smaller.folder.mkdir()
         bench.say(f"rows of {clients:,} clients")
-        works[clients] = null_recipe(part, clients, COHORT, 0)
+        works[clients] = null_recipe(smaller, clients, COHORT, 0)
         token_columns(build_store(works[clients]), located(works[clients]))
     for clients, work in works.items():  # after all stores are built, so that all starts find the same machine
         bench.say(f"a cohort of {COHORT:,} of {clients:,} clients")
@@ -131,8 +131,8 @@ def null_recipe(bench: Bench, clients: int, cohort: int, size_mb: float) -> Reci
         write_llama(base, (64, 128, 1, 2) if size_mb < 1 else (512, 1024, 1, 2))
     if not (bench.folder / "rows.parquet").exists():
         write_rows(bench.folder, clients, 1, 8)
-    rank = max(1, round(size_mb * 2**20 / 4 / 1024))
-    model = f'model={{base="{base}", peft={{kind="lora", r={rank}, targets=["q_proj"]}}}}'
+    lora_rank = max(1, round(size_mb * 2**20 / 4 / 1024))
+    model = f'model={{base="{base}", peft={{kind="lora", r={lora_rank}, targets=["q_proj"]}}}}'
     size = "rounds=1", f"clients.slots={SLOTS}", f"cohort.size={cohort}", "train={steps=1, batch=1, max_length=16}"
     return bench.recipe(*size, model)
 
@@ -148,15 +148,15 @@ def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
             opened, tokens = Store.open(store), Tokens.open(slots.columns.folder)
             shards, logs = DriverShards(work, slots, opened.num_training), Logs.under(folder)
             state = shards.initial()
-            first = state.parts[0].params
-            loop = round_loop(RunParts(work, slots, shards, state, opened, tokens, folder), logs)
+            first = state.shards[0].params
+            loop = round_loop(RunSetup(work, slots, shards, state, opened, tokens, folder), logs)
             start_s, seconds, before = time.monotonic() - began, list[float](), stored_bytes()
             for round_ in range(1, rounds + 1):
                 began = time.monotonic()
                 state, event = loop.play(state)
                 logs.flush(round_)
                 seconds.append(time.monotonic() - began)
-                refuse_other_change(torch.from_numpy(state.parts[0].params - first), round_, event.clients)
+                refuse_other_change(torch.from_numpy(state.shards[0].params - first), round_, event.clients)
             nbytes, rss = (stored_bytes() - before) / rounds, memory().get("VmRSS", 0.0)
         finally:
             slots.stop()

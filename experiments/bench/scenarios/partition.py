@@ -106,7 +106,7 @@ def to_bytes(rows: pa.Table) -> pa.Table:
 def refuse_another_store(source: Path, population: int, store: Store, tokens: Tokens) -> None:
     """Raises ValueError unless all rows are there, and those of some clients are the ones of `source`."""
     all_rows = store.counts("train").astype(np.int64) + store.counts("heldout")
-    whole = len(all_rows) == population and (all_rows == ROWS).all()
+    complete = len(all_rows) == population and (all_rows == ROWS).all()
     chosen = np.random.default_rng(SEED).choice(store.num_clients, CHECKED, replace=False).tolist()
     names = [store.name(client) for client in chosen]
     given = pq.read_table(source, filters=pc.field("client").isin(names)).group_by("client")
@@ -114,9 +114,9 @@ def refuse_another_store(source: Path, population: int, store: Store, tokens: To
     for client, name in zip(chosen, names, strict=True):
         rows = pa.concat_tables([store.read_rows(client, "train"), store.read_rows(client, "heldout")])
         ids = pa.concat_batches([tokens.rows(client, "train"), tokens.rows(client, "heldout")])["input_ids"]
-        whole &= sorted(rows["completion"].to_pylist()) == texts[name]
-        whole &= sorted(bytes(row).decode() for row in ids.to_pylist()) == texts[name]
-    if not whole:
+        complete &= sorted(rows["completion"].to_pylist()) == texts[name]
+        complete &= sorted(bytes(row).decode() for row in ids.to_pylist()) == texts[name]
+    if not complete:
         raise ValueError(f"the store of {population:,} clients does not hold the rows that were put in")
 
 
@@ -243,8 +243,8 @@ def _rows_of_each(owners: NDArray[np.int32]) -> list[NDArray[np.int64]]:
 
 def _their_rows(partitioner: Any) -> list[NDArray[np.int64]]:
     """The rows of each of their clients, ascending."""
-    parts = (partitioner.load_partition(client) for client in range(partitioner.num_partitions))
-    return [np.sort(np.array(part["row"][:])) for part in parts]
+    clients = (partitioner.load_partition(client) for client in range(partitioner.num_partitions))
+    return [np.sort(np.array(client["row"][:])) for client in clients]
 
 
 def _counts(rows_of_each: list[NDArray[np.int64]], labels: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -142,8 +142,8 @@ def play(session: Session, sampled: int, gone: Mapping[int, Phase]) -> Played:
         """The sampled part of a client's ring vector; each client's update is another window of the same numbers."""
         weight = (1 + u % 7) / 7
         head = sums.encode_head(weight)
-        part = sums.encode_part("delta", updates[u : u + sampled - len(head)], weight, rng(SEED, 0, u, "rounding"))
-        return np.concatenate([head, part])
+        piece = sums.encode_piece("delta", updates[u : u + sampled - len(head)], weight, rng(SEED, 0, u, "rounding"))
+        return np.concatenate([head, piece])
 
     def masked(u: int) -> MaskedSum:
         encoded_S = client("encode", encode, u)

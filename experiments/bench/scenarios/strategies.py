@@ -87,7 +87,7 @@ RULES = (
     _plain("fedadagrad", "strategy.lr=5e-3", why="as FedAdam"),
     _plain("fedyogi", "strategy.lr=5e-3", why="as FedAdam"),
     _plain("diloco", 'train.state="keep"', why="its clients keep their optimizer's state"),
-    *map(_plain, ("feddyn", "centred_clipping", "flora")),
+    *map(_plain, ("feddyn", "centered_clipping", "flora")),
     Rule("hetlora", ("strategy=hetlora",), "its weights, by norm; one rank for all"),
     *(_plain(kind, why=NO_LIARS) for kind in ("median", "trimmed_mean", "krum", "multi_krum", "bulyan", "rfa")),
     Rule("local", ("strategy=local",), PERSONAL),
@@ -97,7 +97,7 @@ RULES = (
 )
 
 
-class Plan(NamedTuple):
+class Trial(NamedTuple):
     """A cell before it has run."""
 
     rule: Rule
@@ -110,17 +110,17 @@ class Plan(NamedTuple):
         return f"{self.partition}/{self.rule.name}-seed{self.recipe.seed}"
 
 
-def plans(small: bool = False) -> list[Plan]:
+def trials(small: bool = False) -> list[Trial]:
     """All cells, the most telling first, so that an interrupted comparison is worth its time."""
     if small:
         rules = [rule for rule in RULES if rule.name in SMALL_RULES]
-        return [Plan(rule, "natural", parse_recipe(DEMO, [*SMALL_CHANGES, *rule.changes])) for rule in rules]
+        return [Trial(rule, "natural", parse_recipe(DEMO, [*SMALL_CHANGES, *rule.changes])) for rule in rules]
     planned, (first, *others) = [], SEEDS
     for main, seed in ((True, first), (False, first), *((True, seed) for seed in others)):
         for partition, rule in product(PARTITIONS, (rule for rule in RULES if rule.main == main)):
             keys = f"seed={seed}", f'name="{partition}-{rule.name}-seed{seed}"'
             recipe = parse_recipe(DEMO, [*CHANGES, *PARTITIONS[partition], *rule.changes, *keys])
-            planned.append(Plan(rule, partition, recipe))
+            planned.append(Trial(rule, partition, recipe))
     return planned
 
 
@@ -128,19 +128,19 @@ def strategies(bench: Bench, out: Path | None = None) -> None:
     """Runs the cells that the benchmark's folder lacks, compares all, and leaves out those that fail (or diverge)."""
     if out is None:
         out = new_folder(RUNS, "bench-strategies-small") if bench.small else RUNS / "bench-strategies"
-    planned, results = plans(bench.small), []
-    for number, plan in enumerate(planned, 1):
-        folder = out / plan.name
+    planned, results = trials(bench.small), []
+    for number, trial in enumerate(planned, 1):
+        folder = out / trial.name
         if finished_rounds(folder) is None:
-            bench.say(f"cell {number} of {len(planned)}: {plan.name}")
+            bench.say(f"cell {number} of {len(planned)}: {trial.name}")
             try:
-                experiments.run(plan.recipe, out=folder, resume=(folder / "recipe.toml").exists())
+                experiments.run(trial.recipe, out=folder, resume=(folder / "recipe.toml").exists())
             except ValueError as error:
-                bench.say(f"{plan.name} is left out: {error}")
+                bench.say(f"{trial.name} is left out: {error}")
                 continue
-        if (folder / "recipe.toml").read_text(encoding="utf-8") != to_toml(plan.recipe):
+        if (folder / "recipe.toml").read_text(encoding="utf-8") != to_toml(trial.recipe):
             raise RunError(f"{folder} was run with another recipe than the benchmark's: move it away, or remove it")
-        results.append(result := read_result(folder, plan.rule.name, plan.partition, plan.recipe))
+        results.append(result := read_result(folder, trial.rule.name, trial.partition, trial.recipe))
         compare(results, out)
         bench.add(f"{result.partition} {result.rule} seed {result.seed}", result.heldout, "nats per token, held-out")
     bench.say(f"{len(results)} cells: {out / 'table.md'}, {out / 'report.html'}, {out / 'cells.parquet'}")

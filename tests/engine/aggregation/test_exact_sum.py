@@ -17,7 +17,7 @@ from engine.aggregation.exact_sum import (
     PartialSum,
     cut,
     merge,
-    merge_parts,
+    merge_sections,
 )
 from strategies.core.protocol import Aggregate, Update
 from strategies.core.sharding import Partition
@@ -102,12 +102,13 @@ def test_parts_of_sums_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     for client in range(5):
         delta, extra = torch.arange(21.0) / (client + 3), torch.full((6,), 0.1 * client)
         running[client % 2].add(Update(client, 0.3, delta, {"c": extra}))
-    parts = [[total.part(first, 8) for total in running] for first in (0, 8, 16)]
-    assert [len(part[0].vectors["c"]) for part in parts] == [6, 0, 0]
+    sections = [[total.section(first, 8) for total in running] for first in (0, 8, 16)]
+    assert [len(section[0].vectors["c"]) for section in sections] == [6, 0, 0]
     copied = [
-        [replace(taken, vectors={n: v.copy() for n, v in taken.vectors.items()}) for taken in part] for part in parts
+        [replace(taken, vectors={n: v.copy() for n, v in taken.vectors.items()}) for taken in section]
+        for section in sections
     ]
-    merged = merge_parts(copied)
+    merged = merge_sections(copied)
     assert merged is not None and bits(merged) == bits(merge([total.take() for total in running]))
     assert copied == [[], [], []], "what has been merged is let go"
 

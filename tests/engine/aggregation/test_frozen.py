@@ -12,10 +12,10 @@ from engine.aggregation.privacy_account import plan_noise
 from engine.aggregation.ring_encoding import (
     FIGURE,
     NOISY,
-    live_masks,
     ring_aggregate,
     ring_sums,
     rounding,
+    sent_masks_of,
 )
 from engine.aggregation.ring_shard import RingShard
 from engine.aggregation.server_step import noisy, server_step
@@ -62,9 +62,9 @@ class HalfScaffold(Scaffold):
 
     extras_are_changes: ClassVar[bool] = True  # so that it may have noise
 
-    def live(self, round_, layout):
+    def sent_masks(self, round_, layout):
         """All but A, of both sums."""
-        mask = FfaLora().live(round_, layout)["delta"]
+        mask = FfaLora().sent_masks(round_, layout)["delta"]
         return {"delta": mask, "c": mask}
 
 
@@ -101,8 +101,8 @@ def updates_of(strategy, state, still=False):
 def secured(recipe, plan, state, updates):
     """The sums of a round's clients through the ring, and what the server makes of them."""
     sums = ring_sums(recipe, LAYOUT, plan, CLIP, CLIENTS, MOST_TOKENS, state.round)
-    live = live_masks(recipe, LAYOUT, state.round)
-    ring = RingSum(RingShard(sums, live), recipe, plan, state.round)
+    sent_masks = sent_masks_of(recipe, LAYOUT, state.round)
+    ring = RingSum(RingShard(sums, sent_masks), recipe, plan, state.round)
     for update in updates:
         ring.add(update)
     totals = sums.decode(ring.masked([]))
@@ -114,19 +114,19 @@ def secured(recipe, plan, state, updates):
     "strategy", [FfaLora(**UNIFORM), RoLora(**UNIFORM), FedSaLora(**UNIFORM)], ids=lambda s: s.kind
 )
 def test_what_is_frozen_stays_bit_for_bit_and_all_else_gets_the_noise(federation, strategy, kind):
-    """Clients change nothing, so that what moves is noise: of z clip / clients in each live coordinate."""
+    """Clients change nothing, so that what moves is noise: of z clip / clients in each coordinate that is sent."""
     recipe = federated(federation, strategy, KINDS[kind], "ideal" if kind == "distributed" else "off")
     plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12)[0]
     state, clip = strategy.init(drawn(99), LAYOUT), CLIP
     for round_ in range(4):
-        before, frozen, live = state, frozen_in(strategy, round_), live_masks(recipe, LAYOUT, round_)
+        before, frozen, sent_masks = state, frozen_in(strategy, round_), sent_masks_of(recipe, LAYOUT, round_)
         if kind == "distributed":
             _, aggregate = secured(recipe, plan, state, updates_of(strategy, state, still=True))
-            state, _ = server_step(state, aggregate, None, clip, recipe, LAYOUT, live)
+            state, _ = server_step(state, aggregate, None, clip, recipe, LAYOUT, sent_masks)
             deviation = CLIP / CLIENTS
         else:
             deviation = (plan.update_noise if kind == "adaptive" else 1.0) * clip / CLIENTS
-            state, clip = server_step(state, None, plan, clip, recipe, LAYOUT, live)
+            state, clip = server_step(state, None, plan, clip, recipe, LAYOUT, sent_masks)
         moved = state.params - before.params
         assert torch.equal(state.params[frozen], before.params[frozen])
         assert moved[~frozen].all()
@@ -144,7 +144,7 @@ def test_the_local_adapter_of_feddpa_gets_no_noise(federation, kind):
     plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12)[0]
     state = strategy.init(drawn(99), LAYOUT)
     if kind == "central":
-        aggregate, _ = noisy(None, plan, CLIP, recipe, LAYOUT, 0, live_masks(recipe, LAYOUT, 0))
+        aggregate, _ = noisy(None, plan, CLIP, recipe, LAYOUT, 0, sent_masks_of(recipe, LAYOUT, 0))
     else:
         still = [Update(k, 1.0, torch.zeros(LAYOUT.size), metrics=TOLD) for k in range(CLIENTS)]
         _, aggregate = secured(recipe, plan, state, still)
@@ -156,9 +156,9 @@ def test_the_local_adapter_of_feddpa_gets_no_noise(federation, kind):
 def test_control_variates_of_frozen_coordinates_get_no_noise(federation):
     recipe = federated(federation, HalfScaffold(), KINDS["central"])
     plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12)[0]
-    live = recipe.strategy.live(0, LAYOUT)["delta"]
-    aggregate, _ = noisy(None, plan, CLIP, recipe, LAYOUT, 0, live_masks(recipe, LAYOUT, 0))
-    assert aggregate.extras["c"][live].all() and not aggregate.extras["c"][~live].any()
+    sent_masks = recipe.strategy.sent_masks(0, LAYOUT)["delta"]
+    aggregate, _ = noisy(None, plan, CLIP, recipe, LAYOUT, 0, sent_masks_of(recipe, LAYOUT, 0))
+    assert aggregate.extras["c"][sent_masks].all() and not aggregate.extras["c"][~sent_masks].any()
     assert not torch.equal(aggregate.total, aggregate.extras["c"])
 
 
@@ -181,7 +181,7 @@ def test_the_ring_holds_live_coordinates_alone(federation):
     # Rounding adds to the norm for each coordinate: less than a step of the ring, for fewer coordinates.
     whole, half = length(FedAvg()), length(FfaLora())
     assert rounding(half) ** 2 / rounding(whole) ** 2 == pytest.approx(3300 / 5300)
-    # The rotation is over the live coordinates, filled up to a power of two: 4096 in place of 8192.
+    # The rotation is over the coordinates that are sent, filled up to a power of two: 4096 in place of 8192.
     rings = [length(strategy, 1, KINDS["distributed"]) for strategy in (FedAvg(**UNIFORM), FfaLora(**UNIFORM))]
     assert [sums.sums[0].length for sums in rings] == [8192, 4096]
     # One ring for all rounds of RoLoRA, whose halves are not as long.
@@ -200,7 +200,7 @@ def test_where_products_travel_beside_the_adapters_take_no_place(federation):
 def test_the_secured_sum_is_the_plain_one_within_the_ring_steps(federation, strategy):
     recipe = federated(federation, strategy, mode="ideal")
     state = replace(strategy.init(drawn(99), LAYOUT), round=1)
-    mask = strategy.live(1, LAYOUT)["delta"]
+    mask = strategy.sent_masks(1, LAYOUT)["delta"]
     sent = [Update(k, 0.25 * (k + 1), drawn(k) * mask, metrics=TOLD) for k in range(CLIENTS)]
     sums, aggregate = secured(recipe, None, state, sent)
     plain = sum(update.weight * update.delta.double() for update in sent)
@@ -214,15 +214,15 @@ def test_the_secured_sum_is_the_plain_one_within_the_ring_steps(federation, stra
 def test_shards_of_a_secured_sum_are_the_whole_bit_for_bit(federation, strategy, cut):
     recipe = federated(federation, strategy, mode="ideal")
     state = strategy.init(drawn(99), LAYOUT)
-    mask, beside = strategy.live(0, LAYOUT)["delta"], strategy.beside(LAYOUT)
+    mask, beside = strategy.sent_masks(0, LAYOUT)["delta"], strategy.beside(LAYOUT)
     sent = [
         Update(k, 0.5, drawn(k) * mask, {name: drawn(20 + k) * mask for name in beside}, TOLD) for k in range(CLIENTS)
     ]
     sums, whole = secured(recipe, None, state, sent)
     partition = Partition.contiguous(LAYOUT.size, 3, 2) if cut == "contiguous" else Partition.by_tensor(LAYOUT, 3)
-    live, shards = live_masks(recipe, LAYOUT, 0), []
+    sent_masks, shards = sent_masks_of(recipe, LAYOUT, 0), []
     for rank in range(3):
-        place = RingShard(sums, live, partition, rank)
+        place = RingShard(sums, sent_masks, partition, rank)
         ring = RingSum(place, recipe, None, 0)
         for update in sent:
             extras = {name: partition.cut(extra, rank) for name, extra in update.extras.items()}
@@ -235,7 +235,7 @@ def test_shards_of_a_secured_sum_are_the_whole_bit_for_bit(federation, strategy,
     assert torch.equal(partition.join([shard.total for shard in shards]), whole.total)
     for name in beside:
         assert torch.equal(partition.join([shard.extras[name] for shard in shards]), whole.extras[name])
-    held = sum(RingShard(sums, live, partition, rank).length for rank in range(3))
+    held = sum(RingShard(sums, sent_masks, partition, rank).length for rank in range(3))
     assert held == sums.length + 2 * 2  # each shard has the head of two coordinates, and the first one's counts
 
 
@@ -244,11 +244,11 @@ def test_a_shards_noise_is_on_its_live_coordinates(federation, cut):
     recipe = federated(federation, HalfScaffold(), KINDS["central"])
     plan = plan_noise(recipe, LAYOUT, np.full(100, 4), 12)[0]
     partition = Partition.contiguous(LAYOUT.size, 2) if cut == "contiguous" else Partition.by_tensor(LAYOUT, 2)
-    mask, totals = recipe.strategy.live(0, LAYOUT)["delta"], []
+    mask, totals = recipe.strategy.sent_masks(0, LAYOUT)["delta"], []
     for rank in range(2):
-        live = {name: partition.cut(mask, rank) for name, mask in live_masks(recipe, LAYOUT, 0).items()}
+        sent_masks = {name: partition.cut(mask, rank) for name, mask in sent_masks_of(recipe, LAYOUT, 0).items()}
         shard = Layout(("shard",), ((len(partition.cut(mask, rank)),),))
-        totals.append(noisy(None, plan, CLIP, recipe, shard, 0, live, rank)[0].total)
+        totals.append(noisy(None, plan, CLIP, recipe, shard, 0, sent_masks, rank)[0].total)
     total = partition.join(totals)
     assert total[mask].all() and not total[~mask].any()
     assert total[mask].var().item() == pytest.approx(CLIP**2, rel=6 * (2 / 3300) ** 0.5)

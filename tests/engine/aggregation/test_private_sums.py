@@ -16,7 +16,7 @@ import torch
 from engine.aggregation.accumulators import RingSum
 from engine.aggregation.exact_sum import STEP, ExactSum, merge
 from engine.aggregation.privacy_account import plan_noise
-from engine.aggregation.ring_encoding import FIGURE, live_masks, ring_aggregate, ring_sums, rounding
+from engine.aggregation.ring_encoding import FIGURE, ring_aggregate, ring_sums, rounding, sent_masks_of
 from engine.aggregation.ring_shard import RingShard
 from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
@@ -117,7 +117,7 @@ class Mechanism:
         sums = self.sums(round_)
         if self.central:
             update = self.plan.encode(update, clip if sums is None else clip - rounding(sums))
-        masks = live_masks(self.federation, LORA, round_)
+        masks = sent_masks_of(self.federation, LORA, round_)
         for name, vector in {"delta": update.delta, **update.extras}.items():
             assert name not in masks or not vector[~masks[name]].any(), "it sends something where no noise goes"
         if sums is None:
@@ -132,7 +132,7 @@ class Mechanism:
         """The sums that the server sees, by name, in units of 1 (of the ring's steps under distributed noise)."""
         sums = self.sums(round_)
         if sums is None:
-            steps = [taken.part(0, 1000).vectors for taken in parts]
+            steps = [taken.section(0, 1000).vectors for taken in parts]
             return {name: sum(step[name] for step in steps) / STEP for name in steps[0]}
         totals = sums.decode(np.sum(parts, axis=0, dtype=np.uint32)).sums
         return {name: total.astype(float) for name, total in totals.items() if not name.startswith(FIGURE)}
@@ -151,8 +151,8 @@ class Mechanism:
         elif parts:
             totals = sums.decode(np.sum(parts, axis=0, dtype=np.uint32))
             aggregate, _ = ring_aggregate(totals, self.federation, LORA, self.plan, state.round)
-        live, plan = live_masks(self.federation, LORA, state.round), self.plan if self.central else None
-        return server_step(state, aggregate, plan, clip, self.federation, LORA, live)
+        sent_masks, plan = sent_masks_of(self.federation, LORA, state.round), self.plan if self.central else None
+        return server_step(state, aggregate, plan, clip, self.federation, LORA, sent_masks)
 
 
 def without_noise(plan):

@@ -12,7 +12,7 @@ import torch
 from datasets_partition.store.build import build
 from engine.aggregation.accumulators import RingSum
 from engine.aggregation.exact_sum import ExactSum, merge
-from engine.aggregation.ring_encoding import live_masks, ring_aggregate, ring_sums
+from engine.aggregation.ring_encoding import ring_aggregate, ring_sums, sent_masks_of
 from engine.aggregation.ring_shard import RingShard
 from engine.config.federation import Federation
 from engine.config.privacy import Privacy, SecAgg
@@ -209,7 +209,7 @@ def test_where_nobody_moves_the_model_stays_for_twenty_secured_rounds(federation
     metrics = {"steps": 1.0, "rates": 0.1, "loss": 1.0, "learned": 10.0, "tokens": 12.0}
     for _ in range(20):
         broadcast = rule.broadcast(state)
-        ring = RingSum(RingShard(sums, live_masks(federation, LORA, state.round)), federation, None, state.round)
+        ring = RingSum(RingShard(sums, sent_masks_of(federation, LORA, state.round)), federation, None, state.round)
         for client, number in rows.items():
             weight = federation.privacy.weight(number, max(rows.values()))
             still = rule.starts(broadcast, {})[GLOBAL] - broadcast.params

@@ -61,7 +61,7 @@ def test_an_own_rule_that_merges_into_the_base_is_refused_where_fedex_is(small_r
     ("attributes", "changes", "said"),
     [
         ({"needs_lora": True}, [FULL_TUNING], "works on adapters"),
-        ({"rank_parts": 3}, [], "3 equal parts, but model.peft.r is 8: set it to 9"),
+        ({"lora_rank_multiple": 3}, [], "3 equal parts, but model.peft.r is 8: set it to 9"),
         ({"reads": "each"}, [GANGS], "needs whole vectors"),
         ({"reads": "each"}, SECURE, "reads each update, and secure aggregation"),
         ({"reads": "passes"}, NOISY, "reads several sums"),

@@ -16,6 +16,27 @@ LIKE_RANKS = 'model.peft={kind="lora", r=8, ranks=[{r=4, share=0.5}, {r=8, share
     ("changes", "said", "mended"),
     [
         (["strategy=ffa", "model.peft=none"], r"'ffa' works on adapters, .*\"fedavg\"", ["strategy=fedavg"]),
+        (
+            ["strategy=ffa", "model.peft=ia3"],
+            r"'ffa' works on adapters, but model.peft is \"ia3\"",
+            ["strategy=fedavg"],
+        ),
+        (
+            ["strategy=ffa", 'model.peft={kind="lora", rank_pattern={q_proj=2}}'],
+            r"'ffa' needs one rank in all layers, .* or use \"fedavg\"",
+            ["strategy=fedavg"],
+        ),
+        (
+            ["model.peft=ln_tuning", 'model.dtype="bfloat16"'],
+            r'kind = "ln_tuning" trains weights of the base, which needs model.dtype = "float32"',
+            ['model.dtype="float32"'],
+        ),
+        (
+            ['model.peft={kind="lora", bias="all"}', 'model.dtype="bfloat16"'],
+            r"model.peft.bias trains weights of the base",
+            ['model.dtype="float32"'],
+        ),
+        (["model.peft=vera", GANGS], r'model.peft.kind = "vera" does not work with gangs', ["model.peft=lora"]),
         ([LIKE_RANKS], r"'fedavg' needs one rank .* use 'flora' or 'flexlora' or 'hetlora'", ["strategy=hetlora"]),
         (
             ["strategy=feddpa", "model.peft={kind='lora', r=3}"],
@@ -107,10 +128,10 @@ def test_private_clients_of_mixed_ranks_leave_each_others_ranks_alone(small_reci
 
 def test_ranks_are_drawn_by_their_shares(small_recipe):
     recipe = small_recipe(LIKE_RANKS, "strategy=flora")
-    ranks = [recipe.model.peft.rank_of(client, recipe.seed) for client in range(400)]
+    ranks = [recipe.model.peft.lora_rank_of(client, recipe.seed) for client in range(400)]
     assert set(ranks) == {4, 8} and 160 < ranks.count(4) < 240
-    assert ranks == [recipe.model.peft.rank_of(client, recipe.seed) for client in range(400)]
-    assert small_recipe().model.peft.rank_of(3, 1) is None
+    assert ranks == [recipe.model.peft.lora_rank_of(client, recipe.seed) for client in range(400)]
+    assert small_recipe().model.peft.lora_rank_of(3, 1) is None
     for wrong in ("[{r=4, share=0.5}, {r=8, share=0.4}]", "[{r=4, share=1.0}]"):
         with pytest.raises(ValueError, match=r"shares that sum to 1, and 8 \(model\.peft\.r\) as largest r"):
             small_recipe(f'model.peft={{kind="lora", r=8, ranks={wrong}}}', "strategy=flora")

@@ -19,7 +19,7 @@ def test_every_rule_that_reads_more_than_a_sum_is_refused(small_recipe, kind, mo
     with pytest.raises(ValueError, match=r"secure aggregation gives the server one sum a round: take .*\"centred_clip"):
         small_recipe(*changes)
     small_recipe(*changes, "privacy.secagg.mode=off")
-    small_recipe(*changes, "strategy={kind='centred_clipping'}")
+    small_recipe(*changes, "strategy={kind='centered_clipping'}")
 
 
 @pytest.mark.parametrize(

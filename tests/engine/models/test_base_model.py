@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from engine.config.sections import FullTuning, Lora, Model
+from engine.config.adapters import FullTuning, Lora
+from engine.config.sections import Model
 from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable
 

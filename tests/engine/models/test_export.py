@@ -8,7 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.config.sections import FullTuning, Lora, Model
+from engine.config.adapters import FullTuning, Lora
+from engine.config.sections import Model
 from engine.models.export import export_files
 from engine.models.trainable import Trainable
 from engine.system.atomic import write_folder

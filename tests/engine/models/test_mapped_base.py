@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from engine.config.sections import Lora, Model
+from engine.config.adapters import Lora
+from engine.config.sections import Model
 from engine.models.export import export_files
 from engine.models.trainable import Trainable
 
@@ -37,11 +38,11 @@ def test_an_adapters_product_in_the_base_is_that_adapter(
     pairs = list(adapted.layout.lora_pairs(adapted.flat.data))
     merged_delta = torch.cat([(pair.scale * pair.b_OR @ pair.a_RI).reshape(-1) for pair in pairs])
     plain = logits(based.network)
-    merged = based.merged_weights(merged_delta.numpy())
-    based.use_weights(torch.from_numpy(merged))
+    merged = based.merge_weights(merged_delta.numpy())
+    based.use_merged(torch.from_numpy(merged))
     torch.testing.assert_close(logits(based.network), logits(adapted.network), rtol=0, atol=2e-5)
     assert not torch.allclose(logits(based.network), plain, atol=1e-3)
-    based.use_weights(None)
+    based.use_merged(None)
     assert torch.equal(logits(based.network), plain)
 
 
@@ -50,9 +51,9 @@ def test_merged_deltas_replace_each_other_and_do_not_pile_up(
 ) -> None:
     trainable = make_trainable(bases["tied"])
     merged_delta = merged_delta_of(trainable)
-    once = trainable.merged_weights(merged_delta.numpy())
-    trainable.use_weights(torch.from_numpy(trainable.merged_weights((3 * merged_delta).numpy())))
-    assert (trainable.merged_weights(merged_delta.numpy()) == once).all()
+    once = trainable.merge_weights(merged_delta.numpy())
+    trainable.use_merged(torch.from_numpy(trainable.merge_weights((3 * merged_delta).numpy())))
+    assert (trainable.merge_weights(merged_delta.numpy()) == once).all()
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "gpt2"])
@@ -65,7 +66,7 @@ def test_base_products_and_adapter_are_exported_as_one_model(
 ) -> None:
     trainable = make_trainable(bases[name])
     trainable.flat.data.copy_(trainable.initial + drawn(trainable.layout.size, 3, 0.1))
-    trainable.use_weights(torch.from_numpy(trainable.merged_weights(merged_delta_of(trainable).numpy())))
+    trainable.use_merged(torch.from_numpy(trainable.merge_weights(merged_delta_of(trainable).numpy())))
     model = Model(base=str(bases[name]), peft=Lora(r=4, alpha=8))
     before = logits(trainable.network)
     for file, content in export_files(trainable, model, tokenizer, "card", merged=True).items():

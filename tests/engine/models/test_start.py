@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.config.adapters import FullTuning, Lora
 from engine.config.federation import Federation
-from engine.config.sections import FullTuning, Lora, Model
+from engine.config.sections import Model
 from engine.config.train import Sgd
 from engine.models.base_model import map_base, read_base
 from engine.models.start import adapter_start
@@ -46,7 +47,7 @@ def test_the_vector_is_the_one_that_peft_has_saved(trained: Trainable, tmp_path:
 @pytest.mark.parametrize("make", [Partition.by_tensor, lambda layout, ranks: Partition.contiguous(layout.size, ranks)])
 def test_shards_are_parts_of_the_vector(trained: Trainable, tmp_path: Path, make: Callable[..., Partition]) -> None:
     partition = make(trained.layout, 3)
-    for rank, part in enumerate(partition.parts):
+    for rank, part in enumerate(partition.intervals):
         shard = adapter_start(model(tmp_path), trained.layout, part)
         assert shard is not None and torch.equal(shard, partition.cut(trained.flat.detach(), rank))
 
@@ -63,13 +64,17 @@ def changed(tmp_path: Path, **keys: Any) -> None:
             {"lora_alpha": 16},
             r"scales its product by 4 \(alpha = 16 at rank 4\), and the recipe's by 2: set model\.peft",
         ),
-        ({"use_rslora": True}, r"scales its product by 4 \(alpha = 8 at rank 4\), and the recipe's by 2"),
-        ({"alpha_pattern": {"q_proj": 4}}, "scales its product by 2 .* and others by layer"),
+        (
+            {"use_rslora": True},
+            r"was made with use_rslora = True, and the recipe's has None: set model\.peft\.use_rslora",
+        ),
+        ({"alpha_pattern": {"q_proj": 4}}, r"was made with alpha_pattern = {'q_proj': 4}, and the recipe's has None"),
+        ({"peft_type": "IA3"}, r"is of kind 'ia3', and the recipe's of 'lora': set model\.peft\.kind"),
         (
             {"init_lora_weights": "pissa_niter_4"},
             "was begun with init_lora_weights = 'pissa_niter_4', which changes the",
         ),
-        ({"r": None}, r"adapter_config\.json \(model\.start\) is not that of a LoRA adapter \(TypeError"),
+        ({"r": None}, r"adapter_config\.json \(model\.start\) is not that of an adapter \(TypeError"),
     ],
 )
 def test_an_adapter_with_another_factor_is_refused(

@@ -24,7 +24,7 @@ def loaded(folder: Path) -> Saved:
 
 
 def vector(checkpoint: Saved) -> ServerState:
-    (shard,) = checkpoint.state.parts
+    (shard,) = checkpoint.state.shards
     assert isinstance(shard, ServerState) and shard.round == checkpoint.state.round
     return shard
 
@@ -49,7 +49,7 @@ def test_shards_come_back_in_their_order_each_through_where_the_state_holds_it(t
     assert names == [FACTS, *(f"shard-{rank:05d}.safetensors" for rank in range(12))]
     checkpoint = load_checkpoint(tmp_path, hold=lambda shard: shard.params.tolist())
     assert checkpoint is not None
-    assert checkpoint.state.parts == tuple([float(rank)] * (2 + rank) for rank in range(12))
+    assert checkpoint.state.shards == tuple([float(rank)] * (2 + rank) for rank in range(12))
     assert checkpoint.state.nbytes == 4 * sum(range(2, 14))
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.records.client_state import RANK, ClientStates, forget_round, named, part
+from engine.records.client_state import RANK, ClientStates, forget_round, named, owned_by
 
 
 def value(memory: dict[str, torch.Tensor]) -> list[float]:
@@ -59,7 +59,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: 
 def test_owners_do_not_see_each_others_entries() -> None:
     both = named({"c": torch.ones(1)}, "strategy.") | named({"c": torch.zeros(1)}, "optimizer.global.")
     assert set(both) == {"strategy.c", "optimizer.global.c"}
-    assert part(both, "strategy.")["c"] == 1 and part(both, "optimizer.global.")["c"] == 0
+    assert owned_by(both, "strategy.")["c"] == 1 and owned_by(both, "optimizer.global.")["c"] == 0
 
 
 def test_a_round_is_forgotten_by_the_clients_that_are_named_in_plain_slots_and_in_ranks(tmp_path: Path) -> None:

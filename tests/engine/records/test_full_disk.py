@@ -7,7 +7,7 @@ FILL = """
 import os, sys, time
 from pathlib import Path
 import numpy as np, ray
-from engine.rounds.driver import Driver, RunPlan
+from engine.rounds.driver import Driver, RunOptions
 from engine.config.federation import Federation
 from engine.config.sections import Model
 from engine.config.train import Train
@@ -18,7 +18,7 @@ def fill():
 class Filling(Driver):
     def _run(self, at_end):
         yield from ()
-        fill() if self.plan.resume else ray.get(ray.remote(fill).remote())
+        fill() if self.options.resume else ray.get(ray.remote(fill).remote())
 
 config = {"local_fs_capacity_threshold": 0.0001, "local_fs_monitor_interval_ms": 100}  # any disk is too full for it
 ray.init("local", num_cpus=1, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=False,
@@ -27,7 +27,7 @@ time.sleep(1)
 federation = Federation(name="x", seed=1, rounds=1, model=Model(), train=Train(steps=1))
 for here in (True, False):
     try:
-        list(Filling(federation, RunPlan(Path("store"), Path("run"), {}, resume=here)).run())
+        list(Filling(federation, RunOptions(Path("store"), Path("run"), {}, resume=here)).run())
     except ValueError as error:
         print(error)
 """

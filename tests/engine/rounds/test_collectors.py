@@ -110,20 +110,22 @@ def play(pool, small_recipe, tmp_path):
     slots, _ = pool
 
     def collect(
-        *changes, mode=None, dp=None, clip=0.0, costs=COSTS, cohort=COHORT, on_slot_death="void", round_=0, lanes=1
+        *changes, mode=None, plan=None, clip=0.0, costs=COSTS, cohort=COHORT, on_slot_death="void", round_=0, lanes=1
     ):
         recipe = small_recipe("clients.slots=3", UNIFORM, *changes, *([f"privacy.secagg.mode={mode}"] if mode else []))
         state = ServerState(round_, torch.from_numpy(slots.initial), layout=slots.layout, seed=recipe.seed)
-        wire = replace(BroadcastMessage.of(recipe.strategy.broadcast(state)), dp=dp, clip=clip, lanes=lanes)
-        wire = replace(wire, full_rows=20)
+        message = replace(
+            BroadcastMessage.of(recipe.strategy.broadcast(state)), noise_plan=plan, clip=clip, lanes=lanes
+        )
+        message = replace(message, full_rows=20)
         shards = DriverShards(recipe, slots, len(COHORT))
         if mode is None:
-            return ClearCollector(recipe, shards).collect(work(cohort, costs), wire)
+            return ClearCollector(recipe, shards).collect(work(cohort, costs), message)
         for actor in slots.actors:  # a slot keeps its clients' sum for the sessions of one round
             ray.get(actor.forget.remote())
         relay = Relay(shards, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
         arguments = recipe, relay, MOST_TOKENS, Journal(tmp_path), lambda *_: None
-        return SecureCollector(*arguments).collect(work(cohort, costs), wire)
+        return SecureCollector(*arguments).collect(work(cohort, costs), message)
 
     return collect
 
@@ -281,9 +283,9 @@ def test_messages_are_counted_by_whom_they_reach(play):
 @pytest.mark.parametrize("mode", [None, "full"])
 def test_central_noise_comes_after_and_clipping_before_the_sum(play, mode):
     plan = CentralDp(noise_multiplier=1.0, clip=0.01).plan(*ASKED)
-    collected = play(mode=mode, dp=plan, clip=0.01)
+    collected = play(mode=mode, plan=plan, clip=0.01)
     assert torch.linalg.vector_norm(total(collected).total) <= 7 * 0.01 * (1 + 1e-5)
-    smaller = play(mode=mode, dp=plan, clip=1e-4)
+    smaller = play(mode=mode, plan=plan, clip=1e-4)
     assert torch.linalg.vector_norm(total(smaller).total) <= 7e-4 * (1 + 1e-3)
 
 
@@ -294,11 +296,11 @@ def test_distributed_noise_is_in_the_sum_when_it_arrives(play, pool):
     changes = ['privacy.dp={kind="distributed", noise_multiplier=0.1, clip=0.05}']
     length = pool[0].layout.size
     plan = DistributedDp(noise_multiplier=0.1, clip=0.05).plan(*ASKED, length)
-    plain, noisy = play(), play(*changes, mode="full", dp=plan)
-    again = play(*changes, mode="full", dp=plan)
+    plain, noisy = play(), play(*changes, mode="full", plan=plan)
+    again = play(*changes, mode="full", plan=plan)
     assert not torch.equal(total(noisy).total, total(again).total)  # fresh noise, which no seed gives again
     assert total(noisy).weight == 7
-    clipped = play(mode="ideal", dp=CentralDp(noise_multiplier=1.0, clip=0.05).plan(*ASKED), clip=0.05)
+    clipped = play(mode="ideal", plan=CentralDp(noise_multiplier=1.0, clip=0.05).plan(*ASKED), clip=0.05)
     noise = (total(noisy).total - total(clipped).total).numpy()
     assert np.std(noise) == pytest.approx(0.1 * 0.05 * np.sqrt(7 / plan.least), rel=0.1)
     assert abs(noise.mean()) < 4 * np.std(noise) / np.sqrt(length)
@@ -309,7 +311,7 @@ def test_too_few_for_the_noise_are_not_unmasked(play, pool):
     changes = ['privacy.dp={kind="distributed", noise_multiplier=0.1, clip=0.05, survivors=1.0}', "seed=3"]
     plan = DistributedDp(noise_multiplier=0.1, clip=0.05, survivors=1.0).plan(*ASKED, pool[0].layout.size)
     dropping = [*changes, "clients.availability.dropout=0.3", "privacy.secagg.dropout=0.6"]
-    collected = play(*dropping, mode="full", dp=plan)
+    collected = play(*dropping, mode="full", plan=plan)
     assert collected.sums == [] and "clients are there, and it takes 7" in collected.aborted
     assert not [message for message in collected.messages if message.kind == "sum" and message.party == "server"]
 

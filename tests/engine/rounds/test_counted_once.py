@@ -46,14 +46,14 @@ def test_a_client_that_is_added_twice_ends_the_round(ray_session, small_recipe, 
     slots = Pool.start(recipe, tmp_path, store)
     state = ServerState(0, torch.from_numpy(slots.initial.copy()), layout=slots.layout, seed=recipe.seed)
     work = Work(CLIENTS, np.ones(3), np.ones(3))
-    wire = replace(BroadcastMessage.of(recipe.strategy.broadcast(state)), full_rows=20)
+    message = replace(BroadcastMessage.of(recipe.strategy.broadcast(state)), full_rows=20)
     collector = ClearCollector(recipe, DriverShards(recipe, slots, len(CLIENTS)))
     try:
-        (aggregate,) = collector.collect(work, wire).sums
+        (aggregate,) = collector.collect(work, message).sums
         assert aggregate.count == 3
         ray.get(slots.actors[0].deceive.remote())
         with pytest.raises(AssertionError, match="4 updates in the sum, and 3 clients"):
-            collector.collect(work, wire)
+            collector.collect(work, message)
     finally:
         slots.stop()
         ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

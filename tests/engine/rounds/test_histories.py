@@ -173,8 +173,8 @@ def play(federation, folder, seed, kind):
                 pool.round, pool.model = round_ + 1, model
                 cohort = cohorts.sample(POPULATION, federation.seed, round_)
                 costs = np.ones(len(cohort))
-                wire = BroadcastMessage.of(Broadcast(round_, torch.zeros(POPULATION)))
-                collected = collector.collect(Work(cohort, costs.astype(int), costs), wire)
+                message = BroadcastMessage.of(Broadcast(round_, torch.zeros(POPULATION)))
+                collected = collector.collect(Work(cohort, costs.astype(int), costs), message)
                 round_ += 1
                 chance.left_out += LEFT_OUT in collected.gone.values()
                 for aggregate in collected.sums:
@@ -240,8 +240,8 @@ def test_a_round_with_too_few_updates_leaves_the_model_and_has_no_sum(small_reci
     pool, journal = Pool(federation, chance, tmp_path), Journal(tmp_path, None, 0)
     relay, cohort = HereRelay(Whole(federation, pool, POPULATION), None, "void"), np.arange(5)
     collector = SecureCollector(federation, relay, 1000, journal, lambda *_: "all are too few")
-    wire = BroadcastMessage.of(Broadcast(0, torch.zeros(POPULATION)))
-    collected = collector.collect(Work(cohort, np.ones(5, int), np.ones(5)), wire)
+    message = BroadcastMessage.of(Broadcast(0, torch.zeros(POPULATION)))
+    collected = collector.collect(Work(cohort, np.ones(5, int), np.ones(5)), message)
     assert collected.sums == [] and collected.too_few == "all are too few" and collected.too_few in collected.aborted
     assert chance.held == [] and not (journal.run / "unmasked").exists()
 

@@ -26,7 +26,7 @@ from engine.rounds.outputs import write_checkpoint
 from engine.rounds.planner import Planner
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import RoundLoop
-from engine.rounds.server import DriverShards, move_base
+from engine.rounds.server import DriverShards, merge_into_base
 from strategies.averaging.drift import Scaffold
 from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
@@ -55,10 +55,10 @@ class Given:
     """Collects what it is given."""
 
     collected: list[Collected]
-    broadcasts: list = field(default_factory=list)
+    messages: list = field(default_factory=list)
 
-    def collect(self, work, broadcast):
-        self.broadcasts.append(broadcast)
+    def collect(self, work, message):
+        self.messages.append(message)
         return self.collected.pop(0)
 
 
@@ -72,7 +72,7 @@ class Bases:
     faults: list = field(default_factory=list)
     alive: tuple = (0, 1)
 
-    def rebase(self, merged_delta):
+    def merge_into_base(self, merged_delta):
         self.merged.append(merged_delta)
 
 
@@ -110,7 +110,7 @@ def good_round():
 
 
 def params(state):
-    (shard,) = state.parts
+    (shard,) = state.shards
     return shard.params.tolist()
 
 
@@ -120,10 +120,10 @@ def test_a_round_by_hand(tmp_path):
     loop.recorder.pool.faults.append(Fault("slot", "1", "killed"))
     state, played = loop.play(loop.shards.initial())
     assert (state.round, params(state), loop.journal.model) == (1, [2.0, 0.0], 1)
-    (broadcast,) = loop.collector.broadcasts
+    (message,) = loop.collector.messages
     rows = ROWS[loop.planner.work(0).clients].max()
-    assert ROWS.max() == 8 and 1 / 2 < rows / broadcast.full_rows <= 1
-    assert broadcast.vector().tolist() == [1.0, 2.0] and broadcast.round == 0
+    assert ROWS.max() == 8 and 1 / 2 < rows / message.full_rows <= 1
+    assert message.vector().tolist() == [1.0, 2.0] and message.round == 0
     assert (played.round, played.loss, played.clients) == (1, 2.0, 2)
     assert (played.gone, played.faults) == ({"client-3": "asleep"}, (Fault("slot", "1", "killed"),))
     loop.recorder.logs.flush(1)
@@ -200,7 +200,7 @@ def test_the_base_follows_what_a_state_has_merged_and_only_that():
         for delta in (None, torch.ones(3))
     )
     for before, after in ((None, plain), (plain, plain), (None, merged), (merged, merged), (merged, None)):
-        move_base(shards, before, after)
+        merge_into_base(shards, before, after)
     first, second = shards.pool.merged
     assert first.tolist() == [1, 1, 1] and second is None
 
@@ -208,8 +208,8 @@ def test_the_base_follows_what_a_state_has_merged_and_only_that():
 def test_a_checkpoint_of_another_model_is_refused():
     shards = DriverShards(recipe(), Bases(), POPULATION)
     shards.refuse_other(ShardedState(3, (Shard(np.zeros(2), {}),)))
-    for parts in ((3,), (1, 1)):
-        state = ShardedState(3, tuple(Shard(np.zeros(length), {}) for length in parts))
+    for lengths in ((3,), (1, 1)):
+        state = ShardedState(3, tuple(Shard(np.zeros(length), {}) for length in lengths))
         with pytest.raises(RunError, match="the recipe's model has 2: resume"):
             shards.refuse_other(state)
 
@@ -217,13 +217,13 @@ def test_a_checkpoint_of_another_model_is_refused():
 def test_checkpoints_are_written_in_their_turn_and_when_the_run_stops_but_once(tmp_path):
     federation = recipe(checkpoint=Checkpoint(every=2, keep=9))
     loop = loop_of(federation, tmp_path)
-    parts = SimpleNamespace(federation=federation, folder=tmp_path, shards=loop.shards)
+    setup = SimpleNamespace(federation=federation, folder=tmp_path, shards=loop.shards)
     events = []
     for round_ in (1, 2, 3):
         state = replace(loop.shards.initial(), round=round_)
-        events += [*write_checkpoint(parts, loop, state)]
+        events += [*write_checkpoint(setup, loop, state)]
         if round_ > 1:
-            events += [*write_checkpoint(parts, loop, state, stopping=True)]
+            events += [*write_checkpoint(setup, loop, state, stopping=True)]
     assert events == [Checkpointed(2), Checkpointed(3)]
     assert load_checkpoint(tmp_path / "checkpoints").state.round == 3
 

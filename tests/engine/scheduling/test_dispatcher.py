@@ -89,8 +89,8 @@ class Light:
         clients = self.run(chunk)
         return [[Report(client, {}) for client in clients], *(f"update of {client}" for client in clients)]
 
-    def part_of_sum(self, first: int, size: int) -> PartialSum:
-        return ExactSum().part(first, size)
+    def section_of_sum(self, first: int, size: int) -> PartialSum:
+        return ExactSum().section(first, size)
 
     def forget_sum(self) -> None:
         """Nothing was added."""
@@ -146,8 +146,8 @@ def pulled(pool: LightPool, units: list[tuple[int, ...]]) -> tuple[list[int], li
     for actor in pool.actors:
         ray.kill(actor)
     return (
-        sorted(client for part in finished for client in part.results),
-        sorted(unit for part in finished for unit in part.units),
+        sorted(client for of_slot in finished for client in of_slot.results),
+        sorted(unit for of_slot in finished for unit in of_slot.units),
         dispatcher.given_up,
     )
 

@@ -23,7 +23,7 @@ BLOCK = 256  # of the sums of these slots, so that small ones have several
 
 
 class Dying(ClientActor):
-    """Dies of the first merge and of the first second part of a sum, and is stopped by the first texts and export.
+    """Dies of the first merge and of the first second section of a sum, and is stopped by the first texts and export.
 
     If there is a file `stops`, it is stopped by the first two merges too, and when it is given its base again.
     """
@@ -32,10 +32,10 @@ class Dying(ClientActor):
         sums.BLOCK = BLOCK
         super().__init__(*arguments)
 
-    def part_of_sum(self, first, size):
+    def section_of_sum(self, first, size):
         if first and self.first("died of a sum"):
             os._exit(1)
-        return super().part_of_sum(first, size)
+        return super().section_of_sum(first, size)
 
     def run(self, chunk, message):
         for unit in chunk:
@@ -48,13 +48,13 @@ class Dying(ClientActor):
             os.kill(os.getpid(), signal.SIGSTOP)
         return super().attach(packed, base, tokens, first)
 
-    def merged_weights(self, merged_delta):
+    def merge_weights(self, merged_delta):
         if (self.folder.parent / "stops").exists():
             if self.first("silent in merge") or self.first("silent in its stead"):
                 os.kill(os.getpid(), signal.SIGSTOP)
         elif self.first("died"):
             os._exit(1)
-        return super().merged_weights(merged_delta)
+        return super().merge_weights(merged_delta)
 
     def generate(self, message, prompts, tokens):
         if self.first("silent in generate"):
@@ -95,7 +95,7 @@ def started(ray_session, small_recipe, tmp_path, monkeypatch):
 
 
 def test_a_slot_that_dies_of_handing_over_its_sum_costs_its_own_clients_alone(started, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.scheduling.pool.PART", 2 * BLOCK)
+    monkeypatch.setattr("engine.scheduling.pool.SECTION", 2 * BLOCK)
     slots = started("clients.slots=2")
     clients = np.arange(6)
     message = initial(slots)
@@ -118,11 +118,11 @@ def test_a_slot_that_dies_of_handing_over_its_sum_costs_its_own_clients_alone(st
 def test_a_death_while_merging_costs_one_slot_and_not_the_run(started, tmp_path):
     slots = started("strategy=flora", "clients.slots=2")
     before = slots.ask(lambda actor: actor.evaluate.remote([0], initial(slots), 4))
-    slots.rebase(random_delta(slots.layout))
+    slots.merge_into_base(random_delta(slots.layout))
     assert (tmp_path / "died").exists() and slots.deaths == 1
     after = [ray.get(actor.evaluate.remote([0], initial(slots), 4)) for actor in slots.actors]
     assert after[0] == after[1] != before
-    slots.rebase(None)
+    slots.merge_into_base(None)
     assert slots.ask(lambda actor: actor.evaluate.remote([0], initial(slots), 4)) == before
 
 
@@ -143,7 +143,7 @@ def test_slots_that_fall_silent_while_merging_or_being_made_anew_are_replaced(st
     slots = started("strategy=flora", "clients.slots=1", "clients.timeout_s=5")
     slots.patience.start_s = 15.0
     (tmp_path / "stops").touch()
-    slots.rebase(random_delta(slots.layout))
+    slots.merge_into_base(random_delta(slots.layout))
     assert sorted(path.name for path in tmp_path.glob("silent in *")) == [
         "silent in attach",
         "silent in its stead",
@@ -151,7 +151,7 @@ def test_slots_that_fall_silent_while_merging_or_being_made_anew_are_replaced(st
     ]
     assert [fault.why for fault in slots.faults] == ["no answer for 5 s", "no answer for 15 s", "no answer for 5 s"]
     evaluated = slots.ask(lambda actor: actor.evaluate.remote([0], initial(slots), 4))
-    slots.rebase(None)
+    slots.merge_into_base(None)
     assert slots.ask(lambda actor: actor.evaluate.remote([0], initial(slots), 4)) != evaluated
 
 

@@ -25,28 +25,28 @@ from strategies.privacy.budget import ExampleDp
 def rule_of_rows(federation, make_private, rows):
     """Trains one client with example-level noise; gives the start, where its training `run` ended, and its trainer."""
 
-    def trained(strategy, z, clip, run="global", state=None, round_=0, rank=None):
+    def trained(strategy, z, clip, run="global", state=None, round_=0, lora_rank=None):
         recipe = replace(federation, strategy=strategy, privacy=Privacy(dp=ExampleDp(noise_multiplier=1.0)))
         recipe = replace(recipe, train=Train(steps=1, batch=8, optimizer=Sgd(lr=1.0)))
         trainer = make_private(z, clip)
         layout = trainer.trainable.layout
         noise = torch.from_numpy(np.random.default_rng(5).standard_normal(layout.size)).float()
-        broadcast = Broadcast(round_, trainer.trainable.initial + 0.02 * noise, layout=layout, rank=rank)
-        training = _trainings(Job(1, rows, 1.0, broadcast, state or {}), recipe, trainer.device, lent=False)[run]
+        broadcast = Broadcast(round_, trainer.trainable.initial + 0.02 * noise, layout=layout, lora_rank=lora_rank)
+        training = _trainings(Job(1, rows, 1.0, broadcast, state or {}), recipe, trainer.device, view=False)[run]
         (result,) = trainer.train([training], recipe.train)
         return training.start, result.end, trainer
 
     return trained
 
 
-def by_hand(trainer, start, rows, live):
-    """The mean of the rows' gradients on live coordinates, each clipped to 0.01, by a backward pass for each."""
+def by_hand(trainer, start, rows, trained_mask):
+    """The mean of the rows' gradients on trained coordinates, each clipped to 0.01, by a backward pass for each."""
     trainable, total = trainer.trainable, torch.zeros(trainer.trainable.layout.size)
     trainable.flat.data.copy_(start)
     for row in range(rows.num_rows):
         trainable.grad.zero_()
         token_losses(trainable.network, trainer.objective.collate(rows.slice(row, 1), 0)).mean().backward()
-        grad = trainable.grad * live
+        grad = trainable.grad * trained_mask
         total += grad * min(1.0, 0.01 / grad.norm().item())
     return total / rows.num_rows
 
@@ -66,46 +66,46 @@ def test_a_rows_gradient_is_clipped_by_its_norm_on_what_is_trained(
 ):
     start, end, trainer = rule_of_rows(strategy, 0.0, 0.01, round_=round_)
     layout = trainer.trainable.layout
-    live = torch.zeros(layout.size, dtype=torch.bool)
+    trained_mask = torch.zeros(layout.size, dtype=torch.bool)
     for marker in trained:
         for part in slices(layout, marker):
-            live[part] = True
-    expected = by_hand(make_private(), start, rows, live)
+            trained_mask[part] = True
+    expected = by_hand(make_private(), start, rows, trained_mask)
     torch.testing.assert_close(start - end, expected, rtol=1e-3, atol=1e-7)
-    assert torch.equal(start[~live], end[~live])
+    assert torch.equal(start[~trained_mask], end[~trained_mask])
 
 
 @pytest.mark.parametrize("run", ["global", "personal"])
 def test_each_training_of_feddpa_clips_and_adds_noise_to_its_own_half(rule_of_rows, make_private, rows, run):
     start, end, trainer = rule_of_rows(FedDpa(), 0.0, 0.01, run)
     layout = trainer.trainable.layout
-    live = torch.zeros(layout.size)
+    trained_mask = torch.zeros(layout.size)
     half = slice(2) if run == "global" else slice(2, None)
-    for pair in layout.lora_pairs(live):
+    for pair in layout.lora_pairs(trained_mask):
         pair.a_RI[half], pair.b_OR[:, half] = 1, 1
-    expected = by_hand(make_private(), start, rows, live)
+    expected = by_hand(make_private(), start, rows, trained_mask)
     torch.testing.assert_close(start - end, expected, rtol=1e-3, atol=1e-7)
     start, end, _ = rule_of_rows(FedDpa(), 1.0, 0.5, run)
-    assert torch.equal(start[live == 0], end[live == 0]) and (start != end)[live == 1].all()
+    assert torch.equal(start[trained_mask == 0], end[trained_mask == 0]) and (start != end)[trained_mask == 1].all()
 
 
 def test_the_norm_by_hand(make_private):
-    """A gradient of 3 in a frozen and 4 in a live coordinate: 4 is clipped to 2, and not 5 to 2, which leaves 1.6."""
+    """A gradient of 3 in a frozen and 4 in a trained coordinate: 4 is clipped to 2, and not 5 to 2, leaving 1.6."""
     trainer = make_private(0.0, 2.0)
     layout = trainer.trainable.layout
-    frozen, live = slices(layout, LORA_A)[0].start, slices(layout, LORA_B)[0].start
+    frozen, trained_at = slices(layout, LORA_A)[0].start, slices(layout, LORA_B)[0].start
     grad = torch.zeros(layout.size)
-    grad[frozen], grad[live] = 3.0, 4.0
+    grad[frozen], grad[trained_at] = 3.0, 4.0
     each = {name: view[None].clone() for name, view in layout.views(grad).items()}
     trainer._each_row = lambda count: each
     nll = sum((parameter * each[name][0]).sum() for name, parameter in _named(trainer, layout).items())
-    trainer.live = torch.ones(layout.size, dtype=torch.bool)
+    trainer.trained_mask = torch.ones(layout.size, dtype=torch.bool)
     for part in slices(layout, LORA_A):
-        trainer.live[part] = False
+        trainer.trained_mask[part] = False
     trainer._hooks = SimpleNamespace(set_grad_sample_to_none=lambda: None)
     summed = torch.zeros(layout.size)
     trainer._add_clipped({"nll": Term(nll[None], torch.zeros(1, dtype=torch.long))}, 1, summed)
-    assert summed[live].item() == pytest.approx(2.0) and summed[frozen] == 0
+    assert summed[trained_at].item() == pytest.approx(2.0) and summed[frozen] == 0
 
 
 def _named(trainer, layout):
@@ -128,7 +128,7 @@ def test_rounds_of_example_level_noise_leave_the_frozen_half_alone(rule_of_rows,
 
 def test_what_a_client_has_pruned_stays_pruned_under_noise(rule_of_rows):
     state = {"strategy.rank": torch.tensor([2.0])}
-    start, end, trainer = rule_of_rows(HetLora(), 1.0, 0.5, state=state, rank=3)
+    start, end, trainer = rule_of_rows(HetLora(), 1.0, 0.5, state=state, lora_rank=3)
     for before, after in zip(
         trainer.trainable.layout.lora_pairs(start), trainer.trainable.layout.lora_pairs(end), strict=True
     ):

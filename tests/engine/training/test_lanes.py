@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from engine.config.adapters import IA3, Adapters, LNTuning, Lora, Oft, RankShare, Vera
 from engine.config.federation import Federation
-from engine.config.sections import Lora, RankShare
+from engine.config.sections import Clients
 from engine.config.train import AdamW, Schedule, Sgd, TorchOptimizer, Train
 from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable
@@ -57,7 +58,7 @@ def pair(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Pair:
 
 @pytest.fixture
 def lane_recipe(federation: Federation) -> Callable[..., Federation]:
-    def made(train: Train = EPOCHS, peft: Lora = LORA, **sections: Any) -> Federation:
+    def made(train: Train = EPOCHS, peft: Adapters = LORA, **sections: Any) -> Federation:
         return replace(federation, train=train, model=replace(federation.model, peft=peft), **sections)
 
     return made
@@ -66,16 +67,15 @@ def lane_recipe(federation: Federation) -> Callable[..., Federation]:
 def jobs(trainer: LocalTrainer, federation: Federation, rows: pa.RecordBatch, **client_state: ClientState) -> list[Job]:
     """Clients of one to five rows, in no order, each with a vector of the client's rank."""
     layout, peft = trainer.trainable.layout, federation.model.peft
-    assert isinstance(peft, Lora)
     noise = torch.from_numpy(np.random.default_rng(5).standard_normal(layout.size)).to(trainer.trainable.flat.dtype)
     made = []
     for client in range(CLIENTS):
         start = trainer.trainable.initial + 0.02 * noise
-        rank = peft.rank_of(client, federation.seed)
-        for pair in layout.lora_pairs(start) if rank else ():
-            pair.a_RI[rank:], pair.b_OR[:, rank:] = 0, 0
+        lora_rank = peft.lora_rank_of(client, federation.seed)
+        for pair in layout.lora_pairs(start) if lora_rank else ():
+            pair.a_RI[lora_rank:], pair.b_OR[:, lora_rank:] = 0, 0
         state = federation.strategy.init(start, layout)
-        broadcast = replace(federation.strategy.broadcast(state), round=2, layout=layout, rank=rank)
+        broadcast = replace(federation.strategy.broadcast(state), round=2, layout=layout, lora_rank=lora_rank)
         part = rows.slice(client % 3, 1 + (3 * client) % 5)
         made.append(Job(client, part, 0.5, broadcast, client_state.get(f"of_{client}", {})))
     return made
@@ -116,11 +116,11 @@ def test_a_client_is_the_same_as_alone(pair: Pair, lane_recipe: Any, rows: pa.Re
     the_same(one_by_one(alone, some, federation), expected, 0)
 
 
-def lent(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, ClientState]]:
+def viewed(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list[tuple[Update, ClientState]]:
     """Each client's update as a slot takes it, which copies it before the next client."""
     results = []
     for job in some:
-        ((update, client_state),) = trainer.updates([job], federation, lent=True)
+        ((update, client_state),) = trainer.updates([job], federation, view=True)
         results.append((replace(update, delta=update.delta.clone()), client_state))
     return results
 
@@ -134,18 +134,29 @@ def lent(trainer: LocalTrainer, some: list[Job], federation: Federation) -> list
         (EPOCHS, replace(LORA, dropout=0.3)),
         (EPOCHS, replace(LORA, ranks=(RankShare(1, 0.3), RankShare(2, 0.3), RankShare(4, 0.4)))),
         (EPOCHS, replace(LORA, targets=("q_proj", "lm_head"))),
+        (EPOCHS, replace(LORA, use_rslora=True)),
+        (EPOCHS, replace(LORA, rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 3.0})),
+        (EPOCHS, replace(LORA, use_dora=True)),
+        (EPOCHS, replace(LORA, use_dora=True, dropout=0.3)),
+        (EPOCHS, IA3()),
     ],
-    ids=["accumulate", "steps of one row", "schedules", "dropout", "mixed ranks", "an adapter on the head"],
+    ids=[
+        *("accumulate", "steps of one row", "schedules", "dropout", "mixed ranks", "an adapter on the head"),
+        *("rslora", "patterns", "dora", "dora with dropout", "ia3"),
+    ],
 )
-def test_whatever_the_recipe_says(pair: Pair, lane_recipe: Any, rows: pa.RecordBatch, train: Train, peft: Lora) -> None:
+def test_whatever_the_recipe_says(pair: Pair, lane_recipe: Any, rows: pa.RecordBatch, train: Train, peft: Any) -> None:
     federation = lane_recipe(train, peft, strategy=HetLora() if peft.ranks else FedAvg(), rounds=5)
     alone, lanes = pair(federation, base="untied")
     some = jobs(alone, federation, rows)
     the_same(lanes.updates(some, federation), one_by_one(alone, some, federation), 1e-10)
 
 
-def test_another_family_of_models(pair: Pair, lane_recipe: Any, rows: pa.RecordBatch) -> None:
-    federation = lane_recipe()
+@pytest.mark.parametrize(
+    "peft", [LORA, replace(LORA, use_dora=True), IA3(("c_attn", "c_fc"), ("c_fc",))], ids=["lora", "dora", "ia3"]
+)
+def test_another_family_of_models(pair: Pair, lane_recipe: Any, rows: pa.RecordBatch, peft: Adapters) -> None:
+    federation = lane_recipe(peft=peft)
     alone, lanes = pair(federation, base="gpt2")
     some = jobs(alone, federation, rows)
     the_same(lanes.updates(some, federation), one_by_one(alone, some, federation), 1e-10)
@@ -192,7 +203,7 @@ def test_every_strategy_allows_lanes(pair: Pair, lane_recipe: Any, rows: pa.Reco
     alone, lanes = pair(federation)
     first = jobs(alone, federation, rows)
     expected = one_by_one(alone, first, federation)
-    for (update, client_state), (other, remembered) in zip(lent(alone, first, federation), expected, strict=True):
+    for (update, client_state), (other, remembered) in zip(viewed(alone, first, federation), expected, strict=True):
         assert torch.equal(update.delta, other.delta)
         assert all(
             torch.equal((update.extras | client_state)[name], it) for name, it in (other.extras | remembered).items()
@@ -270,3 +281,25 @@ def test_a_base_that_drops_activations_is_refused(bases: dict[str, Path], lane_r
 def test_adapters_of_embeddings_are_refused(pair: Pair, lane_recipe: Any) -> None:
     with pytest.raises(ValueError, match="adapters of linear layers alone"):
         pair(lane_recipe(peft=replace(LORA, targets=("embed_tokens", "q_proj"))))
+
+
+@pytest.mark.parametrize(
+    ("peft", "key"),
+    [
+        (replace(LORA, bias="all"), r"model\.peft\.bias"),
+        (replace(LORA, modules_to_save=("lm_head",)), r"model\.peft\.modules_to_save"),
+        (Vera(r=4), 'model.peft.kind = "vera"'),
+        (Oft(oft_block_size=4), 'model.peft.kind = "oft"'),
+        (LNTuning(), 'model.peft.kind = "ln_tuning"'),
+    ],
+)
+def test_kinds_without_a_batched_form_are_refused_by_key(
+    federation: Federation, pair: Pair, peft: Adapters, key: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{key} does not work with several lanes: set clients.lanes = 1"):
+        replace(federation, model=replace(federation.model, peft=peft), clients=Clients(lanes=4))
+    clients = Clients(lanes="auto")  # which then is 1
+    single = replace(federation, model=replace(federation.model, peft=peft), clients=clients)
+    if peft.kind != "lora":
+        with pytest.raises(ValueError, match="adapters of linear layers alone"):
+            pair(single)

@@ -6,13 +6,13 @@ import pyarrow as pa
 import pytest
 import torch
 
+from engine.config.adapters import FullTuning, Lora
 from engine.config.federation import Federation
-from engine.config.sections import FullTuning, Lora
 from engine.config.train import AdamW, Sgd, Train
 from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable
 from engine.objectives.token_batch import token_losses
-from engine.training.local_training import Job, LocalTrainer
+from engine.training.local_training import Job, LocalTrainer, _on
 from strategies.averaging.drift import FedProx
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.protocol import Broadcast, Update
@@ -218,3 +218,17 @@ def test_compiled_layers_train_as_they_are(federation: Federation, rows: pa.Reco
     )
     torch.testing.assert_close(compiled.delta, plain.delta, rtol=0, atol=1e-5)
     assert plain.delta.any()
+
+
+def test_broadcasts_keep_what_is_theirs_on_the_device_and_share_what_is_shared() -> None:
+    """Two clients with one vector, but other extras, seeds and ranks; the meta device shows what was copied."""
+    vector, shared, other = torch.zeros(3), torch.ones(3), torch.ones(2)
+    sent = [
+        Broadcast(4, vector, {"c": shared, "d": other}, seed=1),
+        Broadcast(5, vector, {"c": shared}, lora_rank=2, seed=3),
+    ]
+    first, second = _on(torch.device("meta"), sent)
+    assert first.params is second.params and first.params.is_meta and first.extras["c"] is second.extras["c"]
+    assert (first.round, first.seed, first.lora_rank, list(first.extras)) == (4, 1, None, ["c", "d"])
+    assert (second.round, second.seed, second.lora_rank, list(second.extras)) == (5, 3, 2, ["c"])
+    assert first.extras["d"].shape == (2,)

@@ -20,11 +20,11 @@ Training = Callable[..., Federation]
 MakeTrainer = Callable[[Federation], LocalTrainer]
 
 
-def started(trainer: LocalTrainer, round_: int = 0, rank: int | None = None) -> Broadcast:
+def started(trainer: LocalTrainer, round_: int = 0, lora_rank: int | None = None) -> Broadcast:
     """A broadcast whose LoRA B is not zero, so that every tensor has a gradient."""
     trainable = trainer.trainable
     noise = torch.from_numpy(np.random.default_rng(5).standard_normal(trainable.layout.size)).float()
-    return Broadcast(round_, trainable.initial + 0.02 * noise, layout=trainable.layout, rank=rank)
+    return Broadcast(round_, trainable.initial + 0.02 * noise, layout=trainable.layout, lora_rank=lora_rank)
 
 
 def trained(
@@ -95,9 +95,9 @@ def test_a_client_of_a_lower_rank_trains_with_its_own_scale(
     full = started(trainer)
     for pair in trainer.trainable.layout.lora_pairs(full.params):
         pair.a_RI[2:], pair.b_OR[:, 2:] = 0, 0
-    low = replace(full, rank=2)
+    low = replace(full, lora_rank=2)
     updates = {
-        broadcast.rank: trainer.updates([Job(1, rows, 0.5, broadcast, {})], federation)[0][0]
+        broadcast.lora_rank: trainer.updates([Job(1, rows, 0.5, broadcast, {})], federation)[0][0]
         for broadcast in (full, low, full)
     }
     for pair in trainer.trainable.layout.lora_pairs(updates[2].delta):

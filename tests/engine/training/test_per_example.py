@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from engine.config.adapters import FullTuning, Lora
 from engine.config.federation import Federation
-from engine.config.sections import FullTuning, Lora, Model
+from engine.config.sections import Model
 from engine.config.train import Sgd, Train
 from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable
@@ -195,7 +196,7 @@ def test_what_a_lower_rank_does_not_have_stays_zero(make_private: MakePrivate, r
     for pair in layout.lora_pairs(start):
         pair.a_RI[2:] = 0
         pair.b_OR[:, 2:] = 0
-    for pair in layout.lora_pairs(steps(trainer, rows, start, replace(ONE_STEP, steps=3), 0, rank=2).end):
+    for pair in layout.lora_pairs(steps(trainer, rows, start, replace(ONE_STEP, steps=3), 0, lora_rank=2).end):
         assert pair.a_RI[:2].all() and pair.b_OR[:, :2].all()
         assert not pair.a_RI[2:].any() and not pair.b_OR[:, 2:].any()
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.config.adapters import FullTuning
 from engine.config.federation import Federation
-from engine.config.sections import FullTuning
 from engine.config.train import AdamW, Sgd, Train
 from engine.objectives.base import Term
 from engine.objectives.sft import Sft

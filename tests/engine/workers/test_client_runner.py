@@ -42,7 +42,7 @@ class Trainer:
     delta: torch.Tensor
     clients: list[int]
 
-    def updates(self, jobs, federation, *, lent=False):
+    def updates(self, jobs, federation, *, view=False):
         self.clients += [job.client for job in jobs]
         return [(Update(job.client, job.weight, self.delta, metrics=dict(METRICS)), {}) for job in jobs]
 

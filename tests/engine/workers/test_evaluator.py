@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from engine.config.adapters import Lora
 from engine.config.federation import Federation
-from engine.config.sections import Evaluate, Lora
+from engine.config.sections import Evaluate
 from engine.objectives.sft import Sft
 from engine.training.generation import continuations
 from engine.training.local_training import LocalTrainer

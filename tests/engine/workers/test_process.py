@@ -41,7 +41,7 @@ def test_a_void_session_masks_the_same_sum_again_and_a_new_round_begins_at_zero(
         keys = clients.open(Opening(session, COHORT, tuple((client,) for client in COHORT), {}), None)
         server = Server(session, COHORT, sums.length, None)
         inboxes = server.inboxes(clients.shares(server.key_list(keys)))
-        _, masked = training.masked(inboxes, SimpleNamespace(round=round_, dp=None))
+        _, masked = training.masked(inboxes, SimpleNamespace(round=round_, noise_plan=None))
         server.add(masked)
         server.survivors()
         server.unmask(clients.unmask(server.requests([])))

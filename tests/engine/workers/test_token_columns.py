@@ -38,11 +38,11 @@ def test_a_node_without_the_folder_gets_a_copy(made, ray_session, tmp_path, monk
         Tokens.open(tokens).rows(3, "train").to_pydict(),
         {p.name: p.read_bytes() for p in tokens.iterdir()},
     )
-    parts = put_tokens(tokens)
-    assert len(parts["tokens.arrow"]) > 2
+    pieces = put_tokens(tokens)
+    assert len(pieces["tokens.arrow"]) > 2
     shutil.rmtree(tokens)
     assert find_tokens(tokens) is None
-    copy = receive_tokens(tokens, parts)
+    copy = receive_tokens(tokens, pieces)
     assert find_tokens(tokens) == copy == tmp_path / "node" / store.name / tokens.name
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == files
     assert Tokens.open(copy).rows(3, "train").to_pydict() == expected
@@ -53,7 +53,7 @@ def test_a_slot_that_does_not_see_them_works_on_its_copy(made, ray_session, monk
     slots = Pool.start(recipe, tmp_path / "client_state", store)
     try:
         tokens, initial = slots.columns.folder, BroadcastMessage(0, (Shard(slots.initial, {}),))
-        slots.columns.parts = put_tokens(tokens)
+        slots.columns.pieces = put_tokens(tokens)
         tokens.rename(tmp_path / "aside")
         ray_session.kill(slots.actors[0])
         losses = slots.ask(lambda actor: actor.evaluate.remote([0, 1], initial, 4))

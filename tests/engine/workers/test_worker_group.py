@@ -74,7 +74,7 @@ def doubled(tiny_base, tmp_path_factory):
 
 def trained(pool, slot, chunk, state):
     """The reports of a chunk, and the sum of its clients as a vector on the grid."""
-    message = BroadcastMessage(state.round, state.parts, partition=pool.partition, full_rows=FULL_ROWS)
+    message = BroadcastMessage(state.round, state.shards, partition=pool.partition, full_rows=FULL_ROWS)
     reports = ray.get(pool.actors[slot].run.remote([(client,) for client in chunk], message))
     shards = ray.get(pool.worker_kinds[0].close(pool.actors[slot], pool.partition)[1])
     return reports, pool.partition.join([torch.from_numpy(shard.vectors["delta"].copy()) for shard in shards])
@@ -168,13 +168,13 @@ def test_a_shard_that_is_lost_is_looked_for_in_the_last_checkpoint(gangs, small_
     if not full:
         pytest.skip("half a minute for each")
     pool, state = gangs(small_recipe("clients.zero={stage=3, ranks=2, timeout_s=20}", "clients.slots=1"))
-    parts = list(state.parts)
+    shards = list(state.shards)
     keeper = ray.remote(num_cpus=0)(Keeper).remote()
-    (parts[rank],) = ray.get(keeper.keep.remote(parts[rank]))
+    (shards[rank],) = ray.get(keeper.keep.remote(shards[rank]))
     ray.kill(keeper)
-    while ray.wait([parts[rank]], timeout=0.1)[0] and not is_lost(parts[rank]):
+    while ray.wait([shards[rank]], timeout=0.1)[0] and not is_lost(shards[rank]):
         time.sleep(0.1)
-    sent = BroadcastMessage(state.round, tuple(parts), partition=pool.partition, full_rows=FULL_ROWS)
+    sent = BroadcastMessage(state.round, tuple(shards), partition=pool.partition, full_rows=FULL_ROWS)
     with pytest.raises((ShardLost, ObjectLostError)) as raised:
         pool.map(np.array([3]), np.ones(1), lambda actor, chunk: actor.run.remote([(c,) for c in chunk], sent))
     assert not pool.faults

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from engine.config.sections import Lora, Model
+from engine.config.adapters import Lora
+from engine.config.sections import Model
 from experiments.bench.harness import measure, write_llama
 from experiments.bench.scenarios.bare_loop import flops_per_token
 

@@ -15,14 +15,14 @@ from strategies import Strategies
 
 
 def test_every_strategy_is_compared_and_every_rule_says_why():
-    kinds = {plan.recipe.strategy.kind for plan in bench.plans()}
+    kinds = {trial.recipe.strategy.kind for trial in bench.trials()}
     assert kinds == {member().kind for member in get_args(Strategies)}
     assert all(rule.why for rule in RULES)
     assert len({rule.name for rule in RULES}) == len(RULES)
 
 
 def test_the_cells_are_those_of_the_plan():
-    cells = bench.plans()
+    cells = bench.trials()
     assert len({cell.name for cell in cells}) == len(cells)
     for rule in RULES:
         seeds = {cell.recipe.seed for cell in cells if cell.rule is rule and cell.partition == "topics"}
@@ -32,8 +32,8 @@ def test_the_cells_are_those_of_the_plan():
 
 
 def test_cells_differ_in_what_they_say_alone():
-    baseline = bench.plans()[0].recipe
-    for cell in bench.plans():
+    baseline = bench.trials()[0].recipe
+    for cell in bench.trials():
         same = (
             cell.recipe.model,
             cell.recipe.cohort,

@@ -97,7 +97,7 @@ def test_any_other_bit_of_a_checkpoint_is_found(tmp_path: Path, full: bool) -> N
 
 
 def _same(first: Saved, second: Saved) -> bool:
-    states = [saved.state.parts[0] for saved in (first, second)]
+    states = [saved.state.shards[0] for saved in (first, second)]
     tensors = [[state.params, *state.moments.values()] for state in states]
     facts = [(saved.wall_s, saved.clip, saved.aborts, saved.lanes, saved.costs) for saved in (first, second)]
     return facts[0] == facts[1] and all(torch.equal(*pair) for pair in zip(*tensors, strict=True))

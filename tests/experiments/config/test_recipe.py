@@ -11,7 +11,8 @@ import jsonschema
 import pytest
 import tomli_w
 
-from engine.config.sections import FullTuning, Lora, Model
+from engine.config.adapters import FullTuning, Lora
+from engine.config.sections import Model
 from engine.config.train import AdamW, Sgd
 from engine.messages.errors import RunError
 from experiments.config.recipe import RECIPES, Recipe, load_recipe, located, parse_recipe, schema, to_toml
@@ -192,6 +193,13 @@ def test_a_value_of_the_wrong_type(sections: dict[str, Any], said: str) -> None:
         ({"data": {"source": "jsonnl"}}, "'data.source' has no kind 'jsonnl'; did you mean 'jsonl'?"),
         ({"train": {"steps": 1, "optimizer": {"kind": 3}}}, "'train.optimizer' has no kind"),
         ({"model": {"peft": 8}}, "'model.peft'"),
+        (
+            {"model": {"peft": "adalora"}},
+            "model.peft has no kind 'adalora', which prunes directions by each client's own",
+        ),
+        ({"model": {"peft": "eva"}}, "model.peft has no kind 'eva', which is a way to start"),
+        ({"model": {"peft": {"kind": "lora", "lora_alpha": 8}}}, "'model.peft.lora_alpha'; did you mean 'alpha'?"),
+        ({"model": {"peft": {"kind": "ia3", "target_modules": ["q"]}}}, "did you mean 'targets'?"),
     ],
 )
 def test_kinds(sections: dict[str, Any], said: str) -> None:
@@ -315,12 +323,14 @@ def test_the_schema_is_one_and_describes_the_resolved_recipes() -> None:
     assert not validator.is_valid(LEAST | {"seed": "seven"})
 
 
-@pytest.mark.parametrize("base", ["bases/mine/small", "./mine", "../mine", "/mine", "~/mine"])
+@pytest.mark.parametrize("base", ["bases/mine/small", "./mine", "../mine", "TMP/mine", "~/mine"])
 def test_a_base_that_is_no_folder_and_no_name_on_the_hub_shows_the_path_that_was_tried(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    base = base.replace("TMP", str(tmp_path))
     recipe = replace(load_recipe(RECIPES / "demo.toml"), model=Model(base=base))
     tried = Path(base).expanduser().absolute()
     with pytest.raises(RunError, match=rf"model\.base is '{base}', and there is no folder {tried} \(relative paths"):

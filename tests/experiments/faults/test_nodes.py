@@ -106,7 +106,7 @@ class Struck(ClientActor):
                 STRIKE.touch()
                 time.sleep(60)
 
-    def part_of_sum(self, first, size):
+    def section_of_sum(self, first, size):
         if self.clients and AT == "close" and self._there():
             try:
                 with (FOLDER / "first").open("x") as file:
@@ -115,7 +115,7 @@ class Struck(ClientActor):
                 time.sleep(1)  # until the first one's answer is there
                 STRIKE.touch()
                 time.sleep(60)
-        return super().part_of_sum(first, size)
+        return super().section_of_sum(first, size)
 
 
 class Driver(engine.rounds.driver.Driver):

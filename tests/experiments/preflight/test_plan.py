@@ -1,10 +1,14 @@
 """What a recipe takes, told from a configuration: counted as the model counts, and less where more ranks share."""
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from engine.config.sections import Clients, Zero
+from engine.messages.errors import RunError
+from engine.models.base_model import map_base, read_base
 from engine.models.deepspeed_config import BUCKET
+from engine.models.trainable import Trainable
 from experiments.config.recipe import load_recipe, to_toml
 from experiments.preflight import plan
 from experiments.preflight.plan import GIB, SPARE, Sizes, counted, on_fullest, rank_need, sizes, slot_need, smallest
@@ -135,3 +139,17 @@ def test_the_command_says_whether_it_fits(command, small_recipe, tmp_path, monke
     assert plan.show_plan(load_recipe(path), 64.0, 1)
     said = capsys.readouterr().out
     assert "it fits" in said and "smallest gang" in said
+
+
+@pytest.mark.parametrize("kind", ["ia3", "vera", "ln_tuning", "oft"])
+def test_every_kind_of_adapter_is_counted(small_recipe, kind):
+    model = small_recipe(f"model.peft={kind}").model
+    packed, buffer = read_base(model)
+    trainable = Trainable(map_base(packed, torch.from_numpy(buffer)), model, 0)
+    assert plan.sizes(model, 8).trained == trainable.layout.size
+
+
+def test_adapters_that_the_rule_cannot_work_on_are_refused(small_recipe):
+    changes = ("strategy=ffa", 'model.peft={kind="lora", targets=["embed_tokens"]}')
+    with pytest.raises(RunError, match=r"something else is trained in model\.embed_tokens"):
+        plan.show_plan(small_recipe(*changes), 64.0, 1)

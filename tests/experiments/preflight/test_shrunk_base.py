@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from engine.config.sections import Lora, Model
+from engine.config.adapters import Lora
+from engine.config.sections import Model
 from engine.models.adapters import with_adapters
 from experiments.config.recipe import RECIPES, load_recipe
 from experiments.preflight.shrunk_base import FAMILIES, base_config, family_keys, shrunk, stand_in_tokenizer, write_base

@@ -185,7 +185,7 @@ def test_the_driver_never_holds_an_unmasked_update(canaries, active, full, tmp_p
     assert why == "its update holds NaN or infinity"
     sums = ring_sums(recipe, Layout(("w",), ((WORDS,),)), None, 0.0, 3, 3 * 4 * 48, 0)
     encoded = {
-        client: sums.encode_part("delta", canary, 1.0, rng(recipe.seed, 0, client, "rounding"))
+        client: sums.encode_piece("delta", canary, 1.0, rng(recipe.seed, 0, client, "rounding"))
         for client, canary in planted.items()
     }
     for client, canary in planted.items():
@@ -193,7 +193,7 @@ def test_the_driver_never_holds_an_unmasked_update(canaries, active, full, tmp_p
             assert not seen.holds(needle[: WORDS // 2].tobytes())  # nor then the whole
     # What it does have is the sum of the two that could be used.
     pairs = [(first, second) for first in planted for second in planted if first < second]
-    totals = [sums.decode_part("delta", encoded[a] + encoded[b]).astype(np.float32) for a, b in pairs]
+    totals = [sums.decode_piece("delta", encoded[a] + encoded[b]).astype(np.float32) for a, b in pairs]
     assert sum(any(total.tobytes() in part for part in seen.memory) for total in totals) == 1
     # No model is ever in that process, nor are the libraries of models: they would double its memory.
     modules = (tmp_path / "secure" / "modules").read_text().split()

@@ -16,7 +16,7 @@ from engine.messages.events import Started
 from experiments.config.recipe import to_toml
 from experiments.runs import digests, driving
 from experiments.runs.api import _manifest, build_store
-from experiments.runs.resuming import continued, earlier_parts
+from experiments.runs.resuming import continued, earlier_manifest
 
 OWN = """
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def retrained(folder):
 
 def resumed(run, recipe, accept=False):
     """The manifest with which the run would continue now."""
-    return continued(run, earlier_parts(run), _manifest(recipe, build_store(recipe)), accept)
+    return continued(run, earlier_manifest(run), _manifest(recipe, build_store(recipe)), accept)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_run_is_not_resumed_on_another_base_rule_or_trace(begun, tmp_path, cha
 
 
 def test_a_driver_that_replaces_another_does_not_continue_on_another_base(ray_session, begun, tmp_path, monkeypatch):
-    def drive(recipe, plan, stop):
+    def drive(recipe, options, stop):
         started = Started(1, 1, training=8, unseen=2, dropped_rows=0, parameters=1, base_bytes=1, without_gpu=0,
                           resumed=None, lanes=1)  # fmt: skip
         yield started

@@ -38,7 +38,7 @@ class DyingDriver(Driver):
 
         def limited(source, target):
             name = Path(target).name
-            mark = self.plan.folder.with_name(f"died-{name}")
+            mark = self.options.folder.with_name(f"died-{name}")
             if name in DEATHS and not mark.exists():
                 mark.touch()
                 os._exit(1)
@@ -66,7 +66,7 @@ def in_process(monkeypatch):
             """Leaves the slots to the next driver."""
 
     monkeypatch.setattr(driver, "Pool", KeptPool)
-    monkeypatch.setattr(driving, "drive", lambda recipe, plan, stop: Driver(recipe, plan).run())
+    monkeypatch.setattr(driving, "drive", lambda recipe, options, stop: Driver(recipe, options).run())
     yield
     for pool in pools:
         Pool.stop(pool)

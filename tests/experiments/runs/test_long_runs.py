@@ -42,7 +42,7 @@ class NullDriver(Driver):
         Pool.client, rounds = NullClient, self.federation.rounds
         for event in super().run():
             if isinstance(event, RoundDone) and event.round in (rounds // 10, rounds):
-                (self.plan.folder.parent / f"driver-{event.round}.json").write_text(json.dumps(held()))
+                (self.options.folder.parent / f"driver-{event.round}.json").write_text(json.dumps(held()))
             yield event
 
 

@@ -170,7 +170,7 @@ class Stays(FedAvg):
 class Leaks(FedAvg):
     """Sends what it calls frozen."""
 
-    def live(self, round_, layout):
+    def sent_masks(self, round_, layout):
         return {"delta": torch.zeros(layout.size, dtype=torch.bool)}
 
 
@@ -178,7 +178,7 @@ class Leaks(FedAvg):
 class Creeps(FedAvg):
     """Trains what it calls frozen."""
 
-    def trained(self, broadcast, client_state, run="global"):
+    def trained_mask(self, broadcast, client_state, run="global"):
         return torch.zeros(broadcast.layout.size, dtype=torch.bool)
 
 
@@ -236,7 +236,7 @@ class Turns(FedAvg):
 class Alternates(FedAvg):
     """Freezes another coordinate in each round, and does not say so."""
 
-    def live(self, round_, layout):
+    def sent_masks(self, round_, layout):
         return {"delta": torch.arange(layout.size) != round_}
 
 
@@ -290,8 +290,8 @@ class Prunes(HetLora):
         (Counts, "extras_that_are_changes_are_zero_without_training", "have not trained send steps"),
         (Centers, "an_untrained_client_rests_at_zero_where_the_class_says_so", "have not trained send a change"),
         (Cuts, "an_untrained_client_of_a_lower_rank_sends_zeros", "an untrained client of rank 1 sends delta"),
-        (Leaks, "what_is_frozen_is_neither_sent_nor_trained", "coordinates of 'delta' that live calls frozen"),
-        (Creeps, "what_is_frozen_is_neither_sent_nor_trained", "leaves a gradient where trained says"),
+        (Leaks, "what_is_frozen_is_neither_sent_nor_trained", "coordinates of 'delta' that sent_masks calls frozen"),
+        (Creeps, "what_is_frozen_is_neither_sent_nor_trained", "leaves gradients where trained_mask says"),
         (Stays, "rounds_count_up_by_one", "apply must add one to round"),
         (Heavy, "weights_are_as_the_class_says", "bounded_weights is True, but"),
         (Melts, "it_travels_and_says_what_it_is", "frozen=True"),

@@ -41,7 +41,7 @@ def test_products_lie_as_a_residual_does() -> None:
 
 def test_a_lower_rank_has_its_own_scale() -> None:
     # alpha = 0.5 * 2 = 1: a client of rank 1 has the scale 1, twice the layout's.
-    broadcast = Broadcast(0, VECTOR, layout=LAYOUT, rank=1)
+    broadcast = Broadcast(0, VECTOR, layout=LAYOUT, lora_rank=1)
     assert fold(broadcast) == 2
     vector = start_at(broadcast, 1)
     assert vector.tolist() == [9, 1, 2, 3, 0, 0, 0, 0.5, 0, 1.5, 0, 7, 8]

@@ -49,7 +49,7 @@ def dense(vector: torch.Tensor, residual: torch.Tensor | None, layout: Layout, s
 def trained(strategy: Any, broadcast: Broadcast, draw: np.random.Generator) -> torch.Tensor:
     """Where local gradient descent ends."""
     layout = broadcast.layout
-    scale = layout.scale if broadcast.rank is None else layout.scale_at(broadcast.rank)
+    scale = layout.scale if broadcast.lora_rank is None else layout.scale_at(broadcast.lora_rank)
     params = strategy.starts(broadcast, {})[GLOBAL].clone()
     for _ in range(STEPS):
         grad = torch.zeros_like(params)
@@ -70,9 +70,9 @@ def a_round(
     for client in range(4):
         broadcast = strategy.broadcast(state)
         if ranks:
-            broadcast = replace(broadcast, rank=ranks[client % len(ranks)])
+            broadcast = replace(broadcast, lora_rank=ranks[client % len(ranks)])
         end, weight = trained(strategy, broadcast, draw), float(draw.uniform(0.1, 1.0))
-        scale = state.layout.scale if broadcast.rank is None else state.layout.scale_at(broadcast.rank)
+        scale = state.layout.scale if broadcast.lora_rank is None else state.layout.scale_at(broadcast.lora_rank)
         wanted = wanted + weight * dense(end, state.merged_delta, state.layout, scale)
         weights += weight
         running.add(strategy.finish(Update(client, weight, end - broadcast.params), broadcast, ClientState())[0])

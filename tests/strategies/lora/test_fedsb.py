@@ -80,12 +80,12 @@ def test_noise_enters_r_alone(outputs: int) -> None:
     state = strategy.init(torch.randn(layout.size, generator=draw), layout)
     plan = CentralDp(noise_multiplier=1.0, clip=1.0, delta=0.1).plan(UniformCohort(size=2), 10, 3)
     for round_, live_in_b in enumerate([3 * outputs, 3 * min(outputs, 3), 3 * min(outputs, 3)]):
-        live, broadcast = strategy.live(round_, layout), strategy.broadcast(state)
-        assert int(live["delta"].sum()) == strategy.floats(broadcast)[1] == 6 + live_in_b
+        sent_masks, broadcast = strategy.sent_masks(round_, layout), strategy.broadcast(state)
+        assert int(sent_masks["delta"].sum()) == strategy.floats(broadcast)[1] == 6 + live_in_b
         still, _ = strategy.finish(Update(0, 1.0, torch.zeros(layout.size)), broadcast, {})
         words = seeded_words(rng(0, round_, -1, "noise"))
-        noisy, _ = plan.decode(Aggregate(1.0, still.delta, {}, 1), 1.0, words, live)
-        assert torch.equal(noisy.total != 0, live["delta"])
+        noisy, _ = plan.decode(Aggregate(1.0, still.delta, {}, 1), 1.0, words, sent_masks)
+        assert torch.equal(noisy.total != 0, sent_masks["delta"])
         after = strategy.apply(state, noisy)
         if round_:
             (old,), (new,) = layout.lora_pairs(state.params), layout.lora_pairs(after.params)

@@ -18,8 +18,8 @@ BOTH = pytest.mark.parametrize("sketch", [0, 2])
 def a_round(strategy: FlexLora) -> ServerState:
     state = strategy.init(torch.zeros(9), LAYOUT)
     sent = []
-    for client, (rank, end) in enumerate(ENDS):
-        broadcast = replace(strategy.broadcast(state), rank=rank)
+    for client, (lora_rank, end) in enumerate(ENDS):
+        broadcast = replace(strategy.broadcast(state), lora_rank=lora_rank)
         sent.append(strategy.finish(Update(client, 0.5, end - broadcast.params), broadcast, {})[0])
     total = sum((update.weight * update.delta for update in sent), torch.zeros(9))
     extras = {name: sent[0].extras[name] + sent[1].extras[name] for name in sent[0].extras}
@@ -41,7 +41,7 @@ def test_the_mean_product_is_given_out_by_its_svd(sketch: int) -> None:
 def test_a_client_of_rank_one_gets_the_largest_direction_under_its_scale(sketch: int) -> None:
     # 4 * B A must be [[0, 8], [0, 0]]: B = [2, 0]', A = [0, 1]
     strategy = FlexLora(sketch=sketch)
-    broadcast = replace(strategy.broadcast(a_round(strategy)), rank=1)
+    broadcast = replace(strategy.broadcast(a_round(strategy)), lora_rank=1)
     start = strategy.starts(broadcast, {})[GLOBAL]
     torch.testing.assert_close(start.abs(), torch.tensor([2.0, 0, 1, 0, 0, 2, 0, 0, 0]), rtol=0, atol=1e-5)
 
@@ -99,7 +99,7 @@ def test_the_dense_rule_is_the_best_approximation_and_a_wider_sketch_comes_neare
 def test_sketches_are_what_is_sent() -> None:
     broadcast = Broadcast(0, torch.zeros(100), layout=WIDE)
     assert FlexLora().floats(broadcast) == (100, 100)
-    assert FlexLora().floats(replace(broadcast, rank=1)) == (50, 50)
+    assert FlexLora().floats(replace(broadcast, lora_rank=1)) == (50, 50)
     # S = 2 + 3, L = 11: 20 * 5 + 11 * 30
     assert FlexLora(sketch=3).floats(broadcast) == (100, 430)
 

@@ -20,8 +20,8 @@ def start(strategy: Flora, seed: int = 7) -> ServerState:
 
 def a_round(strategy: Flora, state: ServerState) -> ServerState:
     sent = []
-    for client, (rank, weight, end) in enumerate(ENDS):
-        broadcast = replace(strategy.broadcast(state), rank=rank)
+    for client, (lora_rank, weight, end) in enumerate(ENDS):
+        broadcast = replace(strategy.broadcast(state), lora_rank=lora_rank)
         sent.append(strategy.finish(Update(client, weight, end - broadcast.params), broadcast, {})[0])
     total = sum((update.weight * update.delta for update in sent), torch.zeros(9))
     extras = {name: sent[0].extras[name] + sent[1].extras[name] for name in sent[0].extras}
@@ -61,7 +61,7 @@ def test_a_client_starts_at_its_own_rank() -> None:
     strategy = Flora()
     broadcast = strategy.broadcast(start(strategy))
     assert strategy.starts(broadcast, {})[GLOBAL].tolist() == [0, 1, 2, 3, 4, 0, 0, 0, 0]
-    assert strategy.starts(replace(broadcast, rank=1), {})[GLOBAL].tolist() == [0, 1, 2, 0, 0, 0, 0, 0, 0]
+    assert strategy.starts(replace(broadcast, lora_rank=1), {})[GLOBAL].tolist() == [0, 1, 2, 0, 0, 0, 0, 0, 0]
 
 
 def test_half_a_server_step_merges_half() -> None:
@@ -79,4 +79,4 @@ def test_the_stack_comes_down_and_the_own_adapters_go_up() -> None:
     assert strategy.floats(strategy.broadcast(state)) == (1, 9)
     broadcast = strategy.broadcast(a_round(strategy, state))
     assert strategy.floats(broadcast) == (17, 9)
-    assert strategy.floats(replace(broadcast, rank=1)) == (17, 5)
+    assert strategy.floats(replace(broadcast, lora_rank=1)) == (17, 5)

@@ -21,8 +21,8 @@ ENDS = [  # norm, A, B of a client of rank 2 and of one of rank 1, with their ra
 def a_round(strategy: HetLora) -> ServerState:
     state = strategy.init(PARAMS, LAYOUT)
     sent = []
-    for client, (rank, weight, end) in enumerate(ENDS):
-        broadcast = replace(strategy.broadcast(state), rank=rank)
+    for client, (lora_rank, weight, end) in enumerate(ENDS):
+        broadcast = replace(strategy.broadcast(state), lora_rank=lora_rank)
         sent.append(strategy.finish(Update(client, weight, end - broadcast.params), broadcast, {})[0])
     total = sum((update.weight * update.delta for update in sent), torch.zeros(9))
     return strategy.apply(state, Aggregate(sum(update.weight for update in sent), total, {}, 2))
@@ -55,9 +55,9 @@ def test_the_server_steps_by_its_learning_rate() -> None:
 
 
 def test_a_client_gets_its_first_ranks_under_its_scale() -> None:
-    broadcast = replace(HetLora().broadcast(HetLora().init(PARAMS, LAYOUT)), rank=1)
+    broadcast = replace(HetLora().broadcast(HetLora().init(PARAMS, LAYOUT)), lora_rank=1)
     assert HetLora().starts(broadcast, {})[GLOBAL].tolist() == [0, 1, 2, 0, 0, 0.5, 0, 0, 0]
-    assert HetLora().starts(replace(broadcast, rank=None), {})[GLOBAL].tolist() == PARAMS.tolist()
+    assert HetLora().starts(replace(broadcast, lora_rank=None), {})[GLOBAL].tolist() == PARAMS.tolist()
 
 
 def finished(strategy: HetLora, end: list[float], client_state: ClientState) -> tuple[Update, ClientState]:
@@ -127,7 +127,7 @@ def test_untrained_clients_have_no_weight_and_move_nothing() -> None:
 def test_traffic_is_by_rank() -> None:
     broadcast = Broadcast(0, PARAMS, layout=LAYOUT)
     assert HetLora().floats(broadcast) == (9, 9)
-    assert HetLora().floats(replace(broadcast, rank=1)) == (5, 5)
+    assert HetLora().floats(replace(broadcast, lora_rank=1)) == (5, 5)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.1, -0.5, math.nan])

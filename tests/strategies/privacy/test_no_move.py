@@ -68,7 +68,7 @@ def private_round(
     """The next state and clipping norm; `scale` 0: nobody's training changes anything."""
     broadcast, total = case.strategy.broadcast(state), ExactSum()
     for client in range(clients):
-        received = replace(broadcast, rank=1 + client % 2) if mixed else broadcast
+        received = replace(broadcast, lora_rank=1 + client % 2) if mixed else broadcast
         change = scale * torch.from_numpy(rng(1, state.round, client, "initial").normal(size=case.layout.size)).float()
         total.add(plan.encode(case.client(received, client, {}, change)[0], clip))
     if clients:

@@ -32,7 +32,7 @@ def masked_by(client, inbox, values):
 
 def encoded_by(sums, values, weight, rng):
     """A client's ring vector (L,) of all sums."""
-    parts = [sums.encode_part(entry.name, values[entry.name], weight, rng) for entry in sums.sums]
+    parts = [sums.encode_piece(entry.name, values[entry.name], weight, rng) for entry in sums.sums]
     return np.concatenate([sums.encode_head(weight), *parts])
 
 

@@ -119,10 +119,10 @@ def test_a_shard_is_encoded_as_in_the_whole(first, length):
     x = np.linspace(-1, 1, 80).astype(np.float32)
     generator = fresh()
     whole = encoded_by(sums, {"c": np.arange(3), "a": x}, 0.5, generator)
-    part = sums.encode_part("a", x[first : first + length], 0.5, generator, first)
+    part = sums.encode_piece("a", x[first : first + length], 0.5, generator, first)
     at = sums.starts["a"] + first
     np.testing.assert_array_equal(part, whole[at : at + length])
-    np.testing.assert_array_equal(sums.decode_part("a", part), sums.decode(whole).sums["a"][first : first + length])
+    np.testing.assert_array_equal(sums.decode_piece("a", part), sums.decode(whole).sums["a"][first : first + length])
 
 
 def test_long_vectors_are_encoded_in_pieces():
