@@ -28,7 +28,7 @@ class Federation(Sections):
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise RunError(f"name becomes a folder's name: not empty, no '/', no leading '.', not {self.name!r}")
-        checks = (_adapters, _cohort, _sgd, _optimizer, _schedules, _transforms, _lanes, _overlap)
+        checks = (_precision, _adapters, _cohort, _sgd, _optimizer, _schedules, _transforms, _lanes, _overlap)
         for is_so, why in chain.from_iterable(check(self) for check in (*checks, _gangs, _privacy, _secagg)):
             if is_so:
                 raise RunError(why)
@@ -42,12 +42,26 @@ def works_on_pairs(strategy: Rule) -> bool:
     return strategy.needs_lora or strategy.merges_into_base or strategy.sends_products
 
 
+def _precision(recipe: Sections) -> Refusals:
+    held, computed = recipe.model.dtype, recipe.train.dtype
+    why = f'train.dtype is "float32", and model.dtype holds the base in {held}: set model.dtype = "float32" too'
+    yield computed == "float32" and held != "float32", why
+    yield (
+        held == "float16" and computed != "bfloat16",
+        'model.dtype = "float16" can hold the base, but gradients vanish in it: set train.dtype = "bfloat16" to '
+        'compute in that, or model.dtype = "bfloat16"',
+    )
+    by_row = recipe.privacy.dp.kind == "example"
+    for key, is_set in {"clients.zero": recipe.clients.zero is not None, 'privacy.dp.kind = "example"': by_row}.items():
+        yield is_set and computed not in (None, held), f"{key} computes in model.dtype alone: leave train.dtype out"
+
+
 def _adapters(recipe: Sections) -> Refusals:
     strategy, peft, name = recipe.strategy, recipe.model.peft, named(recipe.strategy)
     yield (
         peft.trains_base and recipe.model.dtype != "float32" and recipe.clients.zero is None,
-        f'{peft.trains_base} trains weights of the base, which needs model.dtype = "float32", or clients.zero, whose '
-        f"ranks keep float32 copies",
+        f'{peft.trains_base} trains weights of the base, which needs model.dtype = "float32" (train.dtype may be '
+        '"bfloat16"), or clients.zero, whose ranks keep float32 copies',
     )
     if peft.kind != "lora":
         why = f'{name} works on adapters, but model.peft is "{peft.kind}": use LoRA, or "fedavg"'

@@ -21,15 +21,15 @@ from strategies.core.cohort import UniformCohort
 class Model:
     """The base model ("tiny", which is shipped, a Hugging Face name, or a folder), and the part of it that is trained.
 
-    With `start` rounds begin from what an earlier run has trained: its folder, any PEFT adapter's, or a URI of either.
-    `attention` is transformers' name for the kernel; "auto" is "sdpa" where the model has it, else "eager". `compile`
-    lets torch compile the layers, which takes up to a minute for each slot and pays off in long runs.
-    `trust_remote_code` runs Python code that comes with the base.
+    `dtype` is how the base is held. With `start` rounds begin from what an earlier run has trained: its folder, any
+    PEFT adapter's, or a URI of either. `attention` is transformers' name for the kernel; "auto" is "sdpa" where the
+    model has it, else "eager". `compile` lets torch compile the layers, which takes up to a minute for each slot and
+    pays off in long runs. `trust_remote_code` runs Python code that comes with the base.
     """
 
     base: str = "tiny"
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     start: str | None = None
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     compile: bool = False

@@ -105,7 +105,8 @@ class Train:
     A step takes `batch` * `accumulate` rows, `batch` of them through the model at once; rows are cut to `max_length`
     tokens. `clip` bounds the gradient's L2 norm; 0 does not. `over_rounds` and `over_steps` (of one round) are factors
     on the learning rate. `state`: the optimizer's state starts afresh for each client and round ("reset"), or each
-    client keeps its own from round to round ("keep").
+    client keeps its own from round to round ("keep"). `dtype` is what forward and backward passes compute in, without
+    it the base's own; vectors, optimizer and sums are float32.
     """
 
     objective: Annotated[Objectives, BY_KIND] = field(default_factory=Sft)
@@ -119,6 +120,7 @@ class Train:
     accumulate: int = 1
     max_length: int = 256
     clip: float = 1.0
+    dtype: Literal["float32", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

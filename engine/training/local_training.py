@@ -11,6 +11,7 @@ import torch
 
 from engine.config.federation import Federation
 from engine.config.train import Train
+from engine.models.precision import compute_in
 from engine.models.trainable import Trainable
 from engine.objectives.base import Objective, TermSums, Tokenizer, counted, require_provided, step_loss, term_sums
 from engine.objectives.token_batch import Batch, lengths
@@ -144,6 +145,8 @@ class LocalTrainer:
         self.trainable, self.device, self.pad = trainable, trainable.flat.device, pad
         self.objective: Objective = train.objective
         self.max_length = train.max_length
+        if train.dtype == "bfloat16":
+            compute_in(trainable.network, self.device, torch.bfloat16)
         self.optimizer = make_optimizer([trainable.flat], train.optimizer)  # it sees one tensor, and so is fast
 
     def become(self, vector: Vector, lora_rank: int | None = None) -> None:

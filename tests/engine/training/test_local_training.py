@@ -208,6 +208,62 @@ def test_attention_kernels_are_the_recipes(federation: Federation, rows: pa.Reco
     assert losses["sdpa"] == pytest.approx(losses["eager"], rel=1e-5)
 
 
+@pytest.mark.parametrize("held", ["float32", "float16"])
+@pytest.mark.parametrize("peft", [Lora(r=4, alpha=8), FullTuning()], ids=["lora", "full"])
+def test_what_a_client_computes_in_is_the_recipes(
+    federation: Federation, rows: pa.RecordBatch, held: str, peft: Lora | FullTuning
+) -> None:
+    if held != "float32" and isinstance(peft, FullTuning):
+        with pytest.raises(ValueError, match=r"needs model\.dtype = .float32. \(train\.dtype may be .bfloat16.\)"):
+            computing(federation, held, "bfloat16", peft)
+        return
+    federations = computing(federation, "float32", None, peft), computing(federation, held, "bfloat16", peft)
+    plain, mixed = map(kernels, federations)
+    assert computed(plain, rows) == torch.float32 and computed(mixed, rows) == torch.bfloat16
+    start = start_of(plain)
+    losses, deltas = [], []
+    for trainer, chosen in zip((plain, mixed), federations, strict=True):
+        update = trainer.updates([Job(1, rows, 0.5, Broadcast(2, start), {})], chosen)[0][0]
+        losses.append(update.metrics["loss"])
+        deltas.append(update.delta)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
+    assert mixed.trainable.flat.dtype == mixed.trainable.grad.dtype == deltas[1].dtype == torch.float32
+    assert torch.cosine_similarity(deltas[0], deltas[1], dim=0) > 0.9
+
+
+def computing(federation: Federation, held: str, computed: str | None, peft: Lora | FullTuning) -> Federation:
+    """The federation with a base in one number format, and passes through it in another."""
+    train = replace(federation.train, optimizer=Sgd(lr=0.1), dtype=computed)
+    return replace(federation, model=replace(federation.model, dtype=held, peft=peft), train=train)
+
+
+def computed(trainer: LocalTrainer, rows: pa.RecordBatch) -> torch.dtype:
+    """What the last linear layer gives, in a pass and in generation alike."""
+    seen = list[torch.dtype]()
+    hook = trainer.trainable.network.get_output_embeddings().register_forward_hook(
+        lambda _, __, out: seen.append(out.dtype)
+    )
+    trainer.loss_terms(rows, 8)
+    trainer.trainable.network.generate(input_ids=torch.ones(1, 2, dtype=torch.int64), max_new_tokens=1, pad_token_id=0)
+    hook.remove()
+    assert len(seen) > 1 and len(set(seen)) == 1
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("held", "computed", "complaint"),
+    [
+        ("bfloat16", "float32", r'holds the base in bfloat16: set model\.dtype = "float32" too'),
+        ("float16", None, r'gradients vanish in it: set train\.dtype = "bfloat16" to compute in that'),
+    ],
+)
+def test_number_formats_that_do_not_go_together(
+    federation: Federation, held: str, computed: str | None, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        computing(federation, held, computed, Lora(r=4, alpha=8))
+
+
 @pytest.mark.slow
 def test_compiled_layers_train_as_they_are(federation: Federation, rows: pa.RecordBatch, full: bool) -> None:
     if not full:

@@ -48,6 +48,13 @@ def test_gangs_lead_where_plain_slots_do(reference, small_recipe, tmp_path):
         assert reference.losses[when] == pytest.approx(plain.losses[when], abs=1e-5)
 
 
+@pytest.mark.slow
+def test_gangs_begin_where_an_earlier_run_ended(reference, small_recipe, tmp_path):
+    start = f"model.start='{reference.folder}'"
+    run = experiments.run(small_recipe(*SMALL, ZERO, start, "rounds=1"), out=tmp_path / "run")
+    assert run.losses["round 0"] == reference.losses["end"] != reference.losses["round 0"]
+
+
 def test_a_dead_drivers_gangs_leave_their_places_to_the_next_ones(reference, small_recipe, tmp_path):
     """The two ranks take all of Ray's six CPUs: what the first driver's gang had is what there is."""
     events = []
