@@ -6,6 +6,7 @@ Functions import transformers: it takes 220 MB and four seconds, and the command
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from engine.config.sections import Model
 from engine.messages.errors import RunError
 from engine.objectives.base import Tokenizer
+from engine.objectives.templates import chosen_template, dated
 
 ALIGNMENT = 64  # bytes at which each tensor starts, as vector instructions need it
 CAUSAL = "AutoModelForCausalLM"
@@ -52,7 +54,10 @@ def always_the_same_bits() -> None:
 
 
 def load_tokenizer(model: Model) -> Tokenizer:
-    """Loads the base's tokenizer, with its end token as pad token if it has none; RunError if it cannot be used."""
+    """Loads the base's tokenizer with the recipe's chat template; RunError if it cannot be used.
+
+    Without a pad token it takes its end token as that. A chat template writes the recipe's date (today's without one).
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -65,6 +70,8 @@ def load_tokenizer(model: Model) -> Tokenizer:
         raise RunError(f"the tokenizer of model.base {model.base!r} has no end token, which fine-tuning needs")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    day = date.fromisoformat(model.template_date) if model.template_date else date.today()
+    tokenizer.chat_template = dated(chosen_template(tokenizer, model.chat_template), day)
     return tokenizer
 
 

@@ -120,13 +120,16 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def located(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths of its trace, and of its base if it is a folder: processes have other folders."""
+    """The recipe with absolute paths of its trace, chat template and base folder: processes have other folders."""
     base, clients, trace = recipe.model.base, recipe.clients, recipe.clients.availability.trace
     folder = SHIPPED.get(base, Path(base))
     path = str(folder.resolve()) if folder.is_dir() else base
     if trace is not None:
         clients = replace(clients, availability=replace(clients.availability, trace=str(Path(trace).resolve())))
-    return replace(recipe, model=replace(recipe.model, base=path), clients=clients)
+    template = recipe.model.chat_template
+    if template is not None and Path(template).is_file():
+        template = str(Path(template).resolve())
+    return replace(recipe, model=replace(recipe.model, base=path, chat_template=template), clients=clients)
 
 
 def _change(tree: dict[str, Any], change: str) -> None:
