@@ -210,7 +210,7 @@ def _require_marks(
             twin = training_twin(_template(tokenizer, options))
             if twin and mark not in _rendered(tokenizer, turns, options, chat_template=twin.read_text("utf-8")):
                 twin = None
-            ignored = f" with data.source.ignore = {json.dumps([part])}" if part not in WORDS else ""
+            ignored = f" with data.source.leave_out = {json.dumps([part])}" if part not in WORDS else ""
             raise RunError(
                 f"the chat template of model.base leaves out the {words}: name a template that writes them in "
                 f"{KEY}{_such_as(twin)}, or leave them out of the rows{ignored}"
