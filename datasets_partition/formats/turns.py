@@ -31,10 +31,11 @@ def opened(name: str, value: Any, leave_out: Collection[str] = ()) -> Any:
         value = _json(value) if value.lstrip().startswith("[") else value
     if isinstance(value, dict) and _are_columns([*value.values()]):
         value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
-    if not isinstance(value, list) or not leave_out:
+    if not isinstance(value, list):
         return value
+    each = [_json(turn) if isinstance(turn, str) else turn for turn in value]  # as datasets' Json
     return [
-        {key: turn[key] for key in turn if key not in leave_out} if isinstance(turn, dict) else turn for turn in value
+        {key: turn[key] for key in turn if key not in leave_out} if isinstance(turn, dict) else turn for turn in each
     ]
 
 

@@ -105,7 +105,9 @@ class SourceFile:
             kind = next((kind for kind, magic in MAGIC.items() if head.startswith(magic)), None)
             if kind is None and (ending := Path(self.path.lower()).suffix) in PACKED:
                 kind = PACKED[ending]
-            with self.whole(kind or "text", "fetch or compress it", *BROKEN):
+            # Decoders of these raise what a disk raises, too.
+            errors = (*BROKEN, OSError) if kind in ("bzip2", "zstd") else BROKEN
+            with self.whole(kind or "text", "fetch or compress it", *errors):
                 lines = io.BufferedReader(_unpacked(stream, kind), 2**20)
                 if lines.peek(4).startswith(b"PAR1"):
                     raise DataError(f'{self.name} is a Parquet file: read it with data.source.kind = "parquet"')

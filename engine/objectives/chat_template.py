@@ -196,8 +196,8 @@ def _require_all_written(conversation: Conversation, tokenizer: Tokenizer) -> No
             parts = [part for part in parts if part not in thoughts]
         expected += parts
     if options.get("tools"):
-        options["tools"], marks = _marked_tools(options["tools"])
-        expected += [("tools", "tools", mark) for mark in marks]
+        options["tools"], tool_marks = _marked_tools(options["tools"])
+        expected += [("tools", "tools", mark) for mark in tool_marks]
     _require_marks(expected, marked, tokenizer, options)
 
 

@@ -83,7 +83,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [SAY | {"content": None}]}, "has a turn in its messages whose content is no text"),
     ({"messages": [SAY | {"role": "cat"}]}, "has a turn in its messages whose role is none of system, "),
     ({"messages": [{"content": "a"}]}, "has a turn in its messages whose role is none of system, "),
-    ({"messages": [SAY, A | {"tool_calls": [{"id": "1"}]}]}, "has a turn in its messages with a tool call that is no object"),
+    (
+        {"messages": [SAY, A | {"tool_calls": [{"id": "1"}]}]},
+        "has a turn in its messages with a tool call that is no object",
+    ),
     ({"prompt": "a", "completion": [A]}, "has text and turns side by side in prompt, completion"),
     ({"chosen": [SAY, A], "rejected": "b"}, "has text and turns side by side in chosen, rejected"),
     ({"chosen": [A], "rejected": [B]}, "has no turn that chosen and rejected share, to be the prompt"),
