@@ -6,7 +6,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -47,6 +47,7 @@ class Files(ABC):
     # Without a place in the text that names a store, where only the fingerprint has it: earlier stores are used on.
     leave_out: tuple[str, ...] = field(default=(), repr=False)
     endings: ClassVar[tuple[str, ...]]
+    packed: ClassVar[Collection[str]] = PACKED
 
     def fingerprint(self) -> str:
         """A hash of the files' content, with the keys that are left out."""
@@ -59,10 +60,10 @@ class Files(ABC):
         return conversion.rows(self.path)
 
     def _files(self) -> list[SourceFile]:
-        endings = [tuple(ending + packed for packed in ("", *PACKED)) for ending in self.endings]
-        files = source_files(self.path, tuple(each for group in endings for each in group))
-        groups = ([file for file in files if file.path.lower().endswith(group)] for group in endings)
-        return next((group for group in groups if group), files)
+        files = source_files(self.path, self.endings, packed=self.packed)
+        groups = (tuple(ending + packed for packed in ("", *self.packed)) for ending in self.endings)
+        chosen = ([file for file in files if file.path.lower().endswith(group)] for group in groups)
+        return next(filter(None, chosen), files)
 
     @abstractmethod
     def _add(self, files: list[SourceFile], conversion: Conversion) -> None: ...
@@ -126,6 +127,7 @@ class ParquetFiles(Files):
 
     kind: Literal["parquet"] = "parquet"
     endings = (".parquet",)
+    packed = ()
 
     def _add(self, files: list[SourceFile], conversion: Conversion) -> None:
         for file in files:

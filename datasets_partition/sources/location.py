@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
@@ -127,11 +127,15 @@ def _unpacked(stream: pa.NativeFile, kind: str | None) -> Any:
     return stream
 
 
-def source_files(location: str, suffixes: tuple[str, ...], key: str = "data.source.path") -> list[SourceFile]:
+def source_files(
+    location: str, suffixes: tuple[str, ...], key: str = "data.source.path", packed: Collection[str] = ()
+) -> list[SourceFile]:
     """The file at `location`, or those below that folder with one of the `suffixes`, in the order of their paths.
 
-    Capitals in an ending do not matter; hidden files are left out. Raises DataError, which names `key`, for none.
+    One of the endings `packed` may follow. Capitals in an ending do not matter; hidden files are left out. Raises
+    DataError, which names `key`, for none.
     """
+    endings = tuple(suffix.lower() + end for suffix in suffixes for end in ("", *packed))
     system, path = located(location)
     try:
         info = system.get_file_info(path)
@@ -145,7 +149,7 @@ def source_files(location: str, suffixes: tuple[str, ...], key: str = "data.sour
     base = path.rstrip("/") + "/"
     names = sorted(file.path.removeprefix(base) for file in below if file.type == fs.FileType.File)
     shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    wanted = [name for name in shown if name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))]
+    wanted = [name for name in shown if name.lower().endswith(endings)]
     if not wanted:
         raise DataError(
             f"{key} is {location!r}, a folder without a file that ends in {' or '.join(suffixes)}: correct the path"

@@ -4,14 +4,16 @@ import bz2
 import gzip
 import json
 import lzma
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from datasets_partition.core.types import DataError
-from datasets_partition.sources.files import CsvFiles, Jsonl
+from datasets_partition.sources.files import CsvFiles, Jsonl, ParquetFiles
 
 ROWS = [{"text": "a", "n": 1}, {"text": "ü", "n": 2}]
 PACKED = {
@@ -92,6 +94,28 @@ def test_messages_as_json_text_in_a_table(tmp_path: Path) -> None:
     quoted = json.dumps(turns).replace('"', '""')
     (tmp_path / "rows.csv").write_text(f'client;messages\nx;"{quoted}"\n')
     assert CsvFiles(path=str(tmp_path)).load().table["messages"].to_pylist() == [turns]
+
+
+def test_a_folder_without_such_files_names_the_endings(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet.gz").touch()
+    with pytest.raises(DataError, match=r"a folder without a file that ends in \.jsonl or \.json: correct the path"):
+        Jsonl(path=str(tmp_path)).load()
+    with pytest.raises(DataError, match=r"a folder without a file that ends in \.parquet: correct the path"):
+        ParquetFiles(path=str(tmp_path)).load()
+
+
+def test_types_that_hold_text_and_turns_in_parquet(tmp_path: Path) -> None:
+    coded = pa.array(["user", "assistant"]).dictionary_encode()
+    turns = pa.StructArray.from_arrays([coded, pa.array(["Say a", "a"], pa.large_string())], ["role", "content"])
+    columns = {
+        "messages": pa.LargeListArray.from_arrays(pa.array([0, 2], pa.int64()), turns),
+        "client": pa.array([Decimal("7.50")]),
+        "topic": pa.array(["x"]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    (row,) = ParquetFiles(path=str(tmp_path)).load().table.to_pylist()
+    assert row["messages"] == [{"role": "user", "content": "Say a"}, {"role": "assistant", "content": "a"}]
+    assert (row["client"], row["topic"]) == ("7.50", "x")
 
 
 def test_keys_that_are_left_out_make_another_store(tmp_path: Path) -> None:
