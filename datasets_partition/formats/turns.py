@@ -7,6 +7,7 @@ from typing import Any
 from datasets_partition.formats.rows import BadRow, Row, kind_of
 
 Turn = dict[str, Any]
+PLAIN = {"role", "content"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL = "function_call"  # a turn that is a tool call as JSON text
 ALIASES = {
@@ -31,7 +32,7 @@ def opened(name: str, value: Any, leave_out: Collection[str] = ()) -> Any:
         value = _json(value) if value.lstrip().startswith("[") else value
     if isinstance(value, dict) and _are_columns([*value.values()]):
         value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not (leave_out or any(isinstance(turn, str) for turn in value)):
         return value
     each = [_json(turn) if isinstance(turn, str) else turn for turn in value]  # as datasets' Json
     return [
@@ -65,8 +66,11 @@ def turns(row: Row, name: str) -> list[Turn]:
 def _turn(turn: Any, has: str) -> Turn:
     if not isinstance(turn, dict):
         raise BadRow(f"{has} that is no object with role and content", f"it is {kind_of(turn)}")
+    if turn.keys() == PLAIN and isinstance(turn["content"], str) and turn["role"] in ROLES:
+        return turn  # as most are
     left = {key: value for key, value in turn.items() if value is not None}
-    left |= json.loads(left.pop("more", "{}"))  # a canonical turn, as stores hold it
+    if "more" in left:
+        left |= _object(left.pop("more"), has)  # a canonical turn, as stores hold it
     role = _role(left.pop("role" if "role" in left else "from", None), has)
     content = left.pop("content" if "content" in left else "value", None)
     learned = _learned(left, role, has)
@@ -84,6 +88,13 @@ def _turn(turn: Any, has: str) -> Turn:
     if not learned and role == "assistant":
         canonical["learned"] = False
     return canonical | ({"more": json.dumps(more, ensure_ascii=False)} if more else {})
+
+
+def _object(text: Any, has: str) -> Turn:
+    value = _json(text) if isinstance(text, str) else text
+    if not isinstance(value, dict):
+        raise BadRow(f"{has} with the key 'more', which is not read", f"leave it out with {_leaving_out('more')}")
+    return value
 
 
 def _role(role: Any, has: str) -> str:

@@ -18,6 +18,10 @@ Render = Callable[..., str]
 PLACEHOLDER = "\ue000"  # for private use: no template writes it
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers gives templates each under the other's name
+# Arguments of apply_chat_template itself.
+NOT_THE_TEMPLATES = {"conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
+NOT_THE_TEMPLATES |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+NOT_THE_TEMPLATES |= {"return_assistant_tokens_mask", "sanitize_control_tokens", "conversations", "messages"}
 THOUGHTS_END = "</think>"
 WORDS = {"content": "content", "thoughts": f"words before {THOUGHTS_END} in the content"}
 
@@ -68,7 +72,7 @@ def learned_turns(conversation: Conversation) -> list[bool]:
 def _rendered(tokenizer: Tokenizer, turns: Sequence[Any], options: dict[str, Any], **more: Any) -> Any:
     """What the template makes of turns; RunError for whatever it raises."""
     try:
-        return tokenizer.apply_chat_template(list(turns), **({"tokenize": False} | options | more))
+        return tokenizer.apply_chat_template(list(turns), **(options | {"tokenize": False} | more))
     except Exception as error:  # a template is a stranger's program
         raise RunError(
             f"the chat template of model.base refuses a conversation ({_said(error)}): leave it out of the source, or "
@@ -174,7 +178,8 @@ def _shape(conversation: Conversation) -> str:
         (turn["role"], learned, bool(turn["content"]), THOUGHTS_END in (turn["content"] or ""), sorted(turn))
         for turn, learned in zip(conversation.turns, conversation.learned, strict=True)
     ]
-    return repr((turns, sorted(conversation.options), bool(conversation.options.get("tools"))))
+    others = {key: value for key, value in conversation.options.items() if key != "tools"}
+    return repr((turns, sorted(others.items()), bool(conversation.options.get("tools"))))
 
 
 def _require_all_written(conversation: Conversation, tokenizer: Tokenizer) -> None:
@@ -184,6 +189,11 @@ def _require_all_written(conversation: Conversation, tokenizer: Tokenizer) -> No
     stay when more follows: leaving them out of the history is what templates of reasoning models do.
     """
     turns, options = conversation.turns, dict(conversation.options)
+    if taken := NOT_THE_TEMPLATES & options.keys():
+        raise RunError(
+            f"the rows give the chat template {', '.join(sorted(taken))}, which is not its to take: leave it out of "
+            f"chat_template_kwargs"
+        )
     marked: list[Turn] = []
     expected: list[tuple[str, str, str]] = []  # a part, in words and by its key, and its mark
     for number, (turn, learned) in enumerate(zip(turns, learned_turns(conversation), strict=True)):

@@ -224,9 +224,11 @@ def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
     with suppress(PackageNotFoundError):
         versions["fedpost"] = version("fedpost")
     model = recipe.model
+    base = {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    template = {"chat_template": model.chat_template, "template_date": model.template_date}
     return {
         "seed": recipe.seed,
-        "base": {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code},
+        "base": base | {key: value for key, value in template.items() if value is not None},
         "digests": digests(recipe),
         "versions": versions,
         "python": platform.python_version(),

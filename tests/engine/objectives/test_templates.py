@@ -222,6 +222,11 @@ def test_what_a_template_leaves_out_is_refused(
         encoded(chatting, shipped(name), turns, **options)
 
 
+def test_arguments_that_are_no_templates_are_refused(chatting: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(RunError, match="rows give the chat template tokenize, which is not its to take: leave it out"):
+        encoded(chatting, shipped("llama3"), CONVERSATIONS["one"], tokenize=True)
+
+
 def test_tools_of_a_tokenizer_with_a_template_for_them(chatting: PreTrainedTokenizerBase) -> None:
     chatting.chat_template = {"default": shipped("llama3"), "tool_use": shipped("qwen3_instruct_2507")}
     conversation = Conversation([user("a"), assistant("", tool_calls=[CALL])], [True, True], {"tools": TOOLS})
@@ -250,10 +255,9 @@ def test_a_template_writes_the_recipes_date(chatting: PreTrainedTokenizerBase) -
         assert f"Today Date: {written}\n" in chatting.decode(ids)
         assert words(chatting, (ids, mask)) == "b<|eot_id|>"
     assert undated(dated(template, day)) == template and dated("plain", day) == undated("plain") == "plain"
-    own = "\n{{ strftime_now('%Y-%m-%d|%B|%-d/%-m|%H:%M') }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    chatting.chat_template = dated(own, date(2026, 3, 4))
-    text = chatting.apply_chat_template(CONVERSATIONS["one"], tokenize=False)
-    assert text == "\n2026-03-04|March|4/3|00:00ab"
+    text = "\n{{ strftime_now('%Y-%m-%d|%B|%-d/%-m|%H:%M') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    chatting.chat_template = dated(text, date(2026, 3, 4))
+    assert chatting.apply_chat_template(CONVERSATIONS["one"], tokenize=False) == ("\n2026-03-04|March|4/3|00:00ab")
 
 
 def test_the_tokenizer_of_a_recipe_has_its_template_and_date(bases: dict[str, Path], tmp_path: Path) -> None:
