@@ -72,7 +72,7 @@ class Conversion:
         """
         has = ", ".join(batch.schema.names) or "(none)"
         batch = _with_owner(_renamed(batch, self.columns, file), file)
-        form = form_of(frozenset(batch.schema.names), frozenset(self.columns))
+        form = form_of(frozenset(batch.schema.names) - {*self.leave_out}, frozenset(self.columns))
         if form is None:
             raise DataError(
                 f"{file} has the columns {has}, which fit no format: name yours in data.source.columns so that they "
@@ -163,7 +163,7 @@ class Conversion:
         mapped = {*self.columns, *self.columns.values()}
         row = {name: value for name, value in row.items() if name not in mapped}
         row |= {name: original[theirs] for name, theirs in self.columns.items()}
-        form = form_of(frozenset(row), frozenset(self.columns))
+        form = form_of(frozenset(row) - {*self.leave_out}, frozenset(self.columns))
         if form is None:
             raise BadRow("fits no format", f"{_has(original)}; it needs {EXPECTED}")
         if "client" in row:
@@ -186,7 +186,7 @@ class Conversion:
         return None
 
     def _reads(self, form: Form) -> list[str]:
-        return [name for name in form.reads(self.columns) if name in form.needs or name not in self.leave_out]
+        return [name for name in form.reads(self.columns) if name not in self.leave_out]
 
     def _content_of(self, batch: pa.RecordBatch, form: Form, file: str) -> pa.RecordBatch:
         """The columns that `form` reads. Raises DataError if a type can hold neither text nor turns."""
@@ -213,7 +213,7 @@ class Conversion:
 
     def _others(self, names: list[str], form: Form, content: list[str]) -> dict[str, str]:
         """The columns that rows are not made of, and under which names they are kept, for the partition."""
-        taken = {*form.needs, *form.optional} - {*BESIDE_TURNS}
+        taken = {*form.needs, *form.optional} - {*BESIDE_TURNS, *self.leave_out}
         if "label" not in content:
             taken -= {"label"}  # a category
         return {name: f"source_{name}" if name in RESERVED else name for name in names if name not in taken}

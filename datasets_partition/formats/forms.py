@@ -18,7 +18,7 @@ from datasets_partition.core.types import (
     UNPAIRED_PREFERENCE,
 )
 from datasets_partition.formats.rows import BadRow, Row, text
-from datasets_partition.formats.turns import Turn, options, turns
+from datasets_partition.formats.turns import Turn, leaving_out, options, parsed, turns
 
 OnBadRow = Literal["error", "skip"]
 Content = tuple[str, Row]  # a row's canonical format, and the values of its columns
@@ -85,16 +85,15 @@ def _alpaca_row(row: Row) -> Content:
 
 def _pairs(history: Any) -> list[tuple[str, str]]:
     """Earlier questions and answers, as lists or JSON text."""
-    if isinstance(history, str) and history.strip():
-        try:
-            history = json.loads(history)
-        except ValueError:
-            raise BadRow("has a history that is no JSON", "write a list of pairs of texts") from None
-    pairs = history or []
+    pairs = parsed(history) if isinstance(history, str) else history
+    if pairs in (None, ""):
+        return []
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) for each in pair) for pair in pairs
     ):
-        raise BadRow("has a history that is no list of pairs of texts")
+        raise BadRow(
+            "has a history that is no list of pairs of texts", f"it may be left out with {leaving_out('history')}"
+        )
     return [(question, answer) for question, answer in pairs]
 
 
@@ -143,7 +142,12 @@ def _options(row: Row, conversation: Any, name: str = "prompt") -> Row:
 
 def _preference_row(row: Row) -> Content:
     if isinstance(row["chosen"], list) and not isinstance(row["prompt"], list):
-        return _implicit_row(row)  # such a prompt repeats the conversations' first turn, as in UltraFeedback
+        kind, content = _implicit_row(row)
+        # As in UltraFeedback, where it repeats the conversations' first turn.
+        if row["prompt"] and all(turn["content"] != row["prompt"] for turn in content["prompt"]):
+            way_out = f"it may be left out with {leaving_out('prompt')}"
+            raise BadRow("has a prompt that is no turn which chosen and rejected share", way_out)
+        return kind, content
     prompt, chosen, rejected = _alike(row, "prompt", "chosen", "rejected")
     return PREFERENCE, {"prompt": prompt, "chosen": chosen, "rejected": rejected} | _options(row, prompt)
 
@@ -189,36 +193,25 @@ def _read(row: Row, name: str) -> Any:
     return turns(row, name) if isinstance(row[name], list) else text(row, name)
 
 
-# Read together with a conversation, and kept as other columns too, by which rows can be partitioned.
 TEMPLATE = ("tools", "functions", "chat_template_kwargs")
+SPOKEN = (*TEMPLATE, OPTIONS)  # read beside turns
+# Kept as other columns too, by which rows can be partitioned.
 BESIDE_TURNS = ("system", "history", *TEMPLATE)
-TURNS_OPTIONAL = ("system", *TEMPLATE, OPTIONS)
 PAIR = frozenset(["prompt", "completion"])
 ALPACA_COLUMNS = ("instruction", "output")
-SPOKEN = (*TEMPLATE, OPTIONS)
+TRIPLE = ("prompt", "chosen", "rejected")
+LABELED = ("prompt", "completion", "label")
+ANSWERED = frozenset(["text", "chosen", "rejected", *ALPACA_COLUMNS])
 # A row's columns are compared with the forms in this order.
 FORMS = (
-    Form(("prompt", "chosen", "rejected"), _preference_row, _only("prompt", "chosen", "rejected"), SPOKEN, ("system",)),
-    Form(("chosen", "rejected"), _implicit_row, None, SPOKEN, ("system",)),
-    Form(("messages",), partial(_conversation_row, "messages"), optional=TURNS_OPTIONAL),
-    Form(("conversations",), partial(_conversation_row, "conversations"), optional=TURNS_OPTIONAL),
-    Form(
-        ("prompt", "completion"),
-        _prompt_completion_row,
-        _only("prompt", "completion", "label"),
-        ("label", *SPOKEN),
-        ("system",),
-    ),
-    Form(ALPACA_COLUMNS, _alpaca_row, _alpaca_flat, ("input", "system", "history"), without=PAIR),
+    Form(TRIPLE, _preference_row, _only(*TRIPLE), optional=SPOKEN, mapped=("system",)),
+    Form(TRIPLE[1:], _implicit_row, optional=SPOKEN, mapped=("system",)),
+    Form(("messages",), partial(_conversation_row, "messages"), optional=("system", *SPOKEN)),
+    Form(("conversations",), partial(_conversation_row, "conversations"), optional=("system", *SPOKEN)),
+    Form(LABELED[:2], _prompt_completion_row, _only(*LABELED), optional=("label", *SPOKEN), mapped=("system",)),
+    Form(ALPACA_COLUMNS, _alpaca_row, _alpaca_flat, optional=("input", "system", "history"), without=PAIR),
     Form(("text",), _text_row, _text_flat, without=PAIR),
-    Form(
-        ("prompt",),
-        _prompt_row,
-        _only("prompt"),
-        SPOKEN,
-        ("system",),
-        frozenset(["text", "chosen", "rejected", *ALPACA_COLUMNS]),
-    ),
+    Form(("prompt",), _prompt_row, _only("prompt"), optional=SPOKEN, mapped=("system",), without=ANSWERED),
 )
 # The keys that data.source.columns takes.
 NAMES = (*dict.fromkeys(name for form in FORMS for name in form.reads(form.mapped) if name != OPTIONS), "client")

@@ -29,12 +29,12 @@ def opened(name: str, value: Any, leave_out: Collection[str] = ()) -> Any:
     Turns may be JSON text, or a struct of lists, as Hugging Face's datasets keep a sequence of features.
     """
     if name in JSON_TURNS and isinstance(value, str):
-        value = _json(value) if value.lstrip().startswith("[") else value
+        value = parsed(value) if value.lstrip().startswith("[") else value
     if isinstance(value, dict) and _are_columns([*value.values()]):
         value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not (leave_out or any(isinstance(turn, str) for turn in value)):
         return value
-    each = [_json(turn) if isinstance(turn, str) else turn for turn in value]  # as datasets' Json
+    each = [parsed(turn) if isinstance(turn, str) else turn for turn in value]  # as datasets' Json
     return [
         {key: turn[key] for key in turn if key not in leave_out} if isinstance(turn, dict) else turn for turn in each
     ]
@@ -91,9 +91,9 @@ def _turn(turn: Any, has: str) -> Turn:
 
 
 def _object(text: Any, has: str) -> Turn:
-    value = _json(text) if isinstance(text, str) else text
+    value = parsed(text) if isinstance(text, str) else text
     if not isinstance(value, dict):
-        raise BadRow(f"{has} with the key 'more', which is not read", f"leave it out with {_leaving_out('more')}")
+        raise BadRow(f"{has} with the key 'more', which is not read", f"leave it out with {leaving_out('more')}")
     return value
 
 
@@ -115,7 +115,7 @@ def _learned(left: Turn, role: str, has: str) -> bool:
         if value not in (0, 1):
             raise BadRow(f"{has} whose {key} is neither 0 nor 1", f"it is {value!r}")
         if value and role not in ("assistant", CALL):
-            why = f"only the assistant's turns can be; leave the key out with {_leaving_out(key)}"
+            why = f"only the assistant's turns can be; leave the key out with {leaving_out(key)}"
             raise BadRow(f"{has} of the role {role} that {key} = {value!r} asks to learn", why)
     return all(flags.values())
 
@@ -135,11 +135,12 @@ def _more(left: Turn, has: str) -> Turn:
             if value or key in REASONING:
                 more[key] = value
         elif value not in ("", [], {}):
-            raise BadRow(f"{has} with the key {key!r}, which is not read", f"leave it out with {_leaving_out(key)}")
+            raise BadRow(f"{has} with the key {key!r}, which is not read", f"leave it out with {leaving_out(key)}")
     return more
 
 
-def _leaving_out(key: str) -> str:
+def leaving_out(key: str) -> str:
+    """The recipe's key that lets a key of turns, or a column beside them, be unread."""
     return f"data.source.leave_out = {json.dumps([key])}"
 
 
@@ -159,19 +160,19 @@ def _joined(parts: list[Any], has: str) -> str:
 
 def _calls(value: Any, has: str) -> list[dict[str, Any]]:
     """Tool calls in OpenAI's form, with arguments as objects, as chat templates expect them."""
-    value = _json(value) if isinstance(value, str) else value
+    value = parsed(value) if isinstance(value, str) else value
     calls = value if isinstance(value, list) else [value]
-    return [_call(_json(call) if isinstance(call, str) else call, has) for call in calls]
+    return [_call(parsed(call) if isinstance(call, str) else call, has) for call in calls]
 
 
 def _call(call: Any, has: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
-    function = _json(function) if isinstance(function, str) else function
+    function = parsed(function) if isinstance(function, str) else function
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow(f"{has} with a tool call that is no object with name and arguments", f"it is {kind_of(call)}")
     around = call if "function" in call else {}
     arguments = function.get("arguments")
-    arguments = {} if arguments in (None, "") else _json(arguments) if isinstance(arguments, str) else arguments
+    arguments = {} if arguments in (None, "") else parsed(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(arguments, dict):
         raise BadRow(f"{has} with a tool call whose arguments are no JSON object")
     inner = {"name", "arguments"} if around else {"name", "arguments", "id", "type", "index"}
@@ -190,7 +191,7 @@ def options(row: Row, name: str) -> dict[str, Any]:
     kwargs: dict[str, Any] = {}
     for key in ("template_options", "chat_template_kwargs"):
         value = row.get(key)
-        value = _json(value) if isinstance(value, str) and value else value
+        value = parsed(value) if isinstance(value, str) and value else value
         if value and not isinstance(value, dict):
             raise BadRow(f"has {key} beside its {name} that are no JSON object", f"it is {kind_of(value)}")
         kwargs |= value or {}
@@ -201,9 +202,9 @@ def options(row: Row, name: str) -> dict[str, Any]:
 
 
 def _tools(value: Any, has: str) -> list[dict[str, Any]]:
-    value = _json(value) if isinstance(value, str) and value.strip() else value
+    value = parsed(value) if isinstance(value, str) and value.strip() else value
     listed = value if isinstance(value, list) else [value] if value else []
-    tools = [_json(tool) if isinstance(tool, str) else tool for tool in listed]
+    tools = [parsed(tool) if isinstance(tool, str) else tool for tool in listed]
     for tool in tools:
         inner = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
@@ -211,7 +212,7 @@ def _tools(value: Any, has: str) -> list[dict[str, Any]]:
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def _json(text: str) -> Any:
+def parsed(text: str) -> Any:
     """The value of JSON text; the text itself if it is none."""
     try:
         return json.loads(text)

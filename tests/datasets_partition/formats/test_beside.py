@@ -17,14 +17,14 @@ ALPACA = {"instruction": "And Bern?", "input": "", "output": "Rainy."}
 BEGINS = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
-def from_json(*rows: dict[str, Any], **columns: str) -> Rows:
-    conversion = Conversion(columns, "error")
+def from_json(*rows: dict[str, Any], leave_out: tuple[str, ...] = (), **columns: str) -> Rows:
+    conversion = Conversion(columns, "error", leave_out=leave_out)
     conversion.add_objects([(f"row {number}", row) for number, row in enumerate(rows, 1)])
     return conversion.rows("rows")
 
 
-def from_arrow(*rows: dict[str, Any], **columns: str) -> Rows:
-    conversion = Conversion(columns, "error")
+def from_arrow(*rows: dict[str, Any], leave_out: tuple[str, ...] = (), **columns: str) -> Rows:
+    conversion = Conversion(columns, "error", leave_out=leave_out)
     conversion.add_batches(pa.Table.from_pylist(list(rows)).to_batches(), "rows")
     return conversion.rows("rows")
 
@@ -52,8 +52,10 @@ def test_alpacas_system_and_history_are_in_the_prompt(beside: Any, begins: str, 
 @both
 @pytest.mark.parametrize("history", ["Zurich?", ["Zurich?"], [["Zurich?"]], '[["Zurich?", 1]]'])
 def test_a_history_of_another_kind_is_refused(history: Any, convert: Any) -> None:
-    with pytest.raises(DataError, match="row 1 has a history that is no "):
+    with pytest.raises(DataError, match=r'row 1 has a history that is no list .*leave_out = \["history"\]'):
         convert(ALPACA | {"history": history})
+    table = convert(ALPACA | {"history": history}, leave_out=("history",)).table
+    assert "history" in table.column_names and table["prompt"].to_pylist()[0].startswith(BEGINS)
 
 
 @both
@@ -106,3 +108,12 @@ def test_preferences_keep_all_of_their_turns(convert: Any) -> None:
     assert conversations(implicit, "chosen")[0].turns == [calling]
     unpaired = convert({"prompt": [SAY], "completion": [calling], "label": True}).table
     assert format_of(unpaired) == "unpaired_preference" and conversations(unpaired, "completion")[0].turns == [calling]
+
+
+@both
+def test_a_prompt_beside_conversations_repeats_a_turn_or_is_left_out(convert: Any) -> None:
+    pair = {"prompt": "Another", "chosen": [SAY, A], "rejected": [SAY, A | {"content": "b"}]}
+    with pytest.raises(DataError, match=r'has a prompt that is no turn which .* \(it .*leave_out = \["prompt"\]\)'):
+        convert(pair)
+    table = convert(pair, leave_out=("prompt",)).table
+    assert table["prompt"].to_pylist() == [[SAY]] and table["source_prompt"].to_pylist() == ["Another"]
