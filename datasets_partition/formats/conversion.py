@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -160,8 +160,7 @@ class Conversion:
         original = row
         if missing := [theirs for theirs in self.columns.values() if theirs not in row]:
             raise BadRow(f"has no column {missing[0]!r}, which data.source.columns names", _has(row))
-        mapped = {*self.columns, *self.columns.values()}
-        row = {name: value for name, value in row.items() if name not in mapped}
+        row = {_kept(name, self.columns): value for name, value in row.items() if name not in self.columns.values()}
         row |= {name: original[theirs] for name, theirs in self.columns.items()}
         form = form_of(frozenset(row) - {*self.leave_out}, frozenset(self.columns))
         if form is None:
@@ -216,7 +215,7 @@ class Conversion:
         taken = {*form.needs, *form.optional} - {*BESIDE_TURNS, *self.leave_out}
         if "label" not in content:
             taken -= {"label"}  # a category
-        return {name: f"source_{name}" if name in RESERVED else name for name in names if name not in taken}
+        return {name: _kept(name, RESERVED) for name in names if name not in taken}
 
     def _content(self, row: Row, form: Form, owned: bool) -> Row:
         reads = {name: opened(name, row[name], self.leave_out) for name in self._reads(form) if name in row}
@@ -268,6 +267,11 @@ def _listed(batch: pa.RecordBatch, faults: Faults) -> list[Row]:
     return [{name: without_nulls(value) for name, value in row.items()} for row in rows]
 
 
+def _kept(name: str, taken: Collection[str]) -> str:
+    """The name under which a column is kept for the partition, where names that are taken mean something else."""
+    return f"source_{name}" if name in taken else name
+
+
 def _client(value: object) -> str:
     if value in (None, "") or value != value:  # NaN
         raise BadRow("has a null or empty client")
@@ -291,7 +295,7 @@ def _renamed(batch: pa.RecordBatch, columns: dict[str, str], file: str) -> pa.Re
             raise DataError(
                 f"data.source.columns.{name} names {theirs!r}, which {file} does not have: name one of {', '.join(has)}"
             )
-    taken = {name: name for name in has if name not in {*columns, *columns.values()}} | columns
+    taken = {_kept(name, columns): name for name in has if name not in columns.values()} | columns
     classes = _class_names(batch.schema)
     arrays = [_plain(batch[theirs], classes.get(theirs)) for theirs in taken.values()]
     return pa.RecordBatch.from_arrays(arrays, names=list(taken))

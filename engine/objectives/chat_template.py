@@ -175,11 +175,11 @@ def _masked(whole: str, spans: list[Span], tokenizer: Tokenizer) -> Encoded:
 
 def _shape(conversation: Conversation) -> str:
     turns = [
-        (turn["role"], learned, bool(turn["content"]), THOUGHTS_END in (turn["content"] or ""), sorted(turn))
+        (turn["role"], learned, bool(turn["content"]), sorted(turn), [*_parts(turn)])
         for turn, learned in zip(conversation.turns, conversation.learned, strict=True)
     ]
     others = {key: value for key, value in conversation.options.items() if key != "tools"}
-    return repr((turns, sorted(others.items()), bool(conversation.options.get("tools"))))
+    return repr((turns, sorted(others.items()), len(conversation.options.get("tools", ()))))
 
 
 def _require_all_written(conversation: Conversation, tokenizer: Tokenizer) -> None:
@@ -197,9 +197,9 @@ def _require_all_written(conversation: Conversation, tokenizer: Tokenizer) -> No
     marked: list[Turn] = []
     expected: list[tuple[str, str, str]] = []  # a part, in words and by its key, and its mark
     for number, (turn, learned) in enumerate(zip(turns, learned_turns(conversation), strict=True)):
-        marks = {part: f"{PLACEHOLDER}{number}.{at}{PLACEHOLDER}" for at, part in enumerate(_parts(turn))}
+        marks = [(part, f"{PLACEHOLDER}{number}.{at}{PLACEHOLDER}") for at, part in enumerate(_parts(turn))]
         marked.append(_with_marks(turn, marks))
-        parts = [(f"{WORDS.get(part, part)} of a turn of the role {turn['role']}", part, marks[part]) for part in marks]
+        parts = [(f"{WORDS.get(part, part)} of a turn of the role {turn['role']}", part, mark) for part, mark in marks]
         if not learned:
             thoughts = [part for part in parts if part[1] in ("thoughts", *REASONING)]
             _require_marks(thoughts, marked, tokenizer, options)
@@ -233,24 +233,24 @@ def _parts(turn: Turn) -> Iterator[str]:
         yield "content"
     if turn["role"] == "assistant" and THOUGHTS_END in (turn["content"] or ""):
         yield "thoughts"
-    yield from (key for key in ("tool_calls", *REASONING) if turn.get(key))
+    yield from (key for key in REASONING if turn.get(key))
+    yield from ("tool_calls" for _ in turn.get("tool_calls", ()))
 
 
-def _with_marks(turn: Turn, marks: dict[str, str]) -> Turn:
-    turn = dict(turn)
-    for part, mark in marks.items():
+def _with_marks(turn: Turn, marks: list[tuple[str, str]]) -> Turn:
+    """The turn with a mark in each part: of tool calls one in each, as an argument."""
+    turn, calls = dict(turn), iter(turn.get("tool_calls", ()))
+    called = []
+    for part, mark in marks:
         if part == "tool_calls":
-            turn[part] = [_marked_call(call, mark) for call in turn[part]]
+            call = next(calls)
+            function = call["function"]
+            called.append(call | {"function": function | {"arguments": function["arguments"] | {mark: mark}}})
         elif part == "thoughts":
             turn["content"] = turn["content"].replace(THOUGHTS_END, mark + THOUGHTS_END, 1)
         else:
             turn[part] = (turn[part] or "") + mark
-    return turn
-
-
-def _marked_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
-    function = call["function"]
-    return call | {"function": function | {"arguments": function["arguments"] | {mark: mark}}}
+    return turn | ({"tool_calls": called} if called else {})
 
 
 def _marked_tools(tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:

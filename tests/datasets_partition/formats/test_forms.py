@@ -191,7 +191,7 @@ def test_a_column_that_can_hold_no_content_is_an_error_as_a_whole() -> None:
         (
             {"prompt": "question"},
             {"question": "a", "prompt": "x", "completion": "b"},
-            {"prompt": "a", "completion": "b"},
+            {"prompt": "a", "completion": "b", "source_prompt": "x"},
         ),
         ({"text": "text"}, {"text": "a", "prompt": "b"}, {"prompt": "", "completion": "a", "source_prompt": "b"}),
         (
