@@ -9,6 +9,11 @@ Every source returns a canonical table. It has one format; its content columns s
     prompt_only            prompt                         a string, or a list of turns
 
 A table may also have `client`, a string, and any other column by which rows can be partitioned.
+
+Turns of which some have more than role and content have two fields more: `learned`, false for an assistant's turn that
+is context alone, and `more`, JSON text of the other keys that chat templates read (reasoning, tool calls, names). A row
+of turns may have `template_options`, JSON text of what its chat template takes beside turns: `tools`, and what TRL
+calls chat_template_kwargs. `turns.py` reads both.
 """
 
 from collections.abc import Callable
@@ -34,7 +39,9 @@ COLUMNS = {
     PROMPT_ONLY: ("prompt",),
 }
 
+OPTIONS = "template_options"
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+FULL_TURNS = pa.list_(pa.struct([*TURNS.value_type, ("learned", pa.bool_()), ("more", pa.string())]))
 OnRows = Callable[[int], None]  # called now and then with the number of rows so far
 TURN = {(field.name, field.type) for field in TURNS.value_type}
 
@@ -59,7 +66,7 @@ def format_of(table: pa.Table) -> str:
 
 def content_columns(table: pa.Table) -> tuple[str, ...]:
     """The columns that make up a row's content: two rows that agree on them are duplicates."""
-    return COLUMNS[format_of(table)]
+    return COLUMNS[format_of(table)] + ((OPTIONS,) if OPTIONS in table.column_names else ())
 
 
 class Rows(NamedTuple):
@@ -95,6 +102,8 @@ def refuse_other_rows(given: object, source: object) -> None:
         is_turns = pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)
         if is_turns and (is_turns := TURN.issubset((field.name, field.type) for field in kind.value_type)):
             parts += [pc.struct_field(pc.list_flatten(values), part) for part, _ in TURN]
+        if name == OPTIONS and pa.types.is_string(kind):
+            continue
         if not (is_turns or pa.types.is_string(kind) or pa.types.is_large_string(kind) or name == "label"):
             raise DataError(f"{named} gives {kind} as its {name}, which must hold text or turns of role and content")
         if nulls := sum(part.null_count for part in parts):

@@ -2,16 +2,30 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from datasets_partition.core.columns import array_of, as_text, is_list, joined, nan_is_null
-from datasets_partition.core.types import COLUMNS, TURNS, DataError, OnRows, Rows, content_columns, format_of, ignore
-from datasets_partition.formats.forms import BESIDE_TURNS, NAMES, BadRow, Form, OnBadRow, Row, form_of, kind_of
+from datasets_partition.core.types import (
+    COLUMNS,
+    FULL_TURNS,
+    OPTIONS,
+    TURNS,
+    DataError,
+    OnRows,
+    Rows,
+    content_columns,
+    format_of,
+    ignore,
+)
+from datasets_partition.formats.forms import BESIDE_TURNS, NAMES, Form, OnBadRow, form_of
+from datasets_partition.formats.rows import BadRow, Row, kind_of
+from datasets_partition.formats.turns import opened, without_nulls
 
 # Rows converted at once: few enough for the 2 GiB of text in one Arrow array, many enough for Arrow to pay off.
 ROWS_PER_BATCH = 16384
@@ -21,17 +35,20 @@ EXPECTED = (
     "instruction and output; conversations; or prompt alone"
 )
 # Other columns of these names would make a table look like one of another format.
-RESERVED = frozenset[str]().union(*COLUMNS.values()) - {"label"}
+RESERVED = frozenset[str]().union(*COLUMNS.values()) - {"label"} | {OPTIONS}
 
 
 class Conversion:
     """Collects a source's rows, batch by batch; `rows` returns them as one table of one format, the first good row's.
 
     `columns` maps a form's columns, or `client`, to the file's: {"prompt": "question"}. `on_bad_row` says whether a bad
-    row raises DataError, or is left out and counted by its reason.
+    row raises DataError, or is left out and counted by its reason. Keys of turns, and columns beside them, that are
+    in `leave_out` are not read.
     """
 
-    def __init__(self, columns: dict[str, str], on_bad_row: OnBadRow, on_rows: OnRows = ignore) -> None:
+    def __init__(
+        self, columns: dict[str, str], on_bad_row: OnBadRow, on_rows: OnRows = ignore, leave_out: tuple[str, ...] = ()
+    ) -> None:
         """Raises DataError where `columns` has another name, which no form would read."""
         if unknown := [name for name in columns if name not in NAMES]:
             raise DataError(
@@ -41,6 +58,7 @@ class Conversion:
         self.columns = columns
         self.on_bad_row = on_bad_row
         self.on_rows = on_rows
+        self.leave_out = leave_out
         self.skipped: Counter[str] = Counter()
         self.first: tuple[str, bool, bool] | None = None  # its format, whether it holds turns, whether it has a client
         self.tables: list[pa.Table] = []
@@ -54,15 +72,17 @@ class Conversion:
         """
         has = ", ".join(batch.schema.names) or "(none)"
         batch = _with_owner(_renamed(batch, self.columns, file), file)
-        form = form_of(frozenset(batch.schema.names), frozenset(self.columns))
+        form = form_of(frozenset(batch.schema.names) - {*self.leave_out}, frozenset(self.columns))
         if form is None:
             raise DataError(
                 f"{file} has the columns {has}, which fit no format: name yours in data.source.columns so that they "
                 f"make {EXPECTED}"
             )
-        content = _content_of(batch, form, file)
+        if unread := self._unread(form):
+            raise DataError(f"{unread}: {file} has the columns {has}")
+        content = self._content_of(batch, form, file)
         owned = "client" in batch.schema.names
-        flat = None if any(is_list(values.type) for values in content.columns) else form.flat
+        flat = form.flat if self._is_flat(content, form) else None
         required = {*form.needs, "label"} if flat else {"label"}
         faults = _faults_of(batch, [name for name in content.schema.names if name in required]) | (known or {})
         if flat:
@@ -76,8 +96,8 @@ class Conversion:
         for position, fault in sorted(faults.items()):
             self._refuse(f"{file} {unit} {numbers[position]}", fault)
         others = _without(batch, faults)
-        names = _others(batch.schema.names, form, content.schema.names)
-        self._keep(table, pa.table({name: others[name] for name in names}))
+        names = self._others(batch.schema.names, form, content.schema.names)
+        self._keep(table, pa.table({kept: others[name] for name, kept in names.items()}))
 
     def add_batches(self, batches: Iterable[pa.RecordBatch], file: str) -> None:
         """Converts all of a file's batches, whose rows are numbered from 1."""
@@ -128,7 +148,7 @@ class Conversion:
         """The content of the rows without faults; a fault that this finds is added to `faults`."""
         good = [position for position in range(len(content)) if position not in faults]
         contents = []
-        for position, row in zip(good, _without(content, faults).to_pylist(), strict=True):
+        for position, row in zip(good, _listed(content, faults), strict=True):
             try:
                 contents.append(self._content(row, form, owned))
             except BadRow as bad:
@@ -140,19 +160,66 @@ class Conversion:
         original = row
         if missing := [theirs for theirs in self.columns.values() if theirs not in row]:
             raise BadRow(f"has no column {missing[0]!r}, which data.source.columns names", _has(row))
-        mapped = {*self.columns, *self.columns.values()}
-        row = {name: value for name, value in row.items() if name not in mapped}
+        row = {_kept(name, self.columns): value for name, value in row.items() if name not in self.columns.values()}
         row |= {name: original[theirs] for name, theirs in self.columns.items()}
-        form = form_of(frozenset(row), frozenset(self.columns))
+        form = form_of(frozenset(row) - {*self.leave_out}, frozenset(self.columns))
         if form is None:
             raise BadRow("fits no format", f"{_has(original)}; it needs {EXPECTED}")
         if "client" in row:
             row["client"] = _client(row["client"])
+        if unread := self._unread(form):
+            raise DataError(f"{unread}: {_has(original)}")
         content = self._content(row, form, "client" in row)
-        return content, {name: row[name] for name in _others(list(row), form, list(content))}
+        return content, {kept: row[name] for name, kept in self._others(list(row), form, list(content)).items()}
+
+    def _unread(self, form: Form) -> str | None:
+        """The complaint about a column that the user names and that rows of this form do not read."""
+        reads = form.reads(self.columns)
+        for name in self.columns:
+            if name not in (*reads, "client", "label"):
+                return (
+                    f"data.source.columns.{name} is not read beside {' and '.join(form.needs)}, only "
+                    f"{', '.join(each for each in reads if each != OPTIONS)}: leave it out, as data.partition names "
+                    f"other columns as they are"
+                )
+        return None
+
+    def _reads(self, form: Form) -> list[str]:
+        return [name for name in form.reads(self.columns) if name not in self.leave_out]
+
+    def _content_of(self, batch: pa.RecordBatch, form: Form, file: str) -> pa.RecordBatch:
+        """The columns that `form` reads. Raises DataError if a type can hold neither text nor turns."""
+        known = [name for name in self._reads(form) if name in batch.schema.names]
+        if "label" in known and batch["label"].type != pa.bool_():
+            known.remove("label")  # a category, by which rows can be partitioned
+        columns = []
+        for name in known:
+            kind = batch[name].type
+            if name in form.needs and not (
+                pa.types.is_string(kind) or pa.types.is_null(kind) or is_list(kind) or pa.types.is_struct(kind)
+            ):
+                raise DataError(
+                    f"{file} has {kind} in its column {name}, which must hold text or turns: convert it, or name "
+                    f"another column in data.source.columns"
+                )
+            columns.append(batch[name].cast(pa.string()) if pa.types.is_null(kind) else batch[name])
+        return pa.RecordBatch.from_arrays(columns, names=known)
+
+    def _is_flat(self, content: pa.RecordBatch, form: Form) -> bool:
+        """Whether the content is text that its form converts as columns."""
+        is_text = all(pa.types.is_string(content[name].type) for name in form.needs)
+        return is_text and not {"system", "history"} & {*content.schema.names}
+
+    def _others(self, names: list[str], form: Form, content: list[str]) -> dict[str, str]:
+        """The columns that rows are not made of, and under which names they are kept, for the partition."""
+        taken = {*form.needs, *form.optional} - {*BESIDE_TURNS, *self.leave_out}
+        if "label" not in content:
+            taken -= {"label"}  # a category
+        return {name: _kept(name, RESERVED) for name in names if name not in taken}
 
     def _content(self, row: Row, form: Form, owned: bool) -> Row:
-        format, content = form.row(row)
+        reads = {name: opened(name, row[name], self.leave_out) for name in self._reads(form) if name in row}
+        format, content = form.row(reads)
         nested = any(isinstance(value, list) for value in content.values())
         if fault := self._other(format, nested, owned):
             raise fault
@@ -180,19 +247,29 @@ class Conversion:
         self.on_rows(sum(table.num_rows for table in self.tables))
 
 
-def _others(names: list[str], form: Form, content: list[str]) -> list[str]:
-    """The columns that are no part of a row's content and do not look like one."""
-    taken = RESERVED | {*form.needs, *form.optional} - {*BESIDE_TURNS}
-    if "label" not in content:
-        taken -= {"label"}  # a category
-    return [name for name in names if name not in taken]
-
-
 def _table(contents: list[Row]) -> pa.Table:
     """Contents of one format as columns."""
-    first = contents[0] if contents else {}
-    types = {str: pa.string(), list: TURNS, bool: pa.bool_()}
-    return pa.table({name: pa.array([row[name] for row in contents], types[type(first[name])]) for name in first})
+    names = [*dict.fromkeys(name for row in contents for name in row)]
+    columns = {name: [row.get(name) for row in contents] for name in names}
+    return pa.table({name: pa.array(values, _type(values)) for name, values in columns.items()})
+
+
+def _type(values: list[Any]) -> pa.DataType:
+    kind = next(type(value) for value in values if value is not None)
+    if kind is not list:
+        return {str: pa.string(), bool: pa.bool_()}[kind]
+    return TURNS if all(len(turn) == 2 for conversation in values for turn in conversation) else FULL_TURNS
+
+
+def _listed(batch: pa.RecordBatch, faults: Faults) -> list[Row]:
+    """The rows that have no fault, as Python objects."""
+    rows: list[Row] = _without(batch, faults).to_pylist(maps_as_pydicts="strict")
+    return [{name: without_nulls(value) for name, value in row.items()} for row in rows]
+
+
+def _kept(name: str, taken: Collection[str]) -> str:
+    """The name under which a column is kept for the partition, where names that are taken mean something else."""
+    return f"source_{name}" if name in taken else name
 
 
 def _client(value: object) -> str:
@@ -218,7 +295,7 @@ def _renamed(batch: pa.RecordBatch, columns: dict[str, str], file: str) -> pa.Re
             raise DataError(
                 f"data.source.columns.{name} names {theirs!r}, which {file} does not have: name one of {', '.join(has)}"
             )
-    taken = {name: name for name in has if name not in {*columns, *columns.values()}} | columns
+    taken = {_kept(name, columns): name for name in has if name not in columns.values()} | columns
     classes = _class_names(batch.schema)
     arrays = [_plain(batch[theirs], classes.get(theirs)) for theirs in taken.values()]
     return pa.RecordBatch.from_arrays(arrays, names=list(taken))
@@ -236,28 +313,13 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
 def _plain(values: pa.Array, classes: list[str] | None) -> pa.Array:
     if classes and pa.types.is_integer(values.type):
         return pa.array(classes).take(pc.if_else(pc.less(values, 0), None, values))  # -1: of no class
+    if isinstance(values.type, pa.BaseExtensionType):  # such as datasets' Json
+        values = values.storage
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type):
         values = values.cast(pa.string())
     return values
-
-
-def _content_of(batch: pa.RecordBatch, form: Form, file: str) -> pa.RecordBatch:
-    """The columns that `form` reads. Raises DataError if a type can hold neither text nor turns."""
-    known = [name for name in form.needs + form.optional if name in batch.schema.names]
-    if "label" in known and batch["label"].type != pa.bool_():
-        known.remove("label")  # a category, by which rows can be partitioned
-    columns = []
-    for name in known:
-        kind = batch[name].type
-        if not (pa.types.is_string(kind) or pa.types.is_null(kind) or is_list(kind) or name == "label"):
-            raise DataError(
-                f"{file} has {kind} in its column {name}, which must hold text or turns: convert it, or name another "
-                f"column in data.source.columns"
-            )
-        columns.append(batch[name].cast(pa.string()) if pa.types.is_null(kind) else batch[name])
-    return pa.RecordBatch.from_arrays(columns, names=known)
 
 
 def _with_owner(batch: pa.RecordBatch, file: str) -> pa.RecordBatch:

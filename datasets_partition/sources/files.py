@@ -6,7 +6,8 @@ import json
 import re
 from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
@@ -19,34 +20,50 @@ import pyarrow.parquet as pq
 
 from datasets_partition.core.types import DataError, OnRows, Rows, ignore
 from datasets_partition.formats.conversion import ROWS_PER_BATCH, Conversion, Faults
-from datasets_partition.formats.forms import BadRow, OnBadRow
-from datasets_partition.sources.location import SourceFile, fingerprint, source_files
+from datasets_partition.formats.forms import OnBadRow
+from datasets_partition.formats.rows import BadRow
+from datasets_partition.sources.location import PACKED, SourceFile, fingerprint, source_files
 
-ARRAY = re.compile(rb"\s*\[\s*(\{|$)")  # how a JSON array of objects starts
+ARRAY = re.compile(rb"\s*\[\s*(\{|\]|$)")  # how a JSON array of objects starts
+SEPARATORS = ",\t;|"
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+FIRST_LINE = 2**16  # bytes in which the names of columns must end
 FIELD_BYTES = 2**31 - 1  # the csv module's default is 128 KiB, less than a long text
 TRUE, FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Files(ABC):
-    """The rows of a file, or of a folder's files; `columns` gives a column's name there: {prompt = "question"}."""
+    """The rows of a file, or of a folder's files; `columns` gives a column's name there: {prompt = "question"}.
+
+    `leave_out` names keys of turns, and columns beside them, that are not read. Of a folder those files are read whose
+    names have the first of the `endings` that occurs in it, plain or compressed.
+    """
 
     kind: str
     path: str
     columns: dict[str, str] = field(default_factory=dict)
     on_bad_row: OnBadRow = "error"
+    # Without a place in the text that names a store, where only the fingerprint has it: earlier stores are used on.
+    leave_out: tuple[str, ...] = field(default=(), repr=False)
     endings: ClassVar[tuple[str, ...]]
+    packed: ClassVar[Collection[str]] = PACKED
 
     def fingerprint(self) -> str:
-        """A hash of the files' content."""
-        return fingerprint(source_files(self.path, self.endings))
+        """A hash of the files' content, with the keys that are left out."""
+        return " without ".join([fingerprint(self._files()), *self.leave_out])
 
     def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows in the files' order. Raises DataError, with the row's number, for a bad row."""
-        conversion = Conversion(self.columns, self.on_bad_row, on_rows)
-        self._add(source_files(self.path, self.endings), conversion)
+        conversion = Conversion(self.columns, self.on_bad_row, on_rows, self.leave_out)
+        self._add(self._files(), conversion)
         return conversion.rows(self.path)
+
+    def _files(self) -> list[SourceFile]:
+        files = source_files(self.path, self.endings, packed=self.packed)
+        groups = (tuple(ending + packed for packed in ("", *self.packed)) for ending in self.endings)
+        chosen = ([file for file in files if file.path.lower().endswith(group)] for group in groups)
+        return next(filter(None, chosen), files)
 
     @abstractmethod
     def _add(self, files: list[SourceFile], conversion: Conversion) -> None: ...
@@ -54,10 +71,10 @@ class Files(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl(Files):
-    """JSON lines, `.jsonl` or `.jsonl.gz`: one object a line."""
+    """JSON lines, `.jsonl`: one object a line; or a JSON array of objects, `.json`."""
 
     kind: Literal["jsonl"] = "jsonl"
-    endings = (".jsonl", ".jsonl.gz")
+    endings = (".jsonl", ".json")
 
     def _add(self, files: list[SourceFile], conversion: Conversion) -> None:
         conversion.add_objects(row for file in files for row in _json_rows(file))
@@ -69,18 +86,31 @@ def _json_rows(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | BadRow]
         lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
         for place, (number, line) in enumerate(lines):
             if not place and ARRAY.match(line.removeprefix(BOM_UTF8)):
-                raise DataError(
-                    f"{file.name} is a JSON array, which no data.source.kind reads: write one JSON object a line for "
-                    f"kind = \"jsonl\", as jq -c '.[]' does"
-                )
+                yield from _items(file, line + stream.read())
+                return
             yield f"{file.name} line {number}", _parsed(line)
 
 
+def _items(file: SourceFile, content: bytes) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """The rows of a JSON array."""
+    items = _value(content)
+    if isinstance(items, BadRow):
+        raise DataError(f"{file.name} is no whole JSON array ({items.detail}): correct it")
+    for number, item in enumerate(items, 1):
+        yield f"{file.name} item {number}", item if isinstance(item, dict) else BadRow("is not a JSON object")
+
+
 def _parsed(line: bytes) -> dict[str, Any] | BadRow:
+    row = _value(line)
+    return row if isinstance(row, dict | BadRow) else BadRow("is not a JSON object")
+
+
+def _value(text: bytes) -> Any:
+    """The value of JSON text, or why it has none."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))  # files from Windows may start with a byte order mark
-        if b"\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode()  # half of an escaped surrogate pair is not text
+        value = json.loads(text.decode("utf-8-sig"))  # files from Windows may start with a byte order mark
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half of an escaped surrogate pair is not text
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         return BadRow("is not UTF-8", f"{error.reason}; save the file as UTF-8")
     except json.JSONDecodeError as error:
@@ -88,7 +118,7 @@ def _parsed(line: bytes) -> dict[str, Any] | BadRow:
         return BadRow("is not JSON", f"{error.msg} {where}; each line must be one whole row, as jq -c writes it")
     except (ValueError, RecursionError) as error:
         return BadRow("is not JSON", f"{error}; each line must be one whole row")
-    return row if isinstance(row, dict) else BadRow("is not a JSON object")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +127,7 @@ class ParquetFiles(Files):
 
     kind: Literal["parquet"] = "parquet"
     endings = (".parquet",)
+    packed = ()
 
     def _add(self, files: list[SourceFile], conversion: Conversion) -> None:
         for file in files:
@@ -118,14 +149,14 @@ def _parquet_batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
 
 @dataclass(frozen=True, kw_only=True)
 class CsvFiles(Files):
-    """CSV files, `.csv` or `.csv.gz`, whose first line names the columns.
+    """CSV files, `.csv` or `.tsv`, whose first line names the columns, between commas, tabs, semicolons or bars.
 
     All columns are text, so that the keys 007 and 7 stay apart; partitioners read numbers and times from it. Only a
     `label` that is true or false wherever it is not empty is boolean, as an unpaired preference needs it.
     """
 
     kind: Literal["csv"] = "csv"
-    endings = (".csv", ".csv.gz")
+    endings = (".csv", ".tsv")
 
     def _add(self, files: list[SourceFile], conversion: Conversion) -> None:
         label = self.columns.get("label", "" if "label" in self.columns.values() else "label")
@@ -173,7 +204,9 @@ def _records(file: SourceFile) -> Iterator[tuple[int, list[str] | BadRow]]:
     """The header and the rows, each with the number of its first line as an editor counts; blank lines are skipped."""
     csv.field_size_limit(FIELD_BYTES)
     with file.buffered() as stream:
-        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline=""), strict=True)
+        delimiter = _separator(stream.peek(FIRST_LINE)[:FIRST_LINE])
+        text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
         record: list[str] | BadRow | None = []
         while record is not None:
             line = reader.line_num + 1
@@ -183,6 +216,16 @@ def _records(file: SourceFile) -> Iterator[tuple[int, list[str] | BadRow]]:
                 record = BadRow("is not CSV", f"{error}; a quote within quotes is written twice")
             if record:
                 yield line, record
+
+
+def _separator(beginning: bytes) -> str:
+    """The first of the separators that stands between names in the first line; a comma if none does."""
+    text = beginning.decode("utf-8-sig", "surrogateescape").lstrip("\r\n").splitlines()
+    for separator in SEPARATORS:
+        with suppress(csv.Error):
+            if len(next(csv.reader(text[:1], delimiter=separator, strict=True), [])) > 1:
+                return separator
+    return ","
 
 
 def _is_text(values: list[str]) -> bool:

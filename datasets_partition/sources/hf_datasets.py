@@ -32,14 +32,16 @@ class HfDatasets:
     revision: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     on_bad_row: OnBadRow = "error"
+    leave_out: tuple[str, ...] = field(default=(), repr=False)  # as that of Files
 
     def fingerprint(self) -> str:
-        """A hash of the files' content, or the fingerprint of the hub's data."""
-        return fingerprint(self._files()) if self._is_folder() else str(self._from_hub()._fingerprint)
+        """A hash of the files' content, or the fingerprint of the hub's data, with the keys that are left out."""
+        rows = fingerprint(self._files()) if self._is_folder() else str(self._from_hub()._fingerprint)
+        return " without ".join([rows, *self.leave_out])
 
     def load(self, on_rows: OnRows = ignore) -> Rows:
         """All rows in order. Raises DataError, with the row's number, for a bad row."""
-        conversion = Conversion(self.columns, self.on_bad_row, on_rows)
+        conversion = Conversion(self.columns, self.on_bad_row, on_rows, self.leave_out)
         if self._is_folder():
             for file in self._files():
                 conversion.add_batches(_batches(file), file.name)

@@ -1,22 +1,30 @@
 """Where data lies: a local path, or any location that pyarrow.fs knows by its URI (s3://, gs://, ...); files there."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
 
 from datasets_partition.core.types import DataError
+
+# What compressed files begin with, and their endings.
+MAGIC = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ\x00", "zstd": b"\x28\xb5\x2f\xfd"}
+PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+BROKEN = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)  # raised for damaged ones
 
 
 def located(location: str) -> tuple[fs.FileSystem, str]:
@@ -90,22 +98,44 @@ class SourceFile:
 
     @contextmanager
     def buffered(self) -> Iterator[io.BufferedReader]:
-        """Like `opened`, for lines of text; decompressed if name or content is gzip's. Raises DataError for Parquet."""
-        errors = gzip.BadGzipFile, EOFError, zlib.error
-        with self.opened() as stream, self.whole("gzip", "fetch or compress it", *errors):
-            is_packed = stream.read(2) == b"\x1f\x8b" or self.path.lower().endswith(".gz")
+        """Like `opened`, for lines of text; decompressed by what it begins with. Raises DataError for Parquet."""
+        with self.opened() as stream:
+            head = stream.read(6)
             stream.seek(0)
-            lines = io.BufferedReader(gzip.GzipFile(fileobj=stream) if is_packed else stream, 2**20)
-            if lines.peek(4).startswith(b"PAR1"):
-                raise DataError(f'{self.name} is a Parquet file: read it with data.source.kind = "parquet"')
-            yield lines
+            kind = next((kind for kind, magic in MAGIC.items() if head.startswith(magic)), None)
+            if kind is None and (ending := Path(self.path.lower()).suffix) in PACKED:
+                kind = PACKED[ending]
+            # Decoders of these raise what a disk raises, too.
+            errors = (*BROKEN, OSError) if kind in ("bzip2", "zstd") else BROKEN
+            with self.whole(kind or "text", "fetch or compress it", *errors):
+                lines = io.BufferedReader(_unpacked(stream, kind), 2**20)
+                if lines.peek(4).startswith(b"PAR1"):
+                    raise DataError(f'{self.name} is a Parquet file: read it with data.source.kind = "parquet"')
+                yield lines
 
 
-def source_files(location: str, suffixes: tuple[str, ...], key: str = "data.source.path") -> list[SourceFile]:
+def _unpacked(stream: pa.NativeFile, kind: str | None) -> Any:
+    match kind:
+        case "gzip":
+            return gzip.GzipFile(fileobj=stream)
+        case "bzip2":
+            return bz2.BZ2File(stream)
+        case "xz":
+            return lzma.LZMAFile(stream)
+        case "zstd":
+            return pa.CompressedInputStream(stream, "zstd")
+    return stream
+
+
+def source_files(
+    location: str, suffixes: tuple[str, ...], key: str = "data.source.path", packed: Collection[str] = ()
+) -> list[SourceFile]:
     """The file at `location`, or those below that folder with one of the `suffixes`, in the order of their paths.
 
-    Capitals in an ending do not matter; hidden files are left out. Raises DataError, which names `key`, for none.
+    One of the endings `packed` may follow. Capitals in an ending do not matter; hidden files are left out. Raises
+    DataError, which names `key`, for none.
     """
+    endings = tuple(suffix.lower() + end for suffix in suffixes for end in ("", *packed))
     system, path = located(location)
     try:
         info = system.get_file_info(path)
@@ -119,7 +149,7 @@ def source_files(location: str, suffixes: tuple[str, ...], key: str = "data.sour
     base = path.rstrip("/") + "/"
     names = sorted(file.path.removeprefix(base) for file in below if file.type == fs.FileType.File)
     shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    wanted = [name for name in shown if name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))]
+    wanted = [name for name in shown if name.lower().endswith(endings)]
     if not wanted:
         raise DataError(
             f"{key} is {location!r}, a folder without a file that ends in {' or '.join(suffixes)}: correct the path"

@@ -24,6 +24,8 @@ from datasets_partition.core.types import (
     refuse_other_rows,
 )
 from datasets_partition.partitioners.combined import Combined, parts_of, unit_of
+from datasets_partition.sources.files import Files
+from datasets_partition.sources.hf_datasets import HfDatasets
 from datasets_partition.sources.location import is_local, node_cache, within
 from datasets_partition.store import sealed
 from datasets_partition.store.splits import Splits, content_numbers, first_of_each, refuse_leaks
@@ -58,6 +60,8 @@ def build(
         "store_version": STORE_VERSION + bool(isinstance(partitioner, Combined) or vars(partitioner).get("max_rows")),
         "own_code": _user_code(source, partitioner),
         "label": label,
+        # Since 2 keys of turns and columns beside them are read that were left out before.
+        **({"reading": 2} if isinstance(source, Files | HfDatasets) else {}),
     }
     key = sha256(json.dumps(origin).encode()).hexdigest()
     remote = None if is_local(cache) else within(cache, key[:16])

@@ -1,6 +1,7 @@
 """The engine's sections of a recipe: plain values with defaults, importable without ray, transformers or peft."""
 
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +26,10 @@ class Model:
     PEFT adapter's, or a URI of either. `attention` is transformers' name for the kernel; "auto" is "sdpa" where the
     model has it, else "eager". `compile` lets torch compile the layers, which takes up to a minute for each slot and
     pays off in long runs. `trust_remote_code` runs Python code that comes with the base.
+
+    `chat_template` renders conversations in place of the tokenizer's: a file, the name of one of several that the
+    tokenizer has, or of one that the package trl ships ("qwen3_training"). Templates that write today's date write
+    `template_date` ("2026-01-31"), by default the day on which the run begins.
     """
 
     base: str = "tiny"
@@ -34,7 +39,19 @@ class Model:
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     compile: bool = False
     trust_remote_code: bool = False
+    chat_template: str | None = None
+    template_date: str | None = None
     peft: Annotated[Adapters, Field(discriminator="kind")] = field(default_factory=Lora)
+
+    def __post_init__(self) -> None:
+        if self.template_date is not None:
+            try:
+                date.fromisoformat(self.template_date)
+            except ValueError:
+                raise RunError(
+                    f'model.template_date is {self.template_date!r}: write a day as "2026-01-31", or leave the key out '
+                    f"to take the day on which the run begins"
+                ) from None
 
     @property
     def public_base(self) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,7 @@ from engine.config.sections import Model
 from engine.models.adapters import is_transposed
 from engine.models.trainable import Trainable
 from engine.objectives.base import Tokenizer
+from engine.objectives.templates import undated
 from strategies.core.layout import Layout
 
 FILE_BYTES = 2**30
@@ -71,7 +72,9 @@ def _folder_files(save: Callable[[Path], None], tokenizer: Tokenizer, card: str)
     with TemporaryDirectory() as name:
         folder = Path(name)
         save(folder)
-        tokenizer.save_pretrained(name)
+        published = deepcopy(tokenizer)
+        published.chat_template = undated(tokenizer.chat_template)
+        published.save_pretrained(name)
         (folder / "README.md").write_text(card, encoding="utf-8")
         for path in sorted(folder.rglob("*")):
             if path.is_file():

@@ -1,5 +1,6 @@
 """Loads a base's tokenizer, and refuses tokens for which the base has no embedding."""
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ from engine.config.sections import Model
 from engine.messages.errors import RunError
 from engine.models.base_model import origin, reason, refusal
 from engine.objectives.base import Tokenizer
+from engine.objectives.templates import chosen_template, dated
 
 SOURCES = (".model", ".tiktoken")  # endings of files that tokenizers are made of
 
 
 def load_tokenizer(model: Model) -> Tokenizer:
-    """Loads the base's tokenizer, with its end token as pad token if it has none; RunError if it cannot be used."""
+    """Loads the base's tokenizer with the recipe's chat template; RunError if it cannot be used.
+
+    Without a pad token it takes its end token as that. A chat template writes the recipe's date (today's without one).
+    """
     from transformers import AutoTokenizer
 
     folder = Path(model.base)
@@ -40,6 +45,8 @@ def load_tokenizer(model: Model) -> Tokenizer:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = _with_default(tokenizer.chat_template)
+    day = date.fromisoformat(model.template_date) if model.template_date else date.today()
+    tokenizer.chat_template = dated(chosen_template(tokenizer, model.chat_template), day)
     return tokenizer
 
 

@@ -12,12 +12,28 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from datasets_partition.core.types import (
+    COLUMNS,
+    MESSAGES,
+    PREFERENCE,
+    PROMPT_COMPLETION,
+    PROMPT_ONLY,
+    UNPAIRED_PREFERENCE,
+    format_of,
+)
 from engine.messages.errors import RunError
 from engine.objectives.token_batch import Batch
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
 TermSums = dict[str, tuple[float, int]]  # each term's sum and count
 Need = Literal["reference", "generation", "head"]
+IN_WORDS = {
+    PROMPT_COMPLETION: "texts, prompts with completions",
+    MESSAGES: "conversations",
+    PREFERENCE: "preference pairs",
+    UNPAIRED_PREFERENCE: "unpaired preferences",
+    PROMPT_ONLY: "prompts alone",
+}
 PROVIDED: frozenset[Need] = frozenset()  # what trainers can give an objective besides the network
 
 
@@ -53,6 +69,7 @@ class Objective(Protocol):
     """
 
     needs: ClassVar[frozenset[Need]]
+    formats: ClassVar[tuple[str, ...]]  # the canonical formats that it reads; COLUMNS in datasets_partition has each
     # The loss's terms, and terms that are only measured. The value is the largest magnitude of one unit: secure
     # aggregation makes its ring for that, and cuts what is larger. A row has at most one unit of a term for each token.
     losses: ClassVar[Mapping[str, float]]
@@ -64,7 +81,7 @@ class Objective(Protocol):
         """The objective's name in the recipe."""
 
     def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
-        """Makes `input_ids`, null where a row teaches nothing, and other columns; RunError for other formats."""
+        """Makes `input_ids`, null where a row teaches nothing, and other columns from rows of one of its formats."""
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded with the token `pad`."""
@@ -134,6 +151,18 @@ def figure_metrics(objective: Objective, figures: Mapping[str, float]) -> dict[s
     losses = [means[name] for name in objective.losses if not math.isnan(means[name])]
     each = {f"term.{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
     return {"loss": sum(losses) if losses else math.nan, "tokens": figures["tokens"], **each}
+
+
+def require_format(objective: Objective, rows: pa.Table) -> None:
+    """Raises RunError if the rows are of no format that the objective reads."""
+    if (kind := format_of(rows)) not in objective.formats:
+        *others, last = (IN_WORDS[name] for name in objective.formats)
+        wanted = f"{', '.join(others)} or {last}" if others else last
+        columns = " or ".join(", ".join(COLUMNS[name]) for name in objective.formats)
+        raise RunError(
+            f'train.objective = "{objective.kind}" learns from {wanted}, but the rows are {IN_WORDS[kind]} '
+            f"({', '.join(COLUMNS[kind])}): name yours in data.source.columns so that they make {columns}"
+        )
 
 
 def require_provided(objective: Objective) -> None:

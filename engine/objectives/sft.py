@@ -7,15 +7,12 @@ from typing import ClassVar, Literal
 import pyarrow as pa
 from torch import nn
 
-from datasets_partition.core import types as formats
-from engine.messages.errors import RunError
+from datasets_partition.core.turns import conversations
+from datasets_partition.core.types import MESSAGES, PROMPT_COMPLETION, format_of
 from engine.objectives.base import Need, Term, Tokenizer
 from engine.objectives.chat_template import encode_conversations
 from engine.objectives.token_batch import Batch, flattened, lengths, token_losses
 
-# Formats that SFT does not learn from, as people call them.
-REFUSED = {formats.PREFERENCE: "preference pairs", formats.UNPAIRED_PREFERENCE: "unpaired preferences"}
-REFUSED |= {formats.PROMPT_ONLY: "prompts alone"}
 NLL = "nll"
 
 
@@ -30,21 +27,15 @@ class Sft:
 
     kind: Literal["sft"] = "sft"
     needs: ClassVar[frozenset[Need]] = frozenset()
+    formats: ClassVar[tuple[str, ...]] = (PROMPT_COMPLETION, MESSAGES)
     losses: ClassVar[Mapping[str, float]] = {NLL: 64.0}  # e^-64 is less than any softmax of float32 gives
     figures: ClassVar[Mapping[str, float]] = {}
     heldout: ClassVar[str] = NLL
 
     def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
-        """Makes `input_ids` and `mask` (1 = learned), null if nothing is learned; RunError for other formats."""
-        kind = formats.format_of(rows)
-        if kind in REFUSED:
-            raise RunError(
-                f'train.objective = "sft" learns from text, prompt and completion, or messages, but the rows are '
-                f"{REFUSED[kind]} ({', '.join(formats.content_columns(rows))}): name a prompt and a completion in "
-                f"data.source.columns"
-            )
-        if kind == formats.MESSAGES:
-            ids, masks = encode_conversations(rows["messages"].to_pylist(), tokenizer)
+        """Makes `input_ids` and `mask` (1 = learned), null if nothing is learned."""
+        if format_of(rows) == MESSAGES:
+            ids, masks = encode_conversations(conversations(rows, "messages"), tokenizer)
         else:
             ids, masks = _encode_completions(rows, tokenizer)
         cut = [  # nothing predicts the first token

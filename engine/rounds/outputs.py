@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from datasets_partition.core.turns import Conversation, conversation_of
+from datasets_partition.core.types import OPTIONS
 from engine.messages.events import Checkpointed, Event, Finished, Sample
 from engine.messages.shards import ShardedState
 from engine.models.export import model_card
@@ -14,7 +16,7 @@ from engine.rounds.evaluation import PoolEvaluator
 from engine.rounds.round_loop import Callback, RoundLoop, RunSetup
 from engine.rounds.server import merge_into_base
 from engine.system.atomic import write_file
-from engine.training.generation import Prompt, as_text
+from engine.training.generation import Prompt, as_text, words
 from strategies.core.seeds import rng
 
 SAMPLE_TOKENS = 40
@@ -73,9 +75,14 @@ def _sampled_rows(evaluator: PoolEvaluator) -> list[tuple[Prompt, str]]:
     draw = rng(federation.seed, 0, -1, "sample")
     chosen = draw.choice(clients, min(federation.samples, len(clients)), replace=False)
     rows = [store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]
-    return [_last_turn(row["messages"]) if "messages" in row else (row["prompt"], row["completion"]) for row in rows]
+    return [_sampled(row) for row in rows]
 
 
-def _last_turn(turns: list[dict[str, str]]) -> tuple[Prompt, str]:
-    last = max(index for index, turn in enumerate(turns) if turn["role"] == "assistant")
-    return turns[:last], turns[last]["content"]
+def _sampled(row: dict[str, Any]) -> tuple[Prompt, str]:
+    if "messages" not in row:
+        return row["prompt"], row["completion"]
+    turns, learned, options = conversation_of(row["messages"], row.get(OPTIONS))
+    # The last words of the assistant; after a conversation without any, those that the model adds.
+    last = max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
+    prompt = Conversation(turns[:last], learned[:last], options) if last else ""
+    return prompt, "".join(words(turn) for turn in turns[last : last + 1])

@@ -1,12 +1,14 @@
 """Greedy continuations of prompts. Legend: B rows, T tokens."""
 
+import json
 from typing import Any
 
 import torch
 
+from datasets_partition.core.turns import Conversation
 from engine.objectives.base import Tokenizer
 
-Prompt = str | list[dict[str, str]]  # a text, or the turns of a conversation
+Prompt = str | Conversation
 
 
 @torch.no_grad()
@@ -21,15 +23,24 @@ def continuations(
         if isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
         else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+            options = {**prompt.options, "add_generation_prompt": True, "return_dict": False}
+            ids = tokenizer.apply_chat_template(prompt.turns, **options)
         ids = ids or [tokenizer.eos_token_id]
         ids_BT = torch.tensor([ids], device=device)
-        options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": pad}
-        out = network.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **options)
+        how = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": pad}
+        out = network.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **how)
         texts.append(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip())
     return texts
 
 
 def as_text(prompt: Prompt) -> str:
     """Writes a prompt for people to read."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn['role']}: {words(turn)}" for turn in prompt.turns)
+
+
+def words(turn: dict[str, Any]) -> str:
+    """Writes what a turn says: its content, and as JSON what else it has for the chat template."""
+    more = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    return " ".join(filter(None, (turn["content"], json.dumps(more, ensure_ascii=False) if more else "")))

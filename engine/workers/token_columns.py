@@ -9,34 +9,40 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from datasets_partition.core.types import OnRows, ignore
+from datasets_partition.core.types import MESSAGES, OnRows, format_of, ignore
 from datasets_partition.sources.location import node_cache
 from datasets_partition.store.sealed import written_whole
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import tokenize
 from engine.config.federation import Federation
 from engine.models.tokenizer import embedded_tokens, load_tokenizer, refuse_unembedded
+from engine.objectives.base import require_format
 
 TokenPieces = dict[str, list[Any]]  # a file's name -> references to its pieces
 PIECE_BYTES = 64 * 2**20
 TOKENS_VERSION = 2  # raised whenever rows are encoded differently
+MASKS_VERSION = 2  # raised whenever conversations alone are
 
 
 def token_columns(store: Path, federation: Federation, shared: str | None = None, on_rows: OnRows = ignore) -> Path:
     """Returns the folder of the store's token columns; makes them if they are not there or in `shared` either."""
+    objective, length, opened = federation.train.objective, federation.train.max_length, Store.open(store)
+    columns = opened.read_span(0, 0)
+    require_format(objective, columns)
     tokenizer, model = load_tokenizer(federation.model), federation.model
-    objective, length = federation.train.objective, federation.train.max_length
     known = [tokenizer.get_vocab(), repr(tokenizer), tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()]
-    rows = embedded_tokens(model)
-    words = sha256(json.dumps([*known, rows], sort_keys=True).encode()).hexdigest()
+    embedded = embedded_tokens(model)
+    words = sha256(json.dumps([*known, embedded], sort_keys=True).encode()).hexdigest()
     key = f"{TOKENS_VERSION}/{model.base}@{model.revision}/{objective!r}/{length}/{words}"
+    if format_of(columns) == MESSAGES:
+        key += f"/{MASKS_VERSION}"
 
     def encode(table: pa.Table) -> pa.Table:
         encoded = objective.encode(table, tokenizer, length)
-        refuse_unembedded(encoded, tokenizer, rows, model)
+        refuse_unembedded(encoded, tokenizer, embedded, model)
         return encoded
 
-    return tokenize(Store.open(store), key, encode, shared, on_rows).folder
+    return tokenize(opened, key, encode, shared, on_rows).folder
 
 
 def find_tokens(tokens: Path) -> Path | None:

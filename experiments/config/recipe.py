@@ -122,7 +122,7 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def located(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths of its trace, and of its base if it is a folder: processes have other folders.
+    """The recipe with absolute paths of its trace, chat template and base folder: processes have other folders.
 
     RunError for a base that is neither a folder nor a possible name on the hub.
     """
@@ -135,7 +135,10 @@ def located(recipe: Recipe) -> Recipe:
     if trace is not None:
         trace = str(Path(trace).expanduser().resolve())
         clients = replace(clients, availability=replace(clients.availability, trace=trace))
-    return replace(recipe, model=replace(recipe.model, base=path), clients=clients)
+    template = recipe.model.chat_template
+    if template is not None and Path(template).expanduser().is_file():
+        template = str(Path(template).expanduser().resolve())
+    return replace(recipe, model=replace(recipe.model, base=path, chat_template=template), clients=clients)
 
 
 def _change(tree: dict[str, Any], change: str) -> None:

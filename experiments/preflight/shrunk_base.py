@@ -29,7 +29,9 @@ MOST = {"head_dim": HEAD, "sliding_window": 8, "num_experts_per_tok": 2, "num_lo
 WIDTHS = ("intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 # The shipped tokenizer has no chat template, and rows may be conversations.
 TEMPLATE = (
-    "{% for turn in messages %}{{ turn.role + ':' + turn.content + '\n' }}{% endfor %}"
+    "{% if tools %}{{ tools | tojson }}{{ '\n' }}{% endif %}"
+    "{% for turn in messages %}{{ turn.role + ':' + (turn.reasoning_content or '') + (turn.content or '') }}"
+    "{% if turn.tool_calls %}{{ turn.tool_calls | tojson }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from datasets_partition import Sources
-from datasets_partition.core.types import content_columns
+from datasets_partition.core.types import OPTIONS, content_columns
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.files import ParquetFiles
 from datasets_partition.sources.location import is_local
@@ -74,7 +74,15 @@ def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
     return replace(
         recipe,
         rounds=ROUNDS,
-        model=replace(model, base=str(base), revision=None, start=None, compile=False, attention=attention),
+        model=replace(
+            model,
+            base=str(base),
+            revision=None,
+            start=None,
+            compile=False,
+            attention=attention,
+            chat_template=None,
+        ),
         data=Data(rows, Natural(), splits, None, str(folder)),
         clients=_bounded("clients", clients, **few),
         cohort=drawn,
@@ -147,7 +155,7 @@ def draw_rows(recipe: Recipe, clients: int, max_length: int, cache: Path) -> Dra
     kept = content_columns(store.read_rows(0, "train"))
     by_client = (store.read_rows(client % store.num_training, "train").select(kept) for client in range(clients))
     table = pa.concat_tables(rows.take(np.arange(n) % rows.num_rows) for rows, n in zip(by_client, counts, strict=True))
-    short = {name: _shortened(table[name], name, few) for name in kept}
+    short = {name: table[name] if name == OPTIONS else _shortened(table[name], name, few) for name in kept}
     said = f"the first rows of {min(clients, store.num_training):,} of {store.num_training:,} clients"
     return Drawn(pa.table({"client": names} | short), True, said)
 

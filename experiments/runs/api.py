@@ -261,9 +261,11 @@ def _manifest(recipe: Recipe, store: Path, start_digest: dict[str, str]) -> dict
 
     versions = {name: version(name) for name in PACKAGES} | {"fedpost": fedpost_version()}
     model = recipe.model
+    base = {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    template = {"chat_template": model.chat_template, "template_date": model.template_date}
     return {
         "seed": recipe.seed,
-        "base": {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code},
+        "base": base | {key: value for key, value in template.items() if value is not None},
         **({} if model.start is None else {"start": model.start}),
         "digests": digests(recipe) | start_digest,
         "versions": versions,

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from engine.config.sections import Model
 from engine.messages.errors import RunError
+from engine.objectives.templates import template_file, writes_the_date
 from experiments.config.recipe import Recipe, located
 from experiments.config.user_code import SHIPPED, user_objects
 
 BASE = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"}  # files of a base's folder that are read
+TEMPLATES = ("*.jinja", "tokenizer_config.json", "chat_template.json", "additional_chat_templates/*.jinja")
 # A file of up to 16 MiB is read whole; of a larger file as much is read, in evenly spaced blocks. Retrained weights
 # differ everywhere, and reading all of 140 GB would take minutes at each start.
 BLOCK, BLOCKS = 65_536, 256
@@ -23,6 +25,8 @@ def digests(recipe: Recipe) -> dict[str, str]:
         values["the code of fedpost"] = code_digest()
         if base := base_digest(recipe.model):
             values["model.base"] = base
+        if (template := recipe.model.chat_template) and (file := template_file(template)):
+            values["model.chat_template"] = file_digest(file)
         if trace is not None and Path(trace).is_file():  # otherwise reading the trace explains what is wrong
             values["clients.availability.trace"] = file_digest(Path(trace))
         for user_object in user_objects(recipe).values():
@@ -49,12 +53,14 @@ def base_digest(model: Model) -> str | None:
     """The digest of a base's folder, or its commit on the hub; None until that is on this machine."""
     folder = Path(model.base)
     if not folder.is_dir():
-        return _commit(model)
+        snapshot = _snapshot(model)
+        return None if snapshot is None else f"commit {snapshot.name}"
     files = sorted(path for path in folder.iterdir() if path.suffix in BASE and path.is_file())
     return sha256("".join(f"{path.name} {file_digest(path)}\n" for path in files).encode()).hexdigest()
 
 
-def _commit(model: Model) -> str | None:
+def _snapshot(model: Model) -> Path | None:
+    """The folder of a base from the hub, if it is on this machine."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -62,7 +68,18 @@ def _commit(model: Model) -> str | None:
         config = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
     except HFValidationError:  # not a possible name on the hub: loading the base explains it
         return None
-    return f"commit {Path(config).parent.name}" if isinstance(config, str) else None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def asks_for_today(model: Model) -> bool:
+    """Whether a chat template of the model may write today's date; also if the base is not on this machine yet."""
+    if model.chat_template is not None and (file := template_file(model.chat_template)):
+        files = [file]
+    elif (folder := Path(model.base) if Path(model.base).is_dir() else _snapshot(model)) is None:
+        return True
+    else:
+        files = [file for pattern in TEMPLATES for file in folder.glob(pattern)]
+    return any(writes_the_date(file.read_text(encoding="utf-8", errors="replace")) for file in files)
 
 
 def file_digest(file: Path) -> str:

@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -15,8 +16,9 @@ from weakref import WeakValueDictionary
 from engine.messages.errors import RunError
 from engine.records.journal import JOURNAL
 from engine.system.atomic import write_file
-from experiments.config.recipe import Recipe, parse_recipe, to_toml
+from experiments.config.recipe import Recipe, located, parse_recipe, to_toml
 from experiments.report.run_folder import leaves, refuse_ways_out
+from experiments.runs.digests import asks_for_today
 
 RUNS = Path("runs")
 FINISHED = "finished.json"  # written last: the rounds that the model, the samples and the report are of
@@ -28,7 +30,10 @@ JUDGED = {"evaluate.rows", "evaluate.server_rows"}
 
 
 def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Recipe]:
-    """The run's folder, and the recipe with what was measured for "auto"; RunError if a run blocks it or is missing."""
+    """The run's folder, and the recipe with what its start has settled; RunError if a run blocks it or is missing.
+
+    The start settles what was measured for "auto", and the date that chat templates write.
+    """
     if out is None:
         if not resume:
             return new_folder(RUNS, recipe.name), recipe
@@ -42,7 +47,7 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
         if out.exists() and not (out.is_dir() and all(path.match(".recipe.toml.*") for path in out.iterdir())):
             what = "already holds a run" if old.exists() else "exists and is not empty"
             raise RunError(f"{out} {what}: choose another --out, or continue that run with --resume")
-        return out, recipe
+        return out, _on_a_day(recipe)
     if not old.is_file():
         raise RunError(f"{out} holds no run to resume (no recipe.toml): leave --resume out to start one there")
     refuse_ways_out(out)
@@ -51,6 +56,8 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Re
         raise RunError(f"the run in {out} has finished; raise rounds, or choose another --out for a new one")
     if recipe.clients.lanes == "auto":  # has been measured
         recipe = replace(recipe, clients=replace(recipe.clients, lanes=before.clients.lanes))
+    if recipe.model.template_date is None:  # has been set
+        recipe = replace(recipe, model=replace(recipe.model, template_date=before.model.template_date))
     old_keys, keys = (leaves(tomllib.loads(to_toml(each))) for each in (before, recipe))
     changed = {key for key in old_keys.keys() | keys.keys() if old_keys.get(key) != keys.get(key)} - FREE
     if before.clients.num_gpus and recipe.clients.num_gpus:  # but a GPU computes other bits than a CPU
@@ -78,6 +85,14 @@ def new_folder(parent: Path, name: str) -> Path:
             time.sleep(0.1)
         else:
             return folder
+
+
+def _on_a_day(recipe: Recipe) -> Recipe:
+    """The recipe with today's date, if its chat template may ask for it."""
+    model = located(recipe).model
+    if model.template_date is not None or not asks_for_today(model):
+        return recipe
+    return replace(recipe, model=replace(recipe.model, template_date=date.today().isoformat()))
 
 
 def mark_finished(folder: Path, rounds: int) -> None:

@@ -40,7 +40,7 @@ GOOD: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"prompt": ALPACA_INPUT, "completion": "3", "text": "x"},
     ),
     ({"messages": [SYSTEM, SAY, A]}, {"messages": [SYSTEM, SAY, A]}),
-    ({"messages": [SAY, A], "prompt": "Say a"}, {"messages": [SAY, A]}),
+    ({"messages": [SAY, A], "prompt": "Say a"}, {"messages": [SAY, A], "source_prompt": "Say a"}),
     (
         {
             "conversations": [
@@ -83,8 +83,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [SAY | {"content": None}]}, "has a turn in its messages whose content is no text"),
     ({"messages": [SAY | {"role": "cat"}]}, "has a turn in its messages whose role is none of system, "),
     ({"messages": [{"content": "a"}]}, "has a turn in its messages whose role is none of system, "),
-    ({"messages": [SAY, A | {"tool_calls": [{"id": "1"}]}]}, "has a turn in its messages with tool calls"),
-    ({"prompt": [SAY, A, SAY], "completion": [A]}, "has an assistant turn in its prompt, which would be trained too"),
+    (
+        {"messages": [SAY, A | {"tool_calls": [{"id": "1"}]}]},
+        "has a turn in its messages with a tool call that is no object",
+    ),
     ({"prompt": "a", "completion": [A]}, "has text and turns side by side in prompt, completion"),
     ({"chosen": [SAY, A], "rejected": "b"}, "has text and turns side by side in chosen, rejected"),
     ({"chosen": [A], "rejected": [B]}, "has no turn that chosen and rejected share, to be the prompt"),
@@ -189,10 +191,14 @@ def test_a_column_that_can_hold_no_content_is_an_error_as_a_whole() -> None:
         (
             {"prompt": "question"},
             {"question": "a", "prompt": "x", "completion": "b"},
-            {"prompt": "a", "completion": "b"},
+            {"prompt": "a", "completion": "b", "source_prompt": "x"},
         ),
-        ({"text": "text"}, {"text": "a", "prompt": "b"}, {"prompt": "", "completion": "a"}),
-        ({"messages": "messages"}, {"messages": [SAY], "chosen": "a", "rejected": "b"}, {"messages": [SAY]}),
+        ({"text": "text"}, {"text": "a", "prompt": "b"}, {"prompt": "", "completion": "a", "source_prompt": "b"}),
+        (
+            {"messages": "messages"},
+            {"messages": [SAY], "chosen": "a", "rejected": "b"},
+            {"messages": [SAY], "source_chosen": "a", "source_rejected": "b"},
+        ),
         ({"client": "author"}, {"text": "a", "author": 3}, {"client": "3", "prompt": "", "completion": "a"}),
     ],
 )

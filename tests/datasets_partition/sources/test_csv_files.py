@@ -80,7 +80,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     [
         (b"", r"rows\.csv is empty: give it a header and rows"),
         (b"text\n", r"rows\.csv has no rows: give"),
-        (b"a;b\nc;d\n", r"rows\.csv has the columns a;b, which fit no format"),
+        (b"a;b\nc;d\n", r"rows\.csv has the columns a, b, which fit no format"),
         (b"text,text\na,b\n", "has more than one column text"),
         (b"question,text\na,b\n", "has the columns question"),
     ],

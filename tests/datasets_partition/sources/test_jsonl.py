@@ -127,8 +127,8 @@ def test_a_whole_number_is_the_same_client_however_it_is_written(tmp_path: Path)
     ("content", "message"),
     [
         (b"PAR1\x15\x04", r'rows\.jsonl is a Parquet file: read it with data\.source\.kind = "parquet"'),
-        (b'\n[{"text": "a"}]', r"rows\.jsonl is a JSON array, .*: write one JSON object a line"),
-        (b'\xef\xbb\xbf[\n  {"text": "a"}\n]', r"rows\.jsonl is a JSON array"),
+        (b'\n[{"text": "a"}', r"rows\.jsonl is no whole JSON array \(.*\): correct it"),
+        (b'\xef\xbb\xbf[\n  {"text": "a"},\n]', r"rows\.jsonl is no whole JSON array"),
     ],
 )
 def test_a_file_of_another_kind(tmp_path: Path, content: bytes, message: str, on_bad_row: Any) -> None:

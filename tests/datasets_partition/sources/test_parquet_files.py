@@ -41,7 +41,7 @@ def test_other_columns_keep_their_types(tmp_path: Path) -> None:
 
 
 def test_turns_are_read_from_structs(tmp_path: Path) -> None:
-    turns = [[{"role": "user", "content": "a", "name": None}], [{"role": "assistant", "content": "b", "name": "x"}]]
+    turns = [[{"role": "user", "content": "a", "name": None}], [{"role": "assistant", "content": "b", "name": None}]]
     table = written(tmp_path / "rows.parquet", pa.table({"messages": turns})).load().table
     assert table.schema.field("messages").type == TURNS
     assert table["messages"].to_pylist() == [

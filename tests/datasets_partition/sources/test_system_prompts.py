@@ -1,4 +1,4 @@
-"""Columns beside a conversation that belong to it: its system prompt, and tools, which no turn here can call."""
+"""Columns beside a conversation that belong to it: its system prompt, and tools."""
 
 from typing import Any
 
@@ -51,8 +51,8 @@ def test_it_may_have_another_name(convert: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"messages": [SAY], "tools": '[{"name": "search"}]'}, "has tools beside its messages, which would be lost"),
-        ({"conversations": [SAY], "tools": ["search"]}, "has tools beside its conversations, which would be lost"),
+        ({"messages": [SAY], "tools": "search"}, "has tools beside its messages that are no JSON objects with names"),
+        ({"conversations": [SAY], "tools": ["search"]}, "has tools beside its conversations that are no JSON objects"),
         ({"messages": [SYSTEM, SAY], "system": "Be long"}, "has one system prompt in its column system and another"),
     ],
 )

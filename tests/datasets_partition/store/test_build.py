@@ -124,6 +124,7 @@ def test_held_rows_follow_training_rows_and_the_manifest_counts_them(tmp_path: P
     assert manifest == {
         "source": repr(source),
         "fingerprint": "62",
+        "reading": 2,
         "partitioner": "Natural(kind='natural', key='client')",
         "splits": repr(Splits(heldout=0.25, unseen=0.34, min_rows=3)),
         "seed": 7,

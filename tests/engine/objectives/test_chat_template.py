@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from engine.objectives.base import require_format
 from engine.objectives.sft import Sft
 from engine.objectives.token_batch import IGNORED
 
@@ -135,15 +136,30 @@ def test_rows_with_nothing_to_learn_are_null(chatting: PreTrainedTokenizerBase, 
     [
         (
             None,
-            r"the rows are messages, but the tokenizer of model\.base has no chat template: name a base that has one",
+            r"the rows are conversations, but the tokenizer of model\.base has no chat template: name a base that",
         ),
         ("{{ raise_exception('no system') }}", r"model\.base refuses a conversation \(no system\): leave it out"),
-        ("{{ messages | length }}" + PLAIN, r"otherwise when more follows, .*: give it {% generation %} marks"),
+        (
+            "{{ 1 + messages[0].content }}",
+            r"refuses a conversation \(TypeError: unsupported .*\): leave it",
+        ),
+        (
+            "{{ messages | length }}" + PLAIN,
+            r"otherwise than its generation prompt begins it, .*model\.chat_template$",
+        ),
+        (
+            PLAIN.replace("{{ message.content }}", "{{ message.content if loop.last else '' }}"),
+            r"leaves out the content of a turn of the role user: name a template that writes them in model",
+        ),
+        (
+            PLAIN + "{{ '' if add_generation_prompt else '<bye>' }}",
+            r"otherwise when more follows, .* {% generation %}",
+        ),
     ],
 )
 def test_templates_that_will_not_do(chatting: PreTrainedTokenizerBase, template: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        encoded([said("a", "b")], chatting, template)
+        encoded([said("a", "b", "c")], chatting, template)
 
 
 @pytest.mark.parametrize(
@@ -157,9 +173,11 @@ def test_templates_that_will_not_do(chatting: PreTrainedTokenizerBase, template:
         ({"prompt": ["a"]}, r"prompts alone \(prompt\)"),
     ],
 )
-def test_rows_of_other_formats_are_refused(tokenizer: PreTrainedTokenizerBase, columns: Any, kind: str) -> None:
+def test_rows_of_other_formats_are_refused(columns: Any, kind: str) -> None:
     message = (
-        f'^train.objective = "sft" learns from text, prompt and completion, or messages, but the rows are {kind}: '
+        f'^train.objective = "sft" learns from texts, prompts with completions or conversations, but the rows '
+        f"are {kind}: "
+        r"name yours in data\.source\.columns so that they make prompt, completion or messages$"
     )
     with pytest.raises(ValueError, match=message):
-        Sft().encode(pa.table(columns), tokenizer, MAX_LENGTH)
+        require_format(Sft(), pa.table(columns))

@@ -3,11 +3,13 @@
 import json
 import shutil
 from dataclasses import replace
+from datetime import date
 
 import pytest
 
 from experiments.config.recipe import to_toml
 from experiments.runs import resuming
+from experiments.runs.digests import digests
 from experiments.runs.resuming import alone_in, mark_finished, new_folder, run_folder, second_sums
 
 
@@ -152,3 +154,29 @@ def test_the_newest_run_is_resumed_also_one_that_was_submitted(small_recipe, tmp
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "recipe.toml").write_text(to_toml(recipe))
     assert run_folder(recipe, None, True)[0].name == "small-20261130-120001-0f3a"
+
+
+def test_the_date_of_the_first_start_is_kept_if_the_template_writes_one(small_recipe, tmp_path):
+    today, template = date.today().isoformat(), tmp_path / "own.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}")
+    assert run_folder(small_recipe(), tmp_path / "plain", False)[1].model.template_date is None
+    recipe = small_recipe(f"model.chat_template='{template}'")
+    assert run_folder(recipe, tmp_path / "new", False)[1].model.template_date == today
+    unknown = small_recipe("model.base='nobody/knows'")
+    assert run_folder(unknown, tmp_path / "new", False)[1].model.template_date == today, "it is not on this machine"
+    begun = replace(recipe, model=replace(recipe.model, template_date="2020-01-02"))
+    assert run_folder(begun, tmp_path / "new", False)[1] == begun
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").write_text(to_toml(begun))
+    assert run_folder(recipe, tmp_path / "run", True)[1] == begun
+    with pytest.raises(ValueError, match=r"differs in model\.template_date"):
+        run_folder(replace(begun, model=replace(begun.model, template_date=today)), tmp_path / "run", True)
+
+
+def test_a_template_is_part_of_the_digests(small_recipe, tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages }}")
+    recipe = small_recipe(f"model.chat_template='{template}'")
+    before = digests(recipe)["model.chat_template"]
+    template.write_text("{{ messages | length }}")
+    assert digests(recipe)["model.chat_template"] != before and "model.chat_template" not in digests(small_recipe())
