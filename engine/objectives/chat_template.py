@@ -40,6 +40,11 @@ def encode_conversations(
             f"the rows are conversations, but the tokenizer of model.base has no chat template: name a base that has "
             f"one, or a template in {KEY}"
         )
+    if isinstance(named := tokenizer.chat_template, dict) and "default" not in named:
+        raise RunError(
+            f"the tokenizer of model.base has chat templates named {', '.join(sorted(named))}, none of them "
+            f'"default": name one in {KEY}'
+        )
     shapes: set[str] = set()
     for conversation in conversations:
         # Whether a template writes a part follows from what there is, and hardly ever from the words.

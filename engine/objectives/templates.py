@@ -21,11 +21,6 @@ def chosen_template(tokenizer: Tokenizer, name: str | None) -> Any:
     shipped = tokenizer.chat_template
     named = shipped if isinstance(shipped, dict) else {}
     if name is None:
-        if named and "default" not in named:
-            raise RunError(
-                f"the tokenizer of model.base has chat templates named {', '.join(sorted(named))}, none of them "
-                f'"default": name one in {KEY}'
-            )
         return shipped
     if name in named:
         return named[name]

@@ -244,8 +244,9 @@ def test_a_template_by_name_and_by_file(chatting: PreTrainedTokenizerBase, tmp_p
     assert chosen_template(chatting, str(tmp_path / "own.jinja")) == "{{ messages }}"
     assert chosen_template(chatting, "qwen3_training") == shipped("qwen3_training")
     assert template_file("../chat_templates/qwen3") is None
+    assert chosen_template(chatting, None) == {"chat": "C", "rag": "R"}  # rows of text need none
     with pytest.raises(RunError, match=r'named chat, rag, none of them "default": name one in model\.chat_template$'):
-        chosen_template(chatting, None)
+        encode_conversations([Conversation([user("a")], [False], {})], chatting)
     with pytest.raises(RunError, match=r"is 'qwen', which is no file, no template of the tokenizer \(chat, rag\) and "):
         chosen_template(chatting, "qwen")
 
