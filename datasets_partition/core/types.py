@@ -44,6 +44,7 @@ TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 FULL_TURNS = pa.list_(pa.struct([*TURNS.value_type, ("learned", pa.bool_()), ("more", pa.string())]))
 OnRows = Callable[[int], None]  # called now and then with the number of rows so far
 TURN = {(field.name, field.type) for field in TURNS.value_type}
+FULL_TURN = {(field.name, field.type) for field in FULL_TURNS.value_type}
 
 
 class DataError(ValueError):
@@ -102,6 +103,11 @@ def refuse_other_rows(given: object, source: object) -> None:
         is_turns = pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)
         if is_turns and (is_turns := TURN.issubset((field.name, field.type) for field in kind.value_type)):
             parts += [pc.struct_field(pc.list_flatten(values), part) for part, _ in TURN]
+            if other := [field.name for field in kind.value_type if (field.name, field.type) not in FULL_TURN]:
+                raise DataError(
+                    f"{named} gives turns with the field {other[0]}, which nothing reads: put it into the field more, "
+                    f"as JSON text of what chat templates read beside role and content"
+                )
         if name == OPTIONS and pa.types.is_string(kind):
             continue
         if not (is_turns or pa.types.is_string(kind) or pa.types.is_large_string(kind) or name == "label"):

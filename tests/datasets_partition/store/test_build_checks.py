@@ -138,6 +138,7 @@ class WrongRows:
 
 
 TURNS_WITHOUT_ROLE = pa.table({"messages": [[{"content": "a"}]]})
+OTHER_FIELD = pa.table({"messages": [[{"role": "user", "content": "a", "thinking": "b"}]]})
 NULL_CONTENT = pa.table({"messages": [[{"role": "user", "content": None}, {"role": "user", "content": "a"}]]})
 
 
@@ -150,6 +151,10 @@ NULL_CONTENT = pa.table({"messages": [[{"role": "user", "content": None}, {"role
         (Loaded(pa.table({"text": ["a"]}), {}), "the columns text, which make no format"),
         (Loaded(pa.table({"prompt": ["a", "b"], "completion": ["c", None]}), {}), "gives 1 nulls in its completion"),
         (Loaded(pa.table({"prompt": ["a"], "completion": [1]}), {}), "gives int64 as its completion, which must hold"),
+        (
+            Loaded(OTHER_FIELD, {}),
+            "gives turns with the field thinking, which nothing reads: put it into the field more",
+        ),
         (Loaded(TURNS_WITHOUT_ROLE, {}), "as its messages, which must hold text or turns of role and content"),
         (Loaded(NULL_CONTENT, {}), "gives 1 nulls in its messages"),
     ],
