@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from engine.messages.broadcast import share
-from engine.messages.events import Checkpointed, Event, Finished, Sample
+from engine.messages.events import Checkpointed, Event, RunDone, Sample
 from engine.messages.shards import ShardedState
 from engine.models.export import model_card
 from engine.records.checkpoint import save_checkpoint
@@ -62,7 +62,7 @@ def finish(
     texts = zip(rows, before, after, strict=True)
     samples = [Sample(as_text(prompt), completion, old, new) for (prompt, completion), old, new in texts]
     write_file(setup.folder / "samples.json", json.dumps([asdict(sample) for sample in samples], indent=1).encode())
-    yield Finished(setup.folder, loss_table(metrics, state.round), samples)
+    yield RunDone(setup.folder, loss_table(metrics, state.round), samples)
 
 
 def _sampled_rows(evaluator: PoolEvaluator) -> list[tuple[Prompt, str]]:

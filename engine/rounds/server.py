@@ -109,8 +109,8 @@ class DriverServer:
         aggregate = sums[0] if sums else None
         after, clip = server_step(self._server_state(state), aggregate, plan, clip, self.federation, layout, sent_masks)
         if after.merged_delta is not None and not self.federation.strategy.merges_into_base:
-            named = type(self.federation.strategy).__name__
-            raise StrategyError(f"{named} changes the base: declare merges_into_base = True in its class")
+            name = type(self.federation.strategy).__name__
+            raise StrategyError(f"{name} changes the base: declare merges_into_base = True in its class")
         return ShardedState(after.round, (self.hold(after),)), clip
 
     def merged_delta(self, state: ShardedState) -> np.ndarray | None:
