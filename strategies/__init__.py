@@ -14,9 +14,9 @@ from strategies.transforms.chain import Clip
 from strategies.transforms.lossy import Int8, Projection, Sign, TopK
 
 Averages = FedAvg | FedProx | FedAvgM | FedAdagrad | FedAdam | FedYogi | Scaffold | FedNova | DiLoCo | QFedAvg | FedDyn
-Adapters = FfaLora | RoLora | Flora | FlexLora | HetLora | FedExLora | FedSvd | FedSb
+AdapterRules = FfaLora | RoLora | Flora | FlexLora | HetLora | FedExLora | FedSvd | FedSb
 Personal = LocalOnly | Ditto | FedSaLora | FedDpa
 Robust = Median | TrimmedMean | Krum | MultiKrum | Bulyan | Rfa | CenteredClipping
-Strategies = Averages | Adapters | Personal | Robust
+Strategies = Averages | AdapterRules | Personal | Robust
 Cohorts = UniformCohort | PoissonCohort
 Transforms = Clip | TopK | Int8 | Sign | Projection

@@ -100,7 +100,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Finished:
+class RunDone:
     """The run's end: its folder, losses by column (round 0, end, baselines) and split, and samples."""
 
     folder: Path
@@ -108,4 +108,4 @@ class Finished:
     samples: list[Sample] = field(default_factory=list)
 
 
-Event = Preparing | Started | RoundDone | Evaluated | Checkpointed | DriverLost | Stopped | Finished
+Event = Preparing | Started | RoundDone | Evaluated | Checkpointed | DriverLost | Stopped | RunDone

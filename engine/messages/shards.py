@@ -65,7 +65,7 @@ class AggregateShard:
 
 @dataclass(frozen=True)
 class ShardedState:
-    """The server's state after `round` in shards: Shards, or references to them, of `nbytes` in the object store."""
+    """The server's state after `round` in shards: each a Shard or a reference, of `nbytes` in the object store."""
 
     round: int
     shards: tuple[Any, ...]

@@ -25,7 +25,7 @@ def owned_by(state: ClientState, owner: str) -> ClientState:
     return {name.removeprefix(owner): tensor for name, tensor in state.items() if name.startswith(owner)}
 
 
-def named(state: ClientState, owner: str) -> ClientState:
+def owned_as(state: ClientState, owner: str) -> ClientState:
     """Returns an owner's entries under the names that they have among all entries."""
     return {owner + name: tensor for name, tensor in state.items()}
 

@@ -14,7 +14,7 @@ from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Work
 from engine.objectives.base import Objective, client_figures, figure_bounds, figure_metrics
-from engine.rounds.server import Shards
+from engine.rounds.server import Server
 from strategies.privacy.checks import NoisePlan
 
 
@@ -69,7 +69,7 @@ class ClearCollector:
     """Clients send their updates in the clear, and workers add them up where the rule reads sums."""
 
     federation: Federation
-    shards: Shards
+    server: Server
     trace: Trace | None = None
 
     def collect(self, work: Work, message: BroadcastMessage) -> Collected:
@@ -77,9 +77,9 @@ class ClearCollector:
         federation = self.federation
         gone = federation.clients.availability.gone(work.clients, federation.seed, message.round, self.trace)
         there = work.of(~np.isin(work.clients, list(gone))) if gone else work
-        worked = self.shards.pool.train(there, share(message), message.lanes)
+        worked = self.server.pool.train(there, share(message), message.lanes)
         reports, good = worked.reports, [report for report in worked.reports if report.good]
-        sums, read = self.shards.sums(worked) if good else ([], 0)
+        sums, read = self.server.sums(worked) if good else ([], 0)
         messages, nbytes = _messages(reports, good), message.nbytes + read + worked.nbytes
         metrics, why = _metrics(good, federation.train.objective), reasons(gone, reports)
         return Collected(reports, sums, metrics, messages, why, store_bytes=nbytes, busy=worked.busy)

@@ -23,7 +23,7 @@ from engine.rounds.outputs import finish, write_checkpoint
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import Callback, RunSetup, round_loop
-from engine.rounds.server import DriverShards, RankShards, merge_into_base
+from engine.rounds.server import DriverServer, RankServer, merge_into_base
 from engine.scheduling.pool import Pool
 from engine.system.allocator import use_large_pages
 from engine.system.atomic import write_file
@@ -83,11 +83,11 @@ class Driver:
         yield Preparing("starting slots, reading the base, tokenizing rows")
         pool = Pool.start(federation, options.folder / "client_state", options.store, options.shared)
         setup = self._setup(pool)
-        saved = load_checkpoint(options.folder / "checkpoints", hold=setup.shards.hold) if options.resume else None
+        saved = load_checkpoint(options.folder / "checkpoints", hold=setup.server.hold) if options.resume else None
         if saved is not None:
-            setup.shards.refuse_other(saved.state)
+            setup.server.refuse_other(saved.state)
         logs = Logs.under(options.folder, federation.privacy.secagg.mode, saved.wall_s if saved else 0.0)
-        lanes = saved.lanes if saved else choose_lanes(federation, setup.shards, setup.initial, setup.population)
+        lanes = saved.lanes if saved else choose_lanes(federation, setup.server, setup.initial, setup.population)
         loop = round_loop(setup, logs, lanes, saved)
         at_end.callback(_record_last_faults, loop.recorder)
         self._begin_folder(pool, loop.recorder, saved)
@@ -115,7 +115,7 @@ class Driver:
             comparisons.append(partial(without_privacy, evaluator, loop))
 
         state = saved.state if saved else setup.initial
-        merge_into_base(setup.shards, None, state)
+        merge_into_base(setup.server, None, state)
         yield from evaluation.before_rounds(state, resumed=saved is not None)
         if saved is None:
             logs.flush(state.round)
@@ -144,8 +144,8 @@ class Driver:
             )
         population = store.num_training
         federation.cohort.sample(population, federation.seed, 0)  # which raises an error if it cannot
-        shards = (DriverShards if pool.partition is None else RankShards)(federation, pool, population)
-        return RunSetup(federation, pool, shards, shards.initial(), store, tokens, options.folder, options.elsewhere)
+        server = (DriverServer if pool.partition is None else RankServer)(federation, pool, population)
+        return RunSetup(federation, pool, server, server.initial(), store, tokens, options.folder, options.elsewhere)
 
     def _begin_folder(self, pool: Pool, recorder: Recorder, saved: Saved | None) -> None:
         """Writes the run folder's first files, now that model, data and resources have been found good."""

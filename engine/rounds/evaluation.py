@@ -37,22 +37,23 @@ class Pending:
 
 @dataclass(frozen=True)
 class PoolEvaluator:
-    """Evaluates models on the pool and writes their losses. A `message` carries one: DriverShards.model_message."""
+    """Evaluates models on the pool and writes their losses. A `message` carries a model."""
 
     setup: RunSetup
     logs: Logs
 
-    def losses(self, message: Any, round_: int, name: str = "loss", *, protocol: bool = False) -> Losses:
+    def losses(self, message: BroadcastMessage, round_: int, name: str = "loss", *, protocol: bool = False) -> Losses:
         """Returns the loss of each split that has rows; a baseline is outside of the federation's `protocol`."""
         return self.end(self.begin(message, round_), name, protocol=protocol)
 
-    def begin(self, message: Any, round_: int) -> Pending:
+    def begin(self, message: BroadcastMessage, round_: int) -> Pending:
         """Begins an evaluation, for workers that have nothing else to do."""
+        shared = share(message)
 
         def later(split: str) -> Later:
             limit, chunks = self._limit(split), np.array_split(self.judged(split), CHUNKS * self.setup.pool.size)
             left = deque(chunk.tolist() for chunk in chunks if len(chunk))
-            return Later(left, lambda actor, chunk: actor.evaluate.remote(chunk, message, limit))
+            return Later(left, lambda actor, chunk: actor.evaluate.remote(chunk, shared, limit))
 
         return Pending(round_, [(split, later(split)) for split in SPLITS])
 
@@ -67,11 +68,11 @@ class PoolEvaluator:
                 losses[split] = self._record(later.results, pending.round, split, name, protocol=protocol)
         return losses
 
-    def local_only(self, message: Any, round_: int, steps: np.ndarray, name: str) -> Losses:
+    def local_only(self, message: BroadcastMessage, round_: int, steps: np.ndarray, name: str) -> Losses:
         """Returns the loss where each client that is evaluated trains alone for its `steps` (N,), as loss_`name`."""
-        clients = self.judged("heldout")
+        shared, clients = share(message), self.judged("heldout")
         losses = self.setup.pool.map(
-            clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, message, steps[chunk].tolist())
+            clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, shared, steps[chunk].tolist())
         )
         return {"heldout": self._record(losses, round_, "heldout", f"loss_{name}")}
 
@@ -150,7 +151,7 @@ class Evaluation:
 
     def _evaluate(self, state: ShardedState, *, overlap: bool) -> Iterator[Event]:
         evaluator, setup, began = self.evaluator, self.evaluator.setup, time.monotonic()
-        message = setup.shards.model_message(state)
+        message = setup.server.model_message(state)
         if overlap:
             self.pending = evaluator.begin(message, state.round)
             setup.pool.later = [later for _, later in self.pending.by_split]
@@ -163,11 +164,11 @@ class Evaluation:
         """The clients' own models, if they have any; at the end also the global one, trained a little by each."""
         evaluator, setup = self.evaluator, self.evaluator.setup
         personalizes = setup.federation.strategy.personalizes
-        if personalizes and (losses := evaluator.personal(setup.shards.broadcast_message(state), state.round)):
+        if personalizes and (losses := evaluator.personal(setup.server.broadcast_message(state), state.round)):
             yield Evaluated(state.round, losses, "personal")
         if last and setup.federation.evaluate.finetune:
             steps = np.full(setup.population, setup.federation.evaluate.finetune)
-            losses = evaluator.local_only(setup.shards.model_message(state), state.round, steps, "finetuned")
+            losses = evaluator.local_only(setup.server.model_message(state), state.round, steps, "finetuned")
             yield Evaluated(state.round, losses, "finetuned")
 
 
@@ -176,19 +177,20 @@ def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) ->
 
     Every round has an equal share of a model's steps, with the learning rates of `train.over_rounds` and `over_steps`.
     """
-    setup, shards, clients = evaluator.setup, evaluator.setup.shards, evaluator.setup.population
+    setup, server, clients = evaluator.setup, evaluator.setup.server, evaluator.setup.population
     if evaluator.logs.metrics.judged(state.round, "loss_centralized"):  # before the run was resumed
         return
-    merge_into_base(shards, state, None)
+    merge_into_base(server, state, None)
     total = loop.planner.total_steps()
     # The remainder goes to some clients, one step each; if there are fewer steps than clients, all take one.
     steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
-    message = shards.model_message(setup.initial)
+    message = server.model_message(setup.initial)
     yield Evaluated(state.round, evaluator.local_only(message, state.round, steps, "local_only"), "local_only")
-    trained_P = setup.pool.ask(lambda actor: actor.centralized.remote([*range(clients)], message, total), long=True)
-    pooled_message = share(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))))
+    shared = share(message)
+    trained_P = setup.pool.ask(lambda actor: actor.centralized.remote([*range(clients)], shared, total), long=True)
+    pooled_message = BroadcastMessage.of(Broadcast(state.round, borrow(trained_P)))
     yield Evaluated(state.round, evaluator.losses(pooled_message, state.round, "loss_centralized"), "centralized")
-    merge_into_base(shards, None, state)
+    merge_into_base(server, None, state)
 
 
 def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
@@ -201,7 +203,7 @@ def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedSta
     setup = replace(setup, federation=replace(federation, privacy=privacy, evaluate=evaluate))
     logs = Logs.under(setup.folder)
     plain_loop = round_loop(setup, logs, loop.lanes)
-    merge_into_base(setup.shards, state, None)
+    merge_into_base(setup.server, state, None)
     plain = setup.initial
     try:
         while plain.round < federation.rounds:
@@ -211,6 +213,6 @@ def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedSta
     except RunError as error:  # such as training that diverges where nothing is clipped; the run itself has its model
         recorder.faults([Fault("round", str(plain.round + 1), f"played again without privacy: {error}")])
     else:
-        losses = evaluator.losses(setup.shards.model_message(plain), state.round, "loss_not_private")
+        losses = evaluator.losses(setup.server.model_message(plain), state.round, "loss_not_private")
         yield Evaluated(state.round, losses, "not_private")
-    merge_into_base(setup.shards, plain, state)
+    merge_into_base(setup.server, plain, state)

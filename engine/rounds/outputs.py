@@ -7,7 +7,8 @@ from typing import Any
 
 from datasets_partition.core.turns import Conversation, conversation_of
 from datasets_partition.core.types import OPTIONS
-from engine.messages.events import Checkpointed, Event, Finished, Sample
+from engine.messages.broadcast import share
+from engine.messages.events import Checkpointed, Event, RunDone, Sample
 from engine.messages.shards import ShardedState
 from engine.models.export import model_card
 from engine.records.checkpoint import save_checkpoint
@@ -29,7 +30,7 @@ def write_checkpoint(
     checkpoint = setup.federation.checkpoint
     is_turn = state.round == setup.federation.rounds or state.round % checkpoint.every == 0
     if is_turn != stopping:
-        save_checkpoint(setup.folder / "checkpoints", loop.saved(state), checkpoint.keep, setup.shards.read)
+        save_checkpoint(setup.folder / "checkpoints", loop.saved(state), checkpoint.keep, setup.server.read)
         yield Checkpointed(state.round)
 
 
@@ -37,34 +38,33 @@ def finish(
     evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState, comparisons: Sequence[Callback]
 ) -> Iterator[Event]:
     """Exports the folder `model` first, which is what the run is for; then come the comparisons, and samples."""
-    setup, shards = evaluator.setup, evaluator.setup.shards
-    metrics, merged = setup.folder / "metrics", shards.merged_delta(state) is not None
+    setup, server = evaluator.setup, evaluator.setup.server
+    metrics, merged = setup.folder / "metrics", server.merged_delta(state) is not None
 
     def card() -> str:
         losses, facts = loss_table(metrics, state.round), setup.store.manifest
         return model_card(setup.federation, losses, facts, merged=merged, spent=loop.privacy.statement)
 
-    setup.pool.export(setup.folder / "model", shards.model_message(state), card())
+    setup.pool.export(setup.folder / "model", share(server.model_message(state)), card())
     for compare in comparisons:
         yield from compare(state)
         evaluator.logs.append(state.round)
     if comparisons:
         write_file(setup.folder / "model" / "README.md", card().encode())
 
-    rows, message = _sampled_rows(evaluator), shards.model_message(state)
+    rows = _sampled_rows(evaluator)
 
-    def continuations(message: Any) -> Any:
-        prompts = [prompt for prompt, _ in rows]
-        return setup.pool.ask(lambda actor: actor.generate.remote(message, prompts, SAMPLE_TOKENS))
+    def continuations(state: ShardedState) -> Any:
+        shared, prompts = share(server.model_message(state)), [prompt for prompt, _ in rows]
+        return setup.pool.ask(lambda actor: actor.generate.remote(shared, prompts, SAMPLE_TOKENS))
 
-    after = continuations(message)
-    del message  # the object store need not hold two
-    merge_into_base(shards, state, None)
-    before = continuations(shards.model_message(setup.initial))
+    after = continuations(state)
+    merge_into_base(server, state, None)
+    before = continuations(setup.initial)
     texts = zip(rows, before, after, strict=True)
     samples = [Sample(as_text(prompt), completion, old, new) for (prompt, completion), old, new in texts]
     write_file(setup.folder / "samples.json", json.dumps([asdict(sample) for sample in samples], indent=1).encode())
-    yield Finished(setup.folder, loss_table(metrics, state.round), samples)
+    yield RunDone(setup.folder, loss_table(metrics, state.round), samples)
 
 
 def _sampled_rows(evaluator: PoolEvaluator) -> list[tuple[Prompt, str]]:

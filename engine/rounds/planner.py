@@ -7,10 +7,11 @@ import numpy as np
 
 from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation, excludes_lanes
+from engine.messages.broadcast import share
 from engine.messages.reports import Report
 from engine.messages.shards import ShardedState
 from engine.messages.tasks import Work
-from engine.rounds.server import Shards
+from engine.rounds.server import Server
 from engine.training.step_loop import steps_of
 
 TOKEN_S = 1e-3  # a guess
@@ -94,16 +95,16 @@ class Planner:
         return tokens
 
 
-def choose_lanes(federation: Federation, shards: Shards, initial: ShardedState, population: int) -> int:
+def choose_lanes(federation: Federation, server: Server, initial: ShardedState, population: int) -> int:
     """Returns how many clients a slot trains at once; measured in the first slot if the recipe says "auto"."""
     asked, cohort = federation.clients.lanes, federation.cohort
     if asked != "auto":
         return min(asked, max(1, cohort.largest(population)))
     # Nothing is measured beside gangs. No number of lanes may leave slots without clients.
-    most = int(cohort.expected(population)) // shards.pool.size
+    most = int(cohort.expected(population)) // server.pool.size
     if excludes_lanes(federation) or federation.clients.zero or most < 2:
         return 1
-    message = shards.model_message(initial)
-    neighbors = max(Counter(shards.pool.nodes.values()).values())
-    lanes: int = shards.pool.ask(lambda actor: actor.best_lanes.remote(message, most, population, neighbors))
+    message = share(server.model_message(initial))
+    neighbors = max(Counter(server.pool.nodes.values()).values())
+    lanes: int = server.pool.ask(lambda actor: actor.best_lanes.remote(message, most, population, neighbors))
     return lanes

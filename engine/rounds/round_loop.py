@@ -26,7 +26,7 @@ from engine.rounds.collectors import ClearCollector, Collected, shortfall
 from engine.rounds.planner import Costs, Planner
 from engine.rounds.recorder import Recorder
 from engine.rounds.secure_round import SecureCollector, Shortfall, start_relay
-from engine.rounds.server import Shards, apply
+from engine.rounds.server import Server, apply
 from engine.scheduling.pool import Pool
 
 Collector = ClearCollector | SecureCollector
@@ -39,7 +39,7 @@ class RoundLoop:
 
     federation: Federation
     planner: Planner
-    shards: Shards
+    server: Server
     collector: Collector
     shortfall: Shortfall
     privacy: PrivacyAccount
@@ -68,7 +68,7 @@ class RoundLoop:
         # Decode the sums (noise, then the clients' transforms in reverse) and apply the rule to them.
         applying = time.monotonic()
         noise = None if collected.aborted is not None else self.privacy.central
-        state, self.privacy.clip = apply(self.shards, state, collected.sums, noise, clip)
+        state, self.privacy.clip = apply(self.server, state, collected.sums, noise, clip)
         if collected.sums:
             self.journal.model = round_
         times = {"round_s": time.monotonic() - began, "apply_s": time.monotonic() - applying}
@@ -86,7 +86,7 @@ class RoundLoop:
         plan, oldest = self.privacy.noise_plan, self.planner.oldest(state.round)
         clients, lanes, full_rows = len(work.clients), self.lanes, self.planner.full_rows(work.clients)
         clip = 0.0 if plan is None else self.collector.client_clip(plan, self.privacy.clip, clients, state.round)
-        message = self.shards.broadcast_message(state)
+        message = self.server.broadcast_message(state)
         return replace(message, oldest=oldest, lanes=lanes, noise_plan=plan, clip=clip, full_rows=full_rows)
 
     def _abort_if_too_few(self, collected: Collected, cohort: int, round_: int) -> None:
@@ -120,7 +120,7 @@ class RunSetup:
 
     federation: Federation
     pool: Pool
-    shards: Shards
+    server: Server
     initial: ShardedState  # before the first round
     store: Store
     tokens: Tokens
@@ -135,25 +135,25 @@ class RunSetup:
 
 def round_loop(setup: RunSetup, logs: Logs, lanes: int = 1, saved: Saved | None = None) -> RoundLoop:
     """Returns the loop of a run's rounds, from the start or from what was `saved`; ValueError if it cannot be."""
-    federation, store, shards = setup.federation, setup.store, setup.shards
+    federation, store, server = setup.federation, setup.store, setup.server
     costs = Costs(np.array(saved.costs)) if saved and saved.costs else Costs()
     planner = Planner(federation, setup.tokens, setup.population, costs)
     begun = (saved.state.round, saved.clip, saved.aborts, saved.last_sum) if saved else (0, None, 0, 0)
     round_, clip, aborts, last_sum = begun
     rows, unit = setup.tokens.counts("train")[: setup.population], store.manifest.get("unit")
-    steps = planner.most_steps() * shards.trainings(setup.initial)  # all trainings of a client see its rows
+    steps = planner.most_steps() * server.trainings(setup.initial)  # all trainings of a client see its rows
     privacy = PrivacyAccount.open(federation, setup.pool.layout, setup.folder, rows, steps, round_, clip, unit)
     journal = Journal(setup.folder, setup.elsewhere, last_sum)
     too_few = partial(shortfall, federation, store)
     path = federation.clients.availability.trace
     trace = None if path is None else Trace.open(Path(path), store.names(list(range(store.num_clients))))
-    collector: Collector = ClearCollector(federation, shards, trace)
+    collector: Collector = ClearCollector(federation, server, trace)
     if federation.privacy.secure:
         train = federation.train
         most_tokens = planner.most_steps() * train.batch * train.accumulate * train.max_length
-        relay = start_relay(shards, federation.privacy.secagg.on_slot_death)
+        relay = start_relay(server, federation.privacy.secagg.on_slot_death)
         collector = SecureCollector(federation, relay, most_tokens, journal, too_few, trace)
         largest = federation.cohort.largest(setup.population)
         collector.refuse_small_ring(privacy.noise_plan, privacy.clip, largest, round_)
     recorder, states = Recorder(store, setup.pool, logs, round_), setup.folder / "client_state"
-    return RoundLoop(federation, planner, shards, collector, too_few, privacy, journal, recorder, states, lanes, aborts)
+    return RoundLoop(federation, planner, server, collector, too_few, privacy, journal, recorder, states, lanes, aborts)

@@ -26,14 +26,14 @@ from engine.messages.tasks import Unit, Work
 from engine.objectives.base import figure_metrics
 from engine.records.journal import Journal, SumRefused
 from engine.rounds.collectors import Collected, Message, reasons
-from engine.rounds.server import MaskedTotal, Shards
+from engine.rounds.server import MaskedTotal, Server
 from engine.system.failures import LOST, within
 from strategies.core.errors import StrategyError
 from strategies.privacy.checks import NoisePlan
 from strategies.secagg.messages import MaskedSum
 from strategies.secagg.protocol import Phase, SecAggAbort, Session
 from strategies.secagg.ring import Sums
-from strategies.secagg.server import Server
+from strategies.secagg.server import SecAggServer
 
 MOST_CLIPPED = 0.01  # a share of coordinates: more is warned about
 Shortfall = Callable[[Sequence[Report], int, int], str | None]
@@ -52,7 +52,7 @@ class _SlotLost(Exception):
 class Relay:
     """Takes messages to slots and back. `authority` vouches for identities in the active profile."""
 
-    shards: Shards
+    server: Server
     authority: Any
     on_slot_death: str
 
@@ -69,7 +69,7 @@ class Relay:
             try:
                 answers[slot] = wait()
             except LOST as error:
-                self.shards.pool.replace(slot, error)
+                self.server.pool.replace(slot, error)
             except RayTaskError as error:
                 if isinstance(error.cause, SecAggAbort):
                     raise error.cause from error
@@ -79,10 +79,10 @@ class Relay:
         return answers
 
     def _call(self, slot: int, name: str, *arguments: Any) -> Any:
-        return getattr(self.shards.pool.actors[slot], name).remote(*arguments)
+        return getattr(self.server.pool.actors[slot], name).remote(*arguments)
 
     def _answer(self, reference: Any) -> Any:
-        return within(self.shards.pool.timeout_s, reference)
+        return within(self.server.pool.timeout_s, reference)
 
 
 def _flat(answers: Mapping[int, list[Any]]) -> list[Any]:
@@ -138,14 +138,14 @@ class SecureCollector:
         session = Session(message.round, 0, parameters, sums, secagg.mode)
         leaving = {client: leaves.before for client, leaves in gone.items()}
         if (total := self._play(session, work, message, leaving, least, collected)) is not None:
-            count, weight, unmasked, figures = self.relay.shards.unmasked(total, plan)
+            count, weight, unmasked, figures = self.relay.server.unmasked(total, plan)
             if weight == 0:
                 collected.aborted = "all weights are less than the ring's steps: raise privacy.secagg.bits"
             else:
                 collected.sums = unmasked
                 collected.metrics = figure_metrics(self.federation.train.objective, figures)
                 collected.clipped = self._clipped(figures, count, message.round)
-        down, pool = round(sum(report.metrics[DOWN] for report in collected.reports)), self.relay.shards.pool
+        down, pool = round(sum(report.metrics[DOWN] for report in collected.reports)), self.relay.server.pool
         collected.messages.insert(0, Message("client", "sum", len(collected.reports) if down else 0, down))
         collected.gone = reasons(gone, collected.reports) | collected.gone
         collected.store_bytes = FLOAT_BYTES * (pool.layout.size + collected.sessions * pool.size * sums.length)
@@ -160,7 +160,7 @@ class SecureCollector:
         if too many die. Once clients have been asked for shares, nothing is void: a second sum beside the first
         could tell the difference between them.
         """
-        pool, shared, known = self.relay.shards.pool, share(message), None
+        pool, shared, known = self.relay.server.pool, share(message), None
         units = pool.units(work, message.lanes)
         if session.parameters.active:
             known = pool.ask(lambda actor: actor.roster.remote(tuple(work.clients.tolist()), self.relay.authority))
@@ -183,19 +183,19 @@ class SecureCollector:
         relay = self.relay
         members = {slot: [client for unit in units for client in unit] for slot, units in placed.items()}
         cohort = tuple(sorted(client for clients in members.values() for client in clients))
-        server = Server(session, cohort, relay.shards.held(session.sums), known)
+        secagg_server = SecAggServer(session, cohort, relay.server.held(session.sums), known)
 
         openings = {slot: Opening(session, cohort, units, gone) for slot, units in placed.items()}
         opened = relay.trip("open", openings, relay.authority)
         keys = _flat(opened)
         collected.note("server", "key", keys)
-        key_list = server.key_list(keys)
+        key_list = secagg_server.key_list(keys)
         collected.note("client", "key", [key_list] * len(keys))
 
         sealed = relay.trip("shares", dict.fromkeys(opened, share(key_list)))
         shares = _flat(sealed)
         collected.note("server", "sealed share", shares)
-        inboxes = server.inboxes(shares)
+        inboxes = secagg_server.inboxes(shares)
         boxes = sum(len(inbox.boxes) for inbox in inboxes.values())
         collected.messages.append(Message("other clients", "share", boxes, sum(i.nbytes for i in inboxes.values())))
 
@@ -203,26 +203,26 @@ class SecureCollector:
         self._note_reports(collected, trained, members, gone)
         masked: dict[int, MaskedSum] = {slot: answer for slot, (_, answer) in trained.items() if answer.clients}
         # What ranks of a gang hold beside their message; a slot that has lost it has lost its clients.
-        waits = {slot: partial(relay.shards.masked_shards, slot) for slot in masked}
+        waits = {slot: partial(relay.server.masked_shards, slot) for slot in masked}
         shards = [*relay.answers(waits, void=True).values()]
         for message in masked.values():
             collected.messages.append(Message("server", "masked update", len(message.clients), message.nbytes))
-            server.add(message)
-        survivors = server.survivors()
+            secagg_server.add(message)
+        survivors = secagg_server.survivors()
         self._refuse(survivors.clients, least, len(cohort), session.round + 1, collected)
         agreements = []
         if session.parameters.active:
             collected.note("client", "survivors", [survivors] * len(survivors.clients))
             agreements = _flat(relay.trip("agree", dict.fromkeys(trained, survivors)))
             collected.note("server", "signature", agreements)
-        requests = server.requests(agreements)
+        requests = secagg_server.requests(agreements)
         self._admit(survivors.clients, session.round + 1)
         collected.note("client", "survivors", requests.values())
         answers = _flat(relay.trip("unmask", _by_slot(requests, members, trained), void=False))
         collected.note("server", "share", answers)
-        removals = server.unmask(answers)
+        removals = secagg_server.unmask(answers)
         collected.messages.append(Message("server", "sum", 1, session.sums.nbytes))
-        return session, server.total(), removals, shards
+        return session, secagg_server.total(), removals, shards
 
     def _note_reports(self, collected: Collected, trained: Answers, members: Members, gone: Gone) -> None:
         """Notes the reports of the slots that have answered, their seconds of work, and whose slots have not."""
@@ -230,7 +230,7 @@ class SecureCollector:
         collected.reports = sorted(reports, key=lambda report: report.client)
         silent = [client for slot, clients in members.items() if slot not in trained for client in clients]
         collected.gone = {client: DIED_WITH_SLOT for client in silent if client not in gone}
-        collected.busy = [0.0] * self.relay.shards.pool.size
+        collected.busy = [0.0] * self.relay.server.pool.size
         for slot, (of_slot, _) in trained.items():
             collected.busy[slot] = sum(report.seconds for report in of_slot)
 
@@ -250,7 +250,7 @@ class SecureCollector:
         try:
             self.journal.admit(round_, clients, lambda apart: self._refuse_thin(apart, contributors))
         except SumRefused as error:
-            self.relay.shards.pool.faults.append(Fault("round", str(round_), str(error)))
+            self.relay.server.pool.faults.append(Fault("round", str(round_), str(error)))
             raise SecAggAbort("unmask", str(error)) from None
 
     def client_clip(self, plan: NoisePlan | None, clip: float, clients: int, round_: int) -> float:
@@ -274,11 +274,11 @@ class SecureCollector:
 
     def sums(self, plan: NoisePlan | None, clip: float, clients: int, round_: int) -> Sums:
         """Returns what a round's session with `clients` clients adds up; StrategyError if the ring is too small."""
-        return ring_sums(self.federation, self.relay.shards.pool.layout, plan, clip, clients, self.most_tokens, round_)
+        return ring_sums(self.federation, self.relay.server.pool.layout, plan, clip, clients, self.most_tokens, round_)
 
     def _clipped(self, figures: dict[str, float], clients: int, round_: int) -> float:
         """Returns the share of the clients' coordinates that bounds have cut, and warns of a large one."""
-        pool = self.relay.shards.pool
+        pool = self.relay.server.pool
         lengths = sent_lengths_of(self.federation, pool.layout, round_)
         cut = max(0.0, figures["clipped"]) / (clients * max(1, sum(lengths.values())))
         if cut > MOST_CLIPPED:
@@ -314,7 +314,7 @@ class SecureCollector:
                 )
 
 
-def start_relay(shards: Shards, on_slot_death: str) -> Relay:
+def start_relay(server: Server, on_slot_death: str) -> Relay:
     """Returns a relay with an authority of its own, beside the driver: no other node's end is the authority's."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Relay(shards, ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote(), on_slot_death)
+    return Relay(server, ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote(), on_slot_death)

@@ -1,4 +1,4 @@
-"""The server's half of a strategy: applies the rule to a model state, which is a tuple of shards."""
+"""The server: adds up what clients send, and applies the rule to a model state, which is a tuple of shards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ import torch
 from engine.aggregation.ring_encoding import ring_aggregate, sent_masks_of
 from engine.aggregation.server_step import server_step
 from engine.config.federation import Federation
-from engine.messages.broadcast import BroadcastMessage, share
+from engine.messages.broadcast import BroadcastMessage
 from engine.messages.errors import RunError
 from engine.messages.shards import Shard, ShardedState, borrow
 from engine.models.start import adapter_start
@@ -35,8 +35,8 @@ Next = tuple[ShardedState, float]  # the state and the clipping norm after a rou
 
 
 @dataclass(frozen=True)
-class DriverShards:
-    """One shard, the whole vector, in this process. `population` is how many clients may be sampled."""
+class DriverServer:
+    """The server in this process: one shard, the whole vector. `population` is how many clients may be sampled."""
 
     federation: Federation
     pool: Pool
@@ -76,9 +76,9 @@ class DriverShards:
         """Returns what the clients of the next round start from."""
         return BroadcastMessage.of(self.federation.strategy.broadcast(self._server_state(state)))
 
-    def model_message(self, state: ShardedState) -> Any:
+    def model_message(self, state: ShardedState) -> BroadcastMessage:
         """Returns the model as workers take it, to evaluate it, to generate with it, or to export it."""
-        return share(BroadcastMessage.of(Broadcast(state.round, self._server_state(state).params)))
+        return BroadcastMessage.of(Broadcast(state.round, self._server_state(state).params))
 
     def sums(self, worked: Worked) -> tuple[list[Aggregate], int]:
         """Returns the sum over all workers, or the updates one by one where the rule reads each, and their bytes."""
@@ -109,8 +109,8 @@ class DriverShards:
         aggregate = sums[0] if sums else None
         after, clip = server_step(self._server_state(state), aggregate, plan, clip, self.federation, layout, sent_masks)
         if after.merged_delta is not None and not self.federation.strategy.merges_into_base:
-            named = type(self.federation.strategy).__name__
-            raise StrategyError(f"{named} changes the base: declare merges_into_base = True in its class")
+            name = type(self.federation.strategy).__name__
+            raise StrategyError(f"{name} changes the base: declare merges_into_base = True in its class")
         return ShardedState(after.round, (self.hold(after),)), clip
 
     def merged_delta(self, state: ShardedState) -> np.ndarray | None:
@@ -124,8 +124,8 @@ class DriverShards:
 
 
 @dataclass(frozen=True)
-class RankShards:
-    """A shard in each rank of a gang. States and sums lie in the object store; the driver knows references."""
+class RankServer:
+    """The server in the ranks of the first gang: a shard in each. States and sums lie in the object store."""
 
     federation: Federation
     pool: Pool
@@ -216,10 +216,10 @@ class RankShards:
         return ShardedState(round_, tuple(shard for _, shard in shards), nbytes)
 
 
-Shards = DriverShards | RankShards
+Server = DriverServer | RankServer
 
 
-def apply(shards: Shards, state: ShardedState, sums: list[Any], plan: CentralPlan | None, clip: float) -> Next:
+def apply(server: Server, state: ShardedState, sums: list[Any], plan: CentralPlan | None, clip: float) -> Next:
     """Returns the next state and the next clipping norm; without `sums` the same model one round later.
 
     With a `plan` the sums get its noise first, or noise is all that moves the model; then what clients did to their
@@ -227,17 +227,17 @@ def apply(shards: Shards, state: ShardedState, sums: list[Any], plan: CentralPla
     """
     if not sums and plan is None:  # nobody took part, as in an empty Poisson cohort
         return replace(state, round=state.round + 1), clip
-    after, clip = shards.step(state, sums, plan, clip)
-    merge_into_base(shards, state, after)
+    after, clip = server.step(state, sums, plan, clip)
+    merge_into_base(server, state, after)
     return after, clip
 
 
-def merge_into_base(shards: Shards, before: ShardedState | None, after: ShardedState | None) -> None:
+def merge_into_base(server: Server, before: ShardedState | None, after: ShardedState | None) -> None:
     """Gives workers the base with what `after` has merged into it in place of `before`; None is the recipe's base."""
-    old, new = (None if state is None else shards.merged_delta(state) for state in (before, after))
+    old, new = (None if state is None else server.merged_delta(state) for state in (before, after))
     unchanged = old is new if old is None or new is None else np.may_share_memory(old, new)
     if not unchanged:
-        shards.pool.merge_into_base(new)
+        server.pool.merge_into_base(new)
 
 
 def _each(references: Mapping[int, Any]) -> tuple[Aggregate, int]:

@@ -44,7 +44,7 @@ class ZeroTrainer:
 
     lanes = 1
     batches = staticmethod(batches)
-    session: Any = staticmethod(nullcontext)
+    prepared: Any = staticmethod(nullcontext)
     train = take_steps
     updates = client_updates
 

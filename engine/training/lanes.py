@@ -72,7 +72,7 @@ class LaneTrainer:
         return take_steps(self.plain if len(trainings) == 1 else self, trainings, train)
 
     @contextmanager
-    def session(self, active: list[Progress]) -> Iterator[None]:
+    def prepared(self, active: list[Progress]) -> Iterator[None]:
         """Makes the adapted layers compute in lanes."""
         self.generators.clear()
         self.trainable.network.train()

@@ -15,10 +15,11 @@ from engine.models.precision import compute_in
 from engine.models.trainable import Trainable
 from engine.objectives.base import Objective, TermSums, Tokenizer, counted, require_provided, step_loss, term_sums
 from engine.objectives.token_batch import Batch, lengths
-from engine.records.client_state import OPTIMIZER, STRATEGY, named, owned_by
+from engine.records.client_state import OPTIMIZER, STRATEGY, owned_as, owned_by
 from engine.training.generation import Prompt, continuations
 from engine.training.optimizers import clip, make_optimizer
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, pieces, take_steps
+from strategies.core.base import Finished
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Update, Vector
 from strategies.core.seeds import rng, seed_torch, torch_seed
 
@@ -32,9 +33,6 @@ class Job:
     weight: float
     broadcast: Broadcast
     state: ClientState
-
-
-Finished = tuple[Update, ClientState]  # an update as the strategy finishes it, and the client's new state
 
 
 class Trainer(Protocol):
@@ -73,21 +71,21 @@ def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *,
             counted_terms = (terms[name] for name in federation.train.objective.losses)
             figures["loss_before"] = sum(total / max(1, count) for total, count in counted_terms)
     trainings = [_trainings(job, federation, trainer.device, view=view) for job in jobs]
-    for run in dict.fromkeys(run for by_run in trainings for run in by_run):
-        members = [place for place, by_run in enumerate(trainings) if run in by_run]
-        results = trainer.train([trainings[place][run] for place in members], federation.train)
+    for model in dict.fromkeys(model for by_model in trainings for model in by_model):
+        members = [place for place, by_model in enumerate(trainings) if model in by_model]
+        results = trainer.train([trainings[place][model] for place in members], federation.train)
         for place, trained in zip(members, results, strict=True):
-            is_end = run == GLOBAL and trainings[place][run].origin is None
-            ends[place][run] = trained.end.sub_(jobs[place].broadcast.params) if is_end else trained.end
-            moments[place] |= named(trained.moments, f"{OPTIMIZER}{run}.")
-            if run == GLOBAL:
+            is_end = model == GLOBAL and trainings[place][model].origin is None
+            ends[place][model] = trained.end.sub_(jobs[place].broadcast.params) if is_end else trained.end
+            moments[place] |= owned_as(trained.moments, f"{OPTIMIZER}{model}.")
+            if model == GLOBAL:
                 metrics[place] |= trained.metrics
     finished = []
     for job, broadcast, vectors, figures, state in zip(jobs, sent, ends, metrics, moments, strict=True):
         on_cpu = {name: end.cpu() for name, end in vectors.items()}
         update = Update(job.client, job.weight, on_cpu.pop(GLOBAL), metrics=figures)
         update, after = federation.strategy.finish(update, broadcast, owned_by(job.state, STRATEGY), on_cpu)
-        finished.append((update, named(after, STRATEGY) | state))
+        finished.append((update, owned_as(after, STRATEGY) | state))
     return finished
 
 
@@ -98,24 +96,24 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, view: 
     starts = strategy.starts(broadcast, state)
     by_row = federation.privacy.dp.kind == "example"
 
-    def correct(run: str, grad_KP: Vector, params_KP: Vector) -> None:
-        strategy.correct(grad_KP, params_KP, broadcast, state, run)
+    def correct(model: str, grad_KP: Vector, params_KP: Vector) -> None:
+        strategy.correct(grad_KP, params_KP, broadcast, state, model)
 
     return {
-        run: Training(
+        model: Training(
             job.rows,
             start,
-            rng(seed, broadcast.round, job.client, "batches" if run == GLOBAL else "personal"),
+            rng(seed, broadcast.round, job.client, "batches" if model == GLOBAL else "personal"),
             torch_seed(seed, broadcast.round, job.client, "dropout"),
             lora_rank=broadcast.lora_rank,
             # None where there is no correction, which saves gangs copies.
-            correct=partial(correct, run) if strategy.corrects else None,
-            rate=train.over_rounds.factor(broadcast.round, federation.rounds),
-            moments=owned_by(job.state, f"{OPTIMIZER}{run}.") if train.state == "keep" else None,
+            correct=partial(correct, model) if strategy.corrects else None,
+            round_factor=train.over_rounds.factor(broadcast.round, federation.rounds),
+            moments=owned_by(job.state, f"{OPTIMIZER}{model}.") if train.state == "keep" else None,
             origin=broadcast.params if view and len(starts) == 1 else None,
-            trained_mask=strategy.trained_mask(broadcast, state, run) if by_row else None,
+            trained_mask=strategy.trained_mask(broadcast, state, model) if by_row else None,
         )
-        for run, start in starts.items()
+        for model, start in starts.items()
     }
 
 
@@ -134,7 +132,7 @@ class LocalTrainer:
 
     lanes = 1
     batches = staticmethod(batches)
-    session: Any = staticmethod(nullcontext)
+    prepared: Any = staticmethod(nullcontext)
     summed = staticmethod(float)  # there is one rank
     train = take_steps
     updates = client_updates

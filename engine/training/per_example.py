@@ -68,7 +68,7 @@ class PrivateTrainer:
         self._steps, self._moving = 0, False
 
     @contextmanager
-    def session(self, active: list[Progress]) -> Iterator[None]:
+    def prepared(self, active: list[Progress]) -> Iterator[None]:
         """Makes backward leave each row's gradient."""
         with row_gradients(self.trainable.network) as self._hooks:
             yield

@@ -66,11 +66,11 @@ class Training:
     """One client's local training on encoded `rows` from the vector `start` (P,), or a rank's shard of it.
 
     `stream` draws the batches, `dropout` is torch's seed. `lora_rank` is the client's own where they are mixed.
-    `correct` may change each step's gradient; `rate` is a factor on all learning rates. With `moments` the optimizer
-    continues from that state and the result has the new one; None starts from nothing. The result is a copy of the
-    vector, or with `origin` its change from there, which may lie in the trainer's memory until the next training.
-    Example-level privacy clips and adds noise on the coordinates in `trained_mask`; None: all. `factor` stands in for
-    `train.over_steps`: of a step's number and all steps it makes the factor on the learning rate.
+    `correct` may change each step's gradient; every learning rate is times `round_factor`. With `moments` the
+    optimizer continues from that state and the result has the new one; None starts from nothing. The result is a copy
+    of the vector, or with `origin` its change from there, which may lie in the trainer's memory until the next
+    training. Example-level privacy clips and adds noise on the coordinates in `trained_mask`; None: all.
+    `step_factor` stands in for `train.over_steps`: of a step's number and all steps it makes a further factor.
     """
 
     rows: pa.RecordBatch
@@ -79,11 +79,11 @@ class Training:
     dropout: int
     lora_rank: int | None = None
     correct: Correct | None = None
-    rate: float = 1.0
+    round_factor: float = 1.0
     moments: ClientState | None = None
     origin: Vector | None = None
     trained_mask: Mask | None = None
-    factor: Callable[[int, int], float] | None = None
+    step_factor: Callable[[int, int], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Progress:
     steps: int  # to take
     taken: int = 0
     tokens: int = 0
-    rates: float = 0.0
+    lr_sum: float = 0.0  # of the steps taken
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -136,7 +136,7 @@ class Progress:
         loss, learned = sum((means[name] for name in objective.losses), 0.0), self.counts[next(iter(terms))]
         rows, steps, tokens = float(self.training.rows.num_rows), float(self.taken), float(summed(self.tokens))
         metrics = {"loss": loss, "rows": rows, "steps": steps, "tokens": tokens, "learned": float(learned)}
-        metrics["rates"] = self.rates
+        metrics["rates"] = self.lr_sum  # the name under which run folders have it
         for name, (mean_key, units_key) in terms.items():
             metrics |= {mean_key: means[name], units_key: float(self.counts[name])}
         return metrics
@@ -152,7 +152,7 @@ class Backend(Protocol):
     def batches(self, rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """Yields the row numbers of each step."""
 
-    def session(self, active: list[Progress], /) -> AbstractContextManager[Any]:
+    def prepared(self, active: list[Progress], /) -> AbstractContextManager[Any]:
         """Prepares the model for training; `active` are the clients in the lanes, and changes."""
 
     def begin(self, lane: int, training: Training) -> None:
@@ -203,16 +203,16 @@ def take_steps(backend: Backend, trainings: Sequence[Training], train: Train) ->
                 backend.correct(lane, client.training.correct)
         backend.clip(train.clip)
 
-    with backend.session(active):
+    with backend.prepared(active):
         for lane, (place, training) in zip(range(backend.lanes), waiting, strict=False):
             active.append(begun(lane, place, training))
         while active:
             backend.gradients(active, train)
             for lane, client in enumerate(active):
-                factor = client.training.factor or train.over_steps.factor
-                lr = train.optimizer.lr * client.training.rate * factor(client.taken, client.steps)
+                step_factor = client.training.step_factor or train.over_steps.factor
+                lr = train.optimizer.lr * client.training.round_factor * step_factor(client.taken, client.steps)
                 backend.optimizer.param_groups[lane]["lr"] = lr
-                client.taken, client.rates = client.taken + 1, client.rates + lr
+                client.taken, client.lr_sum = client.taken + 1, client.lr_sum + lr
             backend.step(adjust)
             for lane in reversed(range(len(active))):
                 client = active[lane]

@@ -67,7 +67,7 @@ def attempted(
     return [Attempted(unit[0], None, why)]
 
 
-Trained = tuple[Job, Update, ClientState]  # a client's job, its update, and its state after the round
+ClientResult = tuple[Job, Update, ClientState]  # a client's job, its update, and its state after the round
 TrainerOf = Callable[[Unit, BroadcastMessage], Trainer]
 
 
@@ -138,7 +138,7 @@ class ClientRunner:
                 reports[client] = Report(client, {DOWN: down, UP: 0.0}, late=late)
         present, began = tuple(client for client in unit if client not in reports), time.monotonic()
 
-        def train(clients: Unit) -> list[Trained]:
+        def train(clients: Unit) -> list[ClientResult]:
             jobs = [self._job(client, message, broadcast) for client in clients]
             # Updates may be views of the trainer's memory if nothing else is trained before they are handed over.
             results = self.trainer_of(clients, message).updates(jobs, federation, view=len(present) == 1)
@@ -172,10 +172,10 @@ class ClientRunner:
         return Job(client, rows, weight, received, self.state_of(client, broadcast.round))
 
     def _hand_over(
-        self, trained: Trained, message: BroadcastMessage, accumulator: Accumulator, trained_s: float
+        self, result: ClientResult, message: BroadcastMessage, accumulator: Accumulator, trained_s: float
     ) -> Report:
         """Encodes a client's update and lets the accumulator take it; then its state is written."""
-        federation, (job, update, after) = self.federation, trained
+        federation, (job, update, after) = self.federation, result
         update, kept = encode(federation.transforms, update, job.broadcast, job.state)
         traffic = self._traffic(job.broadcast)
         update, after = replace(update, metrics=update.metrics | traffic), after | kept

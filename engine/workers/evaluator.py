@@ -115,8 +115,8 @@ class Evaluator:
         federation, start = self.runner.federation, message.vector()
         train, seed = replace(federation.train, steps=steps, epochs=None), federation.seed
         stream, dropout = rng(seed, 0, client, "batches"), torch_seed(seed, 0, client, "dropout")
-        factor = partial(_factor, federation.train, message.round, federation.rounds)
-        training = Training(rows, start.to(self.trainer.device), stream, dropout, factor=factor)
+        step_factor = partial(_factor, federation.train, message.round, federation.rounds)
+        training = Training(rows, start.to(self.trainer.device), stream, dropout, step_factor=step_factor)
         return self.trainer.train([training], train)
 
 

@@ -18,7 +18,7 @@ import torch
 import experiments
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
-from engine.messages.events import Event, Finished, RoundDone
+from engine.messages.events import Event, RoundDone, RunDone
 from engine.models.adapters import peft_config
 from engine.objectives.token_batch import token_losses
 from engine.records.checkpoint import load_checkpoint
@@ -67,7 +67,7 @@ def compare(work: Recipe, folder: Path, tolerance: float = TOLERANCE) -> Compare
                 # The driver goes on to its next event, which says that the checkpoint is written, and no further.
                 while not (folder / "checkpoints" / f"{event.round:05d}").exists():
                     time.sleep(0.005)
-            elif not isinstance(event, Finished):
+            elif not isinstance(event, RunDone):
                 return
             seconds.append(play(len(seconds)))
             if len(seconds) == 1:

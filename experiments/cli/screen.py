@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Column, Table
 
 from datasets_partition.sources.location import is_local, within
-from engine.messages.events import DriverLost, Evaluated, Event, Finished, Preparing, RoundDone, Sample, Started
+from engine.messages.events import DriverLost, Evaluated, Event, Preparing, RoundDone, RunDone, Sample, Started
 from experiments.report.terminal import console, inert, plain
 
 SPLITS = {"heldout": "held-out rows", "unseen": "unseen clients", "server": "the server's rows"}
@@ -50,7 +50,7 @@ class Screen:
                 self.console.print(plain(f"round {round_:>3}/{self.rounds} "), plain(_losses(losses), "bold"))
             case Evaluated(_, losses, baseline):
                 self._line(f"{str(baseline).replace('_', ' '):>13}  {_losses(losses)}")
-            case Finished():
+            case RunDone():
                 self._finished(event)
 
     def say(self, what: str) -> None:
@@ -103,7 +103,7 @@ class Screen:
                 self._line(f"privacy: {event.epsilon}")
             self.progress.update(self.task, description="evaluating, exporting")
 
-    def _finished(self, event: Finished) -> None:
+    def _finished(self, event: RunDone) -> None:
         self.progress.stop()
         for number, sample in enumerate(event.samples, 1):
             self.console.print(_sample(number, sample))

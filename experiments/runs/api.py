@@ -72,7 +72,7 @@ def run(
     sets `stop`, the current round is finished and RunStopped is raised.
     """
     from datasets_partition.sources.location import is_local
-    from engine.messages.events import Finished, Preparing, Started, Stopped
+    from engine.messages.events import Preparing, RunDone, Started, Stopped
     from engine.system.atomic import write_file
     from experiments.config.recipe import load_recipe, located, to_toml
     from experiments.report.page import write_report
@@ -96,7 +96,7 @@ def run(
         if resume:
             manifest = resuming.continued(folder, resuming.earlier_manifest(folder), manifest, accept_changes)
         files = {"recipe.toml": to_toml(recipe).encode(), "manifest.json": json.dumps(manifest, indent=1).encode()}
-        finished: Finished | None = None
+        finished: RunDone | None = None
         begun = resume
         with ray_session(address), ExitStack() as at_end:
             from engine.rounds.driver import RunOptions  # imports ray, whose environment is only now complete
@@ -111,7 +111,7 @@ def run(
                 notes += (f"this run continues in spite of changes since it was begun: {', '.join(accepted)}",)
             options = RunOptions(store, folder.resolve(), files, shared, resume, baselines, (), elsewhere, notes)
             for event in drive(located(beginning), options, stop):
-                if isinstance(event, Finished):
+                if isinstance(event, RunDone):
                     finished = replace(event, folder=folder)
                     continue
                 if isinstance(event, Started):

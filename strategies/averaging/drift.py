@@ -21,7 +21,7 @@ class FedProx(AveragingRule):
     paper: ClassVar[str] = "arXiv 1812.06127"
 
     def correct(
-        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL
     ) -> None:
         """grad += mu (theta - theta_t)."""
         grad_KP.add_(params_KP - broadcast.params, alpha=self.mu)
@@ -49,7 +49,7 @@ class FedDyn(AveragingRule):
     paper: ClassVar[str] = "arXiv 2111.04263"
 
     def correct(
-        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL
     ) -> None:
         """grad += alpha (theta - theta_t) - h_k."""
         grad_KP.add_(params_KP - broadcast.params, alpha=self.alpha)
@@ -93,7 +93,7 @@ class Scaffold(AveragingRule):
     paper: ClassVar[str] = "arXiv 1910.06378"
 
     def correct(
-        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL
     ) -> None:
         """grad += c - c_k."""
         grad_KP.add_(broadcast.extras["c"])

@@ -13,14 +13,14 @@ def the_client_side_writes_nothing_but_its_gradient(case: Case) -> None:
     starts = strategy.starts(broadcast, client_state)
     given = (broadcast, client_state, starts)
     given_before = copied(given)
-    for run in starts:
+    for model in starts:
         params_KP = torch.stack([drawn(case.layout, 1), drawn(case.layout, 2)])
         params_before = params_KP.clone()
-        strategy.correct(torch.ones_like(params_KP), params_KP, broadcast, client_state, run)
+        strategy.correct(torch.ones_like(params_KP), params_KP, broadcast, client_state, model)
         same(params_KP, params_before, "correct writes into the parameters; it may change its gradient alone")
 
     update = Update(4, 0.5, drawn(case.layout, 5), metrics=dict(METRICS))
-    ends = {run: drawn(case.layout, 6, len(run)) for run in starts if run != GLOBAL}
+    ends = {model: drawn(case.layout, 6, len(model)) for model in starts if model != GLOBAL}
     ends_before = copied(ends)
     sent, _ = strategy.finish(update, broadcast, client_state, ends)
     strategy.personal(broadcast, client_state)
@@ -46,15 +46,15 @@ def what_is_frozen_is_neither_sent_nor_trained(case: Case) -> None:
                 fits = mask.dtype == torch.bool and mask.shape == sent[name].shape
                 hold(fits, f"sent_masks' mask of {name!r} is not one bool for each of its numbers")
                 hold(not sent[name][~mask].any(), f"it changes coordinates of {name!r} that sent_masks calls frozen")
-        for run in strategy.starts(broadcast, client_state):
-            trained_mask = strategy.trained_mask(broadcast, client_state, run)
+        for model in strategy.starts(broadcast, client_state):
+            trained_mask = strategy.trained_mask(broadcast, client_state, model)
             if trained_mask is None:
                 continue
             fits = trained_mask.dtype == torch.bool and trained_mask.shape == (case.layout.size,)
             hold(fits, "trained_mask is not one bool for each coordinate")
             if not strategy.mixed_ranks:  # whose rows beyond a rank have no gradient to begin with
                 grad = torch.ones(1, case.layout.size)
-                strategy.correct(grad, drawn(case.layout, 1)[None], broadcast, client_state, run)
+                strategy.correct(grad, drawn(case.layout, 1)[None], broadcast, client_state, model)
                 hold(not grad[:, ~trained_mask].any(), "correct leaves gradients where trained_mask says nothing moves")
 
 
@@ -64,13 +64,13 @@ def lanes_are_corrected_as_single_clients(case: Case) -> None:
         now = case.after(rounds)
         broadcast, pair = now.broadcast, now.client_states[:2]
         stacked = {name: torch.stack([client_state[name] for client_state in pair]) for name in pair[0]}
-        for run in case.strategy.starts(broadcast, pair[0]):
+        for model in case.strategy.starts(broadcast, pair[0]):
             params_KP, grad_KP = (torch.stack([drawn(case.layout, n), drawn(case.layout, n + 1)]) for n in (1, 3))
             alone = [grad_KP[k : k + 1].clone() for k in range(2)]
             for k, grad_1P in enumerate(alone):
-                case.strategy.correct(grad_1P, params_KP[k : k + 1], broadcast, pair[k], run)
-            case.strategy.correct(grad_KP, params_KP, broadcast, stacked, run)
-            same(grad_KP, torch.cat(alone), f"correct on several clients at once differs from one by one in {run!r}")
+                case.strategy.correct(grad_1P, params_KP[k : k + 1], broadcast, pair[k], model)
+            case.strategy.correct(grad_KP, params_KP, broadcast, stacked, model)
+            same(grad_KP, torch.cat(alone), f"correct on several clients at once differs from one by one in {model!r}")
 
 
 def the_global_training_comes_first(case: Case) -> None:
@@ -79,8 +79,8 @@ def the_global_training_comes_first(case: Case) -> None:
     for client_state in (ClientState(), now.client_states[0]):
         starts = case.strategy.starts(now.broadcast, client_state)
         hold(next(iter(starts), None) == GLOBAL, f"starts names {list(starts)}: the first must be {GLOBAL!r}")
-        for run, start in starts.items():
-            hold(start.shape == (case.layout.size,), f"the start of {run!r} is no vector of the layout's size")
+        for model, start in starts.items():
+            hold(start.shape == (case.layout.size,), f"the start of {model!r} is no vector of the layout's size")
 
 
 def a_personal_vector_is_like_the_global_one(case: Case) -> None:

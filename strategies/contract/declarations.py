@@ -62,8 +62,8 @@ def client_state_is_kept_where_the_class_says_so_and_is_used(case: Case) -> None
 
     def visible(client: int, client_state: ClientState) -> object:
         corrected = torch.ones(1, case.layout.size)
-        for run in (starts := strategy.starts(broadcast, client_state)):
-            strategy.correct(corrected, drawn(case.layout, 1)[None], broadcast, client_state, run)
+        for model in (starts := strategy.starts(broadcast, client_state)):
+            strategy.correct(corrected, drawn(case.layout, 1)[None], broadcast, client_state, model)
         update, _ = case.client(broadcast, client, client_state, drawn(case.layout, 9, client))
         return starts, corrected, update, strategy.personal(broadcast, client_state)
 
@@ -75,10 +75,10 @@ def gradients_are_corrected_only_where_the_class_says_so(case: Case) -> None:
     """`corrects` is honest: without it `correct` leaves every gradient as it is."""
     only_where(not case.strategy.corrects, "corrects is True: it may change gradients")
     now, grad_1P = case.after(2), drawn(case.layout, 3)[None]
-    for run in case.strategy.starts(now.broadcast, now.client_states[0]):
+    for model in case.strategy.starts(now.broadcast, now.client_states[0]):
         corrected_1P = grad_1P.clone()
-        case.strategy.correct(corrected_1P, drawn(case.layout, 1)[None], now.broadcast, now.client_states[0], run)
-        same(corrected_1P, grad_1P, f"corrects is False, but correct changes the gradient of the training {run!r}")
+        case.strategy.correct(corrected_1P, drawn(case.layout, 1)[None], now.broadcast, now.client_states[0], model)
+        same(corrected_1P, grad_1P, f"corrects is False, but correct changes the gradient of the training {model!r}")
 
 
 def products_are_sent_where_the_class_says_so(case: Case) -> None:

@@ -121,9 +121,9 @@ def shards_are_worked_on_as_the_whole(case: Case) -> None:
         moments, client_state = cut(now.state.moments), cut(now.client_states[0])
         state = replace(now.state, params=now.state.params[place], moments=moments, layout=NO_LAYOUT)
         broadcast = strategy.broadcast(state)
-        grads = {run: grad[:, place].clone() for run in strategy.starts(broadcast, client_state)}
-        for run, grad_KP in grads.items():
-            strategy.correct(grad_KP, broadcast.params[None] + change[place], broadcast, client_state, run)
+        grads = {model: grad[:, place].clone() for model in strategy.starts(broadcast, client_state)}
+        for model, grad_KP in grads.items():
+            strategy.correct(grad_KP, broadcast.params[None] + change[place], broadcast, client_state, model)
         update, kept = case.client(broadcast, 0, client_state, change[place])
         each = aggregate.each and tuple(replace(x, delta=x.delta[place], extras=cut(x.extras)) for x in aggregate.each)
         seen = replace(aggregate, total=aggregate.total[place], extras=cut(aggregate.extras), each=each)

@@ -113,9 +113,9 @@ class Rule(ABC):
         return {GLOBAL: broadcast.params}
 
     def correct(
-        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL
     ) -> None:
-        """Changes the local gradient of the training `run` in place, before clipping and the local optimizer.
+        """Changes the local gradient of `model`, as `starts` names it, in place, before clipping and the optimizer.
 
         It may write nothing else. Extras (P,) and client state (P,) or (K, P) broadcast over K.
         """
@@ -140,8 +140,8 @@ class Rule(ABC):
         """
         return {}
 
-    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
-        """The coordinates that the client's training `run` may move, whether it sends them or not; None: all.
+    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL) -> Mask | None:
+        """The coordinates that the client's training of `model` may move, whether it sends them or not; None: all.
 
         Example-level privacy clips and adds noise to these alone: `correct` must zero all other gradients.
         """

@@ -11,7 +11,7 @@ Vector = torch.Tensor  # (P,) float32, contiguous, on the CPU: it is put, summed
 Mask = torch.Tensor  # (P,) bool: a choice of coordinates
 ClientState = dict[str, Vector]  # what a client keeps from one of its rounds to the next
 
-GLOBAL = "global"  # the name of the local training whose change is the update
+GLOBAL = "global"  # the name of the model whose change in local training is the update
 NO_LAYOUT = Layout((), ())
 
 

@@ -34,7 +34,7 @@ class FrozenHalf(AveragingRule, ABC):
         return LORA_A
 
     def correct(
-        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL
     ) -> None:
         """The gradient of the frozen half becomes zero."""
         zeroed(grad_KP, broadcast.layout, self.frozen(broadcast.round))
@@ -134,10 +134,10 @@ class FedSb(FrozenHalf):
         return replace(super().broadcast(state), extras=bases(state))
 
     def correct(
-        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL
     ) -> None:
         """The gradient of A becomes zero, that of B is projected on the span of B0."""
-        super().correct(grad_KP, params_KP, broadcast, client_state, run)
+        super().correct(grad_KP, params_KP, broadcast, client_state, model)
         for grad_P in grad_KP:
             for b_OR, b0_OR in with_bases(grad_P, broadcast.layout, broadcast.extras):
                 b_OR.copy_(b0_OR @ (b0_OR.T @ b_OR))
@@ -159,7 +159,7 @@ class FedSb(FrozenHalf):
             pair.b_OR[: layout.lora_rank] = True
         return {"delta": mask}
 
-    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
+    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL) -> Mask | None:
         """All but A."""
         return unmarked(broadcast.layout, LORA_A)
 

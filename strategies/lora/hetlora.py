@@ -66,7 +66,7 @@ class HetLora(Rule):
         return {GLOBAL: start_at(broadcast, lora_rank)}
 
     def correct(
-        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL
     ) -> None:
         """Adds the gradient of penalty * |B_tail| |A_tail|."""
         present = lora_ranks(broadcast, client_state)
@@ -91,7 +91,7 @@ class HetLora(Rule):
         update = replace(update, delta=end - broadcast.params, weight=weights[self.weighting])
         return update, client_state | {"rank": torch.tensor([float(lora_rank)])}
 
-    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
+    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL) -> Mask | None:
         """The rank that the client has kept."""
         (lora_rank,) = lora_ranks(broadcast, client_state)
         return all_but(broadcast.layout, slice(lora_rank, None))

@@ -41,10 +41,10 @@ class Ditto(AveragingRule):
         return {GLOBAL: broadcast.params, PERSONAL: client_state.get(PERSONAL, broadcast.params)}
 
     def correct(
-        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL
     ) -> None:
         """grad += lam (v_k - theta_t) in the personal training."""
-        if run == PERSONAL:
+        if model == PERSONAL:
             grad_KP.add_(params_KP - broadcast.params, alpha=self.lam)
 
     def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
@@ -171,10 +171,10 @@ class FedDpa(AveragingRule):
         return {GLOBAL: broadcast.params, PERSONAL: self._mixed(broadcast, client_state)}
 
     def correct(
-        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL
+        self, grad_KP: Vectors, params_KP: Vectors, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL
     ) -> None:
         """Freezes the local adapter, in the personal training the global one."""
-        without(grad_KP, broadcast.layout, _frozen(broadcast.layout, run))
+        without(grad_KP, broadcast.layout, _frozen(broadcast.layout, model))
 
     def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """Keeps the local adapter and sends no change of it."""
@@ -192,9 +192,9 @@ class FedDpa(AveragingRule):
         """All but the local adapter."""
         return {"delta": all_but(layout, _frozen(layout, GLOBAL))}
 
-    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, run: str = GLOBAL) -> Mask | None:
+    def trained_mask(self, broadcast: Broadcast, client_state: ClientState, model: str = GLOBAL) -> Mask | None:
         """All but the other training's adapter."""
-        return all_but(broadcast.layout, _frozen(broadcast.layout, run))
+        return all_but(broadcast.layout, _frozen(broadcast.layout, model))
 
     def _mixed(self, broadcast: Broadcast, client_state: ClientState) -> Vector:
         mixed, half = broadcast.params.clone(), broadcast.layout.lora_rank // 2
@@ -207,10 +207,10 @@ class FedDpa(AveragingRule):
         return mixed
 
 
-def _frozen(layout: Layout, run: str) -> slice:
+def _frozen(layout: Layout, model: str) -> slice:
     """The rows of A and columns of B that a training leaves alone."""
     half = layout.lora_rank // 2
-    return slice(half) if run == PERSONAL else slice(half, None)
+    return slice(half) if model == PERSONAL else slice(half, None)
 
 
 def _local(vector: Vector, layout: Layout) -> list[torch.Tensor]:

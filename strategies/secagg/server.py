@@ -27,7 +27,7 @@ from strategies.secagg.protocol import Party, Phase, SecAggAbort, Session, abort
 from strategies.secagg.shamir import Reconstruction
 
 
-class Server(Party):
+class SecAggServer(Party):
     """Plays one session with the invited clients.
 
     It adds up the first `hold` coordinates of the vectors, by default all. Where vectors are in shards, ranks add up
@@ -65,7 +65,7 @@ class Server(Party):
         self._removals = Masks(self.session.sums.bits)
 
     def __repr__(self) -> str:
-        return f"Server(round={self.session.round}, attempt={self.session.attempt}, phase={self._phase!r})"
+        return f"SecAggServer(round={self.session.round}, attempt={self.session.attempt}, phase={self._phase!r})"
 
     def key_list(self, keys: Iterable[Keys]) -> KeyList:
         """Ends the first trip: everybody's keys, in a random order that places clients on the ring."""

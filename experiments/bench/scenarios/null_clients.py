@@ -15,7 +15,7 @@ from engine.config.federation import Federation
 from engine.models.base_model import PackedBase
 from engine.records.metrics import Logs
 from engine.rounds.round_loop import RunSetup, round_loop
-from engine.rounds.server import DriverShards
+from engine.rounds.server import DriverServer
 from engine.scheduling.pool import Pool
 from engine.training.local_training import Job, LocalTrainer
 from engine.workers.token_columns import token_columns
@@ -146,10 +146,10 @@ def play(work: Recipe, folder: Path, rounds: int) -> NullRounds:
         slots = NullPool.start(work, folder / "client_state", store)
         try:
             opened, tokens = Store.open(store), Tokens.open(slots.columns.folder)
-            shards, logs = DriverShards(work, slots, opened.num_training), Logs.under(folder)
-            state = shards.initial()
+            server, logs = DriverServer(work, slots, opened.num_training), Logs.under(folder)
+            state = server.initial()
             first = state.shards[0].params
-            loop = round_loop(RunSetup(work, slots, shards, state, opened, tokens, folder), logs)
+            loop = round_loop(RunSetup(work, slots, server, state, opened, tokens, folder), logs)
             start_s, seconds, before = time.monotonic() - began, list[float](), stored_bytes()
             for round_ in range(1, rounds + 1):
                 began = time.monotonic()

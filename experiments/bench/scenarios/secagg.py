@@ -31,7 +31,7 @@ from strategies.secagg.parameters import Parameters, choose
 from strategies.secagg.primitives import Mode
 from strategies.secagg.protocol import Phase, Session
 from strategies.secagg.ring import Sum, Sums
-from strategies.secagg.server import Server
+from strategies.secagg.server import SecAggServer
 
 SEED = 1
 SCALED = ("encode", "mask")  # a client's steps whose work grows with its vector
@@ -127,7 +127,7 @@ def play(session: Session, sampled: int, gone: Mapping[int, Phase]) -> Played:
     updates = rng(SEED, 0, -1, "sample").uniform(-1.1, 1.1, sampled + len(everybody)).astype(np.float32)
     client, server, traffic = Clock(float), Clock(float), Counter[str]()
     members = {u: Client(session, u) for u in everybody}
-    party = Server(session, everybody)
+    party = SecAggServer(session, everybody)
     expected_S = np.zeros(sampled, np.uint32)
     vector_L = np.arange(sums.length, dtype=np.uint32)  # written to: pages of zeros would all be one, in the cache
 

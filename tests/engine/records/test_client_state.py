@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.records.client_state import RANK, ClientStates, forget_round, named, owned_by
+from engine.records.client_state import RANK, ClientStates, forget_round, owned_as, owned_by
 
 
 def value(memory: dict[str, torch.Tensor]) -> list[float]:
@@ -57,7 +57,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: 
 
 
 def test_owners_do_not_see_each_others_entries() -> None:
-    both = named({"c": torch.ones(1)}, "strategy.") | named({"c": torch.zeros(1)}, "optimizer.global.")
+    both = owned_as({"c": torch.ones(1)}, "strategy.") | owned_as({"c": torch.zeros(1)}, "optimizer.global.")
     assert set(both) == {"strategy.c", "optimizer.global.c"}
     assert owned_by(both, "strategy.")["c"] == 1 and owned_by(both, "optimizer.global.")["c"] == 0
 

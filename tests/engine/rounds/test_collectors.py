@@ -22,7 +22,7 @@ from engine.messages.tasks import Work
 from engine.records.journal import Journal
 from engine.rounds.collectors import ClearCollector
 from engine.rounds.secure_round import Relay, SecureCollector, placement
-from engine.rounds.server import DriverShards
+from engine.rounds.server import DriverServer
 from engine.scheduling.pool import Pool
 from engine.workers.worker import ClientActor
 from strategies.core.cohort import UniformCohort
@@ -118,12 +118,12 @@ def play(pool, small_recipe, tmp_path):
             BroadcastMessage.of(recipe.strategy.broadcast(state)), noise_plan=plan, clip=clip, lanes=lanes
         )
         message = replace(message, full_rows=20)
-        shards = DriverShards(recipe, slots, len(COHORT))
+        server = DriverServer(recipe, slots, len(COHORT))
         if mode is None:
-            return ClearCollector(recipe, shards).collect(work(cohort, costs), message)
+            return ClearCollector(recipe, server).collect(work(cohort, costs), message)
         for actor in slots.actors:  # a slot keeps its clients' sum for the sessions of one round
             ray.get(actor.forget.remote())
-        relay = Relay(shards, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
+        relay = Relay(server, ray.remote(Authority).options(num_cpus=0).remote(), on_slot_death)
         arguments = recipe, relay, MOST_TOKENS, Journal(tmp_path), lambda *_: None
         return SecureCollector(*arguments).collect(work(cohort, costs), message)
 

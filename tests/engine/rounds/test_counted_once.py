@@ -13,7 +13,7 @@ from engine.aggregation.exact_sum import ExactSum
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.tasks import Work
 from engine.rounds.collectors import ClearCollector
-from engine.rounds.server import DriverShards
+from engine.rounds.server import DriverServer
 from engine.scheduling.pool import Pool
 from engine.workers.worker import ClientActor
 from strategies.core.protocol import ServerState
@@ -47,7 +47,7 @@ def test_a_client_that_is_added_twice_ends_the_round(ray_session, small_recipe, 
     state = ServerState(0, torch.from_numpy(slots.initial.copy()), layout=slots.layout, seed=recipe.seed)
     work = Work(CLIENTS, np.ones(3), np.ones(3))
     message = replace(BroadcastMessage.of(recipe.strategy.broadcast(state)), full_rows=20)
-    collector = ClearCollector(recipe, DriverShards(recipe, slots, len(CLIENTS)))
+    collector = ClearCollector(recipe, DriverServer(recipe, slots, len(CLIENTS)))
     try:
         (aggregate,) = collector.collect(work, message).sums
         assert aggregate.count == 3

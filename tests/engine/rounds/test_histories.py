@@ -19,7 +19,7 @@ from engine.messages.reports import DOWN, Report
 from engine.messages.tasks import Work
 from engine.records.journal import Journal
 from engine.rounds.secure_round import Relay, SecureCollector
-from engine.rounds.server import DriverShards
+from engine.rounds.server import DriverServer
 from engine.scheduling.dispatcher import units_of
 from engine.system.failures import SlotSilent
 from strategies.core.cohort import UniformCohort
@@ -108,7 +108,7 @@ class Pool:
         self.chance.written.append(Journal(self.folder, None, 0).clients(self.round))
 
 
-class Whole(DriverShards):
+class Whole(DriverServer):
     """The model is whole in the driver, which notes what it unmasks."""
 
     def unmasked(self, masked, plan):
@@ -127,7 +127,7 @@ class HereRelay(Relay):
     """Slots are asked in this process; any may die of it, and so may the driver."""
 
     def _call(self, slot, name, *arguments):
-        pool = self.shards.pool
+        pool = self.server.pool
         chance = pool.chance
         if name == "unmask":
             pool.before_shares()

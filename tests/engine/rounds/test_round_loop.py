@@ -26,7 +26,7 @@ from engine.rounds.outputs import write_checkpoint
 from engine.rounds.planner import Planner
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import RoundLoop
-from engine.rounds.server import DriverShards, merge_into_base
+from engine.rounds.server import DriverServer, merge_into_base
 from strategies.averaging.drift import Scaffold
 from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
@@ -93,7 +93,7 @@ def loop_of(federation, folder, *collected):
     return RoundLoop(
         federation,
         Planner(federation, tokens, POPULATION),
-        DriverShards(federation, pool, POPULATION),
+        DriverServer(federation, pool, POPULATION),
         Given(list(collected)),
         partial(shortfall, federation, store),
         PrivacyAccount(federation, folder / "privacy.json"),
@@ -118,7 +118,7 @@ def test_a_round_by_hand(tmp_path):
     """FedAvg: 1 + 0.5 / 0.5 and 2 - 1 / 0.5."""
     loop = loop_of(recipe(), tmp_path, good_round())
     loop.recorder.pool.faults.append(Fault("slot", "1", "killed"))
-    state, played = loop.play(loop.shards.initial())
+    state, played = loop.play(loop.server.initial())
     assert (state.round, params(state), loop.journal.model) == (1, [2.0, 0.0], 1)
     (message,) = loop.collector.messages
     rows = ROWS[loop.planner.work(0).clients].max()
@@ -142,7 +142,7 @@ def test_a_round_by_hand(tmp_path):
 
 def test_the_share_that_secure_aggregation_clips_is_a_metric(tmp_path):
     loop = loop_of(recipe(), tmp_path, replace(good_round(), clipped=0.25), good_round())
-    state, _ = loop.play(loop.shards.initial())
+    state, _ = loop.play(loop.server.initial())
     loop.play(state)
     loop.recorder.logs.flush(1)
     rows = read_log(tmp_path / "metrics").to_pylist()
@@ -153,7 +153,7 @@ def test_without_sums_the_model_stays_as_it_was_and_too_many_such_rounds_end_the
     federation = recipe(privacy=Privacy(secagg=SecAgg(max_aborts=1)))
     aborted = Collected(by_client=False, aborted="nobody is left")
     loop = loop_of(federation, tmp_path, Collected(), aborted, aborted)
-    state, _ = loop.play(loop.shards.initial())
+    state, _ = loop.play(loop.server.initial())
     state, played = loop.play(state)
     assert (state.round, params(state), loop.journal.model, loop.aborts) == (2, [1.0, 2.0], 0, 1)
     assert (played.aborted, played.clients) == ("nobody is left", 0)
@@ -165,11 +165,11 @@ def test_a_round_with_too_few_updates_ends_the_run_or_is_skipped(tmp_path):
     failed = replace(good_round(), reports=[report(0), report(1, failed="NaN"), report(2, failed="NaN")])
     loop = loop_of(recipe(), tmp_path, failed)
     with pytest.raises(RunError, match=r"2 of 3 clients of round 1 gave no usable update.*'client-1', 'client-2': NaN"):
-        loop.play(loop.shards.initial())
+        loop.play(loop.server.initial())
     loop.recorder.logs.faults.flush(1)  # as when a run ends
     assert read_log(tmp_path / "faults")["who"].to_pylist() == ["client-1", "client-2", "client-3"]
     loop = loop_of(recipe(clients=Clients(on_too_few="skip")), tmp_path, failed)
-    state, played = loop.play(loop.shards.initial())
+    state, played = loop.play(loop.server.initial())
     assert (state.round, params(state), loop.aborts) == (1, [1.0, 2.0], 0)
     assert "2 of 3 clients" in played.aborted and played.failed == {"client-1": "NaN", "client-2": "NaN"}
 
@@ -188,39 +188,39 @@ def test_clients_that_are_not_in_the_sum_lose_the_state_of_the_round(tmp_path):
             states.write(client, round_, {"c": torch.full((1,), float(round_))}, oldest=0)
     sums = [Aggregate(1.0, torch.zeros(2), {"c": torch.zeros(2)}, 1)]
     loop = loop_of(federation, tmp_path, Collected([report(cohort[0]), report(cohort[1], late=1.0)], sums))
-    state, _ = loop.play(replace(loop.shards.initial(), round=1))
+    state, _ = loop.play(replace(loop.server.initial(), round=1))
     assert state.round == 2
     assert [states.read(client, 2)["c"].item() for client in cohort] == [2.0, 1.0, 1.0]
 
 
 def test_the_base_follows_what_a_state_has_merged_and_only_that():
-    shards = DriverShards(recipe(), Bases(), POPULATION)
+    server = DriverServer(recipe(), Bases(), POPULATION)
     plain, merged = (
-        ShardedState(0, (shards.hold(ServerState(0, torch.zeros(2), merged_delta=delta)),))
+        ShardedState(0, (server.hold(ServerState(0, torch.zeros(2), merged_delta=delta)),))
         for delta in (None, torch.ones(3))
     )
     for before, after in ((None, plain), (plain, plain), (None, merged), (merged, merged), (merged, None)):
-        merge_into_base(shards, before, after)
-    first, second = shards.pool.merged
+        merge_into_base(server, before, after)
+    first, second = server.pool.merged
     assert first.tolist() == [1, 1, 1] and second is None
 
 
 def test_a_checkpoint_of_another_model_is_refused():
-    shards = DriverShards(recipe(), Bases(), POPULATION)
-    shards.refuse_other(ShardedState(3, (Shard(np.zeros(2), {}),)))
+    server = DriverServer(recipe(), Bases(), POPULATION)
+    server.refuse_other(ShardedState(3, (Shard(np.zeros(2), {}),)))
     for lengths in ((3,), (1, 1)):
         state = ShardedState(3, tuple(Shard(np.zeros(length), {}) for length in lengths))
         with pytest.raises(RunError, match="the recipe's model has 2: resume"):
-            shards.refuse_other(state)
+            server.refuse_other(state)
 
 
 def test_checkpoints_are_written_in_their_turn_and_when_the_run_stops_but_once(tmp_path):
     federation = recipe(checkpoint=Checkpoint(every=2, keep=9))
     loop = loop_of(federation, tmp_path)
-    setup = SimpleNamespace(federation=federation, folder=tmp_path, shards=loop.shards)
+    setup = SimpleNamespace(federation=federation, folder=tmp_path, server=loop.server)
     events = []
     for round_ in (1, 2, 3):
-        state = replace(loop.shards.initial(), round=round_)
+        state = replace(loop.server.initial(), round=round_)
         events += [*write_checkpoint(setup, loop, state)]
         if round_ > 1:
             events += [*write_checkpoint(setup, loop, state, stopping=True)]

@@ -23,16 +23,16 @@ from strategies.privacy.budget import ExampleDp
 
 @pytest.fixture
 def rule_of_rows(federation, make_private, rows):
-    """Trains one client with example-level noise; gives the start, where its training `run` ended, and its trainer."""
+    """Trains one client with example-level noise; gives start and end of the training of `model`, and the trainer."""
 
-    def trained(strategy, z, clip, run="global", state=None, round_=0, lora_rank=None):
+    def trained(strategy, z, clip, model="global", state=None, round_=0, lora_rank=None):
         recipe = replace(federation, strategy=strategy, privacy=Privacy(dp=ExampleDp(noise_multiplier=1.0)))
         recipe = replace(recipe, train=Train(steps=1, batch=8, optimizer=Sgd(lr=1.0)))
         trainer = make_private(z, clip)
         layout = trainer.trainable.layout
         noise = torch.from_numpy(np.random.default_rng(5).standard_normal(layout.size)).float()
         broadcast = Broadcast(round_, trainer.trainable.initial + 0.02 * noise, layout=layout, lora_rank=lora_rank)
-        training = _trainings(Job(1, rows, 1.0, broadcast, state or {}), recipe, trainer.device, view=False)[run]
+        training = _trainings(Job(1, rows, 1.0, broadcast, state or {}), recipe, trainer.device, view=False)[model]
         (result,) = trainer.train([training], recipe.train)
         return training.start, result.end, trainer
 
@@ -75,17 +75,17 @@ def test_a_rows_gradient_is_clipped_by_its_norm_on_what_is_trained(
     assert torch.equal(start[~trained_mask], end[~trained_mask])
 
 
-@pytest.mark.parametrize("run", ["global", "personal"])
-def test_each_training_of_feddpa_clips_and_adds_noise_to_its_own_half(rule_of_rows, make_private, rows, run):
-    start, end, trainer = rule_of_rows(FedDpa(), 0.0, 0.01, run)
+@pytest.mark.parametrize("model", ["global", "personal"])
+def test_each_training_of_feddpa_clips_and_adds_noise_to_its_own_half(rule_of_rows, make_private, rows, model):
+    start, end, trainer = rule_of_rows(FedDpa(), 0.0, 0.01, model)
     layout = trainer.trainable.layout
     trained_mask = torch.zeros(layout.size)
-    half = slice(2) if run == "global" else slice(2, None)
+    half = slice(2) if model == "global" else slice(2, None)
     for pair in layout.lora_pairs(trained_mask):
         pair.a_RI[half], pair.b_OR[:, half] = 1, 1
     expected = by_hand(make_private(), start, rows, trained_mask)
     torch.testing.assert_close(start - end, expected, rtol=1e-3, atol=1e-7)
-    start, end, _ = rule_of_rows(FedDpa(), 1.0, 0.5, run)
+    start, end, _ = rule_of_rows(FedDpa(), 1.0, 0.5, model)
     assert torch.equal(start[trained_mask == 0], end[trained_mask == 0]) and (start != end)[trained_mask == 1].all()
 
 

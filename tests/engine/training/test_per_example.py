@@ -171,7 +171,7 @@ def test_metrics_are_those_of_plain_training(make_private: MakePrivate, rows: pa
     train = replace(ONE_STEP, steps=2, optimizer=Sgd(lr=0.0))
     private, plain = make_private(train=train), make_private(train=train).plain
     start = start_of(private)
-    trained, expected = (steps(trainer, rows, start, train, 0, rate=0.5) for trainer in (private, plain))
+    trained, expected = (steps(trainer, rows, start, train, 0, round_factor=0.5) for trainer in (private, plain))
     assert trained.metrics == pytest.approx(expected.metrics, rel=1e-5)
 
 

@@ -33,7 +33,7 @@ class Line:
     def batches(self, rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
         return batches(rows, train, rng)
 
-    def session(self, active: list[Progress]) -> AbstractContextManager[None]:
+    def prepared(self, active: list[Progress]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def begin(self, lane: int, training: Training) -> None:
@@ -92,7 +92,7 @@ def test_the_correction_comes_before_clipping() -> None:
 def test_metrics_and_rates_by_hand() -> None:
     """Two steps from 0 towards 8, at rates 0.25 and 0.5: the losses are 32 and (8 - 2)^2 / 2 = 18."""
     train = Train(steps=2, batch=2, optimizer=Sgd(lr=1.0), clip=0, over_steps=Schedule(warmup=2))
-    (trained,) = take_steps(Line(1, train), [client(2, 8, rate=0.5)], train)
+    (trained,) = take_steps(Line(1, train), [client(2, 8, round_factor=0.5)], train)
     assert trained.end.item() == 2 + 0.5 * 6
     assert trained.metrics == {"loss": 2 * 25, "rows": 2, "steps": 2, "tokens": 2 * 40, "learned": 4, "rates": 0.75}
 

@@ -31,7 +31,7 @@ class Rates:
     lanes = 1
     device = torch.device("cpu")
     batches = staticmethod(batches)
-    session = staticmethod(nullcontext)
+    prepared = staticmethod(nullcontext)
     objective = Sft()
     summed = staticmethod(float)
     clip = staticmethod(float)

@@ -16,7 +16,7 @@ from strategies.averaging.fedavg import FedAvg
 from strategies.core.layout import Layout
 from strategies.core.protocol import Update
 from strategies.secagg.protocol import Session
-from strategies.secagg.server import Server
+from strategies.secagg.server import SecAggServer
 
 LAYOUT, COHORT = Layout(("w",), ((8,),)), (0, 1, 2)
 METRICS = {"loss": 2.0, "learned": 3.0, "tokens": 4.0, DOWN: 1.0, UP: 1.0}
@@ -39,7 +39,7 @@ def test_a_void_session_masks_the_same_sum_again_and_a_new_round_begins_at_zero(
     for round_, attempt in ((0, 0), (0, 1), (1, 0)):
         session = Session(round_, attempt, federation.privacy.secagg.parameters(len(COHORT)), sums, "ideal")
         keys = clients.open(Opening(session, COHORT, tuple((client,) for client in COHORT), {}), None)
-        server = Server(session, COHORT, sums.length, None)
+        server = SecAggServer(session, COHORT, sums.length, None)
         inboxes = server.inboxes(clients.shares(server.key_list(keys)))
         _, masked = training.masked(inboxes, SimpleNamespace(round=round_, noise_plan=None))
         server.add(masked)

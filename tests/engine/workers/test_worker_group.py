@@ -16,7 +16,7 @@ from engine.aggregation.exact_sum import STEP
 from engine.messages.broadcast import BroadcastMessage
 from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable
-from engine.rounds.server import RankShards
+from engine.rounds.server import RankServer
 from engine.scheduling.pool import Pool, is_lost
 from engine.system.failures import GangLost, ShardLost, last_line
 from engine.training.local_training import Job, LocalTrainer
@@ -51,7 +51,7 @@ def gangs(ray_session, tmp_path):
         data = recipe.data
         store = build(data.source, data.partition, data.splits, recipe.seed, data.cache)
         pools.append(Pool.start(recipe, tmp_path / "client_state", store))
-        return pools[-1], RankShards(recipe, pools[-1], 0).initial()
+        return pools[-1], RankServer(recipe, pools[-1], 0).initial()
 
     yield started
     for pool in pools:

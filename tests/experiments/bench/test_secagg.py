@@ -12,7 +12,7 @@ from experiments.bench.scenarios.secagg import Rounds, add_rounds, play, session
 from strategies.secagg.client import Client
 from strategies.secagg.parameters import choose
 from strategies.secagg.protocol import SecAggAbort
-from strategies.secagg.server import Server
+from strategies.secagg.server import SecAggServer
 
 
 @pytest.fixture
@@ -76,14 +76,14 @@ def test_sampled_masks_are_the_beginning_of_all():
 
 def test_other_bits_are_refused(monkeypatch):
     bench.refuse_other_bits()
-    total = Server.total
+    total = SecAggServer.total
 
     def wrong(server):
         vector = total(server)
         vector[-1] ^= server.session.mode == "full"
         return vector
 
-    monkeypatch.setattr(Server, "total", wrong)
+    monkeypatch.setattr(SecAggServer, "total", wrong)
     with pytest.raises(ValueError, match="16 clients gives other bits"):
         measure("secagg", small=True)
     with pytest.raises(ValueError, match="4 clients gives another sum"):

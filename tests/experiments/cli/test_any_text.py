@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from markupsafe import escape
 
 from engine.messages.errors import RunError
-from engine.messages.events import DriverLost, Fault, Finished, Preparing, RoundDone, Sample, Started
+from engine.messages.events import DriverLost, Fault, Preparing, RoundDone, RunDone, Sample, Started
 from experiments.bench import results as bench_results
 from experiments.bench.harness import Figure
 from experiments.bench.results import Cell, render
@@ -122,7 +122,7 @@ def test_a_runs_events(name, why):
     assert_shows(shown, inert(f"  1 client {why.partition(':')[0]}: {name!r}"), inert(f"privacy: {why}"))
     sample = Sample(f"def {name}", f"a {name}", why, f"a {name}{why}")
     losses = {"round 0": {"heldout": 2.0}, "end": {"heldout": 1.0}, why: {"heldout": 1.0}}
-    shown = printed(show, Finished(Path("runs") / name, losses, [sample]))
+    shown = printed(show, RunDone(Path("runs") / name, losses, [sample]))
     assert_shows(shown, inert(" ".join(name.split())), inert(" ".join(f"a {name}{why}".split())), inert(why))
     assert_shows(shown, inert(f"def {name}".splitlines()[0]), inert(Path("runs") / name / "report.html"))
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engine.messages.events import Evaluated, Finished
+from engine.messages.events import Evaluated, RunDone
 from engine.models.export import model_card
 from experiments.cli.screen import Screen
 from experiments.runs.api import build_store, without_losses
@@ -54,7 +54,7 @@ def test_without_losses_there_are_no_empty_lines_and_tables(small_recipe, tmp_pa
     screen = Screen(3)
     screen.show(Evaluated(0, {}))
     assert capsys.readouterr().out == ""
-    screen.show(Finished(tmp_path, {}))
+    screen.show(RunDone(tmp_path, {}))
     shown = capsys.readouterr().out
     assert "the trained model" in shown and "rows of" not in shown and "nats" not in shown
     store = {"source": "Jsonl()", "clients": 8, "unseen_clients": 0}

@@ -109,7 +109,7 @@ class Whole(FedAvg):
 class Writes(FedAvg):
     """Pulls the parameters along in place of the gradient."""
 
-    def correct(self, grad_KP, params_KP, broadcast, client_state, run="global"):
+    def correct(self, grad_KP, params_KP, broadcast, client_state, model="global"):
         params_KP.mul_(0.5)
 
 
@@ -178,7 +178,7 @@ class Leaks(FedAvg):
 class Creeps(FedAvg):
     """Trains what it calls frozen."""
 
-    def trained_mask(self, broadcast, client_state, run="global"):
+    def trained_mask(self, broadcast, client_state, model="global"):
         return torch.zeros(broadcast.layout.size, dtype=torch.bool)
 
 
@@ -262,7 +262,7 @@ class Silent(FedAvg):
 class Corrects(FedAvg):
     """Corrects gradients, and denies it."""
 
-    def correct(self, grad_KP, params_KP, broadcast, client_state, run=GLOBAL):
+    def correct(self, grad_KP, params_KP, broadcast, client_state, model=GLOBAL):
         grad_KP.mul_(2)
 
 

@@ -23,10 +23,10 @@ def test_lambda_pulls_the_personal_training_alone(first_state: Any) -> None:
     strategy = Ditto(lam=0.5)
     broadcast = strategy.broadcast(first_state(strategy))
     gradients = {}
-    for run in (GLOBAL, PERSONAL):
+    for model in (GLOBAL, PERSONAL):
         grad = torch.ones(1, 3)
-        strategy.correct(grad, OWN[None], broadcast, {PERSONAL: torch.zeros(3)}, run)
-        gradients[run] = grad.tolist()
+        strategy.correct(grad, OWN[None], broadcast, {PERSONAL: torch.zeros(3)}, model)
+        gradients[model] = grad.tolist()
     # 1 + 0.5 (v - theta_t) = 1 + 0.5 [2, 0, -4]: theta_t is what was received, not what is remembered
     assert gradients == {GLOBAL: [[1, 1, 1]], PERSONAL: [[2, 1, -1]]}
 

@@ -14,7 +14,7 @@ from strategies.secagg.messages import MaskedSum
 from strategies.secagg.parameters import Parameters
 from strategies.secagg.protocol import SecAggAbort, Session
 from strategies.secagg.ring import Sum, Sums
-from strategies.secagg.server import Server
+from strategies.secagg.server import SecAggServer
 
 
 def restored(client):
@@ -53,7 +53,7 @@ class Play:
             u: Ed25519PrivateKey.from_private_bytes(key).public_key().public_bytes_raw() for u, key in private.items()
         }
         self.clients = {u: Client(self.session, u, private.get(u, b""), self.roster) for u in self.ids}
-        self.server = Server(self.session, self.ids, roster=self.roster)
+        self.server = SecAggServer(self.session, self.ids, roster=self.roster)
 
     def shuffled(self, messages):
         messages = list(messages)

@@ -12,7 +12,7 @@ from strategies.secagg.messages import MaskedSum
 from strategies.secagg.parameters import choose
 from strategies.secagg.protocol import SecAggAbort, Session
 from strategies.secagg.ring import Sum, Sums
-from strategies.secagg.server import Server
+from strategies.secagg.server import SecAggServer
 from tests.strategies.secagg.conftest import encoded_by, masked_by
 
 FITS = [(n, b) for n in (2, 3, 10, 50, 200) for b in (8, 16, 20, 24, 32) if (2 ** (b - 1) - 1) // n >= 2]
@@ -29,7 +29,7 @@ def test_a_sum_in_real_numbers():
     sums = Sums((Sum("delta", 4, 2.0, "weighted"), Sum("rows", 1, 500, "noisy")), n)
     session = Session(3, 0, choose(n), sums)
     clients = {u: Client(session, u) for u in (2, 30, 31, 44, 500)}
-    server = Server(session, list(clients))
+    server = SecAggServer(session, list(clients))
     listed = server.key_list(client.keys() for client in clients.values())
     inboxes = server.inboxes(client.shares(listed) for client in clients.values())
     x = {u: np.array([0.5, -0.25, 5, u / 500], np.float32) for u in clients}
@@ -167,7 +167,7 @@ def test_slots_add_before_they_send(start, drawn, ring_sum):
 def test_ranks_mask_their_own_shards(bits, start, drawn, ring_sum):
     play = start(5, t=3, length=29, bits=bits)
     vectors = drawn(play)
-    play.server = Server(play.session, play.ids, hold=1)
+    play.server = SecAggServer(play.session, play.ids, hold=1)
     play.to_keys()
     play.to_shares()
     cuts = [slice(0, 1), slice(1, 10), slice(10, 27), slice(27, 30)]
@@ -212,9 +212,9 @@ def test_sessions_that_do_not_fit_together_are_refused(start):
         Session(0, 0, choose(6), sums)
     session = Session(0, 0, choose(5), sums)
     with pytest.raises(ValueError, match="4 clients are invited, and the session is for 5"):
-        Server(session, [1, 2, 3, 4, 4])
+        SecAggServer(session, [1, 2, 3, 4, 4])
     active = Session(0, 0, choose(5, active=True), sums)
     with pytest.raises(ValueError, match="identity key"):
-        Server(active, range(5))
+        SecAggServer(active, range(5))
     with pytest.raises(ValueError, match="identity key"):
         Client(active, 0)
