@@ -8,13 +8,14 @@ from typing import Any
 from engine.messages.events import Checkpointed, Event, Finished, Sample
 from engine.messages.shards import ShardedState
 from engine.models.export import model_card
+from engine.objectives.base import Prompt
 from engine.records.checkpoint import save_checkpoint
 from engine.records.metrics import loss_table
 from engine.rounds.evaluation import PoolEvaluator
 from engine.rounds.round_loop import Callback, RoundLoop, RunSetup
 from engine.rounds.server import merge_into_base
 from engine.system.atomic import write_file
-from engine.training.generation import Prompt, as_text
+from engine.training.generation import as_text
 from strategies.core.seeds import rng
 
 SAMPLE_TOKENS = 40
@@ -66,16 +67,11 @@ def finish(
 
 
 def _sampled_rows(evaluator: PoolEvaluator) -> list[tuple[Prompt, str]]:
-    """Prompt and completion (or last turn) of a few rows of unseen (else training) clients, drawn by the seed."""
+    """Returns prompts and answers of a few rows of unseen (else training) clients, drawn by the seed."""
     federation, store = evaluator.setup.federation, evaluator.setup.store
     unseen = evaluator.judged("unseen")
     clients = unseen if len(unseen) else evaluator.judged("heldout")
     draw = rng(federation.seed, 0, -1, "sample")
     chosen = draw.choice(clients, min(federation.samples, len(clients)), replace=False)
     rows = [store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]
-    return [_last_turn(row["messages"]) if "messages" in row else (row["prompt"], row["completion"]) for row in rows]
-
-
-def _last_turn(turns: list[dict[str, str]]) -> tuple[Prompt, str]:
-    last = max(index for index, turn in enumerate(turns) if turn["role"] == "assistant")
-    return turns[:last], turns[last]["content"]
+    return [federation.train.objective.sample(row) for row in rows]

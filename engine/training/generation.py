@@ -4,9 +4,7 @@ from typing import Any
 
 import torch
 
-from engine.objectives.base import Tokenizer
-
-Prompt = str | list[dict[str, str]]  # a text, or the turns of a conversation
+from engine.objectives.base import Prompt, Tokenizer
 
 
 @torch.no_grad()
