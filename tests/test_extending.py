@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,7 @@ from strategies.privacy.accounting import Scheme
 from strategies.privacy.budget import ExamplePlan
 from strategies.privacy.noise import seeded_words
 from strategies.transforms.chain import bits, decode, encode
+from tests.test_imports import circles, graph_of, module_of, tree, upward
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "extending.md"
@@ -240,3 +241,22 @@ except RunError as error:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     process = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+
+
+def test_files_in_the_package_import_in_one_direction():
+    """With each example and its import beside its union, no modules import one another, nor a room to their left."""
+    texts, unions = (
+        tree(),
+        {
+            "strategies/transforms/half.py": "strategies/__init__.py",
+            "engine/objectives/unlikelihood.py": "engine/objectives/__init__.py",
+            "engine/config/fourierft.py": "engine/config/adapters.py",
+        },
+    )
+    for file, union in unions.items():
+        path = PurePosixPath(file)
+        assert union in PAGE.read_text("utf-8")
+        texts[path] = EXAMPLES[file]
+        texts[PurePosixPath(union)] += f"\nimport {module_of(path)}\n"
+    graph = graph_of(texts)
+    assert circles(graph) == [] and upward(graph) == []

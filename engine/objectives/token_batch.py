@@ -35,8 +35,8 @@ class Batch:
     @classmethod
     def of(cls, ids_BT: torch.Tensor, attention_BT: torch.Tensor, labels_BT: torch.Tensor, tokens: int) -> Batch:
         """Makes a batch on the CPU."""
-        # Nothing predicts the first token.
-        return cls(ids_BT, attention_BT, labels_BT, tokens, *(labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True))
+        row_N, place_N = (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)  # nothing predicts the first token
+        return cls(ids_BT, attention_BT, labels_BT, tokens, row_N, place_N)
 
     @classmethod
     def padded(cls, ids: np.ndarray, learned: np.ndarray, lengths_B: np.ndarray, pad: int) -> Batch:
@@ -60,7 +60,7 @@ class Batch:
             shape = np.max([value.shape for value in values.values()], 0).tolist()
             together = next(iter(values.values())).new_full((len(pieces), *shape), fill)
             for lane, value in values.items():
-                together[(lane, *map(slice, value.shape))] = value
+                together[lane][tuple(slice(size) for size in value.shape)] = value
             return together.flatten(0, 1)
 
         ids_BT = stacked({lane: piece.ids_BT for lane, piece in present.items()}, pad)
