@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 PLANTED = (
     "engine/config/fourierft.py",
-    "engine/objectives/focal.py",
+    "engine/objectives/unlikelihood.py",
     "strategies/transforms/half.py",
 )  # files that extending.md lets readers add
 UNLIMITED = ("docs/extending.md",)  # holds complete examples

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -26,14 +26,19 @@ from engine.models.base_model import map_base, read_base
 from engine.models.export import export_files
 from engine.models.tokenizer import load_tokenizer
 from engine.models.trainable import Trainable
-from engine.objectives.base import client_figures, figure_metrics
+from engine.objectives.base import Context, client_figures, figure_metrics, require_format
 from engine.objectives.sft import Sft
+from engine.training.lanes import LaneTrainer
 from engine.training.local_training import LocalTrainer
+from engine.training.per_example import PrivateTrainer
 from engine.training.step_loop import Training
 from experiments.cli.contract import show_check
-from strategies import FedAvg
 from strategies.core.protocol import Aggregate, Broadcast, ServerState, Size, Update
+from strategies.privacy.accounting import Scheme
+from strategies.privacy.budget import ExamplePlan
+from strategies.privacy.noise import seeded_words
 from strategies.transforms.chain import bits, decode, encode
+from tests.test_imports import circles, graph_of, module_of, tree, upward
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "extending.md"
@@ -63,7 +68,7 @@ def test_the_page_has_the_doors_that_there_are():
         "my_rules.py",
         "my_data.py",
         "strategies/transforms/half.py",
-        "engine/objectives/focal.py",
+        "engine/objectives/unlikelihood.py",
         "engine/config/fourierft.py",
     }
 
@@ -102,41 +107,74 @@ def test_the_transform_sends_sixteen_bits_and_the_rest_later(example):
     assert bits((half,), 10) == 160 and half.size(Size(10, 10)).bits == 16
 
 
-def test_the_objective_is_the_focal_loss_and_sft_without_focus(example, tiny_base):
+LABELED = {"prompt": ["ab is ", "c is ", "xyz"], "completion": ["ba", "c", "no"], "label": [True, False, False]}
+
+
+def test_the_objective_learns_good_completions_and_unlearns_bad_ones(example, tiny_base):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    focal = example("engine/objectives/focal.py").Focal
+    objective = example("engine/objectives/unlikelihood.py").Unlikelihood()
     network, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
-    rows = pa.table({"prompt": ["ab is ", "c is "], "completion": ["ba", "c"]})
-    columns = focal().encode(rows, tokenizer, 32).combine_chunks().to_batches()[0]
-    batch = focal().collate(columns, tokenizer.pad_token_id)
-    plain = Sft().terms(network, batch)["nll"].values_N.detach().double().numpy()
-    weighted = focal(gamma=2.0).terms(network, batch)["focal"].values_N.detach().double().numpy()
-    np.testing.assert_allclose(weighted, plain * (1 - np.exp(-plain)) ** 2, rtol=1e-5)
-    np.testing.assert_array_equal(focal(gamma=0.0).terms(network, batch)["focal"].values_N.detach().numpy(), plain)
-    assert replace(focal(), gamma=1.0).kind == "focal" and FedAvg().kind == "fedavg"
+    columns = objective.encode(pa.table(LABELED), tokenizer, 32).combine_chunks().to_batches()[0]
+    batch = objective.collate(columns, tokenizer.pad_token_id)
+    nll = Sft().terms(network, batch, Context())["nll"]
+    is_good, values = (nll.row_N == 0).numpy(), nll.values_N.detach().double().numpy()
+    terms = objective.terms(network, batch, Context())
+    np.testing.assert_array_equal(terms["good"].values_N.detach().numpy(), values[is_good])
+    np.testing.assert_allclose(terms["bad"].values_N.detach().numpy(), -np.log1p(-np.exp(-values[~is_good])), 1e-5)
+    assert objective.counts(batch) == {"good": is_good.sum(), "bad": (~is_good).sum()}
+    assert objective.sample(pa.table(LABELED).to_pylist()[0]) == ("ab is ", "ba")
+    with pytest.raises(RunError, match=r"learns from unpaired preferences, but the rows are texts"):
+        require_format(objective, pa.table({"prompt": ["a"], "completion": ["b"]}))
+
+
+@pytest.mark.parametrize("kind", ["pieces", "lanes", "private"])
+def test_the_column_of_the_objective_follows_its_rows(example, tiny_base, kind):
+    """Row by row, in lanes with rows to fill, and as private rows: the same step as of whole batches of a client."""
+    objective = example("engine/objectives/unlikelihood.py").Unlikelihood()
+    model = Model(base=str(tiny_base), peft=Lora(r=2))
+    train = Train(steps=1, batch=3, optimizer=Sgd(lr=0.1), objective=objective, clip=0)
+    packed, buffer = read_base(model)
+    trainer = LocalTrainer(Trainable(map_base(packed, torch.from_numpy(buffer)), model, 0), 0, train)
+    start = trainer.trainable.initial + 0.02
+    rows = objective.encode(pa.table(LABELED), load_tokenizer(model), 32).combine_chunks().to_batches()[0]
+    # A private row's loss has means over the row alone, so that only a client of one row is the same.
+    parts = [rows.slice(1, 1)] if kind == "private" else [rows, rows.slice(1, 1)]
+
+    def ends(trainer, train):
+        trainings = [Training(part, start, np.random.default_rng(0), 0) for part in parts]
+        return [trained.end for trained in trainer.train(trainings, train)]
+
+    expected = ends(trainer, train)
+    if kind == "pieces":
+        train = replace(train, batch=1, accumulate=3)
+    elif kind == "lanes":
+        trainer = LaneTrainer(trainer, 2, train)
+    else:
+        plan = ExamplePlan(0.0, 1e6, Scheme("poisson", 1.0), 1e-5)
+        trainer = PrivateTrainer(trainer, plan, seeded_words(np.random.default_rng(0)))
+    for end, whole in zip(ends(trainer, train), expected, strict=True):
+        assert not torch.equal(whole, start)
+        torch.testing.assert_close(end, whole, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "secure"])
 def test_both_terms_of_the_objective_arrive_at_the_server(example, tiny_base, secure):
     """Two clients train; the server gets the means over both from sums, in the clear and out of a ring."""
-    focal = example("engine/objectives/focal.py").Focal(gamma=1.0)
+    objective = example("engine/objectives/unlikelihood.py").Unlikelihood()
     model = Model(base=str(tiny_base), peft=Lora(r=2))
-    train = Train(steps=1, batch=4, optimizer=Sgd(lr=0.1), objective=focal)
+    train = Train(steps=1, batch=4, optimizer=Sgd(lr=0.1), objective=objective)
     privacy = Privacy(rows_cap=2, secagg=SecAgg(mode="ideal" if secure else "off"))
     federation = Federation(name="x", seed=1, rounds=1, model=model, train=train, privacy=privacy)
     packed, buffer = read_base(model)
     trainer = LocalTrainer(Trainable(map_base(packed, torch.from_numpy(buffer)), model, 0), 0, train)
     tokenizer, layout, start = load_tokenizer(model), trainer.trainable.layout, trainer.trainable.initial
-    texts = [
-        pa.table({"prompt": ["ab is ", "c is "], "completion": ["ba", "c"]}),
-        pa.table({"prompt": ["x"], "completion": ["abc"]}),
-    ]
-    rows = [focal.encode(text, tokenizer, 32).combine_chunks().to_batches()[0] for text in texts]
+    encoded = objective.encode(pa.table(LABELED), tokenizer, 32).combine_chunks().to_batches()[0]
+    rows = [encoded.slice(0, 2), encoded.slice(2, 1)]
     trained = [trainer.train([Training(part, start, np.random.default_rng(0), 0)], train)[0] for part in rows]
     trainer.become(start)
     sums = [trainer.loss_terms(part, 4) for part in rows]
-    expected = {name: sum(s[name][0] for s in sums) / sum(s[name][1] for s in sums) for name in ("focal", "nll")}
+    expected = {name: sum(s[name][0] for s in sums) / sum(s[name][1] for s in sums) for name in ("good", "bad")}
     if secure:
         ring = ring_sums(federation, layout, None, 0.0, 2, 100, 0)
         total = RingSum(RingShard(ring, {}), federation, None, 0)
@@ -144,12 +182,11 @@ def test_both_terms_of_the_objective_arrive_at_the_server(example, tiny_base, se
             total.add(Update(client, 1.0, result.end - start, metrics=result.metrics))
         _, figures = ring_aggregate(ring.decode(total.masked([])), federation, layout, None, 0)
     else:
-        each = [client_figures(focal, result.metrics) for result in trained]
+        each = [client_figures(objective, result.metrics) for result in trained]
         figures = {name: each[0][name] + each[1][name] for name in each[0]}
-    metrics = figure_metrics(focal, figures)
-    assert 0 < expected["focal"] < expected["nll"]
+    metrics = figure_metrics(objective, figures)
     means = {f"term.{name}": mean for name, mean in expected.items()}
-    assert metrics == pytest.approx({"loss": expected["focal"], "tokens": figures["tokens"], **means}, rel=1e-3)
+    assert metrics == pytest.approx({"loss": sum(expected.values()), "tokens": figures["tokens"], **means}, rel=1e-3)
 
 
 def test_the_adapter_trains_and_plain_peft_loads_it(example, tiny_base, tmp_path):
@@ -178,29 +215,48 @@ def test_the_adapter_trains_and_plain_peft_loads_it(example, tiny_base, tmp_path
 
 
 def test_an_objective_or_an_adapter_in_its_union_is_a_kind_of_the_recipe(example, tmp_path):
-    example("engine/objectives/focal.py")
+    example("engine/objectives/unlikelihood.py")
     example("engine/config/fourierft.py")
     script = """
 import engine.config.adapters, fourierft
 fourierft.FourierFT.__module__ = "engine.config.fourierft"
 engine.config.adapters.Adapters |= fourierft.FourierFT  # as its line in the union would
-import engine.objectives, focal
-focal.Focal.__module__ = "engine.objectives.focal"  # where its file would be
-engine.objectives.Objectives = engine.objectives.Sft | focal.Focal  # as its line in the union would
+import engine.objectives, unlikelihood
+unlikelihood.Unlikelihood.__module__ = "engine.objectives.unlikelihood"  # where its file would be
+engine.objectives.Objectives = engine.objectives.Sft | unlikelihood.Unlikelihood  # as its line in the union would
 from engine.messages.errors import RunError
 from experiments.config.recipe import parse_recipe, to_toml
 text = open(REPLACE).read()
-recipe = parse_recipe(text, ['train.objective={kind="focal", gamma=1.0}'])
-assert recipe.train.objective == focal.Focal(gamma=1.0) and parse_recipe(to_toml(recipe), []) == recipe
+recipe = parse_recipe(text, ['train.objective="unlikelihood"'])
+assert recipe.train.objective == unlikelihood.Unlikelihood() and parse_recipe(to_toml(recipe), []) == recipe
 recipe = parse_recipe(text, ['model.peft={kind="fourierft", n_frequency=7}'])
 assert recipe.model.peft == fourierft.FourierFT(n_frequency=7) and parse_recipe(to_toml(recipe), []) == recipe
 assert parse_recipe(text, ["train.objective=sft"]).train.objective == engine.objectives.Sft()
 try:
-    parse_recipe(text, ["train.objective=foca"])
+    parse_recipe(text, ["train.objective=unlikely"])
 except RunError as error:
-    assert "did you mean 'focal'? There is 'sft', 'focal'" in str(error), error
+    assert "did you mean 'unlikelihood'? There is 'sft', 'unlikelihood'" in str(error), error
 """
     script = script.replace("REPLACE", repr(str(ROOT / "experiments" / "recipes" / "demo.toml")))
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     process = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+
+
+def test_files_in_the_package_import_in_one_direction():
+    """With each example and its import beside its union, no modules import one another, nor a room to their left."""
+    texts, unions = (
+        tree(),
+        {
+            "strategies/transforms/half.py": "strategies/__init__.py",
+            "engine/objectives/unlikelihood.py": "engine/objectives/__init__.py",
+            "engine/config/fourierft.py": "engine/config/adapters.py",
+        },
+    )
+    for file, union in unions.items():
+        path = PurePosixPath(file)
+        assert union in PAGE.read_text("utf-8")
+        texts[path] = EXAMPLES[file]
+        texts[PurePosixPath(union)] += f"\nimport {module_of(path)}\n"
+    graph = graph_of(texts)
+    assert circles(graph) == [] and upward(graph) == []

@@ -28,3 +28,9 @@ def conversations(rows: pa.Table, name: str) -> list[Conversation]:
     """The conversations in the column `name` of a canonical table."""
     options = rows[OPTIONS].to_pylist() if OPTIONS in rows.column_names else [None] * rows.num_rows
     return [conversation_of(*pair) for pair in zip(rows[name].to_pylist(), options, strict=True)]
+
+
+def words(turn: dict[str, Any]) -> str:
+    """Writes what a turn says: its content, and as JSON what else it has for the chat template."""
+    more = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    return " ".join(filter(None, (turn["content"], json.dumps(more, ensure_ascii=False) if more else "")))

@@ -4,16 +4,15 @@ The server averages vectors coordinate by coordinate; a kind's docstring says wh
 """
 
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from engine.config.tuning import RankShare, Targets, Tuning, check_layers
 from engine.messages.checks import at_least, below_one
 from engine.messages.errors import RunError
 from strategies.core.seeds import rng
 
-Targets = str | tuple[str, ...]
 # Methods of PEFT that clients cannot share: why, and what to use instead.
 REFUSED_KINDS = {
     "adalora": "prunes directions by each client's own gradients, so that clients' vectors have no common mean: use "
@@ -26,65 +25,6 @@ REFUSED_STARTS = {
     **dict.fromkeys(("pissa", "olora", "corda", "loftq"), "changes the base's weights, which all slots share"),
     **dict.fromkeys(("eva", "lora_ga"), "is computed from clients' rows, which must not leave them"),
 }
-
-
-@dataclass(frozen=True)
-class RankShare:
-    """Adapters of rank `r` for a `share` of the clients."""
-
-    r: int
-    share: float
-
-    def __post_init__(self) -> None:
-        at_least("model.peft.ranks", 1, r=self.r)
-        at_least("model.peft.ranks", 0, share=self.share)
-
-
-def _check_layers(layers: tuple[int, ...] | None, targets: Targets) -> None:
-    if layers is not None and isinstance(targets, str):
-        raise RunError(
-            f"model.peft.layers_to_transform goes with a list of names in model.peft.targets, not with {targets!r}: "
-            f"write the names, or the layers' numbers into a regular expression"
-        )
-
-
-class Tuning:
-    """The neutral base of all kinds. What the engine must know of a kind is declared here, and never asked by name."""
-
-    kind: str
-    peft_class: ClassVar[str | None] = None  # PEFT's configuration; None: the base itself is trained
-    title: ClassVar[str] = "An adapter"
-    peft_names: ClassVar[Mapping[str, str]] = {"targets": "target_modules"}  # where ours are shorter
-
-    @property
-    def ranks(self) -> tuple[RankShare, ...]:
-        """The LoRA ranks of clients that have different ones."""
-        return ()
-
-    @property
-    def outside_lanes(self) -> str | None:
-        """The key because of which clients train one at a time; None if they train in lanes."""
-        return f'model.peft.kind = "{self.kind}"'
-
-    @property
-    def outside_gangs(self) -> str | None:
-        """The key that does not work in gangs of ZeRO ranks; None if all do."""
-        return f'model.peft.kind = "{self.kind}"'
-
-    @property
-    def trains_base(self) -> str | None:
-        """The key because of which weights of the base, or copies of them, are trained; None if none are."""
-        return None
-
-    def lora_rank_of(self, client: int, seed: int) -> int | None:
-        """The LoRA rank of a client; None where all have the recipe's."""
-        return None
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of PEFT's configuration, copied: PEFT changes what it is given."""
-        values = {key: value for key, value in vars(self).items() if key not in ("kind", "ranks") and value is not None}
-        listed = {key: list(value) if isinstance(value, tuple) else copy(value) for key, value in values.items()}
-        return {self.peft_names.get(key, key): value for key, value in listed.items()}
 
 
 @dataclass(frozen=True)
@@ -150,7 +90,7 @@ class Lora(Tuning):
             raise RunError('model.peft.targets is empty: name the layers to adapt, or write "all-linear"')
         if self.ranks and (max(s.r for s in self.ranks) != self.r or abs(sum(s.share for s in self.ranks) - 1) > 1e-6):
             raise RunError(f"model.peft.ranks must have shares that sum to 1, and {self.r} (model.peft.r) as largest r")
-        _check_layers(self.layers_to_transform, self.targets)
+        check_layers(self.layers_to_transform, self.targets)
         self._check_start()
         several = {
             "use_rslora": self.use_rslora,
@@ -176,6 +116,16 @@ class Lora(Tuning):
         elif not start:
             why = "starts with a product that is not zero, which PEFT has for its own tests"
         raise RunError(f'model.peft.init_lora_weights = {start!r} {why}: leave it out, or set it to "gaussian"')
+
+    @property
+    def lora_rank(self) -> int | None:
+        """The largest client's."""
+        return self.r
+
+    @property
+    def layer_ranks(self) -> str | None:
+        """The pattern."""
+        return "model.peft.rank_pattern" if self.rank_pattern else None
 
     @property
     def outside_lanes(self) -> str | None:
@@ -261,7 +211,7 @@ class Vera(Tuning):
     def __post_init__(self) -> None:
         at_least("model.peft", 1, r=self.r)
         below_one("model.peft", vera_dropout=self.vera_dropout)
-        _check_layers(self.layers_to_transform, self.targets)
+        check_layers(self.layers_to_transform, self.targets)
 
     @property
     def trains_base(self) -> str | None:
@@ -282,6 +232,7 @@ class LNTuning(Tuning):
 
     peft_class: ClassVar[str] = "LNTuningConfig"
     title: ClassVar[str] = "An LN tuning adapter"
+    adapts: ClassVar[str] = "norm"
 
     @property
     def trains_base(self) -> str | None:
@@ -313,7 +264,7 @@ class Oft(Tuning):
     def __post_init__(self) -> None:
         at_least("model.peft", 0, r=self.r, oft_block_size=self.oft_block_size)
         below_one("model.peft", module_dropout=self.module_dropout)
-        _check_layers(self.layers_to_transform, self.targets)
+        check_layers(self.layers_to_transform, self.targets)
         if (self.r > 0) == (self.oft_block_size > 0):
             raise RunError("model.peft needs r (blocks of a layer) or oft_block_size above 0, and the other one at 0")
 

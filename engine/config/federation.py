@@ -6,12 +6,11 @@ from itertools import chain
 from typing import get_args
 
 from engine.config.sections import Sections
-from engine.config.train import DECAYS, Sgd
+from engine.config.train import DECAYS
 from engine.messages.checks import at_least
 from engine.messages.errors import RunError
 from strategies import Strategies
 from strategies.core.base import Rule, named
-from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout
 from strategies.core.protocol import NO_LAYOUT
 from strategies.privacy.checks import check_dp
@@ -63,18 +62,18 @@ def _adapters(recipe: Sections) -> Refusals:
         f'{peft.trains_base} trains weights of the base, which needs model.dtype = "float32" (train.dtype may be '
         '"bfloat16"), or clients.zero, whose ranks keep float32 copies',
     )
-    if peft.kind != "lora":
+    if peft.lora_rank is None:
         why = f'{name} works on adapters, but model.peft is "{peft.kind}": use LoRA, or "fedavg"'
         yield works_on_pairs(strategy), why
         return
-    why = f"{name} needs one rank in all layers, but model.peft.rank_pattern gives some their own: leave it out"
-    yield works_on_pairs(strategy) and peft.rank_pattern, f'{why}, or use "fedavg"'
+    why = f"{name} needs one rank in all layers, but {peft.layer_ranks} gives some their own: leave it out"
+    yield works_on_pairs(strategy) and peft.layer_ranks, f'{why}, or use "fedavg"'
     multiple = strategy.lora_rank_multiple
-    rest = peft.r % multiple
+    rest = peft.lora_rank % multiple
     yield (
         rest,
-        f"{name} splits the rank into {multiple} equal parts, but model.peft.r is {peft.r}: set it to "
-        f"{peft.r + multiple - rest}, and alpha to keep alpha / r",
+        f"{name} splits the rank into {multiple} equal parts, but model.peft.r is {peft.lora_rank}: set it to "
+        f"{peft.lora_rank + multiple - rest}, and alpha to keep alpha / r",
     )
     yield (
         recipe.model.start is not None and strategy.begins_fresh,
@@ -89,12 +88,11 @@ def _adapters(recipe: Sections) -> Refusals:
 
 def _cohort(recipe: Sections) -> Refusals:
     least, cohort, name = recipe.strategy.smallest_cohort(), recipe.cohort, named(recipe.strategy)
-    if not isinstance(cohort, UniformCohort):
-        yield least > 1, f'{name} needs at least {least} clients in each round: use cohort.kind = "uniform"'
-        return
+    why = f'{name} needs at least {least} clients in each round: use cohort.kind = "uniform"'
+    yield cohort.varies and least > 1, why
     yield (
-        cohort.size < least,
-        f"{name} needs at least {least} clients a round, but cohort.size is {cohort.size}: raise it to {least}, or let "
+        cohort.most is not None and cohort.most < least,
+        f"{name} needs at least {least} clients a round, but cohort.size is {cohort.most}: raise it to {least}, or let "
         f"the strategy tolerate fewer liars",
     )
 
@@ -106,7 +104,7 @@ def _sgd(recipe: Sections) -> Refusals:
         return
     momentum = "" if needs.momentum is None else f", momentum = {needs.momentum:g}"
     yield (
-        not isinstance(optimizer, Sgd) or needs.momentum not in (None, optimizer.momentum),
+        optimizer.kind != "sgd" or needs.momentum not in (None, optimizer.momentum),
         f'{name} {needs.why}: set train.optimizer = {{ kind = "sgd"{momentum} }} with its lr, or {needs.instead}',
     )
     yield (
@@ -249,7 +247,7 @@ def _privacy(recipe: Sections) -> Refusals:
         yield recipe.keeps_state, f"{why} clients' state belongs to the one run: leave it out"
         yield not privacy.on, f"{why} there is no privacy to do without: leave it out"
     if dp.unit is not None:
-        mixed_ranks = peft.kind == "lora" and any(share.r != peft.r for share in peft.ranks)
+        mixed_ranks = any(share.r != peft.lora_rank for share in peft.ranks)
         check_dp(dp, strategy, strategy.beside(NO_LAYOUT), privacy.secagg.mode, mixed_ranks=mixed_ranks)
         yield (
             recipe.clients.min_share > 0 or recipe.clients.on_too_few == "skip",
@@ -300,7 +298,7 @@ def _secagg(recipe: Sections) -> Refusals:
     if not recipe.privacy.secure:
         return
     yield (
-        dp.adds_to == "sum" and not isinstance(cohort, UniformCohort) and dp.claims(cohort) == "poisson",
+        dp.adds_to == "sum" and cohort.varies and dp.claims(cohort) == "poisson",
         "a Poisson cohort that is too small for secure aggregation has no sum, which tells how many came, so that its "
         'sampling hides nothing: set privacy.dp.sampling = "none"',
     )
@@ -313,7 +311,7 @@ def _secagg(recipe: Sections) -> Refusals:
     )
     unknown = next((extra for extra in secagg.bounds if extra not in beside), None)
     yield unknown, f"privacy.secagg.bounds names {unknown!r}, but {name} sends no such sum: take it out"
-    largest = cohort.size if isinstance(cohort, UniformCohort) else cohort.cap
+    largest = cohort.most
     if largest is None:
         return
     secagg.parameters(largest)
@@ -323,13 +321,13 @@ def _secagg(recipe: Sections) -> Refusals:
         f"privacy.secagg.min_contributors is {secagg.min_contributors}, more than the {largest} clients of a cohort: "
         f"lower it, or raise cohort.size",
     )
-    if peft.kind != "lora" or not peft.ranks or recipe.strategy.sends_products:
+    if not peft.ranks or recipe.strategy.sends_products:
         return
     # Rows of an adapter that only clients of a high rank have are a block of their own in the sum.
-    expected = largest * sum(share.share for share in peft.ranks if share.r == peft.r)
+    expected = largest * sum(share.share for share in peft.ranks if share.r == peft.lora_rank)
     yield (
         expected < secagg.min_contributors,
-        f"of a cohort of {largest}, {expected:g} clients are expected to have rank {peft.r}, and "
+        f"of a cohort of {largest}, {expected:g} clients are expected to have rank {peft.lora_rank}, and "
         f"privacy.secagg.min_contributors asks for {secagg.min_contributors} for each coordinate: raise cohort.size or "
         f'the share, or take "flexlora", whose sums hold everybody\'s products',
     )

@@ -61,7 +61,7 @@ class Model:
     @property
     def weights(self) -> "Model":
         """The model whose weights are read: where all are trained and there is a start, that."""
-        if self.start is None or self.peft.kind != "none":
+        if self.start is None or self.peft.peft_class is not None:
             return self
         return replace(self, base=self.start, start=None, revision=None)
 

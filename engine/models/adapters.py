@@ -120,12 +120,9 @@ def _refusal(model: Model, error: ValueError, network: Any, layers: list[str]) -
         targets = model.peft.options().get("target_modules")
         return RunError(f"model.peft.targets {targets!r} matches no layer of {model.base!r}{where}, {_linear(layers)}")
     if "Please specify `target_modules`" in said:
-        norms = {
-            name.rsplit(".")[-1] for name, layer in network.named_modules() if "norm" in type(layer).__name__.lower()
-        }
-        which = (
-            f"whose norm layers are {', '.join(sorted(norms))}" if model.peft.kind == "ln_tuning" else _linear(layers)
-        )
+        norms = (name for name, layer in network.named_modules() if "norm" in type(layer).__name__.lower())
+        names = ", ".join(sorted({name.rsplit(".")[-1] for name in norms}))
+        which = f"whose norm layers are {names}" if model.peft.adapts == "norm" else _linear(layers)
         return RunError(f"{key} has no layers that PEFT knows for {model.base!r}, {which}: name them in targets")
     return RunError(f"{key} cannot be added to {model.base!r}: {said.rstrip('.')}")
 

@@ -85,7 +85,7 @@ def _check_options(folder: Path, model: Model, layout: Layout) -> None:
         if theirs != ours:
             what = f"the adapter {folder} (model.start) was made with {key} = {theirs!r}, and the recipe's has {ours!r}"
             raise RunError(f"{what}: set model.peft.{key} to the adapter's")
-    if model.peft.kind != "lora":
+    if model.peft.lora_rank is None:
         return
     rank, alpha = config["r"], config["lora_alpha"]
     root = math.sqrt if options["use_rslora"] else float

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from datasets_partition.core.turns import Conversation
 from datasets_partition.core.types import (
     COLUMNS,
     MESSAGES,
@@ -25,6 +26,7 @@ from engine.messages.errors import RunError
 from engine.objectives.token_batch import Batch
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
+Prompt = str | Conversation
 TermSums = dict[str, tuple[float, int]]  # each term's sum and count
 Need = Literal["reference", "generation", "head"]
 IN_WORDS = {
@@ -34,7 +36,8 @@ IN_WORDS = {
     UNPAIRED_PREFERENCE: "unpaired preferences",
     PROMPT_ONLY: "prompts alone",
 }
-PROVIDED: frozenset[Need] = frozenset()  # what trainers can give an objective besides the network
+# What trainers cannot give an objective yet: one that needs it is refused.
+MISSING: Mapping[Need, str] = {"reference": "a reference model", "generation": "text generation", "head": "a head"}
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,24 @@ class Term:
         return self.row_N.new_zeros(rows).index_add(0, self.row_N, torch.ones_like(self.row_N))
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a trainer gives an objective beside the network and a batch; what objectives `need` becomes a field here.
+
+    With `every_logit` the head must see all positions of the batch in their places.
+    """
+
+    every_logit: bool = False
+
+
 class Objective(Protocol):
     """What a client minimizes, and how its rows become token columns and batches.
 
     An implementation is a frozen dataclass with the recipe's options of `train.objective` as fields, importable
-    without transformers. A row is one unit for weights, sampling and privacy, whatever its columns hold.
+    without transformers. A row counts as one for weights, sampling and privacy, whatever its columns hold.
+
+    The value of a term's unit must depend on its own row alone: with a mean over the batch in it, the loss would change
+    with the pieces, lanes and ranks that a step is cut into, and one row with another's clipped gradient.
     """
 
     needs: ClassVar[frozenset[Need]]
@@ -81,16 +97,22 @@ class Objective(Protocol):
         """The objective's name in the recipe."""
 
     def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
-        """Makes `input_ids`, null where a row teaches nothing, and other columns from rows of one of its formats."""
+        """Makes `input_ids`, null where a row teaches nothing, and other columns of numbers or lists of numbers.
+
+        The rows have one of its formats. The length of `input_ids` cuts steps and tells clients' work.
+        """
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
-        """Makes a batch of encoded rows, padded with the token `pad`."""
+        """Makes a batch of encoded rows, padded with the token `pad`, with the other columns in `Batch.columns`."""
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Returns the number of each term's units, which is known before the forward pass."""
 
-    def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
-        """Computes all terms by the present weights; with `every_logit` the head sees all positions."""
+    def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
+        """Computes all terms by the present weights; a row without learned tokens fills a lane and has no unit."""
+
+    def sample(self, row: Mapping[str, Any]) -> tuple[Prompt, str]:
+        """Returns the prompt of a canonical row and the answer it teaches, which a run shows beside the model's."""
 
 
 def counted(objective: Objective, batches: Iterable[Batch]) -> Counter[str]:
@@ -107,7 +129,7 @@ def term_sums(objective: Objective, network: nn.Module, pieces: Iterable[tuple[B
     sums: TermSums = {}
     for piece, times in pieces:
         counts = objective.counts(piece)
-        for name, term in objective.terms(network, piece).items():
+        for name, term in objective.terms(network, piece, Context()).items():
             total, count = sums.get(name, (0.0, 0))
             sums[name] = total + term.total().item() * times, count + counts[name] * times
     return sums
@@ -167,7 +189,7 @@ def require_format(objective: Objective, rows: pa.Table) -> None:
 
 def require_provided(objective: Objective) -> None:
     """Raises RunError if the objective needs what trainers cannot give."""
-    if missing := " and a ".join(sorted(objective.needs - PROVIDED)):
+    if missing := " and ".join(text for need, text in MISSING.items() if need in objective.needs):
         raise RunError(
-            f'train.objective = "{objective.kind}" needs a {missing}, which fedpost does not have yet: choose another'
+            f'train.objective = "{objective.kind}" needs {missing}, which fedpost does not have yet: choose another'
         )

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from torch import nn
 
-from datasets_partition.core.turns import conversations
-from datasets_partition.core.types import MESSAGES, PROMPT_COMPLETION, format_of
-from engine.objectives.base import Need, Term, Tokenizer
+from datasets_partition.core.turns import Conversation, conversation_of, conversations, words
+from datasets_partition.core.types import MESSAGES, OPTIONS, PROMPT_COMPLETION, format_of
+from engine.objectives.base import Context, Need, Prompt, Term, Tokenizer
 from engine.objectives.chat_template import encode_conversations
 from engine.objectives.token_batch import Batch, flattened, lengths, token_losses
 
@@ -53,9 +53,19 @@ class Sft:
         """Returns the number of learned tokens."""
         return {NLL: batch.learned}
 
-    def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
+    def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
         """Computes the learned tokens' negative log-likelihood in nats."""
-        return {NLL: Term(token_losses(network, batch, every_logit=every_logit), batch.row_N)}
+        return {NLL: Term(token_losses(network, batch, every_logit=context.every_logit), batch.row_N)}
+
+    def sample(self, row: Mapping[str, Any]) -> tuple[Prompt, str]:
+        """Returns the prompt and the completion; of a conversation the turns before the assistant's last, and that."""
+        if "messages" not in row:
+            return row["prompt"], row["completion"]
+        turns, learned, options = conversation_of(row["messages"], row.get(OPTIONS))
+        # The last words of the assistant; after a conversation without any, those that the model adds.
+        last = max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
+        prompt = Conversation(turns[:last], learned[:last], options) if last else ""
+        return prompt, "".join(words(turn) for turn in turns[last : last + 1])
 
 
 def _encode_completions(rows: pa.Table, tokenizer: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:

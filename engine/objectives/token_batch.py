@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ class Batch:
     """Right-padded rows: token ids, 1 where a token is real, and labels (IGNORED where nothing is learned).
 
     `tokens` of them are real. The loss is over the N tokens that follow the positions `row_N, place_N`. These are
-    computed on the CPU, because asking a GPU for them would wait for it.
+    computed on the CPU, because asking a GPU for them would wait for it. `columns` are an objective's other columns, by
+    name: tensors (B, ...) of a value or several for each row.
     """
 
     ids_BT: torch.Tensor
@@ -29,12 +30,13 @@ class Batch:
     tokens: int
     row_N: torch.Tensor
     place_N: torch.Tensor
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, ids_BT: torch.Tensor, attention_BT: torch.Tensor, labels_BT: torch.Tensor, tokens: int) -> Batch:
         """Makes a batch on the CPU."""
-        # Nothing predicts the first token.
-        return cls(ids_BT, attention_BT, labels_BT, tokens, *(labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True))
+        row_N, place_N = (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)  # nothing predicts the first token
+        return cls(ids_BT, attention_BT, labels_BT, tokens, row_N, place_N)
 
     @classmethod
     def padded(cls, ids: np.ndarray, learned: np.ndarray, lengths_B: np.ndarray, pad: int) -> Batch:
@@ -48,17 +50,27 @@ class Batch:
 
     @classmethod
     def side_by_side(cls, pieces: Sequence[Batch | None], pad: int) -> Batch:
-        """Makes one batch (K * B, T) of K lanes' pieces, where padding that teaches nothing fills what a lane lacks."""
-        present = [(lane, piece) for lane, piece in enumerate(pieces) if piece is not None]
-        rows, longest = np.max([piece.ids_BT.shape for _, piece in present], 0)
-        ids_KBT = torch.full((len(pieces), rows, longest), pad)
-        attention_KBT, labels_KBT = torch.zeros_like(ids_KBT), torch.full_like(ids_KBT, IGNORED)
-        attention_KBT[:, :, 0] = 1  # a row that attends to nothing would be NaN
-        for lane, piece in present:
-            place = (lane, slice(len(piece.ids_BT)), slice(piece.ids_BT.shape[1]))
-            ids_KBT[place], attention_KBT[place], labels_KBT[place] = piece.ids_BT, piece.attention_BT, piece.labels_BT
-        flat = [vectors.view(-1, int(longest)) for vectors in (ids_KBT, attention_KBT, labels_KBT)]
-        return cls.of(flat[0], flat[1], flat[2], sum(piece.tokens for _, piece in present))
+        """Makes one batch (K * B, T) of K lanes' pieces, where padding that teaches nothing fills what a lane lacks.
+
+        A row that only fills a lane has no learned token, and zeros in `columns`.
+        """
+        present = {lane: piece for lane, piece in enumerate(pieces) if piece is not None}
+
+        def stacked(values: Mapping[int, torch.Tensor], fill: int) -> torch.Tensor:
+            shape = np.max([value.shape for value in values.values()], 0).tolist()
+            together = next(iter(values.values())).new_full((len(pieces), *shape), fill)
+            for lane, value in values.items():
+                together[lane][tuple(slice(size) for size in value.shape)] = value
+            return together.flatten(0, 1)
+
+        ids_BT = stacked({lane: piece.ids_BT for lane, piece in present.items()}, pad)
+        attention_BT = stacked({lane: piece.attention_BT for lane, piece in present.items()}, 0)
+        attention_BT[:, 0] = 1  # a row that attends to nothing would be NaN
+        labels_BT = stacked({lane: piece.labels_BT for lane, piece in present.items()}, IGNORED)
+        batch = cls.of(ids_BT, attention_BT, labels_BT, sum(piece.tokens for piece in present.values()))
+        names = next(iter(present.values())).columns
+        columns = {name: stacked({lane: piece.columns[name] for lane, piece in present.items()}, 0) for name in names}
+        return replace(batch, columns=columns)
 
     @property
     def learned(self) -> int:
@@ -68,7 +80,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Returns the same batch on another device."""
         vectors = (self.ids_BT.to(device), self.attention_BT.to(device), self.labels_BT.to(device))
-        return Batch(*vectors, self.tokens, self.row_N.to(device), self.place_N.to(device))
+        columns = {name: values.to(device) for name, values in self.columns.items()}
+        return Batch(*vectors, self.tokens, self.row_N.to(device), self.place_N.to(device), columns)
 
 
 def token_losses(network: nn.Module, batch: Batch, *, every_logit: bool = False) -> torch.Tensor:

@@ -5,19 +5,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from datasets_partition.core.turns import Conversation, conversation_of
-from datasets_partition.core.types import OPTIONS
 from engine.messages.broadcast import share
 from engine.messages.events import Checkpointed, Event, RunDone, Sample
 from engine.messages.shards import ShardedState
 from engine.models.export import model_card
+from engine.objectives.base import Prompt
 from engine.records.checkpoint import save_checkpoint
 from engine.records.metrics import loss_table
 from engine.rounds.evaluation import PoolEvaluator
 from engine.rounds.round_loop import Callback, RoundLoop, RunSetup
 from engine.rounds.server import merge_into_base
 from engine.system.atomic import write_file
-from engine.training.generation import Prompt, as_text, words
+from engine.training.generation import as_text
 from strategies.core.seeds import rng
 
 SAMPLE_TOKENS = 40
@@ -68,21 +67,11 @@ def finish(
 
 
 def _sampled_rows(evaluator: PoolEvaluator) -> list[tuple[Prompt, str]]:
-    """Prompt and completion (or last turn) of a few rows of unseen (else training) clients, drawn by the seed."""
+    """Returns prompts and answers of a few rows of unseen (else training) clients, drawn by the seed."""
     federation, store = evaluator.setup.federation, evaluator.setup.store
     unseen = evaluator.judged("unseen")
     clients = unseen if len(unseen) else evaluator.judged("heldout")
     draw = rng(federation.seed, 0, -1, "sample")
     chosen = draw.choice(clients, min(federation.samples, len(clients)), replace=False)
     rows = [store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]
-    return [_sampled(row) for row in rows]
-
-
-def _sampled(row: dict[str, Any]) -> tuple[Prompt, str]:
-    if "messages" not in row:
-        return row["prompt"], row["completion"]
-    turns, learned, options = conversation_of(row["messages"], row.get(OPTIONS))
-    # The last words of the assistant; after a conversation without any, those that the model adds.
-    last = max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
-    prompt = Conversation(turns[:last], learned[:last], options) if last else ""
-    return prompt, "".join(words(turn) for turn in turns[last : last + 1])
+    return [federation.train.objective.sample(row) for row in rows]

@@ -24,9 +24,9 @@ from engine.config.sections import Model, Zero
 from engine.config.train import Train
 from engine.models.deepspeed_config import ds_config
 from engine.models.trainable import shape_of, trained_layout
-from engine.objectives.base import Objective, Tokenizer, require_provided, term_sums
+from engine.objectives.base import Context, Objective, Prompt, Tokenizer, require_provided, term_sums
 from engine.objectives.token_batch import Batch
-from engine.training.generation import Prompt, continuations
+from engine.training.generation import continuations
 from engine.training.local_training import client_updates
 from engine.training.optimizers import make_optimizer, reset
 from engine.training.step_loop import Correct, Progress, Training, batches, take_steps
@@ -162,7 +162,8 @@ class ZeroTrainer:
         counts = {name: self.summed(sum(units[name] * share for units, share in shares)) for name in shares[0][0]}
         client.count({name: int(count) for name, count in counts.items()}, sum(p.tokens * share for p, share in pieces))
         for piece, share in pieces:
-            totals = {name: term.total() for name, term in self.objective.terms(self.engine, piece).items()}
+            terms = self.objective.terms(self.engine, piece, Context())
+            totals = {name: term.total() for name, term in terms.items()}
             losses = self.objective.losses
             loss = reduce(add, (totals[name] * (share * self.ranks / max(1, counts[name])) for name in losses))
             self.engine.backward(loss, scale_wrt_gas=False)

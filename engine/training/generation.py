@@ -1,14 +1,11 @@
 """Greedy continuations of prompts. Legend: B rows, T tokens."""
 
-import json
 from typing import Any
 
 import torch
 
-from datasets_partition.core.turns import Conversation
-from engine.objectives.base import Tokenizer
-
-Prompt = str | Conversation
+from datasets_partition.core.turns import words
+from engine.objectives.base import Prompt, Tokenizer
 
 
 @torch.no_grad()
@@ -38,9 +35,3 @@ def as_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{turn['role']}: {words(turn)}" for turn in prompt.turns)
-
-
-def words(turn: dict[str, Any]) -> str:
-    """Writes what a turn says: its content, and as JSON what else it has for the chat template."""
-    more = {key: value for key, value in turn.items() if key not in ("role", "content")}
-    return " ".join(filter(None, (turn["content"], json.dumps(more, ensure_ascii=False) if more else "")))

@@ -22,7 +22,7 @@ from datasets_partition.store.tokens import Tokens
 from engine.config.train import Train
 from engine.messages.errors import RunError
 from engine.models.trainable import Trainable
-from engine.objectives.base import counted
+from engine.objectives.base import Context, counted
 from engine.objectives.token_batch import Batch
 from engine.system import allocator as heap
 from engine.training.lane_forms import Form, Lanes, form_of
@@ -54,9 +54,8 @@ class LaneTrainer:
         self.layers = adapted_layers(self.trainable)
         self.own_scales = {pair.name: pair.scale for pair in self.trainable.layout.lora_pairs(self.trainable.flat.data)}
         # Logits of all positions, if the head has adapters: its inputs must be those of whole lanes.
-        self.every_logit = self.trainable.network.get_output_embeddings() in (
-            layer for layer, _ in self.layers.values()
-        )
+        head = self.trainable.network.get_output_embeddings()
+        self.context = Context(every_logit=head in (layer for layer, _ in self.layers.values()))
         self.flat_KP = self.trainable.flat.data.new_zeros(lanes, self.trainable.layout.size)
         self.grad_KP = torch.zeros_like(self.flat_KP)
         self.rows = [nn.Parameter(row) for row in self.flat_KP]
@@ -107,7 +106,7 @@ class LaneTrainer:
             pieces = [step[turn] if turn < len(step) else None for step in steps]
             self.shapes = {lane: piece.ids_BT.shape for lane, piece in enumerate(pieces) if piece is not None}
             together = Batch.side_by_side(pieces, self.plain.pad).to(self.device)
-            terms = self.objective.terms(self.trainable.network, together, every_logit=self.every_logit).items()
+            terms = self.objective.terms(self.trainable.network, together, self.context).items()
             totals_K = {name: term.by_row(len(together.ids_BT)).view(lanes, -1).sum(1) for name, term in terms}
             torch.stack([(totals_K[name] * share_K[name]).sum() for name in losses]).sum().backward()
             for lane, client in enumerate(active):

@@ -13,10 +13,20 @@ from engine.config.federation import Federation
 from engine.config.train import Train
 from engine.models.precision import compute_in
 from engine.models.trainable import Trainable
-from engine.objectives.base import Objective, TermSums, Tokenizer, counted, require_provided, step_loss, term_sums
+from engine.objectives.base import (
+    Context,
+    Objective,
+    Prompt,
+    TermSums,
+    Tokenizer,
+    counted,
+    require_provided,
+    step_loss,
+    term_sums,
+)
 from engine.objectives.token_batch import Batch, lengths
 from engine.records.client_state import OPTIMIZER, STRATEGY, owned_as, owned_by
-from engine.training.generation import Prompt, continuations
+from engine.training.generation import continuations
 from engine.training.optimizers import clip, make_optimizer
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, pieces, take_steps
 from strategies.core.base import Finished
@@ -167,7 +177,7 @@ class LocalTrainer:
         counts = counted(self.objective, step)
         client.count(counts, sum(piece.tokens for piece in step))
         for piece in step:
-            terms = self.objective.terms(self.trainable.network, piece.to(self.device))
+            terms = self.objective.terms(self.trainable.network, piece.to(self.device), Context())
             totals = {name: term.total() for name, term in terms.items()}
             step_loss(self.objective, totals, counts).backward()
             client.add(totals)

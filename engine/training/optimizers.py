@@ -25,6 +25,16 @@ def make_optimizer(
     return made
 
 
+def state_vectors(settings: AdamW | Sgd | TorchOptimizer) -> int:
+    """Returns how many vectors of the parameters' length the optimizer's state has, counted after a small step."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.zeros(2)
+    optimizer = make_optimizer([parameter], settings)
+    optimizer.step()
+    state = optimizer.state[parameter].values()
+    return sum(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in state)
+
+
 def reset(optimizer: torch.optim.Optimizer, lane: int | None = None) -> None:
     """Resets the state of all parameters, or of one lane: in place if the optimizer starts from zeros."""
     # Rprop, ASGD and others set their state in the first step, which SGD with dampening skips.

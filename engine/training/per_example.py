@@ -11,7 +11,7 @@ from torch import nn
 
 from engine.config.train import Train
 from engine.messages.errors import RunError
-from engine.objectives.base import Term, counted
+from engine.objectives.base import Context, Term, counted
 from engine.training.local_training import LocalTrainer, client_updates
 from engine.training.step_loop import Progress, Training, steps_of, take_steps
 from strategies.core.protocol import Mask, Vector
@@ -88,7 +88,7 @@ class PrivateTrainer:
             piece = self.objective.collate(rows.slice(first, train.batch), self.plain.pad)
             client.count(counted(self.objective, [piece]), piece.tokens)
             # Opacus tells rows apart by the first dimension of a layer's input.
-            terms = self.objective.terms(self.trainable.network, piece.to(self.device), every_logit=True)
+            terms = self.objective.terms(self.trainable.network, piece.to(self.device), Context(every_logit=True))
             self._add_clipped(terms, len(piece.ids_BT), summed)
             client.add({name: term.total() for name, term in terms.items()})
         self._add_noise(summed)

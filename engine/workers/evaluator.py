@@ -12,9 +12,8 @@ import pyarrow as pa
 from engine.config.sections import Evaluate
 from engine.config.train import Train
 from engine.messages.broadcast import BroadcastMessage
-from engine.objectives.base import Objective, terms_of
+from engine.objectives.base import Objective, Prompt, terms_of
 from engine.records.client_state import STRATEGY, owned_by
-from engine.training.generation import Prompt
 from engine.training.local_training import Trainer
 from engine.training.step_loop import Trained, Training
 from engine.workers.client_runner import ClientRunner

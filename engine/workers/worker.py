@@ -79,7 +79,7 @@ class ClientActor(WorkerProcess):
         self.attached = Attached(self, tokens, trainer, tokenizer, trainer_of, layout, base=mapped)
         initial = trainable.initial.numpy()
         del trainable.initial
-        if federation.model.peft.kind == "none" and self.device.type == "cpu":
+        if federation.model.peft.peft_class is None and self.device.type == "cpu":
             drop_pages(base)  # its weights have all been copied, since all are trained
         return layout, initial if first else np.empty(0, np.float32)
 

@@ -14,12 +14,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
 from engine.config.sections import Clients, Model, Zero
-from engine.config.train import Sgd
 from engine.messages.errors import RunError
 from engine.models.adapters import refuse_other_adapters, with_adapters
 from engine.models.base_model import causal_config
 from engine.models.deepspeed_config import BUCKET, LIVE
 from engine.scheduling.placement import slot_counts
+from engine.training.optimizers import state_vectors
 from experiments.config.recipe import Recipe
 from experiments.preflight.processes import in_fresh_process, memory
 from experiments.report.terminal import console
@@ -110,7 +110,7 @@ def slot_need(counts: Sizes, recipe: Recipe, process: float) -> Need:
     return Need(
         counts.parameters * counts.itemsize + vectors * trained,
         vectors * trained,
-        vectors * _moments(recipe) * trained,
+        vectors * state_vectors(recipe.train.optimizer) * trained,
         HEAP * max((counts.activations + counts.logits) * rows, counts.logits * recipe.evaluate.batch),
         counts.trained * ((1 + 2 * lanes) * FLOAT + GRID),  # start, each lane's end and delta, and the sum
         process,
@@ -131,17 +131,11 @@ def rank_need(counts: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need
     return Need(
         elements * counts.itemsize + shard,
         gradients + shard,  # DeepSpeed's, and a flat copy for the optimizer
-        _moments(recipe) * shard,
+        state_vectors(recipe.train.optimizer) * shard,
         HEAP * (activations + counts.logits) * -(-recipe.train.batch // ranks),
         counts.trained * (FLOAT + GRID) / ranks,  # a client's delta, and the sum
         process,
     )
-
-
-def _moments(recipe: Recipe) -> int:
-    """How many vectors the state of the local optimizer has."""
-    optimizer = recipe.train.optimizer
-    return int(optimizer.momentum > 0) if isinstance(optimizer, Sgd) else 2
 
 
 def smallest(counts: Sizes, recipe: Recipe, device: float, process: float) -> Zero | None:

@@ -90,13 +90,13 @@ def _copied(system: fs.FileSystem, path: str, folder: Path) -> Path:
 
 def _check(recipe: Recipe, folder: Path, manifest: Path) -> None:
     """Raises RunError if a start is of another kind than what the recipe trains, or of another base."""
-    start, is_lora, is_adapter = recipe.model.start, recipe.model.peft.kind != "none", (folder / ADAPTER).is_file()
+    start, is_adapter, trains_adapter = recipe.model.start, (folder / ADAPTER).is_file(), recipe.model.peft.peft_class
     if not is_adapter and not (folder / "config.json").is_file():
         raise RunError(f"model.start is {start!r}, which holds neither a PEFT adapter nor a model")
-    if is_lora and not is_adapter:
+    if trains_adapter and not is_adapter:
         what = f"model.start is {start!r}, a whole model, and the recipe trains an adapter"
         raise RunError(f"{what}: set model.base to {folder}, and leave model.start out")
-    if is_adapter and not is_lora:
+    if is_adapter and not trains_adapter:
         what = f"model.start is {start!r}, an adapter, and the recipe trains all weights"
         raise RunError(f'{what}: train an adapter (model.peft = "lora"), or merge it into its base first')
     if is_adapter and not (folder / "adapter_model.safetensors").is_file():

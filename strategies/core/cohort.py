@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
@@ -17,9 +17,15 @@ class UniformCohort:
 
     kind: Literal["uniform"] = "uniform"
     size: int = 10
+    varies: ClassVar[bool] = False  # whether rounds have cohorts of different sizes
 
     def __post_init__(self) -> None:
         require(self.size >= 1, f"cohort.size must be at least 1, not {self.size}")
+
+    @property
+    def most(self) -> int:
+        """The largest cohort, whatever the population."""
+        return self.size
 
     def expected(self, clients: int) -> float:
         """The number of clients that take part."""
@@ -47,11 +53,17 @@ class PoissonCohort:
     rate: Annotated[float | None, Range("is each client's probability", SHARE)] = None
     size: Annotated[float | None, Range("is the expected number of clients", ABOVE_0)] = None
     cap: Annotated[int | None, Range("is the largest number of clients", AT_LEAST_1)] = None
+    varies: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_ranges(self, "cohort.")
         either = (self.rate is None) != (self.size is None)
         require(either, "a poisson cohort needs cohort.rate or cohort.size, one of them")
+
+    @property
+    def most(self) -> int | None:
+        """The largest cohort; None if only the population bounds it."""
+        return self.cap
 
     def probability(self, clients: int) -> float:
         """The probability of each client; StrategyError when there are too few clients for the size."""

@@ -17,6 +17,7 @@ from engine.config.sections import Evaluate
 from engine.config.train import Sgd, Train
 from engine.messages.errors import RunError
 from engine.objectives.base import (
+    Context,
     Need,
     Term,
     client_figures,
@@ -44,8 +45,8 @@ class TwoTerms(Sft):
     def counts(self, batch: Batch) -> dict[str, int]:
         return {**super().counts(batch), "square": len(torch.unique(batch.row_N))}
 
-    def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
-        terms = super().terms(network, batch, every_logit=every_logit)
+    def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
+        terms = super().terms(network, batch, context)
         row_U = torch.unique(batch.row_N)  # not the rows that only fill a lane
         return {**terms, "square": Term(terms["nll"].by_row(len(batch.ids_BT))[row_U].square() / 200, row_U)}
 
@@ -76,7 +77,7 @@ def by_hand(trainer: LocalTrainer, rows: pa.RecordBatch) -> tuple[torch.Tensor, 
     trainable.network.train()
     trainable.grad.zero_()
     batches = [Sft().collate(rows.slice(i, 1), 0) for i in range(rows.num_rows)]
-    sums = torch.stack([Sft().terms(trainable.network, batch)["nll"].total() for batch in batches])
+    sums = torch.stack([Sft().terms(trainable.network, batch, Context())["nll"].total() for batch in batches])
     loss = sums.sum() / sum(batch.learned for batch in batches) + sums.square().mean() / 200
     loss.backward()
     return trainable.grad.clone(), loss.item()
@@ -168,8 +169,8 @@ class OfLongRows(Sft):
         long = int((torch.bincount(batch.row_N)[batch.row_N] > 5).sum())
         return {"long": long, "short": batch.learned - long, "nll": batch.learned}
 
-    def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
-        term = super().terms(network, batch, every_logit=every_logit)["nll"]
+    def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
+        term = super().terms(network, batch, context)["nll"]
         long_N = torch.bincount(batch.row_N)[batch.row_N] > 5
         parts = {"long": long_N, "short": ~long_N}
         return {"nll": term, **{k: Term(term.values_N[mask], term.row_N[mask]) for k, mask in parts.items()}}
@@ -243,5 +244,5 @@ def test_an_objective_whose_needs_are_not_met_is_refused(
     federation: Federation, make_trainer: Callable[..., LocalTrainer]
 ) -> None:
     needy = replace(federation, train=replace(ONE_STEP, objective=Needy()))
-    with pytest.raises(RunError, match=r'train\.objective = "sft" needs a head and a reference, which'):
+    with pytest.raises(RunError, match=r'train\.objective = "sft" needs a reference model and a head, which'):
         make_trainer(needy)

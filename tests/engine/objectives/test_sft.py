@@ -1,5 +1,6 @@
 """Sft against what TRL's SFTTrainer makes of the same rows, and against the loss that a model computes itself."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from datasets_partition.core.turns import Conversation
+from engine.objectives.base import Context
 from engine.objectives.sft import Sft
 from engine.objectives.token_batch import IGNORED, Batch, token_losses
 
@@ -56,7 +59,7 @@ def kept(rows: pa.Table) -> pa.RecordBatch:
 
 def loss(network: Any, batch: Batch) -> tuple[torch.Tensor, int]:
     """The sum and the count of the loss's only term."""
-    (term,), counts = Sft().terms(network, batch).values(), Sft().counts(batch)
+    (term,), counts = Sft().terms(network, batch, Context()).values(), Sft().counts(batch)
     assert counts == {"nll": len(term.values_N)}
     return term.total(), counts["nll"]
 
@@ -170,6 +173,31 @@ def test_collate_by_hand() -> None:
     assert batch.labels_BT.tolist() == [[-100, 6, 7], [-100, 9, -100]]
 
 
+def test_columns_of_an_objective_lie_beside_their_rows_in_lanes() -> None:
+    """A value or several for each row, of lanes with two rows, without any, and with one."""
+    (rows,) = pa.table({"input_ids": [[5, 6, 7], [8, 9]], "mask": [[0, 1, 1], [0, 1]]}).to_batches()
+    parts = {
+        "flag": (torch.tensor([True, False]), torch.tensor([True])),
+        "other": (torch.tensor([[1, 2], [3, 4]]), torch.tensor([[5, 6, 7]])),
+    }
+    two, single = (
+        replace(Sft().collate(rows.slice(0, count), 2), columns={name: values[part] for name, values in parts.items()})
+        for part, count in enumerate((2, 1))
+    )
+    batch = Batch.side_by_side([two, None, single], 2).to(torch.device("cpu"))
+    assert batch.columns["flag"].tolist() == [True, False, False, False, True, False]
+    assert batch.columns["other"].tolist() == [[1, 2, 0], [3, 4, 0], *[[0, 0, 0]] * 2, [5, 6, 7], [0, 0, 0]]
+    assert batch.ids_BT.tolist() == [[5, 6, 7], [8, 9, 2], *[[2, 2, 2]] * 2, [5, 6, 7], [2, 2, 2]]
+    assert batch.attention_BT.tolist() == [[1, 1, 1], [1, 1, 0], *[[1, 0, 0]] * 2, [1, 1, 1], [1, 0, 0]]
+    assert batch.row_N.tolist() == [0, 0, 1, 4, 4] and batch.place_N.tolist() == [0, 1, 0, 0, 1]
+
+
+def test_a_sample_is_the_prompt_and_its_answer() -> None:
+    turns = [{"role": role, "content": content} for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    assert Sft().sample({"prompt": "p", "completion": "c"}) == ("p", "c")
+    assert Sft().sample({"messages": turns}) == (Conversation(turns[:1], [True], {}), "b")
+
+
 @pytest.mark.parametrize("name", ["tied", "gpt2"])
 def test_padding_never_changes_a_loss(bases: dict[str, Path], rows: pa.RecordBatch, name: str) -> None:
     network, objective = AutoModelForCausalLM.from_pretrained(bases[name]).eval(), Sft()
@@ -199,7 +227,8 @@ def test_logits_are_computed_where_a_label_is(bases: dict[str, Path], rows: pa.R
     hook.remove()
     assert seen == [(1, count, 300)] and count == batch.learned < batch.tokens
     each, chosen = (
-        objective.terms(network, batch, every_logit=every)["nll"].by_row(len(batch.ids_BT)) for every in (True, False)
+        objective.terms(network, batch, Context(every_logit=every))["nll"].by_row(len(batch.ids_BT))
+        for every in (True, False)
     )
     assert some.item() == pytest.approx(each.sum().item(), rel=1e-6)
     assert chosen.tolist() == pytest.approx(each.tolist(), rel=1e-6)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from engine.config.train import DECAYS, AdamW, Sgd, TorchOptimizer
-from engine.training.optimizers import clip, kept, make_optimizer, reset, restore
+from engine.training.optimizers import clip, kept, make_optimizer, reset, restore, state_vectors
 
 TORCH = {
     "SGD": {"momentum": 0.9, "dampening": 0.5},
@@ -25,6 +25,15 @@ EACH = [
 ]
 IDS = ["adamw", "sgd", *TORCH]
 GRADS = [torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, -1.0]), torch.tensor([-1.0, 0.25, 2.0])]
+
+
+VECTORS = [2, 1, 1, 3, 2, 2, 2, 2, 1, 2, 1, 3, 2, 1]  # of EACH: moments, averages, and what else is as long
+
+
+@pytest.mark.parametrize(("settings", "vectors"), zip(EACH, VECTORS, strict=True), ids=IDS)
+def test_a_state_has_as_many_vectors_as_the_optimizer_keeps(settings: object, vectors: int) -> None:
+    assert state_vectors(settings) == vectors  # type: ignore[arg-type]
+    assert state_vectors(Sgd()) == 0
 
 
 def flat() -> torch.nn.Parameter:

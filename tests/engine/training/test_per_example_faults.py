@@ -13,7 +13,7 @@ from torch import nn
 from engine.config.adapters import FullTuning
 from engine.config.federation import Federation
 from engine.config.train import AdamW, Sgd, Train
-from engine.objectives.base import Term
+from engine.objectives.base import Context, Term
 from engine.objectives.sft import Sft
 from engine.objectives.token_batch import Batch, token_losses
 from engine.training.local_training import Job
@@ -88,7 +88,7 @@ def test_an_error_leaves_no_trace_either(make_private: MakePrivate, rows: pa.Rec
 class SometimesNan(Sft):
     """Rows with five learned tokens are lost in NaN."""
 
-    def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
+    def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
         logits_BTV = network(input_ids=batch.ids_BT, attention_mask=batch.attention_BT).logits[:, :-1]
         labels_BT = batch.labels_BT[:, 1:]
         factor_B = torch.where((labels_BT != -100).sum(1) == 5, float("nan"), 1.0)
@@ -108,8 +108,8 @@ def test_a_row_without_a_finite_gradient_moves_nothing(make_private: MakePrivate
 class Forgetful(Sft):
     """Uses parameters past their layers, where no hook of a layer sees it."""
 
-    def terms(self, network: nn.Module, batch: Batch, *, every_logit: bool = False) -> dict[str, Term]:
-        term = super().terms(network, batch, every_logit=every_logit)["nll"]
+    def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
+        term = super().terms(network, batch, context)["nll"]
         unseen = torch.stack([p.sum() for p in network.parameters() if p.requires_grad]).sum()
         return {"nll": Term(term.values_N + unseen, term.row_N)}
 
