@@ -154,9 +154,9 @@ def test_runs_of_before_there_were_digests_go_on(begun, tmp_path):
 def test_of_large_files_a_part_is_read_and_small_ones_whole(tmp_path):
     small, large = tmp_path / "small", tmp_path / "large"
     small.write_bytes(bytes(digests.BLOCK * 3))
-    before = digests._digest(small)
+    before = digests.file_digest(small)
     small.write_bytes(bytes(digests.BLOCK * 2 + 5) + b"!" + bytes(digests.BLOCK - 6))
-    assert digests._digest(small) != before
+    assert digests.file_digest(small) != before
     seen = set()
     for changed in (0, 20 * 2**20, 64 * 2**20 - 1, None):  # the first byte, one between blocks, the last, none
         with large.open("wb") as file:
@@ -164,7 +164,7 @@ def test_of_large_files_a_part_is_read_and_small_ones_whole(tmp_path):
             if changed is not None:
                 file.seek(changed)
                 file.write(b"!")
-        seen.add(digests._digest(large))
+        seen.add(digests.file_digest(large))
     assert len(seen) == 3
 
 
