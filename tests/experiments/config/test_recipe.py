@@ -173,7 +173,7 @@ def test_an_unknown_key_names_the_nearest(sections: dict[str, Any], said: str) -
         ({"train": {"steps": 1.5}}, "'train.steps' should be a valid integer"),
         ({"train": {"steps": 1, "optimizer": {"kind": "adamw", "betas": [0.9]}}}, "train.optimizer.betas"),
         ({"clients": {"slots": "many"}}, "'clients.slots' should be a valid integer"),
-        ({"model": {"dtype": "int8"}}, "'model.dtype' should be 'float32' or 'bfloat16', not 'int8'"),
+        ({"model": {"dtype": "int8"}}, "'model.dtype' should be 'float32', 'bfloat16' or 'float16', not 'int8'"),
         ({"cohort": {"size": 2, "kind": "poison"}}, "'cohort' has no kind 'poison'; did you mean 'poisson'?"),
     ],
 )
