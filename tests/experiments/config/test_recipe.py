@@ -315,12 +315,14 @@ def test_the_schema_is_one_and_describes_the_resolved_recipes() -> None:
     assert not validator.is_valid(LEAST | {"seed": "seven"})
 
 
-@pytest.mark.parametrize("base", ["bases/mine/small", "./mine", "../mine", "/mine", "~/mine"])
+@pytest.mark.parametrize("base", ["bases/mine/small", "./mine", "../mine", "~/mine", "absolute"])
 def test_a_base_that_is_no_folder_and_no_name_on_the_hub_shows_the_path_that_was_tried(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    base = str(tmp_path / "absent") if base == "absolute" else base
     recipe = replace(load_recipe(RECIPES / "demo.toml"), model=Model(base=base))
     tried = Path(base).expanduser().absolute()
     with pytest.raises(RunError, match=rf"model\.base is '{base}', and there is no folder {tried} \(relative paths"):
