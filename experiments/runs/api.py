@@ -92,7 +92,8 @@ def run(
     with resuming.alone_in(folder, new=place is None and not resume), started(recipe) as (beginning, start_digest):
         on_event(Preparing("reading the data and assigning rows to clients"))
         store = build_store(recipe)
-        manifest = _manifest(recipe, store, start_digest)
+        manifest = _manifest(recipe, store)
+        manifest["digests"] |= start_digest
         if resume:
             manifest = resuming.continued(folder, resuming.earlier_manifest(folder), manifest, accept_changes)
         files = {"recipe.toml": to_toml(recipe).encode(), "manifest.json": json.dumps(manifest, indent=1).encode()}
@@ -253,7 +254,7 @@ def fedpost_version() -> str:
         return "not installed: run from its folder"
 
 
-def _manifest(recipe: Recipe, store: Path, start_digest: dict[str, str]) -> dict[str, Any]:
+def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
     """Versions, seed, data, base, start and digests: what a run with the same bits needs."""
     from importlib.metadata import version
 
@@ -267,7 +268,7 @@ def _manifest(recipe: Recipe, store: Path, start_digest: dict[str, str]) -> dict
         "seed": recipe.seed,
         "base": base | {key: value for key, value in template.items() if value is not None},
         **({} if model.start is None else {"start": model.start}),
-        "digests": digests(recipe) | start_digest,
+        "digests": digests(recipe),
         "versions": versions,
         "python": platform.python_version(),
         "system": platform.system(),
