@@ -86,9 +86,6 @@ class Schedule:
     warmup: int = 0
     end: float = 0.0
 
-    def __post_init__(self) -> None:
-        at_least("train schedule", 0, warmup=self.warmup, end=self.end)
-
     def factor(self, at: int, total: int) -> float:
         """The factor at round or step `at` (from 0) of `total`; `total` itself would have `end`."""
         if at < self.warmup:
@@ -128,3 +125,5 @@ class Train:
         at_least("train", 1, steps=self.steps, epochs=self.epochs, batch=self.batch, accumulate=self.accumulate)
         at_least("train", 2, max_length=self.max_length)
         at_least("train", 0, clip=self.clip)
+        at_least("train.over_rounds", 0, warmup=self.over_rounds.warmup, end=self.over_rounds.end)
+        at_least("train.over_steps", 0, warmup=self.over_steps.warmup, end=self.over_steps.end)

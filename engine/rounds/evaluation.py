@@ -37,7 +37,7 @@ class Pending:
 
 @dataclass(frozen=True)
 class PoolEvaluator:
-    """Evaluates models on the pool and writes their losses. A `message` carries one: DriverShards.model_message."""
+    """Evaluates models on the pool and writes their losses. `message` carries the model: DriverShards.model_message."""
 
     setup: RunSetup
     logs: Logs

@@ -1,4 +1,7 @@
-"""The only source of randomness: every draw is a function of (seed, round, client, purpose)."""
+"""The source of a run's random draws, each a function of (seed, round, client, purpose).
+
+Noise under secure aggregation's "full" is the operating system's, and building a store draws in store/build.py.
+"""
 
 from hashlib import sha256
 from typing import Any, Literal
