@@ -91,8 +91,8 @@ def _cohort(recipe: Sections) -> Refusals:
     why = f'{name} needs at least {least} clients in each round: use cohort.kind = "uniform"'
     yield cohort.varies and least > 1, why
     yield (
-        cohort.most is not None and cohort.most < least,
-        f"{name} needs at least {least} clients a round, but cohort.size is {cohort.most}: raise it to {least}, or let "
+        cohort.cap is not None and cohort.cap < least,
+        f"{name} needs at least {least} clients a round, but cohort.size is {cohort.cap}: raise it to {least}, or let "
         f"the strategy tolerate fewer liars",
     )
 
@@ -311,7 +311,7 @@ def _secagg(recipe: Sections) -> Refusals:
     )
     unknown = next((extra for extra in secagg.bounds if extra not in beside), None)
     yield unknown, f"privacy.secagg.bounds names {unknown!r}, but {name} sends no such sum: take it out"
-    largest = cohort.most
+    largest = cohort.cap
     if largest is None:
         return
     secagg.parameters(largest)

@@ -7,9 +7,9 @@ import torch
 
 from strategies.core.layout import Layout
 
-# (P,) float32, contiguous: put, summed and masked as a whole. On the CPU, except in a client's training (`starts`,
-# `correct`, `trained_mask`), where it lies on the client's device.
-Vector = torch.Tensor
+Vector = (
+    torch.Tensor
+)  # (P,) float32, contiguous; on the CPU, except in a client's training, where it lies on its device
 Mask = torch.Tensor  # (P,) bool: a choice of coordinates
 ClientState = dict[str, Vector]  # what a client keeps from one of its rounds to the next
 

@@ -1,7 +1,4 @@
-"""The source of a run's random draws, each a function of (seed, round, client, purpose).
-
-Noise under secure aggregation's "full" is the operating system's, and building a store draws in store/build.py.
-"""
+"""The source of a run's random draws, except for noise under `full`; a store's build draws in store/build.py."""
 
 from hashlib import sha256
 from typing import Any, Literal
