@@ -49,12 +49,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Context:
-    """What a trainer gives an objective beside the network and a batch; what objectives `need` becomes a field here.
+    """What a trainer gives an objective beside the network and a batch; what objectives `need` becomes a field here."""
 
-    With `every_logit` the head must see all positions of the batch in their places.
-    """
-
-    every_logit: bool = False
+    every_logit: bool = False  # the head must see all positions of the batch in their places
 
 
 class Objective(Protocol):
@@ -79,10 +76,7 @@ class Objective(Protocol):
         """The objective's name in the recipe."""
 
     def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
-        """Makes `input_ids`, null where a row teaches nothing, and other columns of numbers or lists of numbers.
-
-        RunError for other formats. The length of `input_ids` is what steps are cut by and clients' work is told by.
-        """
+        """Makes `input_ids`, null where a row teaches nothing, and columns of numbers; RunError for other formats."""
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded with the token `pad`, with the other columns in `Batch.columns`."""

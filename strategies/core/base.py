@@ -71,9 +71,8 @@ class Rule(ABC):
 
     def __post_init__(self) -> None:
         check_ranges(self, "strategy.")
-        needs = self.needs_optimizer
-        why = 'write needs_optimizer = NeedsSgd("counts on ...") (strategies.core.base), or leave it out'
-        require(needs is None or isinstance(needs, NeedsSgd), f"{named(self)} has needs_optimizer = {needs!r}: {why}")
+        way = 'write needs_optimizer = NeedsSgd("counts on ...") (strategies.core.base), or leave it out'
+        require(isinstance(self.needs_optimizer, NeedsSgd | None), f"{named(self)} does not say what it needs: {way}")
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -166,7 +166,7 @@ class Vague(FedAvg):
 
 
 def test_a_need_of_an_optimizer_that_is_no_reason_is_refused() -> None:
-    with pytest.raises(StrategyError, match=r"'Vague' has needs_optimizer = True: write .*NeedsSgd\(\"counts on"):
+    with pytest.raises(StrategyError, match=r"'Vague' does not say what it needs: write .*NeedsSgd\(\"counts on"):
         Vague()
 
 
