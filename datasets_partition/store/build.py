@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from datasets_partition import Sources
 from datasets_partition.core.columns import labels
 from datasets_partition.core.types import (
     DataError,
     Partitioner,
+    Rows,
     Source,
     content_columns,
     refuse_misfit,
@@ -28,7 +30,7 @@ from datasets_partition.sources.files import Files
 from datasets_partition.sources.hf_datasets import HfDatasets
 from datasets_partition.sources.location import is_local, node_cache, within
 from datasets_partition.store import sealed
-from datasets_partition.store.splits import Splits, content_numbers, first_of_each, refuse_leaks
+from datasets_partition.store.splits import Held, Splits, content_numbers, first_of_each, refuse_leaks
 from datasets_partition.store.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, write_arrow
 
 OnStep = Callable[[str], None]
@@ -86,14 +88,7 @@ def _prepare(
     source: Source, partitioner: Partitioner, splits: Splits, seed: int, on_step: OnStep, label: str | None
 ) -> Callable[[Path], dict[str, Any]]:
     """Gives rows to clients; returns the function that writes them into a folder and returns the manifest's counts."""
-    on_step("reading the rows")
-    # A user's source takes no listener, not even one that extends ours.
-    listener = [lambda rows: on_step(f"reading the rows: {rows:,} so far")] if type(source) in get_args(Sources) else []
-    loaded_rows = source.load(*listener)
-    refuse_other_rows(loaded_rows, source)
-    loaded, skipped = loaded_rows
-    if not loaded.num_rows:
-        raise DataError(f"the source gives no rows: {source!r}")
+    loaded, skipped = _load(source, on_step)
     wide = pa.schema([field.with_type(_wide(field.type)) for field in loaded.schema])
     table, columns = loaded.cast(wide).combine_chunks(), content_columns(loaded)
     on_step(f"looking for duplicates among {table.num_rows:,} rows")
@@ -122,13 +117,7 @@ def _prepare(
         people = given.people.dictionary_encode().indices.to_numpy().astype(np.int64)
     held = splits.assign(clients, people, rng(seed, "splits"))
 
-    # New ids without gaps: first the clients that train, then those that never do.
-    kept = np.flatnonzero(held.kept)
-    kept = kept[np.argsort(held.unseen[kept], kind="stable")]
-    ids = np.full(len(given.names), -1)
-    ids[kept] = np.arange(len(kept))
-    stored = np.lexsort((held.heldout, ids[clients]))
-    stored = stored[ids[clients[stored]] >= 0]
+    kept, ids, stored = _number(held, clients)
     servers = np.flatnonzero(server)
     order = np.concatenate([rows[stored], servers])
     if splits.duplicates == "keep" and splits.leaks == "error":
@@ -177,6 +166,28 @@ def _prepare(
         return counts
 
     return write
+
+
+def _load(source: Source, on_step: OnStep) -> Rows:
+    """The source's rows, checked: at least one, in a canonical format."""
+    on_step("reading the rows")
+    # A user's source takes no listener, not even one that extends ours.
+    listener = [lambda rows: on_step(f"reading the rows: {rows:,} so far")] if type(source) in get_args(Sources) else []
+    loaded = source.load(*listener)
+    refuse_other_rows(loaded, source)
+    if not loaded.table.num_rows:
+        raise DataError(f"the source gives no rows: {source!r}")
+    return loaded
+
+
+def _number(held: Held, clients: NDArray[np.int32]) -> tuple[NDArray[np.int64], ...]:
+    """Kept clients by new id (first those that train), each client's id (-1: none), and rows by id, trained first."""
+    kept = np.flatnonzero(held.kept)
+    kept = kept[np.argsort(held.unseen[kept], kind="stable")]
+    ids = np.full(len(held.kept), -1)
+    ids[kept] = np.arange(len(kept))
+    stored = np.lexsort((held.heldout, ids[clients]))
+    return kept, ids, stored[ids[clients[stored]] >= 0]
 
 
 def rng(seed: int, purpose: str) -> np.random.Generator:

@@ -83,17 +83,17 @@ def ring_aggregate(
 
 def sent_masks_of(federation: Federation, layout: Layout, round_: int) -> dict[str, Mask]:
     """Returns the strategy's masks of a round for what travels: a delta that a transform shortens has none."""
-    masks, unshortened = federation.strategy.sent_masks(round_, layout), travelling(federation, layout) == layout.size
+    masks, unshortened = federation.strategy.sent_masks(round_, layout), sent_length(federation, layout) == layout.size
     return {name: mask for name, mask in masks.items() if unshortened or name != "delta"}
 
 
 def sent_lengths_of(federation: Federation, layout: Layout, round_: int) -> dict[str, int]:
     """Returns how many coordinates of the delta and of each sum beside it are sent in a round."""
-    lengths = {"delta": travelling(federation, layout), **federation.strategy.beside(layout)}
+    lengths = {"delta": sent_length(federation, layout), **federation.strategy.beside(layout)}
     return lengths | {name: int(mask.sum()) for name, mask in sent_masks_of(federation, layout, round_).items()}
 
 
-def travelling(federation: Federation, layout: Layout) -> int:
+def sent_length(federation: Federation, layout: Layout) -> int:
     """Returns the length of a client's delta after all transforms."""
     size = Size(layout.size, layout.size)
     for transform in federation.transforms:

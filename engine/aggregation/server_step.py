@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from engine.aggregation.ring_encoding import noise, travelling
+from engine.aggregation.ring_encoding import noise, sent_length
 from engine.config.federation import Federation
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Mask, ServerState
@@ -47,5 +47,5 @@ def noisy(
     if aggregate is None:
         lengths = {**federation.strategy.beside(layout), **plan.beside}
         extras = {name: torch.zeros(length) for name, length in lengths.items()}
-        aggregate = Aggregate(0.0, torch.zeros(travelling(federation, layout)), extras, 0)
+        aggregate = Aggregate(0.0, torch.zeros(sent_length(federation, layout)), extras, 0)
     return plan.decode(aggregate, clip, noise(federation, round_, -1 - rank), sent_masks)

@@ -123,11 +123,6 @@ class Lora(Tuning):
         return self.r
 
     @property
-    def layer_ranks(self) -> str | None:
-        """The pattern."""
-        return "model.peft.rank_pattern" if self.rank_pattern else None
-
-    @property
     def outside_lanes(self) -> str | None:
         """Weights of the base and of experts have no batched form."""
         beside = {"bias": self.bias != "none", "modules_to_save": self.modules_to_save}
@@ -143,10 +138,8 @@ class Lora(Tuning):
 
     @property
     def trains_base(self) -> str | None:
-        """Biases and saved modules."""
-        if self.bias != "none":
-            return "model.peft.bias"
-        return "model.peft.modules_to_save" if self.modules_to_save else None
+        """Biases too."""
+        return "model.peft.bias" if self.bias != "none" else super().trains_base
 
     def lora_rank_of(self, client: int, seed: int) -> int | None:
         """The rank of a client; None where all have the recipe's."""
@@ -179,11 +172,6 @@ class IA3(Tuning):
         """Saved modules have no batched form."""
         return self.trains_base
 
-    @property
-    def trains_base(self) -> str | None:
-        """Saved modules."""
-        return "model.peft.modules_to_save" if self.modules_to_save else None
-
 
 @dataclass(frozen=True)
 class Vera(Tuning):
@@ -212,11 +200,6 @@ class Vera(Tuning):
         at_least("model.peft", 1, r=self.r)
         below_one("model.peft", vera_dropout=self.vera_dropout)
         check_layers(self.layers_to_transform, self.targets)
-
-    @property
-    def trains_base(self) -> str | None:
-        """Saved modules."""
-        return "model.peft.modules_to_save" if self.modules_to_save else None
 
 
 @dataclass(frozen=True)
@@ -267,11 +250,6 @@ class Oft(Tuning):
         check_layers(self.layers_to_transform, self.targets)
         if (self.r > 0) == (self.oft_block_size > 0):
             raise RunError("model.peft needs r (blocks of a layer) or oft_block_size above 0, and the other one at 0")
-
-    @property
-    def trains_base(self) -> str | None:
-        """Saved modules."""
-        return "model.peft.modules_to_save" if self.modules_to_save else None
 
 
 Adapters = Lora | IA3 | Vera | LNTuning | Oft | FullTuning

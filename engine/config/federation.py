@@ -31,9 +31,9 @@ class Federation(Sections):
         for is_so, why in chain.from_iterable(check(self) for check in (*checks, _gangs, _privacy, _secagg)):
             if is_so:
                 raise RunError(why)
-        at_least("recipe", 1, rounds=self.rounds)
+        at_least("", 1, rounds=self.rounds)
         if self.seed < 0:
-            raise RunError(f"recipe.seed must be at least 0, not {self.seed}")
+            raise RunError(f"seed must be at least 0, not {self.seed}")
 
 
 def works_on_pairs(strategy: Rule) -> bool:
@@ -66,8 +66,8 @@ def _adapters(recipe: Sections) -> Refusals:
         why = f'{name} works on adapters, but model.peft is "{peft.kind}": use LoRA, or "fedavg"'
         yield works_on_pairs(strategy), why
         return
-    why = f"{name} needs one rank in all layers, but {peft.layer_ranks} gives some their own: leave it out"
-    yield works_on_pairs(strategy) and peft.layer_ranks, f'{why}, or use "fedavg"'
+    why = f"{name} needs one rank in all layers, but model.peft.rank_pattern gives some their own: leave it out"
+    yield works_on_pairs(strategy) and peft.options().get("rank_pattern"), f'{why}, or use "fedavg"'
     multiple = strategy.lora_rank_multiple
     rest = peft.lora_rank % multiple
     yield (
@@ -91,8 +91,8 @@ def _cohort(recipe: Sections) -> Refusals:
     why = f'{name} needs at least {least} clients in each round: use cohort.kind = "uniform"'
     yield cohort.varies and least > 1, why
     yield (
-        cohort.most is not None and cohort.most < least,
-        f"{name} needs at least {least} clients a round, but cohort.size is {cohort.most}: raise it to {least}, or let "
+        cohort.cap is not None and cohort.cap < least,
+        f"{name} needs at least {least} clients a round, but cohort.size is {cohort.cap}: raise it to {least}, or let "
         f"the strategy tolerate fewer liars",
     )
 
@@ -311,7 +311,7 @@ def _secagg(recipe: Sections) -> Refusals:
     )
     unknown = next((extra for extra in secagg.bounds if extra not in beside), None)
     yield unknown, f"privacy.secagg.bounds names {unknown!r}, but {name} sends no such sum: take it out"
-    largest = cohort.most
+    largest = cohort.cap
     if largest is None:
         return
     secagg.parameters(largest)

@@ -13,6 +13,7 @@ from pydantic import Field
 from engine.messages.checks import at_least, below_one
 from engine.messages.errors import RunError
 from engine.objectives import Objectives
+from engine.objectives.base import require_provided
 from engine.objectives.sft import Sft
 
 BY_KIND = Field(discriminator="kind") if get_args(Objectives) else Field()  # a union of one has no members
@@ -86,9 +87,6 @@ class Schedule:
     warmup: int = 0
     end: float = 0.0
 
-    def __post_init__(self) -> None:
-        at_least("train schedule", 0, warmup=self.warmup, end=self.end)
-
     def factor(self, at: int, total: int) -> float:
         """The factor at round or step `at` (from 0) of `total`; `total` itself would have `end`."""
         if at < self.warmup:
@@ -125,6 +123,9 @@ class Train:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise RunError("train needs exactly one of steps and epochs")
+        require_provided(self.objective)
         at_least("train", 1, steps=self.steps, epochs=self.epochs, batch=self.batch, accumulate=self.accumulate)
         at_least("train", 2, max_length=self.max_length)
         at_least("train", 0, clip=self.clip)
+        at_least("train.over_rounds", 0, warmup=self.over_rounds.warmup, end=self.over_rounds.end)
+        at_least("train.over_steps", 0, warmup=self.over_steps.warmup, end=self.over_steps.end)

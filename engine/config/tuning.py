@@ -47,11 +47,6 @@ class Tuning:
         return None
 
     @property
-    def layer_ranks(self) -> str | None:
-        """The key by which layers have LoRA ranks of their own; None if all have `lora_rank`."""
-        return None
-
-    @property
     def ranks(self) -> tuple[RankShare, ...]:
         """The LoRA ranks of clients that have different ones."""
         return ()
@@ -69,7 +64,7 @@ class Tuning:
     @property
     def trains_base(self) -> str | None:
         """The key because of which weights of the base, or copies of them, are trained; None if none are."""
-        return None
+        return "model.peft.modules_to_save" if vars(self).get("modules_to_save") else None
 
     def lora_rank_of(self, client: int, seed: int) -> int | None:
         """The LoRA rank of a client; None where all have the recipe's."""

@@ -6,15 +6,16 @@ from engine.messages.errors import RunError
 
 
 def at_least(section: str, lowest: float, **values: float | None) -> None:
-    """Raises RunError for the first named value of a section below `lowest`; None is no value.
+    """Raises RunError for the first named value of a section ("": the recipe) below `lowest`; None is no value.
 
     Counts are below 2^31, since rows are counted in 32 bits.
     """
     for name, value in values.items():
+        key = f"{section}.{name}" if section else name
         if isinstance(value, int) and value >= 2**31:
-            raise RunError(f"{section}.{name} must be below 2^31")
+            raise RunError(f"{key} must be below 2^31")
         if value is not None and not lowest <= value < math.inf:
-            raise RunError(f"{section}.{name} must be at least {lowest:g}, not {value:g}")
+            raise RunError(f"{key} must be at least {lowest:g}, not {value:g}")
 
 
 def below_one(section: str, **values: float) -> None:

@@ -66,12 +66,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Context:
-    """What a trainer gives an objective beside the network and a batch; what objectives `need` becomes a field here.
+    """What a trainer gives an objective beside the network and a batch; what objectives `need` becomes a field here."""
 
-    With `every_logit` the head must see all positions of the batch in their places.
-    """
-
-    every_logit: bool = False
+    every_logit: bool = False  # the head must see all positions of the batch in their places
 
 
 class Objective(Protocol):

@@ -50,10 +50,7 @@ class Batch:
 
     @classmethod
     def side_by_side(cls, pieces: Sequence[Batch | None], pad: int) -> Batch:
-        """Makes one batch (K * B, T) of K lanes' pieces, where padding that teaches nothing fills what a lane lacks.
-
-        A row that only fills a lane has no learned token, and zeros in `columns`.
-        """
+        """Makes one batch (K * B, T) of K lanes' pieces; padding, and zeros in `columns`, fill what a lane lacks."""
         present = {lane: piece for lane, piece in enumerate(pieces) if piece is not None}
 
         def stacked(values: Mapping[int, torch.Tensor], fill: int) -> torch.Tensor:

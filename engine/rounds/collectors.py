@@ -98,7 +98,7 @@ def shortfall(federation: Federation, store: Store, reports: Sequence[Report], c
         return (
             f"{len(failed)} of {len(reports)} clients of round {round_} gave no usable update, more than "
             f"clients.max_failed = {clients.max_failed:g} allows: {first_names(names)}: {failed[0].why}; "
-            f"lower train.optimizer.lr, raise clients.max_failed"
+            f"lower train.optimizer.lr or raise clients.max_failed"
         )
     good = sum(report.good for report in reports)
     if good < clients.min_share * cohort:

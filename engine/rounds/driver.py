@@ -107,7 +107,7 @@ class Driver:
 
         evaluator = PoolEvaluator(setup, logs)
         evaluation = Evaluation(evaluator)
-        # In this order: after each round, and once the model is exported.
+        # Callbacks run after each round, comparisons once the model is exported, both in this order.
         callbacks: list[Callback] = [evaluation.after_round, loop.recorder.after_round]
         callbacks.append(partial(write_checkpoint, setup, loop))
         comparisons: list[Callback] = [partial(baselines, evaluator, loop)] if options.baselines else []

@@ -1,4 +1,4 @@
-"""Who trains in a round, on which version of the model, and how much work that is."""
+"""Who trains in a round, and how much work that is."""
 
 from collections import Counter
 from dataclasses import dataclass, field

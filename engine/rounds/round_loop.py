@@ -54,7 +54,7 @@ class RoundLoop:
         began, round_ = time.monotonic(), state.round + 1
         self.recorder.round = round_
 
-        # Plan: who trains, on which version of the model, within which norm and with which noise.
+        # Plan: who trains, within which norm and with which noise.
         work = self.planner.work(state.round)
         clip, privacy = self.privacy.clip, self.privacy.charge()
         message = self._round_message(state, work)
@@ -103,6 +103,7 @@ class RoundLoop:
         if self.federation.keeps_state:  # a client may have written its state in a slot that died
             counted = [] if collected.aborted is not None else [report.client for report in collected.good]
             forget_round(self.client_states, np.setdiff1d(work.clients, counted).tolist(), round_)
+        # Too few clients is no abort of secure aggregation.
         if collected.aborted is None or collected.too_few is not None:
             return
         self.aborts += 1
@@ -110,7 +111,7 @@ class RoundLoop:
         if self.aborts > allowed:
             raise RunError(
                 f"{self.aborts} rounds had no result, more than privacy.secagg.max_aborts = {allowed} allows, the last "
-                f"so: {collected.aborted}; expect more drop-outs by privacy.secagg.dropout, or take larger cohorts"
+                f"because: {collected.aborted}; expect more drop-outs by privacy.secagg.dropout, or take larger cohorts"
             )
 
 

@@ -288,7 +288,7 @@ class SecureCollector:
         return cut
 
     def _gone(self, work: Work, round_: int) -> dict[int, Leaving]:
-        """Who drops out; of a round whose sum was asked for before, everybody who was not in it."""
+        """Returns who drops out; if this round's sum was asked for before, so does everyone who was not in it."""
         federation, before = self.federation, self.journal.clients(round_ + 1)
         gone = federation.clients.availability.gone(work.clients, federation.seed, round_, self.trace)
         if before is None:
@@ -315,6 +315,6 @@ class SecureCollector:
 
 
 def start_relay(server: Server, on_slot_death: str) -> Relay:
-    """Returns a relay with an authority of its own, beside the driver: no other node's end is the authority's."""
+    """Returns a relay with an authority of its own, beside the driver: it survives the loss of any other node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Relay(server, ray.remote(Authority).options(num_cpus=0, scheduling_strategy=here).remote(), on_slot_death)

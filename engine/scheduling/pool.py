@@ -163,7 +163,7 @@ class Pool:
             self.faults.append(Fault("slot", str(slot), last_line(error)))
             if self.deaths > MAX_DEATHS + self.size:
                 raise RunError(
-                    f"{self.deaths} slots died one after another, the last so: {last_line(error)}; "
+                    f"{self.deaths} slots died one after another, the last because: {last_line(error)}; "
                     f"if memory ran out, lower clients.slots, train.batch or train.max_length"
                 ) from error
             kind.end(slot, self.actors[slot])

@@ -24,7 +24,7 @@ from engine.config.sections import Model, Zero
 from engine.config.train import Train
 from engine.models.deepspeed_config import ds_config
 from engine.models.trainable import shape_of, trained_layout
-from engine.objectives.base import Context, Objective, Prompt, Tokenizer, require_provided, term_sums
+from engine.objectives.base import Context, Objective, Prompt, Tokenizer, term_sums
 from engine.objectives.token_batch import Batch
 from engine.training.generation import continuations
 from engine.training.local_training import client_updates
@@ -49,7 +49,6 @@ class ZeroTrainer:
     updates = client_updates
 
     def __init__(self, network: torch.nn.Module, pad: int, model: Model, zero: Zero, train: Train) -> None:
-        require_provided(train.objective)
         self.rank, self.ranks, self.stage = dist.get_rank(), dist.get_world_size(), zero.stage
         self.offload = zero.offload == "cpu"
         self.network, self.pad = network, pad

@@ -40,7 +40,7 @@ SPARE = 0.5  # share of the free memory that the trials leave
 
 
 class LaneTrainer:
-    """Trains up to `lanes` clients at once, which must all have LoRA on linear layers. A backend, and a Trainer."""
+    """Trains up to `lanes` clients at once; RunError for a layer without a form in lanes. A backend, and a Trainer."""
 
     batches = staticmethod(batches)
     summed = staticmethod(float)  # there is one rank
@@ -167,7 +167,7 @@ class LaneTrainer:
 
 
 def dropout_of(network: nn.Module) -> float:
-    """Returns the probability of the adapters' dropout, which all layers share."""
+    """Returns the probability of LoRA's dropout, which all layers share; `adapted_layers` refuses any other."""
     drops = (vars(module)["_modules"].get("lora_dropout") for module in network.modules())
     return next((drop["default"].p for drop in drops if drop and isinstance(drop["default"], nn.Dropout)), 0.0)
 
@@ -193,6 +193,9 @@ def adapted_layers(trainable: Trainable) -> dict[str, tuple[Any, Form]]:
                 f"the base drops activations by itself ({name} = {value:g} in its config.json), which {KEY} cannot "
                 f"draw for each client by itself: set that to 0 there, or {ALONE}"
             )
+    for name, module in trainable.network.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0 and ".lora_dropout." not in name:
+            raise RunError(f"{name} drops activations, which {KEY} cannot draw for each client by itself: {ALONE}")
     if trainable.flat.device.type == "cuda" and dropout_of(trainable.network) > 0:
         raise RunError(
             f"{KEY} cannot draw model.peft.dropout for each client by itself on a GPU: set it to 0, or {ALONE}"

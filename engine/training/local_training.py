@@ -13,17 +13,7 @@ from engine.config.federation import Federation
 from engine.config.train import Train
 from engine.models.precision import compute_in
 from engine.models.trainable import Trainable
-from engine.objectives.base import (
-    Context,
-    Objective,
-    Prompt,
-    TermSums,
-    Tokenizer,
-    counted,
-    require_provided,
-    step_loss,
-    term_sums,
-)
+from engine.objectives.base import Context, Objective, Prompt, TermSums, Tokenizer, counted, step_loss, term_sums
 from engine.objectives.token_batch import Batch, lengths
 from engine.records.client_state import OPTIMIZER, STRATEGY, owned_as, owned_by
 from engine.training.generation import continuations
@@ -149,7 +139,6 @@ class LocalTrainer:
     step = optimizer_step
 
     def __init__(self, trainable: Trainable, pad: int, train: Train) -> None:
-        require_provided(train.objective)
         self.trainable, self.device, self.pad = trainable, trainable.flat.device, pad
         self.objective: Objective = train.objective
         self.max_length = train.max_length

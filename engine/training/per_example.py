@@ -13,7 +13,7 @@ from engine.config.train import Train
 from engine.messages.errors import RunError
 from engine.objectives.base import Context, Term, counted
 from engine.training.local_training import LocalTrainer, client_updates
-from engine.training.step_loop import Progress, Training, steps_of, take_steps
+from engine.training.step_loop import Progress, Training, optimizer_step, steps_of, take_steps
 from strategies.core.protocol import Mask, Vector
 from strategies.privacy.budget import ExamplePlan
 from strategies.privacy.noise import Words, normal
@@ -96,8 +96,7 @@ class PrivateTrainer:
 
     def step(self, adjust: Callable[[], None]) -> None:
         """Takes the optimizer's step."""
-        adjust()
-        self.optimizer.step()
+        optimizer_step(self, adjust)
         self._steps += 1
         self._moving |= self.optimizer.param_groups[0]["lr"] > 0 and bool(self.trainable.grad.any())
 

@@ -153,7 +153,7 @@ class Backend(Protocol):
         """Yields the row numbers of each step."""
 
     def prepared(self, active: list[Progress], /) -> AbstractContextManager[Any]:
-        """Prepares the model for training; `active` are the clients in the lanes, and changes."""
+        """Prepares the model for training; `active` lists the clients in the lanes; the loop changes it in place."""
 
     def begin(self, lane: int, training: Training) -> None:
         """Puts a client's start into a lane."""

@@ -45,7 +45,7 @@ Tables = dict[str, list[list[Cell]]]  # by caption; the first row has the heads
 
 
 def render(tables: Tables, notes: Sequence[tuple[str, str]], charts: Sequence[Markup] = ()) -> bytes:
-    """The page: tables, labelled notes, and charts; all but the charts is escaped."""
+    """The page: tables, labeled notes, and charts; all but the charts is escaped."""
     largest = defaultdict[str, float](float)
     for cell in chain(*chain(*tables.values())):
         if cell.value < math.inf:

@@ -47,7 +47,7 @@ BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
 
 def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
     """The recipe over `base` and `folder`/rows.parquet, with the smallest cohort that strategy and privacy accept."""
-    last = (not recipe.cohort.varies and recipe.cohort.most) or 2**12
+    last = (not recipe.cohort.varies and recipe.cohort.cap) or 2**12
     cohort = COHORT
     while cohort < last:
         with suppress(RunError, StrategyError):

@@ -17,7 +17,7 @@ from datasets_partition.store.stats import Categories, Sizes, Skew, TokenLengths
 from experiments.report.charts import spread
 from experiments.report.terminal import inert
 
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"  # color-blind readers can distinguish them (Okabe and Ito)
+BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "#666666"  # color-blind readers can distinguish them (Okabe and Ito)
 MOST_BARS, MOST_POINTS = 60, 2000  # clients with a bar each; points of the outline that replaces more bars
 MOST_CLIENTS, MOST_CATEGORIES = 60, 30  # rows and columns of the heat map
 MOST_LETTERS = 28
@@ -51,7 +51,7 @@ def _rows_per_client(rows: Sizes) -> bytes:
     at = spread(clients + 1, MOST_POINTS)
     right.fill_between(at / clients, held[at], at / clients, color=BLUE, alpha=0.25, linewidth=0)
     right.plot(at / clients, held[at], color=BLUE, linewidth=1.8)
-    right.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
+    right.plot([0, 1], [0, 1], color=GRAY, linewidth=1, linestyle="--")
     right.text(0.97, 0.04, f"Gini coefficient {rows.gini:.2f}\ndashed: all clients the same", ha="right", va="bottom")
     right.set(title="What the largest clients hold", xlim=(0, 1), ylim=(0, 1))
     right.set(xlabel="share of the clients, the largest first", ylabel="share of the rows")

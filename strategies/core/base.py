@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 
+from strategies.core.errors import require
 from strategies.core.layout import Layout
 from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
 from strategies.core.ranges import ABOVE_0, BELOW_1, Range, check_ranges
@@ -22,7 +23,8 @@ Decay = Annotated[float, Range("is what a moment keeps", BELOW_1)]
 class NeedsSgd:
     """Why a rule works only with SGD on its clients, and what to take `instead`; both end an error message.
 
-    `momentum` is what the rule counts on (None: any); `constant` asks for one rate a round, `divides` for one above 0.
+    `momentum` is what the rule counts on (None: any); `constant`: one learning rate within a round; `divides`: the rule
+    divides by it, so it must be above 0.
     """
 
     why: str
@@ -69,6 +71,8 @@ class Rule(ABC):
 
     def __post_init__(self) -> None:
         check_ranges(self, "strategy.")
+        way = 'write needs_optimizer = NeedsSgd("counts on ...") (strategies.core.base), or leave it out'
+        require(isinstance(self.needs_optimizer, NeedsSgd | None), f"{named(self)} does not say what it needs: {way}")
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -81,7 +85,7 @@ class Rule(ABC):
 
     @property
     def rests_at_zero(self) -> bool:
-        """A client's update is its own change alone."""
+        """Whether a client that has not trained sends zeros."""
         return True
 
     @property

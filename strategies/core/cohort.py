@@ -23,8 +23,8 @@ class UniformCohort:
         require(self.size >= 1, f"cohort.size must be at least 1, not {self.size}")
 
     @property
-    def most(self) -> int:
-        """The largest cohort, whatever the population."""
+    def cap(self) -> int:
+        """The largest number of clients, whatever the population."""
         return self.size
 
     def expected(self, clients: int) -> float:
@@ -59,11 +59,6 @@ class PoissonCohort:
         check_ranges(self, "cohort.")
         either = (self.rate is None) != (self.size is None)
         require(either, "a poisson cohort needs cohort.rate or cohort.size, one of them")
-
-    @property
-    def most(self) -> int | None:
-        """The largest cohort; None if only the population bounds it."""
-        return self.cap
 
     def probability(self, clients: int) -> float:
         """The probability of each client; StrategyError when there are too few clients for the size."""

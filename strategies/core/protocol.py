@@ -7,7 +7,9 @@ import torch
 
 from strategies.core.layout import Layout
 
-Vector = torch.Tensor  # (P,) float32, contiguous, on the CPU: it is put, summed and masked as a whole
+Vector = (
+    torch.Tensor
+)  # (P,) float32, contiguous; on the CPU, except in a client's training, where it lies on its device
 Mask = torch.Tensor  # (P,) bool: a choice of coordinates
 ClientState = dict[str, Vector]  # what a client keeps from one of its rounds to the next
 
@@ -56,8 +58,8 @@ class Broadcast:
 class Update:
     """A client's message: delta = client - server (P,), its weight in the sum, unweighted extras, and its metrics.
 
-    Local training gives the metrics `steps`, `rows`, `tokens`, `loss`, `rates` (the sum of all steps' learning rates),
-    and `loss_before` where the strategy asks for it.
+    Local training gives the metrics `steps`, `rows`, `tokens`, `learned` (units of the loss's first term), `loss`,
+    `rates` (the sum of all steps' learning rates), and `loss_before` where the strategy asks for it.
     """
 
     client: int

@@ -1,4 +1,4 @@
-"""The only source of randomness: every draw is a function of (seed, round, client, purpose)."""
+"""The source of a run's random draws, except for noise under `full`; a store's build draws in store/build.py."""
 
 from hashlib import sha256
 from typing import Any, Literal

@@ -52,7 +52,7 @@ class HetLora(Rule):
 
     @property
     def rests_at_zero(self) -> bool:
-        """Whether no rank is ever cut: a client without a tail sends zeros in place of everybody's."""
+        """Whether nothing is pruned: otherwise a client that has not trained sends the pruned rows as a change."""
         return self.gamma == 1
 
     @property

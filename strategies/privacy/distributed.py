@@ -53,7 +53,7 @@ class DistributedDp(ClientBudget):
         """The noise for sums of `length` numbers, extras included; StrategyError where the ring is too small."""
         expected = cohort.expected(clients)
         cap = math.ceil(expected + 6 * math.sqrt(expected))
-        require(cohort.most is not None, f"a ring must know its largest cohort: set cohort.cap, such as to {cap}")
+        require(cohort.cap is not None, f"a ring must know its largest cohort: set cohort.cap, such as to {cap}")
         return _planned(self, cohort, clients, rounds, length, bits, delta_for(self.delta, clients))
 
     def at(self, z: float, cohort: Cohort, clients: int, length: int, bits: int) -> tuple[Ring, RingNoise, int]:

@@ -183,7 +183,7 @@ def has_flwr() -> bool:
 
 def time_both(kind: str, rows: int) -> tuple[float, float]:
     """Our and their median seconds until the rows of every client are known; ValueError if the partitions disagree."""
-    table, flwr = labelled(rows), import_module("flwr_datasets.partitioner")
+    table, flwr = labeled(rows), import_module("flwr_datasets.partitioner")
     dataset = import_module("datasets").Dataset.from_dict(table.to_pydict())
     natural = kind == "natural"
     partitioner = Natural() if natural else Dirichlet(label="label", clients=CLIENTS, alpha=ALPHA)
@@ -203,7 +203,7 @@ def time_both(kind: str, rows: int) -> tuple[float, float]:
     return our_s, their_s
 
 
-def labelled(rows: int) -> pa.Table:
+def labeled(rows: int) -> pa.Table:
     """Rows with their number, one of `rows / 100` clients, and one of ten labels, all at random."""
     random = np.random.default_rng(5)
     clients, labels = (random.integers(0, most, rows) for most in (rows // ROWS_PER_CLIENT, LABELS))

@@ -24,7 +24,7 @@ TABLE = pa.table(
 
 
 def agree(category, topics):
-    """Whether two labellings are the same but for the names."""
+    """Whether two labelings are the same but for the names."""
     return len(set(zip(category.to_pylist(), topics.tolist(), strict=True))) == len(set(topics.tolist()))
 
 

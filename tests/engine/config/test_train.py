@@ -44,5 +44,7 @@ def test_an_optimizer_that_torch_does_not_have(options: dict[str, object], said:
 def test_ranges() -> None:
     with pytest.raises(ValueError, match=r"train\.accumulate must be at least 1"):
         Train(steps=1, accumulate=0)
-    with pytest.raises(ValueError, match="warmup must be at least 0"):
-        Schedule(warmup=-1)
+    with pytest.raises(ValueError, match=r"train\.over_rounds\.warmup must be at least 0"):
+        Train(steps=1, over_rounds=Schedule(warmup=-1))
+    with pytest.raises(ValueError, match=r"train\.over_steps\.end must be at least 0"):
+        Train(steps=1, over_steps=Schedule(end=-1))

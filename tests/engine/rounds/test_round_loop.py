@@ -157,7 +157,9 @@ def test_without_sums_the_model_stays_as_it_was_and_too_many_such_rounds_end_the
     state, played = loop.play(state)
     assert (state.round, params(state), loop.journal.model, loop.aborts) == (2, [1.0, 2.0], 0, 1)
     assert (played.aborted, played.clients) == ("nobody is left", 0)
-    with pytest.raises(RunError, match=r"2 rounds had no result, more than .* = 1 allows, the last so: nobody is left"):
+    with pytest.raises(
+        RunError, match=r"2 rounds had no result, more than .* = 1 allows, the last because: nobody is left"
+    ):
         loop.play(state)
 
 

@@ -278,6 +278,14 @@ def test_a_base_that_drops_activations_is_refused(bases: dict[str, Path], lane_r
         LaneTrainer(alone, LANES, federation.train)
 
 
+def test_dropout_that_lanes_do_not_draw_is_refused(pair: Pair, lane_recipe: Any) -> None:
+    """Such as that of a kind of adapter whose layers call it otherwise than LoRA's do."""
+    alone, _ = pair(federation := lane_recipe())
+    alone.trainable.network.add_module("other_dropout", torch.nn.Dropout(0.1))
+    with pytest.raises(ValueError, match=r"other_dropout drops activations.*set clients.lanes = 1"):
+        LaneTrainer(alone, LANES, federation.train)
+
+
 def test_adapters_of_embeddings_are_refused(pair: Pair, lane_recipe: Any) -> None:
     with pytest.raises(ValueError, match="adapters of linear layers alone"):
         pair(lane_recipe(peft=replace(LORA, targets=("embed_tokens", "q_proj"))))

@@ -85,7 +85,7 @@ def test_other_rows_than_theirs_are_refused():
 
 
 def test_another_law_than_theirs_is_refused():
-    table = partition.labelled(20_000)
+    table = partition.labeled(20_000)
     labels = table["label"].to_numpy().astype(np.int64)
 
     def drawn(alpha, seeds):

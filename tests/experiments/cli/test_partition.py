@@ -26,7 +26,7 @@ def shown(capsys, monkeypatch):
 
 
 @pytest.fixture
-def labelled(small_recipe, tmp_path):
+def labeled(small_recipe, tmp_path):
     """A recipe whose rows have a category, one of them twice, in a store of its own."""
     rows = [{"prompt": f"{n} is ", "completion": "odd" if n % 2 else "even", "topic": f"t{n % 3}"} for n in range(60)]
     path = tmp_path / "rows.jsonl"
@@ -37,9 +37,9 @@ def labelled(small_recipe, tmp_path):
     return parse_recipe(text, [f'data.source={{ kind = "jsonl", path = {source} }}', f"data.partition={partition}"])
 
 
-def test_steps_then_a_table_then_the_pictures(shown, labelled):
-    lines = shown(labelled)
-    store = build_store(labelled)
+def test_steps_then_a_table_then_the_pictures(shown, labeled):
+    lines = shown(labeled)
+    store = build_store(labeled)
     table = {line[:19].rstrip(): line[19:].strip() for line in lines}
     assert lines[0] == "reading the rows ..."
     for step in ("reading the rows", "tokenizing rows"):  # a line each, however often they tell how far they are
@@ -63,36 +63,36 @@ def test_steps_then_a_table_then_the_pictures(shown, labelled):
     assert not list(store.glob(".*"))
 
 
-def test_a_label_that_the_partition_does_not_go_by(shown, labelled):
-    dealt = parse_recipe(to_toml(labelled), ['data.partition={ kind = "iid", clients = 5 }'])
+def test_a_label_that_the_partition_does_not_go_by(shown, labeled):
+    dealt = parse_recipe(to_toml(labeled), ['data.partition={ kind = "iid", clients = 5 }'])
     assert "label divergence    none: the partition goes by no label or topic, and data.label names no column" in shown(
         dealt
     )
     lines = shown(parse_recipe(to_toml(dealt), ["data.label=topic"]))
     skewed, even = (
         float(next(line for line in said if line.startswith("label divergence")).split()[2])
-        for said in (shown(labelled), lines)
+        for said in (shown(labeled), lines)
     )
     assert 0 < even < skewed / 2
     assert lines[-2].endswith("categories.png")
 
 
-def test_a_second_look_builds_nothing_and_says_the_same(shown, labelled):
-    first, second = shown(labelled), shown(labelled)
+def test_a_second_look_builds_nothing_and_says_the_same(shown, labeled):
+    first, second = shown(labeled), shown(labeled)
     assert second == first[first.index("counting rows ...") :]
 
 
-def test_a_base_that_cannot_be_had_is_told_beside_the_table(shown, labelled, tmp_path):
-    lines = shown(parse_recipe(to_toml(labelled), [f"model.base={tmp_path / 'nowhere'}"]))
+def test_a_base_that_cannot_be_had_is_told_beside_the_table(shown, labeled, tmp_path):
+    lines = shown(parse_recipe(to_toml(labeled), [f"model.base={tmp_path / 'nowhere'}"]))
     assert any(line.startswith("Gini coefficient") for line in lines)
     assert any(line.startswith("tokens              not counted: model.base") for line in lines)
     assert [line.split("/")[-1] for line in lines[-2:]] == ["rows_per_client.png", "categories.png"]
 
 
-def test_pictures_go_where_the_store_is_shared(shown, labelled, tmp_path, monkeypatch):
+def test_pictures_go_where_the_store_is_shared(shown, labeled, tmp_path, monkeypatch):
     monkeypatch.setattr(location.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
     shared = tmp_path / "shared"
-    lines = shown(parse_recipe(to_toml(labelled), [f"data.cache={shared.as_uri()}"]))
+    lines = shown(parse_recipe(to_toml(labeled), [f"data.cache={shared.as_uri()}"]))
     (store,) = shared.iterdir()
     assert lines[-1].split() == ["also", "in", store.as_uri()]
     names = {path.relative_to(store).parts[-1] for path in store.rglob("*.png")}
@@ -100,14 +100,14 @@ def test_pictures_go_where_the_store_is_shared(shown, labelled, tmp_path, monkey
     assert next(store.rglob("token_lengths.png")).parent.name.startswith("tokens-")
 
 
-def test_why_rows_and_clients_are_left_out_is_said(shown, labelled, tmp_path):
+def test_why_rows_and_clients_are_left_out_is_said(shown, labeled, tmp_path):
     rows = [{"client": f"c{n % 20 // 8}", "prompt": f"{n}", "completion": "x", "topic": "t"} for n in range(20)]
     path = tmp_path / "left.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3] | {"client": "twin"}]))
     least = [f'data.source={{ kind = "jsonl", path = "{path}" }}', "cohort.size=1"]
 
     def said(partition, *changes):
-        lines = shown(parse_recipe(to_toml(labelled), [*least, f"data.partition={partition}", *changes]))
+        lines = shown(parse_recipe(to_toml(labeled), [*least, f"data.partition={partition}", *changes]))
         return {line[:19].rstrip(): line[19:].strip() for line in lines}
 
     capped = said(
@@ -122,17 +122,17 @@ def test_why_rows_and_clients_are_left_out_is_said(shown, labelled, tmp_path):
     assert skewed["left out"].startswith("0 rows (1") and skewed["left out"].endswith(" of 15 clients got none)")
 
 
-def test_rows_that_are_all_dropped_are_told(shown, labelled):
-    lines = shown(parse_recipe(to_toml(labelled), ["train.max_length=2"]))
+def test_rows_that_are_all_dropped_are_told(shown, labeled):
+    lines = shown(parse_recipe(to_toml(labeled), ["train.max_length=2"]))
     assert "tokens              0" in lines
     assert "dropped             60 rows: train.max_length cuts away their whole completion" in lines
     assert not any("token_lengths.png" in line for line in lines)
 
 
-def test_a_client_whose_name_looks_like_markup(shown, labelled, tmp_path):
+def test_a_client_whose_name_looks_like_markup(shown, labeled, tmp_path):
     path = tmp_path / "named.jsonl"
     lines = [json.dumps({"client": "[red]$a_1$[/]", "prompt": f"{n}", "completion": "x"}) for n in range(9)]
     path.write_text("\n".join(lines))
     source = f'data.source={{ kind = "jsonl", path = "{path}" }}'
-    recipe = parse_recipe(to_toml(labelled), [source, 'data.partition={ kind = "natural" }', "cohort.size=1"])
+    recipe = parse_recipe(to_toml(labeled), [source, 'data.partition={ kind = "natural" }', "cohort.size=1"])
     assert "largest             [red]$a_1$[/] (9)" in shown(recipe)

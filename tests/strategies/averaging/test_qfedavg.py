@@ -80,7 +80,7 @@ def test_it_asks_for_the_loss_before_and_sends_one_number_more(first_state: Any)
 
 
 @pytest.mark.parametrize("q", [-1.0, math.inf, math.nan])
-def test_a_q_that_favours_the_lucky_is_refused(q: float) -> None:
+def test_a_q_that_favors_the_lucky_is_refused(q: float) -> None:
     with pytest.raises(ValueError, match=r"strategy\.q .* must be at least 0, not"):
         QFedAvg(q=q)
 

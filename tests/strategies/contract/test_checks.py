@@ -12,6 +12,7 @@ from strategies.averaging.fedavg import FedAvg
 from strategies.contract.case import FULL, LORA, Case, DoesNotApply
 from strategies.contract.checks import CHECKS, lacks
 from strategies.core.base import Rule
+from strategies.core.errors import StrategyError
 from strategies.core.lora_algebra import products, put, svd
 from strategies.core.protocol import GLOBAL
 from strategies.lora.hetlora import HetLora
@@ -156,6 +157,17 @@ class Centers(CenteredClipping):
     """Sends its distance from the last step, and does not say so."""
 
     rests_at_zero: ClassVar[bool] = True
+
+
+class Vague(FedAvg):
+    """Does not say why it needs SGD."""
+
+    needs_optimizer = True
+
+
+def test_a_need_of_an_optimizer_that_is_no_reason_is_refused() -> None:
+    with pytest.raises(StrategyError, match=r"'Vague' does not say what it needs: write .*NeedsSgd\(\"counts on"):
+        Vague()
 
 
 @dataclass(frozen=True)

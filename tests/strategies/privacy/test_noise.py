@@ -55,7 +55,7 @@ def test_words_above_the_last_multiple_are_drawn_again() -> None:
     given = iter([np.array([2**64 - 1, 5, 2**64 - 1], np.uint64), np.array([2**64 - 1, 7], np.uint64)])
     more = iter([np.array([8], np.uint64)])
     drawn = below(lambda count: next(given, None) if count > 1 else next(more), 3, 3)
-    # 2^64 - 1 is a multiple of 3, so that exactly the last word would favour 0
+    # 2^64 - 1 is a multiple of 3, so that exactly the last word would favor 0
     assert drawn.tolist() == [8 % 3, 5 % 3, 7 % 3]
 
 

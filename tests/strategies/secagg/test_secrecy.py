@@ -134,8 +134,8 @@ def test_no_secret_is_in_an_abort(start):
     text = "".join(traceback.format_exception(caught.value))
     secrets = [plain["seed"], *plain["box_keys"].values(), *plain["pair_keys"].values()]
     assert not any(secret.hex() in text or repr(secret)[2:-1] in text for secret in secrets)
-    travelled = pickle.loads(pickle.dumps(caught.value))
-    assert (travelled.phase, travelled.reason, str(travelled)) == (
+    traveled = pickle.loads(pickle.dumps(caught.value))
+    assert (traveled.phase, traveled.reason, str(traveled)) == (
         "masked input",
         caught.value.reason,
         str(caught.value),
