@@ -31,11 +31,12 @@ class BroadcastMessage:
     shards: tuple[Any, ...]
     nbytes: int = 0  # of the shards in the object store
     partition: Partition | None = None
+    # Orders for a round of training; other messages have the defaults, which nobody reads:
     oldest: int = 0  # client state from before this round may be deleted
     noise_plan: NoisePlan | None = None  # how clients bound what they send, and their noise
     clip: float = 0.0  # the round's clipping norm
     lanes: int = 1  # the most clients that train together
-    full_rows: float = math.nan  # the rows of weight 1; NaN where weights are public, and outside of training
+    full_rows: float = math.nan  # the rows of weight 1; NaN where weights are public
 
     @classmethod
     def of(cls, broadcast: Broadcast) -> "BroadcastMessage":

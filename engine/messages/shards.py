@@ -25,7 +25,10 @@ def borrow_all(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of a model state or of a broadcast, its vectors by name; a whole state may have a `merged_delta`."""
+    """One shard of a model state, whose `vectors` are moments, or of a broadcast, whose `vectors` are extras.
+
+    A whole state may have a `merged_delta`.
+    """
 
     params: np.ndarray
     vectors: dict[str, np.ndarray]

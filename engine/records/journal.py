@@ -33,12 +33,16 @@ class Journal:
     """A run's unmasked sums, one file a round in `run`'s folder; nothing of them is held in memory.
 
     `elsewhere` is the URI of the run folder's copy, which gets each file at once: a run that continues from there must
-    know every sum. `model` names the present model as `Unmasked` does: the caller sets it with each sum in the model.
+    know every sum. `model` names the present model as `Unmasked` does: by the last round whose sum is in it.
     """
 
     run: Path
     elsewhere: str | None = None
     model: int = 0
+
+    def summed(self, round_: int) -> None:
+        """Notes that the sum of this round is now in the model."""
+        self.model = round_
 
     def clients(self, round_: int) -> frozenset[int] | None:
         """Returns the clients whose sum of this round has been asked for; None if none, or its file is damaged."""

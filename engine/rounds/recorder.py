@@ -25,6 +25,10 @@ class Recorder:
     logs: Logs
     round: int = 0
 
+    def begin(self, round_: int) -> None:
+        """Makes `round_` the one that is being played."""
+        self.round = round_
+
     def faults(self, more: Iterable[Fault] = ()) -> Faults:
         """Writes down and returns `more` faults and those of the pool since the last call."""
         faults = (*self.pool.faults, *more)

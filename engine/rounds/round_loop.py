@@ -52,7 +52,7 @@ class RoundLoop:
     def play(self, state: ShardedState) -> tuple[ShardedState, RoundDone]:
         """Plays the next round: returns the state after it and what to show; RunError if the run cannot continue."""
         began, round_ = time.monotonic(), state.round + 1
-        self.recorder.round = round_
+        self.recorder.begin(round_)
 
         # Plan: who trains, within which norm and with which noise.
         work = self.planner.work(state.round)
@@ -70,7 +70,7 @@ class RoundLoop:
         noise = None if collected.aborted is not None else self.privacy.central
         state, self.privacy.clip = apply(self.server, state, collected.sums, noise, clip)
         if collected.sums:
-            self.journal.model = round_
+            self.journal.summed(round_)
         times = {"round_s": time.monotonic() - began, "apply_s": time.monotonic() - applying}
         self._settle(work, collected, round_)
 

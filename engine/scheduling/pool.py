@@ -41,7 +41,8 @@ class Pool:
 
     `kind_of` is the number of each slot's kind, `nodes` where each slot is. Where vectors are whole, `initial` is that
     (P,) before the first round; else `partition` says how they are cut into shards. `without_gpu` slots were to have
-    a GPU and see none. `later` is work beside the next round's training.
+    a GPU and see none. `later` is work beside the next round's training. `client` is the actor of a slot of one
+    process, in whose place tests and the benchmark of null clients put their own.
     """
 
     federation: Federation

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,7 @@ class LaneTrainer:
         self.optimizer = make_optimizer([{"params": [row]} for row in self.rows], train.optimizer)
         self.dropout = dropout_of(self.trainable.network)
         self.leaves: dict[int, dict[str, torch.Tensor]] = {}
-        self.lora_ranks: list[int | None] = []  # LoRA ranks of the lanes in use
+        self.active: list[Progress] = []  # the clients in the lanes, which the step loop changes in place
         self.shapes: dict[int, torch.Size] = {}  # of the pieces now in the model, by lane
         self.generators: dict[int, torch.Generator] = {}  # of dropout, by the client's place
 
@@ -74,9 +73,10 @@ class LaneTrainer:
     def prepared(self, active: list[Progress]) -> Iterator[None]:
         """Makes the adapted layers compute in lanes."""
         self.generators.clear()
+        self.active = active
         self.trainable.network.train()
         for name, (layer, form) in self.layers.items():
-            layer.forward = self._forward(name, layer, form, active)
+            layer.forward = self._forward(name, layer, form)
         try:
             with warnings.catch_warnings():
                 # Gradients are views into one matrix, with other strides than torch would choose.
@@ -87,6 +87,7 @@ class LaneTrainer:
                 del layer.forward
             for row in self.rows:
                 row.grad = None
+            self.active = []
 
     def begin(self, lane: int, training: Training) -> None:
         """Puts a client's start into a lane."""
@@ -95,7 +96,6 @@ class LaneTrainer:
     def gradients(self, active: list[Progress], train: Train) -> None:
         """Computes the gradients of all lanes' next steps, a piece of each at a time."""
         lanes, losses = len(active), self.objective.losses
-        self.lora_ranks = [client.training.lora_rank for client in active]
         self.grad_KP[:lanes].zero_()
         steps = [self.plain.cut(client.next_rows(), train.batch) for client in active]
         counts_K = [counted(self.objective, step) for step in steps]
@@ -123,33 +123,32 @@ class LaneTrainer:
 
     def clip(self, norm: float) -> None:
         """Clips the gradient of each lane in use."""
-        clip(self.grad_KP[: len(self.lora_ranks)], norm)
+        clip(self.grad_KP[: len(self.active)], norm)
 
     def end(self, lane: int, training: Training) -> Vector:
         """Returns a copy of the lane's vector, or the vector minus `training.origin`."""
         flat_P = self.flat_KP[lane]
         return flat_P.clone() if training.origin is None else flat_P - training.origin
 
-    def _forward(self, name: str, layer: Any, form: Form, active: list[Progress]) -> Any:
+    def _forward(self, name: str, layer: Any, form: Form) -> Any:
         def forward(x: torch.Tensor) -> torch.Tensor:
-            dropped = partial(self._dropped, active) if self.dropout > 0 else None
-            scale = self._scale(name)
-            return form(name, layer, x, Lanes(len(active), self._leaves(len(active)), dropped), scale)
+            lanes, dropped = len(self.active), self._dropped if self.dropout > 0 else None
+            return form(name, layer, x, Lanes(lanes, self._leaves(lanes), dropped), self._scale(name))
 
         return forward
 
     def _scale(self, name: str) -> float | torch.Tensor:
         """Returns the scale of a layer's products; (K, 1, 1) if lanes have different LoRA ranks."""
-        layout, ranks = self.trainable.layout, self.lora_ranks
+        layout, ranks = self.trainable.layout, [client.training.lora_rank for client in self.active]
         scales = [self.own_scales.get(name, 1.0) if rank is None else layout.scale_at(rank) for rank in ranks]
         return scales[0] if len(set(scales)) == 1 else self._row(scales)[:, None, None]
 
-    def _dropped(self, active: list[Progress], x: torch.Tensor) -> torch.Tensor:
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
         """Draws dropout's factor on the inputs, for each lane in the shape that its rows have alone."""
         p = self.dropout
-        factor_KBTI = x.new_zeros(len(active), len(x) // len(active), *x.shape[1:])
+        factor_KBTI = x.new_zeros(len(self.active), len(x) // len(self.active), *x.shape[1:])
         for lane, (rows, tokens) in self.shapes.items():
-            client = active[lane]
+            client = self.active[lane]
             if client.place not in self.generators:
                 self.generators[client.place] = torch.Generator(self.device).manual_seed(client.training.dropout)
             drawn = x.new_empty(rows, tokens, x.shape[-1]).bernoulli_(1 - p, generator=self.generators[client.place])

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -63,20 +63,17 @@ class PrivateTrainer:
         self.trainable, self.objective, self.optimizer = plain.trainable, plain.objective, plain.optimizer
         self.device, self.correct = plain.device, plain.correct
         self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
-        self.trained_mask: Mask | None = None
-        self._hooks: Any = None
-        self._steps, self._moving = 0, False
+        self.trained_mask: Mask | None = None  # of the training that `begin` was given, and whether it should move
+        self.moving = False
 
-    @contextmanager
-    def prepared(self, active: list[Progress]) -> Iterator[None]:
+    def prepared(self, active: list[Progress]) -> AbstractContextManager[None]:
         """Makes backward leave each row's gradient."""
-        with row_gradients(self.trainable.network) as self._hooks:
-            yield
+        return row_gradients(self.trainable.network)
 
     def begin(self, lane: int, training: Training) -> None:
         """Puts the start into the model."""
         self.trained_mask = None if training.trained_mask is None else training.trained_mask.to(self.device)
-        self._steps, self._moving = 0, False
+        self.moving = False
         self.plain.begin(lane, training)
 
     def gradients(self, active: list[Progress], train: Train) -> None:
@@ -97,15 +94,14 @@ class PrivateTrainer:
     def step(self, adjust: Callable[[], None]) -> None:
         """Takes the optimizer's step."""
         optimizer_step(self, adjust)
-        self._steps += 1
-        self._moving |= self.optimizer.param_groups[0]["lr"] > 0 and bool(self.trainable.grad.any())
+        self.moving |= self.optimizer.param_groups[0]["lr"] > 0 and bool(self.trainable.grad.any())
 
     def end(self, lane: int, training: Training) -> Vector:
         """Returns the vector as `LocalTrainer.end` does; RuntimeError if gradients have moved no weight."""
-        if self._moving and torch.equal(self.trainable.flat.data, training.start):
+        if self.moving and torch.equal(self.trainable.flat.data, training.start):
             raise RuntimeError(
-                f"{self._steps} private steps moved no weight, although their gradients are not zero: the model is cut "
-                f"off from the vector that is trained, or train.optimizer.lr is too small for float32"
+                "private steps moved no weight, although their gradients are not zero: the model is cut off from the "
+                "vector that is trained, or train.optimizer.lr is too small for float32"
             )
         return self.plain.end(lane, training)
 
@@ -141,12 +137,13 @@ class PrivateTrainer:
         factor_B = torch.where(finite_B, (self.plan.clip * count_B / norms_B).clamp(max=1) / count_B, 0)
         for name, view in layout.views(summed).items():
             view += torch.tensordot(factor_B, each[name], 1)
-        self._hooks.set_grad_sample_to_none()
 
     def _each_row(self, count: int) -> dict[str, torch.Tensor]:
-        """Returns each trained tensor's gradients (B, ...) of the rows' summed losses, by the layout's names."""
+        """Takes each trained tensor's gradients (B, ...) of the rows' summed losses, by the layout's names."""
         trained = {name: p for name, p in self.trainable.network.named_parameters() if p.requires_grad}
         each = {name: vars(parameter)["grad_sample"] for name, parameter in trained.items()}
+        for parameter in trained.values():
+            vars(parameter)["grad_sample"] = None  # or the next piece's would follow in a list
         for name, per_row in each.items():
             if not isinstance(per_row, torch.Tensor) or per_row.shape != (count, *trained[name].shape):
                 raise RunError(
@@ -179,14 +176,14 @@ def _norms(each: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @contextmanager
-def row_gradients(network: nn.Module) -> Iterator[Any]:
+def row_gradients(network: nn.Module) -> Iterator[None]:
     """Makes backward leave each row's gradient in `grad_sample` of the trained parameters; cleans up afterwards."""
     hooks = _hook_class()(network, loss_reduction="sum")
     try:
         with warnings.catch_warnings():
             # About the first layers, whose input needs no gradient; their rows' gradients are right.
             warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-            yield hooks
+            yield
     finally:
         hooks.cleanup()
         for module in network.modules():  # `cleanup` forgets these, which hold a batch after an error

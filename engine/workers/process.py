@@ -47,7 +47,7 @@ class SecureTraining:
     def __init__(self, runner: ClientRunner, clients: SecureClients) -> None:
         self.runner, self.clients = runner, clients
         self.rings: dict[int, RingSum] = {}  # by round: that of the present one
-        self.masked_S = np.empty(0, np.uint32)  # after the head
+        self.masked_S = np.empty(0, np.uint32)  # what follows the head, in a gang
 
     def masked(self, inboxes: dict[int, Inbox], message: BroadcastMessage) -> tuple[list[Report], MaskedSum] | None:
         """Third trip: trains who is pending, and masks the sum. The first rank answers, with the head of a shard."""
@@ -105,7 +105,7 @@ class Attached:
 class WorkerProcess:
     """A process that Ray has placed; `folder` is where client state lies. Of a group of ranks each is one."""
 
-    attached: Attached  # made when base and rows have come
+    attached: Attached  # set once base and rows are there: Ray places a process before
     secure: SecureClients
 
     find_tokens, receive_tokens = staticmethod(columns.find_tokens), staticmethod(columns.receive_tokens)

@@ -46,15 +46,15 @@ class Rank(WorkerProcess):
         super().__init__(federation, folder)
         assert federation.clients.zero is not None
         self.zero, self.rank = federation.clients.zero, rank
-        self.failure: GangLost | None = None
-        self.socket: socket.socket | None = None
+        self.failure: GangLost | None = None  # what made this rank fail first
+        self.listening: socket.socket | None = None  # where the ranks are to meet, in the first one
 
     def form(self, address: str, port: int, tokens: Path) -> tuple[Layout, Partition]:
         """Meets the other ranks at the first one's address and makes the model and its engine with them."""
         federation, zero, model = self.federation, self.zero, self.federation.model
         if not dist.is_initialized():
             gpu = self.device.type == "cuda"
-            meet(self.rank, zero.ranks, address, port, self.socket, timeout_s=zero.timeout_s, gpu=gpu)
+            meet(self.rank, zero.ranks, address, port, self.listening, timeout_s=zero.timeout_s, gpu=gpu)
         # Deepspeed chooses its accelerator when it is imported, and takes seconds for it.
         from engine.models.deepspeed_model import zero_model
         from engine.training.deepspeed_training import ZeroTrainer
@@ -124,8 +124,8 @@ class Gang(Rank):
     def address(self) -> tuple[str, int]:
         """Returns where the ranks meet: the first one listens there, and on this address alone."""
         address = ray.util.get_node_ip_address()
-        self.socket = socket.create_server((address, 0))
-        return address, self.socket.getsockname()[1]
+        self.listening = socket.create_server((address, 0))
+        return address, self.listening.getsockname()[1]
 
     def export(self, message: BroadcastMessage, card: str) -> Iterator[tuple[str, bytes]]:
         """Yields the files of the model folder, one after another; the shards stay mapped from the object store."""

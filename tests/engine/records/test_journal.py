@@ -47,7 +47,7 @@ def test_sums_of_one_model_are_the_same_clients_or_differ_by_enough(tmp_path):
         journal.admit(6, [1, 2], fewer_than_two)
     assert journal.clients(6) is None
     journal.admit(6, [1, 2, 4], fewer_than_two)
-    journal.model = 6
+    journal.summed(6)
     journal.admit(7, [1, 2], fewer_than_two)
 
 

@@ -179,7 +179,7 @@ def play(federation, folder, seed, kind):
                 chance.left_out += LEFT_OUT in collected.gone.values()
                 for aggregate in collected.sums:
                     model = sha256(model + bytes([round_]) + aggregate.total.numpy().tobytes()).digest()
-                    journal.model = round_
+                    journal.summed(round_)
                 if chance.strikes(0.15):
                     raise DriverDied
                 if round_ % every == 0 or round_ == ROUNDS:

@@ -1,7 +1,6 @@
 """Example-level privacy where a rule freezes coordinates: norm, clip and noise are of what is trained alone."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,7 +101,6 @@ def test_the_norm_by_hand(make_private):
     trainer.trained_mask = torch.ones(layout.size, dtype=torch.bool)
     for part in slices(layout, LORA_A):
         trainer.trained_mask[part] = False
-    trainer._hooks = SimpleNamespace(set_grad_sample_to_none=lambda: None)
     summed = torch.zeros(layout.size)
     trainer._add_clipped({"nll": Term(nll[None], torch.zeros(1, dtype=torch.long))}, 1, summed)
     assert summed[trained_at].item() == pytest.approx(2.0) and summed[frozen] == 0
