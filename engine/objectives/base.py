@@ -78,7 +78,7 @@ class Objective(Protocol):
     without transformers. A row counts as one for weights, sampling and privacy, whatever its columns hold.
 
     The value of a term's unit must depend on its own row alone: with a mean over the batch in it, the loss would change
-    with the pieces, lanes and ranks that a step is cut into, and one row with another's clipped gradient.
+    with the pieces, lanes and ranks that a step is cut into, and a row would move other rows' clipped gradients.
     """
 
     needs: ClassVar[frozenset[Need]]

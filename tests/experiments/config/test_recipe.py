@@ -211,8 +211,8 @@ def test_kinds(sections: dict[str, Any], said: str) -> None:
     [
         ({"train": {}}, "train needs exactly one of steps and epochs"),
         ({"train": {"steps": 1, "epochs": 1}}, "train needs exactly one of steps and epochs"),
-        ({"rounds": 0}, "^rounds must be at least 1, not 0"),
-        ({"seed": -1}, "^seed must be at least 0"),
+        ({"rounds": 0}, ": rounds must be at least 1, not 0"),
+        ({"seed": -1}, ": seed must be at least 0"),
         ({"name": "a/b"}, "name becomes a folder's name"),
         ({"cohort": {"size": 0}}, "cohort.size must be at least 1"),
         ({"strategy": {"kind": "fedprox", "mu": -1.0}}, "strategy.mu"),
