@@ -50,7 +50,8 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
     """Runs the shrunk recipe and resumes it; raises what would end the real run too, and RunError for unknown bases."""
     with environment(**ALONE), TemporaryDirectory(prefix="fedpost-dry-") as name:
         # Imported here, since it imports libraries that read the environment.
-        from experiments.preflight.shrunk_base import base_config, described, shrunk, stand_in_tokenizer, write_base
+        from experiments.preflight.shrunk_base import base_config, described, stand_in_tokenizer, write_base
+        from experiments.preflight.shrunk_config import shrunk
 
         folder = Path(name)
         on_step("shrinking the base")
