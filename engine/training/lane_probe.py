@@ -25,19 +25,17 @@ def refuse_dependent_rows(
     `layers` are the adapted ones: each must see the rows of a batch one after another. `key` is that of lanes, and
     `alone` says how to do without.
     """
-    config: Any = network.config
-    for name, value in _numbers(config.to_dict()):
-        draws = ("drop" in name or "jitter" in name) and not name.startswith(("classifier", "summary"))
-        if draws and value > 0:
-            raise RunError(
-                f"the base draws random numbers in training ({name} = {value:g} in its config.json), which {key} cannot "
-                f"draw for each client by itself: set that to 0 there, or {alone}"
-            )
-    trained = config.to_dict().get("original_max_position_embeddings") or config.max_position_embeddings
-    if max_length > (trained or max_length) and any(f'"{kind}"' in json.dumps(_ropes(config)) for kind in ROPE):
+    keys = network.config.to_dict()  # type: ignore[operator, union-attr]
+    for name, value in random_sizes(keys):
         raise RunError(
-            f"the base's rotary embeddings depend on the longest row of a batch above {trained} tokens, and so on other "
-            f"clients under {key}: set train.max_length to at most {trained}, or {alone}"
+            f"the base draws random numbers in training ({name} = {value:g} in its config.json), which {key} cannot "
+            f"draw for each client by itself: set that to 0 there, or {alone}"
+        )
+    trained = keys.get("original_max_position_embeddings") or keys.get("max_position_embeddings") or max_length
+    if max_length > trained and any(f'"{kind}"' in json.dumps(keys.get("rope_parameters")) for kind in ROPE):
+        raise RunError(
+            f"the base's rotary embeddings depend on the longest row of a batch above {trained} tokens, under {key} "
+            f"that of any client: set train.max_length to at most {trained}, or {alone}"
         )
     with _training_without_dropout(network) as drew:
         together, *each = (_inputs(network, layers, rows) for rows in (slice(0, 2), slice(0, 1), slice(1, 2)))
@@ -49,22 +47,20 @@ def refuse_dependent_rows(
     for name in layers:
         if not _one_after_another(together[name], [inputs[name] for inputs in each]):
             raise RunError(
-                f"{key} needs layers that see all tokens of a batch row by row, which {name.split('.model.', 1)[-1]} does "
-                f"not: leave it out of model.peft.targets (name the attention layers there), or {alone}"
+                f"{key} needs layers that see all tokens of a batch row by row, which "
+                f"{name.removeprefix('base_model.model.')} does not: leave it out of model.peft.targets (name the "
+                f"attention layers there), or {alone}"
             )
 
 
-def _numbers(keys: Mapping[Any, Any]) -> Iterator[tuple[str, float]]:
-    """The names and values of all fractions in a configuration and its sections."""
+def random_sizes(keys: Mapping[Any, Any]) -> Iterator[tuple[str, float]]:
+    """The keys of a configuration and its sections that make a model draw in training, such as dropout, above 0."""
     for name, value in keys.items():
         if isinstance(value, dict):
-            yield from _numbers(value)
-        elif isinstance(value, float):
-            yield str(name), value
-
-
-def _ropes(config: Any) -> Any:
-    return config.to_dict().get("rope_parameters")
+            yield from random_sizes(value)
+        elif isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name):
+            if not name.startswith(("classifier", "summary")):
+                yield name, value
 
 
 @contextmanager

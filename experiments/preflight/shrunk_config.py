@@ -21,7 +21,9 @@ MOST = {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"), 2),
     **dict.fromkeys(("n_group", "num_expert_group", "n_groups", "mamba_n_groups", "mamba_ngroups"), 2),
     **dict.fromkeys(("n_shared_experts", "moe_num_shared_experts", "num_shared_experts", "topk_group"), 1),
-    **dict.fromkeys(("head_dim", "qk_nope_head_dim", "v_head_dim", "kv_channels", "rotary_dim", "index_head_dim"), HEAD),
+    **dict.fromkeys(
+        ("head_dim", "qk_nope_head_dim", "v_head_dim", "kv_channels", "rotary_dim", "index_head_dim"), HEAD
+    ),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "q_lora_rank"), HEAD),
     **dict.fromkeys(("kv_lora_rank", "hidden_size_per_layer_input", "o_lora_rank", "adapter_rank"), HEAD),
     **dict.fromkeys(("qk_rope_head_dim", "mamba_d_state", "ssm_state_size", "state_size", "index_topk"), 8),
@@ -29,7 +31,9 @@ MOST = {
     **dict.fromkeys(("linear_num_key_heads", "linear_num_heads", "index_n_heads"), 2),
     "linear_num_value_heads": 4,
     # Every so many layers something is different; of a pair, the offset is below the period.
-    **dict.fromkeys(("attn_layer_period", "expert_layer_period", "interleave_moe_layer_step", "decoder_sparse_step"), 2),
+    **dict.fromkeys(
+        ("attn_layer_period", "expert_layer_period", "interleave_moe_layer_step", "decoder_sparse_step"), 2
+    ),
     **dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1),
 }
 # Numbers and sizes of the heads of state spaces, whose product grows with the model's width.
@@ -56,8 +60,8 @@ def shrunk(config: Any, tokenizer: Any) -> Any:
     new |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     picked, layers = _few_layers(old, config.num_hidden_layers)
     new["num_hidden_layers"] = len(picked)
-    new = {config.attribute_map.get(name, name): value for name, value in new.items()} | layers
-    sizes = _resized(old | {name: value for name, value in layers.items() if name in old}, width / hidden, new_keys)
+    new = {config.attribute_map.get(name, name): value for name, value in new.items()}
+    sizes = layers | _resized(old | layers, width / hidden, new_keys)
     if "vocab_size_per_layer_input" in old:
         new["vocab_size_per_layer_input"] = len(tokenizer)
     pairs = STATE_HEADS if has_heads else {"num_heads": "head_dim"}
@@ -121,12 +125,12 @@ def _few_layers(old: dict[str, Any], layers: int) -> tuple[list[int], dict[str, 
 def _resized(old: dict[str, Any], ratio: float, keys: int) -> dict[str, Any]:
     """The sizes among the keys, and among those of nested sections; `keys` heads of keys and values."""
     most = {**MOST, **dict.fromkeys(OWNERS, keys)}
-    new: dict[str, Any] = {}
+    new = dict[str, Any]()
     for name, value in old.items():
-        if not isinstance(name, str):  # such as labels by number
-            continue
         if isinstance(value, dict):
             new[name] = value | _resized(value, ratio, keys)
+        elif not isinstance(name, str):  # a number of something
+            continue
         elif WIDTHS.fullmatch(name) and isinstance(value, (int, list)) and value:
             scaled = [max(8, 8 * round(each * ratio / 8)) for each in (value if isinstance(value, list) else [value])]
             new[name] = scaled if isinstance(value, list) else scaled[0]
