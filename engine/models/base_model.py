@@ -17,6 +17,9 @@ from engine.objectives.base import Tokenizer
 
 ALIGNMENT = 64  # bytes at which each tensor starts, as vector instructions need it
 CAUSAL = "AutoModelForCausalLM"
+TOWERS = ("vision_config", "audio_config")
+# Keys by which a model writes to its weights, and the way out.
+IN_PLACE = {"rescale_every": "set it to 0 there", "altup_coef_clip": "choose another base"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,12 @@ def causal_config(model: Model) -> Any:
         kind = ", ".join(architectures) or type(config).__name__
         what = f"is a {kind}, not a causal language model: choose one whose class ends in ForCausalLM"
         raise RunError(f"model.base {model.base!r} {what}")
+    if towers := [name for name in TOWERS if vars(config).get(name)]:
+        what = f"has a {' and a '.join(towers)} beside the language model: choose a base of text alone"
+        raise RunError(f"model.base {model.base!r} {what}")
+    if key := next((name for name in IN_PLACE if vars(config).get(name)), None):
+        what = f"writes to its own weights ({key} in its config.json), which processes share"
+        raise RunError(f"model.base {model.base!r} {what}: {IN_PLACE[key]}")
     return config
 
 

@@ -1,6 +1,7 @@
 """Whether a network computes the rows of a batch as if each were alone, which lanes rely on. Legend: I inputs."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from engine.messages.errors import RunError
 TOKENS = 7  # of a row of the probe: not the number of rows, so that the two dimensions cannot be mixed up
 APART = 0.1  # relative distance of inputs above which they are those of other tokens, and no rounding
 ROPE = ("dynamic", "longrope")  # rotary embeddings that depend on the longest row of a batch
+RANDOM = re.compile(r"(?!classifier|summary).*(drop|jitter)")  # keys of what a model draws in training
 Inputs = dict[str, list[torch.Tensor]]  # of each call of a layer, by name
 
 
@@ -58,9 +60,8 @@ def random_sizes(keys: Mapping[Any, Any]) -> Iterator[tuple[str, float]]:
     for name, value in keys.items():
         if isinstance(value, dict):
             yield from random_sizes(value)
-        elif isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name):
-            if not name.startswith(("classifier", "summary")):
-                yield name, value
+        elif isinstance(value, float) and value > 0 and RANDOM.match(name):
+            yield name, value
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from engine.config.sections import Model
 from engine.messages.errors import RunError
 from engine.models.base_model import causal_config
 from experiments.config.recipe import SHIPPED
-from experiments.preflight.shrunk_config import OWNERS
+from experiments.preflight.shrunk_config import EXPERTS, OWNERS
 
 FAMILIES = Path(__file__).parent.parent / "families"
 # The shipped tokenizer has no chat template, and rows may be conversations.
@@ -64,10 +64,11 @@ def family_keys(name: str) -> dict[str, Any] | None:
 
 def described(config: Any) -> str:
     """The sizes of a model, in words."""
-    keys, heads = config.to_dict(), config.num_attention_heads
-    shared = keys.get(OWNERS[0]) or keys.get(OWNERS[1]) or heads
-    experts = keys.get("num_local_experts") or keys.get("num_experts")
-    layers = f"{config.num_hidden_layers} layers, width {config.hidden_size:,}, {heads} heads over {shared}, "
+    keys, heads = config.to_dict(), getattr(config, "num_attention_heads", None)
+    shared = next((keys[name] for name in OWNERS if keys.get(name)), heads)
+    experts = next((keys[name] for name in EXPERTS if keys.get(name)), None)
+    attention = f"{heads} heads over {shared}, " if heads else ""
+    layers = f"{config.num_hidden_layers} layers, width {config.hidden_size:,}, {attention}"
     return layers + (f"{experts} experts, " if experts else "") + f"vocabulary {config.vocab_size:,}"
 
 

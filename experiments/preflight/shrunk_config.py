@@ -9,6 +9,7 @@ from typing import Any
 
 LAYERS, HEAD, KEYS, GROUP = 2, 16, 2, 8
 OWNERS = ("num_kv_heads", "num_key_value_heads", "kv_n_heads")  # the number of heads of keys and values
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Sizes that grow with the model's width.
 WIDTHS = re.compile(
     r".*intermediate_size(_mlp)?|n_inner|(expert_)?ffn_hidden_size|ffn_dim|word_embed_proj_dim|mamba_d_ssm|dim_model_base"
@@ -17,7 +18,7 @@ WIDTHS = re.compile(
 MOST = {
     **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size", "local_attention"), 8),
     **dict.fromkeys(("window_size", "chunk_size", "mamba_chunk_size", "block_size", "block_multiple_of"), 8),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"), 4),
+    **dict.fromkeys((*EXPERTS, "zero_expert_num"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"), 2),
     **dict.fromkeys(("n_group", "num_expert_group", "n_groups", "mamba_n_groups", "mamba_ngroups"), 2),
     **dict.fromkeys(("n_shared_experts", "moe_num_shared_experts", "num_shared_experts", "topk_group"), 1),

@@ -12,14 +12,20 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    Gemma3Config,
+    Gemma3nTextConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
+    Phi4MultimodalConfig,
+    PretrainedConfig,
     PreTrainedModel,
+    Qwen3_5Config,
+    RwkvConfig,
 )
 
 from engine.config.adapters import FullTuning, Lora
 from engine.config.sections import Model
-from engine.models.base_model import load_tokenizer, map_base, read_base
+from engine.models.base_model import causal_config, load_tokenizer, map_base, read_base
 from engine.models.trainable import Trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT sets it right for GPT-2
@@ -113,6 +119,28 @@ def test_other_kinds_of_models_are_refused(tmp_path: Path) -> None:
     for folder, kind in (("bert", "BertForMaskedLM"), ("classifier", "LlamaForSequenceClassification")):
         with pytest.raises(ValueError, match=f"is a {kind}, not a causal language model"):
             read_base(Model(base=str(tmp_path / folder)))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            Gemma3Config(),
+            "has a vision_config beside the language model: choose a base of text alone",
+        ),  # no architectures
+        (Qwen3_5Config(architectures=["Qwen3_5ForCausalLM"]), "has a vision_config beside"),
+        (Phi4MultimodalConfig(architectures=["Phi4MultimodalForCausalLM"]), "has a vision_config and a audio_config"),
+        (RwkvConfig(), r"writes to its own weights \(rescale_every in its config.json\).*: set it to 0 there"),
+        (Gemma3nTextConfig(), "writes to its own weights .*: choose another base"),
+    ],
+    ids=["gemma3", "qwen3.5", "phi4", "rwkv", "gemma3n"],
+)
+def test_models_with_a_tower_or_that_write_to_their_weights_are_refused(
+    tmp_path: Path, config: PretrainedConfig, said: str
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        causal_config(Model(base=str(tmp_path)))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors"], ids=["absent", "empty", "other"])
