@@ -90,7 +90,7 @@ def causal_config(model: Model) -> Any:
         what = f"is a {kind}, not a causal language model: choose one whose class ends in ForCausalLM"
         raise RunError(f"model.base {model.base!r} {what}")
     if towers := [name for name in TOWERS if vars(config).get(name)]:
-        what = f"has a {' and a '.join(towers)} beside the language model: choose a base of text alone"
+        what = f"has {' and '.join(towers)} beside the language model: choose a base of text alone"
         raise RunError(f"model.base {model.base!r} {what}")
     if key := next((name for name in IN_PLACE if vars(config).get(name)), None):
         what = f"writes to its own weights ({key} in its config.json), which processes share"

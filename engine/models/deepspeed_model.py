@@ -34,8 +34,8 @@ def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Modul
     if zero.stage < 3:
         wait_for_the_first(rank)
         _tie_as_first_rank(network)
-        for buffer in persistent_buffers(network).values():  # DeepSpeed gives the other ranks parameters alone
-            dist.broadcast(buffer, 0)
+        for tensor in persistent_buffers(network).values():  # DeepSpeed gives the other ranks parameters alone
+            dist.broadcast(tensor, 0)
     torch.manual_seed(seed)
     trained: torch.nn.Module = with_adapters(network, model)
     if zero.checkpointing:

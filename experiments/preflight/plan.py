@@ -95,11 +95,12 @@ def even_experts(
     self: Any, hidden_NI: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Experts as transformers computes them, as to shapes: one for all tokens, as often as a token has experts."""
-    transposed = {True: lambda weight: weight, False: lambda weight: weight.T}[self.is_transposed]
+    up_weight, down_weight = (self.gate_up_proj if self.has_gate else self.up_proj)[0], self.down_proj[0]
+    if not self.is_transposed:
+        up_weight, down_weight = up_weight.T, down_weight.T
     chosen = top_k_index.shape[-1]
-    inner = self.gate_up_proj if self.has_gate else self.up_proj
-    up = hidden_NI.repeat_interleave(chosen, 0) @ transposed(inner[0])
-    out = (self._apply_gate(up) if self.has_gate else self.act_fn(up)) @ transposed(self.down_proj[0])
+    up = hidden_NI.repeat_interleave(chosen, 0) @ up_weight
+    out = (self._apply_gate(up) if self.has_gate else self.act_fn(up)) @ down_weight
     weighted = out * top_k_weights.reshape(-1, 1)
     summed: torch.Tensor = weighted.view(len(hidden_NI), chosen, -1).sum(1).to(hidden_NI.dtype)
     return summed

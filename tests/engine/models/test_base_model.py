@@ -126,10 +126,10 @@ def test_other_kinds_of_models_are_refused(tmp_path: Path) -> None:
     [
         (
             Gemma3Config(),
-            "has a vision_config beside the language model: choose a base of text alone",
+            "has vision_config beside the language model: choose a base of text alone",
         ),  # no architectures
-        (Qwen3_5Config(architectures=["Qwen3_5ForCausalLM"]), "has a vision_config beside"),
-        (Phi4MultimodalConfig(architectures=["Phi4MultimodalForCausalLM"]), "has a vision_config and a audio_config"),
+        (Qwen3_5Config(architectures=["Qwen3_5ForCausalLM"]), "has vision_config beside"),
+        (Phi4MultimodalConfig(architectures=["Phi4MultimodalForCausalLM"]), "has vision_config and audio_config"),
         (RwkvConfig(), r"writes to its own weights \(rescale_every in its config.json\).*: set it to 0 there"),
         (Gemma3nTextConfig(), "writes to its own weights .*: choose another base"),
     ],

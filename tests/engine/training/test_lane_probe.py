@@ -1,21 +1,29 @@
 """Lanes refuse models in which rows of a batch depend on each other, and those that draw random numbers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from engine.config.adapters import Lora
-from engine.config.train import Train
+from engine.config.sections import Model
+from engine.config.train import Sgd, Train
 from engine.messages.errors import RunError
+from engine.models.base_model import map_base, read_base
 from engine.models.trainable import Trainable
 from engine.training.lane_probe import random_sizes
 from engine.training.lanes import LaneTrainer
 from engine.training.local_training import LocalTrainer
+from engine.training.step_loop import Training
 
 MakeTrainable = Callable[..., Trainable]
 LORA = Lora(r=4, alpha=8)
@@ -95,6 +103,41 @@ def test_random_numbers_in_training_are_refused_and_those_of_adapters_are_not(
 def test_what_is_drawn_is_also_found_in_sections_of_a_configuration() -> None:
     keys = {"attn_config": {"attn_pdrop": 0.1}, "router_jitter_noise": 0.01, "classifier_dropout": 0.1, "dropout": 0.0}
     assert dict(random_sizes(keys)) == {"attn_pdrop": 0.1, "router_jitter_noise": 0.01}
+
+
+def test_attention_of_a_mixture_of_experts_in_lanes_is_that_of_single_clients(
+    tmp_path: Path, rows: pa.RecordBatch
+) -> None:
+    """In float64 to 1e-7, as softmax is in float32: the router's choice jumps, but it is a token's own."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    network = MixtralForCausalLM(MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=4, **sizes))
+    for name, parameter in network.named_parameters():
+        if "gate" in name:
+            parameter.data.normal_()  # tokens go to different experts
+    network.save_pretrained(tmp_path)
+    model = Model(base=str(tmp_path), attention="eager", peft=replace(LORA, targets=("q_proj", "v_proj", "o_proj")))
+    packed, buffer = read_base(model)
+    network = map_base(packed, torch.from_numpy(buffer)).double()
+    network.config._experts_implementation = "eager"  # grouped products have no float64
+    for module in network.modules():
+        if isinstance(module, MixtralRMSNorm):  # transformers casts to float32
+            module.forward = MethodType(
+                lambda it, x: it.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + it.variance_epsilon),
+                module,
+            )
+    train = Train(epochs=2, batch=2, optimizer=Sgd(lr=1.0))
+    alone = LocalTrainer(Trainable(network, model, 3), 0, train)
+    lanes, start = LaneTrainer(alone, 3, train), alone.trainable.initial
+
+    def trainings() -> list[Training]:
+        parts = [rows.slice(0, 3), rows.slice(1, 1), rows.slice(2, 3)]
+        return [Training(part, start, np.random.default_rng(number), number) for number, part in enumerate(parts)]
+
+    for together, training in zip(lanes.train(trainings(), train), trainings(), strict=True):
+        (single,) = alone.train([training], train)
+        assert (single.end - start).abs().max() > 1e-3
+        torch.testing.assert_close(together.end, single.end, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
