@@ -3,7 +3,6 @@
 The same checks make the table of `fedpost models --table` and are the tests of the families.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,52 +31,13 @@ from engine.training.lane_probe import random_sizes
 from engine.training.lanes import LaneTrainer
 from engine.training.local_training import LocalTrainer
 from engine.training.step_loop import Training
+from experiments.preflight.family_list import COLUMNS, family_config
 from experiments.preflight.shrunk_config import shrunk
 
 YES = "yes"
 CLOSE = 1e-5  # of two computations of the same, in float32
 LORA = Lora(r=2, alpha=4)
 STEPS = Train(steps=2, batch=2, optimizer=Sgd(lr=0.1), max_length=16)
-FAMILIES = Path(__file__).parent.parent / "families"
-# Families without a file, by model type, with what the defaults of their configuration class lack.
-_HEADS, _MIXED = {"head_dim": 128}, ["linear_attention"] * 5 + ["full_attention"]
-OTHERS: dict[str, dict[str, Any]] = {
-    **{
-        "afmoe": {},
-        "apertus": {},
-        "arcee": {},
-        "bamba": {"attn_layer_indices": [9, 18, 27]},
-        "bloom": {},
-        "cohere": {},
-    },
-    **{"cohere2": {}, "dbrx": {"attn_config": {"rope_theta": 5e5, "kv_n_heads": 8, "clip_qkv": 8.0}}},
-    **{"deepseek_v2": {"num_experts_per_tok": 6, "first_k_dense_replace": 1}, "deepseek_v3": {}, "diffllama": {}},
-    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "first_k_dense_replace": 1},
-    **{"ernie4_5": {}, "ernie4_5_moe": {}, "exaone4": {}, "falcon_h1": {}, "falcon_mamba": {}, "flex_olmo": {}},
-    **{
-        "gemma4_text": {},
-        "glm4": {},
-        "glm4_moe": {},
-        "gpt_bigcode": {},
-        "gpt_oss": {},
-        "gptj": {},
-    },
-    **{"granite": {}, "granitemoe": {}, "granitemoehybrid": {"layer_types": _MIXED * 5 + _MIXED[:2]}, "helium": {}},
-    **{"hunyuan_v1_dense": _HEADS, "jamba": {}, "jetmoe": {}, "kimi_linear": {}, "lfm2": {"full_attn_idxs": [2, 5, 8]}},
-    **{"lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16}, "llama4_text": {}, "mamba": {}, "mamba2": {}},
-    **{"minicpm3": {}, "minimax": {}, "minimax_m2": {}, "ministral": _HEADS, "modernbert-decoder": {}, "mpt": {}},
-    **{"nanochat": {}, "nemotron": {"head_dim": 128, "num_key_value_heads": 8}, "nemotron_h": {}, "olmo": {}},
-    **{"olmo3": {}, "olmo_hybrid": {}, "olmoe": {}, "opt": {}, "phimoe": {}, "qwen2_moe": {}, "qwen3_5_text": {}},
-    **{
-        "qwen3_next": {},
-        "rwkv": {"rescale_every": 0},
-        "seed_oss": {},
-        "solar_open": {},
-        "stablelm": {},
-        "starcoder2": {},
-    },
-    **{"vaultgemma": {}, "xglm": {}, "youtu": {}, "zamba2": {}},
-}
 
 
 class Vocabulary:
@@ -90,24 +50,6 @@ class Vocabulary:
 
     def save_pretrained(self, folder: str) -> None:
         """Saves nothing."""
-
-
-def family_names() -> dict[str, str]:
-    """The families, each with the expression of its bases' names, or with its model type."""
-    files = {
-        file.stem: json.loads(file.read_text(encoding="utf-8"))["names"] for file in sorted(FAMILIES.glob("*.json"))
-    }
-    return dict(sorted((files | {family: f"model_type {family}" for family in OTHERS}).items()))
-
-
-def family_config(family: str) -> Any:
-    """The configuration of a family's bases."""
-    from transformers import AutoConfig
-
-    file = FAMILIES / f"{family}.json"
-    if file.exists():
-        return AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8"))["config"])
-    return AutoConfig.for_model(family, **OTHERS[family])
 
 
 @contextmanager
@@ -268,7 +210,7 @@ def gangs(base: TinyBase) -> str:
     return YES
 
 
-CHECKS = {"LoRA": adapters, "full": full_tuning, "lanes": lanes, "gangs": gangs}
+CHECKS = dict(zip(COLUMNS, (adapters, full_tuning, lanes, gangs), strict=True))
 # What the refusals of lanes say, shortly.
 SOME_LAYERS = ("experts' weights are no layers", "some layers do not see all tokens in order")
 REFUSALS = {"linear layers alone": SOME_LAYERS[0], "row by row": SOME_LAYERS[1], "random": "random numbers in training"}

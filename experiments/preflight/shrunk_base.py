@@ -19,9 +19,9 @@ from engine.config.sections import Model
 from engine.messages.errors import RunError
 from engine.models.base_model import causal_config
 from experiments.config.recipe import SHIPPED
+from experiments.preflight.family_list import FAMILIES
 from experiments.preflight.shrunk_config import EXPERTS, OWNERS
 
-FAMILIES = Path(__file__).parent.parent / "families"
 # The shipped tokenizer has no chat template, and rows may be conversations.
 TEMPLATE = (
     "{% for turn in messages %}{{ turn.role + ':' + turn.content + '\n' }}{% endfor %}"

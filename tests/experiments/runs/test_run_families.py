@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import experiments
 from experiments.preflight.dry import dry_run
-from experiments.preflight.families import family_config, family_names
+from experiments.preflight.family_list import family_config, family_names
 from experiments.preflight.shrunk_base import write_base
 from experiments.preflight.shrunk_config import shrunk
 
