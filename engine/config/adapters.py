@@ -48,12 +48,13 @@ class FullTuning(Tuning):
 class Lora(Tuning):
     """Low-rank adapters on a frozen base (arXiv 2106.09685): the weight changes by alpha / r * B A.
 
-    `targets` is "all-linear", a list of module names (their last parts) or a regular expression of whole names;
-    `target_parameters` adapts weights that are no modules, such as those of experts. `use_rslora` scales by alpha /
-    sqrt(r), `use_dora` (arXiv 2402.09353) also trains each output's magnitude. `rank_pattern` and `alpha_pattern` give
-    layers their own r and alpha, by expressions. `bias` and `modules_to_save` train weights of the base, or whole
-    modules, beside the adapter. `ranks` gives clients different ranks, by shares that sum to 1, where the strategy
-    allows it; the largest is `r`, and a client's scale is alpha / its rank.
+    `targets` is "all-linear" (without the layers where no adapter works, docs/models.md), a list of module names (their
+    last parts) or a regular expression of whole names; `target_parameters` adapts weights that are no modules, such as
+    those of experts. `use_rslora` scales by alpha / sqrt(r), `use_dora` (arXiv 2402.09353) also trains each output's
+    magnitude. `rank_pattern` and `alpha_pattern` give layers their own r and alpha, by expressions. `bias` and
+    `modules_to_save` train weights of the base, or whole modules, beside the adapter. `ranks` gives clients different
+    ranks, by shares that sum to 1, where the strategy allows it; the largest is `r`, and a client's scale is alpha /
+    its rank.
 
     The mean is that of the matrices A and of the matrices B, whose product is not the mean of the products: the rules
     in strategies/lora correct that. Magnitudes, biases and saved modules are averaged as weights are.

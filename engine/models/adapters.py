@@ -13,6 +13,9 @@ from engine.config.sections import Model
 from engine.messages.errors import RunError
 from strategies.core.base import named
 
+# PEFT refuses out_proj in these models, as fused kernels read its weights past the layer.
+STATE_SPACES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
 
 def is_linear(layer: nn.Module | None) -> bool:
     """Whether a layer is linear: torch's nn.Linear, or transformers' Conv1D with its transposed weight."""
@@ -38,11 +41,14 @@ def with_adapters(network: Any, model: Model) -> Any:
     modules, parameters = ([name for name, _ in each] for each in (network.named_modules(), network.named_parameters()))
     layers = [name for name, layer in network.named_modules() if is_linear(layer)]
     _check_expression(model, modules)
+    config = peft_config(model)
+    if model.peft.options().get("target_modules") == "all-linear" and (unfit := unfit_layers(network)):
+        config.exclude_modules = unfit
     try:
         with warnings.catch_warnings():
             # PEFT warns of patterns that it derives itself for experts' weights; the recipe's are checked below.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
-            adapted = get_peft_model(network.requires_grad_(False), peft_config(model))
+            adapted = get_peft_model(network.requires_grad_(False), config)
     except ValueError as error:
         raise _refusal(model, error, network, layers) from error
     options = model.peft.options()
@@ -58,6 +64,20 @@ def with_adapters(network: Any, model: Model) -> Any:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules):
                 raise RunError(f"model.peft.{key}: {pattern!r} matches no layer of {model.base!r}, {_linear(layers)}")
     return adapted
+
+
+def unfit_layers(network: Any) -> list[str]:
+    """The last parts of the names of linear layers that "all-linear" leaves out, since no adapter works there.
+
+    A router may give more than one tensor; the weights of some layers of state spaces are read past the layer.
+    """
+    names = set()
+    for name, layer in network.named_modules():
+        end = name.rpartition(".")[2]
+        reads_weight = end == "dt_proj" or (end == "out_proj" and network.config.model_type in STATE_SPACES)
+        if is_linear(layer) and (reads_weight or "Router" in type(layer).__name__):
+            names.add(end)
+    return sorted(names)
 
 
 def peft_config(model: Model) -> Any:
@@ -124,6 +144,11 @@ def _refusal(model: Model, error: ValueError, network: Any, layers: list[str]) -
         names = ", ".join(sorted({name.rsplit(".")[-1] for name in norms}))
         which = f"whose norm layers are {names}" if model.peft.adapts == "norm" else _linear(layers)
         return RunError(f"{key} has no layers that PEFT knows for {model.base!r}, {which}: name them in targets")
+    if "incompatible with Mamba" in said:
+        return RunError(
+            f"model.peft.targets names out_proj, whose adapter the fused kernels of {model.base!r} pass by: leave it "
+            f'out, or write "all-linear", which does'
+        )
     return RunError(f"{key} cannot be added to {model.base!r}: {said.rstrip('.')}")
 
 

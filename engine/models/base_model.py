@@ -20,6 +20,9 @@ ADAPTER = "adapter_config.json"  # the file by which PEFT knows an adapter
 ALIGNMENT = 64  # bytes at which each tensor starts, as vector instructions need it
 CAUSAL = "AutoModelForCausalLM"
 LONGEST = 400  # characters of a library's message
+TOWERS = ("vision_config", "audio_config")
+# Keys by which a model writes to its weights, and the way out.
+IN_PLACE = {"rescale_every": "set it to 0 there", "altup_coef_clip": "choose another base"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,12 @@ def causal_config(model: Model) -> Any:
         beside = config.get_text_config() is not config
         why = "which has a language model beside other parts" if beside else "not a causal language model"
         raise RunError(f"model.base {model.base!r} is a {kind}, {why}: choose one whose class ends in ForCausalLM")
+    if towers := [name for name in TOWERS if vars(config).get(name)]:
+        what = f"has {' and '.join(towers)} beside the language model: choose a base of text alone"
+        raise RunError(f"model.base {model.base!r} {what}")
+    if key := next((name for name in IN_PLACE if vars(config).get(name)), None):
+        what = f"writes to its own weights ({key} in its config.json), which processes share"
+        raise RunError(f"model.base {model.base!r} {what}: {IN_PLACE[key]}")
     return config
 
 

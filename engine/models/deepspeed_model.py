@@ -9,18 +9,16 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from engine.config.sections import Model, Zero
 from engine.messages.errors import RunError
 from engine.models.adapters import with_adapters
 from engine.models.base_model import causal_config, empty_network, map_base, read_base
 from engine.models.deepspeed_config import ds_config
+from engine.models.stored_weights import Stored, persistent_buffers, refuse_missing, stored_tensors, weight_files
 from engine.system.rendezvous import wait_for_the_first
 
 ROWS = 1024  # rows of two tensors that are compared at a time
-Stored = tuple[str, str]  # the file of a tensor, and its key there
 
 
 def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Module:
@@ -36,6 +34,8 @@ def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Modul
     if zero.stage < 3:
         wait_for_the_first(rank)
         _tie_as_first_rank(network)
+        for tensor in persistent_buffers(network).values():  # DeepSpeed gives the other ranks parameters alone
+            dist.broadcast(tensor, 0)
     torch.manual_seed(seed)
     trained: torch.nn.Module = with_adapters(network, model)
     if zero.checkpointing:
@@ -49,20 +49,21 @@ def _in_shards(model: Model, zero: Zero) -> PreTrainedModel:
     with deepspeed.zero.Init(config_dict_or_path=ds_config(model, zero)), no_init_weights():
         network: PreTrainedModel = empty_network(model, config)
     try:
-        stored = _stored(network, _weight_files(model.weights))
+        stored = stored_tensors(network, weight_files(model.weights))
         for target, source in list(network.all_tied_weights_keys.items()):
             if {target, source} <= stored.keys() and not _equal(stored[target], stored[source], network.dtype):
                 del network.all_tied_weights_keys[target]  # the configuration says tied, but the tensors differ
         network.tie_weights(recompute_mapping=False)
         parameters = dict(network.named_parameters())
-        if missing := parameters.keys() - stored.keys():
-            raise RunError(
-                f"the weights of model.base {model.base!r} are not whole: {', '.join(sorted(missing)[:3])} are missing"
-            )
+        refuse_missing(network, stored, model.base)
         for name, parameter in parameters.items():
             file, key = stored[name]
             with safe_open(file, framework="pt") as weights:
                 _read_slice(parameter, weights.get_slice(key))
+        for name, buffer in persistent_buffers(network).items():
+            file, key = stored[name]
+            with safe_open(file, framework="pt") as weights:
+                buffer.copy_(weights.get_tensor(key))
     except (OSError, SafetensorError) as error:
         raise RunError(f"the weights of model.base {model.base!r} cannot be read: {error}") from error
     return network
@@ -75,16 +76,6 @@ def _tie_as_first_rank(network: PreTrainedModel) -> None:
     dist.broadcast_object_list(names)
     if len(names[0]) < untied:
         network.tie_weights()
-
-
-def _stored(network: PreTrainedModel, files: list[str]) -> dict[str, Stored]:
-    """Maps each tensor's name in the network to its place in the files."""
-    names, stored = {name for name, _ in network.named_parameters()}, {}
-    for file in files:
-        with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118
-                stored[key if key in names else f"{network.base_model_prefix}.{key}"] = (file, key)
-    return stored
 
 
 def _equal(a: Stored, b: Stored, dtype: torch.dtype) -> bool:
@@ -109,14 +100,3 @@ def _read_slice(parameter: Any, weight: Any) -> None:
     top = first // width
     rows = weight[top : -(-last // width)]
     target.data[: last - first].copy_(rows.reshape(-1)[first - top * width : last - top * width])
-
-
-def _weight_files(model: Model) -> list[str]:
-    """Finds the base's safetensors files in its folder or on the hub."""
-    options = {"revision": model.revision, "_raise_exceptions_for_missing_entries": False}
-    if file := cached_file(model.base, SAFE_WEIGHTS_NAME, **options):
-        return [file]
-    index = cached_file(model.base, SAFE_WEIGHTS_INDEX_NAME, **options)
-    if index is None:
-        raise RunError(f"model.base {model.base!r} has no safetensors, which a gang of stage 3 reads: convert it")
-    return list(get_checkpoint_shard_files(model.base, index, revision=model.revision)[0])

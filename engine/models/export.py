@@ -14,6 +14,7 @@ from safetensors.torch import save, save_file
 from engine.config.federation import Federation
 from engine.config.sections import Model
 from engine.models.adapters import is_transposed
+from engine.models.stored_weights import persistent_buffers
 from engine.models.trainable import Trainable
 from engine.objectives.base import Tokenizer
 from engine.objectives.templates import undated
@@ -64,7 +65,7 @@ def sharded_files(
 
     yield from _folder_files(save, tokenizer, card)
     if not isinstance(network, PeftModel):
-        yield from _weight_files(layout, read, getattr(torch, model.dtype))
+        yield from _weight_files(layout, read, getattr(torch, model.dtype), persistent_buffers(network))
 
 
 def _folder_files(save: Callable[[Path], None], tokenizer: Tokenizer, card: str) -> Iterator[tuple[str, bytes]]:
@@ -81,8 +82,10 @@ def _folder_files(save: Callable[[Path], None], tokenizer: Tokenizer, card: str)
                 yield path.relative_to(folder).as_posix(), path.read_bytes()
 
 
-def _weight_files(layout: Layout, read: Read, dtype: torch.dtype) -> Iterator[tuple[str, bytes]]:
-    """Yields safetensors files of the tensors, then their index."""
+def _weight_files(
+    layout: Layout, read: Read, dtype: torch.dtype, buffers: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, bytes]]:
+    """Yields safetensors files of the tensors, the buffers in the first, then their index."""
     groups, filled = [list[Place]()], 0
     for place in layout.places():
         nbytes = (place[3] - place[2]) * dtype.itemsize
@@ -93,8 +96,10 @@ def _weight_files(layout: Layout, read: Read, dtype: torch.dtype) -> Iterator[tu
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     for file, group in zip(names, groups, strict=True):
         tensors = {name: read(first, last).view(shape).to(dtype) for name, shape, first, last in group}
+        tensors |= {name: buffer.cpu() for name, buffer in buffers.items()} if file == names[0] else {}
         yield file, save(tensors, metadata={"format": "pt"})
     files = {name: file for file, group in zip(names, groups, strict=True) for name, *_ in group}
+    files |= dict.fromkeys(buffers, names[0])
     index = {"metadata": {"total_size": layout.size * dtype.itemsize}, "weight_map": files}
     yield "model.safetensors.index.json", json.dumps(index, indent=1).encode()
 

@@ -25,6 +25,7 @@ from engine.objectives.base import Context, counted
 from engine.objectives.token_batch import Batch
 from engine.system import allocator as heap
 from engine.training.lane_forms import Form, Lanes, form_of
+from engine.training.lane_probe import refuse_dependent_rows
 from engine.training.local_training import LocalTrainer, client_updates
 from engine.training.optimizers import clip, make_optimizer
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, take_steps
@@ -51,6 +52,8 @@ class LaneTrainer:
         self.trainable, self.device, self.objective = plain.trainable, plain.device, plain.objective
         self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
         self.layers = adapted_layers(self.trainable)
+        adapted = {name: layer for name, (layer, _) in self.layers.items()}
+        refuse_dependent_rows(self.trainable.network, adapted, plain.max_length, KEY, ALONE)
         self.own_scales = {pair.name: pair.scale for pair in self.trainable.layout.lora_pairs(self.trainable.flat.data)}
         # Logits of all positions, if the head has adapters: its inputs must be those of whole lanes.
         head = self.trainable.network.get_output_embeddings()
@@ -63,6 +66,7 @@ class LaneTrainer:
         self.leaves: dict[int, dict[str, torch.Tensor]] = {}
         self.active: list[Progress] = []  # the clients in the lanes, which the step loop changes in place
         self.shapes: dict[int, torch.Size] = {}  # of the pieces now in the model, by lane
+        self.together = torch.Size((0, 0))  # of all of them side by side (K * B, T)
         self.generators: dict[int, torch.Generator] = {}  # of dropout, by the client's place
 
     def train(self, trainings: Sequence[Training], train: Train) -> list[Trained]:
@@ -106,6 +110,7 @@ class LaneTrainer:
             pieces = [step[turn] if turn < len(step) else None for step in steps]
             self.shapes = {lane: piece.ids_BT.shape for lane, piece in enumerate(pieces) if piece is not None}
             together = Batch.side_by_side(pieces, self.plain.pad).to(self.device)
+            self.together = together.ids_BT.shape
             terms = self.objective.terms(self.trainable.network, together, self.context).items()
             totals_K = {name: term.by_row(len(together.ids_BT)).view(lanes, -1).sum(1) for name, term in terms}
             torch.stack([(totals_K[name] * share_K[name]).sum() for name in losses]).sum().backward()
@@ -132,6 +137,8 @@ class LaneTrainer:
 
     def _forward(self, name: str, layer: Any, form: Form) -> Any:
         def forward(x: torch.Tensor) -> torch.Tensor:
+            if x.numel() % (self.together.numel() * x.shape[-1]):
+                raise RunError(f"{KEY} needs layers that see all tokens, which {name} does not: {ALONE}")
             lanes, dropped = len(self.active), self._dropped if self.dropout > 0 else None
             return form(name, layer, x, Lanes(lanes, self._leaves(lanes), dropped), self._scale(name))
 
@@ -145,14 +152,15 @@ class LaneTrainer:
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
         """Draws dropout's factor on the inputs, for each lane in the shape that its rows have alone."""
-        p = self.dropout
-        factor_KBTI = x.new_zeros(len(self.active), len(x) // len(self.active), *x.shape[1:])
-        for lane, (rows, tokens) in self.shapes.items():
+        p, (rows, tokens), lanes = self.dropout, self.together, len(self.active)
+        factor_KBTI = x.new_zeros(lanes, rows // lanes, tokens, x.numel() // (rows * tokens))
+        for lane, (its_rows, its_tokens) in self.shapes.items():
             client = self.active[lane]
             if client.place not in self.generators:
                 self.generators[client.place] = torch.Generator(self.device).manual_seed(client.training.dropout)
-            drawn = x.new_empty(rows, tokens, x.shape[-1]).bernoulli_(1 - p, generator=self.generators[client.place])
-            factor_KBTI[lane, :rows, :tokens] = drawn / (1 - p)
+            drawn = x.new_empty(its_rows, its_tokens, factor_KBTI.shape[-1])
+            drawn.bernoulli_(1 - p, generator=self.generators[client.place])
+            factor_KBTI[lane, :its_rows, :its_tokens] = drawn / (1 - p)
         return factor_KBTI
 
     def _leaves(self, lanes: int) -> dict[str, torch.Tensor]:
@@ -183,15 +191,11 @@ def adapted_layers(trainable: Trainable) -> dict[str, tuple[Any, Form]]:
         form = form_of(layer, suffixes)
         if form is None:
             where = name.removeprefix("base_model.model.")
-            raise RunError(f"{KEY} works with adapters of linear layers alone, which {where} is not: {ALONE}")
-        layers[name] = layer, form
-    for name, value in trainable.network.config.to_dict().items():
-        draws = "drop" in name and not name.startswith(("classifier", "summary"))
-        if draws and isinstance(value, float) and value > 0:
             raise RunError(
-                f"the base drops activations by itself ({name} = {value:g} in its config.json), which {KEY} cannot "
-                f"draw for each client by itself: set that to 0 there, or {ALONE}"
+                f"{KEY} works with adapters of linear layers alone, which {where} is not: leave it out of "
+                f"model.peft.targets (name the attention layers there), or {ALONE}"
             )
+        layers[name] = layer, form
     for name, module in trainable.network.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0 and ".lora_dropout." not in name:
             raise RunError(f"{name} drops activations, which {KEY} cannot draw for each client by itself: {ALONE}")

@@ -191,6 +191,23 @@ def strategies(
 
 
 @guarded
+def models(
+    table: Annotated[bool, Option("--table", help="Check each family on a tiny model, in a minute or two.")] = False,
+    page: Annotated[Path | None, Option("--write", help="With --table: a Markdown page to put the table into.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the families of base models that are checked; with --table, check them and print what works with each."""
+    from experiments.cli.model_table import listing, show_table
+
+    if page is not None and not table:
+        raise RunError("--write goes with --table")
+    if table:
+        show_table(page)
+        return
+    say("\n".join(listing()))
+
+
+@guarded
 def schema() -> None:
     """Print the JSON schema of a recipe."""
     from experiments.config.recipe import schema as recipe_schema
@@ -241,4 +258,4 @@ def bench(
     show_results(scenario, measure(scenario, small), as_json)
 
 
-COMMANDS = (run, submit, status, stop, partition, plan, report, strategies, schema, bench)
+COMMANDS = (run, submit, status, stop, partition, plan, report, strategies, models, schema, bench)

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from datasets_partition.store.store import Store
 from engine.config.sections import Clients
+from engine.messages.errors import RunError
 from engine.messages.events import Event, RoundDone, Started
 from experiments.config.recipe import Recipe, located, to_toml
 from experiments.preflight.processes import environment, hidden_gpus
@@ -50,13 +51,20 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
     """Runs the shrunk recipe and resumes it; raises what would end the real run too, and RunError for unknown bases."""
     with environment(**ALONE), TemporaryDirectory(prefix="fedpost-dry-") as name:
         # Imported here, since it imports libraries that read the environment.
-        from experiments.preflight.shrunk_base import base_config, described, shrunk, stand_in_tokenizer, write_base
+        from experiments.preflight.shrunk_base import base_config, described, stand_in_tokenizer, write_base
+        from experiments.preflight.shrunk_config import shrunk
 
         folder = Path(name)
         on_step("shrinking the base")
         tokenizer, config = stand_in_tokenizer(), base_config(located(recipe).model)
-        small = shrunk(config, tokenizer)
-        write_base(small, tokenizer, folder / "base")
+        try:
+            small = shrunk(config, tokenizer)
+            write_base(small, tokenizer, folder / "base")
+        except Exception as error:  # an architecture may have sizes that are not known here
+            raise RunError(
+                f"a {type(config).__name__} cannot be shrunk ({str(error).strip().splitlines()[0]}): save a small base "
+                f"of the same architecture in a folder, and try it with --set model.base=FOLDER, without --dry"
+            ) from error
         work = shrunk_recipe(recipe, folder / "base", folder)
         on_step("drawing rows")
         rows = draw_rows(recipe, clients_of(work), work.train.max_length, folder / "stores")

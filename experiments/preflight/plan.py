@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from engine.config.sections import Clients, Model, Zero
 from engine.messages.errors import RunError
@@ -30,6 +31,7 @@ HEAP = 1.5  # memory that the allocator holds over the live tensors of a step, m
 RAY = 20 * 2**20  # bytes that Ray adds to a process
 MOST_RANKS = 1024
 ANY_CPUS = 10**9  # for a given number of slots, which a plan takes as it is
+EVEN_EXPERTS = "even"
 STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 
@@ -42,6 +44,7 @@ class Sizes(NamedTuple):
     itemsize: int
     activations: int  # which the backward pass of a row of the recipe's length needs
     logits: int  # of its loss
+    copies: int = 0  # bytes of experts' weights with their adapters, which a backward pass needs beside the base's
 
 
 class Need(NamedTuple):
@@ -70,12 +73,37 @@ def meta_network(model: Model) -> Any:
 
 
 def on_meta(network: Any, length: int) -> torch.Tensor:
-    """The logits of a row of `length` tokens."""
+    """The logits of a row of `length` tokens; RunError if the model reads values, which meta tensors do not have."""
     ids_BT = torch.zeros((1, length), dtype=torch.long, device="meta")
-    # With a mask of its own, transformers would read its values, which meta tensors do not have.
-    mask_B1TT = torch.zeros((1, 1, length, length), dtype=network.dtype, device="meta")
-    logits: torch.Tensor = network(input_ids=ids_BT, attention_mask=mask_B1TT, use_cache=False).logits
-    return logits
+    # With a mask of its own, transformers would read its values; the families that take no such mask do not.
+    masks = torch.zeros((1, 1, length, length), dtype=network.dtype, device="meta"), None
+    network.config._experts_implementation = EVEN_EXPERTS
+    ALL_EXPERTS_FUNCTIONS.register(EVEN_EXPERTS, even_experts)
+    for mask in masks:
+        try:
+            logits: torch.Tensor = network(input_ids=ids_BT, attention_mask=mask, use_cache=False).logits
+            return logits
+        except (ValueError, RuntimeError):
+            continue
+    raise RunError(
+        f"the memory of {network.config.architectures[0]} cannot be planned, since its layers read values: "
+        f"measure it with a few steps of a run, such as --set rounds=1"
+    )
+
+
+def even_experts(
+    self: Any, hidden_NI: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Experts as transformers computes them, as to shapes: one for all tokens, as often as a token has experts."""
+    up_weight, down_weight = (self.gate_up_proj if self.has_gate else self.up_proj)[0], self.down_proj[0]
+    if not self.is_transposed:
+        up_weight, down_weight = up_weight.T, down_weight.T
+    chosen = top_k_index.shape[-1]
+    up = hidden_NI.repeat_interleave(chosen, 0) @ up_weight
+    out = (self._apply_gate(up) if self.has_gate else self.act_fn(up)) @ down_weight
+    weighted = out * top_k_weights.reshape(-1, 1)
+    summed: torch.Tensor = weighted.view(len(hidden_NI), chosen, -1).sum(1).to(hidden_NI.dtype)
+    return summed
 
 
 def sizes(model: Model, max_length: int) -> Sizes:
@@ -94,12 +122,27 @@ def sizes_of(network: Any, model: Model, max_length: int) -> Sizes:
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = on_meta(network.train(), max_length)
     counts = [parameter.numel() for parameter in parameters]
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     itemsize = getattr(torch, model.dtype).itemsize
-    return Sizes(sum(counts), trained, max(counts), itemsize, sum(saved.values()), 3 * logits.numel() * FLOAT)
+    copies = _without_expert_adapters(network) * itemsize
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = on_meta(network.train(), max_length)
+    return Sizes(sum(counts), trained, max(counts), itemsize, sum(saved.values()), 3 * logits.numel() * FLOAT, copies)
+
+
+def _without_expert_adapters(network: Any) -> int:
+    """Takes off the adapters of experts' weights, which cannot compute on the meta device; returns the elements."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    elements = 0
+    for owner in list(network.modules()):
+        for name, wrapper in list(owner.named_children()):
+            if isinstance(wrapper, ParamWrapper):
+                elements += wrapper.get_param().numel()
+                if not isinstance(owner, ParamWrapper):  # a wrapper of one parameter may hold that of another
+                    setattr(owner, name, wrapper.get_base_layer())
+    return elements
 
 
 def slot_need(counts: Sizes, recipe: Recipe, process: float) -> Need:
@@ -111,7 +154,7 @@ def slot_need(counts: Sizes, recipe: Recipe, process: float) -> Need:
         counts.parameters * counts.itemsize + vectors * trained,
         vectors * trained,
         vectors * state_vectors(recipe.train.optimizer) * trained,
-        HEAP * max((counts.activations + counts.logits) * rows, counts.logits * recipe.evaluate.batch),
+        HEAP * max((counts.activations + counts.logits) * rows, counts.logits * recipe.evaluate.batch) + counts.copies,
         counts.trained * ((1 + 2 * lanes) * FLOAT + GRID),  # start, each lane's end and delta, and the sum
         process,
     )
@@ -132,7 +175,7 @@ def rank_need(counts: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need
         elements * counts.itemsize + shard,
         gradients + shard,  # DeepSpeed's, and a flat copy for the optimizer
         state_vectors(recipe.train.optimizer) * shard,
-        HEAP * (activations + counts.logits) * -(-recipe.train.batch // ranks),
+        HEAP * (activations + counts.logits) * -(-recipe.train.batch // ranks) + counts.copies,
         counts.trained * (FLOAT + GRID) / ranks,  # a client's delta, and the sum
         process,
     )

@@ -1,4 +1,4 @@
-"""Small stand-ins for large base models: the configuration of a base without its weights, and its shrunk architecture.
+"""Small stand-ins for large base models: the configuration of a base without its weights, and random weights.
 
 Each file in `families` describes bases that are known by name: the names, and the keys of all sizes and of each size.
 """
@@ -19,14 +19,9 @@ from engine.config.sections import Model
 from engine.messages.errors import RunError
 from engine.models.base_model import causal_config
 from experiments.config.recipe import SHIPPED
+from experiments.preflight.family_list import FAMILIES
+from experiments.preflight.shrunk_config import EXPERTS, OWNERS
 
-FAMILIES = Path(__file__).parent.parent / "families"
-LAYERS, HEAD, KEYS, GROUP = 2, 16, 2, 8
-OWNERS = ("num_kv_heads", "num_key_value_heads")  # the number of heads of keys and values
-# Other sizes, and what they are at most.
-MOST = {"head_dim": HEAD, "sliding_window": 8, "num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4}
-# Keys of sizes that grow with the model's width.
-WIDTHS = ("intermediate_size", "n_inner", "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 # The shipped tokenizer has no chat template, and rows may be conversations.
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{{ '\n' }}{% endif %}"
@@ -69,52 +64,13 @@ def family_keys(name: str) -> dict[str, Any] | None:
     return None
 
 
-def shrunk(config: Any, tokenizer: Any) -> Any:
-    """The same architecture with few and narrow layers, and with the tokenizer's vocabulary.
-
-    It keeps each kind of layer, the ratio of heads to keys, the feed-forward and attention widths over the model's
-    width, tied embeddings, and every key that is not a size.
-    """
-    old: dict[str, Any] = config.to_dict()
-    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
-    owner = OWNERS[0] if OWNERS[0] in old else OWNERS[1]
-    keys = old.get(owner) or heads
-    new_keys = min(keys, KEYS)
-    new_heads = new_keys * min(heads // keys, GROUP)
-    # Even, since rotary embeddings turn pairs; a multiple of the heads, which some architectures demand.
-    head = old.get("head_dim") or hidden // heads
-    width = new_heads * max(2, 2 * round(HEAD * hidden / (heads * head) / 2))
-    # The first layer of each kind, repeated until there are at least LAYERS.
-    by_layer = [name for name, value in old.items() if isinstance(value, list) and len(value) == layers]
-    kinds = [json.dumps([old[name][layer] for name in by_layer]) for layer in range(layers)]
-    first = [layer for layer, kind in enumerate(kinds) if kinds.index(kind) == layer]
-    picked = (first * LAYERS)[: max(LAYERS, len(first))]
-    new = {"hidden_size": width, "num_attention_heads": new_heads, "num_hidden_layers": len(picked), "dtype": "float32"}
-    new |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    new["vocab_size"] = len(tokenizer)
-    new = {config.attribute_map.get(name, name): value for name, value in new.items()}
-    new |= {name: [old[name][layer] for layer in picked] for name in by_layer}
-    new |= {name: max(8, 8 * round(old[name] * width / hidden / 8)) for name in WIDTHS if old.get(name)}
-    new |= {name: min(old[name], most) for name, most in {**MOST, owner: new_keys}.items() if old.get(name)}
-    if old.get("rope_parameters"):
-        new["rope_parameters"] = _resized(old["rope_parameters"])
-    old.pop("quantization_config", None)
-    return type(config).from_dict(old | new)
-
-
-def _resized(rope: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters for heads of HEAD: lists of factors are cut to their pairs."""
-    pairs = int(HEAD * rope.get("partial_rotary_factor", 1.0)) // 2
-    resized = {name: _resized(value) for name, value in rope.items() if isinstance(value, dict)}
-    return rope | resized | {name: value[:pairs] for name, value in rope.items() if isinstance(value, list)}
-
-
 def described(config: Any) -> str:
     """The sizes of a model, in words."""
-    keys, heads = config.to_dict(), config.num_attention_heads
-    shared = keys.get(OWNERS[0]) or keys.get(OWNERS[1]) or heads
-    experts = keys.get("num_local_experts") or keys.get("num_experts")
-    layers = f"{config.num_hidden_layers} layers, width {config.hidden_size:,}, {heads} heads over {shared}, "
+    keys, heads = config.to_dict(), getattr(config, "num_attention_heads", None)
+    shared = next((keys[name] for name in OWNERS if keys.get(name)), heads)
+    experts = next((keys[name] for name in EXPERTS if keys.get(name)), None)
+    attention = f"{heads} heads over {shared}, " if heads else ""
+    layers = f"{config.num_hidden_layers} layers, width {config.hidden_size:,}, {attention}"
     return layers + (f"{experts} experts, " if experts else "") + f"vocabulary {config.vocab_size:,}"
 
 

@@ -15,17 +15,21 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     Gemma3Config,
+    Gemma3nTextConfig,
     GPTJConfig,
     GptOssConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
+    Phi4MultimodalConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3_5Config,
+    RwkvConfig,
 )
 
 from engine.config.adapters import FullTuning, Lora
 from engine.config.sections import Model
-from engine.models.base_model import map_base, read_base
+from engine.models.base_model import causal_config, map_base, read_base
 from engine.models.trainable import Trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT sets it right for GPT-2
@@ -173,6 +177,28 @@ def test_a_language_model_beside_a_vision_tower_is_refused(tmp_path: Path) -> No
     refused = "is a Gemma3ForConditionalGeneration, which has a language model beside other parts: choose one whose"
     with pytest.raises(ValueError, match=refused):
         read_base(Model(base=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            Gemma3Config(),
+            "has vision_config beside the language model: choose a base of text alone",
+        ),  # no architectures
+        (Qwen3_5Config(architectures=["Qwen3_5ForCausalLM"]), "has vision_config beside"),
+        (Phi4MultimodalConfig(architectures=["Phi4MultimodalForCausalLM"]), "has vision_config and audio_config"),
+        (RwkvConfig(), r"writes to its own weights \(rescale_every in its config.json\).*: set it to 0 there"),
+        (Gemma3nTextConfig(), "writes to its own weights .*: choose another base"),
+    ],
+    ids=["gemma3", "qwen3.5", "phi4", "rwkv", "gemma3n"],
+)
+def test_models_with_a_tower_or_that_write_to_their_weights_are_refused(
+    tmp_path: Path, config: PreTrainedConfig, said: str
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        causal_config(Model(base=str(tmp_path)))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors"], ids=["absent", "empty", "other"])

@@ -11,6 +11,7 @@ from engine.models.deepspeed_config import BUCKET
 from engine.models.trainable import Trainable
 from experiments.config.recipe import load_recipe, to_toml
 from experiments.preflight import plan
+from experiments.preflight.families import tiny_base
 from experiments.preflight.plan import GIB, SPARE, Sizes, counted, on_fullest, rank_need, sizes, slot_need, smallest
 
 FOUND = Sizes(parameters=1000, trained=600, largest=100, itemsize=2, activations=8, logits=4)
@@ -34,6 +35,17 @@ def test_activations_grow_with_the_length_and_not_with_what_is_trained(tuned):
     short, long = sizes(tuned.model, 32), sizes(tuned.model, 64)
     assert 1.9 < long.activations / short.activations < 4.1
     assert long.logits == 2 * short.logits
+
+
+def test_adapted_weights_of_experts_are_copied_once(small_recipe):
+    """Beside its base, the backward pass keeps W + B A of all experts, however many rows a batch has."""
+    with tiny_base("olmoe") as base:
+        counts = sizes(base.model, 16)
+        network = base.plain()
+        wrapped = [p.numel() for name, p in network.named_parameters() if "mlp." in name]  # experts and routers
+    assert counts.copies == 4 * sum(wrapped)
+    need, without = (slot_need(each, small_recipe(), 0.0) for each in (counts, counts._replace(copies=0)))
+    assert need.activations - without.activations == counts.copies
 
 
 def test_each_stage_and_each_rank_takes_off(tuned):

@@ -9,7 +9,8 @@ from engine.config.adapters import Lora
 from engine.config.sections import Model
 from engine.models.adapters import with_adapters
 from experiments.config.recipe import RECIPES, load_recipe
-from experiments.preflight.shrunk_base import FAMILIES, base_config, family_keys, shrunk, stand_in_tokenizer, write_base
+from experiments.preflight.shrunk_base import FAMILIES, base_config, family_keys, stand_in_tokenizer, write_base
+from experiments.preflight.shrunk_config import shrunk
 
 NAMES = {
     "meta-llama/Llama-2-70b-hf": "llama2",
