@@ -16,7 +16,9 @@ EACH = [kind().kind for kind in get_args(Strategies) if kind.reads != "sum"]
 @pytest.mark.parametrize("kind", EACH)
 def test_every_rule_that_reads_more_than_a_sum_is_refused(small_recipe, kind, mode):
     changes = (f"strategy={kind}", "cohort.size=15", f"privacy.secagg.mode={mode}", "privacy.rows_cap=20")
-    with pytest.raises(ValueError, match=r"secure aggregation gives the server one sum a round: take .*\"centered_clip"):
+    with pytest.raises(
+        ValueError, match=r"secure aggregation gives the server one sum a round: take .*\"centered_clip"
+    ):
         small_recipe(*changes)
     small_recipe(*changes, "privacy.secagg.mode=off")
     small_recipe(*changes, "strategy={kind='centered_clipping'}")
