@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal
 from engine.messages.errors import RunError
 
 KEY = "model.quantize"
-BLOCK, NESTED, CODES = 64, 256, 256  # weights for a scale, scales for one of theirs, and values that they have
+BLOCK, NESTED = 64, 256  # weights that share a scale in 4 bits, and scales that share theirs where they have 8
+TABLES, NESTED_TABLES = 192, 1344  # bytes of a layer's tables and description, without and with such scales
 
 
 def not_installed(library: str) -> RunError:
@@ -47,11 +48,14 @@ class BitsAndBytes:
         return f"{KEY}.load_in_8bit" if self.load_in_8bit else None
 
     def scale_bytes(self, weights: int, rows: int) -> float:
-        """The bytes beside a layer's weights: a float32 for a row or a BLOCK, or of those one for each NESTED bytes."""
+        """The bytes beside a layer's weights in 8 bits: a float32 for each row. In 4 bits, for each BLOCK of weights.
+
+        With `bnb_4bit_use_double_quant` these have 8 bits, and a float32 for each NESTED of them.
+        """
         if self.load_in_8bit:
             return 4 * rows
         scales = weights / BLOCK
-        return scales + 4 * scales / NESTED + 4 * CODES if self.bnb_4bit_use_double_quant else 4 * scales
+        return scales + 4 * scales / NESTED + NESTED_TABLES if self.bnb_4bit_use_double_quant else 4 * scales + TABLES
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of transformers' configuration."""

@@ -114,7 +114,8 @@ def _itemsize(model: Model) -> float:
         return float(getattr(torch, model.dtype).itemsize)
     with torch.device("meta"):
         base = empty_network(model)
-    return quantized_bytes(base, model.quantize) / sum(parameter.numel() for parameter in base.parameters())
+    elements: int = sum(parameter.numel() for parameter in base.parameters())
+    return quantized_bytes(base, model.quantize) / elements
 
 
 def slot_need(counts: Sizes, recipe: Recipe, process: float) -> Need:

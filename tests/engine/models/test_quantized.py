@@ -1,5 +1,6 @@
 """Quantized bases against plain transformers and PEFT: loss, gradients, the shared buffer, and the exported folder."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from engine.config.adapters import IA3, Adapters, FullTuning, Lora, Oft, Vera
+from engine.config.adapters import IA3, Adapters, FullTuning, LNTuning, Lora, Oft, Vera
 from engine.config.federation import Federation
 from engine.config.quantize import BitsAndBytes, Quantize, TorchAo
 from engine.config.sections import Clients, Model, Zero
@@ -29,6 +30,7 @@ from engine.objectives.token_batch import token_losses
 from engine.system.page_protection import protect, release
 from engine.training.lanes import LaneTrainer
 from engine.training.local_training import Job, LocalTrainer
+from experiments.runs.api import run
 from strategies.lora.products import Flora
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False", "ignore:Setting fan_in_fan_out")
@@ -44,6 +46,13 @@ KINDS: dict[str, tuple[str, Quantize, Adapters]] = {
     "torchao in float8": ("untied", TorchAo(quant_type="Float8WeightOnlyConfig"), LORA),
     "dora": ("tied", NF4, replace(LORA, use_dora=True)),
     "ia3": ("tied", NF4, IA3()),
+    "vera": ("tied", NF4, Vera(r=4)),
+    "oft": ("tied", NF4, Oft(oft_block_size=4)),
+    "norms": ("tied", NF4, LNTuning()),
+    "dora on torchao": ("tied", TORCHAO, replace(LORA, use_dora=True)),
+    "ia3 on 8 bits": ("tied", EIGHT, IA3()),
+    "vera on torchao": ("tied", TORCHAO, Vera(r=4)),
+    "oft on 8 bits": ("tied", EIGHT, Oft(oft_block_size=4)),
     "a saved head": ("untied", NF4, replace(LORA, modules_to_save=("lm_head",))),
 }
 IDS_BT = torch.arange(24).view(2, 12)
@@ -247,12 +256,34 @@ def test_a_head_that_is_the_embeddings_too_is_not_quantized(bases: dict[str, Pat
         read_base(Model(base=str(bases["tied"]), quantize=replace(NF4, llm_int8_skip_modules=("up_proj",))))
 
 
-@pytest.mark.parametrize("peft", [Vera(r=4), Oft(oft_block_size=4), replace(LORA, modules_to_save=("q_proj",))])
-def test_other_adapters_train_or_are_refused_in_a_sentence(
-    bases: dict[str, Path], rows: pa.RecordBatch, peft: Adapters
+@pytest.mark.parametrize(
+    ("peft", "key"),
+    [
+        (replace(LORA, modules_to_save=("mlp",)), "modules_to_save: the weights of 'mlp'"),
+        (replace(LORA, target_parameters=("q_proj.weight",)), r"target_parameters: the weights of 'q_proj\.weight'"),
+    ],
+)
+@pytest.mark.parametrize("quantize", [NF4, TORCHAO])
+def test_quantized_weights_are_not_trained_themselves(
+    bases: dict[str, Path], quantize: Quantize, peft: Adapters, key: str
 ) -> None:
+    need(quantize)
+    model = Model(base=str(bases["tied"]), quantize=quantize, peft=peft)
+    with pytest.raises(RunError, match=f"{key} are quantized .*: leave it out, or name it among"):
+        Trainable(mapped(model)[0], model, 3)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_quantized_base(request: Any, small_recipe: Any, tmp_path: Path, full: bool) -> None:
+    """Of two slots one reads and quantizes; one slot alone gives the same bits. The manifest has the version."""
     need(NF4)
-    model = Model(base=str(bases["tied"]), quantize=NF4, peft=peft)
-    trainable = moved(mapped(model)[0], model)
-    token_losses(trainable.network, Sft().collate(rows, 0)).sum().backward()
-    print(trainable.grad.abs().max())
+    if not full:
+        pytest.skip("runs twice: run with --full")
+    request.getfixturevalue("ray_session")
+    recipe = small_recipe('model.quantize={kind="bitsandbytes", load_in_4bit=true}', "clients.slots=2", "rounds=2")
+    first = run(recipe, out=tmp_path / "run")
+    manifest = json.loads((first.folder / "manifest.json").read_text())
+    assert manifest["versions"]["bitsandbytes"] and (first.model / "adapter_config.json").exists()
+    other = run(small_recipe('model.quantize={kind="bitsandbytes", load_in_4bit=true}', "rounds=2"), out=tmp_path / "b")
+    weights = [(each.model / "adapter_model.safetensors").read_bytes() for each in (first, other)]
+    assert weights[0] == weights[1]
