@@ -1,6 +1,7 @@
 """Quantized bases against plain transformers and PEFT: loss, gradients, the shared buffer, and the exported folder."""
 
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,8 +65,9 @@ def need(quantize: Quantize) -> None:
 
 
 def mapped(model: Model) -> tuple[Any, PackedBase, np.ndarray]:
+    """The network as another process maps it."""
     packed, buffer = read_base(model)
-    return map_base(packed, torch.from_numpy(buffer)), packed, buffer
+    return map_base(pickle.loads(pickle.dumps(packed)), torch.from_numpy(buffer)), packed, buffer
 
 
 def moved(network: Any, model: Model) -> Trainable:
