@@ -27,7 +27,18 @@ class Federation(Sections):
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise RunError(f"name becomes a folder's name: not empty, no '/', no leading '.', not {self.name!r}")
-        checks = (_precision, _adapters, _cohort, _sgd, _optimizer, _schedules, _transforms, _lanes, _overlap)
+        checks = (
+            _precision,
+            _adapters,
+            _quantize,
+            _cohort,
+            _sgd,
+            _optimizer,
+            _schedules,
+            _transforms,
+            _lanes,
+            _overlap,
+        )
         for is_so, why in chain.from_iterable(check(self) for check in (*checks, _gangs, _privacy, _secagg)):
             if is_so:
                 raise RunError(why)
@@ -84,6 +95,27 @@ def _adapters(recipe: Sections) -> Refusals:
         able = " or ".join(repr(rule().kind) for rule in get_args(Strategies) if rule.mixed_ranks)
         why = f"needs one rank for all clients, but model.peft.ranks mixes them: leave it out, or use {able}"
         yield True, f"{name} {why}"
+
+
+def _quantize(recipe: Sections) -> Refusals:
+    """Weights in few bits are frozen, and nothing can be added to them."""
+    quantize, peft, strategy = recipe.model.quantize, recipe.model.peft, recipe.strategy
+    if quantize is None:
+        return
+    yield (
+        peft.peft_class is None,
+        f'model.peft = "{peft.kind}" trains all weights, which model.quantize holds in few bits: train adapters, such '
+        f"as LoRA, or leave model.quantize out",
+    )
+    yield (
+        peft.options().get("bias", "none") != "none",
+        "model.peft.bias trains biases, which quantized layers replace by copies: leave it, or model.quantize, out",
+    )
+    yield (
+        strategy.merges_into_base,
+        f"{named(strategy)} adds to the base's weights, which model.quantize holds in few bits: leave model.quantize "
+        f'out, or take a rule that leaves the base as it is, such as "ffa" or "fedavg"',
+    )
 
 
 def _cohort(recipe: Sections) -> Refusals:
@@ -166,7 +198,11 @@ def excludes_lanes(recipe: Sections) -> str | None:
     clients, peft = recipe.clients, recipe.model.peft
     if peft.outside_lanes is not None:
         return peft.outside_lanes
+    quantize = recipe.model.quantize
+    if quantize is not None and quantize.outside_lanes is not None:
+        return quantize.outside_lanes
     refused = {
+        "model.peft.use_dora with model.quantize": quantize is not None and peft.options().get("use_dora", False),
         'privacy.dp.kind = "example"': recipe.privacy.dp.kind == "example",
         "clients.availability.deadline_s without step_s": clients.availability.by_clock,
         "model.compile": recipe.model.compile,
@@ -215,6 +251,7 @@ def _gangs(recipe: Sections) -> Refusals:
         f"privacy.dp.kind = {privacy.dp.kind!r}": privacy.dp.kind not in ("none", "central"),
         f"{peft.outside_gangs}": peft.outside_gangs is not None,
         "model.compile": recipe.model.compile,
+        "model.quantize": recipe.model.quantize is not None,
         'train.state = "keep"': recipe.train.state == "keep",
         'train.optimizer.kind = "torch"': recipe.train.optimizer.kind == "torch",
         "clients.availability.deadline_s without step_s": recipe.clients.availability.by_clock,

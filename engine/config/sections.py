@@ -10,6 +10,7 @@ from pydantic import Field
 from engine.config.adapters import Adapters, Lora
 from engine.config.availability import Availability
 from engine.config.privacy import Privacy
+from engine.config.quantize import Quantize
 from engine.config.train import Train
 from engine.messages.checks import at_least
 from engine.messages.errors import RunError
@@ -22,10 +23,11 @@ from strategies.core.cohort import UniformCohort
 class Model:
     """The base model ("tiny", which is shipped, a Hugging Face name, or a folder), and the part of it that is trained.
 
-    `dtype` is how the base is held. With `start` rounds begin from what an earlier run has trained: its folder, any
-    PEFT adapter's, or a URI of either. `attention` is transformers' name for the kernel; "auto" is "sdpa" where the
-    model has it, else "eager". `compile` lets torch compile the layers, which takes up to a minute for each slot and
-    pays off in long runs. `trust_remote_code` runs Python code that comes with the base.
+    `dtype` is how the base is held; with `quantize` its linear layers are held in 4 or 8 bits, and the rest in `dtype`.
+    With `start` rounds begin from what an earlier run has trained: its folder, any PEFT adapter's, or a URI of either.
+    `attention` is transformers' name for the kernel; "auto" is "sdpa" where the model has it, else "eager". `compile`
+    lets torch compile the layers, which takes up to a minute for each slot and pays off in long runs.
+    `trust_remote_code` runs Python code that comes with the base.
 
     `chat_template` renders conversations in place of the tokenizer's: a file, the name of one of several that the
     tokenizer has, or of one that the package trl ships ("qwen3_training"). Templates that write today's date write
@@ -35,6 +37,7 @@ class Model:
     base: str = "tiny"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Annotated[Quantize, Field(discriminator="kind")] | None = None
     start: str | None = None
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     compile: bool = False

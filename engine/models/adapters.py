@@ -41,6 +41,7 @@ def with_adapters(network: Any, model: Model) -> Any:
     modules, parameters = ([name for name, _ in each] for each in (network.named_modules(), network.named_parameters()))
     layers = [name for name, layer in network.named_modules() if is_linear(layer)]
     _check_expression(model, modules)
+    _refuse_quantized(model, network)
     config = peft_config(model)
     if model.peft.options().get("target_modules") == "all-linear" and (unfit := unfit_layers(network)):
         config.exclude_modules = unfit
@@ -107,6 +108,21 @@ def _check_expression(model: Model, modules: list[str]) -> None:
             f"{key} is text, and so a regular expression of whole names, which matches no layer of {model.base!r}: "
             f"for last parts of names write a list, such as {hint}"
         )
+
+
+def _refuse_quantized(model: Model, network: Any) -> None:
+    """Raises RunError if weights in few bits are to be trained themselves, or products added to them."""
+    quantizer, options = getattr(network, "hf_quantizer", None), model.peft.options()
+    if quantizer is None:
+        return
+    names = [name for name, _ in network.named_parameters() if quantizer.param_needs_quantization(network, name)]
+    for key in ("modules_to_save", "target_parameters"):
+        for wanted in _listed(options, key):
+            if any(f".{wanted}." in f".{name}." for name in names):
+                raise RunError(
+                    f"model.peft.{key}: the weights of {wanted!r} are quantized (model.quantize), and only floating "
+                    f"point numbers can be trained: leave it out, or name it among the layers that are not quantized"
+                )
 
 
 def _check_matches(model: Model, key: str, wanted: Iterable[str], names: list[str], hint: str) -> None:

@@ -6,7 +6,7 @@ Functions import transformers: it takes 220 MB and four seconds, and the command
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from engine.config.sections import Model
 from engine.messages.errors import RunError
+from engine.models import quantized
 
 ADAPTER = "adapter_config.json"  # the file by which PEFT knows an adapter
 ALIGNMENT = 64  # bytes at which each tensor starts, as vector instructions need it
@@ -37,7 +38,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class PackedBase:
-    """What `map_base` needs beside the buffer: the model's configuration and the index of its tensors.
+    """What `map_base` needs beside the buffer: the model's configuration, the index of its tensors, and their wrapping.
 
     `config` is None for a base that ships its own code: unpickling it would need that code, which a process imports
     only when it reads the configuration of `model` itself.
@@ -47,6 +48,7 @@ class PackedBase:
     config: Any | None  # a transformers PretrainedConfig
     index: Mapping[str, Entry]
     nbytes: int
+    wrapped: Mapping[str, quantized.Wrapped] = field(default_factory=dict)
 
 
 def always_the_same_bits() -> None:
@@ -104,11 +106,12 @@ def _refuse_adapter(base: str) -> None:
 
 
 def empty_network(model: Model, config: Any | None = None) -> Any:
-    """Makes the base's network without its weights."""
+    """Makes the base's network without its weights; RunError if the library that quantizes them is not there."""
     from transformers import AutoModelForCausalLM
 
     config = causal_config(model) if config is None else config
-    return AutoModelForCausalLM.from_config(config, **_options(model, config))
+    network = AutoModelForCausalLM.from_config(config, **_options(model, config))
+    return quantized.with_quantized_layers(network, model)
 
 
 def origin(model: Model) -> dict[str, Any]:
@@ -155,24 +158,28 @@ def refusal(model: Model, what: str, error: Exception) -> RunError:
 
 
 def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
-    """Reads the base's weights from disk or the hub into one uint8 buffer; RunError if they cannot be used."""
+    """Reads the base's weights from disk or the hub, and quantizes them if the recipe says so, into one uint8 buffer.
+
+    RunError if they cannot be used.
+    """
     from transformers import AutoModelForCausalLM
 
     model = model.weights
     config = causal_config(model)
-    options = {**origin(model), **_options(model, config), "output_loading_info": True}
+    options = {**origin(model), **_options(model, config), **quantized.loading_options(model)}
     try:
-        network, loaded = AutoModelForCausalLM.from_pretrained(model.base, **options)
+        network, loaded = AutoModelForCausalLM.from_pretrained(model.base, output_loading_info=True, **options)
     except Exception as error:  # the base's own code may raise anything
         raise RunError(f"the weights of model.base {model.base!r} cannot be loaded: {reason(error)}") from error
     if loaded["missing_keys"]:  # transformers initializes them at random
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
         raise RunError(f"the weights of model.base {model.base!r} are not whole: {missing} and others are missing")
+    quantized.refuse_unusable(network, model)
     return _pack(network, model)
 
 
 def _pack(network: Any, model: Model) -> tuple[PackedBase, np.ndarray]:
-    persistent = network.state_dict()
+    persistent, wrapped = quantized.plain_tensors(network)
     tensors = persistent | {name: buffer for name, buffer in network.named_buffers() if name not in persistent}
     index, offsets, end = dict[str, Entry](), dict[int, int](), 0  # tied tensors share their offset
     for name, tensor in tensors.items():
@@ -184,7 +191,7 @@ def _pack(network: Any, model: Model) -> tuple[PackedBase, np.ndarray]:
     buffer = np.zeros(end, np.uint8)
     for name, tensor in tensors.items():
         _view(torch.from_numpy(buffer), index[name]).copy_(tensor)
-    return PackedBase(model, None if model.trust_remote_code else network.config, index, end), buffer
+    return PackedBase(model, None if model.trust_remote_code else network.config, index, end, wrapped), buffer
 
 
 def _view(buffer: torch.Tensor, entry: Entry) -> torch.Tensor:
@@ -199,7 +206,9 @@ def map_base(packed: PackedBase, buffer: torch.Tensor) -> Any:
         network = empty_network(packed.model, packed.config)
     # `.data` has a version counter of its own; that of views is the buffer's, and PEFT raises it for experts' weights.
     tensors = {name: _view(buffer, entry).data for name, entry in packed.index.items()}
-    network.load_state_dict({n: t for n, t in tensors.items() if packed.index[n].persistent}, assign=True)
+    persistent = {name: tensor for name, tensor in tensors.items() if packed.index[name].persistent}
+    state = quantized.put_together(network, packed.model, persistent, packed.wrapped)
+    network.load_state_dict(state, assign=True)
     if len({entry.offset for entry in packed.index.values()}) < len(packed.index):
         network.tie_weights()  # not if the configuration says tied but the file holds two tensors
     for name, entry in packed.index.items():

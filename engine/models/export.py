@@ -143,6 +143,7 @@ def model_card(
     adapter = model.peft.peft_class is not None and not merged
     training = store["clients"] - store["unseen_clients"]
     revision = f" at revision `{model.revision}`" if model.revision else ""
+    quantized = f"- Trained on the base as `{model.quantize!r}` holds it.\n" if model.quantize else ""
     begun = "- Begun from an earlier model (`model.start`).\n" if model.start else ""
     amount = f"{train.steps} steps" if train.steps is not None else f"{train.epochs} epochs"
     splits = {"heldout": "held-out rows of training clients", "unseen": "clients that never trained"}
@@ -186,7 +187,7 @@ tags: [fedpost, federated]
 - Strategy `{federation.strategy!r}`, {federation.rounds} rounds, seed {federation.seed}.
 - {federation.cohort.expected(training):g} of {training} clients a round, {amount} of batch {train.batch} each.
 - Data: {source}.
-{begun}{privacy}
+{quantized}{begun}{privacy}
 {table}```python
 {load}
 ```

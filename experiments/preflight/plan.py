@@ -17,8 +17,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from engine.config.sections import Clients, Model, Zero
 from engine.messages.errors import RunError
 from engine.models.adapters import refuse_other_adapters, with_adapters
-from engine.models.base_model import causal_config
+from engine.models.base_model import causal_config, empty_network
 from engine.models.deepspeed_config import BUCKET, LIVE
+from engine.models.quantized import quantized_bytes
 from engine.scheduling.placement import slot_counts
 from engine.training.optimizers import state_vectors
 from experiments.config.recipe import Recipe
@@ -36,12 +37,15 @@ STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 
 class Sizes(NamedTuple):
-    """Elements of a model, its trained part and largest tensor; bytes of an element, and of a row for its passes."""
+    """Elements of a model, its trained part and largest tensor; bytes of an element, and of a row for its passes.
+
+    In a quantized base an element's bytes are the mean.
+    """
 
     parameters: int
     trained: int
     largest: int
-    itemsize: int
+    itemsize: float
     activations: int  # which the backward pass of a row of the recipe's length needs
     logits: int  # of its loss
     copies: int = 0  # bytes of experts' weights with their adapters, which a backward pass needs beside the base's
@@ -64,7 +68,10 @@ class Need(NamedTuple):
 
 
 def meta_network(model: Model) -> Any:
-    """The model with its adapters on the meta device, from its configuration; RunError if there is none."""
+    """The model with its adapters on the meta device, from its configuration; RunError if there is none.
+
+    Its layers are not quantized: bitsandbytes computes nothing on meta, and what the backward pass needs is the same.
+    """
     config = causal_config(model)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
@@ -124,11 +131,11 @@ def sizes_of(network: Any, model: Model, max_length: int) -> Sizes:
 
     counts = [parameter.numel() for parameter in parameters]
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    itemsize = getattr(torch, model.dtype).itemsize
-    copies = _without_expert_adapters(network) * itemsize
+    copies = _without_expert_adapters(network) * getattr(torch, model.dtype).itemsize
     with saved_tensors_hooks(note, lambda tensor: tensor):
         logits = on_meta(network.train(), max_length)
-    return Sizes(sum(counts), trained, max(counts), itemsize, sum(saved.values()), 3 * logits.numel() * FLOAT, copies)
+    logits_bytes = 3 * logits.numel() * FLOAT
+    return Sizes(sum(counts), trained, max(counts), _itemsize(model), sum(saved.values()), logits_bytes, copies)
 
 
 def _without_expert_adapters(network: Any) -> int:
@@ -143,6 +150,16 @@ def _without_expert_adapters(network: Any) -> int:
                 if not isinstance(owner, ParamWrapper):  # a wrapper of one parameter may hold that of another
                     setattr(owner, name, wrapper.get_base_layer())
     return elements
+
+
+def _itemsize(model: Model) -> float:
+    """Bytes of an element of the base, with its share of the scales of quantized weights."""
+    if model.quantize is None:
+        return float(getattr(torch, model.dtype).itemsize)
+    with torch.device("meta"):
+        base = empty_network(model)
+    elements: int = sum(parameter.numel() for parameter in base.parameters())
+    return quantized_bytes(base, model.quantize) / elements
 
 
 def slot_need(counts: Sizes, recipe: Recipe, process: float) -> Need:
@@ -240,18 +257,20 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     device = (device_gib or _this_machine()) * GIB
     plain, gang = process_bytes()
     screen.print(
-        f"{counts.parameters:,} parameters of {counts.itemsize} bytes, {counts.trained:,} of them trained; "
+        f"{counts.parameters:,} parameters of {counts.itemsize:.3g} bytes, {counts.trained:,} of them trained; "
         f"devices of {device / GIB:,.1f} GiB, {SPARE:.0%} of which may be used"
     )
     heads = ("weights", "gradients", "optimizer", "activations", "updates", "itself", "GiB", "fits")
     table, needs = Table("a process of", *heads), {"a plain slot": slot_need(counts, recipe, plain)}
-    for stage in STAGES:
+    for stage in STAGES if recipe.model.quantize is None else ():  # which gangs do not take
         needs[f"stage {stage}, {zero.ranks} ranks"] = rank_need(counts, recipe, replace(zero, stage=stage), gang)
     for name, need in needs.items():
         amounts = [f"{value / GIB:,.2f}" for value in (*need, need.total)]
         table.add_row(name, *amounts, "yes" if need.total <= SPARE * device else "no")
     screen.print(table)
-    if least := smallest(counts, recipe, device, gang):
+    if recipe.model.quantize is not None:
+        screen.print("no gang takes a quantized base (model.quantize)")
+    elif least := smallest(counts, recipe, device, gang):
         fitting = f"stage = {least.stage}, ranks = {least.ranks} in clients.zero"
         screen.print(f"smallest gang with a device for each rank: {fitting}")
     else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.config.quantize import not_installed
 from engine.messages.errors import RunError
 
 if TYPE_CHECKING:
@@ -256,14 +257,19 @@ def fedpost_version() -> str:
 
 def _manifest(recipe: Recipe, store: Path) -> dict[str, Any]:
     """Versions, seed, data, base, start and digests: what a run with the same bits needs."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     from experiments.runs.digests import digests
 
-    versions = {name: version(name) for name in PACKAGES} | {"fedpost": fedpost_version()}
     model = recipe.model
     base = {"name": model.base, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
     template = {"chat_template": model.chat_template, "template_date": model.template_date}
+    versions = {name: version(name) for name in PACKAGES} | {"fedpost": fedpost_version()}
+    if model.quantize is not None:
+        try:
+            versions[model.quantize.kind] = version(model.quantize.kind)
+        except PackageNotFoundError:
+            raise not_installed(model.quantize.kind) from None
     return {
         "seed": recipe.seed,
         "base": base | {key: value for key, value in template.items() if value is not None},

@@ -165,3 +165,30 @@ def test_adapters_that_the_rule_cannot_work_on_are_refused(small_recipe):
     changes = ("strategy=ffa", 'model.peft={kind="lora", targets=["embed_tokens"]}')
     with pytest.raises(RunError, match=r"something else is trained in model\.embed_tokens"):
         plan.show_plan(small_recipe(*changes), 64.0, 1)
+
+
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        '{kind="bitsandbytes", load_in_4bit=true}',
+        '{kind="bitsandbytes", load_in_4bit=true, bnb_4bit_use_double_quant=true}',
+        '{kind="bitsandbytes", load_in_8bit=true}',
+        '{kind="torchao"}',
+    ],
+)
+def test_a_quantized_base_takes_as_much_as_is_planned(small_recipe, quantize):
+    recipe = small_recipe(f"model.quantize={quantize}")
+    pytest.importorskip(recipe.model.quantize.kind)
+    packed, _ = read_base(recipe.model)
+    counts, plain = sizes(recipe.model, 48), sizes(small_recipe().model, 48)
+    planned = counts.itemsize * (counts.parameters - counts.trained)
+    assert planned == pytest.approx(packed.nbytes, rel=0.05) and counts.trained == plain.trained
+    assert planned < 0.8 * plain.itemsize * (plain.parameters - plain.trained)
+
+
+def test_gangs_are_not_planned_for_a_quantized_base(small_recipe, capsys, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(plan, "process_bytes", lambda: (0.0, 0.0))  # a measurement, which takes seconds
+    assert plan.show_plan(small_recipe('model.quantize={kind="bitsandbytes", load_in_4bit=true}'), 64.0, 1)
+    said = capsys.readouterr().out
+    assert "no gang takes a quantized base (model.quantize)" in said and "stage" not in said
