@@ -119,7 +119,7 @@ def _fill_bitsandbytes(network: Any, state: Tensors) -> None:
             scales = {each: state.pop(each) for each in list(state) if each.startswith(f"{key}.")}
             weight, device = state[key], state[key].device
             layer.weight = Params4bit.from_prequantized(weight, scales, device=device, module=layer)
-            # Else each process would keep a copy in another order, and compute in bfloat16, where the CPU has AMX.
+            # Else each process copies its weights into another order to evaluate, where the CPU knows bfloat16.
             layer.support_avx512bf16_for_cpu = False
         elif isinstance(layer, Linear8bitLt):
             weight, scale = state[key], state.pop(f"{name}.SCB")
