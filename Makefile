@@ -34,7 +34,7 @@ test: setup
 	$(VENV)/bin/python -m pytest $(TWO) $(ARGS)
 
 test-full: setup
-	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -e ".[dev,cluster]" -c constraints.txt
+	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -e ".[dev,cluster,bitsandbytes,torchao]" -c constraints.txt
 	$(VENV)/bin/python -m pytest $(TWO) --full $(ARGS)
 
 lint: setup
