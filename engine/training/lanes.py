@@ -54,6 +54,7 @@ class LaneTrainer:
         self.layers = adapted_layers(self.trainable)
         adapted = {name: layer for name, (layer, _) in self.layers.items()}
         refuse_dependent_rows(self.trainable.network, adapted, plain.max_length, KEY, ALONE)
+        _refuse_other_dropout(self.trainable.network)
         self.own_scales = {pair.name: pair.scale for pair in self.trainable.layout.lora_pairs(self.trainable.flat.data)}
         # Logits of all positions, if the head has adapters: its inputs must be those of whole lanes.
         head = self.trainable.network.get_output_embeddings()
@@ -179,6 +180,13 @@ def dropout_of(network: nn.Module) -> float:
     return next((drop["default"].p for drop in drops if drop and isinstance(drop["default"], nn.Dropout)), 0.0)
 
 
+def _refuse_other_dropout(network: nn.Module) -> None:
+    """Raises RunError if layers drop what no form draws, such as another kind of adapter's."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0 and ".lora_dropout." not in name:
+            raise RunError(f"{name} drops activations, which {KEY} cannot draw for each client by itself: {ALONE}")
+
+
 def adapted_layers(trainable: Trainable) -> dict[str, tuple[Any, Form]]:
     """Returns the adapted layers by name, each with its form in lanes; RunError if lanes cannot train this model."""
     names: dict[str, list[str]] = {}
@@ -196,9 +204,6 @@ def adapted_layers(trainable: Trainable) -> dict[str, tuple[Any, Form]]:
                 f"model.peft.targets (name the attention layers there), or {ALONE}"
             )
         layers[name] = layer, form
-    for name, module in trainable.network.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0 and ".lora_dropout." not in name:
-            raise RunError(f"{name} drops activations, which {KEY} cannot draw for each client by itself: {ALONE}")
     if trainable.flat.device.type == "cuda" and dropout_of(trainable.network) > 0:
         raise RunError(
             f"{KEY} cannot draw model.peft.dropout for each client by itself on a GPU: set it to 0, or {ALONE}"

@@ -45,6 +45,7 @@ class Vocabulary:
     """A tokenizer's tokens, without the tokenizer."""
 
     bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+    chat_template = None
 
     def __len__(self) -> int:
         return 64
