@@ -13,6 +13,7 @@ from engine.config.sections import Model
 from engine.messages.errors import RunError
 
 ON_CPU = {"": "cpu"}  # transformers' device map
+READ_PAST = {"mamba": "dt_proj"}  # layers whose weights transformers multiplies itself, also where they are quantized
 Tensors = dict[str, torch.Tensor]
 
 
@@ -56,6 +57,11 @@ def refuse_unusable(network: Any, model: Model) -> None:
             f"the weights of model.base {model.base!r} are quantized already: set model.base to the model that they "
             f"were made from, and let {KEY} quantize it"
         )
+    if layer := READ_PAST.get(network.config.model_type):
+        weights = [name for name, _ in network.named_parameters() if name.endswith(f"{layer}.weight")]
+        if any(quantizer.param_needs_quantization(network, name) for name in weights):
+            what = f"{KEY} cannot quantize {layer}, whose weight the model reads past the layer"
+            raise RunError(f"{what}: name it among the layers that are skipped")
     for name in network.all_tied_weights_keys:
         if quantizer.param_needs_quantization(network, name):
             layer = name.removesuffix(".weight")

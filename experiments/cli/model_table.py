@@ -1,8 +1,10 @@
 """`fedpost models`: families of base models by name, and a table of what works with each."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
+from engine.config.quantize import not_installed
 from engine.messages.errors import RunError
 from experiments.preflight.family_list import COLUMNS, family_names
 from experiments.report.terminal import say
@@ -28,7 +30,12 @@ def table_line(family: str) -> str:
 
 
 def show_table(page: Path | None) -> None:
-    """Checks all families, in a minute or two, and prints the table; with a page, replaces the table there too."""
+    """Checks all families, in some minutes, and prints the table; with a page, replaces the table there too.
+
+    RunError without bitsandbytes, by which one column is checked.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise not_installed("bitsandbytes")
     before, after = _around(page) if page is not None else ("", "")
     lines = [HEAD, RULE]
     say("\n".join(lines))

@@ -3,9 +3,11 @@
 The same checks make the table of `fedpost models --table` and are the tests of the families.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +20,14 @@ import torch
 from safetensors import safe_open
 
 from engine.config.adapters import FullTuning, Lora
+from engine.config.quantize import BitsAndBytes
 from engine.config.sections import Model
 from engine.config.train import Sgd, Train
 from engine.messages.errors import RunError
 from engine.models.adapters import is_linear
 from engine.models.base_model import PackedBase, empty_network, map_base, read_base
 from engine.models.export import export_files
+from engine.models.quantized import loading_options
 from engine.models.stored_weights import refuse_missing, stored_tensors, weight_files
 from engine.models.trainable import Trainable
 from engine.objectives.base import Context
@@ -38,6 +42,7 @@ from experiments.preflight.shrunk_config import shrunk
 YES = "yes"
 CLOSE = 1e-5  # of two computations of the same, in float32
 LORA = Lora(r=2, alpha=4)
+NF4 = BitsAndBytes(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 STEPS = Train(steps=2, batch=2, optimizer=Sgd(lr=0.1), max_length=16)
 
 
@@ -122,7 +127,8 @@ class TinyBase:
         """The model as transformers loads it."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.model.base, attn_implementation="eager", dtype=torch.float32)
+        options = {"attn_implementation": "eager", "dtype": torch.float32, **loading_options(self.model)}
+        return AutoModelForCausalLM.from_pretrained(self.model.base, **options)
 
     def layers(self) -> list[str]:
         """The names of the linear layers, the head's not among them."""
@@ -212,7 +218,26 @@ def gangs(base: TinyBase) -> str:
     return YES
 
 
-CHECKS = dict(zip(COLUMNS, (adapters, full_tuning, lanes, gangs), strict=True))
+def quantized(base: TinyBase) -> str:
+    """Loss and gradients of adapters on a base in 4 bits are those of plain transformers, bitsandbytes and PEFT."""
+    model, beside = replace(base.model, quantize=NF4), ""
+    try:
+        packed, buffer = read_base(model)
+    except RunError as error:
+        if not (refused := re.search(r"cannot quantize (\w+), whose weight the model reads past", str(error))):
+            raise
+        skipped, beside = (refused[1], "lm_head"), f", without {refused[1]}"
+        model = replace(model, quantize=replace(NF4, llm_int8_skip_modules=skipped))
+        packed, buffer = read_base(model)
+    held = copy(base)
+    held.model, held.packed, held.buffer = model, packed, buffer
+    plain = plain_adapters(held, LORA, trainable := held.trainable(LORA))
+    if not any(type(layer).__name__ == "Linear4bit" for layer in trainable.network.modules()):
+        return "no: it has no plain linear layers"
+    return _same_gradients(held, trainable, plain) or YES + beside
+
+
+CHECKS = dict(zip(COLUMNS, (adapters, full_tuning, lanes, gangs, quantized), strict=True))
 # What the refusals of lanes say, shortly.
 SOME_LAYERS = ("experts' weights are no layers", "some layers do not see all tokens in order")
 REFUSALS = {"linear layers alone": SOME_LAYERS[0], "row by row": SOME_LAYERS[1], "random": "random numbers in training"}

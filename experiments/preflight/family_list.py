@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("LoRA", "full", "lanes", "gangs")  # what is checked
+COLUMNS = ("LoRA", "full", "lanes", "gangs", "quantized")  # what is checked
 FAMILIES = Path(__file__).parent.parent / "families"
 # Families without a file, by model type, with what the defaults of their configuration class lack.
 _HEADS, _MIXED = {"head_dim": 128}, ["linear_attention"] * 5 + ["full_attention"]

@@ -289,3 +289,17 @@ def test_a_run_on_a_quantized_base(request: Any, small_recipe: Any, tmp_path: Pa
     other = run(small_recipe('model.quantize={kind="bitsandbytes", load_in_4bit=true}', "rounds=2"), out=tmp_path / "b")
     weights = [(each.model / "adapter_model.safetensors").read_bytes() for each in (first, other)]
     assert weights[0] == weights[1]
+
+
+def test_layers_whose_weights_are_read_past_them_are_refused(tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"hidden_size": 64, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 64}
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(tmp_path)
+    model = Model(base=str(tmp_path), quantize=BitsAndBytes(load_in_4bit=True), attention="eager")
+    with pytest.raises(
+        RunError, match=r"cannot quantize dt_proj, whose weight the model reads past the layer: name it"
+    ):
+        read_base(model)
+    skipped = BitsAndBytes(load_in_4bit=True, llm_int8_skip_modules=("dt_proj", "lm_head"))
+    read_base(replace(model, quantize=skipped))

@@ -1,5 +1,7 @@
 """Every family on a tiny random model: as plain transformers and PEFT, in lanes, exported, planned, in the table."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -32,7 +34,9 @@ def test_the_page_has_each_family_once(table):
 @pytest.mark.parametrize("family", family_names())
 def test_a_family_does_what_the_page_says(table, family):
     with tiny_base(family) as base:
-        assert list(check(base).values()) == table[family]
+        results = list(check(base).values())
+        compared = len(results) if find_spec("bitsandbytes") else -1  # the last column is of bases that it quantizes
+        assert results[:compared] == table[family][:compared]
         if family in UNPLANNED:
             with pytest.raises(RunError, match="cannot be planned, since its layers read values"):
                 sizes(base.model, 16)
