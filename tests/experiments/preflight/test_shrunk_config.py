@@ -44,7 +44,9 @@ def test_latent_attention_and_experts_are_narrow_and_of_both_kinds():
 def test_layers_that_are_named_by_number_are_named_by_their_new_ones():
     gemma = small("gemma4_text", per_layer_config={layer: {"num_key_value_heads": 1} for layer in range(5, 30, 6)})
     assert gemma.layer_types == ["sliding_attention", "full_attention"]
-    assert {layer: keys["num_key_value_heads"] for layer, keys in gemma.to_dict()["per_layer_config"].items()} == {"1": 1}
+    assert {layer: keys["num_key_value_heads"] for layer, keys in gemma.to_dict()["per_layer_config"].items()} == {
+        "1": 1
+    }
 
 
 def test_sections_of_a_configuration_are_shrunk_too():
