@@ -42,13 +42,13 @@ def with_adapters(network: Any, model: Model) -> Any:
     layers = [name for name, layer in network.named_modules() if is_linear(layer)]
     _check_expression(model, modules)
     _refuse_quantized(model, network)
-    config = peft_config(model)
-    if model.peft.options().get("target_modules") == "all-linear" and (unfit := unfit_layers(network)):
-        config.exclude_modules = unfit
     try:
         with warnings.catch_warnings():
             # PEFT warns of patterns that it derives itself for experts' weights; the recipe's are checked below.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+            config = peft_config(model)
+            if model.peft.options().get("target_modules") == "all-linear" and (unfit := unfit_layers(network)):
+                config.exclude_modules = unfit
             adapted = get_peft_model(network.requires_grad_(False), config)
     except ValueError as error:
         raise _refusal(model, error, network, layers) from error
