@@ -39,6 +39,11 @@ class FullTuning(Tuning):
         return None
 
     @property
+    def outside_row_gradients(self) -> str | None:
+        """Tied weights are found when the base is there."""
+        return None
+
+    @property
     def trains_base(self) -> str | None:
         """All of it."""
         return 'model.peft = "none"'
@@ -131,6 +136,12 @@ class Lora(Tuning):
         return next((f"model.peft.{key}" for key, is_set in keys.items() if is_set), None)
 
     @property
+    def outside_row_gradients(self) -> str | None:
+        """Magnitudes and experts are no layers that Opacus knows."""
+        keys = {"use_dora": self.use_dora, "target_parameters": self.target_parameters}
+        return next((f"model.peft.{key}" for key, is_set in keys.items() if is_set), None)
+
+    @property
     def outside_gangs(self) -> str | None:
         """The keys that have not been tried under ZeRO."""
         keys = {"ranks": self.ranks, "use_dora": self.use_dora, "target_parameters": self.target_parameters}
@@ -217,6 +228,11 @@ class LNTuning(Tuning):
     peft_class: ClassVar[str] = "LNTuningConfig"
     title: ClassVar[str] = "An LN tuning adapter"
     adapts: ClassVar[str] = "norm"
+
+    @property
+    def outside_row_gradients(self) -> str | None:
+        """Opacus knows norms."""
+        return None
 
     @property
     def trains_base(self) -> str | None:

@@ -279,6 +279,11 @@ def _privacy(recipe: Sections) -> Refusals:
     """What differential privacy and public weights ask of the rest."""
     privacy, strategy, peft, name = recipe.privacy, recipe.strategy, recipe.model.peft, named(recipe.strategy)
     dp = privacy.dp
+    yield (
+        dp.kind == "example" and peft.outside_row_gradients,
+        f'{peft.outside_row_gradients} does not work with privacy.dp.kind = "example", which needs the gradient of '
+        f'each row: use LoRA without it, or privacy.dp.kind = "central"',
+    )
     if recipe.evaluate.without_privacy:
         why = "evaluate.without_privacy plays all rounds twice, but"
         yield recipe.keeps_state, f"{why} clients' state belongs to the one run: leave it out"

@@ -62,6 +62,11 @@ class Tuning:
         return f'model.peft.kind = "{self.kind}"'
 
     @property
+    def outside_row_gradients(self) -> str | None:
+        """The key because of which a row's own gradient is not to be had; None if Opacus knows all trained layers."""
+        return f'model.peft.kind = "{self.kind}"'
+
+    @property
     def trains_base(self) -> str | None:
         """The key because of which weights of the base, or copies of them, are trained; None if none are."""
         return "model.peft.modules_to_save" if vars(self).get("modules_to_save") else None

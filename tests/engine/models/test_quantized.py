@@ -297,9 +297,7 @@ def test_layers_whose_weights_are_read_past_them_are_refused(tmp_path: Path) -> 
     sizes = {"hidden_size": 64, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 64}
     MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(tmp_path)
     model = Model(base=str(tmp_path), quantize=BitsAndBytes(load_in_4bit=True), attention="eager")
-    with pytest.raises(
-        RunError, match=r"cannot quantize dt_proj, whose weight the model reads past"
-    ):
+    with pytest.raises(RunError, match=r"cannot quantize dt_proj, whose weight the model reads past"):
         read_base(model)
     skipped = BitsAndBytes(load_in_4bit=True, llm_int8_skip_modules=("dt_proj", "lm_head"))
     read_base(replace(model, quantize=skipped))
