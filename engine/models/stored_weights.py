@@ -1,13 +1,12 @@
-"""The safetensors files of a base: which of their tensors is which of the network's, for ranks that read slices."""
+"""The safetensors files of a base: which of their tensors is which of the network's, for ranks that read slices.
+
+Functions import transformers, which the driver never needs.
+"""
 
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from engine.config.sections import Model
 from engine.messages.errors import RunError
@@ -17,6 +16,9 @@ Stored = tuple[str, str]  # the file of a tensor, and its key there
 
 def stored_tensors(network: Any, files: list[str]) -> dict[str, Stored]:
     """Maps each tensor's name in the network to its place in the files, whose keys may have older spellings."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
     prefix = network.base_model_prefix
     renamings = [step for step in get_model_conversion_mapping(network) if isinstance(step, WeightRenaming)]
     names, stored = network.state_dict().keys(), dict[str, Stored]()
@@ -50,6 +52,9 @@ def persistent_buffers(network: Any) -> dict[str, torch.Tensor]:
 
 def weight_files(model: Model) -> list[str]:
     """Finds the base's safetensors files in its folder or on the hub."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
     options = {"revision": model.revision, "_raise_exceptions_for_missing_entries": False}
     if file := cached_file(model.base, SAFE_WEIGHTS_NAME, **options):
         return [file]

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from engine.config.sections import Model
 from engine.messages.errors import RunError
 from engine.models.base_model import origin, reason, refusal
+from engine.models.trainable import shape_of
 from engine.objectives.base import Tokenizer
 from engine.objectives.templates import chosen_template, dated
 
@@ -60,7 +61,7 @@ def _with_default(templates: str | dict[str, str] | None) -> str | dict[str, str
 
 def padding(tokenizer: Tokenizer, network: Any) -> int:
     """Returns the token that pads rows: the pad token, or 0 where that has no embedding, since padding is masked."""
-    rows: int = network.get_input_embeddings().num_embeddings
+    rows = shape_of(network.get_input_embeddings().weight)[0]
     pad: int = tokenizer.pad_token_id
     return pad if pad < rows else 0
 

@@ -34,8 +34,7 @@ def show_table(page: Path | None) -> None:
 
     RunError without bitsandbytes, by which one column is checked.
     """
-    if find_spec("bitsandbytes") is None:
-        raise not_installed("bitsandbytes")
+    require_quantizer()
     before, after = _around(page) if page is not None else ("", "")
     lines = [HEAD, RULE]
     say("\n".join(lines))
@@ -44,6 +43,12 @@ def show_table(page: Path | None) -> None:
         say(lines[-1])
     if page is not None:
         page.write_text(f"{before}{chr(10).join(lines)}\n{after}", encoding="utf-8")
+
+
+def require_quantizer() -> None:
+    """Raises RunError without bitsandbytes."""
+    if find_spec("bitsandbytes") is None:
+        raise not_installed("bitsandbytes")
 
 
 def _around(page: Path) -> tuple[str, str]:

@@ -292,6 +292,7 @@ def test_a_run_on_a_quantized_base(request: Any, small_recipe: Any, tmp_path: Pa
 
 
 def test_layers_whose_weights_are_read_past_them_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
     from transformers import MambaConfig, MambaForCausalLM
 
     sizes = {"hidden_size": 64, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 64}

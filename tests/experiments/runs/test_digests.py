@@ -47,7 +47,7 @@ def begun(small_recipe, tiny_base, tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.toml").write_text(to_toml(recipe))
-    (run / "manifest.json").write_text(json.dumps(_manifest(recipe, build_store(recipe), {})))
+    (run / "manifest.json").write_text(json.dumps(_manifest(recipe, build_store(recipe))))
     yield recipe, run
     sys.modules.pop("mine")
 
@@ -60,7 +60,7 @@ def retrained(folder):
 
 def resumed(run, recipe, accept=False):
     """The manifest with which the run would continue now."""
-    return continued(run, earlier_manifest(run), _manifest(recipe, build_store(recipe), {}), accept)
+    return continued(run, earlier_manifest(run), _manifest(recipe, build_store(recipe)), accept)
 
 
 @pytest.mark.parametrize(
