@@ -31,8 +31,9 @@ def test_a_run_trains_the_kind_and_plain_peft_loads_it(
     changes = ("rounds=2", f"model.peft={peft}", f"clients.lanes={lanes}", "train.optimizer.lr=0.01")
     run = experiments.run(small_recipe(*changes, "clients.slots=2"), out=tmp_path / "two")
     assert run.losses["end"]["heldout"] < run.losses["round 0"]["heldout"]
-    single = experiments.run(small_recipe(*changes, "clients.slots=1"), out=tmp_path / "one")
-    assert (single.model / ADAPTER).read_bytes() == (run.model / ADAPTER).read_bytes()
+    if full:
+        single = experiments.run(small_recipe(*changes, "clients.slots=1"), out=tmp_path / "one")
+        assert (single.model / ADAPTER).read_bytes() == (run.model / ADAPTER).read_bytes()
     base = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
     ids = torch.arange(8)[None]
     with torch.no_grad():
