@@ -38,9 +38,14 @@ def _sync(folder: Path) -> None:
 
 
 def write_folder(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Writes a folder as `write_file` writes a file, one of its files at a time; an OSError leaves the old folder."""
+    """Writes a folder as `write_file` writes a file, one of its files at a time; an OSError leaves the old folder.
+
+    One process at a time may write it: what killed ones have left of it is removed.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
+    for left in path.parent.glob(f".{path.name}.*"):
+        if left.suffix[1:].isdigit():
+            shutil.rmtree(left, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
         for name, content in files:

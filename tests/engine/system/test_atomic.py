@@ -46,6 +46,14 @@ def test_what_a_kill_left_aside_is_in_nobodys_way(tmp_path: Path) -> None:
     assert content(folder) == {"a": b"new"} and not aside.exists()
 
 
+def test_what_a_killed_process_has_left_of_a_folder_is_removed(tmp_path: Path) -> None:
+    for name in (".model.4711", ".model.notes", ".models.4711"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_bytes(b"1")
+    write_folder(tmp_path / "model", [("file", b"2")])
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".model.notes", ".models.4711"}
+
+
 def test_a_file_that_cannot_be_moved_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     write_file(path, b"old")
