@@ -117,6 +117,9 @@ def _save_adapter(folder: Path, layout: Layout, read: Read, network: Any, model:
         metadata={"format": "pt"},
     )
     config = copy(network.peft_config["default"])
+    for key, value in list(vars(config).items()):
+        if isinstance(value, set):  # which each process would write in another order
+            setattr(config, key, sorted(value))
     config.inference_mode = True
     config.base_model_name_or_path = model.public_base
     config.save_pretrained(str(folder))

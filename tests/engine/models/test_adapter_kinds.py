@@ -1,5 +1,6 @@
 """Every kind of adapter against plain PEFT on a plain model: loss, gradients, and the folder that is exported."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,8 @@ def test_plain_peft_loads_what_is_exported(
         (tmp_path / file).write_bytes(content)
     start = adapter_start(replace(model, start=str(tmp_path)), trainable.layout)
     assert start is not None and torch.equal(start, flat.cpu())
+    names = json.loads((tmp_path / "adapter_config.json").read_text()).get("target_modules") or []
+    assert isinstance(names, str) or names == sorted(names)  # the same bytes from any process
     plain: Any = AutoModelForCausalLM.from_pretrained(bases[base])
     ids_BT = torch.arange(24).view(2, 12)
     with torch.no_grad():
