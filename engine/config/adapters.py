@@ -21,9 +21,10 @@ REFUSED_KINDS = {
     '"oft", which has one rotation for each layer',
     "eva": 'is a way to start "lora" that is computed from clients\' rows, which must not leave them: use "lora"',
 }
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights, or their beginnings
 REFUSED_STARTS = {
-    **dict.fromkeys(("pissa", "olora", "corda", "loftq"), "changes the base's weights, which all slots share"),
-    **dict.fromkeys(("eva", "lora_ga"), "is computed from clients' rows, which must not leave them"),
+    **dict.fromkeys(CHANGES_BASE, "changes the base's weights, which all slots share"),
+    "eva": "is computed from clients' rows, which must not leave them",
 }
 
 

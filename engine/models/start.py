@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from engine.config.adapters import CHANGES_BASE
 from engine.config.sections import Model
 from engine.messages.errors import RunError
 from strategies.core.layout import Layout
@@ -17,8 +18,6 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SHARED = "base_model.vera_"  # VeRA's random matrices, which follow from their key
 # Options that change what the same numbers mean.
 MEANING = {"use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "projection_prng_key", "block_share"}
-# Initializations of PEFT's that change the base's weights too, so that the adapter alone says nothing.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def adapter_start(

@@ -31,7 +31,7 @@ MOST = {
     **dict.fromkeys(("laurel_rank", "mamba_dt_rank", "time_step_rank"), 8),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_heads", "index_n_heads"), 2),
     "linear_num_value_heads": 4,
-    # Every so many layers something is different; of a pair, the offset is below the period.
+    # Every second layer is of another kind; the offset says which of the two it is.
     **dict.fromkeys(
         ("attn_layer_period", "expert_layer_period", "interleave_moe_layer_step", "decoder_sparse_step"), 2
     ),

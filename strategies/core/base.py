@@ -45,7 +45,7 @@ class Rule(ABC):
 
     reads: ClassVar[Reads] = "sum"  # or "passes", several sums of the same updates, or "each" update
     needs_lora: ClassVar[bool] = False  # it works on adapters
-    lora_rank_multiple: ClassVar[int] = 1  # it splits each adapter into so many of equal rank
+    lora_rank_multiple: ClassVar[int] = 1  # model.peft.r must be a multiple of it: adapters are split into that number
     mixed_ranks: ClassVar[bool] = False  # clients may have adapters of different ranks
     elementwise: ClassVar[bool] = True  # both halves work alike on parts of the vectors
     keeps_basis: ClassVar[bool] = True  # a coordinate means the same, and is trained or not, in all rounds

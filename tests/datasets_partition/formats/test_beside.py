@@ -3,33 +3,17 @@
 import json
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from datasets_partition.core.turns import conversations
-from datasets_partition.core.types import DataError, Rows, format_of
-from datasets_partition.formats.conversion import Conversion
+from datasets_partition.core.types import DataError, format_of
+from tests.datasets_partition.conftest import both
 
 SAY = {"role": "user", "content": "Say a"}
 A = {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "Be brief"}
 ALPACA = {"instruction": "And Bern?", "input": "", "output": "Rainy."}
 BEGINS = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-
-
-def from_json(*rows: dict[str, Any], leave_out: tuple[str, ...] = (), **columns: str) -> Rows:
-    conversion = Conversion(columns, "error", leave_out=leave_out)
-    conversion.add_objects([(f"row {number}", row) for number, row in enumerate(rows, 1)])
-    return conversion.rows("rows")
-
-
-def from_arrow(*rows: dict[str, Any], leave_out: tuple[str, ...] = (), **columns: str) -> Rows:
-    conversion = Conversion(columns, "error", leave_out=leave_out)
-    conversion.add_batches(pa.Table.from_pylist(list(rows)).to_batches(), "rows")
-    return conversion.rows("rows")
-
-
-both = pytest.mark.parametrize("convert", [from_json, from_arrow])
 
 
 @both

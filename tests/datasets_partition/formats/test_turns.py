@@ -4,33 +4,18 @@ import json
 from typing import Any
 
 import datasets
-import pyarrow as pa
 import pytest
 
 from datasets_partition.core.turns import conversations
-from datasets_partition.core.types import FULL_TURNS, TURNS, DataError, Rows
+from datasets_partition.core.types import FULL_TURNS, TURNS, DataError
 from datasets_partition.formats.conversion import Conversion
+from tests.datasets_partition.conftest import both, from_arrow, from_json
 
 SAY = {"role": "user", "content": "Say a"}
 A = {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments": {"x": 1}}}
 RESULT = {"role": "tool", "content": "3", "tool_call_id": "1", "name": "f"}
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
-
-
-def from_json(*rows: dict[str, Any], leave_out: tuple[str, ...] = (), **columns: str) -> Rows:
-    conversion = Conversion(columns, "error", leave_out=leave_out)
-    conversion.add_objects([(f"row {number}", row) for number, row in enumerate(rows, 1)])
-    return conversion.rows("rows")
-
-
-def from_arrow(*rows: dict[str, Any], leave_out: tuple[str, ...] = (), **columns: str) -> Rows:
-    conversion = Conversion(columns, "error", leave_out=leave_out)
-    conversion.add_batches(pa.Table.from_pylist(list(rows)).to_batches(), "rows")
-    return conversion.rows("rows")
-
-
-both = pytest.mark.parametrize("convert", [from_json, from_arrow])
 
 
 def turns(*given: dict[str, Any], convert: Any = from_json, **how: Any) -> list[dict[str, Any]]:
