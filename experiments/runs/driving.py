@@ -110,6 +110,8 @@ def stopped_by_interrupt(say: Callable[[str], None], begun: Callable[[], bool]) 
 
 def explanation(error: BaseException) -> str | None:
     """What to tell the user about an error that the user can fix; None for any other, which is a bug of ours."""
+    if isinstance(error, BrokenPipeError):  # raised in the command itself
+        return "nothing reads the output of this command any more"
     cause = origin(error)
     if getattr(cause, "exit_code", None) == 2:  # of a class for the user's errors
         return str(cause)

@@ -132,3 +132,7 @@ def test_an_error_from_an_actor_keeps_its_class_and_its_module(ray_session, rule
     assert explained(None) is None
     ray.kill(actor)
     ray.cloudpickle.unregister_pickle_by_value(sys.modules["somebodys_rule"])
+
+
+def test_a_reader_that_has_gone_is_no_bug_of_ours():
+    assert explanation(BrokenPipeError(32, "Broken pipe")) == "nothing reads the output of this command any more"
