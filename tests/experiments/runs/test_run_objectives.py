@@ -76,12 +76,12 @@ COMBINATIONS = {
     "fedex": (DPO, "strategy=fedex"),
     "flora": (DPO, "strategy=flora"),
     "scaffold": (DPO, "strategy=scaffold", 'train.optimizer={kind="sgd", lr=0.05}'),
-    "hetlora": (DPO, "strategy=hetlora", "model.peft.ranks=[{r=2, share=0.5}, {r=8, share=0.5}]"),
+    "hetlora": (DPO, "strategy=hetlora", 'model.peft={kind="lora", ranks=[{r=2, share=0.5}, {r=8, share=0.5}]}'),
     "ditto": (DPO, "strategy=ditto"),
     "full": (DPO, "model.peft=none", "train.optimizer.lr=1e-3"),
     "full from the round": ('train.objective={kind="dpo", reference="round"}', "model.peft=none"),
-    "dora": (DPO, "model.peft.use_dora=true", "clients.lanes=2"),
-    "biases": (DPO, 'model.peft.bias="all"'),
+    "dora": (DPO, 'model.peft={kind="lora", use_dora=true}', "clients.lanes=2"),
+    "biases": (DPO, 'model.peft={kind="lora", bias="all"}'),
     "secagg": (DPO, 'privacy.secagg={mode="ideal", bound=1.0}', UNIFORM),
     "central": (DPO, 'privacy.dp={kind="central", noise_multiplier=0.5, clip=0.3, delta=1e-3}', UNIFORM),
     "example": (DPO, 'privacy.dp={kind="example", noise_multiplier=0.5, clip=0.3, delta=1e-3}', UNIFORM),
@@ -93,7 +93,10 @@ COMBINATIONS = {
     "transforms": (DPO, 'transforms=[{kind="topk", share=0.3}, {kind="int8"}]'),
     "cpo": ('train.objective="cpo"',),
     "simpo": ('train.objective="simpo"', "clients.lanes=2"),
-    "packing": ('train.objective={kind="sft", packing=true}', "data.source.columns={prompt='', completion='chosen'}"),
+    "packing": (
+        'train.objective={kind="sft", packing=true}',
+        "data.source.columns={prompt='prompt', completion='chosen'}",
+    ),
 }
 
 
