@@ -69,6 +69,18 @@ def test_the_same_bits_on_any_number_of_slots(ray_session, pairs_recipe, tmp_pat
         assert run.losses == first.losses
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_stored_columns_lead_where_live_ones_do(ray_session, pairs_recipe, tmp_path, lanes):
+    runs = {}
+    for stored in ("true", "false"):
+        objective = f"train.objective={{kind='dpo', beta=0.5, precompute_ref_log_probs={stored}}}"
+        recipe = pairs_recipe(objective, "rounds=1", f"clients.lanes={lanes}", "train.optimizer.eps=1e-6")
+        runs[stored] = experiments.run(recipe, out=tmp_path / stored)
+    ours, theirs = (weights(run) for run in runs.values())
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+    assert runs["true"].losses["end"] == pytest.approx(runs["false"].losses["end"], abs=1e-5)
+
+
 COMBINATIONS = {
     "lanes": (DPO, "clients.lanes=3"),
     "kto in lanes": (KTO, "clients.lanes=3"),
