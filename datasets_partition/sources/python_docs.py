@@ -5,7 +5,7 @@ import importlib.util
 import platform
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -86,7 +86,7 @@ class PythonDocs:
                     yield root.stem, path
 
 
-def _table(rows: list[tuple[str, ...]], schema: pa.Schema) -> pa.Table:
+def _table(rows: Sequence[tuple[str, ...]], schema: pa.Schema) -> pa.Table:
     return pa.table([[row[place] for row in rows] for place in range(len(schema))], schema=schema)
 
 

@@ -69,20 +69,20 @@ def parts(store: Store) -> Iterator[tuple[int, str, list[str], list[str]]]:
 
 def sides(store: Store) -> dict[str, set[str]]:
     """The sides on which each prompt has rows."""
-    found: dict[str, set[str]] = {}
+    by_prompt: dict[str, set[str]] = {}
     for _, side, prompts, _ in parts(store):
         for prompt in prompts:
-            found.setdefault(prompt, set()).add(side)
-    return found
+            by_prompt.setdefault(prompt, set()).add(side)
+    return by_prompt
 
 
 def holders(store: Store) -> dict[str, set[int]]:
     """The clients that have rows of each prompt."""
-    found: dict[str, set[int]] = {}
+    by_prompt: dict[str, set[int]] = {}
     for client, _, prompts, _ in parts(store):
         for prompt in prompts:
-            found.setdefault(prompt, set()).add(client)
-    return found
+            by_prompt.setdefault(prompt, set()).add(client)
+    return by_prompt
 
 
 DRAWING = [
@@ -113,7 +113,7 @@ def test_a_partition_that_draws_gives_a_prompt_to_one_client_and_one_side(
     partitioner: Partitioner, tmp_path: Path
 ) -> None:
     store = made(tmp_path, partitioner, server=0.1)
-    assert all(len(found) == 1 for found in sides(store).values())
+    assert all(len(on) == 1 for on in sides(store).values())
     assert all(len(clients) == 1 for clients in holders(store).values())
     completions = [text for *_, answers in parts(store) for text in answers]
     left_out = store.manifest["left_out_rows"]
@@ -164,7 +164,7 @@ def test_a_natural_key_keeps_its_clients_and_they_hold_the_same_prompts_out(
     partitioner: Partitioner, tmp_path: Path
 ) -> None:
     store = made(tmp_path, partitioner, unseen=0, server=0.1)
-    assert all(len(found) == 1 for found in sides(store).values())
+    assert all(len(on) == 1 for on in sides(store).values())
     assert (store.counts("train")[: store.num_clients] > 0).all() and store.counts("heldout").any()
     owners: dict[int, set[str]] = {}
     shared: dict[tuple[str, str], set[int]] = {}
@@ -189,14 +189,14 @@ def test_a_prompt_of_training_and_unseen_clients_is_a_leak(partitioner: Partitio
     )
     with pytest.raises(DataError, match=said):
         made(tmp_path, partitioner)
-    found = sides(made(tmp_path, partitioner, leaks="allow")).values()
-    assert {"train", "unseen"} in found and not any({"train", "heldout"} <= each for each in found)
+    each = sides(made(tmp_path, partitioner, leaks="allow")).values()
+    assert {"train", "unseen"} in each and not any({"train", "heldout"} <= on for on in each)
 
 
 def test_without_a_shared_prompt_there_is_no_leak(tmp_path: Path) -> None:
     rows = [{"client": f"c{n % 6}", "prompt": f"p{n % 30}", "completion": f"{n}"} for n in range(90)]
     store = made(tmp_path, Natural(), rows)
-    assert all(len(found) == 1 for found in sides(store).values())
+    assert all(len(on) == 1 for on in sides(store).values())
     # Five prompts of three rows each: a fifth is a prompt, and a fifth of six clients is one.
     assert store.counts("heldout").tolist() == [3, 3, 3, 3, 3, 15]
 
@@ -250,12 +250,12 @@ class Turns:
 def test_a_users_partition_keeps_its_clients(tmp_path: Path) -> None:
     store = made(tmp_path, Turns(), unseen=0)
     assert {len(clients) for clients in holders(store).values()} == {1, 2}
-    assert all(len(found) == 1 for found in sides(store).values())
+    assert all(len(on) == 1 for on in sides(store).values())
     with pytest.raises(DataError, match="rows of unseen clients have the prompt of training rows"):
         made(tmp_path, Turns(), unseen=0.5)
 
 
-def test_by_row_a_store_has_the_name_and_the_rows_that_it_had_before(
+def test_stores_are_the_same_on_any_machine_and_by_row_those_from_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -269,10 +269,13 @@ def test_by_row_a_store_has_the_name_and_the_rows_that_it_had_before(
         by: build(Jsonl(path="rows.jsonl"), partitioner, Splits(**splits, by=by, leaks="allow"), 7, "stores")  # type: ignore[arg-type]
         for by in ("row", "prompt")
     }
-    # Written down before there was a choice.
+    digests = {}
+    for by, folder in folders.items():
+        stored = [pq.read_table(folder / "rows.parquet").to_pydict(), Store.open(folder).index.to_pydict()]
+        digests[by] = sha256(json.dumps(stored).encode()).hexdigest()[:16]
+    # Seen once and written down; the name and the digest by row before there was a choice.
     assert folders["row"].name == "0410d5a105ecafbe"
-    stored = [pq.read_table(folders["row"] / "rows.parquet").to_pydict(), Store.open(folders["row"]).index.to_pydict()]
-    assert sha256(json.dumps(stored).encode()).hexdigest()[:16] == "5f5f8674ae5f48d5"
+    assert digests == {"row": "5f5f8674ae5f48d5", "prompt": "7134fcbcd64be054"}
     row, prompt = (Store.open(folder).manifest for folder in folders.values())
     assert "by" not in row and prompt["by"] == "prompt" and row["splits"] == prompt["splits"]
     assert folders["row"] != folders["prompt"]
