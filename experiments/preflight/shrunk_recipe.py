@@ -59,8 +59,8 @@ def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
 def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
     model, train, clients = recipe.model, recipe.train, recipe.clients
     attention = "auto" if model.attention == "flash_attention_2" else model.attention
-    # Shortened rows may be equal, which is no leak here.
-    splits = _bounded("splits", recipe.data.splits, min_rows=1, duplicates="keep", leaks="allow")
+    # Shortened rows and prompts may be equal, which is no leak here.
+    splits = _bounded("splits", recipe.data.splits, min_rows=1, duplicates="keep", leaks="allow", by="row")
     rows = ParquetFiles(path=str(folder / "rows.parquet"))
     drawn: Cohorts = UniformCohort(size=cohort)
     if isinstance(recipe.cohort, PoissonCohort):
