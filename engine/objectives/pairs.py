@@ -36,6 +36,11 @@ class PairObjective(BaseObjective):
     }
 
     @property
+    def sequences(self) -> int:
+        """The chosen and the rejected one."""
+        return 2
+
+    @property
     def encoding(self) -> str:
         """The columns depend on no option."""
         return "pairs"

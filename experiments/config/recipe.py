@@ -185,7 +185,8 @@ def _sentences(faults: list[Any]) -> list[str]:
         by_key.setdefault(".".join(_walk(fault["loc"])[0]), []).append(fault)
     sentences = []
     for key, several in by_key.items():
-        several = [fault for fault in several if isinstance(fault["loc"][-1], int)] or several  # items of a list
+        items = [fault for fault in several if fault["loc"] and isinstance(fault["loc"][-1], int)]
+        several = items or several  # the faulty item of a list says more than that the list is none of the choices
         several = [fault for fault in several if fault["type"] == "value_error"] or several
         sentences.append(_sentence(key, several))
     return sentences

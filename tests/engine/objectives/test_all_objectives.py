@@ -150,5 +150,33 @@ def test_a_rows_own_gradient_is_clipped(
         plan = ExamplePlan(0.0, clip, Scheme("poisson", 1.0), 1e-5)
         private = PrivateTrainer(trainer, plan, seeded_words(np.random.default_rng(1)))
         step = moved(trainer) - private.train([training(trainer, rows, moved)], ONE_STEP)[0].end
-        expected = torch.stack([grad * min(1.0, clip / max(norm, 1e-12)) for grad, norm in zip(each, norms, strict=True)]).mean(0)
+        expected = torch.stack(
+            [grad * min(1.0, clip / max(norm, 1e-12)) for grad, norm in zip(each, norms, strict=True)]
+        ).mean(0)
         torch.testing.assert_close(step, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reference", ["base", "start"])
+def test_the_reference_is_not_what_a_rule_has_merged_into_the_base(
+    make_double: MakeDouble, encoded: Encoded, moved: Moved, reference: Any
+) -> None:
+    """Its numbers are the same bits after any number of merges, in lanes as alone; a round's reference has them."""
+    trainer = make_double(Dpo(reference=reference), ONE_STEP)
+    trainable, rows = trainer.trainable, encoded(Dpo())
+    batch = Dpo().collate(rows, 0)
+
+    def columns() -> torch.Tensor:
+        with trainer.as_reference(moved(trainer, 8) if reference == "start" else None):
+            return trainer.objective.reference_columns(trainable.network, batch, Context())["reference"]
+
+    before = columns()
+    products = [pair.b_OR @ pair.a_RI for pair in trainable.layout.lora_pairs(moved(trainer))]
+    delta = torch.cat([product.reshape(-1) for product in products]).float().numpy()
+    for factor in (1.0, -3.0):
+        trainable.use_merged(torch.from_numpy(trainable.merge_weights(factor * delta)))
+        merged = [layer.weight.data_ptr() for layer in trainable.adapted_layers()]
+        assert torch.equal(columns(), before)
+        assert [layer.weight.data_ptr() for layer in trainable.adapted_layers()] == merged
+        trainer.objective = Dpo(reference="round")
+        assert not torch.equal(columns(), before)
+        trainer.objective = Dpo(reference=reference)
