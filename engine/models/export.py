@@ -191,7 +191,7 @@ tags: [fedpost, federated]
 ---
 # {federation.name}
 
-{what} `{model.public_base}`{revision}, trained by federated fine-tuning.
+{what} `{model.public_base}`{revision}, trained by federated learning (objective `{train.objective.kind}`).
 
 - Strategy `{federation.strategy!r}`, {federation.rounds} rounds, seed {federation.seed}.
 - {federation.cohort.expected(training):g} of {training} clients a round, {amount} of batch {train.batch} each.

@@ -91,7 +91,7 @@ class Dpo(PairObjective):
         """The weight of each loss."""
         types, weights = self._types(), self.loss_weights or (1.0,) * len(self._types())
         if not types or len(set(types)) < len(types):
-            raise RunError(f"{KEY}.loss_type is {list(types)}: name a loss, and each once")
+            raise RunError(f"{KEY}.loss_type is {list(types)}: name each loss once")
         if len(weights) != len(types):
             raise RunError(
                 f"{KEY}.loss_weights has {len(weights)} numbers for {len(types)} losses ({', '.join(types)}): give one "

@@ -70,7 +70,7 @@ class Screen:
         if event.lanes > 1:
             self._line(f"clients train in {event.lanes} lanes of each slot")
         if event.dropped_rows:
-            self._line(f"{event.dropped_rows:,} rows dropped: train.max_length cuts away their whole completion")
+            self._line(f"{event.dropped_rows:,} rows dropped: nothing to learn is left of them within train.max_length")
         if event.without_gpu:
             missing = f"torch sees no GPU in {event.without_gpu} of {slots}, although clients.num_gpus asks for one"
             self.say(f"{missing}: they run on the CPU")

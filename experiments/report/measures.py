@@ -73,12 +73,13 @@ def shown_names(runs: Sequence[Run]) -> list[str]:
 def figure_names(run: Run) -> list[str]:
     """The figures and terms that were measured on rows that models are judged on, beside the term that is the loss."""
     names = (name.removeprefix("loss.") for split, name in run.curves if split in JUDGED and name.startswith("loss."))
-    return sorted({*names} - {_declared(run, "heldout", "")})[:MAX_LISTED]
+    known = [name for _, together, _ in TOGETHER for name in together]
+    return sorted({*names} - {_declared(run, "heldout", "")}, key=lambda name: (name not in known, name))[:MAX_LISTED]
 
 
 def common_title(runs: Sequence[Run], name: str) -> str:
-    """The loss's or a figure's name, with its unit if all runs have the same."""
-    units = {unit_of(run, name) for run in runs}
+    """The loss's or a figure's name, with its unit if all runs that measure it have the same."""
+    units = {unit_of(run, name) for run in runs if name == "loss" or name in figure_names(run)}
     return with_unit(name, units.pop() if len(units) == 1 else "")
 
 
