@@ -191,7 +191,7 @@ def render(runs: Sequence[Run]) -> str:
     tables, overlay = [], []
     for name in shown_names(runs):
         title = common_title(runs, name)
-        rows = [(each, summary(each["run"], name, splits)) for each in view]
+        rows = [(each, summary(run, name, splits)) for each, run in zip(view, runs, strict=True)]
         tables.append({"title": title[0].upper() + title[1:], "runs": rows})
         if len(runs) > 1:
             overlay += [
