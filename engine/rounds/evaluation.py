@@ -177,7 +177,8 @@ class Evaluation:
         evaluator, setup = self.evaluator, self.evaluator.setup
         if setup.federation.strategy.personalizes:
             personal = evaluator.personal(setup.server.broadcast_message(state), state.round)
-            yield from [personal] if personal.losses else []
+            if personal.losses:
+                yield personal
         if last and setup.federation.evaluate.finetune:
             steps = np.full(setup.population, setup.federation.evaluate.finetune)
             yield evaluator.local_only(setup.server.model_message(state), state.round, steps, "finetuned")
