@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import experiments
+from engine.messages.events import Evaluated
 from engine.records.metrics import read_log
 from tests import golden
 
@@ -151,3 +152,20 @@ def test_preferences_follow_another_run_and_are_compared_with_it(ray_session, pa
     base = experiments.run(pairs_recipe(DPO, start, "rounds=1"), out=tmp_path / "base")
     assert figure(base, "loss.chosen")[0] > 0  # beside the base the start has learned already
     assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+
+
+def test_what_an_objective_shows_is_in_events_results_card_and_report(ray_session, pairs_recipe, tmp_path):
+    events = []
+    recipe = pairs_recipe(DPO, "rounds=1", "evaluate.finetune=1")
+    run = experiments.run(recipe, out=tmp_path / "run", on_event=events.append)
+    evaluated = {(event.round, event.baseline): event for event in events if isinstance(event, Evaluated)}
+    assert evaluated.keys() == {(0, None), (1, None), (1, "finetuned")}
+    assert evaluated[0, None].figures == {"accuracy": {"heldout": 0.5, "unseen": 0.5}}
+    columns = {"round 0": evaluated[0, None], "end": evaluated[1, None], "fine-tuned": evaluated[1, "finetuned"]}
+    assert run.figures == {"accuracy": {name: event.figures["accuracy"] for name, event in columns.items()}}
+    assert run.losses == {name: event.losses for name, event in columns.items()}
+    assert run.figures["accuracy"]["end"]["heldout"] == figure(run, "loss.accuracy")[1]
+    assert run.figures["accuracy"]["fine-tuned"]["heldout"] == figure(run, "loss_finetuned.accuracy")[1]
+    assert run.units == {"loss": "per pair", "accuracy": "share"}
+    assert "| accuracy (share) | round 0 | " in (run.model / "README.md").read_text("utf-8")
+    assert "Accuracy (share), start to end" in run.report.read_text("utf-8")
