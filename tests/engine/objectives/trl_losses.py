@@ -35,7 +35,12 @@ class Step(NamedTuple):
 
 
 def trl_trainer(
-    kind: str, network: Any, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any
+    kind: str,
+    network: Any,
+    rows: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    **options: Any,
 ) -> Any:
     """Makes TRL's trainer of a base model and rows; with `peft_config` on an adapter, whose base is the reference."""
     config, trainer = TRAINERS[kind]
@@ -90,22 +95,21 @@ def trl_sequences(trainer: Any) -> dict[str, list[Sequence]]:
     batch = trl_batch(trainer)
     if "completion_mask" not in batch:  # CPO and ORPO
         return {
-            side: _unpadded(
-                batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"], batch[f"{side}_labels"] != -100
-            )
+            side: unpadded(batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"], batch[f"{side}_labels"] != -100)
             for side in ("chosen", "rejected")
         }
     if isinstance(trainer, KTOTrainer):
         names = [name.removesuffix("completion_mask") for name in batch if name.endswith("completion_mask")]
         return {
-            name: _unpadded(*(batch[f"{name}{key}"] for key in ("input_ids", "attention_mask", "completion_mask")))
+            name: unpadded(*(batch[f"{name}{key}"] for key in ("input_ids", "attention_mask", "completion_mask")))
             for name in names
         }
     halves = [batch[name].chunk(2) for name in ("input_ids", "attention_mask", "completion_mask")]
-    return {side: _unpadded(*(half[place] for half in halves)) for place, side in enumerate(("chosen", "rejected"))}
+    return {side: unpadded(*(half[place] for half in halves)) for place, side in enumerate(("chosen", "rejected"))}
 
 
-def _unpadded(ids_BT: torch.Tensor, real_BT: torch.Tensor, scored_BT: torch.Tensor) -> list[Sequence]:
+def unpadded(ids_BT: torch.Tensor, real_BT: torch.Tensor, scored_BT: torch.Tensor) -> list[Sequence]:
+    """Returns the sequences of a padded batch."""
     return [
         Sequence(ids[real == 1].tolist(), scored[real == 1].bool().tolist())
         for ids, real, scored in zip(ids_BT, real_BT, scored_BT, strict=True)
