@@ -196,9 +196,6 @@ PAIRS = [
     ("cut: ", "one two", "one and two and three " * 5),
     ("left out: " + "the cat and the hat " * 9, "four", "five"),  # the prompt fills the length
 ]
-# Left out on purpose where TRL trains on nothing: pairs of equal sides, and a side without a token to score, such as
-# the end token after an empty prompt.
-NOTHING = [("same: ", "x", "x"), ("", "", "x")]
 TEXT, TURNS = 18, 66  # lengths that cut the next to last pair
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}<end>\n{% endfor %}"
@@ -272,3 +269,50 @@ def test_tokens_and_masks_are_trls(encodings: Encodings, kind: str, turns: bool)
     sequences = [sequence for side in ours.values() for sequence in side]
     assert len(sequences) == 2 * len(PAIRS) - 2, "the row whose prompt fills the length is left out"
     assert max(len(sequence.ids) for sequence in sequences) == length
+
+
+def test_pairs_that_teach_nothing_are_left_out(encodings: Encodings, any_tokenizer: PreTrainedTokenizerFast) -> None:
+    """TRL keeps equal sides, whose gradients cancel, and sides without a token that anything predicts.
+
+    An end token after an empty prompt is such a side, unless a token begins each text. TRL's loss has a value for it.
+    """
+    ours, theirs = encodings(Dpo(), "dpo", rows_of([("same: ", "x", "x"), ("", "", "x"), PAIRS[0]]))
+    kept = [2] if any_tokenizer.bos_token is None else [1, 2]
+    for side in ("chosen", "rejected"):
+        assert len(theirs[side]) == 3
+        assert ours[side] == [theirs[side][number] for number in kept]
+    assert theirs["chosen"][0] == theirs["rejected"][0]
+    assert len(theirs["chosen"][1].ids) == 1 + (any_tokenizer.bos_token is not None)
+
+
+def test_tokens_of_cpo_are_trls_but_for_its_older_path(
+    encodings: Encodings, any_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """ORPO's path in TRL is the same: `build_tokenized_answer` puts ids of begin and end around.
+
+    TRL lets each side's completion start by itself, one token before the prompt's end where tokens differ, so that a
+    pair's sides may have different prompts; ours starts where either first differs, as in DPO. A prompt that fills the
+    length is kept without a completion, whose mean is 0 / 0; we leave it out.
+    """
+    ours, theirs = encodings(Cpo(), "cpo", rows_of(PAIRS))
+    merged = ours["chosen"][4]
+    ours["chosen"][4] = Sequence(merged.ids, [False, *merged.scored[:-1]])
+    for side in ("chosen", "rejected"):
+        *same, left_out = theirs[side]
+        assert ours[side] == same
+        assert not any(left_out.scored)
+
+
+def test_tokens_of_cpos_conversations_are_trls_but_for_its_older_path(
+    encodings: Encodings, any_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """TRL adds begin and end also to what a template has written; ours is what the template writes, as in DPO."""
+    ours, theirs = encodings(Cpo(), "cpo", rows_of(conversed(PAIRS)), TURNS)
+    begin = [] if any_tokenizer.bos_token_id is None else [any_tokenizer.bos_token_id]
+    for side in ("chosen", "rejected"):
+        assert theirs[side][:-1] == [
+            Sequence(
+                [*begin, *ids, any_tokenizer.eos_token_id][:TURNS], [*(False for _ in begin), *scored, True][:TURNS]
+            )
+            for ids, scored in ours[side]
+        ]
