@@ -34,7 +34,6 @@ POSITIVE, NEGATIVE = 23, 6  # seeds of vectors for which the mean log-ratio of K
 # TRL's DPO ignores label_smoothing for "sigmoid". With A and B the losses of a pair and of the pair turned round,
 # "robust" is ((1 - e) A - e B) / (1 - 2e), so that the conservative loss (1 - e) A + e B is this sum:
 CONSERVATIVE = {"loss_type": ["sigmoid", "robust"], "loss_weights": [2 * (1 - SMOOTH), 2 * SMOOTH - 1]}
-CONSERVATIVE["label_smoothing"] = SMOOTH  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def trl_trainer(
         report_to="none",
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         per_device_train_batch_size=len(rows),
         **options,
     )
@@ -91,9 +91,12 @@ def trl_step(trainer: Any, vector_P: torch.Tensor | None = None) -> Step:
 
 
 def trl_sequences(trainer: Any) -> dict[str, list[Sequence]]:
-    """Returns the sequences of each kind: those "chosen" and "rejected", or KTO's "" and the mismatched "KL_"."""
+    """Returns the sequences of each kind: those "chosen" and "rejected", or KTO's "" and the mismatched "KL_".
+
+    Of a reward model's sequences all tokens count as scored.
+    """
     batch = trl_batch(trainer)
-    if "completion_mask" not in batch:  # CPO and ORPO
+    if isinstance(trainer, CPOTrainer | ORPOTrainer):
         return {
             side: unpadded(batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"], batch[f"{side}_labels"] != -100)
             for side in ("chosen", "rejected")
@@ -104,7 +107,8 @@ def trl_sequences(trainer: Any) -> dict[str, list[Sequence]]:
             name: unpadded(*(batch[f"{name}{key}"] for key in ("input_ids", "attention_mask", "completion_mask")))
             for name in names
         }
-    halves = [batch[name].chunk(2) for name in ("input_ids", "attention_mask", "completion_mask")]
+    real_BT = batch["attention_mask"]
+    halves = [ids.chunk(2) for ids in (batch["input_ids"], real_BT, batch.get("completion_mask", real_BT))]
     return {side: unpadded(*(half[place] for half in halves)) for place, side in enumerate(("chosen", "rejected"))}
 
 
