@@ -42,7 +42,7 @@ IN_WORDS = {
     PROMPT_ONLY: "prompts alone",
 }
 # What trainers cannot give an objective yet: one that needs it is refused.
-MISSING: Mapping[Need, str] = {"generation": "text generation", "head": "a head"}
+MISSING: Mapping[Need, str] = {"generation": "text generation"}
 
 
 @dataclass(frozen=True)

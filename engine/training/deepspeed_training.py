@@ -54,6 +54,8 @@ class ZeroTrainer:
         self.offload = zero.offload == "cpu"
         self.network, self.pad = network, pad
         self.objective: Objective = train.objective
+        if "head" in self.objective.needs:
+            network.config.pad_token_id = pad  # type: ignore[union-attr]  # by which it finds a text's last token
         self.layout = trained_layout(network, model)
         self.nbytes = sum(math.prod(shape_of(p)) * p.element_size() for p in network.parameters())
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]

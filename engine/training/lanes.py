@@ -34,7 +34,7 @@ from engine.training.step_loop import Correct, Progress, Trained, Training, batc
 from strategies.core.protocol import Vector
 
 KEY = "clients.lanes"
-ADAPTER = re.compile(r"\.(?:lora_|ia3_l)")  # what PEFT adds to a layer's name
+ADAPTER = re.compile(r"\.(?:lora_|ia3_l|modules_to_save)")  # what PEFT adds to a layer's name
 ALONE = f"set {KEY} = 1"
 SECONDS, STEPS = 6.0, 2  # for all trials together, and steps of each
 GAIN = 1.03  # a smaller gain is noise, and more lanes take more memory

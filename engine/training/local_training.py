@@ -180,6 +180,8 @@ class LocalTrainer:
         self.trainable, self.device, self.pad = trainable, trainable.flat.device, pad
         self.objective: Objective = train.objective
         self.max_length = train.max_length
+        if "head" in self.objective.needs:
+            trainable.network.config.pad_token_id = pad  # by which it finds a text's last token
         if train.dtype == "bfloat16":
             compute_in(trainable.network, self.device, torch.bfloat16)
         self.optimizer = make_optimizer([trainable.flat], train.optimizer)  # it sees one tensor, and so is fast

@@ -62,7 +62,7 @@ class ClientActor(WorkerProcess):
 
     def load_base(self) -> tuple[int, PackedBase, np.ndarray]:
         """Returns the base's number of bytes, its index and the bytes, of which the last two stay in the store."""
-        packed, base = read_base(self.federation.model)
+        packed, base = read_base(self.federation.model, scores=self.federation.scores)
         return packed.nbytes, packed, base
 
     def attach(self, packed: PackedBase, base: Any, tokens: Path, first: bool) -> tuple[Layout, np.ndarray]:

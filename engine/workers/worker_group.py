@@ -61,7 +61,8 @@ class Rank(WorkerProcess):
 
         tokenizer = load_tokenizer(model)
         heap.give_back()
-        network = zero_model(model, zero, torch_seed(federation.seed, 0, -1, "initial"), self.rank)
+        seed = torch_seed(federation.seed, 0, -1, "initial")
+        network = zero_model(model, zero, seed, self.rank, scores=federation.scores)
         refuse_other_adapters(network, federation)
         trainer = ZeroTrainer(network, padding(tokenizer, network), model, zero, federation.train)
         heap.keep(gathered=zero.stage == 3)
