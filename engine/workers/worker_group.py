@@ -23,6 +23,7 @@ from engine.messages.broadcast import BroadcastMessage
 from engine.messages.shards import AggregateShard, Shard, borrow
 from engine.models.adapters import refuse_other_adapters
 from engine.models.export import sharded_files
+from engine.models.start import begun
 from engine.models.tokenizer import load_tokenizer, padding
 from engine.system import allocator as heap
 from engine.system.failures import LOST, GangLost, ShardLost, last_line
@@ -78,10 +79,10 @@ class Rank(WorkerProcess):
     def initial(self, start: torch.Tensor | None = None) -> tuple[int, Shard]:
         """Returns the bytes of the state's shard before the first round, and the shard, which stays in the store.
 
-        `start` (S,) is what the recipe names to begin from, in place of the model's own weights.
+        `start` (S,) is what the recipe names to begin from, in place of the model's own weights: see `begun`.
         """
         trainer = self.attached.trainer
-        weights = trainer.weights().cpu() if start is None else start
+        weights = begun(start, trainer.weights().cpu())
         return _stored(self.federation.strategy.init(weights, trainer.layout))
 
     def serve(

@@ -86,7 +86,7 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
             _placement(work.clients, started),
             *_rounds(work, events),
             _resume(work, first, again, resumed),
-            _export(first, work.model.base),
+            _export(first, work),
         ]
         return Dry(changed, proofs, _left(recipe, rows))
 
@@ -178,15 +178,18 @@ def _resume(work: Recipe, first: Run, again: Run, resumed: int | None) -> Proof:
     return Proof("checkpoint and resume", same and resumed == 1, f"from the checkpoint of round {resumed}, {ended}")
 
 
-def _export(finished: Run, base: str) -> Proof:
+def _export(finished: Run, work: Recipe) -> Proof:
     """Loads the model, or the adapter onto its base, without fedpost and runs it on a few tokens."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer, adapter = AutoTokenizer.from_pretrained(finished.model), finished.model / "adapter_config.json"
-    kind, weights = ("a PEFT adapter", base) if adapter.exists() else ("a model", finished.model)
-    network: Any = AutoModelForCausalLM.from_pretrained(weights)
+    kind, weights = ("a PEFT adapter", work.model.base) if adapter.exists() else ("a model", finished.model)
+    if work.scores:
+        network: Any = AutoModelForSequenceClassification.from_pretrained(weights, num_labels=1)
+    else:
+        network = AutoModelForCausalLM.from_pretrained(weights)
     if adapter.exists():
         network = PeftModel.from_pretrained(network, finished.model)
     with torch.no_grad():

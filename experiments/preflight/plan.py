@@ -11,13 +11,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich.table import Table
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from engine.config.sections import Clients, Model, Zero
 from engine.messages.errors import RunError
 from engine.models.adapters import refuse_other_adapters, with_adapters
-from engine.models.base_model import causal_config, empty_network
+from engine.models.base_model import empty_network
 from engine.models.deepspeed_config import BUCKET, LIVE
 from engine.models.quantized import quantized_bytes
 from engine.scheduling.placement import slot_counts
@@ -67,16 +66,14 @@ class Need(NamedTuple):
         return float(sum(self))
 
 
-def meta_network(model: Model) -> Any:
+def meta_network(model: Model, *, scores: bool = False) -> Any:
     """The model with its adapters on the meta device, from its configuration; RunError if there is none.
 
     Its layers are not quantized: bitsandbytes computes nothing on meta, and what the backward pass needs is the same.
     """
-    config = causal_config(model)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
-        base: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
-        return with_adapters(base, model)
+        return with_adapters(empty_network(replace(model, quantize=None, attention="auto"), scores=scores), model)
 
 
 def on_meta(network: Any, length: int) -> torch.Tensor:
@@ -250,7 +247,7 @@ def _imported() -> tuple[float, float]:
 def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     """Prints the plan for devices of `device_gib` GiB; returns whether the recipe fits."""
     screen = console(soft_wrap=False)
-    network = meta_network(recipe.model)
+    network = meta_network(recipe.model, scores=recipe.scores)
     refuse_other_adapters(network, recipe)
     counts = sizes_of(network, recipe.model, recipe.train.max_length)
     clients, zero = recipe.clients, recipe.clients.zero or Zero()
