@@ -136,6 +136,14 @@ class Objective(Protocol):
         """Whether `regroup` does anything."""
 
     @property
+    def precompute_ref_log_probs(self) -> bool | None:
+        """Whether the reference's columns are computed once for all rows; None: if that is cheaper."""
+
+    @property
+    def sequences(self) -> int:
+        """The most sequences that a row becomes."""
+
+    @property
     def couples_rows(self) -> str | None:
         """How to do without what makes a row's gradient depend on other rows; None if nothing does."""
 
@@ -214,6 +222,16 @@ class BaseObjective:
     def regroups(self) -> bool:
         """Each row stays a row."""
         return False
+
+    @property
+    def precompute_ref_log_probs(self) -> bool | None:
+        """They are computed in each step."""
+        return False
+
+    @property
+    def sequences(self) -> int:
+        """One."""
+        return 1
 
     @property
     def couples_rows(self) -> str | None:

@@ -152,6 +152,7 @@ def round_loop(setup: RunSetup, logs: Logs, lanes: int = 1, saved: Saved | None 
     if federation.privacy.secure:
         train = federation.train
         most_tokens = planner.most_steps() * train.batch * train.accumulate * train.max_length
+        most_tokens *= train.objective.sequences
         relay = start_relay(server, federation.privacy.secagg.on_slot_death)
         collector = SecureCollector(federation, relay, most_tokens, journal, too_few, trace)
         largest = federation.cohort.largest(setup.population)

@@ -15,6 +15,7 @@ from engine.config.train import Train
 from engine.models.precision import compute_in
 from engine.models.trainable import Trainable
 from engine.objectives.base import (
+    REFERENCE,
     Context,
     Objective,
     Prompt,
@@ -34,6 +35,8 @@ from engine.training.step_loop import Correct, Progress, Trained, Training, batc
 from strategies.core.base import Finished
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Update, Vector
 from strategies.core.seeds import rng, seed_torch, torch_seed
+
+TOGETHER = 8  # rows at once of which the reference's columns are computed
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,15 @@ class LocalTrainer:
         rows = self.objective.step_rows(rows, np.arange(rows.num_rows))
         first = self.with_columns(self.cut(rows, batch), reference)[0]
         return {name: first.columns[name][0].item() for name in self.objective.means}
+
+    def reference_column(self, rows: pa.RecordBatch, reference: Vector | None) -> np.ndarray:
+        """Returns what the reference model says of these rows (rows, G), float32; always in the same pieces."""
+        parts = []
+        for first in range(0, rows.num_rows, TOGETHER):
+            piece = self.objective.collate(rows.slice(first, TOGETHER), self.pad)
+            (piece,) = self.with_columns([piece], reference)
+            parts.append(piece.columns[REFERENCE].float().view(-1, piece.group).cpu().numpy())
+        return np.concatenate(parts)
 
     def with_columns(
         self,
