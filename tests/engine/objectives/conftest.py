@@ -63,7 +63,7 @@ def make_double(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> Call
     def made(objective: Objective, train: Train, peft: Lora | FullTuning | None = None) -> LocalTrainer:
         monkeypatch.setattr(LlamaRMSNorm, "forward", normed)  # transformers casts to float32
         model = replace(federation.model, peft=peft or Lora(r=4, alpha=8))
-        packed, buffer = read_base(model)
+        packed, buffer = read_base(model, scores="head" in objective.needs)
         trainable = Trainable(map_base(packed, torch.from_numpy(buffer)).double(), model, 3)
         return LocalTrainer(trainable, 0, replace(train, objective=objective))
 

@@ -16,6 +16,7 @@ from engine.objectives.cpo import Cpo, SimPo
 from engine.objectives.dpo import Dpo
 from engine.objectives.kto import Kto
 from engine.objectives.orpo import Orpo
+from engine.objectives.reward import Reward
 from engine.objectives.sft import Sft
 from engine.training.lanes import LaneTrainer
 from engine.training.local_training import LocalTrainer
@@ -37,6 +38,7 @@ OBJECTIVES: list[Objective] = [
     Orpo(),
     Cpo(),
     SimPo(),
+    Reward(center_rewards_coefficient=0.1),
 ]
 ONE_STEP = Train(steps=1, batch=6, optimizer=Sgd(lr=1.0), clip=0)
 

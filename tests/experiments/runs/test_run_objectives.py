@@ -13,6 +13,7 @@ from tests import golden
 ADAPTER = "adapter_model.safetensors"
 UNIFORM = 'strategy={kind="fedavg", weighting="uniform"}'
 DPO, KTO = 'train.objective={kind="dpo", beta=0.5}', 'train.objective={kind="kto", beta=0.5}'
+REWARD = "train.objective=reward"
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,17 @@ COMBINATIONS = {
     "transforms": (DPO, 'transforms=[{kind="topk", share=0.3}, {kind="int8"}]'),
     "cpo": ('train.objective="cpo"',),
     "simpo": ('train.objective="simpo"', "clients.lanes=2"),
+    "reward in lanes": (REWARD, "clients.lanes=3"),
+    "reward full": (REWARD, "model.peft=none", "train.optimizer.lr=1e-3"),
+    "reward fedex": (REWARD, "strategy=fedex"),
+    "reward hetlora": (
+        REWARD,
+        "strategy=hetlora",
+        'model.peft={kind="lora", ranks=[{r=2, share=0.5}, {r=8, share=0.5}]}',
+    ),
+    "reward ia3": (REWARD, 'model.peft={kind="ia3"}', "clients.lanes=2"),
+    "reward secagg": (REWARD, 'privacy.secagg={mode="ideal", bound=1.0}', UNIFORM),
+    "reward example": (REWARD, 'privacy.dp={kind="example", noise_multiplier=0.5, clip=0.3, delta=1e-3}', UNIFORM),
     "packing": (
         'train.objective={kind="sft", packing=true}',
         "data.source.columns={prompt='prompt', completion='chosen'}",
@@ -124,7 +136,7 @@ def test_objectives_go_with_everything_else(ray_session, pairs_recipe, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("objective", [DPO, KTO], ids=["dpo", "kto"])
+@pytest.mark.parametrize("objective", [DPO, KTO, REWARD], ids=["dpo", "kto", "reward"])
 @pytest.mark.parametrize("peft", ["", "model.peft=none"], ids=["lora", "all"])
 def test_gangs_lead_where_plain_slots_do(ray_session, pairs_recipe, tmp_path, stage, objective, peft, full):
     if (stage, objective, peft) != (3, DPO, "") and not full:
@@ -151,3 +163,14 @@ def test_preferences_follow_another_run_and_are_compared_with_it(ray_session, pa
     base = experiments.run(pairs_recipe(DPO, start, "rounds=1"), out=tmp_path / "base")
     assert figure(base, "loss.chosen")[0] > 0  # beside the base the start has learned already
     assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+
+
+def test_a_reward_model_follows_fine_tuning_and_itself(ray_session, pairs_recipe, small_recipe, tmp_path):
+    first = experiments.run(small_recipe("rounds=1", "cohort.size=4"), out=tmp_path / "sft")
+    start = f"model.start='{first.folder}'"
+    run = experiments.run(pairs_recipe(REWARD, start, "clients.slots=1"), out=tmp_path / "reward")
+    assert run.losses["end"]["heldout"] < run.losses["round 0"]["heldout"] < 0.75
+    assert figure(run, "loss.accuracy")[2] > figure(run, "loss.accuracy")[0]
+    assert run.samples == [] and "AutoModelForSequenceClassification" in (run.model / "README.md").read_text()
+    again = experiments.run(pairs_recipe(REWARD, f"model.start='{run.folder}'", "rounds=1"), out=tmp_path / "again")
+    assert again.losses["round 0"] == pytest.approx(run.losses["end"], abs=1e-6)
