@@ -265,7 +265,9 @@ def map_base(packed: PackedBase, buffer: torch.Tensor) -> Any:
     state = quantized.put_together(network, packed.model, persistent, packed.wrapped)
     missing, _ = network.load_state_dict(state, strict=not packed.scores, assign=True)
     if others := sorted(set(missing) - {f"{SCORE}.weight"}):
-        raise RunError(f"model.base {packed.model.base!r} has no {others[0]} for a score's network: choose another base")
+        raise RunError(
+            f"model.base {packed.model.base!r} has no {others[0]} for a score's network: choose another base"
+        )
     if len({entry.offset for entry in packed.index.values()}) < len(packed.index):
         network.tie_weights()  # not if the configuration says tied but the file holds two tensors
     for name, entry in packed.index.items():

@@ -174,8 +174,7 @@ def model_card(
         f'base = {kind}.from_pretrained("{model.public_base}"{labels}{trust})\n{pad}'
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")  # .merge_and_unload() folds it into the base'
         if adapter
-        else f"from transformers import {kind}\n\n"
-        f'model = {kind}.from_pretrained("path/of/this/folder"{trust})'
+        else f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("path/of/this/folder"{trust})'
     )
     privacy = f"- Differential privacy: {spent}. The losses above are outside of it.\n" if spent else ""
     source = re.sub(r"(?<=['\"])(file://)?/([^'\"]*/)?", "", store["source"])  # no folders of absolute paths

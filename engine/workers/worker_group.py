@@ -23,6 +23,7 @@ from engine.messages.broadcast import BroadcastMessage
 from engine.messages.shards import AggregateShard, Shard, borrow
 from engine.models.adapters import refuse_other_adapters
 from engine.models.export import sharded_files
+from engine.models.frozen import map_frozen, read_frozen
 from engine.models.start import begun
 from engine.models.tokenizer import load_tokenizer, padding
 from engine.system import allocator as heap
@@ -65,7 +66,12 @@ class Rank(WorkerProcess):
         seed = torch_seed(federation.seed, 0, -1, "initial")
         network = zero_model(model, zero, seed, self.rank, scores=federation.scores)
         refuse_other_adapters(network, federation)
-        trainer = ZeroTrainer(network, padding(tokenizer, network), model, zero, federation.train)
+        models = [
+            map_frozen(frozen, packed, torch.from_numpy(buffer).to(self.device), model)
+            for frozen in federation.train.objective.models
+            for packed, buffer in [read_frozen(frozen, model)]
+        ]
+        trainer = ZeroTrainer(network, padding(tokenizer, network), model, zero, federation.train, models)
         heap.keep(gathered=zero.stage == 3)
         largest = partial(_largest, trainer.works_on, zero.ranks)
         peers = Peers(self.rank, trainer.partition, trainer.summed, largest, _from_first)

@@ -21,7 +21,7 @@ from engine.messages.errors import RunError
 from engine.messages.events import Event, RoundDone, Started
 from experiments.config.recipe import Recipe, located, to_toml
 from experiments.preflight.processes import environment, hidden_gpus
-from experiments.preflight.shrunk_recipe import ROUNDS, Drawn, bearable, clients_of, draw_rows, shrunk_recipe
+from experiments.preflight.shrunk_recipe import ROUNDS, SCORER, Drawn, bearable, clients_of, draw_rows, shrunk_recipe
 from experiments.report.run_folder import leaves
 from experiments.report.terminal import console, plain
 from experiments.runs.api import Run, build_store, ray_session, run
@@ -60,6 +60,8 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         try:
             small = shrunk(config, tokenizer)
             write_base(small, tokenizer, folder / "base")
+            if any(model.scores for model in recipe.train.objective.models):
+                write_base(small, tokenizer, folder / SCORER, scores=True)
         except Exception as error:  # an architecture may have sizes that are not known here
             raise RunError(
                 f"a {type(config).__name__} cannot be shrunk ({str(error).strip().splitlines()[0]}): save a small base "

@@ -20,6 +20,7 @@ from datasets_partition.sources.python_docs import PythonDocs
 from datasets_partition.store.build import build
 from datasets_partition.store.store import Store
 from engine.messages.errors import RunError
+from engine.messages.frozen import FrozenModel
 from experiments.config.recipe import Data, Recipe
 from strategies import Cohorts
 from strategies.core.cohort import PoissonCohort, UniformCohort
@@ -27,6 +28,7 @@ from strategies.core.errors import StrategyError
 from strategies.core.seeds import rng
 
 ROUNDS, SLOTS, COHORT, SPARE = 2, 2, 6, 2
+SCORER = "scorer"  # the folder of a model that scores texts
 ROWS = 8  # of every second client; the others have twice as many
 LENGTH = 64
 PATIENCE_S = (120.0, math.inf)  # time limits, since a large machine is faster than this one
@@ -58,6 +60,8 @@ def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
 
 def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
     model, train, clients = recipe.model, recipe.train, recipe.clients
+    models = [FrozenModel(str(folder / SCORER if each.scores else base)) for each in train.objective.models]
+    train = replace(train, objective=train.objective.with_models(models))
     attention = "auto" if model.attention == "flash_attention_2" else model.attention
     # Shortened rows may be equal, which is no leak here.
     splits = _bounded("splits", recipe.data.splits, min_rows=1, duplicates="keep", leaks="allow")

@@ -78,7 +78,10 @@ def test_a_score_is_the_heads_product_with_the_last_token(make_double: MakeDoubl
     body, head = network.get_base_model().model, network.get_base_model().score
     batch = Batch.of(IDS_BT, (IDS_BT != 0).long(), IDS_BT, 6)
     with torch.no_grad():
-        hidden = body(input_ids=IDS_BT[:1]).last_hidden_state[0, 3], body(input_ids=IDS_BT[1:, :2]).last_hidden_state[0, 1]
+        hidden = (
+            body(input_ids=IDS_BT[:1]).last_hidden_state[0, 3],
+            body(input_ids=IDS_BT[1:, :2]).last_hidden_state[0, 1],
+        )
         expected = torch.stack([head(state)[0] for state in hidden])
         torch.testing.assert_close(scores(network, batch), expected, rtol=0, atol=1e-12)
 
