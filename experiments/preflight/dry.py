@@ -214,6 +214,7 @@ def _left(recipe: Recipe, rows: Drawn) -> list[str]:
         "whether clients.min_share of a cohort send an update": clients.min_share > 0,
         kernels: clients.num_gpus > 0,
         "torch.compile": model.compile,
+        "the weights of the objective's other models, and their vocabulary": bool(recipe.train.objective.models),
         "the real rows: `fedpost partition RECIPE` reads them": not rows.real,
         "epsilon and noise at the real population, cohort and number of parameters": has_noise,
     }

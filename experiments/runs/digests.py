@@ -27,9 +27,10 @@ def digests(recipe: Recipe) -> dict[str, str]:
         if base := base_digest(recipe.model):
             values["model.base"] = base
         for number, frozen in enumerate(recipe.train.objective.models):
-            for name in filter(None, (frozen.model, frozen.base)):
-                if of_model := base_digest(replace(recipe.model, base=name, revision=frozen.revision)):
-                    values[f"the objective's model {number} ({Path(name).name})"] = of_model
+            for key, name in {"": frozen.model, ".base": frozen.base}.items():
+                model = replace(recipe.model, base=name or "", revision=frozen.revision)
+                if name is not None and (of_model := base_digest(model)):
+                    values[f"train.objective.models[{number}]{key}"] = of_model
         if (template := recipe.model.chat_template) and (file := template_file(template)):
             values["model.chat_template"] = file_digest(file)
         if trace is not None and Path(trace).is_file():  # otherwise reading the trace explains what is wrong
