@@ -123,7 +123,7 @@ def _refuse_other_vocabulary(frozen: FrozenModel, model: Model, config: Any) -> 
     theirs, ours = (tokenizer.get_vocab() for tokenizer in (_tokenizer(frozen, model), load_tokenizer(model)))
     if theirs == ours and sizes[0] == sizes[1]:
         return
-    differ = len(theirs.items() ^ ours.items()) // 2
+    differ = sum(theirs.get(token) != ours.get(token) for token in theirs.keys() | ours.keys())
     why = f"{differ:,} tokens have other numbers" if theirs != ours else f"{sizes[0]:,} logits beside {sizes[1]:,}"
     raise RunError(
         f"the model {frozen.model} has another vocabulary than model.base {model.base!r} ({why}), and token by token "

@@ -67,6 +67,19 @@ def test_loss_and_gradient_are_those_of_trl(
     assert terms["agreement"].total().item() / batch.learned == pytest.approx(same.item())
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(
+    make_double: Callable[..., LocalTrainer],
+    encoded: Callable[..., pa.RecordBatch],
+    bases: dict[str, Path],
+    beta: float,
+) -> None:
+    objective = Distill(teacher=str(bases["tied"]), beta=beta)
+    terms = make_double(objective, Train(steps=1)).loss_terms(encoded(objective), 4)
+    (total, count), (agreed, tokens) = terms["divergence"], terms["agreement"]
+    assert total == pytest.approx(0, abs=1e-9) and agreed == tokens == count > 0
+
+
 def test_a_share_that_is_none_is_refused() -> None:
     with pytest.raises(RunError, match="give a share of the teacher from 0 to 1"):
         Distill(teacher="tiny", beta=1.5)
