@@ -96,6 +96,8 @@ def _rows(store: Store, skew: Skew, clients: int | None) -> dict[str, str]:
         "label divergence": label,
         "duplicates removed": f"{skew.duplicate_rows:,} rows{gone}",
     }
+    if skew.prompts is not None:
+        lines["split by"] = f"prompt, of which there are {skew.prompts:,}"
     if skew.skipped_rows:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skew.skipped_rows.items())
         lines["skipped"] = f"{sum(skew.skipped_rows.values()):,} rows of the source ({reasons})"

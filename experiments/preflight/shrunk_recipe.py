@@ -64,8 +64,8 @@ def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
     models = [FrozenModel(str(folder / SCORER if each.scores else base)) for each in train.objective.models]
     train = replace(train, objective=train.objective.with_models(models))
     attention = "auto" if model.attention == "flash_attention_2" else model.attention
-    # Shortened rows may be equal, which is no leak here.
-    splits = _bounded("splits", recipe.data.splits, min_rows=1, duplicates="keep", leaks="allow")
+    # Shortened rows and prompts may be equal, which is no leak here.
+    splits = _bounded("splits", recipe.data.splits, min_rows=1, duplicates="keep", leaks="allow", by="row")
     rows = ParquetFiles(path=str(folder / "rows.parquet"))
     drawn: Cohorts = UniformCohort(size=cohort)
     if isinstance(recipe.cohort, PoissonCohort):

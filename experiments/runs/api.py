@@ -152,13 +152,14 @@ def without_losses(recipe: Recipe, folder: Path) -> tuple[str, ...]:
     """A note if no training client has a held-out row."""
     from datasets_partition.store.store import Store
 
-    store, share = Store.open(folder), recipe.data.splits.heldout
+    store, share, unit = Store.open(folder), recipe.data.splits.heldout, recipe.data.splits.by
     if store.counts("heldout")[: store.num_training].any():
         return ()
     rest = "" if store.counts("heldout").any() else ", so that there are no losses to show"
     if not share:
         return (f"nothing is held out{rest}: see data.splits",) if rest else ()
-    why = f"data.splits.heldout = {share:g} of a client's rows is less than half a row: raise it, or data.splits.unseen"
+    small = f"data.splits.heldout = {share:g} of a client's rows is less than half a {unit}"
+    why = f"{small}: raise it, or data.splits.unseen"
     return (f"no training client has a held-out row{rest}; {why}",)
 
 
