@@ -65,7 +65,7 @@ def sharded_files(
             _save_adapter(folder, layout, read, network, model)
             return
         network.config.save_pretrained(folder)
-        if network.generation_config is not None:
+        if getattr(network, "generation_config", None) is not None:
             network.generation_config.save_pretrained(folder)
 
     yield from _folder_files(save, tokenizer, card)
@@ -133,14 +133,19 @@ def _save_adapter(folder: Path, layout: Layout, read: Read, network: Any, model:
 def _full_state_dict(trainable: Trainable, base: Any) -> dict[str, torch.Tensor]:
     """Returns the state dict of the model without adapters, with their products added to the adapted weights."""
     # Parameters are views into the flat vector, but safetensors saves only tensors that own their memory.
-    weights = {name: tensor for name, tensor in base.state_dict().items() if "lora_" not in name}
-    state = {name.replace(".base_layer.", "."): tensor.detach().cpu().clone() for name, tensor in weights.items()}
+    beside = ("lora_", ".original_module.")
+    weights = {name: tensor for name, tensor in base.state_dict().items() if not any(part in name for part in beside)}
+    state = {_plain(name): tensor.detach().cpu().clone() for name, tensor in weights.items()}
     pairs = trainable.layout.lora_pairs(trainable.flat.detach())
     for pair, layer in zip(pairs, trainable.adapted_layers(), strict=True):
         weight = state[f"{pair.name.removeprefix('base_model.model.')}.weight"]
         product_OI = (pair.scale * pair.b_OR @ pair.a_RI).cpu()
         weight.copy_(weight.float() + (product_OI.T if is_transposed(layer) else product_OI))
     return state
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
 
 
 def model_card(
@@ -164,15 +169,18 @@ def model_card(
     amount = f"{train.steps} steps" if train.steps is not None else f"{train.epochs} epochs"
     units = shown_units(train.objective)
     means = "".join(_card_table(with_unit(name, units[name]), table) for name, table in tables.items())
+    kind = "AutoModelForSequenceClassification" if federation.scores else "AutoModelForCausalLM"
     trust = ", trust_remote_code=True" if model.trust_remote_code else ""
+    labels = ", num_labels=1" if federation.scores else ""
+    pad = "base.config.pad_token_id = tokenizer.pad_token_id  # by which it finds a text's last token\n"
+    pad = f'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")\n{pad}' if federation.scores else ""
     load = (
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{model.public_base}"{trust})\n'
+        f"from transformers import {kind}{', AutoTokenizer' if pad else ''}\n\n"
+        f'base = {kind}.from_pretrained("{model.public_base}"{labels}{trust})\n{pad}'
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")  # .merge_and_unload() folds it into the base'
         if adapter
-        else "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder"{trust})'
+        else f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("path/of/this/folder"{trust})'
     )
     privacy = f"- Differential privacy: {spent}. The losses above are outside of it.\n" if spent else ""
     source = re.sub(r"(?<=['\"])(file://)?/([^'\"]*/)?", "", store["source"])  # no folders of absolute paths
@@ -186,7 +194,7 @@ def model_card(
     return f"""---
 base_model: {model.public_base}
 library_name: {"peft" if adapter else "transformers"}
-pipeline_tag: text-generation
+pipeline_tag: {"text-classification" if federation.scores else "text-generation"}
 tags: [fedpost, federated]
 ---
 # {federation.name}

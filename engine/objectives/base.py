@@ -2,11 +2,11 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from datasets_partition.core.types import (
     format_of,
 )
 from engine.messages.errors import RunError
+from engine.messages.frozen import FrozenModel
 from engine.objectives.token_batch import Batch
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
@@ -42,7 +43,7 @@ IN_WORDS = {
     PROMPT_ONLY: "prompts alone",
 }
 # What trainers cannot give an objective yet: one that needs it is refused.
-MISSING: Mapping[Need, str] = {"generation": "text generation", "head": "a head"}
+MISSING: Mapping[Need, str] = {"generation": "text generation"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Context:
     """What a trainer gives an objective beside the network and a batch; what objectives `need` becomes a field here."""
 
     every_logit: bool = False  # the head must see all positions of the batch in their places
+    models: tuple[Any, ...] = ()  # the objective's frozen models, in their order
 
 
 class Objective(Protocol):
@@ -115,6 +117,13 @@ class Objective(Protocol):
     @property
     def reference(self) -> Reference:
         """The model that log-probabilities are compared with: see `BaseObjective`."""
+
+    @property
+    def models(self) -> tuple[FrozenModel, ...]:
+        """The models that it reads beside the network, which `Context.models` has: see `map_frozen`."""
+
+    def with_models(self, models: Sequence[FrozenModel]) -> Self:
+        """Returns the objective with other models in place of its own."""
 
     @property
     def means(self) -> tuple[str, ...]:
@@ -200,6 +209,15 @@ class BaseObjective:
     def reference(self) -> Reference:
         """Nothing is compared."""
         return "none"
+
+    @property
+    def models(self) -> tuple[FrozenModel, ...]:
+        """There are none."""
+        return ()
+
+    def with_models(self, models: Sequence[FrozenModel]) -> Self:
+        """Returns the same."""
+        return self
 
     @property
     def means(self) -> tuple[str, ...]:

@@ -22,10 +22,12 @@ from datasets_partition.store.splits import Splits
 from engine.config.adapters import REFUSED_KINDS
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
+from engine.messages.frozen import FrozenModel
 from experiments.config.user_code import COMBINED, put_back, replaced, take_out
 
 SHIPPED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
 RECIPES = Path(__file__).parent.parent / "recipes"
+ADAPTER = "adapter_config.json"
 # Sections that may be given by their kind alone: strategy = "fedavg".
 BY_KIND = (
     *(("data", "source"), ("data", "partition"), ("model", "peft"), ("cohort",)),
@@ -123,23 +125,56 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def located(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths of its trace, chat template and base folder: processes have other folders.
+    """The recipe with absolute paths of its trace, chat template and models' folders: processes have other folders.
 
-    RunError for a base that is neither a folder nor a possible name on the hub.
+    RunError for a model that is neither a folder nor a possible name on the hub.
     """
-    base, clients, trace = recipe.model.base, recipe.clients, recipe.clients.availability.trace
-    folder = SHIPPED.get(base, Path(base).expanduser())
-    if not folder.is_dir() and (base.count("/") > 1 or base.startswith(("/", "./", "../", "~"))):  # no name on the hub
-        where = f"there is no folder {folder.absolute()} (relative paths start at the folder that the command runs in)"
-        raise RunError(f"model.base is {base!r}, and {where}: correct the path, or give a name on the Hugging Face hub")
-    path = str(folder.resolve()) if folder.is_dir() else base
+    clients, trace = recipe.clients, recipe.clients.availability.trace
+    path, objective = _model_path("model.base", recipe.model.base), recipe.train.objective
+    frozen = [_located_model(f"the model of train.objective = {objective.kind!r}", model) for model in objective.models]
+    train = replace(recipe.train, objective=objective.with_models(frozen))
     if trace is not None:
         trace = str(Path(trace).expanduser().resolve())
         clients = replace(clients, availability=replace(clients.availability, trace=trace))
     template = recipe.model.chat_template
     if template is not None and Path(template).expanduser().is_file():
         template = str(Path(template).expanduser().resolve())
-    return replace(recipe, model=replace(recipe.model, base=path, chat_template=template), clients=clients)
+    model = replace(recipe.model, base=path, chat_template=template)
+    return replace(recipe, model=model, clients=clients, train=train)
+
+
+def _model_path(key: str, name: str) -> str:
+    folder = SHIPPED.get(name, Path(name).expanduser())
+    if not folder.is_dir() and (name.count("/") > 1 or name.startswith(("/", "./", "../", "~"))):  # no name on the hub
+        where = f"there is no folder {folder.absolute()} (relative paths start at the folder that the command runs in)"
+        raise RunError(f"{key} is {name!r}, and {where}: correct the path, or give a name on the Hugging Face hub")
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def _located_model(key: str, frozen: FrozenModel) -> FrozenModel:
+    """The model with its folder's absolute path, and the base of an adapter; of a run it is what that has trained."""
+    folder = Path(_model_path(key, frozen.model))
+    if not folder.is_dir():
+        return frozen
+    run = folder if (folder / "recipe.toml").is_file() else folder.parent
+    if run == folder:
+        folder = run / "model"
+        if not folder.is_dir():
+            raise RunError(f"{key} is the run {run}, which has no model yet: continue it with --resume first")
+    if not (folder / ADAPTER).is_file():
+        return replace(frozen, model=str(folder))
+    base, revision = frozen.base, frozen.revision
+    if base is None:
+        try:
+            if folder == run / "model" and (run / "recipe.toml").is_file():
+                named = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))["model"]
+                base, revision = named["base"], named.get("revision")
+            else:
+                named = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+                base, revision = named["base_model_name_or_path"], named.get("revision")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise RunError(f"{key} is the adapter {folder}, which names no base ({error}): name it") from error
+    return replace(frozen, model=str(folder), base=_model_path(f"the base of {folder}", base), revision=revision)
 
 
 def _change(tree: dict[str, Any], change: str) -> None:
