@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import experiments
 from engine.messages.events import Evaluated
 from engine.records.metrics import read_log
+from experiments.config.recipe import RECIPES, load_recipe
 from tests import golden
 
 ADAPTER = "adapter_model.safetensors"
@@ -189,6 +190,18 @@ def test_preferences_follow_another_run_and_are_compared_with_it(ray_session, pa
     base = experiments.run(pairs_recipe(DPO, start, "rounds=1"), out=tmp_path / "base")
     assert figure(base, "loss.chosen")[0] > 0  # beside the base the start has learned already
     assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo_preference", "demo_reward"])
+def test_shipped_recipes_of_preferences_learn(ray_session, tmp_path, name, full):
+    """In their reduced form: the standard library alone, short prompts, fewer rounds, and one slot."""
+    if name != "demo_preference" and not full:
+        pytest.skip("one recipe is run unless all are asked for")
+    small = ("data.source.packages=[]", "data.source.prompt_chars=60", f"data.cache='{tmp_path / 'stores'}'")
+    size = ("clients.slots=1", "rounds=2", "cohort.size=3", "train.max_length=64", "evaluate.every=2")
+    run = experiments.run(load_recipe(RECIPES / f"{name}.toml", [*small, *size]), out=tmp_path / "run")
+    assert run.figures["accuracy"]["end"]["heldout"] > 0.75
 
 
 def test_what_an_objective_shows_is_in_events_results_card_and_report(ray_session, pairs_recipe, tmp_path):
