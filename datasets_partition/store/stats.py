@@ -5,13 +5,12 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from datasets_partition.store.sealed import readable
 from datasets_partition.store.store import Store
-from datasets_partition.store.tokens import Tokens
+from datasets_partition.store.tokens import Tokens, row_lengths
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class TokenLengths:
         """Counts the tokens of the clients' rows, which the record batches hold in the order of the clients."""
         kept = (tokens.counts("train").astype(np.int64) + tokens.counts("heldout"))[: store.num_clients]
         with readable(tokens.folder):
-            rows = pc.list_value_length(tokens.batches.read_all()["input_ids"]).to_numpy()[: kept.sum()]
+            rows = row_lengths(tokens.batches.read_all())[: kept.sum()]
         until = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         ends = np.cumsum(kept)
         dropped = sum(int(tokens.dropped(split)[: store.num_clients].sum()) for split in ("train", "heldout"))

@@ -25,6 +25,8 @@ READS_MAPPED = 16  # reads of clients' rows after which pages are released: each
 BATCHES_KNOWN = 256  # a few kilobytes each
 TOKENS_AT_ONCE = 32_768  # up to here the system reads all with the first page, faster than advice would be
 
+IDS = "_ids"  # ends the names of columns that hold token ids
+
 # A row for each client: its batch and place there, its rows and dropped rows by split, and its training tokens.
 COUNTS = ("batch", "start", "train", "heldout", "dropped_train", "dropped_heldout")
 INDEX = pa.schema([("name", pa.string()), *((name, pa.int32()) for name in COUNTS), ("tokens", pa.int64())])
@@ -126,8 +128,9 @@ def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None, 
     """Returns the token columns of all rows of `store`, encoded now or reused from an earlier call with this `key`.
 
     `encode` gives a row for each canonical row, always in the same columns, among them `input_ids`, a list, null where
-    a row is to be dropped. `key` names everything that its result depends on. `shared` is the remote location, if any,
-    that the store was copied from: the columns are copied there too. Raises DataError if earlier columns are damaged.
+    a row is to be dropped; columns whose names end in `_ids` hold tokens. `key` names everything that its result
+    depends on. `shared` is the remote location, if any, that the store was copied from: the columns are copied there
+    too. Raises DataError if earlier columns are damaged.
     """
     digest = sha256(key.encode()).hexdigest()
     name = f"tokens-{digest[:16]}"
@@ -161,7 +164,7 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
             kept_train[members] = kept[middle] - kept[begin]
             kept_heldout[members] = kept[middle + heldout[members]] - kept[middle]
             encoded = encoded.filter(stays)
-            ends = np.concatenate([[0], np.cumsum(pc.list_value_length(encoded["input_ids"]).to_numpy())])
+            ends = np.concatenate([[0], np.cumsum(row_lengths(encoded), dtype=np.int64)])
             tokens[members] = ends[start[members] + kept_train[members]] - ends[start[members]]
             writer = writer or closing.enter_context(pa.ipc.new_file(folder / "tokens.arrow", encoded.schema))
             columns = [chunks.combine_chunks() for chunks in encoded.columns]
@@ -170,6 +173,13 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
     counts = [batch, start, kept_train, kept_heldout, train - kept_train, heldout - kept_heldout]
     columns = [store.index["name"], *(pa.array(values.astype(np.int32)) for values in counts), pa.array(tokens)]
     write_arrow(folder / "index.arrow", pa.table(columns, schema=INDEX))
+
+
+def row_lengths(encoded: pa.Table) -> NDArray[np.int32]:
+    """Returns the number of each encoded row's tokens, in all its columns of tokens."""
+    columns = [encoded[name] for name in encoded.column_names if name.endswith(IDS)]
+    total: NDArray[np.int32] = np.sum([pc.list_value_length(column).to_numpy() for column in columns], axis=0)
+    return total
 
 
 def _encoded(rows: pa.Table, encode: Encode) -> Iterator[pa.Table]:

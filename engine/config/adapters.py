@@ -35,6 +35,11 @@ class FullTuning(Tuning):
     kind: Literal["none"] = "none"
 
     @property
+    def off_is_base(self) -> bool:
+        """All of the base is trained."""
+        return False
+
+    @property
     def outside_gangs(self) -> str | None:
         """Gangs are made for it."""
         return None
@@ -128,6 +133,11 @@ class Lora(Tuning):
     def lora_rank(self) -> int | None:
         """The largest client's."""
         return self.r
+
+    @property
+    def off_is_base(self) -> bool:
+        """Biases that are trained are the base's."""
+        return self.bias == "none"
 
     @property
     def outside_lanes(self) -> str | None:

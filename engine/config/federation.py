@@ -29,6 +29,7 @@ class Federation(Sections):
             raise RunError(f"name becomes a folder's name: not empty, no '/', no leading '.', not {self.name!r}")
         checks = (
             _precision,
+            _objective,
             _adapters,
             _quantize,
             _cohort,
@@ -64,6 +65,25 @@ def _precision(recipe: Sections) -> Refusals:
     by_row = recipe.privacy.dp.kind == "example"
     for key, is_set in {"clients.zero": recipe.clients.zero is not None, 'privacy.dp.kind = "example"': by_row}.items():
         yield is_set and computed not in (None, held), f"{key} computes in model.dtype alone: leave train.dtype out"
+
+
+def _objective(recipe: Sections) -> Refusals:
+    objective, peft, key = recipe.train.objective, recipe.model.peft, "train.objective.reference"
+    yield (
+        recipe.privacy.dp.kind == "example" and objective.couples_rows,
+        f'train.objective.kind = "{objective.kind}" does not work with privacy.dp.kind = "example", which clips each '
+        f"row's own gradient: {objective.couples_rows}",
+    )
+    mixed = any(share.r != peft.lora_rank for share in peft.ranks)
+    yield (
+        objective.reference == "start" and mixed,
+        f'{key} = "start" is one vector, and model.peft.ranks gives clients others: set {key} = "base", or "round"',
+    )
+    yield (
+        objective.reference == "base" and peft.peft_class is None and recipe.model.start is not None,
+        f'{key} = "base" needs a second model beside the one that model.peft = "none" trains from model.start: set '
+        f'{key} = "start"',
+    )
 
 
 def _adapters(recipe: Sections) -> Refusals:

@@ -52,6 +52,11 @@ class Tuning:
         return ()
 
     @property
+    def off_is_base(self) -> bool:
+        """Whether the model without its adapters is the recipe's base, to the bit."""
+        return True
+
+    @property
     def outside_lanes(self) -> str | None:
         """The key because of which clients train one at a time; None if they train in lanes."""
         return f'model.peft.kind = "{self.kind}"'

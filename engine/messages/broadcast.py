@@ -31,6 +31,7 @@ class BroadcastMessage:
     shards: tuple[Any, ...]
     nbytes: int = 0  # of the shards in the object store
     partition: Partition | None = None
+    reference: tuple[Any, ...] = ()  # references to the objective's reference model: its vector, or each rank's shard
     # Orders for a round of training; other messages have the defaults, which nobody reads:
     oldest: int = 0  # client state from before this round may be deleted
     noise_plan: NoisePlan | None = None  # how clients bound what they send, and their noise
@@ -51,6 +52,13 @@ class BroadcastMessage:
         if rank is not None:
             return borrow(ray.get(self.shards[rank]).params)
         return self._joined([shard.params for shard in ray.get(list(self.shards))])
+
+    def reference_vector(self, rank: int | None = None) -> Vector | None:
+        """Returns the reference model's vector (P,), or a rank's shard of it (S,); None if there is none."""
+        if not self.reference:
+            return None
+        shard: Shard = ray.get(self.reference[rank or 0])
+        return borrow(shard.params)
 
     def received(self, strategy: Rule, layout: Layout, seed: int, rank: int | None = None) -> Broadcast:
         """Returns what the clients of a worker receive: whole vectors, or those of a rank's shard."""

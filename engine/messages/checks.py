@@ -18,6 +18,13 @@ def at_least(section: str, lowest: float, **values: float | None) -> None:
             raise RunError(f"{key} must be at least {lowest:g}, not {value:g}")
 
 
+def above(section: str, lowest: float, **values: float) -> None:
+    """Raises RunError for the first named value of a section that is not a number above `lowest`."""
+    for name, value in values.items():
+        if not lowest < value < math.inf:
+            raise RunError(f"{section}.{name} must be above {lowest:g}, not {value:g}")
+
+
 def below_one(section: str, **values: float) -> None:
     """Raises RunError for the first named value of a section outside [0, 1)."""
     for name, value in values.items():

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from datasets_partition.store.tokens import IDS
 from engine.config.sections import Model
 from engine.messages.errors import RunError
 from engine.models.base_model import origin, reason, refusal
@@ -80,9 +81,9 @@ def embedded_tokens(model: Model) -> int | None:
 
 def refuse_unembedded(columns: pa.Table, tokenizer: Tokenizer, embedded: int | None, model: Model) -> None:
     """Raises RunError if the rows' token columns hold a token beyond the base's embedding."""
-    ids = columns["input_ids"] if "input_ids" in columns.column_names else pa.chunked_array([], pa.list_(pa.int32()))
-    largest = pc.max(pc.list_flatten(ids)).as_py()
-    if embedded is None or largest is None or largest < embedded:
+    names = [name for name in columns.column_names if name.endswith(IDS)]
+    largest = max((pc.max(pc.list_flatten(columns[name])).as_py() or 0 for name in names), default=0)
+    if embedded is None or largest < embedded:
         return
     raise RunError(
         f"the rows hold the token {tokenizer.convert_ids_to_tokens(largest)!r} (number {largest}), and model.base "

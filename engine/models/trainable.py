@@ -1,5 +1,7 @@
 """The trained part of a model, as one flat vector. Legend: P trained parameters."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,7 @@ class Trainable:
         for name, parameter in trained:
             parameter.data, parameter.grad = values[name], grads[name]
         self.lora_rank: int | None = None
+        self.merged = False  # whether the adapted layers have other weights than the base's
         self.initial = self.flat.detach().cpu().clone()
         self.originals = [layer.weight.data for layer in self.adapted_layers()]  # what the base itself has there
 
@@ -81,8 +84,22 @@ class Trainable:
             weights.append(changed.to(weight.dtype).reshape(-1).view(torch.uint8).cpu())
         return torch.cat(weights).numpy()
 
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """Points the adapted layers at the base's weights, and afterwards back at what a rule has merged."""
+        layers = self.adapted_layers() if self.merged else []
+        weights = [layer.weight.data for layer in layers]
+        for layer, original in zip(layers, self.originals, strict=False):
+            layer.weight.data = original
+        try:
+            yield
+        finally:
+            for layer, weight in zip(layers, weights, strict=True):
+                layer.weight.data = weight
+
     def use_merged(self, merged: torch.Tensor | None) -> None:
         """Points the adapted layers at `merged` (uint8, from `merge_weights`), or at the base's weights if None."""
         flat_weights = self.originals if merged is None else merged.split([weight.nbytes for weight in self.originals])
         for layer, original, flat in zip(self.adapted_layers(), self.originals, flat_weights, strict=True):
             layer.weight.data = flat.view(original.dtype).view(original.shape)
+        self.merged = merged is not None

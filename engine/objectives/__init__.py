@@ -1,5 +1,6 @@
 """Training objectives. The union below is the registry: a new objective is one file and one entry here."""
 
+from engine.objectives.dpo import Dpo
 from engine.objectives.sft import Sft
 
-Objectives = Sft
+Objectives = Sft | Dpo

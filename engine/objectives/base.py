@@ -8,6 +8,7 @@ from functools import reduce
 from operator import add
 from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
@@ -28,7 +29,9 @@ from engine.objectives.token_batch import Batch
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
 Prompt = str | Conversation
 TermSums = dict[str, tuple[float, int]]  # each term's sum and count
-Need = Literal["reference", "generation", "head"]
+Need = Literal["generation", "head"]
+Reference = Literal["base", "start", "round", "none"]
+REFERENCE = "reference"  # the column of what the reference model says
 IN_WORDS = {
     PROMPT_COMPLETION: "texts, prompts with completions",
     MESSAGES: "conversations",
@@ -37,7 +40,7 @@ IN_WORDS = {
     PROMPT_ONLY: "prompts alone",
 }
 # What trainers cannot give an objective yet: one that needs it is refused.
-MISSING: Mapping[Need, str] = {"reference": "a reference model", "generation": "text generation", "head": "a head"}
+MISSING: Mapping[Need, str] = {"generation": "text generation", "head": "a head"}
 
 
 @dataclass(frozen=True)
@@ -75,29 +78,63 @@ class Objective(Protocol):
     """What a client minimizes, and how its rows become token columns and batches.
 
     An implementation is a frozen dataclass with the recipe's options of `train.objective` as fields, importable
-    without transformers. A row counts as one for weights, sampling and privacy, whatever its columns hold.
+    without transformers. A row counts as one for weights, sampling and privacy, whatever its columns hold, and may
+    become several sequences of a batch.
 
     The value of a term's unit must depend on its own row alone: with a mean over the batch in it, the loss would change
-    with the pieces, lanes and ranks that a step is cut into, and a row would move other rows' clipped gradients.
+    with the pieces, lanes and ranks that a step is cut into, and a row would move other rows' clipped gradients. What
+    needs a mean over the step has it from `step_terms`, and says in `couples_rows` how to do without it.
     """
 
     needs: ClassVar[frozenset[Need]]
     formats: ClassVar[tuple[str, ...]]  # the canonical formats that it reads; COLUMNS in datasets_partition has each
-    # The loss's terms, and terms that are only measured. The value is the largest magnitude of one unit: secure
-    # aggregation makes its ring for that, and cuts what is larger. A row has at most one unit of a term for each token.
-    losses: ClassVar[Mapping[str, float]]
-    figures: ClassVar[Mapping[str, float]]
-    heldout: ClassVar[str]  # the term whose mean over held-out rows is the evaluation's loss
+    means: ClassVar[tuple[str, ...]]  # the terms of `step_terms`
 
     @property
     def kind(self) -> str:
         """The objective's name in the recipe."""
 
+    @property
+    def losses(self) -> Mapping[str, float]:
+        """The loss's terms, each with the largest magnitude of a unit, for each token in it.
+
+        Secure aggregation makes its ring for that, and cuts what is larger. A row has at most one unit of a term for
+        each token.
+        """
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """Terms that are only measured, as in `losses`."""
+
+    @property
+    def heldout(self) -> str:
+        """The term whose mean over held-out rows is the evaluation's loss."""
+
+    @property
+    def units(self) -> Mapping[str, str]:
+        """What each term's mean is counted in, such as "nats per token"."""
+
+    @property
+    def reference(self) -> Reference:
+        """The model that log-probabilities are compared with: see `BaseObjective`."""
+
+    @property
+    def couples_rows(self) -> str | None:
+        """How to do without what makes a row's gradient depend on other rows; None if nothing does."""
+
+    @property
+    def encoding(self) -> str:
+        """Names all that the result of `encode` depends on, beside rows, tokenizer and length."""
+
     def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
         """Makes `input_ids`, null where a row teaches nothing, and other columns of numbers or lists of numbers.
 
-        The rows have one of its formats. The length of `input_ids` cuts steps and tells clients' work.
+        The rows have one of its formats. Columns whose names end in `_ids` hold tokens, whose number cuts steps and
+        tells clients' work.
         """
+
+    def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
+        """Returns the rows of a step, which are these of a client's encoded `rows`."""
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded with the token `pad`, with the other columns in `Batch.columns`."""
@@ -105,11 +142,61 @@ class Objective(Protocol):
     def counts(self, batch: Batch) -> dict[str, int]:
         """Returns the number of each term's units, which is known before the forward pass."""
 
+    def reference_columns(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, torch.Tensor]:
+        """Returns what the reference model says of a batch, (B, ...) by name; no gradient is recorded here."""
+
+    def step_terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
+        """Computes the terms in `means`, without gradients; their means over a step become `batch.columns` (B,)."""
+
     def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
         """Computes all terms by the present weights; a row without learned tokens fills a lane and has no unit."""
 
     def sample(self, row: Mapping[str, Any]) -> tuple[Prompt, str]:
         """Returns the prompt of a canonical row and the answer it teaches, which a run shows beside the model's."""
+
+
+class BaseObjective:
+    """The neutral base of objectives, with a default for all that not every objective has.
+
+    `reference` is the model that log-probabilities are compared with: the recipe's base ("base"; under rules that merge
+    into the base, the one before the first round), what the run started from ("start"; with `model.start` another run's
+    result), what the round started from ("round"; held-out rows are compared with the run's start), or "none".
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    means: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """Nothing is only measured."""
+        return {}
+
+    @property
+    def reference(self) -> Reference:
+        """Nothing is compared."""
+        return "none"
+
+    @property
+    def couples_rows(self) -> str | None:
+        """Rows do not depend on each other."""
+        return None
+
+    @property
+    def encoding(self) -> str:
+        """All options."""
+        return repr(self)
+
+    def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
+        """Returns these rows."""
+        return rows.take(pa.array(numbers))
+
+    def reference_columns(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, torch.Tensor]:
+        """There is no reference."""
+        return {}
+
+    def step_terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
+        """There are no means over steps."""
+        return {}
 
 
 def counted(objective: Objective, batches: Iterable[Batch]) -> Counter[str]:
@@ -120,15 +207,17 @@ def counted(objective: Objective, batches: Iterable[Batch]) -> Counter[str]:
     return counts
 
 
-@torch.no_grad()
-def term_sums(objective: Objective, network: nn.Module, pieces: Iterable[tuple[Batch, int]]) -> TermSums:
+def term_sums(
+    objective: Objective, network: nn.Module, pieces: Iterable[tuple[Batch, int]], context: Context
+) -> TermSums:
     """Returns each term's sum and count over pieces on the network's device, each taken 1 or 0 times."""
     sums: TermSums = {}
-    for piece, times in pieces:
-        counts = objective.counts(piece)
-        for name, term in objective.terms(network, piece, Context()).items():
-            total, count = sums.get(name, (0.0, 0))
-            sums[name] = total + term.total().item() * times, count + counts[name] * times
+    with torch.no_grad():
+        for piece, times in pieces:
+            counts = objective.counts(piece)
+            for name, term in objective.terms(network, piece, context).items():
+                total, count = sums.get(name, (0.0, 0))
+                sums[name] = total + term.total().item() * times, count + counts[name] * times
     return sums
 
 

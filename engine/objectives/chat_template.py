@@ -35,16 +35,7 @@ def encode_conversations(
     Otherwise an assistant's turn is the text that the template adds for it after the generation prompt. RunError if
     there is no template, or one that refuses a conversation, leaves a part of it out, or does not tell turns apart.
     """
-    if not tokenizer.chat_template:
-        raise RunError(
-            f"the rows are conversations, but the tokenizer of model.base has no chat template: name a base that has "
-            f"one, or a template in {KEY}"
-        )
-    if isinstance(named := tokenizer.chat_template, dict) and "default" not in named:
-        raise RunError(
-            f"the tokenizer of model.base has chat templates named {', '.join(sorted(named))}, none of them "
-            f'"default": name one in {KEY}'
-        )
+    _require_template(tokenizer)
     shapes: set[str] = set()
     for conversation in conversations:
         # Whether a template writes a part follows from what there is, and hardly ever from the words.
@@ -74,6 +65,19 @@ def learned_turns(conversation: Conversation) -> list[bool]:
     return [turn["role"] == "assistant" and learned for turn, learned in pairs]
 
 
+def _require_template(tokenizer: Tokenizer) -> None:
+    if not tokenizer.chat_template:
+        raise RunError(
+            f"the rows are conversations, but the tokenizer of model.base has no chat template: name a base that has "
+            f"one, or a template in {KEY}"
+        )
+    if isinstance(named := tokenizer.chat_template, dict) and "default" not in named:
+        raise RunError(
+            f"the tokenizer of model.base has chat templates named {', '.join(sorted(named))}, none of them "
+            f'"default": name one in {KEY}'
+        )
+
+
 def _rendered(tokenizer: Tokenizer, turns: Sequence[Any], options: dict[str, Any], **more: Any) -> Any:
     """What the template makes of turns; RunError for whatever it raises."""
     try:
@@ -83,6 +87,13 @@ def _rendered(tokenizer: Tokenizer, turns: Sequence[Any], options: dict[str, Any
             f"the chat template of model.base refuses a conversation ({_said(error)}): leave it out of the source, or "
             f"name another template in {KEY}"
         ) from None
+
+
+def rendered_ids(tokenizer: Tokenizer, turns: Sequence[Any], options: dict[str, Any], **more: Any) -> list[int]:
+    """Returns the token ids of turns as the chat template writes them; RunError if it cannot."""
+    _require_template(tokenizer)
+    ids: list[int] = _rendered(tokenizer, turns, options, tokenize=True, return_dict=True, **more)["input_ids"]
+    return ids
 
 
 def _said(error: Exception) -> str:

@@ -9,15 +9,16 @@ from torch import nn
 
 from datasets_partition.core.turns import Conversation, conversation_of, conversations, words
 from datasets_partition.core.types import MESSAGES, OPTIONS, PROMPT_COMPLETION, format_of
-from engine.objectives.base import Context, Need, Prompt, Term, Tokenizer
+from engine.objectives.base import BaseObjective, Context, Prompt, Term, Tokenizer
 from engine.objectives.chat_template import encode_conversations
+from engine.objectives.completions import encode_completions
 from engine.objectives.token_batch import Batch, flattened, lengths, token_losses
 
 NLL = "nll"
 
 
 @dataclass(frozen=True)
-class Sft:
+class Sft(BaseObjective):
     """Trains on the completion's tokens and an end token; a row with an empty prompt is trained whole.
 
     Of a conversation it trains on the assistant's turns. Tokens and masks equal those of TRL's SFTTrainer: prompt and
@@ -26,10 +27,9 @@ class Sft:
     """
 
     kind: Literal["sft"] = "sft"
-    needs: ClassVar[frozenset[Need]] = frozenset()
     formats: ClassVar[tuple[str, ...]] = (PROMPT_COMPLETION, MESSAGES)
     losses: ClassVar[Mapping[str, float]] = {NLL: 64.0}  # e^-64 is less than any softmax of float32 gives
-    figures: ClassVar[Mapping[str, float]] = {}
+    units: ClassVar[Mapping[str, str]] = {NLL: "nats per token"}
     heldout: ClassVar[str] = NLL
 
     def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
@@ -37,7 +37,9 @@ class Sft:
         if format_of(rows) == MESSAGES:
             ids, masks = encode_conversations(conversations(rows, "messages"), tokenizer)
         else:
-            ids, masks = _encode_completions(rows, tokenizer)
+            encoded = encode_completions(rows, "completion", tokenizer)
+            ids = [completion.ids for completion in encoded]
+            masks = [[0] * start + [1] * (len(whole) - start) for whole, start in encoded]
         cut = [  # nothing predicts the first token
             (row[:max_length], mask[:max_length]) if any(mask[1:max_length]) else (None, None)
             for row, mask in zip(ids, masks, strict=True)
@@ -66,17 +68,3 @@ class Sft:
         last = max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
         prompt = Conversation(turns[:last], learned[:last], options) if last else ""
         return prompt, "".join(words(turn) for turn in turns[last : last + 1])
-
-
-def _encode_completions(rows: pa.Table, tokenizer: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:
-    end, prompts = tokenizer.eos_token, rows["prompt"].to_pylist()
-    texts = [
-        prompt + (completion if completion.endswith(end) else completion + end)
-        for prompt, completion in zip(prompts, rows["completion"].to_pylist(), strict=True)
-    ]
-    prompt_ids, text_ids = tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"]
-    masks = []
-    for prompt, text in zip(prompt_ids, text_ids, strict=True):
-        shared = next((i for i, (p, t) in enumerate(zip(prompt, text, strict=False)) if p != t), len(prompt))
-        masks.append([0] * shared + [1] * (len(text) - shared))
-    return text_ids, masks

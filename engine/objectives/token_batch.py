@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from datasets_partition.store.tokens import IDS
+
 IGNORED = -100
 
 
@@ -21,7 +23,8 @@ class Batch:
 
     `tokens` of them are real. The loss is over the N tokens that follow the positions `row_N, place_N`. These are
     computed on the CPU, because asking a GPU for them would wait for it. `columns` are an objective's other columns, by
-    name: tensors (B, ...) of a value or several for each row.
+    name: tensors (B, ...) of a value or several for each sequence. A row of the data is `group` sequences, one after
+    another: `units` rows are real, and others only fill a lane.
     """
 
     ids_BT: torch.Tensor
@@ -31,22 +34,27 @@ class Batch:
     row_N: torch.Tensor
     place_N: torch.Tensor
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    group: int = 1
+    units: int = 0
 
     @classmethod
-    def of(cls, ids_BT: torch.Tensor, attention_BT: torch.Tensor, labels_BT: torch.Tensor, tokens: int) -> Batch:
-        """Makes a batch on the CPU."""
+    def of(
+        cls, ids_BT: torch.Tensor, attention_BT: torch.Tensor, labels_BT: torch.Tensor, tokens: int, group: int = 1
+    ) -> Batch:
+        """Makes a batch of real rows on the CPU."""
         row_N, place_N = (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)  # nothing predicts the first token
-        return cls(ids_BT, attention_BT, labels_BT, tokens, row_N, place_N)
+        units = len(ids_BT) // group
+        return cls(ids_BT, attention_BT, labels_BT, tokens, row_N, place_N, group=group, units=units)
 
     @classmethod
-    def padded(cls, ids: np.ndarray, learned: np.ndarray, lengths_B: np.ndarray, pad: int) -> Batch:
-        """Makes a batch (B, T) of rows whose token ids, and whether each is learned, lie one after another."""
+    def padded(cls, ids: np.ndarray, learned: np.ndarray, lengths_B: np.ndarray, pad: int, group: int = 1) -> Batch:
+        """Makes a batch (B, T) of sequences whose token ids, and whether each is learned, lie one after another."""
         real_BT = np.arange(lengths_B.max()) < lengths_B[:, None]
         ids_BT, labels_BT = np.full(real_BT.shape, pad, np.int64), np.full(real_BT.shape, IGNORED, np.int64)
         ids_BT[real_BT] = ids
         labels_BT[real_BT] = np.where(learned, ids, IGNORED)
         vectors = (torch.from_numpy(ids_BT), torch.from_numpy(real_BT.astype(np.int64)), torch.from_numpy(labels_BT))
-        return cls.of(*vectors, len(ids))
+        return cls.of(*vectors, len(ids), group)
 
     @classmethod
     def side_by_side(cls, pieces: Sequence[Batch | None], pad: int) -> Batch:
@@ -64,10 +72,12 @@ class Batch:
         attention_BT = stacked({lane: piece.attention_BT for lane, piece in present.items()}, 0)
         attention_BT[:, 0] = 1  # a row that attends to nothing would be NaN
         labels_BT = stacked({lane: piece.labels_BT for lane, piece in present.items()}, IGNORED)
-        batch = cls.of(ids_BT, attention_BT, labels_BT, sum(piece.tokens for piece in present.values()))
-        names = next(iter(present.values())).columns
-        columns = {name: stacked({lane: piece.columns[name] for lane, piece in present.items()}, 0) for name in names}
-        return replace(batch, columns=columns)
+        first, tokens = next(iter(present.values())), sum(piece.tokens for piece in present.values())
+        columns = {
+            name: stacked({lane: piece.columns[name] for lane, piece in present.items()}, 0) for name in first.columns
+        }
+        units = sum(piece.units for piece in present.values())
+        return replace(cls.of(ids_BT, attention_BT, labels_BT, tokens, first.group), columns=columns, units=units)
 
     @property
     def learned(self) -> int:
@@ -76,9 +86,19 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Returns the same batch on another device."""
-        vectors = (self.ids_BT.to(device), self.attention_BT.to(device), self.labels_BT.to(device))
-        columns = {name: values.to(device) for name, values in self.columns.items()}
-        return Batch(*vectors, self.tokens, self.row_N.to(device), self.place_N.to(device), columns)
+        return replace(
+            self,
+            ids_BT=self.ids_BT.to(device),
+            attention_BT=self.attention_BT.to(device),
+            labels_BT=self.labels_BT.to(device),
+            row_N=self.row_N.to(device),
+            place_N=self.place_N.to(device),
+            columns={name: values.to(device) for name, values in self.columns.items()},
+        )
+
+    def plus(self, columns: Mapping[str, torch.Tensor]) -> Batch:
+        """Returns the batch with more columns."""
+        return replace(self, columns={**self.columns, **columns})
 
 
 def token_losses(network: nn.Module, batch: Batch, *, every_logit: bool = False) -> torch.Tensor:
@@ -105,9 +125,25 @@ def token_losses(network: nn.Module, batch: Batch, *, every_logit: bool = False)
     return F.cross_entropy(wide, batch.labels_BT[:, 1:][learned], reduction="none")
 
 
-def lengths(rows: pa.RecordBatch) -> np.ndarray:
+def sequence_sums(values_N: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Returns the sum (B,) of each sequence's learned tokens; 0 without any."""
+    return values_N.new_zeros(len(batch.ids_BT)).index_add(0, batch.row_N, values_N)
+
+
+def sequence_counts(batch: Batch) -> torch.Tensor:
+    """Returns the number (B,) of each sequence's learned tokens, int64."""
+    return batch.row_N.new_zeros(len(batch.ids_BT)).index_add(0, batch.row_N, torch.ones_like(batch.row_N))
+
+
+def lengths(rows: pa.RecordBatch, name: str = "input_ids") -> np.ndarray:
     """Returns the number of tokens of each encoded row (B,)."""
-    return np.diff(rows["input_ids"].offsets.to_numpy())
+    return np.diff(rows[name].offsets.to_numpy())
+
+
+def longest(rows: pa.RecordBatch) -> np.ndarray:
+    """Returns the number of tokens of each encoded row's longest sequence (B,)."""
+    longest_B: np.ndarray = np.stack([lengths(rows, name) for name in rows.schema.names if name.endswith(IDS)]).max(0)
+    return longest_B
 
 
 def flattened(lists: pa.ListArray) -> np.ndarray:

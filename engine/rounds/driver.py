@@ -23,7 +23,7 @@ from engine.rounds.outputs import finish, write_checkpoint
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
 from engine.rounds.round_loop import Callback, RunSetup, round_loop
-from engine.rounds.server import DriverServer, RankServer, merge_into_base
+from engine.rounds.server import DriverServer, RankServer, merge_into_base, with_reference
 from engine.scheduling.pool import Pool
 from engine.system.allocator import use_large_pages
 from engine.system.atomic import write_file
@@ -145,7 +145,9 @@ class Driver:
         population = store.num_training
         federation.cohort.sample(population, federation.seed, 0)  # which raises an error if it cannot
         server = (DriverServer if pool.partition is None else RankServer)(federation, pool, population)
-        return RunSetup(federation, pool, server, server.initial(), store, tokens, options.folder, options.elsewhere)
+        initial = server.initial()
+        server = with_reference(server, initial)
+        return RunSetup(federation, pool, server, initial, store, tokens, options.folder, options.elsewhere)
 
     def _begin_folder(self, pool: Pool, recorder: Recorder, saved: Saved | None) -> None:
         """Writes the run folder's first files, now that model, data and resources have been found good."""

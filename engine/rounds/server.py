@@ -36,16 +36,21 @@ Next = tuple[ShardedState, float]  # the state and the clipping norm after a rou
 
 @dataclass(frozen=True)
 class DriverServer:
-    """The server in this process: one shard, the whole vector. `population` is how many clients may be sampled."""
+    """The server in this process: one shard, the whole vector.
+
+    `population` is how many clients may be sampled, `reference` the vector of the objective's reference model, if it
+    has one, in the object store.
+    """
 
     federation: Federation
     pool: Pool
     population: int
+    reference: tuple[Reference, ...] = ()
 
-    def initial(self) -> ShardedState:
-        """Returns the state before the first round."""
+    def initial(self, *, of_base: bool = False) -> ShardedState:
+        """Returns the state before the first round, or the base's own, which `model.start` does not change."""
         assert self.pool.initial is not None
-        start = adapter_start(self.federation.model, self.pool.layout)
+        start = None if of_base else adapter_start(self.federation.model, self.pool.layout)
         vector = borrow(self.pool.initial) if start is None else start
         state = self.federation.strategy.init(vector, self.pool.layout)
         return ShardedState(0, (self.hold(state),))
@@ -67,6 +72,11 @@ class DriverServer:
         """Returns a shard as the state keeps it."""
         return Shard.of(shard.params, shard.moments, shard.merged_delta)
 
+    def stored(self, state: ShardedState) -> tuple[Reference, ...]:
+        """Puts the vector of a state into the object store."""
+        shard: Shard = state.shards[0]
+        return (ray.put(Shard(shard.params, {})),)
+
     def trainings(self, state: ShardedState) -> int:
         """Returns how many vectors a client trains in a round: personal models are trained beside the global one."""
         strategy = self.federation.strategy
@@ -74,11 +84,15 @@ class DriverServer:
 
     def broadcast_message(self, state: ShardedState) -> BroadcastMessage:
         """Returns what the clients of the next round start from."""
-        return BroadcastMessage.of(self.federation.strategy.broadcast(self._server_state(state)))
+        return self.message_of(self.federation.strategy.broadcast(self._server_state(state)))
 
     def model_message(self, state: ShardedState) -> BroadcastMessage:
         """Returns the model as workers take it, to evaluate it, to generate with it, or to export it."""
-        return BroadcastMessage.of(Broadcast(state.round, self._server_state(state).params))
+        return self.message_of(Broadcast(state.round, self._server_state(state).params))
+
+    def message_of(self, broadcast: Broadcast) -> BroadcastMessage:
+        """Returns a broadcast as it crosses Ray."""
+        return replace(BroadcastMessage.of(broadcast), reference=self.reference)
 
     def sums(self, worked: Worked) -> tuple[list[Aggregate], int]:
         """Returns the sum over all workers, or the updates one by one where the rule reads each, and their bytes."""
@@ -130,12 +144,13 @@ class RankServer:
     federation: Federation
     pool: Pool
     population: int
+    reference: tuple[Reference, ...] = ()
 
-    def initial(self) -> ShardedState:
-        """Returns the state before the first round."""
+    def initial(self, *, of_base: bool = False) -> ShardedState:
+        """Returns the state before the first round, or the base's own, which `model.start` does not change."""
         assert self.pool.partition is not None
-        model, layout = self.federation.model, self.pool.layout
-        starts = (adapter_start(model, layout, intervals) for intervals in self.pool.partition.intervals)
+        model, layout, intervals = self.federation.model, self.pool.layout, self.pool.partition.intervals
+        starts = [None if of_base else adapter_start(model, layout, each) for each in intervals]
         ranks = zip(self.pool.ranks(0), starts, strict=True)
         return self._kept(0, [rank.initial.options(num_returns=2).remote(start) for rank, start in ranks])
 
@@ -156,13 +171,17 @@ class RankServer:
         """Puts a shard into the object store."""
         return ray.put(Shard.of(shard.params, shard.moments))
 
+    def stored(self, state: ShardedState) -> tuple[Reference, ...]:
+        """Returns the shards, which lie in the object store already."""
+        return state.shards
+
     def trainings(self, state: ShardedState) -> int:
         """Returns 1: rules with personal models need whole vectors."""
         return 1
 
     def broadcast_message(self, state: ShardedState) -> BroadcastMessage:
         """Returns the shards; each rank computes from its own what a client receives."""
-        return BroadcastMessage(state.round, state.shards, state.nbytes, self.pool.partition)
+        return BroadcastMessage(state.round, state.shards, state.nbytes, self.pool.partition, self.reference)
 
     model_message = broadcast_message
 
@@ -217,6 +236,15 @@ class RankServer:
 
 
 Server = DriverServer | RankServer
+
+
+def with_reference(server: Server, initial: ShardedState) -> Server:
+    """Returns the server with the vector of the reference model, where it is more than the model without adapters."""
+    kind, model = server.federation.train.objective.reference, server.federation.model
+    if kind == "none" or (kind == "base" and model.peft.off_is_base):
+        return server
+    of_base = kind == "base" and model.start is not None
+    return replace(server, reference=server.stored(server.initial(of_base=True) if of_base else initial))
 
 
 def apply(server: Server, state: ShardedState, sums: list[Any], plan: CentralPlan | None, clip: float) -> Next:

@@ -6,9 +6,9 @@ the same client in a fresh gang, bit for bit. Legend: S elements of a rank's sha
 """
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import reduce
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial, reduce
 from itertools import chain
 from operator import add
 from typing import Any
@@ -24,11 +24,12 @@ from engine.config.sections import Model, Zero
 from engine.config.train import Train
 from engine.models.deepspeed_config import ds_config
 from engine.models.trainable import shape_of, trained_layout
-from engine.objectives.base import Context, Objective, Prompt, Tokenizer, term_sums
+from engine.objectives.base import Context, Objective, Prompt, Term, Tokenizer, term_sums
 from engine.objectives.token_batch import Batch
 from engine.training.generation import continuations
 from engine.training.local_training import client_updates
 from engine.training.optimizers import make_optimizer, reset
+from engine.training.step_columns import judging, with_columns, without_adapters
 from engine.training.step_loop import Correct, Progress, Training, batches, take_steps
 from strategies.core.protocol import Vector
 from strategies.core.seeds import seed_torch
@@ -99,6 +100,9 @@ class ZeroTrainer:
         """Sets the weights from all ranks' shards `vector` (S,) and clears everything that earlier clients left."""
         assert lora_rank is None, "all clients of a gang have the recipe's LoRA rank"
         self._reset()
+        self._load(vector)
+
+    def _load(self, vector: Vector) -> None:
         self._put(self.master.data, vector.to(self.master.device))
         if self.stage == 3:
             self.zero._partition_all_parameters()
@@ -108,6 +112,17 @@ class ZeroTrainer:
         else:
             self.zero.update_lp_params()
             self.zero._update_model_bit16_weights(0)
+
+    @contextmanager
+    def _as_reference(self, reference: Vector | None) -> Iterator[None]:
+        """Lets the model compute as the reference, without gradients; it is as it was afterwards."""
+        with judging(self.engine), ExitStack() as at_end:
+            if reference is None:
+                at_end.enter_context(without_adapters(self.network))
+            else:
+                at_end.callback(self._load, self.weights())
+                self._load(reference)
+            yield
 
     def _reset(self) -> None:
         engine, zero = self.engine, self.zero
@@ -156,17 +171,36 @@ class ZeroTrainer:
     def gradients(self, active: list[Progress], train: Train) -> None:
         """Computes the gradient of the client's next step, which deepspeed averages over the ranks."""
         (client,) = active
-        pieces = self._dealt(client.next_rows(), train.batch)
-        shares = [(self.objective.counts(piece), share) for piece, share in pieces]
-        counts = {name: self.summed(sum(units[name] * share for units, share in shares)) for name in shares[0][0]}
+        pieces = self._dealt(client.next_rows(self.objective), train.batch)
+        counts = self._counts(pieces)
         client.count({name: int(count) for name, count in counts.items()}, sum(p.tokens * share for p, share in pieces))
-        for piece, share in pieces:
+        for piece, share in self._with_columns(pieces, counts, client.training.reference):
             terms = self.objective.terms(self.engine, piece, Context())
             totals = {name: term.total() for name, term in terms.items()}
             losses = self.objective.losses
             loss = reduce(add, (totals[name] * (share * self.ranks / max(1, counts[name])) for name in losses))
             self.engine.backward(loss, scale_wrt_gas=False)
             client.add({name: total * share for name, total in totals.items()})
+
+    def _counts(self, pieces: list[tuple[Batch, int]]) -> dict[str, float]:
+        """Returns the number of each term's units, over all ranks."""
+        shares = [(self.objective.counts(piece), share) for piece, share in pieces]
+        return {name: self.summed(sum(units[name] * share for units, share in shares)) for name in shares[0][0]}
+
+    def _with_columns(
+        self, pieces: list[tuple[Batch, int]], counts: dict[str, float], reference: Vector | None
+    ) -> list[tuple[Batch, int]]:
+        """Returns the pieces of a step with the columns that the objective reads, the same means on all ranks."""
+        shares = [share for _, share in pieces]
+
+        def averages(name: str, terms: Sequence[Term], batches: Sequence[Batch]) -> list[torch.Tensor]:
+            total = sum(term.total().item() * share for term, share in zip(terms, shares, strict=True))
+            mean = torch.tensor(self.summed(total) / max(1, counts[name]), device=self.works_on)
+            return [mean.expand(len(batch.ids_BT)) for batch in batches]
+
+        batches, refer = [batch for batch, _ in pieces], partial(self._as_reference, reference)
+        batches = with_columns(self.objective, self.engine, batches, Context(), refer, averages)
+        return list(zip(batches, shares, strict=True))
 
     def correct(self, lane: int, correct: Correct) -> None:
         """Applies a correction to this rank's shard of the gradient."""
@@ -193,11 +227,16 @@ class ZeroTrainer:
         """Returns this rank's shard of the vector, minus `training.origin` if given."""
         return self.weights(training.origin)
 
-    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
+    def loss_terms(
+        self, rows: pa.RecordBatch, batch: int, reference: Vector | None = None
+    ) -> dict[str, tuple[float, int]]:
         """Returns each term's sum and count over all rows, by the present weights; the same on all ranks."""
         self.engine.eval()
+        rows = self.objective.step_rows(rows, np.arange(rows.num_rows))
         batches = (rows.slice(first, batch) for first in range(0, rows.num_rows, batch))
-        sums = term_sums(self.objective, self.engine, chain.from_iterable(self._dealt(few, batch) for few in batches))
+        pieces = list(chain.from_iterable(self._dealt(few, batch) for few in batches))
+        pieces = self._with_columns(pieces, self._counts(pieces), reference)
+        sums = term_sums(self.objective, self.engine, pieces, Context())
         return {name: (self.summed(total), int(self.summed(count))) for name, (total, count) in sums.items()}
 
     @torch.no_grad()

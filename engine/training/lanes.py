@@ -8,8 +8,9 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from datasets_partition.store.tokens import Tokens
 from engine.config.train import Train
 from engine.messages.errors import RunError
 from engine.models.trainable import Trainable
-from engine.objectives.base import Context, counted
+from engine.objectives.base import Context, Term, counted
 from engine.objectives.token_batch import Batch
 from engine.system import allocator as heap
 from engine.training.lane_forms import Form, Lanes, form_of
 from engine.training.lane_probe import refuse_dependent_rows
 from engine.training.local_training import LocalTrainer, client_updates
 from engine.training.optimizers import clip, make_optimizer
+from engine.training.step_columns import judging, with_columns
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, take_steps
 from strategies.core.protocol import Vector
 
@@ -65,6 +67,8 @@ class LaneTrainer:
         self.optimizer = make_optimizer([{"params": [row]} for row in self.rows], train.optimizer)
         self.dropout = dropout_of(self.trainable.network)
         self.leaves: dict[int, dict[str, torch.Tensor]] = {}
+        self.reference_leaves: dict[str, torch.Tensor] | None = None  # stand in for `leaves`
+        self.adapters_off = False
         self.active: list[Progress] = []  # the clients in the lanes, which the step loop changes in place
         self.shapes: dict[int, torch.Size] = {}  # of the pieces now in the model, by lane
         self.together = torch.Size((0, 0))  # of all of them side by side (K * B, T)
@@ -82,12 +86,18 @@ class LaneTrainer:
         self.trainable.network.train()
         for name, (layer, form) in self.layers.items():
             layer.forward = self._forward(name, layer, form)
+
+        def note_shape(_: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+            self.together = named["input_ids"].shape
+
+        hook = self.trainable.network.register_forward_pre_hook(note_shape, with_kwargs=True)
         try:
             with warnings.catch_warnings():
                 # Gradients are views into one matrix, with other strides than torch would choose.
                 warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout", UserWarning)
                 yield
         finally:
+            hook.remove()
             for layer, _ in self.layers.values():
                 del layer.forward
             for row in self.rows:
@@ -102,23 +112,54 @@ class LaneTrainer:
         """Computes the gradients of all lanes' next steps, a piece of each at a time."""
         lanes, losses = len(active), self.objective.losses
         self.grad_KP[:lanes].zero_()
-        steps = [self.plain.cut(client.next_rows(), train.batch) for client in active]
+        steps = [self.plain.cut(client.next_rows(self.objective), train.batch) for client in active]
         counts_K = [counted(self.objective, step) for step in steps]
         for client, step, counts in zip(active, steps, counts_K, strict=True):
             client.count(counts, sum(piece.tokens for piece in step))
-        share_K = {name: 1 / self._row([max(1, counts[name]) for counts in counts_K]) for name in losses}
-        for turn in range(max(map(len, steps))):
-            pieces = [step[turn] if turn < len(step) else None for step in steps]
+        share_K = {name: 1 / self._row([max(1, counts[name]) for counts in counts_K]) for name in counts_K[0]}
+        turns = [[step[turn] if turn < len(step) else None for step in steps] for turn in range(max(map(len, steps)))]
+        batches = [Batch.side_by_side(pieces, self.plain.pad).to(self.device) for pieces in turns]
+        averages = partial(self._averages, share_K)
+        batches = with_columns(
+            self.objective, self.trainable.network, batches, self.context, self._as_reference, averages
+        )
+        for pieces, together in zip(turns, batches, strict=True):
             self.shapes = {lane: piece.ids_BT.shape for lane, piece in enumerate(pieces) if piece is not None}
-            together = Batch.side_by_side(pieces, self.plain.pad).to(self.device)
-            self.together = together.ids_BT.shape
-            terms = self.objective.terms(self.trainable.network, together, self.context).items()
-            totals_K = {name: term.by_row(len(together.ids_BT)).view(lanes, -1).sum(1) for name, term in terms}
+            terms = self.objective.terms(self.trainable.network, together, self.context)
+            totals_K = {name: self._by_lane(term, together) for name, term in terms.items()}
             torch.stack([(totals_K[name] * share_K[name]).sum() for name in losses]).sum().backward()
             for lane, client in enumerate(active):
                 client.add({name: total_K[lane] for name, total_K in totals_K.items()})
         for lane, row in enumerate(self.rows):
             row.grad = self.grad_KP[lane] if lane < lanes else None
+
+    def _by_lane(self, term: Term, together: Batch) -> torch.Tensor:
+        """Returns the sums (K,) of the lanes' units."""
+        total_K: torch.Tensor = term.by_row(len(together.ids_BT)).view(len(self.active), -1).sum(1)
+        return total_K
+
+    def _averages(
+        self, share_K: dict[str, torch.Tensor], name: str, terms: Sequence[Term], batches: Sequence[Batch]
+    ) -> list[torch.Tensor]:
+        totals_NK = torch.stack([self._by_lane(*pair) for pair in zip(terms, batches, strict=True)])
+        mean_K = totals_NK.sum(0) * share_K[name]
+        return [mean_K.repeat_interleave(len(batch.ids_BT) // len(self.active)) for batch in batches]
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """Lets every lane compute as its client's reference, without gradients."""
+        references = [client.training.reference for client in self.active]
+        with judging(self.trainable.network), ExitStack() as at_end:
+            if self.objective.reference != "round":
+                at_end.enter_context(self.trainable.unmerged())
+            if vectors := [reference for reference in references if reference is not None]:
+                self.reference_leaves = self.trainable.layout.views(torch.stack(vectors))
+            else:
+                self.adapters_off = True
+            try:
+                yield
+            finally:
+                self.adapters_off, self.reference_leaves = False, None
 
     def _row(self, values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=self.flat_KP.dtype, device=self.device)
@@ -138,10 +179,15 @@ class LaneTrainer:
 
     def _forward(self, name: str, layer: Any, form: Form) -> Any:
         def forward(x: torch.Tensor) -> torch.Tensor:
+            if self.adapters_off:
+                out: torch.Tensor = layer.base_layer(x)
+                return out
             if x.numel() % (self.together.numel() * x.shape[-1]):
                 raise RunError(f"{KEY} needs layers that see all tokens, which {name} does not: {ALONE}")
-            lanes, dropped = len(self.active), self._dropped if self.dropout > 0 else None
-            return form(name, layer, x, Lanes(lanes, self._leaves(lanes), dropped), self._scale(name))
+            lanes = len(self.active)
+            drops = self.dropout > 0 and self.trainable.network.training
+            leaves = self.reference_leaves or self._leaves(lanes)
+            return form(name, layer, x, Lanes(lanes, leaves, self._dropped if drops else None), self._scale(name))
 
         return forward
 

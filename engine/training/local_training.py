@@ -1,11 +1,12 @@
 """A client's local training, free of Ray: from the broadcast to an update. Legend: P parameters."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -13,11 +14,22 @@ from engine.config.federation import Federation
 from engine.config.train import Train
 from engine.models.precision import compute_in
 from engine.models.trainable import Trainable
-from engine.objectives.base import Context, Objective, Prompt, TermSums, Tokenizer, counted, step_loss, term_sums
-from engine.objectives.token_batch import Batch, lengths
+from engine.objectives.base import (
+    Context,
+    Objective,
+    Prompt,
+    Term,
+    TermSums,
+    Tokenizer,
+    counted,
+    step_loss,
+    term_sums,
+)
+from engine.objectives.token_batch import Batch, longest
 from engine.records.client_state import OPTIMIZER, STRATEGY, owned_as, owned_by
 from engine.training.generation import continuations
 from engine.training.optimizers import clip, make_optimizer
+from engine.training.step_columns import judging, with_columns, without_adapters
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, pieces, take_steps
 from strategies.core.base import Finished
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Update, Vector
@@ -26,13 +38,17 @@ from strategies.core.seeds import rng, seed_torch, torch_seed
 
 @dataclass(frozen=True)
 class Job:
-    """A client's work in a round: its encoded rows, its weight in the sum, the broadcast, and its client state."""
+    """A client's work in a round: its encoded rows, its weight in the sum, the broadcast, and its client state.
+
+    `reference` is the vector of the objective's reference model; None: the model without its adapters.
+    """
 
     client: int
     rows: pa.RecordBatch
     weight: float
     broadcast: Broadcast
     state: ClientState
+    reference: Vector | None = None
 
 
 class Trainer(Protocol):
@@ -45,8 +61,8 @@ class Trainer(Protocol):
     def become(self, vector: Vector, lora_rank: int | None = None) -> None:
         """Puts the vector (P,) of a client of this LoRA rank into the model; None is the recipe's rank."""
 
-    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> TermSums:
-        """Returns each term's sum and count over all rows, by the vector now in the model."""
+    def loss_terms(self, rows: pa.RecordBatch, batch: int, reference: Vector | None = None) -> TermSums:
+        """Returns each term's sum and count over all rows, by the vector now in the model; reference as in a Job."""
 
     def train(self, trainings: Sequence[Training], train: Train) -> list[Trained]:
         """Does all trainings; returns their results in order."""
@@ -67,7 +83,7 @@ def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *,
     if federation.strategy.loss_before:
         for job, figures in zip(jobs, metrics, strict=True):
             trainer.become(job.broadcast.params, job.broadcast.lora_rank)
-            terms = trainer.loss_terms(job.rows, federation.train.batch)
+            terms = trainer.loss_terms(job.rows, federation.train.batch, job.reference)
             counted_terms = (terms[name] for name in federation.train.objective.losses)
             figures["loss_before"] = sum(total / max(1, count) for total, count in counted_terms)
     trainings = [_trainings(job, federation, trainer.device, view=view) for job in jobs]
@@ -112,6 +128,7 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, view: 
             moments=owned_by(job.state, f"{OPTIMIZER}{model}.") if train.state == "keep" else None,
             origin=broadcast.params if view and len(starts) == 1 else None,
             trained_mask=strategy.trained_mask(broadcast, state, model) if by_row else None,
+            reference=None if job.reference is None else job.reference.to(device),
         )
         for model, start in starts.items()
     }
@@ -162,10 +179,10 @@ class LocalTrainer:
         """Computes the gradient of the client's next step."""
         (client,) = active
         self.trainable.grad.zero_()
-        step = self.cut(client.next_rows(), train.batch)
+        step = self.cut(client.next_rows(self.objective), train.batch)
         counts = counted(self.objective, step)
         client.count(counts, sum(piece.tokens for piece in step))
-        for piece in step:
+        for piece in self.with_columns(step, client.training.reference):
             terms = self.objective.terms(self.trainable.network, piece.to(self.device), Context())
             totals = {name: term.total() for name, term in terms.items()}
             step_loss(self.objective, totals, counts).backward()
@@ -184,12 +201,43 @@ class LocalTrainer:
         flat = self.trainable.flat.detach()
         return flat.clone() if training.origin is None else flat.sub_(training.origin)
 
-    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> TermSums:
-        """Returns each term's sum and count over all rows, by the vector now in the model."""
+    def loss_terms(self, rows: pa.RecordBatch, batch: int, reference: Vector | None = None) -> TermSums:
+        """Returns each term's sum and count over all rows, by the vector now in the model; reference as in a Job."""
         network = self.trainable.network
         if network.training:
             network.eval()
-        return term_sums(self.objective, network, ((piece.to(self.device), 1) for piece in self.cut(rows, batch)))
+        rows = self.objective.step_rows(rows, np.arange(rows.num_rows))
+        pieces = self.with_columns(self.cut(rows, batch), reference)
+        return term_sums(self.objective, network, ((piece.to(self.device), 1) for piece in pieces), Context())
+
+    def with_columns(
+        self, step: list[Batch], reference: Vector | None, *, every_logit: bool = False
+    ) -> Sequence[Batch]:
+        """Returns a step's batches with the columns that the objective reads; see `with_columns`."""
+        if self.objective.reference == "none" and not self.objective.means:
+            return step  # on the CPU still
+        on_device, context = [piece.to(self.device) for piece in step], Context(every_logit=every_logit)
+        refer = partial(self.as_reference, reference)
+        return with_columns(self.objective, self.trainable.network, on_device, context, refer, self._averages)
+
+    @contextmanager
+    def as_reference(self, reference: Vector | None) -> Iterator[None]:
+        """Lets the model compute as the reference, without gradients; it is as it was afterwards."""
+        trainable = self.trainable
+        with judging(trainable.network), ExitStack() as at_end:
+            if self.objective.reference != "round":
+                at_end.enter_context(trainable.unmerged())
+            if reference is None:
+                at_end.enter_context(without_adapters(trainable.network))
+            else:
+                at_end.callback(trainable.flat.data.copy_, trainable.flat.detach().clone())
+                trainable.flat.data.copy_(reference)
+            yield
+
+    def _averages(self, name: str, terms: Sequence[Term], batches: Sequence[Batch]) -> list[torch.Tensor]:
+        count = sum(self.objective.counts(batch)[name] for batch in batches)
+        mean = torch.stack([term.total() for term in terms]).sum() / max(1, count)
+        return [mean.expand(len(batch.ids_BT)) for batch in batches]
 
     def generate(self, tokenizer: Tokenizer, prompts: list[Prompt], tokens: int) -> list[str]:
         """Returns greedy continuations of at most `tokens` tokens by the vector now in the model."""
@@ -199,5 +247,5 @@ class LocalTrainer:
         """Cuts the rows into batches on the CPU, each of no more tokens than `batch` rows of the longest kind have."""
         if rows.num_rows <= batch:
             return [self.objective.collate(rows, self.pad)]
-        numbers = pieces(lengths(rows), batch * self.max_length)
+        numbers = pieces(longest(rows), batch * self.max_length)
         return [self.objective.collate(rows.take(some), self.pad) for some in numbers]

@@ -79,14 +79,16 @@ class PrivateTrainer:
     def gradients(self, active: list[Progress], train: Train) -> None:
         """Computes the private gradient of the client's next step; RunError if Opacus misses a row's gradient."""
         (client,) = active
-        rows, grad = client.next_rows(), self.trainable.grad
+        rows, grad = client.next_rows(self.objective), self.trainable.grad
         summed = torch.zeros_like(grad)
         for first in range(0, rows.num_rows, train.batch):
             piece = self.objective.collate(rows.slice(first, train.batch), self.plain.pad)
             client.count(counted(self.objective, [piece]), piece.tokens)
-            # Opacus tells rows apart by the first dimension of a layer's input.
+            # Opacus tells sequences apart by the first dimension of a layer's input.
+            (piece,) = self.plain.with_columns([piece], client.training.reference, every_logit=True)
             terms = self.objective.terms(self.trainable.network, piece.to(self.device), Context(every_logit=True))
-            self._add_clipped(terms, len(piece.ids_BT), summed)
+            by_row = {name: Term(term.values_N, term.row_N // piece.group) for name, term in terms.items()}
+            self._add_clipped(by_row, len(piece.ids_BT) // piece.group, piece.group, summed)
             client.add({name: term.total() for name, term in terms.items()})
         self._add_noise(summed)
         grad.copy_(summed / expected_size(client.training.rows.num_rows, train))
@@ -105,8 +107,8 @@ class PrivateTrainer:
             )
         return self.plain.end(lane, training)
 
-    def _add_clipped(self, terms: dict[str, Term], rows: int, summed: torch.Tensor) -> None:
-        """Adds the piece's clipped gradients to `summed` (P,)."""
+    def _add_clipped(self, terms: dict[str, Term], rows: int, group: int, summed: torch.Tensor) -> None:
+        """Adds the clipped gradients of a piece's rows, each of `group` sequences, to `summed` (P,)."""
         layout, grad = self.trainable.layout, self.trainable.grad.zero_()
         # A row's loss is the sum of its terms' means. Clipping below divides by the first term's count, so that no
         # row's gradient depends on another's count.
@@ -116,7 +118,7 @@ class PrivateTrainer:
         for term in others:
             loss = loss + (term.by_row(rows) * count_B / term.counts_by_row(rows).clamp(min=1)).sum()
         loss.backward()
-        each, of_all = self._each_row(rows), layout.views(grad)
+        each, of_all = self._each_row(rows, group), layout.views(grad)
         norms_B = _norms(each)
         finite_B = norms_B.isfinite()
         if finite_B.all():
@@ -138,19 +140,21 @@ class PrivateTrainer:
         for name, view in layout.views(summed).items():
             view += torch.tensordot(factor_B, each[name], 1)
 
-    def _each_row(self, count: int) -> dict[str, torch.Tensor]:
+    def _each_row(self, rows: int, group: int) -> dict[str, torch.Tensor]:
         """Takes each trained tensor's gradients (B, ...) of the rows' summed losses, by the layout's names."""
         trained = {name: p for name, p in self.trainable.network.named_parameters() if p.requires_grad}
         each = {name: vars(parameter)["grad_sample"] for name, parameter in trained.items()}
         for parameter in trained.values():
             vars(parameter)["grad_sample"] = None  # or the next piece's would follow in a list
         for name, per_row in each.items():
-            if not isinstance(per_row, torch.Tensor) or per_row.shape != (count, *trained[name].shape):
+            if not isinstance(per_row, torch.Tensor) or per_row.shape != (rows * group, *trained[name].shape):
                 raise RunError(
                     f"{KEY} needs each row's own gradient, which Opacus does not give for {name} of this model: "
                     f"{ADAPTERS}, or take another model.base"
                 )
-        return each
+        return (
+            {name: per_row.unflatten(0, (rows, group)).sum(1) for name, per_row in each.items()} if group > 1 else each
+        )
 
     def _add_noise(self, summed: torch.Tensor) -> None:
         """Adds the plan's noise to the trained coordinates of `summed` (P,) that a client of this LoRA rank has."""

@@ -71,6 +71,7 @@ class Training:
     of the vector, or with `origin` its change from there, which may lie in the trainer's memory until the next
     training. Example-level privacy clips and adds noise on the coordinates in `trained_mask`; None: all.
     `step_factor` stands in for `train.over_steps`: of a step's number and all steps it makes a further factor.
+    `reference` is the vector of the model that the objective compares with; None: the model without its adapters.
     """
 
     rows: pa.RecordBatch
@@ -84,6 +85,7 @@ class Training:
     origin: Vector | None = None
     trained_mask: Mask | None = None
     step_factor: Callable[[int, int], float] | None = None
+    reference: Vector | None = None
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ class Progress:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
-    def next_rows(self) -> pa.RecordBatch:
+    def next_rows(self, objective: Objective) -> pa.RecordBatch:
         """Returns the rows of the next step."""
-        return self.training.rows.take(next(self.batches))
+        return objective.step_rows(self.training.rows, next(self.batches))
 
     def count(self, counts: Mapping[str, int], tokens: int) -> None:
         """Adds a step's units of each term, and its tokens."""

@@ -169,7 +169,9 @@ class ClientRunner:
         rows = self.tokens.rows(client, "train")
         weight = self.federation.privacy.weight(rows.num_rows, message.full_rows)
         received = self.received_by(client, broadcast)
-        return Job(client, rows, weight, received, self.state_of(client, broadcast.round))
+        is_round = self.federation.train.objective.reference == "round"
+        reference = received.params if is_round else message.reference_vector(self.peers.rank)
+        return Job(client, rows, weight, received, self.state_of(client, broadcast.round), reference)
 
     def _hand_over(
         self, result: ClientResult, message: BroadcastMessage, accumulator: Accumulator, trained_s: float

@@ -17,6 +17,7 @@ from engine.records.client_state import STRATEGY, owned_by
 from engine.training.local_training import Trainer
 from engine.training.step_loop import Trained, Training
 from engine.workers.client_runner import ClientRunner
+from strategies.core.protocol import Vector
 from strategies.core.seeds import rng, torch_seed
 
 POOLED = -2  # the client number under which training on all clients' rows draws its batches
@@ -44,10 +45,17 @@ def drawn_rows(rows: int, client: int, evaluate: Evaluate, seed: int) -> np.ndar
     return np.sort(rng(seed, 0, client, "evaluate").choice(rows, evaluate.rows, replace=False))
 
 
-def client_loss(trainer: Trainer, client: int, rows: pa.RecordBatch, evaluate: Evaluate, seed: int) -> ClientLoss:
+def client_loss(
+    trainer: Trainer,
+    client: int,
+    rows: pa.RecordBatch,
+    evaluate: Evaluate,
+    seed: int,
+    reference: Vector | None = None,
+) -> ClientLoss:
     """Evaluates the vector now in the model on a client's held-out rows; no batch holds rows of two clients."""
     picked = drawn_rows(rows.num_rows, client, evaluate, seed)
-    return ClientLoss(client, trainer.loss_terms(rows.take(picked), evaluate.batch), len(picked))
+    return ClientLoss(client, trainer.loss_terms(rows.take(picked), evaluate.batch, reference), len(picked))
 
 
 def pooled(losses: list[ClientLoss], objective: Objective) -> ClientLoss:
@@ -71,7 +79,7 @@ class Evaluator:
     def losses(self, chunk: list[int], message: BroadcastMessage, limit: int) -> list[ClientLoss]:
         """Returns the vector's losses on at most `limit` held-out rows of each client."""
         self.trainer.become(message.vector(self.runner.peers.rank))
-        return [self._loss(client, limit) for client in chunk]
+        return [self._loss(client, message, limit) for client in chunk]
 
     def generate(self, message: BroadcastMessage, prompts: list[Prompt], tokens: int) -> list[str]:
         """Returns the vector's greedy continuations, one for each prompt, the same in all ranks."""
@@ -87,7 +95,7 @@ class Evaluator:
             personal = strategy.personal(received, owned_by(self.runner.state_of(client, message.round), STRATEGY))
             if personal is not None:
                 self.trainer.become(personal, received.lora_rank)
-                losses.append(self._loss(client, limit))
+                losses.append(self._loss(client, message, limit))
         return losses
 
     def local_only(self, chunk: list[int], message: BroadcastMessage, steps: list[int]) -> list[ClientLoss]:
@@ -95,7 +103,7 @@ class Evaluator:
         losses, limit = [], self.runner.federation.evaluate.rows
         for client, client_steps in zip(chunk, steps, strict=True):
             self._train(self.runner.tokens.rows(client, "train"), message, client_steps, client)
-            losses.append(self._loss(client, limit))
+            losses.append(self._loss(client, message, limit))
         return losses
 
     def centralized(self, clients: list[int], message: BroadcastMessage, steps: int) -> np.ndarray:
@@ -104,10 +112,10 @@ class Evaluator:
         (trained,) = self._train(rows, message, steps, POOLED)
         return trained.end.cpu().numpy()
 
-    def _loss(self, client: int, limit: int) -> ClientLoss:
-        federation = self.runner.federation
+    def _loss(self, client: int, message: BroadcastMessage, limit: int) -> ClientLoss:
+        federation, reference = self.runner.federation, message.reference_vector(self.runner.peers.rank)
         rows, evaluate = self.runner.tokens.rows(client, "heldout"), replace(federation.evaluate, rows=limit)
-        return client_loss(self.trainer, client, rows, evaluate, federation.seed)
+        return client_loss(self.trainer, client, rows, evaluate, federation.seed, reference)
 
     def _train(self, rows: pa.RecordBatch, message: BroadcastMessage, steps: int, client: int) -> Sequence[Trained]:
         """Trains on rows with the learning rates of all rounds after the message's, which share the steps equally."""
@@ -115,7 +123,9 @@ class Evaluator:
         train, seed = replace(federation.train, steps=steps, epochs=None), federation.seed
         stream, dropout = rng(seed, 0, client, "batches"), torch_seed(seed, 0, client, "dropout")
         step_factor = partial(_factor, federation.train, message.round, federation.rounds)
-        training = Training(rows, start.to(self.trainer.device), stream, dropout, step_factor=step_factor)
+        reference, device = message.reference_vector(), self.trainer.device
+        reference = None if reference is None else reference.to(device)
+        training = Training(rows, start.to(device), stream, dropout, step_factor=step_factor, reference=reference)
         return self.trainer.train([training], train)
 
 

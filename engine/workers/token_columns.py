@@ -33,7 +33,7 @@ def token_columns(store: Path, federation: Federation, shared: str | None = None
     known = [tokenizer.get_vocab(), repr(tokenizer), tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()]
     embedded = embedded_tokens(model)
     words = sha256(json.dumps([*known, embedded], sort_keys=True).encode()).hexdigest()
-    key = f"{TOKENS_VERSION}/{model.base}@{model.revision}/{objective!r}/{length}/{words}"
+    key = f"{TOKENS_VERSION}/{model.base}@{model.revision}/{objective.encoding}/{length}/{words}"
     if format_of(columns) == MESSAGES:
         key += f"/{MASKS_VERSION}"
 
