@@ -124,31 +124,39 @@ class Tokens:
         return list(self.index["name"].filter(pa.array(empty)).to_pylist())
 
 
-def tokenize(store: Store, key: str, encode: Encode, shared: str | None = None, on_rows: OnRows = ignore) -> Tokens:
+def tokenize(
+    store: Store,
+    key: str,
+    encode: Encode,
+    shared: str | None = None,
+    on_rows: OnRows = ignore,
+    regroup: Encode | None = None,
+) -> Tokens:
     """Returns the token columns of all rows of `store`, encoded now or reused from an earlier call with this `key`.
 
     `encode` gives a row for each canonical row, always in the same columns, among them `input_ids`, a list, null where
-    a row is to be dropped; columns whose names end in `_ids` hold tokens. `key` names everything that its result
-    depends on. `shared` is the remote location, if any, that the store was copied from: the columns are copied there
-    too. Raises DataError if earlier columns are damaged.
+    a row is to be dropped; columns whose names end in `_ids` hold tokens. `regroup` makes other rows of all encoded
+    rows of a client's split. `key` names everything that the result depends on. `shared` is the remote location, if
+    any, that the store was copied from: the columns are copied there too. Raises DataError if earlier columns are
+    damaged.
     """
     digest = sha256(key.encode()).hexdigest()
     name = f"tokens-{digest[:16]}"
     folder, remote = store.folder / name, within(shared, name) if shared else None
     if not sealed.ready(folder, digest, remote):
         with sealed.written_whole(folder) as scratch:
-            _write(store, encode, scratch, on_rows)
+            _write(store, encode, scratch, on_rows, regroup)
             sealed.seal(scratch, digest, {})
     if remote:
         sealed.publish(folder, remote)
     return Tokens.open(folder)
 
 
-def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
+def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows, regroup: Encode | None) -> None:
     train, heldout = store.counts("train").astype(np.int64), store.counts("heldout").astype(np.int64)
     batch = np.unique(store.starts // ROWS_PER_BATCH, return_inverse=True)[1]
     edges = np.flatnonzero(np.diff(batch, prepend=-1, append=batch[-1] + 1))
-    start, kept_train, kept_heldout, tokens = (np.zeros_like(train) for _ in range(4))
+    start, kept_train, kept_heldout, tokens, dropped_train, dropped_heldout = (np.zeros_like(train) for _ in range(6))
     writer: pa.RecordBatchFileWriter | None = None
     with ExitStack() as closing:
         for first, last in pairwise(edges):
@@ -163,14 +171,25 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows) -> None:
             start[members] = kept[begin]
             kept_train[members] = kept[middle] - kept[begin]
             kept_heldout[members] = kept[middle + heldout[members]] - kept[middle]
+            dropped_train[members] = train[members] - kept_train[members]
+            dropped_heldout[members] = heldout[members] - kept_heldout[members]
             encoded = encoded.filter(stays)
+            if regroup is not None:
+                parts = list[pa.Table]()
+                for client in range(first, last):
+                    split, place = (kept_train[client], kept_heldout[client]), start[client]
+                    mine = [regroup(encoded.slice(place, split[0])), regroup(encoded.slice(place + split[0], split[1]))]
+                    start[client] = sum(part.num_rows for part in parts)
+                    kept_train[client], kept_heldout[client] = (part.num_rows for part in mine)
+                    parts += mine
+                encoded = pa.concat_tables(parts)
             ends = np.concatenate([[0], np.cumsum(row_lengths(encoded), dtype=np.int64)])
             tokens[members] = ends[start[members] + kept_train[members]] - ends[start[members]]
             writer = writer or closing.enter_context(pa.ipc.new_file(folder / "tokens.arrow", encoded.schema))
             columns = [chunks.combine_chunks() for chunks in encoded.columns]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=encoded.schema))
             on_rows(int(store.starts[first]) + rows.num_rows)
-    counts = [batch, start, kept_train, kept_heldout, train - kept_train, heldout - kept_heldout]
+    counts = [batch, start, kept_train, kept_heldout, dropped_train, dropped_heldout]
     columns = [store.index["name"], *(pa.array(values.astype(np.int32)) for values in counts), pa.array(tokens)]
     write_arrow(folder / "index.arrow", pa.table(columns, schema=INDEX))
 

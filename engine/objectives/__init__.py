@@ -1,6 +1,9 @@
 """Training objectives. The union below is the registry: a new objective is one file and one entry here."""
 
+from engine.objectives.cpo import Cpo, SimPo
 from engine.objectives.dpo import Dpo
+from engine.objectives.kto import Kto
+from engine.objectives.orpo import Orpo
 from engine.objectives.sft import Sft
 
-Objectives = Sft | Dpo
+Objectives = Sft | Dpo | Kto | Orpo | Cpo | SimPo

@@ -30,7 +30,9 @@ Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes sec
 Prompt = str | Conversation
 TermSums = dict[str, tuple[float, int]]  # each term's sum and count
 Need = Literal["generation", "head"]
+Period = Literal["step", "round"]
 Reference = Literal["base", "start", "round", "none"]
+NATS = 64.0  # of a token at most: e^-64 is less than any softmax of float32 gives
 REFERENCE = "reference"  # the column of what the reference model says
 IN_WORDS = {
     PROMPT_COMPLETION: "texts, prompts with completions",
@@ -88,7 +90,6 @@ class Objective(Protocol):
 
     needs: ClassVar[frozenset[Need]]
     formats: ClassVar[tuple[str, ...]]  # the canonical formats that it reads; COLUMNS in datasets_partition has each
-    means: ClassVar[tuple[str, ...]]  # the terms of `step_terms`
 
     @property
     def kind(self) -> str:
@@ -119,6 +120,22 @@ class Objective(Protocol):
         """The model that log-probabilities are compared with: see `BaseObjective`."""
 
     @property
+    def means(self) -> tuple[str, ...]:
+        """The terms of `step_terms`."""
+
+    @property
+    def means_over(self) -> Period:
+        """What the means are over: each step's rows, or `mean_rows` of a client's rows when the round starts."""
+
+    @property
+    def mean_rows(self) -> int:
+        """The most rows of a client that means over a round are of."""
+
+    @property
+    def regroups(self) -> bool:
+        """Whether `regroup` does anything."""
+
+    @property
     def couples_rows(self) -> str | None:
         """How to do without what makes a row's gradient depend on other rows; None if nothing does."""
 
@@ -132,6 +149,9 @@ class Objective(Protocol):
         The rows have one of its formats. Columns whose names end in `_ids` hold tokens, whose number cuts steps and
         tells clients' work.
         """
+
+    def regroup(self, rows: pa.Table, max_length: int) -> pa.Table:
+        """Makes other rows of all encoded rows of a client's split, such as two of each, or one of several."""
 
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns the rows of a step, which are these of a client's encoded `rows`."""
@@ -164,7 +184,6 @@ class BaseObjective:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    means: ClassVar[tuple[str, ...]] = ()
 
     @property
     def figures(self) -> Mapping[str, float]:
@@ -177,6 +196,26 @@ class BaseObjective:
         return "none"
 
     @property
+    def means(self) -> tuple[str, ...]:
+        """There are none."""
+        return ()
+
+    @property
+    def means_over(self) -> Period:
+        """Each step by itself."""
+        return "step"
+
+    @property
+    def mean_rows(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def regroups(self) -> bool:
+        """Each row stays a row."""
+        return False
+
+    @property
     def couples_rows(self) -> str | None:
         """Rows do not depend on each other."""
         return None
@@ -185,6 +224,10 @@ class BaseObjective:
     def encoding(self) -> str:
         """All options."""
         return repr(self)
+
+    def regroup(self, rows: pa.Table, max_length: int) -> pa.Table:
+        """Returns the rows."""
+        return rows
 
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns these rows."""

@@ -7,33 +7,30 @@ the reference model, w the chosen and l the rejected completion.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datasets_partition.core.turns import conversation_of, words
-from datasets_partition.core.types import OPTIONS, PREFERENCE
 from engine.messages.checks import above
 from engine.messages.errors import RunError
-from engine.objectives.base import REFERENCE, BaseObjective, Context, Prompt, Reference, Term, Tokenizer
+from engine.objectives.base import NATS, REFERENCE, Context, Reference, Term
 from engine.objectives.pairs import (
+    PAIR,
     SIZE,
+    PairObjective,
     chosen_count,
     chosen_tokens,
-    collate_pairs,
-    encode_pairs,
     pair_scores,
     pair_term,
+    reward_figures,
     wins,
 )
 from engine.objectives.token_batch import Batch
 
 KEY = "train.objective"
-NATS = 64.0  # of a token at most: e^-64 is less than any softmax of float32 gives
-PAIR, SFT = "preference", "sft"
+SFT = "sft"
 Loss = Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"]
 LossType = Loss | Literal["apo_zero", "apo_down", "discopop", "sft"]
 SMOOTHED = ("sigmoid", "robust", "exo_pair")
@@ -49,7 +46,7 @@ class Ratios(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dpo(BaseObjective):
+class Dpo(PairObjective):
     """Prefers chosen completions to rejected ones, by TRL's `loss_type`, or the sum of several by `loss_weights`.
 
     `loss_type`: "sigmoid" (arXiv 2305.18290, eq. 7; with `label_smoothing` its conservative form, which TRL has no more
@@ -66,24 +63,8 @@ class Dpo(BaseObjective):
     label_smoothing: float = 0.0
     discopop_tau: float = 0.05
     reference: Reference = "base"
-    formats: ClassVar[tuple[str, ...]] = (PREFERENCE,)
-    heldout: ClassVar[str] = PAIR
-    figures: ClassVar[Mapping[str, float]] = {
-        "accuracy": 1.0,
-        "margin": NATS,
-        "chosen": NATS,
-        "rejected": NATS,
-        "ranking": 1.0,
-    }
-    units: ClassVar[Mapping[str, str]] = {
-        PAIR: "loss per pair",
-        SFT: "nats per token",
-        "accuracy": "share",
-        "margin": "nats",
-        "chosen": "nats",
-        "rejected": "nats",
-        "ranking": "share",
-    }
+    figures: ClassVar[Mapping[str, float]] = {**PairObjective.figures, "ranking": 1.0}
+    units: ClassVar[Mapping[str, str]] = {**PairObjective.units, SFT: "nats per token", "ranking": "share"}
 
     def __post_init__(self) -> None:
         above(KEY, 0, beta=self.beta, discopop_tau=self.discopop_tau)
@@ -116,22 +97,9 @@ class Dpo(BaseObjective):
         return dict(zip(types, weights, strict=True))
 
     @property
-    def encoding(self) -> str:
-        """The columns depend on no option."""
-        return "pairs"
-
-    @property
     def losses(self) -> Mapping[str, float]:
         """One value for each pair, and beside it the chosen tokens' likelihood."""
         return {PAIR: NATS, SFT: NATS} if SFT in self._types() else {PAIR: NATS}
-
-    def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
-        """Makes the columns of `encode_pairs`."""
-        return encode_pairs(rows, tokenizer, max_length)
-
-    def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
-        """Makes a batch of two sequences for each pair."""
-        return collate_pairs(rows, pad)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Returns the number of pairs, and of the chosen completions' tokens."""
@@ -143,9 +111,10 @@ class Dpo(BaseObjective):
         return {REFERENCE: pair_scores(network, batch, context).logp_B}
 
     def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
-        """Computes the loss of each pair, and what is measured; "accuracy" and "ranking" count ties as one half.
+        """Computes the loss of each pair, and what is measured.
 
-        "margin" is beta (r_w - r_l), "ranking" the share of pairs whose chosen completion is the likelier per token.
+        "chosen" and "rejected" are the log-ratios r, "margin" is beta (r_w - r_l), "accuracy" the share of pairs with
+        r_w > r_l, and "ranking" that of pairs whose chosen completion is the likelier per token; ties are one half.
         """
         scores = pair_scores(network, batch, context)
         ratio_B = scores.logp_B - batch.columns[REFERENCE] if REFERENCE in batch.columns else scores.logp_B
@@ -154,16 +123,12 @@ class Dpo(BaseObjective):
         ratios = Ratios(ratio_B[::2], ratio_B[1::2], mean_B[::2], mean_B[1::2])
         weights = self._weights()
         losses = [weight * self.pair_loss(name, ratios) for name, weight in weights.items() if name != SFT]
-        w_U, l_U = ratios.w_U.detach(), ratios.l_U.detach()
-        values = {
-            PAIR: torch.stack(losses).sum(0),
-            "accuracy": wins(w_U, l_U),
-            "margin": self.beta * (w_U - l_U),
-            "chosen": w_U,
-            "rejected": l_U,
-            "ranking": wins(likelihood_B[::2], likelihood_B[1::2]),
+        terms = {
+            PAIR: pair_term(torch.stack(losses).sum(0), batch),
+            **reward_figures(ratio_B, batch),
+            "margin": pair_term(self.beta * (ratios.w_U - ratios.l_U).detach(), batch),
+            "ranking": pair_term(wins(likelihood_B[::2], likelihood_B[1::2]), batch),
         }
-        terms = {name: pair_term(values_U, batch) for name, values_U in values.items()}
         return {**terms, SFT: chosen_tokens(weights[SFT] * scores.nll_N, batch)} if SFT in weights else terms
 
     def pair_loss(self, name: str, ratios: Ratios) -> torch.Tensor:
@@ -199,11 +164,3 @@ class Dpo(BaseObjective):
         assert name == "discopop"
         mix_U = torch.sigmoid(x_U / self.discopop_tau)
         return -(1 - mix_U) * win_U + mix_U * torch.exp(-x_U)
-
-    def sample(self, row: Mapping[str, Any]) -> tuple[Prompt, str]:
-        """Returns the prompt and the chosen completion."""
-        if isinstance(row["prompt"], str):
-            return row["prompt"], row["chosen"]
-        options = row.get(OPTIONS)
-        chosen = conversation_of(row["chosen"], options)
-        return conversation_of(row["prompt"], options), " ".join(words(turn) for turn in chosen.turns)

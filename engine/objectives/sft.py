@@ -1,15 +1,16 @@
 """Supervised fine-tuning: next-token loss on completions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
 from torch import nn
 
 from datasets_partition.core.turns import Conversation, conversation_of, conversations, words
 from datasets_partition.core.types import MESSAGES, OPTIONS, PROMPT_COMPLETION, format_of
-from engine.objectives.base import BaseObjective, Context, Prompt, Term, Tokenizer
+from engine.objectives.base import NATS, BaseObjective, Context, Prompt, Term, Tokenizer
 from engine.objectives.chat_template import encode_conversations
 from engine.objectives.completions import encode_completions
 from engine.objectives.token_batch import Batch, flattened, lengths, token_losses
@@ -23,12 +24,14 @@ class Sft(BaseObjective):
 
     Of a conversation it trains on the assistant's turns. Tokens and masks equal those of TRL's SFTTrainer: prompt and
     completion are tokenized together, the completion starts where their tokens first differ from the prompt's, and rows
-    are cut at their end.
+    are cut at their end. With `packing` nothing is cut off: all rows of a client's split, one after another, are cut
+    into blocks of `train.max_length` tokens, which are then the rows, as by TRL's packing strategy "wrapped".
     """
 
     kind: Literal["sft"] = "sft"
+    packing: bool = False
     formats: ClassVar[tuple[str, ...]] = (PROMPT_COMPLETION, MESSAGES)
-    losses: ClassVar[Mapping[str, float]] = {NLL: 64.0}  # e^-64 is less than any softmax of float32 gives
+    losses: ClassVar[Mapping[str, float]] = {NLL: NATS}
     units: ClassVar[Mapping[str, str]] = {NLL: "nats per token"}
     heldout: ClassVar[str] = NLL
 
@@ -40,12 +43,25 @@ class Sft(BaseObjective):
             encoded = encode_completions(rows, "completion", tokenizer)
             ids = [completion.ids for completion in encoded]
             masks = [[0] * start + [1] * (len(whole) - start) for whole, start in encoded]
+        length = None if self.packing else max_length
         cut = [  # nothing predicts the first token
-            (row[:max_length], mask[:max_length]) if any(mask[1:max_length]) else (None, None)
+            (row[:length], mask[:length]) if any(mask[1:length]) else (None, None)
             for row, mask in zip(ids, masks, strict=True)
         ]
-        input_ids = pa.array([row for row, _ in cut], pa.list_(pa.int32()))
-        return pa.table({"input_ids": input_ids, "mask": pa.array([mask for _, mask in cut], pa.list_(pa.int8()))})
+        return _table([row for row, _ in cut], [mask for _, mask in cut])
+
+    @property
+    def regroups(self) -> bool:
+        """Rows become blocks."""
+        return self.packing
+
+    def regroup(self, rows: pa.Table, max_length: int) -> pa.Table:
+        """Cuts the rows, one after another, into blocks; one without anything to learn is left out."""
+        ids, mask = (
+            np.concatenate([[], *map(flattened, rows[name].chunks)]).astype(int) for name in ("input_ids", "mask")
+        )
+        starts = [start for start in range(0, len(ids), max_length) if mask[start + 1 : start + max_length].any()]
+        return _table(*([each[start : start + max_length] for start in starts] for each in (ids, mask)))
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded on the right with `pad` to the longest."""
@@ -68,3 +84,7 @@ class Sft(BaseObjective):
         last = max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
         prompt = Conversation(turns[:last], learned[:last], options) if last else ""
         return prompt, "".join(words(turn) for turn in turns[last : last + 1])
+
+
+def _table(ids: Sequence[Any], masks: Sequence[Any]) -> pa.Table:
+    return pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32())), "mask": pa.array(masks, pa.list_(pa.int8()))})

@@ -6,7 +6,7 @@ the same client in a fresh gang, bit for bit. Legend: S elements of a rank's sha
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, reduce
 from itertools import chain
@@ -29,7 +29,7 @@ from engine.objectives.token_batch import Batch
 from engine.training.generation import continuations
 from engine.training.local_training import client_updates
 from engine.training.optimizers import make_optimizer, reset
-from engine.training.step_columns import judging, with_columns, without_adapters
+from engine.training.step_columns import constant, judging, with_columns, without_adapters
 from engine.training.step_loop import Correct, Progress, Training, batches, take_steps
 from strategies.core.protocol import Vector
 from strategies.core.seeds import seed_torch
@@ -174,7 +174,7 @@ class ZeroTrainer:
         pieces = self._dealt(client.next_rows(self.objective), train.batch)
         counts = self._counts(pieces)
         client.count({name: int(count) for name, count in counts.items()}, sum(p.tokens * share for p, share in pieces))
-        for piece, share in self._with_columns(pieces, counts, client.training.reference):
+        for piece, share in self._with_columns(pieces, counts, client.training.reference, client.training.means):
             terms = self.objective.terms(self.engine, piece, Context())
             totals = {name: term.total() for name, term in terms.items()}
             losses = self.objective.losses
@@ -188,7 +188,11 @@ class ZeroTrainer:
         return {name: self.summed(sum(units[name] * share for units, share in shares)) for name in shares[0][0]}
 
     def _with_columns(
-        self, pieces: list[tuple[Batch, int]], counts: dict[str, float], reference: Vector | None
+        self,
+        pieces: list[tuple[Batch, int]],
+        counts: dict[str, float],
+        reference: Vector | None,
+        means: Mapping[str, float] | None = None,
     ) -> list[tuple[Batch, int]]:
         """Returns the pieces of a step with the columns that the objective reads, the same means on all ranks."""
         shares = [share for _, share in pieces]
@@ -199,7 +203,8 @@ class ZeroTrainer:
             return [mean.expand(len(batch.ids_BT)) for batch in batches]
 
         batches, refer = [batch for batch, _ in pieces], partial(self._as_reference, reference)
-        batches = with_columns(self.objective, self.engine, batches, Context(), refer, averages)
+        known = None if means is None else partial(constant, means)
+        batches = with_columns(self.objective, self.engine, batches, Context(), refer, averages, known)
         return list(zip(batches, shares, strict=True))
 
     def correct(self, lane: int, correct: Correct) -> None:
@@ -232,12 +237,21 @@ class ZeroTrainer:
     ) -> dict[str, tuple[float, int]]:
         """Returns each term's sum and count over all rows, by the present weights; the same on all ranks."""
         self.engine.eval()
-        rows = self.objective.step_rows(rows, np.arange(rows.num_rows))
-        batches = (rows.slice(first, batch) for first in range(0, rows.num_rows, batch))
-        pieces = list(chain.from_iterable(self._dealt(few, batch) for few in batches))
-        pieces = self._with_columns(pieces, self._counts(pieces), reference)
+        pieces = self._judged(rows, batch, reference)
         sums = term_sums(self.objective, self.engine, pieces, Context())
         return {name: (self.summed(total), int(self.summed(count))) for name, (total, count) in sums.items()}
+
+    def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:
+        """Returns the objective's means over these rows, by the present weights; the same on all ranks."""
+        (first, _), *_ = self._judged(rows, batch, reference)
+        return {name: first.columns[name][0].item() for name in self.objective.means}
+
+    def _judged(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> list[tuple[Batch, int]]:
+        """Returns this rank's pieces of all rows, as if they were one step."""
+        rows = self.objective.step_rows(rows, np.arange(rows.num_rows))
+        some = (rows.slice(first, batch) for first in range(0, rows.num_rows, batch))
+        pieces = list(chain.from_iterable(self._dealt(few, batch) for few in some))
+        return self._with_columns(pieces, self._counts(pieces), reference)
 
     @torch.no_grad()
     def generate(self, tokenizer: Tokenizer, prompts: list[Prompt], tokens: int) -> list[str]:

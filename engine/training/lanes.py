@@ -7,7 +7,7 @@ of a lane at once, T tokens, N tokens of a lane, P trained parameters, I inputs 
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -53,6 +53,7 @@ class LaneTrainer:
         self.plain, self.lanes = plain, lanes
         self.trainable, self.device, self.objective = plain.trainable, plain.device, plain.objective
         self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
+        self.step_means = plain.step_means
         self.layers = adapted_layers(self.trainable)
         adapted = {name: layer for name, (layer, _) in self.layers.items()}
         refuse_dependent_rows(self.trainable.network, adapted, plain.max_length, KEY, ALONE)
@@ -120,9 +121,10 @@ class LaneTrainer:
         turns = [[step[turn] if turn < len(step) else None for step in steps] for turn in range(max(map(len, steps)))]
         batches = [Batch.side_by_side(pieces, self.plain.pad).to(self.device) for pieces in turns]
         averages = partial(self._averages, share_K)
-        batches = with_columns(
-            self.objective, self.trainable.network, batches, self.context, self._as_reference, averages
-        )
+        means = [client.training.means for client in active if client.training.means is not None]
+        known = partial(self._known, means) if means else None
+        network = self.trainable.network
+        batches = with_columns(self.objective, network, batches, self.context, self._as_reference, averages, known)
         for pieces, together in zip(turns, batches, strict=True):
             self.shapes = {lane: piece.ids_BT.shape for lane, piece in enumerate(pieces) if piece is not None}
             terms = self.objective.terms(self.trainable.network, together, self.context)
@@ -144,6 +146,10 @@ class LaneTrainer:
         totals_NK = torch.stack([self._by_lane(*pair) for pair in zip(terms, batches, strict=True)])
         mean_K = totals_NK.sum(0) * share_K[name]
         return [mean_K.repeat_interleave(len(batch.ids_BT) // len(self.active)) for batch in batches]
+
+    def _known(self, means: Sequence[Mapping[str, float]], name: str, batch: Batch) -> torch.Tensor:
+        mean_K = self._row([lane[name] for lane in means])
+        return mean_K.repeat_interleave(len(batch.ids_BT) // len(means))
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:

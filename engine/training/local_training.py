@@ -1,6 +1,6 @@
 """A client's local training, free of Ray: from the broadcast to an update. Legend: P parameters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +29,7 @@ from engine.objectives.token_batch import Batch, longest
 from engine.records.client_state import OPTIMIZER, STRATEGY, owned_as, owned_by
 from engine.training.generation import continuations
 from engine.training.optimizers import clip, make_optimizer
-from engine.training.step_columns import judging, with_columns, without_adapters
+from engine.training.step_columns import constant, judging, with_columns, without_adapters
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, pieces, take_steps
 from strategies.core.base import Finished
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Update, Vector
@@ -64,6 +64,9 @@ class Trainer(Protocol):
     def loss_terms(self, rows: pa.RecordBatch, batch: int, reference: Vector | None = None) -> TermSums:
         """Returns each term's sum and count over all rows, by the vector now in the model; reference as in a Job."""
 
+    def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:
+        """Returns the objective's means over these rows, by the vector now in the model."""
+
     def train(self, trainings: Sequence[Training], train: Train) -> list[Trained]:
         """Does all trainings; returns their results in order."""
 
@@ -86,7 +89,11 @@ def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *,
             terms = trainer.loss_terms(job.rows, federation.train.batch, job.reference)
             counted_terms = (terms[name] for name in federation.train.objective.losses)
             figures["loss_before"] = sum(total / max(1, count) for total, count in counted_terms)
-    trainings = [_trainings(job, federation, trainer.device, view=view) for job in jobs]
+    means = [_round_means(trainer, job, federation) for job in jobs]
+    trainings = [
+        _trainings(job, federation, trainer.device, its_means, view=view)
+        for job, its_means in zip(jobs, means, strict=True)
+    ]
     for model in dict.fromkeys(model for by_model in trainings for model in by_model):
         members = [place for place, by_model in enumerate(trainings) if model in by_model]
         results = trainer.train([trainings[place][model] for place in members], federation.train)
@@ -105,7 +112,20 @@ def client_updates(trainer: Trainer, jobs: list[Job], federation: Federation, *,
     return finished
 
 
-def _trainings(job: Job, federation: Federation, device: torch.device, *, view: bool) -> dict[str, Training]:
+def _round_means(trainer: Trainer, job: Job, federation: Federation) -> dict[str, float] | None:
+    """Returns the objective's means over the round, by the model that it starts from; None if they are over steps."""
+    objective, broadcast = federation.train.objective, job.broadcast
+    if not objective.means or objective.means_over == "step":
+        return None
+    trainer.become(broadcast.params, broadcast.lora_rank)
+    rows, stream = job.rows.num_rows, rng(federation.seed, broadcast.round, job.client, "kl")
+    numbers = np.sort(stream.choice(rows, min(rows, objective.mean_rows), replace=False))
+    return trainer.step_means(job.rows.take(pa.array(numbers)), federation.train.batch, job.reference)
+
+
+def _trainings(
+    job: Job, federation: Federation, device: torch.device, means: Mapping[str, float] | None, *, view: bool
+) -> dict[str, Training]:
     """Makes all trainings of a client in a round, by the strategy's name for each."""
     strategy, train, seed, broadcast = federation.strategy, federation.train, federation.seed, job.broadcast
     state = {name: tensor.to(device) for name, tensor in owned_by(job.state, STRATEGY).items()}
@@ -129,6 +149,7 @@ def _trainings(job: Job, federation: Federation, device: torch.device, *, view: 
             origin=broadcast.params if view and len(starts) == 1 else None,
             trained_mask=strategy.trained_mask(broadcast, state, model) if by_row else None,
             reference=None if job.reference is None else job.reference.to(device),
+            means=means,
         )
         for model, start in starts.items()
     }
@@ -182,7 +203,7 @@ class LocalTrainer:
         step = self.cut(client.next_rows(self.objective), train.batch)
         counts = counted(self.objective, step)
         client.count(counts, sum(piece.tokens for piece in step))
-        for piece in self.with_columns(step, client.training.reference):
+        for piece in self.with_columns(step, client.training.reference, client.training.means):
             terms = self.objective.terms(self.trainable.network, piece.to(self.device), Context())
             totals = {name: term.total() for name, term in terms.items()}
             step_loss(self.objective, totals, counts).backward()
@@ -210,15 +231,26 @@ class LocalTrainer:
         pieces = self.with_columns(self.cut(rows, batch), reference)
         return term_sums(self.objective, network, ((piece.to(self.device), 1) for piece in pieces), Context())
 
+    def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:
+        """Returns the objective's means over these rows, by the vector now in the model."""
+        rows = self.objective.step_rows(rows, np.arange(rows.num_rows))
+        first = self.with_columns(self.cut(rows, batch), reference)[0]
+        return {name: first.columns[name][0].item() for name in self.objective.means}
+
     def with_columns(
-        self, step: list[Batch], reference: Vector | None, *, every_logit: bool = False
+        self,
+        step: list[Batch],
+        reference: Vector | None,
+        means: Mapping[str, float] | None = None,
+        *,
+        every_logit: bool = False,
     ) -> Sequence[Batch]:
         """Returns a step's batches with the columns that the objective reads; see `with_columns`."""
         if self.objective.reference == "none" and not self.objective.means:
             return step  # on the CPU still
         on_device, context = [piece.to(self.device) for piece in step], Context(every_logit=every_logit)
-        refer = partial(self.as_reference, reference)
-        return with_columns(self.objective, self.trainable.network, on_device, context, refer, self._averages)
+        refer, known = partial(self.as_reference, reference), None if means is None else partial(constant, means)
+        return with_columns(self.objective, self.trainable.network, on_device, context, refer, self._averages, known)
 
     @contextmanager
     def as_reference(self, reference: Vector | None) -> Iterator[None]:

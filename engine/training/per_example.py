@@ -63,6 +63,7 @@ class PrivateTrainer:
         self.trainable, self.objective, self.optimizer = plain.trainable, plain.objective, plain.optimizer
         self.device, self.correct = plain.device, plain.correct
         self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
+        self.step_means = plain.step_means
         self.trained_mask: Mask | None = None  # of the training that `begin` was given, and whether it should move
         self.moving = False
 

@@ -3,7 +3,7 @@
 Legend: B sequences.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from engine.objectives.token_batch import Batch
 
 # Gives the mean of a term over the step, for each sequence (B,) of each batch.
 Averages = Callable[[str, Sequence[Term], Sequence[Batch]], list[torch.Tensor]]
+Known = Callable[[str, Batch], torch.Tensor]  # gives a mean that is known before, for each sequence (B,) of a batch
 
 
 def with_columns(
@@ -23,6 +24,7 @@ def with_columns(
     context: Context,
     as_reference: Callable[[], AbstractContextManager[None]],
     averages: Averages,
+    known: Known | None = None,
 ) -> list[Batch]:
     """Returns a step's batches, on the network's device, with the columns that `terms` reads.
 
@@ -32,6 +34,8 @@ def with_columns(
     if objective.reference != "none" and any(REFERENCE not in batch.columns for batch in batches):
         with as_reference():
             batches = [batch.plus(objective.reference_columns(network, batch, context)) for batch in batches]
+    if known is not None:
+        return [batch.plus({name: known(name, batch) for name in objective.means}) for batch in batches]
     if objective.means:
         with judging(network):
             terms = [objective.step_terms(network, batch, context) for batch in batches]
@@ -39,6 +43,11 @@ def with_columns(
             means = averages(name, [each[name] for each in terms], batches)
             batches = [batch.plus({name: mean_B}) for batch, mean_B in zip(batches, means, strict=True)]
     return batches
+
+
+def constant(means: Mapping[str, float], name: str, batch: Batch) -> torch.Tensor:
+    """Returns a known mean for each sequence (B,)."""
+    return torch.full((len(batch.ids_BT),), means[name], device=batch.ids_BT.device)
 
 
 @contextmanager

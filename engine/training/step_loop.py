@@ -72,6 +72,7 @@ class Training:
     training. Example-level privacy clips and adds noise on the coordinates in `trained_mask`; None: all.
     `step_factor` stands in for `train.over_steps`: of a step's number and all steps it makes a further factor.
     `reference` is the vector of the model that the objective compares with; None: the model without its adapters.
+    `means` are the objective's, where they are over a round; None: over each step.
     """
 
     rows: pa.RecordBatch
@@ -86,6 +87,7 @@ class Training:
     trained_mask: Mask | None = None
     step_factor: Callable[[int, int], float] | None = None
     reference: Vector | None = None
+    means: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

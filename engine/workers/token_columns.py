@@ -1,6 +1,7 @@
 """A run's token columns: made once beside the driver, and copied to every node that does not see their folder."""
 
 import json
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def token_columns(store: Path, federation: Federation, shared: str | None = None
         refuse_unembedded(encoded, tokenizer, embedded, model)
         return encoded
 
-    return tokenize(opened, key, encode, shared, on_rows).folder
+    regroup = partial(objective.regroup, max_length=length) if objective.regroups else None
+    return tokenize(opened, key, encode, shared, on_rows, regroup).folder
 
 
 def find_tokens(tokens: Path) -> Path | None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 Purpose = (
-    Literal["cohort", "availability", "rank", "batches", "personal", "dropout", "initial", "evaluate", "sample"]
+    Literal["cohort", "availability", "rank", "batches", "personal", "dropout", "initial", "evaluate", "sample", "kl"]
     | Literal["encode", "decode", "projection", "adapters", "sketch", "rounding", "rotation", "noise"]
 )
 

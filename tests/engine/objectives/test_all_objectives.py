@@ -12,7 +12,10 @@ import torch
 from engine.config.adapters import FullTuning, Lora
 from engine.config.train import Sgd, Train
 from engine.objectives.base import Context, Objective, step_loss
+from engine.objectives.cpo import Cpo, SimPo
 from engine.objectives.dpo import Dpo
+from engine.objectives.kto import Kto
+from engine.objectives.orpo import Orpo
 from engine.objectives.sft import Sft
 from engine.training.lanes import LaneTrainer
 from engine.training.local_training import LocalTrainer
@@ -28,6 +31,12 @@ OBJECTIVES: list[Objective] = [
     Dpo(loss_type=("ipo", "sft"), loss_weights=(1.0, 0.5), reference="start"),
     Dpo(loss_type="sigmoid_norm", reference="round"),
     Dpo(loss_type="hinge", reference="none"),
+    Kto(),
+    Kto(kl="round", undesirable_weight=1.5),
+    Kto(kl="none"),
+    Orpo(),
+    Cpo(),
+    SimPo(),
 ]
 ONE_STEP = Train(steps=1, batch=6, optimizer=Sgd(lr=1.0), clip=0)
 
@@ -37,7 +46,7 @@ Moved = Callable[..., torch.Tensor]
 
 
 def named(objective: Objective) -> str:
-    return f"{objective.kind}-{objective.reference}"
+    return f"{objective.kind}-{objective.reference}-{getattr(objective, 'kl', '')}"
 
 
 @pytest.fixture(params=OBJECTIVES, ids=named)
