@@ -24,12 +24,13 @@ from datasets_partition.core.types import (
     format_of,
 )
 from engine.messages.errors import RunError
+from engine.objectives.sampling import Completions, Sampling
 from engine.objectives.token_batch import Batch
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
 Prompt = str | Conversation
 TermSums = dict[str, tuple[float, int]]  # each term's sum and count
-Need = Literal["generation", "head"]
+Need = Literal["head"]
 Period = Literal["step", "round"]
 Reference = Literal["base", "start", "round", "none"]
 NATS = 64.0  # of a token at most: e^-64 is less than any softmax of float32 gives
@@ -42,7 +43,7 @@ IN_WORDS = {
     PROMPT_ONLY: "prompts alone",
 }
 # What trainers cannot give an objective yet: one that needs it is refused.
-MISSING: Mapping[Need, str] = {"generation": "text generation", "head": "a head"}
+MISSING: Mapping[Need, str] = {"head": "a head"}
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,18 @@ class Objective(Protocol):
         """The model that log-probabilities are compared with: see `BaseObjective`."""
 
     @property
+    def reads_reference(self) -> bool:
+        """Whether `terms` reads what the reference model says."""
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How the prompts of a step are completed before it is taken; None: the rows are learned as they are."""
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences of a batch, each of at most `train.max_length` tokens, a row becomes."""
+
+    @property
     def means(self) -> tuple[str, ...]:
         """The terms of `step_terms`."""
 
@@ -155,6 +168,9 @@ class Objective(Protocol):
 
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns the rows of a step, which are these of a client's encoded `rows`."""
+
+    def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
+        """Makes rows that `collate` takes of a step's encoded prompts (`input_ids`) and their sampled completions."""
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded with the token `pad`, with the other columns in `Batch.columns`."""
@@ -196,6 +212,21 @@ class BaseObjective:
         return "none"
 
     @property
+    def reads_reference(self) -> bool:
+        """Whether there is one."""
+        return self.reference != "none"
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """Nothing is sampled."""
+        return None
+
+    @property
+    def sequences(self) -> int:
+        """A row is a sequence."""
+        return 1
+
+    @property
     def means(self) -> tuple[str, ...]:
         """There are none."""
         return ()
@@ -232,6 +263,10 @@ class BaseObjective:
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns these rows."""
         return rows.take(pa.array(numbers))
+
+    def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
+        """Returns the rows."""
+        return rows
 
     def reference_columns(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, torch.Tensor]:
         """There is no reference."""

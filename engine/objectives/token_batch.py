@@ -101,7 +101,9 @@ class Batch:
         return replace(self, columns={**self.columns, **columns})
 
 
-def token_losses(network: nn.Module, batch: Batch, *, every_logit: bool = False) -> torch.Tensor:
+def token_losses(
+    network: nn.Module, batch: Batch, *, every_logit: bool = False, temperature: float = 1.0
+) -> torch.Tensor:
     """Computes the nats of each learned token (N,); the head sees these alone, or all positions with `every_logit`."""
     learned, selected = (batch.row_N, batch.place_N), False
 
@@ -122,6 +124,8 @@ def token_losses(network: nn.Module, batch: Batch, *, every_logit: bool = False)
     logits_NV = logits[0] if selected else logits[learned]
     # Half precision is too coarse for the softmax.
     wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if temperature != 1:
+        wide = wide / temperature
     return F.cross_entropy(wide, batch.labels_BT[:, 1:][learned], reduction="none")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engine.messages.errors import RunError
+from engine.objectives.sampling import Completion, Completions, Sampling
 from strategies.core.seeds import keyed_rng
 
 CACHES = ("past_key_values", "cache_params", "state")  # transformers' names, the last two for state-space models
@@ -23,16 +24,7 @@ Choice = tuple[torch.Tensor, torch.Tensor]  # tokens (B,) and their log-probabil
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How completions are sampled: at most `tokens` tokens; a temperature of 0 takes the likeliest token each time."""
-
-    samples: int = 1
-    tokens: int = 16
-    temperature: float = 1.0
-
-
-@dataclass(frozen=True)
-class Completions:
+class Rollouts:
     """The completions (B, C) of prompts, the samples of a prompt one after another, on the network's device.
 
     Each has `lengths_B` tokens, with its end token if it `ended_B`; padding follows. `logprobs_BC` are the tokens'
@@ -43,6 +35,12 @@ class Completions:
     lengths_B: torch.Tensor
     ended_B: torch.Tensor
     logprobs_BC: torch.Tensor
+
+    def completions(self) -> Completions:
+        """Returns them one by one."""
+        ids, logprobs = self.ids_BC.cpu().numpy(), self.logprobs_BC.cpu().numpy()
+        each = zip(ids, logprobs, self.lengths_B.tolist(), self.ended_B.tolist(), strict=True)
+        return [Completion(row[:length], its[:length], ended) for row, its, length, ended in each]
 
 
 @torch.no_grad()
@@ -55,7 +53,7 @@ def complete(
     ends: frozenset[int],
     pad: int,
     device: torch.device,
-) -> Completions:
+) -> Rollouts:
     """Completes each prompt (token ids) `sampling.samples` times; one of `ends` ends a completion.
 
     `keys` (B,) are those of the sequences' draws: a token depends on its sequence's key, its position and its logits,
@@ -85,7 +83,7 @@ def complete(
         attention_BT = torch.cat([attention_BT, attention_BT.new_ones(len(keys), 1)], 1)
         position_B1 = position_B1 + 1
         logits, cache = forward(ids[-1][:, None], attention_BT, position_B1, cache)
-    return Completions(torch.stack(ids, 1), lengths_B, ended_B, torch.stack(logprobs, 1))
+    return Rollouts(torch.stack(ids, 1), lengths_B, ended_B, torch.stack(logprobs, 1))
 
 
 def cached_forward(network: Any, *, every_logit: bool = False) -> Forward:

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from engine.objectives.answers import equal_terms, final_answer, last_number
+from engine.objectives.reinforcement.answers import equal_terms, final_answer, last_number
 
 
 @pytest.mark.parametrize(

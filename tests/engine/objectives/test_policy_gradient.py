@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from engine.messages.errors import RunError
-from engine.objectives.grpo import Grpo, Rloo, Sampled
-from engine.objectives.policy_gradient import group_advantages, left_out_advantages, without_signal
-from engine.objectives.rewards import Length
+from engine.objectives.reinforcement.grpo import Grpo, Rloo, Sampled
+from engine.objectives.reinforcement.policy_gradient import group_advantages, left_out_advantages, without_signal
+from engine.objectives.reinforcement.rewards import Length
 
 TINY = Path(__file__).resolve().parents[3] / "experiments" / "models" / "tiny"
 REWARDS = (Length(target=5),)

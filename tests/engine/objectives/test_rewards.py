@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.messages.errors import RunError
-from engine.objectives.rewards import (
+from engine.objectives.reinforcement.rewards import (
     Balance,
     Contains,
     Custom,

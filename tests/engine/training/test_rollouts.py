@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.training.rollouts import Completions, Sampling, by_gumbel, by_inversion, cached_forward, complete, philox
+from engine.objectives.sampling import Sampling
+from engine.training.rollouts import Rollouts, by_gumbel, by_inversion, cached_forward, complete, philox
 from strategies.core.seeds import keyed_rng, sample_key
 
 TINY = Path(__file__).resolve().parents[3] / "experiments" / "models" / "tiny"
@@ -38,7 +39,7 @@ def keys_of(prompts: int, samples: int) -> list[bytes]:
     return [sample_key(7, 0, 3, 0, row, sample) for row in range(prompts) for sample in range(samples)]
 
 
-def sampled(network, prompts, keys, samples=4, tokens=6, temperature=1.0, ends=frozenset()) -> Completions:
+def sampled(network, prompts, keys, samples=4, tokens=6, temperature=1.0, ends=frozenset()) -> Rollouts:
     sampling = Sampling(samples, tokens, temperature)
     return complete(cached_forward(network), prompts, keys, sampling, ends=ends, pad=1, device=CPU)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from engine.messages.checks import at_least
 from engine.messages.errors import RunError
-from engine.objectives.answers import equal_terms, final_answer, last_number
+from engine.objectives.reinforcement.answers import equal_terms, final_answer, last_number
 
 Row = Mapping[str, Any]
 KEY = "train.objective.rewards"
@@ -139,8 +139,8 @@ class Number(OfAnswer):
 class Math(OfAnswer):
     """1 if the completion's final answer is the row's, as numbers or terms; otherwise 0.
 
-    `engine/objectives/answers.py` says which part of a text is its final answer, and which terms are equal. None if the
-    row's answer is empty.
+    answers.py says which part of a text is its final answer, and which terms are equal. None if the row's answer is
+    empty.
     """
 
     kind: Literal["math"] = "math"

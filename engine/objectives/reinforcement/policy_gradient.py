@@ -8,22 +8,19 @@ from typing import Literal
 
 import torch
 
-Scale = Literal["group", "batch", "none"]
 Level = Literal["token", "sequence"]
 SMALLEST = 1e-4  # added to standard deviations
 
 
-def group_advantages(rewards_PG: torch.Tensor, scale: Scale) -> torch.Tensor:
+def group_advantages(rewards_PG: torch.Tensor, deviation_P: torch.Tensor | None) -> torch.Tensor:
     """Computes (R - mean) / (std + 1e-4), with the mean of each group (arXiv 2402.03300, section 4.1.2).
 
-    The standard deviation (n - 1) is that of each group or of the whole batch (arXiv 2508.08221); with "none" nothing
-    is divided (Dr. GRPO, arXiv 2503.20783).
+    `deviation_P` is the standard deviation to divide by: that of each group, or of all rewards of a step (arXiv
+    2508.08221). None divides by nothing (Dr. GRPO, arXiv 2503.20783).
     """
     centered_PG = rewards_PG - rewards_PG.nanmean(1, keepdim=True)
-    if scale == "group":
-        centered_PG = centered_PG / (deviations(rewards_PG)[:, None] + SMALLEST)
-    elif scale == "batch":
-        centered_PG = centered_PG / (deviations(rewards_PG.reshape(1, -1)) + SMALLEST)
+    if deviation_P is not None:
+        centered_PG = centered_PG / (deviation_P[:, None] + SMALLEST)
     return centered_PG.nan_to_num(nan=0.0)
 
 
@@ -34,11 +31,12 @@ def left_out_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
     return (rewards_PG - others_PG).nan_to_num(nan=0.0)
 
 
-def normalized(advantages_PG: torch.Tensor, rewards_PG: torch.Tensor) -> torch.Tensor:
-    """Computes advantages minus their mean over their standard deviation, over all that have a reward."""
-    given_PG = torch.where(has_others(rewards_PG), advantages_PG, torch.nan)
-    std = deviations(given_PG.reshape(1, -1))
-    return ((given_PG - given_PG.nanmean()) / (std + SMALLEST)).nan_to_num(nan=0.0)
+def normalized(
+    advantages_PG: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, count: torch.Tensor
+) -> torch.Tensor:
+    """Computes (A - mean) / (std + 1e-4) from the mean of A and of its square over the `count` advantages of a step."""
+    deviation = ((square - mean.square()) * count / (count - 1)).sqrt()
+    return ((advantages_PG - mean) / (deviation + SMALLEST)).nan_to_num(nan=0.0)
 
 
 def has_others(rewards_PG: torch.Tensor) -> torch.Tensor:
