@@ -74,6 +74,17 @@ def _objective(recipe: Sections) -> Refusals:
         f'train.objective.kind = "{objective.kind}" does not work with privacy.dp.kind = "example", which clips each '
         f"row's own gradient: {objective.couples_rows}",
     )
+    what = f'train.objective.kind = "{objective.kind}"'
+    yield (
+        objective.sampling is not None and recipe.clients.zero is not None,
+        f"{what} samples completions, and the ranks of a gang would gather the model's shards for each of their tokens: "
+        f"leave clients.zero out, and if the model does not fit, hold its base in fewer bits (model.quantize)",
+    )
+    yield (
+        objective.judges_samples and recipe.strategy.loss_before,
+        f"{what} has no loss to compare clients by before they train, as {named(recipe.strategy)} does: take "
+        f'strategy = "fedavg"',
+    )
     mixed = any(share.r != peft.lora_rank for share in peft.ranks)
     yield (
         objective.reference == "start" and mixed,

@@ -4,6 +4,8 @@ from engine.objectives.cpo import Cpo, SimPo
 from engine.objectives.dpo import Dpo
 from engine.objectives.kto import Kto
 from engine.objectives.orpo import Orpo
+from engine.objectives.reinforcement.grpo import Grpo
+from engine.objectives.reinforcement.rloo import Rloo
 from engine.objectives.sft import Sft
 
-Objectives = Sft | Dpo | Kto | Orpo | Cpo | SimPo
+Objectives = Sft | Dpo | Kto | Orpo | Cpo | SimPo | Grpo | Rloo

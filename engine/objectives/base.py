@@ -129,6 +129,14 @@ class Objective(Protocol):
         """How the prompts of a step are completed before it is taken; None: the rows are learned as they are."""
 
     @property
+    def heldout_terms(self) -> tuple[str, ...]:
+        """The terms of held-out rows."""
+
+    @property
+    def judges_samples(self) -> bool:
+        """Whether held-out rows are prompts, judged by completions of them: see `judged`."""
+
+    @property
     def sequences(self) -> int:
         """How many sequences of a batch, each of at most `train.max_length` tokens, a row becomes."""
 
@@ -187,6 +195,19 @@ class Objective(Protocol):
     def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
         """Computes all terms by the present weights; a row without learned tokens fills a lane and has no unit."""
 
+    def judged(
+        self,
+        sampled: pa.RecordBatch,
+        greedy: pa.RecordBatch,
+        referred: pa.RecordBatch | None,
+        kl_B: torch.Tensor | None,
+    ) -> TermSums:
+        """Returns the terms of held-out prompts, from a completion of each by sampling, and of its likeliest tokens.
+
+        `referred` are the reference model's samples by the same random numbers, and `kl_B` the samples' log-ratios to
+        it, if there is one.
+        """
+
     def sample(self, row: Mapping[str, Any]) -> tuple[Prompt, str]:
         """Returns the prompt of a canonical row and the answer it teaches, which a run shows beside the model's."""
 
@@ -220,6 +241,16 @@ class BaseObjective:
     def sampling(self) -> Sampling | None:
         """Nothing is sampled."""
         return None
+
+    @property
+    def heldout_terms(self) -> tuple[str, ...]:
+        """Those of training."""
+        return tuple(terms_of(self))  # type: ignore[arg-type]
+
+    @property
+    def judges_samples(self) -> bool:
+        """They have what is learned."""
+        return False
 
     @property
     def sequences(self) -> int:
@@ -267,6 +298,16 @@ class BaseObjective:
     def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
         """Returns the rows."""
         return rows
+
+    def judged(
+        self,
+        sampled: pa.RecordBatch,
+        greedy: pa.RecordBatch,
+        referred: pa.RecordBatch | None,
+        kl_B: torch.Tensor | None,
+    ) -> TermSums:
+        """There are no terms."""
+        return {}
 
     def reference_columns(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, torch.Tensor]:
         """There is no reference."""

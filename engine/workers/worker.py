@@ -71,7 +71,7 @@ class ClientActor(WorkerProcess):
         seed = torch_seed(federation.seed, 0, -1, "initial")
         mapped = MappedBase(packed, base, federation.model, seed, self.device)
         trainable, tokenizer = mapped.trainable, load_tokenizer(federation.model)
-        trainer = LocalTrainer(trainable, padding(tokenizer, trainable.network), federation.train)
+        trainer = LocalTrainer(trainable, padding(tokenizer, trainable.network), federation.train, tokenizer)
         refuse_other_adapters(trainable.network, federation)
         if isinstance(federation.clients.lanes, int) and federation.clients.lanes > 1:
             adapted_layers(trainable)  # refuses models that lanes cannot train

@@ -131,6 +131,11 @@ class Reinforcement(BaseObjective):
         return ("reward", "greedy", "length", "ended", "failed", *beside)
 
     @property
+    def judges_samples(self) -> bool:
+        """By their rewards."""
+        return True
+
+    @property
     def reads_reference(self) -> bool:
         """Only for the distance from it."""
         return self.beta > 0
@@ -232,10 +237,8 @@ class Reinforcement(BaseObjective):
         prompt_B = rows[PROMPT].to_numpy().repeat(group).astype(np.int64)
         size_B = columns[SIZE].astype(np.int64)
         learns_B = columns[ENDED] > 0 if self.mask_truncated_completions else np.ones(len(size_B), bool)
-        learned = [
-            np.arange(m + n) >= (m if learns else m + n)
-            for m, n, learns in zip(prompt_B, size_B, learns_B, strict=True)
-        ]
+        begin_B = np.where(learns_B, prompt_B, prompt_B + size_B)
+        learned = [np.arange(m + n) >= begin for m, n, begin in zip(prompt_B, size_B, begin_B, strict=True)]
         ids = _by_sample(rows, [f"sample{g}_ids" for g in range(group)])
         batch = Batch.padded(np.concatenate(ids), np.concatenate(learned), prompt_B + size_B, pad, group)
         columns |= {START: prompt_B - 1, SAMPLED: np.zeros((len(ids), self.max_completion_length), np.float32)}
@@ -297,14 +300,13 @@ class Reinforcement(BaseObjective):
         self,
         sampled: pa.RecordBatch,
         greedy: pa.RecordBatch,
-        referred: pa.RecordBatch | None = None,
-        kl_B: torch.Tensor | None = None,
+        referred: pa.RecordBatch | None,
+        kl_B: torch.Tensor | None,
     ) -> TermSums:
-        """Returns the terms of held-out prompts, from completions of each by sampling, and of its likeliest tokens.
+        """Returns the terms of held-out prompts, "reward" and what follows it of the samples.
 
-        `referred` are the reference model's samples by the same random numbers, `kl_B` the samples' log-ratios to it:
-        "win" is the share of prompts on which the model has the larger reward, ties one half, "kl" the mean of the
-        log-ratios, which estimates the KL divergence of whole completions.
+        "win" is the share of prompts on which the model has a larger reward than the reference model, ties one half;
+        "kl" the mean log-ratio of a whole completion, which estimates the KL divergence.
         """
         reward, scored = _values(sampled, REWARD), _values(sampled, SCORED) > 0
         likely, likely_scored = _values(greedy, REWARD), _values(greedy, SCORED) > 0
