@@ -77,7 +77,7 @@ def _objective(recipe: Sections) -> Refusals:
     what = f'train.objective.kind = "{objective.kind}"'
     yield (
         objective.sampling is not None and recipe.clients.zero is not None,
-        f"{what} samples completions, and the ranks of a gang would gather the model's shards for each of their tokens: "
+        f"{what} samples completions, and the ranks of a gang would gather the model's shards for each token: "
         f"leave clients.zero out, and if the model does not fit, hold its base in fewer bits (model.quantize)",
     )
     yield (

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from engine.config.train import Train
 from engine.objectives.base import Objective, term_metrics
 from engine.training.optimizers import kept, move, restore
 from strategies.core.protocol import ClientState, Mask, Vector
+from strategies.core.seeds import sample_key
 
 
 def batches(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -59,9 +61,8 @@ def steps_of(rows: int, train: Train) -> int:
 
 
 Correct = Callable[[torch.Tensor, torch.Tensor], None]  # changes gradients (K, P), given the vectors (K, P)
-Keys = Callable[
-    [int, int, int], bytes
-]  # of a step, a row and a sample, by their numbers: the key of the sample's draws
+Keys = Callable[[int, int, int], bytes]  # of a step, row and sample, by their numbers: the key of the sample's draws
+UNKEYED: Keys = partial(sample_key, 0, 0, 0)
 
 
 @dataclass(frozen=True)

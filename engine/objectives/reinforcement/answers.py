@@ -77,7 +77,7 @@ def equal_terms(term: str, other: str) -> bool:
     if parts is not None or others is not None:
         if parts is None or others is None or parts[0] != others[0] or len(parts[1]) != len(others[1]):
             return False
-        (bracket, items), (_, rest) = parts, list(others[1])
+        (bracket, items), rest = parts, [*others[1]]
         if bracket != "{":
             return all(map(equal_terms, items, rest))
         for item in items:

@@ -11,9 +11,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from engine.messages.errors import RunError
-from engine.objectives.reinforcement.grpo import Grpo, Rloo, Sampled
-from engine.objectives.reinforcement.policy_gradient import group_advantages, left_out_advantages, without_signal
+from engine.objectives.reinforcement.grpo import Grpo
+from engine.objectives.reinforcement.policy_gradient import (
+    deviations,
+    group_advantages,
+    has_others,
+    left_out_advantages,
+    normalized,
+    without_signal,
+)
 from engine.objectives.reinforcement.rewards import Length
+from engine.objectives.reinforcement.rloo import Rloo
+from engine.objectives.reinforcement.samples import Sampled
 
 TINY = Path(__file__).resolve().parents[3] / "experiments" / "models" / "tiny"
 REWARDS = (Length(target=5),)
@@ -36,7 +45,7 @@ def padded(rows, left=False):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    shared = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+    shared = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
     shared |= {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6, "beta": 0.1}
     return shared | {"temperature": TEMPERATURE, "output_dir": str(tmp_path_factory.mktemp("trl"))}
 
@@ -153,19 +162,32 @@ def test_the_loss_and_its_gradient_are_those_of_trls_rloo(rloo):
 TABLE = [[1.0, 0.0, 0.5, 0.25], [1.0, NONE, 3.0, 2.0], [2.0, 2.0, 2.0, 2.0], [NONE, 4.0, NONE, NONE], [NONE] * 4]
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+SCALES = {"group": deviations, "batch": lambda rewards: deviations(rewards.reshape(1, -1)), "none": lambda _: None}
+
+
+@pytest.mark.parametrize("scale", SCALES)
 def test_the_advantages_are_those_of_trls_grpo(settings, tokenizer, scale):
     options = settings | {"scale_rewards": scale, "num_generations": 4, "beta": 0.0}
-    check_advantages(GRPOTrainer, GRPOConfig(**options), tokenizer, replace(GRPO, scale_rewards=scale))
+    rewards = torch.tensor(TABLE)
+    ours = group_advantages(rewards, SCALES[scale](rewards))
+    torch.testing.assert_close(
+        ours, trl_advantages(GRPOTrainer, GRPOConfig(**options), tokenizer), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_advantages_are_those_of_trls_rloo(settings, tokenizer, normalize):
     options = settings | {"normalize_advantages": normalize, "num_generations": 4, "beta": 0.0}
-    check_advantages(RLOOTrainer, RLOOConfig(**options), tokenizer, Rloo(rewards=REWARDS, normalize_advantages=normalize))
+    theirs, rewards = trl_advantages(RLOOTrainer, RLOOConfig(**options), tokenizer), torch.tensor(TABLE)
+    ours = left_out_advantages(rewards)
+    if normalize:
+        having = ours[has_others(rewards)]
+        ours = normalized(ours, having.mean(), having.square().mean(), torch.tensor(len(having)))
+        ours = torch.where(has_others(rewards), ours, 0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def check_advantages(kind, config, tokenizer, objective):
+def trl_advantages(kind, config, tokenizer):
     """TRL scores completions that we hand it, each with the reward that its first token numbers."""
     given = [reward for group in TABLE for reward in group]
 
@@ -173,25 +195,22 @@ def check_advantages(kind, config, tokenizer, objective):
         return [None if math.isnan(given[ids[0]]) else given[ids[0]] for ids in completion_ids]
 
     trainer = trainer_of(kind, config, tokenizer, rewards)
-    ids = [[number, 0] for number in range(len(given))]
-    trainer._generate = lambda prompts: (
-        ([[5]] * len(given), ids, None, ["x"] * len(given), None, {}, None, None)
-        if kind is GRPOTrainer
-        else ([[5]] * len(given), ids, ["x"] * len(given))
-    )
-    theirs = trainer._generate_and_score_completions([{"prompt": "a"}] * len(given))["advantages"]
-    ours = objective.advantages(torch.tensor(TABLE))
-    torch.testing.assert_close(ours.flatten(), theirs, rtol=1e-5, atol=1e-6)
-    assert ours.abs().max() > 0.5
+    prompts, ids, texts = [[5]] * len(given), [[number, 0] for number in range(len(given))], ["x"] * len(given)
+    generated = (prompts, ids, None, texts, None, {}, None, None) if kind is GRPOTrainer else (prompts, ids, texts)
+    trainer._generate = lambda _: generated
+    advantages = trainer._generate_and_score_completions([{"prompt": "a"}] * len(given))["advantages"]
+    assert advantages.abs().max() > 0.5
+    return advantages.view(len(TABLE), -1)
 
 
 def test_advantages_by_hand():
     rewards = torch.tensor([[0.0, 1.0], [3.0, 3.0]], dtype=torch.float64)
-    each = 0.5 / (math.sqrt(0.5) + 1e-4)
-    torch.testing.assert_close(group_advantages(rewards, "group"), torch.tensor([[-each, each], [0, 0]]).double())
-    assert group_advantages(rewards, "none").tolist() == [[-0.5, 0.5], [0, 0]]
-    batch = 0.5 / (math.sqrt(((1.75**2 + 0.75**2) + 2 * 1.25**2) / 3) + 1e-4)
-    torch.testing.assert_close(group_advantages(rewards, "batch"), torch.tensor([[-batch, batch], [0, 0]]).double())
+    each, zeros = 0.5 / (math.sqrt(0.5) + 1e-4), [0, 0]
+    of_groups = group_advantages(rewards, deviations(rewards))
+    torch.testing.assert_close(of_groups, torch.tensor([[-each, each], zeros]).double())
+    assert group_advantages(rewards, None).tolist() == [[-0.5, 0.5], zeros]
+    of_batch = deviations(rewards.reshape(1, -1))
+    assert of_batch.item() == pytest.approx(math.sqrt((1.75**2 + 0.75**2 + 2 * 1.25**2) / 3))
     assert left_out_advantages(torch.tensor([[1.0, 2.0, 6.0]])).tolist() == [[-3.0, -1.5, 4.5]]
     assert without_signal(torch.tensor(TABLE)).tolist() == [False, False, True, True, True]
 
@@ -199,7 +218,7 @@ def test_advantages_by_hand():
 def test_a_reward_that_is_missing_moves_nothing():
     without = torch.tensor([[1.0, 4.0, 2.0]])
     beside = torch.tensor([[1.0, NONE, 4.0, 2.0]])
-    for advantages in (left_out_advantages, lambda rewards: group_advantages(rewards, "group")):
+    for advantages in (left_out_advantages, lambda rewards: group_advantages(rewards, deviations(rewards))):
         alone = advantages(without).flatten().tolist()
         assert advantages(beside).flatten().tolist() == [alone[0], 0.0, *alone[1:]]
 
@@ -228,7 +247,8 @@ def test_losses_by_hand():
     kl = math.exp(0.5) - 0.5 - 1  # d = ln pi_ref - ln pi = 0.5
     corrected = unit_losses(GRPO, 1.1, 0.0, reference=-0.5)
     assert corrected == pytest.approx([0.1 * 1.1 * kl, 0.0])
-    assert unit_losses(replace(GRPO, use_bias_correction_kl=False), 1.1, 0.0, reference=-0.5)[0] == pytest.approx(0.1 * kl)
+    plain_kl = replace(GRPO, use_bias_correction_kl=False)
+    assert unit_losses(plain_kl, 1.1, 0.0, reference=-0.5) == pytest.approx([0.1 * kl, 0.0])
     assert unit_losses(Rloo(rewards=REWARDS), 1.1, 2.0) == pytest.approx([-2.2])
     assert unit_losses(Rloo(rewards=REWARDS), 1.5, 2.0) == pytest.approx([-2.4])
 
