@@ -15,7 +15,7 @@ from engine.messages.errors import RunError
 from engine.objectives.sampling import Completion, Completions, Sampling
 from strategies.core.seeds import keyed_rng
 
-CACHES = ("past_key_values", "cache_params", "state")  # transformers' names, the last two for state-space models
+CACHES = ("past_key_values", "cache_params")  # transformers' names, the second for state-space models
 Cache = Any
 # Takes token ids (B, T), 1 where a token is real (B, earlier tokens + T), positions (B, T), and the cache of earlier
 # tokens (None: there are none). Returns the logits (B, V) after the last token, and the cache with the new tokens.
@@ -64,7 +64,7 @@ def complete(
     logits, cache = forward(ids_PT.to(device), attention_PT.to(device), position_PT.to(device), None)
     sequence_B = torch.arange(len(prompts)).repeat_interleave(sampling.samples)
     if sampling.samples > 1:  # the samples of a prompt share what the network made of it
-        logits, cache = logits[sequence_B.to(device)], _selected(cache, sequence_B.to(device))
+        logits, cache = logits[sequence_B.to(device)], _repeated(cache, sampling.samples, sequence_B.to(device))
     attention_BT, position_B1 = attention_PT[sequence_B].to(device), position_PT[sequence_B, -1:].to(device)
     choose = _chooser(keys, sampling, device)
     running_B = torch.tensor([len(prompt) > 0 for prompt in prompts])[sequence_B].to(device)
@@ -96,14 +96,16 @@ def cached_forward(network: Any, *, every_logit: bool = False) -> Forward:
     cache_name = next((name for name in CACHES if name in accepted), None)
     if cache_name is None:
         raise RunError(
-            f"the base, a {type(plain).__name__}, keeps no cache of what it has read, without which it cannot generate "
-            f"text here: choose another model.base"
+            f"the base, a {type(plain).__name__}, keeps no cache with which several texts go on in one batch: choose "
+            f"another model.base"
         )
 
     def forward(
         ids_BT: torch.Tensor, attention_BT: torch.Tensor, position_BT: torch.Tensor, cache: Cache
     ) -> tuple[torch.Tensor, Cache]:
         inputs = {"input_ids": ids_BT, "attention_mask": attention_BT, "position_ids": position_BT, cache_name: cache}
+        if cache is not None and cache_name != "past_key_values":  # a state has no place for each token
+            inputs["attention_mask"] = None
         if not every_logit:
             inputs["logits_to_keep"] = 1
         out = network(**{name: value for name, value in inputs.items() if name in accepted}, use_cache=True)
@@ -123,12 +125,13 @@ def _left_padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[torch.Tensor,
     return torch.from_numpy(ids_PT), torch.from_numpy(real_PT.astype(np.int64))
 
 
-def _selected(cache: Cache, sequence_B: torch.Tensor) -> Cache:
-    """Returns the cache whose sequence i is the given one's sequence `sequence_B[i]`."""
-    if hasattr(cache, "reorder_cache"):  # made for beams, it takes any number of them
+def _repeated(cache: Cache, times: int, sequence_B: torch.Tensor) -> Cache:
+    """Returns the cache with each sequence a number of times; `sequence_B` numbers the sequences that come of it."""
+    if "batch_repeat_interleave" in vars(type(cache)):  # a cache of the model's own
+        cache.batch_repeat_interleave(times)
+    else:  # what is made to select among beams takes any number of them
         cache.reorder_cache(sequence_B)
-        return cache
-    return [state.index_select(0, sequence_B) for state in cache]
+    return cache
 
 
 def _chooser(keys: Sequence[bytes], sampling: Sampling, device: torch.device) -> Callable[[torch.Tensor, int], Choice]:

@@ -244,7 +244,7 @@ class Reinforcement(BaseObjective):
         columns |= {START: prompt_B - 1, SAMPLED: np.zeros((len(ids), self.max_completion_length), np.float32)}
         for place, logprobs in enumerate(_by_sample(rows, [f"{SAMPLED}{g}" for g in range(group)])):
             columns[SAMPLED][place, : len(logprobs)] = logprobs
-        return batch.plus({name: torch.from_numpy(values) for name, values in columns.items()})
+        return batch.plus({name: torch.tensor(values) for name, values in columns.items()})
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Returns the number of each term's units: tokens or completions, groups, completions that have a reward."""

@@ -54,7 +54,9 @@ def encoded(tables: dict[str, pa.Table], tokenizer: PreTrainedTokenizerFast) -> 
 
 
 @pytest.fixture
-def make_double(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LocalTrainer]:
+def make_double(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., LocalTrainer]:
     """A trainer of an objective in float64, in which sums of another order are equal to 1e-10."""
 
     def normed(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -65,7 +67,7 @@ def make_double(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> Call
         model = replace(federation.model, peft=peft or Lora(r=4, alpha=8))
         packed, buffer = read_base(model)
         trainable = Trainable(map_base(packed, torch.from_numpy(buffer)).double(), model, 3)
-        return LocalTrainer(trainable, 0, replace(train, objective=objective))
+        return LocalTrainer(trainable, 0, replace(train, objective=objective), tokenizer)
 
     return made
 
