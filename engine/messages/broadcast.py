@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
+from datasets_partition.store.store import SplitName
+from engine.messages.row_columns import RowColumn
 from engine.messages.shards import Shard, borrow, borrow_all
 from strategies.core.base import Rule
 from strategies.core.layout import Layout
@@ -32,6 +35,7 @@ class BroadcastMessage:
     nbytes: int = 0  # of the shards in the object store
     partition: Partition | None = None
     reference: tuple[Any, ...] = ()  # references to the objective's reference model: its vector, or each rank's shard
+    row_column: tuple[Any, ...] = ()  # a reference to what the reference model says of all rows (RowColumn), if stored
     # Orders for a round of training; other messages have the defaults, which nobody reads:
     oldest: int = 0  # client state from before this round may be deleted
     noise_plan: NoisePlan | None = None  # how clients bound what they send, and their noise
@@ -59,6 +63,13 @@ class BroadcastMessage:
             return None
         shard: Shard = ray.get(self.reference[rank or 0])
         return borrow(shard.params)
+
+    def beside(self, rows: pa.RecordBatch, client: int, split: SplitName) -> pa.RecordBatch:
+        """Returns a client's rows with what the reference model says of them, if it is stored."""
+        if not self.row_column:
+            return rows
+        column: RowColumn = ray.get(self.row_column[0])
+        return column.beside(rows, client, split)
 
     def received(self, strategy: Rule, layout: Layout, seed: int, rank: int | None = None) -> Broadcast:
         """Returns what the clients of a worker receive: whole vectors, or those of a rank's shard."""

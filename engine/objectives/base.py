@@ -137,10 +137,6 @@ class Objective(Protocol):
         """Whether held-out rows are prompts, judged by completions of them: see `judged`."""
 
     @property
-    def sequences(self) -> int:
-        """How many sequences of a batch, each of at most `train.max_length` tokens, a row becomes."""
-
-    @property
     def means(self) -> tuple[str, ...]:
         """The terms of `step_terms`."""
 
@@ -155,6 +151,14 @@ class Objective(Protocol):
     @property
     def regroups(self) -> bool:
         """Whether `regroup` does anything."""
+
+    @property
+    def precompute_ref_log_probs(self) -> bool | None:
+        """Whether the reference's columns are computed once for all rows; None: if that is cheaper."""
+
+    @property
+    def sequences(self) -> int:
+        """The most sequences that a row becomes."""
 
     @property
     def couples_rows(self) -> str | None:
@@ -253,11 +257,6 @@ class BaseObjective:
         return False
 
     @property
-    def sequences(self) -> int:
-        """A row is a sequence."""
-        return 1
-
-    @property
     def means(self) -> tuple[str, ...]:
         """There are none."""
         return ()
@@ -276,6 +275,16 @@ class BaseObjective:
     def regroups(self) -> bool:
         """Each row stays a row."""
         return False
+
+    @property
+    def precompute_ref_log_probs(self) -> bool | None:
+        """They are computed in each step."""
+        return False
+
+    @property
+    def sequences(self) -> int:
+        """One."""
+        return 1
 
     @property
     def couples_rows(self) -> str | None:

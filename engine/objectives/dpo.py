@@ -54,6 +54,8 @@ class Dpo(PairObjective):
     (2411.15124), "exo_pair" (2402.00856, eq. 16), "nca_pair" (2402.05369), "bco_pair" (2404.04656, without its running
     mean), "sppo_hard" (2405.00675, eq. 4.7), "apo_zero" and "apo_down" (2408.06266, eq. 7 and 8), "discopop"
     (2406.08414, eq. 5), and "sft", the mean negative log-likelihood of the chosen tokens, for sums of several.
+    The reference's log-probabilities are computed once for all rows, before the first round, if that is fewer rows than
+    all rounds train (`precompute_ref_log_probs`; never for a reference that changes with the rounds, or in gangs).
     """
 
     kind: Literal["dpo"] = "dpo"
@@ -63,6 +65,7 @@ class Dpo(PairObjective):
     label_smoothing: float = 0.0
     discopop_tau: float = 0.05
     reference: Reference = "base"
+    precompute_ref_log_probs: bool | None = None
     figures: ClassVar[Mapping[str, float]] = {**PairObjective.figures, "ranking": 1.0}
     units: ClassVar[Mapping[str, str]] = {**PairObjective.units, SFT: "nats per token", "ranking": "share"}
 

@@ -1,5 +1,6 @@
 """Odds ratio preference optimization (arXiv 2403.07691). Legend: B sequences, N learned tokens, U pairs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -68,6 +69,10 @@ class Orpo(PairObjective):
 
 
 def _log1mexp(a_U: torch.Tensor) -> torch.Tensor:
-    """Returns log(1 - e^a) of negative numbers; the smallest that float32 tells from 0 stands in for 0."""
+    """Returns log(1 - e^a) of negative numbers; the last one below 0 in float32 stands in for 0.
+
+    Each of the two formulas sees only numbers for which it and its gradient are finite.
+    """
     a_U = a_U.clamp(max=-torch.finfo(torch.float32).tiny)
-    return torch.where(a_U > -0.693, torch.log(-torch.expm1(a_U)), torch.log1p(-torch.exp(a_U)))
+    near_U, far_U = a_U.clamp(min=-math.log(2)), a_U.clamp(max=-math.log(2))
+    return torch.where(a_U > -math.log(2), torch.log(-torch.expm1(near_U)), torch.log1p(-torch.exp(far_U)))

@@ -35,6 +35,11 @@ class PairObjective(BaseObjective):
     }
 
     @property
+    def sequences(self) -> int:
+        """The chosen and the rejected one."""
+        return 2
+
+    @property
     def encoding(self) -> str:
         """The columns depend on no option."""
         return "pairs"
@@ -122,8 +127,9 @@ def reward_figures(rewards_B: torch.Tensor, batch: Batch) -> dict[str, Term]:
 
 
 def chosen_tokens(values_N: torch.Tensor, batch: Batch) -> Term:
-    """Makes the term of the chosen completions' tokens; a rejected one's count 0."""
-    return Term(torch.where(batch.row_N % 2 == 0, values_N, 0), batch.row_N)
+    """Makes the term of the chosen completions' tokens."""
+    chosen_N = batch.row_N % 2 == 0
+    return Term(values_N[chosen_N], batch.row_N[chosen_N])
 
 
 def chosen_count(batch: Batch) -> int:

@@ -3,7 +3,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from engine.rounds.evaluation import Evaluation, PoolEvaluator, baselines, witho
 from engine.rounds.outputs import finish, write_checkpoint
 from engine.rounds.planner import choose_lanes
 from engine.rounds.recorder import Recorder
+from engine.rounds.reference_columns import pays, reference_columns
 from engine.rounds.round_loop import Callback, RunSetup, round_loop
 from engine.rounds.server import DriverServer, RankServer, merge_into_base, with_reference
 from engine.scheduling.pool import Pool
@@ -147,6 +148,8 @@ class Driver:
         server = (DriverServer if pool.partition is None else RankServer)(federation, pool, population)
         initial = server.initial()
         server = with_reference(server, initial)
+        if pays(federation, tokens, population):
+            server = replace(server, row_column=(reference_columns(server, initial, tokens),))
         return RunSetup(federation, pool, server, initial, store, tokens, options.folder, options.elsewhere)
 
     def _begin_folder(self, pool: Pool, recorder: Recorder, saved: Saved | None) -> None:

@@ -188,7 +188,8 @@ def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) ->
     yield Evaluated(state.round, evaluator.local_only(message, state.round, steps, "local_only"), "local_only")
     shared = share(message)
     trained_P = setup.pool.ask(lambda actor: actor.centralized.remote([*range(clients)], shared, total), long=True)
-    pooled_message = replace(BroadcastMessage.of(Broadcast(state.round, borrow(trained_P))), reference=server.reference)
+    pooled_message = BroadcastMessage.of(Broadcast(state.round, borrow(trained_P)))
+    pooled_message = replace(pooled_message, reference=message.reference, row_column=message.row_column)
     yield Evaluated(state.round, evaluator.losses(pooled_message, state.round, "loss_centralized"), "centralized")
     merge_into_base(server, None, state)
 

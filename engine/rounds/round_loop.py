@@ -151,8 +151,8 @@ def round_loop(setup: RunSetup, logs: Logs, lanes: int = 1, saved: Saved | None 
     collector: Collector = ClearCollector(federation, server, trace)
     if federation.privacy.secure:
         train = federation.train
-        most_rows = planner.most_steps() * train.batch * train.accumulate
-        most_tokens = most_rows * train.objective.sequences * train.max_length
+        most_tokens = planner.most_steps() * train.batch * train.accumulate * train.max_length
+        most_tokens *= train.objective.sequences
         relay = start_relay(server, federation.privacy.secagg.on_slot_death)
         collector = SecureCollector(federation, relay, most_tokens, journal, too_few, trace)
         largest = federation.cohort.largest(setup.population)

@@ -39,13 +39,14 @@ class DriverServer:
     """The server in this process: one shard, the whole vector.
 
     `population` is how many clients may be sampled, `reference` the vector of the objective's reference model, if it
-    has one, in the object store.
+    has one, in the object store, and `row_column` what that says of all rows, if it is stored.
     """
 
     federation: Federation
     pool: Pool
     population: int
     reference: tuple[Reference, ...] = ()
+    row_column: tuple[Reference, ...] = ()
 
     def initial(self, *, of_base: bool = False) -> ShardedState:
         """Returns the state before the first round, or the base's own, which `model.start` does not change."""
@@ -92,7 +93,7 @@ class DriverServer:
 
     def message_of(self, broadcast: Broadcast) -> BroadcastMessage:
         """Returns a broadcast as it crosses Ray."""
-        return replace(BroadcastMessage.of(broadcast), reference=self.reference)
+        return replace(BroadcastMessage.of(broadcast), reference=self.reference, row_column=self.row_column)
 
     def sums(self, worked: Worked) -> tuple[list[Aggregate], int]:
         """Returns the sum over all workers, or the updates one by one where the rule reads each, and their bytes."""
@@ -145,6 +146,7 @@ class RankServer:
     pool: Pool
     population: int
     reference: tuple[Reference, ...] = ()
+    row_column: tuple[Reference, ...] = ()
 
     def initial(self, *, of_base: bool = False) -> ShardedState:
         """Returns the state before the first round, or the base's own, which `model.start` does not change."""
@@ -181,7 +183,8 @@ class RankServer:
 
     def broadcast_message(self, state: ShardedState) -> BroadcastMessage:
         """Returns the shards; each rank computes from its own what a client receives."""
-        return BroadcastMessage(state.round, state.shards, state.nbytes, self.pool.partition, self.reference)
+        partition, beside = self.pool.partition, (self.reference, self.row_column)
+        return BroadcastMessage(state.round, state.shards, state.nbytes, partition, *beside)
 
     model_message = broadcast_message
 

@@ -39,6 +39,8 @@ from strategies.core.seeds import rng, sample_key, seed_torch, torch_seed
 
 NO_KEYS: RowKeys = partial(sample_key, 0, 0, 0, 0)
 
+TOGETHER = 8  # rows at once of which the reference's columns are computed
+
 
 @dataclass(frozen=True)
 class Job:
@@ -272,6 +274,15 @@ class LocalTrainer:
         rows = self.objective.step_rows(rows, np.arange(rows.num_rows))
         first = self.with_columns(self.cut(rows, batch), reference)[0]
         return {name: first.columns[name][0].item() for name in self.objective.means}
+
+    def reference_column(self, rows: pa.RecordBatch, reference: Vector | None) -> np.ndarray:
+        """Returns what the reference model says of these rows (rows, G), float32; always in the same pieces."""
+        parts = []
+        for first in range(0, rows.num_rows, TOGETHER):
+            piece = self.objective.collate(rows.slice(first, TOGETHER), self.pad)
+            (piece,) = self.with_columns([piece], reference)
+            parts.append(piece.columns[REFERENCE].float().view(-1, piece.group).cpu().numpy())
+        return np.concatenate(parts)
 
     def with_columns(
         self,

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from datasets_partition.store.store import SplitName
 from datasets_partition.store.tokens import Tokens
 from engine.aggregation.accumulators import Accumulator
 from engine.aggregation.exact_sum import LIMIT, NonFiniteUpdate, finite_bound
@@ -123,6 +125,10 @@ class ClientRunner:
         peft = self.federation.model.peft
         return replace(broadcast, lora_rank=peft.lora_rank_of(client, self.federation.seed))
 
+    def rows_of(self, client: int, split: SplitName, message: BroadcastMessage) -> pa.RecordBatch:
+        """Returns a client's rows, with what the reference model says of them if it is stored."""
+        return message.beside(self.tokens.rows(client, split), client, split)
+
     def state_of(self, client: int, round_: int) -> ClientState:
         """Returns what the client keeps from the rounds before."""
         return self.states.read(client, round_) if self.federation.keeps_state else {}
@@ -166,7 +172,7 @@ class ClientRunner:
         return [reports[client] for client in unit]
 
     def _job(self, client: int, message: BroadcastMessage, broadcast: Broadcast) -> Job:
-        rows = self.tokens.rows(client, "train")
+        rows = self.rows_of(client, "train", message)
         weight = self.federation.privacy.weight(rows.num_rows, message.full_rows)
         received = self.received_by(client, broadcast)
         is_round = self.federation.train.objective.reference == "round"

@@ -106,19 +106,19 @@ class Evaluator:
         """Returns the losses of models that clients trained alone, each for its number of steps from the vector."""
         losses, limit = [], self.runner.federation.evaluate.rows
         for client, client_steps in zip(chunk, steps, strict=True):
-            self._train(self.runner.tokens.rows(client, "train"), message, client_steps, client)
+            self._train(self.runner.rows_of(client, "train", message), message, client_steps, client)
             losses.append(self._loss(client, message, limit))
         return losses
 
     def centralized(self, clients: list[int], message: BroadcastMessage, steps: int) -> np.ndarray:
         """Returns the vector (P,) after `steps` steps from that of the message on the pooled rows of all clients."""
-        rows = pa.concat_batches([self.runner.tokens.rows(client, "train") for client in clients])
+        rows = pa.concat_batches([self.runner.rows_of(client, "train", message) for client in clients])
         (trained,) = self._train(rows, message, steps, POOLED)
         return trained.end.cpu().numpy()
 
     def _loss(self, client: int, message: BroadcastMessage, limit: int) -> ClientLoss:
         federation, reference = self.runner.federation, message.reference_vector(self.runner.peers.rank)
-        rows, evaluate = self.runner.tokens.rows(client, "heldout"), replace(federation.evaluate, rows=limit)
+        rows, evaluate = self.runner.rows_of(client, "heldout", message), replace(federation.evaluate, rows=limit)
         return client_loss(self.trainer, client, rows, evaluate, federation.seed, reference)
 
     def _train(self, rows: pa.RecordBatch, message: BroadcastMessage, steps: int, client: int) -> Sequence[Trained]:

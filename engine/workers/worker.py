@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from datasets_partition.store.store import SplitName
 from engine.aggregation.accumulators import SingleUpdates
 from engine.aggregation.exact_sum import PartialSum, cut
 from engine.aggregation.ring_encoding import noise
@@ -25,6 +26,8 @@ from engine.workers.process import Attached, WorkerProcess, delegate
 from strategies.core.layout import Layout
 from strategies.core.seeds import torch_seed
 from strategies.core.sharding import Partition
+
+SPLITS: tuple[SplitName, ...] = ("train", "heldout")
 
 
 class Trainers:
@@ -93,6 +96,16 @@ class ClientActor(WorkerProcess):
         """Returns how many lanes are fastest, up to `most`; slots, the `neighbors` share the node's memory."""
         trainer, tokens, start = self.attached.trainer, self.attached.runner.tokens, message.vector().to(self.device)
         return best_lanes(trainer, tokens, clients, most, neighbors, start, self.federation.train)
+
+    def reference_columns(self, chunk: list[int], message: BroadcastMessage) -> list[tuple[int, np.ndarray]]:
+        """Returns what the reference model says of each client's rows (rows, G), training rows first."""
+        trainer, tokens, reference = self.attached.trainer, self.attached.runner.tokens, message.reference_vector()
+        columns = []
+        for client in chunk:
+            splits = [tokens.rows(client, split) for split in SPLITS]
+            of_splits = [trainer.reference_column(rows, reference) for rows in splits if rows.num_rows]
+            columns.append((client, np.concatenate(of_splits or [np.empty((0, 1), np.float32)])))
+        return columns
 
     def forget_sum(self) -> None:
         """Starts again at zero."""

@@ -201,3 +201,39 @@ def test_an_objective_that_loses_rows_or_their_tokens_is_an_error(tmp_path: Path
     store = stored(tmp_path, {"a": ["a1", "a2"]}, Splits())
     with pytest.raises(ValueError, match="must give a row for each, with input_ids, null where the row is dropped"):
         tokenize(store, "bytes", wrong)
+
+
+@pytest.mark.parametrize("at_once", [4096, 2])
+def test_rows_are_regrouped_within_a_clients_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Blocks of three bytes, never over a border of clients or splits, in whatever windows the store is read."""
+    monkeypatch.setattr(tokenizing, "ROWS_PER_BATCH", at_once)
+
+    def blocks(rows: pa.Table) -> pa.Table:
+        ids = [byte for row in rows["input_ids"].to_pylist() for byte in row]
+        cut = [ids[first : first + 3] for first in range(0, len(ids), 3)]
+        return pa.table({"input_ids": pa.array(cut, pa.list_(pa.int32()))})
+
+    texts = {"a": ["aaaa", "-", "bb"], "b": ["c"], "d": ["dd", "ee", "ffff", "g"]}
+    store = stored(tmp_path, texts, Splits(heldout=0.25, unseen=0, draw="last"))
+    tokens = tokenize(store, "blocks", lambda rows: encode(rows).select(["input_ids"]), regroup=blocks)
+    plain = tokenize(store, "plain", encode)
+    for split in SPLITS:
+        for client in range(3):
+            text = b"".join(bytes(ids) for ids in plain.rows(client, split)["input_ids"].to_pylist())
+            mine = [bytes(ids) for ids in tokens.rows(client, split)["input_ids"].to_pylist()]
+            assert mine == [text[first : first + 3] for first in range(0, len(text), 3)]
+            assert tokens.counts(split)[client] == len(mine)
+        assert tokens.dropped(split).tolist() == plain.dropped(split).tolist()
+    assert tokens.lengths().tolist() == plain.lengths().tolist()
+
+
+def test_all_columns_of_tokens_count(tmp_path: Path) -> None:
+    store = stored(tmp_path, {"a": ["aaaa", "bb"], "b": ["c"]}, Splits(heldout=0, unseen=0))
+
+    def both(rows: pa.Table) -> pa.Table:
+        once = encode(rows)
+        return once.append_column("rejected_ids", pa.array([[1, 2]] * rows.num_rows, pa.list_(pa.int32())))
+
+    assert tokenize(store, "both", both).lengths().tolist() == [4 + 2 + 2 * 2, 1 + 2]

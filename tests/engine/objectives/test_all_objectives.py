@@ -20,7 +20,7 @@ from engine.objectives.sft import Sft
 from engine.training.lanes import LaneTrainer
 from engine.training.local_training import LocalTrainer
 from engine.training.per_example import PrivateTrainer
-from engine.training.step_loop import Trained, Training
+from engine.training.step_loop import Trained, Training, batches
 from strategies.privacy.accounting import Scheme
 from strategies.privacy.budget import ExamplePlan
 from strategies.privacy.noise import seeded_words
@@ -75,7 +75,8 @@ def test_pieces_of_a_step_change_nothing(
     trainable = trainer.trainable
     # By hand: one batch, and the loss as the sum of its terms' means.
     trainable.network.eval()
-    batch = objective.collate(rows, 0)
+    numbers = next(batches(rows.num_rows, train, np.random.default_rng(1)))
+    batch = objective.collate(objective.step_rows(rows, numbers), 0)
     if objective.reference != "none":
         with trainer.as_reference(training(trainer, rows, moved).reference):
             batch = batch.plus(objective.reference_columns(trainable.network, batch, Context()))
@@ -123,7 +124,7 @@ def test_the_reference_leaves_the_model_as_it_was(
     assert trainer.loss_terms(rows, 2, reference) == first
     if objective.reference != "base":
         return
-    batch = objective.collate(rows, 0)
+    batch = objective.collate(objective.step_rows(rows, np.arange(rows.num_rows)), 0)
     with trainer.as_reference(reference):
         ours = objective.reference_columns(trainer.trainable.network, batch, Context())
     trainer.become(initial)
@@ -145,9 +146,37 @@ def test_a_rows_own_gradient_is_clipped(
         trained = trainer.train([training(trainer, rows.slice(row, 1), moved)], ONE_STEP)[0]
         each.append(moved(trainer) - trained.end)
     norms = torch.stack(each).norm(dim=1)
-    for clip in (1e6, 0.5 * norms.min().item()):
+    for clip in (1e6, 0.5 * norms[norms > 0].min().item()):
         plan = ExamplePlan(0.0, clip, Scheme("poisson", 1.0), 1e-5)
         private = PrivateTrainer(trainer, plan, seeded_words(np.random.default_rng(1)))
         step = moved(trainer) - private.train([training(trainer, rows, moved)], ONE_STEP)[0].end
-        expected = torch.stack([grad * min(1.0, clip / norm) for grad, norm in zip(each, norms, strict=True)]).mean(0)
+        expected = torch.stack(
+            [grad * min(1.0, clip / max(norm, 1e-12)) for grad, norm in zip(each, norms, strict=True)]
+        ).mean(0)
         torch.testing.assert_close(step, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reference", ["base", "start"])
+def test_the_reference_is_not_what_a_rule_has_merged_into_the_base(
+    make_double: MakeDouble, encoded: Encoded, moved: Moved, reference: Any
+) -> None:
+    """Its numbers are the same bits after any number of merges, in lanes as alone; a round's reference has them."""
+    trainer = make_double(Dpo(reference=reference), ONE_STEP)
+    trainable, rows = trainer.trainable, encoded(Dpo())
+    batch = Dpo().collate(rows, 0)
+
+    def columns() -> torch.Tensor:
+        with trainer.as_reference(moved(trainer, 8) if reference == "start" else None):
+            return trainer.objective.reference_columns(trainable.network, batch, Context())["reference"]
+
+    before = columns()
+    products = [pair.b_OR @ pair.a_RI for pair in trainable.layout.lora_pairs(moved(trainer))]
+    delta = torch.cat([product.reshape(-1) for product in products]).float().numpy()
+    for factor in (1.0, -3.0):
+        trainable.use_merged(torch.from_numpy(trainable.merge_weights(factor * delta)))
+        merged = [layer.weight.data_ptr() for layer in trainable.adapted_layers()]
+        assert torch.equal(columns(), before)
+        assert [layer.weight.data_ptr() for layer in trainable.adapted_layers()] == merged
+        trainer.objective = Dpo(reference="round")
+        assert not torch.equal(columns(), before)
+        trainer.objective = Dpo(reference=reference)

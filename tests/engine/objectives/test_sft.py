@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
+from trl.data_utils import pack_dataset
 
 from datasets_partition.core.turns import Conversation
 from engine.objectives.base import Context
@@ -245,3 +246,18 @@ def test_gradients_come_from_the_learned_tokens_alone(bases: dict[str, Path], ro
     moved_BT = logits_BTV.grad.abs().sum(-1) > 0
     assert torch.equal(moved_BT[:, :-1], batch.labels_BT[:, 1:] != IGNORED)
     assert not moved_BT[:, -1].any()
+
+
+@pytest.mark.parametrize("length", [5, 16, 1000])
+def test_packed_blocks_are_those_of_trl(tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """No token is lost, and nothing is cut but at the ends of blocks."""
+    objective = Sft(packing=True)
+    rows = table(*PAIRS)
+    encoded = objective.encode(rows, tokenizer, length)
+    packed = objective.regroup(encoded.filter(encoded["input_ids"].is_valid()), length)
+    single = Sft().encode(rows, tokenizer, 10**6)
+    theirs = pack_dataset(Dataset.from_list(single.to_pylist()), length, strategy="wrapped")
+    wanted = [(ids, mask) for ids, mask in zip(theirs["input_ids"], theirs["mask"], strict=True) if any(mask[1:])]
+    assert list(zip(packed["input_ids"].to_pylist(), packed["mask"].to_pylist(), strict=True)) == wanted
+    assert max(len(ids) for ids, _ in wanted) <= length
+    assert objective.regroup(encoded.slice(0, 0), length).num_rows == 0

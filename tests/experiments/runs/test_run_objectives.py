@@ -1,0 +1,153 @@
+"""Whole runs of objectives beside SFT on real Ray: on other slots, in gangs, with privacy, merging rules, a start."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import experiments
+from engine.records.metrics import read_log
+from tests import golden
+
+ADAPTER = "adapter_model.safetensors"
+UNIFORM = 'strategy={kind="fedavg", weighting="uniform"}'
+DPO, KTO = 'train.objective={kind="dpo", beta=0.5}', 'train.objective={kind="kto", beta=0.5}'
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    """Preference pairs of ten clients: a word backwards is better than the word itself."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {
+            **{key: row[key] for key in row if key != "completion"},
+            "chosen": row["completion"],
+            "rejected": row["completion"][::-1],
+        }
+        for row in golden.make_rows()
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs_recipe(small_recipe, pairs_file):
+    def make(*changes):
+        return small_recipe(f"data.source.path='{pairs_file}'", "rounds=2", "cohort.size=4", *changes)
+
+    return make
+
+
+def weights(run):
+    return load_file(run.model / ADAPTER)
+
+
+def figure(run, name, split="heldout"):
+    """A figure of all clients by round."""
+    rows = read_log(run.folder / "metrics").to_pylist()
+    return {
+        row["round"]: row["value"] for row in rows if (row["split"], row["name"], row["client"]) == (split, name, None)
+    }
+
+
+@pytest.mark.parametrize("objective", [DPO, KTO, 'train.objective="orpo"'], ids=["dpo", "kto", "orpo"])
+def test_the_same_bits_on_any_number_of_slots(ray_session, pairs_recipe, tmp_path, objective, full):
+    if objective != DPO and not full:
+        pytest.skip("one objective is run unless all are asked for")
+    runs = [
+        experiments.run(pairs_recipe(objective, f"clients.slots={slots}"), out=tmp_path / str(slots))
+        for slots in ((1, 2, 3) if full else (1, 2))
+    ]
+    first = runs[0]
+    assert first.losses["end"]["heldout"] < first.losses["round 0"]["heldout"]
+    if objective == DPO:
+        accuracy = figure(first, "loss.accuracy")
+        assert accuracy[0] == 0.5 < accuracy[2] <= 1
+    for run in runs[1:]:
+        assert (run.model / ADAPTER).read_bytes() == (first.model / ADAPTER).read_bytes()
+        assert run.losses == first.losses
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_stored_columns_lead_where_live_ones_do(ray_session, pairs_recipe, tmp_path, lanes):
+    runs = {}
+    for stored in ("true", "false"):
+        objective = f"train.objective={{kind='dpo', beta=0.5, precompute_ref_log_probs={stored}}}"
+        recipe = pairs_recipe(objective, "rounds=1", f"clients.lanes={lanes}", "train.optimizer.eps=1e-6")
+        runs[stored] = experiments.run(recipe, out=tmp_path / stored)
+    ours, theirs = (weights(run) for run in runs.values())
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+    assert runs["true"].losses["end"] == pytest.approx(runs["false"].losses["end"], abs=1e-5)
+
+
+COMBINATIONS = {
+    "lanes": (DPO, "clients.lanes=3"),
+    "kto in lanes": (KTO, "clients.lanes=3"),
+    "kto by round": ('train.objective={kind="kto", kl="round"}',),
+    "fedex": (DPO, "strategy=fedex"),
+    "flora": (DPO, "strategy=flora"),
+    "scaffold": (DPO, "strategy=scaffold", 'train.optimizer={kind="sgd", lr=0.05}'),
+    "hetlora": (DPO, "strategy=hetlora", 'model.peft={kind="lora", ranks=[{r=2, share=0.5}, {r=8, share=0.5}]}'),
+    "ditto": (DPO, "strategy=ditto"),
+    "full": (DPO, "model.peft=none", "train.optimizer.lr=1e-3"),
+    "full from the round": ('train.objective={kind="dpo", reference="round"}', "model.peft=none"),
+    "dora": (DPO, 'model.peft={kind="lora", use_dora=true}', "clients.lanes=2"),
+    "biases": (DPO, 'model.peft={kind="lora", bias="all"}'),
+    "secagg": (DPO, 'privacy.secagg={mode="ideal", bound=1.0}', UNIFORM),
+    "central": (DPO, 'privacy.dp={kind="central", noise_multiplier=0.5, clip=0.3, delta=1e-3}', UNIFORM),
+    "example": (DPO, 'privacy.dp={kind="example", noise_multiplier=0.5, clip=0.3, delta=1e-3}', UNIFORM),
+    "kto example": (
+        'train.objective={kind="kto", kl="none"}',
+        'privacy.dp={kind="example", noise_multiplier=0.5, clip=0.3, delta=1e-3}',
+        UNIFORM,
+    ),
+    "transforms": (DPO, 'transforms=[{kind="topk", share=0.3}, {kind="int8"}]'),
+    "cpo": ('train.objective="cpo"',),
+    "simpo": ('train.objective="simpo"', "clients.lanes=2"),
+    "packing": (
+        'train.objective={kind="sft", packing=true}',
+        "data.source.columns={prompt='prompt', completion='chosen'}",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_objectives_go_with_everything_else(ray_session, pairs_recipe, tmp_path, name, full):
+    if name not in ("fedex", "kto in lanes") and not full:
+        pytest.skip("two combinations are run unless all are asked for")
+    run = experiments.run(pairs_recipe(*COMBINATIONS[name]), out=tmp_path / "run")
+    losses = [run.losses[when]["heldout"] for when in ("round 0", "end")]
+    assert losses[1] < losses[0] or "privacy" in "".join(COMBINATIONS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("objective", [DPO, KTO], ids=["dpo", "kto"])
+@pytest.mark.parametrize("peft", ["", "model.peft=none"], ids=["lora", "all"])
+def test_gangs_lead_where_plain_slots_do(ray_session, pairs_recipe, tmp_path, stage, objective, peft, full):
+    if (stage, objective, peft) != (3, DPO, "") and not full:
+        pytest.skip("one gang is run unless all are asked for")
+    small = ("rounds=1", "cohort.size=2", "evaluate.every=0", "train.optimizer={kind='adamw', lr=2e-3, eps=1e-6}")
+    changes = (objective, *small, *([peft] if peft else []))
+    plain = experiments.run(pairs_recipe(*changes), out=tmp_path / "plain")
+    zero = f"clients.zero={{stage={stage}, ranks=2, timeout_s=60}}"
+    gang = experiments.run(pairs_recipe(*changes, zero), out=tmp_path / "gang")
+    for when in ("round 0", "end"):
+        assert gang.losses[when] == pytest.approx(plain.losses[when], abs=2e-5)
+    if not peft:
+        ours, theirs = weights(gang), weights(plain)
+        assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 2e-5
+
+
+def test_preferences_follow_another_run_and_are_compared_with_it(ray_session, pairs_recipe, small_recipe, tmp_path):
+    first = experiments.run(small_recipe("rounds=1", "cohort.size=4"), out=tmp_path / "sft")
+    start = f"model.start='{first.folder}'"
+    reference = 'train.objective={kind="dpo", beta=0.5, reference="start"}'
+    run = experiments.run(pairs_recipe(reference, start), out=tmp_path / "dpo")
+    assert run.losses["round 0"]["heldout"] == pytest.approx(0.6931, abs=1e-4)
+    assert figure(run, "loss.accuracy")[0] == 0.5 and figure(run, "loss.chosen")[0] == 0
+    base = experiments.run(pairs_recipe(DPO, start, "rounds=1"), out=tmp_path / "base")
+    assert figure(base, "loss.chosen")[0] > 0  # beside the base the start has learned already
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
