@@ -24,7 +24,7 @@ from datasets_partition.core.types import (
     format_of,
 )
 from engine.messages.errors import RunError
-from engine.objectives.sampling import Completions, Sampling
+from engine.objectives.sampling import Answers, Completions, Sampling
 from engine.objectives.token_batch import Batch
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
@@ -199,18 +199,8 @@ class Objective(Protocol):
     def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
         """Computes all terms by the present weights; a row without learned tokens fills a lane and has no unit."""
 
-    def judged(
-        self,
-        sampled: pa.RecordBatch,
-        greedy: pa.RecordBatch,
-        referred: pa.RecordBatch | None,
-        kl_B: torch.Tensor | None,
-    ) -> TermSums:
-        """Returns the terms of held-out prompts, from a completion of each by sampling, and of its likeliest tokens.
-
-        `referred` are the reference model's samples by the same random numbers, and `kl_B` the samples' log-ratios to
-        it, if there is one.
-        """
+    def judged(self, answers: Answers) -> TermSums:
+        """Returns the terms of held-out prompts, completed by the model and by the reference model."""
 
     def sample(self, row: Mapping[str, Any]) -> tuple[Prompt, str]:
         """Returns the prompt of a canonical row and the answer it teaches, which a run shows beside the model's."""
@@ -308,13 +298,7 @@ class BaseObjective:
         """Returns the rows."""
         return rows
 
-    def judged(
-        self,
-        sampled: pa.RecordBatch,
-        greedy: pa.RecordBatch,
-        referred: pa.RecordBatch | None,
-        kl_B: torch.Tensor | None,
-    ) -> TermSums:
+    def judged(self, answers: Answers) -> TermSums:
         """There are no terms."""
         return {}
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import torch
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,16 @@ class Completion(NamedTuple):
 
 
 Completions = Sequence[Completion]  # of several prompts, the samples of a prompt one after another
+
+
+class Answers(NamedTuple):
+    """Completed rows of held-out prompts: a sample of each, and its likeliest tokens.
+
+    `referred` are the reference model's samples by the same random numbers, and `kl_B` the log-ratios of the samples to
+    it; None without such a model.
+    """
+
+    sampled: pa.RecordBatch
+    greedy: pa.RecordBatch
+    referred: pa.RecordBatch | None = None
+    kl_B: torch.Tensor | None = None

@@ -26,6 +26,7 @@ from engine.objectives.base import (
     step_loss,
     term_sums,
 )
+from engine.objectives.sampling import Answers
 from engine.objectives.token_batch import Batch, longest
 from engine.records.client_state import OPTIMIZER, STRATEGY, owned_as, owned_by
 from engine.training.generation import continuations
@@ -256,7 +257,7 @@ class LocalTrainer:
         once = replace(objective.sampling, samples=1)
         sampled, greedy = (sampler.completed(rows, keys, how, batch) for how in (once, greedily(once)))
         if objective.reference == "none":
-            return objective.judged(sampled, greedy, None, None)
+            return objective.judged(Answers(sampled, greedy))
         pieces = [piece.to(self.device) for piece in self.cut(sampled, batch)]
 
         def logprobs() -> list[torch.Tensor]:
@@ -267,7 +268,7 @@ class LocalTrainer:
         with self.as_reference(reference):
             referred, theirs = sampler.completed(rows, keys, once, batch), logprobs()
         kl_B = torch.cat([(own_BC - its_BC).sum(1) for own_BC, its_BC in zip(ours, theirs, strict=True)])
-        return objective.judged(sampled, greedy, referred, kl_B)
+        return objective.judged(Answers(sampled, greedy, referred, kl_B))
 
     def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:
         """Returns the objective's means over these rows, by the vector now in the model."""

@@ -182,7 +182,8 @@ def _raised(value: Value, exponent: Value) -> Value:
         bits = max(value.numerator.bit_length(), value.denominator.bit_length())
         if bits * abs(exponent.numerator) > MOST_BITS:
             raise ValueError("a power of too many digits")
-        return value**exponent.numerator
+        exact: Fraction = value**exponent.numerator
+        return exact
     power = float(value) ** float(exponent)
     if isinstance(power, complex):
         raise ValueError("a root of a negative number")

@@ -37,6 +37,10 @@ class Reward(Protocol):
     def reads(self) -> tuple[str, ...] | None:
         """The columns of the row that it reads; None: all that there are."""
 
+    @property
+    def most(self) -> float:
+        """Its largest magnitude: secure aggregation makes its ring for that, and cuts what is larger."""
+
     def score(self, prompt: Any, completion: str, row: Row) -> float | None:
         """Computes the reward of one completion; `prompt` is text, or a list of turns."""
 
@@ -45,12 +49,14 @@ class OfText:
     """A reward that looks at the completion alone."""
 
     reads: ClassVar[tuple[str, ...]] = ()
+    most: ClassVar[float] = 1.0
 
 
 class OfAnswer:
     """A reward that compares the completion with the answer in a column of the row."""
 
     column: str
+    most: ClassVar[float] = 1.0
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -167,16 +173,18 @@ class Length(OfText):
 
     def score(self, prompt: Any, completion: str, row: Row) -> float | None:
         """Counts the units."""
+        return max(0.0, 1 - abs(self._count(completion, row) - self.target) / self.target)
+
+    def _count(self, completion: str, row: Row) -> int:
         match self.unit:
             case "words":
-                count = len(completion.split())
+                return len(completion.split())
             case "characters":
-                count = len(completion.strip())
+                return len(completion.strip())
             case "sentences":
-                count = sum(bool(WORD.search(part)) for part in SENTENCE_END.split(completion))
+                return sum(bool(WORD.search(part)) for part in SENTENCE_END.split(completion))
             case "tokens":
-                count = row["completion_tokens"]
-        return max(0.0, 1 - abs(count - self.target) / self.target)
+                return int(row["completion_tokens"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,13 +256,15 @@ class Custom:
     function: InitVar[Callable[[Any, str, dict[str, Any]], float | None]]
     weight: float = 1.0
     reads: ClassVar[None] = None
+    most: ClassVar[float] = 64.0  # a guess
 
     def __post_init__(self, function: Callable[[Any, str, dict[str, Any]], float | None]) -> None:
         object.__setattr__(self, "function", function)  # no field: a recipe is written without it
 
     def score(self, prompt: Any, completion: str, row: Row) -> float | None:
         """Calls the function with a copy of the row."""
-        return self.function(prompt, completion, dict(row))  # type: ignore[operator]
+        value: float | None = vars(self)["function"](prompt, completion, dict(row))
+        return value
 
 
 Rewards = Exact | Contains | Regex | Number | Math | Length | Words | Balance | Repetition

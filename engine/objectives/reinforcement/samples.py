@@ -24,8 +24,8 @@ from engine.messages.errors import RunError
 from engine.objectives.base import NATS, REFERENCE, BaseObjective, Context, Prompt, Reference, Term, TermSums, Tokenizer
 from engine.objectives.chat_template import rendered_ids
 from engine.objectives.reinforcement.policy_gradient import deviations, has_others, kl_estimates, without_signal
-from engine.objectives.reinforcement.rewards import Custom, Reward, Rewards, Scored, score
-from engine.objectives.sampling import Completion, Completions, Sampling
+from engine.objectives.reinforcement.rewards import Reward, Rewards, Scored, score
+from engine.objectives.sampling import Answers, Completion, Completions, Sampling
 from engine.objectives.token_batch import Batch, flattened, token_losses
 
 KEY = "train.objective"
@@ -120,7 +120,7 @@ class Reinforcement(BaseObjective):
     @property
     def figures(self) -> Mapping[str, float]:
         """The samples' rewards, lengths and ends, and groups and samples that teach nothing."""
-        most = sum(abs(reward.weight) * (NATS if isinstance(reward, Custom) else 1) for reward in self.rewards)
+        most = sum(abs(reward.weight) * reward.most for reward in self.rewards)
         figures = {"reward": most, "length": 1.0, "ended": 1.0, "signal": 1.0, "failed": 1.0}
         return {**figures, "kl": NATS} if self.beta > 0 else figures
 
@@ -296,18 +296,13 @@ class Reinforcement(BaseObjective):
         reward_B = torch.where(batch.columns[SCORED] > 0, batch.columns[REWARD], torch.nan)
         return reward_B.to(dtype).view(-1, batch.group)
 
-    def judged(
-        self,
-        sampled: pa.RecordBatch,
-        greedy: pa.RecordBatch,
-        referred: pa.RecordBatch | None,
-        kl_B: torch.Tensor | None,
-    ) -> TermSums:
+    def judged(self, answers: Answers) -> TermSums:
         """Returns the terms of held-out prompts, "reward" and what follows it of the samples.
 
         "win" is the share of prompts on which the model has a larger reward than the reference model, ties one half;
         "kl" the mean log-ratio of a whole completion, which estimates the KL divergence.
         """
+        sampled, greedy, referred, kl_B = answers
         reward, scored = _values(sampled, REWARD), _values(sampled, SCORED) > 0
         likely, likely_scored = _values(greedy, REWARD), _values(greedy, SCORED) > 0
         terms: TermSums = {
