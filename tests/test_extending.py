@@ -26,7 +26,8 @@ from engine.models.base_model import map_base, read_base
 from engine.models.export import export_files
 from engine.models.tokenizer import load_tokenizer
 from engine.models.trainable import Trainable
-from engine.objectives.base import Context, Objective, client_figures, figure_metrics, require_format
+from engine.objectives.base import Context, Objective, require_format
+from engine.objectives.figures import client_figures, figure_metrics
 from engine.objectives.sft import Sft
 from engine.training.lanes import LaneTrainer
 from engine.training.local_training import LocalTrainer

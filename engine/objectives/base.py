@@ -1,6 +1,5 @@
 """The protocol of an objective: columns, batches, and a loss of named terms. Legend: B rows, N units of a term."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +24,13 @@ from datasets_partition.core.types import (
 )
 from engine.messages.errors import RunError
 from engine.messages.frozen import FrozenModel
+from engine.objectives.sampling import Answers, Completions, Sampling
 from engine.objectives.token_batch import Batch
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
 Prompt = str | Conversation
 TermSums = dict[str, tuple[float, int]]  # each term's sum and count
-Need = Literal["generation", "head"]
+Need = Literal["head"]
 Period = Literal["step", "round"]
 Reference = Literal["base", "start", "round", "none"]
 NATS = 64.0  # of a token at most: e^-64 is less than any softmax of float32 gives
@@ -42,8 +42,6 @@ IN_WORDS = {
     UNPAIRED_PREFERENCE: "unpaired preferences",
     PROMPT_ONLY: "prompts alone",
 }
-# What trainers cannot give an objective yet: one that needs it is refused.
-MISSING: Mapping[Need, str] = {"generation": "text generation"}
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,22 @@ class Objective(Protocol):
         """Returns the objective with other models in place of its own."""
 
     @property
+    def reads_reference(self) -> bool:
+        """Whether `terms` reads what the reference model says."""
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How the prompts of a step are completed before it is taken; None: the rows are learned as they are."""
+
+    @property
+    def heldout_terms(self) -> tuple[str, ...]:
+        """The terms of held-out rows."""
+
+    @property
+    def judges_samples(self) -> bool:
+        """Whether held-out rows are prompts, judged by completions of them: see `judged`."""
+
+    @property
     def means(self) -> tuple[str, ...]:
         """The terms of `step_terms`."""
 
@@ -170,6 +184,9 @@ class Objective(Protocol):
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns the rows of a step, which are these of a client's encoded `rows`."""
 
+    def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
+        """Makes rows that `collate` takes of a step's encoded prompts (`input_ids`) and their sampled completions."""
+
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded with the token `pad`, with the other columns in `Batch.columns`."""
 
@@ -184,6 +201,9 @@ class Objective(Protocol):
 
     def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
         """Computes all terms by the present weights; a row without learned tokens fills a lane and has no unit."""
+
+    def judged(self, answers: Answers) -> TermSums:
+        """Returns the terms of held-out prompts, completed by the model and by the reference model."""
 
     def sample(self, row: Mapping[str, Any]) -> tuple[Prompt, str]:
         """Returns the prompt of a canonical row and the answer it teaches, which a run shows beside the model's."""
@@ -218,6 +238,26 @@ class BaseObjective:
     def with_models(self, models: Sequence[FrozenModel]) -> Self:
         """Returns the same."""
         return self
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether there is one."""
+        return self.reference != "none"
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """Nothing is sampled."""
+        return None
+
+    @property
+    def heldout_terms(self) -> tuple[str, ...]:
+        """Those of training."""
+        return tuple(terms_of(self))  # type: ignore[arg-type]
+
+    @property
+    def judges_samples(self) -> bool:
+        """They have what is learned."""
+        return False
 
     @property
     def means(self) -> tuple[str, ...]:
@@ -266,6 +306,14 @@ class BaseObjective:
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns these rows."""
         return rows.take(pa.array(numbers))
+
+    def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
+        """Returns the rows."""
+        return rows
+
+    def judged(self, answers: Answers) -> TermSums:
+        """There are no terms."""
+        return {}
 
     def reference_columns(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, torch.Tensor]:
         """There is no reference."""
@@ -320,30 +368,6 @@ def shown_units(objective: Objective) -> dict[str, str]:
     return {name: objective.units.get(term, "") for name, term in terms.items()}
 
 
-def client_figures(objective: Objective, metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns what is summed over clients, from a client's metrics: each term's sum and its units, and the tokens."""
-    figures: dict[str, float] = {}
-    for name, (mean, units) in term_metrics(objective).items():
-        figures |= {f"term.{name}": metrics[mean] * metrics[units], f"units.{name}": metrics[units]}
-    return {**figures, "tokens": metrics["tokens"]}
-
-
-def figure_bounds(objective: Objective, tokens: int) -> dict[str, float]:
-    """Returns the largest magnitude of each figure of a client that trains on at most this number of tokens."""
-    bounds: dict[str, float] = {}
-    for name, bound in terms_of(objective).items():
-        bounds |= {f"term.{name}": tokens * bound, f"units.{name}": float(tokens)}
-    return {**bounds, "tokens": float(tokens)}
-
-
-def figure_metrics(objective: Objective, figures: Mapping[str, float]) -> dict[str, float]:
-    """Returns the cohort's `loss` and `tokens`, and of several terms each mean; a mean is NaN without units."""
-    means = {name: figures[f"term.{name}"] / (figures[f"units.{name}"] or math.nan) for name in terms_of(objective)}
-    losses = [means[name] for name in objective.losses if not math.isnan(means[name])]
-    each = {f"term.{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
-    return {"loss": sum(losses) if losses else math.nan, "tokens": figures["tokens"], **each}
-
-
 def require_format(objective: Objective, rows: pa.Table) -> None:
     """Raises RunError if the rows are of no format that the objective reads."""
     if (kind := format_of(rows)) not in objective.formats:
@@ -353,12 +377,4 @@ def require_format(objective: Objective, rows: pa.Table) -> None:
         raise RunError(
             f'train.objective = "{objective.kind}" learns from {wanted}, but the rows are {IN_WORDS[kind]} '
             f"({', '.join(COLUMNS[kind])}): name yours in data.source.columns so that they make {columns}"
-        )
-
-
-def require_provided(objective: Objective) -> None:
-    """Raises RunError if the objective needs what trainers cannot give."""
-    if missing := " and ".join(text for need, text in MISSING.items() if need in objective.needs):
-        raise RunError(
-            f'train.objective = "{objective.kind}" needs {missing}, which fedpost does not have yet: choose another'
         )

@@ -16,17 +16,8 @@ from engine.config.federation import Federation
 from engine.config.sections import Evaluate
 from engine.config.train import Sgd, Train
 from engine.messages.errors import RunError
-from engine.objectives.base import (
-    Context,
-    Need,
-    Term,
-    client_figures,
-    counted,
-    figure_bounds,
-    figure_metrics,
-    step_loss,
-    term_sums,
-)
+from engine.objectives.base import Context, Need, Term, counted, step_loss, term_sums
+from engine.objectives.figures import client_figures, figure_bounds, figure_metrics
 from engine.objectives.sft import Sft
 from engine.objectives.token_batch import Batch
 from engine.training.lanes import LaneTrainer
