@@ -199,6 +199,11 @@ def loss_table(folder: Path, last: int, figure: str | None = None) -> LossTable:
     return table
 
 
+MEAN_REWARD = "mean reward"  # the unit of a held-out "loss" that is none: more is better
+
+
 def with_unit(name: str, unit: str) -> str:
-    """Returns a title such as "loss (nats per token)"."""
+    """Returns a title such as "loss (nats per token)"; a mean reward is called so, and not a loss."""
+    if unit == MEAN_REWARD:
+        return name.replace("loss", unit)
     return f"{name} ({unit})" if unit else name

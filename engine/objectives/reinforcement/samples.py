@@ -39,8 +39,8 @@ SPREAD, COUNT = "spread", "count"
 SAMPLED, START = "sampled", "start"
 UNITS = {
     POLICY: "policy loss",
-    "reward": "reward",
-    "greedy": "reward",
+    "reward": "mean reward",
+    "greedy": "mean reward",
     "win": "share",
     "length": "tokens",
     "ended": "share",
