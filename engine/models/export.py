@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy, deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,14 +16,19 @@ from engine.config.sections import Model
 from engine.models.adapters import is_transposed
 from engine.models.stored_weights import persistent_buffers
 from engine.models.trainable import Trainable
-from engine.objectives.base import Tokenizer
+from engine.objectives.base import Tokenizer, shown_units
 from engine.objectives.templates import undated
+from engine.records.metrics import LossTable, with_unit
 from strategies.core.layout import Layout
 
 FILE_BYTES = 2**30
 Read = Callable[[int, int], torch.Tensor]  # returns any part of the vector (P,), from one element to another
 Place = tuple[str, tuple[int, ...], int, int]
-Losses = dict[str, dict[str, float]]  # by column, then by split
+CARD_SPLITS = {
+    "heldout": "held-out rows of training clients",
+    "unseen": "clients that never trained",
+    "server": "rows of the server",
+}
 
 
 def export_files(
@@ -144,9 +149,17 @@ def _plain(name: str) -> str:
 
 
 def model_card(
-    federation: Federation, losses: Losses, store: dict[str, Any], *, merged: bool, spent: str | None = None
+    federation: Federation,
+    tables: Mapping[str, LossTable],
+    store: dict[str, Any],
+    *,
+    merged: bool,
+    spent: str | None = None,
 ) -> str:
-    """Writes the model folder's README.md; with `merged` that is a whole model, `spent` is the privacy budget."""
+    """Writes the model folder's README.md; with `merged` that is a whole model, `spent` is the privacy budget.
+
+    `tables` are those of "loss" and of the figures that the objective shows.
+    """
     model, train = federation.model, federation.train
     adapter = model.peft.peft_class is not None and not merged
     training = store["clients"] - store["unseen_clients"]
@@ -154,15 +167,8 @@ def model_card(
     quantized = f"- Trained on the base as `{model.quantize!r}` holds it.\n" if model.quantize else ""
     begun = "- Begun from an earlier model (`model.start`).\n" if model.start else ""
     amount = f"{train.steps} steps" if train.steps is not None else f"{train.epochs} epochs"
-    splits = {"heldout": "held-out rows of training clients", "unseen": "clients that never trained"}
-    splits["server"] = "rows of the server"
-    header = f"| loss, nats per token | {' | '.join(losses)} |\n|---{'|---' * len(losses)}|\n"
-    lines = [
-        f"| {text} | " + " | ".join(f"{column[s]:.4f}" if s in column else "" for column in losses.values()) + " |"
-        for s, text in splits.items()
-        if any(s in column for column in losses.values())
-    ]
-    table = f"{header}{chr(10).join(lines)}\n\n" if lines else ""
+    units = shown_units(train.objective)
+    means = "".join(_card_table(with_unit(name, units[name]), table) for name, table in tables.items())
     kind = "AutoModelForSequenceClassification" if federation.scores else "AutoModelForCausalLM"
     trust = ", trust_remote_code=True" if model.trust_remote_code else ""
     labels = ", num_labels=1" if federation.scores else ""
@@ -193,15 +199,26 @@ tags: [fedpost, federated]
 ---
 # {federation.name}
 
-{what} `{model.public_base}`{revision}, trained by federated fine-tuning.
+{what} `{model.public_base}`{revision}, trained by federated learning (objective `{train.objective.kind}`).
 
 - Strategy `{federation.strategy!r}`, {federation.rounds} rounds, seed {federation.seed}.
 - {federation.cohort.expected(training):g} of {training} clients a round, {amount} of batch {train.batch} each.
 - Data: {source}.
 {quantized}{begun}{privacy}
-{table}```python
+{means}```python
 {load}
 ```
 
 The base model's license holds for what is derived from it.
 """
+
+
+def _card_table(title: str, table: LossTable) -> str:
+    """A table of splits by columns; nothing without rows."""
+    lines = [
+        f"| {text} | " + " | ".join(f"{column[s]:.4f}" if s in column else "" for column in table.values()) + " |"
+        for s, text in CARD_SPLITS.items()
+        if any(s in column for column in table.values())
+    ]
+    header = f"| {title} | {' | '.join(table)} |\n|---{'|---' * len(table)}|\n"
+    return f"{header}{chr(10).join(lines)}\n\n" if lines else ""

@@ -92,6 +92,11 @@ class Objective(Protocol):
 
     needs: ClassVar[frozenset[Need]]
     formats: ClassVar[tuple[str, ...]]  # the canonical formats that it reads; COLUMNS in datasets_partition has each
+    heldout: ClassVar[str]  # the term whose mean over held-out rows is the evaluation's loss
+    # Figures that are shown beside that loss wherever it is shown; of each, more is better.
+    shown: ClassVar[tuple[str, ...]]
+    # What each term's mean is counted in, to follow its name in parentheses: "nats per token", "per pair", "share".
+    units: ClassVar[Mapping[str, str]]
 
     @property
     def kind(self) -> str:
@@ -108,14 +113,6 @@ class Objective(Protocol):
     @property
     def figures(self) -> Mapping[str, float]:
         """Terms that are only measured, as in `losses`."""
-
-    @property
-    def heldout(self) -> str:
-        """The term whose mean over held-out rows is the evaluation's loss."""
-
-    @property
-    def units(self) -> Mapping[str, str]:
-        """What each term's mean is counted in, such as "nats per token"."""
 
     @property
     def reference(self) -> Reference:
@@ -201,6 +198,7 @@ class BaseObjective:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    shown: ClassVar[tuple[str, ...]] = ()
 
     @property
     def figures(self) -> Mapping[str, float]:
@@ -314,6 +312,12 @@ def term_metrics(objective: Objective) -> dict[str, tuple[str, str]]:
     """Returns which metrics hold each term's mean and number of units: `loss` and `learned` those of an only term."""
     terms = [*terms_of(objective)]
     return {t: (f"term.{t}", f"units.{t}") for t in terms} if len(terms) > 1 else {terms[0]: ("loss", "learned")}
+
+
+def shown_units(objective: Objective) -> dict[str, str]:
+    """Returns the units of the evaluation's `loss`, and of the figures that are shown beside it."""
+    terms = {"loss": objective.heldout, **{name: name for name in objective.shown}}
+    return {name: objective.units.get(term, "") for name, term in terms.items()}
 
 
 def client_figures(objective: Objective, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -114,7 +114,7 @@ def _rows(store: Store, skew: Skew, clients: int | None) -> dict[str, str]:
 
 
 def _tokens(lengths: TokenLengths, max_length: int) -> dict[str, str]:
-    dropped = {"dropped": f"{lengths.dropped:,} rows: train.max_length cuts away their whole completion"}
+    dropped = {"dropped": f"{lengths.dropped:,} rows: nothing to learn is left of them within train.max_length"}
     if not len(lengths.rows):
         return {"tokens": "0"} | dropped
     least, median, ninety, most = np.quantile(lengths.rows, [0, 0.5, 0.9, 1])

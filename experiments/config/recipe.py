@@ -5,6 +5,7 @@ Imports neither ray nor transformers, so that `fedpost schema` and the errors of
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -214,17 +215,20 @@ def _expand(tree: Any, key: str, *below: str) -> None:
 
 def _sentences(faults: list[Any]) -> list[str]:
     """One sentence per key, also where a value may be of several types and fits none."""
-    sentences: dict[str, str] = {}
+    by_key: dict[str, list[Any]] = {}
     for fault in faults:
-        key = ".".join(_walk(fault["loc"])[0])
-        if key in sentences and fault["type"] != "value_error":
-            sentences[key] = sentences[key].replace(", not ", f" or {_complaint(fault)}, not ", 1)
-        else:
-            sentences[key] = _sentence(key, fault)
-    return list(sentences.values())
+        by_key.setdefault(".".join(_walk(fault["loc"])[0]), []).append(fault)
+    sentences = []
+    for key, several in by_key.items():
+        items = [fault for fault in several if fault["loc"] and isinstance(fault["loc"][-1], int)]
+        several = items or several  # the faulty item of a list says more than that the list is none of the choices
+        several = [fault for fault in several if fault["type"] == "value_error"] or several
+        sentences.append(_sentence(key, several))
+    return sentences
 
 
-def _sentence(key: str, fault: Any) -> str:
+def _sentence(key: str, faults: list[Any]) -> str:
+    fault = faults[0]
     kind = fault["type"]
     if key in GONE:
         return f"there is no key {key!r} any more; {GONE[key]}"
@@ -236,6 +240,9 @@ def _sentence(key: str, fault: Any) -> str:
         aliases = {name: key for keys in names for key, name in keys.items()}
         near = [aliases[last]] if last in aliases else _near(last, known, [*_keys(kind_above, section)])
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        choices = _members(_walk(fault["loc"][:-2])[1]) if len(fault["loc"]) > 1 else []
+        if able := [repr(choice.kind) for choice in choices if last in {f.name for f in fields(choice)}]:
+            hint = f"{section}.kind = {' or '.join(able)} has it. "
         return f"there is no key {key!r}; {hint}{f'[{section}]' if section else 'A recipe'} takes {', '.join(known)}"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"the key {key!r} is missing"
@@ -246,12 +253,16 @@ def _sentence(key: str, fault: Any) -> str:
         tag, expected = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
         if key == "model.peft" and tag in REFUSED_KINDS:
             return f"model.peft has no kind {tag!r}, which {REFUSED_KINDS[tag]}"
-        near = difflib.get_close_matches(tag, [each.strip().strip("'") for each in expected.split(",")], 1, 0.0)
+        near = difflib.get_close_matches(tag.lower(), [each.strip().strip("'") for each in expected.split(",")], 1, 0.0)
         return f"{key!r} has no kind {tag!r}; did you mean {near[0]!r}? There is {expected}"
     if kind == "value_error":
         text = str(fault["ctx"]["error"])
         return text.replace("data.partition", key) if key.startswith("data.partition.") else text
-    return f"{key!r} should be {_complaint(fault)}, not {fault['input']!r}"
+    allowed = re.findall(r"'([^']*)'", fault["msg"]) if kind == "literal_error" else []
+    near = difflib.get_close_matches(str(fault["input"]).lower(), allowed, 1, 0.6)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    complaints = " or ".join(dict.fromkeys(map(_complaint, faults)))
+    return f"{key!r} should be {complaints}, not {fault['input']!r}{hint}"
 
 
 def _near(wrong: str, known: list[str], below: list[str]) -> list[str]:
@@ -263,9 +274,14 @@ def _near(wrong: str, known: list[str], below: list[str]) -> list[str]:
     def alike(paths: list[str], cutoff: float) -> list[str]:
         return difflib.get_close_matches(wrong, {path.rpartition(".")[2] for path in paths}, 1, cutoff)
 
+    def begun(names: list[str]) -> list[str]:
+        near = difflib.get_close_matches(wrong, {name.partition("_")[0] for name in names}, 1, 0.8)
+        return [name for name in names if name.partition("_")[0] in near][:3]
+
     return (
         ending([wrong], below)
         or alike(known, 0.6)
+        or begun(known)
         or ending([wrong], [*_keys(Recipe)])
         or ending(alike(below, 0.75), below)
     )

@@ -143,11 +143,11 @@ def test_terms_by_hand() -> None:
 def test_held_out_sums_are_those_of_any_pieces(make_two: Callable[[Train], LocalTrainer], rows: pa.RecordBatch) -> None:
     trainer = make_two(ONE_STEP)
     objective, network = trainer.objective, trainer.trainable.network.eval()
-    whole = term_sums(objective, network, [(objective.collate(rows, 0), 1)])
+    whole = term_sums(objective, network, [(objective.collate(rows, 0), 1)], Context())
     pieces = [(objective.collate(rows.slice(i, 1), 0), 1) for i in range(5)]
     assert counted(objective, [piece for piece, _ in pieces]) == {name: count for name, (_, count) in whole.items()}
     repeated = [*pieces, (pieces[0][0], 0)]  # what a rank without rows does to keep step
-    for name, (total, count) in term_sums(objective, network, repeated).items():
+    for name, (total, count) in term_sums(objective, network, repeated, Context()).items():
         assert (total, count) == (pytest.approx(whole[name][0], rel=1e-5), whole[name][1])
     judged = client_loss(trainer, 3, rows, Evaluate(batch=2), 0)
     assert judged.rows == 5 and judged.terms["nll"] == (pytest.approx(whole["nll"][0], rel=1e-5), whole["nll"][1])
@@ -237,9 +237,9 @@ def test_sums_over_clients_give_each_terms_mean() -> None:
 class Needy(Sft):
     """Needs what no trainer provides."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"reference", "head"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"generation", "head"})
 
 
 def test_an_objective_whose_needs_are_not_met_is_refused() -> None:
-    with pytest.raises(RunError, match=r'train\.objective = "sft" needs a reference model and a head, which'):
+    with pytest.raises(RunError, match=r'train\.objective = "sft" needs text generation, which'):
         replace(ONE_STEP, objective=Needy())

@@ -131,7 +131,7 @@ def test_why_rows_and_clients_are_left_out_is_said(shown, labeled, tmp_path):
 def test_rows_that_are_all_dropped_are_told(shown, labeled):
     lines = shown(parse_recipe(to_toml(labeled), ["train.max_length=2"]))
     assert "tokens              0" in lines
-    assert "dropped             60 rows: train.max_length cuts away their whole completion" in lines
+    assert "dropped             60 rows: nothing to learn is left of them within train.max_length" in lines
     assert not any("token_lengths.png" in line for line in lines)
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import experiments
+from engine.messages.events import Evaluated
 from engine.records.metrics import read_log
 from experiments.config.recipe import RECIPES, load_recipe
 from tests import golden
@@ -189,6 +190,35 @@ def test_preferences_follow_another_run_and_are_compared_with_it(ray_session, pa
     base = experiments.run(pairs_recipe(DPO, start, "rounds=1"), out=tmp_path / "base")
     assert figure(base, "loss.chosen")[0] > 0  # beside the base the start has learned already
     assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo_preference", "demo_reward"])
+def test_shipped_recipes_of_preferences_learn(ray_session, tmp_path, name, full):
+    """In their reduced form: the standard library alone, short prompts, fewer rounds, and one slot."""
+    if name != "demo_preference" and not full:
+        pytest.skip("one recipe is run unless all are asked for")
+    small = ("data.source.packages=[]", "data.source.prompt_chars=60", f"data.cache='{tmp_path / 'stores'}'")
+    size = ("clients.slots=1", "rounds=2", "cohort.size=3", "train.max_length=64", "evaluate.every=2")
+    run = experiments.run(load_recipe(RECIPES / f"{name}.toml", [*small, *size]), out=tmp_path / "run")
+    assert run.figures["accuracy"]["end"]["heldout"] > 0.75
+
+
+def test_what_an_objective_shows_is_in_events_results_card_and_report(ray_session, pairs_recipe, tmp_path):
+    events = []
+    recipe = pairs_recipe(DPO, "rounds=1", "evaluate.finetune=1")
+    run = experiments.run(recipe, out=tmp_path / "run", on_event=events.append)
+    evaluated = {(event.round, event.baseline): event for event in events if isinstance(event, Evaluated)}
+    assert evaluated.keys() == {(0, None), (1, None), (1, "finetuned")}
+    assert evaluated[0, None].figures == {"accuracy": {"heldout": 0.5, "unseen": 0.5}}
+    columns = {"round 0": evaluated[0, None], "end": evaluated[1, None], "fine-tuned": evaluated[1, "finetuned"]}
+    assert run.figures == {"accuracy": {name: event.figures["accuracy"] for name, event in columns.items()}}
+    assert run.losses == {name: event.losses for name, event in columns.items()}
+    assert run.figures["accuracy"]["end"]["heldout"] == figure(run, "loss.accuracy")[1]
+    assert run.figures["accuracy"]["fine-tuned"]["heldout"] == figure(run, "loss_finetuned.accuracy")[1]
+    assert run.units == {"loss": "per pair", "accuracy": "share"}
+    assert "| accuracy (share) | round 0 | " in (run.model / "README.md").read_text("utf-8")
+    assert "Accuracy (share), start to end" in run.report.read_text("utf-8")
 
 
 def test_a_reward_model_follows_fine_tuning_and_itself(ray_session, pairs_recipe, small_recipe, tmp_path):
