@@ -238,12 +238,3 @@ def test_a_student_follows_a_run_that_is_its_teacher(ray_session, small_recipe, 
     run = experiments.run(small_recipe(distill, "rounds=2", "cohort.size=4", "clients.lanes=2"), out=tmp_path / "run")
     assert run.losses["end"]["heldout"] < run.losses["round 0"]["heldout"] / 2
     assert figure(run, "loss.agreement")[2] > figure(run, "loss.agreement")[0]
-
-
-@pytest.mark.slow
-def test_the_recipe_of_a_reward_model_tells_shuffled_words(ray_session, tmp_path, full):
-    few = ("data.source.packages=[]", "rounds=1", "evaluate.every=0", "evaluate.rows=2")
-    cache = f"data.cache='{tmp_path / 'stores'}'"
-    recipe = load_recipe(RECIPES / "demo_reward.toml", [cache, *(() if full else few)])
-    run = experiments.run(recipe, out=tmp_path / "run")
-    assert figure(run, "loss.accuracy")[recipe.rounds] >= (0.9 if full else 0.75)
