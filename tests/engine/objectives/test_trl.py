@@ -1,6 +1,7 @@
 """Preference objectives against TRL's own trainers: losses, gradients, figures, and what rows become."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from datasets_partition.core.types import PREFERENCE, UNPAIRED_PREFERENCE
+from datasets_partition.core.types import OPTIONS, PREFERENCE, UNPAIRED_PREFERENCE
 from engine.config.adapters import Lora
 from engine.config.federation import Federation
 from engine.config.train import Sgd, Train
@@ -49,7 +50,11 @@ class Both:
         assert self.ours["loss"] == pytest.approx(self.theirs.loss, rel=1e-6)
         assert self.grad_P.norm() > 1e-4
         assert (self.grad_P - self.theirs.grad_P).norm() < 1e-5 * self.grad_P.norm()
-        logged = {name.replace("/", "_"): value for name, value in self.theirs.metrics.items()}
+        self.measure(**figures)
+
+    def measure(self, **figures: float) -> None:
+        """Compares TRL's metrics with figures of ours."""
+        logged = {name.replace("/", "_"): float(value) for name, value in self.theirs.metrics.items()}
         assert figures == pytest.approx({name: logged[name] for name in figures}, rel=1e-5, abs=1e-5)
 
 
@@ -103,6 +108,7 @@ def both(
         ({"loss_type": "sppo_hard"}, {}),
         ({"loss_type": "apo_zero"}, {}),
         ({"loss_type": "apo_down"}, {}),
+        # At the usual temperature of 0.05 TRL's float32 log-ratios, divided by it, are 3e-5 of the gradient off.
         ({"loss_type": "discopop", "discopop_tau": 0.2}, {}),
         ({"loss_type": ("sigmoid", "sft", "hinge"), "loss_weights": (0.8, 0.5, 2.0)}, {}),
     ],
@@ -150,7 +156,18 @@ def test_kto_is_trls(
 
 def test_kto_of_pairs_is_trls(both: MakeBoth, tables: dict[str, pa.Table]) -> None:
     pair = both(Kto(), tables[PREFERENCE], "kto")
-    pair.agree(kl=max(0.0, pair.ours["term.kl"]))
+    ours = pair.ours
+    assert ours["term.kl"] > 0.1
+    pair.agree(kl=ours["term.kl"], **{f"rewards_{side}": 0.1 * ours[f"term.{side}"] for side in ("chosen", "rejected")})
+
+
+@pytest.mark.parametrize(
+    ("objective", "format"), [(Dpo(reference="none"), PREFERENCE), (Kto(reference="none"), UNPAIRED_PREFERENCE)]
+)
+def test_log_probabilities_are_trls(both: MakeBoth, tables: dict[str, pa.Table], objective: Any, format: str) -> None:
+    """Without a reference our log-ratios are the log-probabilities that TRL logs; its loss has the reference in it."""
+    pair = both(objective, tables[format], objective.kind)
+    pair.measure(logps_chosen=pair.ours["term.chosen"], logps_rejected=pair.ours["term.rejected"])
 
 
 @pytest.mark.parametrize(
@@ -179,6 +196,7 @@ def test_losses_without_a_reference_are_trls(both: MakeBoth, tables: dict[str, p
     ours = pair.ours
     figures = {f"rewards_{name}": ours[f"term.{name}"] for name in ("chosen", "rejected")}
     figures |= {"rewards_margins": ours["term.margin"], "rewards_accuracies": ours["term.accuracy"]}
+    figures |= {f"logps_{name}": ours[f"term.{name}"] / objective.beta for name in ("chosen", "rejected")}
     if isinstance(objective, Orpo):
         figures |= {"nll_loss": ours["term.nll"], "log_odds_ratio": -ours["term.preference"] / objective.beta}
     elif isinstance(objective, Cpo) and objective.cpo_alpha:
@@ -196,7 +214,9 @@ PAIRS = [
     ("left out: " + "the cat and the hat " * 9, "four", "five"),  # the prompt fills the length
 ]
 TEXT, TURNS = 18, 66  # lengths that cut the next to last pair
+TOOLS = [{"type": "function", "function": {"name": "count", "description": "one and two"}}]
 TEMPLATE = (
+    "{% for tool in tools or [] %}<tool>{{ tool.function.name }}{% endfor %}"
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
@@ -209,6 +229,18 @@ def rows_of(pairs: list[tuple[Any, Any, Any]], format: str = PREFERENCE) -> pa.T
     labels = [number % 2 == 0 for number in range(len(pairs))]
     completions = [good if label else bad for (_, good, bad), label in zip(pairs, labels, strict=True)]
     return pa.table({"prompt": [prompt for prompt, *_ in pairs], "completion": completions, "label": labels})
+
+
+def with_tools(table: pa.Table) -> pa.Table:
+    """The rows, the second of which has tools for its template."""
+    options = [json.dumps({"tools": TOOLS}) if number == 1 else None for number in range(table.num_rows)]
+    return table.append_column(OPTIONS, pa.array(options, pa.string()))
+
+
+def as_trl_reads(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its tools in the column that TRL has for them."""
+    options = json.loads(row.pop(OPTIONS, None) or "{}")
+    return {**row, "tools": json.dumps(options.get("tools"))}
 
 
 def conversed(pairs: list[tuple[str, str, str]]) -> list[tuple[Any, Any, Any]]:
@@ -245,9 +277,11 @@ def encodings(bases: dict[str, Path], any_tokenizer: PreTrainedTokenizerFast, tm
     def made(objective: Objective, kind: str, table: pa.Table, length: int = TEXT) -> Any:
         network = AutoModelForCausalLM.from_pretrained(bases["tied"])
         options = {"beta": 0.1, "max_length": length}
-        theirs = trl_sequences(trl_trainer(kind, network, table.to_pylist(), any_tokenizer, tmp_path, **options))
+        rows = [as_trl_reads(row) for row in table.to_pylist()]
+        theirs = trl_sequences(trl_trainer(kind, network, rows, any_tokenizer, tmp_path, **options))
         encoded = objective.encode(table, any_tokenizer, length)
-        (kept,) = encoded.filter(encoded["input_ids"].is_valid()).combine_chunks().to_batches()
+        grouped = objective.regroup(encoded.filter(encoded["input_ids"].is_valid()), length)
+        (kept,) = grouped.combine_chunks().to_batches()
         batch = objective.collate(objective.step_rows(kept, np.arange(kept.num_rows)), 0)
         ours = unpadded(batch.ids_BT, batch.attention_BT, batch.labels_BT != IGNORED)
         if KL_COLUMNS[0] in batch.columns:
@@ -258,15 +292,20 @@ def encodings(bases: dict[str, Path], any_tokenizer: PreTrainedTokenizerFast, tm
 
 
 @pytest.mark.parametrize("turns", [False, True], ids=["text", "turns"])
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_tokens_and_masks_are_trls(encodings: Encodings, kind: str, turns: bool) -> None:
-    """Text gets an end token unless it ends with one; turns end as their template ends them."""
+@pytest.mark.parametrize(
+    ("objective", "format"),
+    [(Dpo(), PREFERENCE), (Kto(), UNPAIRED_PREFERENCE), (Kto(), PREFERENCE)],
+    ids=["dpo", "kto", "kto_of_pairs"],
+)
+def test_tokens_and_masks_are_trls(encodings: Encodings, objective: Any, format: str, turns: bool) -> None:
+    """Text gets an end token unless it ends with one; turns end as their template ends them, after their tools."""
     pairs, length = (conversed(PAIRS), TURNS) if turns else (PAIRS, TEXT)
-    objective, format = (Dpo(), PREFERENCE) if kind == "dpo" else (Kto(), UNPAIRED_PREFERENCE)
-    ours, theirs = encodings(objective, kind, rows_of(pairs, format), length)
+    rows = rows_of(pairs, format)
+    ours, theirs = encodings(objective, objective.kind, with_tools(rows) if turns else rows, length)
     assert ours == theirs
+    sides = 2 if isinstance(objective, Kto) and format == PREFERENCE else 1
+    assert {len(side) for side in ours.values()} == {sides * (len(PAIRS) - 1)}, "a prompt that fills the length is out"
     sequences = [sequence for side in ours.values() for sequence in side]
-    assert len(sequences) == 2 * len(PAIRS) - 2, "the row whose prompt fills the length is left out"
     assert max(len(sequence.ids) for sequence in sequences) == length
 
 
@@ -284,16 +323,16 @@ def test_pairs_that_teach_nothing_are_left_out(encodings: Encodings, any_tokeniz
     assert len(theirs["chosen"][1].ids) == 1 + (any_tokenizer.bos_token is not None)
 
 
-def test_tokens_of_cpo_are_trls_but_for_its_older_path(
-    encodings: Encodings, any_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """ORPO's path in TRL is the same: `build_tokenized_answer` puts ids of begin and end around.
+@pytest.mark.parametrize("kind", ["cpo", "orpo"])
+def test_tokens_without_a_reference_are_trls_but_for_its_older_path(encodings: Encodings, kind: str) -> None:
+    """Where the tokenizer has an id that begins texts, TRL puts it before the prompt by itself: ours is the tokenizer's.
 
     TRL lets each side's completion start by itself, one token before the prompt's end where tokens differ, so that a
     pair's sides may have different prompts; ours starts where either first differs, as in DPO. A prompt that fills the
     length is kept without a completion, whose mean is 0 / 0; we leave it out.
     """
-    ours, theirs = encodings(Cpo(), "cpo", rows_of(PAIRS))
+    # Pair objectives share an encoding; of ORPO's own batches the chosen prompts are learned too.
+    ours, theirs = encodings(Cpo(), kind, rows_of(PAIRS))
     merged = ours["chosen"][4]
     ours["chosen"][4] = Sequence(merged.ids, [False, *merged.scored[:-1]])
     for side in ("chosen", "rejected"):
@@ -302,11 +341,12 @@ def test_tokens_of_cpo_are_trls_but_for_its_older_path(
         assert not any(left_out.scored)
 
 
-def test_tokens_of_cpos_conversations_are_trls_but_for_its_older_path(
-    encodings: Encodings, any_tokenizer: PreTrainedTokenizerFast
+@pytest.mark.parametrize("kind", ["cpo", "orpo"])
+def test_conversations_without_a_reference_are_trls_but_for_its_older_path(
+    encodings: Encodings, any_tokenizer: PreTrainedTokenizerFast, kind: str
 ) -> None:
     """TRL adds begin and end also to what a template has written; ours is what the template writes, as in DPO."""
-    ours, theirs = encodings(Cpo(), "cpo", rows_of(conversed(PAIRS)), TURNS)
+    ours, theirs = encodings(Cpo(), kind, rows_of(conversed(PAIRS)), TURNS)
     begin = [] if any_tokenizer.bos_token_id is None else [any_tokenizer.bos_token_id]
     for side in ("chosen", "rejected"):
         assert theirs[side][:-1] == [

@@ -46,7 +46,6 @@ def trl_trainer(
     config, trainer = TRAINERS[kind]
     peft_config = options.pop("peft_config", None)
     if kind == "kto":
-        # Mismatched completions are taken from a block of this many rows: here from all.
         options = {"train_sampling_strategy": "sequential", **options}
     arguments = config(
         output_dir=str(folder),
@@ -54,7 +53,7 @@ def trl_trainer(
         use_cpu=True,
         bf16=False,
         activation_checkpointing=False,
-        per_device_train_batch_size=len(rows),
+        per_device_train_batch_size=2 * len(rows),  # KTO takes mismatched completions from as many rows, two of a pair
         **options,
     )
     return trainer(
