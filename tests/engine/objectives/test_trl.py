@@ -219,7 +219,7 @@ TOOLS = [{"type": "function", "function": {"name": "count", "description": "one 
 TEMPLATE = (
     "{% for tool in tools or [] %}<tool>{{ tool.function.name }}{% endfor %}"
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}<end>\n{% endfor %}"
-    # As templates do that begin with thoughts: what they write for the prompt alone is not what conversations begin with.
+    # What templates of reasoning write for a prompt alone is not what its conversation goes on with.
     "{% if add_generation_prompt %}<assistant>{% if tools %}<think>{% endif %}{% endif %}"
 )
 
