@@ -175,12 +175,13 @@ def _write(store: Store, encode: Encode, folder: Path, on_rows: OnRows, regroup:
             dropped_heldout[members] = heldout[members] - kept_heldout[members]
             encoded = encoded.filter(stays)
             if regroup is not None:
-                parts = list[pa.Table]()
+                parts, placed = list[pa.Table](), 0
                 for client in range(first, last):
                     split, place = (kept_train[client], kept_heldout[client]), start[client]
                     mine = [regroup(encoded.slice(place, split[0])), regroup(encoded.slice(place + split[0], split[1]))]
-                    start[client] = sum(part.num_rows for part in parts)
                     kept_train[client], kept_heldout[client] = (part.num_rows for part in mine)
+                    start[client] = placed
+                    placed += kept_train[client] + kept_heldout[client]
                     parts += mine
                 encoded = pa.concat_tables(parts)
             ends = np.concatenate([[0], np.cumsum(row_lengths(encoded), dtype=np.int64)])

@@ -34,6 +34,7 @@ Need = Literal["head"]
 Period = Literal["step", "round"]
 Reference = Literal["base", "start", "round", "none"]
 NATS = 64.0  # of a token at most: e^-64 is less than any softmax of float32 gives
+MEAN_REWARD = "mean reward"  # the unit of a held-out term of which more is better
 REFERENCE = "reference"  # the column of what the reference model says
 IN_WORDS = {
     PROMPT_COMPLETION: "texts, prompts with completions",

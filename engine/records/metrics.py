@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from engine.messages.errors import RunError
 from engine.messages.events import DROPOUT, Fault
+from engine.objectives.base import MEAN_REWARD
 from engine.system.atomic import write_file
 
 ROUND, TEXT, COUNT, NUMBER = pa.int32(), pa.string(), pa.int64(), pa.float64()
@@ -197,9 +198,6 @@ def loss_table(folder: Path, last: int, figure: str | None = None) -> LossTable:
         for row in pq.read_table(path, filters=aggregate).to_pylist() if path.exists() else ():
             table.setdefault(columns[row["name"]], {})[row["split"]] = row["value"]
     return table
-
-
-MEAN_REWARD = "mean reward"  # the unit of a held-out "loss" that is none: more is better
 
 
 def with_unit(name: str, unit: str) -> str:

@@ -8,7 +8,8 @@ from rich.table import Column, Table
 
 from datasets_partition.sources.location import is_local, within
 from engine.messages.events import DriverLost, Evaluated, Event, Preparing, RoundDone, RunDone, Sample, Started
-from engine.records.metrics import MEAN_REWARD, with_unit
+from engine.objectives.base import MEAN_REWARD
+from engine.records.metrics import with_unit
 from experiments.report.terminal import console, inert, plain
 
 SPLITS = {"heldout": "held-out rows", "unseen": "unseen clients", "server": "the server's rows"}

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from markupsafe import Markup
 
-from engine.records.metrics import JUDGED, MEAN_REWARD, with_unit
+from engine.objectives.base import MEAN_REWARD
+from engine.records.metrics import JUDGED, with_unit
 from experiments.report import charts
 from experiments.report.charts import Series, change, difference, loss
 from experiments.report.run_folder import MAX_LISTED, Run

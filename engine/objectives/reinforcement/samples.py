@@ -21,7 +21,18 @@ from datasets_partition.core.turns import Conversation, conversation_of, convers
 from datasets_partition.core.types import OPTIONS, PROMPT_COMPLETION, PROMPT_ONLY
 from engine.messages.checks import above, at_least
 from engine.messages.errors import RunError
-from engine.objectives.base import NATS, REFERENCE, BaseObjective, Context, Prompt, Reference, Term, TermSums, Tokenizer
+from engine.objectives.base import (
+    MEAN_REWARD,
+    NATS,
+    REFERENCE,
+    BaseObjective,
+    Context,
+    Prompt,
+    Reference,
+    Term,
+    TermSums,
+    Tokenizer,
+)
 from engine.objectives.chat_template import rendered_ids
 from engine.objectives.reinforcement.policy_gradient import deviations, has_others, kl_estimates, without_signal
 from engine.objectives.reinforcement.rewards import Reward, Rewards, Scored, score
@@ -39,8 +50,8 @@ SPREAD, COUNT = "spread", "count"
 SAMPLED, START = "sampled", "start"
 UNITS = {
     POLICY: "policy loss",
-    "reward": "mean reward",
-    "greedy": "mean reward",
+    "reward": MEAN_REWARD,
+    "greedy": MEAN_REWARD,
     "win": "share",
     "length": "tokens",
     "ended": "share",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from engine.objectives.token_batch import Batch
 from engine.training.local_training import LocalTrainer
 from strategies.lora.frozen_half import FfaLora
 from strategies.lora.products import FedExLora
-from tests.engine.objectives import trl_losses
+from tests.engine.objectives.trl_trainers import trl_sequences, trl_step, trl_trainer
 
 Encoded = Callable[..., pa.RecordBatch]
 MakeDouble = Callable[..., LocalTrainer]
@@ -112,6 +113,7 @@ def test_tokens_loss_figures_and_gradient_are_those_of_trl(
     tables: dict[str, pa.Table],
     tokenizer: PreTrainedTokenizerFast,
     moved: Callable[..., torch.Tensor],
+    tmp_path: Path,
     peft: Lora | FullTuning,
     coefficient: float,
     max_length: int,
@@ -130,26 +132,20 @@ def test_tokens_loss_figures_and_gradient_are_those_of_trl(
     kept = [number for number, ids in enumerate(encoded["input_ids"].to_pylist()) if ids is not None]
     assert len(kept) < table.num_rows if max_length == 16 else len(kept) == table.num_rows
     (rows,) = encoded.take(kept).combine_chunks().to_batches()
-    theirs = trl_losses.reward(
-        trainable.network,
-        chosen,
-        table.to_pylist(),
-        max_length=max_length,
-        center_rewards_coefficient=coefficient or None,
-    )
-    assert theirs.rows == kept
+    options = {"max_length": max_length, "center_rewards_coefficient": coefficient or None}
+    theirs = trl_trainer("reward", deepcopy(trainable.network), table.to_pylist(), chosen, tmp_path, **options)
     for name, side in (("input_ids", "chosen"), ("rejected_ids", "rejected")):
-        assert rows[name].to_pylist() == [tokens.ids for tokens in theirs.sequences[side]]
+        assert rows[name].to_pylist() == [sequence.ids for sequence in trl_sequences(theirs)[side]]
+    expected = trl_step(theirs)
     trainable.network.eval()
     terms = objective.terms(trainable.network, objective.collate(rows, chosen.pad_token_id), Context())
     trainable.grad.zero_()
     loss = terms["preference"].total() / len(kept)
     loss.backward()
-    assert loss.item() == pytest.approx(theirs.loss, abs=1e-5)
-    assert [*theirs.parameters] == [*trainable.layout.names]
-    assert (trainable.grad - theirs.gradient).norm() < 1e-5 * theirs.gradient.norm()
+    assert loss.item() == pytest.approx(expected.loss, abs=1e-5)
+    assert (trainable.grad - expected.grad_P).norm() < 1e-5 * expected.grad_P.norm()
     for name in ("accuracy", "margin"):
-        assert terms[name].total().item() / len(kept) == pytest.approx(theirs.metrics[name], abs=1e-5)
+        assert terms[name].total().item() / len(kept) == pytest.approx(expected.metrics[name], abs=1e-5)
 
 
 def test_a_new_head_follows_from_the_seed_and_from_nothing_else(bases: dict[str, Path]) -> None:
