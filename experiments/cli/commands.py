@@ -191,6 +191,21 @@ def strategies(
 
 
 @guarded
+def objectives(
+    check: Annotated[str | None, Option(metavar="MODULE:FUNCTION", help="Check a reward of your own.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the objectives and rewards with what each learns from and its keys; or check a reward of your own."""
+    if check is not None:
+        from experiments.cli.reward_check import show_reward_check
+
+        raise SystemExit(int(not show_reward_check(check)))
+    from experiments.cli.objective_list import objective_listing
+
+    console().print(*objective_listing(), sep="\n")
+
+
+@guarded
 def models(
     table: Annotated[bool, Option("--table", help="Check each family on a tiny model, in a minute or two.")] = False,
     page: Annotated[Path | None, Option("--write", help="With --table: a Markdown page to put the table into.")] = None,
@@ -258,4 +273,4 @@ def bench(
     show_results(scenario, measure(scenario, small), as_json)
 
 
-COMMANDS = (run, submit, status, stop, partition, plan, report, strategies, models, schema, bench)
+COMMANDS = (run, submit, status, stop, partition, plan, report, strategies, objectives, models, schema, bench)

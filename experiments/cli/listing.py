@@ -43,12 +43,12 @@ def listing() -> Iterator[Text]:
         yield from _about(transform)
     yield Text()
     for word, meaning in LEGEND.items():
-        yield from _wrapped(f"{word:<10}{meaning}", " " * 10)
+        yield from wrapped(f"{word:<10}{meaning}", " " * 10)
 
 
 def first_sentence(docstring: str) -> str:
     """The text up to the first full stop, in one line."""
-    return re.split(r"(?<=[^.]\.)\s", " ".join(docstring.split()), maxsplit=1)[0]
+    return re.split(r"(?<=[^.]\.)(?<!\beq\.)\s", " ".join(docstring.split()), maxsplit=1)[0]
 
 
 def _row(*cells: str, style: str = "") -> Text:
@@ -63,11 +63,11 @@ def _about(member: object) -> Iterator[Text]:
     """Its summary and its keys, each on separate lines."""
     keys = {field.name: field.default for field in fields(type(member)) if field.name != "kind"}  # type: ignore[arg-type]
     text = ", ".join(f"{name}={'unset' if default is None else json.dumps(default)}" for name, default in keys.items())
-    yield from _wrapped("    " + first_sentence(str(member.__doc__)), "    ")
-    yield from _wrapped("    " + text, "    ", "dim")
+    yield from wrapped("    " + first_sentence(str(member.__doc__)), "    ")
+    yield from wrapped("    " + text, "    ", "dim")
 
 
-def _wrapped(text: str, indent: str, style: str = "") -> Iterator[Text]:
+def wrapped(text: str, indent: str, style: str = "") -> Iterator[Text]:
     """Lines that fit, the second and later ones indented; a key stays with its value."""
     lines = textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
     return (plain(line, style) for line in lines)

@@ -286,7 +286,7 @@ def score(rewards: Sequence[Reward], prompt: Any, completion: str, row: Row) -> 
     each, failures = list[float | None](), list[str]()
     for reward in rewards:
         try:
-            each.append(_checked(reward.score(prompt, completion, row)))
+            each.append(checked(reward.score(prompt, completion, row)))
         except Exception as error:  # the user's code may raise anything
             each.append(None)
             failures.append(f"{reward.kind}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
@@ -297,7 +297,8 @@ def score(rewards: Sequence[Reward], prompt: Any, completion: str, row: Row) -> 
     return Scored(total, tuple(each), failures[0] if failures else None)
 
 
-def _checked(value: Any) -> float | None:
+def checked(value: Any) -> float | None:
+    """Returns a reward's value as a number; TypeError or ValueError if it is neither a finite number nor None."""
     if value is None:
         return None
     if not isinstance(value, Real):
