@@ -26,7 +26,8 @@ from engine.models.base_model import map_base, read_base
 from engine.models.export import export_files
 from engine.models.tokenizer import load_tokenizer
 from engine.models.trainable import Trainable
-from engine.objectives.base import Context, client_figures, figure_metrics, require_format
+from engine.objectives.base import Context, Objective, require_format
+from engine.objectives.figures import client_figures, figure_metrics
 from engine.objectives.sft import Sft
 from engine.training.lanes import LaneTrainer
 from engine.training.local_training import LocalTrainer
@@ -260,3 +261,13 @@ def test_files_in_the_package_import_in_one_direction():
         texts[PurePosixPath(union)] += f"\nimport {module_of(path)}\n"
     graph = graph_of(texts)
     assert circles(graph) == [] and upward(graph) == []
+
+
+def test_the_page_says_what_an_objective_may_declare():
+    """Every part of the protocol is on the page, and every name in the tables' first columns is a part of it."""
+    section = PAGE.read_text("utf-8").split("\n## ")
+    text = next(part for part in section if part.startswith("An objective"))
+    parts = {name for name in (*vars(Objective), *Objective.__annotations__) if not name.startswith("_")}
+    named = {name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert parts <= set(re.findall(r"\w+", text))
+    assert named <= parts | {"group"}

@@ -97,6 +97,32 @@ def placed(order: NDArray[np.int64], owners: NDArray[np.int32]) -> NDArray[np.in
     return clients
 
 
+def together(clients: NDArray[np.int32], groups: NDArray[np.int64], strata: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The client of each row after all rows of a group have gone to one client; nobody's rows stay nobody's (-1).
+
+    The groups of a stratum, which is that of their first rows, line up by the clients of their first rows; the clients
+    line up with the rows that they had, and each group goes to the client at its middle row. So within a stratum a
+    client's number of rows changes by at most the rows of its largest group, and not at all if groups are single rows.
+    """
+    dealt = np.flatnonzero(clients >= 0)
+    before = clients[dealt]
+    _, first, group, sizes = np.unique(groups[dealt], return_index=True, return_inverse=True, return_counts=True)
+    stratum = strata[dealt[first]]
+    order = np.lexsort((before[first], stratum))
+    line = before[np.lexsort((before, stratum[group]))]
+    after = np.empty(len(first), np.int32)
+    after[order] = line[middles(sizes[order])]
+    moved = np.full(len(clients), -1, np.int32)
+    moved[dealt] = after[group]
+    return moved
+
+
+def middles(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place of the middle row, the former of two, of each of several groups that stand in a line."""
+    places: NDArray[np.int64] = np.cumsum(sizes) - sizes + (sizes - 1) // 2
+    return places
+
+
 def positions(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """The numbers from 0 up to each count, one count after the other: [2, 3] gives [0, 1, 0, 1, 2]."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -120,11 +120,20 @@ def parts_of(part: Any) -> Iterator[Any]:
 
 def natural(partitioner: Partitioner) -> ByKey | None:
     """The first part of a partition that goes by a natural key."""
-    return next((part for part in parts_of(partitioner) if isinstance(part, ByKey)), None)
+    return next(iter(naturals(partitioner)), None)
 
 
-def unit_of(partitioner: Partitioner, most: int, columns: list[str]) -> str | None:
-    """What a client is where it is not one person; people have up to `most` clients, the table these `columns`."""
+def naturals(partitioner: Partitioner) -> list[ByKey]:
+    """The parts of a partition that go by natural keys."""
+    return [part for part in parts_of(partitioner) if isinstance(part, ByKey)]
+
+
+def unit_of(partitioner: Partitioner, most: int, largest: int, columns: list[str]) -> str | None:
+    """What a client is where it is not one person.
+
+    People have up to `most` clients, clients up to `largest` rows, more than a cap where prompts stay whole; `columns`
+    are those of the table.
+    """
     keyed = natural(partitioner)
     grouped = isinstance(keyed, GroupedNatural) and keyed.keys is not None
     if keyed is not None:
@@ -135,7 +144,8 @@ def unit_of(partitioner: Partitioner, most: int, columns: list[str]) -> str | No
         parts = list(parts_of(partitioner))
         caps = [part.rows for part in parts if isinstance(part, SizeCap)]
         caps += [part.max_rows for part in parts if isinstance(part, GroupedNatural) and part.max_rows is not None]
-        return f"a part{f' of at most {min(caps)} rows' if caps else ''} of {person}, of up to {most} parts"
+        capped = f" of at most {max(min(caps), largest)} rows" if caps else ""
+        return f"a part{capped} of {person}, of up to {most} parts"
     if keyed is None and "client" in columns:
         return "rows that the partition deals out whatever their column 'client'"
     return person if grouped else None

@@ -14,9 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from datasets_partition import Sources
+from datasets_partition import Partitioners, Sources
 from datasets_partition.core.columns import labels
+from datasets_partition.core.dealing import listed, together
 from datasets_partition.core.types import (
+    Assignment,
     DataError,
     Partitioner,
     Rows,
@@ -25,12 +27,22 @@ from datasets_partition.core.types import (
     refuse_misfit,
     refuse_other_rows,
 )
-from datasets_partition.partitioners.combined import Combined, parts_of, unit_of
+from datasets_partition.partitioners.combined import Combined, naturals, parts_of, unit_of
 from datasets_partition.sources.files import Files
 from datasets_partition.sources.hf_datasets import HfDatasets
 from datasets_partition.sources.location import is_local, node_cache, within
 from datasets_partition.store import sealed
-from datasets_partition.store.splits import Held, Splits, content_numbers, first_of_each, refuse_leaks
+from datasets_partition.store.contents import (
+    CONTENT_LEAK,
+    PROMPT_LEAK,
+    coded,
+    content_numbers,
+    first_of_each,
+    paired,
+    prompt_numbers,
+    refuse_leaks,
+)
+from datasets_partition.store.splits import Held, Splits
 from datasets_partition.store.store import INDEX, ROWS_PER_GROUP, STORE_VERSION, write_arrow
 
 OnStep = Callable[[str], None]
@@ -64,6 +76,7 @@ def build(
         "label": label,
         # Since 2 keys of turns and columns beside them are read that were left out before.
         **({"reading": 2} if isinstance(source, Files | HfDatasets) else {}),
+        **({"by": splits.by} if splits.by != "row" else {}),
     }
     key = sha256(json.dumps(origin).encode()).hexdigest()
     remote = None if is_local(cache) else within(cache, key[:16])
@@ -99,15 +112,20 @@ def _prepare(
         if len(firsts) < table.num_rows:
             table, numbers = table.take(firsts).combine_chunks(), numbers[firsts]
 
-    server = splits.server_rows(table.num_rows, rng(seed, "server"))
+    by_prompt = splits.by == "prompt"
+    prompts = prompt_numbers(table) if by_prompt else np.arange(table.num_rows)
+    server = splits.server_rows(prompts, rng(seed, "server"))
     owned = np.flatnonzero(~server)
     if not len(owned):
         raise DataError(
             f"data.splits.server is {splits.server}, which leaves clients no row of {table.num_rows}: lower it"
         )
     on_step(f"giving {len(owned):,} rows to clients")
-    given = partitioner.assign(table.take(owned) if server.any() else table, rng(seed, "partition"))
+    dealt = table.take(owned) if server.any() else table
+    given = partitioner.assign(dealt, rng(seed, "partition"))
     refuse_misfit(given, len(owned), partitioner)
+    if by_prompt:
+        given = _with_whole_prompts(given, dealt, prompts[owned], partitioner)
     # The clients' rows in the partition's order; nobody's rows are left out.
     by_client = np.lexsort((given.clients,) if given.order is None else (given.order, given.clients))
     by_client = by_client[given.clients[by_client] >= 0]
@@ -115,14 +133,17 @@ def _prepare(
     people = np.arange(len(given.names))
     if given.people is not None:
         people = given.people.dictionary_encode().indices.to_numpy().astype(np.int64)
-    held = splits.assign(clients, people, rng(seed, "splits"))
+    held = splits.assign(clients, people, rng(seed, "splits"), prompts[rows] if by_prompt else None)
 
     kept, ids, stored = _number(held, clients)
     servers = np.flatnonzero(server)
     order = np.concatenate([rows[stored], servers])
-    if splits.duplicates == "keep" and splits.leaks == "error":
+    if splits.leaks == "error":
         trained = np.concatenate([~held.heldout[stored], np.zeros(len(servers), dtype=np.bool_)])
-        refuse_leaks(table.take(order), numbers[order], trained, columns)
+        if splits.duplicates == "keep":
+            refuse_leaks(table.take(order), numbers[order], trained, columns, CONTENT_LEAK)
+        if by_prompt:
+            refuse_leaks(table.select(columns[:1]).take(order), prompts[order], trained, columns[:1], PROMPT_LEAK)
     owners = pa.concat_arrays([given.names.take(clients[stored]), pa.nulls(len(servers), pa.string())])
     category = {}
     if label is not None:
@@ -139,7 +160,7 @@ def _prepare(
     content = pa.table(category | {name: table[name] for name in columns})
     stored_as = [pa.field(name, pa.string()) for name in category] + [loaded.schema.field(name) for name in columns]
     schema = pa.schema([("client", pa.string()), *stored_as])
-    unit = unit_of(partitioner, int(np.bincount(people).max()), loaded.column_names)
+    unit = unit_of(partitioner, int(np.bincount(people).max()), int(np.bincount(clients).max()), loaded.column_names)
     counts = {
         "rows": len(stored),
         "clients": len(kept),
@@ -152,6 +173,7 @@ def _prepare(
         "unassigned_rows": int(np.count_nonzero(given.clients < 0)),
         "skipped_rows": skipped,
         **({"unit": unit} if unit else {}),
+        **({"prompts": len(np.unique(prompts[order]))} if by_prompt else {}),
     }
 
     def write(folder: Path) -> dict[str, Any]:
@@ -178,6 +200,20 @@ def _load(source: Source, on_step: OnStep) -> Rows:
     if not loaded.table.num_rows:
         raise DataError(f"the source gives no rows: {source!r}")
     return loaded
+
+
+def _with_whole_prompts(
+    given: Assignment, table: pa.Table, prompts: NDArray[np.int64], partitioner: Partitioner
+) -> Assignment:
+    """The assignment of the table's rows with all rows of a prompt at one client, or at one for each natural key."""
+    if type(partitioner) not in get_args(Partitioners):
+        return given  # whether a user's partition draws is not known
+    keys = content_numbers(table, tuple(part.key for part in naturals(partitioner)))
+    categories = np.zeros(len(prompts), np.int64) if given.category is None else coded(given.category)[0]
+    clients = together(given.clients, paired(keys, prompts), paired(keys, categories))
+    clients, names = listed(clients, given.names)
+    people = None if given.people is None else given.people.filter(pc.is_in(given.names, names))
+    return given._replace(clients=clients, names=names, people=people)
 
 
 def _number(held: Held, clients: NDArray[np.int32]) -> tuple[NDArray[np.int64], ...]:

@@ -1,14 +1,14 @@
-"""The rows and the clients that are kept from training, and rows with the same content on both sides."""
+"""The rows and the clients that are kept from training."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from datasets_partition.core.dealing import positions
+from datasets_partition.core.dealing import middles, positions
 from datasets_partition.core.types import DataError
 
 
@@ -28,6 +28,11 @@ class Splits:
     the server's. Clients with fewer than `min_rows` rows are left out before people are drawn. `draw` holds out random
     rows of a client, or the last in the partition's order. Of rows with the same content the first stays, unless
     `duplicates` keeps all; content that is then trained and held out is an error, unless `leaks` allows it.
+
+    With `by = "prompt"` all rows of a prompt are on one side of each split, and shares of rows are met as nearly as
+    whole prompts allow. A partition that draws gives a prompt to one client; a natural key leaves its rows with their
+    clients, and a prompt of training and of unseen clients is a leak. The prompt of a conversation is what comes before
+    the assistant's last turn; rows with an empty prompt stay apart.
     """
 
     heldout: float = 0.1
@@ -37,6 +42,8 @@ class Splits:
     draw: Literal["random", "last"] = "random"
     duplicates: Literal["drop", "keep"] = "drop"
     leaks: Literal["error", "allow"] = "error"
+    # Without a place in the text that names a store, where the builder adds it: earlier stores are used on.
+    by: Literal["row", "prompt"] = field(default="row", repr=False)
 
     def __post_init__(self) -> None:
         for name, share in (("heldout", self.heldout), ("unseen", self.unseen), ("server", self.server)):
@@ -45,17 +52,25 @@ class Splits:
         if self.min_rows < 1:
             raise DataError(f"data.splits.min_rows is {self.min_rows}: give 1 or more")
 
-    def server_rows(self, rows: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-        """Draws the server's rows among `rows`: their share, rounded to the nearest count."""
-        drawn = np.zeros(rows, dtype=np.bool_)
-        drawn[rng.permutation(rows)[: _nearest(self.server * rows)]] = True
-        return drawn
+    def server_rows(self, groups: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.bool_]:
+        """Draws the server's rows, all or none of a group (one number a row): their share, rounded to the nearest."""
+        order, sizes = rng.permutation(int(groups.max()) + 1), np.bincount(groups)
+        drawn = np.zeros(len(sizes), dtype=np.bool_)
+        drawn[order[middles(sizes[order]) < _nearest(self.server * len(groups))]] = True
+        return drawn[groups]
 
-    def assign(self, clients: NDArray[np.int32], people: NDArray[np.int64], rng: np.random.Generator) -> Held:
+    def assign(
+        self,
+        clients: NDArray[np.int32],
+        people: NDArray[np.int64],
+        rng: np.random.Generator,
+        prompts: NDArray[np.int64] | None = None,
+    ) -> Held:
         """Decides for rows in the partition's order, whose clients are `clients` (one int32 a row).
 
         `people` numbers each client's person: all clients of a person are unseen, or none. Counts are rounded, halves
-        up, but each client keeps a training row, and a person trains. DataError if no client has `min_rows` rows.
+        up, but each client keeps a training row, and a person trains. With `prompts`, the number of each row's prompt,
+        all training clients hold out the same whole prompts. DataError if no client has `min_rows` rows.
         """
         rows = np.bincount(clients, minlength=len(people))
         kept = rows >= self.min_rows
@@ -67,6 +82,10 @@ class Splits:
         drawn = min(_nearest(self.unseen * len(candidates)), len(candidates) - 1)
         unseen = kept & np.isin(people, rng.permutation(candidates)[:drawn])
         held = np.minimum(_nearest(self.heldout * rows), np.maximum(rows - 1, 0))
+        if prompts is not None:
+            heldout, trains = unseen[clients], (kept & ~unseen)[clients]
+            heldout[trains] = self._whole_prompts(clients[trains], prompts[trains], held, rng)
+            return Held(heldout, unseen, kept)
         held = np.where(kept, np.where(unseen, rows, held), 0)
         # Each client's rows in a random order, or from the last to the first: the first ones of each are held out.
         turn = rng.permutation(len(clients)) if self.draw == "random" else -np.arange(len(clients))
@@ -74,45 +93,39 @@ class Splits:
         heldout[np.lexsort((turn, clients))] = positions(rows) < np.repeat(held, rows)
         return Held(heldout, unseen, kept)
 
+    def _whole_prompts(
+        self,
+        clients: NDArray[np.int32],
+        prompts: NDArray[np.int64],
+        wanted: NDArray[np.int64],
+        rng: np.random.Generator,
+    ) -> NDArray[np.bool_]:
+        """Holds prompts out, in a random order or from the last row to the first, each at all of its clients.
+
+        A prompt is passed over if it would bring one of its clients further from the number of rows `wanted` of it, or
+        leave it no training row.
+        """
+        turns = rng.permutation(int(prompts.max()) + 1)
+        if self.draw == "last":
+            rows = np.bincount(clients)
+            to_end = np.empty(len(clients), dtype=np.int64)
+            to_end[np.argsort(clients, kind="stable")] = np.repeat(rows, rows) - positions(rows)
+            nearest = np.full(len(turns), len(clients) + 1)
+            np.minimum.at(nearest, prompts, to_end)
+            turns = np.argsort(np.lexsort((turns, nearest)))
+        shares, counts = np.unique(turns[prompts] * len(wanted) + clients, return_counts=True)
+        each = zip(*(part.tolist() for part in (*np.divmod(shares, len(wanted)), counts)), strict=True)
+        missing, training = wanted.tolist(), np.bincount(clients, minlength=len(wanted)).tolist()
+        heldout = np.zeros(len(turns), dtype=np.bool_)
+        for turn, group in groupby(each, key=itemgetter(0)):
+            at = [(client, count) for _, client, count in group]
+            heldout[turn] = all(count <= 2 * missing[client] and count < training[client] for client, count in at)
+            if heldout[turn]:
+                for client, count in at:
+                    missing[client] -= count
+                    training[client] -= count
+        return heldout[turns[prompts]]
+
 
 def _nearest(counts: Any) -> Any:
     return np.floor(counts + 0.5).astype(np.int64)  # np.rint would round 0.5 to 0 and 1.5 to 2
-
-
-def content_numbers(table: pa.Table, columns: tuple[str, ...]) -> NDArray[np.int64]:
-    """A number for each row, equal where and only where rows agree in all `columns`: compared, not hashed."""
-    numbers, contents = np.zeros(table.num_rows, dtype=np.int64), 1
-    for name in columns:
-        if contents == len(numbers):
-            break  # all rows differ already
-        values = table[name].combine_chunks()
-        if pa.types.is_nested(values.type):
-            values = pa.array([json.dumps(value) for value in values.to_pylist()], pa.large_string())
-        codes, different = _coded(values)
-        # Both are at most the number of rows, so that the product does not overflow.
-        numbers, contents = _coded(pa.array(numbers * different + codes))
-    return numbers
-
-
-def _coded(values: pa.Array) -> tuple[NDArray[np.int64], int]:
-    """The number of each row's value, and how many values differ."""
-    encoded = values.dictionary_encode(null_encoding="encode")
-    return encoded.indices.to_numpy().astype(np.int64), len(encoded.dictionary)
-
-
-def first_of_each(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Positions of the first row of each content, ascending."""
-    return np.sort(np.unique(numbers, return_index=True)[1])
-
-
-def refuse_leaks(
-    table: pa.Table, numbers: NDArray[np.int64], trained: NDArray[np.bool_], columns: tuple[str, ...]
-) -> None:
-    """Raises DataError if a row that is not `trained` has the content of a row that is."""
-    leaking = np.flatnonzero(~trained & np.isin(numbers, numbers[trained]))
-    if len(leaking):
-        example = " | ".join(str(table[name][int(leaking[0])].as_py()) for name in columns)
-        raise DataError(
-            f"{len(leaking)} held-out rows have the content of training rows, such as {example[:80]!r}: remove them by "
-            f'data.splits.duplicates = "drop", or accept the leak by data.splits.leaks = "allow"'
-        )

@@ -102,7 +102,10 @@ class TokenLengths:
 
 @dataclass(frozen=True)
 class Skew:
-    """Everything that is counted about a store: `rows` are all rows of each client, unseen clients' too."""
+    """Everything that is counted about a store: `rows` are all rows of each client, unseen clients' too.
+
+    `prompts` is the number of different prompts, of a store that keeps the rows of a prompt together.
+    """
 
     training_clients: int
     unseen_clients: int
@@ -118,6 +121,7 @@ class Skew:
     left_out_clients: int
     left_out_rows: int
     unassigned_rows: int
+    prompts: int | None = None
 
     @classmethod
     def of(cls, store: Store) -> "Skew":

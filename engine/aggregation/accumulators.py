@@ -12,7 +12,7 @@ from engine.aggregation.ring_encoding import CLIPPED, FIGURE, ring_values
 from engine.aggregation.ring_shard import RingShard
 from engine.config.federation import Federation
 from engine.messages.reports import UpdateMessage
-from engine.objectives.base import client_figures
+from engine.objectives.figures import client_figures
 from strategies.core.errors import StrategyError
 from strategies.core.protocol import Update
 from strategies.core.seeds import rng

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from engine.config.federation import Federation
-from engine.objectives.base import figure_bounds
+from engine.objectives.figures import figure_bounds
 from strategies.core.layout import Layout
 from strategies.core.protocol import Aggregate, Mask, Size, Update, with_frozen, without_frozen
 from strategies.core.seeds import rng

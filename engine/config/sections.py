@@ -193,8 +193,15 @@ class Sections:
         return kept or self.strategy.keeps_state
 
     @property
+    def scores(self) -> bool:
+        """Whether the model gives a text one score, and writes none itself."""
+        return "head" in self.train.objective.needs
+
+    @property
     def samples(self) -> int:
         """How many held-out rows the run shows at its end: under privacy none, unless the recipe asks for them."""
+        if self.scores:
+            return 0
         default = 0 if self.privacy.on else 3
         return default if self.evaluate.samples is None else self.evaluate.samples
 

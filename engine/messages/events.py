@@ -82,11 +82,15 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out losses in nats per token after a round, by split (heldout, unseen), or a baseline's."""
+    """Held-out losses after a round, by split (heldout, unseen, server), or a baseline's.
+
+    `figures` are others that the objective shows beside its loss, such as the accuracy of pairs, by name and split.
+    """
 
     round: int
     losses: dict[str, float]
     baseline: str | None = None
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunDone:
-    """The run's end: its folder, losses by column (round 0, end, baselines) and split, and samples."""
+    """The run's end: its folder, losses by column (round 0, end, baselines) and split, and samples.
+
+    `figures` are others that the objective shows, by name, column and split; `units` are those of "loss" and of each.
+    """
 
     folder: Path
     losses: dict[str, dict[str, float]]
     samples: list[Sample] = field(default_factory=list)
+    figures: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)
 
 
 Event = Preparing | Started | RoundDone | Evaluated | Checkpointed | DriverLost | Stopped | RunDone

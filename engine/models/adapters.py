@@ -6,15 +6,19 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from engine.config.federation import Federation, works_on_pairs
 from engine.config.sections import Model
 from engine.messages.errors import RunError
+from engine.models.base_model import SCORE
 from strategies.core.base import named
 
 # PEFT refuses out_proj in these models, as fused kernels read its weights past the layer.
 STATE_SPACES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+HEAD_STD = 0.02  # of a new head's weights
+HEAD = f"base_model.model.{SCORE}.modules_to_save.default.weight"  # as PEFT names a head that is trained with adapters
 
 
 def is_linear(layer: nn.Module | None) -> bool:
@@ -32,10 +36,13 @@ def is_transposed(layer: nn.Module | None) -> bool:
 def with_adapters(network: Any, model: Model) -> Any:
     """Freezes the network and adds the recipe's adapters, initialized from torch's seed; without any, all is trained.
 
-    RunError if the network cannot have them, or a part of model.peft matches nothing.
+    A head of one score is trained too. RunError if the network cannot have adapters, or a part of model.peft matches
+    nothing.
     """
     from peft import get_peft_model
 
+    if (head := score_head(network)) is not None:
+        begin_head(network)
     if model.peft.peft_class is None:
         return network.requires_grad_(True)
     modules, parameters = ([name for name, _ in each] for each in (network.named_modules(), network.named_parameters()))
@@ -46,7 +53,7 @@ def with_adapters(network: Any, model: Model) -> Any:
         with warnings.catch_warnings():
             # PEFT warns of patterns that it derives itself for experts' weights; the recipe's are checked below.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
-            config = peft_config(model)
+            config = peft_config(model, scores=head is not None)
             if model.peft.options().get("target_modules") == "all-linear" and (unfit := unfit_layers(network)):
                 config.exclude_modules = unfit
             adapted = get_peft_model(network.requires_grad_(False), config)
@@ -67,6 +74,27 @@ def with_adapters(network: Any, model: Model) -> Any:
     return adapted
 
 
+def score_head(network: nn.Module) -> Any:
+    """Returns the head of a network that gives one score for each text; None for a language model."""
+    return vars(network)["_modules"].get(SCORE)
+
+
+def begin_head(network: Any) -> None:
+    """Gives the network a new linear head if the base has none; a head takes activations of any type."""
+    head, device = score_head(network), network.get_input_embeddings().weight.device
+    weight = drawn_head(head.in_features)  # always, so that the adapters' draws are the same
+    if head.weight.is_meta:
+        head = nn.Linear(head.in_features, 1, bias=False, device="meta")
+        head.weight = nn.Parameter(weight.to(device))
+        setattr(network, SCORE, head)
+    head.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
+
+
+def drawn_head(width: int) -> torch.Tensor:
+    """Draws the weights (1, width) of a new head, N(0, 0.02), by torch's seed, the same on every device."""
+    return torch.normal(0.0, HEAD_STD, (1, width), device="cpu")
+
+
 def unfit_layers(network: Any) -> list[str]:
     """The last parts of the names of linear layers that "all-linear" leaves out, since no adapter works there.
 
@@ -81,11 +109,12 @@ def unfit_layers(network: Any) -> list[str]:
     return sorted(names)
 
 
-def peft_config(model: Model) -> Any:
-    """Makes PEFT's configuration of the adapter."""
+def peft_config(model: Model, *, scores: bool = False) -> Any:
+    """Makes PEFT's configuration of the adapter, which holds the head too if the network `scores` texts."""
     import peft
 
-    origin = {"task_type": "CAUSAL_LM", "base_model_name_or_path": model.base, "revision": model.revision}
+    task = "SEQ_CLS" if scores else "CAUSAL_LM"
+    origin = {"task_type": task, "base_model_name_or_path": model.base, "revision": model.revision}
     assert model.peft.peft_class is not None
     return getattr(peft, model.peft.peft_class)(**origin, **model.peft.options())
 
@@ -175,6 +204,8 @@ def refuse_other_adapters(network: nn.Module, federation: Federation) -> None:
         return
     places = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
     for name in (name for name, parameter in network.named_parameters() if parameter.requires_grad):
+        if federation.scores and name == HEAD:  # these rules average other tensors as they are
+            continue
         module, marker, rest = name.partition(".lora_")
         layer: Any = network.get_submodule(module).base_layer if marker else None
         if layer is None or not is_linear(layer) or not rest.startswith(("A.", "B.")):

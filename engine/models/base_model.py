@@ -6,12 +6,14 @@ Functions import transformers: it takes 220 MB and four seconds, and the command
 import json
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from engine.config.sections import Model
 from engine.messages.errors import RunError
@@ -20,6 +22,8 @@ from engine.models import quantized
 ADAPTER = "adapter_config.json"  # the file by which PEFT knows an adapter
 ALIGNMENT = 64  # bytes at which each tensor starts, as vector instructions need it
 CAUSAL = "AutoModelForCausalLM"
+CLASSIFIER = "ForSequenceClassification"  # ends the names of classes that score texts
+SCORE = "score"  # their head, which scores the last token
 LONGEST = 400  # characters of a library's message
 TOWERS = ("vision_config", "audio_config")
 # Keys by which a model writes to its weights, and the way out.
@@ -41,7 +45,8 @@ class PackedBase:
     """What `map_base` needs beside the buffer: the model's configuration, the index of its tensors, and their wrapping.
 
     `config` is None for a base that ships its own code: unpickling it would need that code, which a process imports
-    only when it reads the configuration of `model` itself.
+    only when it reads the configuration of `model` itself. With `scores` the network gives one number for each text,
+    and no logits of tokens.
     """
 
     model: Model
@@ -49,6 +54,7 @@ class PackedBase:
     index: Mapping[str, Entry]
     nbytes: int
     wrapped: Mapping[str, quantized.Wrapped] = field(default_factory=dict)
+    scores: bool = False
 
 
 def always_the_same_bits() -> None:
@@ -59,8 +65,11 @@ def always_the_same_bits() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def causal_config(model: Model) -> Any:
-    """Loads the base's configuration and registers its own code's class; RunError if it is no causal language model."""
+def causal_config(model: Model, *, scores: bool = False) -> Any:
+    """Loads the base's configuration and registers its own code's class; RunError if it is no causal language model.
+
+    With `scores` it may be a sequence classifier with one label, and transformers must have that class for it.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -74,6 +83,9 @@ def causal_config(model: Model) -> Any:
         raise refusal(model, what, error) from error
     architectures = config.architectures or []
     causal = all("CausalLM" in name or "LMHead" in name for name in architectures)
+    if scores:
+        _refuse_unscored(config, model)
+        causal = causal or is_classifier(config)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
         kind = ", ".join(architectures) or type(config).__name__
         beside = config.get_text_config() is not config
@@ -86,6 +98,22 @@ def causal_config(model: Model) -> Any:
         what = f"writes to its own weights ({key} in its config.json), which processes share"
         raise RunError(f"model.base {model.base!r} {what}: {IN_PLACE[key]}")
     return config
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a configuration is that of a model that scores texts already."""
+    return any(name.endswith(CLASSIFIER) for name in config.architectures or [])
+
+
+def _refuse_unscored(config: Any, model: Model) -> None:
+    """Raises RunError for a family that transformers has no sequence classifier for, or one of several labels."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    family = f"model.base {model.base!r} is a {type(config).__name__.removesuffix('Config')}"
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise RunError(f"{family}, which has no {CLASSIFIER} class in transformers: choose a base of another family")
+    if is_classifier(config) and config.num_labels != 1:
+        raise RunError(f"{family} that classifies by {config.num_labels} labels: choose a base with one, or without")
 
 
 def _refuse_adapter(base: str) -> None:
@@ -105,13 +133,29 @@ def _refuse_adapter(base: str) -> None:
     raise RunError(f"{what}: set model.base to where that base is, and model.start to {base!r}")
 
 
-def empty_network(model: Model, config: Any | None = None) -> Any:
-    """Makes the base's network without its weights; RunError if the library that quantizes them is not there."""
-    from transformers import AutoModelForCausalLM
+def empty_network(model: Model, config: Any | None = None, *, scores: bool = False) -> Any:
+    """Makes the base's network without its weights; RunError if the library that quantizes them is not there.
 
-    config = causal_config(model) if config is None else config
-    network = AutoModelForCausalLM.from_config(config, **_options(model, config))
+    With `scores` it is the sequence classifier over the same layers; RunError if its head is not linear.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = causal_config(model, scores=scores) if config is None else config
+    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    network = kind.from_config(_with_one_label(config) if scores else config, **_options(model, config))
+    if scores and not isinstance(getattr(network, SCORE, None), nn.Linear):
+        name = type(network).__name__
+        raise RunError(f"model.base {model.base!r} would be a {name}, whose head is no linear layer: choose another")
     return quantized.with_quantized_layers(network, model)
+
+
+def _with_one_label(config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    config = deepcopy(config)
+    config.num_labels = 1
+    config.architectures = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].__name__]
+    return config
 
 
 def origin(model: Model) -> dict[str, Any]:
@@ -157,28 +201,35 @@ def refusal(model: Model, what: str, error: Exception) -> RunError:
     return RunError(f"model.base {model.base!r} {what}")
 
 
-def read_base(model: Model) -> tuple[PackedBase, np.ndarray]:
+def read_base(model: Model, *, scores: bool = False) -> tuple[PackedBase, np.ndarray]:
     """Reads the base's weights from disk or the hub, and quantizes them if the recipe says so, into one uint8 buffer.
 
-    RunError if they cannot be used.
+    RunError if they cannot be used. With `scores` they may be a sequence classifier's; another base has no head yet.
     """
-    from transformers import AutoModelForCausalLM
-
     model = model.weights
-    config = causal_config(model)
+    network = load_base(model, causal_config(model, scores=scores))
+    quantized.refuse_unusable(network, model)
+    return pack(network, model, scores=scores)
+
+
+def load_base(model: Model, config: Any) -> Any:
+    """Loads the base as transformers does, of the class that its configuration names; RunError if it is not whole."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForSequenceClassification if is_classifier(config) else AutoModelForCausalLM
     options = {**origin(model), **_options(model, config), **quantized.loading_options(model)}
     try:
-        network, loaded = AutoModelForCausalLM.from_pretrained(model.base, output_loading_info=True, **options)
+        network, loaded = kind.from_pretrained(model.base, output_loading_info=True, **options)
     except Exception as error:  # the base's own code may raise anything
         raise RunError(f"the weights of model.base {model.base!r} cannot be loaded: {reason(error)}") from error
     if loaded["missing_keys"]:  # transformers initializes them at random
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
         raise RunError(f"the weights of model.base {model.base!r} are not whole: {missing} and others are missing")
-    quantized.refuse_unusable(network, model)
-    return _pack(network, model)
+    return network
 
 
-def _pack(network: Any, model: Model) -> tuple[PackedBase, np.ndarray]:
+def pack(network: Any, model: Model, *, scores: bool = False) -> tuple[PackedBase, np.ndarray]:
+    """Copies a network's tensors into one uint8 buffer."""
     persistent, wrapped = quantized.plain_tensors(network)
     tensors = persistent | {name: buffer for name, buffer in network.named_buffers() if name not in persistent}
     index, offsets, end = dict[str, Entry](), dict[int, int](), 0  # tied tensors share their offset
@@ -191,7 +242,8 @@ def _pack(network: Any, model: Model) -> tuple[PackedBase, np.ndarray]:
     buffer = np.zeros(end, np.uint8)
     for name, tensor in tensors.items():
         _view(torch.from_numpy(buffer), index[name]).copy_(tensor)
-    return PackedBase(model, None if model.trust_remote_code else network.config, index, end, wrapped), buffer
+    config = None if model.trust_remote_code else network.config
+    return PackedBase(model, config, index, end, wrapped, scores), buffer
 
 
 def _view(buffer: torch.Tensor, entry: Entry) -> torch.Tensor:
@@ -201,14 +253,21 @@ def _view(buffer: torch.Tensor, entry: Entry) -> torch.Tensor:
 
 
 def map_base(packed: PackedBase, buffer: torch.Tensor) -> Any:
-    """Makes the network with its weights as views into `buffer` (uint8, on any device), without a copy."""
+    """Makes the network with its weights as views into `buffer` (uint8, on any device), without a copy.
+
+    A head of one score that the base does not have stays on the meta device.
+    """
     with torch.device("meta"):
-        network = empty_network(packed.model, packed.config)
+        network = empty_network(packed.model, packed.config, scores=packed.scores)
     # `.data` has a version counter of its own; that of views is the buffer's, and PEFT raises it for experts' weights.
     tensors = {name: _view(buffer, entry).data for name, entry in packed.index.items()}
     persistent = {name: tensor for name, tensor in tensors.items() if packed.index[name].persistent}
     state = quantized.put_together(network, packed.model, persistent, packed.wrapped)
-    network.load_state_dict(state, assign=True)
+    missing, _ = network.load_state_dict(state, strict=not packed.scores, assign=True)
+    if others := sorted(set(missing) - {f"{SCORE}.weight"}):
+        raise RunError(
+            f"model.base {packed.model.base!r} has no {others[0]} for a score's network: choose another base"
+        )
     if len({entry.offset for entry in packed.index.values()}) < len(packed.index):
         network.tie_weights()  # not if the configuration says tied but the file holds two tensors
     for name, entry in packed.index.items():

@@ -12,8 +12,8 @@ from transformers.initialization import no_init_weights
 
 from engine.config.sections import Model, Zero
 from engine.messages.errors import RunError
-from engine.models.adapters import with_adapters
-from engine.models.base_model import causal_config, empty_network, map_base, read_base
+from engine.models.adapters import drawn_head, with_adapters
+from engine.models.base_model import SCORE, causal_config, empty_network, map_base, read_base
 from engine.models.deepspeed_config import ds_config
 from engine.models.stored_weights import Stored, persistent_buffers, refuse_missing, stored_tensors, weight_files
 from engine.system.rendezvous import wait_for_the_first
@@ -21,16 +21,19 @@ from engine.system.rendezvous import wait_for_the_first
 ROWS = 1024  # rows of two tensors that are compared at a time
 
 
-def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Module:
-    """Makes this rank's network with the recipe's adapters; RunError if the base cannot be read. All ranks call it."""
+def zero_model(model: Model, zero: Zero, seed: int, rank: int, *, scores: bool = False) -> torch.nn.Module:
+    """Makes this rank's network with the recipe's adapters; RunError if the base cannot be read. All ranks call it.
+
+    With `scores` it gives one score for each text.
+    """
     if zero.stage == 3:
-        network = _in_shards(model, zero)
+        network = _in_shards(model, zero, seed, scores=scores)
     elif rank == 0:
-        packed, buffer = read_base(model)
+        packed, buffer = read_base(model, scores=scores)
         network = map_base(packed, torch.from_numpy(buffer))
     else:
         with no_init_weights():
-            network = empty_network(model)
+            network = empty_network(model, scores=scores)
     if zero.stage < 3:
         wait_for_the_first(rank)
         _tie_as_first_rank(network)
@@ -44,10 +47,10 @@ def zero_model(model: Model, zero: Zero, seed: int, rank: int) -> torch.nn.Modul
     return trained
 
 
-def _in_shards(model: Model, zero: Zero) -> PreTrainedModel:
-    config = causal_config(model)
+def _in_shards(model: Model, zero: Zero, seed: int, *, scores: bool) -> PreTrainedModel:
+    config = causal_config(model, scores=scores)
     with deepspeed.zero.Init(config_dict_or_path=ds_config(model, zero)), no_init_weights():
-        network: PreTrainedModel = empty_network(model, config)
+        network: PreTrainedModel = empty_network(model, config, scores=scores)
     try:
         stored = stored_tensors(network, weight_files(model.weights))
         for target, source in list(network.all_tied_weights_keys.items()):
@@ -55,7 +58,12 @@ def _in_shards(model: Model, zero: Zero) -> PreTrainedModel:
                 del network.all_tied_weights_keys[target]  # the configuration says tied, but the tensors differ
         network.tie_weights(recompute_mapping=False)
         parameters = dict(network.named_parameters())
-        refuse_missing(network, stored, model.base)
+        new = {name: parameters.pop(name) for name in (f"{SCORE}.weight",) if scores and name not in stored}
+        refuse_missing(network, stored, model.base, new)
+        for head in new.values():
+            torch.manual_seed(seed)
+            with deepspeed.zero.GatheredParameters([head], modifier_rank=0):
+                head.data.copy_(drawn_head(head.shape[1]))
         for name, parameter in parameters.items():
             file, key = stored[name]
             with safe_open(file, framework="pt") as weights:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy, deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,13 +17,19 @@ from engine.models.adapters import is_transposed
 from engine.models.stored_weights import persistent_buffers
 from engine.models.trainable import Trainable
 from engine.objectives.base import Tokenizer
+from engine.objectives.figures import shown_units
 from engine.objectives.templates import undated
+from engine.records.metrics import LossTable, with_unit
 from strategies.core.layout import Layout
 
 FILE_BYTES = 2**30
 Read = Callable[[int, int], torch.Tensor]  # returns any part of the vector (P,), from one element to another
 Place = tuple[str, tuple[int, ...], int, int]
-Losses = dict[str, dict[str, float]]  # by column, then by split
+CARD_SPLITS = {
+    "heldout": "held-out rows of training clients",
+    "unseen": "clients that never trained",
+    "server": "rows of the server",
+}
 
 
 def export_files(
@@ -60,7 +66,7 @@ def sharded_files(
             _save_adapter(folder, layout, read, network, model)
             return
         network.config.save_pretrained(folder)
-        if network.generation_config is not None:
+        if getattr(network, "generation_config", None) is not None:
             network.generation_config.save_pretrained(folder)
 
     yield from _folder_files(save, tokenizer, card)
@@ -128,8 +134,9 @@ def _save_adapter(folder: Path, layout: Layout, read: Read, network: Any, model:
 def _full_state_dict(trainable: Trainable, base: Any) -> dict[str, torch.Tensor]:
     """Returns the state dict of the model without adapters, with their products added to the adapted weights."""
     # Parameters are views into the flat vector, but safetensors saves only tensors that own their memory.
-    weights = {name: tensor for name, tensor in base.state_dict().items() if "lora_" not in name}
-    state = {name.replace(".base_layer.", "."): tensor.detach().cpu().clone() for name, tensor in weights.items()}
+    beside = ("lora_", ".original_module.")
+    weights = {name: tensor for name, tensor in base.state_dict().items() if not any(part in name for part in beside)}
+    state = {_plain(name): tensor.detach().cpu().clone() for name, tensor in weights.items()}
     pairs = trainable.layout.lora_pairs(trainable.flat.detach())
     for pair, layer in zip(pairs, trainable.adapted_layers(), strict=True):
         weight = state[f"{pair.name.removeprefix('base_model.model.')}.weight"]
@@ -138,10 +145,22 @@ def _full_state_dict(trainable: Trainable, base: Any) -> dict[str, torch.Tensor]
     return state
 
 
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+
+
 def model_card(
-    federation: Federation, losses: Losses, store: dict[str, Any], *, merged: bool, spent: str | None = None
+    federation: Federation,
+    tables: Mapping[str, LossTable],
+    store: dict[str, Any],
+    *,
+    merged: bool,
+    spent: str | None = None,
 ) -> str:
-    """Writes the model folder's README.md; with `merged` that is a whole model, `spent` is the privacy budget."""
+    """Writes the model folder's README.md; with `merged` that is a whole model, `spent` is the privacy budget.
+
+    `tables` are those of "loss" and of the figures that the objective shows.
+    """
     model, train = federation.model, federation.train
     adapter = model.peft.peft_class is not None and not merged
     training = store["clients"] - store["unseen_clients"]
@@ -149,24 +168,20 @@ def model_card(
     quantized = f"- Trained on the base as `{model.quantize!r}` holds it.\n" if model.quantize else ""
     begun = "- Begun from an earlier model (`model.start`).\n" if model.start else ""
     amount = f"{train.steps} steps" if train.steps is not None else f"{train.epochs} epochs"
-    splits = {"heldout": "held-out rows of training clients", "unseen": "clients that never trained"}
-    splits["server"] = "rows of the server"
-    header = f"| loss, nats per token | {' | '.join(losses)} |\n|---{'|---' * len(losses)}|\n"
-    lines = [
-        f"| {text} | " + " | ".join(f"{column[s]:.4f}" if s in column else "" for column in losses.values()) + " |"
-        for s, text in splits.items()
-        if any(s in column for column in losses.values())
-    ]
-    table = f"{header}{chr(10).join(lines)}\n\n" if lines else ""
+    units = shown_units(train.objective)
+    means = "".join(_card_table(with_unit(name, units[name]), table) for name, table in tables.items())
+    kind = "AutoModelForSequenceClassification" if federation.scores else "AutoModelForCausalLM"
     trust = ", trust_remote_code=True" if model.trust_remote_code else ""
+    labels = ", num_labels=1" if federation.scores else ""
+    pad = "base.config.pad_token_id = tokenizer.pad_token_id  # by which it finds a text's last token\n"
+    pad = f'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")\n{pad}' if federation.scores else ""
     load = (
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{model.public_base}"{trust})\n'
+        f"from transformers import {kind}{', AutoTokenizer' if pad else ''}\n\n"
+        f'base = {kind}.from_pretrained("{model.public_base}"{labels}{trust})\n{pad}'
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")  # .merge_and_unload() folds it into the base'
         if adapter
-        else "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder"{trust})'
+        else f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("path/of/this/folder"{trust})'
     )
     privacy = f"- Differential privacy: {spent}. The losses above are outside of it.\n" if spent else ""
     source = re.sub(r"(?<=['\"])(file://)?/([^'\"]*/)?", "", store["source"])  # no folders of absolute paths
@@ -180,20 +195,31 @@ def model_card(
     return f"""---
 base_model: {model.public_base}
 library_name: {"peft" if adapter else "transformers"}
-pipeline_tag: text-generation
+pipeline_tag: {"text-classification" if federation.scores else "text-generation"}
 tags: [fedpost, federated]
 ---
 # {federation.name}
 
-{what} `{model.public_base}`{revision}, trained by federated fine-tuning.
+{what} `{model.public_base}`{revision}, trained by federated learning (objective `{train.objective.kind}`).
 
 - Strategy `{federation.strategy!r}`, {federation.rounds} rounds, seed {federation.seed}.
 - {federation.cohort.expected(training):g} of {training} clients a round, {amount} of batch {train.batch} each.
 - Data: {source}.
 {quantized}{begun}{privacy}
-{table}```python
+{means}```python
 {load}
 ```
 
 The base model's license holds for what is derived from it.
 """
+
+
+def _card_table(title: str, table: LossTable) -> str:
+    """A table of splits by columns; nothing without rows."""
+    lines = [
+        f"| {text} | " + " | ".join(f"{column[s]:.4f}" if s in column else "" for column in table.values()) + " |"
+        for s, text in CARD_SPLITS.items()
+        if any(s in column for column in table.values())
+    ]
+    header = f"| {title} | {' | '.join(table)} |\n|---{'|---' * len(table)}|\n"
+    return f"{header}{chr(10).join(lines)}\n\n" if lines else ""

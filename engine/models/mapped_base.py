@@ -25,11 +25,7 @@ class MappedBase:
     def __init__(self, packed: PackedBase, base: Any, model: Model, seed: int, device: torch.device) -> None:
         self.base, self.device = base, device
         self.merged: np.ndarray | None = None
-        if device.type == "cpu":
-            protect(base)
-        # A handle is mapped as long as its holder lives; RuntimeError if it has died.
-        buffer = rebuild_cuda_tensor(*base) if isinstance(base, tuple) else borrow(base).to(device)
-        self.trainable = Trainable(map_base(packed, buffer), model, seed)
+        self.trainable = Trainable(map_base(packed, mapped_buffer(base, device)), model, seed)
 
     def use_merged(self, merged: np.ndarray | None) -> None:
         """Lets the model look at other weights (uint8) of the adapted layers; None: at those of the first base."""
@@ -39,6 +35,14 @@ class MappedBase:
         if self.merged is not None and self.device.type == "cpu":
             release(self.merged)
         self.merged = merged
+
+
+def mapped_buffer(base: Any, device: torch.device) -> torch.Tensor:
+    """Returns the buffer on the device: the store's own pages, protected, a GPU holder's memory, or a copy on a GPU."""
+    if device.type == "cpu":
+        protect(base)
+    # A handle is mapped as long as its holder lives; RuntimeError if it has died.
+    return rebuild_cuda_tensor(*base) if isinstance(base, tuple) else borrow(base).to(device)
 
 
 class BaseHolder:

@@ -12,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from engine.config.adapters import CHANGES_BASE
 from engine.config.sections import Model
 from engine.messages.errors import RunError
+from engine.models.adapters import HEAD
 from strategies.core.layout import Layout
+from strategies.core.protocol import Vector
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SHARED = "base_model.vera_"  # VeRA's random matrices, which follow from their key
@@ -25,7 +27,8 @@ def adapter_start(
 ) -> torch.Tensor | None:
     """Reads the start's vector (P,), or these intervals of it, one after another; None where weights are the start.
 
-    Float32, on the CPU. RunError if the recipe names no start that fits what is trained.
+    Float32, on the CPU; NaN where the start has no head, which is new then. RunError if the recipe names no start that
+    fits what is trained.
     """
     if model.start is None or model.peft.peft_class is None:
         return None
@@ -39,15 +42,27 @@ def adapter_start(
             parts = []
             for first, last in intervals or [(0, layout.size)]:
                 for name, _, start, end in layout.places():
-                    if (low := max(first, start)) < (high := min(last, end)):
-                        flat = tensors.get_tensor(stored_name(name)).reshape(-1)
-                        parts.append(flat[low - start : high - start].float())
+                    if (low := max(first, start)) >= (high := min(last, end)):
+                        continue
+                    if stored_name(name) not in shapes:
+                        parts.append(torch.full((high - low,), math.nan))
+                        continue
+                    flat = tensors.get_tensor(stored_name(name)).reshape(-1)
+                    parts.append(_finite(flat[low - start : high - start].float(), folder))
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder / TENSORS} (model.start) cannot be read: {error}") from error
-    vector = torch.cat(parts) if parts else torch.zeros(0)
-    if not torch.isfinite(vector).all():
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def begun(start: Vector | None, weights: Vector) -> Vector:
+    """Returns the start, with the model's own `weights` where it has none."""
+    return weights if start is None else torch.where(start.isnan(), weights, start)
+
+
+def _finite(part: torch.Tensor, folder: Path) -> torch.Tensor:
+    if not torch.isfinite(part).all():
         raise RunError(f"{folder / TENSORS} (model.start) holds numbers that are not finite: choose another start")
-    return vector
+    return part
 
 
 def stored_name(name: str) -> str:
@@ -101,10 +116,15 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], model: Model, layout: Layo
     if shapes == wanted:
         return
     where = f"the adapter {model.start} (model.start) does not fit the recipe"
-    if missing := sorted(wanted.keys() - shapes.keys()):
+    if missing := sorted(wanted.keys() - shapes.keys() - {stored_name(HEAD)}):
         raise RunError(f"{where}: it has no {missing[0]}; set model.peft.targets to the layers that it adapts")
+    if stored_name(HEAD) in shapes.keys() - wanted.keys():
+        what = f"the adapter {model.start} (model.start) is that of a reward model, which scores texts"
+        raise RunError(f'{what}: set train.objective = "reward", or choose another start')
     if more := sorted(shapes.keys() - wanted.keys()):
         raise RunError(f"{where}, which does not train its {more[0]}: set model.peft.targets to the layers it adapts")
-    name = next(name for name, shape in wanted.items() if shapes[name] != shape)
+    differ = (name for name, shape in wanted.items() if shapes.get(name, shape) != shape)
+    if (name := next(differ, None)) is None:
+        return
     what = f"{where}: its {name} has the shape {list(shapes[name])}, and the recipe's {list(wanted[name])}"
     raise RunError(f"{what}; set model.peft.r to the adapter's rank, and model.base to the base it was made for")

@@ -3,6 +3,7 @@
 Functions import transformers, which the driver never needs.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ def stored_tensors(network: Any, files: list[str]) -> dict[str, Stored]:
     return stored
 
 
-def refuse_missing(network: Any, stored: dict[str, Stored], base: str) -> None:
-    """Raises RunError if a tensor of the network is not in the files, or has another shape there."""
-    needed = {name for name, _ in network.named_parameters()} | persistent_buffers(network).keys()
+def refuse_missing(network: Any, stored: dict[str, Stored], base: str, new: Collection[str] = ()) -> None:
+    """Raises RunError if a tensor of the network is not in the files, and is no `new` one."""
+    needed = ({name for name, _ in network.named_parameters()} | persistent_buffers(network).keys()) - {*new}
     if missing := sorted(needed - stored.keys()):
         if unused := sorted(stored.keys() - network.state_dict().keys()):
             raise RunError(

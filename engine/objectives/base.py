@@ -1,12 +1,11 @@
 """The protocol of an objective: columns, batches, and a loss of named terms. Legend: B rows, N units of a term."""
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +23,7 @@ from datasets_partition.core.types import (
     format_of,
 )
 from engine.messages.errors import RunError
+from engine.messages.frozen import FrozenModel
 from engine.objectives.sampling import Answers, Completions, Sampling
 from engine.objectives.token_batch import Batch
 
@@ -42,8 +42,6 @@ IN_WORDS = {
     UNPAIRED_PREFERENCE: "unpaired preferences",
     PROMPT_ONLY: "prompts alone",
 }
-# What trainers cannot give an objective yet: one that needs it is refused.
-MISSING: Mapping[Need, str] = {"head": "a head"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ class Context:
     """What a trainer gives an objective beside the network and a batch; what objectives `need` becomes a field here."""
 
     every_logit: bool = False  # the head must see all positions of the batch in their places
+    models: tuple[Any, ...] = ()  # the objective's frozen models, in their order
 
 
 class Objective(Protocol):
@@ -91,6 +90,11 @@ class Objective(Protocol):
 
     needs: ClassVar[frozenset[Need]]
     formats: ClassVar[tuple[str, ...]]  # the canonical formats that it reads; COLUMNS in datasets_partition has each
+    heldout: ClassVar[str]  # the term whose mean over held-out rows is the evaluation's loss
+    # Figures that are shown beside that loss wherever it is shown; of each, more is better.
+    shown: ClassVar[tuple[str, ...]]
+    # What each term's mean is counted in, to follow its name in parentheses: "nats per token", "per pair", "share".
+    units: ClassVar[Mapping[str, str]]
 
     @property
     def kind(self) -> str:
@@ -107,14 +111,6 @@ class Objective(Protocol):
     @property
     def figures(self) -> Mapping[str, float]:
         """Terms that are only measured, as in `losses`."""
-
-    @property
-    def heldout(self) -> str:
-        """The term whose mean over held-out rows is the evaluation's loss."""
-
-    @property
-    def units(self) -> Mapping[str, str]:
-        """What each term's mean is counted in, such as "nats per token"."""
 
     @property
     def reference(self) -> Reference:
@@ -135,6 +131,13 @@ class Objective(Protocol):
     @property
     def judges_samples(self) -> bool:
         """Whether held-out rows are prompts, judged by completions of them: see `judged`."""
+
+    @property
+    def models(self) -> tuple[FrozenModel, ...]:
+        """The models that it reads beside the network, which `Context.models` has: see `map_frozen`."""
+
+    def with_models(self, models: Sequence[FrozenModel]) -> Self:
+        """Returns the objective with other models in place of its own."""
 
     @property
     def means(self) -> tuple[str, ...]:
@@ -215,6 +218,7 @@ class BaseObjective:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    shown: ClassVar[tuple[str, ...]] = ()
 
     @property
     def figures(self) -> Mapping[str, float]:
@@ -239,12 +243,21 @@ class BaseObjective:
     @property
     def heldout_terms(self) -> tuple[str, ...]:
         """Those of training."""
-        return tuple(terms_of(self))  # type: ignore[arg-type]
+        return (*self.losses, *self.figures)  # type: ignore[attr-defined]
 
     @property
     def judges_samples(self) -> bool:
         """They have what is learned."""
         return False
+
+    @property
+    def models(self) -> tuple[FrozenModel, ...]:
+        """There are none."""
+        return ()
+
+    def with_models(self, models: Sequence[FrozenModel]) -> Self:
+        """Returns the same."""
+        return self
 
     @property
     def means(self) -> tuple[str, ...]:
@@ -338,41 +351,6 @@ def step_loss(objective: Objective, totals: Mapping[str, torch.Tensor], counts: 
     return reduce(add, (totals[name] / max(1, counts[name]) for name in objective.losses))
 
 
-def terms_of(objective: Objective) -> dict[str, float]:
-    """Returns all terms, those of the loss first, and the largest magnitude of a unit of each."""
-    return {**objective.losses, **objective.figures}
-
-
-def term_metrics(objective: Objective) -> dict[str, tuple[str, str]]:
-    """Returns which metrics hold each term's mean and number of units: `loss` and `learned` those of an only term."""
-    terms = [*terms_of(objective)]
-    return {t: (f"term.{t}", f"units.{t}") for t in terms} if len(terms) > 1 else {terms[0]: ("loss", "learned")}
-
-
-def client_figures(objective: Objective, metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns what is summed over clients, from a client's metrics: each term's sum and its units, and the tokens."""
-    figures: dict[str, float] = {}
-    for name, (mean, units) in term_metrics(objective).items():
-        figures |= {f"term.{name}": metrics[mean] * metrics[units], f"units.{name}": metrics[units]}
-    return {**figures, "tokens": metrics["tokens"]}
-
-
-def figure_bounds(objective: Objective, tokens: int) -> dict[str, float]:
-    """Returns the largest magnitude of each figure of a client that trains on at most this number of tokens."""
-    bounds: dict[str, float] = {}
-    for name, bound in terms_of(objective).items():
-        bounds |= {f"term.{name}": tokens * bound, f"units.{name}": float(tokens)}
-    return {**bounds, "tokens": float(tokens)}
-
-
-def figure_metrics(objective: Objective, figures: Mapping[str, float]) -> dict[str, float]:
-    """Returns the cohort's `loss` and `tokens`, and of several terms each mean; a mean is NaN without units."""
-    means = {name: figures[f"term.{name}"] / (figures[f"units.{name}"] or math.nan) for name in terms_of(objective)}
-    losses = [means[name] for name in objective.losses if not math.isnan(means[name])]
-    each = {f"term.{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
-    return {"loss": sum(losses) if losses else math.nan, "tokens": figures["tokens"], **each}
-
-
 def require_format(objective: Objective, rows: pa.Table) -> None:
     """Raises RunError if the rows are of no format that the objective reads."""
     if (kind := format_of(rows)) not in objective.formats:
@@ -382,12 +360,4 @@ def require_format(objective: Objective, rows: pa.Table) -> None:
         raise RunError(
             f'train.objective = "{objective.kind}" learns from {wanted}, but the rows are {IN_WORDS[kind]} '
             f"({', '.join(COLUMNS[kind])}): name yours in data.source.columns so that they make {columns}"
-        )
-
-
-def require_provided(objective: Objective) -> None:
-    """Raises RunError if the objective needs what trainers cannot give."""
-    if missing := " and ".join(text for need, text in MISSING.items() if need in objective.needs):
-        raise RunError(
-            f'train.objective = "{objective.kind}" needs {missing}, which fedpost does not have yet: choose another'
         )

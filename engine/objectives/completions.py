@@ -29,11 +29,7 @@ def encode_completions(rows: pa.Table, name: str, tokenizer: Tokenizer) -> list[
 
 
 def _of_texts(prompts: list[str], completions: list[str], tokenizer: Tokenizer) -> list[Completion]:
-    end = tokenizer.eos_token
-    texts = [
-        prompt + (completion if completion.endswith(end) else completion + end)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    texts = [prompt + ended(completion, tokenizer) for prompt, completion in zip(prompts, completions, strict=True)]
     prompt_ids, ids = tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"]
     return [Completion(whole, common_start(prompt, whole)) for prompt, whole in zip(prompt_ids, ids, strict=True)]
 
@@ -45,6 +41,12 @@ def _of_turns(prompts: list[Conversation], completions: list[Conversation], toke
         whole = rendered_ids(tokenizer, [*prompt, *completion], options)
         encoded.append(Completion(whole, common_start(before, whole)))
     return encoded
+
+
+def ended(text: str, tokenizer: Tokenizer) -> str:
+    """Returns a text that ends with the end token."""
+    end: str = tokenizer.eos_token
+    return text if text.endswith(end) else text + end
 
 
 def common_start(prompt: Sequence[int], whole: Sequence[int]) -> int:

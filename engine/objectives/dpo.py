@@ -32,7 +32,7 @@ from engine.objectives.token_batch import Batch
 KEY = "train.objective"
 SFT = "sft"
 Loss = Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"]
-LossType = Loss | Literal["apo_zero", "apo_down", "discopop", "sft"]
+LossType = Literal[Loss, "apo_zero", "apo_down", "discopop", "sft"]
 SMOOTHED = ("sigmoid", "robust", "exo_pair")
 
 
@@ -97,6 +97,8 @@ class Dpo(PairObjective):
                 f"{KEY}.loss_weights has {len(weights)} numbers for {len(types)} losses ({', '.join(types)}): give one "
                 f"for each"
             )
+        if not all(map(math.isfinite, weights)):
+            raise RunError(f"{KEY}.loss_weights is {list(weights)}: give finite numbers")
         return dict(zip(types, weights, strict=True))
 
     @property

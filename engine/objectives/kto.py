@@ -58,8 +58,9 @@ class Kto(BaseObjective):
     formats: ClassVar[tuple[str, ...]] = (UNPAIRED_PREFERENCE, PREFERENCE)
     losses: ClassVar[Mapping[str, float]] = {LOSS: NATS}
     heldout: ClassVar[str] = LOSS
+    shown: ClassVar[tuple[str, ...]] = ("accuracy",)
     units: ClassVar[Mapping[str, str]] = {
-        LOSS: "loss per row",
+        LOSS: "per row",
         "accuracy": "share",
         "chosen": "nats",
         "rejected": "nats",

@@ -25,9 +25,10 @@ class PairObjective(BaseObjective):
 
     formats: ClassVar[tuple[str, ...]] = (PREFERENCE,)
     heldout: ClassVar[str] = PAIR
+    shown: ClassVar[tuple[str, ...]] = ("accuracy",)
     figures: ClassVar[Mapping[str, float]] = {"accuracy": 1.0, "margin": NATS, "chosen": NATS, "rejected": NATS}
     units: ClassVar[Mapping[str, str]] = {
-        PAIR: "loss per pair",
+        PAIR: "per pair",
         "accuracy": "share",
         "margin": "nats",
         "chosen": "nats",

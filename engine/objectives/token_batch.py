@@ -104,7 +104,18 @@ class Batch:
 def token_losses(
     network: nn.Module, batch: Batch, *, every_logit: bool = False, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Computes the nats of each learned token (N,); the head sees these alone, or all positions with `every_logit`."""
+    """Computes the nats of each learned token (N,); `every_logit` as in `token_logits`."""
+    logits_NV = token_logits(network, batch, every_logit=every_logit)
+    if temperature != 1:
+        logits_NV = logits_NV / temperature
+    return F.cross_entropy(logits_NV, batch.labels_BT[:, 1:][batch.row_N, batch.place_N], reduction="none")
+
+
+def token_logits(network: nn.Module, batch: Batch, *, every_logit: bool = False) -> torch.Tensor:
+    """Computes the logits (N, V) that predict each learned token, in float32 or wider.
+
+    The head sees these positions alone, or all with `every_logit`.
+    """
     learned, selected = (batch.row_N, batch.place_N), False
 
     def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
@@ -123,10 +134,8 @@ def token_losses(
             hook.remove()
     logits_NV = logits[0] if selected else logits[learned]
     # Half precision is too coarse for the softmax.
-    wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    if temperature != 1:
-        wide = wide / temperature
-    return F.cross_entropy(wide, batch.labels_BT[:, 1:][learned], reduction="none")
+    wide: torch.Tensor = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return wide
 
 
 def sequence_sums(values_N: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -27,6 +27,7 @@ AT_END = {  # columns of the loss table by names of metrics
     "loss_personal": "personal",
     "loss_finetuned": "fine-tuned",
 }
+LossTable = dict[str, dict[str, float]]  # column (round 0, end, baselines) -> split -> mean
 
 
 @dataclass
@@ -185,13 +186,19 @@ def read_log(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(path) for path in paths])
 
 
-def loss_table(folder: Path, last: int) -> dict[str, dict[str, float]]:
-    """Reads aggregate losses by column (round 0, end, baselines) and split from a run's `metrics` folder."""
-    table: dict[str, dict[str, float]] = {}
+def loss_table(folder: Path, last: int, figure: str | None = None) -> LossTable:
+    """Reads aggregate losses, or the means of another `figure`, from a run's `metrics` folder."""
+    table: LossTable = {}
+    ending = "" if figure is None else f".{figure}"
     # Arrow drops the rows of single clients while it reads: as Python objects they would not fit into memory.
-    for round_, columns in ((0, {"loss": "round 0"}), (last, AT_END)):
-        path = _file(folder, round_)
+    for round_, named in ((0, {"loss": "round 0"}), (last, AT_END)):
+        path, columns = _file(folder, round_), {f"{name}{ending}": column for name, column in named.items()}
         aggregate = pc.field("client").is_null() & pc.field("split").isin(JUDGED) & pc.field("name").isin([*columns])
         for row in pq.read_table(path, filters=aggregate).to_pylist() if path.exists() else ():
             table.setdefault(columns[row["name"]], {})[row["split"]] = row["value"]
     return table
+
+
+def with_unit(name: str, unit: str) -> str:
+    """Returns a title such as "loss (nats per token)"."""
+    return f"{name} ({unit})" if unit else name

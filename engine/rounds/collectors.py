@@ -13,7 +13,8 @@ from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage, share
 from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Work
-from engine.objectives.base import Objective, client_figures, figure_bounds, figure_metrics
+from engine.objectives.base import Objective
+from engine.objectives.figures import client_figures, figure_bounds, figure_metrics
 from engine.rounds.server import Server
 from strategies.privacy.checks import NoisePlan
 

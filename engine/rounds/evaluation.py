@@ -24,7 +24,6 @@ from strategies.core.protocol import Broadcast
 
 CHUNKS = 2  # of clients for each slot
 SPLITS = ("heldout", "unseen", "server")
-Losses = dict[str, float]  # split -> nats per token
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,11 @@ class PoolEvaluator:
     setup: RunSetup
     logs: Logs
 
-    def losses(self, message: BroadcastMessage, round_: int, name: str = "loss", *, protocol: bool = False) -> Losses:
-        """Returns the loss of each split that has rows; a baseline is outside of the federation's `protocol`."""
-        return self.end(self.begin(message, round_), name, protocol=protocol)
+    def losses(
+        self, message: BroadcastMessage, round_: int, baseline: str | None = None, *, protocol: bool = False
+    ) -> Evaluated:
+        """Evaluates each split that has rows; a baseline is outside of the federation's `protocol`."""
+        return self.end(self.begin(message, round_), baseline, protocol=protocol)
 
     def begin(self, message: BroadcastMessage, round_: int) -> Pending:
         """Begins an evaluation, for workers that have nothing else to do."""
@@ -57,30 +58,31 @@ class PoolEvaluator:
 
         return Pending(round_, [(split, later(split)) for split in SPLITS])
 
-    def end(self, pending: Pending, name: str = "loss", *, protocol: bool = True) -> Losses:
-        """Returns the losses of a pending evaluation; evaluates now what no worker has had time for."""
+    def end(self, pending: Pending, baseline: str | None = None, *, protocol: bool = True) -> Evaluated:
+        """Ends a pending evaluation; evaluates now what no worker has had time for."""
         losses = {}
         for split, later in pending.by_split:
             left = np.array([client for chunk in later.chunks for client in chunk], np.int64)
             later.chunks.clear()
             later.results.extend(self._map(left, split, later.call))
             if later.results:
-                losses[split] = self._record(later.results, pending.round, split, name, protocol=protocol)
-        return losses
+                losses[split] = self._record(later.results, pending.round, split, baseline, protocol=protocol)
+        return self._event(pending.round, losses, baseline)
 
-    def local_only(self, message: BroadcastMessage, round_: int, steps: np.ndarray, name: str) -> Losses:
-        """Returns the loss where each client that is evaluated trains alone for its `steps` (N,), as loss_`name`."""
+    def local_only(self, message: BroadcastMessage, round_: int, steps: np.ndarray, baseline: str) -> Evaluated:
+        """Evaluates a baseline for which each client that is evaluated trains alone for its `steps` (N,)."""
         shared, clients = share(message), self.judged("heldout")
         losses = self.setup.pool.map(
             clients, steps[clients], lambda actor, chunk: actor.local_only.remote(chunk, shared, steps[chunk].tolist())
         )
-        return {"heldout": self._record(losses, round_, "heldout", f"loss_{name}")}
+        return self._event(round_, {"heldout": self._record(losses, round_, "heldout", baseline)}, baseline)
 
-    def personal(self, message: BroadcastMessage, round_: int) -> Losses:
-        """Returns the loss of each client's own model; nothing if no client has one."""
+    def personal(self, message: BroadcastMessage, round_: int) -> Evaluated:
+        """Evaluates each client's own model; the result is empty if no client has one."""
         shared, clients, limit = share(message), self.judged("heldout"), self._limit("heldout")
         losses = self._map(clients, "heldout", lambda actor, some: actor.evaluate_personal.remote(some, shared, limit))
-        return {"heldout": self._record(losses, round_, "heldout", "loss_personal", protocol=True)} if losses else {}
+        means = {"heldout": self._record(losses, round_, "heldout", "personal", protocol=True)} if losses else {}
+        return self._event(round_, means, "personal")
 
     def judged(self, split: str) -> np.ndarray:
         """Returns the clients (N,) of a split that have rows to be evaluated on."""
@@ -96,14 +98,17 @@ class PoolEvaluator:
         """The most rows that count: `server_rows` of the server's rows, `rows` of a client's."""
         return self.setup.federation.evaluate.server_rows if split == "server" else self.setup.federation.evaluate.rows
 
-    def _record(self, losses: list[ClientLoss], round_: int, split: str, name: str, *, protocol: bool = False) -> float:
-        """Writes the mean losses and returns that of the held-out term, such as nats per token.
+    def _record(
+        self, losses: list[ClientLoss], round_: int, split: str, baseline: str | None, *, protocol: bool = False
+    ) -> ClientLoss:
+        """Writes the mean losses, a baseline's as "loss_BASELINE", and returns the losses over all units of a split.
 
         In the `protocol` clients receive the global model and send their losses, but not under secure aggregation.
         """
         logs, count, objective = self.logs, len(losses), self.setup.federation.train.objective
+        name = "loss" if baseline is None else f"loss_{baseline}"
         if protocol and split != "server":
-            if name == "loss":
+            if baseline is None:
                 logs.ledger.received(round_, "client", "sum", count, count * self.setup.pool.layout.size * FLOAT_BYTES)
             if not self.setup.federation.privacy.secure:
                 logs.ledger.received(round_, "server", "metric", count, count * FLOAT_BYTES)
@@ -114,7 +119,14 @@ class PoolEvaluator:
         metrics = pooled_loss.metrics(name, objective)
         counts = {"tokens": metrics.pop("tokens"), "rows": float(pooled_loss.rows)}
         logs.metrics.add(round_, split, None, **metrics, **(counts if protocol else {}))
-        return metrics[name]
+        return pooled_loss
+
+    def _event(self, round_: int, losses: dict[str, ClientLoss], baseline: str | None) -> Evaluated:
+        """Says what was evaluated, by split."""
+        objective = self.setup.federation.train.objective
+        means = {split: loss.metrics("loss", objective) for split, loss in losses.items()}
+        figures = {name: {split: of[f"loss.{name}"] for split, of in means.items()} for name in objective.shown}
+        return Evaluated(round_, {split: of["loss"] for split, of in means.items()}, baseline, figures)
 
 
 @dataclass
@@ -137,7 +149,7 @@ class Evaluation:
         federation, pool = self.evaluator.setup.federation, self.evaluator.setup.pool
         if self.pending is not None:
             pending, self.pending, pool.later = self.pending, None, []
-            yield Evaluated(pending.round, self.evaluator.end(pending))
+            yield self.evaluator.end(pending)
         last = state.round == federation.rounds
         if last or self._is_due(state):
             overlap = federation.evaluate.overlap and not last
@@ -156,20 +168,20 @@ class Evaluation:
             self.pending = evaluator.begin(message, state.round)
             setup.pool.later = [later for _, later in self.pending.by_split]
             return
-        losses = evaluator.losses(message, state.round, protocol=True)
+        evaluated = evaluator.losses(message, state.round, protocol=True)
         evaluator.logs.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
-        yield Evaluated(state.round, losses)
+        yield evaluated
 
     def _personal(self, state: ShardedState, *, last: bool) -> Iterator[Event]:
         """The clients' own models, if they have any; at the end also the global one, trained a little by each."""
         evaluator, setup = self.evaluator, self.evaluator.setup
-        personalizes = setup.federation.strategy.personalizes
-        if personalizes and (losses := evaluator.personal(setup.server.broadcast_message(state), state.round)):
-            yield Evaluated(state.round, losses, "personal")
+        if setup.federation.strategy.personalizes:
+            personal = evaluator.personal(setup.server.broadcast_message(state), state.round)
+            if personal.losses:
+                yield personal
         if last and setup.federation.evaluate.finetune:
             steps = np.full(setup.population, setup.federation.evaluate.finetune)
-            losses = evaluator.local_only(setup.server.model_message(state), state.round, steps, "finetuned")
-            yield Evaluated(state.round, losses, "finetuned")
+            yield evaluator.local_only(setup.server.model_message(state), state.round, steps, "finetuned")
 
 
 def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) -> Iterator[Event]:
@@ -185,12 +197,12 @@ def baselines(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedState) ->
     # The remainder goes to some clients, one step each; if there are fewer steps than clients, all take one.
     steps = np.maximum(1, total // clients + (np.arange(clients) < total % clients))
     message = server.model_message(setup.initial)
-    yield Evaluated(state.round, evaluator.local_only(message, state.round, steps, "local_only"), "local_only")
+    yield evaluator.local_only(message, state.round, steps, "local_only")
     shared = share(message)
     trained_P = setup.pool.ask(lambda actor: actor.centralized.remote([*range(clients)], shared, total), long=True)
     pooled_message = BroadcastMessage.of(Broadcast(state.round, borrow(trained_P)))
     pooled_message = replace(pooled_message, reference=message.reference, row_column=message.row_column)
-    yield Evaluated(state.round, evaluator.losses(pooled_message, state.round, "loss_centralized"), "centralized")
+    yield evaluator.losses(pooled_message, state.round, "centralized")
     merge_into_base(server, None, state)
 
 
@@ -214,6 +226,5 @@ def without_privacy(evaluator: PoolEvaluator, loop: RoundLoop, state: ShardedSta
     except RunError as error:  # such as training that diverges where nothing is clipped; the run itself has its model
         recorder.faults([Fault("round", str(plain.round + 1), f"played again without privacy: {error}")])
     else:
-        losses = evaluator.losses(setup.server.model_message(plain), state.round, "loss_not_private")
-        yield Evaluated(state.round, losses, "not_private")
+        yield evaluator.losses(setup.server.model_message(plain), state.round, "not_private")
     merge_into_base(setup.server, plain, state)

@@ -10,8 +10,9 @@ from engine.messages.events import Checkpointed, Event, RunDone, Sample
 from engine.messages.shards import ShardedState
 from engine.models.export import model_card
 from engine.objectives.base import Prompt
+from engine.objectives.figures import shown_units
 from engine.records.checkpoint import save_checkpoint
-from engine.records.metrics import loss_table
+from engine.records.metrics import LossTable, loss_table
 from engine.rounds.evaluation import PoolEvaluator
 from engine.rounds.round_loop import Callback, RoundLoop, RunSetup
 from engine.rounds.server import merge_into_base
@@ -39,10 +40,14 @@ def finish(
     """Exports the folder `model` first, which is what the run is for; then come the comparisons, and samples."""
     setup, server = evaluator.setup, evaluator.setup.server
     metrics, merged = setup.folder / "metrics", server.merged_delta(state) is not None
+    objective = setup.federation.train.objective
+
+    def figures() -> dict[str, LossTable]:
+        return {name: loss_table(metrics, state.round, name) for name in objective.shown}
 
     def card() -> str:
-        losses, facts = loss_table(metrics, state.round), setup.store.manifest
-        return model_card(setup.federation, losses, facts, merged=merged, spent=loop.privacy.statement)
+        tables, facts = {"loss": loss_table(metrics, state.round), **figures()}, setup.store.manifest
+        return model_card(setup.federation, tables, facts, merged=merged, spent=loop.privacy.statement)
 
     setup.pool.export(setup.folder / "model", share(server.model_message(state)), card())
     for compare in comparisons:
@@ -63,7 +68,8 @@ def finish(
     texts = zip(rows, before, after, strict=True)
     samples = [Sample(as_text(prompt), completion, old, new) for (prompt, completion), old, new in texts]
     write_file(setup.folder / "samples.json", json.dumps([asdict(sample) for sample in samples], indent=1).encode())
-    yield RunDone(setup.folder, loss_table(metrics, state.round), samples)
+    losses, units = loss_table(metrics, state.round), shown_units(objective)
+    yield RunDone(setup.folder, losses, samples, figures(), units)
 
 
 def _sampled_rows(evaluator: PoolEvaluator) -> list[tuple[Prompt, str]]:

@@ -23,7 +23,7 @@ from engine.messages.errors import RunError
 from engine.messages.events import Fault
 from engine.messages.reports import DOWN, FLOAT_BYTES, Report
 from engine.messages.tasks import Unit, Work
-from engine.objectives.base import figure_metrics
+from engine.objectives.figures import figure_metrics
 from engine.records.journal import Journal, SumRefused
 from engine.rounds.collectors import Collected, Message, reasons
 from engine.rounds.server import MaskedTotal, Server

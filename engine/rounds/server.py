@@ -14,7 +14,7 @@ from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.errors import RunError
 from engine.messages.shards import Shard, ShardedState, borrow
-from engine.models.start import adapter_start
+from engine.models.start import adapter_start, begun
 from engine.scheduling.dispatcher import Worked
 from engine.scheduling.pool import Pool
 from engine.scheduling.worker_kinds import Reference
@@ -52,7 +52,7 @@ class DriverServer:
         """Returns the state before the first round, or the base's own, which `model.start` does not change."""
         assert self.pool.initial is not None
         start = None if of_base else adapter_start(self.federation.model, self.pool.layout)
-        vector = borrow(self.pool.initial) if start is None else start
+        vector = begun(start, borrow(self.pool.initial))
         state = self.federation.strategy.init(vector, self.pool.layout)
         return ShardedState(0, (self.hold(state),))
 

@@ -85,9 +85,14 @@ class Pool:
         reader, base_bytes = actors[0], 0
         if processes:
             reader = kinds.process_beside_driver(spawn, actors[gangs:], places[gangs:])
-            stored, *base = reader.load_base.options(num_returns=3).remote()
+            stored, packed, buffer = reader.load_base.options(num_returns=3).remote()
             base_bytes = ray.get(stored)  # first, since a base that is none has no tokenizer either
-            worker_kinds += (kinds.Processes(federation, patience, spawn, *base),)
+            frozen = []
+            for number in range(len(federation.train.objective.models)):
+                stored, *model = reader.load_frozen.options(num_returns=3).remote(number)
+                ray.get(stored)
+                frozen.append(model)
+            worker_kinds += (kinds.Processes(federation, patience, spawn, packed, buffer, frozen),)
         columns = TokenColumns(Path(ray.get(reader.tokenize.remote(store, shared))))
         if all(reader is not actor for actor in actors):
             ray.kill(reader)  # what it has read stays in the store, owned by the driver

@@ -6,6 +6,7 @@ Their methods raise one of LOST when a slot dies; the pool replaces it.
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,7 +105,8 @@ class Processes:
     spawn_one: Callable[[], Any]
     packed: Reference  # the base's index
     buffer: Reference  # and its bytes, read once for all slots
-    holders: dict[tuple[str, str], Any] = field(default_factory=dict)  # by node and GPU
+    frozen: Sequence[tuple[Reference, Reference]] = ()  # the same of each of the objective's frozen models
+    holders: dict[tuple[str, str, int], Any] = field(default_factory=dict)  # by node, GPU and number of the buffer
     merged_delta: Reference | None = None
     merged: dict[str, Reference] = field(default_factory=dict)  # the merged weights by node
     may_shrink = True  # the run can continue with fewer of them
@@ -127,16 +129,19 @@ class Processes:
         tokens = columns.seen_by(actor, self.patience.answer_s, self.patience.start_s)
         place: Place = within(self.patience.answer_s, actor.place.remote())
         shares_gpu = place.gpu is not None and self.federation.clients.num_gpus < 1
-        buffer = self._held(place.node_id, str(place.gpu)) if shares_gpu else self.buffer
-        return actor.attach.remote(self.packed, buffer, tokens, first)
+        indices, buffers = zip((self.packed, self.buffer), *self.frozen, strict=True)
+        if shares_gpu:
+            buffers = tuple(self._held(place.node_id, str(place.gpu), *each) for each in enumerate(buffers))
+        (packed, buffer), *frozen = zip(indices, buffers, strict=True)
+        return actor.attach.remote(packed, buffer, tokens, first, *chain.from_iterable(frozen))
 
-    def _held(self, node_id: str, gpu: str) -> Any:
-        """Returns where the base lies on a GPU that slots share; its holder is made again if need be."""
-        key = node_id, gpu
+    def _held(self, node_id: str, gpu: str, number: int, buffer: Reference) -> Any:
+        """Returns where a buffer lies on a GPU that slots share; its holder is made again if need be."""
+        key = node_id, gpu, number
         if key in self.holders:
             with suppress(*LOST):
                 return within(self.patience.answer_s, self.holders[key].handle.remote())
-        self.holders[key] = start_holder(node_id, gpu, self.buffer)
+        self.holders[key] = start_holder(node_id, gpu, buffer)
         return within(self.patience.start_s, self.holders[key].handle.remote())
 
     def prepare_merge(self, merged_delta: np.ndarray | None) -> None:

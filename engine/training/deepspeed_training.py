@@ -50,11 +50,23 @@ class ZeroTrainer:
     train = take_steps
     updates = client_updates
 
-    def __init__(self, network: torch.nn.Module, pad: int, model: Model, zero: Zero, train: Train) -> None:
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        pad: int,
+        model: Model,
+        zero: Zero,
+        train: Train,
+        models: Sequence[Any] = (),
+    ) -> None:
+        """`models` are the objective's frozen ones, whole in each rank."""
+        self.context = Context(models=tuple(models))
         self.rank, self.ranks, self.stage = dist.get_rank(), dist.get_world_size(), zero.stage
         self.offload = zero.offload == "cpu"
         self.network, self.pad = network, pad
         self.objective: Objective = train.objective
+        if "head" in self.objective.needs:
+            network.config.pad_token_id = pad  # type: ignore[union-attr]  # by which it finds a text's last token
         self.layout = trained_layout(network, model)
         self.nbytes = sum(math.prod(shape_of(p)) * p.element_size() for p in network.parameters())
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -176,7 +188,7 @@ class ZeroTrainer:
         counts = self._counts(pieces)
         client.count({name: int(count) for name, count in counts.items()}, sum(p.tokens * share for p, share in pieces))
         for piece, share in self._with_columns(pieces, counts, client.training.reference, client.training.means):
-            terms = self.objective.terms(self.engine, piece, Context())
+            terms = self.objective.terms(self.engine, piece, self.context)
             totals = {name: term.total() for name, term in terms.items()}
             losses = self.objective.losses
             loss = reduce(add, (totals[name] * (share * self.ranks / max(1, counts[name])) for name in losses))
@@ -205,7 +217,7 @@ class ZeroTrainer:
 
         batches, refer = [batch for batch, _ in pieces], partial(self._as_reference, reference)
         known = None if means is None else partial(constant, means)
-        batches = with_columns(self.objective, self.engine, batches, Context(), refer, averages, known)
+        batches = with_columns(self.objective, self.engine, batches, self.context, refer, averages, known)
         return list(zip(batches, shares, strict=True))
 
     def correct(self, lane: int, correct: Correct) -> None:
@@ -239,7 +251,7 @@ class ZeroTrainer:
         """Returns each term's sum and count over all rows, by the present weights; the same on all ranks."""
         self.engine.eval()
         pieces = self._judged(rows, batch, reference)
-        sums = term_sums(self.objective, self.engine, pieces, Context())
+        sums = term_sums(self.objective, self.engine, pieces, self.context)
         return {name: (self.summed(total), int(self.summed(count))) for name, (total, count) in sums.items()}
 
     def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:

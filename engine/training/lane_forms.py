@@ -27,13 +27,14 @@ Form = Callable[[str, Any, torch.Tensor, Lanes, Scale], torch.Tensor]
 
 def form_of(layer: Any, names: list[str]) -> Form | None:
     """The form of a layer, given its trained tensors' names after the layer's own; None if there is none."""
-    if not is_linear(getattr(layer, "base_layer", None)):
+    if not is_linear(getattr(layer, "base_layer", getattr(layer, "original_module", None))):
         return None
     suffixes = sorted(name.partition(".default")[0] for name in names)
     forms: dict[tuple[str, ...], Form] = {
         (".lora_A", ".lora_B"): lora,
         (".lora_A", ".lora_B", ".lora_magnitude_vector"): dora,
         (".ia3_l",): ia3,
+        (".modules_to_save",): saved,
     }
     return forms.get(tuple(suffixes))
 
@@ -86,6 +87,14 @@ def ia3(name: str, layer: Any, x: torch.Tensor, lanes: Lanes, scale: Scale) -> t
         return out
     out = layer.base_layer(x)
     return (_inputs(out, lanes, factor_K1.dtype) * factor_K1).to(out.dtype).view(out.shape)
+
+
+def saved(name: str, layer: Any, x: torch.Tensor, lanes: Lanes, scale: Scale) -> torch.Tensor:
+    """A layer that is trained whole, without a bias: W x of each lane."""
+    weight_KOI = lanes.leaves[f"{name}.modules_to_save.default.weight"]
+    x_KNI = x.reshape(lanes.active, -1, x.shape[-1]).to(weight_KOI.dtype)
+    out: torch.Tensor = torch.bmm(x_KNI, weight_KOI.mT).view(*x.shape[:-1], -1)
+    return out
 
 
 def _pair(name: str, lanes: Lanes) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from datasets_partition.store.tokens import Tokens
 from engine.config.train import Train
 from engine.messages.errors import RunError
 from engine.models.trainable import Trainable
-from engine.objectives.base import Context, Term, counted
+from engine.objectives.base import Term, counted
 from engine.objectives.token_batch import Batch
 from engine.system import allocator as heap
 from engine.training.lane_forms import Form, Lanes, form_of
@@ -34,7 +34,7 @@ from engine.training.step_loop import Correct, Progress, Trained, Training, batc
 from strategies.core.protocol import Vector
 
 KEY = "clients.lanes"
-ADAPTER = re.compile(r"\.(?:lora_|ia3_l)")  # what PEFT adds to a layer's name
+ADAPTER = re.compile(r"\.(?:lora_|ia3_l|modules_to_save)")  # what PEFT adds to a layer's name
 ALONE = f"set {KEY} = 1"
 SECONDS, STEPS = 6.0, 2  # for all trials together, and steps of each
 GAIN = 1.03  # a smaller gain is noise, and more lanes take more memory
@@ -61,7 +61,7 @@ class LaneTrainer:
         self.own_scales = {pair.name: pair.scale for pair in self.trainable.layout.lora_pairs(self.trainable.flat.data)}
         # Logits of all positions, if the head has adapters: its inputs must be those of whole lanes.
         head = self.trainable.network.get_output_embeddings()
-        self.context = Context(every_logit=head in (layer for layer, _ in self.layers.values()))
+        self.context = replace(plain.context, every_logit=head in (layer for layer, _ in self.layers.values()))
         self.flat_KP = self.trainable.flat.data.new_zeros(lanes, self.trainable.layout.size)
         self.grad_KP = torch.zeros_like(self.flat_KP)
         self.rows = [nn.Parameter(row) for row in self.flat_KP]

@@ -189,11 +189,21 @@ class LocalTrainer:
     updates = client_updates
     step = optimizer_step
 
-    def __init__(self, trainable: Trainable, pad: int, train: Train, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        trainable: Trainable,
+        pad: int,
+        train: Train,
+        models: Sequence[Any] = (),
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """`models` are the objective's frozen ones; the tokenizer is for what it samples."""
         self.trainable, self.device, self.pad = trainable, trainable.flat.device, pad
         self.objective: Objective = train.objective
+        self.max_length, self.context = train.max_length, Context(models=tuple(models))
         self.sampler = Sampler(train.objective, trainable.network, tokenizer, pad, self.device)
-        self.max_length = train.max_length
+        if "head" in self.objective.needs:
+            trainable.network.config.pad_token_id = pad  # by which it finds a text's last token
         if train.dtype == "bfloat16":
             compute_in(trainable.network, self.device, torch.bfloat16)
         self.optimizer = make_optimizer([trainable.flat], train.optimizer)  # it sees one tensor, and so is fast
@@ -219,7 +229,7 @@ class LocalTrainer:
         counts = counted(self.objective, step)
         client.count(counts, sum(piece.tokens for piece in step))
         for piece in self.with_columns(step, client.training.reference, client.training.means):
-            terms = self.objective.terms(self.trainable.network, piece.to(self.device), Context())
+            terms = self.objective.terms(self.trainable.network, piece.to(self.device), self.context)
             totals = {name: term.total() for name, term in terms.items()}
             step_loss(self.objective, totals, counts).backward()
             client.add(totals)
@@ -248,7 +258,7 @@ class LocalTrainer:
             network.eval()
         rows = self.objective.step_rows(rows, np.arange(rows.num_rows))
         pieces = self.with_columns(self.cut(rows, batch), reference)
-        return term_sums(self.objective, network, ((piece.to(self.device), 1) for piece in pieces), Context())
+        return term_sums(self.objective, network, ((piece.to(self.device), 1) for piece in pieces), self.context)
 
     def _judged(self, rows: pa.RecordBatch, batch: int, reference: Vector | None, keys: RowKeys) -> TermSums:
         """Judges completions of prompts, also beside those of the reference model."""
@@ -296,7 +306,7 @@ class LocalTrainer:
         """Returns a step's batches with the columns that the objective reads; see `with_columns`."""
         if not self.objective.reads_reference and not self.objective.means:
             return step  # on the CPU still
-        on_device, context = [piece.to(self.device) for piece in step], Context(every_logit=every_logit)
+        on_device, context = [piece.to(self.device) for piece in step], replace(self.context, every_logit=every_logit)
         refer, known = partial(self.as_reference, reference), None if means is None else partial(constant, means)
         return with_columns(self.objective, self.trainable.network, on_device, context, refer, self._averages, known)
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from engine.config.train import Train
 from engine.messages.errors import RunError
-from engine.objectives.base import Context, Term, counted
+from engine.objectives.base import Term, counted
 from engine.training.local_training import LocalTrainer, client_updates
 from engine.training.step_loop import Progress, Training, optimizer_step, steps_of, take_steps
 from strategies.core.protocol import Mask, Vector
@@ -62,6 +63,7 @@ class PrivateTrainer:
         self.plain, self.plan, self.words = plain, plan, words
         self.trainable, self.objective, self.optimizer = plain.trainable, plain.objective, plain.optimizer
         self.device, self.correct = plain.device, plain.correct
+        self.context = replace(plain.context, every_logit=True)
         self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
         self.step_means = plain.step_means
         self.trained_mask: Mask | None = None  # of the training that `begin` was given, and whether it should move
@@ -87,7 +89,7 @@ class PrivateTrainer:
             client.count(counted(self.objective, [piece]), piece.tokens)
             # Opacus tells sequences apart by the first dimension of a layer's input.
             (piece,) = self.plain.with_columns([piece], client.training.reference, every_logit=True)
-            terms = self.objective.terms(self.trainable.network, piece.to(self.device), Context(every_logit=True))
+            terms = self.objective.terms(self.trainable.network, piece.to(self.device), self.context)
             by_row = {name: Term(term.values_N, term.row_N // piece.group) for name, term in terms.items()}
             self._add_clipped(by_row, len(piece.ids_BT) // piece.group, piece.group, summed)
             client.add({name: term.total() for name, term in terms.items()})

@@ -16,7 +16,8 @@ from engine.messages.tasks import Unit
 from engine.models.adapters import refuse_other_adapters
 from engine.models.base_model import PackedBase, read_base
 from engine.models.export import export_files
-from engine.models.mapped_base import MappedBase
+from engine.models.frozen import map_frozen, read_frozen
+from engine.models.mapped_base import MappedBase, mapped_buffer
 from engine.models.tokenizer import load_tokenizer, padding
 from engine.system.page_protection import drop_pages
 from engine.training.lanes import LaneTrainer, adapted_layers, best_lanes
@@ -65,16 +66,31 @@ class ClientActor(WorkerProcess):
 
     def load_base(self) -> tuple[int, PackedBase, np.ndarray]:
         """Returns the base's number of bytes, its index and the bytes, of which the last two stay in the store."""
-        packed, base = read_base(self.federation.model)
+        packed, base = read_base(self.federation.model, scores=self.federation.scores)
         return packed.nbytes, packed, base
 
-    def attach(self, packed: PackedBase, base: Any, tokens: Path, first: bool) -> tuple[Layout, np.ndarray]:
-        """Maps base (see MappedBase) and rows; returns the layout, and of the `first` slot the initial vector (P,)."""
+    def load_frozen(self, number: int) -> tuple[int, PackedBase, np.ndarray]:
+        """Returns the bytes, index and buffer of the objective's frozen model of this number, as `load_base` does."""
+        packed, buffer = read_frozen(self.federation.train.objective.models[number], self.federation.model)
+        return packed.nbytes, packed, buffer
+
+    def attach(
+        self, packed: PackedBase, base: Any, tokens: Path, first: bool, *frozen: Any
+    ) -> tuple[Layout, np.ndarray]:
+        """Maps base (see MappedBase) and rows; returns the layout, and of the `first` slot the initial vector (P,).
+
+        `frozen` are the index and buffer of each of the objective's frozen models, one after another.
+        """
         federation = self.federation
         seed = torch_seed(federation.seed, 0, -1, "initial")
         mapped = MappedBase(packed, base, federation.model, seed, self.device)
         trainable, tokenizer = mapped.trainable, load_tokenizer(federation.model)
-        trainer = LocalTrainer(trainable, padding(tokenizer, trainable.network), federation.train, tokenizer)
+        pairs = zip(federation.train.objective.models, frozen[::2], frozen[1::2], strict=True)
+        models = [
+            map_frozen(model, index, mapped_buffer(buffer, self.device), federation.model)
+            for model, index, buffer in pairs
+        ]
+        trainer = LocalTrainer(trainable, padding(tokenizer, trainable.network), federation.train, models, tokenizer)
         refuse_other_adapters(trainable.network, federation)
         if isinstance(federation.clients.lanes, int) and federation.clients.lanes > 1:
             adapted_layers(trainable)  # refuses models that lanes cannot train

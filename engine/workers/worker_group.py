@@ -23,6 +23,8 @@ from engine.messages.broadcast import BroadcastMessage
 from engine.messages.shards import AggregateShard, Shard, borrow
 from engine.models.adapters import refuse_other_adapters
 from engine.models.export import sharded_files
+from engine.models.frozen import map_frozen, read_frozen
+from engine.models.start import begun
 from engine.models.tokenizer import load_tokenizer, padding
 from engine.system import allocator as heap
 from engine.system.failures import LOST, GangLost, ShardLost, last_line
@@ -61,9 +63,15 @@ class Rank(WorkerProcess):
 
         tokenizer = load_tokenizer(model)
         heap.give_back()
-        network = zero_model(model, zero, torch_seed(federation.seed, 0, -1, "initial"), self.rank)
+        seed = torch_seed(federation.seed, 0, -1, "initial")
+        network = zero_model(model, zero, seed, self.rank, scores=federation.scores)
         refuse_other_adapters(network, federation)
-        trainer = ZeroTrainer(network, padding(tokenizer, network), model, zero, federation.train)
+        models = [
+            map_frozen(frozen, packed, torch.from_numpy(buffer).to(self.device), model)
+            for frozen in federation.train.objective.models
+            for packed, buffer in [read_frozen(frozen, model)]
+        ]
+        trainer = ZeroTrainer(network, padding(tokenizer, network), model, zero, federation.train, models)
         heap.keep(gathered=zero.stage == 3)
         largest = partial(_largest, trainer.works_on, zero.ranks)
         peers = Peers(self.rank, trainer.partition, trainer.summed, largest, _from_first)
@@ -77,10 +85,10 @@ class Rank(WorkerProcess):
     def initial(self, start: torch.Tensor | None = None) -> tuple[int, Shard]:
         """Returns the bytes of the state's shard before the first round, and the shard, which stays in the store.
 
-        `start` (S,) is what the recipe names to begin from, in place of the model's own weights.
+        `start` (S,) is what the recipe names to begin from, in place of the model's own weights: see `begun`.
         """
         trainer = self.attached.trainer
-        weights = trainer.weights().cpu() if start is None else start
+        weights = begun(start, trainer.weights().cpu())
         return _stored(self.federation.strategy.init(weights, trainer.layout))
 
     def serve(

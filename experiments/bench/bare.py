@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import experiments
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
 from engine.messages.events import Event, RoundDone, RunDone
 from engine.models.adapters import peft_config
-from engine.objectives.token_batch import token_losses
+from engine.objectives.base import Objective
+from engine.objectives.token_batch import Batch, token_losses
 from engine.records.checkpoint import load_checkpoint
 from engine.system.allocator import use_large_pages
 from engine.training.optimizers import make_optimizer
@@ -146,7 +148,7 @@ def _train(job: tuple[int, int, list[int]]) -> float:
         optimizer = make_optimizer(trained, train.optimizer)
         for picked in batches(rows.num_rows, train, rng(work.seed, round_, client, "batches")):
             batch = train.objective.collate(rows.take(picked), 0).to(local_P.device)
-            (token_losses(network, batch).sum() / batch.learned).backward()
+            _loss(network, batch, train.objective).backward()
             torch.nn.utils.clip_grad_norm_(trained, train.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -154,3 +156,20 @@ def _train(job: tuple[int, int, list[int]]) -> float:
         total_P.add_(local_P.cpu().sub_(vector_P), alpha=weight)
         weights += weight
     return weights
+
+
+def _loss(network: Any, batch: Batch, objective: Objective) -> torch.Tensor:
+    """The mean loss of a batch, as a plain loop would write it."""
+    if objective.kind == "sft":
+        return token_losses(network, batch).sum() / batch.learned
+
+    def scores() -> torch.Tensor:
+        nll_BT = torch.zeros(batch.ids_BT.shape, device=batch.ids_BT.device)
+        nll_BT[batch.row_N, batch.place_N] = token_losses(network, batch)
+        return -nll_BT.sum(1)
+
+    with torch.no_grad(), network.disable_adapter():
+        reference_B = scores()
+    ratio_B = scores() - reference_B
+    loss: torch.Tensor = -F.logsigmoid(vars(objective)["beta"] * (ratio_B[::2] - ratio_B[1::2])).mean()
+    return loss

@@ -96,6 +96,8 @@ def _rows(store: Store, skew: Skew, clients: int | None) -> dict[str, str]:
         "label divergence": label,
         "duplicates removed": f"{skew.duplicate_rows:,} rows{gone}",
     }
+    if skew.prompts is not None:
+        lines["split by"] = f"prompt, of which there are {skew.prompts:,}"
     if skew.skipped_rows:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skew.skipped_rows.items())
         lines["skipped"] = f"{sum(skew.skipped_rows.values()):,} rows of the source ({reasons})"
@@ -112,7 +114,7 @@ def _rows(store: Store, skew: Skew, clients: int | None) -> dict[str, str]:
 
 
 def _tokens(lengths: TokenLengths, max_length: int) -> dict[str, str]:
-    dropped = {"dropped": f"{lengths.dropped:,} rows: train.max_length cuts away their whole completion"}
+    dropped = {"dropped": f"{lengths.dropped:,} rows: nothing to learn is left of them within train.max_length"}
     if not len(lengths.rows):
         return {"tokens": "0"} | dropped
     least, median, ninety, most = np.quantile(lengths.rows, [0, 0.5, 0.9, 1])

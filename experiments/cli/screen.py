@@ -8,6 +8,7 @@ from rich.table import Column, Table
 
 from datasets_partition.sources.location import is_local, within
 from engine.messages.events import DriverLost, Evaluated, Event, Preparing, RoundDone, RunDone, Sample, Started
+from engine.records.metrics import with_unit
 from experiments.report.terminal import console, inert, plain
 
 SPLITS = {"heldout": "held-out rows", "unseen": "unseen clients", "server": "the server's rows"}
@@ -46,10 +47,10 @@ class Screen:
                 self._round(event)
             case Evaluated() if not event.losses:
                 pass  # nothing is held out
-            case Evaluated(round_, losses, None):
-                self.console.print(plain(f"round {round_:>3}/{self.rounds} "), plain(_losses(losses), "bold"))
-            case Evaluated(_, losses, baseline):
-                self._line(f"{str(baseline).replace('_', ' '):>13}  {_losses(losses)}")
+            case Evaluated(round_, baseline=None):
+                self.console.print(plain(f"round {round_:>3}/{self.rounds} "), plain(_means(event), "bold"))
+            case Evaluated(baseline=baseline):
+                self._line(f"{str(baseline).replace('_', ' '):>13}  {_means(event)}")
             case RunDone():
                 self._finished(event)
 
@@ -69,7 +70,7 @@ class Screen:
         if event.lanes > 1:
             self._line(f"clients train in {event.lanes} lanes of each slot")
         if event.dropped_rows:
-            self._line(f"{event.dropped_rows:,} rows dropped: train.max_length cuts away their whole completion")
+            self._line(f"{event.dropped_rows:,} rows dropped: nothing to learn is left of them within train.max_length")
         if event.without_gpu:
             missing = f"torch sees no GPU in {event.without_gpu} of {slots}, although clients.num_gpus asks for one"
             self.say(f"{missing}: they run on the CPU")
@@ -107,26 +108,38 @@ class Screen:
         self.progress.stop()
         for number, sample in enumerate(event.samples, 1):
             self.console.print(_sample(number, sample))
-        columns = [Column(plain(name), justify="right") for name in (*event.losses, "change")]
-        table = Table("rows of", *columns, title="loss in nats per token", title_justify="left")
-        for split, title in SPLITS.items():
-            values = {column: losses.get(split) for column, losses in event.losses.items()}
-            first, last = values.get("round 0"), values.get("end")
-            if first is not None and last is not None:
-                cells = ["" if value is None else f"{value:.3f}" for value in values.values()]
-                table.add_row(title, *cells, f"{100 * (last / first - 1):+.1f}%")
-        if table.row_count:
-            self.console.print(table)
+        for name, columns in {"loss": event.losses, **event.figures}.items():
+            table = _table(with_unit(name, event.units.get(name, "")), columns, percent=name == "loss")
+            if table.row_count:
+                self.console.print(table)
         clear, private = (event.losses.get(column, {}).get("heldout") for column in ("not private", "end"))
         if clear is not None and private is not None:
-            cost = f"{private - clear:+.3f} nats per token on held-out rows"
+            cost = f"{private - clear:+.3f} {event.units.get('loss', '')} on held-out rows"
             self._line(f"the cost of privacy: {cost}, {private:.3f} instead of {clear:.3f}")
         for name, what in (("model", "the trained model"), ("report.html", "the report"), ("metrics", "all figures")):
             self._line(f"{what:>17}: {within(self.elsewhere or str(event.folder), name)}")
 
 
-def _losses(losses: dict[str, float]) -> str:
-    return "  ".join(f"{SPLITS[split]} {value:.3f}" for split, value in losses.items())
+def _means(event: Evaluated) -> str:
+    """Each split's loss, and the figures beside it."""
+    texts = {split: f"{SPLITS[split]} {loss:.3f}" for split, loss in event.losses.items()}
+    for name, means in event.figures.items():
+        texts = {split: f"{text}, {name} {means[split]:.3f}" for split, text in texts.items()}
+    return "  ".join(texts.values())
+
+
+def _table(title: str, columns: dict[str, dict[str, float]], *, percent: bool) -> Table:
+    """A row for each split, with the change from the start to the end, in percent of the start or as a difference."""
+    headers = [Column(plain(name), justify="right") for name in (*columns, "change")]
+    table = Table("rows of", *headers, title=plain(title), title_justify="left")
+    for split, rows in SPLITS.items():
+        values = {column: means.get(split) for column, means in columns.items()}
+        first, last = values.get("round 0"), values.get("end")
+        if first is not None and last is not None:
+            cells = ["" if value is None else f"{value:.3f}" for value in values.values()]
+            share = f"{100 * (last - first) / abs(first):+.1f}%" if first else ""
+            table.add_row(rows, *cells, share if percent else f"{last - first:+.3f}")
+    return table
 
 
 def _sample(number: int, sample: Sample) -> Table:

@@ -5,6 +5,7 @@ Imports neither ray nor transformers, so that `fedpost schema` and the errors of
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -21,10 +22,12 @@ from datasets_partition.store.splits import Splits
 from engine.config.adapters import REFUSED_KINDS
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
+from engine.messages.frozen import FrozenModel
 from experiments.config.user_code import COMBINED, put_back, replaced, take_out
 
 SHIPPED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
 RECIPES = Path(__file__).parent.parent / "recipes"
+ADAPTER = "adapter_config.json"
 # Sections that may be given by their kind alone: strategy = "fedavg".
 BY_KIND = (
     *(("data", "source"), ("data", "partition"), ("model", "peft"), ("cohort",)),
@@ -122,23 +125,56 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def located(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths of its trace, chat template and base folder: processes have other folders.
+    """The recipe with absolute paths of its trace, chat template and models' folders: processes have other folders.
 
-    RunError for a base that is neither a folder nor a possible name on the hub.
+    RunError for a model that is neither a folder nor a possible name on the hub.
     """
-    base, clients, trace = recipe.model.base, recipe.clients, recipe.clients.availability.trace
-    folder = SHIPPED.get(base, Path(base).expanduser())
-    if not folder.is_dir() and (base.count("/") > 1 or base.startswith(("/", "./", "../", "~"))):  # no name on the hub
-        where = f"there is no folder {folder.absolute()} (relative paths start at the folder that the command runs in)"
-        raise RunError(f"model.base is {base!r}, and {where}: correct the path, or give a name on the Hugging Face hub")
-    path = str(folder.resolve()) if folder.is_dir() else base
+    clients, trace = recipe.clients, recipe.clients.availability.trace
+    path, objective = _model_path("model.base", recipe.model.base), recipe.train.objective
+    frozen = [_located_model(f"the model of train.objective = {objective.kind!r}", model) for model in objective.models]
+    train = replace(recipe.train, objective=objective.with_models(frozen))
     if trace is not None:
         trace = str(Path(trace).expanduser().resolve())
         clients = replace(clients, availability=replace(clients.availability, trace=trace))
     template = recipe.model.chat_template
     if template is not None and Path(template).expanduser().is_file():
         template = str(Path(template).expanduser().resolve())
-    return replace(recipe, model=replace(recipe.model, base=path, chat_template=template), clients=clients)
+    model = replace(recipe.model, base=path, chat_template=template)
+    return replace(recipe, model=model, clients=clients, train=train)
+
+
+def _model_path(key: str, name: str) -> str:
+    folder = SHIPPED.get(name, Path(name).expanduser())
+    if not folder.is_dir() and (name.count("/") > 1 or name.startswith(("/", "./", "../", "~"))):  # no name on the hub
+        where = f"there is no folder {folder.absolute()} (relative paths start at the folder that the command runs in)"
+        raise RunError(f"{key} is {name!r}, and {where}: correct the path, or give a name on the Hugging Face hub")
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def _located_model(key: str, frozen: FrozenModel) -> FrozenModel:
+    """The model with its folder's absolute path, and the base of an adapter; of a run it is what that has trained."""
+    folder = Path(_model_path(key, frozen.model))
+    if not folder.is_dir():
+        return frozen
+    run = folder if (folder / "recipe.toml").is_file() else folder.parent
+    if run == folder:
+        folder = run / "model"
+        if not folder.is_dir():
+            raise RunError(f"{key} is the run {run}, which has no model yet: continue it with --resume first")
+    if not (folder / ADAPTER).is_file():
+        return replace(frozen, model=str(folder))
+    base, revision = frozen.base, frozen.revision
+    if base is None:
+        try:
+            if folder == run / "model" and (run / "recipe.toml").is_file():
+                named = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))["model"]
+                base, revision = named["base"], named.get("revision")
+            else:
+                named = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+                base, revision = named["base_model_name_or_path"], named.get("revision")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise RunError(f"{key} is the adapter {folder}, which names no base ({error}): name it") from error
+    return replace(frozen, model=str(folder), base=_model_path(f"the base of {folder}", base), revision=revision)
 
 
 def _change(tree: dict[str, Any], change: str) -> None:
@@ -179,17 +215,20 @@ def _expand(tree: Any, key: str, *below: str) -> None:
 
 def _sentences(faults: list[Any]) -> list[str]:
     """One sentence per key, also where a value may be of several types and fits none."""
-    sentences: dict[str, str] = {}
+    by_key: dict[str, list[Any]] = {}
     for fault in faults:
-        key = ".".join(_walk(fault["loc"])[0])
-        if key in sentences and fault["type"] != "value_error":
-            sentences[key] = sentences[key].replace(", not ", f" or {_complaint(fault)}, not ", 1)
-        else:
-            sentences[key] = _sentence(key, fault)
-    return list(sentences.values())
+        by_key.setdefault(".".join(_walk(fault["loc"])[0]), []).append(fault)
+    sentences = []
+    for key, several in by_key.items():
+        items = [fault for fault in several if fault["loc"] and isinstance(fault["loc"][-1], int)]
+        several = items or several  # the faulty item of a list says more than that the list is none of the choices
+        several = [fault for fault in several if fault["type"] == "value_error"] or several
+        sentences.append(_sentence(key, several))
+    return sentences
 
 
-def _sentence(key: str, fault: Any) -> str:
+def _sentence(key: str, faults: list[Any]) -> str:
+    fault = faults[0]
     kind = fault["type"]
     if key in GONE:
         return f"there is no key {key!r} any more; {GONE[key]}"
@@ -201,6 +240,9 @@ def _sentence(key: str, fault: Any) -> str:
         aliases = {name: key for keys in names for key, name in keys.items()}
         near = [aliases[last]] if last in aliases else _near(last, known, [*_keys(kind_above, section)])
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        choices = _members(_walk(fault["loc"][:-2])[1]) if len(fault["loc"]) > 1 else []
+        if able := [repr(choice.kind) for choice in choices if last in {f.name for f in fields(choice)}]:
+            hint = f"{section}.kind = {' or '.join(able)} has it. "
         return f"there is no key {key!r}; {hint}{f'[{section}]' if section else 'A recipe'} takes {', '.join(known)}"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"the key {key!r} is missing"
@@ -211,12 +253,16 @@ def _sentence(key: str, fault: Any) -> str:
         tag, expected = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
         if key == "model.peft" and tag in REFUSED_KINDS:
             return f"model.peft has no kind {tag!r}, which {REFUSED_KINDS[tag]}"
-        near = difflib.get_close_matches(tag, [each.strip().strip("'") for each in expected.split(",")], 1, 0.0)
+        near = difflib.get_close_matches(tag.lower(), [each.strip().strip("'") for each in expected.split(",")], 1, 0.0)
         return f"{key!r} has no kind {tag!r}; did you mean {near[0]!r}? There is {expected}"
     if kind == "value_error":
         text = str(fault["ctx"]["error"])
         return text.replace("data.partition", key) if key.startswith("data.partition.") else text
-    return f"{key!r} should be {_complaint(fault)}, not {fault['input']!r}"
+    allowed = re.findall(r"'([^']*)'", fault["msg"]) if kind == "literal_error" else []
+    near = difflib.get_close_matches(str(fault["input"]).lower(), allowed, 1, 0.6)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    complaints = " or ".join(dict.fromkeys(map(_complaint, faults)))
+    return f"{key!r} should be {complaints}, not {fault['input']!r}{hint}"
 
 
 def _near(wrong: str, known: list[str], below: list[str]) -> list[str]:
@@ -228,9 +274,14 @@ def _near(wrong: str, known: list[str], below: list[str]) -> list[str]:
     def alike(paths: list[str], cutoff: float) -> list[str]:
         return difflib.get_close_matches(wrong, {path.rpartition(".")[2] for path in paths}, 1, cutoff)
 
+    def begun(names: list[str]) -> list[str]:
+        near = difflib.get_close_matches(wrong, {name.partition("_")[0] for name in names}, 1, 0.8)
+        return [name for name in names if name.partition("_")[0] in near][:3]
+
     return (
         ending([wrong], below)
         or alike(known, 0.6)
+        or begun(known)
         or ending([wrong], [*_keys(Recipe)])
         or ending(alike(below, 0.75), below)
     )

@@ -21,7 +21,7 @@ from engine.messages.errors import RunError
 from engine.messages.events import Event, RoundDone, Started
 from experiments.config.recipe import Recipe, located, to_toml
 from experiments.preflight.processes import environment, hidden_gpus
-from experiments.preflight.shrunk_recipe import ROUNDS, Drawn, bearable, clients_of, draw_rows, shrunk_recipe
+from experiments.preflight.shrunk_recipe import ROUNDS, SCORER, Drawn, bearable, clients_of, draw_rows, shrunk_recipe
 from experiments.report.run_folder import leaves
 from experiments.report.terminal import console, plain
 from experiments.runs.api import Run, build_store, ray_session, run
@@ -60,6 +60,8 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
         try:
             small = shrunk(config, tokenizer)
             write_base(small, tokenizer, folder / "base")
+            if any(model.scores for model in recipe.train.objective.models):
+                write_base(small, tokenizer, folder / SCORER, scores=True)
         except Exception as error:  # an architecture may have sizes that are not known here
             raise RunError(
                 f"a {type(config).__name__} cannot be shrunk ({str(error).strip().splitlines()[0]}): save a small base "
@@ -86,7 +88,7 @@ def dry_run(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) 
             _placement(work.clients, started),
             *_rounds(work, events),
             _resume(work, first, again, resumed),
-            _export(first, work.model.base),
+            _export(first, work),
         ]
         return Dry(changed, proofs, _left(recipe, rows))
 
@@ -178,15 +180,18 @@ def _resume(work: Recipe, first: Run, again: Run, resumed: int | None) -> Proof:
     return Proof("checkpoint and resume", same and resumed == 1, f"from the checkpoint of round {resumed}, {ended}")
 
 
-def _export(finished: Run, base: str) -> Proof:
+def _export(finished: Run, work: Recipe) -> Proof:
     """Loads the model, or the adapter onto its base, without fedpost and runs it on a few tokens."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer, adapter = AutoTokenizer.from_pretrained(finished.model), finished.model / "adapter_config.json"
-    kind, weights = ("a PEFT adapter", base) if adapter.exists() else ("a model", finished.model)
-    network: Any = AutoModelForCausalLM.from_pretrained(weights)
+    kind, weights = ("a PEFT adapter", work.model.base) if adapter.exists() else ("a model", finished.model)
+    if work.scores:
+        network: Any = AutoModelForSequenceClassification.from_pretrained(weights, num_labels=1)
+    else:
+        network = AutoModelForCausalLM.from_pretrained(weights)
     if adapter.exists():
         network = PeftModel.from_pretrained(network, finished.model)
     with torch.no_grad():
@@ -209,6 +214,7 @@ def _left(recipe: Recipe, rows: Drawn) -> list[str]:
         "whether clients.min_share of a cohort send an update": clients.min_share > 0,
         kernels: clients.num_gpus > 0,
         "torch.compile": model.compile,
+        "the weights of the objective's other models, and their vocabulary": bool(recipe.train.objective.models),
         "the real rows: `fedpost partition RECIPE` reads them": not rows.real,
         "epsilon and noise at the real population, cohort and number of parameters": has_noise,
     }

@@ -11,13 +11,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich.table import Table
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from engine.config.sections import Clients, Model, Zero
 from engine.messages.errors import RunError
 from engine.models.adapters import refuse_other_adapters, with_adapters
-from engine.models.base_model import causal_config, empty_network
+from engine.models.base_model import empty_network
 from engine.models.deepspeed_config import BUCKET, LIVE
 from engine.models.quantized import quantized_bytes
 from engine.scheduling.placement import slot_counts
@@ -37,7 +36,7 @@ STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 
 class Sizes(NamedTuple):
-    """Elements of a model, its trained part and largest tensor; bytes of an element, and of a row for its passes.
+    """Elements of a model, its trained part and largest tensor; bytes of an element, and of a sequence for its passes.
 
     In a quantized base an element's bytes are the mean.
     """
@@ -46,9 +45,15 @@ class Sizes(NamedTuple):
     trained: int
     largest: int
     itemsize: float
-    activations: int  # which the backward pass of a row of the recipe's length needs
+    activations: int  # which the backward pass of a sequence of the recipe's length needs
     logits: int  # of its loss
     copies: int = 0  # bytes of experts' weights with their adapters, which a backward pass needs beside the base's
+    frozen: float = 0.0  # bytes of the objective's frozen models, which processes share as they share the base
+
+    @property
+    def shared(self) -> float:
+        """Bytes that slots on a device share."""
+        return self.parameters * self.itemsize + self.frozen
 
 
 class Need(NamedTuple):
@@ -67,16 +72,14 @@ class Need(NamedTuple):
         return float(sum(self))
 
 
-def meta_network(model: Model) -> Any:
+def meta_network(model: Model, *, scores: bool = False) -> Any:
     """The model with its adapters on the meta device, from its configuration; RunError if there is none.
 
     Its layers are not quantized: bitsandbytes computes nothing on meta, and what the backward pass needs is the same.
     """
-    config = causal_config(model)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
-        base: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
-        return with_adapters(base, model)
+        return with_adapters(empty_network(replace(model, quantize=None, attention="auto"), scores=scores), model)
 
 
 def on_meta(network: Any, length: int) -> torch.Tensor:
@@ -138,6 +141,19 @@ def sizes_of(network: Any, model: Model, max_length: int) -> Sizes:
     return Sizes(sum(counts), trained, max(counts), _itemsize(model), sum(saved.values()), logits_bytes, copies)
 
 
+def with_frozen(counts: Sizes, recipe: Recipe) -> Sizes:
+    """Adds the objective's frozen models: their weights, and the logits of those that give any."""
+    nbytes, teachers = 0, 0
+    for frozen in recipe.train.objective.models:
+        model = replace(recipe.model, base=frozen.base or frozen.model, revision=frozen.revision, quantize=None)
+        with torch.device("meta"):
+            network = empty_network(replace(model, attention="auto"), scores=frozen.scores)
+        nbytes += sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+        teachers += not frozen.scores
+    # A distribution, its logarithm and what compares them are there for both.
+    return counts._replace(frozen=float(nbytes), logits=counts.logits * (1 + 2 * teachers))
+
+
 def _without_expert_adapters(network: Any) -> int:
     """Takes off the adapters of experts' weights, which cannot compute on the meta device; returns the elements."""
     from peft.tuners.lora.layer import ParamWrapper
@@ -165,13 +181,13 @@ def _itemsize(model: Model) -> float:
 def slot_need(counts: Sizes, recipe: Recipe, process: float) -> Need:
     """A plain slot: the base, and vectors of the trained parameters in float32; more for each lane ("auto": one)."""
     lanes = 1 if recipe.clients.lanes == "auto" else recipe.clients.lanes
-    rows = recipe.train.batch * lanes
+    rows, judged = (batch * recipe.train.objective.sequences for batch in (recipe.train.batch, recipe.evaluate.batch))
     trained, vectors = counts.trained * FLOAT, 1 if lanes == 1 else 1 + lanes
     return Need(
-        counts.parameters * counts.itemsize + vectors * trained,
+        counts.shared + vectors * trained,
         vectors * trained,
         vectors * state_vectors(recipe.train.optimizer) * trained,
-        HEAP * max((counts.activations + counts.logits) * rows, counts.logits * recipe.evaluate.batch) + counts.copies,
+        HEAP * max((counts.activations + counts.logits) * rows * lanes, counts.logits * judged) + counts.copies,
         counts.trained * ((1 + 2 * lanes) * FLOAT + GRID),  # start, each lane's end and delta, and the sum
         process,
     )
@@ -189,10 +205,11 @@ def rank_need(counts: Sizes, recipe: Recipe, zero: Zero, process: float) -> Need
     gradients = (trained if zero.stage == 1 else shard) + min(BUCKET, counts.trained) * FLOAT
     activations = counts.activations // 4 if zero.checkpointing else counts.activations
     return Need(
-        elements * counts.itemsize + shard,
+        elements * counts.itemsize + counts.frozen + shard,
         gradients + shard,  # DeepSpeed's, and a flat copy for the optimizer
         state_vectors(recipe.train.optimizer) * shard,
-        HEAP * (activations + counts.logits) * -(-recipe.train.batch // ranks) + counts.copies,
+        HEAP * (activations + counts.logits) * -(-recipe.train.batch // ranks) * recipe.train.objective.sequences
+        + counts.copies,
         counts.trained * (FLOAT + GRID) / ranks,  # a client's delta, and the sum
         process,
     )
@@ -250,9 +267,9 @@ def _imported() -> tuple[float, float]:
 def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     """Prints the plan for devices of `device_gib` GiB; returns whether the recipe fits."""
     screen = console(soft_wrap=False)
-    network = meta_network(recipe.model)
+    network = meta_network(recipe.model, scores=recipe.scores)
     refuse_other_adapters(network, recipe)
-    counts = sizes_of(network, recipe.model, recipe.train.max_length)
+    counts = with_frozen(sizes_of(network, recipe.model, recipe.train.max_length), recipe)
     clients, zero = recipe.clients, recipe.clients.zero or Zero()
     device = (device_gib or _this_machine()) * GIB
     plain, gang = process_bytes()
@@ -276,8 +293,9 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     else:
         screen.print(f"no gang of up to {MOST_RANKS:,} ranks fits such a device")
     slots, gangs = counted(clients, devices, os.cpu_count() or 1)
-    base, moved = counts.parameters * counts.itemsize, counts.trained * (FLOAT + GRID * (slots + gangs))
-    once = f", and the base's {base / GIB:,.3f} GiB once" if slots else ""
+    base, moved = counts.shared, counts.trained * (FLOAT + GRID * (slots + gangs))
+    whose = "those of base and objective, " if counts.frozen else "the base's "
+    once = f", and {whose}{base / GIB:,.3f} GiB once" if slots else ""
     screen.print(f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots){once}")
     slot, rank = needs["a plain slot"].total, rank_need(counts, recipe, zero, gang).total
     fullest = on_fullest(clients, slots, gangs * zero.ranks, devices, slot, rank, base)

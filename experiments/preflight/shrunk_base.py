@@ -5,6 +5,7 @@ Each file in `families` describes bases that are known by name: the names, and t
 
 import json
 import re
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.sections import Model
@@ -74,11 +75,17 @@ def described(config: Any) -> str:
     return layers + (f"{experts} experts, " if experts else "") + f"vocabulary {config.vocab_size:,}"
 
 
-def write_base(config: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes a folder with a model of this configuration, of random weights from a fixed seed, and the tokenizer."""
+def write_base(config: Any, tokenizer: Any, folder: Path, *, scores: bool = False) -> None:
+    """Writes a folder with a model of this configuration, of random weights from a fixed seed, and the tokenizer.
+
+    With `scores` it gives texts one score.
+    """
     disable_progress_bar()
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    kind, config = AutoModelForCausalLM, deepcopy(config)
+    if scores:
+        kind, config.num_labels = AutoModelForSequenceClassification, 1
+    kind.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -58,7 +58,10 @@ def shrunk(config: Any, tokenizer: Any) -> Any:
     width, new_heads, new_keys = _width(config, old, hidden, heads)
     new: dict[str, Any] = {"hidden_size": width, "dtype": "float32", "vocab_size": len(tokenizer)}
     new |= {"num_attention_heads": new_heads} if has_heads else {}
-    new |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # The end token stands in for one that the tokenizer lacks: some classes take numbers alone.
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
+    new |= {name: tokenizer.eos_token_id if number is None else number for name, number in ids.items()}
     picked, layers = _few_layers(old, config.num_hidden_layers)
     new["num_hidden_layers"] = len(picked)
     new = {config.attribute_map.get(name, name): value for name, value in new.items()}

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from datasets_partition import Sources
-from datasets_partition.core.types import OPTIONS, content_columns
+from datasets_partition.core.types import COLUMNS, OPTIONS, content_columns
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.files import ParquetFiles
 from datasets_partition.sources.location import is_local
@@ -20,6 +20,8 @@ from datasets_partition.sources.python_docs import PythonDocs
 from datasets_partition.store.build import build
 from datasets_partition.store.store import Store
 from engine.messages.errors import RunError
+from engine.messages.frozen import FrozenModel
+from engine.objectives.base import IN_WORDS
 from experiments.config.recipe import Data, Recipe
 from strategies import Cohorts
 from strategies.core.cohort import PoissonCohort, UniformCohort
@@ -27,6 +29,7 @@ from strategies.core.errors import StrategyError
 from strategies.core.seeds import rng
 
 ROUNDS, SLOTS, COHORT, SPARE = 2, 2, 6, 2
+SCORER = "scorer"  # the folder of a model that scores texts
 ROWS = 8  # of every second client; the others have twice as many
 LENGTH = 64
 PATIENCE_S = (120.0, math.inf)  # time limits, since a large machine is faster than this one
@@ -58,9 +61,11 @@ def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
 
 def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
     model, train, clients = recipe.model, recipe.train, recipe.clients
+    models = [FrozenModel(str(folder / SCORER if each.scores else base)) for each in train.objective.models]
+    train = replace(train, objective=train.objective.with_models(models))
     attention = "auto" if model.attention == "flash_attention_2" else model.attention
-    # Shortened rows may be equal, which is no leak here.
-    splits = _bounded("splits", recipe.data.splits, min_rows=1, duplicates="keep", leaks="allow")
+    # Shortened rows and prompts may be equal, which is no leak here.
+    splits = _bounded("splits", recipe.data.splits, min_rows=1, duplicates="keep", leaks="allow", by="row")
     rows = ParquetFiles(path=str(folder / "rows.parquet"))
     drawn: Cohorts = UniformCohort(size=cohort)
     if isinstance(recipe.cohort, PoissonCohort):
@@ -144,9 +149,13 @@ def draw_rows(recipe: Recipe, clients: int, max_length: int, cache: Path) -> Dra
     few = max(1, max_length // 8)  # characters: each has up to four tokens, if tokens are bytes
     if why is not None:
         draw, columns = rng(0, 0, -1, "sample"), {"client": names}
-        for name, letters in (("prompt", few), ("completion", 2 * few)):
+        kind = recipe.train.objective.formats[0]
+        for name in COLUMNS[kind]:
+            letters = few if name == "prompt" else 2 * few
             columns[name] = pa.array(["".join(map(chr, draw.integers(97, 123, letters))) for _ in names])
-        return Drawn(pa.table(columns), False, f"made-up prompts and completions, since {why}")
+        if "label" in columns:
+            columns["label"] = pa.array([row % 2 == 0 for row in range(len(names))])
+        return Drawn(pa.table(columns), False, f"made-up {IN_WORDS[kind]}, since {why}")
     # Of the documentation only the standard library's, which takes seconds.
     source = replace(data.source, packages=()) if isinstance(data.source, PythonDocs) else data.source
     store = Store.open(build(source, data.partition, data.splits, recipe.seed, str(cache), label=data.label))

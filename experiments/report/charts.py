@@ -85,6 +85,11 @@ def change(first: float, last: float) -> str:
     return f"{100 * (last - first) / abs(first):+.1f} %".replace("-", MINUS)
 
 
+def difference(first: float, last: float) -> str:
+    """The change from first to last, with a sign and three decimals."""
+    return f"{last - first:+.3f}".replace("-", MINUS)
+
+
 def _linear(low: float, high: float, start: float, end: float, write: Format, integers: bool = False) -> Axis:
     """An axis with ticks at multiples of 1, 2 or 5 times a power of ten, also at its ends; `whole`: integers only."""
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-12):

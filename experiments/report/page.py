@@ -17,19 +17,24 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from engine.messages.errors import RunError
+from engine.records.metrics import JUDGED, with_unit
 from engine.system.atomic import write_file
 from experiments.report import charts
 from experiments.report.charts import Series, change, duration, loss, number, size
+from experiments.report.measures import (
+    BASELINES,
+    OF_SOME_RUNS,
+    common_title,
+    figure_charts,
+    loss_chart,
+    objective_options,
+    shown_names,
+    summary,
+    unit_of,
+)
 from experiments.report.run_folder import MAX_LISTED, Run, read_run
 from experiments.report.terminal import inert_lines
 
-SPLITS = {"heldout": "held-out", "unseen": "unseen clients", "train": "train", "server": "the server's rows"}
-OF_SOME_RUNS = {
-    "loss_personal": ("personal", "1 3"),
-    "loss_finetuned": ("fine-tuned", "9 3"),
-    "loss_not_private": ("not private", "5 2 1 2"),
-}
-BASELINES = {"loss_local_only": ("local only", "7 4"), "loss_centralized": ("centralized", "2 3")}
 PARTIES = ("client", "other clients", "server", "base-model owner")  # listed even if they saw nothing
 RECIPE_FACTS = {
     "base": "model.base",
@@ -68,38 +73,18 @@ def write_report(run_folders: Sequence[Path], out: Path) -> Path:
 
 
 def _unlike(runs: Sequence[Run]) -> list[str]:
-    """What makes the losses of runs be of other rows, or of other tokens of them."""
+    """What makes the losses of runs be of other rows, of other tokens of them, or other losses."""
     keys = [key for key in JUDGED_BY if len({run.recipe.get(key) for run in runs}) > 1]
+    options = [objective_options(run) for run in runs]
+    names = dict.fromkeys(name for each in options for name in each)  # of later versions, earlier ones have not all
+    keys += [f"train.objective.{name}" for name in names if len({each[name] for each in options if name in each}) > 1]
     return ["data"] * (len({run.manifest.get("data.key") for run in runs}) > 1) + keys
-
-
-def _unit(run: Run) -> str:
-    kind = run.recipe.get("train.objective") or run.recipe.get("train.objective.kind") or "sft"
-    return "loss (nats per token)" if kind == "sft" else f"loss ({kind} objective)"
-
-
-def _summary(run: Run) -> list[dict[str, Any]]:
-    """A row per split: the losses of the first and last evaluated round, their change, and the baselines."""
-    out = []
-    for split in ("heldout", "unseen", "server"):
-        points = run.points(split, "loss")
-        if split == "server" and not points:
-            continue  # most federations have no such rows
-        row: dict[str, Any] = {"split": SPLITS[split], "first": "no data", "last": "no data", "change": "no data"}
-        if points:
-            (start, before), (end, after) = points[0], points[-1]
-            row |= {"first": loss(before), "from": int(start)}
-            if len(points) > 1:
-                row |= {"last": loss(after), "to": int(end), "change": change(before, after), "better": after < before}
-        for name in OF_SOME_RUNS | BASELINES:
-            row[name] = loss(next((v for _, v in reversed(run.points(split, name))), None))
-        out.append(row)
-    return out
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Short facts with their values: what was run, and what it cost."""
     facts = [(label, run.recipe.get(key, "")) for label, key in RECIPE_FACTS.items()]
+    facts.insert(2, ("objective", objective_options(run)["kind"]))
     rounds = [r for of in run.curves.values() for r in of]
     of = f" of {run.recipe['rounds']}" if "rounds" in run.recipe else ""
     facts.append(("last round", f"{max(rounds) if rounds else 'none'}{of}"))
@@ -124,7 +109,7 @@ def _clients(run: Run) -> dict[str, Any]:
     note = f"{lost:,} of {len(pairs):,} clients got worse; the median change is {loss(float(np.median(rise)))}."
     worst = pairs.slice(max(0, len(pairs) - min(5, lost))).to_pylist()[::-1]
     listed = [(p["client"], loss(p["before"]), loss(p["after"]), change(p["before"], p["after"])) for p in worst]
-    old, new = (f"loss at round {round_}" for round_, _ in run.losses)
+    old, new = (with_unit(f"loss at round {round_}", unit_of(run, "loss")) for round_, _ in run.losses)
     return {"chart": charts.pairs(title, pairs, old, new, note), "worst": listed, "count": lost, "known": True}
 
 
@@ -139,13 +124,6 @@ def _pairs(before: pa.Table, after: pa.Table) -> pa.Table:
 
 
 def _charts(run: Run) -> dict[str, Markup]:
-    colors = {split: i + 1 for i, split in enumerate(SPLITS)}
-    curves = [Series(label, run.points(split, "loss"), colors[split]) for split, label in SPLITS.items()]
-    for name, (label, dash) in (OF_SOME_RUNS | BASELINES).items():
-        for split in ("heldout", "unseen", "server"):
-            points = run.points(split, name)[-1:]
-            curves.append(Series(f"{SPLITS[split]}, {label}", points, colors[split], dash, level=True))
-
     def engine(label: str, name: str, color: int, dash: str = "") -> Series:
         return Series(label, run.points("engine", name), color, dash)
 
@@ -160,7 +138,7 @@ def _charts(run: Run) -> dict[str, Markup]:
     kinds = "Protocol: what a real federation would send. Object store: what this simulation moved."
     speed = [engine("tokens a second", "tokens_per_s", 1)]
     return {
-        "loss": charts.lines("Loss", curves, "round", _unit(run)),
+        "loss": loss_chart(run),
         "rows": charts.histogram("Rows of each client", rows, "rows", "clients", note),
         "time": charts.stacked("Time of a round", time, "round", "seconds"),
         "bytes": charts.lines("Bytes moved in a round", moved, "round", "bytes", size, zero=True, note=kinds),
@@ -190,26 +168,40 @@ def _failures(run: Run) -> dict[str, Any]:
     return {"known": bool(failed), "total": total, "rounds": len(bad), "of": len(failed), "table": table}
 
 
+def _compared(runs: Sequence[Run], split: str, name: str, title: str, y_label: str) -> Markup:
+    """The loss or a figure of each run over rounds; from the ninth run on, the colors repeat with dashes."""
+    metric = "loss" if name == "loss" else f"loss.{name}"
+    curves = [
+        Series(run.name, run.points(split, metric), i % charts.COLORS + 1, "6 3" * (i >= charts.COLORS))
+        for i, run in enumerate(runs)
+    ]
+    return charts.lines(title, curves, "round", y_label)
+
+
 def render(runs: Sequence[Run]) -> str:
     """The page as text: the same runs give the same bytes."""
-    sections = {"facts": _facts, "summary": _summary, "charts": _charts, "clients": _clients}
-    sections |= {"ledger": _ledger, "failures": _failures}
+    sections: dict[str, Callable[[Run], Any]] = {"facts": _facts, "charts": _charts, "figures": figure_charts}
+    sections |= {"clients": _clients, "ledger": _ledger, "failures": _failures}
     view = [
         {"id": f"run-{i + 1}", "color": i % charts.COLORS + 1, "run": run} | {k: s(run) for k, s in sections.items()}
         for i, run in enumerate(runs)
     ]
-    overlay = []
-    if len(runs) > 1:
-        unit = _unit(runs[0]) if len({_unit(run) for run in runs}) == 1 else "loss"
-        for split, title in (("heldout", "Held-out loss"), ("unseen", "Loss of unseen clients")):
-            curves = [  # from the ninth run on, the colors repeat with dashes
-                Series(run.name, run.points(split, "loss"), i % charts.COLORS + 1, "6 3" * (i >= charts.COLORS))
-                for i, run in enumerate(runs)
+    # Most federations have no rows of the server.
+    splits = [split for split in JUDGED if split != "server" or any(run.points(split, "loss") for run in runs)]
+    tables, overlay = [], []
+    for name in shown_names(runs):
+        title = common_title(runs, name)
+        rows = [(each, summary(run, name, splits)) for each, run in zip(view, runs, strict=True)]
+        tables.append({"title": title[0].upper() + title[1:], "runs": rows})
+        if len(runs) > 1:
+            overlay += [
+                _compared(runs, "heldout", name, f"Held-out {name}", title),
+                _compared(runs, "unseen", name, f"{name[0].upper()}{name[1:]} of unseen clients", title),
             ]
-            overlay.append(charts.lines(title, curves, "round", unit))
     loader = jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates")
     env = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     shown = {name: label for name, label in OF_SOME_RUNS.items() if any(run.points("heldout", name) for run in runs)}
-    facts = {"runs": view, "overlay": overlay, "baselines": shown | BASELINES, "unlike": _unlike(runs)}
+    facts = {"runs": view, "tables": tables, "overlay": overlay}
+    facts |= {"baselines": shown | BASELINES, "unlike": _unlike(runs)}
     page = env.get_template("report.html").render(facts)
     return inert_lines(page)  # JSON may hold lone surrogates, and a name may turn the direction of writing

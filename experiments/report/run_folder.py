@@ -26,9 +26,9 @@ OF_CLIENTS = pa.schema([("client", pa.string()), ("value", pa.float64())])
 class Run:
     """The contents of a run folder, recipe and manifest by dotted keys.
 
-    `curves[split, name]` is round -> value, losses in nats per token, times in s. Of single clients, of which there may
-    be a million, there are tables with columns client and value: `losses` of the first and of the last round that has
-    them, and the most `rows` that each trained on.
+    `curves[split, name]` is round -> value, losses in the unit of the run's objective, times in s. Of single clients,
+    of which there may be a million, there are tables with columns client and value: `losses` of the first and of the
+    last round that has them, and the most `rows` that each trained on.
     """
 
     name: str

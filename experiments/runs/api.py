@@ -29,11 +29,17 @@ PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow")
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its losses (column such as "end" -> split -> nats per token), and samples."""
+    """A finished run: its folder, its losses (column such as "end" -> split -> mean), and samples.
+
+    `figures` has such a table of each figure that the objective shows beside its loss, such as "accuracy", and `units`
+    what "loss" and each figure are counted in, such as "nats per token".
+    """
 
     folder: Path
     losses: dict[str, dict[str, float]]
     samples: list[Sample]
+    figures: dict[str, dict[str, dict[str, float]]]
+    units: dict[str, str]
 
     @property
     def metrics(self) -> pa.Table:
@@ -135,7 +141,7 @@ def run(
         resuming.mark_finished(folder, recipe.rounds)  # from here on --resume has nothing to do
         copy()
         on_event(finished)
-        return Run(folder, finished.losses, finished.samples)
+        return Run(folder, finished.losses, finished.samples, finished.figures, finished.units)
 
 
 def build_store(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) -> Path:
@@ -152,13 +158,14 @@ def without_losses(recipe: Recipe, folder: Path) -> tuple[str, ...]:
     """A note if no training client has a held-out row."""
     from datasets_partition.store.store import Store
 
-    store, share = Store.open(folder), recipe.data.splits.heldout
+    store, share, unit = Store.open(folder), recipe.data.splits.heldout, recipe.data.splits.by
     if store.counts("heldout")[: store.num_training].any():
         return ()
     rest = "" if store.counts("heldout").any() else ", so that there are no losses to show"
     if not share:
         return (f"nothing is held out{rest}: see data.splits",) if rest else ()
-    why = f"data.splits.heldout = {share:g} of a client's rows is less than half a row: raise it, or data.splits.unseen"
+    small = f"data.splits.heldout = {share:g} of a client's rows is less than half a {unit}"
+    why = f"{small}: raise it, or data.splits.unseen"
     return (f"no training client has a held-out row{rest}; {why}",)
 
 

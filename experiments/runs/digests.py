@@ -1,6 +1,7 @@
 """Digests of what a run depends on besides its recipe, rows and versions: the base, all code, the trace."""
 
 import sys
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def digests(recipe: Recipe) -> dict[str, str]:
         values["the code of fedpost"] = code_digest()
         if base := base_digest(recipe.model):
             values["model.base"] = base
+        for number, frozen in enumerate(recipe.train.objective.models):
+            for key, name in {"": frozen.model, ".base": frozen.base}.items():
+                model = replace(recipe.model, base=name or "", revision=frozen.revision)
+                if name is not None and (of_model := base_digest(model)):
+                    values[f"train.objective.models[{number}]{key}"] = of_model
         if (template := recipe.model.chat_template) and (file := template_file(template)):
             values["model.chat_template"] = file_digest(file)
         if trace is not None and Path(trace).is_file():  # otherwise reading the trace explains what is wrong

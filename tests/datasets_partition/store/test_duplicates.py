@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets_partition.core.types import DataError
-from datasets_partition.store.splits import content_numbers, first_of_each, refuse_leaks
+from datasets_partition.store.contents import CONTENT_LEAK, content_numbers, first_of_each, refuse_leaks
 
 COLUMNS = ("prompt", "completion")
 
@@ -41,7 +41,7 @@ def test_numbers_are_equal_where_and_only_where_rows_are(rows: list[tuple[str, s
 def test_a_leak_is_an_error_that_shows_one_and_the_ways_out() -> None:
     rows = table(("p", "q"), ("p", "r"), ("p", "q"))
     numbers = content_numbers(rows, COLUMNS)
-    refuse_leaks(rows, numbers, np.array([True, False, True]), COLUMNS)
+    refuse_leaks(rows, numbers, np.array([True, False, True]), COLUMNS, CONTENT_LEAK)
     said = r"1 held-out rows have the content of training rows, such as 'p \| q': remove them by .*\"drop\".*\"allow\""
     with pytest.raises(DataError, match=said):
-        refuse_leaks(rows, numbers, np.array([True, True, False]), COLUMNS)
+        refuse_leaks(rows, numbers, np.array([True, True, False]), COLUMNS, CONTENT_LEAK)

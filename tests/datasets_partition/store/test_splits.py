@@ -100,8 +100,9 @@ def test_the_last_rows_are_held_out_where_the_recipe_says_so() -> None:
 
 
 def test_the_server_has_its_share_of_all_rows() -> None:
-    drawn = Splits(server=0.25).server_rows(10, rng())
-    assert drawn.sum() == 3 and drawn.tolist() != Splits(server=0.25).server_rows(10, rng(6)).tolist()
-    assert not Splits().server_rows(10, rng()).any()
+    rows = np.arange(10)
+    drawn = Splits(server=0.25).server_rows(rows, rng())
+    assert drawn.sum() == 3 and drawn.tolist() != Splits(server=0.25).server_rows(rows, rng(6)).tolist()
+    assert not Splits().server_rows(rows, rng()).any()
     with pytest.raises(DataError, match=r"data\.splits\.server is 1"):
         Splits(server=1)

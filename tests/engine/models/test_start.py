@@ -15,7 +15,7 @@ from engine.config.federation import Federation
 from engine.config.sections import Model
 from engine.config.train import Sgd
 from engine.models.base_model import map_base, read_base
-from engine.models.start import adapter_start
+from engine.models.start import adapter_start, begun
 from engine.models.trainable import Trainable
 from strategies.core.layout import Layout
 from strategies.core.sharding import Partition
@@ -131,3 +131,19 @@ def test_a_rule_that_begins_with_fresh_adapters_refuses_a_start(federation: Fede
     begun = replace(federation, model=model(tmp_path), train=train, strategy=FfaLora())
     with pytest.raises(ValueError, match=r"'fedsb' makes its bases of what round 0 adds .* leave model\.start out"):
         replace(begun, strategy=FedSb())
+
+
+def test_a_head_of_scores_is_read_or_new(trained: Trainable, bases: dict[str, Path], tmp_path: Path) -> None:
+    """The adapter of a language model has none; a reward model's goes to reward models alone."""
+    settings = Model(base=str(bases["tied"]), peft=Lora(r=4, alpha=8))
+    packed, buffer = read_base(settings, scores=True)
+    scoring = Trainable(map_base(packed, torch.from_numpy(buffer)), settings, 3)
+    start = adapter_start(model(tmp_path), scoring.layout)
+    assert start is not None and start[-32:].isnan().all() and torch.equal(start[:-32], trained.flat.detach())
+    vector = begun(start, scoring.initial)
+    assert torch.equal(vector, torch.cat([trained.flat.detach(), scoring.initial[-32:]]))
+    scoring.network.save_pretrained(tmp_path / "start")
+    again = adapter_start(model(tmp_path), scoring.layout)
+    assert again is not None and torch.equal(begun(again, torch.zeros_like(again)), scoring.flat.detach())
+    with pytest.raises(ValueError, match=r"is that of a reward model, which scores texts: set train\.objective"):
+        adapter_start(model(tmp_path), trained.layout)

@@ -16,6 +16,7 @@ from engine.config.adapters import FullTuning, Lora
 from engine.config.federation import Federation
 from engine.config.train import Train
 from engine.models.base_model import map_base, read_base
+from engine.models.frozen import map_frozen, read_frozen
 from engine.models.trainable import Trainable
 from engine.objectives.base import Objective
 from engine.training.local_training import LocalTrainer
@@ -65,9 +66,14 @@ def make_double(
     def made(objective: Objective, train: Train, peft: Lora | FullTuning | None = None) -> LocalTrainer:
         monkeypatch.setattr(LlamaRMSNorm, "forward", normed)  # transformers casts to float32
         model = replace(federation.model, peft=peft or Lora(r=4, alpha=8))
-        packed, buffer = read_base(model)
+        packed, buffer = read_base(model, scores="head" in objective.needs)
         trainable = Trainable(map_base(packed, torch.from_numpy(buffer)).double(), model, 3)
-        return LocalTrainer(trainable, 0, replace(train, objective=objective), tokenizer)
+        models = [
+            map_frozen(frozen, index, torch.from_numpy(weights), model).double()
+            for frozen in objective.models
+            for index, weights in [read_frozen(frozen, model)]
+        ]
+        return LocalTrainer(trainable, 0, replace(train, objective=objective), models, tokenizer)
 
     return made
 

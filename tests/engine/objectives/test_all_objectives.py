@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 
 from engine.config.adapters import FullTuning, Lora
 from engine.config.train import Sgd, Train
-from engine.objectives.base import Context, Objective, step_loss
+from engine.objectives.base import Objective, step_loss
 from engine.objectives.cpo import Cpo, SimPo
+from engine.objectives.distill import Distill
 from engine.objectives.dpo import Dpo
 from engine.objectives.kto import Kto
 from engine.objectives.orpo import Orpo
+from engine.objectives.reward import Reward
 from engine.objectives.sft import Sft
 from engine.training.lanes import LaneTrainer
 from engine.training.local_training import LocalTrainer
@@ -37,6 +40,8 @@ OBJECTIVES: list[Objective] = [
     Orpo(),
     Cpo(),
     SimPo(),
+    Reward(center_rewards_coefficient=0.1),
+    Distill(teacher="untied"),
 ]
 ONE_STEP = Train(steps=1, batch=6, optimizer=Sgd(lr=1.0), clip=0)
 
@@ -50,9 +55,9 @@ def named(objective: Objective) -> str:
 
 
 @pytest.fixture(params=OBJECTIVES, ids=named)
-def objective(request: pytest.FixtureRequest) -> Objective:
+def objective(request: pytest.FixtureRequest, bases: dict[str, Path]) -> Objective:
     chosen: Objective = request.param
-    return chosen
+    return chosen.with_models([replace(model, model=str(bases[model.model])) for model in chosen.models])
 
 
 def training(trainer: LocalTrainer, rows: pa.RecordBatch, moved: Moved, seed: int = 1, **options: Any) -> Training:
@@ -79,14 +84,14 @@ def test_pieces_of_a_step_change_nothing(
     batch = objective.collate(objective.step_rows(rows, numbers), 0)
     if objective.reference != "none":
         with trainer.as_reference(training(trainer, rows, moved).reference):
-            batch = batch.plus(objective.reference_columns(trainable.network, batch, Context()))
+            batch = batch.plus(objective.reference_columns(trainable.network, batch, trainer.context))
     trainable.flat.data.copy_(moved(trainer))
     for name in objective.means:
         with torch.no_grad():
-            term = objective.step_terms(trainable.network, batch, Context())[name]
+            term = objective.step_terms(trainable.network, batch, trainer.context)[name]
         batch = batch.plus({name: (term.total() / objective.counts(batch)[name]).expand(len(batch.ids_BT))})
     trainable.grad.zero_()
-    terms = objective.terms(trainable.network, batch, Context())
+    terms = objective.terms(trainable.network, batch, trainer.context)
     totals = {name: term.total() for name, term in terms.items()}
     loss = step_loss(objective, totals, objective.counts(batch))
     loss.backward()
@@ -126,10 +131,10 @@ def test_the_reference_leaves_the_model_as_it_was(
         return
     batch = objective.collate(objective.step_rows(rows, np.arange(rows.num_rows)), 0)
     with trainer.as_reference(reference):
-        ours = objective.reference_columns(trainer.trainable.network, batch, Context())
+        ours = objective.reference_columns(trainer.trainable.network, batch, trainer.context)
     trainer.become(initial)
     with torch.no_grad():
-        expected = objective.reference_columns(trainer.trainable.network, batch, Context())
+        expected = objective.reference_columns(trainer.trainable.network, batch, trainer.context)
     for name, column in expected.items():
         torch.testing.assert_close(ours[name], column, rtol=0, atol=1e-12)
 
@@ -167,7 +172,7 @@ def test_the_reference_is_not_what_a_rule_has_merged_into_the_base(
 
     def columns() -> torch.Tensor:
         with trainer.as_reference(moved(trainer, 8) if reference == "start" else None):
-            return trainer.objective.reference_columns(trainable.network, batch, Context())["reference"]
+            return trainer.objective.reference_columns(trainable.network, batch, trainer.context)["reference"]
 
     before = columns()
     products = [pair.b_OR @ pair.a_RI for pair in trainable.layout.lora_pairs(moved(trainer))]

@@ -15,18 +15,8 @@ from torch import nn
 from engine.config.federation import Federation
 from engine.config.sections import Evaluate
 from engine.config.train import Sgd, Train
-from engine.messages.errors import RunError
-from engine.objectives.base import (
-    Context,
-    Need,
-    Term,
-    client_figures,
-    counted,
-    figure_bounds,
-    figure_metrics,
-    step_loss,
-    term_sums,
-)
+from engine.objectives.base import Context, Term, counted, step_loss, term_sums
+from engine.objectives.figures import client_figures, figure_bounds, figure_metrics
 from engine.objectives.sft import Sft
 from engine.objectives.token_batch import Batch
 from engine.training.lanes import LaneTrainer
@@ -143,11 +133,11 @@ def test_terms_by_hand() -> None:
 def test_held_out_sums_are_those_of_any_pieces(make_two: Callable[[Train], LocalTrainer], rows: pa.RecordBatch) -> None:
     trainer = make_two(ONE_STEP)
     objective, network = trainer.objective, trainer.trainable.network.eval()
-    whole = term_sums(objective, network, [(objective.collate(rows, 0), 1)])
+    whole = term_sums(objective, network, [(objective.collate(rows, 0), 1)], Context())
     pieces = [(objective.collate(rows.slice(i, 1), 0), 1) for i in range(5)]
     assert counted(objective, [piece for piece, _ in pieces]) == {name: count for name, (_, count) in whole.items()}
     repeated = [*pieces, (pieces[0][0], 0)]  # what a rank without rows does to keep step
-    for name, (total, count) in term_sums(objective, network, repeated).items():
+    for name, (total, count) in term_sums(objective, network, repeated, Context()).items():
         assert (total, count) == (pytest.approx(whole[name][0], rel=1e-5), whole[name][1])
     judged = client_loss(trainer, 3, rows, Evaluate(batch=2), 0)
     assert judged.rows == 5 and judged.terms["nll"] == (pytest.approx(whole["nll"][0], rel=1e-5), whole["nll"][1])
@@ -232,14 +222,3 @@ def test_sums_over_clients_give_each_terms_mean() -> None:
         "loss": 2,
         "tokens": 6,
     }
-
-
-class Needy(Sft):
-    """Needs what no trainer provides."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"reference", "head"})
-
-
-def test_an_objective_whose_needs_are_not_met_is_refused() -> None:
-    with pytest.raises(RunError, match=r'train\.objective = "sft" needs a reference model and a head, which'):
-        replace(ONE_STEP, objective=Needy())

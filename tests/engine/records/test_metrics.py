@@ -157,6 +157,7 @@ def test_losses_are_read_without_the_rows_of_single_clients(tmp_path: Path) -> N
         metrics.flush(round_)
     metrics.add(2, "unseen", None, loss=2.5)
     metrics.add(2, "heldout", None, loss_centralized=1.5, loss_local_only=3.5, loss_personal=1.75)
+    metrics.add(2, "heldout", None, **{"loss.accuracy": 0.75, "loss_centralized.accuracy": 0.875, "loss.margin": 2.0})
     metrics.blocks.insert(0, read_log(tmp_path).filter(pc.field("round") == 2))
     metrics.flush(2)
     tracemalloc.start()
@@ -170,4 +171,6 @@ def test_losses_are_read_without_the_rows_of_single_clients(tmp_path: Path) -> N
         "local only": {"heldout": 3.5},
         "personal": {"heldout": 1.75},
     }
+    assert loss_table(tmp_path, 2, "accuracy") == {"end": {"heldout": 0.75}, "centralized": {"heldout": 0.875}}
+    assert loss_table(tmp_path, 2, "reward") == {}
     assert peak < 2_000_000, f"{peak} bytes of Python objects for {4 * len(clients)} rows of clients"

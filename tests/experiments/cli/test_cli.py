@@ -65,7 +65,7 @@ def test_a_run_leaves_nothing_but_its_folder(small_recipe, tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
-    assert "loss in nats per token" in ended.stdout and "report.html" in ended.stdout
+    assert "loss (nats per token)" in ended.stdout and "report.html" in ended.stdout
     assert sorted(p.name for p in work.iterdir()) == ["recipe.toml", "runs"]
     assert [p for p in home.rglob("*") if p.is_file()] == []
     assert [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("FEDPOST_TEST") == mark] == []

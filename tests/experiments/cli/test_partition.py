@@ -50,7 +50,7 @@ def test_steps_then_a_table_then_the_pictures(shown, labeled):
     assert table["rows of a client"].startswith("least ")
     assert 0 < float(table["Gini coefficient"].split()[0]) < 1
     assert 0 < float(table["label divergence"].split()[0]) < 1 and "over 3 categories" in table["label divergence"]
-    assert table["duplicates removed"] == "1 rows"
+    assert table["duplicates removed"] == "1 rows" and "split by" not in table
     assert int(table["tokens"].replace(",", "")) > 60
     assert table["tokens of a row"].startswith("least ") and "train.max_length = 48" in table["tokens of a row"]
     (tokens,) = store.glob("tokens-*")
@@ -75,6 +75,12 @@ def test_a_label_that_the_partition_does_not_go_by(shown, labeled):
     )
     assert 0 < even < skewed / 2
     assert lines[-2].endswith("categories.png")
+
+
+def test_a_split_by_prompt_is_said(shown, labeled):
+    assert "split by            prompt, of which there are 60" in shown(
+        parse_recipe(to_toml(labeled), ["data.splits.by=prompt"])
+    )
 
 
 def test_a_second_look_builds_nothing_and_says_the_same(shown, labeled):
@@ -125,7 +131,7 @@ def test_why_rows_and_clients_are_left_out_is_said(shown, labeled, tmp_path):
 def test_rows_that_are_all_dropped_are_told(shown, labeled):
     lines = shown(parse_recipe(to_toml(labeled), ["train.max_length=2"]))
     assert "tokens              0" in lines
-    assert "dropped             60 rows: train.max_length cuts away their whole completion" in lines
+    assert "dropped             60 rows: nothing to learn is left of them within train.max_length" in lines
     assert not any("token_lengths.png" in line for line in lines)
 
 

@@ -15,7 +15,8 @@ from engine.config.adapters import FullTuning, Lora
 from engine.config.sections import Model
 from engine.config.train import AdamW, Sgd
 from engine.messages.errors import RunError
-from experiments.config.recipe import RECIPES, Recipe, load_recipe, located, parse_recipe, schema, to_toml
+from engine.messages.frozen import FrozenModel
+from experiments.config.recipe import RECIPES, SHIPPED, Recipe, load_recipe, located, parse_recipe, schema, to_toml
 from strategies.averaging.drift import FedProx
 from strategies.averaging.fedavg import FedAvg
 
@@ -337,3 +338,33 @@ def test_a_base_that_is_no_folder_and_no_name_on_the_hub_shows_the_path_that_was
         located(recipe)
     tried.mkdir(parents=True)
     assert located(recipe).model.base == str(tried.resolve())
+
+
+def test_a_teacher_is_a_base_a_run_or_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind = "train.objective.kind=distill"
+
+    def teacher(*changes: str) -> FrozenModel:
+        (model,) = located(parsed(kind, *changes)).train.objective.models
+        return model
+
+    tiny = str(SHIPPED["tiny"])
+    assert teacher("train.objective.teacher=tiny") == FrozenModel(tiny)
+    named = "train.objective.teacher=org/name"
+    assert teacher(named, "train.objective.teacher_revision=v1") == FrozenModel("org/name", "v1")
+
+    run, model = tmp_path / "run", tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (run / "recipe.toml").write_text('[model]\nbase = "org/base"\nrevision = "v2"\n')
+    assert teacher("train.objective.teacher=run") == FrozenModel(str(model))  # a whole model
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    for name in ("run", "run/model"):
+        assert teacher(f"train.objective.teacher={name}") == FrozenModel(str(model), "v2", "org/base")
+    at_home = teacher("train.objective.teacher=run", "train.objective.teacher_base=tiny")
+    assert at_home == FrozenModel(str(model), None, tiny)
+    model.rename(adapter := tmp_path / "adapter")
+    assert teacher("train.objective.teacher=adapter") == FrozenModel(str(adapter), None, "base")
+    (adapter / "adapter_config.json").write_text("{}")
+    for name, why in (("adapter", "names no base"), ("run", "has no model yet"), ("./nowhere", "there is no folder")):
+        with pytest.raises(RunError, match=why):
+            teacher(f"train.objective.teacher={name}")

@@ -94,8 +94,11 @@ def test_a_recipe_for_512_slots_and_a_70b_base_is_proved_here_and_leaves_nothing
         ("privacy.secagg.mode=off", "privacy.dp=none", "strategy=flora", "model.dtype=float32"),
         ("privacy.dp=none", "model.peft=none", "model.dtype=float32", "model.base=EleutherAI/pythia-6.9b",
          "clients.lanes=1"),
+        ("train.objective=reward",),
+        ("privacy.secagg.mode=off", "privacy.dp=none", "train.objective={kind='distill', teacher='org/teacher'}"),
     ],
-    ids=["gangs", "gangs and slots", "adaptive", "example", "krum", "scaffold", "flora", "full tuning"],
+    ids=["gangs", "gangs and slots", "adaptive", "example", "krum", "scaffold", "flora", "full tuning", "reward",
+         "distill"],
 )  # fmt: skip
 def test_whatever_a_recipe_asks_for_is_tried(command, large, full, changes):
     if not full:
