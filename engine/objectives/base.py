@@ -74,6 +74,8 @@ class Context:
 
     every_logit: bool = False  # the head must see all positions of the batch in their places
     models: tuple[Any, ...] = ()  # the objective's frozen models, in their order
+    tokenizer: Tokenizer | None = None  # of the network, where it samples
+    training: bool = True  # whether rows are trained on, or held out
 
 
 class Objective(Protocol):
@@ -184,7 +186,7 @@ class Objective(Protocol):
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns the rows of a step, which are these of a client's encoded `rows`."""
 
-    def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
+    def completed(self, rows: pa.RecordBatch, completions: Completions, context: Context) -> pa.RecordBatch:
         """Makes rows that `collate` takes of a step's encoded prompts (`input_ids`) and their sampled completions."""
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
@@ -307,7 +309,7 @@ class BaseObjective:
         """Returns these rows."""
         return rows.take(pa.array(numbers))
 
-    def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
+    def completed(self, rows: pa.RecordBatch, completions: Completions, context: Context) -> pa.RecordBatch:
         """Returns the rows."""
         return rows
 

@@ -31,7 +31,8 @@ from engine.objectives.token_batch import Batch, longest
 from engine.records.client_state import OPTIMIZER, STRATEGY, owned_as, owned_by
 from engine.training.generation import continuations
 from engine.training.optimizers import clip, make_optimizer
-from engine.training.sampler import RowKeys, Sampler, greedily
+from engine.training.rollouts import Key
+from engine.training.sampler import RowKeys, Sampler
 from engine.training.step_columns import constant, judging, with_columns, without_adapters
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, pieces, take_steps
 from strategies.core.base import Finished
@@ -200,8 +201,8 @@ class LocalTrainer:
         """`models` are the objective's frozen ones; the tokenizer is for what it samples."""
         self.trainable, self.device, self.pad = trainable, trainable.flat.device, pad
         self.objective: Objective = train.objective
-        self.max_length, self.context = train.max_length, Context(models=tuple(models))
-        self.sampler = Sampler(train.objective, trainable.network, tokenizer, pad, self.device)
+        self.max_length, self.context = train.max_length, Context(models=tuple(models), tokenizer=tokenizer)
+        self.sampler = Sampler(train.objective, trainable.network, self.context, pad, self.device)
         if "head" in self.objective.needs:
             trainable.network.config.pad_token_id = pad  # by which it finds a text's last token
         if train.dtype == "bfloat16":
@@ -265,20 +266,24 @@ class LocalTrainer:
         objective, network, sampler = self.objective, self.trainable.network, self.sampler
         assert objective.sampling is not None
         once = replace(objective.sampling, samples=1)
-        sampled, greedy = (sampler.completed(rows, keys, how, batch) for how in (once, greedily(once)))
-        if objective.reference == "none":
-            return objective.judged(Answers(sampled, greedy))
-        pieces = [piece.to(self.device) for piece in self.cut(sampled, batch)]
 
-        def logprobs() -> list[torch.Tensor]:
-            return [objective.reference_columns(network, piece, Context())[REFERENCE] for piece in pieces]
+        def beside_greedy(row: int, sample: int) -> Key:
+            return None if sample else keys(row, sample)
+
+        given = sampler.completed(rows, beside_greedy, replace(once, samples=2), batch)
+        if objective.reference == "none":
+            return objective.judged(Answers(given))
+        pieces = [piece.to(self.device) for piece in self.cut(given, batch)]
+
+        def logprobs() -> torch.Tensor:
+            columns = [objective.reference_columns(network, piece, self.context)[REFERENCE] for piece in pieces]
+            return torch.cat(columns)[::2]  # of the samples
 
         with judging(network):
-            ours = logprobs()
+            ours_BC = logprobs()
         with self.as_reference(reference):
-            referred, theirs = sampler.completed(rows, keys, once, batch), logprobs()
-        kl_B = torch.cat([(own_BC - its_BC).sum(1) for own_BC, its_BC in zip(ours, theirs, strict=True)])
-        return objective.judged(Answers(sampled, greedy, referred, kl_B))
+            referred, theirs_BC = sampler.completed(rows, keys, once, batch), logprobs()
+        return objective.judged(Answers(given, referred, (ours_BC - theirs_BC).sum(1)))
 
     def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:
         """Returns the objective's means over these rows, by the vector now in the model."""

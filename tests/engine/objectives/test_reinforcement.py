@@ -82,7 +82,7 @@ def completed(trainer: LocalTrainer, rows: pa.RecordBatch, numbers: list[int], s
             Completion(np.array(ids[len(row["input_ids"][0]) :]), np.array(logprobs), bool(ended))
             for ids, logprobs, ended in zip(*samples_of(once), strict=True)
         ]
-    return objective.completed(rows.take(pa.array(numbers)), parts, trainer.sampler.tokenizer)
+    return objective.completed(rows.take(pa.array(numbers)), parts, trainer.context)
 
 
 def samples_of(once: pa.RecordBatch) -> tuple[list[Any], list[Any], list[Any]]:
@@ -220,9 +220,8 @@ def test_held_out_prompts_are_judged_beside_the_reference_by_the_same_random_num
     assert torch.equal(trainer.trainable.flat.data, start)
     assert set(terms) == set(objective.heldout_terms)
     once = replace(objective.sampling, samples=1)
-    ours, likeliest = (
-        trainer.sampler.completed(encoded, keys, how, 6) for how in (once, replace(once, temperature=0.0))
-    )
+    ours = trainer.sampler.completed(encoded, keys, once, 6)
+    likeliest = trainer.sampler.completed(encoded, lambda row, sample: None, once, 6)
     trainer.become(reference)
     theirs = trainer.sampler.completed(encoded, keys, once, 6)
     texts = [[text[0] for text in part["text"].to_pylist()] for part in (ours, likeliest, theirs)]
@@ -252,11 +251,11 @@ def log_ratios(trainer: LocalTrainer, samples: pa.RecordBatch, vector: torch.Ten
     return sums[0] - sums[1]
 
 
-def answered(objective, tokenizer, rows, texts, ended=True):
+def answered(objective, tokenizer, rows, texts, *, training=True):
     """Completed rows whose samples are given texts."""
-    ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * ended for text in texts]
-    parts = [Completion(np.array(each), np.zeros(len(each), np.float32), ended) for each in ids]
-    return objective.completed(rows, parts, tokenizer)
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    parts = [Completion(np.array(each), np.zeros(len(each), np.float32), True) for each in ids]
+    return objective.completed(rows, parts, Context(tokenizer=tokenizer, training=training))
 
 
 def test_failed_rewards_are_left_out_of_their_group_and_counted(tokenizer, rows):
@@ -279,6 +278,8 @@ def test_failed_rewards_are_left_out_of_their_group_and_counted(tokenizer, rows)
     torch.testing.assert_close(advantages, torch.tensor([[each, -each, 0, 0]]).double())
     with pytest.raises(RunError, match=r"fails for all completions, the first time with mine:fails: ValueError"):
         answered(objective, tokenizer, rows(objective, ["a"]), ["nan"] * 4)
+    heldout = answered(objective, tokenizer, rows(objective, ["a"]), ["nan"] * 4, training=False)
+    assert heldout["scored"].to_pylist() == [[0] * 4]
 
 
 def test_rewards_see_their_prompt_and_the_columns_they_read(tokenizer, rows):
@@ -297,7 +298,7 @@ def test_rewards_see_their_prompt_and_the_columns_they_read(tokenizer, rows):
     assert [(prompt, completion) for prompt, completion, _ in seen] == [("a", "b"), ("a", "x"), ("c", "x"), ("c", "d")]
     exact = Grpo(rewards=(Exact(),), num_generations=2)
     (row,) = [json.loads(bytes(text)) for text in rows(exact, ["a"], completion=["b"], level=[1])["row"].to_pylist()]
-    assert row == {"prompt": "a", "row": {"completion": "b"}}
+    assert row == {"prompt": "a", "options": None, "row": {"completion": "b"}}
     with pytest.raises(RunError, match=r"read the column 'completion', which the rows lack \(they are prompts alone\)"):
         rows(exact, ["a"])
 
