@@ -130,8 +130,9 @@ class Evaluator:
         reference, device = message.reference_vector(), self.trainer.device
         reference = None if reference is None else reference.to(device)
         keys = partial(sample_key, seed, 0, client)
-        options = {"step_factor": step_factor, "reference": reference, "keys": keys}
-        training = Training(rows, start.to(device), stream, dropout, **options)
+        training = Training(
+            rows, start.to(device), stream, dropout, step_factor=step_factor, reference=reference, keys=keys
+        )
         return self.trainer.train([training], train)
 
 

@@ -171,13 +171,12 @@ class Reinforcement(BaseObjective):
 
     def with_models(self, models: Sequence[FrozenModel]) -> Self:
         """Takes other reward models."""
-        others = iter(models)
-        rewards = [
-            replace(each, model=other.model, revision=other.revision, base=other.base)
-            if isinstance(each, RewardModel) and (other := next(others))
-            else each
-            for each in self.rewards
-        ]
+        others, rewards = iter(models), list[Rewards]()
+        for reward in self.rewards:
+            if isinstance(reward, RewardModel):
+                other = next(others)
+                reward = replace(reward, model=other.model, revision=other.revision, base=other.base)
+            rewards.append(reward)
         return replace(self, rewards=tuple(rewards))
 
     def _reward_models(self) -> list[RewardModel]:

@@ -38,7 +38,7 @@ def test_an_objective_is_a_word_or_a_section(small_recipe):
             '{kind="dpo", gamma=1.0}',
             "there is no key 'train.objective.gamma'; train.objective.kind = 'simpo' has it. [train.objective] takes",
         ),
-        ('{kind="kto", loss_type="kto"}', "train.objective.kind = 'dpo' or 'cpo' has it"),
+        ('{kind="kto", loss_type="kto"}', "train.objective.kind = 'dpo' or 'cpo' or 'grpo' has it"),
         ('{kind="dpo", loss_type="ipoo"}', "'discopop' or 'sft' or a valid array, not 'ipoo'; did you mean 'ipo'?"),
         (
             '{kind="dpo", loss_type=["ipo", "Sigmoid"]}',
