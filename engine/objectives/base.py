@@ -170,6 +170,10 @@ class Objective(Protocol):
         """How to do without what makes a row's gradient depend on other rows; None if nothing does."""
 
     @property
+    def reads(self) -> tuple[str, ...] | None:
+        """The columns that it reads beside those of its formats; None: all that there are."""
+
+    @property
     def encoding(self) -> str:
         """Names all that the result of `encode` depends on, beside rows, tokenizer and length."""
 
@@ -295,6 +299,11 @@ class BaseObjective:
     def couples_rows(self) -> str | None:
         """Rows do not depend on each other."""
         return None
+
+    @property
+    def reads(self) -> tuple[str, ...] | None:
+        """None beside them."""
+        return ()
 
     @property
     def encoding(self) -> str:

@@ -162,7 +162,7 @@ class Reinforcement(BaseObjective):
     @property
     def encoding(self) -> str:
         """The columns that rewards read, and the room for completions."""
-        return f"prompts/{self.max_completion_length}/{self._reads()}"
+        return f"prompts/{self.max_completion_length}/{self.reads}"
 
     @property
     def models(self) -> tuple[FrozenModel, ...]:
@@ -182,10 +182,11 @@ class Reinforcement(BaseObjective):
     def _reward_models(self) -> list[RewardModel]:
         return [reward for reward in self.rewards if isinstance(reward, RewardModel)]
 
-    def _reads(self) -> list[str] | None:
+    @property
+    def reads(self) -> tuple[str, ...] | None:
         """The columns that the rewards read; None: all."""
         reads = [reward.reads for reward in self.rewards]
-        return None if None in reads else sorted({column for columns in reads for column in columns or ()})
+        return None if None in reads else tuple(sorted({name for names in reads for name in names or ()}))
 
     def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
         """Makes `input_ids` of the prompt, null if it leaves no room for a completion, and what rewards are given.
@@ -193,14 +194,13 @@ class Reinforcement(BaseObjective):
         RunError if a reward reads a column that the rows lack.
         """
         names = [name for name in rows.column_names if name not in ("prompt", OPTIONS)]
-        reads = self._reads()
-        if missing := [name for name in reads or () if name not in names]:
+        if missing := [name for name in self.reads or () if name not in names]:
             have = f"they have {', '.join(names)}" if names else "they are prompts alone"
             raise RunError(
                 f"{KEY}.rewards read the column {missing[0]!r}, which the rows lack ({have}): name another in the "
                 f"reward's column, or one of the source's in data.source.columns"
             )
-        return prompt_rows(rows, reads, tokenizer, max_length - self.max_completion_length)
+        return prompt_rows(rows, self.reads, tokenizer, max_length - self.max_completion_length)
 
     def completed(self, rows: pa.RecordBatch, completions: Completions, context: Context) -> pa.RecordBatch:
         """Makes rows of a step's prompts with their completions and rewards, which `collate` takes."""
