@@ -17,6 +17,7 @@ from engine.system.atomic import write_file
 ROUND, TEXT, COUNT, NUMBER = pa.int32(), pa.string(), pa.int64(), pa.float64()
 METRICS = pa.schema({"round": ROUND, "split": TEXT, "client": TEXT, "name": TEXT, "value": NUMBER, "wall_s": NUMBER})
 LEDGER = pa.schema({"round": ROUND, "party": TEXT, "kind": TEXT, "count": COUNT, "bytes": COUNT, "mode": TEXT})
+ROLLOUTS = "rollouts"  # the folder of what models write on a few held-out prompts, a JSON file an evaluation
 FAULTS = pa.schema({"round": ROUND, "kind": TEXT, "who": TEXT, "why": TEXT, "wall_s": NUMBER})
 JUDGED = ("heldout", "unseen", "server")  # splits that models are evaluated on
 AT_END = {  # columns of the loss table by names of metrics

@@ -77,6 +77,9 @@ class Trainer(Protocol):
         Completions are drawn by `keys`.
         """
 
+    def answers(self, rows: pa.RecordBatch, batch: int, keys: RowKeys) -> pa.RecordBatch:
+        """Completes each held-out prompt by the vector now in the model: by sampling, and with the likeliest tokens."""
+
     def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:
         """Returns the objective's means over these rows, by the vector now in the model."""
 
@@ -263,14 +266,7 @@ class LocalTrainer:
 
     def _judged(self, rows: pa.RecordBatch, batch: int, reference: Vector | None, keys: RowKeys) -> TermSums:
         """Judges completions of prompts, also beside those of the reference model."""
-        objective, network, sampler = self.objective, self.trainable.network, self.sampler
-        assert objective.sampling is not None
-        once = replace(objective.sampling, samples=1)
-
-        def beside_greedy(row: int, sample: int) -> Key:
-            return None if sample else keys(row, sample)
-
-        given = sampler.completed(rows, beside_greedy, replace(once, samples=2), batch)
+        objective, network, given = self.objective, self.trainable.network, self.answers(rows, batch, keys)
         if objective.reference == "none":
             return objective.judged(Answers(given))
         pieces = [piece.to(self.device) for piece in self.cut(given, batch)]
@@ -282,8 +278,16 @@ class LocalTrainer:
         with judging(network):
             ours_BC = logprobs()
         with self.as_reference(reference):
-            referred, theirs_BC = sampler.completed(rows, keys, once, batch), logprobs()
+            referred, theirs_BC = self.sampler.completed(rows, keys, 1, batch), logprobs()
         return objective.judged(Answers(given, referred, (ours_BC - theirs_BC).sum(1)))
+
+    def answers(self, rows: pa.RecordBatch, batch: int, keys: RowKeys) -> pa.RecordBatch:
+        """Completes each held-out prompt by the vector now in the model: by sampling, and with the likeliest tokens."""
+
+        def beside_greedy(row: int, sample: int) -> Key:
+            return None if sample else keys(row, sample)
+
+        return self.sampler.completed(rows, beside_greedy, 2, batch)
 
     def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:
         """Returns the objective's means over these rows, by the vector now in the model."""

@@ -77,9 +77,11 @@ class Sampler:
                     begin = end
         return [client.ahead.popleft() for client in active]
 
-    def completed(self, rows: pa.RecordBatch, keys: RowKeys, sampling: Sampling, batch: int) -> pa.RecordBatch:
-        """Returns held-out rows with completions of their prompts, at most `batch` at once."""
-        all_keys = [keys(row, sample) for row in range(rows.num_rows) for sample in range(sampling.samples)]
+    def completed(self, rows: pa.RecordBatch, keys: RowKeys, samples: int, batch: int) -> pa.RecordBatch:
+        """Returns held-out rows with so many completions of their prompts, at most `batch` prompts at once."""
+        assert self.objective.sampling is not None
+        sampling = replace(self.objective.sampling, samples=samples)
+        all_keys = [keys(row, sample) for row in range(rows.num_rows) for sample in range(samples)]
         (completions,) = self._completions([Prompts(_token_ids(rows), all_keys)], sampling, batch)
         return self.objective.completed(rows, completions, replace(self.context, training=False))
 

@@ -36,6 +36,11 @@ TOGETHER = (
         "under DPO and KTO.",
     ),
     ("Negative log-likelihood", ("nll", "sft"), "As it is added to the loss, with its weight. In TRL: nll_loss."),
+    (
+        "Reward",
+        ("reward", "greedy"),
+        "Of samples, and of the likeliest tokens. In TRL: reward, in training.",
+    ),
     ("KL divergence", ("kl",), "Under KTO an estimate that may be below 0. In TRL: kl."),
 )
 DASHES = ("", "6 3", "2 3", "9 3 2 3")

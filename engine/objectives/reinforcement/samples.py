@@ -44,9 +44,11 @@ from engine.objectives.token_batch import Batch, token_losses
 
 KEY = "train.objective"
 POLICY = "policy"  # the term of the loss
+COST = "cost"  # minus the reward of held-out samples: as of any loss, less of it is better
 START = "start"  # a column of batches: the place before the first token of a completion (B,)
 UNITS = {
     POLICY: "policy loss",
+    COST: "minus the reward",
     "reward": "reward",
     "greedy": "reward",
     "win": "share",
@@ -94,9 +96,9 @@ class Reinforcement(BaseObjective):
     mask_truncated_completions: bool = False
     reference: Reference = "start"
     formats: ClassVar[tuple[str, ...]] = (PROMPT_ONLY, PROMPT_COMPLETION)
-    heldout: ClassVar[str] = "reward"
+    heldout: ClassVar[str] = COST
     units: ClassVar[Mapping[str, str]] = UNITS
-    shown: ClassVar[tuple[str, ...]] = ("greedy", "win")
+    shown: ClassVar[tuple[str, ...]] = ("reward", "greedy", "win")
 
     def __post_init__(self) -> None:
         if not self.rewards:
@@ -137,7 +139,7 @@ class Reinforcement(BaseObjective):
     def heldout_terms(self) -> tuple[str, ...]:
         """What evaluation measures: see `judged`."""
         beside = () if self.reference == "none" else ("win", "kl")
-        return ("reward", "greedy", "length", "ended", "failed", *beside)
+        return (COST, "reward", "greedy", "length", "ended", "failed", *beside)
 
     @property
     def judges_samples(self) -> bool:
@@ -285,6 +287,7 @@ class Reinforcement(BaseObjective):
         for place, name in enumerate(("reward", "greedy")):
             of_place = values[REWARD][:, place][values[SCORED][:, place] > 0]
             terms[name] = of_place.sum().item(), len(of_place)
+        terms[COST] = -terms["reward"][0], terms["reward"][1]
         for name, column in (("length", SIZE), ("ended", ENDED), ("failed", FAILED)):
             terms[name] = values[column][:, 0].sum().item(), given.num_rows
         if referred is not None and kl_B is not None:

@@ -77,7 +77,7 @@ def completed(trainer: LocalTrainer, rows: pa.RecordBatch, numbers: list[int], s
     for number in numbers:
         keys = [KEYS(step, number, sample) for sample in range(objective.sampling.samples)]
         row = rows.slice(number, 1)
-        once = trainer.sampler.completed(row, lambda _, sample, keys=keys: keys[sample], objective.sampling, 1)
+        once = trainer.sampler.completed(row, lambda _, sample, keys=keys: keys[sample], objective.sampling.samples, 1)
         parts += [
             Completion(np.array(ids[len(row["input_ids"][0]) :]), np.array(logprobs), bool(ended))
             for ids, logprobs, ended in zip(*samples_of(once), strict=True)
@@ -219,14 +219,13 @@ def test_held_out_prompts_are_judged_beside_the_reference_by_the_same_random_num
     terms = trainer.loss_terms(encoded, 4, reference, keys)
     assert torch.equal(trainer.trainable.flat.data, start)
     assert set(terms) == set(objective.heldout_terms)
-    once = replace(objective.sampling, samples=1)
-    ours = trainer.sampler.completed(encoded, keys, once, 6)
-    likeliest = trainer.sampler.completed(encoded, lambda row, sample: None, once, 6)
+    ours = trainer.sampler.completed(encoded, keys, 1, 6)
+    likeliest = trainer.sampler.completed(encoded, lambda row, sample: None, 1, 6)
     trainer.become(reference)
-    theirs = trainer.sampler.completed(encoded, keys, once, 6)
+    theirs = trainer.sampler.completed(encoded, keys, 1, 6)
     texts = [[text[0] for text in part["text"].to_pylist()] for part in (ours, likeliest, theirs)]
     rewards = np.array([[max(0, 1 - abs(len(text.strip()) - 6) / 6) for text in part] for part in texts])
-    assert terms["reward"] == (pytest.approx(rewards[0].sum()), 6)
+    assert terms["reward"] == (pytest.approx(rewards[0].sum()), 6) and terms["cost"] == (-terms["reward"][0], 6)
     assert terms["greedy"] == (pytest.approx(rewards[1].sum()), 6)
     wins = (rewards[0] > rewards[2]).sum() + (rewards[0] == rewards[2]).sum() / 2
     assert terms["win"] == (wins, 6) and 0 < wins < 6
@@ -331,7 +330,7 @@ def test_the_same_completions_in_batches_of_any_size(make_double, rows, moved):
     trainer, encoded = make_double(objective, ONE_STEP), rows(objective)
     trainer.become(moved(trainer))
     keys = partial(sample_key, 1, 0, 3, 0)
-    whole, by_two = (trainer.sampler.completed(encoded, keys, objective.sampling, size) for size in (6, 2))
+    whole, by_two = (trainer.sampler.completed(encoded, keys, objective.sampling.samples, size) for size in (6, 2))
     assert whole["text"].equals(by_two["text"]) and len({*map(str, whole["text"].to_pylist())}) == 6
 
 
