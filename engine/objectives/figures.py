@@ -17,9 +17,14 @@ def term_metrics(objective: Objective) -> dict[str, tuple[str, str]]:
     return {t: (f"term.{t}", f"units.{t}") for t in terms} if len(terms) > 1 else {terms[0]: ("loss", "learned")}
 
 
+def shown_names(objective: Objective) -> list[str]:
+    """Returns the figures that are shown beside the loss, as far as the options let them be measured."""
+    return [name for name in objective.shown if name in objective.heldout_terms]
+
+
 def shown_units(objective: Objective) -> dict[str, str]:
     """Returns the units of the evaluation's `loss`, and of the figures that are shown beside it."""
-    terms = {"loss": objective.heldout, **{name: name for name in objective.shown}}
+    terms = {"loss": objective.heldout, **{name: name for name in shown_names(objective)}}
     return {name: objective.units.get(term, "") for name, term in terms.items()}
 
 

@@ -16,6 +16,7 @@ from engine.messages.errors import RunError
 from engine.messages.events import Evaluated, Event, Fault
 from engine.messages.reports import FLOAT_BYTES
 from engine.messages.shards import ShardedState, borrow
+from engine.objectives.figures import shown_names
 from engine.records.metrics import ROLLOUTS, Logs
 from engine.rounds.round_loop import RoundLoop, RunSetup, round_loop
 from engine.rounds.server import merge_into_base
@@ -154,7 +155,7 @@ class PoolEvaluator:
         """Says what was evaluated, by split."""
         objective = self.setup.federation.train.objective
         means = {split: loss.metrics("loss", objective) for split, loss in losses.items()}
-        figures = {name: {split: of[f"loss.{name}"] for split, of in means.items()} for name in objective.shown}
+        figures = {name: {split: of[f"loss.{name}"] for split, of in means.items()} for name in shown_names(objective)}
         return Evaluated(round_, {split: of["loss"] for split, of in means.items()}, baseline, figures)
 
 

@@ -9,7 +9,7 @@ from engine.messages.broadcast import share
 from engine.messages.events import Checkpointed, Event, RunDone, Sample
 from engine.messages.shards import ShardedState
 from engine.models.export import model_card
-from engine.objectives.figures import shown_units
+from engine.objectives.figures import shown_names, shown_units
 from engine.records.checkpoint import save_checkpoint
 from engine.records.metrics import LossTable, loss_table
 from engine.rounds.evaluation import PoolEvaluator
@@ -41,7 +41,7 @@ def finish(
     objective = setup.federation.train.objective
 
     def figures() -> dict[str, LossTable]:
-        return {name: loss_table(metrics, state.round, name) for name in objective.shown}
+        return {name: loss_table(metrics, state.round, name) for name in shown_names(objective)}
 
     def card() -> str:
         tables, facts = {"loss": loss_table(metrics, state.round), **figures()}, setup.store.manifest

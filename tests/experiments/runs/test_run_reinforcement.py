@@ -113,7 +113,7 @@ COMBINATIONS = {
         'privacy.dp={kind="example", noise_multiplier=0.5, clip=0.3, delta=1e-3}',
         "clients.lanes=1",
     ),
-    "central": ('privacy.dp={kind="central", noise_multiplier=0.5, clip=0.3, delta=1e-3}'),
+    "central": ('privacy.dp={kind="central", noise_multiplier=0.5, clip=0.3, delta=1e-3}',),
     "scaffold": ("strategy=scaffold", 'train.optimizer={kind="sgd", lr=0.05}'),
     "ditto": ("strategy=ditto",),
     "hetlora": (
