@@ -38,8 +38,8 @@ Completions = Sequence[Completion]  # of several prompts, the samples of a promp
 class Answers(NamedTuple):
     """Completed rows of held-out prompts: of each a sample, and beside it the likeliest tokens.
 
-    `referred` are the reference model's samples by the same random numbers, and `kl_B` the log-ratios of the samples to
-    it; None without such a model.
+    `referred` are the reference model's by the same random numbers, and `kl_B` the log-ratios of the samples to it;
+    None without such a model.
     """
 
     given: pa.RecordBatch

@@ -278,7 +278,7 @@ class LocalTrainer:
         with judging(network):
             ours_BC = logprobs()
         with self.as_reference(reference):
-            referred, theirs_BC = self.sampler.completed(rows, keys, 1, batch), logprobs()
+            referred, theirs_BC = self.answers(rows, batch, keys), logprobs()
         return objective.judged(Answers(given, referred, (ours_BC - theirs_BC).sum(1)))
 
     def answers(self, rows: pa.RecordBatch, batch: int, keys: RowKeys) -> pa.RecordBatch:

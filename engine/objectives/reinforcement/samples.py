@@ -291,8 +291,9 @@ class Reinforcement(BaseObjective):
         for name, column in (("length", SIZE), ("ended", ENDED), ("failed", FAILED)):
             terms[name] = values[column][:, 0].sum().item(), given.num_rows
         if referred is not None and kl_B is not None:
-            both = (values[SCORED][:, 0] > 0) & (values_of(referred, SCORED) > 0)
-            difference = (values[REWARD][:, 0] - values_of(referred, REWARD))[both]
+            theirs = {name: values_of(referred, name)[::2] for name in (REWARD, SCORED)}
+            both = (values[SCORED][:, 0] > 0) & (theirs[SCORED] > 0)
+            difference = (values[REWARD][:, 0] - theirs[REWARD])[both]
             terms["win"] = (np.sign(difference) + 1).sum().item() / 2, len(difference)
             terms["kl"] = kl_B.double().sum().item(), len(kl_B)
         return terms
