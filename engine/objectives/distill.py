@@ -45,6 +45,7 @@ class Distill(BaseObjective):
     figures: ClassVar[Mapping[str, float]] = {"kl": NATS, "agreement": 1.0}
     units: ClassVar[Mapping[str, str]] = {DIVERGENCE: "nats per token", "kl": "nats per token", "agreement": "share"}
     heldout: ClassVar[str] = DIVERGENCE
+    shown: ClassVar[tuple[str, ...]] = ("agreement",)
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:

@@ -198,10 +198,10 @@ class LocalTrainer:
         trainable: Trainable,
         pad: int,
         train: Train,
-        models: Sequence[Any] = (),
         tokenizer: Tokenizer | None = None,
+        models: Sequence[Any] = (),
     ) -> None:
-        """`models` are the objective's frozen ones; the tokenizer is for what it samples."""
+        """The tokenizer writes completions for rewards; `models` are the objective's frozen ones."""
         self.trainable, self.device, self.pad = trainable, trainable.flat.device, pad
         self.objective: Objective = train.objective
         self.max_length, self.context = train.max_length, Context(models=tuple(models), tokenizer=tokenizer)

@@ -154,10 +154,8 @@ class Evaluator:
         reference, device = message.reference_vector(), self.trainer.device
         reference = None if reference is None else reference.to(device)
         keys = partial(sample_key, seed, 0, client)
-        training = Training(
-            rows, start.to(device), stream, dropout, step_factor=step_factor, reference=reference, keys=keys
-        )
-        return self.trainer.train([training], train)
+        training = Training(rows, start.to(device), stream, dropout, reference=reference, keys=keys)
+        return self.trainer.train([replace(training, step_factor=step_factor)], train)
 
 
 def _factor(train: Train, begun: int, rounds: int, at: int, total: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from engine.messages.errors import RunError
 from engine.objectives.reinforcement.rewards import checked
 from experiments.config.user_code import reward_function
-from experiments.report.terminal import console, plain
+from experiments.report.terminal import console, plain, say
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = "import sys; from experiments.cli.reward_check import print_values; print_values(sys.argv[1])"
@@ -75,7 +75,7 @@ def values(function: Function, *, reverse: bool = False) -> list[str | None]:
 
 def print_values(named: str) -> None:
     """Prints the function's values, for another process to read."""
-    print(json.dumps(values(reward_function("--check", named))))
+    say(json.dumps(values(reward_function("--check", named))))
 
 
 def _fault_of_values(function: Function) -> str | None:

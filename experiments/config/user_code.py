@@ -130,7 +130,7 @@ def reward_function(place: str, kind: str) -> Any:
     return function
 
 
-def imported(place: str, kind: str, *methods: str) -> Any:
+def imported(place: str, kind: str, *methods: str | int) -> Any:
     """The dataclass that "my_module:MyClass" names; RunError if it cannot be imported or lacks one of the methods."""
     member = _member(place, kind)
     missing = [method for method in methods if method not in dir(member)]

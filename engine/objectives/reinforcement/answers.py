@@ -184,7 +184,7 @@ def _raised(value: Value, exponent: Value) -> Value:
             raise ValueError("a power of too many digits")
         exact: Fraction = value**exponent.numerator
         return exact
-    power = float(value) ** float(exponent)
+    power: float | complex = float(value) ** float(exponent)
     if isinstance(power, complex):
         raise ValueError("a root of a negative number")
     return float(power)

@@ -73,7 +73,7 @@ def make_double(
             for frozen in objective.models
             for index, weights in [read_frozen(frozen, model)]
         ]
-        return LocalTrainer(trainable, 0, replace(train, objective=objective), models, tokenizer)
+        return LocalTrainer(trainable, 0, replace(train, objective=objective), tokenizer, models)
 
     return made
 

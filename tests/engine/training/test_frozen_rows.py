@@ -31,7 +31,9 @@ def rule_of_rows(federation, make_private, rows):
         layout = trainer.trainable.layout
         noise = torch.from_numpy(np.random.default_rng(5).standard_normal(layout.size)).float()
         broadcast = Broadcast(round_, trainer.trainable.initial + 0.02 * noise, layout=layout, lora_rank=lora_rank)
-        training = _trainings(Job(1, rows, 1.0, broadcast, state or {}), recipe, trainer.device, view=False)[model]
+        training = _trainings(Job(1, rows, 1.0, broadcast, state or {}), recipe, trainer.device, None, view=False)[
+            model
+        ]
         (result,) = trainer.train([training], recipe.train)
         return training.start, result.end, trainer
 
@@ -96,13 +98,13 @@ def test_the_norm_by_hand(make_private):
     grad = torch.zeros(layout.size)
     grad[frozen], grad[trained_at] = 3.0, 4.0
     each = {name: view[None].clone() for name, view in layout.views(grad).items()}
-    trainer._each_row = lambda count: each
+    trainer._each_row = lambda rows, group: each
     nll = sum((parameter * each[name][0]).sum() for name, parameter in _named(trainer, layout).items())
     trainer.trained_mask = torch.ones(layout.size, dtype=torch.bool)
     for part in slices(layout, LORA_A):
         trainer.trained_mask[part] = False
     summed = torch.zeros(layout.size)
-    trainer._add_clipped({"nll": Term(nll[None], torch.zeros(1, dtype=torch.long))}, 1, summed)
+    trainer._add_clipped({"nll": Term(nll[None], torch.zeros(1, dtype=torch.long))}, 1, 1, summed)
     assert summed[trained_at].item() == pytest.approx(2.0) and summed[frozen] == 0
 
 

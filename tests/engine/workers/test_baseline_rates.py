@@ -46,7 +46,7 @@ class Rates:
     def step(self, adjust: Any) -> None:
         self.noted.append(self.optimizer.param_groups[0]["lr"])
 
-    def loss_terms(self, rows: pa.RecordBatch, batch: int) -> dict[str, tuple[float, int]]:
+    def loss_terms(self, rows: pa.RecordBatch, batch: int, *_: Any) -> dict[str, tuple[float, int]]:
         return {"nll": (0.0, 1)}
 
     def end(self, lane: int, training: Training) -> torch.Tensor:
@@ -68,7 +68,9 @@ def test_the_rates_of_a_training_for_all_rounds_by_hand(first: int, steps: int, 
     )
     federation = Federation(name="x", seed=1, rounds=4, model=Model(), cohort=UniformCohort(size=1), train=train)
     rows = pa.RecordBatch.from_pydict({"row": list(range(9))})
-    runner: Any = SimpleNamespace(federation=federation, tokens=SimpleNamespace(rows=lambda client, split: rows))
+    runner: Any = SimpleNamespace(
+        federation=federation, rows_of=lambda client, split, message: rows, peers=SimpleNamespace(rank=None)
+    )
     trainer: Any = Rates()
     message = BroadcastMessage.of(Broadcast(first, torch.zeros(1)))
     (loss,) = Evaluator(runner, trainer, None).local_only([3], message, [steps])

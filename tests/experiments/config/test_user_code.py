@@ -160,9 +160,9 @@ def test_an_own_reward_is_read_written_back_and_sent_with_the_run(reward_recipe)
     import cloudpickle
 
     recipe = reward_recipe('{kind="own_rewards:polite", weight=0.5}')
-    shipped, own = recipe.train.objective.rewards
-    assert shipped.target == 3 and own.weight == 0.5
-    assert own.score("", "yes, please", {}) == 1 and own.score("", "no", {}) == 0
+    shipped, polite = recipe.train.objective.rewards
+    assert shipped.target == 3 and polite.weight == 0.5
+    assert polite.score("", "yes, please", {}) == 1 and polite.score("", "no", {}) == 0
     tree = tomllib.loads(to_toml(recipe))["train"]["objective"]
     assert tree["rewards"][1] == {"kind": "own_rewards:polite", "weight": 0.5} and tree["rewards"][0]["target"] == 3
     again = parse_recipe(to_toml(recipe))
@@ -170,7 +170,7 @@ def test_an_own_reward_is_read_written_back_and_sent_with_the_run(reward_recipe)
     assert "the code of own_rewards" in digests(recipe)
     (place,) = user_objects(recipe)
     assert place == ("train", "objective", "rewards", 1)
-    module = code_of(own).__module__
+    module = code_of(polite).__module__
     cloudpickle.register_pickle_by_value(sys.modules[module])
     sent = cloudpickle.dumps(recipe.train.objective)
     del sys.modules[module]

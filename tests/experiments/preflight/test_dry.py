@@ -215,7 +215,7 @@ def test_fewer_slots_than_asked_for_prove_no_placement(tmp_path):
 
 
 def test_no_model_proves_no_resume(small_recipe, tmp_path):
-    first, again = (Run(tmp_path / name, {}, []) for name in ("first", "again"))
+    first, again = (Run(tmp_path / name, {}, [], {}, {}) for name in ("first", "again"))
     first.model.mkdir(parents=True)
     assert not _resume(small_recipe(), first, again, 1).holds
     for run in (first, again):
