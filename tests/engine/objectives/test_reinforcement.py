@@ -1,5 +1,6 @@
 """Objectives on own samples: a step is that of its completions, however it is cut, and evaluation is by hand."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -12,14 +13,16 @@ import pyarrow as pa
 import pytest
 import torch
 
+from datasets_partition.core.types import TURNS
 from engine.config.federation import Federation
 from engine.config.privacy import Privacy
 from engine.config.sections import Clients, Zero
 from engine.config.train import Sgd, Train
 from engine.messages.errors import RunError
+from engine.messages.frozen import FrozenModel
 from engine.objectives.base import Context, step_loss
 from engine.objectives.reinforcement.grpo import Grpo
-from engine.objectives.reinforcement.rewards import Custom, Exact, Length, Words
+from engine.objectives.reinforcement.rewards import Custom, Exact, Length, RewardModel, Words
 from engine.objectives.reinforcement.rloo import Rloo
 from engine.objectives.reinforcement.samples import POLICY
 from engine.objectives.sampling import Completion
@@ -300,6 +303,47 @@ def test_rewards_see_their_prompt_and_the_columns_they_read(tokenizer, rows):
     assert row == {"prompt": "a", "options": None, "row": {"completion": "b"}}
     with pytest.raises(RunError, match=r"read the column 'completion', which the rows lack \(they are prompts alone\)"):
         rows(exact, ["a"])
+
+
+def test_reward_models_score_all_completions_at_once_beside_functions(tokenizer, rows):
+    rewards = (RewardModel(model="first", weight=0.5), Length(target=2, unit="characters"), RewardModel(model="second"))
+    objective = Grpo(rewards=rewards, num_generations=2, max_completion_length=4)
+    assert [(each.model, each.scores) for each in objective.models] == [("first", True), ("second", True)]
+    moved = objective.with_models([FrozenModel("/a/first", base="/b"), FrozenModel("/a/second", "main")])
+    assert moved.rewards[0] == RewardModel(model="/a/first", base="/b", weight=0.5) and moved.rewards[1] == rewards[1]
+    assert moved.rewards[2] == RewardModel(model="/a/second", revision="main")
+    calls = []
+
+    def scorer(prompts, texts):
+        calls.append((prompts, texts))
+        return [float(len(text)) for text in texts]
+
+    models = (scorer, lambda prompts, texts: [math.nan if text == "abc" else 1.0 for text in texts])
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ("ab", "abc", "a", "")]
+    parts = [Completion(np.array(each), np.zeros(len(each), np.float32), True) for each in ids]
+    encoded = rows(objective, ["one", "two"])
+    samples = objective.completed(encoded, parts, Context(tokenizer=tokenizer, models=models))
+    assert calls == [(["one", "one", "two", "two"], ["ab", "abc", "a", ""])]
+    assert samples["reward"].to_pylist() == [[1 + 1 + 1, 0], [0.5 + 0.5 + 1, 0 + 0 + 1]]
+    assert samples["failed"].to_pylist() == [[0, 1], [0, 0]]
+
+
+def test_turns_reach_rewards_and_reward_models(tokenizer, rows):
+    turns = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "yo"}]]
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}> {% endif %}"
+    spoken = copy.copy(tokenizer)
+    spoken.chat_template = template
+    seen, scored = [], []
+    noting = Custom("mine:note", lambda prompt, completion, row: seen.append(prompt) or 1.0)
+    objective = Grpo(rewards=(noting, RewardModel(model="m")), num_generations=2)
+    table = pa.table({"prompt": pa.array(turns, TURNS)})
+    (encoded,) = objective.encode(table, spoken, 96).to_batches()
+    assert spoken.decode(encoded["input_ids"][1].as_py()) == "yo > "
+    parts = [Completion(np.array([5]), np.zeros(1, np.float32), False)] * 4
+    models = (lambda prompts, texts: [scored.append(prompt) or 1.0 for prompt in prompts],)
+    objective.completed(encoded, parts, Context(tokenizer=spoken, models=models))
+    assert seen == [turns[0]] * 2 + [turns[1]] * 2
+    assert [each.turns for each in scored] == seen
 
 
 def test_a_prompt_that_leaves_no_room_is_dropped(tokenizer, rows):

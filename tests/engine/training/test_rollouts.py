@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.messages.errors import RunError
 from engine.objectives.sampling import Sampling
 from engine.training.rollouts import Rollouts, by_gumbel, by_inversion, cached_forward, complete, philox
+from experiments.preflight.families import tiny_base
 from strategies.core.seeds import keyed_rng, sample_key
 
 TINY = Path(__file__).resolve().parents[3] / "experiments" / "models" / "tiny"
@@ -167,3 +169,22 @@ def test_gumbel_max_draws_by_the_probabilities_and_by_the_key_alone():
     assert torch.equal(few, chosen[10:15])
     other = by_gumbel(chances.log().expand(8000, -1), key_B4, 4)
     assert 0.6 < (other != chosen).double().mean() < 0.8  # independent: 1 - sum of squares is 0.725
+
+
+# Attention, ALiBi, sliding windows, state spaces, both, and a cache of the model's own.
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "gemma3", "mamba", "mamba2", "falcon_h1", "jamba", "minimax"])
+def test_families_sample_as_without_a_cache(family):
+    prompts = [np.array([5, 9, 11, 7]), np.array([8, 3]), np.array([12, 13, 14, 15, 16, 17, 18])]
+    keys = keys_of(3, 2)
+    with tiny_base(family) as base:
+        network = base.plain().eval()
+        ours = complete(cached_forward(network), prompts, keys, Sampling(2, 5), ends=frozenset(), pad=0, device=CPU)
+        for place, key in enumerate(keys):
+            ids, logprobs = without_cache(network, prompts[place // 2], key, 5, 1.0)
+            assert ours.ids_BC[place].tolist() == ids
+            np.testing.assert_allclose(ours.logprobs_BC[place].numpy(), logprobs, atol=1e-4)
+
+
+def test_a_family_without_a_cache_for_batches_is_refused():
+    with tiny_base("rwkv") as base, pytest.raises(RunError, match=r"a RwkvForCausalLM, keeps no cache"):
+        cached_forward(base.plain())
