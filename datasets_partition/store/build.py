@@ -47,6 +47,7 @@ from datasets_partition.store.store import INDEX, ROWS_PER_GROUP, STORE_VERSION,
 
 OnStep = Callable[[str], None]
 ROWS_AT_ONCE = 64 * ROWS_PER_GROUP
+STORED = ("client", "category")  # columns that a store has of its own
 
 
 def build(
@@ -57,12 +58,14 @@ def build(
     cache: str,
     on_step: OnStep = lambda step: None,
     label: str | None = None,
+    beside: tuple[str, ...] | None = (),
 ) -> Path:
     """Returns the folder of the store in `cache`, whose name is a hash of everything that its rows depend on.
 
     It appears whole or not at all, however many builders there are. A remote `cache` gets the store too, and the folder
     is this machine's copy of it. `on_step` is called with the name of each step. `label` names a column to keep as the
-    rows' category, in place of the partition's. Raises DataError where an argument cannot be used.
+    rows' category, in place of the partition's; `beside` names columns to keep beside the content, None all of them.
+    Raises DataError where an argument cannot be used.
     """
     origin = {
         "source": repr(source),
@@ -77,13 +80,14 @@ def build(
         # Since 2 keys of turns and columns beside them are read that were left out before.
         **({"reading": 2} if isinstance(source, Files | HfDatasets) else {}),
         **({"by": splits.by} if splits.by != "row" else {}),
+        **({"beside": beside} if beside != () else {}),
     }
     key = sha256(json.dumps(origin).encode()).hexdigest()
     remote = None if is_local(cache) else within(cache, key[:16])
     folder = (node_cache() if remote else Path(cache)) / key[:16]
     sealed.refuse_unwritable(cache)
     if not sealed.ready(folder, key, remote):
-        write = _prepare(source, partitioner, splits, seed, on_step, label)
+        write = _prepare(source, partitioner, splits, seed, on_step, label, beside)
         try:
             code_version = version("fedpost")
         except PackageNotFoundError:
@@ -98,7 +102,13 @@ def build(
 
 
 def _prepare(
-    source: Source, partitioner: Partitioner, splits: Splits, seed: int, on_step: OnStep, label: str | None
+    source: Source,
+    partitioner: Partitioner,
+    splits: Splits,
+    seed: int,
+    on_step: OnStep,
+    label: str | None,
+    beside: tuple[str, ...] | None,
 ) -> Callable[[Path], dict[str, Any]]:
     """Gives rows to clients; returns the function that writes them into a folder and returns the manifest's counts."""
     loaded, skipped = _load(source, on_step)
@@ -157,8 +167,10 @@ def _prepare(
         names = pa.concat_arrays([names, pa.nulls(1, pa.string())])
         total, heldout = np.append(total, len(servers)), np.append(heldout, len(servers))
     index = pa.table([names, np.cumsum(total) - total, total - heldout, heldout], names=INDEX.names).cast(INDEX)
-    content = pa.table(category | {name: table[name] for name in columns})
-    stored_as = [pa.field(name, pa.string()) for name in category] + [loaded.schema.field(name) for name in columns]
+    stored_columns = (*columns, *_beside(loaded.column_names, columns, beside))
+    content = pa.table(category | {name: table[name] for name in stored_columns})
+    stored_as = [pa.field(name, pa.string()) for name in category]
+    stored_as += [loaded.schema.field(name) for name in stored_columns]
     schema = pa.schema([("client", pa.string()), *stored_as])
     unit = unit_of(partitioner, int(np.bincount(people).max()), int(np.bincount(clients).max()), loaded.column_names)
     counts = {
@@ -188,6 +200,18 @@ def _prepare(
         return counts
 
     return write
+
+
+def _beside(names: list[str], content: tuple[str, ...], beside: tuple[str, ...] | None) -> list[str]:
+    """The columns to keep beside the content, without those that a store has anyway."""
+    for name in beside or ():
+        if name not in names:
+            raise DataError(
+                f"train.objective reads the column {name!r}, which the source does not give (it gives "
+                f"{', '.join(names)}): name another, or rename one in data.source.columns"
+            )
+    known = {*content, *STORED}
+    return [name for name in (names if beside is None else beside) if name not in known]
 
 
 def _load(source: Source, on_step: OnStep) -> Rows:

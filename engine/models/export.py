@@ -16,7 +16,8 @@ from engine.config.sections import Model
 from engine.models.adapters import is_transposed
 from engine.models.stored_weights import persistent_buffers
 from engine.models.trainable import Trainable
-from engine.objectives.base import Tokenizer, shown_units
+from engine.objectives.base import Tokenizer
+from engine.objectives.figures import shown_units
 from engine.objectives.templates import undated
 from engine.records.metrics import LossTable, with_unit
 from strategies.core.layout import Layout

@@ -34,7 +34,6 @@ Need = Literal["head"]
 Period = Literal["step", "round"]
 Reference = Literal["base", "start", "round", "none"]
 NATS = 64.0  # of a token at most: e^-64 is less than any softmax of float32 gives
-MEAN_REWARD = "mean reward"  # the unit of a held-out term of which more is better
 REFERENCE = "reference"  # the column of what the reference model says
 IN_WORDS = {
     PROMPT_COMPLETION: "texts, prompts with completions",
@@ -75,6 +74,8 @@ class Context:
 
     every_logit: bool = False  # the head must see all positions of the batch in their places
     models: tuple[Any, ...] = ()  # the objective's frozen models, in their order
+    tokenizer: Tokenizer | None = None  # of the network, where it samples
+    training: bool = True  # whether rows are trained on, or held out
 
 
 class Objective(Protocol):
@@ -118,13 +119,6 @@ class Objective(Protocol):
         """The model that log-probabilities are compared with: see `BaseObjective`."""
 
     @property
-    def models(self) -> tuple[FrozenModel, ...]:
-        """The models that it reads beside the network, which `Context.models` has: see `map_frozen`."""
-
-    def with_models(self, models: Sequence[FrozenModel]) -> Self:
-        """Returns the objective with other models in place of its own."""
-
-    @property
     def reads_reference(self) -> bool:
         """Whether `terms` reads what the reference model says."""
 
@@ -139,6 +133,13 @@ class Objective(Protocol):
     @property
     def judges_samples(self) -> bool:
         """Whether held-out rows are prompts, judged by completions of them: see `judged`."""
+
+    @property
+    def models(self) -> tuple[FrozenModel, ...]:
+        """The models that it reads beside the network, which `Context.models` has: see `map_frozen`."""
+
+    def with_models(self, models: Sequence[FrozenModel]) -> Self:
+        """Returns the objective with other models in place of its own."""
 
     @property
     def means(self) -> tuple[str, ...]:
@@ -169,6 +170,10 @@ class Objective(Protocol):
         """How to do without what makes a row's gradient depend on other rows; None if nothing does."""
 
     @property
+    def reads(self) -> tuple[str, ...] | None:
+        """The columns that it reads beside those of its formats; None: all that there are."""
+
+    @property
     def encoding(self) -> str:
         """Names all that the result of `encode` depends on, beside rows, tokenizer and length."""
 
@@ -185,7 +190,7 @@ class Objective(Protocol):
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns the rows of a step, which are these of a client's encoded `rows`."""
 
-    def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
+    def completed(self, rows: pa.RecordBatch, completions: Completions, context: Context) -> pa.RecordBatch:
         """Makes rows that `collate` takes of a step's encoded prompts (`input_ids`) and their sampled completions."""
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
@@ -232,15 +237,6 @@ class BaseObjective:
         return "none"
 
     @property
-    def models(self) -> tuple[FrozenModel, ...]:
-        """There are none."""
-        return ()
-
-    def with_models(self, models: Sequence[FrozenModel]) -> Self:
-        """Returns the same."""
-        return self
-
-    @property
     def reads_reference(self) -> bool:
         """Whether there is one."""
         return self.reference != "none"
@@ -253,12 +249,21 @@ class BaseObjective:
     @property
     def heldout_terms(self) -> tuple[str, ...]:
         """Those of training."""
-        return tuple(terms_of(self))  # type: ignore[arg-type]
+        return (*self.losses, *self.figures)  # type: ignore[attr-defined]
 
     @property
     def judges_samples(self) -> bool:
         """They have what is learned."""
         return False
+
+    @property
+    def models(self) -> tuple[FrozenModel, ...]:
+        """There are none."""
+        return ()
+
+    def with_models(self, models: Sequence[FrozenModel]) -> Self:
+        """Returns the same."""
+        return self
 
     @property
     def means(self) -> tuple[str, ...]:
@@ -296,6 +301,11 @@ class BaseObjective:
         return None
 
     @property
+    def reads(self) -> tuple[str, ...] | None:
+        """None beside them."""
+        return ()
+
+    @property
     def encoding(self) -> str:
         """All options."""
         return repr(self)
@@ -308,7 +318,7 @@ class BaseObjective:
         """Returns these rows."""
         return rows.take(pa.array(numbers))
 
-    def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
+    def completed(self, rows: pa.RecordBatch, completions: Completions, context: Context) -> pa.RecordBatch:
         """Returns the rows."""
         return rows
 
@@ -350,23 +360,6 @@ def term_sums(
 def step_loss(objective: Objective, totals: Mapping[str, torch.Tensor], counts: Mapping[str, float]) -> torch.Tensor:
     """Returns the loss: each of its terms' sum over its count in the whole step, added up; 0 without units."""
     return reduce(add, (totals[name] / max(1, counts[name]) for name in objective.losses))
-
-
-def terms_of(objective: Objective) -> dict[str, float]:
-    """Returns all terms, those of the loss first, and the largest magnitude of a unit of each."""
-    return {**objective.losses, **objective.figures}
-
-
-def term_metrics(objective: Objective) -> dict[str, tuple[str, str]]:
-    """Returns which metrics hold each term's mean and number of units: `loss` and `learned` those of an only term."""
-    terms = [*terms_of(objective)]
-    return {t: (f"term.{t}", f"units.{t}") for t in terms} if len(terms) > 1 else {terms[0]: ("loss", "learned")}
-
-
-def shown_units(objective: Objective) -> dict[str, str]:
-    """Returns the units of the evaluation's `loss`, and of the figures that are shown beside it."""
-    terms = {"loss": objective.heldout, **{name: name for name in objective.shown}}
-    return {name: objective.units.get(term, "") for name, term in terms.items()}
 
 
 def require_format(objective: Objective, rows: pa.Table) -> None:

@@ -1,9 +1,31 @@
-"""What is summed over clients of an objective's terms, and what metrics make of the sums."""
+"""What is told of an objective's terms: a client's metrics, their sums over clients, and the means of those."""
 
 import math
 from collections.abc import Mapping
 
-from engine.objectives.base import Objective, term_metrics, terms_of
+from engine.objectives.base import Objective
+
+
+def terms_of(objective: Objective) -> dict[str, float]:
+    """Returns all terms, those of the loss first, and the largest magnitude of a unit of each."""
+    return {**objective.losses, **objective.figures}
+
+
+def term_metrics(objective: Objective) -> dict[str, tuple[str, str]]:
+    """Returns which metrics hold each term's mean and number of units: `loss` and `learned` those of an only term."""
+    terms = [*terms_of(objective)]
+    return {t: (f"term.{t}", f"units.{t}") for t in terms} if len(terms) > 1 else {terms[0]: ("loss", "learned")}
+
+
+def shown_names(objective: Objective) -> list[str]:
+    """Returns the figures that are shown beside the loss, as far as the options let them be measured."""
+    return [name for name in objective.shown if name in objective.heldout_terms]
+
+
+def shown_units(objective: Objective) -> dict[str, str]:
+    """Returns the units of the evaluation's `loss`, and of the figures that are shown beside it."""
+    terms = {"loss": objective.heldout, **{name: name for name in shown_names(objective)}}
+    return {name: objective.units.get(term, "") for name, term in terms.items()}
 
 
 def client_figures(objective: Objective, metrics: Mapping[str, float]) -> dict[str, float]:

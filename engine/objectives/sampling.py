@@ -15,7 +15,7 @@ import torch
 class Sampling:
     """How completions are sampled: `samples` for each prompt, of at most `tokens` tokens.
 
-    A temperature of 0 takes the likeliest token each time. The prompts of `steps` steps are completed at once.
+    The prompts of `steps` steps are completed at once.
     """
 
     samples: int = 1
@@ -36,13 +36,12 @@ Completions = Sequence[Completion]  # of several prompts, the samples of a promp
 
 
 class Answers(NamedTuple):
-    """Completed rows of held-out prompts: a sample of each, and its likeliest tokens.
+    """Completed rows of held-out prompts: of each a sample, and beside it the likeliest tokens.
 
-    `referred` are the reference model's samples by the same random numbers, and `kl_B` the log-ratios of the samples to
-    it; None without such a model.
+    `referred` are the reference model's by the same random numbers, and `kl_B` the log-ratios of the samples to it;
+    None without such a model.
     """
 
-    sampled: pa.RecordBatch
-    greedy: pa.RecordBatch
+    given: pa.RecordBatch
     referred: pa.RecordBatch | None = None
     kl_B: torch.Tensor | None = None

@@ -104,7 +104,7 @@ class Batch:
 def token_losses(
     network: nn.Module, batch: Batch, *, every_logit: bool = False, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Computes the nats of each learned token (N,) by logits over a temperature; `every_logit` as in `token_logits`."""
+    """Computes the nats of each learned token (N,); `every_logit` as in `token_logits`."""
     logits_NV = token_logits(network, batch, every_logit=every_logit)
     if temperature != 1:
         logits_NV = logits_NV / temperature

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 
 from engine.messages.errors import RunError
 from engine.messages.events import DROPOUT, Fault
-from engine.objectives.base import MEAN_REWARD
 from engine.system.atomic import write_file
 
 ROUND, TEXT, COUNT, NUMBER = pa.int32(), pa.string(), pa.int64(), pa.float64()
 METRICS = pa.schema({"round": ROUND, "split": TEXT, "client": TEXT, "name": TEXT, "value": NUMBER, "wall_s": NUMBER})
 LEDGER = pa.schema({"round": ROUND, "party": TEXT, "kind": TEXT, "count": COUNT, "bytes": COUNT, "mode": TEXT})
+ROLLOUTS = "rollouts"  # the folder of what models write on a few held-out prompts, a JSON file an evaluation
 FAULTS = pa.schema({"round": ROUND, "kind": TEXT, "who": TEXT, "why": TEXT, "wall_s": NUMBER})
 JUDGED = ("heldout", "unseen", "server")  # splits that models are evaluated on
 AT_END = {  # columns of the loss table by names of metrics
@@ -201,7 +201,5 @@ def loss_table(folder: Path, last: int, figure: str | None = None) -> LossTable:
 
 
 def with_unit(name: str, unit: str) -> str:
-    """Returns a title such as "loss (nats per token)"; a mean reward is called so, and not a loss."""
-    if unit == MEAN_REWARD:
-        return name.replace("loss", unit)
+    """Returns a title such as "loss (nats per token)"."""
     return f"{name} ({unit})" if unit else name

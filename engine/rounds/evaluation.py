@@ -1,5 +1,6 @@
 """Evaluates models on the pool: held-out losses during a run, and those of baselines. Legend: P parameters."""
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from engine.config.privacy import Privacy
 from engine.messages.broadcast import BroadcastMessage, share
@@ -14,13 +16,17 @@ from engine.messages.errors import RunError
 from engine.messages.events import Evaluated, Event, Fault
 from engine.messages.reports import FLOAT_BYTES
 from engine.messages.shards import ShardedState, borrow
-from engine.records.metrics import Logs
+from engine.objectives.figures import shown_names
+from engine.records.metrics import ROLLOUTS, Logs
 from engine.rounds.round_loop import RoundLoop, RunSetup, round_loop
 from engine.rounds.server import merge_into_base
 from engine.scheduling.dispatcher import Later
 from engine.scheduling.worker_kinds import Reference
+from engine.system.atomic import write_file
+from engine.training.generation import as_text
 from engine.workers.evaluator import ClientLoss, pooled
 from strategies.core.protocol import Broadcast
+from strategies.core.seeds import rng
 
 CHUNKS = 2  # of clients for each slot
 SPLITS = ("heldout", "unseen", "server")
@@ -28,9 +34,10 @@ SPLITS = ("heldout", "unseen", "server")
 
 @dataclass(frozen=True)
 class Pending:
-    """An evaluation of the model after `round` that workers do beside the next round, by split."""
+    """An evaluation of the model after `round`, which `shared` carries, that workers do beside the next round."""
 
     round: int
+    shared: Any
     by_split: list[tuple[str, Later]]
 
 
@@ -56,7 +63,7 @@ class PoolEvaluator:
             left = deque(chunk.tolist() for chunk in chunks if len(chunk))
             return Later(left, lambda actor, chunk: actor.evaluate.remote(chunk, shared, limit))
 
-        return Pending(round_, [(split, later(split)) for split in SPLITS])
+        return Pending(round_, shared, [(split, later(split)) for split in SPLITS])
 
     def end(self, pending: Pending, baseline: str | None = None, *, protocol: bool = True) -> Evaluated:
         """Ends a pending evaluation; evaluates now what no worker has had time for."""
@@ -67,6 +74,8 @@ class PoolEvaluator:
             later.results.extend(self._map(left, split, later.call))
             if later.results:
                 losses[split] = self._record(later.results, pending.round, split, baseline, protocol=protocol)
+        if protocol and baseline is None and self.setup.federation.train.objective.judges_samples:
+            self._write_rollouts(pending)
         return self._event(pending.round, losses, baseline)
 
     def local_only(self, message: BroadcastMessage, round_: int, steps: np.ndarray, baseline: str) -> Evaluated:
@@ -89,6 +98,27 @@ class PoolEvaluator:
         training, clients = self.setup.store.num_training, self.setup.store.num_clients
         first, last = {"heldout": (0, training), "unseen": (training, clients), "server": (clients, None)}[split]
         return first + np.flatnonzero(self.setup.tokens.counts("heldout")[first:last])
+
+    def shown_rows(self) -> list[pa.Table]:
+        """Returns a held-out row of each of a few unseen (else training) clients, drawn by the seed."""
+        federation, store, unseen = self.setup.federation, self.setup.store, self.judged("unseen")
+        clients = unseen if len(unseen) else self.judged("heldout")
+        draw = rng(federation.seed, 0, -1, "sample")
+        chosen = draw.choice(clients, min(federation.samples, len(clients)), replace=False)
+        return [store.read_rows(int(client), "heldout").slice(0, 1) for client in chosen]
+
+    def _write_rollouts(self, pending: Pending) -> None:
+        """Writes what the model makes of a few held-out prompts, with its rewards, as JSON."""
+        if not (rows := self.shown_rows()):
+            return
+        table, sample = pa.concat_tables(rows), self.setup.federation.train.objective.sample
+        shown = self.setup.pool.ask(lambda actor: actor.rollouts.remote(pending.shared, table))
+        prompts = [as_text(sample(row)[0]) for row in table.to_pylist()]
+        pairs = zip(prompts, shown, strict=True)
+        content = [{"prompt": prompt, **answers} for prompt, answers in pairs if answers is not None]
+        folder = self.setup.folder / ROLLOUTS
+        folder.mkdir(exist_ok=True)
+        write_file(folder / f"{pending.round:06d}.json", json.dumps(content, indent=1).encode())
 
     def _map(self, clients: np.ndarray, split: str, call: Callable[[Any, list[int]], Reference]) -> list[Any]:
         costs = np.minimum(self.setup.tokens.counts("heldout")[clients], self._limit(split))
@@ -125,7 +155,7 @@ class PoolEvaluator:
         """Says what was evaluated, by split."""
         objective = self.setup.federation.train.objective
         means = {split: loss.metrics("loss", objective) for split, loss in losses.items()}
-        figures = {name: {split: of[f"loss.{name}"] for split, of in means.items()} for name in objective.shown}
+        figures = {name: {split: of[f"loss.{name}"] for split, of in means.items()} for name in shown_names(objective)}
         return Evaluated(round_, {split: of["loss"] for split, of in means.items()}, baseline, figures)
 
 

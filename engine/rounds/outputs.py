@@ -9,7 +9,7 @@ from engine.messages.broadcast import share
 from engine.messages.events import Checkpointed, Event, RunDone, Sample
 from engine.messages.shards import ShardedState
 from engine.models.export import model_card
-from engine.objectives.base import Prompt, shown_units
+from engine.objectives.figures import shown_names, shown_units
 from engine.records.checkpoint import save_checkpoint
 from engine.records.metrics import LossTable, loss_table
 from engine.rounds.evaluation import PoolEvaluator
@@ -17,7 +17,6 @@ from engine.rounds.round_loop import Callback, RoundLoop, RunSetup
 from engine.rounds.server import merge_into_base
 from engine.system.atomic import write_file
 from engine.training.generation import as_text
-from strategies.core.seeds import rng
 
 SAMPLE_TOKENS = 40
 
@@ -42,7 +41,7 @@ def finish(
     objective = setup.federation.train.objective
 
     def figures() -> dict[str, LossTable]:
-        return {name: loss_table(metrics, state.round, name) for name in objective.shown}
+        return {name: loss_table(metrics, state.round, name) for name in shown_names(objective)}
 
     def card() -> str:
         tables, facts = {"loss": loss_table(metrics, state.round), **figures()}, setup.store.manifest
@@ -55,7 +54,7 @@ def finish(
     if comparisons:
         write_file(setup.folder / "model" / "README.md", card().encode())
 
-    rows = _sampled_rows(evaluator)
+    rows = [objective.sample(row) for table in evaluator.shown_rows() for row in table.to_pylist()]
 
     def continuations(state: ShardedState) -> Any:
         shared, prompts = share(server.model_message(state)), [prompt for prompt, _ in rows]
@@ -69,14 +68,3 @@ def finish(
     write_file(setup.folder / "samples.json", json.dumps([asdict(sample) for sample in samples], indent=1).encode())
     losses, units = loss_table(metrics, state.round), shown_units(objective)
     yield RunDone(setup.folder, losses, samples, figures(), units)
-
-
-def _sampled_rows(evaluator: PoolEvaluator) -> list[tuple[Prompt, str]]:
-    """Returns prompts and answers of a few rows of unseen (else training) clients, drawn by the seed."""
-    federation, store = evaluator.setup.federation, evaluator.setup.store
-    unseen = evaluator.judged("unseen")
-    clients = unseen if len(unseen) else evaluator.judged("heldout")
-    draw = rng(federation.seed, 0, -1, "sample")
-    chosen = draw.choice(clients, min(federation.samples, len(clients)), replace=False)
-    rows = [store.read_rows(int(client), "heldout").slice(0, 1).to_pylist()[0] for client in chosen]
-    return [federation.train.objective.sample(row) for row in rows]

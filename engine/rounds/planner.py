@@ -92,6 +92,9 @@ class Planner:
         train = self.federation.train
         passes = -(-self.tokens.counts("train")[clients] // (train.batch * train.accumulate))
         tokens: np.ndarray = self.tokens.lengths()[clients] * steps / passes
+        if (sampling := train.objective.sampling) is not None:  # of prompts, each read and completed several times
+            rows = self.tokens.counts("train")[clients] * steps / passes
+            tokens = sampling.samples * (tokens + rows * sampling.tokens)
         return tokens
 
 

@@ -254,6 +254,10 @@ class ZeroTrainer:
         sums = term_sums(self.objective, self.engine, pieces, self.context)
         return {name: (self.summed(total), int(self.summed(count))) for name, (total, count) in sums.items()}
 
+    def answers(self, rows: pa.RecordBatch, batch: int, keys: RowKeys) -> pa.RecordBatch:
+        """Objectives that sample are refused in gangs."""
+        raise NotImplementedError
+
     def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:
         """Returns the objective's means over these rows, by the present weights; the same on all ranks."""
         (first, _), *_ = self._judged(rows, batch, reference)

@@ -53,7 +53,7 @@ class LaneTrainer:
         self.plain, self.lanes = plain, lanes
         self.trainable, self.device, self.objective = plain.trainable, plain.device, plain.objective
         self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
-        self.step_means = plain.step_means
+        self.step_means, self.answers = plain.step_means, plain.answers
         self.layers = adapted_layers(self.trainable)
         adapted = {name: layer for name, (layer, _) in self.layers.items()}
         refuse_dependent_rows(self.trainable.network, adapted, plain.max_length, KEY, ALONE)

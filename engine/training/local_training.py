@@ -31,7 +31,8 @@ from engine.objectives.token_batch import Batch, longest
 from engine.records.client_state import OPTIMIZER, STRATEGY, owned_as, owned_by
 from engine.training.generation import continuations
 from engine.training.optimizers import clip, make_optimizer
-from engine.training.sampler import RowKeys, Sampler, greedily
+from engine.training.rollouts import Key
+from engine.training.sampler import RowKeys, Sampler
 from engine.training.step_columns import constant, judging, with_columns, without_adapters
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, pieces, take_steps
 from strategies.core.base import Finished
@@ -75,6 +76,9 @@ class Trainer(Protocol):
 
         Completions are drawn by `keys`.
         """
+
+    def answers(self, rows: pa.RecordBatch, batch: int, keys: RowKeys) -> pa.RecordBatch:
+        """Completes each held-out prompt by the vector now in the model: by sampling, and with the likeliest tokens."""
 
     def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:
         """Returns the objective's means over these rows, by the vector now in the model."""
@@ -200,8 +204,8 @@ class LocalTrainer:
         """The tokenizer writes completions for rewards; `models` are the objective's frozen ones."""
         self.trainable, self.device, self.pad = trainable, trainable.flat.device, pad
         self.objective: Objective = train.objective
-        self.sampler = Sampler(train.objective, trainable.network, tokenizer, pad, self.device)
-        self.max_length, self.context = train.max_length, Context(models=tuple(models))
+        self.max_length, self.context = train.max_length, Context(models=tuple(models), tokenizer=tokenizer)
+        self.sampler = Sampler(train.objective, trainable.network, self.context, pad, self.device)
         if "head" in self.objective.needs:
             trainable.network.config.pad_token_id = pad  # by which it finds a text's last token
         if train.dtype == "bfloat16":
@@ -262,23 +266,28 @@ class LocalTrainer:
 
     def _judged(self, rows: pa.RecordBatch, batch: int, reference: Vector | None, keys: RowKeys) -> TermSums:
         """Judges completions of prompts, also beside those of the reference model."""
-        objective, network, sampler = self.objective, self.trainable.network, self.sampler
-        assert objective.sampling is not None
-        once = replace(objective.sampling, samples=1)
-        sampled, greedy = (sampler.completed(rows, keys, how, batch) for how in (once, greedily(once)))
+        objective, network, given = self.objective, self.trainable.network, self.answers(rows, batch, keys)
         if objective.reference == "none":
-            return objective.judged(Answers(sampled, greedy))
-        pieces = [piece.to(self.device) for piece in self.cut(sampled, batch)]
+            return objective.judged(Answers(given))
+        pieces = [piece.to(self.device) for piece in self.cut(given, batch)]
 
-        def logprobs() -> list[torch.Tensor]:
-            return [objective.reference_columns(network, piece, self.context)[REFERENCE] for piece in pieces]
+        def logprobs() -> torch.Tensor:
+            columns = [objective.reference_columns(network, piece, self.context)[REFERENCE] for piece in pieces]
+            return torch.cat(columns)[::2]  # of the samples
 
         with judging(network):
-            ours = logprobs()
+            ours_BC = logprobs()
         with self.as_reference(reference):
-            referred, theirs = sampler.completed(rows, keys, once, batch), logprobs()
-        kl_B = torch.cat([(own_BC - its_BC).sum(1) for own_BC, its_BC in zip(ours, theirs, strict=True)])
-        return objective.judged(Answers(sampled, greedy, referred, kl_B))
+            referred, theirs_BC = self.answers(rows, batch, keys), logprobs()
+        return objective.judged(Answers(given, referred, (ours_BC - theirs_BC).sum(1)))
+
+    def answers(self, rows: pa.RecordBatch, batch: int, keys: RowKeys) -> pa.RecordBatch:
+        """Completes each held-out prompt by the vector now in the model: by sampling, and with the likeliest tokens."""
+
+        def beside_greedy(row: int, sample: int) -> Key:
+            return None if sample else keys(row, sample)
+
+        return self.sampler.completed(rows, beside_greedy, 2, batch)
 
     def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:
         """Returns the objective's means over these rows, by the vector now in the model."""

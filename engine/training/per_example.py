@@ -65,7 +65,7 @@ class PrivateTrainer:
         self.device, self.correct = plain.device, plain.correct
         self.context = replace(plain.context, every_logit=True)
         self.become, self.loss_terms, self.generate = plain.become, plain.loss_terms, plain.generate
-        self.step_means = plain.step_means
+        self.step_means, self.answers = plain.step_means, plain.answers
         self.trained_mask: Mask | None = None  # of the training that `begin` was given, and whether it should move
         self.moving = False
 

@@ -20,6 +20,7 @@ Cache = Any
 # Takes token ids (B, T), 1 where a token is real (B, earlier tokens + T), positions (B, T), and the cache of earlier
 # tokens (None: there are none). Returns the logits (B, V) after the last token, and the cache with the new tokens.
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Cache], tuple[torch.Tensor, Cache]]
+Key = bytes | None  # of a sequence's draws; without one the likeliest token is taken each time
 Choice = tuple[torch.Tensor, torch.Tensor]  # tokens (B,) and their log-probabilities (B,), float64
 
 
@@ -28,7 +29,7 @@ class Rollouts:
     """The completions (B, C) of prompts, the samples of a prompt one after another, on the network's device.
 
     Each has `lengths_B` tokens, with its end token if it `ended_B`; padding follows. `logprobs_BC` are the tokens'
-    log-probabilities at the temperature that they were sampled with (greedy ones: at 1), and 0 at padding.
+    log-probabilities at the temperature, and 0 at padding.
     """
 
     ids_BC: torch.Tensor
@@ -47,7 +48,7 @@ class Rollouts:
 def complete(
     forward: Forward,
     prompts: Sequence[np.ndarray],
-    keys: Sequence[bytes],
+    keys: Sequence[Key],
     sampling: Sampling,
     *,
     ends: frozenset[int],
@@ -56,8 +57,8 @@ def complete(
 ) -> Rollouts:
     """Completes each prompt (token ids) `sampling.samples` times; one of `ends` ends a completion.
 
-    `keys` (B,) are those of the sequences' draws: a token depends on its sequence's key, its position and its logits,
-    never on the batch or torch's generators. An empty prompt fills a place of the batch and has no completion.
+    `keys` (B,) are the sequences': a token depends on its sequence's key, its position and its logits, never on the
+    batch or torch's generators. An empty prompt fills a place of the batch and has no completion.
     """
     ids_PT, attention_PT = _left_padded(prompts, pad)
     position_PT = (attention_PT.cumsum(1) - 1).clamp(min=0)
@@ -134,35 +135,41 @@ def _repeated(cache: Cache, times: int, sequence_B: torch.Tensor) -> Cache:
     return cache
 
 
-def _chooser(keys: Sequence[bytes], sampling: Sampling, device: torch.device) -> Callable[[torch.Tensor, int], Choice]:
+def _chooser(keys: Sequence[Key], sampling: Sampling, device: torch.device) -> Callable[[torch.Tensor, int], Choice]:
     """Makes the choice of the next tokens from logits (B, V) and the number of tokens before."""
-    if sampling.temperature == 0:
-        return lambda logits_BV, place: greedy(logits_BV)
+    greedy_B = torch.tensor([key is None for key in keys])
     if device.type == "cpu":
-        uniform_BC = torch.from_numpy(np.stack([keyed_rng(key).random(sampling.tokens) for key in keys]))
-        return lambda logits_BV, place: by_inversion(logits_BV.double() / sampling.temperature, uniform_BC[:, place])
-    key_B4 = torch.from_numpy(np.stack([np.frombuffer(key[:16], "<u4") for key in keys]).astype(np.int64)).to(device)
-    return lambda logits_BV, place: by_gumbel(logits_BV.double() / sampling.temperature, key_B4, place)
+        uniform_BC = torch.zeros(len(keys), sampling.tokens, dtype=torch.float64)
+        for place, key in enumerate(keys):
+            if key is not None:
+                uniform_BC[place] = torch.from_numpy(keyed_rng(key).random(sampling.tokens))
+    else:
+        words = [np.frombuffer((key or bytes(16))[:16], "<u4") for key in keys]
+        key_B4, greedy_B = torch.from_numpy(np.stack(words).astype(np.int64)).to(device), greedy_B.to(device)
+
+    def choose(logits_BV: torch.Tensor, place: int) -> Choice:
+        wide_BV = logits_BV.double() / sampling.temperature
+        if device.type == "cpu":
+            chosen_B = by_inversion(wide_BV, uniform_BC[:, place])
+        else:
+            chosen_B = by_gumbel(wide_BV, key_B4, place)
+        chosen_B = torch.where(greedy_B, wide_BV.argmax(1), chosen_B)
+        return chosen_B, wide_BV.gather(1, chosen_B[:, None])[:, 0] - wide_BV.logsumexp(1)
+
+    return choose
 
 
-def greedy(logits_BV: torch.Tensor) -> Choice:
-    """Chooses the likeliest tokens."""
-    chosen_B = logits_BV.argmax(1)
-    return chosen_B, _logprobs(logits_BV, chosen_B)
-
-
-def by_inversion(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> Choice:
+def by_inversion(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """Chooses the first token at which the cumulative probability exceeds a number below 1; all in float64."""
-    wide_BV = logits_BV - logits_BV.amax(1, keepdim=True)
-    cumulative_BV = wide_BV.exp().cumsum(1)
+    cumulative_BV = (logits_BV - logits_BV.amax(1, keepdim=True)).exp().cumsum(1)
     total_B1 = cumulative_BV[:, -1:]
     # Rounding could reach the total, which no token exceeds.
     below_B1 = (uniform_B[:, None] * total_B1).minimum(torch.nextafter(total_B1, total_B1.new_zeros(())))
-    chosen_B1 = torch.searchsorted(cumulative_BV, below_B1, right=True).clamp(max=logits_BV.shape[1] - 1)  # if NaN
-    return chosen_B1[:, 0], (wide_BV.gather(1, chosen_B1) - total_B1.log())[:, 0]
+    chosen_B1 = torch.searchsorted(cumulative_BV, below_B1, right=True)
+    return chosen_B1[:, 0].clamp(max=logits_BV.shape[1] - 1)  # beyond the last if they are NaN
 
 
-def by_gumbel(logits_BV: torch.Tensor, key_B4: torch.Tensor, place: int) -> Choice:
+def by_gumbel(logits_BV: torch.Tensor, key_B4: torch.Tensor, place: int) -> torch.Tensor:
     """Chooses by the Gumbel-max trick (arXiv 1611.01144, section 2) with random numbers of each token's own.
 
     All of it is elementwise but the maximum, and so has the same bits on a GPU, where cumulative sums do not. The
@@ -174,8 +181,7 @@ def by_gumbel(logits_BV: torch.Tensor, key_B4: torch.Tensor, place: int) -> Choi
     counter = (block_V.expand(len(key_B4), -1), torch.full_like(block_V, place), *rest)
     words = torch.stack(philox(counter, (high_B, low_B)), 2).flatten(1)[:, :vocabulary]
     gumbel_BV = -(-((words.double() + 0.5) / 2**32).log()).log()
-    chosen_B = (logits_BV + gumbel_BV).argmax(1)
-    return chosen_B, _logprobs(logits_BV, chosen_B)
+    return (logits_BV + gumbel_BV).argmax(1)
 
 
 def philox(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -192,7 +198,3 @@ def philox(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor]) -> list
         c, d = (first >> 32 & mask) ^ d ^ key_1, first & mask
         key_0, key_1 = key_0 + 0x9E3779B9 & mask, key_1 + 0xBB67AE85 & mask
     return [a, b, c, d]
-
-
-def _logprobs(logits_BV: torch.Tensor, chosen_B: torch.Tensor) -> torch.Tensor:
-    return logits_BV.double().log_softmax(1).gather(1, chosen_B[:, None])[:, 0]

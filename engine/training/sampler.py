@@ -10,14 +10,14 @@ import pyarrow as pa
 import torch
 
 from engine.config.train import Train
-from engine.objectives.base import Objective, Tokenizer
-from engine.objectives.sampling import Completion, Completions, Sampling
+from engine.objectives.base import Context, Objective, Tokenizer
+from engine.objectives.sampling import Completion, Sampling
 from engine.objectives.token_batch import flattened
-from engine.training.rollouts import cached_forward, complete
+from engine.training.rollouts import Key, cached_forward, complete
 from engine.training.step_columns import judging
 from engine.training.step_loop import Progress
 
-RowKeys = Callable[[int, int], bytes]  # of a row and a sample, by their numbers: the key of the sample's draws
+RowKeys = Callable[[int, int], Key]  # of a row and a sample, by their numbers
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Prompts:
     """What a lane completes: token ids of prompts, and the keys of their samples one after another."""
 
     ids: Sequence[np.ndarray] = ()
-    keys: Sequence[bytes] = ()
+    keys: Sequence[Key] = ()
 
     def part(self, first: int, last: int, samples: int) -> "Prompts":
         """Returns the prompts of these numbers."""
@@ -34,7 +34,7 @@ class Prompts:
     def filled(self, width: int, samples: int) -> "Prompts":
         """Adds empty prompts, which have no completion, up to a number."""
         lacking = width - len(self.ids)
-        return Prompts([*self.ids, *[np.empty(0, np.int64)] * lacking], [*self.keys, *[bytes(32)] * lacking * samples])
+        return Prompts([*self.ids, *[np.empty(0, np.int64)] * lacking], [*self.keys, *[None] * lacking * samples])
 
 
 def joined(parts: Sequence[Prompts]) -> Prompts:
@@ -48,7 +48,7 @@ class Sampler:
 
     objective: Objective
     network: Any
-    tokenizer: Tokenizer | None
+    context: Context
     pad: int
     device: torch.device
 
@@ -69,15 +69,21 @@ class Sampler:
                 begin = 0
                 for rows, prompts in its:
                     end = begin + len(prompts.keys)
-                    client.ahead.append(self._completed(rows, of_lane[begin:end]))
+                    # A private sample may be empty.
+                    completed = (
+                        self.objective.completed(rows, of_lane[begin:end], self.context) if end > begin else rows
+                    )
+                    client.ahead.append(completed)
                     begin = end
         return [client.ahead.popleft() for client in active]
 
-    def completed(self, rows: pa.RecordBatch, keys: RowKeys, sampling: Sampling, batch: int) -> pa.RecordBatch:
-        """Returns rows with completions of their prompts, at most `batch` at once."""
-        all_keys = [keys(row, sample) for row in range(rows.num_rows) for sample in range(sampling.samples)]
+    def completed(self, rows: pa.RecordBatch, keys: RowKeys, samples: int, batch: int) -> pa.RecordBatch:
+        """Returns held-out rows with so many completions of their prompts, at most `batch` prompts at once."""
+        assert self.objective.sampling is not None
+        sampling = replace(self.objective.sampling, samples=samples)
+        all_keys = [keys(row, sample) for row in range(rows.num_rows) for sample in range(samples)]
         (completions,) = self._completions([Prompts(_token_ids(rows), all_keys)], sampling, batch)
-        return self._completed(rows, completions)
+        return self.objective.completed(rows, completions, replace(self.context, training=False))
 
     def _next_steps(self, client: Progress, sampling: Sampling) -> list[tuple[pa.RecordBatch, Prompts]]:
         """Returns the rows and prompts of a client's next steps."""
@@ -88,16 +94,13 @@ class Sampler:
             steps.append((rows, Prompts(_token_ids(rows), its_keys)))
         return steps
 
-    def _completed(self, rows: pa.RecordBatch, completions: Completions) -> pa.RecordBatch:
-        return self.objective.completed(rows, completions, self.tokenizer) if rows.num_rows else rows
-
     def _completions(
         self, lanes: Sequence[Prompts], sampling: Sampling, batch: int, *, every_logit: bool = False
     ) -> list[list[Completion]]:
         """Completes the prompts of lanes side by side, at most `batch` of each at once."""
         samples, completions = sampling.samples, [list[Completion]() for _ in lanes]
         forward = cached_forward(self.network, every_logit=every_logit)
-        ends = _ends(self.network, self.tokenizer)
+        ends = _ends(self.network, self.context.tokenizer)
         with judging(self.network):
             for first in range(0, max(len(lane.ids) for lane in lanes), batch):
                 turn = [lane.part(first, first + batch, samples) for lane in lanes]
@@ -111,11 +114,6 @@ class Sampler:
                     begin = place * width * samples
                     of_lane += together[begin : begin + len(part.keys)]
         return completions
-
-
-def greedily(sampling: Sampling) -> Sampling:
-    """Returns how the likeliest tokens are taken, once for each prompt."""
-    return replace(sampling, samples=1, temperature=0.0)
 
 
 def _token_ids(rows: pa.RecordBatch) -> list[np.ndarray]:

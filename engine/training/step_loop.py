@@ -16,7 +16,8 @@ import pyarrow as pa
 import torch
 
 from engine.config.train import Train
-from engine.objectives.base import Objective, term_metrics
+from engine.objectives.base import Objective
+from engine.objectives.figures import term_metrics
 from engine.training.optimizers import kept, move, restore
 from strategies.core.protocol import ClientState, Mask, Vector
 from strategies.core.seeds import sample_key

@@ -13,6 +13,7 @@ from engine.config.sections import Evaluate
 from engine.config.train import Train
 from engine.messages.broadcast import BroadcastMessage
 from engine.objectives.base import Objective, Prompt
+from engine.objectives.reinforcement.completed_rows import ENDED, REWARD, SCORED, TEXT
 from engine.records.client_state import STRATEGY, owned_by
 from engine.training.local_training import Trainer
 from engine.training.step_loop import Trained, Training
@@ -20,6 +21,7 @@ from engine.workers.client_runner import ClientRunner
 from strategies.core.protocol import Vector
 from strategies.core.seeds import rng, sample_key, torch_seed
 
+SHOWN = [TEXT, REWARD, SCORED, ENDED]
 POOLED = -2  # the client number under which training on all clients' rows draws its batches
 
 
@@ -89,6 +91,28 @@ class Evaluator:
         """Returns the vector's greedy continuations, one for each prompt, the same in all ranks."""
         self.trainer.become(message.vector(self.runner.peers.rank))
         return self.trainer.generate(self.tokenizer, prompts, tokens)
+
+    def rollouts(self, message: BroadcastMessage, rows: pa.Table) -> list[dict[str, dict[str, Any]] | None]:
+        """Returns the vector's completions of canonical rows, with rewards: a sample ("sampled") and the "greedy" one.
+
+        None where a prompt is too long. The same random numbers are used in all rounds.
+        """
+        federation, objective = self.runner.federation, self.runner.federation.train.objective
+        self.trainer.become(message.vector())
+        encoded = objective.encode(rows, self.tokenizer, federation.train.max_length)
+        kept = encoded["input_ids"].is_valid()
+        shown = list[dict[str, dict[str, Any]] | None]([None] * rows.num_rows)
+        batches = encoded.filter(kept).combine_chunks().to_batches()
+        if batches:
+            keys = partial(sample_key, federation.seed, -1, -1, 0)
+            given = self.trainer.answers(batches[0], federation.evaluate.batch, keys).select(SHOWN).to_pylist()
+            for place, answers in zip(np.flatnonzero(kept.to_numpy()), given, strict=True):
+                columns = zip(("sampled", "greedy"), *(answers[name] for name in SHOWN), strict=True)
+                shown[place] = {
+                    kind: {"text": text, "reward": reward if scored else None, "ended": bool(ended)}
+                    for kind, text, reward, scored, ended in columns
+                }
+        return shown
 
     def personal(self, chunk: list[int], message: BroadcastMessage, limit: int) -> list[ClientLoss]:
         """Returns the losses of each client's own model; none of a client whose model is the global one."""

@@ -117,6 +117,7 @@ class WorkerProcess:
     masked = delegate(lambda process: process.attached.secure.masked)
     evaluate = delegate(lambda process: process.attached.evaluator.losses)
     generate = delegate(lambda process: process.attached.evaluator.generate)
+    rollouts = delegate(lambda process: process.attached.evaluator.rollouts)
 
     def __init__(self, federation: Federation, folder: Path) -> None:
         from transformers.utils import logging as transformers_logging

@@ -42,20 +42,22 @@ def show_reward_check(named: str) -> bool:
     if ":" not in named:
         raise RunError(f"--check takes MODULE:FUNCTION, such as my_module:my_reward, not {named!r}")
     function, screen = reward_function("--check", named), console()
-    faults = {
-        "gives a finite number or None": _fault_of_values(function),
-        "leaves its prompt and row alone": _fault_of_arguments(function),
-        "gives the same when called again": _change(function, values(function)),
-        "gives the same after other completions": _change(function, values(function, reverse=True)),
-        "gives the same in another process": _fault_elsewhere(function, named),
+    checks: dict[str, Callable[[], str | None]] = {
+        "gives a finite number or None": lambda: _fault_of_values(function),
+        "leaves its prompt and row alone": lambda: _fault_of_arguments(function),
+        "gives the same when called again": lambda: _change(function, values(function)),
+        "gives the same after other completions": lambda: _change(function, values(function, reverse=True)),
+        "gives the same in another process": lambda: _fault_elsewhere(function, named),
     }
-    for name, fault in faults.items():
+    broken = 0
+    for name, check in checks.items():
+        fault = check()
+        broken += fault is not None
         screen.print(plain("failed ", "red") if fault else plain("ok     ", "green"), plain(name))
         if fault:
             screen.print(plain(f"        {fault}"))
-    broken = sum(fault is not None for fault in faults.values())
     each = ", ".join("none" if value is None else value for value in values(function))
-    screen.print(plain(f"{named} gives {each}: {broken or 'none'} of {len(faults)} promises is broken"))
+    screen.print(plain(f"{named} gives {each}: {broken or 'none'} of {len(checks)} promises are broken"))
     return not broken
 
 
@@ -105,12 +107,10 @@ def _change(function: Function, others: list[str | None]) -> str | None:
 def _fault_elsewhere(function: Function, named: str) -> str | None:
     """Another process has other hashes of texts, and so other orders of sets."""
     paths = os.pathsep.join([str(ROOT), str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
-    for hashes in ("1", "2"):
-        environment = {**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": hashes}
-        command = [sys.executable, "-c", PROBE, named]
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if ended.returncode:
-            return f"another process cannot call it: {ended.stderr.strip().splitlines()[-1]}"
-        if change := _change(function, json.loads(ended.stdout.splitlines()[-1])):
-            return f"{change}, nor go by the order of a set"
-    return None
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", PROBE, named]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if ended.returncode:
+        return f"another process cannot call it: {ended.stderr.strip().splitlines()[-1]}"
+    change = _change(function, json.loads(ended.stdout.splitlines()[-1]))
+    return change and f"{change}, nor go by the order of a set"

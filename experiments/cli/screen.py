@@ -8,7 +8,6 @@ from rich.table import Column, Table
 
 from datasets_partition.sources.location import is_local, within
 from engine.messages.events import DriverLost, Evaluated, Event, Preparing, RoundDone, RunDone, Sample, Started
-from engine.objectives.base import MEAN_REWARD
 from engine.records.metrics import with_unit
 from experiments.report.terminal import console, inert, plain
 
@@ -110,8 +109,7 @@ class Screen:
         for number, sample in enumerate(event.samples, 1):
             self.console.print(_sample(number, sample))
         for name, columns in {"loss": event.losses, **event.figures}.items():
-            unit = event.units.get(name, "")
-            table = _table(with_unit(name, unit), columns, percent=name == "loss" and unit != MEAN_REWARD)
+            table = _table(with_unit(name, event.units.get(name, "")), columns, percent=name == "loss")
             if table.row_count:
                 self.console.print(table)
         clear, private = (event.losses.get(column, {}).get("heldout") for column in ("not private", "end"))

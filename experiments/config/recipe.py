@@ -117,11 +117,18 @@ def schema() -> dict[str, Any]:
 
 def to_toml(recipe: Recipe) -> str:
     """The resolved recipe: every key with its value; keys that are unset (null) are left out."""
-    tree = json.loads(_ADAPTER.dump_json(recipe, exclude_none=True, warnings=False))
+    tree = _set_keys(json.loads(_ADAPTER.dump_json(recipe, warnings=False)))
     tree["strategy"] = {"kind": None} | tree["strategy"]  # first, as in the other sections
     put_back(tree, recipe)
     tables = {key: value for key, value in tree.items() if isinstance(value, dict)}
     return tomli_w.dumps({key: value for key, value in tree.items() if key not in tables} | tables)
+
+
+def _set_keys(tree: Any) -> Any:
+    """The tree without keys that are null, which pydantic leaves in beside a user's objects."""
+    if isinstance(tree, dict):
+        return {key: _set_keys(value) for key, value in tree.items() if value is not None}
+    return [_set_keys(item) for item in tree] if isinstance(tree, list) else tree
 
 
 def located(recipe: Recipe) -> Recipe:

@@ -21,7 +21,7 @@ from strategies.contract.checks import lacks
 Place = tuple[str | int, ...]
 # The sections that may name a user's class, with the methods that the class must have, and the shipped kind that stands
 # in for it while the rest of the recipe is checked.
-PLACES = {
+PLACES: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
     ("data", "source"): (("fingerprint", "load"), "python_docs"),
     ("data", "partition"): (("assign",), "natural"),
     ("strategy",): (("apply",), "fedavg"),
@@ -95,7 +95,7 @@ def replaced(section: Any, place: Place, value: Any) -> Any:
     return replace(section, **{key: replaced(getattr(section, key), tuple(below), value) if below else value})
 
 
-def _made(place: str, given: dict[str, Any], methods: Place) -> Any:
+def _made(place: str, given: dict[str, Any], methods: tuple[str, ...]) -> Any:
     kind = imported(f"{place}.kind", given["kind"], *methods)
     if missing := lacks(kind) if "apply" in methods else []:
         what = f"{place}.kind names {given['kind']!r}, which has no {', '.join(missing)}"
@@ -117,7 +117,7 @@ def _reward(place: str, given: dict[str, Any]) -> Custom:
         raise RunError(f"{place}, {kind}: a reward of your own takes weight alone, not {others[0]}")
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise RunError(f"{place}, {kind}: weight should be a number, not {weight!r}")
-    return Custom(kind, reward_function(place, kind), float(weight))
+    return Custom(kind, reward_function(f"{place}.kind", kind), float(weight))
 
 
 def reward_function(place: str, kind: str) -> Any:

@@ -17,7 +17,7 @@ from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.files import ParquetFiles
 from datasets_partition.sources.location import is_local
 from datasets_partition.sources.python_docs import PythonDocs
-from datasets_partition.store.build import build
+from datasets_partition.store.build import STORED, build
 from datasets_partition.store.store import Store
 from engine.messages.errors import RunError
 from engine.messages.frozen import FrozenModel
@@ -38,6 +38,7 @@ TOO_MUCH = 256 * 2**20  # bytes of files that take too long to read
 BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
     "splits": {"heldout": (1 / ROWS, 0.25), "unseen": (1 / COHORT, 0.5), "server": (1 / ROWS, 0.25)},
     "train": {"steps": (0, 2), "epochs": (0, 1), "batch": (0, 2), "accumulate": (0, 2), "max_length": (0, LENGTH)},
+    "sampling": {"num_generations": (2, 2), "max_completion_length": (0, LENGTH // 8), "every": (0, 2)},
     "over_rounds": {"warmup": (0, ROUNDS)},
     "over_steps": {"warmup": (0, 2)},
     "evaluate": {"every": (0, 1), "rows": (0, 2), "finetune": (0, 1), "server_rows": (0, 4), "batch": (0, 2)},
@@ -62,7 +63,10 @@ def shrunk_recipe(recipe: Recipe, base: Path, folder: Path) -> Recipe:
 def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
     model, train, clients = recipe.model, recipe.train, recipe.clients
     models = [FrozenModel(str(folder / SCORER if each.scores else base)) for each in train.objective.models]
-    train = replace(train, objective=train.objective.with_models(models))
+    objective = train.objective.with_models(models)
+    if objective.sampling is not None:
+        objective = _bounded("sampling", objective)
+    train = replace(train, objective=objective)
     attention = "auto" if model.attention == "flash_attention_2" else model.attention
     # Shortened rows and prompts may be equal, which is no leak here.
     splits = _bounded("splits", recipe.data.splits, min_rows=1, duplicates="keep", leaks="allow", by="row")
@@ -150,21 +154,26 @@ def draw_rows(recipe: Recipe, clients: int, max_length: int, cache: Path) -> Dra
     if why is not None:
         draw, columns = rng(0, 0, -1, "sample"), {"client": names}
         kind = recipe.train.objective.formats[0]
-        for name in COLUMNS[kind]:
+        for name in (*COLUMNS[kind], *(recipe.train.objective.reads or ())):
             letters = few if name == "prompt" else 2 * few
             columns[name] = pa.array(["".join(map(chr, draw.integers(97, 123, letters))) for _ in names])
         if "label" in columns:
             columns["label"] = pa.array([row % 2 == 0 for row in range(len(names))])
         return Drawn(pa.table(columns), False, f"made-up {IN_WORDS[kind]}, since {why}")
+    reads = recipe.train.objective.reads
     # Of the documentation only the standard library's, which takes seconds.
     source = replace(data.source, packages=()) if isinstance(data.source, PythonDocs) else data.source
-    store = Store.open(build(source, data.partition, data.splits, recipe.seed, str(cache), label=data.label))
+    store = Store.open(
+        build(source, data.partition, data.splits, recipe.seed, str(cache), label=data.label, beside=reads)
+    )
     if source is data.source:
         recipe.cohort.sample(store.num_training, recipe.seed, 0)  # raises an error if the cohort is too large
-    kept = content_columns(store.read_rows(0, "train"))
+    first = store.read_rows(0, "train")
+    kept = [name for name in first.column_names if name not in STORED]
     by_client = (store.read_rows(client % store.num_training, "train").select(kept) for client in range(clients))
     table = pa.concat_tables(rows.take(np.arange(n) % rows.num_rows) for rows, n in zip(by_client, counts, strict=True))
-    short = {name: table[name] if name == OPTIONS else _shortened(table[name], name, few) for name in kept}
+    content = {*content_columns(first)} - {OPTIONS}
+    short = {name: _shortened(table[name], name, few) if name in content else table[name] for name in kept}
     said = f"the first rows of {min(clients, store.num_training):,} of {store.num_training:,} clients"
     return Drawn(pa.table({"client": names} | short), True, said)
 

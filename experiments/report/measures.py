@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 from markupsafe import Markup
 
-from engine.objectives.base import MEAN_REWARD
 from engine.records.metrics import JUDGED, with_unit
 from experiments.report import charts
 from experiments.report.charts import Series, change, difference, loss
@@ -37,6 +36,11 @@ TOGETHER = (
         "under DPO and KTO.",
     ),
     ("Negative log-likelihood", ("nll", "sft"), "As it is added to the loss, with its weight. In TRL: nll_loss."),
+    (
+        "Reward",
+        ("reward", "greedy"),
+        "Of samples, and of the likeliest tokens. In TRL: reward, in training.",
+    ),
     ("KL divergence", ("kl",), "Under KTO an estimate that may be below 0. In TRL: kl."),
 )
 DASHES = ("", "6 3", "2 3", "9 3 2 3")
@@ -95,8 +99,7 @@ def summary(run: Run, name: str, splits: Sequence[str]) -> list[dict[str, Any]]:
             (start, before), (end, after) = points[0], points[-1]
             row |= {"first": loss(before), "from": int(start)}
             if len(points) > 1:
-                is_loss = name == "loss" and unit_of(run, name) != MEAN_REWARD
-                changed, rises = (change, -1) if is_loss else (difference, 1)
+                changed, rises = (change, -1) if name == "loss" else (difference, 1)
                 row |= {"last": loss(after), "to": int(end), "change": changed(before, after)}
                 row["better"] = None if after == before else rises * (after - before) > 0
         for baseline in OF_SOME_RUNS | BASELINES:
@@ -114,9 +117,7 @@ def loss_chart(run: Run) -> Markup:
         for split in JUDGED:
             points = run.points(split, name)[-1:]
             curves.append(Series(f"{SPLITS[split]}, {label}", points, COLORS[split], dash, level=True))
-    unit = unit_of(run, "loss")
-    title = "Reward" if unit == MEAN_REWARD else "Loss"
-    return charts.lines(title, curves, "round", with_unit("loss", unit))
+    return charts.lines("Loss", curves, "round", with_unit("loss", unit_of(run, "loss")))
 
 
 def figure_charts(run: Run) -> list[Markup]:

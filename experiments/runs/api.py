@@ -151,7 +151,8 @@ def build_store(recipe: Recipe, on_step: Callable[[str], None] = lambda step: No
 
     data = recipe.data
     cache = str(Path(data.cache).expanduser().resolve()) if is_local(data.cache) else data.cache
-    return build(data.source, data.partition, data.splits, recipe.seed, cache, on_step, data.label)
+    reads = recipe.train.objective.reads
+    return build(data.source, data.partition, data.splits, recipe.seed, cache, on_step, data.label, reads)
 
 
 def without_losses(recipe: Recipe, folder: Path) -> tuple[str, ...]:

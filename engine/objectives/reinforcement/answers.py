@@ -187,7 +187,7 @@ def _raised(value: Value, exponent: Value) -> Value:
     power: float | complex = float(value) ** float(exponent)
     if isinstance(power, complex):
         raise ValueError("a root of a negative number")
-    return power
+    return float(power)
 
 
 def _atom(text: str) -> tuple[Value, str]:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from engine.messages.checks import at_least
+from engine.objectives.reinforcement.completed_rows import SPREAD
 from engine.objectives.reinforcement.policy_gradient import (
     Level,
     by_sequence,
@@ -18,7 +19,7 @@ from engine.objectives.reinforcement.policy_gradient import (
     sequence_means,
     truncated_loss,
 )
-from engine.objectives.reinforcement.samples import KEY, SPREAD, Reinforcement, Sampled
+from engine.objectives.reinforcement.samples import KEY, Reinforcement, Sampled
 from engine.objectives.token_batch import Batch
 
 

@@ -267,7 +267,28 @@ class Custom:
         return value
 
 
-Rewards = Exact | Contains | Regex | Number | Math | Length | Words | Balance | Repetition
+@dataclass(frozen=True, kw_only=True)
+class RewardModel(OfText):
+    """The score of a reward model: a classifier of texts with one label, or the folder of a run that trained one.
+
+    `model` is a folder, or a name on the hub at `revision`. An adapter is one on `base`, which is by default the base
+    that the run or the adapter names. The model's own tokenizer and template write the texts.
+    """
+
+    kind: Literal["model"] = "model"
+    model: str
+    revision: str | None = None
+    base: str | None = None
+    weight: float = 1.0
+    most: ClassVar[float] = 64.0  # a guess
+
+    def score(self, prompt: Any, completion: str, row: Row) -> float | None:
+        """The row has it: a model scores many texts at once."""
+        score: float = row["scores"][self.model]
+        return score
+
+
+Rewards = Exact | Contains | Regex | Number | Math | Length | Words | Balance | Repetition | RewardModel
 
 
 class Scored(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from engine.objectives.base import REFERENCE, Context, Term
+from engine.objectives.reinforcement.completed_rows import COUNT, SAMPLED
 from engine.objectives.reinforcement.policy_gradient import (
     by_sequence,
     clipped_loss,
@@ -14,7 +15,7 @@ from engine.objectives.reinforcement.policy_gradient import (
     left_out_advantages,
     normalized,
 )
-from engine.objectives.reinforcement.samples import COUNT, KEY, SAMPLED, Reinforcement, Sampled
+from engine.objectives.reinforcement.samples import KEY, Reinforcement, Sampled
 from engine.objectives.token_batch import Batch
 
 MEAN, SQUARE = "advantage", "square"

@@ -4,12 +4,10 @@ Legend: P rows, each a prompt; G completions of each, B = P G sequences in this 
 C tokens of a completion.
 """
 
-import json
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,41 +15,42 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from datasets_partition.core.turns import Conversation, conversation_of, conversations
+from datasets_partition.core.turns import conversation_of
 from datasets_partition.core.types import OPTIONS, PROMPT_COMPLETION, PROMPT_ONLY
 from engine.messages.checks import above, at_least
 from engine.messages.errors import RunError
-from engine.objectives.base import (
-    MEAN_REWARD,
-    NATS,
-    REFERENCE,
-    BaseObjective,
-    Context,
-    Prompt,
-    Reference,
-    Term,
-    TermSums,
-    Tokenizer,
+from engine.messages.frozen import FrozenModel
+from engine.objectives.base import NATS, REFERENCE, BaseObjective, Context, Prompt, Reference, Term, TermSums, Tokenizer
+from engine.objectives.reinforcement.completed_rows import (
+    COUNT,
+    ENDED,
+    FAILED,
+    OF_SAMPLES,
+    PROMPT,
+    REWARD,
+    SAMPLED,
+    SCORED,
+    SIZE,
+    SPREAD,
+    by_sample,
+    completed_rows,
+    prompt_rows,
+    values_of,
 )
-from engine.objectives.chat_template import rendered_ids
-from engine.objectives.reinforcement.policy_gradient import deviations, has_others, kl_estimates, without_signal
-from engine.objectives.reinforcement.rewards import Reward, Rewards, Scored, score
-from engine.objectives.sampling import Answers, Completion, Completions, Sampling
-from engine.objectives.token_batch import Batch, flattened, token_losses
+from engine.objectives.reinforcement.policy_gradient import kl_estimates, without_signal
+from engine.objectives.reinforcement.rewards import RewardModel, Rewards
+from engine.objectives.sampling import Answers, Completions, Sampling
+from engine.objectives.token_batch import Batch, token_losses
 
 KEY = "train.objective"
 POLICY = "policy"  # the term of the loss
-PROMPT, TEXT = "prompt_tokens", "text"  # columns of completed rows, beside `sample0_ids`, `sample1_ids`, ...
-# Columns of completed rows with a value for each sample, and of batches for each sequence.
-REWARD, SCORED, ENDED, FAILED, SIZE = OF_SAMPLES = ("reward", "scored", "ended", "failed", "size")
-# Of both, the same for all rows of a step: its rewards' standard deviation, and how many have others in their group.
-SPREAD, COUNT = "spread", "count"
-# Of batches: the log-probabilities with which tokens were sampled (B, C), and the place before the first of them (B,).
-SAMPLED, START = "sampled", "start"
+COST = "cost"  # minus the reward of held-out samples: as of any loss, less of it is better
+START = "start"  # a column of batches: the place before the first token of a completion (B,)
 UNITS = {
     POLICY: "policy loss",
-    "reward": MEAN_REWARD,
-    "greedy": MEAN_REWARD,
+    COST: "minus the reward",
+    "reward": "reward",
+    "greedy": "reward",
     "win": "share",
     "length": "tokens",
     "ended": "share",
@@ -97,8 +96,9 @@ class Reinforcement(BaseObjective):
     mask_truncated_completions: bool = False
     reference: Reference = "start"
     formats: ClassVar[tuple[str, ...]] = (PROMPT_ONLY, PROMPT_COMPLETION)
-    heldout: ClassVar[str] = "reward"
+    heldout: ClassVar[str] = COST
     units: ClassVar[Mapping[str, str]] = UNITS
+    shown: ClassVar[tuple[str, ...]] = ("reward", "greedy", "win")
 
     def __post_init__(self) -> None:
         if not self.rewards:
@@ -139,7 +139,7 @@ class Reinforcement(BaseObjective):
     def heldout_terms(self) -> tuple[str, ...]:
         """What evaluation measures: see `judged`."""
         beside = () if self.reference == "none" else ("win", "kl")
-        return ("reward", "greedy", "length", "ended", "failed", *beside)
+        return (COST, "reward", "greedy", "length", "ended", "failed", *beside)
 
     @property
     def judges_samples(self) -> bool:
@@ -164,96 +164,64 @@ class Reinforcement(BaseObjective):
     @property
     def encoding(self) -> str:
         """The columns that rewards read, and the room for completions."""
-        return f"prompts/{self.max_completion_length}/{self._reads()}"
+        return f"prompts/{self.max_completion_length}/{self.reads}"
 
-    def _reads(self) -> list[str] | None:
+    @property
+    def models(self) -> tuple[FrozenModel, ...]:
+        """The reward models."""
+        return tuple(FrozenModel(each.model, each.revision, each.base, scores=True) for each in self._reward_models())
+
+    def with_models(self, models: Sequence[FrozenModel]) -> Self:
+        """Takes other reward models."""
+        others, rewards = iter(models), list[Rewards]()
+        for reward in self.rewards:
+            if isinstance(reward, RewardModel):
+                other = next(others)
+                reward = replace(reward, model=other.model, revision=other.revision, base=other.base)
+            rewards.append(reward)
+        return replace(self, rewards=tuple(rewards))
+
+    def _reward_models(self) -> list[RewardModel]:
+        return [reward for reward in self.rewards if isinstance(reward, RewardModel)]
+
+    @property
+    def reads(self) -> tuple[str, ...] | None:
         """The columns that the rewards read; None: all."""
         reads = [reward.reads for reward in self.rewards]
-        return None if None in reads else sorted({column for columns in reads for column in columns or ()})
+        return None if None in reads else tuple(sorted({name for names in reads for name in names or ()}))
 
     def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
-        """Makes `input_ids` of the prompt, null if it leaves no room for a completion, and `row` for the rewards.
+        """Makes `input_ids` of the prompt, null if it leaves no room for a completion, and what rewards are given.
 
-        `row` is JSON text as bytes: the prompt, and the columns that the rewards read. An empty prompt becomes an end
-        token. RunError if a reward reads a column that the rows lack.
+        RunError if a reward reads a column that the rows lack.
         """
         names = [name for name in rows.column_names if name not in ("prompt", OPTIONS)]
-        reads = self._reads()
-        if missing := [name for name in reads or () if name not in names]:
+        if missing := [name for name in self.reads or () if name not in names]:
             have = f"they have {', '.join(names)}" if names else "they are prompts alone"
             raise RunError(
                 f"{KEY}.rewards read the column {missing[0]!r}, which the rows lack ({have}): name another in the "
                 f"reward's column, or one of the source's in data.source.columns"
             )
-        prompts, ids = _prompts(rows, tokenizer)
-        room = max_length - self.max_completion_length
-        kept = [row if len(row) <= room else None for row in ids]
-        columns = rows.select(names if reads is None else reads).to_pylist() or [{}] * rows.num_rows
-        texts = [
-            json.dumps({"prompt": prompt, "row": row}, default=str).encode()
-            for prompt, row in zip(prompts, columns, strict=True)
-        ]
-        data = pa.array([np.frombuffer(text, np.uint8) for text in texts], pa.list_(pa.uint8()))
-        return pa.table({"input_ids": pa.array(kept, pa.list_(pa.int32())), "row": data})
+        return prompt_rows(rows, self.reads, tokenizer, max_length - self.max_completion_length)
 
-    def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
-        """Makes rows of a step's prompts with their completions and rewards, which `collate` takes.
-
-        RunError if a reward fails for each of them: no client could learn anything.
-        """
-        group = len(completions) // max(1, rows.num_rows)
-        ids = [completion.ids.tolist() for completion in completions]
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        given = [json.loads(bytes(text)) for text in rows["row"].to_pylist()]
-        scores = [
-            self._scored(given[place // group], text, completion)
-            for place, (text, completion) in enumerate(zip(texts, completions, strict=True))
-        ]
-        failures = [scored.failure for scored in scores if scored.failure is not None]
-        if failures and len(failures) == len(scores):
-            raise RunError(f"a reward fails for all completions, the first time with {failures[0]}")
-        rewards_PG = np.array([math.nan if each.total is None else each.total for each in scores]).reshape(-1, group)
-        columns = {
-            REWARD: np.nan_to_num(rewards_PG),
-            SCORED: ~np.isnan(rewards_PG),
-            ENDED: [completion.ended for completion in completions],
-            FAILED: [scored.failure is not None for scored in scores],
-            SIZE: [len(completion.ids) for completion in completions],
-        }
-        rewards = torch.from_numpy(rewards_PG)
-        spread, count = deviations(rewards.reshape(1, -1)).item(), float(has_others(rewards).sum())
-        prompts = rows["input_ids"].to_pylist()
-        made: dict[str, Any] = {PROMPT: pa.array([len(prompt) for prompt in prompts], pa.int32())}
-        for g in range(group):
-            its = completions[g::group]
-            sequences = [prompt + completion.ids.tolist() for prompt, completion in zip(prompts, its, strict=True)]
-            made[f"sample{g}_ids"] = pa.array(sequences, pa.list_(pa.int32()))
-            made[f"{SAMPLED}{g}"] = pa.array([completion.logprobs for completion in its], pa.list_(pa.float32()))
-        for name, values in columns.items():
-            made[name] = pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(values, np.float64).ravel()), group)
-        made |= {name: pa.array([value] * len(prompts)) for name, value in ((SPREAD, spread), (COUNT, count))}
-        made[TEXT] = pa.FixedSizeListArray.from_arrays(pa.array(texts, pa.string()), group)
-        return pa.RecordBatch.from_pydict(made)
-
-    def _scored(self, given: Mapping[str, Any], text: str, completion: Completion) -> Scored:
-        facts = {"completion_tokens": len(completion.ids), "ended": completion.ended}
-        rewards: Sequence[Reward] = self.rewards
-        return score(rewards, given["prompt"], text, {**given["row"], **facts})
+    def completed(self, rows: pa.RecordBatch, completions: Completions, context: Context) -> pa.RecordBatch:
+        """Makes rows of a step's prompts with their completions and rewards, which `collate` takes."""
+        return completed_rows(rows, completions, self.rewards, context)
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of a sequence for each completion of `completed`."""
         group = rows[REWARD].type.list_size
-        columns = {name: _values(rows, name) for name in OF_SAMPLES}
+        columns = {name: values_of(rows, name) for name in OF_SAMPLES}
         columns |= {name: rows[name].to_numpy().repeat(group) for name in (SPREAD, COUNT)}
         prompt_B = rows[PROMPT].to_numpy().repeat(group).astype(np.int64)
         size_B = columns[SIZE].astype(np.int64)
         learns_B = columns[ENDED] > 0 if self.mask_truncated_completions else np.ones(len(size_B), bool)
         begin_B = np.where(learns_B, prompt_B, prompt_B + size_B)
         learned = [np.arange(m + n) >= begin for m, n, begin in zip(prompt_B, size_B, begin_B, strict=True)]
-        ids = _by_sample(rows, [f"sample{g}_ids" for g in range(group)])
+        ids = by_sample(rows, "sample{}_ids")
         batch = Batch.padded(np.concatenate(ids), np.concatenate(learned), prompt_B + size_B, pad, group)
         columns |= {START: prompt_B - 1, SAMPLED: np.zeros((len(ids), self.max_completion_length), np.float32)}
-        for place, logprobs in enumerate(_by_sample(rows, [f"{SAMPLED}{g}" for g in range(group)])):
+        for place, logprobs in enumerate(by_sample(rows, SAMPLED + "{}")):
             columns[SAMPLED][place, : len(logprobs)] = logprobs
         return batch.plus({name: torch.tensor(values) for name, values in columns.items()})
 
@@ -313,18 +281,19 @@ class Reinforcement(BaseObjective):
         "win" is the share of prompts on which the model has a larger reward than the reference model, ties one half;
         "kl" the mean log-ratio of a whole completion, which estimates the KL divergence.
         """
-        sampled, greedy, referred, kl_B = answers
-        reward, scored = _values(sampled, REWARD), _values(sampled, SCORED) > 0
-        likely, likely_scored = _values(greedy, REWARD), _values(greedy, SCORED) > 0
-        terms: TermSums = {
-            "reward": (reward[scored].sum().item(), int(scored.sum())),
-            "greedy": (likely[likely_scored].sum().item(), int(likely_scored.sum())),
-        }
+        given, referred, kl_B = answers
+        values = {name: values_of(given, name).reshape(-1, 2) for name in OF_SAMPLES}
+        terms: TermSums = {}
+        for place, name in enumerate(("reward", "greedy")):
+            of_place = values[REWARD][:, place][values[SCORED][:, place] > 0]
+            terms[name] = of_place.sum().item(), len(of_place)
+        terms[COST] = -terms["reward"][0], terms["reward"][1]
         for name, column in (("length", SIZE), ("ended", ENDED), ("failed", FAILED)):
-            terms[name] = _values(sampled, column).sum().item(), len(reward)
+            terms[name] = values[column][:, 0].sum().item(), given.num_rows
         if referred is not None and kl_B is not None:
-            both = scored & (_values(referred, SCORED) > 0)
-            difference = reward[both] - _values(referred, REWARD)[both]
+            theirs = {name: values_of(referred, name)[::2] for name in (REWARD, SCORED)}
+            both = (values[SCORED][:, 0] > 0) & (theirs[SCORED] > 0)
+            difference = (values[REWARD][:, 0] - theirs[REWARD])[both]
             terms["win"] = (np.sign(difference) + 1).sum().item() / 2, len(difference)
             terms["kl"] = kl_B.double().sum().item(), len(kl_B)
         return terms
@@ -334,25 +303,3 @@ class Reinforcement(BaseObjective):
         if isinstance(row["prompt"], str):
             return row["prompt"], row.get("completion", "")
         return conversation_of(row["prompt"], row.get(OPTIONS)), ""
-
-
-def _prompts(rows: pa.Table, tokenizer: Tokenizer) -> tuple[list[Any], list[list[int]]]:
-    """Returns the prompts as rewards take them, text or turns, and their token ids."""
-    if pa.types.is_nested(rows.schema.field("prompt").type):
-        turns: list[Conversation] = conversations(rows, "prompt")
-        ids = [rendered_ids(tokenizer, each.turns, each.options, add_generation_prompt=True) for each in turns]
-        return [each.turns for each in turns], ids
-    texts = rows["prompt"].to_pylist()
-    ids = tokenizer(texts)["input_ids"] if texts else []
-    return texts, [each or [tokenizer.eos_token_id] for each in ids]
-
-
-def _by_sample(rows: pa.RecordBatch, names: list[str]) -> list[np.ndarray]:
-    """Returns the lists of columns with one for each sample, the samples of a row one after another."""
-    columns = [np.split(flattened(rows[name]), np.diff(rows[name].offsets).cumsum()[:-1]) for name in names]
-    return [sample for row in zip(*columns, strict=True) for sample in row]
-
-
-def _values(rows: pa.RecordBatch, name: str) -> np.ndarray:
-    values: np.ndarray = rows[name].flatten().to_numpy()
-    return values

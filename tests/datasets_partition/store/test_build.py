@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -300,3 +301,30 @@ def test_real_rows(tmp_path: Path) -> None:
         read = store.read_rows(client, "train")
         assert read.num_rows == store.counts("train")[client]
         assert set(read["client"].to_pylist()) <= {store.name(client)}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts with answers and other columns."""
+
+    def fingerprint(self) -> str:
+        return "1"
+
+    def load(self) -> Loaded:
+        columns = {"client": ["b", "a", "a"], "prompt": ["1", "2", "3"], "answer": ["x", "y", "z"], "level": [1, 2, 3]}
+        return Loaded(pa.table(columns), {})
+
+
+def test_columns_beside_the_content_are_kept_if_they_are_asked_for(tmp_path: Path) -> None:
+    def stored(**options: Any) -> tuple[str, dict[str, list[Any]]]:
+        folder = build(Questions(), Natural(), NONE_HELD, 7, str(tmp_path), **options)
+        return folder.name, Store.open(folder).read_rows(0, "train").to_pydict()
+
+    plain, answers, everything = stored(), stored(beside=("answer",)), stored(beside=None)
+    assert plain == stored(beside=()) and plain[1] == {"client": ["a", "a"], "prompt": ["2", "3"]}
+    assert answers[1] == {**plain[1], "answer": ["y", "z"]}
+    assert everything[1] == {**answers[1], "level": [2, 3]}
+    assert len({plain[0], answers[0], everything[0]}) == 3
+    assert stored(beside=("prompt", "client"))[1] == plain[1]
+    with pytest.raises(DataError, match=r"train.objective reads the column 'missing', which the source does not give"):
+        stored(beside=("missing",))

@@ -16,6 +16,7 @@ from engine.config.federation import Federation
 from engine.config.sections import Evaluate
 from engine.config.train import Sgd, Train
 from engine.objectives.base import Context, Term, counted, step_loss, term_sums
+from engine.objectives.figures import client_figures, figure_bounds, figure_metrics
 from engine.objectives.sft import Sft
 from engine.objectives.token_batch import Batch
 from engine.training.lanes import LaneTrainer
@@ -144,3 +145,80 @@ def test_held_out_sums_are_those_of_any_pieces(make_two: Callable[[Train], Local
     both = pooled([ClientLoss(3, {"nll": (1.0, 4), "square": (2.0, 1)}, 2), other], objective)
     assert both.metrics("loss", objective) == {"loss": 1.0, "tokens": 7, "loss.nll": 1.0, "loss.square": 1.0}
     assert math.isnan(pooled([], objective).metrics("loss", objective)["loss"])
+
+
+@dataclass(frozen=True)
+class OfLongRows(Sft):
+    """SFT in two terms, of the rows with more and with fewer than six learned tokens: a step may lack one of them."""
+
+    losses: ClassVar[Mapping[str, float]] = {"long": 64.0, "short": 64.0}
+    figures: ClassVar[Mapping[str, float]] = {"nll": 64.0}
+    heldout: ClassVar[str] = "nll"
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        long = int((torch.bincount(batch.row_N)[batch.row_N] > 5).sum())
+        return {"long": long, "short": batch.learned - long, "nll": batch.learned}
+
+    def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
+        term = super().terms(network, batch, context)["nll"]
+        long_N = torch.bincount(batch.row_N)[batch.row_N] > 5
+        parts = {"long": long_N, "short": ~long_N}
+        return {"nll": term, **{k: Term(term.values_N[mask], term.row_N[mask]) for k, mask in parts.items()}}
+
+
+@pytest.mark.parametrize("kind", ["plain", "lanes", "private"])
+def test_a_term_without_units_in_a_step_counts_nothing_and_a_figure_never_trains(
+    make_two: Callable[[Train], LocalTrainer],
+    make_private: Callable[..., PrivateTrainer],
+    rows: pa.RecordBatch,
+    kind: str,
+) -> None:
+    """Rows are trained as by SFT if all are short; their clients report 0 units of the other term."""
+    plain, sft = make_two(ONE_STEP), make_two(ONE_STEP)
+    plain.objective, sft.objective = OfLongRows(), Sft()
+    start, short = start_of(plain), rows.slice(2, 1)
+    assert plain.objective.counts(plain.objective.collate(short, 0))["long"] == 0
+    options = {"clip": 1e6, "train": ONE_STEP}
+    trainer: Any = plain
+    if kind == "private":
+        trainer, sft = make_private(objective=OfLongRows(), **options), make_private(**options)  # type: ignore[assignment]
+    if kind == "lanes":
+        trainer = LaneTrainer(plain, 2, ONE_STEP)
+        trained = trainer.train([Training(short, start, np.random.default_rng(1), 0)] * 2, ONE_STEP)[1]
+    else:
+        trained = step(trainer, start, short, ONE_STEP)
+    expected = step(sft, start, short, ONE_STEP)
+    torch.testing.assert_close(trained.end, expected.end, rtol=0, atol=1e-6)
+    assert (trained.metrics["term.long"], trained.metrics["units.long"]) == (0, 0)
+    assert trained.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=1e-5)
+    assert trained.metrics["term.nll"] == pytest.approx(trained.metrics["term.short"])
+
+
+def test_sums_over_clients_give_each_terms_mean() -> None:
+    """Two clients: nll 2 over 3 tokens and 1 over 6 is 12 / 9; only one has a unit of the square."""
+    first = {
+        "loss": 3.0,
+        "learned": 3.0,
+        "term.nll": 2.0,
+        "units.nll": 3.0,
+        "term.square": 1.0,
+        "units.square": 2.0,
+        "tokens": 5.0,
+    }
+    second = {**first, "term.nll": 1.0, "units.nll": 6.0, "term.square": 0.0, "units.square": 0.0, "tokens": 7.0}
+    figures = [client_figures(TwoTerms(), metrics) for metrics in (first, second)]
+    assert figures[0] == {"term.nll": 6, "units.nll": 3, "term.square": 2, "units.square": 2, "tokens": 5}
+    sums = {name: figures[0][name] + figures[1][name] for name in figures[0]}
+    assert figure_metrics(TwoTerms(), sums) == {"loss": 12 / 9 + 1, "tokens": 12, "term.nll": 12 / 9, "term.square": 1}
+    assert figure_bounds(TwoTerms(), 10) == {
+        "term.nll": 640,
+        "units.nll": 10,
+        "term.square": 1e4,
+        "units.square": 10,
+        "tokens": 10,
+    }
+    alone = client_figures(Sft(), {"loss": 2.0, "learned": 4.0, "tokens": 6.0})
+    assert alone == {"term.nll": 8, "units.nll": 4, "tokens": 6} and figure_metrics(Sft(), alone) == {
+        "loss": 2,
+        "tokens": 6,
+    }

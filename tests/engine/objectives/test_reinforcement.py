@@ -1,5 +1,6 @@
 """Objectives on own samples: a step is that of its completions, however it is cut, and evaluation is by hand."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -12,14 +13,16 @@ import pyarrow as pa
 import pytest
 import torch
 
+from datasets_partition.core.types import TURNS
 from engine.config.federation import Federation
 from engine.config.privacy import Privacy
 from engine.config.sections import Clients, Zero
 from engine.config.train import Sgd, Train
 from engine.messages.errors import RunError
+from engine.messages.frozen import FrozenModel
 from engine.objectives.base import Context, step_loss
 from engine.objectives.reinforcement.grpo import Grpo
-from engine.objectives.reinforcement.rewards import Custom, Exact, Length, Words
+from engine.objectives.reinforcement.rewards import Custom, Exact, Length, RewardModel, Words
 from engine.objectives.reinforcement.rloo import Rloo
 from engine.objectives.reinforcement.samples import POLICY
 from engine.objectives.sampling import Completion
@@ -77,12 +80,12 @@ def completed(trainer: LocalTrainer, rows: pa.RecordBatch, numbers: list[int], s
     for number in numbers:
         keys = [KEYS(step, number, sample) for sample in range(objective.sampling.samples)]
         row = rows.slice(number, 1)
-        once = trainer.sampler.completed(row, lambda _, sample, keys=keys: keys[sample], objective.sampling, 1)
+        once = trainer.sampler.completed(row, lambda _, sample, keys=keys: keys[sample], objective.sampling.samples, 1)
         parts += [
             Completion(np.array(ids[len(row["input_ids"][0]) :]), np.array(logprobs), bool(ended))
             for ids, logprobs, ended in zip(*samples_of(once), strict=True)
         ]
-    return objective.completed(rows.take(pa.array(numbers)), parts, trainer.sampler.tokenizer)
+    return objective.completed(rows.take(pa.array(numbers)), parts, trainer.context)
 
 
 def samples_of(once: pa.RecordBatch) -> tuple[list[Any], list[Any], list[Any]]:
@@ -219,15 +222,13 @@ def test_held_out_prompts_are_judged_beside_the_reference_by_the_same_random_num
     terms = trainer.loss_terms(encoded, 4, reference, keys)
     assert torch.equal(trainer.trainable.flat.data, start)
     assert set(terms) == set(objective.heldout_terms)
-    once = replace(objective.sampling, samples=1)
-    ours, likeliest = (
-        trainer.sampler.completed(encoded, keys, how, 6) for how in (once, replace(once, temperature=0.0))
-    )
+    ours = trainer.sampler.completed(encoded, keys, 1, 6)
+    likeliest = trainer.sampler.completed(encoded, lambda row, sample: None, 1, 6)
     trainer.become(reference)
-    theirs = trainer.sampler.completed(encoded, keys, once, 6)
+    theirs = trainer.sampler.completed(encoded, keys, 1, 6)
     texts = [[text[0] for text in part["text"].to_pylist()] for part in (ours, likeliest, theirs)]
     rewards = np.array([[max(0, 1 - abs(len(text.strip()) - 6) / 6) for text in part] for part in texts])
-    assert terms["reward"] == (pytest.approx(rewards[0].sum()), 6)
+    assert terms["reward"] == (pytest.approx(rewards[0].sum()), 6) and terms["cost"] == (-terms["reward"][0], 6)
     assert terms["greedy"] == (pytest.approx(rewards[1].sum()), 6)
     wins = (rewards[0] > rewards[2]).sum() + (rewards[0] == rewards[2]).sum() / 2
     assert terms["win"] == (wins, 6) and 0 < wins < 6
@@ -252,11 +253,11 @@ def log_ratios(trainer: LocalTrainer, samples: pa.RecordBatch, vector: torch.Ten
     return sums[0] - sums[1]
 
 
-def answered(objective, tokenizer, rows, texts, ended=True):
+def answered(objective, tokenizer, rows, texts, *, training=True):
     """Completed rows whose samples are given texts."""
-    ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * ended for text in texts]
-    parts = [Completion(np.array(each), np.zeros(len(each), np.float32), ended) for each in ids]
-    return objective.completed(rows, parts, tokenizer)
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    parts = [Completion(np.array(each), np.zeros(len(each), np.float32), True) for each in ids]
+    return objective.completed(rows, parts, Context(tokenizer=tokenizer, training=training))
 
 
 def test_failed_rewards_are_left_out_of_their_group_and_counted(tokenizer, rows):
@@ -279,6 +280,8 @@ def test_failed_rewards_are_left_out_of_their_group_and_counted(tokenizer, rows)
     torch.testing.assert_close(advantages, torch.tensor([[each, -each, 0, 0]]).double())
     with pytest.raises(RunError, match=r"fails for all completions, the first time with mine:fails: ValueError"):
         answered(objective, tokenizer, rows(objective, ["a"]), ["nan"] * 4)
+    heldout = answered(objective, tokenizer, rows(objective, ["a"]), ["nan"] * 4, training=False)
+    assert heldout["scored"].to_pylist() == [[0] * 4]
 
 
 def test_rewards_see_their_prompt_and_the_columns_they_read(tokenizer, rows):
@@ -297,9 +300,50 @@ def test_rewards_see_their_prompt_and_the_columns_they_read(tokenizer, rows):
     assert [(prompt, completion) for prompt, completion, _ in seen] == [("a", "b"), ("a", "x"), ("c", "x"), ("c", "d")]
     exact = Grpo(rewards=(Exact(),), num_generations=2)
     (row,) = [json.loads(bytes(text)) for text in rows(exact, ["a"], completion=["b"], level=[1])["row"].to_pylist()]
-    assert row == {"prompt": "a", "row": {"completion": "b"}}
+    assert row == {"prompt": "a", "options": None, "row": {"completion": "b"}}
     with pytest.raises(RunError, match=r"read the column 'completion', which the rows lack \(they are prompts alone\)"):
         rows(exact, ["a"])
+
+
+def test_reward_models_score_all_completions_at_once_beside_functions(tokenizer, rows):
+    rewards = (RewardModel(model="first", weight=0.5), Length(target=2, unit="characters"), RewardModel(model="second"))
+    objective = Grpo(rewards=rewards, num_generations=2, max_completion_length=4)
+    assert [(each.model, each.scores) for each in objective.models] == [("first", True), ("second", True)]
+    moved = objective.with_models([FrozenModel("/a/first", base="/b"), FrozenModel("/a/second", "main")])
+    assert moved.rewards[0] == RewardModel(model="/a/first", base="/b", weight=0.5) and moved.rewards[1] == rewards[1]
+    assert moved.rewards[2] == RewardModel(model="/a/second", revision="main")
+    calls = []
+
+    def scorer(prompts, texts):
+        calls.append((prompts, texts))
+        return [float(len(text)) for text in texts]
+
+    models = (scorer, lambda prompts, texts: [math.nan if text == "abc" else 1.0 for text in texts])
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ("ab", "abc", "a", "")]
+    parts = [Completion(np.array(each), np.zeros(len(each), np.float32), True) for each in ids]
+    encoded = rows(objective, ["one", "two"])
+    samples = objective.completed(encoded, parts, Context(tokenizer=tokenizer, models=models))
+    assert calls == [(["one", "one", "two", "two"], ["ab", "abc", "a", ""])]
+    assert samples["reward"].to_pylist() == [[1 + 1 + 1, 0], [0.5 + 0.5 + 1, 0 + 0 + 1]]
+    assert samples["failed"].to_pylist() == [[0, 1], [0, 0]]
+
+
+def test_turns_reach_rewards_and_reward_models(tokenizer, rows):
+    turns = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "yo"}]]
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}> {% endif %}"
+    spoken = copy.copy(tokenizer)
+    spoken.chat_template = template
+    seen, scored = [], []
+    noting = Custom("mine:note", lambda prompt, completion, row: seen.append(prompt) or 1.0)
+    objective = Grpo(rewards=(noting, RewardModel(model="m")), num_generations=2)
+    table = pa.table({"prompt": pa.array(turns, TURNS)})
+    (encoded,) = objective.encode(table, spoken, 96).to_batches()
+    assert spoken.decode(encoded["input_ids"][1].as_py()) == "yo > "
+    parts = [Completion(np.array([5]), np.zeros(1, np.float32), False)] * 4
+    models = (lambda prompts, texts: [scored.append(prompt) or 1.0 for prompt in prompts],)
+    objective.completed(encoded, parts, Context(tokenizer=spoken, models=models))
+    assert seen == [turns[0]] * 2 + [turns[1]] * 2
+    assert [each.turns for each in scored] == seen
 
 
 def test_a_prompt_that_leaves_no_room_is_dropped(tokenizer, rows):
@@ -330,7 +374,7 @@ def test_the_same_completions_in_batches_of_any_size(make_double, rows, moved):
     trainer, encoded = make_double(objective, ONE_STEP), rows(objective)
     trainer.become(moved(trainer))
     keys = partial(sample_key, 1, 0, 3, 0)
-    whole, by_two = (trainer.sampler.completed(encoded, keys, objective.sampling, size) for size in (6, 2))
+    whole, by_two = (trainer.sampler.completed(encoded, keys, objective.sampling.samples, size) for size in (6, 2))
     assert whole["text"].equals(by_two["text"]) and len({*map(str, whole["text"].to_pylist())}) == 6
 
 

@@ -5,8 +5,12 @@ from typing import get_args
 import pytest
 
 from engine.objectives import Objectives
-from engine.objectives.base import Objective, shown_units, terms_of
+from engine.objectives.base import Objective
 from engine.objectives.dpo import Dpo
+from engine.objectives.figures import shown_units, terms_of
+from engine.objectives.reinforcement.grpo import Grpo
+from engine.objectives.reinforcement.rewards import Balance
+from engine.objectives.reinforcement.rloo import Rloo
 from engine.objectives.sft import Sft
 from tests.engine.objectives.test_all_objectives import OBJECTIVES, named
 
@@ -14,7 +18,13 @@ from tests.engine.objectives.test_all_objectives import OBJECTIVES, named
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=named)
 def test_each_term_has_a_unit_and_what_is_shown_is_a_figure(objective: Objective) -> None:
     assert terms_of(objective).keys() <= objective.units.keys() and all(objective.units.values())
-    assert {*objective.shown} <= objective.figures.keys() and objective.heldout in terms_of(objective)
+    assert {*objective.shown, objective.heldout} <= {*objective.heldout_terms}
+
+
+@pytest.mark.parametrize("objective", [Grpo(rewards=(Balance(),)), Rloo(rewards=(Balance(),))], ids=["grpo", "rloo"])
+def test_what_is_measured_of_samples_has_a_unit_too(objective: Objective) -> None:
+    assert {*terms_of(objective), *objective.heldout_terms} <= objective.units.keys()
+    assert {*objective.shown, objective.heldout} <= {*objective.heldout_terms}
 
 
 def test_a_report_reads_units_from_the_class_alone() -> None:

@@ -17,6 +17,8 @@ from engine.messages.errors import RunError
 from engine.messages.events import Checkpointed, Fault
 from engine.messages.reports import DOWN, UP, Report
 from engine.messages.shards import Shard, ShardedState
+from engine.objectives.reinforcement.grpo import Grpo
+from engine.objectives.reinforcement.rewards import Balance
 from engine.records.checkpoint import load_checkpoint
 from engine.records.client_state import ClientStates
 from engine.records.journal import Journal
@@ -243,3 +245,11 @@ def test_plans_by_hand(tmp_path):
     reports = [replace(report(c), seconds=s) for c, s in zip(work.clients.tolist(), seconds, strict=True)]
     planner.learn(work, [*reports[:2], replace(reports[2], failed="NaN")])
     assert planner.work(0).costs.tolist() == pytest.approx([3.0] * 3)
+
+
+def test_plans_count_the_tokens_that_are_generated(tmp_path):
+    """Two prompts a step of 10 tokens each, and 4 samples of each with up to 7 more."""
+    objective = Grpo(rewards=(Balance(),), num_generations=4, max_completion_length=7)
+    federation = recipe(train=Train(steps=1, batch=2, objective=objective))
+    planner = Planner(federation, loop_of(recipe(), tmp_path).planner.tokens, POPULATION)
+    assert planner.work(0).costs.tolist() == pytest.approx([4 * 2 * (10 + 7) / 1000] * 3)

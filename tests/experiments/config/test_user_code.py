@@ -1,5 +1,6 @@
 """People's own code in a recipe: found from the working folder, checked, and written back under its name."""
 
+import sys
 import tomllib
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ import experiments
 from datasets_partition.store.store import Store
 from engine.messages.errors import RunError
 from experiments.config.recipe import parse_recipe, to_toml
+from experiments.config.user_code import code_of, user_objects
 from experiments.runs.api import build_store
+from experiments.runs.digests import digests
 
 OWN = '''
 from dataclasses import dataclass, replace
@@ -133,3 +136,58 @@ def test_own_code_runs(own_folder, ray_session, small_recipe, tmp_path):
     assert "InTurns(clients=5)" in manifest
     whole = experiments.run(replace(recipe, strategy=type(recipe.strategy).__base__()), out=tmp_path / "whole")
     assert whole.losses["end"]["heldout"] < run.losses["end"]["heldout"]
+
+
+REWARD = """
+def polite(prompt, completion, row):
+    return 1.0 if "please" in completion else 0.0
+
+def narrow(completion):
+    return 1.0
+"""
+
+
+@pytest.fixture
+def reward_recipe(tmp_path, monkeypatch, small_recipe):
+    (tmp_path / "own_rewards.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    shipped = '{kind="length", target=3}'
+    return lambda *given: small_recipe(f'train.objective={{kind="grpo", rewards=[{shipped}, {", ".join(given)}]}}')
+
+
+def test_an_own_reward_is_read_written_back_and_sent_with_the_run(reward_recipe):
+    import cloudpickle
+
+    recipe = reward_recipe('{kind="own_rewards:polite", weight=0.5}')
+    shipped, polite = recipe.train.objective.rewards
+    assert shipped.target == 3 and polite.weight == 0.5
+    assert polite.score("", "yes, please", {}) == 1 and polite.score("", "no", {}) == 0
+    tree = tomllib.loads(to_toml(recipe))["train"]["objective"]
+    assert tree["rewards"][1] == {"kind": "own_rewards:polite", "weight": 0.5} and tree["rewards"][0]["target"] == 3
+    again = parse_recipe(to_toml(recipe))
+    assert again.train.objective.rewards[1].kind == "own_rewards:polite"
+    assert "the code of own_rewards" in digests(recipe)
+    (place,) = user_objects(recipe)
+    assert place == ("train", "objective", "rewards", 1)
+    module = code_of(polite).__module__
+    cloudpickle.register_pickle_by_value(sys.modules[module])
+    sent = cloudpickle.dumps(recipe.train.objective)
+    del sys.modules[module]
+    assert cloudpickle.loads(sent).rewards[1].score("", "please", {}) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ('{kind="own_rewards:missing"}', r"rewards\[1\].kind names 'own_rewards:missing', which is no function of"),
+        ('{kind="own_rewards:narrow"}', r"is no function of \(prompt, completion, row\)"),
+        ('{kind="own_nowhere:f"}', "importing 'own_nowhere' fails"),
+        ('{kind="own_rewards:polite", target=3}', "takes weight alone, not target"),
+        ('{kind="own_rewards:polite", weight="much"}', "weight should be a number"),
+        ('{kind="polite"}', "has no kind 'polite'; did you mean"),
+    ],
+)
+def test_a_wrong_own_reward_is_one_sentence(reward_recipe, given, sentence):
+    with pytest.raises(RunError, match=sentence):
+        reward_recipe(given)

@@ -135,6 +135,22 @@ def test_own_rows_are_drawn_through_the_recipes_partition(small_recipe, rows_fil
         draw_rows(recipe, 10, 64, tmp_path / "stores")
 
 
+def test_prompts_leave_room_for_short_completions_and_keep_what_rewards_read(small_recipe, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [{"client": f"c{row % 9}", "prompt": f"question {row} " * 9, "answer": str(row)} for row in range(90)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewards = '[{kind="number", column="answer"}]'
+    objective = f'train.objective={{kind="grpo", rewards={rewards}, num_generations=16, max_completion_length=512}}'
+    for given in (str(path), "s3://bucket/rows.jsonl"):
+        recipe = small_recipe(objective, "train.max_length=1024", f"data.source.path='{given}'")
+        work = shrunk_recipe(recipe, tmp_path, tmp_path)
+        assert (work.train.objective.num_generations, work.train.objective.max_completion_length) == (2, 8)
+        drawn = draw_rows(recipe, clients_of(work), work.train.max_length, tmp_path / "stores")
+        assert {"client", "prompt", "answer"} == set(drawn.table.column_names)
+        assert max(map(len, drawn.table["prompt"].to_pylist())) <= 8
+        assert set(drawn.table["answer"].to_pylist()) <= {row["answer"] for row in rows} or not drawn.real
+
+
 def test_conversations_are_shortened_to_their_first_answer(small_recipe, tmp_path):
     path = tmp_path / "rows.jsonl"
     roles = ("system", "user", "assistant", "user", "assistant")
