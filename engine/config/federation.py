@@ -1,10 +1,10 @@
 """What the engine runs: a recipe without its data section, and checks that its sections go together."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import get_args
 
+from engine.config.objective_checks import Refusals, refuse_objective
 from engine.config.sections import Sections
 from engine.config.train import DECAYS
 from engine.messages.checks import at_least
@@ -17,7 +17,6 @@ from strategies.privacy.checks import check_dp
 from strategies.secagg.ring import Sum
 
 SOME = Layout(("any",), ((10_007,),))  # an odd length: an extra of this length follows the vector's
-Refusals = Iterator[tuple[object, str]]  # conditions that must not hold, and the sentence for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Federation(Sections):
             raise RunError(f"name becomes a folder's name: not empty, no '/', no leading '.', not {self.name!r}")
         checks = (
             _precision,
-            _objective,
+            refuse_objective,
             _adapters,
             _quantize,
             _cohort,
@@ -65,25 +64,6 @@ def _precision(recipe: Sections) -> Refusals:
     by_row = recipe.privacy.dp.kind == "example"
     for key, is_set in {"clients.zero": recipe.clients.zero is not None, 'privacy.dp.kind = "example"': by_row}.items():
         yield is_set and computed not in (None, held), f"{key} computes in model.dtype alone: leave train.dtype out"
-
-
-def _objective(recipe: Sections) -> Refusals:
-    objective, peft, key = recipe.train.objective, recipe.model.peft, "train.objective.reference"
-    yield (
-        recipe.privacy.dp.kind == "example" and objective.couples_rows,
-        f'train.objective.kind = "{objective.kind}" does not work with privacy.dp.kind = "example", which clips each '
-        f"row's own gradient: {objective.couples_rows}",
-    )
-    mixed = any(share.r != peft.lora_rank for share in peft.ranks)
-    yield (
-        objective.reference == "start" and mixed,
-        f'{key} = "start" is one vector, and model.peft.ranks gives clients others: set {key} = "base", or "round"',
-    )
-    yield (
-        objective.reference == "base" and peft.peft_class is None and recipe.model.start is not None,
-        f'{key} = "base" needs a second model beside the one that model.peft = "none" trains from model.start: set '
-        f'{key} = "start"',
-    )
 
 
 def _adapters(recipe: Sections) -> Refusals:

@@ -13,7 +13,6 @@ from pydantic import Field
 from engine.messages.checks import at_least, below_one
 from engine.messages.errors import RunError
 from engine.objectives import Objectives
-from engine.objectives.base import require_provided
 from engine.objectives.sft import Sft
 
 BY_KIND = Field(discriminator="kind") if get_args(Objectives) else Field()  # a union of one has no members
@@ -123,7 +122,6 @@ class Train:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise RunError("train needs exactly one of steps and epochs")
-        require_provided(self.objective)
         at_least("train", 1, steps=self.steps, epochs=self.epochs, batch=self.batch, accumulate=self.accumulate)
         at_least("train", 2, max_length=self.max_length)
         at_least("train", 0, clip=self.clip)

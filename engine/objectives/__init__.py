@@ -5,7 +5,9 @@ from engine.objectives.distill import Distill
 from engine.objectives.dpo import Dpo
 from engine.objectives.kto import Kto
 from engine.objectives.orpo import Orpo
+from engine.objectives.reinforcement.grpo import Grpo
+from engine.objectives.reinforcement.rloo import Rloo
 from engine.objectives.reward import Reward
 from engine.objectives.sft import Sft
 
-Objectives = Sft | Dpo | Kto | Orpo | Cpo | SimPo | Reward | Distill
+Objectives = Sft | Dpo | Kto | Orpo | Cpo | SimPo | Reward | Distill | Grpo | Rloo

@@ -14,36 +14,20 @@ import torch
 from torch import nn
 
 from datasets_partition.core.turns import Conversation
-from datasets_partition.core.types import (
-    COLUMNS,
-    MESSAGES,
-    PREFERENCE,
-    PROMPT_COMPLETION,
-    PROMPT_ONLY,
-    UNPAIRED_PREFERENCE,
-    format_of,
-)
+from datasets_partition.core.types import COLUMNS, IN_WORDS, format_of
 from engine.messages.errors import RunError
 from engine.messages.frozen import FrozenModel
+from engine.objectives.sampling import Answers, Completions, Sampling
 from engine.objectives.token_batch import Batch
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
 Prompt = str | Conversation
 TermSums = dict[str, tuple[float, int]]  # each term's sum and count
-Need = Literal["generation", "head"]
+Need = Literal["head"]
 Period = Literal["step", "round"]
 Reference = Literal["base", "start", "round", "none"]
 NATS = 64.0  # of a token at most: e^-64 is less than any softmax of float32 gives
 REFERENCE = "reference"  # the column of what the reference model says
-IN_WORDS = {
-    PROMPT_COMPLETION: "texts, prompts with completions",
-    MESSAGES: "conversations",
-    PREFERENCE: "preference pairs",
-    UNPAIRED_PREFERENCE: "unpaired preferences",
-    PROMPT_ONLY: "prompts alone",
-}
-# What trainers cannot give an objective yet: one that needs it is refused.
-MISSING: Mapping[Need, str] = {"generation": "text generation"}
 
 
 @dataclass(frozen=True)
@@ -126,6 +110,22 @@ class Objective(Protocol):
         """Returns the objective with other models in place of its own."""
 
     @property
+    def reads_reference(self) -> bool:
+        """Whether `terms` reads what the reference model says."""
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How the prompts of a step are completed before it is taken; None: the rows are learned as they are."""
+
+    @property
+    def heldout_terms(self) -> tuple[str, ...]:
+        """The terms of held-out rows."""
+
+    @property
+    def judges_samples(self) -> bool:
+        """Whether held-out rows are prompts, judged by completions of them: see `judged`."""
+
+    @property
     def means(self) -> tuple[str, ...]:
         """The terms of `step_terms`."""
 
@@ -170,6 +170,9 @@ class Objective(Protocol):
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns the rows of a step, which are these of a client's encoded `rows`."""
 
+    def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
+        """Makes rows that `collate` takes of a step's encoded prompts (`input_ids`) and their sampled completions."""
+
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded with the token `pad`, with the other columns in `Batch.columns`."""
 
@@ -184,6 +187,9 @@ class Objective(Protocol):
 
     def terms(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, Term]:
         """Computes all terms by the present weights; a row without learned tokens fills a lane and has no unit."""
+
+    def judged(self, answers: Answers) -> TermSums:
+        """Returns the terms of held-out prompts, completed by the model and by the reference model."""
 
     def sample(self, row: Mapping[str, Any]) -> tuple[Prompt, str]:
         """Returns the prompt of a canonical row and the answer it teaches, which a run shows beside the model's."""
@@ -218,6 +224,26 @@ class BaseObjective:
     def with_models(self, models: Sequence[FrozenModel]) -> Self:
         """Returns the same."""
         return self
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether there is one."""
+        return self.reference != "none"
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """Nothing is sampled."""
+        return None
+
+    @property
+    def heldout_terms(self) -> tuple[str, ...]:
+        """Those of training."""
+        return tuple(terms_of(self))  # type: ignore[arg-type]
+
+    @property
+    def judges_samples(self) -> bool:
+        """They have what is learned."""
+        return False
 
     @property
     def means(self) -> tuple[str, ...]:
@@ -266,6 +292,14 @@ class BaseObjective:
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns these rows."""
         return rows.take(pa.array(numbers))
+
+    def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
+        """Returns the rows."""
+        return rows
+
+    def judged(self, answers: Answers) -> TermSums:
+        """There are no terms."""
+        return {}
 
     def reference_columns(self, network: nn.Module, batch: Batch, context: Context) -> dict[str, torch.Tensor]:
         """There is no reference."""
@@ -353,12 +387,4 @@ def require_format(objective: Objective, rows: pa.Table) -> None:
         raise RunError(
             f'train.objective = "{objective.kind}" learns from {wanted}, but the rows are {IN_WORDS[kind]} '
             f"({', '.join(COLUMNS[kind])}): name yours in data.source.columns so that they make {columns}"
-        )
-
-
-def require_provided(objective: Objective) -> None:
-    """Raises RunError if the objective needs what trainers cannot give."""
-    if missing := " and ".join(text for need, text in MISSING.items() if need in objective.needs):
-        raise RunError(
-            f'train.objective = "{objective.kind}" needs {missing}, which fedpost does not have yet: choose another'
         )

@@ -101,9 +101,13 @@ class Batch:
         return replace(self, columns={**self.columns, **columns})
 
 
-def token_losses(network: nn.Module, batch: Batch, *, every_logit: bool = False) -> torch.Tensor:
+def token_losses(
+    network: nn.Module, batch: Batch, *, every_logit: bool = False, temperature: float = 1.0
+) -> torch.Tensor:
     """Computes the nats of each learned token (N,); `every_logit` as in `token_logits`."""
     logits_NV = token_logits(network, batch, every_logit=every_logit)
+    if temperature != 1:
+        logits_NV = logits_NV / temperature
     return F.cross_entropy(logits_NV, batch.labels_BT[:, 1:][batch.row_N, batch.place_N], reduction="none")
 
 

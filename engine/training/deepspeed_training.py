@@ -27,8 +27,9 @@ from engine.models.trainable import shape_of, trained_layout
 from engine.objectives.base import Context, Objective, Prompt, Term, Tokenizer, term_sums
 from engine.objectives.token_batch import Batch
 from engine.training.generation import continuations
-from engine.training.local_training import client_updates
+from engine.training.local_training import NO_KEYS, client_updates
 from engine.training.optimizers import make_optimizer, reset
+from engine.training.sampler import RowKeys
 from engine.training.step_columns import constant, judging, with_columns, without_adapters
 from engine.training.step_loop import Correct, Progress, Training, batches, take_steps
 from strategies.core.protocol import Vector
@@ -245,7 +246,7 @@ class ZeroTrainer:
         return self.weights(training.origin)
 
     def loss_terms(
-        self, rows: pa.RecordBatch, batch: int, reference: Vector | None = None
+        self, rows: pa.RecordBatch, batch: int, reference: Vector | None = None, keys: RowKeys = NO_KEYS
     ) -> dict[str, tuple[float, int]]:
         """Returns each term's sum and count over all rows, by the present weights; the same on all ranks."""
         self.engine.eval()

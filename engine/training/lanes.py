@@ -113,7 +113,8 @@ class LaneTrainer:
         """Computes the gradients of all lanes' next steps, a piece of each at a time."""
         lanes, losses = len(active), self.objective.losses
         self.grad_KP[:lanes].zero_()
-        steps = [self.plain.cut(client.next_rows(self.objective), train.batch) for client in active]
+        rows_K = self.plain.sampler.next_rows(active, train, every_logit=self.context.every_logit)
+        steps = [self.plain.cut(rows, train.batch) for rows in rows_K]
         counts_K = [counted(self.objective, step) for step in steps]
         for client, step, counts in zip(active, steps, counts_K, strict=True):
             client.count(counts, sum(piece.tokens for piece in step))

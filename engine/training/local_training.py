@@ -26,15 +26,19 @@ from engine.objectives.base import (
     step_loss,
     term_sums,
 )
+from engine.objectives.sampling import Answers
 from engine.objectives.token_batch import Batch, longest
 from engine.records.client_state import OPTIMIZER, STRATEGY, owned_as, owned_by
 from engine.training.generation import continuations
 from engine.training.optimizers import clip, make_optimizer
+from engine.training.sampler import RowKeys, Sampler, greedily
 from engine.training.step_columns import constant, judging, with_columns, without_adapters
 from engine.training.step_loop import Correct, Progress, Trained, Training, batches, optimizer_step, pieces, take_steps
 from strategies.core.base import Finished
 from strategies.core.protocol import GLOBAL, Broadcast, ClientState, Update, Vector
-from strategies.core.seeds import rng, seed_torch, torch_seed
+from strategies.core.seeds import rng, sample_key, seed_torch, torch_seed
+
+NO_KEYS: RowKeys = partial(sample_key, 0, 0, 0, 0)
 
 TOGETHER = 8  # rows at once of which the reference's columns are computed
 
@@ -64,8 +68,13 @@ class Trainer(Protocol):
     def become(self, vector: Vector, lora_rank: int | None = None) -> None:
         """Puts the vector (P,) of a client of this LoRA rank into the model; None is the recipe's rank."""
 
-    def loss_terms(self, rows: pa.RecordBatch, batch: int, reference: Vector | None = None) -> TermSums:
-        """Returns each term's sum and count over all rows, by the vector now in the model; reference as in a Job."""
+    def loss_terms(
+        self, rows: pa.RecordBatch, batch: int, reference: Vector | None = None, keys: RowKeys = NO_KEYS
+    ) -> TermSums:
+        """Returns each term's sum and count over all rows, by the vector now in the model; reference as in a Job.
+
+        Completions are drawn by `keys`.
+        """
 
     def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:
         """Returns the objective's means over these rows, by the vector now in the model."""
@@ -153,6 +162,7 @@ def _trainings(
             trained_mask=strategy.trained_mask(broadcast, state, model) if by_row else None,
             reference=None if job.reference is None else job.reference.to(device),
             means=means,
+            keys=partial(sample_key, seed, broadcast.round, job.client),
         )
         for model, start in starts.items()
     }
@@ -179,10 +189,18 @@ class LocalTrainer:
     updates = client_updates
     step = optimizer_step
 
-    def __init__(self, trainable: Trainable, pad: int, train: Train, models: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        trainable: Trainable,
+        pad: int,
+        train: Train,
+        tokenizer: Tokenizer | None = None,
+        models: Sequence[Any] = (),
+    ) -> None:
         """`models` are the objective's frozen ones."""
         self.trainable, self.device, self.pad = trainable, trainable.flat.device, pad
         self.objective: Objective = train.objective
+        self.sampler = Sampler(train.objective, trainable.network, tokenizer, pad, self.device)
         self.max_length, self.context = train.max_length, Context(models=tuple(models))
         if "head" in self.objective.needs:
             trainable.network.config.pad_token_id = pad  # by which it finds a text's last token
@@ -206,7 +224,8 @@ class LocalTrainer:
         """Computes the gradient of the client's next step."""
         (client,) = active
         self.trainable.grad.zero_()
-        step = self.cut(client.next_rows(self.objective), train.batch)
+        (rows,) = self.sampler.next_rows(active, train)
+        step = self.cut(rows, train.batch)
         counts = counted(self.objective, step)
         client.count(counts, sum(piece.tokens for piece in step))
         for piece in self.with_columns(step, client.training.reference, client.training.means):
@@ -228,14 +247,38 @@ class LocalTrainer:
         flat = self.trainable.flat.detach()
         return flat.clone() if training.origin is None else flat.sub_(training.origin)
 
-    def loss_terms(self, rows: pa.RecordBatch, batch: int, reference: Vector | None = None) -> TermSums:
+    def loss_terms(
+        self, rows: pa.RecordBatch, batch: int, reference: Vector | None = None, keys: RowKeys = NO_KEYS
+    ) -> TermSums:
         """Returns each term's sum and count over all rows, by the vector now in the model; reference as in a Job."""
+        if self.objective.judges_samples:
+            return self._judged(rows, batch, reference, keys)
         network = self.trainable.network
         if network.training:
             network.eval()
         rows = self.objective.step_rows(rows, np.arange(rows.num_rows))
         pieces = self.with_columns(self.cut(rows, batch), reference)
         return term_sums(self.objective, network, ((piece.to(self.device), 1) for piece in pieces), self.context)
+
+    def _judged(self, rows: pa.RecordBatch, batch: int, reference: Vector | None, keys: RowKeys) -> TermSums:
+        """Judges completions of prompts, also beside those of the reference model."""
+        objective, network, sampler = self.objective, self.trainable.network, self.sampler
+        assert objective.sampling is not None
+        once = replace(objective.sampling, samples=1)
+        sampled, greedy = (sampler.completed(rows, keys, how, batch) for how in (once, greedily(once)))
+        if objective.reference == "none":
+            return objective.judged(Answers(sampled, greedy))
+        pieces = [piece.to(self.device) for piece in self.cut(sampled, batch)]
+
+        def logprobs() -> list[torch.Tensor]:
+            return [objective.reference_columns(network, piece, self.context)[REFERENCE] for piece in pieces]
+
+        with judging(network):
+            ours = logprobs()
+        with self.as_reference(reference):
+            referred, theirs = sampler.completed(rows, keys, once, batch), logprobs()
+        kl_B = torch.cat([(own_BC - its_BC).sum(1) for own_BC, its_BC in zip(ours, theirs, strict=True)])
+        return objective.judged(Answers(sampled, greedy, referred, kl_B))
 
     def step_means(self, rows: pa.RecordBatch, batch: int, reference: Vector | None) -> dict[str, float]:
         """Returns the objective's means over these rows, by the vector now in the model."""
@@ -261,7 +304,7 @@ class LocalTrainer:
         every_logit: bool = False,
     ) -> Sequence[Batch]:
         """Returns a step's batches with the columns that the objective reads; see `with_columns`."""
-        if self.objective.reference == "none" and not self.objective.means:
+        if not self.objective.reads_reference and not self.objective.means:
             return step  # on the CPU still
         on_device, context = [piece.to(self.device) for piece in step], replace(self.context, every_logit=every_logit)
         refer, known = partial(self.as_reference, reference), None if means is None else partial(constant, means)

@@ -82,7 +82,7 @@ class PrivateTrainer:
     def gradients(self, active: list[Progress], train: Train) -> None:
         """Computes the private gradient of the client's next step; RunError if Opacus misses a row's gradient."""
         (client,) = active
-        rows, grad = client.next_rows(self.objective), self.trainable.grad
+        (rows,), grad = self.plain.sampler.next_rows(active, train), self.trainable.grad
         summed = torch.zeros_like(grad)
         for first in range(0, rows.num_rows, train.batch):
             piece = self.objective.collate(rows.slice(first, train.batch), self.plain.pad)

@@ -31,7 +31,7 @@ def with_columns(
     Inside `as_reference` the network computes as the reference model. Columns that the rows have already are kept.
     """
     batches = list(batches)
-    if objective.reference != "none" and any(REFERENCE not in batch.columns for batch in batches):
+    if objective.reads_reference and any(REFERENCE not in batch.columns for batch in batches):
         with as_reference():
             batches = [batch.plus(objective.reference_columns(network, batch, context)) for batch in batches]
     if known is not None:

@@ -4,10 +4,11 @@ A backend gives batches and gradients and takes the optimizer's step: one client
 in lanes (lanes.py), with example-level privacy (per_example.py), or over the ranks of a gang (deepspeed_training.py).
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from engine.config.train import Train
 from engine.objectives.base import Objective, term_metrics
 from engine.training.optimizers import kept, move, restore
 from strategies.core.protocol import ClientState, Mask, Vector
+from strategies.core.seeds import sample_key
 
 
 def batches(rows: int, train: Train, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -59,6 +61,8 @@ def steps_of(rows: int, train: Train) -> int:
 
 
 Correct = Callable[[torch.Tensor, torch.Tensor], None]  # changes gradients (K, P), given the vectors (K, P)
+Keys = Callable[[int, int, int], bytes]  # of a step, row and sample, by their numbers: the key of the sample's draws
+UNKEYED: Keys = partial(sample_key, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class Training:
     training. Example-level privacy clips and adds noise on the coordinates in `trained_mask`; None: all.
     `step_factor` stands in for `train.over_steps`: of a step's number and all steps it makes a further factor.
     `reference` is the vector of the model that the objective compares with; None: the model without its adapters.
-    `means` are the objective's, where they are over a round; None: over each step.
+    `means` are the objective's, where they are over a round; None: over each step. `keys` are those of the draws of
+    completions.
     """
 
     rows: pa.RecordBatch
@@ -88,6 +93,7 @@ class Training:
     step_factor: Callable[[int, int], float] | None = None
     reference: Vector | None = None
     means: Mapping[str, float] | None = None
+    keys: Keys = UNKEYED
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class Progress:
     lr_sum: float = 0.0  # of the steps taken
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+    ahead: deque[pa.RecordBatch] = field(default_factory=deque)  # the rows of the next steps, completed already
 
     def next_rows(self, objective: Objective) -> pa.RecordBatch:
         """Returns the rows of the next step."""

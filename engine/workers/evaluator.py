@@ -12,13 +12,13 @@ import pyarrow as pa
 from engine.config.sections import Evaluate
 from engine.config.train import Train
 from engine.messages.broadcast import BroadcastMessage
-from engine.objectives.base import Objective, Prompt, terms_of
+from engine.objectives.base import Objective, Prompt
 from engine.records.client_state import STRATEGY, owned_by
 from engine.training.local_training import Trainer
 from engine.training.step_loop import Trained, Training
 from engine.workers.client_runner import ClientRunner
 from strategies.core.protocol import Vector
-from strategies.core.seeds import rng, torch_seed
+from strategies.core.seeds import rng, sample_key, torch_seed
 
 POOLED = -2  # the client number under which training on all clients' rows draws its batches
 
@@ -55,7 +55,11 @@ def client_loss(
 ) -> ClientLoss:
     """Evaluates the vector now in the model on a client's held-out rows; no batch holds rows of two clients."""
     picked = drawn_rows(rows.num_rows, client, evaluate, seed)
-    return ClientLoss(client, trainer.loss_terms(rows.take(picked), evaluate.batch, reference), len(picked))
+
+    def keys(row: int, sample: int) -> bytes:  # the same in all rounds
+        return sample_key(seed, -1, client, 0, int(picked[row]), sample)
+
+    return ClientLoss(client, trainer.loss_terms(rows.take(picked), evaluate.batch, reference, keys), len(picked))
 
 
 def pooled(losses: list[ClientLoss], objective: Objective) -> ClientLoss:
@@ -63,7 +67,7 @@ def pooled(losses: list[ClientLoss], objective: Objective) -> ClientLoss:
     ordered = sorted(losses, key=lambda loss: loss.client)
     terms = {
         name: (sum(loss.terms[name][0] for loss in ordered), sum(loss.terms[name][1] for loss in ordered))
-        for name in terms_of(objective)
+        for name in objective.heldout_terms
     }
     return ClientLoss(-1, terms, sum(loss.rows for loss in ordered))
 
@@ -125,7 +129,9 @@ class Evaluator:
         step_factor = partial(_factor, federation.train, message.round, federation.rounds)
         reference, device = message.reference_vector(), self.trainer.device
         reference = None if reference is None else reference.to(device)
-        training = Training(rows, start.to(device), stream, dropout, step_factor=step_factor, reference=reference)
+        keys = partial(sample_key, seed, 0, client)
+        options = {"step_factor": step_factor, "reference": reference, "keys": keys}
+        training = Training(rows, start.to(device), stream, dropout, **options)
         return self.trainer.train([training], train)
 
 

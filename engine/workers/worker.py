@@ -90,7 +90,8 @@ class ClientActor(WorkerProcess):
             map_frozen(model, index, mapped_buffer(buffer, self.device), federation.model)
             for model, index, buffer in pairs
         ]
-        trainer = LocalTrainer(trainable, padding(tokenizer, trainable.network), federation.train, models)
+        pad = padding(tokenizer, trainable.network)
+        trainer = LocalTrainer(trainable, pad, federation.train, tokenizer, models)
         refuse_other_adapters(trainable.network, federation)
         if isinstance(federation.clients.lanes, int) and federation.clients.lanes > 1:
             adapted_layers(trainable)  # refuses models that lanes cannot train

@@ -9,7 +9,7 @@ from engine.config.sections import Model
 from engine.messages.errors import RunError
 from engine.objectives.templates import template_file, writes_the_date
 from experiments.config.recipe import Recipe, located
-from experiments.config.user_code import SHIPPED, user_objects
+from experiments.config.user_code import SHIPPED, code_of, user_objects
 
 BASE = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"}  # files of a base's folder that are read
 TEMPLATES = ("*.jinja", "tokenizer_config.json", "chat_template.json", "additional_chat_templates/*.jinja")
@@ -36,8 +36,8 @@ def digests(recipe: Recipe) -> dict[str, str]:
         if trace is not None and Path(trace).is_file():  # otherwise reading the trace explains what is wrong
             values["clients.availability.trace"] = file_digest(Path(trace))
         for user_object in user_objects(recipe).values():
-            if (code := sys.modules[type(user_object).__module__].__file__) is not None:
-                values[f"the code of {type(user_object).__module__}"] = sha256(Path(code).read_bytes()).hexdigest()
+            if (code := sys.modules[code_of(user_object).__module__].__file__) is not None:
+                values[f"the code of {code_of(user_object).__module__}"] = sha256(Path(code).read_bytes()).hexdigest()
     except OSError as error:
         raise RunError(f"a file that the recipe names cannot be read ({error}): allow reading it") from error
     return values

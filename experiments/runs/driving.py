@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from engine.messages.errors import RunError
-from experiments.config.user_code import line_at_fault, user_objects
+from experiments.config.user_code import code_of, line_at_fault, user_objects
 
 if TYPE_CHECKING:
     from engine.messages.events import Event
@@ -41,7 +41,7 @@ def drive(recipe: "Recipe", options: "RunOptions", stop: threading.Event | None)
 
     for user_object in user_objects(recipe).values():
         # The code itself travels, so that no other process needs the file.
-        ray.cloudpickle.register_pickle_by_value(sys.modules[type(user_object).__module__])
+        ray.cloudpickle.register_pickle_by_value(sys.modules[code_of(user_object).__module__])
     # On this node, since it reads and writes this machine's folders; the second thread takes the request to stop.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)

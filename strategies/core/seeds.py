@@ -26,9 +26,18 @@ class _Key(np.random.bit_generator.ISeedSequence):
 
 def rng(seed: int, round_: int, client: int, purpose: Purpose) -> np.random.Generator:
     """A counter-based generator (Philox) with the same stream on every machine; client -1 means no client."""
-    digest = sha256(f"fedpost/{seed}/{round_}/{client}/{purpose}".encode()).digest()
+    return keyed_rng(sha256(f"fedpost/{seed}/{round_}/{client}/{purpose}".encode()).digest())
+
+
+def keyed_rng(digest: bytes) -> np.random.Generator:
+    """The generator (Philox) whose key is the first 16 bytes of a digest."""
     # NumPy takes any ISeedSequence, but its type hints allow only one.
     return np.random.Generator(np.random.Philox(_Key(digest)))  # type: ignore[arg-type]
+
+
+def sample_key(seed: int, round_: int, client: int, visit: int, row: int, sample: int) -> bytes:
+    """The key of the draws for one completion: of a client's row, at its visit of a round, the sample of a number."""
+    return sha256(f"fedpost/{seed}/{round_}/{client}/rollout/{visit}/{row}/{sample}".encode()).digest()
 
 
 def torch_seed(seed: int, round_: int, client: int, purpose: Purpose) -> int:

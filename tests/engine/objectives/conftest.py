@@ -55,7 +55,9 @@ def encoded(tables: dict[str, pa.Table], tokenizer: PreTrainedTokenizerFast) -> 
 
 
 @pytest.fixture
-def make_double(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LocalTrainer]:
+def make_double(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., LocalTrainer]:
     """A trainer of an objective in float64, in which sums of another order are equal to 1e-10."""
 
     def normed(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +73,7 @@ def make_double(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> Call
             for frozen in objective.models
             for index, weights in [read_frozen(frozen, model)]
         ]
-        return LocalTrainer(trainable, 0, replace(train, objective=objective), models)
+        return LocalTrainer(trainable, 0, replace(train, objective=objective), tokenizer, models)
 
     return made
 

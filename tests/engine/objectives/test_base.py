@@ -15,10 +15,8 @@ from torch import nn
 from engine.config.federation import Federation
 from engine.config.sections import Evaluate
 from engine.config.train import Sgd, Train
-from engine.messages.errors import RunError
 from engine.objectives.base import (
     Context,
-    Need,
     Term,
     client_figures,
     counted,
@@ -232,14 +230,3 @@ def test_sums_over_clients_give_each_terms_mean() -> None:
         "loss": 2,
         "tokens": 6,
     }
-
-
-class Needy(Sft):
-    """Needs what no trainer provides."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"generation", "head"})
-
-
-def test_an_objective_whose_needs_are_not_met_is_refused() -> None:
-    with pytest.raises(RunError, match=r'train\.objective = "sft" needs text generation, which'):
-        replace(ONE_STEP, objective=Needy())

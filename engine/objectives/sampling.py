@@ -1,0 +1,48 @@
+"""What an objective asks of a trainer that samples completions for it, and what it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled: `samples` for each prompt, of at most `tokens` tokens.
+
+    A temperature of 0 takes the likeliest token each time. The prompts of `steps` steps are completed at once.
+    """
+
+    samples: int = 1
+    tokens: int = 16
+    temperature: float = 1.0
+    steps: int = 1
+
+
+class Completion(NamedTuple):
+    """A sampled completion: its token ids, with the end token if it has `ended`, and their log-probabilities."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    ended: bool
+
+
+Completions = Sequence[Completion]  # of several prompts, the samples of a prompt one after another
+
+
+class Answers(NamedTuple):
+    """Completed rows of held-out prompts: a sample of each, and its likeliest tokens.
+
+    `referred` are the reference model's samples by the same random numbers, and `kl_B` the log-ratios of the samples to
+    it; None without such a model.
+    """
+
+    sampled: pa.RecordBatch
+    greedy: pa.RecordBatch
+    referred: pa.RecordBatch | None = None
+    kl_B: torch.Tensor | None = None
