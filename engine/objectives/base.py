@@ -18,7 +18,7 @@ from datasets_partition.core.types import COLUMNS, IN_WORDS, format_of
 from engine.messages.errors import RunError
 from engine.messages.frozen import FrozenModel
 from engine.objectives.sampling import Answers, Completions, Sampling
-from engine.objectives.token_batch import Batch
+from engine.objectives.token_batch import Batch, split
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
 Prompt = str | Conversation
@@ -170,8 +170,11 @@ class Objective(Protocol):
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns the rows of a step, which are these of a client's encoded `rows`."""
 
+    def prompt_ids(self, rows: pa.RecordBatch) -> list[np.ndarray]:
+        """Returns the token ids of each row's prompt, where completions are sampled; an empty one is not completed."""
+
     def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
-        """Makes rows that `collate` takes of a step's encoded prompts (`input_ids`) and their sampled completions."""
+        """Makes rows that `collate` takes of a step's rows and the sampled completions of their prompts."""
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded with the token `pad`, with the other columns in `Batch.columns`."""
@@ -292,6 +295,10 @@ class BaseObjective:
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns these rows."""
         return rows.take(pa.array(numbers))
+
+    def prompt_ids(self, rows: pa.RecordBatch) -> list[np.ndarray]:
+        """Returns `input_ids`."""
+        return split(rows["input_ids"])
 
     def completed(self, rows: pa.RecordBatch, completions: Completions, tokenizer: Tokenizer) -> pa.RecordBatch:
         """Returns the rows."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from engine.config.train import Train
 from engine.objectives.base import Objective, Tokenizer
 from engine.objectives.sampling import Completion, Completions, Sampling
-from engine.objectives.token_batch import flattened
 from engine.training.rollouts import cached_forward, complete
 from engine.training.step_columns import judging
 from engine.training.step_loop import Progress
@@ -76,7 +76,7 @@ class Sampler:
     def completed(self, rows: pa.RecordBatch, keys: RowKeys, sampling: Sampling, batch: int) -> pa.RecordBatch:
         """Returns rows with completions of their prompts, at most `batch` at once."""
         all_keys = [keys(row, sample) for row in range(rows.num_rows) for sample in range(sampling.samples)]
-        (completions,) = self._completions([Prompts(_token_ids(rows), all_keys)], sampling, batch)
+        (completions,) = self._completions([Prompts(self.objective.prompt_ids(rows), all_keys)], sampling, batch)
         return self._completed(rows, completions)
 
     def _next_steps(self, client: Progress, sampling: Sampling) -> list[tuple[pa.RecordBatch, Prompts]]:
@@ -85,7 +85,13 @@ class Sampler:
         for step, numbers in enumerate(islice(client.batches, sampling.steps), client.taken):
             rows = self.objective.step_rows(client.training.rows, numbers)
             its_keys = [keys(step, row, sample) for row in numbers.tolist() for sample in samples]
-            steps.append((rows, Prompts(_token_ids(rows), its_keys)))
+            ids = self.objective.prompt_ids(rows)
+            if sampling.share < 1:
+                firsts = its_keys[:: sampling.samples]
+                ids = [
+                    each if _drawn(key) < sampling.share else each[:0] for each, key in zip(ids, firsts, strict=True)
+                ]
+            steps.append((rows, Prompts(ids, its_keys)))
         return steps
 
     def _completed(self, rows: pa.RecordBatch, completions: Completions) -> pa.RecordBatch:
@@ -118,9 +124,9 @@ def greedily(sampling: Sampling) -> Sampling:
     return replace(sampling, samples=1, temperature=0.0)
 
 
-def _token_ids(rows: pa.RecordBatch) -> list[np.ndarray]:
-    lists = rows["input_ids"]
-    return np.split(flattened(lists), np.diff(lists.offsets).cumsum()[:-1]) if len(lists) else []
+def _drawn(key: bytes) -> float:
+    """Returns a number from 0 to below 1 for the sample of this key, apart from the draws of its tokens."""
+    return int.from_bytes(sha256(b"share" + key).digest()[:8], "big") / 2**64
 
 
 def _ends(network: Any, tokenizer: Tokenizer) -> frozenset[int]:
