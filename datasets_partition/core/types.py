@@ -38,6 +38,13 @@ COLUMNS = {
     PROMPT_COMPLETION: ("prompt", "completion"),
     PROMPT_ONLY: ("prompt",),
 }
+IN_WORDS = {
+    PROMPT_COMPLETION: "texts, prompts with completions",
+    MESSAGES: "conversations",
+    PREFERENCE: "preference pairs",
+    UNPAIRED_PREFERENCE: "unpaired preferences",
+    PROMPT_ONLY: "prompts alone",
+}
 
 OPTIONS = "template_options"
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))

@@ -13,19 +13,11 @@ import torch
 from torch import nn
 
 from datasets_partition.core.turns import Conversation
-from datasets_partition.core.types import (
-    COLUMNS,
-    MESSAGES,
-    PREFERENCE,
-    PROMPT_COMPLETION,
-    PROMPT_ONLY,
-    UNPAIRED_PREFERENCE,
-    format_of,
-)
+from datasets_partition.core.types import COLUMNS, IN_WORDS, format_of
 from engine.messages.errors import RunError
 from engine.messages.frozen import FrozenModel
 from engine.objectives.sampling import Answers, Completions, Sampling
-from engine.objectives.token_batch import Batch
+from engine.objectives.token_batch import Batch, split
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
 Prompt = str | Conversation
@@ -35,13 +27,6 @@ Period = Literal["step", "round"]
 Reference = Literal["base", "start", "round", "none"]
 NATS = 64.0  # of a token at most: e^-64 is less than any softmax of float32 gives
 REFERENCE = "reference"  # the column of what the reference model says
-IN_WORDS = {
-    PROMPT_COMPLETION: "texts, prompts with completions",
-    MESSAGES: "conversations",
-    PREFERENCE: "preference pairs",
-    UNPAIRED_PREFERENCE: "unpaired preferences",
-    PROMPT_ONLY: "prompts alone",
-}
 
 
 @dataclass(frozen=True)
@@ -190,8 +175,11 @@ class Objective(Protocol):
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns the rows of a step, which are these of a client's encoded `rows`."""
 
+    def prompt_ids(self, rows: pa.RecordBatch) -> list[np.ndarray]:
+        """Returns the token ids of each row's prompt, where completions are sampled; an empty one is not completed."""
+
     def completed(self, rows: pa.RecordBatch, completions: Completions, context: Context) -> pa.RecordBatch:
-        """Makes rows that `collate` takes of a step's encoded prompts (`input_ids`) and their sampled completions."""
+        """Makes rows that `collate` takes of a step's rows and the sampled completions of their prompts."""
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded with the token `pad`, with the other columns in `Batch.columns`."""
@@ -317,6 +305,10 @@ class BaseObjective:
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Returns these rows."""
         return rows.take(pa.array(numbers))
+
+    def prompt_ids(self, rows: pa.RecordBatch) -> list[np.ndarray]:
+        """Returns `input_ids`."""
+        return split(rows["input_ids"])
 
     def completed(self, rows: pa.RecordBatch, completions: Completions, context: Context) -> pa.RecordBatch:
         """Returns the rows."""

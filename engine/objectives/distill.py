@@ -8,19 +8,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from datasets_partition.core.types import MESSAGES, PROMPT_COMPLETION
+from engine.messages.checks import above, at_least
 from engine.messages.errors import RunError
 from engine.messages.frozen import FrozenModel
 from engine.objectives.base import NATS, BaseObjective, Context, Prompt, Term, Tokenizer
-from engine.objectives.sft import Sft
-from engine.objectives.token_batch import Batch, token_logits
+from engine.objectives.sampling import Completions, Sampling
+from engine.objectives.sft import Sft, token_table
+from engine.objectives.token_batch import Batch, split, token_logits
 
+KEY = "train.objective"
 DIVERGENCE = "divergence"
+ROOM = "room"  # the column of how many tokens fit after the prompt
 SFT = Sft()  # has the same rows
 
 
@@ -31,6 +36,10 @@ class Distill(BaseObjective):
     With m = beta t + (1 - beta) s it is beta KL(t || m) + (1 - beta) KL(s || m); `beta` = 0 is KL(t || s), which covers
     all that the teacher does, and 1 is KL(s || t), which prefers its likeliest.
 
+    A share `lmbda` of a step's rows, drawn one by one, is completed by the network itself, at `temperature` and up to
+    `max_completion_length` tokens, and learned in place of the row's own completion (algorithm 1, which draws whole
+    batches). Rows without a prompt, and held-out rows, keep theirs.
+
     `teacher` is a base (a folder, or a name on the hub at `teacher_revision`), a run's folder, or that of an adapter on
     `teacher_base`, which is by default the base that the run or the adapter names. It needs the network's vocabulary.
     """
@@ -40,6 +49,9 @@ class Distill(BaseObjective):
     teacher_revision: str | None = None
     teacher_base: str | None = None
     beta: float = 0.5
+    lmbda: float = 0.0
+    temperature: float = 0.9
+    max_completion_length: int = 64
     formats: ClassVar[tuple[str, ...]] = (PROMPT_COMPLETION, MESSAGES)
     losses: ClassVar[Mapping[str, float]] = {DIVERGENCE: NATS}
     figures: ClassVar[Mapping[str, float]] = {"kl": NATS, "agreement": 1.0}
@@ -48,8 +60,11 @@ class Distill(BaseObjective):
     shown: ClassVar[tuple[str, ...]] = ("agreement",)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1:
-            raise RunError(f"train.objective.beta is {self.beta:g}: give a share of the teacher from 0 to 1")
+        for name, share in (("beta", self.beta), ("lmbda", self.lmbda)):
+            if not 0 <= share <= 1:
+                raise RunError(f"{KEY}.{name} is {share:g}: give a share from 0 to 1")
+        above(KEY, 0, temperature=self.temperature)
+        at_least(KEY, 1, max_completion_length=self.max_completion_length)
 
     @property
     def models(self) -> tuple[FrozenModel, ...]:
@@ -62,13 +77,40 @@ class Distill(BaseObjective):
         return replace(self, teacher=teacher.model, teacher_revision=teacher.revision, teacher_base=teacher.base)
 
     @property
+    def sampling(self) -> Sampling | None:
+        """The network's own completions."""
+        if self.lmbda == 0:
+            return None
+        return Sampling(tokens=self.max_completion_length, temperature=self.temperature, share=self.lmbda)
+
+    @property
     def encoding(self) -> str:
-        """The columns are those of fine-tuning."""
-        return SFT.encoding
+        """The columns are those of fine-tuning, and the room for completions."""
+        return f"{SFT.encoding}/{ROOM}" if self.lmbda else SFT.encoding
 
     def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
-        """Makes the columns of fine-tuning."""
-        return SFT.encode(rows, tokenizer, max_length)
+        """Makes the columns of fine-tuning, and `room` if the network completes prompts itself."""
+        encoded = SFT.encode(rows, tokenizer, max_length)
+        if not self.lmbda:
+            return encoded
+        masks = encoded["mask"].to_pylist()
+        room = [None if mask is None else max_length - prompt_tokens(np.array(mask)) for mask in masks]
+        return encoded.append_column(ROOM, pa.array(room, pa.int32()))
+
+    def prompt_ids(self, rows: pa.RecordBatch) -> list[np.ndarray]:
+        """Returns the tokens before the last run of learned ones."""
+        pairs = zip(split(rows["input_ids"]), split(rows["mask"]), strict=True)
+        return [ids[: prompt_tokens(mask)] for ids, mask in pairs]
+
+    def completed(self, rows: pa.RecordBatch, completions: Completions, context: Context) -> pa.RecordBatch:
+        """Puts the completions in the place of the rows' own where there are any, and learns these alone."""
+        all_ids, masks = split(rows["input_ids"]), split(rows["mask"])
+        for row, (completion, room) in enumerate(zip(completions, rows[ROOM].to_pylist(), strict=True)):
+            if sampled := completion.ids[:room].tolist():
+                prompt = all_ids[row][: prompt_tokens(masks[row])]
+                all_ids[row], masks[row] = np.array([*prompt, *sampled]), np.repeat([0, 1], [len(prompt), len(sampled)])
+        (made,) = token_table(all_ids, masks).to_batches()
+        return made
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch as fine-tuning does."""
@@ -98,6 +140,12 @@ class Distill(BaseObjective):
     def sample(self, row: Mapping[str, Any]) -> tuple[Prompt, str]:
         """Returns the prompt and the completion, as fine-tuning does."""
         return SFT.sample(row)
+
+
+def prompt_tokens(mask: np.ndarray) -> int:
+    """Returns how many tokens come before the last run of learned ones."""
+    changes = np.flatnonzero(np.diff(mask, prepend=0) > 0)
+    return int(changes[-1])
 
 
 def divergence(log_s_NV: torch.Tensor, log_t_NV: torch.Tensor, beta: float) -> torch.Tensor:

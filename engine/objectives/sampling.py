@@ -15,13 +15,14 @@ import torch
 class Sampling:
     """How completions are sampled: `samples` for each prompt, of at most `tokens` tokens.
 
-    The prompts of `steps` steps are completed at once.
+    The prompts of `steps` steps are completed at once. Of the rows a `share` is completed, drawn one by one.
     """
 
     samples: int = 1
     tokens: int = 16
     temperature: float = 1.0
     steps: int = 1
+    share: float = 1.0
 
 
 class Completion(NamedTuple):

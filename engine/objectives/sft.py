@@ -48,7 +48,7 @@ class Sft(BaseObjective):
             (row[:length], mask[:length]) if any(mask[1:length]) else (None, None)
             for row, mask in zip(ids, masks, strict=True)
         ]
-        return _table([row for row, _ in cut], [mask for _, mask in cut])
+        return token_table([row for row, _ in cut], [mask for _, mask in cut])
 
     @property
     def regroups(self) -> bool:
@@ -61,7 +61,7 @@ class Sft(BaseObjective):
             np.concatenate([[], *map(flattened, rows[name].chunks)]).astype(int) for name in ("input_ids", "mask")
         )
         starts = [start for start in range(0, len(ids), max_length) if mask[start + 1 : start + max_length].any()]
-        return _table(*([each[start : start + max_length] for start in starts] for each in (ids, mask)))
+        return token_table(*([each[start : start + max_length] for start in starts] for each in (ids, mask)))
 
     def collate(self, rows: pa.RecordBatch, pad: int) -> Batch:
         """Makes a batch of encoded rows, padded on the right with `pad` to the longest."""
@@ -86,5 +86,6 @@ class Sft(BaseObjective):
         return prompt, "".join(words(turn) for turn in turns[last : last + 1])
 
 
-def _table(ids: Sequence[Any], masks: Sequence[Any]) -> pa.Table:
+def token_table(ids: Sequence[Any], masks: Sequence[Any]) -> pa.Table:
+    """Makes the columns of rows' token ids, and of masks that are 1 where a token is learned."""
     return pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32())), "mask": pa.array(masks, pa.list_(pa.int8()))})

@@ -164,3 +164,8 @@ def flattened(lists: pa.ListArray) -> np.ndarray:
     offsets = lists.offsets
     values: np.ndarray = lists.values.to_numpy()
     return values[offsets[0].as_py() : offsets[-1].as_py()]
+
+
+def split(lists: pa.ListArray) -> list[np.ndarray]:
+    """Returns the values of each list, as views."""
+    return np.split(flattened(lists), np.diff(lists.offsets).cumsum()[:-1]) if len(lists) else []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from engine.config.train import Train
 from engine.objectives.base import Context, Objective, Tokenizer
 from engine.objectives.sampling import Completion, Sampling
-from engine.objectives.token_batch import flattened
 from engine.training.rollouts import Key, cached_forward, complete
 from engine.training.step_columns import judging
 from engine.training.step_loop import Progress
@@ -78,11 +78,11 @@ class Sampler:
         return [client.ahead.popleft() for client in active]
 
     def completed(self, rows: pa.RecordBatch, keys: RowKeys, samples: int, batch: int) -> pa.RecordBatch:
-        """Returns held-out rows with so many completions of their prompts, at most `batch` prompts at once."""
+        """Returns held-out rows with `samples` completions of each prompt, at most `batch` prompts at once."""
         assert self.objective.sampling is not None
         sampling = replace(self.objective.sampling, samples=samples)
         all_keys = [keys(row, sample) for row in range(rows.num_rows) for sample in range(samples)]
-        (completions,) = self._completions([Prompts(_token_ids(rows), all_keys)], sampling, batch)
+        (completions,) = self._completions([Prompts(self.objective.prompt_ids(rows), all_keys)], sampling, batch)
         return self.objective.completed(rows, completions, replace(self.context, training=False))
 
     def _next_steps(self, client: Progress, sampling: Sampling) -> list[tuple[pa.RecordBatch, Prompts]]:
@@ -91,7 +91,13 @@ class Sampler:
         for step, numbers in enumerate(islice(client.batches, sampling.steps), client.taken):
             rows = self.objective.step_rows(client.training.rows, numbers)
             its_keys = [keys(step, row, sample) for row in numbers.tolist() for sample in samples]
-            steps.append((rows, Prompts(_token_ids(rows), its_keys)))
+            ids = self.objective.prompt_ids(rows)
+            if sampling.share < 1:
+                firsts = its_keys[:: sampling.samples]
+                ids = [
+                    each if _drawn(key) < sampling.share else each[:0] for each, key in zip(ids, firsts, strict=True)
+                ]
+            steps.append((rows, Prompts(ids, its_keys)))
         return steps
 
     def _completions(
@@ -116,9 +122,9 @@ class Sampler:
         return completions
 
 
-def _token_ids(rows: pa.RecordBatch) -> list[np.ndarray]:
-    lists = rows["input_ids"]
-    return np.split(flattened(lists), np.diff(lists.offsets).cumsum()[:-1]) if len(lists) else []
+def _drawn(key: bytes) -> float:
+    """Returns a number from 0 to below 1 for the sample of this key, apart from the draws of its tokens."""
+    return int.from_bytes(sha256(b"share" + key).digest()[:8], "big") / 2**64
 
 
 def _ends(network: Any, tokenizer: Tokenizer) -> frozenset[int]:

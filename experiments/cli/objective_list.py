@@ -6,8 +6,8 @@ from typing import get_args
 
 from rich.text import Text
 
+from datasets_partition.core.types import IN_WORDS
 from engine.objectives import Objectives
-from engine.objectives.base import IN_WORDS
 from engine.objectives.reinforcement.rewards import Rewards
 from experiments.cli.listing import first_sentence, wrapped
 from experiments.report.terminal import plain

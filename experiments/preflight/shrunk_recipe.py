@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from datasets_partition import Sources
-from datasets_partition.core.types import COLUMNS, OPTIONS, content_columns
+from datasets_partition.core.types import COLUMNS, IN_WORDS, OPTIONS, content_columns
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.sources.files import ParquetFiles
 from datasets_partition.sources.location import is_local
@@ -21,7 +21,6 @@ from datasets_partition.store.build import STORED, build
 from datasets_partition.store.store import Store
 from engine.messages.errors import RunError
 from engine.messages.frozen import FrozenModel
-from engine.objectives.base import IN_WORDS
 from experiments.config.recipe import Data, Recipe
 from strategies import Cohorts
 from strategies.core.cohort import PoissonCohort, UniformCohort

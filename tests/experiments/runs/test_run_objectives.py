@@ -138,6 +138,11 @@ COMBINATIONS = {
         COMPLETIONS,
     ),
     "distill in lanes": (DISTILL, COMPLETIONS, "clients.lanes=3"),
+    "distill own samples in lanes": (
+        DISTILL.replace("}", ", lmbda=0.5, max_completion_length=8}"),
+        COMPLETIONS,
+        "clients.lanes=3",
+    ),
     "distill full": (DISTILL, COMPLETIONS, "model.peft=none", "train.optimizer.lr=1e-3"),
     "distill flora": (DISTILL, COMPLETIONS, "strategy=flora"),
     "distill example": (
