@@ -10,28 +10,27 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import experiments
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
 from engine.messages.events import Event, RoundDone, RunDone
 from engine.models.adapters import peft_config
-from engine.objectives.base import Objective
-from engine.objectives.token_batch import Batch, token_losses
 from engine.records.checkpoint import load_checkpoint
 from engine.system.allocator import use_large_pages
 from engine.training.optimizers import make_optimizer
 from engine.training.step_loop import batches
 from engine.workers.token_columns import token_columns
+from experiments.bench.bare_losses import Step, step_loss
 from experiments.bench.harness import largest_difference, metric, seconds_of
 from experiments.config.recipe import Recipe, located
 from experiments.runs.api import build_store
-from strategies.core.seeds import rng, torch_seed
+from strategies.core.seeds import rng, sample_key, torch_seed
 
 PROCESSES = 2
 TOLERANCE = 2e-5  # of the vector after a round: one flat tensor and many round differently, and AdamW amplifies it
@@ -127,28 +126,32 @@ def _trained(network: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def _start(work: Recipe, tokens: Path, vector_P: torch.Tensor, totals_KP: torch.Tensor) -> None:
+    from transformers import AutoTokenizer
+
     use_large_pages()
     torch.set_num_threads(1)
     device = torch.device("cuda" if work.clients.num_gpus else "cpu")
     network, local_P = _network(work).to(device), vector_P.to(device, copy=True)
     torch.nn.utils.vector_to_parameters(local_P, _trained(network))  # the parameters become views of it
     _process.update(work=work, tokens=Tokens.open(tokens), network=network, vector_P=vector_P, local_P=local_P)
-    _process.update(totals_KP=totals_KP)
+    _process.update(totals_KP=totals_KP, tokenizer=AutoTokenizer.from_pretrained(work.model.base))
 
 
 def _train(job: tuple[int, int, list[int]]) -> float:
     """Trains some clients of a round, sums weight * delta in their row of the totals, and returns the weights' sum."""
     round_, number, clients = job
-    work, network, tokens = _process["work"], _process["network"], _process["tokens"]
+    work, network, tokens, tokenizer = (_process[name] for name in ("work", "network", "tokens", "tokenizer"))
     vector_P, local_P, total_P = _process["vector_P"], _process["local_P"], _process["totals_KP"][number].zero_()
     train, trained, largest, weights = work.train, _trained(network), int(tokens.counts("train").max()), 0.0
     for client in clients:
         rows = tokens.rows(client, "train")
         local_P.copy_(vector_P)
         optimizer = make_optimizer(trained, train.optimizer)
-        for picked in batches(rows.num_rows, train, rng(work.seed, round_, client, "batches")):
-            batch = train.objective.collate(rows.take(picked), 0).to(local_P.device)
-            _loss(network, batch, train.objective).backward()
+        drawn = batches(rows.num_rows, train, rng(work.seed, round_, client, "batches"))
+        for number, picked in enumerate(drawn):
+            key = partial(sample_key, work.seed, round_, client, number)
+            step = Step(rows.take(picked), picked.tolist(), key)
+            step_loss(network, tokenizer, train.objective, step).backward()
             torch.nn.utils.clip_grad_norm_(trained, train.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -156,20 +159,3 @@ def _train(job: tuple[int, int, list[int]]) -> float:
         total_P.add_(local_P.cpu().sub_(vector_P), alpha=weight)
         weights += weight
     return weights
-
-
-def _loss(network: Any, batch: Batch, objective: Objective) -> torch.Tensor:
-    """The mean loss of a batch, as a plain loop would write it."""
-    if objective.kind == "sft":
-        return token_losses(network, batch).sum() / batch.learned
-
-    def scores() -> torch.Tensor:
-        nll_BT = torch.zeros(batch.ids_BT.shape, device=batch.ids_BT.device)
-        nll_BT[batch.row_N, batch.place_N] = token_losses(network, batch)
-        return -nll_BT.sum(1)
-
-    with torch.no_grad(), network.disable_adapter():
-        reference_B = scores()
-    ratio_B = scores() - reference_B
-    loss: torch.Tensor = -F.logsigmoid(vars(objective)["beta"] * (ratio_B[::2] - ratio_B[1::2])).mean()
-    return loss

@@ -25,7 +25,7 @@ SCENARIOS = {
     "lora": "tokens/s against a bare PyTorch loop, in lanes and not",
     "gpu": "LoRA clients of a base of 0.5 billion parameters on one GPU, in lanes, against the bare loop",
     "tiny": "clients/s of a model of ten thousand parameters, against the bare loop",
-    "objectives": "preference training against a bare PyTorch loop, in lanes and not",
+    "objectives": "DPO and GRPO against bare PyTorch loops, in lanes and not",
     "big_update": "time and memory of updates of 25 million parameters, against the bare loop",
     "overhead": "the cost of a client that does nothing, by the size of its update",
     "population": "the driver's memory and start-up time, up to a million clients",

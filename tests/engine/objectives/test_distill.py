@@ -102,8 +102,8 @@ def test_own_completions_take_the_place_of_given_ones(encoded: Callable[..., pa.
         }
     )
     assert [ids.tolist() for ids in objective.prompt_ids(rows)] == [[5, 6], [5, 6, 7], []]
-    own = [Completion(np.array(ids, np.int64), np.zeros(len(ids)), ended=False) for ids in ([], [11, 12, 13], [])]
-    made = objective.completed(rows, own, None).to_pylist()
+    sampled = [Completion(np.array(ids, np.int64), np.zeros(len(ids)), ended=False) for ids in ([], [11, 12, 13], [])]
+    made = objective.completed(rows, sampled, None).to_pylist()
     assert made[0] == {"input_ids": [5, 6, 7, 8], "mask": [0, 0, 1, 1]}
     assert made[1] == {"input_ids": [5, 6, 7, 11, 12], "mask": [0, 0, 0, 1, 1]}
     assert made[2] == {"input_ids": [7, 8], "mask": [1, 1]}
@@ -122,12 +122,11 @@ def test_a_step_on_own_completions_is_one_on_these_rows(
 ) -> None:
     train = Train(steps=1, batch=6, optimizer=Sgd(lr=1.0), clip=0)
     options = {"teacher": str(bases["untied"]), "max_completion_length": 5}
-    own, some, given = (Distill(lmbda=share, **options) for share in (1.0, 0.5, 0.0))
-    trainer, rows = make_double(own, train), encoded(own)
+    always, some, given = (Distill(lmbda=share, **options) for share in (1.0, 0.5, 0.0))
+    trainer, rows = make_double(always, train), encoded(always)
     start = moved(trainer)
     trainer.become(start)
-    assert own.sampling is not None
-    completed = trainer.sampler.completed(rows, partial(sample_key, 0, 0, 0, 0), own.sampling, 6)
+    completed = trainer.sampler.completed(rows, partial(sample_key, 0, 0, 0, 0), 1, 6)
     assert completed["input_ids"][0] == rows["input_ids"][0]  # without a prompt
     assert all(completed["input_ids"][row] != rows["input_ids"][row] for row in range(1, 6))
     expected = trained_on(make_double(given, train), train, start, completed)
