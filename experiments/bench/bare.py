@@ -7,6 +7,7 @@ sums in memory. On a GPU it is one process, which has the GPU for itself. Legend
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -127,7 +128,10 @@ def _trained(network: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 def _start(work: Recipe, tokens: Path, vector_P: torch.Tensor, totals_KP: torch.Tensor) -> None:
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # transformers' own, at each change of mode
     use_large_pages()
     torch.set_num_threads(1)
     device = torch.device("cuda" if work.clients.num_gpus else "cpu")

@@ -85,7 +85,9 @@ def _sampled(
             logits = logits.repeat_interleave(len(keys) // len(prompt_PT), 0)
             cache.batch_repeat_interleave(len(keys) // len(prompt_PT))
         share_BV = logits.double().softmax(1).cumsum(1)
-        chosen_B = torch.searchsorted(share_BV, draw_BC[:, place, None], right=True)[:, 0].clamp(max=len(tokenizer) - 1)
+        chosen_B = torch.searchsorted(share_BV, draw_BC[:, place, None].contiguous(), right=True)[:, 0].clamp(
+            max=len(tokenizer) - 1
+        )
         new.append(chosen_B)
         real.append(going_B)
         going_B = going_B & (chosen_B != tokenizer.eos_token_id)

@@ -69,7 +69,9 @@ def write_prompts(folder: Path, length: int) -> None:
     """Writes rows.parquet: prompts of random words, of `length` tokens each."""
     tokenizer, draw, prompts = _tokenizer(), rng(0, 0, -1, "sample"), set[str]()
     while len(prompts) < CLIENTS * ROWS:
-        text = tokenizer.decode(draw.integers(300, 4000, length))
+        # Of random tokens the tokenizer makes others, which last.
+        ids = tokenizer(tokenizer.decode(draw.integers(300, 4000, length)))["input_ids"]
+        text = tokenizer.decode(ids[:length])
         if len(tokenizer(text)["input_ids"]) == length:
             prompts.add(text)
     _write(folder, {"prompt": pa.array(sorted(prompts))})
