@@ -114,7 +114,10 @@ def _network(work: Recipe) -> Any:
     """The model as its users make it."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # transformers' own, at each change of mode
     network = AutoModelForCausalLM.from_pretrained(work.model.base, dtype=getattr(torch, work.model.dtype))
     torch.manual_seed(torch_seed(work.seed, 0, -1, "initial"))
     if work.model.peft.peft_class is not None:
@@ -128,10 +131,7 @@ def _trained(network: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 def _start(work: Recipe, tokens: Path, vector_P: torch.Tensor, totals_KP: torch.Tensor) -> None:
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)  # transformers' own, at each change of mode
     use_large_pages()
     torch.set_num_threads(1)
     device = torch.device("cuda" if work.clients.num_gpus else "cpu")

@@ -115,7 +115,10 @@ def test_a_slot_that_dies_of_handing_over_its_sum_costs_its_own_clients_alone(st
     assert slots.layout.size > 4 * BLOCK
 
 
-def test_a_death_while_merging_costs_one_slot_and_not_the_run(started, tmp_path):
+@pytest.mark.slow
+def test_a_death_while_merging_costs_one_slot_and_not_the_run(started, tmp_path, full):
+    if not full:
+        pytest.skip("half a minute; a death at the sum is tried")
     slots = started("strategy=flora", "clients.slots=2")
     before = slots.ask(lambda actor: actor.evaluate.remote([0], initial(slots), 4))
     slots.merge_into_base(random_delta(slots.layout))

@@ -28,7 +28,10 @@ def play(ray_session, small_recipe, tmp_path_factory):
     return played
 
 
-def test_the_same_are_late_on_more_slots_and_after_a_resume_and_the_bits_are_the_same(play, tmp_path):
+@pytest.mark.slow
+def test_the_same_are_late_on_more_slots_and_after_a_resume_and_the_bits_are_the_same(play, tmp_path, full):
+    if not full:
+        pytest.skip("three runs")
     alone, late = play("rounds=2")
     assert 0 < len(late[1]) < 8 and late[1] == late[2]  # all clients are in each cohort, and as slow as before
     play("rounds=1", "clients.slots=2", out=tmp_path / "run")

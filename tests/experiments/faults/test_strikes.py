@@ -107,7 +107,10 @@ class Unlucky(Scaffold):
         return super().finish(update, broadcast, memory, ends)
 
 
-def test_who_fails_after_its_first_slot_died_remembers_nothing_of_the_round(ray_session, small_recipe, tmp_path):
+@pytest.mark.slow
+def test_who_fails_after_its_first_slot_died_remembers_nothing_of_the_round(ray_session, small_recipe, tmp_path, full):
+    if not full:
+        pytest.skip("two runs; a slot killed between two clients is tried")
     changes = ("train.optimizer={kind='sgd', lr=0.3}", "clients.max_failed=0.5", "clients.retries=1")
     dying, failing = tmp_path / "dying", tmp_path / "failing"
     dying.mkdir()

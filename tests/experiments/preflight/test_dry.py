@@ -64,7 +64,10 @@ def dry(command, path, *arguments):
     return ended.stdout
 
 
-def test_a_recipe_for_512_slots_and_a_70b_base_is_proved_here_and_leaves_nothing(command, large):
+@pytest.mark.slow
+def test_a_recipe_for_512_slots_and_a_70b_base_is_proved_here_and_leaves_nothing(command, large, full):
+    if not full:
+        pytest.skip("half a minute; smaller recipes are tried")
     said = dry(command, large)
     facts = proved(said)
     assert "LlamaForCausalLM" in facts["model"] and "q_proj, v_proj" in facts["model"]

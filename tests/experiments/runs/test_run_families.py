@@ -63,8 +63,11 @@ def test_a_run_of_each_kind_of_model(ray_session, small_recipe, base_of, tmp_pat
     try_run(small_recipe, base_of(family), tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", KINDS)
-def test_a_dry_run_of_each_kind_of_model(ray_session, small_recipe, tmp_path, family):
+def test_a_dry_run_of_each_kind_of_model(ray_session, small_recipe, tmp_path, full, family):
+    if family != "mamba" and not full:
+        pytest.skip("one dry run is tried unless all are asked for")
     try_dry(small_recipe, family, tmp_path / "large")
 
 

@@ -49,7 +49,9 @@ def test_gangs_lead_where_plain_slots_do(reference, small_recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_gangs_begin_where_an_earlier_run_ended(reference, small_recipe, tmp_path):
+def test_gangs_begin_where_an_earlier_run_ended(reference, small_recipe, tmp_path, full):
+    if not full:
+        pytest.skip("two runs; plain slots are tried")
     start = f"model.start='{reference.folder}'"
     run = experiments.run(small_recipe(*SMALL, ZERO, start, "rounds=1"), out=tmp_path / "run")
     assert run.losses["round 0"] == reference.losses["end"] != reference.losses["round 0"]
@@ -169,8 +171,11 @@ class Stop(Exception):
     """The test's own interruption."""
 
 
-def test_an_interrupted_run_goes_on_from_its_shards(reference, small_recipe, tmp_path):
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_from_its_shards(reference, small_recipe, tmp_path, full):
     """Before it is interrupted, the first rank of its gang is stopped, which is noticed by its silence."""
+    if not full:
+        pytest.skip("a minute; gangs of a dead driver are tried")
     before, lost = set(ranks("Gang")), []
 
     def stop(event):

@@ -86,8 +86,11 @@ def test_the_same_bits_on_any_number_of_slots(ray_session, pairs_recipe, tmp_pat
         assert run.losses == first.losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_stored_columns_lead_where_live_ones_do(ray_session, pairs_recipe, tmp_path, lanes):
+def test_stored_columns_lead_where_live_ones_do(ray_session, pairs_recipe, tmp_path, lanes, full):
+    if lanes == 1 and not full:
+        pytest.skip("lanes are tried unless all is asked for")
     runs = {}
     for stored in ("true", "false"):
         objective = f"train.objective={{kind='dpo', beta=0.5, precompute_ref_log_probs={stored}}}"
@@ -170,8 +173,8 @@ def test_objectives_go_with_everything_else(ray_session, pairs_recipe, teacher, 
 @pytest.mark.parametrize("objective", [DPO, KTO, REWARD, DISTILL], ids=["dpo", "kto", "reward", "distill"])
 @pytest.mark.parametrize("peft", ["", "model.peft=none"], ids=["lora", "all"])
 def test_gangs_lead_where_plain_slots_do(ray_session, pairs_recipe, teacher, tmp_path, stage, objective, peft, full):
-    if (stage, objective, peft) != (3, DPO, "") and not full:
-        pytest.skip("one gang is run unless all are asked for")
+    if not full:
+        pytest.skip("two runs each; gangs of fine-tuning are run")
     small = ("rounds=1", "cohort.size=2", "evaluate.every=0", "train.optimizer={kind='adamw', lr=2e-3, eps=1e-6}")
     its = (objective.replace("TEACHER", str(teacher)), COMPLETIONS) if objective == DISTILL else (objective,)
     changes = (*its, *small, *([peft] if peft else []))
