@@ -55,7 +55,7 @@ def _grpo(network: Any, tokenizer: Any, options: Mapping[str, Any], step: Step) 
     keys = [step.key(number, sample) for number in step.numbers for sample in range(samples)]
     new_BC, real_BC = _sampled(network, tokenizer, prompt_PT, keys, options["max_completion_length"])
     kept = [ids[real].tolist() for ids, real in zip(new_BC.cpu(), real_BC.cpu(), strict=True)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     reward_PG = torch.tensor([reward.score("", text, {}) for text in texts], device=network.device).view(-1, samples)
     centered_PG = reward_PG - reward_PG.mean(1, keepdim=True)
     advantage_B1 = (centered_PG / (reward_PG.std(1, keepdim=True) + 1e-4)).view(-1, 1)
@@ -77,6 +77,7 @@ def _sampled(
     draw_BC = torch.tensor(np.stack([keyed_rng(key).random(tokens) for key in keys]), device=prompt_PT.device)
     network.eval()
     ids, cache, new, real = prompt_PT, None, list[torch.Tensor](), list[torch.Tensor]()
+    ends = torch.tensor([tokenizer.eos_token_id, network.generation_config.eos_token_id], device=prompt_PT.device)
     going_B = torch.ones(len(keys), dtype=torch.bool, device=prompt_PT.device)
     for place in range(tokens):
         out = network(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -90,7 +91,7 @@ def _sampled(
         )
         new.append(chosen_B)
         real.append(going_B)
-        going_B = going_B & (chosen_B != tokenizer.eos_token_id)
+        going_B = going_B & ~torch.isin(chosen_B, ends)
         ids = chosen_B[:, None]
     network.train()
     return torch.stack(new, 1), torch.stack(real, 1)
