@@ -105,7 +105,7 @@ class Kto(BaseObjective):
     @property
     def encoding(self) -> str:
         """The columns depend on no option."""
-        return "unpaired"
+        return "unpaired/2"
 
     def encode(self, rows: pa.Table, tokenizer: Tokenizer, max_length: int) -> pa.Table:
         """Makes `input_ids`, `prompt_tokens`, `good`, and for mismatched completions `tail` and `room`.
@@ -116,18 +116,27 @@ class Kto(BaseObjective):
         if format_of(rows) == UNPAIRED_PREFERENCE:
             return _encoded(rows, "completion", rows["label"].to_pylist(), tokenizer, max_length)
         good = _encoded(rows, "chosen", [True] * rows.num_rows, tokenizer, max_length)
-        bad = _encoded(rows, "rejected", [False] * rows.num_rows, tokenizer, max_length)
-        for name in bad.column_names:
-            good = good.append_column(f"{PAIRED}{name}", bad[name])
-        return good
+        both = pa.concat_tables([good, _encoded(rows, "rejected", [False] * rows.num_rows, tokenizer, max_length)])
+        # A pair whose chosen side is not usable keeps the other, which then stands alone.
+        chosen, rejected = np.arange(rows.num_rows), np.arange(rows.num_rows) + rows.num_rows
+        alone = both["input_ids"].is_null().to_numpy()[chosen]
+        first = both.take(pa.array(np.where(alone, rejected, chosen)))
+        second = both.take(pa.array(rejected, mask=alone))
+        for name in second.column_names:
+            first = first.append_column(f"{PAIRED}{name}", second[name])
+        return first
 
     def regroup(self, rows: pa.Table, max_length: int) -> pa.Table:
         """Makes two rows of each pair, all chosen ones first, as TRL does."""
         names = [name for name in rows.column_names if not name.startswith(PAIRED)]
         if len(names) == rows.num_columns:
             return rows
-        bad = rows.select([f"{PAIRED}{name}" for name in names]).rename_columns(names)
-        return pa.concat_tables([rows.select(names), bad.filter(bad["input_ids"].is_valid())])
+        second = rows.select([f"{PAIRED}{name}" for name in names]).rename_columns(names)
+        good = rows[GOOD].fill_null(False).to_numpy()
+        rejected = np.where(good, np.arange(rows.num_rows) + rows.num_rows, np.arange(rows.num_rows))
+        order = np.concatenate([np.flatnonzero(good), rejected])
+        unpaired = pa.concat_tables([rows.select(names), second]).take(pa.array(order))
+        return unpaired.filter(unpaired["input_ids"].is_valid())
 
     def step_rows(self, rows: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """Adds the `kl_ids` of each row: its prompt with the completion of the step's row before (the last is first).

@@ -116,6 +116,20 @@ def test_z0_of_a_round_is_that_of_the_rounds_start_in_all_steps(
     assert trained.metrics["units.kl"] == 6
 
 
+def test_a_pair_without_a_usable_chosen_side_keeps_the_other(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts, chosen, rejected = ["a ", "", "b ", ""], ["x", "", "y", "z"], ["no", "bad", "worse", ""]
+    table = pa.table({"prompt": prompts, "chosen": chosen, "rejected": rejected})
+    encoded = Kto().encode(table, tokenizer, 64)
+    assert encoded["input_ids"].null_count == 0
+    rows = Kto().regroup(encoded, 64)
+    assert rows["good"].to_pylist() == [True, True, True, False, False, False]
+    texts = [
+        tokenizer.decode(ids[start:])
+        for ids, start in zip(rows["input_ids"].to_pylist(), rows["prompt_tokens"].to_pylist(), strict=True)
+    ]
+    assert texts == [f"{text}<end>" for text in ("x", "y", "z", "no", "bad", "worse")]
+
+
 def test_pairs_become_two_rows_all_chosen_ones_first(
     tables: dict[str, pa.Table], tokenizer: PreTrainedTokenizerFast
 ) -> None:
