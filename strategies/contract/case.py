@@ -11,8 +11,8 @@ from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, 
 from strategies.core.seeds import rng
 
 TENSORS = {"norm": (3,), "q.lora_A.w": (2, 4), "q.lora_B.w": (5, 2), "v.lora_A.w": (2, 3), "v.lora_B.w": (3, 2)}
-LORA = Layout(tuple(TENSORS), tuple(TENSORS.values()), scale=1.5)
-FULL = Layout(("embed", "bias"), ((5, 4), (7,)))
+LORA = Layout(tuple(TENSORS), tuple(TENSORS.values()), scale=1.5, choices=50)
+FULL = Layout(("embed", "bias"), ((5, 4), (7,)), choices=50)
 COHORT, SEED = 7, 3
 METRICS = {"steps": 4.0, "rates": 0.4, "rows": 8.0, "tokens": 64.0, "loss": 1.0, "loss_before": 1.25}
 
@@ -42,11 +42,20 @@ class Case:
         return replace(first, seed=SEED, population=len(self.clients) + 2)  # more than take part
 
     def client(self, broadcast: Broadcast, client: int, client_state: ClientState, change: Vector) -> Finished:
-        """A client's update and next state; training adds `change` to its vectors."""
+        """A client's update and next state; training adds `change` to its vectors, and a search prefers that way."""
+        metrics = METRICS | {"loss_before": 1.25 + client / 16}
+        if self.strategy.searches:
+
+            def score(candidates_CP: torch.Tensor) -> tuple[torch.Tensor, float]:
+                return -((candidates_CP - broadcast.params) @ change).double(), 10.0
+
+            delta, beside = self.strategy.search(client, broadcast, client_state, score)
+            update = Update(client, 0.5 + client / 8, delta, beside, metrics)
+            return self.strategy.finish(update, broadcast, client_state)
         starts = self.strategy.starts(broadcast, client_state)
         ends = {run: start + change for run, start in starts.items()}
         delta = ends.pop(GLOBAL) - broadcast.params
-        update = Update(client, 0.5 + client / 8, delta, metrics=METRICS | {"loss_before": 1.25 + client / 16})
+        update = Update(client, 0.5 + client / 8, delta, metrics=metrics)
         return self.strategy.finish(update, broadcast, client_state, ends)
 
     def aggregate(self, updates: list[Update]) -> Aggregate:

@@ -95,6 +95,7 @@ def the_basis_stays_where_the_class_says_so(case: Case) -> None:
     """`keeps_basis` is honest: the same coordinates are sent in all rounds, and a tiny change is a tiny move."""
     strategy = case.strategy
     only_where(strategy.keeps_basis, "keeps_basis is False: coordinates may change their meaning")
+    only_where(not strategy.searches, "searches is True: it moves by the order of losses")
     for round_ in (1, 2):
         sent_masks, first = strategy.sent_masks(round_, case.layout), strategy.sent_masks(0, case.layout)
         same(sent_masks, first, "keeps_basis is True, but rounds differ in what is sent")
@@ -110,6 +111,7 @@ def the_basis_stays_where_the_class_says_so(case: Case) -> None:
 def coordinates_are_picked_only_where_the_class_says_so(case: Case) -> None:
     """`picks_coordinates` is honest: trainings that differ everywhere send other numbers wherever they send any."""
     only_where(not case.strategy.picks_coordinates, "picks_coordinates is True: clients may leave out coordinates")
+    only_where(not case.strategy.searches, "searches is True: the order of losses may be the same")
     now = case.after(1)
     changes = [0.01 * drawn(case.layout, 7, k) - now.state.params / 2 for k in range(2)]
     first, second = (case.client(now.broadcast, 0, now.client_states[0], change)[0].delta for change in changes)
@@ -179,3 +181,25 @@ def an_untrained_client_of_a_lower_rank_sends_zeros(case: Case) -> None:
         update, _ = case.client(broadcast, 0, {}, torch.zeros(LORA.size))
         moved = ", ".join(name for name, sent in {"delta": update.delta, **update.extras}.items() if sent.any())
         hold(not moved, f"keeps_higher_ranks is True, but an untrained client of rank 1 sends {moved}")
+
+
+def a_search_is_honest(case: Case) -> None:
+    """A searching rule says what it needs of the base and tunes; it sends what `beside` says, and reads its scores."""
+    strategy = case.strategy
+    only_where(strategy.searches, "searches is False: clients train")
+    hold(strategy.access is not None, "access is None: say what the scores take, such as score or inject")
+    hold(bool(strategy.tunes), "tunes is empty: name the kinds of model.peft that it searches")
+    now = case.after(1)
+    asked = list[int]()
+
+    def score(candidates_CP: torch.Tensor) -> tuple[torch.Tensor, float]:
+        asked.append(len(candidates_CP))
+        fits = candidates_CP.ndim == 2 and candidates_CP.shape[1] == case.layout.size
+        hold(fits and candidates_CP.dtype == torch.float32, "it asks for scores of something else than (C, P) float32")
+        return torch.arange(len(candidates_CP), dtype=torch.float64), 1.0
+
+    delta, beside = strategy.search(0, now.broadcast, now.client_states[0], score)
+    hold(bool(asked), "search asks for no score")
+    lengths = {name: vector.numel() for name, vector in beside.items()}
+    hold(lengths == strategy.beside(case.layout), f"search sends {lengths} beside the delta, beside says other sums")
+    hold(delta.shape == (case.layout.size,), "the change that search gives is no vector of the layout's size")

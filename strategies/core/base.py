@@ -4,17 +4,31 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import torch
 
+from strategies.core.access import Capability
 from strategies.core.errors import require
 from strategies.core.layout import Layout
-from strategies.core.protocol import GLOBAL, Aggregate, Broadcast, ClientState, Mask, ServerState, Update, Vector
+from strategies.core.protocol import (
+    GLOBAL,
+    Aggregate,
+    Broadcast,
+    ClientState,
+    Mask,
+    Score,
+    ServerState,
+    Update,
+    Vector,
+)
 from strategies.core.ranges import ABOVE_0, BELOW_1, Range, check_ranges
+from strategies.core.seeds import rng
 
 Reads = Literal["sum", "passes", "each"]
 Vectors = torch.Tensor  # (K, P): the vectors of K clients
 Ends = dict[str, Vector] | None  # the final vectors of a client's personal trainings, by name
 Finished = tuple[Update, ClientState]  # what a client sends and what it keeps
+Searched = tuple[Vector, dict[str, Vector]]  # a client's change (P,), and what it sends beside that
 ServerLr = Annotated[float, Range("is the server's learning rate", ABOVE_0)]
 Decay = Annotated[float, Range("is what a moment keeps", BELOW_1)]
 
@@ -62,6 +76,8 @@ class Rule(ABC):
     # each sum is of the client's weight times a change, zero without training, and `apply` divides it by the weight.
     extras_are_changes: ClassVar[bool] = False
     keeps_higher_ranks: ClassVar[bool] = False  # an untrained client of a low rank sends zeros beyond its rank too
+    tunes: ClassVar[tuple[str, ...]] = ()  # the kinds of model.peft that it tunes; empty: all that gradients train
+    searches: ClassVar[bool] = False  # clients judge candidates and train nothing; set for a class that has `search`
     # What follows is for the defaults below alone:
     zero_moments: ClassVar[tuple[str, ...]] = ()  # the names of the moments (P,) that `init` sets to zero
     sends_moments: ClassVar[bool] = False  # `broadcast` sends all moments as extras
@@ -77,6 +93,17 @@ class Rule(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.corrects = cls.correct is not Rule.correct
+        cls.searches = cls.search is not Rule.search
+
+    @property
+    def access(self) -> frozenset[Capability] | None:
+        """What its clients use of the base; None: what training the recipe's kind of model.peft takes."""
+        return None
+
+    @property
+    def judges_by(self) -> Literal["loss", "match"]:
+        """What a searching rule's scores are: sums of losses, or numbers of rows that are not written word for word."""
+        return "loss"
 
     @property
     def bounded_weights(self) -> bool:
@@ -124,6 +151,18 @@ class Rule(ABC):
         It may write nothing else. Extras (P,) and client state (P,) or (K, P) broadcast over K.
         """
         return
+
+    def search(self, client: int, broadcast: Broadcast, client_state: ClientState, score: Score) -> Searched:
+        """What a client of a searching rule sends in place of a trained change; `score` judges candidates."""
+        return torch.zeros_like(broadcast.params), {}
+
+    def walk(self, client: int, broadcast: Broadcast, steps: int) -> np.ndarray:
+        """The numbers (steps,) of the directions along which a client of the kind "seeds" goes."""
+        return rng(broadcast.seed, broadcast.round, client, "directions").integers(len(broadcast.params), size=steps)
+
+    def sent(self, update: Update) -> int | None:
+        """How many numbers an update takes on the wire, if fewer than `floats` says."""
+        return None
 
     def finish(self, update: Update, broadcast: Broadcast, client_state: ClientState, ends: Ends = None) -> Finished:
         """The update that the client sends, and its next state; `ends` are the personal trainings' final vectors."""

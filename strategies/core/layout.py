@@ -24,13 +24,15 @@ class Layout:
     """The place of each trainable tensor in the flat vector: names, shapes, and the scale (alpha / r) of LoRA pairs.
 
     Tensors lie one after another in the order of `names`, without gaps; `size` is the vector's length P. `scales` has
-    each pair's own scale where they differ.
+    each pair's own scale where they differ. Where numbers stand for `choices` such as tokens, that many whole numbers
+    from 0 are possible.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     scale: float = 1.0
     scales: tuple[float, ...] = ()
+    choices: int = 0
 
     @classmethod
     def of(cls, tensors: Iterable[tuple[str, torch.Tensor]], scale: float = 1.0) -> "Layout":

@@ -12,6 +12,8 @@ Vector = (
 )  # (P,) float32, contiguous; on the CPU, except in a client's training, where it lies on its device
 Mask = torch.Tensor  # (P,) bool: a choice of coordinates
 ClientState = dict[str, Vector]  # what a client keeps from one of its rounds to the next
+# Judges candidates (C, P) on a client's rows of the round: their losses (C,), float64, and the number of units in each.
+Score = Callable[[torch.Tensor], tuple[torch.Tensor, float]]
 
 GLOBAL = "global"  # the name of the model whose change in local training is the update
 NO_LAYOUT = Layout((), ())

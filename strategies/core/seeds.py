@@ -9,6 +9,7 @@ import torch
 Purpose = (
     Literal["cohort", "availability", "rank", "batches", "personal", "dropout", "initial", "evaluate", "sample", "kl"]
     | Literal["encode", "decode", "projection", "adapters", "sketch", "rounding", "rotation", "noise"]
+    | Literal["candidates", "generations", "directions", "probe"]
 )
 
 

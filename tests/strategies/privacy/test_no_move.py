@@ -135,7 +135,7 @@ def words(client: int) -> Words:
 def test_the_law_is_held_against_all_that_private_runs_may_take() -> None:
     dp = CentralDp(noise_multiplier=0, joint=True)
     assert {strategy.kind for strategy in accepted(dp)} == {
-        *("fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco", "feddyn"),
+        *("fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco", "feddyn", "fedkseed"),
         *("ditto", "ffa", "fedsa", "feddpa", "rolora", "flora", "flexlora", "hetlora", "fedex", "fedsvd", "fedsb"),
     }
     assert {strategy.kind for strategy in accepted(dp, mixed_ranks=True)} == {"flora"}

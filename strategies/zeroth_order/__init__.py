@@ -1,0 +1,1 @@
+"""Rules whose clients estimate gradients from losses alone."""
