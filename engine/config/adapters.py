@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import ClassVar, Literal
 
+from engine.config.ends import Ends
+from engine.config.prefixes import Prefix, Projected, Prompt, PromptWords
+from engine.config.seeds import Seeds
 from engine.config.tuning import RankShare, Targets, Tuning, check_layers
 from engine.messages.checks import at_least, below_one
 from engine.messages.errors import RunError
@@ -280,4 +283,4 @@ class Oft(Tuning):
             raise RunError("model.peft needs r (blocks of a layer) or oft_block_size above 0, and the other one at 0")
 
 
-Adapters = Lora | IA3 | Vera | LNTuning | Oft | FullTuning
+Adapters = Lora | IA3 | Vera | LNTuning | Oft | Prompt | Prefix | PromptWords | Projected | Seeds | Ends | FullTuning

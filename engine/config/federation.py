@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import get_args
 
+from engine.config.access_checks import refuse_access
 from engine.config.objective_checks import Refusals, refuse_objective
 from engine.config.sections import Sections
+from engine.config.seed_checks import refuse_seeds
 from engine.config.train import DECAYS
 from engine.messages.checks import at_least
 from engine.messages.errors import RunError
@@ -28,6 +30,8 @@ class Federation(Sections):
             raise RunError(f"name becomes a folder's name: not empty, no '/', no leading '.', not {self.name!r}")
         checks = (
             _precision,
+            refuse_access,
+            refuse_seeds,
             refuse_objective,
             _adapters,
             _quantize,

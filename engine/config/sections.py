@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from engine.config.access import Access
 from engine.config.adapters import Adapters, Lora
 from engine.config.availability import Availability
 from engine.config.privacy import Privacy
@@ -44,6 +45,7 @@ class Model:
     trust_remote_code: bool = False
     chat_template: str | None = None
     template_date: str | None = None
+    access: Access = field(default_factory=Access)
     peft: Annotated[Adapters, Field(discriminator="kind")] = field(default_factory=Lora)
 
     def __post_init__(self) -> None:
@@ -60,6 +62,11 @@ class Model:
     def public_base(self) -> str:
         """The base's name for what is published with the model: of a local folder its last name alone."""
         return Path(self.base).name if Path(self.base).is_absolute() else self.base
+
+    @property
+    def has_owner(self) -> bool:
+        """Whether a party of its own answers for the base: it alone has it, or plugs into it what clients train."""
+        return not self.access.home or self.peft.plugs_in
 
     @property
     def weights(self) -> "Model":

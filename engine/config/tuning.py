@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from engine.messages.checks import at_least
 from engine.messages.errors import RunError
+from strategies.core.access import Capability
 
 Targets = str | tuple[str, ...]
+Sent = Literal["prompt", "vector"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,30 @@ class Tuning:
 
     kind: str
     peft_class: ClassVar[str | None] = None  # PEFT's configuration; None: the base itself is trained
+    peft_type: ClassVar[str | None] = None  # PEFT's name of the kind; None: the same
     title: ClassVar[str] = "An adapter"
     peft_names: ClassVar[Mapping[str, str]] = {"targets": "target_modules"}  # where ours are shorter
     adapts: ClassVar[str] = "linear"  # the layers that a message lists where none match: linear or norm layers
+    access: ClassVar[frozenset[Capability]] = frozenset({"weights"})  # what training it takes of the base
+    has_gradient: ClassVar[bool] = True  # otherwise only rules of its own tune it
+    replays: ClassVar[bool] = False  # weights are made again from the vector
+    plugs_in: ClassVar[bool] = False  # clients train around an emulator, and the base's owner plugs the result in
+    sent: ClassVar[Sent] = "vector"  # what it is to a provider that has the base
+
+    @property
+    def virtual_tokens(self) -> int:
+        """The number of places in front of a text's tokens that are learned."""
+        return 0
+
+    @property
+    def on_few_layers(self) -> Any:
+        """The kind for a base of a layer or two, on which whole recipes are tried."""
+        return self
+
+    @property
+    def injected(self) -> Any:  # one of the kinds, whose union knows this module
+        """The kind that the base's owner sees of it."""
+        return self
 
     @property
     def lora_rank(self) -> int | None:

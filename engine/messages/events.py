@@ -10,7 +10,9 @@ DROPOUT = "dropout"  # the kind of a client that is absent or late because the r
 class Fault:
     """What went wrong, whether or not it could be repaired: its kind, which one, and why."""
 
-    kind: str  # "slot", "client", "lanes" (clients that train together), "driver", "round", or DROPOUT
+    # "slot", "client", "lanes" (clients that train together), "driver", "round", "provider", "access" (a client asked
+    # the base's owner for more than its level grants), "policy" (a client refuses the base), or DROPOUT
+    kind: str
     who: str
     why: str
 

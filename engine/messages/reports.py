@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engine.messages.exposure import Exposure
 from engine.messages.shards import borrow, borrow_all
 from strategies.core.protocol import Update
 
@@ -22,6 +23,7 @@ class Report:
     late: float = 0.0  # seconds after the deadline, 0 if the client was in time
     seconds: float = field(default=0.0, compare=False)  # of its slot's work; clients in lanes share them equally
     tried: tuple[str, ...] = ()  # why earlier attempts failed
+    exposures: tuple[Exposure, ...] = ()  # what all attempts have shown to the base's owner
 
     @classmethod
     def of_nothing(cls, client: int, tried: tuple[str, ...]) -> "Report":

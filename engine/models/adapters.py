@@ -13,6 +13,8 @@ from engine.config.federation import Federation, works_on_pairs
 from engine.config.sections import Model
 from engine.messages.errors import RunError
 from engine.models.base_model import SCORE
+from engine.models.ends import train_ends
+from engine.models.prefixed import Prefixed
 from strategies.core.base import named
 
 # PEFT refuses out_proj in these models, as fused kernels read its weights past the layer.
@@ -33,7 +35,7 @@ def is_transposed(layer: nn.Module | None) -> bool:
     return isinstance(layer, Conv1D)
 
 
-def with_adapters(network: Any, model: Model) -> Any:
+def with_adapters(network: Any, model: Model, seed: int = 0) -> Any:
     """Freezes the network and adds the recipe's adapters, initialized from torch's seed; without any, all is trained.
 
     A head of one score is trained too. RunError if the network cannot have adapters, or a part of model.peft matches
@@ -43,8 +45,12 @@ def with_adapters(network: Any, model: Model) -> Any:
 
     if (head := score_head(network)) is not None:
         begin_head(network)
+    if model.peft.plugs_in:
+        return train_ends(network, model)
     if model.peft.peft_class is None:
         return network.requires_grad_(True)
+    if model.peft.virtual_tokens:
+        return Prefixed(network, model.peft, seed)
     modules, parameters = ([name for name, _ in each] for each in (network.named_modules(), network.named_parameters()))
     layers = [name for name, layer in network.named_modules() if is_linear(layer)]
     _check_expression(model, modules)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +296,21 @@ def reason(error: BaseException) -> str:
     if not text or not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
         text = f"{type(error).__name__}: {text}"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+
+
+def compute_in(network: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Makes the network's forward and backward passes, and its generation, compute in `dtype` by torch's autocast.
+
+    What loses by it, such as sums and softmaxes, stays as it is, and so do weights and gradients.
+    """
+    from peft import PeftModel
+
+    inner = network.get_base_model() if isinstance(network, PeftModel) else network  # which generates past PeftModel
+    forward = inner.forward
+
+    @wraps(forward)
+    def cast(*arguments: Any, **options: Any) -> Any:
+        with torch.autocast(device.type, dtype):
+            return forward(*arguments, **options)
+
+    inner.forward = cast

@@ -13,7 +13,10 @@ from safetensors.torch import save, save_file
 
 from engine.config.federation import Federation
 from engine.config.sections import Model
-from engine.models.adapters import is_transposed
+from engine.messages.exposure import PromptSizes
+from engine.models.adapters import is_transposed, peft_config
+from engine.models.prefixed import STORED, Prefixed
+from engine.models.seeded import Seeded
 from engine.models.stored_weights import persistent_buffers
 from engine.models.trainable import Trainable
 from engine.objectives.base import Tokenizer
@@ -33,7 +36,7 @@ CARD_SPLITS = {
 
 
 def export_files(
-    trainable: Trainable, model: Model, tokenizer: Tokenizer, card: str, *, merged: bool = False
+    trainable: Trainable | Seeded, model: Model, tokenizer: Tokenizer, card: str, *, merged: bool = False
 ) -> dict[str, bytes]:
     """Returns the model folder's files, name to content, for the vector now in `trainable`.
 
@@ -45,12 +48,16 @@ def export_files(
     network = trainable.network
 
     def save(folder: Path) -> None:
-        if isinstance(network, PeftModel) and not merged:
+        if isinstance(network, Prefixed):
+            save_prompt(folder, trainable.flat.detach().cpu(), network.vectors(), network.sizes, model, tokenizer)
+        elif isinstance(network, PeftModel) and not merged:
             flat = trainable.flat.detach().cpu()
             _save_adapter(folder, trainable.layout, lambda first, last: flat[first:last].clone(), network, model)
         else:
             base = network.get_base_model() if isinstance(network, PeftModel) else network
             base.save_pretrained(folder, state_dict=_full_state_dict(trainable, base))
+            if isinstance(trainable, Seeded):
+                (folder / "seeds.json").write_text(json.dumps(trainable.replay()), encoding="utf-8")
 
     return dict(_folder_files(save, tokenizer, card))
 
@@ -131,7 +138,57 @@ def _save_adapter(folder: Path, layout: Layout, read: Read, network: Any, model:
     config.save_pretrained(str(folder))
 
 
-def _full_state_dict(trainable: Trainable, base: Any) -> dict[str, torch.Tensor]:
+def ends_files(trainable: Any, tokenizer: Tokenizer, card: str) -> dict[str, bytes]:
+    """Returns the files of trained ends by their names in the base, without anything else of that."""
+    flat = trainable.flat.detach().cpu()
+    views = {name: view.clone() for name, view in trainable.layout.views(flat).items()}
+    how = "\n`load_state_dict(ends, strict=False)` puts the trained layers of `ends.safetensors` into the base.\n"
+
+    def save(folder: Path) -> None:
+        save_file(views, folder / "ends.safetensors", metadata={"format": "pt"})
+
+    return dict(_folder_files(save, tokenizer, card + how))
+
+
+def prompt_files(
+    vector: torch.Tensor, places: torch.Tensor | None, sizes: PromptSizes, model: Model, tokenizer: Tokenizer, card: str
+) -> dict[str, bytes]:
+    """Returns the files of `export_files` for a prompt, from what a client without the base has of it.
+
+    `vector` (P,) is what was searched or trained, and `places` the vectors that it stands for; None: it is in words,
+    whose embeddings the base's owner has.
+    """
+    return dict(
+        _folder_files(lambda folder: save_prompt(folder, vector, places, sizes, model, tokenizer), tokenizer, card)
+    )
+
+
+def save_prompt(
+    folder: Path,
+    vector: torch.Tensor,
+    places: torch.Tensor | None,
+    sizes: PromptSizes,
+    model: Model,
+    tokenizer: Tokenizer,
+) -> None:
+    """Writes the adapter of PEFT, and a prompt in words as text beside it."""
+    if sizes.tokens:
+        ids = vector.long().tolist()
+        words = {"text": tokenizer.decode(ids), "ids": ids}
+        (folder / "prompt.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
+    if places is None:
+        return
+    learned = places.detach().float().cpu().contiguous()
+    save_file({STORED: learned}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = peft_config(model)
+    config.num_layers, config.num_transformer_submodules = sizes.layers, 1
+    config.num_attention_heads = sizes.heads if sizes.is_prefix else sizes.attention_heads
+    config.token_dim = sizes.heads * sizes.head_width if sizes.is_prefix else sizes.width
+    config.inference_mode, config.base_model_name_or_path = True, model.public_base
+    config.save_pretrained(str(folder))
+
+
+def _full_state_dict(trainable: Trainable | Seeded, base: Any) -> dict[str, torch.Tensor]:
     """Returns the state dict of the model without adapters, with their products added to the adapted weights."""
     # Parameters are views into the flat vector, but safetensors saves only tensors that own their memory.
     beside = ("lora_", ".original_module.")

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from engine.config.sections import Model
 from engine.messages.shards import borrow
 from engine.models.base_model import PackedBase, map_base
-from engine.models.trainable import Trainable
+from engine.models.trainable import trainable_of
 from engine.system.page_protection import protect, release
 
 
@@ -25,7 +25,7 @@ class MappedBase:
     def __init__(self, packed: PackedBase, base: Any, model: Model, seed: int, device: torch.device) -> None:
         self.base, self.device = base, device
         self.merged: np.ndarray | None = None
-        self.trainable = Trainable(map_base(packed, mapped_buffer(base, device)), model, seed)
+        self.trainable = trainable_of(map_base(packed, mapped_buffer(base, device)), model, seed)
 
     def use_merged(self, merged: np.ndarray | None) -> None:
         """Lets the model look at other weights (uint8) of the adapted layers; None: at those of the first base."""

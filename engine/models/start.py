@@ -81,7 +81,7 @@ def _check_options(folder: Path, model: Model, layout: Layout) -> None:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         what = f"{folder / CONFIG} (model.start) is not that of an adapter ({type(error).__name__}: {error})"
         raise RunError(f"{what}: name a folder that PEFT or fedpost has written") from error
-    if kind != model.peft.kind:
+    if kind != (model.peft.peft_type or model.peft.kind):
         what = f"the adapter {folder} (model.start) is of kind {kind!r}, and the recipe's of {model.peft.kind!r}"
         raise RunError(f"{what}: set model.peft.kind to the adapter's")
     initialization = config.get("init_lora_weights")

@@ -1,7 +1,9 @@
 """Loads a base's tokenizer, and refuses tokens for which the base has no embedding."""
 
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -91,3 +93,18 @@ def refuse_unembedded(columns: pa.Table, tokenizer: Tokenizer, embedded: int | N
         f"resize_token_embeddings({len(tokenizer)}), save it with its tokenizer, and name that folder as model.base "
         f'(an adapter leaves new embeddings untrained, model.peft = "none" trains them)'
     )
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Returns the files from which a tokenizer can be loaded where the base is not."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+def received_tokenizer(model: Model, files: dict[str, bytes]) -> Tokenizer:
+    """Loads a tokenizer from its files."""
+    with TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return load_tokenizer(replace(model, base=folder, revision=None))

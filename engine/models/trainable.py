@@ -11,7 +11,9 @@ from torch import nn
 from engine.config.sections import Model
 from engine.messages.shards import borrow
 from engine.models.adapters import is_linear, is_transposed, with_adapters
+from engine.models.seeded import Seeded
 from strategies.core.layout import LORA_A, Layout
+from strategies.core.protocol import Vector
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:
@@ -25,7 +27,8 @@ def trained_layout(network: nn.Module, model: Model) -> Layout:
     layers: list[Any] = [network.get_submodule(name.split(LORA_A)[0]) for name in trained if LORA_A in name]
     scales: list[float] = [layer.scaling["default"] for layer in layers]
     differ = tuple(scales) if len(set(scales)) > 1 else ()
-    return Layout(tuple(trained), tuple(trained.values()), scales[0] if scales else 1.0, differ)
+    choices: int = getattr(network, "choices", 0)
+    return Layout(tuple(trained), tuple(trained.values()), scales[0] if scales else 1.0, differ, choices)
 
 
 class Trainable:
@@ -37,7 +40,7 @@ class Trainable:
 
     def __init__(self, network: Any, model: Model, seed: int) -> None:
         torch.manual_seed(seed)
-        self.network = with_adapters(network, model)
+        self.network = with_adapters(network, model, seed)
         if model.compile:
             from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -57,6 +60,10 @@ class Trainable:
         self.merged = False  # whether the adapted layers have other weights than the base's
         self.initial = self.flat.detach().cpu().clone()
         self.originals = [layer.weight.data for layer in self.adapted_layers()]  # what the base itself has there
+
+    def become(self, vector: Vector) -> None:
+        """Puts a vector (P,) into the model."""
+        self.flat.data.copy_(vector)
 
     def adapted_layers(self) -> list[Any]:
         """Returns the linear base layers that have LoRA adapters, in the order of `layout.lora_pairs`."""
@@ -103,3 +110,8 @@ class Trainable:
         for layer, original, flat in zip(self.adapted_layers(), self.originals, flat_weights, strict=True):
             layer.weight.data = flat.view(original.dtype).view(original.shape)
         self.merged = merged is not None
+
+
+def trainable_of(network: Any, model: Model, seed: int) -> Trainable | Seeded:
+    """Makes the trainable of the recipe's kind; `seed` draws what is new in it."""
+    return (Seeded if model.peft.replays else Trainable)(network, model, seed)

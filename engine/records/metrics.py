@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +27,7 @@ AT_END = {  # columns of the loss table by names of metrics
     "loss_not_private": "not private",
     "loss_personal": "personal",
     "loss_finetuned": "fine-tuned",
+    "loss_emulator": "emulator",
 }
 LossTable = dict[str, dict[str, float]]  # column (round 0, end, baselines) -> split -> mean
 
@@ -135,34 +136,6 @@ class Faults(RoundLog):
 
     def forget_after(self, round_: int) -> None:
         """Keeps all: the faults of a round that is played again did happen."""
-
-
-class Logs(NamedTuple):
-    """All that a run writes round by round."""
-
-    metrics: Metrics
-    ledger: Ledger
-    faults: Faults
-
-    @classmethod
-    def under(cls, folder: Path, mode: str = "off", wall_s: float = 0.0) -> "Logs":
-        """The logs of the run in `folder`, which has taken `wall_s` seconds before; `mode` is secure aggregation's."""
-        return cls(Metrics(folder / "metrics", wall_s), Ledger(folder / "ledger", mode), Faults(folder / "faults"))
-
-    def flush(self, round_: int) -> None:
-        """Writes the round's files."""
-        for log in self:
-            log.flush(round_)
-
-    def append(self, round_: int) -> None:
-        """Adds to the files of a round that has been written."""
-        for log in self:
-            log.append(round_)
-
-    def clear(self) -> None:
-        """Drops the rows of a round that is not to be written."""
-        for log in self:
-            log.blocks.clear()
 
 
 def _file(folder: Path, round_: int) -> Path:

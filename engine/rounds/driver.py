@@ -6,6 +6,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from ray.exceptions import OutOfDiskError
@@ -13,14 +14,15 @@ from ray.exceptions import OutOfDiskError
 from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
-from engine.messages.errors import RunError
+from engine.messages.errors import AccessDenied, RunError
 from engine.messages.events import Event, Fault, Preparing, Started, Stopped
 from engine.records.checkpoint import Saved, load_checkpoint
-from engine.records.metrics import Logs
+from engine.records.logs import Logs
 from engine.rounds.collectors import first_names
 from engine.rounds.evaluation import Evaluation, PoolEvaluator, baselines, without_privacy
 from engine.rounds.outputs import finish, write_checkpoint
 from engine.rounds.planner import choose_lanes
+from engine.rounds.provider_terms import ProviderProbe, stop_at_cost
 from engine.rounds.recorder import Recorder
 from engine.rounds.reference_columns import pays, reference_columns
 from engine.rounds.round_loop import Callback, RunSetup, round_loop
@@ -29,6 +31,7 @@ from engine.scheduling.pool import Pool
 from engine.system.allocator import use_large_pages
 from engine.system.atomic import write_file
 from engine.system.failures import cause_of
+from strategies.core.base import named
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,10 @@ class RunOptions:
     shared: str | None = None  # the location elsewhere that the store is a copy of
     resume: bool = False
     baselines: bool = False
-    lost: tuple[Fault, ...] = ()  # why drivers before this one have ended
+    lost: tuple[Fault, ...] = ()  # what was wrong before: why drivers have ended, and who refuses to take part
     elsewhere: str | None = None  # the URI that the folder is copied to
     notes: tuple[str, ...] = ()  # for the user, before the first round
+    notice: str | None = None  # what the base's licence asks for beside the model
 
 
 class Driver:
@@ -90,7 +94,10 @@ class Driver:
         logs = Logs.under(options.folder, federation.privacy.secagg.mode, saved.wall_s if saved else 0.0)
         lanes = saved.lanes if saved else choose_lanes(federation, setup.server, setup.initial, setup.population)
         loop = round_loop(setup, logs, lanes, saved)
+        if not federation.model.access.home and not federation.model.peft.plugs_in:
+            loop.probe = ProviderProbe(pool, options.folder).changes
         at_end.callback(_record_last_faults, loop.recorder)
+        at_end.push(partial(_note_denied, loop.recorder, named(federation.strategy)))
         self._begin_folder(pool, loop.recorder, saved)
         yield Started(
             pool.size,
@@ -110,7 +117,8 @@ class Driver:
         evaluation = Evaluation(evaluator)
         # Callbacks run after each round, comparisons once the model is exported, both in this order.
         callbacks: list[Callback] = [evaluation.after_round, loop.recorder.after_round]
-        callbacks.append(partial(write_checkpoint, setup, loop))
+        checkpoint = partial(write_checkpoint, setup, loop)
+        callbacks += [checkpoint, stop_at_cost(federation, logs.exposures, partial(checkpoint, stopping=True))]
         comparisons: list[Callback] = [partial(baselines, evaluator, loop)] if options.baselines else []
         if federation.evaluate.without_privacy:
             comparisons.append(partial(without_privacy, evaluator, loop))
@@ -150,7 +158,8 @@ class Driver:
         server = with_reference(server, initial)
         if pays(federation, tokens, population):
             server = replace(server, row_column=(reference_columns(server, initial, tokens),))
-        return RunSetup(federation, pool, server, initial, store, tokens, options.folder, options.elsewhere)
+        folders = options.folder, options.elsewhere
+        return RunSetup(federation, pool, server, initial, store, tokens, *folders, options.notice)
 
     def _begin_folder(self, pool: Pool, recorder: Recorder, saved: Saved | None) -> None:
         """Writes the run folder's first files, now that model, data and resources have been found good."""
@@ -165,6 +174,13 @@ class Driver:
             log.forget_after(saved.state.round if saved else -1)
         recorder.faults(self.options.lost)
         recorder.logs.faults.append(recorder.round)
+
+
+def _note_denied(recorder: Recorder, rule: str, kind: Any, error: BaseException | None, trace: Any) -> None:
+    """Notes that the rule's clients asked the base's owner for more than it grants, if that has ended the run."""
+    cause = None if error is None else cause_of(error)
+    if isinstance(cause, AccessDenied):
+        recorder.pool.faults.append(Fault("access", rule, str(cause)))
 
 
 def _record_last_faults(recorder: Recorder) -> None:

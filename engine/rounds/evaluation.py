@@ -17,7 +17,8 @@ from engine.messages.events import Evaluated, Event, Fault
 from engine.messages.reports import FLOAT_BYTES
 from engine.messages.shards import ShardedState, borrow
 from engine.objectives.figures import shown_names
-from engine.records.metrics import ROLLOUTS, Logs
+from engine.records.logs import Logs
+from engine.records.metrics import ROLLOUTS
 from engine.rounds.round_loop import RoundLoop, RunSetup, round_loop
 from engine.rounds.server import merge_into_base
 from engine.scheduling.dispatcher import Later
@@ -92,6 +93,19 @@ class PoolEvaluator:
         losses = self._map(clients, "heldout", lambda actor, some: actor.evaluate_personal.remote(some, shared, limit))
         means = {"heldout": self._record(losses, round_, "heldout", "personal", protocol=True)} if losses else {}
         return self._event(round_, means, "personal")
+
+    def emulator(self, message: BroadcastMessage, round_: int) -> Evaluated:
+        """Evaluates the model that clients train in the base's place."""
+        shared, losses = share(message), dict[str, ClientLoss]()
+        for split in ("heldout", "unseen"):
+            limit = self._limit(split)
+
+            def call(actor: Any, some: list[int], limit: int = limit) -> Reference:
+                return actor.evaluate_emulator.remote(some, shared, limit)
+
+            if results := self._map(self.judged(split), split, call):
+                losses[split] = self._record(results, round_, split, "emulator")
+        return self._event(round_, losses, "emulator")
 
     def judged(self, split: str) -> np.ndarray:
         """Returns the clients (N,) of a split that have rows to be evaluated on."""
@@ -201,6 +215,8 @@ class Evaluation:
         evaluated = evaluator.losses(message, state.round, protocol=True)
         evaluator.logs.metrics.add(state.round, "engine", None, evaluate_s=time.monotonic() - began)
         yield evaluated
+        if setup.federation.model.peft.plugs_in:
+            yield evaluator.emulator(message, state.round)
 
     def _personal(self, state: ShardedState, *, last: bool) -> Iterator[Event]:
         """The clients' own models, if they have any; at the end also the global one, trained a little by each."""

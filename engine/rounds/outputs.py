@@ -45,9 +45,12 @@ def finish(
 
     def card() -> str:
         tables, facts = {"loss": loss_table(metrics, state.round), **figures()}, setup.store.manifest
-        return model_card(setup.federation, tables, facts, merged=merged, spent=loop.privacy.statement)
+        written = model_card(setup.federation, tables, facts, merged=merged, spent=loop.privacy.statement)
+        return written if setup.notice is None else f"{written}\n{setup.notice}"
 
     setup.pool.export(setup.folder / "model", share(server.model_message(state)), card())
+    if setup.notice is not None:
+        write_file(setup.folder / "model" / "NOTICE", setup.notice.encode())
     for compare in comparisons:
         yield from compare(state)
         evaluator.logs.append(state.round)

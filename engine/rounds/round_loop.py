@@ -15,13 +15,13 @@ from engine.config.availability import Trace
 from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage
 from engine.messages.errors import RunError
-from engine.messages.events import Event, RoundDone
+from engine.messages.events import Event, Fault, RoundDone
 from engine.messages.shards import ShardedState
 from engine.messages.tasks import Work
 from engine.records.checkpoint import Saved
 from engine.records.client_state import forget_round
 from engine.records.journal import Journal
-from engine.records.metrics import Logs
+from engine.records.logs import Logs
 from engine.rounds.collectors import ClearCollector, Collected, shortfall
 from engine.rounds.planner import Costs, Planner
 from engine.rounds.recorder import Recorder
@@ -48,6 +48,7 @@ class RoundLoop:
     client_states: Path
     lanes: int = 1
     aborts: int = 0
+    probe: Callable[[int], tuple[Fault, ...]] = lambda round_: ()  # what has changed elsewhere
 
     def play(self, state: ShardedState) -> tuple[ShardedState, RoundDone]:
         """Plays the next round: returns the state after it and what to show; RunError if the run cannot continue."""
@@ -62,7 +63,7 @@ class RoundLoop:
         # Dispatch the work and collect what the server may learn of it.
         collected = self.collector.collect(work, message)
         self.planner.learn(work, collected.reports)
-        faults = self.recorder.collected(collected)
+        faults = self.recorder.collected(collected, self.probe(round_))
         self._abort_if_too_few(collected, len(work.clients), round_)
 
         # Decode the sums (noise, then the clients' transforms in reverse) and apply the rule to them.
@@ -127,6 +128,7 @@ class RunSetup:
     tokens: Tokens
     folder: Path
     elsewhere: str | None = None  # the URI that the folder is copied to
+    notice: str | None = None  # what the base's licence asks for beside the model
 
     @property
     def population(self) -> int:

@@ -80,11 +80,18 @@ class Pool:
         actors: list[Any] = [worker_kinds[0].spawn(slot) for slot in range(gangs)]
         spawn = partial(kinds.spawn_process, federation, folder, cls.client)
         actors += [spawn() for _ in range(processes)]
+        # Where slots have no base, providers have, and start at the same time.
+        has_owner, may_read = federation.model.has_owner, actors[gangs:]
+        providers = {actor: kinds.spawn_provider(federation) for actor in actors} if has_owner else {}
         places = kinds.wait_for_places(actors, federation)
 
         reader, base_bytes = actors[0], 0
         if processes:
-            reader = kinds.process_beside_driver(spawn, actors[gangs:], places[gangs:])
+            where, spawn_reader = places[gangs:], spawn
+            if providers:
+                may_read, spawn_reader = [*providers.values()], partial(kinds.spawn_provider, federation)
+                where = kinds.wait_for_places(may_read, federation)
+            reader = kinds.process_beside_driver(spawn_reader, may_read, where)
             stored, packed, buffer = reader.load_base.options(num_returns=3).remote()
             base_bytes = ray.get(stored)  # first, since a base that is none has no tokenizer either
             frozen = []
@@ -92,9 +99,14 @@ class Pool:
                 stored, *model = reader.load_frozen.options(num_returns=3).remote(number)
                 ray.get(stored)
                 frozen.append(model)
-            worker_kinds += (kinds.Processes(federation, patience, spawn, packed, buffer, frozen),)
+            processes_kind = kinds.Processes(federation, patience, spawn, packed, buffer, frozen, providers=providers)
+            if federation.model.peft.plugs_in:
+                stored, *emulator = reader.load_emulator.options(num_returns=3).remote(packed, buffer)
+                ray.get(stored)
+                processes_kind.emulator = (emulator[0], emulator[1])
+            worker_kinds += (processes_kind,)
         columns = TokenColumns(Path(ray.get(reader.tokenize.remote(store, shared))))
-        if all(reader is not actor for actor in actors):
+        if all(reader is not actor for actor in (*actors, *may_read)):
             ray.kill(reader)  # what it has read stays in the store, owned by the driver
 
         members = [(worker_kinds[kind], actor) for kind, actor in zip(kind_of, actors, strict=True)]
@@ -109,7 +121,8 @@ class Pool:
         if gangs:
             base_bytes = ray.get(actors[0].base_bytes.remote())
         nodes = {slot: place.node_id for slot, place in enumerate(places)}
-        without_gpu = sum(place.gpu is None for place in places) if federation.clients.num_gpus else 0
+        wants_gpu = federation.clients.num_gpus > 0 and not has_owner
+        without_gpu = sum(place.gpu is None for place in places) if wants_gpu else 0
         facts = (layout, *((None, vector) if gangs else (vector, None)), base_bytes, without_gpu)
         return cls(federation, patience, worker_kinds, kind_of, actors, nodes, columns, *facts)
 

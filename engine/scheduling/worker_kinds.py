@@ -5,7 +5,7 @@ Their methods raise one of LOST when a slot dies; the pool replaces it.
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +24,11 @@ from engine.models.mapped_base import start_holder
 from engine.scheduling.placement import refuse_shared_gpus
 from engine.system.failures import LOST, ShardLost, within
 from engine.system.rendezvous import rank_environment
+from engine.workers.provider import Provider
 from engine.workers.token_columns import TokenPieces, put_tokens
 from engine.workers.worker import ClientActor
 from engine.workers.worker_group import Gang, Rank
+from strategies.core.access import PARTY
 from strategies.core.sharding import Partition
 
 Reference = Any  # ray.ObjectRef, whose calls on an untyped actor handle the checker cannot follow
@@ -70,8 +72,23 @@ class TokenColumns:
 
 def spawn_process(federation: Federation, folder: Path, client: type[ClientActor], **options: Any) -> Any:
     """Starts a slot of one process, with the recipe's resources or other `options` of Ray; returns its actor."""
+    federation = without_base(federation) if federation.model.has_owner else federation
     resources = {"num_cpus": federation.clients.num_cpus, "num_gpus": federation.clients.num_gpus}
     return ray.remote(client).options(**resources | options).remote(federation, folder)
+
+
+def spawn_provider(federation: Federation, **options: Any) -> Any:
+    """Starts a replica of the base's provider, on a CPU of the slot that waits for it, or on its GPU share."""
+    resources = {"num_cpus": 0, "num_gpus": federation.clients.num_gpus}
+    return ray.remote(Provider).options(**resources | options).remote(federation)
+
+
+def without_base(federation: Federation) -> Federation:
+    """Returns what slots know of a federation whose base they do not have: neither its place nor that of another."""
+    access = replace(federation.model.access, events=())
+    clients = replace(federation.clients, num_gpus=0.0, num_cpus=federation.clients.num_cpus or 1.0)
+    model = replace(federation.model, base=PARTY, revision=None, start=None, access=access)
+    return replace(federation, model=model, clients=clients)
 
 
 def wait_for_places(actors: list[Any], federation: Federation) -> list[Place]:
@@ -89,7 +106,7 @@ def wait_for_places(actors: list[Any], federation: Federation) -> list[Place]:
 
 
 def process_beside_driver(spawn: Callable[..., Any], actors: list[Any], places: list[Place]) -> Any:
-    """Returns a slot on the driver's node, where store and base lie, else an actor that takes no resources."""
+    """Returns an actor on the driver's node, where store and base lie, else one more, which takes no resources."""
     here = ray.get_runtime_context().get_node_id()
     beside = [actor for actor, place in zip(actors, places, strict=True) if place.node_id == here]
     strategy = NodeAffinitySchedulingStrategy(here, soft=False)
@@ -107,6 +124,8 @@ class Processes:
     buffer: Reference  # and its bytes, read once for all slots
     frozen: Sequence[tuple[Reference, Reference]] = ()  # the same of each of the objective's frozen models
     holders: dict[tuple[str, str, int], Any] = field(default_factory=dict)  # by node, GPU and number of the buffer
+    providers: dict[Any, Any] = field(default_factory=dict)  # by slot's actor, where the base has an owner
+    emulator: tuple[Reference, Reference] | None = None  # index and bytes of what slots train in the base's place
     merged_delta: Reference | None = None
     merged: dict[str, Reference] = field(default_factory=dict)  # the merged weights by node
     may_shrink = True  # the run can continue with fewer of them
@@ -119,6 +138,8 @@ class Processes:
     def end(self, slot: int, actor: Any) -> None:
         """Ends what is left of a slot, which may be silent and not dead."""
         ray.kill(actor)
+        if actor in self.providers:
+            ray.kill(self.providers.pop(actor))
 
     def ranks(self, actor: Any) -> Sequence[Any]:
         """Returns the only one."""
@@ -127,6 +148,14 @@ class Processes:
     def attach(self, actor: Any, columns: TokenColumns, *, first: bool) -> Reference:
         """Gives a slot base and rows; the answer is the layout, and of the `first` slot the initial vector."""
         tokens = columns.seen_by(actor, self.patience.answer_s, self.patience.start_s)
+        if self.federation.model.has_owner:
+            if actor not in self.providers:  # those of the first slots have been started with them
+                self.providers[actor] = spawn_provider(self.federation)
+            provider = self.providers[actor]
+            if self.emulator is not None:
+                files = provider.open_plug_in.remote(self.packed, self.buffer)
+                return actor.attach_ends.remote(*self.emulator, tokens, first, provider, files)
+            return actor.attach_remote.remote(provider, provider.open.remote(self.packed, self.buffer), tokens, first)
         place: Place = within(self.patience.answer_s, actor.place.remote())
         shares_gpu = place.gpu is not None and self.federation.clients.num_gpus < 1
         indices, buffers = zip((self.packed, self.buffer), *self.frozen, strict=True)
@@ -150,6 +179,8 @@ class Processes:
 
     def merge_into(self, actor: Any) -> None:
         """Gives a new slot its node's weights with the merged delta, made once for each node."""
+        if self.federation.model.has_owner:
+            return
         answer_s, weights = self.patience.answer_s, None
         if self.merged_delta is not None:
             node = within(answer_s, actor.place.remote()).node_id

@@ -21,6 +21,7 @@ from torch import nn
 from datasets_partition.store.tokens import Tokens
 from engine.config.train import Train
 from engine.messages.errors import RunError
+from engine.models.seeded import Seeded
 from engine.models.trainable import Trainable
 from engine.objectives.base import Term, counted
 from engine.objectives.token_batch import Batch
@@ -240,7 +241,7 @@ def _refuse_other_dropout(network: nn.Module) -> None:
             raise RunError(f"{name} drops activations, which {KEY} cannot draw for each client by itself: {ALONE}")
 
 
-def adapted_layers(trainable: Trainable) -> dict[str, tuple[Any, Form]]:
+def adapted_layers(trainable: Trainable | Seeded) -> dict[str, tuple[Any, Form]]:
     """Returns the adapted layers by name, each with its form in lanes; RunError if lanes cannot train this model."""
     names: dict[str, list[str]] = {}
     for name in trainable.layout.names:

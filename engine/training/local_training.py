@@ -1,6 +1,6 @@
 """A client's local training, free of Ray: from the broadcast to an update. Legend: P parameters."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +12,8 @@ import torch
 
 from engine.config.federation import Federation
 from engine.config.train import Train
-from engine.models.precision import compute_in
+from engine.models.base_model import compute_in
+from engine.models.seeded import Seeded
 from engine.models.trainable import Trainable
 from engine.objectives.base import (
     REFERENCE,
@@ -59,7 +60,14 @@ class Job:
     reference: Vector | None = None
 
 
-class Trainer(Protocol):
+class ClientTrainer(Protocol):
+    """What makes updates of clients."""
+
+    def updates(self, jobs: list[Job], federation: Federation, *, view: bool = False) -> list[Finished]:
+        """Trains clients for a round: see `client_updates`."""
+
+
+class Trainer(ClientTrainer, Protocol):
     """A model that is trained and judged; a gang's rank has shards for vectors."""
 
     @property
@@ -85,9 +93,6 @@ class Trainer(Protocol):
 
     def train(self, trainings: Sequence[Training], train: Train) -> list[Trained]:
         """Does all trainings; returns their results in order."""
-
-    def updates(self, jobs: list[Job], federation: Federation, *, view: bool = False) -> list[Finished]:
-        """Trains clients for a round: see `client_updates`."""
 
     def generate(self, tokenizer: Tokenizer, prompts: list[Prompt], tokens: int) -> list[str]:
         """Returns greedy continuations of at most `tokens` tokens by the vector now in the model."""
@@ -195,7 +200,7 @@ class LocalTrainer:
 
     def __init__(
         self,
-        trainable: Trainable,
+        trainable: Trainable | Seeded,
         pad: int,
         train: Train,
         tokenizer: Tokenizer | None = None,
@@ -215,7 +220,7 @@ class LocalTrainer:
     def become(self, vector: Vector, lora_rank: int | None = None) -> None:
         """Puts the vector (P,) of a client of this LoRA rank into the model; None is the recipe's rank."""
         self.trainable.set_lora_rank(lora_rank)
-        self.trainable.flat.data.copy_(vector)
+        self.trainable.become(vector)
 
     def begin(self, lane: int, training: Training) -> None:
         """Puts the start into the model."""
@@ -227,16 +232,32 @@ class LocalTrainer:
     def gradients(self, active: list[Progress], train: Train) -> None:
         """Computes the gradient of the client's next step."""
         (client,) = active
-        self.trainable.grad.zero_()
         (rows,) = self.sampler.next_rows(active, train)
-        step = self.cut(rows, train.batch)
+        compared = client.training.reference, client.training.means
+        client.count(*self.step_gradient(rows, train.batch, client.add, *compared))
+
+    def step_gradient(
+        self,
+        rows: pa.RecordBatch,
+        batch: int,
+        add: Callable[[Mapping[str, torch.Tensor]], None],
+        reference: Vector | None = None,
+        means: Mapping[str, float] | None = None,
+    ) -> tuple[Mapping[str, int], int]:
+        """Computes the gradient of a step's rows; returns each term's units, and the tokens.
+
+        `batch` rows go through the model at once, and `add` takes the terms' sums over each such piece. Reference and
+        means are as in a Training.
+        """
+        self.trainable.grad.zero_()
+        step = self.cut(rows, batch)
         counts = counted(self.objective, step)
-        client.count(counts, sum(piece.tokens for piece in step))
-        for piece in self.with_columns(step, client.training.reference, client.training.means):
+        for piece in self.with_columns(step, reference, means):
             terms = self.objective.terms(self.trainable.network, piece.to(self.device), self.context)
             totals = {name: term.total() for name, term in terms.items()}
             step_loss(self.objective, totals, counts).backward()
-            client.add(totals)
+            add(totals)
+        return counts, sum(piece.tokens for piece in step)
 
     def correct(self, lane: int, correct: Correct) -> None:
         """Applies a correction to the gradient."""

@@ -13,10 +13,12 @@ import torch
 
 from engine.messages.errors import RunError
 from engine.objectives.sampling import Completion, Completions, Sampling
-from strategies.core.seeds import keyed_rng
+from engine.objectives.token_batch import Batch
+from strategies.core.seeds import keyed_rng, sample_key
 
 CACHES = ("past_key_values", "cache_params")  # transformers' names, the second for state-space models
 Cache = Any
+OWN_TEXTS, OWN_TOKENS, OWN_BATCH = 64, 64, 8  # of what a base writes by itself, to align an emulator with it
 # Takes token ids (B, T), 1 where a token is real (B, earlier tokens + T), positions (B, T), and the cache of earlier
 # tokens (None: there are none). Returns the logits (B, V) after the last token, and the cache with the new tokens.
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Cache], tuple[torch.Tensor, Cache]]
@@ -113,6 +115,26 @@ def cached_forward(network: Any, *, every_logit: bool = False) -> Forward:
         return out.logits[:, -1], out[cache_name]
 
     return forward
+
+
+def own_samples(network: Any, tokenizer: Any, seed: int, device: torch.device) -> Callable[[int], Batch]:
+    """Lets the network write texts by its own probabilities; returns what gives the batch of a step, turn by turn."""
+    keys = [sample_key(seed, -1, -1, 0, number, 0) for number in range(OWN_TEXTS)]
+    begin, sampling = np.array([tokenizer.eos_token_id]), Sampling(tokens=OWN_TOKENS)
+    forward = cached_forward(network)
+    ids: list[np.ndarray] = []
+    for first in range(0, OWN_TEXTS, OWN_BATCH):
+        some = keys[first : first + OWN_BATCH]
+        # No token ends a text, so that all have the same length.
+        written = complete(forward, [begin] * len(some), some, sampling, ends=frozenset({-1}), pad=0, device=device)
+        ids += [*written.ids_BC.cpu().numpy()]
+
+    def batch(step: int) -> Batch:
+        chosen = [ids[(step * OWN_BATCH + place) % OWN_TEXTS] for place in range(OWN_BATCH)]
+        lengths_B = np.full(OWN_BATCH, OWN_TOKENS)
+        return Batch.padded(np.concatenate(chosen), np.ones(OWN_BATCH * OWN_TOKENS, bool), lengths_B, 0).to(device)
+
+    return batch
 
 
 def _left_padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

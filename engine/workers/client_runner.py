@@ -19,11 +19,13 @@ from engine.aggregation.accumulators import Accumulator
 from engine.aggregation.exact_sum import LIMIT, NonFiniteUpdate, finite_bound
 from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage
+from engine.messages.errors import AccessDenied, BaseRemoved
+from engine.messages.exposure import Exposure
 from engine.messages.reports import DOWN, FLOAT_BYTES, UP, Report
 from engine.messages.tasks import Unit, halves
 from engine.records.client_state import ClientStates
-from engine.system.failures import last_line
-from engine.training.local_training import Job, Trainer
+from engine.system.failures import cause_of, last_line
+from engine.training.local_training import ClientTrainer, Job
 from engine.training.step_loop import steps_of
 from strategies.core.layout import Layout
 from strategies.core.protocol import Broadcast, ClientState, Update, Vector
@@ -54,6 +56,8 @@ def attempted(
         if isinstance(error, torch.AcceleratorError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # no call of CUDA works here any more: the pool starts another process
+        if isinstance(cause_of(error), AccessDenied | BaseRemoved):
+            raise  # no other attempt, and no other client, would get more
         short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         cause = f"{type(error).__name__}: {last_line(error)}"
     # Only here does nothing refer to the error's frames any more, and to the tensors in them.
@@ -70,7 +74,13 @@ def attempted(
 
 
 ClientResult = tuple[Job, Update, ClientState]  # a client's job, its update, and its state after the round
-TrainerOf = Callable[[Unit, BroadcastMessage], Trainer]
+TrainerOf = Callable[[Unit, BroadcastMessage], ClientTrainer]
+Exposed = Callable[[int], tuple[Exposure, ...]]  # takes what a client has shown to the base's owner
+
+
+def nothing_exposed(client: int) -> tuple[Exposure, ...]:
+    """Returns nothing: clients have the base at home."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ class ClientRunner:
     trainer_of: TrainerOf
     layout: Layout
     peers: Peers = ALONE
+    exposed: Exposed = nothing_exposed
 
     def __post_init__(self) -> None:
         self.rows: np.ndarray = self.tokens.counts("train")  # training rows of each client (N,)
@@ -168,7 +179,9 @@ class ClientRunner:
             else:
                 reports[client] = replace(self._hand_over(result, message, accumulator, trained_s), tried=attempt.why)
         seconds = (time.monotonic() - began) / max(1, len(present))  # adding up large updates takes its time too
-        reports |= {client: replace(reports[client], seconds=seconds) for client in present}
+        reports |= {
+            client: replace(reports[client], seconds=seconds, exposures=self.exposed(client)) for client in present
+        }
         return [reports[client] for client in unit]
 
     def _job(self, client: int, message: BroadcastMessage, broadcast: Broadcast) -> Job:
@@ -185,7 +198,7 @@ class ClientRunner:
         """Encodes a client's update and lets the accumulator take it; then its state is written."""
         federation, (job, update, after) = self.federation, result
         update, kept = encode(federation.transforms, update, job.broadcast, job.state)
-        traffic = self._traffic(job.broadcast)
+        traffic = self._traffic(job.broadcast, update)
         update, after = replace(update, metrics=update.metrics | traffic), after | kept
         if late := federation.clients.availability.late_by_clock(trained_s):
             return Report(job.client, traffic, late=late)
@@ -201,9 +214,12 @@ class ClientRunner:
             self.states.write(job.client, message.round + 1, after, message.oldest)
         return Report(job.client, update.metrics)
 
-    def _traffic(self, broadcast: Broadcast) -> dict[str, float]:
+    def _traffic(self, broadcast: Broadcast, update: Update | None = None) -> dict[str, float]:
         """Returns the bytes that a client receives and sends, over all ranks."""
-        down, up = self.federation.strategy.floats(broadcast)
+        strategy = self.federation.strategy
+        down, up = strategy.floats(broadcast)
+        if update is not None and (numbers := strategy.sent(update)) is not None and not self.federation.transforms:
+            up = numbers
         # Transforms shorten the update alone, and not what the rule sends beside it.
         beside = max(0, up - broadcast.params.numel())
         sent = bits(self.federation.transforms, up - beside) / 8 + beside * FLOAT_BYTES

@@ -24,7 +24,7 @@ from engine.models.base_model import always_the_same_bits
 from engine.records.client_state import RANK, ClientStates, refuse_unseen
 from engine.system.allocator import use_large_pages
 from engine.workers import token_columns as columns
-from engine.workers.client_runner import ALONE, ClientRunner, Peers, TrainerOf
+from engine.workers.client_runner import ALONE, ClientRunner, Exposed, Peers, TrainerOf, nothing_exposed
 from engine.workers.evaluator import Evaluator
 from strategies.core.layout import Layout
 from strategies.secagg.masks import Masks
@@ -39,6 +39,28 @@ def delegate(method_of: Callable[["WorkerProcess"], Callable[..., Any]]) -> Call
         return method_of(self)(*arguments)
 
     return method
+
+
+def settle(federation: Federation) -> torch.device:
+    """Prepares a process that computes with models: threads, memory, the same bits; returns its device."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    use_large_pages()
+    torch.set_num_threads(federation.clients.threads)
+    always_the_same_bits()
+    device = torch.device("cuda" if federation.clients.num_gpus > 0 and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(federation.clients.num_gpus, 1.0))
+    return device
+
+
+def place_of(device: torch.device) -> Place:
+    """Returns where Ray put this process, which computes on a device."""
+    context = ray.get_runtime_context()
+    gpus = context.get_accelerator_ids().get("GPU", [])
+    return Place(context.get_node_id(), gpus[0] if device.type == "cuda" else None)
 
 
 class SecureTraining:
@@ -94,10 +116,12 @@ class Attached:
         layout: Layout,
         peers: Peers = ALONE,
         base: Any = None,
+        exposed: Exposed = nothing_exposed,
     ) -> None:
+        """`exposed` tells what clients have shown to the base's owner, if this process has no base."""
         self.trainer, self.tokenizer, self.base = trainer, tokenizer, base
         states = ClientStates(process.folder if peers.rank is None else process.folder / f"{RANK}{peers.rank}")
-        self.runner = ClientRunner(process.federation, Tokens.open(tokens), states, trainer_of, layout, peers)
+        self.runner = ClientRunner(process.federation, Tokens.open(tokens), states, trainer_of, layout, peers, exposed)
         self.evaluator: Evaluator = Evaluator(self.runner, trainer, tokenizer)
         self.secure: SecureTraining = SecureTraining(self.runner, process.secure)
 
@@ -120,24 +144,13 @@ class WorkerProcess:
     rollouts = delegate(lambda process: process.attached.evaluator.rollouts)
 
     def __init__(self, federation: Federation, folder: Path) -> None:
-        from transformers.utils import logging as transformers_logging
-
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        transformers_logging.disable_progress_bar()
-        use_large_pages()
-        torch.set_num_threads(federation.clients.threads)
-        always_the_same_bits()
         self.federation, self.folder = federation, folder
         self.sum, self.secure = ExactSum(), SecureClients()
-        self.device = torch.device("cuda" if federation.clients.num_gpus > 0 and torch.cuda.is_available() else "cpu")
-        if self.device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(min(federation.clients.num_gpus, 1.0))
+        self.device = settle(federation)
 
     def place(self) -> Place:
         """Returns where Ray put this process."""
-        context = ray.get_runtime_context()
-        gpus = context.get_accelerator_ids().get("GPU", [])
-        return Place(context.get_node_id(), gpus[0] if self.device.type == "cuda" else None)
+        return place_of(self.device)
 
     def refuse_lost_states(self) -> None:
         """Raises RunError if clients keep state, and this process's node does not see its folder."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from datasets_partition.store.store import SplitName
 from engine.aggregation.accumulators import SingleUpdates
@@ -12,17 +13,25 @@ from engine.aggregation.exact_sum import PartialSum, cut
 from engine.aggregation.ring_encoding import noise
 from engine.config.federation import Federation
 from engine.messages.broadcast import BroadcastMessage
+from engine.messages.exposure import Opening
 from engine.messages.tasks import Unit
 from engine.models.adapters import refuse_other_adapters
 from engine.models.base_model import PackedBase, read_base
-from engine.models.export import export_files
+from engine.models.export import export_files, prompt_files
 from engine.models.frozen import map_frozen, read_frozen
 from engine.models.mapped_base import MappedBase, mapped_buffer
-from engine.models.tokenizer import load_tokenizer, padding
+from engine.models.prefixed import STORED, Projection
+from engine.models.seeded import Seeded
+from engine.models.tokenizer import load_tokenizer, padding, received_tokenizer
 from engine.system.page_protection import drop_pages
 from engine.training.lanes import LaneTrainer, adapted_layers, best_lanes
-from engine.training.local_training import LocalTrainer, Trainer
+from engine.training.local_training import ClientTrainer, LocalTrainer
 from engine.training.per_example import PrivateTrainer
+from engine.training.remote_training import PlugInJudge, RemoteTrainer
+from engine.training.searching import SearchTrainer, judge_at_home
+from engine.training.zeroth_order import ZerothTrainer
+from engine.workers.evaluator import ClientLoss, Evaluator
+from engine.workers.handle import Handle
 from engine.workers.process import Attached, WorkerProcess, delegate
 from strategies.core.layout import Layout
 from strategies.core.seeds import torch_seed
@@ -32,14 +41,17 @@ SPLITS: tuple[SplitName, ...] = ("train", "heldout")
 
 
 class Trainers:
-    """Chooses the trainer of a unit: in lanes, with the noise of example-level privacy, or the plain one."""
+    """Chooses the trainer of a unit: a search, in lanes, with the noise of example-level privacy, or the plain one."""
 
     def __init__(self, federation: Federation, plain: LocalTrainer) -> None:
         self.federation, self.plain = federation, plain
         self.lanes: LaneTrainer | None = None  # made when it is first needed
 
-    def of(self, unit: Unit, message: BroadcastMessage) -> Trainer:
+    def of(self, unit: Unit, message: BroadcastMessage) -> ClientTrainer:
         """Returns the unit's trainer."""
+        strategy = self.federation.strategy
+        if strategy.searches:
+            return SearchTrainer(judge_at_home(self.plain, self.federation.train.batch, strategy.judges_by))
         if len(unit) > 1:
             self.lanes = self.lanes or LaneTrainer(self.plain, message.lanes, self.federation.train)
             return self.lanes
@@ -59,7 +71,8 @@ class ClientActor(WorkerProcess):
     centralized = delegate(lambda process: process.attached.evaluator.centralized)
 
     def __init__(self, federation: Federation, folder: Path) -> None:
-        import peft  # noqa: F401  # takes seconds: here all slots take them at the same time
+        if not federation.model.has_owner:
+            import peft  # noqa: F401  # takes seconds: here all slots take them at the same time
 
         super().__init__(federation, folder)
         self.each = SingleUpdates()
@@ -74,6 +87,22 @@ class ClientActor(WorkerProcess):
         packed, buffer = read_frozen(self.federation.train.objective.models[number], self.federation.model)
         return packed.nbytes, packed, buffer
 
+    def attach_ends(
+        self, packed: PackedBase, base: Any, tokens: Path, first: bool, owner: Any, files: dict[str, bytes]
+    ) -> tuple[Layout, np.ndarray]:
+        """As `attach`, with an emulator as base; its owner judges what clients train, plugged into the base."""
+        self.service = Handle(owner)
+        tokenizer = received_tokenizer(self.federation.model, files)
+        attached = self._attach(packed, base, tokens, first, tokenizer)
+        self.emulator = self.attached.evaluator
+        judge = PlugInJudge(self.attached.trainer, self.service)
+        self.attached.evaluator = Evaluator(self.attached.runner, judge, tokenizer)
+        return attached
+
+    def evaluate_emulator(self, chunk: list[int], message: BroadcastMessage, limit: int) -> list[ClientLoss]:
+        """As `evaluate`, by the emulator with the ends instead of the base."""
+        return self.emulator.losses(chunk, message, limit)
+
     def attach(
         self, packed: PackedBase, base: Any, tokens: Path, first: bool, *frozen: Any
     ) -> tuple[Layout, np.ndarray]:
@@ -81,17 +110,24 @@ class ClientActor(WorkerProcess):
 
         `frozen` are the index and buffer of each of the objective's frozen models, one after another.
         """
+        return self._attach(packed, base, tokens, first, load_tokenizer(self.federation.model), *frozen)
+
+    def _attach(
+        self, packed: PackedBase, base: Any, tokens: Path, first: bool, tokenizer: Any, *frozen: Any
+    ) -> tuple[Layout, np.ndarray]:
         federation = self.federation
         seed = torch_seed(federation.seed, 0, -1, "initial")
         mapped = MappedBase(packed, base, federation.model, seed, self.device)
-        trainable, tokenizer = mapped.trainable, load_tokenizer(federation.model)
+        trainable = mapped.trainable
         pairs = zip(federation.train.objective.models, frozen[::2], frozen[1::2], strict=True)
         models = [
             map_frozen(model, index, mapped_buffer(buffer, self.device), federation.model)
             for model, index, buffer in pairs
         ]
         pad = padding(tokenizer, trainable.network)
-        trainer = LocalTrainer(trainable, pad, federation.train, tokenizer, models)
+        trainer: Any = LocalTrainer(trainable, pad, federation.train, tokenizer, models)
+        if isinstance(trainable, Seeded):
+            trainer = ZerothTrainer(trainer, trainable)
         refuse_other_adapters(trainable.network, federation)
         if isinstance(federation.clients.lanes, int) and federation.clients.lanes > 1:
             adapted_layers(trainable)  # refuses models that lanes cannot train
@@ -99,9 +135,37 @@ class ClientActor(WorkerProcess):
         self.attached = Attached(self, tokens, trainer, tokenizer, trainer_of, layout, base=mapped)
         initial = trainable.initial.numpy()
         del trainable.initial
-        if federation.model.peft.peft_class is None and self.device.type == "cpu":
+        copied = layout.size == sum(parameter.numel() for parameter in trainable.network.parameters())
+        if copied and self.device.type == "cpu":
             drop_pages(base)  # its weights have all been copied, since all are trained
         return layout, initial if first else np.empty(0, np.float32)
+
+    def attach_remote(self, provider: Any, opening: Opening, tokens: Path, first: bool) -> tuple[Layout, np.ndarray]:
+        """As `attach`, where a provider has the base: this process gets a handle, and what the opening tells."""
+        federation, self.opening = self.federation, opening
+        peft, start = federation.model.peft, torch.from_numpy(opening.start_P.copy())
+        layout, projection = Layout((STORED,), (opening.shape,), choices=opening.sizes.tokens), None
+        if peft.injected is not peft:
+            seed = torch_seed(federation.seed, 0, -1, "initial")
+            projection = Projection.drawn(peft, start, opening.spread, seed)
+            start = torch.zeros(projection.matrix_Pd.shape[1])
+            layout = Layout((STORED,), (tuple(start.shape),))
+        self.service = Handle(provider)
+        trainer = RemoteTrainer(self.service, federation, start, projection)
+        search = SearchTrainer(trainer.judged)
+
+        def trainer_of(unit: Unit, message: BroadcastMessage) -> ClientTrainer:
+            return search if federation.strategy.searches else trainer
+
+        tokenizer = received_tokenizer(federation.model, opening.tokenizer)
+        exposed = trainer.taken
+        self.attached = Attached(self, tokens, trainer, tokenizer, trainer_of, layout, exposed=exposed)
+        return layout, start.numpy() if first else np.empty(0, np.float32)
+
+    def probe(self, round_: int) -> str:
+        """Returns a digest of the provider's answers to public rows in a round."""
+        digest: str = self.service.probe(round_)
+        return digest
 
     def run_each(self, chunk: list[Unit], message: BroadcastMessage) -> Any:
         """As `run`, but returns each client's update beside the reports, None where it could not be used."""
@@ -135,7 +199,14 @@ class ClientActor(WorkerProcess):
 
     def export(self, message: BroadcastMessage, card: str) -> Iterator[tuple[str, bytes]]:
         """Yields the files of the model folder, one after another."""
-        self.attached.trainer.become(message.vector())
-        base, tokenizer = self.attached.base, self.attached.tokenizer
-        files = export_files(base.trainable, self.federation.model, tokenizer, card, merged=base.merged is not None)
+        trainer, base, tokenizer = self.attached.trainer, self.attached.base, self.attached.tokenizer
+        model, vector = self.federation.model, message.vector()
+        if model.peft.plugs_in:
+            files = self.service.export(vector.numpy(), card)
+        elif base is None:
+            sizes, places = self.opening.sizes, None if self.opening.sizes.tokens else trainer.places(vector)
+            files = prompt_files(vector, places, sizes, model, tokenizer, card)
+        else:
+            trainer.become(vector)
+            files = export_files(base.trainable, model, tokenizer, card, merged=base.merged is not None)
         yield from ((name, content) for name, content in files.items())  # Ray wants a generator, not an iterator

@@ -147,7 +147,9 @@ def test_the_statement_says_where_weights_come_from(federation: Federation) -> N
     assert "outside of epsilon" in rows.privacy.describe_weights(rows.strategy)
 
 
-SUMMED = [kind for kind in get_args(Strategies) if kind.reads == "sum" and "weighting" in kind.__dataclass_fields__]
+# Those that tune a kind of model.peft of their own weigh as FedAvg does.
+WEIGHED = [kind for kind in get_args(Strategies) if "weighting" in kind.__dataclass_fields__ and not kind.tunes]
+SUMMED = [kind for kind in WEIGHED if kind.reads == "sum"]
 UNPRUNED = {HetLora: {"gamma": 1.0}}
 RULES = [
     kind(weighting=weighting, **UNPRUNED.get(kind, {}))

@@ -16,7 +16,7 @@ from engine.messages.events import DROPOUT, Fault
 from engine.messages.shards import ShardedState
 from engine.records.checkpoint import Saved, save_checkpoint
 from engine.records.journal import Journal
-from engine.records.metrics import Logs
+from engine.records.logs import Logs
 from strategies.averaging.fedavg import FedAvg
 from strategies.core.cohort import UniformCohort
 from strategies.core.layout import Layout

@@ -22,7 +22,8 @@ from engine.objectives.reinforcement.rewards import Balance
 from engine.records.checkpoint import load_checkpoint
 from engine.records.client_state import ClientStates
 from engine.records.journal import Journal
-from engine.records.metrics import Logs, read_log
+from engine.records.logs import Logs
+from engine.records.metrics import read_log
 from engine.rounds.collectors import Collected, Message, shortfall
 from engine.rounds.outputs import write_checkpoint
 from engine.rounds.planner import Planner
