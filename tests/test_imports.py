@@ -30,11 +30,11 @@ ROOMS = {
         *("objectives", "messages", "system"),
     ),
     "strategies": (
-        *("contract", "robust", "lora", "personalized", "averaging", "transforms", "privacy", "secagg"),
-        "core",
+        *("contract", "robust", "lora", "personalized", "averaging", "black_box", "zeroth_order", "transforms"),
+        *("privacy", "secagg", "core"),
     ),
     "datasets_partition": ("store", "partitioners", "sources", "formats", "core"),
-    "experiments": ("cli", "bench", "preflight", "runs", "report", "config"),
+    "experiments": ("cli", "bench", "access", "sweep", "preflight", "runs", "report", "openness", "config"),
 }
 MAX_LINES = 400
 MAX_FILES = 15  # Python files in a folder, besides __init__.py

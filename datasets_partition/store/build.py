@@ -59,12 +59,14 @@ def build(
     on_step: OnStep = lambda step: None,
     label: str | None = None,
     beside: tuple[str, ...] | None = (),
+    without: tuple[str, ...] = (),
 ) -> Path:
     """Returns the folder of the store in `cache`, whose name is a hash of everything that its rows depend on.
 
     It appears whole or not at all, however many builders there are. A remote `cache` gets the store too, and the folder
     is this machine's copy of it. `on_step` is called with the name of each step. `label` names a column to keep as the
     rows' category, in place of the partition's; `beside` names columns to keep beside the content, None all of them.
+    Rows of the clients `without` are left out as if nobody had them.
     Raises DataError where an argument cannot be used.
     """
     origin = {
@@ -81,13 +83,14 @@ def build(
         **({"reading": 2} if isinstance(source, Files | HfDatasets) else {}),
         **({"by": splits.by} if splits.by != "row" else {}),
         **({"beside": beside} if beside != () else {}),
+        **({"without": without} if without else {}),
     }
     key = sha256(json.dumps(origin).encode()).hexdigest()
     remote = None if is_local(cache) else within(cache, key[:16])
     folder = (node_cache() if remote else Path(cache)) / key[:16]
     sealed.refuse_unwritable(cache)
     if not sealed.ready(folder, key, remote):
-        write = _prepare(source, partitioner, splits, seed, on_step, label, beside)
+        write = _prepare(source, partitioner, splits, seed, on_step, label, beside, without)
         try:
             code_version = version("fedpost")
         except PackageNotFoundError:
@@ -109,6 +112,7 @@ def _prepare(
     on_step: OnStep,
     label: str | None,
     beside: tuple[str, ...] | None,
+    without: tuple[str, ...],
 ) -> Callable[[Path], dict[str, Any]]:
     """Gives rows to clients; returns the function that writes them into a folder and returns the manifest's counts."""
     loaded, skipped = _load(source, on_step)
@@ -136,6 +140,9 @@ def _prepare(
     refuse_misfit(given, len(owned), partitioner)
     if by_prompt:
         given = _with_whole_prompts(given, dealt, prompts[owned], partitioner)
+    if without:
+        absent = pc.is_in(given.names, pa.array(without, pa.string())).to_numpy(zero_copy_only=False)
+        given = given._replace(clients=np.where(absent[given.clients], -1, given.clients).astype(np.int32))
     # The clients' rows in the partition's order; nobody's rows are left out.
     by_client = np.lexsort((given.clients,) if given.order is None else (given.order, given.clients))
     by_client = by_client[given.clients[by_client] >= 0]

@@ -118,6 +118,21 @@ def run(
 
 
 @guarded
+def access(
+    recipe: RecipePath,
+    changes: Changes = None,
+    only: Annotated[str | None, Option(metavar="NAME,...", help="These variants alone.")] = None,
+    out: Annotated[Path | None, Option(help="The folder; runs/RECIPE-TIME by default. It is gone on with.")] = None,
+    other: Annotated[str | None, Option(metavar="BASE", help="Also: what if the base is replaced by this one.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare levels of access to the base: a run for each [sweep.variants.NAME], a table and a page."""
+    from experiments.cli.access import show_access
+
+    show_access(recipe, changes, only, out, other)
+
+
+@guarded
 def submit(
     recipe: RecipePath,
     address: Server,
@@ -173,7 +188,14 @@ def plan(
     from experiments.config.recipe import load_recipe, located
     from experiments.preflight.plan import show_plan
 
-    raise SystemExit(int(not show_plan(located(load_recipe(recipe, changes)), device_gib, devices)))
+    loaded = located(load_recipe(recipe, changes))
+    if loaded.gate.policy is not None:
+        from datasets_partition.store.store import Store
+        from experiments.openness.gate import judged
+        from experiments.runs.api import build_store
+
+        say("\n".join(judged(loaded, Store.open(build_store(loaded))).notes() or ("no client refuses the base",)))
+    raise SystemExit(int(not show_plan(loaded, device_gib, devices)))
 
 
 @guarded
@@ -221,6 +243,19 @@ def models(
         show_table(page)
         return
     say("\n".join(listing()))
+
+
+@guarded
+def openness(
+    base: Annotated[str, Argument(metavar="BASE", help='A folder with a card.yml, or the shipped "tiny".')],
+    policy: Annotated[Path | None, Option(help="A file of clients' policies: who would refuse the base.")] = None,
+    write: Annotated[Path | None, Option(help="Write a card to fill in to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Show how open a base is: its class, its licence's clauses, and who would refuse it."""
+    from experiments.cli.openness import show_openness
+
+    show_openness(base, policy, write)
 
 
 @guarded
@@ -274,4 +309,19 @@ def bench(
     show_results(scenario, measure(scenario, small), as_json)
 
 
-COMMANDS = (run, submit, status, stop, partition, plan, report, strategies, objectives, models, schema, bench)
+COMMANDS = (
+    run,
+    access,
+    submit,
+    status,
+    stop,
+    partition,
+    plan,
+    report,
+    strategies,
+    objectives,
+    models,
+    openness,
+    schema,
+    bench,
+)

@@ -19,11 +19,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 from datasets_partition import Partitioners, Sources
 from datasets_partition.partitioners.natural import Natural
 from datasets_partition.store.splits import Splits
+from engine.config.access import ReplaceBase
 from engine.config.adapters import REFUSED_KINDS
 from engine.config.federation import Federation
 from engine.messages.errors import RunError
 from engine.messages.frozen import FrozenModel
 from experiments.config.user_code import COMBINED, put_back, replaced, take_out
+from strategies import Strategies
 
 SHIPPED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -53,11 +55,20 @@ class Data:
     cache: str = "runs/stores"
 
 
+@dataclass(frozen=True)
+class Gate:
+    """The file of clients' policies on bases (docs/openness.md), and other `bases` that are tried on them too."""
+
+    policy: str | None = None
+    bases: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Federation):
     """Everything that defines a run."""
 
     data: Data
+    gate: Gate = field(default_factory=Gate)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +76,11 @@ class Recipe(Federation):
         if clients is not None and self.cohort.size is not None and self.cohort.size > clients:
             what = f"cohort.size is {self.cohort.size:g}, but the partition makes only {clients} clients"
             raise RunError(f"{what}: lower it, or raise data.partition.clients")
+        if self.gate.policy is not None and self.data.splits.server:
+            raise RunError(
+                "gate.policy leaves out clients, and the server's rows are drawn before there are any: set "
+                "data.splits.server = 0"
+            )
 
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
@@ -72,6 +88,11 @@ _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 def load_recipe(path: Path, changes: list[str] | None = None) -> Recipe:
     """The recipe of a TOML file with changes such as "train.steps=4"; RunError with one sentence per mistake."""
+    return parse_tree(changed(read_tree(path), changes), str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The tables of a recipe's file; RunError if it is missing or no TOML."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -80,25 +101,41 @@ def load_recipe(path: Path, changes: list[str] | None = None) -> Recipe:
         raise RunError(f"there is no recipe {path}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"the recipe {path} cannot be read: {error}") from error
-    return parse_recipe(text, changes, str(path))
+    return _tables(text, str(path))
 
 
 def parse_recipe(text: str, changes: list[str] | None = None, origin: str = "the recipe") -> Recipe:
     """The recipe of a TOML text, which errors call `origin`; otherwise as `load_recipe`."""
+    return parse_tree(changed(_tables(text, origin), changes), origin)
+
+
+def _tables(text: str, origin: str) -> dict[str, Any]:
     try:
-        tree = tomllib.loads(text)
+        return tomllib.loads(text)
     except RecursionError:
         raise RunError(f"{origin} is nested too deeply to be a recipe") from None
     except ValueError as error:  # also a number of more digits than Python reads
         raise RunError(f"{origin} is not valid TOML: {error}") from error
+
+
+def changed(tree: dict[str, Any], changes: list[str] | None) -> dict[str, Any]:
+    """The tree with changes such as "train.steps=4", made in place."""
     for change in changes or []:
         _change(tree, change)
+    return tree
+
+
+def parse_tree(tree: dict[str, Any], origin: str) -> Recipe:
+    """The recipe of its tables; otherwise as `load_recipe`."""
+    if "sweep" in tree:
+        raise RunError(f"{origin} has [sweep], several runs from one recipe: run it with `fedpost access`")
     try:
         if isinstance(tree.get("cohort"), dict):
             tree["cohort"].setdefault("kind", "uniform")
         for path in BY_KIND:
             _expand(tree, *path)
         objects = take_out(tree)
+        _fill_pair(tree, objects.get(("strategy",)))
         # Through JSON: only there does strict mode take tables for dataclasses and arrays for tuples.
         recipe = _ADAPTER.validate_json(json.dumps(tree, default=_no_date), strict=True, extra="forbid")
     except RecursionError:
@@ -146,7 +183,13 @@ def located(recipe: Recipe) -> Recipe:
     template = recipe.model.chat_template
     if template is not None and Path(template).expanduser().is_file():
         template = str(Path(template).expanduser().resolve())
-    model = replace(recipe.model, base=path, chat_template=template)
+    access = recipe.model.access
+    events = (
+        replace(event, to=_model_path("model.access.events", event.to)) if isinstance(event, ReplaceBase) else event
+        for event in access.events
+    )
+    access = replace(access, events=tuple(events))
+    model = replace(recipe.model, base=path, chat_template=template, access=access)
     return replace(recipe, model=model, clients=clients, train=train)
 
 
@@ -203,6 +246,27 @@ def _change(tree: dict[str, Any], change: str) -> None:
         table[last] = value  # a bare word is a string, so that a shell needs no quotes
     except (RecursionError, ValueError) as error:
         raise RunError(f"--set {key} cannot be read: {error}") from None
+
+
+def _fill_pair(tree: dict[str, Any], user_rule: Any) -> None:
+    """Adds the kind of model.peft that a rule tunes, or a rule for such a kind, where the recipe names one of them."""
+    rules, first_rule = [rule() for rule in get_args(Strategies)], dict[str, str]()
+    for rule in rules:
+        for kind in rule.tunes:
+            first_rule.setdefault(kind, rule.kind)
+    model = tree.get("model")
+    strategy, peft = tree.get("strategy"), model.get("peft") if isinstance(model, dict) else None
+    if user_rule is not None and user_rule.tunes:  # a shipped rule for the same kind stands in for it
+        tree["strategy"] = {"kind": first_rule[user_rule.tunes[0]]}
+        tunes = user_rule.tunes
+    else:
+        kind = strategy.get("kind") if isinstance(strategy, dict) else None
+        tunes = next((rule.tunes for rule in rules if rule.kind == kind), ())
+    if tunes and peft is None and isinstance(model, dict):
+        model["peft"] = {"kind": tunes[0]}
+    its_kind = str(peft.get("kind")) if isinstance(peft, dict) else ""
+    if strategy is None and its_kind in first_rule:
+        tree["strategy"] = {"kind": first_rule[its_kind]}
 
 
 def _no_date(value: object) -> object:

@@ -18,6 +18,7 @@ from engine.messages.errors import RunError
 from engine.models.adapters import refuse_other_adapters, with_adapters
 from engine.models.base_model import empty_network
 from engine.models.deepspeed_config import BUCKET, LIVE
+from engine.models.ends import emulator_skeleton
 from engine.models.quantized import quantized_bytes
 from engine.scheduling.placement import slot_counts
 from engine.training.optimizers import state_vectors
@@ -77,9 +78,12 @@ def meta_network(model: Model, *, scores: bool = False) -> Any:
 
     Its layers are not quantized: bitsandbytes computes nothing on meta, and what the backward pass needs is the same.
     """
+    model = replace(model, peft=model.peft.injected)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
-        return with_adapters(empty_network(replace(model, quantize=None, attention="auto"), scores=scores), model)
+        plain = replace(model, quantize=None, attention="auto")
+        network = emulator_skeleton(plain) if model.peft.plugs_in else empty_network(plain, scores=scores)
+        return with_adapters(network, model)
 
 
 def on_meta(network: Any, length: int) -> torch.Tensor:
@@ -180,6 +184,10 @@ def _itemsize(model: Model) -> float:
 
 def slot_need(counts: Sizes, recipe: Recipe, process: float) -> Need:
     """A plain slot: the base, and vectors of the trained parameters in float32; more for each lane ("auto": one)."""
+    if recipe.model.peft.replays:  # weights begun and reached, those of the network, and a direction
+        rows = max(recipe.train.batch, recipe.evaluate.batch)
+        weights, direction = counts.shared + 3 * counts.trained * FLOAT, counts.trained * FLOAT
+        return Need(weights, 0.0, 0.0, HEAP * counts.logits * rows, direction, process)
     lanes = 1 if recipe.clients.lanes == "auto" else recipe.clients.lanes
     rows, judged = (batch * recipe.train.objective.sequences for batch in (recipe.train.batch, recipe.evaluate.batch))
     trained, vectors = counts.trained * FLOAT, 1 if lanes == 1 else 1 + lanes
@@ -278,14 +286,19 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
         f"devices of {device / GIB:,.1f} GiB, {SPARE:.0%} of which may be used"
     )
     heads = ("weights", "gradients", "optimizer", "activations", "updates", "itself", "GiB", "fits")
-    table, needs = Table("a process of", *heads), {"a plain slot": slot_need(counts, recipe, plain)}
-    for stage in STAGES if recipe.model.quantize is None else ():  # which gangs do not take
+    table, needs, home = Table("a process of", *heads), {}, recipe.model.access.home
+    needs["a plain slot" if home else "the provider, for each slot"] = slot_need(counts, recipe, plain)
+    if not home:
+        needs["a slot without the base"] = slot_need(counts, recipe, plain)._replace(weights=0.0, activations=0.0)
+    for stage in STAGES if recipe.model.quantize is None and home else ():  # which gangs do not take
         needs[f"stage {stage}, {zero.ranks} ranks"] = rank_need(counts, recipe, replace(zero, stage=stage), gang)
     for name, need in needs.items():
         amounts = [f"{value / GIB:,.2f}" for value in (*need, need.total)]
         table.add_row(name, *amounts, "yes" if need.total <= SPARE * device else "no")
     screen.print(table)
-    if recipe.model.quantize is not None:
+    if not home:
+        screen.print(f'no gang works at model.access.level = "{recipe.model.access.level}"')
+    elif recipe.model.quantize is not None:
         screen.print("no gang takes a quantized base (model.quantize)")
     elif least := smallest(counts, recipe, device, gang):
         fitting = f"stage = {least.stage}, ranks = {least.ranks} in clients.zero"
@@ -297,7 +310,8 @@ def show_plan(recipe: Recipe, device_gib: float | None, devices: int) -> bool:
     whose = "those of base and objective, " if counts.frozen else "the base's "
     once = f", and {whose}{base / GIB:,.3f} GiB once" if slots else ""
     screen.print(f"object store: {moved / GIB:,.3f} GiB a round with {slots + gangs} slots, P (4 + 8 slots){once}")
-    slot, rank = needs["a plain slot"].total, rank_need(counts, recipe, zero, gang).total
+    slot = sum(need.total for name, need in needs.items() if "slot" in name)
+    rank = rank_need(counts, recipe, zero, gang).total
     fullest = on_fullest(clients, slots, gangs * zero.ranks, devices, slot, rank, base)
     verdict = "it fits" if (fits := fullest <= SPARE * device) else "it does not fit"
     screen.print(f"as the recipe is: {fullest / GIB:,.2f} GiB on the fullest of {devices} devices: {verdict}")

@@ -90,6 +90,8 @@ def _of_cohort(recipe: Recipe, base: Path, folder: Path, cohort: int) -> Recipe:
             compile=False,
             attention=attention,
             chat_template=None,
+            peft=model.peft.on_few_layers,
+            access=replace(model.access, events=(), max_cost=None),  # they may end rounds that are to be tried
         ),
         data=Data(rows, Natural(), splits, None, str(folder)),
         clients=_bounded("clients", clients, **few),

@@ -90,7 +90,7 @@ def difference(first: float, last: float) -> str:
     return f"{last - first:+.3f}".replace("-", MINUS)
 
 
-def _linear(low: float, high: float, start: float, end: float, write: Format, integers: bool = False) -> Axis:
+def linear(low: float, high: float, start: float, end: float, write: Format, integers: bool = False) -> Axis:
     """An axis with ticks at multiples of 1, 2 or 5 times a power of ten, also at its ends; `whole`: integers only."""
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-12):
         pad = abs(low) * 0.1 or 1.0  # a single value goes to the middle
@@ -172,8 +172,8 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, writ
         return empty(title)
     xs, ys = zip(*(point for _, points in shown for point in points), strict=True)
     log = zero and min(ys) > 1e-300 and max(ys) > 30 * min(ys)
-    x = _linear(min(xs), max(xs), LEFT, WIDTH - RIGHT, number, integers=True)
-    scale, low = (_log, min(ys)) if log else (_linear, min(0.0, *ys) if zero else min(ys))
+    x = linear(min(xs), max(xs), LEFT, WIDTH - RIGHT, number, integers=True)
+    scale, low = (_log, min(ys)) if log else (linear, min(0.0, *ys) if zero else min(ys))
     y = scale(low, max(ys), HEIGHT - BOTTOM, TOP, write)
     body, alt = _axes(x, y, x_label, y_label), []
     for line, points in shown:
@@ -199,10 +199,10 @@ def stacked(title: str, series: Sequence[Series], x_label: str, y_label: str) ->
         return empty(title)
     rounds = sorted(set[float]().union(*(values for _, values in shown)))
     neighbors = math.ceil(len(rounds) / MAX_BARS)
-    x = _linear(min(rounds), max(rounds), LEFT + 10, WIDTH - RIGHT - 10, number, integers=True)
+    x = linear(min(rounds), max(rounds), LEFT + 10, WIDTH - RIGHT - 10, number, integers=True)
     groups = [rounds[i : i + neighbors] for i in range(0, len(rounds), neighbors)]
     means = [[sum(max(values.get(r, 0.0), 0.0) for r in group) / len(group) for _, values in shown] for group in groups]
-    y = _linear(0.0, max(map(sum, means)), HEIGHT - BOTTOM, TOP, number)
+    y = linear(0.0, max(map(sum, means)), HEIGHT - BOTTOM, TOP, number)
     wide = round(min(20.0, 0.74 * neighbors * (x.end - x.start) / (x.high - x.low)), 1)
     body = _axes(x, y, x_label, y_label)
     for group, heights in zip(groups, means, strict=True):
@@ -232,8 +232,8 @@ def pairs(title: str, clients: pa.Table, x_label: str, y_label: str, note: str) 
     """A mark for each client (client, before, after; sorted by the change), a triangle for those that got worse."""
     values = np.concatenate([clients["before"].to_numpy(), clients["after"].to_numpy()])
     low, high = float(values.min()), float(values.max())
-    x = _linear(low, high, LEFT, WIDTH - RIGHT, number)
-    y = _linear(low, high, HEIGHT - BOTTOM, TOP, number)
+    x = linear(low, high, LEFT, WIDTH - RIGHT, number)
+    y = linear(low, high, HEIGHT - BOTTOM, TOP, number)
     body = _axes(x, y, x_label, y_label)
     body += _svg('<path class="d" d="M{} {}L{} {}"/>', x.start, y.start, x.end, y.end)
     body += _svg('<text class="t" x="{}" y="{}">worse</text>', LEFT + 8, TOP + 16)
@@ -262,7 +262,7 @@ def histogram(title: str, values: NDArray[np.float64], x_label: str, y_label: st
     bins = round(decades * max(4, min(10, 24 / decades)))
     places = (np.log10(values / x.low) / decades * bins + 1e-9).astype(int)
     counts = np.bincount(np.minimum(places, bins - 1), minlength=bins).tolist()
-    y = _linear(0, max(counts), HEIGHT - BOTTOM, TOP, number, integers=True)
+    y = linear(0, max(counts), HEIGHT - BOTTOM, TOP, number, integers=True)
     body = _axes(x, y, x_label, y_label)
     step = (x.end - x.start) / bins
     for i, count in enumerate(counts):

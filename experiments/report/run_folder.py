@@ -16,6 +16,7 @@ from engine.messages.errors import RunError
 from engine.messages.events import DROPOUT
 from engine.records.metrics import FAULTS, LEDGER, METRICS, round_files
 from experiments.report import charts
+from experiments.report.openness import Openness, read_openness
 from experiments.report.rollouts import Rollouts, read_rollouts
 
 MAX_LISTED = 40  # faults, and other things that a table of the page lists
@@ -44,6 +45,7 @@ class Run:
     faults: list[dict[str, Any]] = field(default_factory=list)  # the first MAX_LISTED of all `fault_count`
     fault_count: int = 0
     rollouts: list[Rollouts] = field(default_factory=list)
+    openness: Openness = field(default_factory=Openness)
 
     def points(self, split: str, name: str) -> list[charts.Point]:
         """A curve as (round, value), in order; empty where the run has none."""
@@ -59,7 +61,7 @@ def read_run(folder: Path) -> Run:
     recipe, manifest, privacy = (_texts(folder / name) for name in ("recipe.toml", "manifest.json", "privacy.json"))
     name = recipe.get("name") or folder.resolve().name
     run = Run(name, recipe, file.read_text("utf-8"), manifest, privacy.get("statement", ""))
-    run.rollouts = read_rollouts(folder)
+    run.rollouts, run.openness = read_rollouts(folder), read_openness(folder)
     for table in _tables(folder / "metrics", METRICS):
         _add_metrics(run, table)
     run.rows, run.losses = _most(run.rows), [(round_, _most(losses)) for round_, losses in run.losses]

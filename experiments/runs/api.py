@@ -79,9 +79,12 @@ def run(
     sets `stop`, the current round is finished and RunStopped is raised.
     """
     from datasets_partition.sources.location import is_local
+    from datasets_partition.store.store import Store
     from engine.messages.events import Preparing, RunDone, Started, Stopped
     from engine.system.atomic import write_file
     from experiments.config.recipe import load_recipe, located, to_toml
+    from experiments.openness.gate import FILE as OPENNESS
+    from experiments.openness.gate import judged, notice
     from experiments.report.page import write_report
     from experiments.report.run_folder import leaves
     from experiments.runs import resuming
@@ -94,16 +97,25 @@ def run(
         recipe = load_recipe(Path(recipe))
     if baselines and recipe.clients.zero is not None:
         raise RunError("--baselines trains in one process, but clients.zero asks for gangs: leave one of them out")
+    if baselines and (recipe.strategy.searches or not recipe.model.access.home):
+        raise RunError(
+            "--baselines trains the model itself, and this recipe searches a prompt, or leaves the base with its "
+            "owner: leave --baselines out"
+        )
     place, copy = working_folder(out, resume)
     folder, recipe = resuming.run_folder(recipe, place, resume)
     with resuming.alone_in(folder, new=place is None and not resume), started(recipe) as (beginning, start_digest):
         on_event(Preparing("reading the data and assigning rows to clients"))
         store = build_store(recipe)
+        verdict = judged(recipe, Store.open(store))
+        if verdict.refused:
+            store = build_store(recipe, without=tuple(sorted(verdict.refused)))
         manifest = _manifest(recipe, store)
         manifest["digests"] |= start_digest
         if resume:
             manifest = resuming.continued(folder, resuming.earlier_manifest(folder), manifest, accept_changes)
         files = {"recipe.toml": to_toml(recipe).encode(), "manifest.json": json.dumps(manifest, indent=1).encode()}
+        files[OPENNESS] = json.dumps(verdict.facts(), indent=1).encode()
         finished: RunDone | None = None
         begun = resume
         with ray_session(address), ExitStack() as at_end:
@@ -112,12 +124,15 @@ def run(
             at_end.callback(copy)
             shared = shared_store(recipe, store)
             elsewhere = out if isinstance(out, str) and not is_local(out) else None
-            notes = resuming.second_sums(folder, recipe, manifest) + without_losses(recipe, store)
+            notes = resuming.second_sums(folder, recipe, manifest) + without_losses(recipe, store) + verdict.notes()
+            notes += recipe.model.access.notes()
             if recipe.model.start is not None and recipe.privacy.dp.kind != "none":
                 notes += ("epsilon is that of this run: what model.start has learned from the same people adds to it",)
             if accepted := manifest.get("accepted_changes"):
                 notes += (f"this run continues in spite of changes since it was begun: {', '.join(accepted)}",)
-            options = RunOptions(store, folder.resolve(), files, shared, resume, baselines, (), elsewhere, notes)
+            before = () if resume else verdict.faults
+            options = RunOptions(store, folder.resolve(), files, shared, resume, baselines, before, elsewhere, notes)
+            options = replace(options, notice=notice(verdict.card))
             for event in drive(located(beginning), options, stop):
                 if isinstance(event, RunDone):
                     finished = replace(event, folder=folder)
@@ -144,15 +159,20 @@ def run(
         return Run(folder, finished.losses, finished.samples, finished.figures, finished.units)
 
 
-def build_store(recipe: Recipe, on_step: Callable[[str], None] = lambda step: None) -> Path:
-    """The client store of a recipe's data section, from the cache or built now; `on_step` receives each step."""
+def build_store(
+    recipe: Recipe, on_step: Callable[[str], None] = lambda step: None, without: tuple[str, ...] = ()
+) -> Path:
+    """The client store of a recipe's data section, from the cache or built now, perhaps `without` clients by name.
+
+    `on_step` receives each step.
+    """
     from datasets_partition.sources.location import is_local
     from datasets_partition.store.build import build
 
     data = recipe.data
     cache = str(Path(data.cache).expanduser().resolve()) if is_local(data.cache) else data.cache
     reads = recipe.train.objective.reads
-    return build(data.source, data.partition, data.splits, recipe.seed, cache, on_step, data.label, reads)
+    return build(data.source, data.partition, data.splits, recipe.seed, cache, on_step, data.label, reads, without)
 
 
 def without_losses(recipe: Recipe, folder: Path) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ RUNS = Path("runs")
 FINISHED = "finished.json"  # written last: the rounds that the model, the samples and the report are of
 # Keys that may change when a run is resumed: no bit of the result depends on them, unless clients fail.
 FREE = {"clients.max_failed", "clients.num_cpus", "clients.retries", "clients.slots", "clients.timeout_s", "data.cache"}
-FREE |= {"clients.zero.gangs", "clients.zero.timeout_s"}
+FREE |= {"clients.zero.gangs", "clients.zero.timeout_s", "model.access.max_cost"}
 # These decide which rows are judged, and one table compares the losses of all rounds.
 JUDGED = {"evaluate.rows", "evaluate.server_rows"}
 

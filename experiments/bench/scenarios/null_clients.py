@@ -13,7 +13,7 @@ from datasets_partition.store.store import Store
 from datasets_partition.store.tokens import Tokens
 from engine.config.federation import Federation
 from engine.models.base_model import PackedBase
-from engine.records.metrics import Logs
+from engine.records.logs import Logs
 from engine.rounds.round_loop import RunSetup, round_loop
 from engine.rounds.server import DriverServer
 from engine.scheduling.pool import Pool

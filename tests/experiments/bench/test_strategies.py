@@ -16,7 +16,8 @@ from strategies import Strategies
 
 def test_every_strategy_is_compared_and_every_rule_says_why():
     kinds = {trial.recipe.strategy.kind for trial in bench.trials()}
-    assert kinds == {member().kind for member in get_args(Strategies)}
+    # Rules that tune a kind of model.peft of their own are compared by `fedpost access`.
+    assert kinds == {member().kind for member in get_args(Strategies) if not member.tunes}
     assert all(rule.why for rule in RULES)
     assert len({rule.name for rule in RULES}) == len(RULES)
 

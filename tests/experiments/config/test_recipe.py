@@ -17,11 +17,13 @@ from engine.config.train import AdamW, Sgd
 from engine.messages.errors import RunError
 from engine.messages.frozen import FrozenModel
 from experiments.config.recipe import RECIPES, SHIPPED, Recipe, load_recipe, located, parse_recipe, schema, to_toml
+from experiments.sweep.variants import load_variants
 from strategies.averaging.drift import FedProx
 from strategies.averaging.fedavg import FedAvg
 
 ROOT = Path(__file__).resolve().parents[3]
-SHIPPED_RECIPES = sorted(RECIPES.glob("*.toml"))
+SWEEPS = [path for path in sorted(RECIPES.glob("*.toml")) if "[sweep." in path.read_text()]
+SHIPPED_RECIPES = [path for path in sorted(RECIPES.glob("*.toml")) if path not in SWEEPS]
 LEAST: dict[str, Any] = {
     "name": "least",
     "seed": 1,
@@ -48,6 +50,14 @@ def test_every_shipped_recipe_survives_being_resolved(path: Path) -> None:
     recipe = load_recipe(path)
     assert parse_recipe(to_toml(recipe)) == recipe
     tomllib.loads(to_toml(located(recipe)))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_variant_of_a_shipped_sweep_survives_being_resolved(path: Path) -> None:
+    variants = load_variants(path)
+    assert len(variants) > 1
+    for recipe in variants.values():
+        assert parse_recipe(to_toml(recipe)) == recipe
 
 
 def test_there_are_shipped_recipes() -> None:

@@ -125,5 +125,5 @@ def test_a_base_of_which_nothing_is_known_is_refused_with_the_way_out(name):
 def test_the_shipped_recipes_have_bases_that_can_be_shrunk(tokenizer):
     from experiments.config.recipe import located
 
-    for file in RECIPES.glob("*.toml"):
+    for file in {*RECIPES.glob("*.toml")} - {RECIPES / "access.toml"}:
         assert shrunk(base_config(located(load_recipe(file)).model), tokenizer).num_hidden_layers >= 2

@@ -68,6 +68,7 @@ def test_the_run_folder_holds_what_the_design_names(reference):
         "samples.json",
         "report.html",
         "finished.json",
+        "openness.json",
     }
     assert {path.name for path in run.model.iterdir()} >= {
         ADAPTER,
