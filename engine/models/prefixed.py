@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine.messages.errors import RunError
@@ -89,7 +90,10 @@ class Prefixed(nn.Module):
         assert input_ids is not None
         rows, places = len(input_ids), self.peft.n
         begins = past_key_values is None or not past_key_values.get_seq_length()
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.ndim == 4:  # of every pair of tokens, as plans have it
+            above = 0 if self.is_prefix else places
+            inputs["attention_mask"] = F.pad(attention_mask, (places, 0, above, 0))
+        elif attention_mask is not None:
             inputs["attention_mask"] = torch.cat([attention_mask.new_ones(rows, places), attention_mask], 1)
         if position_ids is not None:
             inputs["position_ids"] = position_ids + places
@@ -151,6 +155,12 @@ class Prefixed(nn.Module):
     def get_base_model(self) -> Any:
         """Returns the base."""
         return self.base
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's."""
+        dtype: torch.dtype = self.base.dtype
+        return dtype
 
     @property
     def generation_config(self) -> Any:

@@ -11,10 +11,11 @@ from engine.messages.errors import RunError
 from engine.records.metrics import loss_table
 from experiments.access import compare as comparison
 from experiments.access.alone import score_alone
-from experiments.access.compare import compare, refuse_unlike
+from experiments.access.compare import client_memory, compare, refuse_unlike
 from experiments.access.measured import Measured
 from experiments.access.page import panel, show_table, write_page
 from experiments.access.pictures import bubbles
+from experiments.config.recipe import RECIPES
 from experiments.openness.card import Card
 from experiments.runs.api import build_store
 from experiments.sweep.variants import load_variants
@@ -105,3 +106,9 @@ model.access = {{ level = "api_logprobs", price = {{ input = 1.0, output = 1.0 }
     unseen = loss_table(folder / "lora" / "metrics", 2)["end"]["unseen"]
     assert rows["lora"]["alone"] == unseen == score_alone(its, folder / "lora", build_store(its))
     assert (folder / comparison.PAGE).is_file() and io.StringIO(capsys.readouterr().out)
+
+
+def test_a_client_without_the_base_needs_little_memory():
+    variants = load_variants(RECIPES / "access.toml", only=("lora", "ends", "words", "cma"))
+    lora, ends, cma, words = client_memory([variants[name] for name in ("lora", "ends", "cma", "words")])
+    assert words < cma < 1e6 < 1e8 < ends and lora > 1e8
