@@ -98,5 +98,7 @@ def lowered(recipe: Recipe) -> str:
         return "nobody can lower it"
     needs, granted = needs_of(recipe), GRANTS[recipe.model.access.level]
     lower = [level for level in LEVELS if GRANTS[level] < granted]
+    if not lower:
+        return "there is no lower level"
     stops = [level for level in lower if not needs <= GRANTS[level]]
     return f"stops at {', '.join(stops)}" if stops else "goes on at each lower level"

@@ -57,7 +57,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Gate:
-    """The file of clients' policies on bases (docs/openness.md), and other `bases` that are tried on them too."""
+    """The file of clients' policies on bases (docs/gate.md), and other `bases` that are tried on them too."""
 
     policy: str | None = None
     bases: tuple[str, ...] = ()

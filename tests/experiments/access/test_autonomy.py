@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 
 from engine.config.access import Access
+from engine.config.ends import Ends
 from engine.config.prefixes import Projected, PromptWords
 from engine.messages.events import Fault
 from engine.records.logs import Logs
 from experiments.access.autonomy import lowered, replaced_effect, same_again, with_replaced
+from strategies.averaging.fedavg import FedAvg
 from strategies.black_box.cma_search import CmaSearch
 from strategies.black_box.words import Words
 
@@ -52,6 +54,7 @@ def test_which_lower_levels_stop_a_run(at, small_recipe):
     assert lowered(at("api_logprobs", Words(), PromptWords())) == "stops at api_text"
     assert lowered(at("api_logprobs", Words(score="match"), PromptWords())) == "goes on at each lower level"
     assert lowered(small_recipe()) == "nobody can lower it"
+    assert lowered(at("emulator", FedAvg(), Ends())) == "there is no lower level"
 
 
 def test_a_base_is_replaced_in_the_middle(at):
